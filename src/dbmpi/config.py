@@ -1,0 +1,304 @@
+"""The description of a run: what a configuration file may say, its defaults, and what each setting means.
+
+A run is described by frozen, validated objects.  They are read from TOML with :func:`load`, changed with
+``--set section.key=value``, built directly from Python, and written whole, defaults included, into every
+checkpoint.  Nothing here imports MPI or NumPy.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from dbmpi.errors import UserError
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_\-]*$", max_length=64)]
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """A part of the description: frozen, and without room for keys that nobody reads."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class RunSection(Section):
+    """Where the run lives, and its seed."""
+
+    directory: Path = Path("runs/run")
+    """Directory of the run: checkpoints, records and plots; made if missing."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 1
+    """Seed of the initial weights and of the order of the samples."""
+
+
+class DataSection(Section):
+    """What to learn from: HDF5 files made by ``dbmpi data import`` or by your own program."""
+
+    train: Path
+    """HDF5 file with the training samples."""
+    test: Path | None = None
+    """HDF5 file with the held-out samples, for the accuracy that is reported."""
+    memory_mib: Count = 4096
+    """A file up to this size (MiB, as float32) is read into each worker's memory; a larger one is read batch by batch."""
+
+
+class Dense(Section):
+    """A fully connected layer: ``y = activation(W x + b)``."""
+
+    type: Literal["dense"] = "dense"
+    name: Name | None = None
+    """Name in checkpoints; by default the type and the place, e.g. ``dense1``."""
+    units: Count
+    """Number of outputs."""
+    activation: Literal["sigmoid", "tanh", "relu", "linear"] = "linear"
+    """Function applied to every output."""
+    initial_scale: NotNegative = 1.0
+    """Factor on the standard deviation of the initial weights."""
+
+
+class NetworkSection(Section):
+    """The model: layers from the input upwards, and the loss on top of the last one."""
+
+    loss: Literal["softmax", "logistic", "squared"] = "softmax"
+    """``softmax``: cross-entropy over classes; ``logistic``: one-vs-all; ``squared``: half the squared distance."""
+    layers: tuple[Dense, ...]
+    """The layers, each a ``[[network.layers]]`` table."""
+
+    @model_validator(mode="after")
+    def _layers_fit(self) -> NetworkSection:
+        if not self.layers:
+            raise ValueError("a network needs at least one [[network.layers]] table")
+        names = self.layer_names
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"two layers are called {twice[0]!r}: give one of them another name")
+        if self.loss != "squared" and self.layers[-1].activation != "linear":
+            raise ValueError(
+                f"the loss {self.loss!r} contains the last activation: the last layer must be 'linear', "
+                f"not {self.layers[-1].activation!r}"
+            )
+        return self
+
+    @property
+    def layer_names(self) -> tuple[str, ...]:
+        """The layers' names, given or by default."""
+        return tuple(layer.name or f"{layer.type}{place}" for place, layer in enumerate(self.layers, 1))
+
+
+class TopologySection(Section):
+    """How the ranks are used; one of the numbers may be left out and follows from the world's size."""
+
+    shards: Count | None = None
+    """Ranks that hold the parameters; by default 1."""
+    replicas: Count | None = None
+    """Instances of the model; by default as many as the ranks allow."""
+    partitions: Count | None = None
+    """Ranks that compute one replica together; by default 1."""
+    colocate: bool = False
+    """Put the shards on ranks that also work, instead of on ranks of their own."""
+
+
+class OptimizerSection(Section):
+    """How the parameters are learned."""
+
+    method: Literal["downpour"] = "downpour"
+    """``downpour``: asynchronous SGD over the parameter server (paper, section 4.1)."""
+    rule: Literal["sgd", "adagrad"] = "adagrad"
+    """The update that the shards apply."""
+    learning_rate: Positive = 0.01
+    """Rate of the rule; for ``adagrad`` the paper's gamma, about ten times the best fixed rate."""
+    initial_accumulator: NotNegative = 0.0
+    """Adagrad: what the sum of squared gradients starts from."""
+    epsilon: NotNegative = 1e-10
+    """Adagrad: added to the root of the sum, so that a gradient of zero gives a step of zero and not 0/0."""
+    batch_size: Count = 128
+    """Samples of one step of one replica."""
+    epochs: Positive = 10.0
+    """How often the training samples are passed through, all replicas together."""
+    n_push: Count = 1
+    """Push the accrued gradient every this many steps."""
+    n_fetch: Count = 1
+    """Fetch the parameters every this many steps."""
+    local_rate: NotNegative = 0.0
+    """Rate alpha of the replica's own steps between two fetches (algorithm 1.1); 0 takes none."""
+    warmstart: Annotated[int, Field(ge=0)] = 0
+    """One replica takes this many steps alone before the others are released."""
+
+
+class ServerSection(Section):
+    """How gradients travel to the shards."""
+
+    inbox_mib: Positive = 64.0
+    """Memory (MiB) that each shard sets aside for incoming gradients, for all replicas together."""
+    chunk_kib: Positive = 4096.0
+    """Largest piece (KiB) in which a gradient is sent; smaller where many replicas share the inbox."""
+
+
+class CheckpointSection(Section):
+    """When to write the state of the run, and whether to go on from it."""
+
+    every_seconds: NotNegative = 600.0
+    """Time between two checkpoints; 0 writes only the last one."""
+    keep: Count = 2
+    """How many checkpoints stay; older ones are deleted after a newer one is whole."""
+    resume: Literal["auto", "never"] = "never"
+    """``auto``: go on from the latest checkpoint of the run directory, if there is one."""
+
+
+class MonitorSection(Section):
+    """What is reported while the run goes on."""
+
+    report_seconds: Positive = 1.0
+    """Time between two lines of each rank's records."""
+    evaluate_epochs: NotNegative = 1.0
+    """Epochs between two evaluations on the test data; 0 evaluates only at the end."""
+    progress: Literal["auto", "bar", "lines", "none"] = "auto"
+    """How progress is shown: a live bar on a terminal, lines elsewhere."""
+
+
+class Run(Section):
+    """The whole description of a run."""
+
+    run: RunSection = RunSection()
+    data: DataSection
+    network: NetworkSection
+    topology: TopologySection = TopologySection()
+    optimizer: OptimizerSection = OptimizerSection()
+    server: ServerSection = ServerSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    monitor: MonitorSection = MonitorSection()
+
+    def to_json(self) -> str:
+        """Return the effective description, defaults included, as JSON text."""
+        return self.model_dump_json()
+
+    @classmethod
+    def from_json(cls, text: str) -> Run:
+        """Read what :meth:`to_json` wrote; raises UserError where it does not describe a run."""
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            raise UserError(explain(error, cls, "the stored description")) from None
+
+
+def load(path: Path, overrides: tuple[str, ...] = ()) -> Run:
+    """Read a run from a TOML file and apply ``section.key=value`` overrides.
+
+    Relative paths of the ``[data]`` section are taken from the directory of the file, so that a configuration and
+    its data can be moved together; the run directory is relative to the current directory.
+
+    Raises
+    ------
+    UserError
+        If the file cannot be read, is not TOML, or does not describe a run.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        table = tomllib.loads(text)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such configuration file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as a configuration: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{path}: not valid TOML: {error}") from None
+    data = table.get("data")
+    if isinstance(data, dict):
+        for key in ("train", "test"):
+            if isinstance(data.get(key), str):
+                data[key] = str(path.parent / data[key])
+    for override in overrides:
+        _apply(table, override)
+    try:
+        return Run.model_validate(table)
+    except ValidationError as error:
+        raise UserError(explain(error, Run, str(path))) from None
+
+
+def _apply(table: dict[str, Any], override: str) -> None:
+    """Set one ``section.key=value`` in the table; the value is TOML, or else a plain string."""
+    target, equals, text = override.partition("=")
+    keys = target.strip().split(".")
+    if not equals or len(keys) < 2 or not all(keys):
+        raise UserError(f"--set {override}: expected section.key=value, e.g. --set optimizer.epochs=5")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    place: Any = table
+    for key in keys[:-1]:
+        place = _step(place, key, override)
+    if isinstance(place, list):
+        raise UserError(f"--set {override}: name a key of layer {keys[-1]}, e.g. network.layers.{keys[-1]}.units=100")
+    place[keys[-1]] = value
+
+
+def _step(place: Any, key: str, override: str) -> Any:
+    """Go one level down; in a list of tables by number, counted from 0."""
+    if isinstance(place, list):
+        if not key.isdigit() or int(key) >= len(place):
+            raise UserError(f"--set {override}: {key!r} is not one of the {len(place)} entries 0 to {len(place) - 1}")
+        return place[int(key)]
+    below = place.setdefault(key, {})
+    if not isinstance(below, dict | list):
+        raise UserError(f"--set {override}: {key!r} is a value and has no keys")
+    return below
+
+
+def explain(error: ValidationError, model: type[BaseModel], source: str) -> str:
+    """Turn a validation error into lines that name the place, what was given and what was expected."""
+    lines = []
+    for problem in error.errors():
+        place = [part for part in problem["loc"] if part != "tagged-union"]
+        where = ".".join(str(part) for part in place)
+        if problem["type"] == "extra_forbidden":
+            known = _keys(model, place[:-1])
+            near = difflib.get_close_matches(str(place[-1]), known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+            lines.append(f"{source}: unknown key {where!r}; {hint}")
+        elif problem["type"] == "missing":
+            lines.append(f"{source}: {where!r} is missing: {_meaning(model, place)}")
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            given = "" if problem["type"] == "value_error" else f" (given: {json.dumps(problem['input'], default=str)[:80]})"
+            lines.append(f"{source}: {where}: {message}{given}")
+    return "\n".join(lines)
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    """Return the models that an annotation contains, e.g. the layers of ``tuple[Dense, ...]``."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if get_origin(annotation) in (Union, UnionType, tuple, list, Annotated):
+        return [model for part in get_args(annotation) for model in _models(part)]
+    return []
+
+
+def _descend(model: type[BaseModel], place: list[int | str]) -> list[type[BaseModel]]:
+    """Return the models that may stand at a place in the description."""
+    models = [model]
+    for part in place:
+        fields = [m.model_fields[str(part)] for m in models if str(part) in m.model_fields]
+        if fields:
+            models = [found for field in fields for found in _models(field.annotation)]
+    return models
+
+
+def _keys(model: type[BaseModel], place: list[int | str]) -> list[str]:
+    return [name for found in _descend(model, place) for name in found.model_fields]
+
+
+def _meaning(model: type[BaseModel], place: list[int | str]) -> str:
+    """Return the documentation of a field, for the message that asks for it."""
+    for found in _descend(model, place[:-1]):
+        field = found.model_fields.get(str(place[-1]))
+        if field is not None:
+            return field.description or (f"a [{place[-1]}] table" if _models(field.annotation) else "a value")
+    return "a value"

@@ -1,0 +1,13 @@
+"""The errors that dbmpi raises on purpose."""
+
+
+class UserError(ValueError):
+    """A mistake in what the user gave: a file, a setting, a launch line.
+
+    The message says what was given, what was expected and how to fix it.  The command line prints it
+    once, on one rank, without a traceback, and ends with exit code 2.
+    """
+
+
+class RunFailed(RuntimeError):
+    """A run that started well and cannot go on, e.g. because the loss is no longer finite (exit code 1)."""

@@ -1,0 +1,77 @@
+"""What an optimizer sees: parameters and a batch in, a loss and a gradient out.
+
+A network is one implementation (:mod:`dbmpi.network`); a user's own function is another.  The optimizers
+know nothing else, so that they work for both.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from dbmpi.paramserver.layout import Layout
+
+
+class Batch(NamedTuple):
+    """Samples to learn from, **batch innermost**: the sample is the last axis of `inputs`."""
+
+    inputs: np.ndarray
+    """float32 of shape ``(*features, samples)``, C-contiguous."""
+    targets: np.ndarray
+    """int32 ``(samples,)`` for classes, or float32 ``(outputs, samples)`` for values."""
+
+    @property
+    def samples(self) -> int:
+        """Number of samples in the batch."""
+        return int(self.inputs.shape[-1])
+
+
+class Outcome(NamedTuple):
+    """Sums over the samples of one or several batches; outcomes add up with :meth:`plus`."""
+
+    samples: int
+    loss: float
+    """Sum of the losses of the samples, in float64."""
+    correct: int
+    """Samples whose largest output is their class; -1 where the targets are no classes."""
+
+    def plus(self, other: Outcome) -> Outcome:
+        """Return the outcome of both sets of samples together."""
+        correct = -1 if min(self.correct, other.correct) < 0 else self.correct + other.correct
+        return Outcome(self.samples + other.samples, self.loss + other.loss, correct)
+
+    @property
+    def mean_loss(self) -> float:
+        """Loss per sample."""
+        return self.loss / max(self.samples, 1)
+
+    @property
+    def accuracy(self) -> float | None:
+        """Fraction of the samples classified correctly, or None where the targets are no classes."""
+        return None if self.correct < 0 else self.correct / max(self.samples, 1)
+
+
+class Objective(Protocol):
+    """A differentiable function of a flat parameter vector and a batch."""
+
+    @property
+    def layout(self) -> Layout:
+        """The named tensors that the parameter vector is made of."""
+        ...
+
+    def initial(self, start: int, out: np.ndarray) -> None:
+        """Fill `out` with the initial parameters at positions ``start ... start + len(out)``.
+
+        Must give the same values however the vector is cut, so that any number of shards starts alike.
+        """
+        ...
+
+    def loss_and_gradient(self, parameters: np.ndarray, batch: Batch, gradient: np.ndarray) -> Outcome:
+        """Return the outcome of the batch and write the gradient of its **mean** loss into `gradient`."""
+        ...
+
+    def evaluate(self, parameters: np.ndarray, batch: Batch) -> Outcome:
+        """Return the outcome of the batch; dropout and the like are off."""
+        ...

@@ -1,0 +1,1 @@
+"""The sharded parameter server: layout, window, rules, server, client."""

@@ -1,0 +1,88 @@
+"""How named tensors lie in one flat vector, and how a vector is cut into shards.
+
+Pure integers: nothing here knows MPI or holds parameters.  A parameter, its accrued gradient, its Adagrad sum
+and its L-BFGS history are vectors of the same layout and are cut alike (architecture, idea 3).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A named array of parameters; the name is its path in a checkpoint, e.g. ``dense1/weights``."""
+
+    name: str
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Tensors one behind the other, each in C order, in a flat vector of `size` elements."""
+
+    tensors: tuple[Tensor, ...]
+
+    def __post_init__(self) -> None:
+        names = [tensor.name for tensor in self.tensors]
+        twice = {name for name in names if names.count(name) > 1}
+        if twice:
+            raise ValueError(f"tensor names must differ, but {sorted(twice)} occur more than once")
+
+    @cached_property
+    def offsets(self) -> dict[str, int]:
+        """Where each tensor starts in the flat vector."""
+        offsets, position = {}, 0
+        for tensor in self.tensors:
+            offsets[tensor.name] = position
+            position += tensor.size
+        return offsets
+
+    @cached_property
+    def size(self) -> int:
+        """Number of elements of the flat vector."""
+        return sum(tensor.size for tensor in self.tensors)
+
+    def views(self, vector: np.ndarray) -> dict[str, np.ndarray]:
+        """Return every tensor as a view, in its shape, into the flat `vector` of `size` elements."""
+        if vector.shape != (self.size,):
+            raise ValueError(f"the vector has shape {vector.shape}, the layout needs ({self.size},)")
+        return {
+            tensor.name: vector[self.offsets[tensor.name] :][: tensor.size].reshape(tensor.shape)
+            for tensor in self.tensors
+        }
+
+    def pieces(self, start: int, stop: int) -> Iterator[tuple[Tensor, int, int]]:
+        """Yield ``(tensor, first, last)`` for the tensors that the flat range [start, stop) meets.
+
+        `first` and `last` are positions in the flattened tensor, half open.
+        """
+        for tensor in self.tensors:
+            offset = self.offsets[tensor.name]
+            first, last = max(start, offset), min(stop, offset + tensor.size)
+            if first < last:
+                yield tensor, first - offset, last - offset
+
+
+def cut(size: int, parts: int) -> tuple[range, ...]:
+    """Cut ``range(size)`` into `parts` consecutive ranges whose lengths differ by one at most.
+
+    Works for more parts than elements too: the last ranges are then empty.
+    """
+    if parts < 1:
+        raise ValueError(f"a vector cannot be cut into {parts} parts")
+    length, longer = divmod(size, parts)
+    starts = [part * length + min(part, longer) for part in range(parts + 1)]
+    return tuple(range(starts[part], starts[part + 1]) for part in range(parts))
