@@ -1,0 +1,1 @@
+"""Optim of dbmpi."""
