@@ -1,0 +1,126 @@
+"""What a rank measures of itself between two reports: how stale the pushes were, and where the time went."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Mapping
+
+
+class StalenessHistogram:
+    """Exact counts of how stale the applied pushes were, in versions."""
+
+    def __init__(self, counts: Mapping[int, int] | None = None) -> None:
+        self.counts: dict[int, int] = {}
+        """Number of pushes by staleness."""
+        for staleness, count in (counts or {}).items():
+            self.add(staleness, count)
+
+    @classmethod
+    def from_json(cls, counts: Mapping[str, int]) -> StalenessHistogram:
+        """Return the histogram of a record's ``staleness_histogram``, whose keys JSON has made text."""
+        return cls({int(staleness): count for staleness, count in counts.items()})
+
+    def add(self, staleness: int, count: int = 1) -> None:
+        """Count `count` pushes of one staleness."""
+        assert staleness >= 0, f"a push was applied {-staleness} versions before the one it was computed from"
+        self.counts[staleness] = self.counts.get(staleness, 0) + count
+
+    def merge(self, other: StalenessHistogram) -> None:
+        """Add the counts of another histogram, e.g. of another shard."""
+        for staleness, count in other.counts.items():
+            self.add(staleness, count)
+
+    def clear(self) -> None:
+        """Forget all counts."""
+        self.counts.clear()
+
+    @property
+    def total(self) -> int:
+        """Number of pushes counted."""
+        return sum(self.counts.values())
+
+    @property
+    def mean(self) -> float:
+        """Mean staleness; NaN of no pushes."""
+        total = self.total
+        return sum(staleness * count for staleness, count in self.counts.items()) / total if total else math.nan
+
+    @property
+    def max(self) -> int:
+        """Largest staleness; 0 of no pushes."""
+        return max((staleness for staleness, count in self.counts.items() if count), default=0)
+
+    def quantile(self, q: float) -> int:
+        """Return the smallest staleness that at least a fraction `q` of the pushes did not exceed; 0 of no pushes."""
+        if not 0 <= q <= 1:
+            raise ValueError(f"a quantile is a fraction from 0 to 1, got {q}")
+        needed, seen = max(1.0, q * self.total), 0
+        for staleness in sorted(staleness for staleness, count in self.counts.items() if count):
+            seen += self.counts[staleness]
+            if seen >= needed:
+                return staleness
+        return 0
+
+    def summary(self) -> dict[str, float]:
+        """Return ``p50, p90, max, mean`` as a shard reports them; all NaN of no pushes."""
+        if not self.total:
+            return dict.fromkeys(("p50", "p90", "max", "mean"), math.nan)
+        return {"p50": self.quantile(0.5), "p90": self.quantile(0.9), "max": self.max, "mean": self.mean}
+
+
+class Stopwatch:
+    """Seconds by activity: ``with watch("push"): ...``.
+
+    Only one activity runs at a time.  An activity within another stops the outer one's clock, so that the seconds
+    add up to time that has passed once: the waiting inside a push counts as waiting.  For one thread.
+    """
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+        self._activities: dict[str, _Activity] = {}
+        self._running: list[str] = []
+        self._since = 0.0
+
+    def __call__(self, activity: str) -> _Activity:
+        """Return the context in which time counts for `activity`."""
+        context = self._activities.get(activity)
+        if context is None:
+            context = self._activities[activity] = _Activity(self, activity)
+            self._seconds.setdefault(activity, 0.0)
+        return context
+
+    def take(self, activities: Iterable[str] | None = None) -> dict[str, float]:
+        """Return the seconds of these activities, or of all so far, and let them count from zero again."""
+        if self._running:
+            now = time.perf_counter()
+            self._seconds[self._running[-1]] += now - self._since
+            self._since = now
+        taken = {}
+        for activity in list(self._seconds) if activities is None else activities:
+            taken[activity] = self._seconds.get(activity, 0.0)
+            self._seconds[activity] = 0.0
+        return taken
+
+
+class _Activity:
+    """The context manager of one activity; made once, for entering it is done several times a step."""
+
+    __slots__ = ("_activity", "_watch")
+
+    def __init__(self, watch: Stopwatch, activity: str) -> None:
+        self._watch, self._activity = watch, activity
+
+    def __enter__(self) -> None:
+        watch = self._watch
+        now = time.perf_counter()
+        if watch._running:
+            watch._seconds[watch._running[-1]] += now - watch._since
+        watch._running.append(self._activity)
+        watch._since = now
+
+    def __exit__(self, *exception: object) -> None:
+        watch = self._watch
+        now = time.perf_counter()
+        watch._seconds[watch._running.pop()] += now - watch._since
+        watch._since = now

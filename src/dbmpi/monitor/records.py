@@ -1,0 +1,345 @@
+"""Records of a run: what every rank's role reports, one line of JSON at a time.
+
+A run directory holds ``records/<role>-<number>.jsonl``, one file for each worker and each shard.  A file has one writer
+and only ever grows: a resumed run appends with a new session number.  A line is written by one system call, so that
+a reader beside the running job sees whole lines; what a crash has torn is skipped by the reader and closed by the
+next line.  Any tool that reads JSON lines reads the files (numbers that are not finite are written as null).
+
+Counters (``step``, ``samples``, ``version``, ``pushes``) count from the beginning of the session; everything else in a
+report is about the time since the report before.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import re
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any, BinaryIO, ClassVar
+
+from dbmpi.errors import UserError
+from dbmpi.monitor.measures import StalenessHistogram, Stopwatch
+
+__all__ = [
+    "EvaluationReport",
+    "Record",
+    "Recorder",
+    "Records",
+    "Report",
+    "ShardReport",
+    "StalenessHistogram",  # here too, for reports are made with it
+    "Stopwatch",
+    "WorkerReport",
+    "next_session",
+    "read_records",
+]
+
+Record = dict[str, Any]
+"""One line as read back: the fields of its report, and ``kind, role, number, session, time, elapsed``."""
+
+LONGEST_LINE = 1 << 20
+"""Bytes; a longer line is none of ours and is skipped, so that a stray file cannot fill the memory."""
+_TAIL = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerReport:
+    """What one worker did since its last report."""
+
+    kind: ClassVar[str] = "worker"
+    step: int
+    """Mini-batches of this client in this session."""
+    epoch: float
+    """Place in the stream: passes through the training samples by all replicas together, over all sessions."""
+    samples: int
+    """Training samples this client has learned from in this session."""
+    loss: float
+    """Mean over the samples since the last report."""
+    accuracy: float | None
+    """Fraction of those samples that were classified correctly, 0 to 1; None where the loss knows no classes."""
+    samples_per_second: float
+    """Since the last report."""
+    pushed_bytes: int
+    """Sent to the shards since the last report."""
+    fetched_bytes: int
+    """Taken from the shards since the last report."""
+    seconds: Mapping[str, float]
+    """Time since the last report by activity: ``compute, fetch, push, wait, data``."""
+    replica: int | None = None
+    """The replica it belongs to, where that is not the worker's own number."""
+    partition: int = 0
+    """Which partition of the replica it computes; only partition 0 counts for the replica's samples."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShardReport:
+    """What one shard did since its last report."""
+
+    kind: ClassVar[str] = "shard"
+    version: int
+    """Pushes that are in the parameters, over all sessions."""
+    pushes: int
+    """Pushes applied in this session."""
+    staleness: Mapping[str, float]
+    """``p50, p90, max, mean`` of the pushes since the last report, see :meth:`StalenessHistogram.summary`."""
+    staleness_histogram: Mapping[int, int]
+    """How many of the pushes since the last report had each staleness."""
+    queue: float
+    """Pushes that wait in the inbox."""
+    seconds: Mapping[str, float]
+    """Time since the last report by activity: ``apply, serve, idle``."""
+    applied_bytes: int
+    """Gradients applied since the last report."""
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationReport:
+    """The loss on held-out samples."""
+
+    kind: ClassVar[str] = "evaluation"
+    step: int
+    """Mini-batches of all replicas together in this session."""
+    epoch: float
+    """Place in the stream when the parameters were taken."""
+    loss: float
+    """Mean over the held-out samples."""
+    accuracy: float | None
+    """Fraction classified correctly, 0 to 1; None where the loss knows no classes."""
+    samples: int
+    """How many held-out samples were evaluated."""
+
+
+Report = WorkerReport | ShardReport | EvaluationReport
+_REPORTS: dict[str, type[Report]] = {report.kind: report for report in (WorkerReport, ShardReport, EvaluationReport)}
+
+
+class Recorder:
+    """Appends the reports of one rank's role to its file.
+
+    A disk that fills up later costs records, not the run: the first failure is warned about, and every later report
+    is tried again.
+
+    Parameters
+    ----------
+    directory
+        The run directory; made if missing.
+    role, number
+        Whose file it is, e.g. ``"worker", 0``.
+    session
+        Number of this start of the run, the same on all ranks: :func:`next_session`, asked by one rank and sent to
+        the others.  By default one more than the last session in this file.
+    started
+        Start of the session in unix seconds, the same on all ranks; by default now.
+
+    Raises
+    ------
+    UserError
+        If the file cannot be made or opened.
+    """
+
+    def __init__(
+        self, directory: Path, role: str, number: int, *, session: int | None = None, started: float | None = None
+    ) -> None:
+        if not re.fullmatch(r"[a-z]+", role) or number < 0:
+            raise ValueError(f"a role is a word and its number is not negative, got {role!r} and {number}")
+        self.role, self.number = role, number
+        self.path = directory / "records" / f"{role}-{number}.jsonl"
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+            tail = _tail(self._descriptor)
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: cannot write the records of the run there ({error.strerror}); "
+                "choose another run.directory or make this one writable"
+            ) from None
+        self.session = _last_session(tail) + 1 if session is None else session
+        # A clock that is set while the run goes on must not bend the curves: only the start is read from it.
+        self._zero = time.monotonic() - (0.0 if started is None else time.time() - started)
+        self._torn = bool(tail) and not tail.endswith(b"\n")
+        self._closed = self._warned = False
+
+    def write(self, report: Report) -> None:
+        """Append one line."""
+        if self._closed:
+            raise ValueError(f"{self.path}: the recorder is closed")
+        record: Record = {
+            "kind": report.kind,
+            "role": self.role,
+            "number": self.number,
+            "session": self.session,
+            "time": round(time.time(), 3),
+            "elapsed": round(time.monotonic() - self._zero, 3),
+        }
+        for field in dataclasses.fields(report):
+            record[field.name] = _jsonable(getattr(report, field.name))
+        line = json.dumps(record, allow_nan=False).encode() + b"\n"
+        if self._torn:
+            line = b"\n" + line
+        try:
+            written = os.write(self._descriptor, line)
+            self._torn = written < len(line)
+            if self._torn:  # a full disk takes what fits; the rest of the line says why
+                os.write(self._descriptor, line[written:])
+                self._torn = False
+        except OSError as error:
+            if not self._warned:
+                warnings.warn(f"{self.path}: records are being lost: {error.strerror}", RuntimeWarning, stacklevel=2)
+            self._warned = True
+
+    def close(self) -> None:
+        """Close the file; a second call does nothing."""
+        if not self._closed:
+            self._closed = True
+            os.close(self._descriptor)
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+class Records(list[Record]):
+    """The records of a run in the order of time, and in `skipped` how many lines were none."""
+
+    skipped: int = 0
+
+
+def read_records(directory: Path) -> Records:
+    """Read all records of the run in `directory`, sorted by session and time.
+
+    Lines that are torn, longer than `LONGEST_LINE`, not JSON, or not a record are skipped and counted.
+
+    Raises
+    ------
+    UserError
+        If `directory` is not the directory of a run, or its records cannot be read.
+    """
+    files = sorted((directory / "records").glob("*.jsonl"))
+    if not files:
+        what = (
+            "holds no records" if directory.is_dir() else "is not a directory" if directory.exists() else "is missing"
+        )
+        raise UserError(
+            f"{directory}: {what}; expected the directory of a run (run.directory of its configuration), "
+            "with records/worker-0.jsonl and the like in it"
+        )
+    records = Records()
+    for path in files:
+        try:
+            with path.open("rb") as file:
+                for line in _lines(file):
+                    record = _parse(line)
+                    if record is not None:
+                        records.append(record)
+                    elif line.strip():
+                        records.skipped += 1
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    records.sort(key=lambda record: (record["session"], record["time"]))
+    return records
+
+
+def next_session(directory: Path) -> int:
+    """Return the number of the session that starts now in a run directory: 1 in a new one.
+
+    Asked by one rank, before the first recorder is made, so that all ranks number alike.
+    """
+    last = 0
+    for path in (directory / "records").glob("*.jsonl"):
+        try:
+            with path.open("rb") as file:
+                last = max(last, _last_session(_tail(file.fileno())))
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    return last + 1
+
+
+def _jsonable(value: Any) -> Any:
+    """Return plain, finite JSON values for Python's and NumPy's numbers; 9 digits tell all float32 values apart."""
+    if isinstance(value, Mapping):
+        return {str(key): _jsonable(entry) for key, entry in value.items()}
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real):
+        return float(f"{float(value):.9g}") if math.isfinite(value) else None
+    assert value is None, f"a report holds numbers, not {value!r}"
+    return None
+
+
+def _tail(descriptor: int) -> bytes:
+    """Return the last bytes of a file."""
+    size = os.fstat(descriptor).st_size
+    return os.pread(descriptor, _TAIL, max(0, size - _TAIL))
+
+
+def _last_session(tail: bytes) -> int:
+    """Return the session of the last whole record in `tail`, 0 if there is none."""
+    for line in reversed(tail.splitlines()):
+        record = _parse(line)
+        if record is not None:
+            return int(record["session"])
+    return 0
+
+
+def _lines(file: BinaryIO) -> Iterator[bytes]:
+    """Yield the lines of a file, an overlong one as its beginning only."""
+    while line := file.readline(LONGEST_LINE):
+        rest = line
+        while not rest.endswith(b"\n") and (rest := file.readline(LONGEST_LINE)):
+            pass
+        yield line
+
+
+def _parse(line: bytes) -> Record | None:
+    """Return the record that a line holds, or None."""
+    try:
+        record = json.loads(line, parse_constant=lambda name: None, parse_float=_finite)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict):
+        return None
+    envelope = all(_is_number(record.get(key)) for key in ("time", "elapsed")) and all(
+        _is_number(record.get(key), int) for key in ("number", "session")
+    )
+    report = _REPORTS.get(str(record.get("kind")))
+    if not envelope or not isinstance(record.get("role"), str) or report is None:
+        return None
+    for field in dataclasses.fields(report):
+        if field.default is not dataclasses.MISSING:
+            record.setdefault(field.name, field.default)
+        elif field.name not in record:
+            return None
+        if not _fits(record[field.name], str(field.type)):
+            return None
+    return record
+
+
+def _finite(text: str) -> float | None:
+    """Read a float; one beyond the range, such as 1e999, counts as missing."""
+    value = float(text)
+    return value if math.isfinite(value) else None
+
+
+def _is_number(value: Any, kind: type[int | float] = float) -> bool:
+    """Whether a value from JSON is a number, or an integer that fits 64 bits."""
+    if isinstance(value, bool) or not isinstance(value, (int, kind)):
+        return False
+    return isinstance(value, float) or -(2**63) <= value < 2**63
+
+
+def _fits(value: Any, annotation: str) -> bool:
+    """Whether a value from JSON is what a field's annotation says; floats may be null, for they may be not finite."""
+    if annotation.startswith("Mapping"):
+        return isinstance(value, dict) and all(entry is None or _is_number(entry) for entry in value.values())
+    if annotation == "int":
+        return _is_number(value, int)
+    return value is None or _is_number(value)
