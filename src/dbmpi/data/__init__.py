@@ -1,1 +1,1 @@
-"""Data of dbmpi."""
+"""Samples to learn from: HDF5 files, the stream of batches, and importers that make such files."""

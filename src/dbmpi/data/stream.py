@@ -1,0 +1,184 @@
+"""The stream of batches: their order, how they are dealt to replicas, and what is left after an interruption.
+
+All batches of all epochs are numbered.  The samples of a batch follow from (seed, epoch) alone, and what has been
+learned is a frontier and a list of holes, so that a run goes on under any number of replicas and sees every
+batch exactly once.  Pure numbers: nothing here knows MPI or reads samples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import pairwise
+
+import numpy as np
+
+EPOCHS_KEPT = 2
+"""Permutations kept: around the end of an epoch, replicas still work on the one before."""
+
+
+class Order:
+    """Which samples make up each batch of a run.
+
+    An epoch is a permutation of all samples, cut into batches of `batch_size`; its last batch may be smaller.  Of a
+    fractional last epoch, the first batches are taken, rounded up.
+
+    Parameters
+    ----------
+    samples
+        Number of samples of the data.
+    batch_size
+        Samples of a batch.
+    epochs
+        Passes over the data; taken as the decimal number it is written as, so that 1.1 epochs of ten batches are
+        eleven batches.
+    seed
+        Seed of the run, 0 ... 2**63 - 1.
+
+    Raises
+    ------
+    ValueError
+        If a number is not positive and finite.
+    """
+
+    def __init__(self, samples: int, batch_size: int, epochs: float, seed: int) -> None:
+        if samples < 1 or batch_size < 1 or not (math.isfinite(epochs) and epochs > 0):
+            raise ValueError(
+                f"{samples} samples in batches of {batch_size} for {epochs} epochs make no stream; "
+                f"expected positive, finite numbers"
+            )
+        if not 0 <= seed < 2**63:
+            raise ValueError(f"the seed {seed} is not in 0 ... 2**63 - 1")
+        self.samples = samples
+        self.batch_size = batch_size
+        self.seed = seed
+        self.batches_per_epoch = -(-samples // batch_size)
+        self.batches = math.ceil(Fraction(repr(float(epochs))) * self.batches_per_epoch)
+        self._permutations: OrderedDict[int, np.ndarray] = OrderedDict()
+
+    def indices(self, batch_number: int) -> np.ndarray:
+        """Return the samples of a batch, int64 ``(samples of the batch,)``; all different."""
+        if not 0 <= batch_number < self.batches:
+            raise IndexError(f"batch {batch_number} is not one of the {self.batches} batches of the run")
+        epoch, place = divmod(batch_number, self.batches_per_epoch)
+        start = place * self.batch_size
+        return self._permutation(epoch)[start : start + self.batch_size].astype(np.int64)
+
+    def size(self, batch_number: int) -> int:
+        """Return the number of samples of a batch."""
+        place = batch_number % self.batches_per_epoch
+        return min(self.batch_size, self.samples - place * self.batch_size)
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        if epoch not in self._permutations:
+            # Sorting raw bits, rather than Generator.permutation: NumPy promises that the bits of a bit generator stay
+            # the same in all versions, and an order that changed in a resumed run would repeat some samples.
+            bits = np.random.Philox(key=np.array([self.seed, epoch], np.uint64)).random_raw(self.samples)
+            order = np.argsort(bits, kind="stable")
+            self._permutations[epoch] = order.astype(np.int32) if self.samples <= 2**31 else order
+        self._permutations.move_to_end(epoch)
+        while len(self._permutations) > EPOCHS_KEPT:
+            self._permutations.popitem(last=False)
+        return self._permutations[epoch]
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The batches that are still to be learned: `holes`, then `frontier` ... `total` - 1.
+
+    Raises
+    ------
+    ValueError
+        If the holes do not increase or do not lie below the frontier, or the frontier lies beyond the total.
+    """
+
+    total: int
+    """Batches of the whole run."""
+    frontier: int = 0
+    """No batch from here on has been learned."""
+    holes: tuple[int, ...] = ()
+    """Batches below the frontier that have not been learned, increasing."""
+
+    def __post_init__(self) -> None:
+        edges = (-1, *self.holes, self.frontier)
+        if self.frontier > self.total or any(left >= right for left, right in pairwise(edges)):
+            raise ValueError(
+                f"holes {self.holes[:8]} below the frontier {self.frontier} of {self.total} batches do not "
+                f"increase from 0 up to the frontier"
+            )
+
+    def __len__(self) -> int:
+        return len(self.holes) + self.total - self.frontier
+
+    def item(self, position: int) -> int:
+        """Return the number of the batch at a position, 0 ... len - 1, among those that are left."""
+        if not 0 <= position < len(self):
+            raise IndexError(f"position {position} is not one of the {len(self)} that are left")
+        if position < len(self.holes):
+            return self.holes[position]
+        return self.frontier + position - len(self.holes)
+
+    def dealt(self, replica: int, replicas: int, warmstart: int = 0) -> Iterator[int]:
+        """Yield the numbers of the batches that one of the replicas learns, in its order.
+
+        The first `warmstart` batches all go to replica 0, the others to the replicas in turn.
+        """
+        return map(self.item, self._positions(replica, replicas, warmstart))
+
+    def share(self, replica: int, replicas: int, warmstart: int = 0) -> int:
+        """Return how many batches :meth:`dealt` yields for a replica."""
+        alone, in_turn = self._positions_parts(replica, replicas, warmstart)
+        return len(alone) + len(in_turn)
+
+    def after(self, done: Sequence[int], warmstart: int = 0) -> Stream:
+        """Return what is left when each replica has learned the first `done` of the batches dealt to it.
+
+        Parameters
+        ----------
+        done
+            One count for every replica; their number and `warmstart` are those of the dealing.
+        warmstart
+            As in :meth:`dealt`.
+
+        Raises
+        ------
+        ValueError
+            If a replica has learned more batches than were dealt to it, or fewer than none.
+        """
+        replicas = len(done)
+        left: list[range] = []
+        end = 0  # one beyond the last position that has been learned
+        for replica, count in enumerate(done):
+            alone, in_turn = self._positions_parts(replica, replicas, warmstart)
+            if not 0 <= count <= len(alone) + len(in_turn):
+                raise ValueError(
+                    f"replica {replica} has learned {count} batches, but {len(alone) + len(in_turn)} were dealt to it"
+                )
+            rest = max(count - len(alone), 0)
+            left += [alone[count:], in_turn[rest:]]
+            if count:
+                end = max(end, (in_turn[rest - 1] if rest else alone[count - 1]) + 1)
+        # Holes at or beyond `end` were not reached: they stay holes, and the frontier stays where it is.
+        end = max(end, len(self.holes))
+        skipped = sorted(position for part in left for position in _below(part, end))
+        holes = tuple(self.item(position) for position in skipped)
+        return Stream(self.total, self.frontier + end - len(self.holes), holes)
+
+    def _positions(self, replica: int, replicas: int, warmstart: int) -> Iterator[int]:
+        for part in self._positions_parts(replica, replicas, warmstart):
+            yield from part
+
+    def _positions_parts(self, replica: int, replicas: int, warmstart: int) -> tuple[range, range]:
+        """Return a replica's positions: those of the warmstart, and those dealt in turn."""
+        if not 0 <= replica < replicas or warmstart < 0:
+            raise ValueError(f"replica {replica} of {replicas} with a warmstart of {warmstart} batches is impossible")
+        warm = min(warmstart, len(self))
+        return range(warm if replica == 0 else 0), range(warm + replica, len(self), replicas)
+
+
+def _below(positions: range, end: int) -> range:
+    """Return the positions smaller than `end`."""
+    return range(positions.start, min(positions.stop, max(end, positions.start)), positions.step)

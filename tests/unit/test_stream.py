@@ -1,0 +1,152 @@
+"""The stream of batches: every sample once an epoch, every batch once a run, whatever interrupts it."""
+
+import math
+from collections import Counter
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dbmpi.data.stream import Order, Stream
+
+GOLDEN = [[3, 5, 2, 9, 7, 0, 8, 6, 1, 4], [0, 6, 5, 3, 4, 9, 7, 8, 2, 1]]
+
+
+@given(
+    samples=st.integers(1, 200),
+    batch_size=st.integers(1, 250),
+    epochs=st.integers(1, 4),
+    seed=st.integers(0, 2**63 - 1),
+)
+def test_an_epoch_holds_every_sample_exactly_once(samples, batch_size, epochs, seed):
+    order = Order(samples, batch_size, epochs, seed)
+    assert order.batches == epochs * math.ceil(samples / batch_size)
+    for epoch in range(epochs):
+        first = epoch * order.batches_per_epoch
+        batches = [order.indices(number) for number in range(first, first + order.batches_per_epoch)]
+        assert [len(batch) for batch in batches] == [order.size(first + place) for place in range(len(batches))]
+        assert all(len(batch) == batch_size for batch in batches[:-1])
+        assert sorted(np.concatenate(batches).tolist()) == list(range(samples))
+        assert all(batch.dtype == np.int64 for batch in batches)
+
+
+def test_order_depends_on_seed_and_epoch_and_on_nothing_else():
+    order = Order(50, 50, 4, seed=7)
+    epochs = [order.indices(number) for number in range(4)]
+    # Out of turn, and after the cache has forgotten: the same again.
+    for number in (3, 0, 2, 1, 0):
+        np.testing.assert_array_equal(order.indices(number), epochs[number])
+        np.testing.assert_array_equal(Order(50, 50, 9, seed=7).indices(number), epochs[number])
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+    assert tuple(Order(50, 50, 4, seed=8).indices(0)) != tuple(epochs[0])
+    # The cut into batches does not change the order.
+    small = Order(50, 7, 1, seed=7)
+    np.testing.assert_array_equal(np.concatenate([small.indices(n) for n in range(small.batches)]), epochs[0])
+
+
+def test_order_is_the_one_of_earlier_versions():
+    """A resumed run must not reorder its epochs, whatever NumPy is installed: these were written down once."""
+    assert Order(10, 10, 2, seed=1).indices(0).tolist() == GOLDEN[0]
+    assert Order(10, 10, 2, seed=1).indices(1).tolist() == GOLDEN[1]
+
+
+def test_positions_are_evenly_shuffled():
+    """Each sample comes first about equally often (chi-squared, 9 degrees of freedom, p < 1e-6)."""
+    trials = 4000
+    order = Order(10, 10, trials, seed=3)
+    counts = Counter(int(order.indices(number)[0]) for number in range(trials))
+    expected = trials / 10
+    assert sum((counts[sample] - expected) ** 2 / expected for sample in range(10)) < 45
+
+
+@given(per_epoch=st.integers(1, 30), tenths=st.integers(1, 60))
+def test_fractional_epochs_are_decimal(per_epoch, tenths):
+    order = Order(per_epoch * 4, 4, tenths / 10, seed=0)
+    assert order.batches == math.ceil(Fraction(tenths, 10) * per_epoch)
+
+
+def test_fractional_epoch_takes_its_first_batches():
+    whole, part = Order(100, 10, 2, seed=5), Order(100, 10, 1.1, seed=5)
+    assert part.batches == 11
+    np.testing.assert_array_equal(part.indices(10), whole.indices(10))
+    with pytest.raises(IndexError):
+        part.indices(11)
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [(0, 1, 1.0, 0), (1, 0, 1.0, 0), (1, 1, 0.0, 0), (1, 1, math.inf, 0), (1, 1, math.nan, 0), (1, 1, 1.0, -1)],
+)
+def test_impossible_orders_are_refused(numbers):
+    with pytest.raises(ValueError, match=r"expected|not in"):
+        Order(*numbers)
+
+
+def test_dealing_in_turn_and_warmstart():
+    stream = Stream(10)
+    assert [list(stream.dealt(replica, 3)) for replica in range(3)] == [[0, 3, 6, 9], [1, 4, 7], [2, 5, 8]]
+    assert [list(stream.dealt(replica, 3, warmstart=2)) for replica in range(3)] == [[0, 1, 2, 5, 8], [3, 6, 9], [4, 7]]
+    assert list(stream.dealt(0, 2, warmstart=99)) == list(range(10))
+    assert list(stream.dealt(1, 2, warmstart=99)) == []
+
+
+def test_after_is_compact():
+    left = Stream(100).after([3, 1, 0])  # learned: 0, 3, 6 and 1
+    assert left == Stream(100, frontier=7, holes=(2, 4, 5))
+    assert [left.item(position) for position in range(5)] == [2, 4, 5, 7, 8]
+    # Nothing learned changes nothing, and everything learned leaves nothing.
+    assert left.after([0, 0, 0, 0]) == left
+    assert left.after([len(left)]) == Stream(100, frontier=100)
+
+
+@st.composite
+def _interruptions(draw):
+    total = draw(st.integers(0, 60))
+    runs = draw(
+        st.lists(st.tuples(st.integers(1, 9), st.integers(0, 12), st.randoms(use_true_random=False)), max_size=6)
+    )
+    return total, runs
+
+
+@given(_interruptions())
+def test_every_batch_is_learned_exactly_once(case):
+    """Any sequence of interruptions, with any number of replicas and any warmstart, each at any point."""
+    total, runs = case
+    stream, learned = Stream(total), []
+    for replicas, warmstart, random in runs:
+        dealt = [list(stream.dealt(replica, replicas, warmstart)) for replica in range(replicas)]
+        # The replicas' shares are a partition of what is left.
+        everything = sorted(number for share in dealt for number in share)
+        assert everything == sorted(stream.item(position) for position in range(len(stream)))
+        assert [len(share) for share in dealt] == [stream.share(r, replicas, warmstart) for r in range(replicas)]
+        done = [random.randint(0, len(share)) for share in dealt]
+        for share, count in zip(dealt, done, strict=True):
+            learned += share[:count]
+        stream = stream.after(done, warmstart)
+        # The naive twin: what is left is everything but what was learned, in increasing order.
+        assert [stream.item(position) for position in range(len(stream))] == sorted(set(range(total)) - set(learned))
+        # Nothing at or beyond the frontier is learned, and the one before it is (otherwise the holes are not compact).
+        assert stream.frontier == max(learned, default=-1) + 1
+    learned += stream.dealt(0, 1)
+    assert sorted(learned) == list(range(total))
+
+
+def test_long_streams_are_handled_without_listing_them():
+    stream = Stream(10**12).after([10**6, 10**6 - 3, 10**6])
+    assert len(stream.holes) == 3
+    assert stream.frontier == 3 * 10**6
+    assert next(stream.dealt(1, 2)) == stream.holes[1]
+
+
+def test_impossible_streams_are_refused():
+    for wrong in [{"frontier": 5}, {"frontier": 2, "holes": (2,)}, {"frontier": 2, "holes": (1, 0)}, {"holes": (-1,)}]:
+        with pytest.raises(ValueError, match="holes"):
+            Stream(4, **wrong)
+    with pytest.raises(ValueError, match="dealt"):
+        Stream(4).after([3, 0])
+    with pytest.raises(ValueError, match="impossible"):
+        list(Stream(4).dealt(2, 2))
+    with pytest.raises(IndexError):
+        Stream(4).item(4)
