@@ -1,1 +1,1 @@
-"""Checkpoint of dbmpi."""
+"""Checkpoints: one HDF5 file with whole, named arrays that any HDF5 tool reads (``docs/checkpoints.md``)."""

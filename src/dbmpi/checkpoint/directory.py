@@ -1,0 +1,144 @@
+"""The directory of a run's checkpoints: names, ``latest``, and what is deleted when.
+
+A file has its name only when it is whole: it is written under a temporary name, brought to disk, and renamed.
+``latest`` is a relative symbolic link, so that the directory can be moved; where a file system has no links it is a
+text file with the name in it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import socket
+import time
+from pathlib import Path
+
+LATEST = "latest"
+ABANDONED_SECONDS = 600.0
+"""A temporary file of an unknown process that nobody has written to for this long belongs to a killed run."""
+
+_NAME = re.compile(r"step-(\d{9,18})\.h5")
+_TEMPORARY = re.compile(r"\.(?:step-\d{9,18}\.h5|latest)\.(?P<host>.+)-(?P<process>\d{1,10})\.tmp")
+
+
+def checkpoint_path(run_directory: Path, step: int) -> Path:
+    """Return where a run puts the checkpoint of a step: ``<run_directory>/checkpoints/step-000000123.h5``."""
+    return run_directory / "checkpoints" / f"step-{step:09d}.h5"
+
+
+def checkpoints_directory(path: Path) -> Path:
+    """Return the directory with the checkpoints of a run directory, or `path` if it is that directory itself."""
+    below = path / "checkpoints"
+    return below if below.is_dir() else path
+
+
+def step_of(path: Path) -> int | None:
+    """Return the step in a checkpoint's name, or None where the name is none of ours."""
+    match = _NAME.fullmatch(path.name)
+    return int(match[1]) if match else None
+
+
+def checkpoints(directory: Path) -> list[Path]:
+    """Return the checkpoints in a directory, the last written first."""
+    found = []
+    for path in directory.iterdir():
+        step = step_of(path)
+        if step is not None:
+            try:
+                found.append((path.stat().st_mtime_ns, step, path))
+            except FileNotFoundError:  # deleted meanwhile by the run that writes here
+                continue
+    return [path for _, _, path in sorted(found, reverse=True)]
+
+
+def temporary_path(path: Path) -> Path:
+    """Return the name under which `path` is written: hidden, and of no other process."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
+
+
+def read_latest(directory: Path) -> Path | None:
+    """Return the file that ``latest`` names, whether it exists or not; None without a usable ``latest``."""
+    pointer = directory / LATEST
+    try:
+        if pointer.is_symlink():
+            name = os.readlink(pointer)
+        else:
+            with pointer.open("rb") as file:
+                name = file.read(256).decode("ascii").strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return directory / name if _NAME.fullmatch(name) else None
+
+
+def replace_latest(directory: Path, name: str) -> None:
+    """Let ``latest`` name the file `name`, at one stroke: a reader finds the old one or the new one."""
+    pointer = directory / LATEST
+    temporary = temporary_path(pointer)
+    temporary.unlink(missing_ok=True)
+    try:
+        temporary.symlink_to(name)
+    except (NotImplementedError, OSError) as error:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        temporary.write_text(name + "\n", encoding="ascii")
+        sync(temporary)
+    temporary.replace(pointer)
+
+
+def remove_older(newest: Path, keep: int) -> list[Path]:
+    """Delete the checkpoints beside `newest` but the `keep - 1` last written ones; return what was deleted."""
+    others = [path for path in checkpoints(newest.parent) if path.name != newest.name]
+    older = others[max(keep, 1) - 1 :]
+    for path in older:
+        path.unlink(missing_ok=True)
+    return older
+
+
+def clean(directory: Path) -> list[Path]:
+    """Delete the temporary files that killed runs have left in a directory of checkpoints; return their names.
+
+    Called before a run starts to write.  A file is left alone while the process that writes it may live: on this
+    host the process is looked up, on another one the file's last change decides.
+    """
+    removed: list[Path] = []
+    if not directory.is_dir():
+        return removed
+    for path in directory.iterdir():
+        match = _TEMPORARY.fullmatch(path.name)
+        if match and _is_abandoned(path, match["host"], int(match["process"])):
+            path.unlink(missing_ok=True)
+            removed.append(path)
+    return removed
+
+
+def _is_abandoned(path: Path, host: str, process: int) -> bool:
+    if host == socket.gethostname() and (process == os.getpid() or not _lives(process)):
+        return True
+    try:
+        return time.time() - path.lstat().st_mtime > ABANDONED_SECONDS
+    except FileNotFoundError:
+        return False
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def sync(path: Path) -> None:
+    """Bring a file, or the names in a directory, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems have no fsync for directories; there it is not needed either.
+        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):
+            raise
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,128 @@
+"""What a checkpoint file holds and where: format version 1.
+
+::
+
+    /                          attributes format = "dbmpi-checkpoint", format_version = 1
+    /parameters/<tensor>       float32 or float64, in the tensor's shape, e.g. /parameters/dense1/weights
+    /state/<vector>/<tensor>   state of the update rule, cut like the parameters, e.g. /state/accumulator/dense1/weights
+    /run/...                   description of the run and what it has done
+    /data/...                  position in the stream of batches
+
+Everything under ``/run`` and ``/data`` is a fixed-length UTF-8 string, an int64 scalar or an int64 list.
+The file has no variable-length types, references, filters or links, so that reading it can run no code
+and the size of everything is known before memory is taken for it.
+
+Nothing here imports NumPy, h5py or MPI.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+
+import dbmpi
+
+FORMAT = "dbmpi-checkpoint"
+FORMAT_VERSION = 1
+
+PARAMETERS = "parameters"
+"""Name of the vector that every checkpoint holds, and of its group."""
+TENSORS = "run/tensors"
+"""Names of the tensors in the order of the flat vector: HDF5 lists the members of a group by name."""
+LIBRARIES = "run/libraries"
+"""Group with one string, the version, for every library."""
+
+HDF5_ERRORS = (OSError, RuntimeError, ValueError, KeyError, TypeError)
+"""What h5py raises when HDF5 fails; which of them depends on where it failed."""
+
+TEXTS = {
+    "configuration": "run/configuration",
+    "created": "run/created",
+}
+"""Fields of :class:`CheckpointInfo` that are stored as a string, and where."""
+
+INTEGERS = {
+    "step": "run/step",
+    "samples": "run/samples",
+    "classes": "run/classes",
+    "shards": "run/topology/shards",
+    "replicas": "run/topology/replicas",
+    "partitions": "run/topology/partitions",
+    "frontier": "data/frontier",
+    "total": "data/total",
+}
+"""Fields that are stored as an int64 scalar, and where."""
+
+INTEGER_LISTS = {
+    "shard_versions": "run/shard_versions",
+    "input_shape": "run/input_shape",
+    "holes": "data/holes",
+    "done": "data/done",
+}
+"""Fields that are stored as a one-dimensional int64 array, and where."""
+
+
+def now() -> str:
+    """Return the time as ISO 8601 text in UTC, to the microsecond: as text it sorts like the time."""
+    return datetime.now(UTC).isoformat(timespec="microseconds")
+
+
+def library_versions(mpi_library: str = "") -> dict[str, str]:
+    """Return the versions of what the numbers of a run depend on.
+
+    Parameters
+    ----------
+    mpi_library : str
+        What ``MPI.Get_library_version()`` says; it is not asked for here, because that would start MPI.
+    """
+    versions = {"dbmpi": dbmpi.__version__}
+    for library in ("numpy", "h5py", "numba", "mpi4py"):
+        try:
+            versions[library] = version(library)
+        except PackageNotFoundError:
+            versions[library] = "not installed"
+    if mpi_library:
+        # Some MPIs add lines about their build, and one pads the text with NULs.
+        versions["mpi"] = mpi_library.strip("\0 \n").splitlines()[0]
+    return versions
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointInfo:
+    """All of a checkpoint but its arrays."""
+
+    configuration: str
+    """Effective description of the run, defaults included, as JSON text (:meth:`dbmpi.config.Run.to_json`)."""
+    step: int
+    """Steps of all clients together."""
+    samples: int
+    """Samples that these steps have learned from."""
+    shard_versions: tuple[int, ...]
+    """Applied pushes, per shard of the run that wrote the file."""
+    shards: int
+    """Topology of the run that wrote the file; a run of any other may go on from it."""
+    replicas: int
+    partitions: int
+    input_shape: tuple[int, ...]
+    """Shape of one sample, without the batch."""
+    classes: int
+    """Number of classes, or 0 where the targets are values."""
+    frontier: int
+    """All batches of the stream before this one have been learned, except `holes`."""
+    total: int
+    """Batches in the stream."""
+    holes: tuple[int, ...] = ()
+    """Batches before the frontier that have not been learned."""
+    done: tuple[int, ...] = ()
+    """Batches learned, per replica of the run that wrote the file."""
+    libraries: Mapping[str, str] = field(default_factory=library_versions)
+    """Versions by library; ``hdf5`` is added by the writer."""
+    created: str = field(default_factory=now)
+    """When the state was taken: ISO 8601 in UTC."""
+
+
+def group_of(vector: str) -> str:
+    """Return the group that holds a vector: ``parameters``, or ``state/<vector>`` for state of the rule."""
+    return PARAMETERS if vector == PARAMETERS else f"state/{vector}"

@@ -1,0 +1,143 @@
+"""Access to a checkpoint file that anybody may have made: everything is checked before memory is taken for it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import h5py
+import numpy as np
+
+from dbmpi.checkpoint import schema
+from dbmpi.paramserver.layout import Layout, Tensor
+
+LARGEST_TEXT = 2**24
+"""Bytes; a description of a run has a few thousand."""
+
+
+class Malformed(Exception):  # noqa: N818  (a finding, that the reader turns into a UserError)
+    """What is wrong with the file."""
+
+
+class UntrustedFile:
+    """Access to a file from anywhere: hard links and plain contiguous data only, never more bytes than the file has."""
+
+    def __init__(self, file: Any, file_size: int) -> None:
+        self._file = file
+        self._file_size = file_size
+        form = self._attribute("format")
+        if form != schema.FORMAT.encode():
+            raise Malformed(f"expected the attribute format = {schema.FORMAT!r}; is it a data file?")
+        number = self._attribute("format_version")
+        if number != schema.FORMAT_VERSION:
+            raise Malformed(f"it has format version {number}, this dbmpi reads version {schema.FORMAT_VERSION}")
+
+    def info(self) -> schema.CheckpointInfo:
+        """Return the description."""
+        fields: dict[str, Any] = {name: self._text(place) for name, place in schema.TEXTS.items()}
+        fields |= {name: self._integers(place, 0)[()].item() for name, place in schema.INTEGERS.items()}
+        fields |= {name: tuple(self._integers(place, 1).tolist()) for name, place in schema.INTEGER_LISTS.items()}
+        libraries = self._find(schema.LIBRARIES, h5py.Group)
+        fields["libraries"] = {name: self._text(f"{schema.LIBRARIES}/{name}") for name in libraries}
+        negative = [name for name in schema.INTEGERS if fields[name] < 0]
+        if negative:
+            raise Malformed(f"{schema.INTEGERS[negative[0]]} is negative")
+        return schema.CheckpointInfo(**fields)
+
+    def layout(self) -> Layout:
+        """Return the tensors of the parameters, in their order."""
+        dataset = self._plain(schema.TENSORS)
+        if dataset.dtype.kind != "S" or dataset.ndim != 1 or len(dataset) == 0:
+            raise Malformed(f"{schema.TENSORS}: expected a list of names")
+        names = [name.decode() for name in dataset[()]]
+        tensors = (Tensor(name, self._plain(f"{schema.PARAMETERS}/{name}").shape) for name in names)
+        return Layout(tuple(tensors))
+
+    def vectors(self) -> tuple[str, ...]:
+        """Return the names of the vectors, the parameters first."""
+        state = self._find("state", h5py.Group) if "state" in self._file else ()
+        return (schema.PARAMETERS, *state)
+
+    def arrays(self, layout: Layout, vectors: Sequence[str]) -> tuple[np.dtype[Any], dict[tuple[str, str], int]]:
+        """Return the type of the arrays and where in the file each one starts."""
+        offsets, kinds, total = {}, set(), 0
+        for vector in vectors:
+            for tensor in layout.tensors:
+                place = f"{schema.group_of(vector)}/{tensor.name}"
+                dataset = self._plain(place)
+                if dataset.shape != tensor.shape:
+                    raise Malformed(f"{place} has shape {dataset.shape}, the parameters have {tensor.shape}")
+                size = dataset.id.get_storage_size()
+                offset = dataset.id.get_offset() if size else 0
+                if offset is None or offset + size > self._file_size:
+                    raise Malformed(f"/{place} lies beyond the end of the file")
+                kinds.add(_element(place, dataset))
+                offsets[vector, tensor.name] = offset
+                total += size
+        if len(kinds) > 1:
+            raise Malformed("some of its arrays are float32 and some float64, expected only one of them")
+        # Many names for the same bytes would make a small file fill the memory.
+        if total > self._file_size:
+            raise Malformed(f"its arrays have {total} bytes and the file has {self._file_size}")
+        return kinds.pop(), offsets
+
+    def _find(self, place: str, kind: type) -> Any:
+        """Return an object of the file, going through hard links only: other links may lead to other files."""
+        node = self._file
+        for part in place.split("/"):
+            if not isinstance(node, h5py.Group) or part in ("", ".", "..") or part not in node:
+                raise Malformed(f"/{place} is missing")
+            if not isinstance(node.get(part, getlink=True), h5py.HardLink):
+                raise Malformed(f"/{place}: {part!r} is a link to somewhere else")
+            node = node[part]
+        if not isinstance(node, kind):
+            raise Malformed(f"/{place}: expected a {kind.__name__.lower()}, found a {type(node).__name__.lower()}")
+        return node
+
+    def _plain(self, place: str) -> Any:
+        """Return a dataset whose elements all lie in this file as they are."""
+        dataset = self._find(place, h5py.Dataset)
+        properties = dataset.id.get_create_plist()
+        if properties.get_layout() != h5py.h5d.CONTIGUOUS or properties.get_external_count() > 0:
+            raise Malformed(
+                f"/{place} is stored in chunks, elsewhere or virtually; expected contiguous data "
+                "(h5repack -l CONTI -f NONE makes it so)"
+            )
+        if dataset.shape is None or dataset.dtype.kind not in "fiS" or dataset.dtype.hasobject:
+            raise Malformed(f"/{place}: expected numbers or text of fixed length, found {dataset.dtype}")
+        stored, needed = dataset.id.get_storage_size(), math.prod(dataset.shape) * dataset.dtype.itemsize
+        if stored != needed or needed > self._file_size:
+            raise Malformed(f"/{place} needs {needed} bytes, {stored} of the file's {self._file_size} are its own")
+        return dataset
+
+    def _attribute(self, name: str) -> Any:
+        if name not in self._file.attrs:
+            return None
+        attribute = self._file.attrs.get_id(name)
+        if attribute.shape != () or attribute.dtype.kind not in "iS" or attribute.get_storage_size() > 256:
+            raise Malformed(f"the attribute {name} is not a number or a short text")
+        value = np.empty((), dtype=attribute.dtype)
+        attribute.read(value)
+        return value[()]
+
+    def _text(self, place: str) -> str:
+        dataset = self._plain(place)
+        if dataset.dtype.kind != "S" or dataset.shape != () or dataset.dtype.itemsize > LARGEST_TEXT:
+            raise Malformed(f"/{place}: expected text of at most {LARGEST_TEXT} bytes")
+        return bytes(dataset[()]).decode("utf-8")
+
+    def _integers(self, place: str, dimensions: int) -> np.ndarray:
+        dataset = self._plain(place)
+        if dataset.dtype.kind != "i" or dataset.ndim != dimensions:
+            raise Malformed(f"/{place}: expected integers with {dimensions} axes")
+        return np.asarray(dataset[()], dtype=np.int64)
+
+
+def _element(place: str, dataset: Any) -> np.dtype[Any]:
+    """Return the type of an array, if its bytes can be used as they are."""
+    stored = dataset.id.get_type()
+    for native, dtype in ((h5py.h5t.NATIVE_FLOAT, np.float32), (h5py.h5t.NATIVE_DOUBLE, np.float64)):
+        if stored == native:
+            return np.dtype(dtype)
+    raise Malformed(f"/{place} is {dataset.dtype}, expected float32 or float64 in the byte order of this machine")
