@@ -1,0 +1,147 @@
+"""What the progress of a run looks like: as a line of text, and as a bar drawn by Rich."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What is shown; see :meth:`Progress.update`."""
+
+    total: int
+    epochs: float | None
+    samples: int = 0
+    loss: float = math.nan
+    accuracy: float | None = None
+    rate: float = 0.0
+    staleness: float | None = None
+    elapsed: float = 0.0
+
+    @property
+    def fraction(self) -> float:
+        """How much is done, 0 to 1."""
+        return min(max(self.samples / self.total, 0.0), 1.0) if self.total > 0 else 1.0
+
+    @property
+    def remaining(self) -> float | None:
+        """Seconds that the rest will take at the present rate, if that can be said."""
+        left = self.total - self.samples
+        return left / self.rate if self.rate > 0 and math.isfinite(self.rate) and left > 0 else None
+
+    @property
+    def place(self) -> str:
+        """The epoch, or else the percentage."""
+        if self.epochs is None:
+            return f"{100 * self.fraction:3.0f} %"
+        total = f"{self.epochs:g}"
+        return f"epoch {self.epochs * self.fraction:{len(total) + 2}.1f}/{total}"
+
+
+def line(state: State) -> str:
+    """Return the state as plain text of at most 80 columns in all usual cases."""
+    parts = [f"{_duration(state.elapsed):>7}", state.place, f"loss {digits(state.loss)}"]
+    if state.accuracy is not None:
+        parts.append(f"accuracy {100 * state.accuracy:.1f} %")
+    parts.append(f"{_grouped(state.rate)} samples/s")
+    if state.staleness is not None:
+        parts.append(f"staleness {state.staleness:.1f}")
+    return "  ".join(parts)
+
+
+class Bar:
+    """The bar as Rich draws it: one line, so that another rank's output can never be drawn over."""
+
+    def __init__(self, state: Callable[[], State]) -> None:
+        self._state = state
+
+    def __rich_console__(self, console: object, options: object) -> Iterator[object]:
+        from rich.console import Console, ConsoleOptions
+        from rich.progress_bar import ProgressBar
+        from rich.text import Text
+
+        assert isinstance(console, Console)
+        assert isinstance(options, ConsoleOptions)
+        state = self._state()
+        columns = max(1, options.max_width - 1)  # a full last column makes some terminals begin a new line
+        place, width, facts = _fit(state, columns)
+        text = Text(place, no_wrap=True, overflow="crop", end="")
+        if width:
+            bar = ProgressBar(total=1.0, completed=state.fraction, width=width)
+            drawn = Text.assemble(*((part.text, part.style or "") for part in console.render(bar, options)))
+            drawn.truncate(width, pad=True)
+            text.append(" ").append_text(drawn)
+        for label, value in facts:
+            text.append("  ").append(label, style="dim").append(value)
+        text.truncate(columns)
+        yield text
+
+
+def _fit(state: State, columns: int) -> tuple[str, int, list[tuple[str, str]]]:
+    """Return the place, the bar's width and the facts (label, value) that fit into a line of `columns`.
+
+    Words are written out where there is room; with less, facts go from the last to the first, then the bar.
+    """
+    remaining = state.remaining
+    clock = f"{_duration(remaining)} left" if remaining is not None else f"in {_duration(state.elapsed)}"
+    wide: list[tuple[str, str]] = [("loss ", digits(state.loss))]
+    narrow = list(wide)
+    if state.accuracy is not None:
+        wide.append(("accuracy ", f"{100 * state.accuracy:.1f} %"))
+        narrow.append(("acc ", f"{100 * state.accuracy:.1f}%"))
+    wide.append(("", f"{_grouped(state.rate)} samples/s"))
+    narrow.append(("", f"{_short(state.rate)}/s"))
+    if state.staleness is not None:
+        wide.append(("staleness ", f"{state.staleness:.1f}"))
+        narrow.append(("stale ", f"{state.staleness:.1f}"))
+    order = [("", clock), *narrow]  # what is given up last comes first
+    choices = [(state.place, [*wide, ("", clock)], 20), (state.place, [*narrow, ("", clock)], 8)]
+    percentage = f"{100 * state.fraction:3.0f} %"
+    for count in range(len(order) - 1, -1, -1):
+        kept = order[:count]
+        choices.append((percentage, kept[1:] + kept[:1], 8))
+    for place, facts, least in choices:
+        width = columns - len(place) - 1 - sum(2 + len(label) + len(value) for label, value in facts)
+        if width >= least:
+            return place, min(width, 60), facts
+    return percentage.strip(), 0, []
+
+
+def digits(value: float) -> str:
+    """Return a loss with four digits, in six columns where possible."""
+    if not math.isfinite(value):
+        return f"{value:6}"
+    return f"{value:6.4f}" if 0.001 <= abs(value) < 10 or value == 0 else f"{value:6.4g}"
+
+
+def _grouped(value: float) -> str:
+    """Return a rate as 12,345."""
+    return f"{value:,.0f}" if math.isfinite(value) else "?"
+
+
+def _short(value: float) -> str:
+    """Return a rate in five columns: 12.3k."""
+    if not math.isfinite(value):
+        return "    ?"
+    for factor, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        scaled = value / factor
+        if scaled >= 0.9995:
+            return (
+                f"{scaled:4.2f}{unit}"
+                if scaled < 9.995
+                else f"{scaled:4.1f}{unit}"
+                if scaled < 99.95
+                else f"{scaled:4.0f}{unit}"
+            )
+    return f"{value:5.0f}"
+
+
+def _duration(seconds: float) -> str:
+    """Return a time as 0:42, 12:34, 1:02:03 or 3 d 04:05:06."""
+    whole = int(min(seconds, 1e9))
+    hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
+    if hours >= 100:
+        return f"{hours // 24} d {hours % 24:02}:{minutes:02}:{rest:02}"
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,222 @@
+"""How far a run is, for the people who watch: a live bar on a terminal, lines now and then elsewhere.
+
+A rank of a parallel run writes to a pipe, even where its launcher writes to a terminal.  Such a launcher sets
+``DBMPI_PROGRESS=bar`` and ``COLUMNS``, and the bar is drawn through the pipe.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Literal, TextIO
+
+from dbmpi.monitor.display import Bar, State, digits, line
+
+if TYPE_CHECKING:
+    from rich.live import Live
+
+Mode = Literal["auto", "bar", "lines", "none"]
+
+_LINE_SECONDS = 5.0
+_DRAW_SECONDS = 0.1
+
+
+class Progress:
+    """Shows the progress of one run; a context manager that ends in :meth:`finish`.
+
+    Never in the way of the run: when the terminal or the pipe is gone, it falls silent.
+
+    Parameters
+    ----------
+    total_samples
+        Training samples that the whole run is to learn from, all epochs and replicas together.
+    mode
+        ``bar``, ``lines``, ``none`` (silent), or ``auto``: what ``DBMPI_PROGRESS`` says, or else a bar on a terminal
+        and lines elsewhere.
+    stream
+        Where to write; by default standard output.
+    epochs
+        Passes through the training samples that make up `total_samples`, to be shown if given.
+    """
+
+    def __init__(
+        self, total_samples: int, mode: Mode = "auto", stream: TextIO | None = None, *, epochs: float | None = None
+    ) -> None:
+        self._stream = sys.stdout if stream is None else stream
+        self._mode = _choose(mode, self._stream)
+        self._state = State(total_samples, epochs)
+        self._live: Live | None = None
+        self._shown_at = -math.inf
+        self._shown = self._state
+        self._started = time.monotonic()
+
+    @property
+    def mode(self) -> Mode:
+        """What is done: ``bar``, ``lines`` or ``none``."""
+        return self._mode
+
+    def update(
+        self,
+        samples: int,
+        loss: float,
+        accuracy: float | None,
+        samples_per_second: float,
+        staleness_mean: float | None,
+    ) -> None:
+        """Show the present state, unless the last one was shown a moment ago; cheap enough for every poll.
+
+        Parameters
+        ----------
+        samples
+            Training samples learned from so far, those of earlier sessions included.
+        loss, accuracy
+            Recent means; `accuracy` from 0 to 1, or None or NaN where the loss knows no classes.
+        samples_per_second
+            All replicas together.
+        staleness_mean
+            Mean staleness of recent pushes; None or NaN if there were none.
+        """
+        if self._mode == "none":
+            return
+        now = time.monotonic()
+        self._state = State(
+            self._state.total,
+            self._state.epochs,
+            samples,
+            loss,
+            _known(accuracy),
+            samples_per_second,
+            _known(staleness_mean),
+            now - self._started,
+        )
+        if now - self._shown_at >= (_DRAW_SECONDS if self._mode == "bar" else _LINE_SECONDS):
+            self._shown_at = now
+            self._show()
+
+    def message(self, text: str) -> None:
+        """Print a line, above the bar if there is one; nothing in the mode ``none``."""
+        if self._mode == "none":
+            return
+        with self._if_heard():
+            text = _encodable(text, self._stream)
+            if self._live is None:
+                self._stream.write(text + "\n")
+                self._stream.flush()
+            else:
+                from rich.text import Text
+
+                self._live.console.print(Text(text), soft_wrap=True)
+
+    def evaluation(self, epoch: float, loss: float, accuracy: float | None, samples: int | None = None) -> None:
+        """Print the result of an evaluation on `samples` held-out samples."""
+        parts = [f"epoch {epoch:.4g}", f"test loss {digits(loss)}"]
+        if (accuracy := _known(accuracy)) is not None:
+            parts.append(f"test accuracy {100 * accuracy:.2f} %")
+        if samples is not None:
+            parts.append(f"{samples:,} samples")
+        self.message("   ".join(parts))
+
+    def finish(self) -> None:
+        """Show the last state and leave it standing; a second call does nothing."""
+        if self._mode != "none" and self._shown is not self._state:
+            self._show()
+        if self._live is not None:
+            with self._if_heard():
+                self._live.stop()
+        self._live, self._mode = None, "none"
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.finish()
+
+    def _show(self) -> None:
+        self._shown = self._state
+        if self._mode == "lines":
+            self.message(line(self._state))
+            return
+        with self._if_heard():
+            if self._live is None:
+                self._live = _open_live(self._stream, lambda: self._state)
+            self._live.refresh()
+
+    @contextmanager
+    def _if_heard(self) -> Iterator[None]:
+        """Fall silent when nobody is there to read any more."""
+        try:
+            yield
+        except OSError as error:
+            self._live, self._mode = None, "none"
+            if error.errno in (errno.EPIPE, errno.EIO):
+                _discard_rest(self._stream)
+        except ValueError:
+            if not getattr(self._stream, "closed", False):
+                raise
+            self._live, self._mode = None, "none"
+
+
+def _choose(mode: Mode, stream: TextIO | None) -> Mode:
+    """Return the mode that ``auto`` stands for, and what is possible on this stream."""
+    if stream is None or getattr(stream, "closed", False):
+        return "none"
+    wish = os.environ.get("DBMPI_PROGRESS", "")
+    if mode == "auto" and wish in ("bar", "lines", "none"):
+        mode = wish  # type: ignore[assignment]
+    if mode == "auto":
+        mode = "bar" if stream.isatty() else "lines"
+    if mode == "bar" and os.environ.get("TERM", "").lower() in ("dumb", "unknown"):
+        mode = "lines"
+    return mode
+
+
+def _open_live(stream: TextIO, state: Callable[[], State]) -> Live:
+    """Start a live display of the bar; without a thread, for it is drawn from the updates."""
+    from rich.console import Console
+    from rich.live import Live
+
+    class Terminal(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError(errno.EPIPE, "nobody reads the progress any more")
+
+        def show_cursor(self, show: bool = True) -> bool:
+            # A run may be killed at any time, and would leave a terminal without a cursor behind.
+            return False
+
+    terminal = Terminal(file=stream, force_terminal=True, legacy_windows=False)
+    live = Live(
+        Bar(state),  # type: ignore[arg-type]
+        console=terminal,
+        auto_refresh=False,
+        redirect_stdout=False,
+        redirect_stderr=False,
+    )
+    live.start()
+    return live
+
+
+def _discard_rest(stream: TextIO) -> None:
+    """Send what a dead pipe still has in its buffer to nowhere, lest Python fail over it when it ends."""
+    try:
+        descriptor = stream.fileno()
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, descriptor)
+        os.close(nowhere)
+    except (OSError, ValueError):
+        return  # not a file of the system's: nothing will be flushed either
+
+
+def _known(value: float | None) -> float | None:
+    """Return the value, or None for one that says nothing."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _encodable(text: str, stream: TextIO) -> str:
+    """Return the text with what the stream cannot encode replaced by question marks."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return text.encode(encoding, "replace").decode(encoding)
