@@ -71,19 +71,20 @@ def read_latest(directory: Path) -> Path | None:
     return directory / name if _NAME.fullmatch(name) else None
 
 
-def replace_latest(directory: Path, name: str) -> None:
-    """Let ``latest`` name the file `name`, at one stroke: a reader finds the old one or the new one."""
-    pointer = directory / LATEST
+def replace_latest(path: Path) -> None:
+    """Let ``latest`` name the file `path` beside it, at one stroke: a reader finds the old one or the new one."""
+    pointer = path.with_name(LATEST)
     temporary = temporary_path(pointer)
     temporary.unlink(missing_ok=True)
     try:
-        temporary.symlink_to(name)
+        temporary.symlink_to(path.name)
     except (NotImplementedError, OSError) as error:
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise
-        temporary.write_text(name + "\n", encoding="ascii")
+        temporary.write_text(path.name + "\n", encoding="ascii")
         sync(temporary)
     temporary.replace(pointer)
+    sync(path.parent)
 
 
 def remove_older(newest: Path, keep: int) -> list[Path]:

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import errno
-import shutil
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import h5py
 import numpy as np
 from numpy.typing import DTypeLike
 
 from dbmpi.checkpoint import directory, schema
-from dbmpi.checkpoint.schema import HDF5_ERRORS
-from dbmpi.checkpoint.storage import NewFile
+from dbmpi.checkpoint.arrayfile import ArrayFile
 from dbmpi.errors import RunFailed, UserError
 from dbmpi.paramserver.layout import Layout
 
@@ -43,11 +41,6 @@ class CheckpointWriter:
     RunFailed
         If the disk has no room for the file.  This and every later failure leaves no file behind, and the
         checkpoints that are there already untouched.
-
-    Notes
-    -----
-    The arrays are contiguous in the file and get their place at once, so that a write is one plain write of the
-    operating system at an offset, see :mod:`dbmpi.checkpoint.storage`.
     """
 
     def __init__(
@@ -58,16 +51,21 @@ class CheckpointWriter:
         self.dtype = np.dtype(dtype)
         _check_names(layout, vectors)
         self._written = {vector: Coverage() for vector in vectors}
-        self._temporary = directory.temporary_path(path)
-        self._storage: NewFile | None = None
-        self._file: Any = None
-        self._offsets: dict[tuple[str, str], int] = {}
-        self._open()
         try:
-            self._check_room()
-            self._create()
-        except HDF5_ERRORS as error:
-            self._fail(error)
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"{path.parent}: checkpoints cannot be written here: {error.strerror}; "
+                "expected a directory that can be made and written to"
+            ) from error
+        with self._naming_the_last():
+            self._file = ArrayFile(path)
+            self._file.set_attribute("format", schema.FORMAT)
+            self._file.set_attribute("format_version", schema.FORMAT_VERSION)
+            for vector in vectors:
+                for tensor in layout.tensors:
+                    self._file.create(f"{schema.group_of(vector)}/{tensor.name}", tensor.shape, self.dtype)
+            self._file.check_room()
 
     def write(self, vector: str, start: int, values: np.ndarray) -> None:
         """Write `values` (n,), of the file's dtype, to the positions ``start ... start + n`` of a vector.
@@ -79,17 +77,14 @@ class CheckpointWriter:
         stop = start + len(values)
         if start < 0 or stop > self.layout.size:
             raise ValueError(f"the range [{start}, {stop}) is not within the vector of {self.layout.size} elements")
-        storage = self._require_open()
         written = self._written[vector]
         values = np.ascontiguousarray(values)
         position = 0
-        try:
+        with self._naming_the_last():
             for tensor, first, last in self.layout.pieces(start, stop):
                 part = values[position : position + last - first]
-                storage.write_at(self._offsets[vector, tensor.name] + first * self.dtype.itemsize, part)
+                self._file.write(f"{schema.group_of(vector)}/{tensor.name}", first, part)
                 position += last - first
-        except OSError as error:
-            self._fail(error)
         written.add(start, stop)
 
     def commit(self, info: schema.CheckpointInfo, keep: int | None = None) -> Path:
@@ -104,40 +99,26 @@ class CheckpointWriter:
         RunFailed
             If the disk is full or fails.
         """
-        storage = self._require_open()
         for vector, written in self._written.items():
             missing = written.first_gap(self.layout.size)
             if missing is not None:
                 self.abort()
                 raise ValueError(f"{self.path}: elements [{missing[0]}, {missing[1]}) of {vector!r} were never written")
-        try:
+        with self._naming_the_last():
+            # Written last, so that a file without a description is known to be partial.
             _write_info(self._file, self.layout, info)
-            self._file.close()
-            storage.check()
-            storage.sync()
-            self._temporary.replace(self.path)
-            storage.close()
-            self._storage = None
-            directory.sync(self.path.parent)
-            directory.replace_latest(self.path.parent, self.path.name)
-            directory.sync(self.path.parent)
+            self._file.commit()
+        try:
+            directory.replace_latest(self.path)
             if keep is not None:
                 directory.remove_older(self.path, keep)
-        except HDF5_ERRORS as error:
-            self._fail(error)
+        except OSError as error:
+            raise RunFailed(f"{self.path}: is whole, but its directory could not be updated: {error}") from error
         return self.path
 
     def abort(self) -> None:
         """Remove the temporary file; without effect after a commit or another abort."""
-        if self._storage is None:
-            return
-        storage, self._storage = self._storage, None
-        try:
-            self._temporary.unlink(missing_ok=True)
-        finally:
-            if self._file is not None:
-                self._file.close()
-            storage.close()
+        self._file.abort()
 
     def __enter__(self) -> Self:
         return self
@@ -147,60 +128,15 @@ class CheckpointWriter:
     ) -> None:
         self.abort()
 
-    def _open(self) -> None:
+    @contextmanager
+    def _naming_the_last(self) -> Iterator[None]:
+        """Say, where a checkpoint fails, which one is left."""
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._storage = NewFile(self._temporary)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                self._fail(error)
-            raise UserError(
-                f"{self.path.parent}: checkpoints cannot be written here: {error.strerror}; "
-                "expected a directory that can be made and written to"
-            ) from error
-
-    def _require_open(self) -> NewFile:
-        if self._storage is None:
-            raise ValueError(f"{self.path}: the checkpoint is committed or aborted already")
-        return self._storage
-
-    def _check_room(self) -> None:
-        needed = self.layout.size * self.dtype.itemsize * len(self._written)
-        free = shutil.disk_usage(self.path.parent).free
-        if free < needed:
-            self._fail(
-                OSError(errno.ENOSPC, f"{needed / 2**20:.1f} MiB are needed and {free / 2**20:.1f} MiB are free")
-            )
-
-    def _create(self) -> None:
-        """Create the arrays; the rest follows in the commit, so that a file without it is known to be partial."""
-        # Version 1.8 of the format has checksums over all that is not array; every HDF5 since 2008 reads it.
-        # Aligned arrays are written in whole pages.
-        self._file = h5py.File(
-            self._storage, "w", libver=("v108", "v110"), alignment_threshold=65536, alignment_interval=4096
-        )
-        self._file.attrs.create("format", schema.FORMAT, dtype=_text_type(schema.FORMAT))
-        self._file.attrs.create("format_version", schema.FORMAT_VERSION, dtype=np.int64)
-        properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-        properties.set_layout(h5py.h5d.CONTIGUOUS)
-        properties.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
-        properties.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-        element = h5py.h5t.py_create(self.dtype)
-        for vector in self._written:
-            top = self._file.require_group(schema.group_of(vector))
-            for tensor in self.layout.tensors:
-                *groups, name = tensor.name.split("/")
-                group = top.require_group("/".join(groups)) if groups else top
-                space = h5py.h5s.create_simple(tensor.shape) if tensor.shape else h5py.h5s.create(h5py.h5s.SCALAR)
-                dataset = h5py.h5d.create(group.id, name.encode(), element, space, dcpl=properties)
-                self._offsets[vector, tensor.name] = dataset.get_offset() or 0  # None where there are no elements
-
-    def _fail(self, error: Exception) -> None:
-        """Remove what was written and raise RunFailed."""
-        self.abort()
-        latest = directory.read_latest(self.path.parent)
-        kept = f"the last checkpoint is {latest}" if latest else "there is no earlier checkpoint"
-        raise RunFailed(f"{self.path}: the checkpoint could not be written: {error}; {kept}") from error
+            yield
+        except RunFailed as error:
+            latest = directory.read_latest(self.path.parent)
+            kept = f"the last checkpoint is {latest}" if latest else "there is no earlier checkpoint"
+            raise RunFailed(f"{error}; {kept}") from error
 
 
 class Coverage:
@@ -251,25 +187,9 @@ def _check_names(layout: Layout, vectors: Sequence[str]) -> None:
             raise ValueError(f"the name of a vector has no '/': {vector!r}")
 
 
-def _write_info(file: Any, layout: Layout, info: schema.CheckpointInfo) -> None:
-    for name, place in schema.TEXTS.items():
-        _write_text(file, place, getattr(info, name))
-    for name, place in schema.INTEGERS.items():
-        file.create_dataset(place, data=np.int64(getattr(info, name)))
-    for name, place in schema.INTEGER_LISTS.items():
-        file.create_dataset(place, data=np.array(getattr(info, name), dtype=np.int64))
-    hdf5 = {"hdf5": h5py.version.hdf5_version}
-    for library, text in {**info.libraries, **hdf5}.items():
-        _write_text(file, f"{schema.LIBRARIES}/{library}", text)
-    names = [tensor.name.encode() for tensor in layout.tensors]
-    longest = h5py.string_dtype("utf-8", max(map(len, names)))
-    file.create_dataset(schema.TENSORS, data=np.array(names, dtype=longest))
-
-
-def _write_text(file: Any, place: str, text: str) -> None:
-    file.create_dataset(place, data=text.encode(), dtype=_text_type(text))
-
-
-def _text_type(text: str) -> Any:
-    """Return a type of fixed length: unlike a variable one it lies in the dataset, and says how much to read."""
-    return h5py.string_dtype("utf-8", max(len(text.encode()), 1))
+def _write_info(file: ArrayFile, layout: Layout, info: schema.CheckpointInfo) -> None:
+    for name, place in (schema.TEXTS | schema.INTEGERS | schema.INTEGER_LISTS).items():
+        file.put(place, getattr(info, name))
+    for library, text in {**info.libraries, "hdf5": h5py.version.hdf5_version}.items():
+        file.put(f"{schema.LIBRARIES}/{library}", text)
+    file.put(schema.TENSORS, [tensor.name.encode() for tensor in layout.tensors])

@@ -1,0 +1,96 @@
+"""A trained network from its checkpoint, to evaluate it and to predict with it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from pydantic import ValidationError
+
+from dbmpi.checkpoint.reader import Checkpoint
+from dbmpi.checkpoint.schema import CheckpointInfo
+from dbmpi.config import NetworkSection, explain
+from dbmpi.data.source import Source
+from dbmpi.errors import UserError
+from dbmpi.network import Network
+
+
+@dataclass(frozen=True)
+class TrainedNetwork:
+    """A network and its parameters, as a checkpoint describes them."""
+
+    path: Path
+    """The checkpoint."""
+    notice: str
+    """Empty, or why this checkpoint was taken instead of the latest one."""
+    info: CheckpointInfo
+    section: NetworkSection
+    network: Network
+    parameters: np.ndarray
+    """All parameters, float32 (network.layout.size,)."""
+
+    @property
+    def units(self) -> int:
+        """Number of outputs."""
+        return self.section.layers[-1].units
+
+    def expect(self, source: Source, *, targets: bool) -> None:
+        """Raise UserError unless samples of a data file, and where asked their targets, suit the network."""
+        info = self.info
+        if source.input_shape != info.input_shape:
+            raise UserError(
+                f"{source.path}: samples have shape {source.input_shape}, but the network in {self.path} was trained "
+                f"on {info.input_shape}; expected the same"
+            )
+        if not targets:
+            return
+        if not source.has_targets:
+            raise UserError(f"{source.path}: has no dataset 'targets' to compare the outputs with")
+        if info.classes == 0:
+            source.expect(self.units, self.section.loss)
+        elif source.classes is None:
+            raise UserError(
+                f"{source.path}: the targets are {source.target_size} values a sample, but the network in {self.path} "
+                f"was trained on {info.classes} classes; expected integers from 0 to {info.classes - 1}"
+            )
+        elif source.classes > info.classes:
+            raise UserError(
+                f"{source.path}: has {source.classes} classes, but the network in {self.path} was trained on "
+                f"{info.classes}; expected no class that is not trained"
+            )
+
+
+def load(path: Path) -> TrainedNetwork:
+    """Read the network of a checkpoint, or of the latest checkpoint of a run directory.
+
+    Raises
+    ------
+    UserError
+        If there is no whole checkpoint, or it does not describe a network that its arrays fit.
+    """
+    with Checkpoint.open(path) as checkpoint:
+        info = checkpoint.info
+        section = _network_section(checkpoint.path, info.configuration)
+        targets = "classes" if info.classes else "values"
+        # The seed is only for initial weights.
+        network = Network(section, info.input_shape, 0, targets=targets)
+        checkpoint.expect(network.layout)
+        return TrainedNetwork(
+            checkpoint.path, checkpoint.notice, info, section, network, checkpoint.parameters(np.float32)
+        )
+
+
+def _network_section(path: Path, configuration: str) -> NetworkSection:
+    """Return the description of the network alone: the rest may be of another version of dbmpi."""
+    try:
+        described = json.loads(configuration)["network"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise UserError(
+            f"{path}: the run was not described with a [network]; evaluate it with the program that trained it"
+        ) from None
+    try:
+        return NetworkSection.model_validate(described)
+    except ValidationError as error:
+        raise UserError(explain(error, NetworkSection, str(path))) from None

@@ -1,0 +1,189 @@
+"""``dbmpi inspect``: the numbers are those of the arrays, and files from strangers do no harm."""
+
+import argparse
+import json
+import math
+import tracemalloc
+
+import h5py
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+from unit.checkpoint_files import LAYOUT, write
+
+from dbmpi.checkpoint import statistics
+from dbmpi.checkpoint.directory import checkpoint_path
+from dbmpi.checkpoint.statistics import Statistics
+from dbmpi.cli import inspect
+from dbmpi.errors import UserError
+
+floats = st.floats(-100, 100, width=32) | st.sampled_from([math.nan, math.inf])
+
+
+def show(capsys, path, as_json=False) -> str:
+    assert inspect.run(argparse.Namespace(path=path, json=as_json)) == 0
+    return capsys.readouterr().out
+
+
+@settings(max_examples=50)
+@given(
+    parts=st.lists(
+        arrays.arrays(np.float32, st.integers(0, 40), elements=floats),
+        max_size=5,
+    ),
+    offset=st.sampled_from([0, 10_000]),
+)
+def test_statistics_in_pieces_are_those_of_the_whole(parts, offset):
+    found = Statistics()
+    for part in parts:
+        found.add(part + np.float32(offset))
+    whole = np.concatenate([np.empty(0, np.float32), *parts]) + np.float32(offset)
+    finite = whole[np.isfinite(whole)].astype(np.float64)
+    assert (found.count, found.non_finite) == (len(whole), len(whole) - len(finite))
+    if len(finite) == 0:
+        assert math.isnan(found.minimum)
+        assert math.isnan(found.deviation)
+    else:
+        assert found.minimum == finite.min()
+        assert found.maximum == finite.max()
+        assert found.mean == pytest.approx(finite.mean(), rel=1e-12, abs=1e-12)
+        assert found.deviation == pytest.approx(finite.std(), rel=1e-6, abs=1e-6)
+
+
+@given(shape=st.lists(st.integers(0, 7), max_size=4).map(tuple), elements=st.integers(1, 50))
+def test_boxes_cover_an_array_once(shape, elements):
+    count = np.zeros(shape, int)
+    for box in statistics._boxes(shape, elements):
+        assert count[box].size <= elements
+        count[box] += 1
+    assert (count == 1).all()
+
+
+def test_a_run_directory(tmp_path, capsys):
+    for step in (1, 20, 300):
+        write(tmp_path, step)
+    checkpoint_path(tmp_path, 1).write_bytes(b"torn")
+    text = show(capsys, tmp_path)
+    assert "step-000000001.h5  cannot be read" in text
+    assert "step-000000020.h5" in text
+    for line in (
+        "step         300",
+        "samples      15,744",
+        "stream       118 of 1,000 batches learned; missing before batch 120: 7, 118",
+        "topology     2 shards, 3 replicas of 1 partitions",
+        "inputs       28 x 28",
+        "run.seed = 1",
+        "mpi MPICH Version: 4.3",
+    ):
+        assert line in text
+    found = json.loads(show(capsys, tmp_path, as_json=True))
+    assert found["kind"] == "run"
+    assert [brief["name"][-6:-3] for brief in found["checkpoints"]] == ["001", "020", "300"]
+    assert found["newest"]["step"] == 300
+    assert found["newest"]["configuration"]["run"] == {"seed": 1}
+
+
+def test_a_checkpoint(tmp_path, capsys):
+    path = write(tmp_path)
+    with h5py.File(path, "r+") as file:
+        file["parameters/dense2/bias"][1:3] = (np.nan, np.inf)
+    found = json.loads(show(capsys, path, as_json=True))
+    assert found["kind"] == "checkpoint"
+    by_name = {array["name"]: array for array in found["arrays"]}
+    assert len(by_name) == 2 * len(LAYOUT.tensors)
+    assert by_name["dense2/bias"]["non_finite"] == 2
+    assert by_name["dense2/bias"]["mean"] == np.mean([35, 38, 39])
+    expected = np.arange(1040, 1055)
+    weights = by_name["accumulator: dense1/weights"]
+    assert weights["shape"] == [3, 5]
+    assert (weights["min"], weights["max"], weights["mean"]) == (1040, 1054, expected.mean())
+    assert weights["std"] == pytest.approx(expected.std())
+    (line,) = (line for line in show(capsys, path).splitlines() if line.startswith("  dense2/bias"))
+    assert line.split() == ["dense2/bias", "5", "float32", "35", "37.33", "39", "1.7", "2"]
+
+
+def test_a_fallback_is_said(tmp_path, capsys):
+    write(tmp_path, 1)
+    write(tmp_path, 2).unlink()
+    assert "note: " in show(capsys, tmp_path)
+
+
+def make_data(path):
+    with h5py.File(path, "w") as file:
+        file.attrs["format"] = "dbmpi-data"
+        file.attrs["ratio"] = np.nan
+        file["inputs"] = np.arange(5 * 28 * 28, dtype=np.float32).reshape(5, 28, 28)
+        targets = file.create_dataset("targets", data=np.arange(5, dtype=np.int32), chunks=(2,), compression="gzip")
+        targets.attrs["classes"] = 5
+        file["more/bytes"] = np.array([0, 255], np.uint8)
+
+
+def test_a_data_file(tmp_path, capsys):
+    make_data(tmp_path / "data.h5")
+    found = json.loads(show(capsys, tmp_path / "data.h5", as_json=True))
+    assert found["kind"] == "data"
+    assert found["attributes"]["format"] == "dbmpi-data"
+    by_name = {array["name"]: array for array in found["arrays"]}
+    assert by_name["inputs"]["max"] == 5 * 28 * 28 - 1
+    assert by_name["targets"]["mean"] == 2
+    assert by_name["targets"]["attributes"] == {"classes": 5}
+    assert by_name["more/bytes"]["std"] == 127.5
+    text = show(capsys, tmp_path / "data.h5")
+    assert "5 x 28 x 28" in text
+    assert "classes = 5" in text
+
+
+def test_what_cannot_be_read_is_said(tmp_path, capsys):
+    path = tmp_path / "data.h5"
+    with h5py.File(path, "w") as file:
+        file["control \x1b[31m"] = "text"
+        file.create_dataset("unstored", (10**9, 10**6), "f4")
+        file.create_dataset("sparse", (10**9,), "f4", chunks=(1000,), compression="gzip")[5] = 1
+        file.create_dataset("elsewhere", (5,), "f4", external=[("/etc/passwd", 0, 20)])
+        file["linked"] = h5py.ExternalLink("/etc/passwd", "/x")
+        file["empty"] = np.zeros((0, 3))
+        file["round/trip"] = file["/"]
+    text = show(capsys, path)
+    assert "\x1b" not in text
+    assert text.count("not all of it was written") == 2
+    assert "lie in other files" in text
+    found = json.loads(show(capsys, path, as_json=True))
+    assert {array["name"] for array in found["arrays"]} == {
+        "control \x1b[31m",
+        "unstored",
+        "sparse",
+        "elsewhere",
+        "empty",
+    }
+
+
+@pytest.mark.parametrize("text", ["no JSON", '{"a": NaN}', '{"a": ' + "9" * 5000 + "}", "[" * 100_000, '"\\u001b[2J"'])
+def test_any_configuration_is_shown(tmp_path, capsys, text):
+    path = write(tmp_path, configuration=text)
+    assert "\x1b" not in show(capsys, path)
+    json.loads(show(capsys, path, as_json=True))
+
+
+def test_memory_is_bounded(tmp_path):
+    path = tmp_path / "data.h5"
+    with h5py.File(path, "w") as file:
+        file["wide"] = np.ones((2, 16 * 2**20), np.float32)
+        file["flat"] = np.ones(32 * 2**20, np.float32)
+    tracemalloc.start()
+    try:
+        assert [array["mean"] for array in inspect.describe(path)["arrays"]] == [1, 1]
+        assert tracemalloc.get_traced_memory()[1] < 40 * 2**20
+    finally:
+        tracemalloc.stop()
+
+
+def test_neither_one_nor_the_other(tmp_path):
+    (tmp_path / "text.h5").write_text("hello")
+    with pytest.raises(UserError, match="not an HDF5 file"):
+        inspect.describe(tmp_path / "text.h5")
+    with pytest.raises(UserError, match="no such file"):
+        inspect.describe(tmp_path / "missing.h5")
+    with pytest.raises(UserError, match="no checkpoint that can be read"):
+        inspect.describe(tmp_path)
