@@ -1,0 +1,66 @@
+"""The command line: finds the command, and turns errors into messages and exit codes.
+
+Exit codes: 0 done, 2 the user's mistake, 1 a failure; 128 + n after signal n, with a checkpoint.
+A command is a module of this package with `SUMMARY`, `add_arguments` and `run`; it imports what it needs when it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+
+import dbmpi
+from dbmpi.errors import RunFailed, UserError
+
+COMMANDS = ("train", "launch", "evaluate", "predict", "inspect", "plot", "data", "doctor")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return the exit code."""
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    parser = _parser(words)
+    parsed = parser.parse_args(words)
+    try:
+        return int(parsed.run(parsed))
+    except (UserError, RunFailed) as error:
+        _say(error)
+        return 2 if isinstance(error, UserError) else 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader of our output, e.g. `head`, has seen enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
+    """Return the parser; only the command that is asked for adds its arguments, so that help comes at once."""
+    parser = argparse.ArgumentParser(
+        prog="dbmpi", description="DistBelief on MPI: train networks over a sharded parameter server."
+    )
+    parser.add_argument("--version", action="version", version=f"dbmpi {dbmpi.__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    asked = next((word for word in words if not word.startswith("-")), None)
+    for name in COMMANDS:
+        module: ModuleType = importlib.import_module(f"dbmpi.cli.{name}")
+        command = commands.add_parser(name, help=module.SUMMARY, description=module.SUMMARY)
+        if name == asked:
+            module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    return parser
+
+
+def _say(error: Exception) -> None:
+    """Print a message once: on the rank that has something to say, and where all have the same, on the first."""
+    if "dbmpi.runtime.world" in sys.modules:
+        from dbmpi.runtime import world
+
+        if isinstance(error, world.ToldElsewhere):
+            return
+    elif any(os.environ.get(name, "0") not in ("", "0") for name in ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK")):
+        return
+    sys.stderr.write(f"dbmpi: {error}\n")

@@ -1,0 +1,240 @@
+"""The lead: shard 0, which keeps the order of a run.
+
+It shows progress, lets the workers pause for a checkpoint and writes it, releases them after the warmstart, and ends the run
+when all have finished or a signal asked for it.  It acts on messages and on the clock, and never waits for a worker.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from dataclasses import dataclass
+from enum import Enum, auto
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from mpi4py import MPI
+
+from dbmpi.checkpoint.directory import checkpoint_path
+from dbmpi.checkpoint.schema import CheckpointInfo, library_versions
+from dbmpi.checkpoint.writer import CheckpointWriter
+from dbmpi.config import Run
+from dbmpi.data.stream import Stream
+from dbmpi.monitor.progress import Progress
+from dbmpi.monitor.records import EvaluationReport, Recorder, StalenessHistogram
+from dbmpi.objective import Outcome
+from dbmpi.optim.shard import collect
+from dbmpi.paramserver.layout import Layout
+from dbmpi.paramserver.server import Tally
+from dbmpi.runtime.orders import Kind, Mailbox, Message, Role
+from dbmpi.topology import Plan
+
+if TYPE_CHECKING:
+    from dbmpi.optim.shard import Shard
+
+
+class _State(Enum):
+    RUNNING = auto()
+    PAUSED = auto()
+    FINISHED = auto()
+
+
+@dataclass(frozen=True)
+class Begin:
+    """Where a session begins: at zero, or where the checkpoint that it goes on from was taken."""
+
+    stream: Stream
+    """The batches that are left."""
+    warmstart: int = 0
+    """Batches that replica 0 is to learn alone."""
+    step: int = 0
+    """Steps of all replicas in earlier sessions."""
+    samples: int = 0
+    """Samples behind these steps."""
+    done: tuple[int, ...] = ()
+    """Steps of each replica in earlier sessions; empty if they had another number of replicas."""
+
+
+class Lead:
+    """Keeps the order of a run.
+
+    Attributes
+    ----------
+    ended
+        Whether training is over.
+    stopped_by
+        Number of the signal that ended it early; 0 if it ran to its end.
+    checkpoint
+        The last checkpoint written.
+    steps, samples
+        What all replicas have taken and learned from in this session, as far as it is applied.
+    staleness
+        Of all pushes of this session that shard 0 has applied.
+    """
+
+    def __init__(
+        self,
+        comm: MPI.Intracomm,
+        run: Run,
+        plan: Plan,
+        layout: Layout,
+        ranges: tuple[range, ...],
+        begin: Begin,
+        *,
+        mailbox: Mailbox,
+        recorder: Recorder,
+        progress: Progress,
+        input_shape: tuple[int, ...],
+        classes: int,
+        samples_per_epoch: int,
+        batches_per_epoch: int,
+    ) -> None:
+        self._comm = comm
+        self._run = run
+        self._plan = plan
+        self._layout = layout
+        self._ranges = ranges
+        self._begin = begin
+        self._mailbox = mailbox
+        self._recorder = recorder
+        self._progress = progress
+        self._input_shape = input_shape
+        self._classes = classes
+        self._samples_per_epoch = samples_per_epoch
+        self._batches_per_epoch = batches_per_epoch
+        self._states = [_State.RUNNING] * plan.replicas
+        self._learned = [0] * plan.replicas
+        self._pausing = False
+        self._checkpointed = time.monotonic()
+        self.steps = 0
+        self.samples = 0
+        self.staleness = StalenessHistogram()
+        self.ended = False
+        self.stopped_by = 0
+        self.checkpoint: Path | None = None
+
+    def hear(self, message: Message) -> None:
+        """Take in what a worker or another shard says."""
+        kind, values = message.kind, message.values
+        if kind in (Kind.PAUSED, Kind.FINISHED):
+            replica = self._replica(message.source)
+            self._learned[replica] = values[0]
+            self._states[replica] = _State.PAUSED if kind == Kind.PAUSED else _State.FINISHED
+        elif kind == Kind.WARM:
+            self._tell_workers(Kind.RELEASE)
+        elif kind == Kind.STOP_ASKED and not self.stopped_by:
+            self.stopped_by = values[0]
+            name = signal.Signals(self.stopped_by).name
+            self._progress.message(f"{name}: the run ends after the current steps, with a checkpoint")
+            self._tell_workers(Kind.STOP)
+        elif kind == Kind.EVALUATION:
+            loss = float(np.array([values[3]], np.int64).view(np.float64)[0])
+            self.evaluated(Outcome(values[1], loss, values[2]), values[0] / self._batches_per_epoch)
+
+    def look(self, shard: Shard) -> bool:
+        """Act on what has been heard and on the clock; return whether anything was done."""
+        if self.ended:
+            return False
+        if all(state == _State.FINISHED for state in self._states):
+            self._write_checkpoint(shard)
+            self._tell_workers(Kind.END)
+            for rank in self._plan.shard_ranks:
+                self._mailbox.send(rank, Role.SHARD, Kind.END)
+            self.ended = True
+            return True
+        if self._pausing:
+            if any(state == _State.RUNNING for state in self._states):
+                return False
+            self._write_checkpoint(shard)
+            self._pausing = False
+            self._states = [_State.RUNNING if s == _State.PAUSED else s for s in self._states]
+            self._tell_workers(Kind.GO)
+            return True
+        every = self._run.checkpoint.every_seconds
+        if every and not self.stopped_by and time.monotonic() - self._checkpointed >= every:
+            self._pausing = True
+            self._tell_workers(Kind.PAUSE)
+            return True
+        return False
+
+    def advance(self, tally: Tally, seconds: float) -> None:
+        """Show what was learned in the last `seconds`."""
+        outcome = tally.outcome
+        self.steps += tally.steps
+        self.samples += outcome.samples
+        self.staleness.merge(tally.staleness)
+        if outcome.samples:
+            self._progress.update(
+                self._begin.samples + self.samples,
+                outcome.mean_loss,
+                outcome.accuracy,
+                outcome.samples / max(seconds, 1e-9),
+                tally.staleness.mean,
+            )
+
+    def evaluated(self, outcome: Outcome, epoch: float) -> None:
+        """Record and show an evaluation on the test data."""
+        self._recorder.write(
+            EvaluationReport(
+                step=self.steps,
+                epoch=epoch,
+                loss=outcome.mean_loss,
+                accuracy=outcome.accuracy,
+                samples=outcome.samples,
+            )
+        )
+        self._progress.evaluation(epoch, outcome.mean_loss, outcome.accuracy, outcome.samples)
+
+    @property
+    def epoch(self) -> float:
+        """Passes through the training samples by all replicas together, over all sessions."""
+        return (self._begin.samples + self.samples) / self._samples_per_epoch
+
+    def _replica(self, rank: int) -> int:
+        return self._plan.worker_ranks.index(rank) // self._plan.partitions
+
+    def _tell_workers(self, kind: Kind) -> None:
+        """Send an order to all workers who can still obey."""
+        for replica, state in enumerate(self._states):
+            if state != _State.FINISHED or kind == Kind.END:
+                rank = self._plan.worker_ranks[replica * self._plan.partitions]
+                self._mailbox.send(rank, Role.WORKER, kind)
+
+    def _write_checkpoint(self, shard: Shard) -> None:
+        """Write the state of all shards, which are at rest, into one file."""
+        shard.report()
+        begin, replicas, vectors = self._begin, self._plan.replicas, shard.vectors()
+        steps = begin.step + self.steps
+        left = begin.stream.after(self._learned, begin.warmstart)
+        earlier = begin.done or (0,) * replicas
+        versions = [shard.version] * self._plan.shards
+        dtype = vectors["parameters"].dtype
+        for rank in self._plan.shard_ranks[1:]:
+            self._mailbox.send(rank, Role.SHARD, Kind.CHECKPOINT)
+        path = checkpoint_path(self._run.run.directory, steps)
+        with CheckpointWriter(path, self._layout, tuple(vectors), dtype) as writer:
+            for name, values in vectors.items():
+                writer.write(name, self._ranges[0].start, values)
+            for other, rank in enumerate(self._plan.shard_ranks[1:], 1):
+                versions[other], pieces = collect(self._comm, rank, self._ranges[other], tuple(vectors), dtype)
+                for name, start, values in pieces:
+                    writer.write(name, start, values)
+            info = CheckpointInfo(
+                configuration=self._run.to_json(),
+                step=steps,
+                samples=begin.samples + self.samples,
+                shard_versions=tuple(versions),
+                shards=self._plan.shards,
+                replicas=replicas,
+                partitions=self._plan.partitions,
+                input_shape=self._input_shape,
+                classes=self._classes,
+                frontier=left.frontier,
+                total=left.total,
+                holes=left.holes,
+                done=tuple(before + now for before, now in zip(earlier, self._learned, strict=True)),
+                libraries=library_versions(MPI.Get_library_version()),
+            )
+            self.checkpoint = writer.commit(info, self._run.checkpoint.keep)
+        self._checkpointed = time.monotonic()

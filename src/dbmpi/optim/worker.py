@@ -1,0 +1,227 @@
+"""A worker's duties around the optimizer's loop: obey the lead, load batches, report, evaluate."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from dbmpi.config import Run
+from dbmpi.data.source import Source
+from dbmpi.data.stream import Order
+from dbmpi.errors import RunFailed
+from dbmpi.monitor.records import Recorder, Stopwatch, WorkerReport
+from dbmpi.objective import Batch, Objective, Outcome
+from dbmpi.paramserver.client import Client
+from dbmpi.runtime import waiting
+from dbmpi.runtime.orders import Kind, Mailbox, Role
+from dbmpi.runtime.world import StopSignal
+
+_ACTIVITIES = ("compute", "fetch", "push", "wait", "data")
+
+
+class Worker:
+    """Accompanies the loop of one worker (the `Watcher` of :func:`dbmpi.optim.downpour.downpour`).
+
+    Parameters
+    ----------
+    run
+        The description of the run.
+    number
+        Number of this worker's replica.
+    released
+        Whether this worker may begin at once; otherwise it waits for the end of the warmstart.
+    warm_steps
+        Steps after which this worker tells the lead that the warmstart is over; 0 for never.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        number: int,
+        *,
+        objective: Objective,
+        client: Client,
+        mailbox: Mailbox,
+        lead: int,
+        order: Order,
+        train: Source,
+        test: Source | None,
+        recorder: Recorder,
+        stop: StopSignal,
+        serve: Callable[[], bool] | None,
+        released: bool,
+        warm_steps: int,
+    ) -> None:
+        self.stopwatch = Stopwatch()
+        self._run = run
+        self._number = number
+        self._objective = objective
+        self._client = client
+        self._mailbox = mailbox
+        self._lead = lead
+        self._order = order
+        self._train = train
+        self._test = test
+        self._recorder = recorder
+        self._stop = stop
+        self._serve = serve
+        self._released = released
+        self._warm_steps = warm_steps
+        self._stopping = False
+        self._stop_told = False
+        self._ended = False
+        self._paused = False
+        self._batch = 0
+        self._steps = 0
+        self._learned = 0
+        self._samples = 0
+        self._recent = Outcome(0, 0.0, 0)
+        self._reported = time.monotonic()
+        self._moved_bytes = (0, 0)
+        self._next_evaluation = run.monitor.evaluate_epochs
+
+    # What the loop asks for
+
+    def proceed(self) -> bool:
+        """Serve this rank's shard, obey the lead's orders, and return whether to take another step."""
+        self._serve_and_obey()
+        while (self._paused or not self._released) and not self._stopping:
+            with self.stopwatch("wait"):
+                if self._paused:
+                    self._rest()
+                else:
+                    waiting.until(self._may_move, "the end of the warmstart", serve=self._serve_and_obey, longest_nap=0.02)
+        return not self._stopping
+
+    def load(self, number: int) -> Batch:
+        """Return a batch of the stream."""
+        self._batch = number
+        return self._train.batch(self._order.indices(number))
+
+    def stepped(self, outcome: Outcome) -> None:
+        """Count a step; a loss that is not finite ends the run before its gradient is pushed."""
+        if not math.isfinite(outcome.loss):
+            raise RunFailed(
+                f"the loss is {outcome.loss / outcome.samples} at step {self._steps} of replica {self._number} (batch {self._batch} of the "
+                f"stream).  The last checkpoint is kept; lower optimizer.learning_rate ({self._run.optimizer.learning_rate}), or "
+                f"look for extreme values in {self._run.data.train}"
+            )
+        self._steps += 1
+        self._samples += outcome.samples
+        self._recent = self._recent.plus(outcome)
+
+    def pushed(self, steps: int) -> None:
+        """Count what is learned, report when it is time, and evaluate when replica 0 comes to the next epoch."""
+        self._learned += steps
+        if self._warm_steps and self._learned >= self._warm_steps:
+            self._warm_steps = 0
+            self._client.settle()
+            self._mailbox.send(self._lead, Role.SHARD, Kind.WARM)
+        if time.monotonic() - self._reported >= self._run.monitor.report_seconds:
+            self._report()
+        every = self._run.monitor.evaluate_epochs
+        epoch = self._epoch
+        if self._number == 0 and every and epoch >= self._next_evaluation:
+            self._next_evaluation = (epoch // every + 1) * every
+            if self._test is not None and self._batch + 1 < self._order.batches:
+                self._evaluate_now()
+
+    # The end
+
+    def finish(self) -> int:
+        """Say that all is pushed and applied, and stay until the lead ends training; return the batches learned."""
+        self._report()
+        self._mailbox.send(self._lead, Role.SHARD, Kind.FINISHED, self._learned)
+        waiting.until(lambda: self._ended, "the end of training", serve=self._serve_and_obey, longest_nap=0.01)
+        return self._learned
+
+    def evaluate(self, source: Source, part: int, parts: int) -> Outcome:
+        """Return the outcome of one of `parts` shares of a source at the shards' present parameters."""
+        parameters = np.empty(self._objective.layout.size, np.float32)
+        self._client.fetch(parameters)
+        return evaluate(self._objective, parameters, source, self._run.optimizer.batch_size, part, parts, self._serve)
+
+    # Helpers
+
+    @property
+    def _epoch(self) -> float:
+        return (self._batch + 1) / self._order.batches_per_epoch
+
+    def _serve_and_obey(self) -> bool:
+        moved = self._serve() if self._serve is not None else False
+        if self._stop.number and not self._stop_told:
+            self._stop_told = True
+            self._mailbox.send(self._lead, Role.SHARD, Kind.STOP_ASKED, self._stop.number)
+        while (message := self._mailbox.receive()) is not None:
+            moved = True
+            if message.kind == Kind.PAUSE:
+                self._paused = True
+            elif message.kind == Kind.GO:
+                self._paused = False
+            elif message.kind == Kind.RELEASE:
+                self._released = True
+            elif message.kind == Kind.STOP:
+                self._stopping = True
+            elif message.kind == Kind.END:
+                self._ended = True
+        return moved
+
+    def _may_move(self) -> bool:
+        return self._released or self._paused or self._stopping
+
+    def _rest(self) -> None:
+        """Come to rest, say so, and wait until the lead lets this worker go on."""
+        self._client.settle()
+        self._mailbox.send(self._lead, Role.SHARD, Kind.PAUSED, self._learned)
+        waiting.until(lambda: not self._paused or self._stopping, "a checkpoint", serve=self._serve_and_obey)
+
+    def _evaluate_now(self) -> None:
+        assert self._test is not None
+        with self.stopwatch("wait"):
+            outcome = self.evaluate(self._test, 0, 1)
+        bits = int(np.array([outcome.loss]).view(np.int64)[0])
+        self._mailbox.send(
+            self._lead, Role.SHARD, Kind.EVALUATION, self._batch + 1, outcome.samples, outcome.correct, bits
+        )
+
+    def _report(self) -> None:
+        now = time.monotonic()
+        pushed, fetched = self._client.pushed_bytes, self._client.fetched_bytes
+        recent = self._recent
+        if recent.samples:
+            self._recorder.write(
+                WorkerReport(
+                    step=self._steps,
+                    epoch=self._epoch,
+                    samples=self._samples,
+                    loss=recent.mean_loss,
+                    accuracy=recent.accuracy,
+                    samples_per_second=recent.samples / max(now - self._reported, 1e-9),
+                    pushed_bytes=pushed - self._moved_bytes[0],
+                    fetched_bytes=fetched - self._moved_bytes[1],
+                    seconds=self.stopwatch.take(_ACTIVITIES),
+                )
+            )
+        self._reported, self._recent, self._moved_bytes = now, Outcome(0, 0.0, 0), (pushed, fetched)
+
+
+def evaluate(
+    objective: Objective,
+    parameters: np.ndarray,
+    source: Source,
+    batch_size: int,
+    part: int = 0,
+    parts: int = 1,
+    serve: Callable[[], bool] | None = None,
+) -> Outcome:
+    """Return the outcome of every `parts`-th batch of a source, beginning with number `part`."""
+    total = Outcome(0, 0.0, 0)
+    for start in range(part * batch_size, source.samples, parts * batch_size):
+        indices = np.arange(start, min(start + batch_size, source.samples))
+        total = total.plus(objective.evaluate(parameters, source.batch(indices)))
+        if serve is not None:
+            serve()
+    return total

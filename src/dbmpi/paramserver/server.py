@@ -1,0 +1,164 @@
+"""A shard: it owns a range of the parameters and applies the gradients that arrive in its inbox.
+
+The shard looks whether a client has posted a chunk, applies the rule to the part of its range that the chunk covers, and tells the
+client that the slot is free again.  It never waits, so that a rank which is also a worker can call :meth:`Server.poll` between
+two steps and while it waits.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import NamedTuple
+
+import numpy as np
+
+from dbmpi.monitor.records import StalenessHistogram
+from dbmpi.objective import Outcome
+from dbmpi.paramserver.memory import HEADER_WORDS, Memory
+from dbmpi.paramserver.rules import Rule, State
+from dbmpi.paramserver.window import Window
+
+
+class Header(NamedTuple):
+    """What a client says about a chunk; eight 64-bit words."""
+
+    start: int
+    """First element of the shard's range that the chunk covers."""
+    length: int
+    """Elements of the chunk."""
+    last: int
+    """1 for the last chunk of a push to this shard."""
+    fetched: int
+    """Version of the shard that the client's parameters came from."""
+    samples: int
+    """Samples behind the push."""
+    correct: int
+    """Of these, samples classified correctly; -1 if that has no meaning."""
+    loss: float
+    """Sum of the losses of the samples."""
+    steps: int
+    """Steps whose gradients were accrued."""
+
+    def pack(self) -> np.ndarray:
+        """Return the eight words."""
+        words = np.empty(HEADER_WORDS, np.int64)
+        words[:] = (self.start, self.length, self.last, self.fetched, self.samples, self.correct, 0, self.steps)
+        words[6:7].view(np.float64)[0] = self.loss
+        return words
+
+    @classmethod
+    def unpack(cls, words: np.ndarray) -> Header:
+        """Read what :meth:`pack` wrote."""
+        numbers = [int(word) for word in words]
+        return cls(*numbers[:6], float(words[6:7].view(np.float64)[0]), numbers[7])
+
+
+class Tally:
+    """What a shard has done since the last :meth:`take`."""
+
+    def __init__(self) -> None:
+        self.pushes = 0
+        self.steps = 0
+        self.applied_bytes = 0
+        self.apply_seconds = 0.0
+        self.deepest_queue = 0
+        self.staleness = StalenessHistogram()
+        self.outcome = Outcome(0, 0.0, 0)
+
+    def add(self, header: Header, staleness: int) -> None:
+        """Count a whole push."""
+        self.pushes += 1
+        self.steps += header.steps
+        self.staleness.add(staleness)
+        self.outcome = self.outcome.plus(Outcome(header.samples, header.loss, header.correct))
+
+
+class Server:
+    """The work of one shard.
+
+    Parameters
+    ----------
+    window
+        The window of all ranks.
+    memory
+        What lies where in this rank's window.
+    shard
+        Number of this shard.
+    clients
+        World rank of each client.
+    rule
+        How gradients are applied.
+    dtype
+        Of the parameters.
+
+    Attributes
+    ----------
+    parameters
+        The shard's range, flat, in the window: fetches read it while it is being updated.
+    state
+        The rule's named arrays, each as long as `parameters`.
+    version
+        Count of pushes applied so far.
+    """
+
+    def __init__(
+        self, window: Window, memory: Memory, shard: int, clients: tuple[int, ...], rule: Rule, dtype: np.dtype[np.floating]
+    ) -> None:
+        self._window = window
+        self._memory = memory
+        self._shard = shard
+        self._clients = clients
+        self._rule = rule
+        self._dtype = dtype
+        local = window.local
+        self.parameters = local[memory.parameters :][: memory.elements * dtype.itemsize].view(dtype)
+        self.state: State = {}
+        self._posted = local[memory.posted(0) :][: len(clients) * 8].view(np.int64)
+        self._version = local[memory.version :][:8].view(np.int64)
+        self._applied = np.zeros(len(clients), np.int64)
+        self.tally = Tally()
+
+    @property
+    def version(self) -> int:
+        """Count of pushes applied so far."""
+        return int(self._version[0])
+
+    def begin(self, state: State | None, version: int = 0) -> None:
+        """Start from `state` (None: the rule's own) after `parameters` have been filled."""
+        self.state = self._rule.init(self.parameters) if state is None else state
+        self._version[0] = version
+        self._window.sync()
+
+    def poll(self) -> bool:
+        """Apply what has arrived; return whether there was anything."""
+        self._window.sync()
+        waiting_chunks = self._posted - self._applied
+        queue = int(waiting_chunks.sum())
+        if queue == 0:
+            return False
+        self.tally.deepest_queue = max(self.tally.deepest_queue, queue)
+        for client in np.flatnonzero(waiting_chunks):
+            self._apply(int(client))
+        return True
+
+    def take_tally(self) -> Tally:
+        """Return what was done since the last call."""
+        tally, self.tally = self.tally, Tally()
+        return tally
+
+    def _apply(self, client: int) -> None:
+        """Apply the client's next chunk: one a turn, so that no client starves another."""
+        count = int(self._applied[client])
+        local, memory = self._window.local, self._memory
+        header = Header.unpack(local[memory.header(client, count) :][: HEADER_WORDS * 8].view(np.int64))
+        chunk = local[memory.data(client, count) :][: header.length * self._dtype.itemsize].view(self._dtype)
+        covered = slice(header.start, header.start + header.length)
+        began = time.perf_counter()
+        self._rule.apply(self.parameters[covered], chunk, {name: array[covered] for name, array in self.state.items()})
+        self.tally.apply_seconds += time.perf_counter() - began
+        self.tally.applied_bytes += chunk.nbytes
+        if header.last:
+            self.tally.add(header, self.version - header.fetched)
+            self._version[0] += 1
+        self._applied[client] = count + 1
+        self._window.store(self._clients[client], memory.applied(self._shard), count + 1)

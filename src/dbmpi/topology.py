@@ -1,0 +1,173 @@
+"""Which rank plays which role, and the communicators by role.
+
+The plan is pure arithmetic, computable for any world without MPI; the communicators are made from it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from dbmpi.errors import UserError
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+    from dbmpi.config import TopologySection
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A world cut by role: `shards` shards, `replicas` replicas of `partitions` workers each.
+
+    Workers are numbered replica by replica: worker ``w`` is partition ``w % partitions`` of replica ``w // partitions``.
+    Shards are spread evenly over the ranks, so that with several nodes no node has all of them.  Shard 0 is always on rank 0.
+    """
+
+    shards: int
+    replicas: int
+    partitions: int = 1
+    colocate: bool = False
+
+    @property
+    def workers(self) -> int:
+        """Number of ranks that compute."""
+        return self.replicas * self.partitions
+
+    @property
+    def world(self) -> int:
+        """Number of ranks that the plan needs."""
+        return self.workers if self.colocate else self.workers + self.shards
+
+    @cached_property
+    def shard_ranks(self) -> tuple[int, ...]:
+        """World rank of each shard."""
+        return tuple(shard * self.world // self.shards for shard in range(self.shards))
+
+    @cached_property
+    def worker_ranks(self) -> tuple[int, ...]:
+        """World rank of each worker."""
+        if self.colocate:
+            return tuple(range(self.world))
+        taken = set(self.shard_ranks)
+        return tuple(rank for rank in range(self.world) if rank not in taken)
+
+    def shard_of(self, rank: int) -> int | None:
+        """Return the number of the shard on a rank, if it has one."""
+        return self.shard_ranks.index(rank) if rank in self.shard_ranks else None
+
+    def worker_of(self, rank: int) -> int | None:
+        """Return the number of the worker on a rank, if it has one."""
+        return self.worker_ranks.index(rank) if rank in self.worker_ranks else None
+
+    def __str__(self) -> str:
+        where = "on the workers' ranks" if self.colocate else "on ranks of their own"
+        return (
+            f"{_count(self.world, 'rank')}: {_count(self.shards, 'shard')} {where}, {_count(self.replicas, 'replica')} of "
+            f"{_count(self.partitions, 'partition')}"
+        )
+
+
+def plan(section: TopologySection, world: int) -> Plan:
+    """Fit the ``[topology]`` section to a world of `world` ranks.
+
+    A number that is left out follows from the others; ``shards`` and ``partitions`` default to 1 where ``replicas`` can follow.  A world of
+    one rank plays all roles.
+
+    Raises
+    ------
+    UserError
+        If the numbers and the world do not fit; the message says which numbers would.
+    """
+    partitions, shards, replicas = section.partitions, section.shards, section.replicas
+    colocate = section.colocate or (world == 1 and (partitions or 1) == (replicas or 1) == 1)
+    if replicas is None:
+        partitions, shards = partitions or 1, shards or 1
+        replicas = max(1, (world - (0 if colocate else shards)) // partitions)
+    elif partitions is None and shards is not None:
+        partitions = max(1, (world - (0 if colocate else shards)) // replicas)
+    elif shards is None:
+        partitions = partitions or 1
+        shards = 1 if colocate else max(1, world - replicas * partitions)
+    assert shards is not None
+    assert partitions is not None
+    result = Plan(shards, replicas, partitions, colocate)
+    if result.world != world:
+        raise UserError(
+            f"the topology does not fit the world: {_count(world, 'rank')} started, but {_sum(result)}.  Start {result.world} ranks, or {_fix(result, world)}"
+        )
+    if colocate and shards > result.workers:
+        raise UserError(
+            f"{_count(shards, 'shard')} cannot be colocated with {_count(result.workers, 'worker')}: at most one shard a rank; "
+            f"set topology.shards to {result.workers} or fewer"
+        )
+    return result
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _sum(plan: Plan) -> str:
+    work = f"{_count(plan.replicas, 'replica')} x {_count(plan.partitions, 'partition')}"
+    shards = "" if plan.colocate else f" + {_count(plan.shards, 'shard')}"
+    return f"{work}{shards} need {plan.world}"
+
+
+def _fix(plan: Plan, world: int) -> str:
+    """Say which setting would make the plan fit the world."""
+    left = world - (0 if plan.colocate else plan.shards)
+    if left >= plan.partitions and left % plan.partitions == 0:
+        return f"set topology.replicas = {left // plan.partitions}"
+    if plan.colocate:
+        return f"set topology.replicas = {world} and topology.partitions = 1"
+    if world > plan.workers:
+        return f"set topology.shards = {world - plan.workers}"
+    return f"set topology.shards = 1, topology.replicas = {max(world - 1, 1)}, topology.partitions = 1" + (
+        " and topology.colocate = true" if world == 1 else ""
+    )
+
+
+class Communicators:
+    """The communicators of one plan; made and freed by all ranks together.
+
+    Attributes
+    ----------
+    world
+        All ranks, for the library's own messages and windows.
+    shards
+        The shards in order; MPI.COMM_NULL elsewhere.
+    workers
+        The workers in order; MPI.COMM_NULL elsewhere.
+    replica
+        The partitions of this worker's replica in order; MPI.COMM_NULL elsewhere.
+    """
+
+    def __init__(self, comm: MPI.Intracomm, plan: Plan) -> None:
+        from mpi4py import MPI
+
+        if comm.size != plan.world:
+            raise ValueError(f"the plan needs {plan.world} ranks, the communicator has {comm.size}")
+        shard, worker = plan.shard_of(comm.rank), plan.worker_of(comm.rank)
+        none = MPI.UNDEFINED
+        self.world = comm.Dup()
+        self.shards = comm.Split(none if shard is None else 0, shard or 0)
+        self.workers = comm.Split(none if worker is None else 0, worker or 0)
+        self.replica = comm.Split(none if worker is None else worker // plan.partitions, worker or 0)
+
+    def free(self) -> None:
+        """Free the communicators (collective); a second call does nothing."""
+        from mpi4py import MPI
+
+        for name in ("replica", "workers", "shards", "world"):
+            comm = getattr(self, name)
+            if comm != MPI.COMM_NULL:
+                comm.Free()
+                setattr(self, name, MPI.COMM_NULL)
+
+    def __enter__(self) -> Communicators:
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        self.free()

@@ -1,0 +1,428 @@
+"""A run from its description: open the data, place the roles, train, checkpoint, evaluate, end."""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from mpi4py import MPI
+
+from dbmpi import topology
+from dbmpi.checkpoint import directory
+from dbmpi.checkpoint.reader import Checkpoint
+from dbmpi.config import Run
+from dbmpi.data.source import Source
+from dbmpi.data.stream import Order, Stream
+from dbmpi.errors import UserError
+from dbmpi.monitor.progress import Progress
+from dbmpi.monitor.records import Recorder, next_session
+from dbmpi.network.network import Network
+from dbmpi.objective import Outcome
+from dbmpi.optim.downpour import downpour
+from dbmpi.optim.lead import Begin, Lead
+from dbmpi.optim.shard import Shard
+from dbmpi.optim.worker import Worker
+from dbmpi.paramserver.client import Client
+from dbmpi.paramserver.layout import Layout, cut
+from dbmpi.paramserver.memory import Memory, chunk_elements
+from dbmpi.paramserver.rules import Rule, State, rule
+from dbmpi.paramserver.server import Server
+from dbmpi.paramserver.window import Window
+from dbmpi.runtime import waiting
+from dbmpi.runtime.orders import Kind, Mailbox, Role
+from dbmpi.runtime.world import StopSignal, together
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+DTYPE = np.dtype(np.float32)
+"""Of parameters and gradients."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run came to; the same on every rank, except for `checkpoint`."""
+
+    steps: int
+    """Steps of all replicas in this session."""
+    samples: int
+    """Samples behind them."""
+    seconds: float
+    """Time from the first step to the last."""
+    test: Outcome | None
+    """Outcome on the test data; None without test data or after a stop."""
+    stopped_by: int
+    """Number of the signal that ended the run early; 0 if it ran to its end."""
+    staleness: float
+    """Mean staleness of the pushes in this session."""
+    checkpoint: Path
+    """The last checkpoint."""
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What all ranks need to know of the data."""
+
+    samples: int
+    input_shape: tuple[int, ...]
+    classes: int
+    """0 where the targets are values."""
+
+
+def train(run: Run, comm: MPI.Intracomm | None = None) -> Result:
+    """Train the network that `run` describes, on all ranks of `comm` together (collective).
+
+    Parameters
+    ----------
+    run
+        The description of the run.
+    comm
+        The ranks to use; by default all that were started, or this process alone.
+
+    Raises
+    ------
+    UserError
+        On every rank, if one of them finds a mistake in what was given.
+    RunFailed
+        If the run cannot go on, e.g. because the loss is not finite.
+    """
+    if comm is None:
+        from dbmpi.runtime.world import start
+
+        comm = start()
+    with ExitStack() as stack:
+        return _Session(run, comm, stack).run()
+
+
+class _Session:
+    """One start of a run on one rank; what is opened is closed by the stack."""
+
+    def __init__(self, run: Run, comm: MPI.Intracomm, stack: ExitStack) -> None:
+        self._run = run
+        self._stack = stack
+        with together(comm, "planning the topology"):
+            plan = topology.plan(run.topology, comm.size)
+            if plan.partitions > 1:
+                raise UserError(
+                    f"topology.partitions = {plan.partitions}: a dense network runs on one rank a replica in this version; "
+                    "set it to 1 and use the ranks for more replicas"
+                )
+        self._plan = plan
+        self._comms = stack.enter_context(topology.Communicators(comm, plan))
+        self._comm = self._comms.world
+        self._shard_number = plan.shard_of(comm.rank)
+        self._worker_number = plan.worker_of(comm.rank)
+        self._is_lead = self._shard_number == 0
+        self._train_source: Source | None = None
+        self._test_source: Source | None = None
+
+    def run(self) -> Result:
+        """Set up, train, evaluate."""
+        run, plan = self._run, self._plan
+        facts = self._open_data()
+        network = Network(
+            run.network, facts.input_shape, run.run.seed, targets="classes" if facts.classes else "values"
+        )
+        applied_rule = rule(run.optimizer)
+        order = Order(facts.samples, run.optimizer.batch_size, run.optimizer.epochs, run.run.seed)
+        begin, checkpoint, session = self._prepare_directory(network.layout, order)
+        self._compile_kernels(network, applied_rule, facts)
+        stop = self._stack.enter_context(StopSignal())
+
+        memories, ranges = self._memories(network.layout)
+        own = memories[self._shard_number] if self._shard_number is not None else self._memory(0, 0)
+        window = self._stack.enter_context(Window.allocate(self._comm, own.nbytes))
+        started = time.time()
+        shard = lead = None
+        if self._shard_number is not None:
+            recorder = self._recorder("shard", self._shard_number, session, started)
+            held = ranges[self._shard_number]
+            server = Server(window, own, self._shard_number, plan.worker_ranks, applied_rule, DTYPE)
+            with together(self._comms.shards, "reading the checkpoint"):
+                _fill(server, held, network, checkpoint, applied_rule)
+            mailbox = Mailbox(self._comm, Role.SHARD)
+            if self._is_lead:
+                lead = self._lead(network.layout, ranges, begin, mailbox, recorder, facts, order)
+            shard = Shard(
+                self._comm, server, held, mailbox, recorder, stop, run.monitor.report_seconds, lead
+            )
+        waiting.barrier(self._comm, "the shards to be ready")
+
+        began = time.monotonic()
+        worker = None
+        if self._worker_number is not None:
+            worker = self._work(network, window, memories, ranges, begin, order, session, started, stop, shard)
+        if shard is not None:
+            shard.serve()
+        seconds = time.monotonic() - began
+        return self._conclude(worker, shard, lead, seconds)
+
+    # Setting up
+
+    def _open_data(self) -> _Facts:
+        """Open the data on the workers; the first one also looks at every value, and tells the shapes to all."""
+        run = self._run
+        with together(self._comm, "opening the data"):
+            if self._worker_number is not None:
+                memory = run.data.memory_mib
+                source = self._stack.enter_context(Source.open(run.data.train, memory))
+                self._train_source = source
+                if run.data.test is not None:
+                    self._test_source = self._stack.enter_context(Source.open(run.data.test, memory))
+                    self._test_source.expect_like(source)
+                source.expect(run.network.layers[-1].units, run.network.loss)
+                if self._worker_number == 0:
+                    source.validate(full=True)
+                    if self._test_source is not None:
+                        self._test_source.validate(full=True)
+        numbers = np.zeros(16, np.int64)
+        if self._worker_number == 0:
+            assert self._train_source is not None
+            shape = self._train_source.input_shape
+            numbers[: 3 + len(shape)] = (
+                self._train_source.samples,
+                self._train_source.classes or 0,
+                len(shape),
+                *shape,
+            )
+        waiting.broadcast(self._comm, numbers, self._plan.worker_ranks[0], "the shapes of the data")
+        samples, classes, axes, *rest = (int(number) for number in numbers)
+        return _Facts(samples, tuple(rest[:axes]), classes)
+
+    def _prepare_directory(self, layout: Layout, order: Order) -> tuple[Begin, Path | None, int]:
+        """Make the run directory, find the checkpoint to go on from, and number the session (lead decides, all hear)."""
+        run = self._run
+        path = ""
+        session = np.zeros(1, np.int64)
+        with together(self._comm, "preparing the run directory"):
+            if self._is_lead:
+                found = _previous(run)
+                path = str(found or "")
+                session[0] = next_session(run.run.directory)
+        path = waiting.broadcast_text(self._comm, path, 0, "the lead to look for a checkpoint")
+        waiting.broadcast(self._comm, session, 0, "the number of the session")
+        warmstart = run.optimizer.warmstart
+        if not path:
+            return Begin(Stream(order.batches), warmstart), None, int(session[0])
+        with together(self._comm, "reading the checkpoint"), Checkpoint.open(Path(path)) as checkpoint:
+            checkpoint.expect(layout)
+            info = checkpoint.info
+            _check_same_order(run, info.configuration, Path(path))
+            frontier = min(info.frontier, order.batches)
+            holes = tuple(hole for hole in info.holes if hole < frontier)
+            begin = Begin(
+                Stream(order.batches, frontier, holes),
+                max(0, warmstart - info.step),
+                info.step,
+                info.samples,
+                info.done if len(info.done) == self._plan.replicas else (),
+            )
+        return begin, Path(path), int(session[0])
+
+    def _compile_kernels(self, network: Network, applied_rule: Rule, facts: _Facts) -> None:
+        """Compile on one rank of each node; the others then find the kernels in the cache."""
+        node = self._comm.Split_type(MPI.COMM_TYPE_SHARED)
+        for turn in (0, 1):
+            if (node.rank != 0) == bool(turn):
+                _use_kernels(network, applied_rule, self._run, facts)
+            waiting.barrier(node, "the kernels to be compiled")
+        node.Free()
+
+    def _memory(self, elements: int, chunk: int) -> Memory:
+        return Memory(self._plan.shards, self._plan.workers, elements, DTYPE.itemsize, chunk)
+
+    def _memories(self, layout: Layout) -> tuple[list[Memory], tuple[range, ...]]:
+        """Return what lies where on each shard, and the range that each shard holds."""
+        ranges = cut(layout.size, self._plan.shards)
+        server = self._run.server
+        with together(self._comm, "planning the inbox"):
+            chunk = chunk_elements(server.inbox_mib * 2**20, server.chunk_kib * 2**10, self._plan.workers, DTYPE.itemsize)
+        return [self._memory(len(held), min(chunk, len(held))) for held in ranges], ranges
+
+    def _recorder(self, role: str, number: int, session: int, started: float) -> Recorder:
+        recorder = Recorder(self._run.run.directory, role, number, session=session, started=started)
+        return self._stack.enter_context(recorder)
+
+    def _lead(
+        self,
+        layout: Layout,
+        ranges: tuple[range, ...],
+        begin: Begin,
+        mailbox: Mailbox,
+        recorder: Recorder,
+        facts: _Facts,
+        order: Order,
+    ) -> Lead:
+        run = self._run
+        total = round(facts.samples * run.optimizer.epochs)
+        progress = Progress(total, run.monitor.progress, epochs=run.optimizer.epochs)
+        self._stack.enter_context(progress)
+        progress.message(f"{self._plan}; {layout.size:,} parameters; {facts.samples:,} samples of {facts.input_shape}")
+        if begin.step:
+            progress.message(f"going on after {begin.step:,} steps, {len(begin.stream):,} batches are left")
+        return Lead(
+            self._comm,
+            run,
+            self._plan,
+            layout,
+            ranges,
+            begin,
+            mailbox=mailbox,
+            recorder=recorder,
+            progress=progress,
+            input_shape=facts.input_shape,
+            classes=facts.classes,
+            samples_per_epoch=facts.samples,
+            batches_per_epoch=order.batches_per_epoch,
+        )
+
+    # Training
+
+    def _work(
+        self,
+        network: Network,
+        window: Window,
+        memories: list[Memory],
+        ranges: tuple[range, ...],
+        begin: Begin,
+        order: Order,
+        session: int,
+        started: float,
+        stop: StopSignal,
+        shard: Shard | None,
+    ) -> Worker:
+        """Train as a worker; return when the lead has ended training."""
+        run, plan, number = self._run, self._plan, self._worker_number
+        assert number is not None
+        assert self._train_source is not None
+        serve: Callable[[], bool] | None = None if shard is None else shard.poll
+        client = Client(window, memories, plan.shard_ranks, ranges, number, serve)
+        worker = Worker(
+            run,
+            number,
+            objective=network,
+            client=client,
+            mailbox=Mailbox(self._comm, Role.WORKER),
+            lead=plan.shard_ranks[0],
+            order=order,
+            train=self._train_source,
+            test=self._test_source,
+            recorder=self._recorder("worker", number, session, started),
+            stop=stop,
+            serve=serve,
+            released=number == 0 or not begin.warmstart,
+            warm_steps=begin.warmstart if number == 0 else 0,
+        )
+        downpour(
+            network,
+            client,
+            begin.stream.dealt(number, plan.replicas, begin.warmstart),
+            worker,
+            dtype=DTYPE,
+            n_fetch=run.optimizer.n_fetch,
+            n_push=run.optimizer.n_push,
+            local_rate=run.optimizer.local_rate,
+            first_step=begin.done[number] if begin.done else 0,
+        )
+        worker.finish()
+        return worker
+
+    def _conclude(self, worker: Worker | None, shard: Shard | None, lead: Lead | None, seconds: float) -> Result:
+        """Evaluate the final parameters on all workers together, and tell everybody what came out."""
+        numbers = np.zeros(4)
+        path = ""
+        if lead is not None:
+            numbers[:] = (lead.steps, lead.samples, lead.stopped_by, lead.staleness.mean)
+            path = str(lead.checkpoint)
+        waiting.broadcast(self._comm, numbers, 0, "the lead to conclude")
+        path = waiting.broadcast_text(self._comm, path, 0, "the lead to conclude")
+        steps, samples, stopped_by = (int(number) for number in numbers[:3])
+        test = None
+        if not stopped_by and self._run.data.test is not None:
+            mine = Outcome(0, 0.0, 0)
+            if worker is not None and self._test_source is not None:
+                mine = worker.evaluate(self._test_source, self._worker_number or 0, self._plan.workers)
+            serve = None if shard is None else shard.poll
+            sums = np.array([mine.samples, mine.loss, max(mine.correct, 0), mine.correct < 0], np.float64)
+            total = waiting.allreduce(self._comm, sums, MPI.SUM, "the evaluation of the other workers", serve=serve)
+            test = Outcome(int(total[0]), float(total[1]), -1 if total[3] else int(total[2]))
+            if lead is not None:
+                lead.evaluated(test, lead.epoch)
+        return Result(steps, samples, seconds, test, stopped_by, float(numbers[3]), Path(path))
+
+
+def _previous(run: Run) -> Path | None:
+    """Return the checkpoint to go on from; refuse to write into another run's directory."""
+    place = run.run.directory
+    try:
+        (place / "checkpoints").mkdir(parents=True, exist_ok=True)
+        directory.clean(place / "checkpoints")
+        existing = directory.checkpoints(place / "checkpoints")
+    except OSError as error:
+        raise UserError(
+            f"{place}: cannot be used as the run directory ({error.strerror}); set run.directory to a place you can write to"
+        ) from None
+    if not existing:
+        return None
+    if run.checkpoint.resume == "never":
+        raise UserError(
+            f"{place}: already holds checkpoints, the newest {existing[0].name}, and nothing is overwritten; set "
+            "checkpoint.resume = \"auto\" to go on from it, or run.directory to another place"
+        )
+    with Checkpoint.open(place) as checkpoint:
+        return checkpoint.path
+
+
+def _check_same_order(run: Run, stored: str, path: Path) -> None:
+    """The stream of batches can only go on where its numbers still mean the same samples."""
+    before = Run.from_json(stored)
+    pairs = {
+        "optimizer.batch_size": (before.optimizer.batch_size, run.optimizer.batch_size),
+        "run.seed": (before.run.seed, run.run.seed),
+        "network.loss": (before.network.loss, run.network.loss),
+    }
+    for key, (then, now) in pairs.items():
+        if then != now:
+            raise UserError(
+                f"{path}: was written with {key} = {then}, the run to go on has {now}; "
+                f"set it back, or start anew in another run.directory"
+            )
+
+
+def _use_kernels(network: Network, applied_rule: Rule, run: Run, facts: _Facts) -> None:
+    """Call everything compiled once, on little data, so that it is compiled or loaded before the clock runs."""
+    from dbmpi.kernels import updates
+    from dbmpi.objective import Batch
+
+    parameters = np.zeros(network.layout.size, DTYPE)
+    gradient = np.zeros_like(parameters)
+    units = run.network.layers[-1].units
+    targets = np.zeros(1, np.int32) if facts.classes else np.zeros((units, 1), np.float32)
+    batch = Batch(np.zeros((*facts.input_shape, 1), np.float32), targets)
+    network.loss_and_gradient(parameters, batch, gradient)
+    network.evaluate(parameters, batch)
+    few = np.zeros(1, DTYPE)
+    applied_rule.apply(few, few.copy(), applied_rule.init(few))
+    updates.sgd(few, few.copy(), 0.1)
+    updates.add(few, few.copy())
+
+
+def _fill(server: Server, held: range, network: Network, path: Path | None, applied_rule: Rule) -> None:
+    """Give a shard its first parameters and state: fresh ones, or those of a checkpoint."""
+    if path is None:
+        network.initial(held.start, server.parameters)
+        server.begin(None)
+        return
+    with Checkpoint.open(path) as checkpoint:
+        checkpoint.read("parameters", held.start, server.parameters)
+        state: State = applied_rule.init(server.parameters)
+        for name, values in state.items():
+            if name in checkpoint.vectors:
+                checkpoint.read(name, held.start, values)
+        versions = checkpoint.info.shard_versions
+    # Cut otherwise, the shards have no versions of their own to go on from.
+    server.begin(state, max(versions))
