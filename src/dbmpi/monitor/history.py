@@ -88,6 +88,11 @@ class History:
             end += self._ends[session]
         return starts
 
+    @property
+    def duration(self) -> float:
+        """Seconds of all sessions together."""
+        return sum(self._ends.values())
+
     def seconds(self, record: Record) -> float:
         """Return when a record was written, in seconds of the run."""
         return self.starts[record["session"]] + float(record["elapsed"])
@@ -122,6 +127,18 @@ class History:
         """Whether what a record speaks of is part of the result, and was not taken again by a later session."""
         epoch = record["epoch"]
         return epoch is not None and epoch < self.rollbacks[record["session"]]
+
+    @cached_property
+    def steps_per_epoch(self) -> float:
+        """Mini-batches of all replicas together in one epoch, as far as the last session shows it; 0 if it does not."""
+        steps = 0.0
+        for reports in self.replicas.values():
+            own = [
+                report for report in reports if report["session"] == self.sessions[-1] and report["epoch"] is not None
+            ]
+            if own and own[-1]["epoch"] > own[0]["epoch"]:
+                steps += (own[-1]["step"] - own[0]["step"]) / (own[-1]["epoch"] - own[0]["epoch"])
+        return steps
 
     @property
     def staleness(self) -> StalenessHistogram:
@@ -162,6 +179,16 @@ class History:
             epochs=epoch,
             sessions=len(self.sessions),
         )
+
+
+def new_samples(reports: Iterable[Record]) -> list[int]:
+    """Return how many samples each report of a worker is about: more than the one before, of the same session."""
+    fresh, before = [], {"session": None, "samples": 0}
+    for report in reports:
+        known = before["samples"] if report["session"] == before["session"] else 0
+        fresh.append(max(0, report["samples"] - known))
+        before = report
+    return fresh
 
 
 def _by_session(reports: Iterable[Record]) -> dict[int, list[Record]]:

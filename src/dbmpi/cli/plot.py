@@ -1,0 +1,30 @@
+"""``dbmpi plot``: draw a run from its records."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+SUMMARY = "draw loss, accuracy, throughput, staleness and where the time goes, from a run's records"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what the command takes."""
+    parser.add_argument("directory", metavar="RUN_DIR", type=Path, help="directory of the run (run.directory)")
+    parser.add_argument("--out", metavar="DIR", type=Path, help="where to put the pictures (default: RUN_DIR/plots)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Draw, and print the paths of the pictures, the one of everything first."""
+    from dbmpi.monitor.history import History
+    from dbmpi.monitor.plots import draw_history
+    from dbmpi.monitor.records import read_records
+
+    records = read_records(arguments.directory)
+    if records.skipped:
+        print(f"{arguments.directory}: skipped {records.skipped} lines that are torn or no records", file=sys.stderr)
+    out = arguments.out or arguments.directory / "plots"
+    for path in draw_history(History(records), arguments.directory.resolve().name, out):
+        print(path)
+    return 0

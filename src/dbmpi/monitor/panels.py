@@ -1,0 +1,276 @@
+"""The panels of a run's pictures: each draws one aspect of a history on the axes it is given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dbmpi.monitor.history import History, new_samples
+from dbmpi.monitor.records import Record
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.ticker import Formatter
+
+_TRAIN, _TEST, _QUIET = "#0072b2", "#d55e00", "0.55"
+# Of the Okabe-Ito palette, which the colour-blind can tell apart; grey for doing nothing.
+_ACTIVITIES = {
+    "compute": "#0072b2",
+    "data": "#cc79a7",
+    "fetch": "#56b4e9",
+    "push": "#e69f00",
+    "wait": "0.75",
+    "apply": "#009e73",
+    "serve": "#f0e442",
+    "idle": "0.75",
+}
+_REPLICAS = ("#56b4e9", "#009e73", "#cc79a7", "#e69f00", "#8c564b", "#7f7f7f", "#b5a642", "#5d4fa2")
+MOST_BARS = 12
+"""Ranks of a role that have a bar each; more are put together."""
+
+
+def loss(axes: Axes, history: History, by: str) -> None:
+    """Draw the loss of training and testing; `by` is ``steps`` or ``seconds``."""
+    lowest, highest = _curves(axes, history, "loss", by, 1.0)
+    axes.set(title=f"loss over {by}", ylabel="loss per sample")
+    # Where losses differ by more than a decade, what happens late can be seen only on a logarithmic scale.
+    if 0 < lowest < highest / 10:
+        from matplotlib.ticker import LogLocator, NullFormatter
+
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        if highest < 1000 * lowest:
+            axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+            axes.yaxis.set_minor_formatter("{x:g}")
+        else:
+            axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def accuracy(axes: Axes, history: History, by: str) -> None:
+    """Draw the accuracy of training and testing, in per cent; `by` is ``steps`` or ``seconds``."""
+    lowest, highest = _curves(axes, history, "accuracy", by, 100.0)
+    axes.set(title=f"accuracy over {by}", ylabel="correctly classified (%)")
+    if np.isfinite(highest):
+        axes.set_ylim(max(0.0, lowest - 3), min(101.0, highest + 3))
+
+
+def throughput(axes: Axes, history: History) -> None:
+    """Draw the samples per second of each replica, and their sum."""
+    replicas = history.replicas
+    axes.set(title="throughput", xlabel="training time (s)", ylabel="samples per second")
+    if not _anything(axes, any(replicas.values())):
+        return
+    grid = np.linspace(0, history.duration, 1000)
+    rates = {replica: _rate(history, reports, grid) for replica, reports in replicas.items()}
+    total = np.sum(list(rates.values()), axis=0)
+    named = len(replicas) <= len(_REPLICAS)
+    for place, (replica, rate) in enumerate(rates.items()):
+        label = f"replica {replica}" if named else "one replica" if place == 0 else None
+        axes.plot(grid, rate, color=_REPLICAS[place] if named else _QUIET, lw=1.2 if named else 0.5, label=label)
+    if len(replicas) > 1:
+        axes.plot(grid, total, color="black", lw=1.6, label="all replicas")
+    axes.yaxis.set_major_formatter(_thousands())
+    axes.set(xlim=(0, 1.03 * history.duration or 1), ylim=(0, 1.45 * float(total.max()) or 1))
+    _mark_sessions(axes, history, "seconds")
+    axes.legend(ncols=2, loc="upper center")
+
+
+def staleness(axes: Axes, history: History) -> None:
+    """Draw how many pushes were applied how many versions after the parameters they were computed from."""
+    histogram = history.staleness
+    axes.set(title="staleness of pushes", xlabel="versions between fetch and apply", ylabel="pushes (%)")
+    if not _anything(axes, histogram.total > 0):
+        return
+    from matplotlib.ticker import MaxNLocator
+
+    largest = histogram.max
+    # One bar a value, or a whole number of values a bar where that would be too many bars.
+    width = -(-(largest + 1) // 60)
+    counts = np.zeros(largest // width + 1)
+    for value, count in histogram.counts.items():
+        counts[value // width] += count
+    shares = 100 * counts / histogram.total
+    centers = np.arange(counts.size) * width + (width - 1) / 2
+    axes.bar(centers, shares, width=0.9 * width, color="#56b4e9")
+    axes.set_xlim(-0.7 * width, max(largest + 0.7 * width, 3.7))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.axvline(histogram.mean, color=_TEST, lw=1.5, label=f"mean {histogram.mean:.2f}")
+    facts = [f"{histogram.total:,} pushes"]
+    facts += [f"{100 * q:.0f} %: at most {histogram.quantile(q)}" for q in (0.5, 0.9, 0.99)]
+    facts.append(f"largest {largest}")
+    axes.legend(title="\n".join(facts), title_fontsize=9, loc="upper right")
+
+
+def time_spent(axes: Axes, history: History, role: str) -> None:
+    """Draw where the time of each rank of a role goes, as stacked bars; `role` is ``worker`` or ``shard``."""
+    ranks = history.workers if role == "worker" else history.shards
+    axes.set(title=f"where the time of {role}s goes", xlabel="recorded time (%)")
+    if not _anything(axes, bool(ranks)):
+        return
+    labels, bars = _grouped(role, {number: _seconds(reports) for number, reports in ranks.items()})
+    activities = [name for name in _ACTIVITIES if any(name in bar for bar in bars)]
+    activities += sorted({name for bar in bars for name in bar} - set(activities))
+    totals = np.array([max(sum(bar.values()), 1e-9) for bar in bars])
+    left = np.zeros(len(bars))
+    places = np.arange(len(bars))
+    for activity in activities:
+        share = 100 * np.array([bar.get(activity, 0.0) for bar in bars]) / totals
+        color = _ACTIVITIES.get(activity, "#8c564b")
+        axes.barh(places, share, left=left, height=0.7, color=color, label=activity)
+        for place in places[share >= 6]:
+            middle = left[place] + share[place] / 2
+            dark = activity in ("compute", "apply")
+            axes.text(
+                middle,
+                place,
+                f"{share[place]:.0f}",
+                ha="center",
+                va="center",
+                fontsize=9,
+                color="white" if dark else "black",
+            )
+        left += share
+    axes.set_yticks(places, labels)
+    middle, reach = (len(bars) - 1) / 2, max(len(bars), 3) / 2
+    axes.set(xlim=(0, 100), ylim=(middle + reach, middle - reach))
+    axes.grid(visible=False)
+    axes.set_title(axes.get_title(), pad=24)
+    axes.legend(ncols=len(activities), loc="lower center", bbox_to_anchor=(0.5, 1.0), borderaxespad=0.2)
+
+
+def _curves(axes: Axes, history: History, key: str, by: str, factor: float) -> tuple[float, float]:
+    """Draw a quantity of training (every report light, their running mean) and of testing; return its range."""
+    reports = [
+        (report, samples)
+        for own in history.replicas.values()
+        for report, samples in zip(own, new_samples(own), strict=True)
+    ]
+    x, y, weights = _points(history, reports, key, by)
+    test_x, test_y, _ = _points(history, ((record, 1) for record in history.evaluations), key, by)
+    y, test_y = factor * y, factor * test_y
+    if by == "seconds":
+        axes.set_xlabel("training time (s)")
+    elif history.steps_per_epoch:
+        axes.set_xlabel(f"steps of all replicas ({history.steps_per_epoch:,.0f} an epoch)")
+        axes.xaxis.set_major_formatter(_thousands())
+    else:
+        axes.set_xlabel("epochs")
+    if not _anything(axes, x.size + test_x.size > 0):
+        return np.nan, np.nan
+    values = test_y
+    if x.size:
+        smooth_x, smooth = _running_means(weights, x, y)
+        axes.plot(x, y, ".", ms=5, color=_TRAIN, alpha=0.3, mec="none", label="each report")
+        axes.plot(smooth_x, smooth, color=_TRAIN, lw=1.8, label="training")
+        values = np.concatenate([smooth, test_y])
+    if test_x.size:
+        axes.plot(test_x, test_y, "o-", ms=5, lw=1, color=_TEST, mec="white", mew=0.7, label="test")
+    axes.set_xlim(0, 1.03 * float(np.concatenate([x, test_x]).max()) or 1)
+    _mark_sessions(axes, history, by)
+    axes.legend()
+    return float(values.min()), float(values.max())
+
+
+def _points(
+    history: History, records: Iterable[tuple[Record, int]], key: str, by: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return x, y and the weight of the records (with their weights) that have both, sorted by x.
+
+    By steps, work that a later session took again from a checkpoint is left out; by seconds it is there, for the
+    time was spent.
+    """
+    points = [
+        (history.seconds(record) if by == "seconds" else _steps(history, record["epoch"]), record[key], max(weight, 1))
+        for record, weight in records
+        if record[key] is not None and (by == "seconds" or history.kept(record))
+    ]
+    columns = np.array(sorted(points), dtype=np.float64).reshape(-1, 3)
+    return columns[:, 0], columns[:, 1], columns[:, 2]
+
+
+def _steps(history: History, epoch: float) -> float:
+    """Return how many steps all replicas took up to an epoch, or the epoch itself where that is not known."""
+    return epoch * (history.steps_per_epoch or 1.0)
+
+
+def _running_means(weights: np.ndarray, *rows: np.ndarray) -> list[np.ndarray]:
+    """Return the weighted means of each value and its neighbours, about a twentieth of all, as many on either side.
+
+    Towards the ends the neighbourhood shrinks, so that a steep beginning is not bent.  All arrays are 1-D and alike.
+    """
+    place = np.arange(weights.size)
+    widest = min(max(1, weights.size // 40), 500)
+    reach = np.minimum(widest, np.minimum(place, weights.size - 1 - place))
+    # Sums over windows one by one: differences of running sums would lose small values behind large ones.
+    edges = np.column_stack([place - reach, place + reach + 1]).ravel()
+    weights = weights / weights.max()
+
+    def windows(values: np.ndarray) -> np.ndarray:
+        return np.asarray(np.add.reduceat(np.append(values, 0.0), edges)[::2])
+
+    return [windows(row * weights) / windows(weights) for row in rows]
+
+
+def _rate(history: History, reports: list[Record], grid: np.ndarray) -> np.ndarray:
+    """Return a replica's samples per second at the times of `grid`: each report speaks for the time before it."""
+    rate = np.zeros_like(grid)
+    session, begin = None, 0.0
+    for report in reports:
+        speed, end = report["samples_per_second"] or 0.0, history.seconds(report)
+        if report["session"] != session and speed > 0:  # the first is about less than the time since the start
+            begin = end - report["samples"] / speed
+        rate[(grid > begin) & (grid <= end)] = speed
+        session, begin = report["session"], end
+    return rate
+
+
+def _seconds(reports: Iterable[Record]) -> dict[str, float]:
+    """Return a rank's seconds by activity."""
+    seconds: dict[str, float] = {}
+    for report in reports:
+        for activity, value in report["seconds"].items():
+            seconds[activity] = seconds.get(activity, 0.0) + (value or 0.0)
+    return seconds
+
+
+def _grouped(role: str, ranks: dict[int, dict[str, float]]) -> tuple[list[str], list[dict[str, float]]]:
+    """Return labels and bars: one a rank, or the sums of neighbours where there are many ranks."""
+    numbers = list(ranks)
+    size = -(-len(numbers) // MOST_BARS)
+    labels, bars = [], []
+    for start in range(0, len(numbers), size):
+        group = numbers[start : start + size]
+        bar: dict[str, float] = {}
+        for number in group:
+            for activity, value in ranks[number].items():
+                bar[activity] = bar.get(activity, 0.0) + value
+        labels.append(f"{role} {group[0]}" if len(group) == 1 else f"{role}s {group[0]}-{group[-1]}")
+        bars.append(bar)
+    return labels, bars
+
+
+def _mark_sessions(axes: Axes, history: History, by: str) -> None:
+    """Mark where the run went on from a checkpoint."""
+    label: str | None = "resumed"
+    for before, session in zip(history.sessions, history.sessions[1:], strict=False):
+        x = history.starts[session] if by == "seconds" else _steps(history, history.rollbacks[before])
+        if np.isfinite(x):
+            axes.axvline(x, color="black", ls=":", lw=1, label=label)
+            label = None
+
+
+def _thousands() -> Formatter:
+    """Return what writes 200000 as 200k."""
+    from matplotlib.ticker import EngFormatter
+
+    return EngFormatter(sep="")
+
+
+def _anything(axes: Axes, there_is: bool) -> bool:
+    """Say so where nothing was recorded."""
+    if not there_is:
+        axes.text(0.5, 0.5, "nothing recorded", transform=axes.transAxes, ha="center", va="center", color=_QUIET)
+        axes.set(xticks=[], yticks=[])
+    return there_is

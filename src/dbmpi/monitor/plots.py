@@ -1,0 +1,177 @@
+"""Pictures of a run, drawn from its records as PNG files.
+
+Matplotlib is imported when something is drawn, and its state (pyplot) is left alone.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dbmpi.errors import UserError
+from dbmpi.monitor.history import History
+from dbmpi.monitor.panels import MOST_BARS, accuracy, loss, staleness, throughput, time_spent
+from dbmpi.monitor.records import read_records
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+def draw(directory: Path, out: Path | None = None) -> list[Path]:
+    """Draw the run in `directory` and return the files written, the picture of everything first.
+
+    Parameters
+    ----------
+    directory
+        The run directory.
+    out
+        Directory for the pictures; by default ``plots`` in the run directory.
+
+    Raises
+    ------
+    UserError
+        If there are no records, Matplotlib is missing, or `out` cannot be written.
+    """
+    return draw_history(History(read_records(directory)), directory.resolve().name, out or directory / "plots")
+
+
+def draw_history(history: History, name: str, out: Path) -> list[Path]:
+    """Draw a history that has been read already, under the run's `name`; as :func:`draw`."""
+    figure_of, style = _matplotlib()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out}: cannot make this directory for the pictures: {error.strerror}") from None
+    written = []
+    with style():
+        for file, make in (
+            ("run", _everything),
+            ("loss", _losses),
+            ("accuracy", _accuracies),
+            ("throughput", _one(throughput)),
+            ("staleness", _one(staleness)),
+            ("time", _times),
+        ):
+            figure = figure_of()
+            make(figure, history)
+            figure.suptitle(_headline(name, history) if file == "run" else name, fontsize=12)
+            written.append(_save(figure, out / f"{file}.png"))
+    return written
+
+
+def _headline(name: str, history: History) -> str:
+    """Return the title of the picture of everything: what came out."""
+    result = history.summary()
+    facts = [name]
+    if result.test_accuracy is not None:
+        facts.append(f"test accuracy {100 * result.test_accuracy:.2f} %")
+    elif result.test_loss is not None:
+        facts.append(f"test loss {result.test_loss:.4g}")
+    facts.append(f"{result.epochs:.4g} epochs in {result.seconds:,.{1 if result.seconds < 100 else 0}f} s")
+    if math.isfinite(result.samples_per_second):
+        facts.append(f"{result.samples_per_second:,.0f} samples/s")
+    if math.isfinite(result.mean_staleness):
+        facts.append(f"mean staleness {result.mean_staleness:.2f}")
+    return "   ·   ".join(facts)
+
+
+def _everything(figure: Figure, history: History) -> None:
+    figure.set_size_inches(13.5, 10)
+    above, below = figure.subfigures(2, 1, height_ratios=(3.2, 1.15), hspace=0.02, squeeze=False)[:, 0]
+    panels = above.subplots(2, 3)
+    loss(panels[0, 0], history, "steps")
+    loss(panels[0, 1], history, "seconds")
+    throughput(panels[0, 2], history)
+    accuracy(panels[1, 0], history, "steps")
+    accuracy(panels[1, 1], history, "seconds")
+    staleness(panels[1, 2], history)
+    _times(below, history)
+
+
+def _losses(figure: Figure, history: History) -> None:
+    _pair(figure, history, loss)
+
+
+def _accuracies(figure: Figure, history: History) -> None:
+    _pair(figure, history, accuracy)
+
+
+def _pair(figure: Figure, history: History, panel: Callable[[Axes, History, str], None]) -> None:
+    figure.set_size_inches(10, 4.3)
+    for axes, by in zip(figure.subplots(1, 2), ("steps", "seconds"), strict=True):
+        panel(axes, history, by)
+
+
+def _one(panel: Callable[[Axes, History], None]) -> Callable[[Figure, History], None]:
+    def make(figure: Figure, history: History) -> None:
+        figure.set_size_inches(7, 4.5)
+        panel(figure.subplots(), history)
+
+    return make
+
+
+def _times(figure: Any, history: History) -> None:
+    """Draw both roles side by side, on a figure or a part of one."""
+    if hasattr(figure, "set_size_inches"):
+        bars = min(MOST_BARS, max(len(history.workers), len(history.shards), 1))
+        figure.set_size_inches(10, 1.9 + 0.35 * bars)
+    for axes, role in zip(figure.subplots(1, 2), ("worker", "shard"), strict=True):
+        time_spent(axes, history, role)
+
+
+def _matplotlib() -> tuple[Callable[[], Figure], Callable[[], Any]]:
+    """Return how to make a figure, and the style to make it in."""
+    try:
+        import matplotlib as mpl
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
+    except ImportError:
+        raise UserError(
+            "drawing needs Matplotlib, which is not installed in this environment: pip install 'dbmpi[plot]'"
+        ) from None
+
+    def figure_of() -> Figure:
+        figure = Figure(dpi=110, layout=ConstrainedLayoutEngine(h_pad=0.08, w_pad=0.08))
+        FigureCanvasAgg(figure)
+        return figure
+
+    @contextmanager
+    def style() -> Iterator[None]:
+        with mpl.rc_context():
+            mpl.rcdefaults()
+            mpl.rcParams.update(
+                {
+                    "axes.axisbelow": True,
+                    "axes.grid": True,
+                    "axes.spines.right": False,
+                    "axes.spines.top": False,
+                    "axes.titlesize": 11,
+                    "axes.titleweight": "bold",
+                    "grid.alpha": 0.3,
+                    "grid.linewidth": 0.6,
+                    "legend.fontsize": 9,
+                    "legend.borderpad": 0.2,
+                    "legend.edgecolor": "none",
+                }
+            )
+            yield
+
+    return figure_of, style
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    """Write a picture under another name first, so that a viewer never finds half of one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        figure.savefig(temporary, format="png")
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot write the picture: {error.strerror}") from None
+    return path

@@ -1,0 +1,277 @@
+"""Plots: the panels show the numbers of the records, and the pictures are written whole or not at all."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dbmpi.cli import plot
+from dbmpi.errors import UserError
+from dbmpi.monitor import panels
+from dbmpi.monitor.history import History
+from dbmpi.monitor.plots import draw
+from dbmpi.monitor.records import read_records
+
+pytest.importorskip("matplotlib", reason="drawing needs the extra [plot]")
+
+PICTURES = ["run.png", "loss.png", "accuracy.png", "throughput.png", "staleness.png", "time.png"]
+SAMPLES, BATCH = 6000, 60  # 100 steps an epoch
+
+
+def make_run(directory: Path, workers: int = 2, shards: int = 1, sessions: int = 2, *, classes: bool = True) -> Path:
+    """Write the records of a run: a report a second, 50 steps a second by all replicas, 2 epochs a session.
+
+    Every session but the first takes the last half epoch again.  A session begins to train 1.5 seconds after its start.
+    """
+    (directory / "records").mkdir(parents=True)
+    lines: dict[str, list[str]] = {}
+
+    def add(kind: str, role: str, number: int, session: int, elapsed: float, **fields: object) -> None:
+        record = {"kind": kind, "role": role, "number": number, "session": session, "elapsed": elapsed}
+        record |= {"time": 1e9 + 1000 * session + elapsed} | fields
+        lines.setdefault(f"{role}-{number}", []).append(json.dumps(record) + "\n")
+
+    speed = 50 * BATCH / max(workers, 1)
+    for session in range(1, sessions + 1):
+        first = 1.5 * (session - 1)
+        for second in range(1, 5):
+            epoch, elapsed = first + second / 2, 1.5 + second
+            for number in range(workers):
+                add(
+                    "worker", "worker", number, session, elapsed,
+                    step=50 * second // workers, epoch=epoch, samples=int(speed * second), loss=2.0 / epoch,
+                    accuracy=1 - 0.5 / (1 + epoch) if classes else None, samples_per_second=speed,
+                    pushed_bytes=1000, fetched_bytes=1000,
+                    seconds={"compute": 0.6, "fetch": 0.1, "push": 0.2, "wait": 0.1, "data": 0.0},
+                )  # fmt: skip
+            for number in range(shards):
+                add(
+                    "shard", "shard", number, session, elapsed + 0.1,
+                    version=50 * second, pushes=50 * second, staleness={"p50": 1, "p90": 1, "max": 3, "mean": 1.2},
+                    staleness_histogram={"1": 45, "3": 5}, queue=0.5,
+                    seconds={"apply": 0.25, "serve": 0.0, "idle": 0.75}, applied_bytes=1000,
+                )  # fmt: skip
+            if second % 2 == 0:
+                add(
+                    "evaluation", "worker", 0, session, elapsed + 0.2,
+                    step=50 * second, epoch=epoch, loss=2.5 / epoch, accuracy=0.9 if classes else None, samples=1000,
+                )  # fmt: skip
+    for name, own in lines.items():
+        (directory / "records" / f"{name}.jsonl").write_text("".join(own))
+    return directory
+
+
+@pytest.fixture
+def axes():
+    from matplotlib.figure import Figure
+
+    return Figure().subplots()
+
+
+def line(axes, label):
+    (found,) = [line for line in axes.lines if line.get_label() == label]
+    return np.asarray(found.get_xdata(), float), np.asarray(found.get_ydata(), float)
+
+
+def test_every_picture_is_written_and_is_a_picture(tmp_path):
+    from matplotlib.image import imread
+
+    written = draw(make_run(tmp_path / "run"))
+    assert [path.name for path in written] == PICTURES
+    assert sorted(path.name for path in (tmp_path / "run" / "plots").iterdir()) == sorted(PICTURES)
+    for path in written:
+        image = imread(path)
+        assert min(image.shape[:2]) >= 250
+        assert image[..., :3].std() > 0.03, f"{path} is blank"
+    again = draw(tmp_path / "run", tmp_path / "elsewhere" / "deep")
+    assert again[0] == tmp_path / "elsewhere" / "deep" / "run.png"
+
+
+def test_loss_over_steps_leaves_out_what_was_taken_again(tmp_path, axes):
+    history = History(read_records(make_run(tmp_path / "run")))
+    assert history.steps_per_epoch == pytest.approx(SAMPLES / BATCH)
+    panels.loss(axes, history, "steps")
+    x, y = line(axes, "each report")
+    # Session 1 reaches epoch 2.0; session 2 goes on at 1.5, and its first report is about epoch 2.0.
+    expected = np.repeat([50, 100, 150, 200, 250, 300, 350], 2)
+    np.testing.assert_allclose(x, expected)
+    np.testing.assert_allclose(y, 2.0 / (expected / 100))
+    x, y = line(axes, "test")
+    np.testing.assert_allclose(x, [100, 250, 350])
+    np.testing.assert_allclose(y, 2.5 / (x / 100))
+    assert line(axes, "resumed")[0] == pytest.approx([200, 200])
+    assert "100 an epoch" in axes.get_xlabel()
+    assert axes.get_yscale() == "linear"
+
+
+def test_loss_over_seconds_shows_all_that_was_done(tmp_path, axes):
+    history = History(read_records(make_run(tmp_path / "run")))
+    panels.accuracy(axes, history, "seconds")
+    x, y = line(axes, "each report")
+    end = 4 + 1.5 + 0.2  # of session 1: its last evaluation
+    np.testing.assert_allclose(x, np.repeat([2.5, 3.5, 4.5, 5.5, 2.5 + end, 3.5 + end, 4.5 + end, 5.5 + end], 2))
+    assert y[0] == pytest.approx(100 * (1 - 0.5 / 1.5))
+    assert line(axes, "resumed")[0] == pytest.approx([end, end])
+
+
+def test_a_loss_of_many_decades_is_drawn_on_a_logarithmic_scale(tmp_path, axes):
+    directory = make_run(tmp_path / "run", sessions=1)
+    path = directory / "records" / "worker-0.jsonl"
+    path.write_text(path.read_text().replace('"loss": 1.25', '"loss": 0.0001'))
+    panels.loss(axes, History(read_records(directory)), "seconds")
+    assert axes.get_yscale() == "log"
+
+
+def test_throughput_adds_the_replicas_up(tmp_path, axes):
+    history = History(read_records(make_run(tmp_path / "run", workers=3)))
+    panels.throughput(axes, history)
+    x, total = line(axes, "all replicas")
+    np.testing.assert_allclose(total, sum(line(axes, f"replica {number}")[1] for number in range(3)))
+    end = history.starts[2]
+    training = ((x > 1.5) & (x <= 5.5)) | ((x > 1.5 + end) & (x <= 5.5 + end))
+    np.testing.assert_allclose(total[training], 50 * BATCH)
+    np.testing.assert_array_equal(total[~training], 0)
+
+
+def test_staleness_bars_are_the_shares_of_the_pushes(tmp_path, axes):
+    history = History(read_records(make_run(tmp_path / "run", shards=2)))
+    panels.staleness(axes, history)
+    heights = [bar.get_height() for bar in axes.patches]
+    np.testing.assert_allclose(heights, [0, 90, 0, 10])
+    assert line(axes, "mean 1.20")[0] == pytest.approx([1.2, 1.2])
+    assert f"{2 * 2 * 4 * 50:,} pushes" in axes.get_legend().get_title().get_text()
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.dictionaries(st.integers(0, 100_000), st.integers(1, 1000), min_size=1, max_size=20))
+def test_any_staleness_fits_into_few_bars(counts):
+    from matplotlib.figure import Figure
+
+    record = {"kind": "shard", "number": 0, "session": 1, "elapsed": 1.0}
+    history = History([record | {"staleness_histogram": {str(value): count for value, count in counts.items()}}])
+    axes = Figure().subplots()
+    panels.staleness(axes, history)
+    bars = [(bar.get_x(), bar.get_x() + bar.get_width(), bar.get_height()) for bar in axes.patches]
+    assert len(bars) <= 60
+    assert sum(height for _, _, height in bars) == pytest.approx(100)
+    assert axes.get_xlim()[1] >= max(counts)
+
+
+def test_where_the_time_goes_is_in_per_cent_of_each_rank(tmp_path, axes):
+    history = History(read_records(make_run(tmp_path / "run", workers=2)))
+    panels.time_spent(axes, history, "worker")
+    bars = {container.get_label(): [bar.get_width() for bar in container] for container in axes.containers}
+    assert list(bars) == ["compute", "data", "fetch", "push", "wait"]
+    for activity, share in {"compute": 60, "data": 0, "fetch": 10, "push": 20, "wait": 10}.items():
+        np.testing.assert_allclose(bars[activity], [share, share])
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["worker 0", "worker 1"]
+
+
+@pytest.mark.parametrize("ranks", [1, 12, 13, 100])
+def test_many_ranks_share_bars_and_none_is_lost(ranks):
+    seconds = {number: {"compute": 1.0, "wait": float(number)} for number in range(ranks)}
+    labels, bars = panels._grouped("worker", seconds)
+    assert len(labels) == len(bars) <= panels.MOST_BARS
+    assert sum(bar["compute"] for bar in bars) == ranks
+    assert sum(bar["wait"] for bar in bars) == ranks * (ranks - 1) / 2
+    assert labels[-1].endswith(str(ranks - 1))
+
+
+@given(st.lists(st.tuples(st.floats(-10, 10) | st.just(1e20), st.integers(1, 100)), min_size=1, max_size=200))
+def test_the_running_mean_agrees_with_its_definition(points):
+    y, weights = np.array(points, dtype=np.float64).T
+    (smooth,) = panels._running_means(weights, y)
+    reach = max(1, len(points) // 40)
+    for place in range(len(points)):
+        near = min(reach, place, len(points) - 1 - place)
+        window = slice(place - near, place + near + 1)
+        assert smooth[place] == pytest.approx(np.average(y[window], weights=weights[window]), rel=1e-9, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"workers": 0},
+        {"shards": 0},
+        {"classes": False},
+        {"sessions": 4, "workers": 20, "shards": 30},
+        {"workers": 1, "sessions": 1},
+    ],
+    ids=str,
+)
+def test_runs_of_all_kinds_can_be_drawn(tmp_path, options, recwarn):
+    assert len(draw(make_run(tmp_path / "run", **options))) == len(PICTURES)
+    assert [str(warning.message) for warning in recwarn] == []
+
+
+def test_a_run_that_has_hardly_begun_or_gone_wrong_can_be_drawn(tmp_path, recwarn):
+    directory = make_run(tmp_path / "run", workers=1, sessions=1)
+    path = directory / "records" / "worker-0.jsonl"
+    records = [json.loads(text) for text in path.read_text().splitlines()]
+    path.write_text(json.dumps(records[0]) + "\n")
+    draw(directory)
+    nothing = {"loss": None, "epoch": None, "samples_per_second": None, "accuracy": None, "seconds": {"push": None}}
+    extreme = {"loss": 1e300, "epoch": 1e12, "samples_per_second": 1e-12, "samples": 2**62, "accuracy": 1e9, "step": 0}
+    for changes in (nothing, extreme):
+        path.write_text(
+            "".join(json.dumps(record | changes) + "\n" for record in records if record["kind"] == "worker")
+        )
+        assert len(draw(directory)) == len(PICTURES)
+    assert [str(warning.message) for warning in recwarn] == []
+
+
+def test_drawing_leaves_matplotlib_as_it_was(tmp_path):
+    import matplotlib as mpl
+
+    mpl.rcParams["axes.grid"] = before = not mpl.rcParamsDefault["axes.grid"]
+    pyplot = "matplotlib.pyplot" in sys.modules
+    draw(make_run(tmp_path / "run"))
+    assert mpl.rcParams["axes.grid"] == before
+    assert ("matplotlib.pyplot" in sys.modules) == pyplot
+    mpl.rcdefaults()
+
+
+def test_without_matplotlib_the_user_is_told_what_to_install(tmp_path, monkeypatch):
+    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(UserError, match=r"pip install 'dbmpi\[plot\]'"):
+        draw(make_run(tmp_path / "run"))
+    assert not (tmp_path / "run" / "plots").exists()
+
+
+def test_where_pictures_cannot_be_put_is_named(tmp_path):
+    directory = make_run(tmp_path / "run")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file: cannot make this directory"):
+        draw(directory, tmp_path / "file")
+    (directory / "plots" / "run.png").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"run\.png: cannot write the picture"):
+        draw(directory)
+    assert [path.name for path in (directory / "plots").iterdir()] == ["run.png"]
+
+
+def command(*words):
+    parser = argparse.ArgumentParser()
+    plot.add_arguments(parser)
+    return plot.run(parser.parse_args([str(word) for word in words]))
+
+
+def test_the_command_prints_what_it_wrote_and_what_it_skipped(tmp_path, capsys):
+    directory = make_run(tmp_path / "run")
+    with (directory / "records" / "worker-0.jsonl").open("a") as file:
+        file.write('{"kind": "worker", "st')
+    assert command(directory, "--out", tmp_path / "pictures") == 0
+    output = capsys.readouterr()
+    assert output.out.splitlines() == [str(tmp_path / "pictures" / name) for name in PICTURES]
+    assert "skipped 1 line" in output.err
+
+
+def test_the_command_refuses_what_is_no_run(tmp_path):
+    with pytest.raises(UserError, match="nowhere: is missing; expected the directory of a run"):
+        command(tmp_path / "nowhere")
