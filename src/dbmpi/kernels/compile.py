@@ -1,0 +1,87 @@
+"""How kernels are compiled: the one module that owns Numba's options.
+
+A kernel is a function of arrays that Numba compiles on its first call and stores on disk.  Every kernel releases the
+GIL, divides as NumPy does (no exception at zero), and works for float32 and float64.  Three kinds differ in what the
+compiler may do with the arithmetic:
+
+==================  ==============================================================================
+`kernel`            IEEE arithmetic in the order of the source: bit for bit what NumPy computes
+`fast_kernel`       sums may be reordered and products fused into additions, so that reductions vectorise
+`parallel_kernel`   as `fast_kernel`, and loops over ``prange`` are shared by the threads of the process
+==================  ==============================================================================
+
+NaN and infinity keep their meaning in all of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any, ParamSpec, Protocol, TypeVar, cast
+
+import numba
+
+P = ParamSpec("P")
+R = TypeVar("R", covariant=True)
+
+THREADS: int = numba.config.NUMBA_NUM_THREADS
+"""Threads that kernels may use, fixed when Numba is imported (``NUMBA_NUM_THREADS``)."""
+
+REORDERED = {"reassoc", "nsz", "contract"}
+"""Fast-math flags of sums: order and fusing are free, NaN and infinity are not."""
+
+
+class Kernel(Protocol[P, R]):
+    """A compiled function; `py_func` is the same in plain Python, for tests and debuggers."""
+
+    py_func: Callable[P, R]
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Run the compiled code."""
+        ...
+
+
+def kernel(function: Callable[P, R]) -> Kernel[P, R]:
+    """Compile with IEEE arithmetic in the order of the source."""
+    return _compile(function, "exact")
+
+
+def exact_parallel_kernel(function: Callable[P, R]) -> Kernel[P, R]:
+    """Compile as `kernel` does, with loops over ``prange`` shared by the threads."""
+    return _compile(function, "exact_parallel", parallel=True)
+
+
+def fast_kernel(function: Callable[P, R]) -> Kernel[P, R]:
+    """Compile with sums that may be reordered."""
+    return _compile(function, "fast", fastmath=REORDERED)
+
+
+def parallel_kernel(function: Callable[P, R]) -> Kernel[P, R]:
+    """Compile as `fast_kernel` does, with loops over ``prange`` shared by the threads."""
+    return _compile(function, "fast_parallel", fastmath=REORDERED, parallel=True)
+
+
+def inlined(function: Callable[P, R]) -> Kernel[P, R]:
+    """Compile an element's function into the loops that call it, so that they vectorise; products may be fused."""
+    return _compile(function, "inlined", fastmath={"contract"}, forceinline=True)
+
+
+def _compile(function: Callable[P, R], kind: str, parallel: bool = False, **options: Any) -> Kernel[P, R]:
+    if parallel and THREADS > 1:
+        options["parallel"] = True
+        kind += "_threads"
+    # Numba's cache knows a function by its name and the age of its own file.  It would neither see that a function
+    # of another file which was compiled into it has changed, nor that it was compiled with other options.
+    function.__qualname__ = f"{function.__qualname__}_{kind}_{_digest()}"
+    return cast(Kernel[P, R], numba.njit(cache=True, nogil=True, error_model="numpy", **options)(function))
+
+
+@cache
+def _digest() -> str:
+    """Return a short digest of the sources of all kernels."""
+    digest = hashlib.blake2s(digest_size=4)
+    for source in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(source.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,156 @@
+"""Matrix products in tiles: ``out = a @ b``, made for a long `a` and the short rows of a batch.
+
+The scheme is that of Goto and van de Geijn ("Anatomy of high-performance matrix multiplication", ACM TOMS 34(3), 2008),
+with the costs of this project's products in mind.  One operand is always as narrow as a batch: it is packed into panels as
+wide as a tile of the processor's registers, which costs little.  The other is a weight matrix or as long as one: it is read
+where it lies.
+
+An element of `out` is summed in the same order for every size of the other dimensions and any number of threads, so that a
+sample's result does not depend on the batch it comes in, nor a unit's on how a layer is cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import numpy as np
+from numba import prange
+
+from dbmpi.kernels.compile import THREADS, Kernel, parallel_kernel
+from dbmpi.kernels.memory import aligned_empty
+from dbmpi.kernels.vector import NARROW_ROWS, NARROW_VECTORS, WIDE_ROWS, WIDE_VECTORS, lanes, multiply_tile
+
+DEPTH = 128
+"""Products summed in registers before a tile is added to `out`: a panel of this depth fits into the first cache."""
+BLOCK = 192
+"""Rows of `a` that a thread takes at a time: with `DEPTH` columns they fit into the second cache."""
+GROUP = 2
+"""Panels that are finished before the next ones begin, so that their part of `out` stays in the second cache."""
+
+
+class TiledProduct:
+    """Products of float32 or float64 matrices; the packed panels are kept between calls.
+
+    One object must not be used by two threads at once.
+    """
+
+    def __init__(self) -> None:
+        self._panels = np.empty(0, np.uint8)
+
+    def __call__(self, a: np.ndarray, b: np.ndarray, out: np.ndarray) -> None:
+        """Write ``a @ b`` into `out`.
+
+        Parameters
+        ----------
+        a : (m, k) array
+            C- or F-contiguous.
+        b : (k, n) array
+            C- or F-contiguous.
+        out : (m, n) array
+            C-contiguous; must not overlap `a` or `b`.
+        """
+        (m, k), n = a.shape, b.shape[1]
+        rows, vectors = tile_shape(n, out.itemsize)
+        width = vectors * lanes(out.itemsize)
+        packed = self._workspace(-(-n // width) * width * k, out.dtype)
+        if b.flags.c_contiguous:
+            _pack_rows(b.reshape(-1), k, n, width, packed)
+        else:
+            _pack_columns(b.T.reshape(-1), k, n, width, packed)
+        strips = -(-m // rows)
+        block = min(BLOCK // rows, -(-strips // THREADS)) * rows
+        if a.flags.c_contiguous:
+            _multiply(rows, vectors, False)(a.reshape(-1), packed, out.reshape(-1), m, n, k, width, block)
+        else:
+            _multiply(rows, vectors, True)(a.T.reshape(-1), packed, out.reshape(-1), m, n, k, width, block)
+
+    def _workspace(self, size: int, dtype: np.dtype) -> np.ndarray:
+        size *= dtype.itemsize
+        if self._panels.nbytes < size:
+            self._panels = aligned_empty(size, np.uint8)
+        return self._panels[:size].view(dtype)
+
+
+def tile_shape(columns: int, itemsize: int) -> tuple[int, int]:
+    """Return (rows, vectors) of the tiles for an `out` of so many columns: wide, unless that wastes columns."""
+    wide, narrow = WIDE_VECTORS * lanes(itemsize), NARROW_VECTORS * lanes(itemsize)
+    if -(-columns // wide) * wide <= -(-columns // narrow) * narrow:
+        return WIDE_ROWS, WIDE_VECTORS
+    return NARROW_ROWS, NARROW_VECTORS
+
+
+@parallel_kernel
+def _pack_rows(b: np.ndarray, k: int, n: int, width: int, packed: np.ndarray) -> None:
+    """Cut the rows of `b` (k, n) into panels of `width` columns, the last one filled up with zeros."""
+    for panel in prange(-(-n // width)):
+        filled = min(width, n - panel * width)
+        for row in range(k):
+            # Views, because Numba allows for negative indices wherever it cannot see that there are none.
+            source = b[row * n + panel * width :][:filled]
+            target = packed[(panel * k + row) * width :][:width]
+            for column in range(filled):
+                target[column] = source[column]
+            for column in range(filled, width):
+                target[column] = 0
+
+
+@parallel_kernel
+def _pack_columns(b: np.ndarray, k: int, n: int, width: int, packed: np.ndarray) -> None:
+    """As `_pack_rows`, for a `b` whose columns are contiguous: element (row, column) at ``column * k + row``."""
+    for panel in prange(-(-n // width)):
+        filled = min(width, n - panel * width)
+        for start in range(0, k, 16):  # a cache line of every column at a time
+            for column in range(width):
+                for row in range(start, min(k, start + 16)):
+                    value = b[(panel * width + column) * k + row] if column < filled else 0
+                    packed[(panel * k + row) * width + column] = value
+
+
+@cache
+def _multiply(rows: int, vectors: int, by_columns: bool) -> Kernel[..., None]:
+    """Return the product by packed panels, with tiles of `rows` and `vectors`."""
+
+    def multiply(
+        a: np.ndarray, packed: np.ndarray, out: np.ndarray, m: int, n: int, k: int, width: int, block: int
+    ) -> None:
+        row_step, column_step = (1, m) if by_columns else (k, 1)
+        strip_row_step, strip_column_step = (1, rows) if by_columns else (DEPTH, 1)
+        panels = -(-n // width)
+        for number in prange(-(-m // block)):
+            top, bottom = number * block, min(m, number * block + block)
+            strip = np.zeros(rows * DEPTH, out.dtype)
+            tile = np.empty(rows * width, out.dtype)
+            for group in range(0, panels, GROUP):
+                for start in range(0, k, DEPTH):
+                    depth = min(DEPTH, k - start)
+                    for panel in range(group, min(panels, group + GROUP)):
+                        b_start = (panel * k + start) * width
+                        columns = min(width, n - panel * width)
+                        for row in range(top, bottom, rows):
+                            a_start = row * row_step + start * column_step
+                            place = row * n + panel * width
+                            if row + rows <= bottom and columns == width:
+                                multiply_tile(
+                                    rows, vectors, by_columns,
+                                    a, a_start, m if by_columns else k,
+                                    packed, b_start, out, place, n, depth, start > 0,
+                                )  # fmt: skip
+                                continue
+                            # At the edges, through a whole strip and a whole tile of our own.
+                            height = min(rows, bottom - row)
+                            for r in range(height):
+                                for c in range(depth):
+                                    value = a[a_start + r * row_step + c * column_step]
+                                    strip[r * strip_row_step + c * strip_column_step] = value
+                            multiply_tile(
+                                rows, vectors, by_columns,
+                                strip, 0, rows if by_columns else DEPTH,
+                                packed, b_start, tile, 0, width, depth, False,
+                            )  # fmt: skip
+                            for r in range(height):
+                                for c in range(columns):
+                                    before = out[place + r * n + c] if start > 0 else 0
+                                    out[place + r * n + c] = before + tile[r * width + c]
+
+    return parallel_kernel(multiply)
