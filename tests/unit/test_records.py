@@ -78,7 +78,7 @@ def test_reports_come_back_in_the_order_of_time(tmp_path):
     assert 0 <= found[0]["elapsed"] < 60
 
 
-@given(loss=st.floats(), accuracy=st.none() | st.floats(), step=st.integers(0, 2**62), push=st.floats())
+@given(loss=st.floats(), accuracy=st.none() | st.floats(), step=st.integers(0, 2**57), push=st.floats())
 def test_every_line_is_valid_json_and_keeps_nine_digits(tmp_path_factory, loss, accuracy, step, push):
     directory = tmp_path_factory.mktemp("run")
     with Recorder(directory, "worker", 3) as recorder:
