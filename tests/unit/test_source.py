@@ -160,7 +160,7 @@ def test_bad_datasets_are_named(tmp_path, inputs, targets, message):
         (0, None, r"attribute 'classes' of 'targets' is 0"),
         (2.5, None, r"attribute 'classes' of 'targets' is 2.5"),
         (2**40, None, r"attribute 'classes' of 'targets' is 1099511627776"),
-        ("three", None, r"attribute 'classes' of '/targets' is 'three'; expected one number"),
+        ("three", None, r"attribute 'classes' of 'targets' is 'three'; expected one number"),
         ([1, 2], None, r"attribute 'classes'.*expected one number"),
         (None, -1.0, r"attribute 'scale' of 'inputs' is -1.0; expected a number above 0"),
         (None, np.nan, r"attribute 'scale' of 'inputs' is nan"),
@@ -271,10 +271,32 @@ def test_damage_inside_a_dataset_is_named(tmp_path):
         raw.write(b"torn")
     for memory_mib in (1, 100):
         with Source.open(path, memory_mib) as source:
-            with pytest.raises(UserError, match=r"damaged\.h5: dataset '/inputs' cannot be read"):
+            with pytest.raises(UserError, match=r"damaged\.h5: dataset 'inputs' cannot be read"):
                 source.validate(full=True)
             with pytest.raises(UserError, match="cannot be read"):
                 source.batch(np.arange(200, 300))
+
+
+def test_any_damage_is_a_message(tmp_path):
+    """Bytes changed anywhere in the structure: the file is read, or refused with its name, and never anything else."""
+    random = np.random.default_rng(1)
+    storages = [{}, {"chunks": (10, 5)}, {"chunks": (10, 5), "compression": "gzip"}]
+    refused = 0
+    for trial in range(150):
+        inputs, targets = random.random((50, 5)), random.integers(0, 3, 50)
+        path = write(tmp_path / "damaged.h5", inputs, targets, classes=3, **storages[trial % 3])
+        content = bytearray(path.read_bytes())
+        for place in random.integers(0, min(len(content), 4000), 4):
+            content[place] = random.integers(0, 256)
+        path.write_bytes(content)
+        try:
+            with Source.open(path, 64) as source:
+                source.validate(full=True)
+                source.batch(np.arange(source.samples))
+        except UserError as error:
+            assert str(path) in str(error)  # noqa: PT017
+            refused += 1
+    assert 30 < refused < 150
 
 
 def test_what_a_network_must_look_like(tmp_path):

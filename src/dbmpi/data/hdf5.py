@@ -7,6 +7,7 @@ so that nothing here allocates by what a file merely declares, and nothing outsi
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -77,6 +78,17 @@ def open_file(path: Path, cache_bytes: int = 0) -> h5py.File:
         raise UserError(f"{path}: cannot be opened as HDF5 (incomplete or damaged?): {error}") from None
 
 
+@contextlib.contextmanager
+def damage(path: Path, what: str) -> Iterator[None]:
+    """Turn what HDF5 raises over a damaged file, in all its variety, into a UserError that names the file."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError, MemoryError) as error:
+        raise UserError(f"{path}: {what} cannot be read (damaged file?): {error}") from error
+
+
 def describe(path: Path, file: h5py.File, memory_bytes: int, targets_required: bool) -> Description:
     """Check ranks, types, sizes and attributes of an open data file, without reading its values.
 
@@ -85,6 +97,80 @@ def describe(path: Path, file: h5py.File, memory_bytes: int, targets_required: b
     UserError
         If the file is not a data file, is incomplete, or one sample or chunk would not fit `memory_bytes`.
     """
+    with damage(path, "its structure"):
+        return _described(path, file, memory_bytes, targets_required)
+
+
+def find(path: Path, file: h5py.File, name: str) -> h5py.Dataset:
+    """Return a dataset that lies in this very file; raises UserError where there is none."""
+    if name not in file and file.get(name, getlink=True) is None:
+        found = ", ".join(repr(key) for key in list(file)[:8]) or "nothing"
+        raise UserError(f"{path}: has no dataset {name!r}; found {found}; expected 'inputs' and 'targets'")
+    if not isinstance(file.get(name, getlink=True), h5py.HardLink):
+        raise UserError(f"{path}: {name!r} is a link to another place, which is not followed; store the dataset itself")
+    with damage(path, f"dataset {name!r}"):
+        dataset = file[name]
+    if not isinstance(dataset, h5py.Dataset):
+        raise UserError(f"{path}: {name!r} is a {type(dataset).__name__.lower()}; expected a dataset")
+    if dataset.is_virtual or dataset.external:
+        raise UserError(
+            f"{path}: the values of dataset {name!r} lie in other files, which are not followed; copy them into one file"
+        )
+    return dataset
+
+
+def plain_name(place: Any) -> str:
+    """Return the name of a dataset or group for messages, as the user wrote it."""
+    return str(place.name).lstrip("/") or "/"
+
+
+def compressed(dataset: h5py.Dataset) -> bool:
+    """Return whether the chunks of a dataset pass through filters."""
+    return bool(dataset.id.get_create_plist().get_nfilters())
+
+
+def number(path: Path, dataset: h5py.Dataset, name: str, default: float) -> float:
+    """Return an attribute that is one number; raises UserError for anything else."""
+    value = _attribute(path, dataset, name)
+    if value is None:
+        return default
+    array = np.asarray(value)
+    if array.size != 1 or array.dtype.kind not in "iuf":
+        raise UserError(
+            f"{path}: attribute {name!r} of {plain_name(dataset)!r} is {str(value)[:40]!r}; expected one number"
+        )
+    return array.reshape(()).item()  # type: ignore[no-any-return]
+
+
+def blocks(path: Path, dataset: h5py.Dataset) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield ``(first sample, rows)`` over a whole dataset, about BLOCK_BYTES at a time."""
+    row_bytes = max(1, math.prod(dataset.shape[1:]) * dataset.dtype.itemsize)
+    rows = max(1, BLOCK_BYTES // row_bytes)
+    if dataset.chunks and rows > dataset.chunks[0]:
+        rows -= rows % dataset.chunks[0]
+    for start in range(0, dataset.shape[0], rows):
+        yield start, read(path, dataset, slice(start, start + rows))
+
+
+def read(path: Path, dataset: h5py.Dataset, rows: slice | np.ndarray) -> np.ndarray:
+    """Return rows of a dataset; a damaged or vanished file is a UserError that names it."""
+    with damage(path, f"dataset {plain_name(dataset)!r}"):
+        return np.asarray(dataset[rows])
+
+
+def not_finite(rows: np.ndarray) -> np.ndarray:
+    """Return the positions of the rows that hold NaN, infinity, or a number too large for float32."""
+    if rows.dtype.kind != "f":
+        return np.empty(0, np.int64)
+    with np.errstate(over="ignore"):
+        narrow = rows.astype(np.float32, copy=False)
+    finite = np.isfinite(narrow)
+    if finite.all():
+        return np.empty(0, np.int64)
+    return np.flatnonzero(~finite.reshape(len(rows), -1).all(axis=1))
+
+
+def _described(path: Path, file: h5py.File, memory_bytes: int, targets_required: bool) -> Description:
     _check_version(path, file)
     inputs = find(path, file, "inputs")
     if _native(inputs) not in (np.float32, np.float64, np.uint8):
@@ -117,73 +203,6 @@ def describe(path: Path, file: h5py.File, memory_bytes: int, targets_required: b
     for dataset in datasets:
         _check_storage(path, dataset, memory_bytes)
     return described
-
-
-def find(path: Path, file: h5py.File, name: str) -> h5py.Dataset:
-    """Return a dataset that lies in this very file; raises UserError where there is none."""
-    if name not in file and file.get(name, getlink=True) is None:
-        found = ", ".join(repr(key) for key in list(file)[:8]) or "nothing"
-        raise UserError(f"{path}: has no dataset {name!r}; found {found}; expected 'inputs' and 'targets'")
-    if not isinstance(file.get(name, getlink=True), h5py.HardLink):
-        raise UserError(f"{path}: {name!r} is a link to another place, which is not followed; store the dataset itself")
-    try:
-        dataset = file[name]
-    except (KeyError, OSError, RuntimeError) as error:
-        raise UserError(f"{path}: dataset {name!r} cannot be opened (damaged file?): {error}") from None
-    if not isinstance(dataset, h5py.Dataset):
-        raise UserError(f"{path}: {name!r} is a {type(dataset).__name__.lower()}; expected a dataset")
-    if dataset.is_virtual or dataset.external:
-        raise UserError(
-            f"{path}: the values of dataset {name!r} lie in other files, which are not followed; "
-            f"copy them into one file, e.g. with h5repack"
-        )
-    return dataset
-
-
-def compressed(dataset: h5py.Dataset) -> bool:
-    """Return whether the chunks of a dataset pass through filters."""
-    return bool(dataset.id.get_create_plist().get_nfilters())
-
-
-def number(path: Path, dataset: h5py.Dataset, name: str, default: float) -> float:
-    """Return an attribute that is one number; raises UserError for anything else."""
-    value = _attribute(path, dataset, name)
-    if value is None:
-        return default
-    array = np.asarray(value)
-    if array.size != 1 or array.dtype.kind not in "iuf":
-        raise UserError(f"{path}: attribute {name!r} of {dataset.name!r} is {str(value)[:40]!r}; expected one number")
-    return array.reshape(()).item()  # type: ignore[no-any-return]
-
-
-def blocks(path: Path, dataset: h5py.Dataset) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield ``(first sample, rows)`` over a whole dataset, about BLOCK_BYTES at a time."""
-    row_bytes = max(1, math.prod(dataset.shape[1:]) * dataset.dtype.itemsize)
-    rows = max(1, BLOCK_BYTES // row_bytes)
-    if dataset.chunks and rows > dataset.chunks[0]:
-        rows -= rows % dataset.chunks[0]
-    for start in range(0, dataset.shape[0], rows):
-        yield start, read(path, dataset, slice(start, start + rows))
-
-
-def read(path: Path, dataset: h5py.Dataset, rows: slice | np.ndarray) -> np.ndarray:
-    """Return rows of a dataset; a damaged or vanished file is a UserError that names it."""
-    try:
-        return np.asarray(dataset[rows])
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"{path}: dataset {dataset.name!r} cannot be read (damaged file?): {error}") from None
-
-
-def not_finite(rows: np.ndarray) -> np.ndarray:
-    """Return the positions of the rows that hold NaN, infinity, or a number too large for float32."""
-    if rows.dtype.kind != "f":
-        return np.empty(0, np.int64)
-    with np.errstate(over="ignore"):
-        narrow = rows.astype(np.float32, copy=False)
-    finite = np.isfinite(narrow)
-    if finite.all():
-        return np.empty(0, np.int64)
-    return np.flatnonzero(~finite.reshape(len(rows), -1).all(axis=1))
 
 
 def _check_version(path: Path, file: h5py.File) -> None:
@@ -241,15 +260,13 @@ def _labels(path: Path, targets: h5py.Dataset, classes: int | None) -> tuple[int
 
 
 def _attribute(path: Path, place: Any, name: str) -> Any:
-    try:
+    with damage(path, f"attribute {name!r} of {plain_name(place)!r}"):
         return place.attrs.get(name)
-    except (OSError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: attribute {name!r} of {place.name!r} cannot be read: {error}") from None
 
 
 def _check_storage(path: Path, dataset: h5py.Dataset, memory_bytes: int) -> None:
     """Refuse datasets that declare more than was ever written, and chunks that cannot be held in memory."""
-    name = dataset.name.lstrip("/")
+    name = plain_name(dataset)
     if dataset.chunks is None:
         stored = dataset.id.get_storage_size()
         if stored < dataset.nbytes:

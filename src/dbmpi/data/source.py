@@ -108,6 +108,11 @@ class Source:
         return self._description.target_size
 
     @property
+    def labels(self) -> tuple[int, ...] | None:
+        """Labels of the original file in the order of the classes, where an importer had to number them."""
+        return self._description.labels
+
+    @property
     def has_targets(self) -> bool:
         """Whether the file has targets; otherwise only :meth:`inputs` can be asked for."""
         return self._description.has_targets
@@ -251,7 +256,7 @@ class Source:
                 f"{self.path}: has {self.classes} classes, but {train.path} only {train.classes}; "
                 f"expected no class that is not trained"
             )
-        ours, theirs = self._description.labels, train._description.labels
+        ours, theirs = self.labels, train.labels
         if ours is not None and theirs is not None and ours != theirs[: len(ours)]:
             raise UserError(
                 f"{self.path}: its classes stand for the labels {_some(ours)}, but those of {train.path} for "

@@ -26,7 +26,7 @@ def scan_finite(path: Path, dataset: h5py.Dataset, full: bool) -> None:
             break
     if bad:
         raise UserError(
-            f"{path}: dataset {dataset.name.lstrip('/')!r}: sample {first} holds NaN, infinity or a number too large "
+            f"{path}: dataset {hdf5.plain_name(dataset)!r}: sample {first} holds NaN, infinity or a number too large "
             f"for float32; {bad} of {dataset.shape[0]} samples do; expected finite numbers"
         )
 

@@ -1,0 +1,222 @@
+"""LIBSVM files, plain or gzip: ``label index:value index:value ...``, one sample a line, indices increasing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from dbmpi.data.importers.reading import InputFile, Progress, line_blocks, no_progress
+from dbmpi.data.source import Source
+from dbmpi.data.writer import LARGEST_SAMPLE_BYTES, Origin, Shape, Writer, Written, check_writable
+from dbmpi.errors import UserError
+
+MOST_LABELS = 65_536
+"""A file with more different labels is taken for a regression."""
+
+PROGRESS_LINES = 4096
+
+
+@dataclass
+class Labels:
+    """Numbers the labels of a file as classes, in the order in which they come, or as given beforehand."""
+
+    codes: dict[int, int] = field(default_factory=dict)
+    """From label to class."""
+    given: Path | None = None
+    """The data file whose labels these are."""
+
+    def code(self, place: str, label: float) -> int:
+        """Return the class of a label; `place` is for messages."""
+        if label != math.floor(label) or abs(label) > 2**53:
+            raise UserError(f"{place}: the label {label:g} is not a class; expected a whole number (or say --values)")
+        code = self.codes.get(int(label))
+        if code is None:
+            if self.given is not None:
+                raise UserError(
+                    f"{place}: the label {label:g} does not occur in {self.given}; expected {_some(self.codes)}"
+                )
+            if len(self.codes) == MOST_LABELS:
+                raise UserError(
+                    f"{place}: more than {MOST_LABELS} different labels; are they values? Then say --values"
+                )
+            code = self.codes[int(label)] = len(self.codes)
+        return code
+
+
+def import_libsvm(
+    file: Path,
+    out: Path,
+    *,
+    features: int | None = None,
+    like: Path | None = None,
+    kind: Literal["classes", "values"] = "classes",
+    first_index: int = 1,
+    force: bool = False,
+    progress: Progress = no_progress,
+) -> Written:
+    """Write a data file with dense float32 inputs from a LIBSVM file.
+
+    Labels are numbered from 0 in increasing order and recorded in the attribute `labels`.
+
+    Parameters
+    ----------
+    file
+        Text, plain or gzip.
+    out
+        Data file to write.
+    features
+        Number of inputs; by default the largest index of the file, which takes a pass of its own.
+    like
+        A data file whose number of inputs and whose labels are to be used: the training file, for a test file.
+    kind
+        Whether labels are classes or values.
+    first_index
+        Index of the first input: 1, or 0 in some files.
+    force
+        Replace an existing file.
+    progress
+        Told how many bytes have been read, of all passes.
+
+    Raises
+    ------
+    UserError
+        If a line is malformed, an index too large, a number not finite, or a label unknown.
+    """
+    check_writable(out, force, (file,))
+    labels = Labels()
+    passes = 1
+    if like is not None:
+        given, labels = _like(like, kind)
+        if features not in (None, given):
+            raise UserError(f"{features} features were asked for, but the samples of {like} have {given}")
+        features = given
+    if features is None:
+        passes = 2
+        features = _count_features(file, first_index, progress)
+    shape = Shape((features,), None, None if kind == "classes" else 1)
+    with InputFile(file) as text, Writer(out, shape, Origin("libsvm", file, file), force) as writer:
+        block = np.zeros((writer.block_rows, features))
+        targets = np.zeros(writer.block_rows, np.int64 if kind == "classes" else np.float64)
+        numbers: list[int] = []
+
+        def flush() -> None:
+            rows = len(numbers)
+            answers = targets[:rows] if kind == "classes" else targets[:rows, None]
+            writer.append(block[:rows], answers, lambda row: f"line {numbers[row]}")
+            block[:rows] = 0
+            numbers.clear()
+
+        for number, line in _lines(text):
+            place = f"{file}: line {number}"
+            label, columns, values = _sample(place, line, first_index, features)
+            block[len(numbers), columns] = values
+            targets[len(numbers)] = labels.code(place, label) if kind == "classes" else label
+            numbers.append(number)
+            if len(numbers) == len(block):
+                flush()
+                progress((passes - 1) * text.file_bytes + text.position, passes * text.file_bytes)
+        flush()
+        progress(passes * text.file_bytes, passes * text.file_bytes)
+        if kind == "classes":
+            ordered = list(labels.codes) if like else sorted(labels.codes)
+            codes = np.empty(len(ordered), np.int32)
+            for code, label_value in enumerate(ordered):
+                codes[labels.codes[label_value]] = code
+            writer.number_labels(ordered, codes)
+    assert writer.written is not None
+    return writer.written
+
+
+def _lines(text: InputFile) -> Iterator[tuple[int, str]]:
+    """Yield the number and the text of each line that holds a sample, without comments."""
+    for lines in line_blocks(text):
+        for number, line in zip(lines.numbers, lines.texts, strict=True):
+            sample = line.partition("#")[0].strip()
+            if sample:
+                yield number, sample
+
+
+def _sample(place: str, line: str, first_index: int, features: int) -> tuple[float, list[int], list[float]]:
+    """Return the label, the columns and the values of a line."""
+    label, *pairs = line.split()
+    columns, values = [], []
+    previous = first_index - 1
+    try:
+        for pair in pairs:
+            index_text, _, value_text = pair.partition(":")
+            index, value = int(index_text), float(value_text)
+            if index <= previous:
+                if index < first_index:
+                    raise UserError(
+                        f"{place}: the index {index} is below {first_index}; expected indices from {first_index} "
+                        f"(say --first-index 0 if the file counts from 0)"
+                    )
+                raise UserError(f"{place}: the index {index} follows {previous}; expected increasing indices")
+            columns.append(index - first_index)
+            values.append(value)
+            previous = index
+    except UserError:
+        raise
+    except ValueError:
+        raise UserError(f"{place}: {pair[:40]!r} is not an input; expected index:value, e.g. 3:0.5") from None
+    if columns and columns[-1] >= features:
+        raise UserError(f"{place}: the index {previous} is too large; expected at most {features - 1 + first_index}")
+    return _number(place, label), columns, values
+
+
+def _number(place: str, label: str) -> float:
+    try:
+        value = float(label)
+    except ValueError:
+        raise UserError(f"{place}: the label {label[:40]!r} is not a number; expected label index:value ...") from None
+    if not math.isfinite(value):
+        raise UserError(f"{place}: the label {label[:40]!r} is not finite; expected a number")
+    return value
+
+
+def _count_features(file: Path, first_index: int, progress: Progress) -> int:
+    """Return the number of inputs: the largest index of the file, which is the last one of some line."""
+    features = 0
+    with InputFile(file) as text:
+        for number, line in _lines(text):
+            last = line.rsplit(maxsplit=1)[-1]
+            if ":" in last:
+                index_text = last.partition(":")[0]
+                try:
+                    features = max(features, int(index_text) - first_index + 1)
+                except ValueError:
+                    raise UserError(
+                        f"{file}: line {number}: {last[:40]!r} is not an input; expected index:value, e.g. 3:0.5"
+                    ) from None
+            if features * 4 > LARGEST_SAMPLE_BYTES:
+                raise UserError(
+                    f"{file}: line {number}: the index {index_text[:20]} is too large for dense samples; expected "
+                    f"at most {LARGEST_SAMPLE_BYTES // 4}"
+                )
+            if number % PROGRESS_LINES == 0:
+                progress(text.position, 2 * text.file_bytes)
+    if features == 0:
+        raise UserError(f"{file}: has no inputs; expected lines of the form label index:value ...")
+    return features
+
+
+def _like(like: Path, kind: Literal["classes", "values"]) -> tuple[int, Labels]:
+    """Return the number of inputs and the labels of another data file."""
+    with Source.open(like, memory_mib=LARGEST_SAMPLE_BYTES >> 20) as source:
+        if len(source.input_shape) != 1:
+            raise UserError(f"{like}: its samples have shape {source.input_shape}; expected a file made from LIBSVM")
+        if kind == "classes" and source.labels is None:
+            raise UserError(
+                f"{like}: does not say which labels its classes stand for; expected a file made from LIBSVM"
+            )
+        codes = {label: code for code, label in enumerate(source.labels or ())}
+        return source.input_shape[0], Labels(codes, like)
+
+
+def _some(labels: dict[int, int]) -> str:
+    return ", ".join(str(label) for label in list(labels)[:8]) + (" ..." if len(labels) > 8 else "")

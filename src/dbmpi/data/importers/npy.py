@@ -1,0 +1,96 @@
+"""NumPy's NPY files: an array of inputs and one of targets."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+
+from dbmpi.data.hdf5 import BYTE_SCALE
+from dbmpi.data.importers.reading import Progress, no_progress
+from dbmpi.data.writer import Origin, Shape, Writer, Written, check_writable
+from dbmpi.errors import UserError
+
+
+def import_npy(
+    inputs: Path,
+    targets: Path,
+    out: Path,
+    *,
+    classes: int | None = None,
+    scale: float = BYTE_SCALE,
+    force: bool = False,
+    progress: Progress = no_progress,
+) -> Written:
+    """Write a data file from two arrays whose first axis is the sample.
+
+    Inputs of bytes stay bytes and are multiplied by `scale` when they are used; other numbers become float32.
+    Integer targets ``(samples,)`` are classes; floating ones, ``(samples, outputs)`` or ``(samples,)``, are values.
+
+    Raises
+    ------
+    UserError
+        If a file is not NPY, torn, holds Python objects, or the two do not belong together.
+    """
+    check_writable(out, force, (inputs, targets))
+    rows, answers = _mapped(inputs), _mapped(targets)
+    if rows.ndim < 2:
+        raise UserError(f"{inputs}: has shape {rows.shape}; expected (samples, features ...)")
+    if answers.ndim == 1 and answers.dtype.kind == "f":
+        answers = answers[:, None]
+    size = None if answers.dtype.kind in "iu" else int(answers.shape[-1])
+    if answers.ndim != (1 if size is None else 2) or answers.dtype.kind not in "iuf" or size == 0:
+        raise UserError(
+            f"{targets}: is {answers.dtype} of shape {answers.shape}; expected (samples,) integers for classes, or "
+            f"(samples, outputs) floating numbers for values"
+        )
+    if len(rows) != len(answers):
+        raise UserError(f"{inputs}: has {len(rows)} samples, but {targets} {len(answers)}")
+    if size is not None and classes is not None:
+        raise UserError(f"{targets}: holds {answers.dtype} values; the number of classes goes with whole numbers only")
+    shape = Shape(rows.shape[1:], classes, size, scale if rows.dtype == np.uint8 else None)
+    with Writer(out, shape, Origin("npy", inputs, targets), force) as writer:
+        for start in range(0, len(rows), writer.block_rows):
+            stop = min(start + writer.block_rows, len(rows))
+            block = np.asarray(rows[start:stop])
+            if block.dtype.kind in "bi" or block.dtype in (np.uint16, np.uint32, np.uint64, np.float16):
+                block = block.astype(np.float32)
+            writer.append(block, np.asarray(answers[start:stop]))
+            progress(stop, len(rows))
+    assert writer.written is not None
+    return writer.written
+
+
+def _mapped(path: Path) -> np.ndarray:
+    """Map an NPY file into memory; its header is compared with the size of the file, and no pickle is ever read."""
+    if not path.is_file():
+        raise UserError(f"{path}: {'is not a file' if path.exists() else 'no such file'}")
+    try:
+        with path.open("rb") as file:
+            if file.read(4) == b"PK\x03\x04":
+                raise UserError(f"{path}: is an NPZ archive; unpack it ('unzip') and give its NPY files")
+            file.seek(0)
+            version = np.lib.format.read_magic(file)
+            read_header = (
+                np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            )
+            shape, fortran_order, kind = read_header(file)
+            offset = file.tell()
+    except UserError:
+        raise
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path}: is not an NPY file: {str(error).splitlines()[0]}") from None
+    if kind.hasobject or kind.kind not in "biuf":
+        raise UserError(f"{path}: holds {kind}; expected numbers")
+    if any(length < 0 for length in shape):
+        raise UserError(f"{path}: its header declares the shape {shape}: damaged")
+    size = path.stat().st_size
+    if offset + math.prod(shape) * kind.itemsize > size:
+        raise UserError(
+            f"{path}: its header declares {kind} of shape {shape}, which end at byte "
+            f"{offset + math.prod(shape) * kind.itemsize}, but the file has {size} bytes: torn or damaged"
+        )
+    if not shape or 0 in shape:
+        raise UserError(f"{path}: holds an array of shape {shape}; expected at least one sample")
+    return np.memmap(path, kind, "r", offset, shape, "F" if fortran_order else "C")

@@ -1,0 +1,296 @@
+"""Writing a data file: in blocks, checked, under a temporary name until it is whole."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import h5py
+import numpy as np
+
+from dbmpi import __version__
+from dbmpi.data import hdf5
+from dbmpi.data.sink import Sink, synchronize_directory
+from dbmpi.errors import UserError
+
+CHUNK_BYTES = 256 << 10
+"""Chunk of the inputs: large enough to read a file quickly from its beginning to its end."""
+TARGET_CHUNK_BYTES = 64 << 10
+LARGEST_SAMPLE_BYTES = 256 << 20
+"""No sample is larger than this (as float32); what declares more is taken for damaged."""
+
+Where = Callable[[int], str]
+"""From a row of the block that is being written to its place in the original file, e.g. ``"line 17"``."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where samples come from, for messages and for the attributes of the data file."""
+
+    importer: str
+    inputs: Path | str
+    """The file of the inputs, or the name of a data set that is not a file."""
+    targets: Path | str
+    """The file of the targets; often the same."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the samples of a new data file look like."""
+
+    inputs: tuple[int, ...]
+    classes: int | None = None
+    """Number of classes if it is known; otherwise the largest label plus one."""
+    target_size: int | None = None
+    """Values of a target, or None for classes."""
+    scale: float | None = None
+    """For uint8 inputs the factor to be applied; None for float32 inputs."""
+
+    def __post_init__(self) -> None:
+        if self.scale is not None and not (math.isfinite(self.scale) and self.scale > 0):
+            raise UserError(f"the scale {self.scale} was given; expected a number above 0, e.g. {1 / 255:.6g}")
+        if self.classes is not None and not 1 <= self.classes <= hdf5.LARGEST_LABEL + 1:
+            raise UserError(f"{self.classes} classes were given; expected a number from 1 to {hdf5.LARGEST_LABEL + 1}")
+
+
+@dataclass(frozen=True)
+class Written:
+    """A data file that has been written."""
+
+    path: Path
+    samples: int
+    shape: Shape
+    file_bytes: int
+
+    def __str__(self) -> str:
+        kind = "float32" if self.shape.scale is None else "uint8"
+        size = self.shape.target_size
+        targets = f"{self.shape.classes} classes" if size is None else f"{size} value{'s' * (size > 1)} a sample"
+        features = " x ".join(str(length) for length in self.shape.inputs)
+        return (
+            f"{self.path}: {self.samples} samples of {features} ({kind}), {targets}, {self.file_bytes / 2**20:.1f} MiB"
+        )
+
+
+class Writer:
+    """A data file in the making, used as a context manager.
+
+    The file appears under its name, whole and on disk, when the context ends without an exception; otherwise nothing
+    is left of it.
+
+    Parameters
+    ----------
+    out
+        Name of the data file.
+    shape
+        What the samples look like.
+    origin
+        Where they come from.
+    force
+        Replace an existing file.
+
+    Raises
+    ------
+    UserError
+        If the file exists, cannot be written, or samples are not acceptable.
+    """
+
+    def __init__(self, out: Path, shape: Shape, origin: Origin, force: bool = False) -> None:
+        self.out = out
+        self.shape = shape
+        self.origin = origin
+        self.samples = 0
+        self._force = force
+        self._largest_label = -1
+        self._labels: Sequence[int] | None = None
+        self._temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}.part")
+        self._sink: Sink | None = None
+        self._file: h5py.File | None = None
+        self.written: Written | None = None
+        """Set when the file is whole."""
+
+    @property
+    def block_rows(self) -> int:
+        """Rows of a block of reasonable size; a whole number of chunks."""
+        rows = max(1, hdf5.BLOCK_BYTES // (math.prod(self.shape.inputs) * 4))
+        return max(rows - rows % self._chunk_rows, 1)
+
+    def __enter__(self) -> Writer:
+        check_writable(self.out, self._force, (self.origin.inputs, self.origin.targets))
+        check_sample_size(self.origin.inputs, self.shape.inputs)
+        try:
+            self._create_file()
+        except BaseException:
+            self._discard()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if error is None:
+                self._finish()
+        finally:
+            self._discard()
+
+    def append(self, inputs: np.ndarray, targets: np.ndarray, where: Where | None = None) -> None:
+        """Write the next samples.
+
+        Parameters
+        ----------
+        inputs
+            uint8 or floating ``(samples, *features)``.
+        targets
+            Integers ``(samples,)`` or floating ``(samples, outputs)``.
+        where
+            Says where a row comes from; by default "sample" and its number.
+        """
+        place = where or (lambda row: f"sample {self.samples + row}")
+        self._check_finite(self.origin.inputs, "inputs", inputs, place)
+        if self.shape.target_size is None:
+            self._check_labels(targets, place)
+        else:
+            self._check_finite(self.origin.targets, "targets", targets, place)
+        start, self.samples = self.samples, self.samples + len(inputs)
+        with self._writing():
+            for dataset, rows in ((self._inputs, inputs), (self._targets, targets)):
+                dataset.resize(self.samples, axis=0)
+                dataset[start:] = rows.astype(dataset.dtype, copy=False)
+
+    def number_labels(self, labels: Sequence[int], codes: np.ndarray) -> None:
+        """Replace every class c written so far by ``codes[c]``, and record which `labels` the classes stand for."""
+        with self._writing():
+            for start in range(0, self.samples, hdf5.BLOCK_BYTES // 4):
+                rows = slice(start, start + hdf5.BLOCK_BYTES // 4)
+                self._targets[rows] = codes[self._targets[rows]]
+        self._labels = labels
+        self._largest_label = max(int(codes.max(initial=-1)), len(labels) - 1)
+
+    @property
+    def _chunk_rows(self) -> int:
+        kind_bytes = 4 if self.shape.scale is None else 1
+        return max(1, CHUNK_BYTES // (math.prod(self.shape.inputs) * kind_bytes))
+
+    def _create_file(self) -> None:
+        with self._writing():
+            self._sink = Sink(self._temporary)
+            self._file = h5py.File(self._sink, "w")
+            kind = np.float32 if self.shape.scale is None else np.uint8
+            self._inputs = self._create("inputs", self.shape.inputs, kind)
+            if self.shape.scale is not None:
+                self._inputs.attrs["scale"] = self.shape.scale
+            size = self.shape.target_size
+            self._targets = self._create(
+                "targets", () if size is None else (size,), np.int32 if size is None else np.float32
+            )
+
+    def _create(self, name: str, rest: tuple[int, ...], kind: type[np.generic]) -> h5py.Dataset:
+        assert self._file is not None
+        rows = self._chunk_rows if name == "inputs" else max(1, TARGET_CHUNK_BYTES // (4 * math.prod(rest)))
+        return self._file.create_dataset(name, (0, *rest), kind, maxshape=(None, *rest), chunks=(rows, *rest))
+
+    def _check_finite(self, source: Path | str, name: str, rows: np.ndarray, place: Where) -> None:
+        wrong = hdf5.not_finite(rows)
+        if len(wrong):
+            raise UserError(
+                f"{source}: {place(int(wrong[0]))}: the {name} hold NaN, infinity or a number too large for float32; "
+                f"expected finite numbers"
+            )
+
+    def _check_labels(self, labels: np.ndarray, place: Where) -> None:
+        if not len(labels):
+            return
+        largest = hdf5.LARGEST_LABEL if self.shape.classes is None else self.shape.classes - 1
+        wrong = np.flatnonzero((labels < 0) | (labels > largest))
+        if len(wrong):
+            row = int(wrong[0])
+            raise UserError(
+                f"{self.origin.targets}: {place(row)}: the label {labels[row]} is not a class; expected whole numbers "
+                f"from 0 to {largest}"
+            )
+        self._largest_label = max(self._largest_label, int(labels.max()))
+
+    def _finish(self) -> None:
+        if self.samples == 0:
+            raise UserError(f"{self.origin.inputs}: holds no samples; expected at least one")
+        assert self._file is not None
+        assert self._sink is not None
+        shape = self.shape
+        with self._writing():
+            if shape.target_size is None:
+                classes = shape.classes or self._largest_label + 1
+                shape = Shape(shape.inputs, classes, None, shape.scale)
+                self._targets.attrs["classes"] = classes
+                if self._labels is not None:
+                    self._targets.attrs["labels"] = np.asarray(self._labels, np.int64)
+            names = dict.fromkeys(Path(source).name for source in (self.origin.inputs, self.origin.targets))
+            self._file.attrs.update(
+                format=hdf5.FORMAT,
+                format_version=hdf5.FORMAT_VERSION,
+                importer=self.origin.importer,
+                importer_version=__version__,
+            )
+            self._file.attrs.create("sources", list(names), dtype=h5py.string_dtype())
+            self._file.close()
+            self._file = None
+            self._sink.check()
+            self._sink.synchronize()
+            self._sink.close()
+            # Somebody else may have written the file in the meantime.
+            check_writable(self.out, self._force)
+            self._temporary.replace(self.out)
+            synchronize_directory(self.out.parent)
+            self.written = Written(self.out, self.samples, shape, self.out.stat().st_size)
+
+    def _discard(self) -> None:
+        """Leave nothing open and no temporary file; does nothing when the file is whole."""
+        if self._sink is None or self.written is not None:
+            return
+        self._sink.abandon()
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        self._sink.close()
+        with contextlib.suppress(OSError):
+            self._temporary.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+            if self._sink is not None:
+                self._sink.check()
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"{self.out}: cannot be written: {error}") from None
+
+
+def check_writable(out: Path, force: bool, sources: Sequence[Path | str] = ()) -> None:
+    """Raise UserError if a data file of this name must not or cannot be written."""
+    if not out.parent.is_dir():
+        raise UserError(f"{out}: there is no directory {out.parent}; make it first")
+    if out.is_dir():
+        raise UserError(f"{out}: is a directory; expected the name of a file to write")
+    if out.exists():
+        for source in sources:
+            if isinstance(source, Path) and source.exists() and out.samefile(source):
+                raise UserError(f"{out}: is the file to be imported; give another name with --out")
+        if not force:
+            raise UserError(f"{out}: exists already; remove it, give another name, or say --force to replace it")
+
+
+def check_sample_size(source: Path | str, input_shape: tuple[int, ...]) -> None:
+    """Raise UserError if one sample is impossibly large, or empty."""
+    features = math.prod(input_shape)
+    if features == 0:
+        raise UserError(f"{source}: samples of shape {input_shape} have no inputs; expected at least one")
+    if features * 4 > LARGEST_SAMPLE_BYTES:
+        raise UserError(
+            f"{source}: one sample of shape {input_shape} would take {features * 4 / 2**20:.0f} MiB; expected at most "
+            f"{LARGEST_SAMPLE_BYTES >> 20} MiB"
+        )
