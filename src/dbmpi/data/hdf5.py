@@ -114,7 +114,7 @@ def find(path: Path, file: h5py.File, name: str) -> h5py.Dataset:
         raise UserError(f"{path}: {name!r} is a {type(dataset).__name__.lower()}; expected a dataset")
     if dataset.is_virtual or dataset.external:
         raise UserError(
-            f"{path}: the values of dataset {name!r} lie in other files, which are not followed; copy them into one file"
+            f"{path}: the values of dataset {name!r} lie in other files, which are not followed; copy them into one"
         )
     return dataset
 
