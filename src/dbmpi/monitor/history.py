@@ -65,7 +65,7 @@ class History:
         self.shards: dict[int, list[Record]] = {}
         """Reports of each shard by its number."""
         self.evaluations: list[Record] = []
-        """Evaluations, one of each place in the stream: of one that was made again after a resume, the later."""
+        """Evaluations, in the order of time."""
         self._ends: dict[int, float] = defaultdict(float)
         for record in records:
             session = record["session"]
