@@ -11,7 +11,6 @@ sample's result does not depend on the batch it comes in, nor a unit's on how a 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 
 import numpy as np
@@ -19,7 +18,7 @@ from numba import prange
 
 from dbmpi.kernels.compile import THREADS, Kernel, parallel_kernel
 from dbmpi.kernels.memory import aligned_empty
-from dbmpi.kernels.vector import NARROW_ROWS, NARROW_VECTORS, WIDE_ROWS, WIDE_VECTORS, lanes, multiply_tile
+from dbmpi.kernels.vector import ROWS, VECTORS, lanes, multiply_tile
 
 DEPTH = 128
 """Products summed in registers before a tile is added to `out`: a panel of this depth fits into the first cache."""
@@ -51,19 +50,18 @@ class TiledProduct:
             C-contiguous; must not overlap `a` or `b`.
         """
         (m, k), n = a.shape, b.shape[1]
-        rows, vectors = tile_shape(n, out.itemsize)
-        width = vectors * lanes(out.itemsize)
+        width = tile_columns(out.dtype)
         packed = self._workspace(-(-n // width) * width * k, out.dtype)
         if b.flags.c_contiguous:
             _pack_rows(b.reshape(-1), k, n, width, packed)
         else:
             _pack_columns(b.T.reshape(-1), k, n, width, packed)
-        strips = -(-m // rows)
-        block = min(BLOCK // rows, -(-strips // THREADS)) * rows
+        strips = -(-m // ROWS)
+        block = min(BLOCK // ROWS, -(-strips // THREADS)) * ROWS
         if a.flags.c_contiguous:
-            _multiply(rows, vectors, False)(a.reshape(-1), packed, out.reshape(-1), m, n, k, width, block)
+            _multiply(False)(a.reshape(-1), packed, out.reshape(-1), m, n, k, width, block)
         else:
-            _multiply(rows, vectors, True)(a.T.reshape(-1), packed, out.reshape(-1), m, n, k, width, block)
+            _multiply(True)(a.T.reshape(-1), packed, out.reshape(-1), m, n, k, width, block)
 
     def _workspace(self, size: int, dtype: np.dtype) -> np.ndarray:
         size *= dtype.itemsize
@@ -72,12 +70,9 @@ class TiledProduct:
         return self._panels[:size].view(dtype)
 
 
-def tile_shape(columns: int, itemsize: int) -> tuple[int, int]:
-    """Return (rows, vectors) of the tiles for an `out` of so many columns: wide, unless that wastes columns."""
-    wide, narrow = WIDE_VECTORS * lanes(itemsize), NARROW_VECTORS * lanes(itemsize)
-    if -(-columns // wide) * wide <= -(-columns // narrow) * narrow:
-        return WIDE_ROWS, WIDE_VECTORS
-    return NARROW_ROWS, NARROW_VECTORS
+def tile_columns(dtype: np.dtype) -> int:
+    """Return the columns of a tile; a product whose columns do not fill its last tiles computes more than it needs."""
+    return VECTORS * lanes(dtype.itemsize)
 
 
 @parallel_kernel
@@ -101,56 +96,71 @@ def _pack_columns(b: np.ndarray, k: int, n: int, width: int, packed: np.ndarray)
     for panel in prange(-(-n // width)):
         filled = min(width, n - panel * width)
         for start in range(0, k, 16):  # a cache line of every column at a time
-            for column in range(width):
-                for row in range(start, min(k, start + 16)):
-                    value = b[(panel * width + column) * k + row] if column < filled else 0
-                    packed[(panel * k + row) * width + column] = value
+            height = min(16, k - start)
+            block = packed[(panel * k + start) * width :][: height * width].reshape(height, width)
+            for column in range(filled):
+                source = b[(panel * width + column) * k + start :][:height]
+                for row in range(height):
+                    block[row, column] = source[row]
+            block[:, filled:] = 0
 
 
 @cache
-def _multiply(rows: int, vectors: int, by_columns: bool) -> Kernel[..., None]:
-    """Return the product by packed panels, with tiles of `rows` and `vectors`."""
+def _multiply(by_columns: bool) -> Kernel[..., None]:
+    """Return the product by packed panels, for an `a` whose columns are contiguous or whose rows are."""
 
     def multiply(
         a: np.ndarray, packed: np.ndarray, out: np.ndarray, m: int, n: int, k: int, width: int, block: int
     ) -> None:
         row_step, column_step = (1, m) if by_columns else (k, 1)
-        strip_row_step, strip_column_step = (1, rows) if by_columns else (DEPTH, 1)
+        strip_row_step, strip_column_step = (1, ROWS) if by_columns else (DEPTH, 1)
         panels = -(-n // width)
         for number in prange(-(-m // block)):
             top, bottom = number * block, min(m, number * block + block)
-            strip = np.zeros(rows * DEPTH, out.dtype)
-            tile = np.empty(rows * width, out.dtype)
+            strip = np.zeros(ROWS * DEPTH, out.dtype)
+            tile = np.empty(ROWS * width, out.dtype)
             for group in range(0, panels, GROUP):
                 for start in range(0, k, DEPTH):
                     depth = min(DEPTH, k - start)
                     for panel in range(group, min(panels, group + GROUP)):
                         b_start = (panel * k + start) * width
                         columns = min(width, n - panel * width)
-                        for row in range(top, bottom, rows):
+                        for row in range(top, bottom, ROWS):
                             a_start = row * row_step + start * column_step
                             place = row * n + panel * width
-                            if row + rows <= bottom and columns == width:
+                            if row + ROWS <= bottom and columns == width:
                                 multiply_tile(
-                                    rows, vectors, by_columns,
+                                    ROWS, VECTORS, by_columns,
                                     a, a_start, m if by_columns else k,
                                     packed, b_start, out, place, n, depth, start > 0,
                                 )  # fmt: skip
                                 continue
-                            # At the edges, through a whole strip and a whole tile of our own.
-                            height = min(rows, bottom - row)
+                            # At the edges, through a whole tile of our own.
+                            height = min(ROWS, bottom - row)
+                            if height == ROWS:
+                                multiply_tile(
+                                    ROWS, VECTORS, by_columns,
+                                    a, a_start, m if by_columns else k,
+                                    packed, b_start, tile, 0, width, depth, False,
+                                )  # fmt: skip
+                            else:
+                                for r in range(height):
+                                    for c in range(depth):
+                                        value = a[a_start + r * row_step + c * column_step]
+                                        strip[r * strip_row_step + c * strip_column_step] = value
+                                multiply_tile(
+                                    ROWS, VECTORS, by_columns,
+                                    strip, 0, ROWS if by_columns else DEPTH,
+                                    packed, b_start, tile, 0, width, depth, False,
+                                )  # fmt: skip
                             for r in range(height):
-                                for c in range(depth):
-                                    value = a[a_start + r * row_step + c * column_step]
-                                    strip[r * strip_row_step + c * strip_column_step] = value
-                            multiply_tile(
-                                rows, vectors, by_columns,
-                                strip, 0, rows if by_columns else DEPTH,
-                                packed, b_start, tile, 0, width, depth, False,
-                            )  # fmt: skip
-                            for r in range(height):
-                                for c in range(columns):
-                                    before = out[place + r * n + c] if start > 0 else 0
-                                    out[place + r * n + c] = before + tile[r * width + c]
+                                source = tile[r * width :][:columns]
+                                target = out[place + r * n :][:columns]
+                                if start > 0:
+                                    for c in range(columns):
+                                        target[c] += source[c]
+                                else:
+                                    for c in range(columns):
+                                        target[c] = source[c]
 
     return parallel_kernel(multiply)

@@ -22,9 +22,7 @@ def sgd(parameters: np.ndarray, gradient: np.ndarray, rate: float) -> None:
 
 
 @exact_parallel_kernel
-def adagrad(
-    parameters: np.ndarray, gradient: np.ndarray, accumulator: np.ndarray, rate: float, epsilon: float
-) -> None:
+def adagrad(parameters: np.ndarray, gradient: np.ndarray, accumulator: np.ndarray, rate: float, epsilon: float) -> None:
     """Take a step of Adagrad (paper, section 4.1): the sum of squares includes the gradient itself.
 
     ``accumulator += gradient^2;  parameters -= rate * gradient / (sqrt(accumulator) + epsilon)``

@@ -33,12 +33,9 @@ VECTOR_BYTES, REGISTERS = _vector_bytes()
 
 CACHE_LINE = 64
 
-WIDE_VECTORS = 4 if REGISTERS == 32 else 2
-"""Vectors side by side in a wide tile; a wide tile has 6 rows."""
-WIDE_ROWS = 6
-NARROW_VECTORS = WIDE_VECTORS // 2
-"""Vectors side by side in a narrow tile, which has 12 rows: as many accumulators for half as many columns."""
-NARROW_ROWS = 12
+ROWS = 6
+VECTORS = 4 if REGISTERS == 32 else 2
+"""Shape of a tile: with a vector for each of its `VECTORS` factors and one more, it fills the registers."""
 
 
 def lanes(itemsize: int) -> int:

@@ -1,0 +1,58 @@
+"""The loss on top of a network: from the last layer's outputs to a number, a gradient and predictions."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+
+from dbmpi.errors import UserError
+from dbmpi.kernels import losses
+
+Targets = Literal["classes", "values"]
+
+
+class Loss:
+    """One of the losses of a configuration, for classes or for values.
+
+    Raises
+    ------
+    UserError
+        If the loss is not defined for such targets.
+    """
+
+    def __init__(self, name: str, targets: Targets) -> None:
+        if name == "softmax" and targets == "values":
+            raise UserError(
+                "network.loss = 'softmax' needs classes, but the data have values as targets; "
+                "use 'logistic' for values between 0 and 1, or 'squared'"
+            )
+        self.name, self.targets = name, targets
+
+    def apply(self, values: np.ndarray, targets: np.ndarray) -> tuple[float, int]:
+        """Return the sum of the losses and the number of correct samples (-1 for values).
+
+        Parameters
+        ----------
+        values : (outputs, samples) array
+            Outputs of the last layer; becomes the gradient of the mean loss.
+        targets : array
+            int32 (samples,) of classes, or (outputs, samples) of the dtype of `values`.
+        """
+        if self.targets == "classes":
+            by_classes = {
+                "softmax": losses.softmax_cross_entropy,
+                "logistic": losses.logistic_classes,
+                "squared": losses.squared_classes,
+            }
+            loss, correct = by_classes[self.name](values, targets)
+            return float(loss), int(correct)
+        by_values = {"logistic": losses.logistic_values, "squared": losses.squared_values}
+        return float(by_values[self.name](values, targets)), -1
+
+    def predict(self, values: np.ndarray) -> None:
+        """Turn the last layer's outputs (outputs, samples) into what the network predicts: probabilities, or themselves."""
+        if self.name == "softmax":
+            losses.softmax(values)
+        elif self.name == "logistic":
+            losses.logistic(values)
