@@ -24,58 +24,61 @@ from typing import Any, ParamSpec, Protocol, TypeVar, cast
 import numba
 
 P = ParamSpec("P")
-R = TypeVar("R", covariant=True)
+R_co = TypeVar("R_co", covariant=True)
 
-THREADS: int = numba.config.NUMBA_NUM_THREADS
+THREADS: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
 """Threads that kernels may use, fixed when Numba is imported (``NUMBA_NUM_THREADS``)."""
 
 REORDERED = {"reassoc", "nsz", "contract"}
 """Fast-math flags of sums: order and fusing are free, NaN and infinity are not."""
 
 
-class Kernel(Protocol[P, R]):
+class Kernel(Protocol[P, R_co]):
     """A compiled function; `py_func` is the same in plain Python, for tests and debuggers."""
 
-    py_func: Callable[P, R]
+    @property
+    def py_func(self) -> Callable[P, R_co]:
+        """The function as it was written."""
+        ...
 
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co:
         """Run the compiled code."""
         ...
 
 
-def kernel(function: Callable[P, R]) -> Kernel[P, R]:
+def kernel(function: Callable[P, R_co]) -> Kernel[P, R_co]:
     """Compile with IEEE arithmetic in the order of the source."""
     return _compile(function, "exact")
 
 
-def exact_parallel_kernel(function: Callable[P, R]) -> Kernel[P, R]:
+def exact_parallel_kernel(function: Callable[P, R_co]) -> Kernel[P, R_co]:
     """Compile as `kernel` does, with loops over ``prange`` shared by the threads."""
     return _compile(function, "exact_parallel", parallel=True)
 
 
-def fast_kernel(function: Callable[P, R]) -> Kernel[P, R]:
+def fast_kernel(function: Callable[P, R_co]) -> Kernel[P, R_co]:
     """Compile with sums that may be reordered."""
     return _compile(function, "fast", fastmath=REORDERED)
 
 
-def parallel_kernel(function: Callable[P, R]) -> Kernel[P, R]:
+def parallel_kernel(function: Callable[P, R_co]) -> Kernel[P, R_co]:
     """Compile as `fast_kernel` does, with loops over ``prange`` shared by the threads."""
     return _compile(function, "fast_parallel", fastmath=REORDERED, parallel=True)
 
 
-def inlined(function: Callable[P, R]) -> Kernel[P, R]:
+def inlined(function: Callable[P, R_co]) -> Kernel[P, R_co]:
     """Compile an element's function into the loops that call it, so that they vectorise; products may be fused."""
     return _compile(function, "inlined", fastmath={"contract"}, forceinline=True)
 
 
-def _compile(function: Callable[P, R], kind: str, parallel: bool = False, **options: Any) -> Kernel[P, R]:
+def _compile(function: Callable[P, R_co], kind: str, parallel: bool = False, **options: Any) -> Kernel[P, R_co]:
     if parallel and THREADS > 1:
         options["parallel"] = True
         kind += "_threads"
     # Numba's cache knows a function by its name and the age of its own file.  It would neither see that a function
     # of another file which was compiled into it has changed, nor that it was compiled with other options.
     function.__qualname__ = f"{function.__qualname__}_{kind}_{_digest()}"
-    return cast(Kernel[P, R], numba.njit(cache=True, nogil=True, error_model="numpy", **options)(function))
+    return cast(Kernel[P, R_co], numba.njit(cache=True, nogil=True, error_model="numpy", **options)(function))
 
 
 @cache

@@ -128,21 +128,31 @@ def log1p_exp(x: Any) -> Any:
     return log1p_exp_single.py_func(x) if isinstance(x, np.float32) else _log1p_exp_double.py_func(x)
 
 
+# Numba compiles what these return in the place of the functions above, for the type of the argument.
+
+
 @overload(exp, strict=False)
 def _exp(x: Any) -> Any:
-    return (lambda x: exp_single(x)) if x == types.float32 else (lambda x: math.exp(x))
+    return _one_argument(exp_single if x == types.float32 else math.exp)
 
 
 @overload(sigmoid, strict=False)
 def _sigmoid(x: Any) -> Any:
-    return (lambda x: sigmoid_single(x)) if x == types.float32 else (lambda x: _sigmoid_double(x))
+    return _one_argument(sigmoid_single if x == types.float32 else _sigmoid_double)
 
 
 @overload(tanh, strict=False)
 def _tanh(x: Any) -> Any:
-    return (lambda x: tanh_single(x)) if x == types.float32 else (lambda x: math.tanh(x))
+    return _one_argument(tanh_single if x == types.float32 else math.tanh)
 
 
 @overload(log1p_exp, strict=False)
 def _log1p_exp(x: Any) -> Any:
-    return (lambda x: log1p_exp_single(x)) if x == types.float32 else (lambda x: _log1p_exp_double(x))
+    return _one_argument(log1p_exp_single if x == types.float32 else _log1p_exp_double)
+
+
+def _one_argument(function: Any) -> Any:
+    def call(x):  # type: ignore[no-untyped-def]
+        return function(x)
+
+    return call

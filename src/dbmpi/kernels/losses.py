@@ -1,9 +1,9 @@
 """Losses with their gradients, and the outputs that go with them, over arrays ``(outputs, samples)``.
 
-Each loss kernel replaces what the last layer computed by the gradient of the **mean** loss of the batch, and returns the
-**sum** of the samples' losses, in float64.  Kernels for classes also return how many samples' largest output is
-their class (the first, where several are as large).  Classes are not checked here: one that is not an output
-would write outside the array.
+Each loss kernel replaces what the last layer computed by the gradient of the **mean** loss of the batch, and
+returns the **sum** of the samples' losses, in float64.  Kernels for classes also return how many samples' largest
+output is their class (the first, where several are as large).  Classes are not checked here: one that is not an
+output would write outside the array.
 
 Samples are taken in blocks, so that the running values of a block stay in the first cache while the outputs pass by,
 and so that threads share nothing.
@@ -50,7 +50,7 @@ def _exponentials(values: np.ndarray, start: int, stop: int, largest: np.ndarray
 
 @parallel_kernel
 def softmax_cross_entropy(values: np.ndarray, classes: np.ndarray) -> tuple[float, int]:
-    """Cross-entropy of softmax: ``log(sum_u exp(z_u)) - z_class``; gradient ``softmax(z)_u - [u = class]``, over the batch.
+    """Cross-entropy of softmax: ``log(sum_u exp(z_u)) - z_class``; gradient ``softmax(z)_u - [u = class]``.
 
     Parameters
     ----------
@@ -114,7 +114,7 @@ def softmax(values: np.ndarray) -> None:
 
 @parallel_kernel
 def logistic_classes(values: np.ndarray, classes: np.ndarray) -> tuple[float, int]:
-    """One-vs-all logistic loss of classes: ``sum_u log(1 + exp(z_u)) - z_class``; gradient ``sigmoid(z_u) - [u = class]``.
+    """One-vs-all logistic loss: ``sum_u log(1 + exp(z_u)) - z_class``; gradient ``sigmoid(z_u) - [u = class]``.
 
     Parameters and result as in `softmax_cross_entropy`.  The targets of all outputs are never written out.
     """
@@ -170,7 +170,7 @@ def logistic_values(values: np.ndarray, targets: np.ndarray) -> float:
             total += np.float64(log1p_exp(value) - target[sample] * value)
             row[sample] = (sigmoid(value) - target[sample]) * weight
         losses[unit] = total
-    return losses.sum()
+    return float(losses.sum())
 
 
 @parallel_kernel
@@ -190,7 +190,7 @@ def squared_values(values: np.ndarray, targets: np.ndarray) -> float:
             total += np.float64(difference) * np.float64(difference)
             row[sample] = difference * weight
         losses[unit] = 0.5 * total
-    return losses.sum()
+    return float(losses.sum())
 
 
 @parallel_kernel

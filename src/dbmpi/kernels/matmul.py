@@ -6,9 +6,9 @@
 `onednn`  Intel's oneDNN, if a wheel of it (``pip install onednn-cpu-gomp``) is installed; float32 only
 ========= ==================================================================================================
 
-The environment variable ``DBMPI_MATMUL`` names one of them, or ``auto``, the default: then the first large product times
-all that there are on the three products of a layer.  `tiles` is taken unless another one is clearly faster, so that all ranks
-of a machine, and a run that is repeated, choose alike.
+The environment variable ``DBMPI_MATMUL`` names one of them, or ``auto``, the default: then the first large product
+times all that there are on the three products of a layer.  `tiles` is taken unless another one is clearly faster, so
+that all ranks of a machine, and a run that is repeated, choose alike.
 """
 
 from __future__ import annotations
@@ -117,14 +117,15 @@ def probe(repeats: int = 4) -> dict[str, float]:
         compute(weights.T, gradient, input_gradient)
         compute(gradient, activations.T, weight_gradient)
 
-    compute = {"tiles": _tiles(), "numpy": _numpy, "onednn": _onednn_product}
-    seconds = {name: float("inf") for name in available()}
-    for repeat in range(repeats + 1):  # in turn, as other processes may disturb; the first round warms up
-        for name in seconds:
+    compute: dict[str, Product] = {"tiles": _tiles(), "numpy": _numpy, "onednn": _onednn_product}
+    seconds: dict[str, float] = {}
+    for repeat in range(repeats + 1):  # in turn, as other processes may disturb
+        for name in available():
             start = time.perf_counter()
             three(compute[name])
-            if repeat > 0:
-                seconds[name] = min(seconds[name], time.perf_counter() - start)
+            taken = time.perf_counter() - start
+            # The first round warms up (and compiles).
+            seconds[name] = taken if repeat <= 1 else min(seconds[name], taken)
     return seconds
 
 
@@ -136,12 +137,15 @@ def onednn_sgemm() -> Callable[..., int] | None:
             function = ctypes.CDLL(library).dnnl_sgemm
         except (OSError, AttributeError):
             continue
-        matrix = [ctypes.c_void_p, ctypes.c_int64]
+        size, address, scalar = ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
         function.argtypes = [
-            ctypes.c_char, ctypes.c_char, *[ctypes.c_int64] * 3, ctypes.c_float, *matrix, *matrix, ctypes.c_float, *matrix,
-        ]  # fmt: skip
+            *(ctypes.c_char, ctypes.c_char),  # transpose a, b
+            *(size, size, size, scalar),  # m, n, k, alpha
+            *(address, size, address, size),  # a, b
+            *(scalar, address, size),  # beta, out
+        ]
         function.restype = ctypes.c_int
-        return function  # type: ignore[no-any-return]
+        return function
     return None
 
 
@@ -164,12 +168,12 @@ def _tiles() -> TiledProduct:
 def _fits_tiles(out: np.ndarray) -> bool:
     """Say whether the columns of an output nearly fill the tiles."""
     width = tile_columns(out.dtype)
-    return -(-out.shape[1] // width) * width <= _WASTE * out.shape[1]
+    return bool(-(-out.shape[1] // width) * width <= _WASTE * out.shape[1])
 
 
 def _plain(a: np.ndarray, b: np.ndarray, out: np.ndarray) -> bool:
     """Say whether all arrays are contiguous and of one type that every provider knows."""
-    return (
+    return bool(
         a.dtype == b.dtype == out.dtype
         and out.dtype in (np.float32, np.float64)
         and out.flags.c_contiguous
@@ -191,9 +195,8 @@ def _onednn_product(a: np.ndarray, b: np.ndarray, out: np.ndarray) -> None:
         return (b"N", x.shape[1]) if x.flags.c_contiguous else (b"T", x.shape[0])
 
     (transpose_a, a_length), (transpose_b, b_length) = described(a), described(b)
-    status = sgemm(
-        transpose_a, transpose_b, m, n, k, 1.0, a.ctypes.data, a_length, b.ctypes.data, b_length, 0.0, out.ctypes.data, n
-    )  # fmt: skip
+    sources = (a.ctypes.data, a_length, b.ctypes.data, b_length)
+    status = sgemm(transpose_a, transpose_b, m, n, k, 1.0, *sources, 0.0, out.ctypes.data, n)
     if status != 0:
         raise RuntimeError(f"oneDNN's sgemm failed with status {status} on shapes {a.shape} @ {b.shape}")
 

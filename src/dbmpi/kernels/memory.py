@@ -19,4 +19,5 @@ def aligned_empty(shape: int | tuple[int, ...], dtype: Any = np.float32) -> np.n
     size = int(np.prod(shape, dtype=np.int64))
     memory = np.empty(size * wanted.itemsize + ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % ALIGNMENT
-    return memory[start : start + size * wanted.itemsize].view(wanted).reshape(shape)
+    aligned: np.ndarray = memory[start : start + size * wanted.itemsize].view(wanted).reshape(shape)
+    return aligned

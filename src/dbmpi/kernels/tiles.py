@@ -1,12 +1,12 @@
 """Matrix products in tiles: ``out = a @ b``, made for a long `a` and the short rows of a batch.
 
-The scheme is that of Goto and van de Geijn ("Anatomy of high-performance matrix multiplication", ACM TOMS 34(3), 2008),
-with the costs of this project's products in mind.  One operand is always as narrow as a batch: it is packed into panels as
-wide as a tile of the processor's registers, which costs little.  The other is a weight matrix or as long as one: it is read
-where it lies.
+The scheme is that of Goto and van de Geijn ("Anatomy of high-performance matrix multiplication", ACM TOMS 34(3),
+2008), with the costs of this project's products in mind.  One operand is always as narrow as a batch: it is packed
+into panels as wide as a tile of the processor's registers, which costs little.  The other is a weight matrix or as
+long as one: it is read where it lies.
 
-An element of `out` is summed in the same order for every size of the other dimensions and any number of threads, so that a
-sample's result does not depend on the batch it comes in, nor a unit's on how a layer is cut.
+An element of `out` is summed in the same order for every size of the other dimensions and any number of threads, so
+that a sample's result does not depend on the batch it comes in, nor a unit's on how a layer is cut.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from functools import cache
 import numpy as np
 from numba import prange
 
-from dbmpi.kernels.compile import THREADS, Kernel, parallel_kernel
+from dbmpi.kernels.compile import THREADS, Kernel, inlined, parallel_kernel
 from dbmpi.kernels.memory import aligned_empty
 from dbmpi.kernels.vector import ROWS, VECTORS, lanes, multiply_tile
 
@@ -109,11 +109,10 @@ def _pack_columns(b: np.ndarray, k: int, n: int, width: int, packed: np.ndarray)
 def _multiply(by_columns: bool) -> Kernel[..., None]:
     """Return the product by packed panels, for an `a` whose columns are contiguous or whose rows are."""
 
-    def multiply(
+    def multiply(  # noqa: PLR0917
         a: np.ndarray, packed: np.ndarray, out: np.ndarray, m: int, n: int, k: int, width: int, block: int
     ) -> None:
         row_step, column_step = (1, m) if by_columns else (k, 1)
-        strip_row_step, strip_column_step = (1, ROWS) if by_columns else (DEPTH, 1)
         panels = -(-n // width)
         for number in prange(-(-m // block)):
             top, bottom = number * block, min(m, number * block + block)
@@ -128,39 +127,49 @@ def _multiply(by_columns: bool) -> Kernel[..., None]:
                         for row in range(top, bottom, ROWS):
                             a_start = row * row_step + start * column_step
                             place = row * n + panel * width
-                            if row + ROWS <= bottom and columns == width:
-                                multiply_tile(
-                                    ROWS, VECTORS, by_columns,
-                                    a, a_start, m if by_columns else k,
-                                    packed, b_start, out, place, n, depth, start > 0,
-                                )  # fmt: skip
-                                continue
-                            # At the edges, through a whole tile of our own.
                             height = min(ROWS, bottom - row)
+                            # fmt: off
+                            if height == ROWS and columns == width:
+                                multiply_tile(
+                                    ROWS, VECTORS, by_columns, a, a_start, m if by_columns else k,
+                                    packed, b_start, out, place, n, depth, start > 0,
+                                )
+                                continue
+                            # At the edges, through a whole tile of our own, and a whole strip of `a`.
                             if height == ROWS:
                                 multiply_tile(
-                                    ROWS, VECTORS, by_columns,
-                                    a, a_start, m if by_columns else k,
+                                    ROWS, VECTORS, by_columns, a, a_start, m if by_columns else k,
                                     packed, b_start, tile, 0, width, depth, False,
-                                )  # fmt: skip
+                                )
                             else:
-                                for r in range(height):
-                                    for c in range(depth):
-                                        value = a[a_start + r * row_step + c * column_step]
-                                        strip[r * strip_row_step + c * strip_column_step] = value
+                                _copy_strip(a, a_start, row_step, column_step, height, depth, strip)
                                 multiply_tile(
-                                    ROWS, VECTORS, by_columns,
-                                    strip, 0, ROWS if by_columns else DEPTH,
+                                    ROWS, VECTORS, True, strip, 0, ROWS,
                                     packed, b_start, tile, 0, width, depth, False,
-                                )  # fmt: skip
-                            for r in range(height):
-                                source = tile[r * width :][:columns]
-                                target = out[place + r * n :][:columns]
-                                if start > 0:
-                                    for c in range(columns):
-                                        target[c] += source[c]
-                                else:
-                                    for c in range(columns):
-                                        target[c] = source[c]
+                                )
+                            # fmt: on
+                            _put_tile(tile, width, height, columns, start > 0, out, place, n)
 
     return parallel_kernel(multiply)
+
+
+@inlined
+def _copy_strip(  # noqa: PLR0917
+    a: np.ndarray, start: int, row_step: int, column_step: int, height: int, depth: int, strip: np.ndarray
+) -> None:
+    """Copy the last rows of `a`, fewer than `ROWS`, column by column into a strip of `ROWS`."""
+    for column in range(depth):
+        for row in range(height):
+            strip[column * ROWS + row] = a[start + row * row_step + column * column_step]
+
+
+@inlined
+def _put_tile(  # noqa: PLR0917
+    tile: np.ndarray, width: int, height: int, columns: int, add: bool, out: np.ndarray, place: int, n: int
+) -> None:
+    """Put the upper left part of a tile to its place in `out`."""
+    for row in range(height):
+        source = tile[row * width :][:columns]
+        target = out[place + row * n :][:columns]
+        for column in range(columns):
+            target[column] = target[column] + source[column] if add else source[column]

@@ -8,6 +8,7 @@ the one before it, and from memory the core's two multiply-add units starve.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir  # type: ignore[import-untyped]
@@ -17,9 +18,14 @@ from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
 
 
+def _instructions(function: Callable[..., Any]) -> Any:
+    """Let kernels call what a function of (typing context, types) describes."""
+    return intrinsic(prefer_literal=True)(function)
+
+
 def _vector_bytes() -> tuple[int, int]:
     """Return the bytes of a vector register and how many of them this processor has."""
-    features = get_host_cpu_features()  # honours NUMBA_CPU_FEATURES, as the compiler does
+    features = get_host_cpu_features()  # type: ignore[no-untyped-call]  # honours NUMBA_CPU_FEATURES, as the compiler does
     if "+avx512f" in features:
         return 64, 32
     if "+avx2" in features:
@@ -43,8 +49,8 @@ def lanes(itemsize: int) -> int:
     return VECTOR_BYTES // itemsize
 
 
-@intrinsic(prefer_literal=True)
-def multiply_tile(
+@_instructions
+def multiply_tile(  # noqa: PLR0917
     typingctx: Any,
     rows: Any,
     vectors: Any,
@@ -62,8 +68,8 @@ def multiply_tile(
 ) -> Any:
     """Multiply a strip of `a` by a packed panel of `b` into one tile of `out`, all of it in registers.
 
-    ``out[r, c] (+)= sum over k < depth of a[r, k] * b[k, c]`` for `rows` rows and ``vectors * lanes`` columns, summed in
-    the order of k.  The arrays are flat; indices are not checked.
+    ``out[r, c] (+)= sum over k < depth of a[r, k] * b[k, c]`` for `rows` rows and ``vectors * lanes`` columns,
+    summed in the order of k.  The arrays are flat; indices are not checked.
 
     Parameters
     ----------
@@ -102,6 +108,10 @@ def multiply_tile(
     return signature, generate
 
 
+def _declared(module: Any, function_type: Any, name: str) -> Any:
+    return cgutils.get_or_insert_function(module, function_type, name)  # type: ignore[no-untyped-call]
+
+
 class _Tile:
     """The instructions of `multiply_tile`."""
 
@@ -114,17 +124,19 @@ class _Tile:
         self.vector = ir.VectorType(self.element, self.lanes)
         self.index = ir.IntType(64)
         # Fused where the processor can, and otherwise two instructions (llvm.fma would call a function there).
-        self.multiply_add = cgutils.get_or_insert_function(
+        self.multiply_add = _declared(
             builder.module,
             ir.FunctionType(self.vector, [self.vector] * 3),
             f"llvm.fmuladd.v{self.lanes}f{8 * itemsize}",
         )
         byte, flag = ir.IntType(8).as_pointer(), ir.IntType(32)
-        self.prefetch_into_cache = cgutils.get_or_insert_function(
+        self.prefetch_into_cache = _declared(
             builder.module, ir.FunctionType(ir.VoidType(), [byte, flag, flag, flag]), "llvm.prefetch.p0"
         )
 
-    def write(self, a: Any, a_stride: Any, b: Any, out: Any, out_stride: Any, depth: Any, add: Any) -> None:
+    def write(  # noqa: PLR0917
+        self, a: Any, a_stride: Any, b: Any, out: Any, out_stride: Any, depth: Any, add: Any
+    ) -> None:
         builder = self.builder
         out_rows = self._strided(out, out_stride)
         for row in out_rows:
@@ -147,7 +159,7 @@ class _Tile:
                 for place, total in zip(places, sums, strict=True):
                     self._store(total, place)
 
-    def _loop(
+    def _loop(  # noqa: PLR0917
         self, name: str, steps: int, start: Any, stop: Any, sums: list[Any], a: Any, a_stride: Any, b: Any
     ) -> tuple[Any, list[Any]]:
         """Loop k from `start` to `stop` in `steps`; the sums are carried in registers."""
@@ -238,7 +250,7 @@ CHAINS = 16
 """Independent chains of `multiply_add_chains`: more than two units times their latency."""
 
 
-@intrinsic
+@_instructions
 def multiply_add_chains(typingctx: Any, sample: Any, rounds: Any) -> Any:
     """Run `CHAINS` chains of `rounds` dependent vector multiply-adds: the fastest that a core computes.
 

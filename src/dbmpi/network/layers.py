@@ -1,8 +1,9 @@
 """Layers: what each computes from its inputs, and the gradient that it gives back.
 
-A layer is a description; it holds no arrays.  Activations are ``(*features, samples)``.  `forward` and `backward` look at the
-arrays that they are given only, so that a caller may hand them a part of a layer's units: the matching rows of its weights,
-biases, outputs and gradients.  The gradient for the inputs is then the part of these units, and the parts add up.
+A layer is a description; it holds no arrays.  Activations are ``(*features, samples)``.  `forward` and `backward` look
+only at the arrays that they are given, so that a caller may hand them a part of a layer's units: the matching rows of
+its weights, biases, outputs and gradients.  The gradient for the inputs is then the part of these units, and the parts
+add up.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ class Dense:
         product(parameters["weights"], inputs, outputs)
         ACTIVATIONS[self.activation].forward(outputs, parameters["bias"])
 
-    def backward(
+    def backward(  # noqa: PLR0917
         self,
         parameters: Arrays,
         inputs: np.ndarray,

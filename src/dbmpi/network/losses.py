@@ -51,7 +51,7 @@ class Loss:
         return float(by_values[self.name](values, targets)), -1
 
     def predict(self, values: np.ndarray) -> None:
-        """Turn the last layer's outputs (outputs, samples) into what the network predicts: probabilities, or themselves."""
+        """Turn the last layer's outputs (outputs, samples) into predictions: probabilities, or themselves."""
         if self.name == "softmax":
             losses.softmax(values)
         elif self.name == "logistic":

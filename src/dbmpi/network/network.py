@@ -103,8 +103,8 @@ class Network:
         batch : Batch
             Inputs ``(*input_shape, samples)``; targets int32 ``(samples,)`` or ``(outputs, samples)``.
         on_gradient : callable, optional
-            Called with each layer's number, from the last to the first, as soon as its part of `gradient` is complete and
-            its parameters are needed no more.
+            Called with each layer's number, from the last to the first, as soon as its part of `gradient` is complete
+            and its parameters are needed no more.
 
         Raises
         ------
@@ -149,7 +149,7 @@ class Network:
     def predict(self, parameters: np.ndarray, inputs: np.ndarray) -> np.ndarray:
         """Return the predictions (outputs, samples) for inputs ``(*input_shape, samples)``.
 
-        They are probabilities for the losses ``softmax`` and ``logistic``, and the last layer's outputs for ``squared``.
+        They are probabilities for the losses ``softmax`` and ``logistic``; for ``squared``, the last layer's outputs.
         """
         workspace = self._workspace(inputs)
         flat = workspace.take(inputs)
