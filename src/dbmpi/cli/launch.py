@@ -1,0 +1,65 @@
+"""``dbmpi launch``: start a command on several ranks with the mpirun that belongs to this Python."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+
+SUMMARY = "start a command on several ranks, with the mpirun that belongs to this Python's MPI"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
+    parser.usage = "dbmpi launch [-h] -n N [--mpi-args ARGS] [--mpirun PATH] [--dry-run] -- train CONFIG.toml ..."
+    parser.add_argument("-n", type=int, required=True, metavar="N", dest="ranks", help="number of ranks")
+    parser.add_argument(
+        "--mpi-args",
+        default="",
+        metavar="ARGS",
+        help="further options for mpirun, e.g. --mpi-args='--hostfile hosts.txt'",
+    )
+    parser.add_argument("--mpirun", metavar="PATH", help="the launcher to use (default: found by itself)")
+    parser.add_argument("--dry-run", action="store_true", help="print the command instead of executing it")
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="what to run, e.g. train CONFIG.toml")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Start the ranks, wait for their end, and return mpirun's exit code."""
+    from dbmpi.errors import UserError
+    from dbmpi.runtime import installation, launcher, threads
+
+    command = list(arguments.command)
+    if command and command[0] == "--":
+        del command[0]
+    if not command:
+        raise UserError("launch: nothing to run; expected e.g.  dbmpi launch -n 4 -- train CONFIG.toml")
+    if arguments.ranks < 1:
+        raise UserError(f"launch -n {arguments.ranks}: expected at least 1 rank")
+    ranks, by, _ = launcher.launched(os.environ)
+    if ranks > 1:
+        words = " ".join(command)
+        raise UserError(f"launch was itself started {ranks} times by {by}: either of the two is enough (dbmpi {words})")
+    try:
+        mpi_arguments = shlex.split(arguments.mpi_args)
+    except ValueError as error:
+        raise UserError(f"--mpi-args {arguments.mpi_args!r}: {error}") from None
+
+    mpi = installation.find_mpi(arguments.mpirun)
+    columns = None
+    if sys.stdout.isatty():
+        columns = os.get_terminal_size(sys.stdout.fileno()).columns or 80
+    composed = launcher.compose(
+        mpi,
+        arguments.ranks,
+        command,
+        mpi_arguments=mpi_arguments,
+        environment=threads.without_prepared(os.environ),
+        columns=columns,
+        cores=threads.this_node(os.environ).cores,
+    )
+    if arguments.dry_run:
+        print(composed)
+        return 0
+    return launcher.run(mpi, composed)

@@ -1,0 +1,91 @@
+"""Try what the parameter server lives on: ``mpirun -n 2 python -m dbmpi.paramserver.check``.
+
+Every rank puts data into the memory of rank 0 and raises a flag; rank 0 looks at it and answers by a flag; everybody gets
+the data back.  Rank 0 prints one line of JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+
+import numpy as np
+from mpi4py import MPI
+
+from dbmpi.errors import UserError
+from dbmpi.paramserver.window import Window
+from dbmpi.runtime import waiting, world
+
+_BYTES = 4 << 20
+_THREADS = {
+    MPI.THREAD_SINGLE: "single",
+    MPI.THREAD_FUNNELED: "funneled",
+    MPI.THREAD_SERIALIZED: "serialized",
+    MPI.THREAD_MULTIPLE: "multiple",
+}
+
+
+def main() -> int:
+    """Run the exchange over shared memory and over RMA, and return 0 if all data arrived."""
+    try:
+        comm = world.start()
+    except UserError as error:
+        print(f"dbmpi: {error}", file=sys.stderr)
+        return 2
+    found: dict[str, object] = {"ranks": comm.size, "thread_level": _THREADS[MPI.Query_thread()]}
+    for way, shared in (("shared", True), ("rma", False)):
+        correct, is_shared, seconds = exchange(comm, shared)
+        found[way] = {"correct": correct, "shared": is_shared, "put_gb_per_s": _BYTES / max(seconds, 1e-9) / 1e9}
+    if comm.rank == 0:
+        print(json.dumps(found), flush=True)
+    return 0
+
+
+def exchange(comm: MPI.Intracomm, shared: bool) -> tuple[bool, bool, float]:
+    """Push to rank 0 and fetch from it (collective).
+
+    Returns
+    -------
+    tuple
+        Whether all data arrived whole on all ranks, whether the memory was shared, and the seconds of a put.
+    """
+    flags, size = 8 * comm.size, comm.size * _BYTES
+    with Window.allocate(comm, flags + size, shared=shared) as window:
+        mine = flags + comm.rank * _BYTES
+        sent = np.full(_BYTES // 4, comm.rank + 0.5, np.float32)
+        begin = time.perf_counter()
+        window.put(0, mine, sent)
+        seconds = time.perf_counter() - begin
+        window.store(0, 8 * comm.rank, 1)
+
+        correct = True
+        if comm.rank == 0:
+            for rank in range(comm.size):
+                _await(comm, window, 8 * rank, 1, f"the flag of rank {rank}")
+                window.sync()
+                part = window.local[flags + rank * _BYTES : flags + (rank + 1) * _BYTES].view(np.float32)
+                correct &= bool(np.all(part == rank + 0.5))
+                window.store(0, 8 * rank, 2)
+        else:
+            _await(comm, window, 8 * comm.rank, 2, "the answer of rank 0")
+        received = np.empty_like(sent)
+        window.get(0, mine, received)
+        correct &= bool(np.array_equal(received, sent))
+        all_correct = waiting.allreduce(comm, np.array([correct], np.int64), MPI.MIN, "the other ranks' results")
+        slowest = waiting.allreduce(comm, np.array([seconds]), MPI.MAX, "the other ranks' times")
+        return bool(all_correct[0]), window.shared, float(slowest[0])
+
+
+def _await(comm: MPI.Intracomm, window: Window, offset: int, value: int, what: str) -> None:
+    """Wait until a flag on rank 0 has a value, and let MPI serve the others meanwhile."""
+
+    def arrived() -> bool:
+        comm.Iprobe()
+        return window.load(0, offset) == value
+
+    waiting.until(arrived, what, seconds=20)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

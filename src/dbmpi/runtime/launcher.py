@@ -1,0 +1,221 @@
+"""Starting a world of ranks: which mpirun belongs to this Python's MPI, what to tell it, and how to stop it.
+
+An mpirun of another MPI starts N worlds of one rank each, without a word; :func:`check_world` notices that from within.
+
+What the launchers do when a run is to end decides whether it can still write a checkpoint.  Seen with Open MPI 5.0 and
+MPICH 5.0:
+
+==================  =====================================================  ==========================================
+sent to             Open MPI's mpirun                                      MPICH's mpiexec (hydra)
+==================  =====================================================  ==========================================
+SIGINT or SIGTERM   ranks: SIGCONT, 0.25 s later SIGTERM, 0.25 s later     is passed on to the ranks, which may take
+                    SIGKILL; no setting changes that                       their time; a second SIGINT kills them
+SIGUSR2             is passed on to the ranks, which may take their time   kills mpiexec and with it the ranks
+SIGKILL             the ranks go on without it                             kills the ranks
+==================  =====================================================  ==========================================
+
+So `dbmpi launch` stays as the parent of mpirun, keeps Ctrl-C away from it by a process group of its own, and sends what
+lets the ranks end in peace: SIGUSR2 to the one, SIGTERM to the other.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import FrameType
+
+from dbmpi.errors import UserError
+from dbmpi.runtime import installation, slurm, threads
+from dbmpi.runtime.installation import Mpi
+
+STOP = signal.SIGUSR2
+"""A rank that gets this signal, SIGTERM or SIGINT is to end with a checkpoint."""
+
+_FORWARDED = ("COLUMNS", "LD_LIBRARY_PATH", "PYTHONPATH", *threads.VARIABLES)
+"""Variables (and all ``DBMPI_*``) that ranks on other nodes need as well; hydra passes on everything by itself."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """What is to be executed: a command, and variables to be set for it."""
+
+    argv: tuple[str, ...]
+    settings: Mapping[str, str]
+
+    def __str__(self) -> str:
+        settings = [f"{name}={shlex.quote(value)}" for name, value in self.settings.items()]
+        return " ".join([*(["env", *settings] if settings else []), shlex.join(self.argv)])
+
+
+def compose(
+    mpi: Mpi,
+    ranks: int,
+    arguments: Sequence[str],
+    *,
+    mpi_arguments: Sequence[str] = (),
+    environment: Mapping[str, str],
+    columns: int | None = None,
+    cores: int | None = None,
+    user: int | None = None,
+) -> Command:
+    """Compose the command that runs ``dbmpi`` with `arguments` on `ranks` ranks; executes nothing.
+
+    Parameters
+    ----------
+    mpi_arguments
+        The user's own options for mpirun.
+    environment
+        Variables as they are; what the user has set in them stays.
+    columns
+        Width of the terminal, where the output goes to one: the ranks then draw a progress bar through mpirun's pipe.
+    cores
+        Cores of this node, to know whether the ranks are more.
+    user
+        Number of the user, by default the one who runs this; Open MPI wants root (0) to confirm.
+    """
+    # A rank cannot judge by itself: Open MPI gives it a terminal of its own, even if mpirun writes to a file.
+    settings = {"DBMPI_PROGRESS": "lines"}
+    if columns is not None:
+        settings = {"DBMPI_PROGRESS": "bar", "COLUMNS": str(columns)}
+    options: list[str] = []
+    if mpi.is_open_mpi:
+        options = ["--oversubscribe"]
+        if not any(word.startswith(("--bind-to", "-bind-to")) or "PE=" in word.upper() for word in mpi_arguments):
+            options += ["--bind-to", "none"]  # it may be said only once, and PE=N says it too
+        if (os.getuid() if user is None else user) == 0:
+            settings |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+        settings |= installation.openmpi_settings()
+        if cores is not None and ranks > cores:
+            settings["OMPI_MCA_mpi_yield_when_idle"] = "1"
+    settings = {name: value for name, value in settings.items() if name == "COLUMNS" or name not in environment}
+    if mpi.is_open_mpi:
+        names = [name for name in (*environment, *settings) if name.startswith("DBMPI_") or name in _FORWARDED]
+        options += [word for name in sorted(set(names)) for word in ("-x", name)]
+    program = (sys.executable, "-m", "dbmpi", *arguments)
+    return Command((mpi.mpirun, *options, "-n", str(ranks), *mpi_arguments, *program), settings)
+
+
+def run(mpi: Mpi, command: Command) -> int:
+    """Run a command that :func:`compose` made until it ends, and return its exit code (128 + n after signal n).
+
+    Ctrl-C, SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 ask the ranks to end with a checkpoint; a Ctrl-C after that ends them
+    at once.  What is ignored already, as SIGHUP is under nohup, stays ignored.
+    """
+    end, kill = (STOP, signal.SIGTERM) if mpi.is_open_mpi else (signal.SIGTERM, signal.SIGKILL)
+    asked: list[int] = []
+    child: subprocess.Popen[bytes] | None = None
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        first = not asked
+        final = number == signal.SIGINT and not first
+        asked.append(number)
+        if child is not None and (first or final):
+            child.send_signal(kill if final else end)
+        if first:
+            os.write(2, b"dbmpi launch: asked the ranks to end with a checkpoint; Ctrl-C ends them at once\n")
+
+    environment = threads.without_prepared(os.environ) | dict(command.settings)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+    heeded = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, stop) for number in heeded}
+    try:
+        child = subprocess.Popen(
+            command.argv,
+            env=environment,
+            stdin=subprocess.DEVNULL,  # mpirun is not in the terminal's foreground group: reading would stop it
+            process_group=0,
+            preexec_fn=_end_with_parent(),  # noqa: PLW1509 - no threads here
+        )
+        if asked:
+            child.send_signal(end)
+        code = child.wait()
+    except OSError as error:
+        raise UserError(f"{command.argv[0]}: cannot be executed: {error}") from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    code = 128 - code if code < 0 else code
+    # The ranks know of the stop by the signal that reached them; our caller, by the one that was sent to us.
+    return 128 + asked[0] if asked and code in (128 + end, 128 + kill) else code
+
+
+def check_world(size: int, environment: Mapping[str, str] | None = None, *, library: str | None = None) -> None:
+    """Refuse to go on if several ranks were started but each became a world of its own.
+
+    Parameters
+    ----------
+    size
+        Number of ranks of the world.
+    environment
+        By default that of this process.
+    library
+        What MPI says of itself, for the message; by default that of this process.
+
+    Raises
+    ------
+    UserError
+        With the fix; on ranks other than the first as `ToldElsewhere`.  ``DBMPI_ALONE=1`` says that it is meant so.
+    """
+    environment = os.environ if environment is None else environment
+    if size > 1 or environment.get("DBMPI_ALONE", "") not in ("", "0"):
+        return
+    meant, by, rank = launched(environment)
+    if meant <= 1:
+        return
+    from dbmpi.runtime.world import ToldElsewhere
+
+    if rank > 0:
+        raise ToldElsewhere("the first rank reports that every rank is a world of its own")
+    library = _library_version() if library is None else library
+    if by == "srun":
+        kind = {"openmpi": "pmix", "hydra": "pmi2"}.get(installation.protocol(library), "pmix")
+        fix = f"try srun --mpi={kind} (srun --mpi=list shows what there is), or dbmpi launch in place of srun"
+    else:
+        fix = f"use the launcher of the same MPI: dbmpi launch -n {meant} -- train CONFIG.toml"
+    raise UserError(
+        f"{by} started {meant} ranks, but each of them is a world of its own"
+        f"{f' under {library}' if library else ''}: {fix}; if that is meant, set DBMPI_ALONE=1"
+    )
+
+
+def launched(environment: Mapping[str, str]) -> tuple[int, str, int]:
+    """Return how many ranks a launcher says it started, the launcher's name, and which one this is.
+
+    Without a launcher ``(1, "", 0)``.  The innermost launcher counts, as mpirun's and hydra's daemons may be tasks of
+    Slurm themselves.
+    """
+    found = [
+        ("OMPI_COMM_WORLD_SIZE", "mpirun of Open MPI", "OMPI_COMM_WORLD_RANK"),
+        ("MV2_COMM_WORLD_SIZE", "mpirun of MVAPICH", "MV2_COMM_WORLD_RANK"),
+    ]
+    if "MPI_LOCALNRANKS" in environment or not slurm.inside_step(environment):
+        found.append(("PMI_SIZE", "mpiexec of MPICH's kind", "PMI_RANK"))
+    for size, name, rank in found:
+        if environment.get(size, "").isdecimal():
+            return int(environment[size]), name, _integer(environment.get(rank))
+    tasks = slurm.tasks(environment)
+    return (1, "", 0) if tasks is None else (tasks, "srun", _integer(environment.get("SLURM_PROCID")))
+
+
+def _integer(text: str | None) -> int:
+    return int(text) if text is not None and text.isdecimal() else 0
+
+
+def _library_version() -> str:
+    module = sys.modules.get("mpi4py.MPI")
+    return "" if module is None else installation.first_line(str(module.Get_library_version()))
+
+
+def _end_with_parent() -> Callable[[], object] | None:
+    """Return what a child calls before it executes, so that even SIGKILL for us does not leave ranks behind."""
+    try:
+        prctl = ctypes.CDLL(None).prctl
+    except (OSError, AttributeError):
+        return None  # not Linux
+    return lambda: prctl(1, int(signal.SIGTERM))  # PR_SET_PDEATHSIG
