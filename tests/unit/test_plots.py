@@ -97,10 +97,11 @@ def test_loss_over_steps_leaves_out_what_was_taken_again(tmp_path, axes):
     assert history.steps_per_epoch == pytest.approx(SAMPLES / BATCH)
     panels.loss(axes, history, "steps")
     x, y = line(axes, "each report")
-    # Session 1 reaches epoch 2.0; session 2 goes on at 1.5, and its first report is about epoch 2.0.
-    expected = np.repeat([50, 100, 150, 200, 250, 300, 350], 2)
-    np.testing.assert_allclose(x, expected)
-    np.testing.assert_allclose(y, 2.0 / (expected / 100))
+    # Session 1 reaches epoch 2.0; session 2 goes on at 1.5, and its first report is about the time up to epoch 2.0.
+    # A report's mean stands in the middle of what it is about; where a resumed session began is not known.
+    epochs = np.repeat([0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5], 2)
+    np.testing.assert_allclose(x, np.repeat([25, 75, 125, 200, 225, 275, 325], 2))
+    np.testing.assert_allclose(y, 2.0 / epochs)
     x, y = line(axes, "test")
     np.testing.assert_allclose(x, [100, 250, 350])
     np.testing.assert_allclose(y, 2.5 / (x / 100))
@@ -114,7 +115,7 @@ def test_loss_over_seconds_shows_all_that_was_done(tmp_path, axes):
     panels.accuracy(axes, history, "seconds")
     x, y = line(axes, "each report")
     end = 4 + 1.5 + 0.2  # of session 1: its last evaluation
-    np.testing.assert_allclose(x, np.repeat([2.5, 3.5, 4.5, 5.5, 2.5 + end, 3.5 + end, 4.5 + end, 5.5 + end], 2))
+    np.testing.assert_allclose(x, np.repeat([2, 3, 4, 5, 2 + end, 3 + end, 4 + end, 5 + end], 2))
     assert y[0] == pytest.approx(100 * (1 - 0.5 / 1.5))
     assert line(axes, "resumed")[0] == pytest.approx([end, end])
 

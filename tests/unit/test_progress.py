@@ -33,7 +33,8 @@ def clock(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def plain_environment(monkeypatch):
-    for name in ("DBMPI_PROGRESS", "COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE"):
+    launchers = ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK")
+    for name in (*launchers, "DBMPI_PROGRESS", "COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TERM", "xterm-256color")
 
@@ -247,12 +248,15 @@ def test_the_mode_follows_the_terminal_and_the_environment(monkeypatch):
     with os.fdopen(leader, "rb"), os.fdopen(follower, "w") as terminal:
         assert Progress(1, "auto", terminal).mode == "bar"
         assert Progress(1, "auto", Text()).mode == "lines"
+        monkeypatch.setenv("PMIX_RANK", "0")  # Open MPI's own terminal, behind which there may be a file
+        assert Progress(1, "auto", terminal).mode == "lines"
         monkeypatch.setenv("DBMPI_PROGRESS", "bar")
         assert Progress(1, "auto", Text()).mode == "bar"
         assert Progress(1, "lines", Text()).mode == "lines"
         monkeypatch.setenv("DBMPI_PROGRESS", "nonsense")
         assert Progress(1, "auto", Text()).mode == "lines"
         monkeypatch.delenv("DBMPI_PROGRESS")
+        monkeypatch.delenv("PMIX_RANK")
         monkeypatch.setenv("TERM", "dumb")
         assert Progress(1, "auto", terminal).mode == "lines"
 

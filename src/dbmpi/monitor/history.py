@@ -181,16 +181,6 @@ class History:
         )
 
 
-def new_samples(reports: Iterable[Record]) -> list[int]:
-    """Return how many samples each report of a worker is about: more than the one before, of the same session."""
-    fresh, before = [], {"session": None, "samples": 0}
-    for report in reports:
-        known = before["samples"] if report["session"] == before["session"] else 0
-        fresh.append(max(0, report["samples"] - known))
-        before = report
-    return fresh
-
-
 def _by_session(reports: Iterable[Record]) -> dict[int, list[Record]]:
     """Return reports by their session, in order."""
     sessions: dict[int, list[Record]] = {}

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dbmpi.monitor.history import History, new_samples
+from dbmpi.monitor.history import History
 from dbmpi.monitor.records import Record
 
 if TYPE_CHECKING:
@@ -142,13 +142,13 @@ def time_spent(axes: Axes, history: History, role: str) -> None:
 
 def _curves(axes: Axes, history: History, key: str, by: str, factor: float) -> tuple[float, float]:
     """Draw a quantity of training (every report light, their running mean) and of testing; return its range."""
-    reports = [
-        (report, samples)
-        for own in history.replicas.values()
-        for report, samples in zip(own, new_samples(own), strict=True)
+    x, y, weights = _training_points(history, key, by)
+    test = [
+        (_place(history, record, by), record[key])
+        for record in history.evaluations
+        if record[key] is not None and _counts(history, record, by)
     ]
-    x, y, weights = _points(history, reports, key, by)
-    test_x, test_y, _ = _points(history, ((record, 1) for record in history.evaluations), key, by)
+    test_x, test_y = np.array(sorted(test), dtype=np.float64).reshape(-1, 2).T
     y, test_y = factor * y, factor * test_y
     if by == "seconds":
         axes.set_xlabel("training time (s)")
@@ -173,21 +173,53 @@ def _curves(axes: Axes, history: History, key: str, by: str, factor: float) -> t
     return float(values.min()), float(values.max())
 
 
-def _points(
-    history: History, records: Iterable[tuple[Record, int]], key: str, by: str
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return x, y and the weight of the records (with their weights) that have both, sorted by x.
+def _training_points(history: History, key: str, by: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return x, y and the samples behind y of all replicas' reports, sorted by x.
 
-    By steps, work that a later session took again from a checkpoint is left out; by seconds it is there, for the
-    time was spent.
+    A report's mean stands in the middle of what it is about.
     """
-    points = [
-        (history.seconds(record) if by == "seconds" else _steps(history, record["epoch"]), record[key], max(weight, 1))
-        for record, weight in records
-        if record[key] is not None and (by == "seconds" or history.kept(record))
-    ]
-    columns = np.array(sorted(points), dtype=np.float64).reshape(-1, 3)
-    return columns[:, 0], columns[:, 1], columns[:, 2]
+    points = []
+    for reports in history.replicas.values():
+        for report, previous in _with_previous(reports):
+            if report[key] is None or not _counts(history, report, by):
+                continue
+            end = _place(history, report, by)
+            if previous is not None and previous["epoch"] is not None:
+                begin = _place(history, previous, by)
+            elif by == "seconds":
+                begin = _begin(history, report)
+            else:  # where a later session went on is not recorded
+                begin = 0.0 if report["session"] == 1 else end
+            fresh = report["samples"] - (previous["samples"] if previous else 0)
+            points.append(((begin + end) / 2, report[key], max(fresh, 1)))
+    x, y, weights = np.array(sorted(points), dtype=np.float64).reshape(-1, 3).T
+    return x, y, weights
+
+
+def _counts(history: History, record: Record, by: str) -> bool:
+    """Whether a record is drawn: work that was taken again after a resume cost seconds, but is no step of the result."""
+    return by == "seconds" or history.kept(record)
+
+
+def _place(history: History, record: Record, by: str) -> float:
+    """Return where on the axis a record was written."""
+    return history.seconds(record) if by == "seconds" else _steps(history, record["epoch"])
+
+
+def _with_previous(reports: list[Record]) -> Iterator[tuple[Record, Record | None]]:
+    """Yield each report of a replica with the one before it in the same session."""
+    previous = None
+    for report in reports:
+        if previous is not None and previous["session"] != report["session"]:
+            previous = None
+        yield report, previous
+        previous = report
+
+
+def _begin(history: History, first: Record) -> float:
+    """Return when, in seconds of the run, that began which a session's first report is about."""
+    speed, end = first["samples_per_second"] or 0.0, history.seconds(first)
+    return max(history.starts[first["session"]], end - first["samples"] / speed) if speed > 0 else end
 
 
 def _steps(history: History, epoch: float) -> float:
@@ -216,13 +248,9 @@ def _running_means(weights: np.ndarray, *rows: np.ndarray) -> list[np.ndarray]:
 def _rate(history: History, reports: list[Record], grid: np.ndarray) -> np.ndarray:
     """Return a replica's samples per second at the times of `grid`: each report speaks for the time before it."""
     rate = np.zeros_like(grid)
-    session, begin = None, 0.0
-    for report in reports:
-        speed, end = report["samples_per_second"] or 0.0, history.seconds(report)
-        if report["session"] != session and speed > 0:  # the first is about less than the time since the start
-            begin = end - report["samples"] / speed
-        rate[(grid > begin) & (grid <= end)] = speed
-        session, begin = report["session"], end
+    for report, previous in _with_previous(reports):
+        begin = _begin(history, report) if previous is None else history.seconds(previous)
+        rate[(grid > begin) & (grid <= history.seconds(report))] = report["samples_per_second"] or 0.0
     return rate
 
 

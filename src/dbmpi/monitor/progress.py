@@ -1,7 +1,8 @@
 """How far a run is, for the people who watch: a live bar on a terminal, lines now and then elsewhere.
 
-A rank of a parallel run writes to a pipe, even where its launcher writes to a terminal.  Such a launcher sets
-``DBMPI_PROGRESS=bar`` and ``COLUMNS``, and the bar is drawn through the pipe.
+What a rank of a parallel run writes to says nothing of what its launcher writes to: it is a pipe where that is a
+terminal, and Open MPI gives its ranks a terminal of their own where that is a file.  A launcher that does write to a
+terminal sets ``DBMPI_PROGRESS=bar`` and ``COLUMNS``, and the bar is drawn through the pipe.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Progress:
         Training samples that the whole run is to learn from, all epochs and replicas together.
     mode
         ``bar``, ``lines``, ``none`` (silent), or ``auto``: what ``DBMPI_PROGRESS`` says, or else a bar on a terminal
-        and lines elsewhere.
+        that is no launcher's, and lines elsewhere.
     stream
         Where to write; by default standard output.
     epochs
@@ -169,7 +170,8 @@ def _choose(mode: Mode, stream: TextIO | None) -> Mode:
     if mode == "auto" and wish in ("bar", "lines", "none"):
         mode = wish  # type: ignore[assignment]
     if mode == "auto":
-        mode = "bar" if stream.isatty() else "lines"
+        launched = any(name in os.environ for name in ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK"))
+        mode = "bar" if stream.isatty() and not launched else "lines"
     if mode == "bar" and os.environ.get("TERM", "").lower() in ("dumb", "unknown"):
         mode = "lines"
     return mode
