@@ -1,0 +1,24 @@
+"""Prepares every test session: threads, caches, the launcher's tests and the watchdog."""
+
+from pathlib import Path
+
+from harness.environment import prepare, rank_by_environment
+
+# Before NumPy and Numba are imported by any test.  The kernels' cache lasts from one session to the next.
+prepare(numba_cache=Path(__file__).parent.parent / ".pytest_cache" / "numba")
+
+import hypothesis  # noqa: E402
+
+pytest_plugins = ["harness.plugin"]
+
+hypothesis.settings.register_profile("tests", deadline=None)
+hypothesis.settings.register_profile(
+    "parallel",  # every rank must draw the same examples, whatever the clock says
+    deadline=None,
+    derandomize=True,
+    database=None,
+    phases=(hypothesis.Phase.explicit, hypothesis.Phase.generate),
+    report_multiple_bugs=False,
+    suppress_health_check=(hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.function_scoped_fixture),
+)
+hypothesis.settings.load_profile("tests" if rank_by_environment() is None else "parallel")

@@ -1,0 +1,1 @@
+"""What runs the tests: MPI tests under a real launcher, watchdogs, and programs that can be ended whole."""

@@ -1,0 +1,86 @@
+"""The pytest plugin: ``@pytest.mark.parallel([1, 2, 3])`` tests run under a launcher, all others under a watchdog.
+
+In a plain ``pytest`` session all selected tests of one rank count share one start of the launcher
+(harness.supervisor); a session that a launcher started, by the supervisor or by hand with
+
+    mpirun -n 3 python -m pytest -m parallel
+
+runs in step with the other ranks (harness.rank).  Every test has a time limit of 60 s: ``parallel([2], timeout=90)``
+or ``timeout(90)`` change it.
+
+A parallel test may use these fixtures:
+
+`comm`
+    a duplicate of the world's communicator, made for this test.
+`ranks`
+    the number of ranks.
+`shared_path`
+    an empty directory, the same one on every rank; `tmp_path` is every rank's own.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from harness import rank, supervisor, watchdog
+from harness.environment import rank_by_environment
+from harness.launching import Launch
+from harness.selection import sizes_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from mpi4py import MPI
+
+_RANK = pytest.StashKey[rank.RankSession]()
+
+
+@pytest.hookimpl(tryfirst=True)  # the terminal and the temporary directories find what a rank prepares for them
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers",
+        "parallel(sizes, timeout=60): run under the launcher, once with each number of ranks; seconds allowed",
+    )
+    config.addinivalue_line("markers", "timeout(seconds): time allowed to each phase of a test, by default 60 s")
+    if rank_by_environment() is not None:
+        config.stash[_RANK] = rank.RankSession(config)
+        config.pluginmanager.register(config.stash[_RANK], "harness-rank")
+    else:
+        config.pluginmanager.register(watchdog.Watchdog(config), "harness-watchdog")
+        config.pluginmanager.register(supervisor.Supervisor(config), "harness-supervisor")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    sizes = sizes_of(metafunc.definition)
+    if sizes is not None:
+        if "ranks" not in metafunc.fixturenames:
+            metafunc.fixturenames.append("ranks")
+        metafunc.parametrize("ranks", sizes, ids=[f"n{size}" for size in sizes])
+
+
+@pytest.fixture
+def comm(request: pytest.FixtureRequest) -> MPI.Intracomm:
+    """A duplicate of the world's communicator, freed after the test."""
+    session = request.config.stash.get(_RANK, None)
+    if session is None:
+        pytest.fail("the fixture 'comm' needs @pytest.mark.parallel([...]) on the test", pytrace=False)
+    return session.comm
+
+
+@pytest.fixture
+def shared_path(request: pytest.FixtureRequest) -> Path:
+    """An empty directory that is the same on every rank."""
+    session = request.config.stash.get(_RANK, None)
+    if session is None:
+        pytest.fail("the fixture 'shared_path' needs @pytest.mark.parallel([...]) on the test", pytrace=False)
+    return session.shared_path()
+
+
+@pytest.fixture
+def launch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launch]:
+    """Runs programs under the launcher; whatever still runs when the test ends is killed."""
+    with Launch(tmp_path_factory.mktemp("launch")) as started:
+        yield started

@@ -1,0 +1,42 @@
+"""What a test's markers say: on how many ranks it runs, and how long it may take."""
+
+from __future__ import annotations
+
+import pytest
+
+from harness.environment import timeout_scale
+
+DEFAULT_SECONDS = 60.0
+
+
+def sizes_of(node: pytest.Item) -> list[int] | None:
+    """Return the rank counts of a parallel test, or None for one that runs without a launcher."""
+    marker = node.get_closest_marker("parallel")
+    if marker is None:
+        return None
+    given = marker.args[0] if len(marker.args) == 1 else marker.kwargs.get("sizes")
+    sizes = [given] if isinstance(given, int) else given
+    if not isinstance(sizes, list | tuple) or not sizes or not all(isinstance(n, int) and n > 0 for n in sizes):
+        raise pytest.UsageError(f"{node.nodeid}: expected @pytest.mark.parallel([1, 2, 3]), not {given!r}")
+    unknown = set(marker.kwargs) - {"sizes", "timeout"}
+    if unknown:
+        raise pytest.UsageError(f"{node.nodeid}: @pytest.mark.parallel knows no {sorted(unknown)}")
+    return list(sizes)
+
+
+def size_of(item: pytest.Item) -> int | None:
+    """Return the number of ranks that this item runs on, or None if it is not a parallel test."""
+    callspec = getattr(item, "callspec", None)
+    if callspec is None or item.get_closest_marker("parallel") is None:
+        return None
+    return int(callspec.params["ranks"])
+
+
+def seconds_of(item: pytest.Item) -> float:
+    """Return the time limit of a test in seconds."""
+    seconds = DEFAULT_SECONDS
+    for name in ("timeout", "parallel"):
+        marker = item.get_closest_marker(name)
+        if marker is not None:
+            seconds = marker.kwargs.get("timeout", marker.args[0] if name == "timeout" and marker.args else seconds)
+    return float(seconds) * timeout_scale()

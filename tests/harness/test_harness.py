@@ -1,0 +1,423 @@
+"""The harness itself: tests that fail, hang and crash in a session of their own are seen, and spoil no others."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from harness.launching import Completed, Launch
+from harness.programs import shared_memory_of
+
+INI = f"[pytest]\npythonpath = {Path(__file__).parent.parent}\n"
+CONFTEST = "pytest_plugins = ['harness.plugin']\n"
+SCALE = {"DBMPI_TEST_TIMEOUT_SCALE": "0.25"}
+
+HEAD = """
+import atexit, ctypes, itertools, os, signal, threading, time
+import pytest
+pytestmark = pytest.mark.parallel([2], timeout=16)
+"""
+
+
+@dataclass(frozen=True)
+class Case:
+    outcome: str
+    text: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Session:
+    done: Completed
+    cases: dict[str, Case]
+
+    def outcomes(self) -> dict[str, str]:
+        return {name: case.outcome for name, case in self.cases.items()}
+
+
+@pytest.fixture
+def nested(launch: Launch, tmp_path: Path):
+    """Runs a session of the given tests with time limits of a quarter, and reads its outcomes."""
+
+    def run(source: str, *arguments: str, ranks: int | None = None, timeout: float = 90.0) -> Session:
+        (tmp_path / "pytest.ini").write_text(INI)
+        (tmp_path / "conftest.py").write_text(CONFTEST)
+        (tmp_path / "test_nested.py").write_text(source)
+        argv = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--color=no", "--junitxml=cases.xml"]
+        done = launch(ranks, [*argv, *arguments], timeout, SCALE, tmp_path)
+        return Session(done, _cases(tmp_path / "cases.xml"))
+
+    return run
+
+
+def _cases(path: Path) -> dict[str, Case]:
+    cases = {}
+    for element in ElementTree.parse(path).iter("testcase") if path.exists() else ():
+        child = next((c for c in element if c.tag in ("failure", "error", "skipped")), None)
+        text = "" if child is None else f"{child.get('message')}\n{child.text}"
+        outcome = "passed" if child is None else child.tag
+        cases[str(element.get("name"))] = Case(outcome, text, float(element.get("time", "0")))
+    return cases
+
+
+def test_failures_are_told_by_rank_and_spoil_no_other_test(nested):
+    session = nested(
+        HEAD
+        + """
+@pytest.mark.parallel([1, 2, 3])
+def test_passes(comm, ranks):
+    assert comm.size == ranks
+
+def test_fails_on_rank_1(comm):
+    print("printed by", comm.rank)
+    assert comm.rank == 0, "not on rank one"
+
+def test_fails_everywhere(comm):
+    assert comm.size == 7
+
+@pytest.fixture
+def broken_setup(comm):
+    if comm.rank == 1:
+        raise RuntimeError("setup of rank one")
+
+def test_setup(broken_setup):
+    pass
+
+def test_skips(comm):
+    pytest.skip("no reason")
+
+def test_skips_on_one_rank(comm):
+    if comm.rank == 0:
+        pytest.skip("only here")
+
+@pytest.mark.xfail(strict=True)
+def test_expected(comm):
+    assert False
+
+def test_directories(comm, shared_path, tmp_path):
+    (shared_path / str(comm.rank)).touch()
+    (tmp_path / "mine").touch()
+    comm.Barrier()
+    assert len(list(shared_path.iterdir())) == 2
+    assert len(list(tmp_path.iterdir())) == 1
+    assert len(set(comm.allgather(str(tmp_path)))) == 2
+
+def test_not_parallel_after_all(request):
+    pass
+"""
+    )
+    assert session.outcomes() == {
+        "test_passes[n1]": "passed",
+        "test_passes[n2]": "passed",
+        "test_passes[n3]": "passed",
+        "test_fails_on_rank_1[n2]": "failure",
+        "test_fails_everywhere[n2]": "failure",
+        "test_setup[n2]": "error",
+        "test_skips[n2]": "skipped",
+        "test_skips_on_one_rank[n2]": "failure",
+        "test_expected[n2]": "skipped",
+        "test_directories[n2]": "passed",
+        "test_not_parallel_after_all[n2]": "passed",
+    }, session.done.transcript
+    assert session.done.returncode == 1
+    assert "assert 1 == 0" in session.cases["test_fails_on_rank_1[n2]"].text
+    assert "failed on rank 1 of 2" in session.done.stdout
+    assert "failed on rank 0, 1 of 2" in session.done.stdout
+    assert "printed by 1" in session.done.stdout
+    assert "setup of rank one" in session.cases["test_setup[n2]"].text
+    assert "rank 0 of 2: skipped\nrank 1 of 2: passed" in session.cases["test_skips_on_one_rank[n2]"].text
+    assert not session.done.left
+
+
+def test_hangs_end_with_the_stacks_of_all_ranks(nested):
+    session = nested(
+        HEAD
+        + """
+def test_before(comm):
+    comm.Barrier()
+
+def test_one_rank_sleeps(comm):
+    if comm.rank == 1:
+        sleeps_for_ever()
+    comm.Barrier()
+
+def sleeps_for_ever():
+    time.sleep(1000)
+
+def test_between(comm):
+    comm.Barrier()
+
+def test_waits_for_a_message_that_nobody_sends(comm):
+    if comm.rank == 0:
+        comm.Recv(bytearray(1), source=1)
+
+def test_in_compiled_code_with_the_interpreter_locked(comm):
+    if comm.rank == 0:
+        sum(itertools.repeat(0))
+
+def test_waits_for_a_rank_that_failed(comm):
+    if comm.rank == 1:
+        raise ValueError("the first cause")
+    comm.Barrier()
+
+def test_halted(comm):
+    if comm.rank == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    comm.Barrier()
+
+def test_after(comm):
+    comm.Barrier()
+"""
+    )
+    assert session.outcomes() == {
+        "test_before[n2]": "passed",
+        "test_one_rank_sleeps[n2]": "failure",
+        "test_between[n2]": "passed",
+        "test_waits_for_a_message_that_nobody_sends[n2]": "failure",
+        "test_in_compiled_code_with_the_interpreter_locked[n2]": "failure",
+        "test_waits_for_a_rank_that_failed[n2]": "failure",
+        "test_halted[n2]": "failure",
+        "test_after[n2]": "passed",
+    }, session.done.transcript
+    sleeps = session.cases["test_one_rank_sleeps[n2]"]
+    assert "is still running after 4 s: rank 0, 1 of 2" in sleeps.text
+    assert "in sleeps_for_ever" in sleeps.text
+    assert "stacks of rank 0 of 2" in sleeps.text
+    assert sleeps.seconds < 12
+    recv = session.cases["test_waits_for_a_message_that_nobody_sends[n2]"].text
+    assert "finished the test: rank 1 of 2" in recv
+    assert "in test_waits_for_a_message_that_nobody_sends" in recv
+    compiled = session.cases["test_in_compiled_code_with_the_interpreter_locked[n2]"].text
+    assert "in test_in_compiled_code_with_the_interpreter_locked" in compiled
+    waits = session.cases["test_waits_for_a_rank_that_failed[n2]"]
+    assert "after another rank has failed: rank 0 of 2" in waits.text
+    assert "ValueError: the first cause" in waits.text
+    assert "in test_waits_for_a_rank_that_failed" in waits.text
+    assert waits.seconds < 12
+    assert not session.done.left
+
+
+def test_lost_ranks_are_failures(nested):
+    session = nested(
+        HEAD
+        + """
+@pytest.mark.parametrize("code", [0, 3])
+def test_exits(comm, code):
+    if comm.rank == 1:
+        os._exit(code)
+    comm.Barrier()
+
+def test_killed(comm):
+    if comm.rank == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    comm.Barrier()
+
+def test_crashes(comm):
+    if comm.rank == 1:
+        ctypes.string_at(0)
+    comm.Barrier()
+
+def test_stopped(comm):
+    if comm.rank == 1:
+        pytest.exit("one rank has had enough")
+    comm.Barrier()
+
+def test_leaves_somebody_waiting_at_the_end(comm):
+    if comm.rank == 1:
+        atexit.register(time.sleep, 1000)
+"""
+    )
+    assert session.outcomes() == {
+        "test_exits[n2-0]": "failure",
+        "test_exits[n2-3]": "failure",
+        "test_killed[n2]": "failure",
+        "test_crashes[n2]": "failure",
+        "test_stopped[n2]": "failure",
+        "test_leaves_somebody_waiting_at_the_end[n2]": "error",
+    }, session.done.transcript
+    assert "Segmentation fault" in session.cases["test_crashes[n2]"].text
+    assert "had enough" in session.cases["test_stopped[n2]"].text
+    assert "do not end within" in session.cases["test_leaves_somebody_waiting_at_the_end[n2]"].text
+    for name, case in session.cases.items():
+        assert case.seconds < 12, name
+    assert not session.done.left
+
+
+def test_a_module_that_one_rank_cannot_import(nested):
+    session = nested(
+        HEAD
+        + """
+if os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK")) == "1":
+    raise ImportError("missing on rank one")
+
+def test_first(comm):
+    pass
+
+def test_second(comm):
+    pass
+"""
+    )
+    assert session.outcomes() == {"test_first[n2]": "failure", "test_second[n2]": "failure"}, session.done.transcript
+    assert "missing on rank one" in session.cases["test_second[n2]"].text
+
+
+def test_tests_that_cannot_be_what_they_say(nested):
+    session = nested(
+        """
+import pytest
+
+def test_needs_the_mark(comm):
+    pass
+
+def test_needs_it_too(shared_path):
+    pass
+"""
+    )
+    assert session.outcomes() == {"test_needs_the_mark": "error", "test_needs_it_too": "error"}, session.done.transcript
+    assert "needs @pytest.mark.parallel" in session.cases["test_needs_the_mark"].text
+
+
+def test_watchdog_without_a_launcher(nested):
+    session = nested(
+        """
+import threading, time
+import pytest
+
+@pytest.mark.timeout(4)
+def test_sleeps():
+    time.sleep(1000)
+
+@pytest.mark.timeout(4)
+def test_waits_for_a_thread():
+    threading.Event().wait()
+
+@pytest.fixture
+def sleepy():
+    yield
+    time.sleep(1000)
+
+@pytest.mark.timeout(4)
+def test_ends_late(sleepy):
+    pass
+
+def test_passes():
+    pass
+"""
+    )
+    assert session.outcomes() == {
+        "test_sleeps": "failure",
+        "test_waits_for_a_thread": "failure",
+        "test_ends_late": "error",
+        "test_passes": "passed",
+    }, session.done.transcript
+    assert "still running after 1 s" in session.cases["test_sleeps"].text
+    assert "in test_sleeps" in session.cases["test_sleeps"].text
+
+
+def test_watchdog_in_compiled_code(nested):
+    session = nested(
+        """
+import itertools, pytest
+
+@pytest.mark.timeout(4)
+def test_holds_the_interpreter():
+    sum(itertools.repeat(0))
+""",
+        timeout=160,
+    )
+    assert session.done.returncode == 1
+    assert session.done.seconds < 30
+    assert "in test_holds_the_interpreter" in session.done.stderr
+
+
+def test_by_hand_under_the_launcher(nested):
+    session = nested(
+        HEAD
+        + """
+def test_passes(comm):
+    assert comm.size == 2
+
+@pytest.mark.parallel([3])
+def test_of_another_size(comm):
+    assert False
+
+def test_fails_on_rank_1(comm):
+    assert comm.rank == 0
+""",
+        "-m",
+        "parallel",
+        ranks=2,
+    )
+    assert "1 failed, 1 passed, 1 deselected" in session.done.stdout, session.done.transcript
+    assert session.done.stdout.count("test session starts") == 1
+    assert "failed on rank 1 of 2" in session.done.stdout
+    assert session.done.returncode == 1
+
+
+def test_by_hand_a_hang_ends_with_stacks(nested):
+    session = nested(
+        HEAD
+        + """
+def test_hangs(comm):
+    if comm.rank == 1:
+        raise ValueError("the first cause")
+    comm.Barrier()
+""",
+        ranks=2,
+    )
+    assert session.done.returncode != 0
+    assert session.done.seconds < 15
+    assert "ValueError: the first cause" in session.done.stderr, session.done.transcript
+    assert "in test_hangs" in session.done.stderr
+
+
+def test_launch_ends_the_whole_program_and_shows_stacks(launch, tmp_path):
+    program = tmp_path / "hangs.py"
+    program.write_text(
+        "import subprocess, sys, time\n"
+        "from mpi4py import MPI\n"
+        "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(1000)'], start_new_session=True)\n"
+        "def stuck():\n"
+        "    MPI.COMM_WORLD.Recv(bytearray(1), source=(MPI.COMM_WORLD.rank + 1) % 2)\n"
+        "print('about to hang', flush=True)\n"
+        "stuck()\n"
+    )
+    with pytest.raises(pytest.fail.Exception, match="still running after") as caught:
+        launch(2, [sys.executable, program], timeout=6)
+    assert caught.value.msg is not None
+    assert caught.value.msg.count("in stuck") == 2
+    assert caught.value.msg.count("about to hang") == 2
+
+
+def test_launch_sees_what_is_left_behind(launch, tmp_path):
+    program = tmp_path / "leaves.py"
+    program.write_text(
+        "import subprocess, sys\n"
+        "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(999)'], start_new_session=True,\n"
+        "                 stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)\n"
+        "print('out'); print('err', file=sys.stderr); sys.exit(4)\n"
+    )
+    done = launch(None, [sys.executable, program])
+    assert (done.returncode, done.stdout, done.stderr) == (4, "out\n", "err\n")
+    assert len(done.left) == 1
+    assert "time.sleep(999)" in done.left[0]
+
+
+def test_launch_can_kill_one_rank(launch, tmp_path):
+    program = tmp_path / "waits.py"
+    program.write_text("from mpi4py import MPI\nimport time\nprint('up', flush=True)\ntime.sleep(1000)\n")
+    started = launch.start(3, [sys.executable, program])
+    assert started.wait_until(lambda: started.stdout.count("up") == 3, 30)
+    assert list(started.ranks()) == [0, 1, 2]
+    segments = set().union(*(shared_memory_of(pid) for pid in started.ranks().values()))
+    started.signal(signal.SIGKILL, rank=1)
+    done = launch.finish(started, timeout=20)
+    assert done.returncode != 0
+    assert not done.left
+    assert segments
+    assert not [path for path in segments if path.exists()]
