@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import tomllib
 from pathlib import Path
 from types import UnionType
@@ -213,7 +214,7 @@ def load(path: Path, overrides: tuple[str, ...] = ()) -> Run:
     if isinstance(data, dict):
         for key in ("train", "test"):
             if isinstance(data.get(key), str):
-                data[key] = str(path.parent / data[key])
+                data[key] = os.path.normpath(path.parent / data[key])
     for override in overrides:
         _apply(table, override)
     try:

@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
 DTYPE = np.dtype(np.float32)
 """Of parameters and gradients."""
+_MOST_AXES = 32
+"""Of an HDF5 dataset."""
 
 
 @dataclass(frozen=True)
@@ -134,14 +136,15 @@ class _Session:
         stop = self._stack.enter_context(StopSignal())
 
         memories, ranges = self._memories(network.layout)
-        own = memories[self._shard_number] if self._shard_number is not None else self._memory(0, 0)
-        window = self._stack.enter_context(Window.allocate(self._comm, own.nbytes))
+        number = self._shard_number
+        nbytes = memories[0].words_nbytes if number is None else memories[number].nbytes
+        window = self._stack.enter_context(Window.allocate(self._comm, nbytes))
         started = time.time()
         shard = lead = None
         if self._shard_number is not None:
             recorder = self._recorder("shard", self._shard_number, session, started)
             held = ranges[self._shard_number]
-            server = Server(window, own, self._shard_number, plan.worker_ranks, applied_rule, DTYPE)
+            server = Server(window, memories[self._shard_number], self._shard_number, plan.worker_ranks, applied_rule, DTYPE)
             with together(self._comms.shards, "reading the checkpoint"):
                 _fill(server, held, network, checkpoint, applied_rule)
             mailbox = Mailbox(self._comm, Role.SHARD)
@@ -174,12 +177,13 @@ class _Session:
                 if run.data.test is not None:
                     self._test_source = self._stack.enter_context(Source.open(run.data.test, memory))
                     self._test_source.expect_like(source)
+                source.load()
                 source.expect(run.network.layers[-1].units, run.network.loss)
                 if self._worker_number == 0:
                     source.validate(full=True)
                     if self._test_source is not None:
                         self._test_source.validate(full=True)
-        numbers = np.zeros(16, np.int64)
+        numbers = np.zeros(3 + _MOST_AXES, np.int64)
         if self._worker_number == 0:
             assert self._train_source is not None
             shape = self._train_source.input_shape
@@ -232,16 +236,15 @@ class _Session:
             waiting.barrier(node, "the kernels to be compiled")
         node.Free()
 
-    def _memory(self, elements: int, chunk: int) -> Memory:
-        return Memory(self._plan.shards, self._plan.workers, elements, DTYPE.itemsize, chunk)
-
     def _memories(self, layout: Layout) -> tuple[list[Memory], tuple[range, ...]]:
         """Return what lies where on each shard, and the range that each shard holds."""
-        ranges = cut(layout.size, self._plan.shards)
+        shards, workers = self._plan.shards, self._plan.workers
+        ranges = cut(layout.size, shards)
         server = self._run.server
         with together(self._comm, "planning the inbox"):
-            chunk = chunk_elements(server.inbox_mib * 2**20, server.chunk_kib * 2**10, self._plan.workers, DTYPE.itemsize)
-        return [self._memory(len(held), min(chunk, len(held))) for held in ranges], ranges
+            chunk = chunk_elements(server.inbox_mib * 2**20, server.chunk_kib * 2**10, workers, DTYPE.itemsize)
+        memories = [Memory(shards, workers, len(held), DTYPE.itemsize, min(chunk, len(held))) for held in ranges]
+        return memories, ranges
 
     def _recorder(self, role: str, number: int, session: int, started: float) -> Recorder:
         recorder = Recorder(self._run.run.directory, role, number, session=session, started=started)

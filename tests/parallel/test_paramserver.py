@@ -65,10 +65,12 @@ def parameter_server(
     else:
         plan = Plan(min(shards, comm.size), comm.size, colocate=True)
     shard = plan.shard_of(comm.rank)
-    held = 0 if shard is None else len(cut(elements, plan.shards)[shard])
+    ranges = cut(elements, plan.shards)
+    words = memory(plan, 0, 0).words_nbytes
+    nbytes = words if shard is None else memory(plan, len(ranges[shard]), chunk).nbytes
     with (
         Communicators(comm, plan) as comms,
-        Window.allocate(comms.world, memory(plan, held, chunk).nbytes, shared=shared) as window,
+        Window.allocate(comms.world, nbytes, shared=shared) as window,
     ):
         yield Bench(plan, window, elements, chunk, rule or Sgd(1.0), comms.world)
 

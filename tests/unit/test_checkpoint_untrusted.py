@@ -8,6 +8,7 @@ import pytest
 from unit.checkpoint_files import LAYOUT, read_all, run_python, write
 
 from dbmpi.checkpoint.reader import Checkpoint
+from dbmpi.checkpoint.untrusted import Malformed, UntrustedFile
 from dbmpi.errors import UserError
 
 
@@ -163,6 +164,17 @@ def test_harm_is_refused(path, harm):
     with pytest.raises(UserError, match=message) as raised:
         read_all(path)
     assert str(path) in str(raised.value)
+
+
+def test_arrays_beyond_the_end(path):
+    with h5py.File(path) as file:
+        size = path.stat().st_size
+        end = max(file[f"parameters/{tensor.name}"].id.get_offset() + 4 * tensor.size for tensor in LAYOUT.tensors)
+        assert end <= size
+        layout = UntrustedFile(file, size).layout()
+        UntrustedFile(file, end).arrays(layout, ("parameters",))
+        with pytest.raises(Malformed, match="beyond the end"):
+            UntrustedFile(file, end - 1).arrays(layout, ("parameters",))
 
 
 def test_what_others_added_is_left_alone(path):

@@ -34,7 +34,7 @@ class TrainedNetwork:
     @property
     def units(self) -> int:
         """Number of outputs."""
-        return self.section.layers[-1].units
+        return self.network.outputs
 
     def expect(self, source: Source, *, targets: bool) -> None:
         """Raise UserError unless samples of a data file, and where asked their targets, suit the network."""
@@ -73,9 +73,8 @@ def load(path: Path) -> TrainedNetwork:
     with Checkpoint.open(path) as checkpoint:
         info = checkpoint.info
         section = _network_section(checkpoint.path, info.configuration)
-        targets = "classes" if info.classes else "values"
         # The seed is only for initial weights.
-        network = Network(section, info.input_shape, 0, targets=targets)
+        network = Network(section, info.input_shape, 0, targets="classes" if info.classes else "values")
         checkpoint.expect(network.layout)
         return TrainedNetwork(
             checkpoint.path, checkpoint.notice, info, section, network, checkpoint.parameters(np.float32)

@@ -130,7 +130,9 @@ def logistic_classes(values: np.ndarray, classes: np.ndarray) -> tuple[float, in
         weight = values.dtype.type(1.0 / samples)
         _find_largest(values, start, stop, largest, place)
         for sample in range(size):
-            loss[sample] = -np.float64(values[target[sample], start + sample])
+            # log(1 + exp(z)) - z = log(1 + exp(-z)), where the left side would lose its digits
+            value = values[target[sample], start + sample]
+            loss[sample] = np.float64(log1p_exp(-value)) - np.float64(log1p_exp(value))
             hits[start + sample] = place[sample] == target[sample]
         for unit in range(units):
             row = values[unit][start:stop]
@@ -161,13 +163,16 @@ def logistic_values(values: np.ndarray, targets: np.ndarray) -> float:
     """
     units, samples = values.shape
     weight = values.dtype.type(1.0 / samples)
+    one, zero = values.dtype.type(1), values.dtype.type(0)
     losses = np.empty(units, np.float64)
     for unit in prange(units):
         row, target = values[unit], targets[unit]
         total = 0.0
         for sample in range(samples):
             value = row[sample]
-            total += np.float64(log1p_exp(value) - target[sample] * value)
+            # log(1 + exp(z)) = log(1 + exp(-|z|)) + max(z, 0), so that nothing large cancels
+            total += np.float64(log1p_exp(-abs(value)))
+            total += np.float64(value * ((one if value > 0 else zero) - target[sample]))
             row[sample] = (sigmoid(value) - target[sample]) * weight
         losses[unit] = total
     return float(losses.sum())

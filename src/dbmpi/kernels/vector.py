@@ -288,15 +288,16 @@ def multiply_add_chains(typingctx: Any, sample: Any, rounds: Any) -> Any:
         for chain in chains:
             carried.append(builder.phi(tile.vector))
             carried[-1].add_incoming(chain, before)
-        for phi in carried:
-            phi.add_incoming(builder.call(tile.multiply_add, [phi, factor, addend]), body)
+        results = [builder.call(tile.multiply_add, [phi, factor, addend]) for phi in carried]
+        for phi, result in zip(carried, results, strict=True):
+            phi.add_incoming(result, body)
         following = builder.add(count, tile.index(1))
         count.add_incoming(following, body)
         builder.cbranch(builder.icmp_signed("<", following, values[1]), body, after)
         builder.position_at_end(after)
         total = start
-        for phi in carried:
-            total = builder.fadd(total, phi)
+        for result in results:
+            total = builder.fadd(total, result)
         return builder.extract_element(total, ir.IntType(32)(0))
 
     return sample(sample, types.intp), generate

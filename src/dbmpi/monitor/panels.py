@@ -197,7 +197,7 @@ def _training_points(history: History, key: str, by: str) -> tuple[np.ndarray, n
 
 
 def _counts(history: History, record: Record, by: str) -> bool:
-    """Whether a record is drawn: work that was taken again after a resume cost seconds, but is no step of the result."""
+    """Whether a record is drawn: work that was taken again after a resume cost seconds, but counts as no steps."""
     return by == "seconds" or history.kept(record)
 
 

@@ -23,7 +23,7 @@ SMALLEST_CHUNK = 4096
 
 @dataclass(frozen=True)
 class Memory:
-    """Offsets, in bytes, in the window of a rank that holds `elements` elements as a shard (0: no shard)."""
+    """Offsets, in bytes, in the window of a shard that holds `elements` elements; a rank without one has only the words."""
 
     shards: int
     clients: int
@@ -60,9 +60,14 @@ class Memory:
         return self.header(client, count) + HEADER_WORDS * _WORD
 
     @property
+    def words_nbytes(self) -> int:
+        """Bytes of the window of a rank that is no shard."""
+        return self.version
+
+    @property
     def nbytes(self) -> int:
-        """Bytes of the window."""
-        return self.header(self.clients, 0) if self.elements else self.version
+        """Bytes of the window of a shard."""
+        return self.header(self.clients, 0)
 
 
 def chunk_elements(inbox_bytes: float, chunk_bytes: float, clients: int, itemsize: int) -> int:
