@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     composed = launcher.compose(
         mpi,
         arguments.ranks,
-        command,
+        ("-m", "dbmpi", *command),
         mpi_arguments=mpi_arguments,
         environment=threads.without_prepared(os.environ),
         columns=columns,

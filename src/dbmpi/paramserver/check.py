@@ -1,7 +1,7 @@
 """Try what the parameter server lives on: ``mpirun -n 2 python -m dbmpi.paramserver.check``.
 
-Every rank puts data into the memory of rank 0 and raises a flag; rank 0 looks at it and answers by a flag; everybody gets
-the data back.  Rank 0 prints one line of JSON.
+Every rank puts data into the memory of rank 0 and raises a flag; rank 0 looks at it and answers by a flag; everybody
+gets the data back.  Rank 0 prints one line of JSON.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ class Command:
 def compose(
     mpi: Mpi,
     ranks: int,
-    arguments: Sequence[str],
+    program: Sequence[str],
     *,
     mpi_arguments: Sequence[str] = (),
     environment: Mapping[str, str],
@@ -64,10 +64,12 @@ def compose(
     cores: int | None = None,
     user: int | None = None,
 ) -> Command:
-    """Compose the command that runs ``dbmpi`` with `arguments` on `ranks` ranks; executes nothing.
+    """Compose the command that runs a program of this Python on `ranks` ranks; executes nothing.
 
     Parameters
     ----------
+    program
+        Arguments for Python, e.g. ``("-m", "dbmpi", "train", "CONFIG.toml")``.
     mpi_arguments
         The user's own options for mpirun.
     environment
@@ -97,8 +99,7 @@ def compose(
     if mpi.is_open_mpi:
         names = [name for name in (*environment, *settings) if name.startswith("DBMPI_") or name in _FORWARDED]
         options += [word for name in sorted(set(names)) for word in ("-x", name)]
-    program = (sys.executable, "-m", "dbmpi", *arguments)
-    return Command((mpi.mpirun, *options, "-n", str(ranks), *mpi_arguments, *program), settings)
+    return Command((mpi.mpirun, *options, "-n", str(ranks), *mpi_arguments, sys.executable, *program), settings)
 
 
 def run(mpi: Mpi, command: Command) -> int:

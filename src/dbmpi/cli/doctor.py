@@ -1,0 +1,77 @@
+"""``dbmpi doctor``: look at the machine and say what would trip a run up."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from dbmpi.runtime.diagnosis import Finding
+
+SUMMARY = "look at Python, BLAS, Numba, HDF5, MPI and the machine, and say what would trip a run up"
+
+_COLOURS = {"ok": "green", "note": "yellow", "broken": "red"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print all findings; return 1 if something is broken.
+
+    Under mpirun or srun only the world is looked at: that the ranks which were started are one world.
+    """
+    from dbmpi.runtime import launcher
+    from dbmpi.runtime.diagnosis import diagnose
+
+    ranks, by, _ = launcher.launched(os.environ)
+    if ranks > 1:
+        from dbmpi.runtime import world
+
+        comm = world.start()
+        if comm.rank == 0:
+            print(f"{by} started one world of {comm.size} ranks; run doctor by itself to look at the rest")
+        return 0
+    findings = list(_shown(diagnose(), quiet=arguments.json))
+    broken = [finding.what for finding in findings if finding.status == "broken"]
+    if arguments.json:
+        print(json.dumps({"ok": not broken, "findings": [asdict(finding) for finding in findings]}))
+    elif broken:
+        print(f"broken: {', '.join(broken)}")
+    else:
+        print("everything that a run needs works")
+    return 1 if broken else 0
+
+
+def _shown(findings: Iterator[Finding], *, quiet: bool) -> Iterator[Finding]:
+    """Pass findings on and print each as it comes, in colours on a terminal."""
+    if quiet:
+        yield from findings
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(file=sys.stdout)
+    for finding in findings:
+        advice = f"-> {finding.advice}" if finding.advice else ""
+        if console.is_terminal:
+            grid = Table.grid(padding=(0, 2))
+            for width in (6, 14):
+                grid.add_column(width=width)
+            grid.add_column()
+            grid.add_row(
+                Text(finding.status, _COLOURS[finding.status]), finding.what, Text(f"{finding.found}\n{advice}".strip())
+            )
+            console.print(grid)
+        else:
+            print(f"{finding.status:<8}{finding.what:<16}{finding.found}  {advice}".rstrip(), flush=True)
+        yield finding
