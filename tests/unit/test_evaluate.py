@@ -14,7 +14,9 @@ from unit.checkpoint_files import make_info
 
 from dbmpi.checkpoint.directory import checkpoint_path
 from dbmpi.checkpoint.writer import CheckpointWriter
+from dbmpi.cli import inference
 from dbmpi.cli.main import main
+from dbmpi.data.source import Source
 from dbmpi.paramserver.layout import Layout, Tensor
 
 ACTIVATIONS = {
@@ -148,6 +150,18 @@ def test_predict_values(tmp_path, capsys):
     with h5py.File(tmp_path / "out.h5") as file:
         np.testing.assert_allclose(file["outputs"][()], naive(tensors, inputs, layers), rtol=1e-5, atol=1e-6)
         assert "classes" not in file
+
+
+def test_a_file_larger_than_the_memory_budget(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(inference, "MEMORY_MIB", 1)
+    tensors = train(tmp_path / "run")
+    inputs, _ = make_data(tmp_path / "data.h5", samples=30_000)
+    with Source.open(tmp_path / "data.h5", inference.MEMORY_MIB) as source:
+        assert not source.resident
+    run(capsys, "predict", tmp_path / "run", "--data", tmp_path / "data.h5", "--out", tmp_path / "out.h5")
+    with h5py.File(tmp_path / "out.h5") as file:
+        expected = special.softmax(naive(tensors, inputs), axis=1)
+        np.testing.assert_allclose(file["outputs"][()], expected, rtol=1e-3, atol=1e-6)
 
 
 def test_predict_overwrites_only_if_told(tmp_path, capsys):
