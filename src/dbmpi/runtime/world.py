@@ -115,14 +115,18 @@ def together(comm: MPI.Comm, what: str) -> Iterator[None]:
 
 
 class StopSignal:
-    """Notes SIGTERM and Ctrl-C instead of dying, so that the run can end with a checkpoint; a second Ctrl-C is final."""
+    """Notes signals instead of dying, so that the run can end with a checkpoint; a second Ctrl-C is final.
+
+    SIGTERM and Ctrl-C ask for the end, and so does SIGUSR2: Open MPI's mpirun relays that one to its ranks and lets them
+    take their time, while after SIGTERM it kills them within a second.
+    """
 
     def __init__(self) -> None:
         self.number = 0
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> StopSignal:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
             self._before[number] = signal.signal(number, self._note)
         return self
 
