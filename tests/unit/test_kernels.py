@@ -1,0 +1,292 @@
+"""Elementary functions, activations, losses and updates against NumPy and SciPy in float64."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import special
+
+from dbmpi.kernels import activations, elementary, losses, updates
+from dbmpi.kernels.compile import kernel
+from dbmpi.kernels.memory import aligned_empty
+from dbmpi.kernels.vector import CHAINS, multiply_add_chains
+
+DTYPES = [np.float32, np.float64]
+SHAPES = st.tuples(st.integers(1, 40), st.integers(1, 300))
+
+
+@kernel
+def exp_all(x, out):
+    for i in range(x.size):
+        out[i] = elementary.exp(x[i])
+
+
+@kernel
+def sigmoid_all(x, out):
+    for i in range(x.size):
+        out[i] = elementary.sigmoid(x[i])
+
+
+@kernel
+def tanh_all(x, out):
+    for i in range(x.size):
+        out[i] = elementary.tanh(x[i])
+
+
+@kernel
+def log1p_exp_all(x, out):
+    for i in range(x.size):
+        out[i] = elementary.log1p_exp(x[i])
+
+
+FUNCTIONS = {
+    "exp": (exp_all, elementary.exp, np.exp, (-87.3, 88.7), 1.5),
+    "sigmoid": (sigmoid_all, elementary.sigmoid, special.expit, (-87, 90), 3),
+    "tanh": (tanh_all, elementary.tanh, np.tanh, (-20, 20), 3),
+    "log1p_exp": (log1p_exp_all, elementary.log1p_exp, lambda x: -special.log_expit(-x), (-87, 100), 3),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_elementary_functions_are_precise_over_their_range(name, dtype):
+    compiled, _, exact, (low, high), ulps = FUNCTIONS[name]
+    random = np.random.default_rng(1)
+    # evenly, densely around zero, and at all scales down to the smallest normal numbers
+    scales = 10.0 ** random.uniform(-37, 1, 100_000) * random.choice([-1, 1], 100_000)
+    x = np.concatenate([np.linspace(low, high, 300_001), np.linspace(-1, 1, 100_001), scales]).astype(dtype)
+    result = np.empty_like(x)
+    compiled(x, result)
+    expected = exact(x.astype(np.longdouble if dtype == np.float64 else np.float64))
+    errors = np.abs(result - expected) / np.spacing(np.abs(expected).astype(dtype))
+    assert errors.max() <= ulps, x[errors.argmax()]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_elementary_functions_have_the_right_limits(name, dtype):
+    compiled, _, exact, _, _ = FUNCTIONS[name]
+    x = np.array([np.inf, -np.inf, 1e30, -1e30, 750, -750, 0.0, np.nan], dtype)
+    result = np.empty_like(x)
+    compiled(x, result)
+    with np.errstate(over="ignore"):
+        expected = exact(x)
+    np.testing.assert_array_equal(result, expected)
+    assert np.isnan(result[-1])
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_elementary_functions_give_the_same_in_plain_python(name, dtype):
+    compiled, plain, *_ = FUNCTIONS[name]
+    x = np.linspace(-30, 30, 301).astype(dtype)
+    result = np.empty_like(x)
+    compiled(x, result)
+    values = [plain(value) for value in x]
+    assert all(isinstance(value, dtype | float) for value in values)
+    # The compiled code fuses products and sums, Python does not.
+    np.testing.assert_allclose(result, values, rtol=4 * np.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_multiply_add_chains_computes_what_it_says(dtype):
+    run = kernel(_chains)
+    rounds = 50
+    chains = 0.5 + np.arange(CHAINS) * 2.0**-10
+    for _ in range(rounds):
+        chains = chains * (1 - 2.0**-10) + 2.0**-17
+    assert run(dtype(0.5), rounds) == pytest.approx(0.5 + chains.sum(), rel=1e-5)
+
+
+def _chains(start, rounds):
+    return multiply_add_chains(start, rounds)
+
+
+EXACT_ACTIVATIONS = {
+    "linear": (lambda x: x, np.ones_like),
+    "sigmoid": (special.expit, lambda x: special.expit(x) * special.expit(-x)),
+    "tanh": (np.tanh, lambda x: 1 - np.tanh(x) ** 2),
+    "relu": (lambda x: np.maximum(x, 0), lambda x: (x > 0).astype(x.dtype)),
+}
+
+
+def _plain(function, compiled):
+    return function if compiled else function.py_func
+
+
+@pytest.mark.parametrize("name", EXACT_ACTIVATIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(shape=SHAPES, seed=st.integers(0, 2**32))
+def test_activations_and_their_derivatives(name, dtype, shape, seed):
+    random = np.random.default_rng(seed)
+    x, gradient = random.normal(size=(2, *shape)).astype(dtype)
+    bias = random.normal(size=shape[0]).astype(dtype)
+    function, derivative = EXACT_ACTIVATIONS[name]
+    inner = x.astype(np.float64) + bias[:, None]
+    tolerance = {"rtol": 0, "atol": 50 * np.finfo(dtype).eps}
+
+    outputs = x.copy()
+    activations.ACTIVATIONS[name].forward(outputs, bias)
+    np.testing.assert_allclose(outputs, function(inner), **tolerance)
+
+    # relu's derivative hangs on the sign that the kernel saw
+    expected = gradient * (derivative(inner) if name != "relu" else outputs > 0)
+    bias_gradient = np.empty_like(bias)
+    activations.ACTIVATIONS[name].backward(outputs, gradient, bias_gradient)
+    np.testing.assert_allclose(gradient, expected, **tolerance)
+    np.testing.assert_allclose(
+        bias_gradient, gradient.sum(axis=1, dtype=np.float64), rtol=2 * np.finfo(dtype).eps, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("name", EXACT_ACTIVATIONS)
+def test_activations_pass_nan_on(name):
+    outputs = np.array([[0.0, np.nan, 1.0]], np.float32)
+    activations.ACTIVATIONS[name].forward(outputs, np.zeros(1, np.float32))
+    np.testing.assert_array_equal(np.isnan(outputs), [[False, True, False]])
+
+
+def naive_softmax(z, classes):
+    logs = special.log_softmax(z, axis=0)
+    one_hot = np.eye(len(z))[:, classes]
+    return -(logs * one_hot).sum(), np.exp(logs) - one_hot
+
+
+def naive_logistic(z, targets):
+    return (np.logaddexp(0, z) - targets * z).sum(), special.expit(z) - targets
+
+
+def naive_squared(y, targets):
+    return 0.5 * ((y - targets) ** 2).sum(), y - targets
+
+
+CLASS_LOSSES = {
+    "softmax_cross_entropy": naive_softmax,
+    "logistic_classes": lambda z, classes: naive_logistic(z, np.eye(len(z))[:, classes]),
+    "squared_classes": lambda y, classes: naive_squared(y, np.eye(len(y))[:, classes]),
+}
+VALUE_LOSSES = {"logistic_values": naive_logistic, "squared_values": naive_squared}
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("name", CLASS_LOSSES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_losses_of_classes_against_naive_twins(name, dtype, compiled):
+    @given(shape=SHAPES if compiled else st.tuples(st.integers(1, 5), st.integers(1, 140)), seed=st.integers(0, 2**32))
+    def check(shape, seed):
+        random = np.random.default_rng(seed)
+        values = (4 * random.normal(size=shape)).astype(dtype)
+        classes = random.integers(0, shape[0], shape[1]).astype(np.int32)
+        expected_loss, expected_gradient = CLASS_LOSSES[name](values.astype(np.float64), classes)
+        expected_correct = (values.argmax(axis=0) == classes).sum()
+        loss, correct = _plain(getattr(losses, name), compiled)(values, classes)
+        assert loss == pytest.approx(expected_loss, rel=1e-6 if dtype == np.float32 else 1e-13, abs=1e-12)
+        assert correct == expected_correct
+        tolerance = 20 * np.finfo(dtype).eps / shape[1]
+        np.testing.assert_allclose(values, expected_gradient / shape[1], rtol=10 * np.finfo(dtype).eps, atol=tolerance)
+
+    check()
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("name", VALUE_LOSSES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_losses_of_values_against_naive_twins(name, dtype, compiled):
+    @given(shape=SHAPES if compiled else st.tuples(st.integers(1, 5), st.integers(1, 40)), seed=st.integers(0, 2**32))
+    def check(shape, seed):
+        random = np.random.default_rng(seed)
+        values = (4 * random.normal(size=shape)).astype(dtype)
+        targets = random.uniform(size=shape).astype(dtype)
+        expected_loss, gradient = VALUE_LOSSES[name](values.astype(np.float64), targets.astype(np.float64))
+        loss = _plain(getattr(losses, name), compiled)(values, targets)
+        assert loss == pytest.approx(expected_loss, rel=1e-6 if dtype == np.float32 else 1e-13, abs=1e-7)
+        tolerance = 20 * np.finfo(dtype).eps / shape[1]
+        np.testing.assert_allclose(values, gradient / shape[1], rtol=10 * np.finfo(dtype).eps, atol=tolerance)
+
+    check()
+
+
+def test_of_equal_outputs_the_first_is_the_prediction():
+    classes = np.array([0, 1, 2, 0], np.int32)
+    for name in CLASS_LOSSES:
+        assert getattr(losses, name)(np.zeros((3, 4), np.float32), classes)[1] == 2
+
+
+def test_softmax_of_huge_logits_is_exact():
+    values = np.array([[1e4, -1e4, 3e38], [0, 0, -3e38], [-1e4, 1e4, 0]], np.float32)
+    loss, correct = losses.softmax_cross_entropy(values, np.array([0, 0, 0], np.int32))
+    assert (loss, correct) == (2e4, 2)
+    np.testing.assert_array_equal(values * 3, [[0, -1, 0], [0, 0, 0], [0, 1, 0]])
+
+
+@pytest.mark.parametrize("name", CLASS_LOSSES)
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_losses_of_bad_outputs_are_not_finite(name, bad):
+    values = np.ones((5, 3), np.float32)
+    values[3, 1] = bad
+    loss, _ = getattr(losses, name)(values, np.array([0, 1, 2], np.int32))
+    assert not np.isfinite(loss)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_predictions_against_scipy(dtype):
+    values = np.random.default_rng(1).normal(size=(300, 130)).astype(dtype)
+    tolerance = 8 * np.finfo(dtype).eps
+    outputs = values.copy()
+    losses.softmax(outputs)
+    np.testing.assert_allclose(outputs, special.softmax(values.astype(np.float64), axis=0), rtol=tolerance)
+    outputs = values.copy()
+    losses.logistic(outputs)
+    np.testing.assert_allclose(outputs, special.expit(values.astype(np.float64)), rtol=tolerance)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(size=st.integers(0, 100), offset=st.integers(0, 5), seed=st.integers(0, 2**32))
+def test_updates_equal_numpy_bit_for_bit(compiled, dtype, size, offset, seed):
+    random = np.random.default_rng(seed)
+    p, g, s = random.normal(size=(3, offset + size)).astype(dtype)[:, offset:]
+    s = np.abs(s)
+    rate, epsilon = dtype(0.0123), dtype(1e-10)
+
+    result = p.copy()
+    _plain(updates.sgd, compiled)(result, g, 0.0123)
+    np.testing.assert_array_equal(result, p - rate * g)
+
+    total, result = s.copy(), p.copy()
+    _plain(updates.adagrad, compiled)(result, g, total, 0.0123, 1e-10)
+    np.testing.assert_array_equal(total, s + g * g)
+    np.testing.assert_array_equal(result, p - rate * g / (np.sqrt(s + g * g) + epsilon))
+
+    result = p.copy()
+    _plain(updates.add, compiled)(result, g)
+    np.testing.assert_array_equal(result, p + g)
+
+
+@pytest.mark.parametrize("size", [1000, 1_000_003])
+def test_updates_of_a_cut_vector_are_the_same(size):
+    p, g, s = np.random.default_rng(1).normal(size=(3, size)).astype(np.float32)
+    s = np.abs(s)
+    whole, parts = (p.copy(), s.copy()), (p.copy(), s.copy())
+    updates.adagrad(whole[0], g, whole[1], 0.1, 1e-10)
+    for part in np.array_split(np.arange(size), 7):
+        piece = slice(part[0], part[-1] + 1)
+        updates.adagrad(parts[0][piece], g[piece], parts[1][piece], 0.1, 1e-10)
+    np.testing.assert_array_equal(whole, parts)
+
+
+def test_adagrad_without_a_gradient_takes_no_step():
+    p, g, s = np.ones(3, np.float32), np.zeros(3, np.float32), np.zeros(3, np.float32)
+    updates.adagrad(p, g, s, 0.1, 1e-10)
+    np.testing.assert_array_equal(p, 1)
+
+
+@given(
+    shape=st.lists(st.integers(0, 20), max_size=3).map(tuple),
+    dtype=st.sampled_from([np.float32, np.float64, np.uint8, np.int32]),
+)
+def test_aligned_arrays(shape, dtype):
+    array = aligned_empty(shape, dtype)
+    assert (array.shape, array.dtype) == (shape, dtype)
+    assert array.flags.c_contiguous
+    assert array.ctypes.data % 64 == 0

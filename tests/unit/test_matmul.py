@@ -1,0 +1,167 @@
+"""Matrix products of every provider against NumPy in float64."""
+
+import os
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dbmpi.errors import UserError
+from dbmpi.kernels import matmul
+from dbmpi.kernels.tiles import TiledProduct
+
+SIZES = st.integers(1, 150)
+ORDERS = st.sampled_from("CF")
+
+
+@pytest.fixture
+def provider():
+    """Gives a function that chooses a provider, and restores the choice afterwards."""
+    before = matmul._Choice.name
+    yield matmul.use
+    matmul._Choice.name = before
+
+
+def _matrices(  # noqa: PLR0917
+    m, k, n, orders, dtype, seed
+):
+    random = np.random.default_rng(seed)
+    a = np.asarray(random.normal(size=(m, k)), dtype, order=orders[0])
+    b = np.asarray(random.normal(size=(k, n)), dtype, order=orders[1])
+    return a, b
+
+
+def _check(out, a, b):
+    exact = a.astype(np.longdouble) @ b.astype(np.longdouble)
+    bound = np.abs(a).astype(np.float64) @ np.abs(b).astype(np.float64)  # of the errors of any order of summation
+    assert (np.abs(out - exact) <= a.shape[1] * np.finfo(out.dtype).eps * bound).all()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@given(m=SIZES, k=st.integers(1, 400), n=SIZES, orders=st.tuples(ORDERS, ORDERS), seed=st.integers(0, 2**32))
+def test_tiled_products(  # noqa: PLR0917
+    dtype, m, k, n, orders, seed
+):
+    a, b = _matrices(m, k, n, orders, dtype, seed)
+    memory = np.full(m * n + 2, 7, dtype)
+    out = memory[1:-1].reshape(m, n)
+    TiledProduct()(a, b, out)
+    _check(out, a, b)
+    assert memory[0] == memory[-1] == 7
+
+
+@pytest.mark.parametrize("name", matmul.PROVIDERS)
+@pytest.mark.parametrize("orders", ["CC", "CF", "FC", "FF"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_large_products_of_every_provider(name, orders, dtype, provider):
+    if name not in matmul.available():
+        pytest.skip("oneDNN is not installed")
+    provider(name)
+    a, b = _matrices(331, 517, 192, orders, dtype, 1)
+    assert a.size * b.shape[1] > matmul.LARGE
+    out = np.empty((331, 192), dtype)
+    matmul.product(a, b, out)
+    _check(out, a, b)
+
+
+@pytest.mark.parametrize("name", matmul.PROVIDERS)
+def test_products_of_parts_of_arrays(name, provider):
+    """Arrays with gaps are nobody's speciality, but must be right."""
+    if name not in matmul.available():
+        pytest.skip("oneDNN is not installed")
+    provider(name)
+    a, b = _matrices(700, 600, 256, "CC", np.float32, 1)
+    out = np.zeros((700, 512), np.float32)
+    matmul.product(a[::2, 5:505], b[5:505], out[::2, :256])
+    _check(out[::2, :256], a[::2, 5:505], b[5:505])
+    assert not out[1::2].any()
+
+
+def test_not_a_number_reaches_its_row_and_column_only():
+    a, b = _matrices(50, 300, 70, "CC", np.float32, 1)
+    a[20, 7] = np.nan
+    out = np.empty((50, 70), np.float32)
+    TiledProduct()(a, b, out)
+    assert np.isnan(out[20]).all()
+    assert not np.isnan(np.delete(out, 20, axis=0)).any()
+
+
+def test_a_tiled_product_does_not_depend_on_the_other_rows_and_columns():
+    a, b = _matrices(100, 300, 128, "CC", np.float32, 1)
+    multiply = TiledProduct()
+    whole, part = np.empty((100, 128), np.float32), np.empty((37, 50), np.float32)
+    multiply(a, b, whole)
+    multiply(a[11:48], np.ascontiguousarray(b[:, 30:80]), part)
+    np.testing.assert_array_equal(part, whole[11:48, 30:80])
+
+
+def test_threads_of_the_caller_do_not_share_panels(provider):
+    provider("tiles")
+    cases = [_matrices(300, 400, 128, "CC", np.float32, seed) for seed in range(4)]
+    outs = [np.empty((300, 128), np.float32) for _ in cases]
+
+    def work(number):
+        for _ in range(20):
+            matmul.product(*cases[number], outs[number])
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(len(cases))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for (a, b), out in zip(cases, outs, strict=True):
+        _check(out, a, b)
+
+
+@pytest.mark.parametrize(("k", "shape"), [(4, (3, 5)), (5, (3, 6)), (5, (5, 3))])
+def test_shapes_that_do_not_fit_are_refused(k, shape):
+    with pytest.raises(ValueError, match=r"\(3, 5\).*do not give the shape"):
+        matmul.product(np.ones((3, 5)), np.ones((k, 5)), np.ones(shape))
+
+
+def test_probing_times_all_providers_and_chooses_one(provider):
+    seconds = matmul.probe(repeats=1)
+    assert tuple(sorted(seconds)) == tuple(sorted(matmul.available()))
+    assert min(seconds.values()) > 0
+    provider("auto")
+    assert matmul.provider() in matmul.available()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "chosen"),
+    [
+        ({"tiles": 1.0, "numpy": 0.97, "onednn": 2.0}, "tiles"),
+        ({"tiles": 1.0, "numpy": 0.9, "onednn": 0.8}, "onednn"),
+        ({"tiles": 1.0, "numpy": 0.9}, "numpy"),
+    ],
+)
+def test_only_a_clearly_faster_provider_is_preferred(seconds, chosen, provider, monkeypatch):
+    monkeypatch.setattr(matmul, "probe", lambda: seconds)
+    provider("auto")
+    assert matmul.provider() == chosen
+
+
+def test_unknown_and_missing_providers_are_refused(provider, monkeypatch):
+    with pytest.raises(UserError, match=r"DBMPI_MATMUL=mkl.*auto, tiles, numpy, onednn"):
+        provider("mkl")
+    monkeypatch.setattr(matmul, "onednn_sgemm", lambda: None)
+    with pytest.raises(UserError, match="pip install onednn-cpu-gomp"):
+        provider("onednn")
+
+
+@pytest.mark.parametrize("name", ["numpy", "tiles"])
+def test_the_environment_names_the_provider(name):
+    program = "from dbmpi.kernels import matmul; print(matmul.provider())"
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, matmul.VARIABLE: name},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert result.stdout.strip() == name
