@@ -72,7 +72,7 @@ def test_a_run_directory(tmp_path, capsys):
         "step         300",
         "samples      15,744",
         "stream       118 of 1,000 batches learned; missing before batch 120: 7, 118",
-        "topology     2 shards, 3 replicas of 1 partitions",
+        "topology     2 shards, 3 replicas of 1 partition",
         "inputs       28 x 28",
         "run.seed = 1",
         "mpi MPICH Version: 4.3",

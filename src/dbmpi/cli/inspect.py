@@ -208,7 +208,8 @@ def _checkpoint_lines(found: dict[str, Any]) -> Iterator[str]:
         "samples": f"{found['samples']:,}",
         "stream": stream,
         "per replica": _list(found["done"]),
-        "topology": f"{found['shards']} shards, {found['replicas']} replicas of {found['partitions']} partitions",
+        "topology": f"{_count(found['shards'], 'shard')}, {_count(found['replicas'], 'replica')} "
+        f"of {_count(found['partitions'], 'partition')}",
         "versions": _list(found["shard_versions"]),
         "inputs": _shape(found["input_shape"]),
         "targets": f"{found['classes']} classes" if found["classes"] else "values",
@@ -275,6 +276,10 @@ def _shape(shape: Sequence[int]) -> str:
 def _list(numbers: Sequence[int]) -> str:
     shown = ", ".join(f"{number:,}" for number in numbers[:8]) or "none"
     return shown + (f", ... ({len(numbers):,} in all)" if len(numbers) > 8 else "")
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def _size(count: int) -> str:
