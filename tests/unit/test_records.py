@@ -349,7 +349,7 @@ def test_the_stopwatch_survives_an_exception(monkeypatch):
 
 
 def run_of_two_sessions(directory: Path) -> None:
-    """Two replicas and two shards; session 2 goes on from a checkpoint at epoch 0.5, before the end of session 1."""
+    """Two replicas that take 20 steps each in an epoch; session 2 goes on at step 12, before the end of session 1."""
     lines = []
 
     def add(role, number, session, elapsed, report):
@@ -359,17 +359,17 @@ def run_of_two_sessions(directory: Path) -> None:
         lines.append((number, role, record | {"time": stamp, "elapsed": elapsed} | fields))
 
     for number in (0, 1):
-        for step, epoch in ((4, 0.2), (8, 0.4), (12, 0.8)):
+        for step, epoch in ((4, 0.2), (8, 0.4), (12, 0.6)):
             report = worker_report(step, epoch=epoch + number / 100, samples=step * 10, samples_per_second=10.0)
             add("worker", number, 1, 2.0 + step, report)  # two seconds of preparation, then a step a second
-    add("shard", 0, 1, 14.5, shard_report(StalenessHistogram({1: 20})))
-    add("shard", 1, 1, 14.5, shard_report(StalenessHistogram({0: 10, 4: 10})))
-    add("worker", 0, 1, 10.0, EvaluationReport(step=16, epoch=0.4, loss=0.5, accuracy=0.7, samples=100))
-    for step, epoch in ((4, 0.6), (8, 1.0)):
+    for step, epoch in ((4, 0.5), (8, 0.7)):  # replica 0 alone fills gaps, and is at another place than all steps are
         report = worker_report(step, epoch=epoch, samples=step * 20, samples_per_second=20.0)
         add("worker", 0, 2, 1.0 + step, report)
-    add("shard", 0, 2, 9.5, shard_report(StalenessHistogram({0: 40})))
-    add("worker", 0, 2, 9.75, EvaluationReport(step=8, epoch=1.0, loss=0.25, accuracy=0.875, samples=100))
+    add("shard", 0, 1, 14.5, shard_report(StalenessHistogram({1: 20}), version=20, pushes=20))
+    add("shard", 1, 1, 14.5, shard_report(StalenessHistogram({0: 10, 4: 10}), version=20, pushes=20))
+    add("shard", 0, 2, 9.5, shard_report(StalenessHistogram({0: 8}), version=20, pushes=8))
+    add("worker", 0, 1, 10.0, EvaluationReport(step=16, epoch=0.4, loss=0.5, accuracy=0.7, samples=100))
+    add("worker", 0, 2, 9.75, EvaluationReport(step=8, epoch=0.7, loss=0.25, accuracy=0.875, samples=100))
     (directory / "records").mkdir(parents=True)
     for number, role, record in lines:
         with (directory / "records" / f"{role}-{number}.jsonl").open("a") as file:
@@ -382,12 +382,12 @@ def test_the_summary_counts_all_sessions(tmp_path):
     assert result.test_accuracy == 0.875
     assert result.test_loss == 0.25
     assert result.sessions == 2
-    assert result.epochs == 1.0
+    assert result.epochs == (12 + 8) / 40
     assert result.steps == 12 + 12 + 8
     assert result.samples == 120 + 120 + 160
     assert result.seconds == 12 + 8
     assert result.samples_per_second == 400 / 20
-    assert result.mean_staleness == (20 + 40) / 80
+    assert result.mean_staleness == (20 + 40) / 48
     assert result.train_loss == worker_report(8).loss
 
 
@@ -396,8 +396,26 @@ def test_the_clock_of_the_run_stands_still_between_sessions(tmp_path):
     history = History(read_records(tmp_path))
     assert history.starts == {1: 0.0, 2: 14.5}
     assert [history.seconds(r) for r in history.workers[0]] == [6.0, 10.0, 14.0, 19.5, 23.5]
-    # What session 1 learned after the checkpoint is not in the result.
-    assert [history.kept(r) for r in history.workers[0]] == [True, True, False, True, True]
+
+
+def test_the_steps_of_a_session_go_on_from_its_checkpoint(tmp_path):
+    run_of_two_sessions(tmp_path)
+    history = History(read_records(tmp_path))
+    assert history.steps_per_epoch == 40
+    assert history.begins == {1: 0, 2: 12}
+    assert [history.steps(1, elapsed) for elapsed in (0, 2, 3, 10, 14, 99)] == [0, 0, 2, 16, 24, 24]
+    assert [history.steps(2, elapsed) for elapsed in (0, 1, 5, 9)] == [12, 12, 16, 20]
+    # Of what session 1 did after the checkpoint, nothing is in the result.
+    assert [history.kept(r) for r in history.workers[0]] == [True, False, False, True, True]
+
+
+def test_a_push_may_stand_for_several_steps(tmp_path):
+    for session, version in ((1, 20), (2, 30), (3, 31)):
+        with Recorder(tmp_path, "worker", 0, session=session) as worker:
+            worker.write(worker_report(100))
+        with Recorder(tmp_path, "shard", 0, session=session) as shard:  # 5 steps a push; session 2 begins at 10 pushes
+            shard.write(shard_report(StalenessHistogram(), version=version, pushes=20))
+    assert History(read_records(tmp_path)).begins == {1: 0, 2: 50, 3: 55}
 
 
 def test_partitions_speak_for_their_replica_once(tmp_path):

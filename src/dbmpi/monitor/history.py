@@ -7,7 +7,11 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
+
+import numpy as np
 
 from dbmpi.monitor.measures import StalenessHistogram
 from dbmpi.monitor.records import Record, read_records
@@ -34,7 +38,7 @@ class Summary:
     samples: int
     """Training samples of those mini-batches."""
     epochs: float
-    """Passes through the training samples."""
+    """Passes through the training samples, all replicas together."""
     sessions: int
     """How often the run was started."""
 
@@ -97,6 +101,10 @@ class History:
         """Return when a record was written, in seconds of the run."""
         return self.starts[record["session"]] + float(record["elapsed"])
 
+    def begin(self, first: Record) -> float:
+        """Return when, in seconds of the run, that began which a worker's first report of a session is about."""
+        return self.starts[first["session"]] + _begin(first)
+
     @property
     def replicas(self) -> dict[int, list[Record]]:
         """The reports that speak for each replica: those of its partition 0."""
@@ -108,37 +116,95 @@ class History:
                     replicas.setdefault(replica, []).append(report)
         return dict(sorted(replicas.items()))
 
-    @cached_property
-    def rollbacks(self) -> dict[int, float]:
-        """Up to which epoch each session's work was kept: where the next session that trained began again."""
-        kept, limit = {}, math.inf
-        for session in reversed(self.sessions):
-            kept[session] = limit
-            epochs = [
-                report["epoch"]
-                for reports in self.replicas.values()
-                for report in reports
-                if report["session"] == session and report["epoch"] is not None
-            ]
-            limit = min([limit, *epochs])
-        return kept
+    def steps(self, session: int, elapsed: float) -> float:
+        """Return the steps behind the parameters `elapsed` seconds after a session's start, all replicas together.
+
+        Between two reports of a worker its steps are taken to be evenly spread.  Work that a later session took again
+        is in the steps of its own session, and not in those of the later one.
+        """
+        return float(np.interp(elapsed, *self._counts[session]))
 
     def kept(self, record: Record) -> bool:
-        """Whether what a record speaks of is part of the result, and was not taken again by a later session."""
-        epoch = record["epoch"]
-        return epoch is not None and epoch < self.rollbacks[record["session"]]
+        """Whether what was done up to a record is part of the result, and was not taken again by a later session."""
+        limit = self._limits[record["session"]]
+        return self.steps(record["session"], record["elapsed"]) <= limit + 0.5
 
     @cached_property
-    def steps_per_epoch(self) -> float:
-        """Mini-batches of all replicas together in one epoch, as far as the last session shows it; 0 if it does not."""
+    def _limits(self) -> dict[int, float]:
+        """Up to which step each session's work was kept: where the later ones began."""
+        limits, limit = {}, math.inf
+        for session in reversed(self.sessions):
+            limits[session] = limit
+            limit = min(limit, self.begins[session])
+        return limits
+
+    @cached_property
+    def begins(self) -> dict[int, float]:
+        """Steps of all replicas that were in the parameters when each session began.
+
+        A shard's version counts pushes over all sessions; how many steps a push stands for shows within a session.
+        """
+        begins: dict[int, float] = {}
+        end = version = 0.0
+        per_push = 1
+        for session in self.sessions:
+            own = [report for reports in self.shards.values() for report in reports if report["session"] == session]
+            own = [report for report in own if report["number"] == own[0]["number"]]
+            taken = sum(reports[-1]["step"] for reports in self._by_session.get(session, {}).values())
+            begin = end
+            if own:
+                before, version = version, own[0]["version"] - own[0]["pushes"]
+                last = begins[max(begins)] if begins else 0.0
+                per_push_before, per_push = per_push, max(1, round(taken / max(1, own[-1]["pushes"])))
+                begin = last + (version - before) * (per_push_before if begins else per_push)
+            begins[session] = max(0.0, begin)
+            end = begins[session] + taken
+        return begins
+
+    @cached_property
+    def steps_per_epoch(self) -> int:
+        """Mini-batches of all replicas together in one epoch; 0 where too little is recorded to say.
+
+        Replicas take the batches of the stream in turn, so that each goes through it in strides.  Of the first session:
+        a later one also fills the gaps that the first has left.
+        """
         steps = 0.0
-        for reports in self.replicas.values():
-            own = [
-                report for report in reports if report["session"] == self.sessions[-1] and report["epoch"] is not None
+        for own in self._by_session.get(self.sessions[0], {}).values() if self.sessions else ():
+            strides = [
+                (after["step"] - before["step"]) / (after["epoch"] - before["epoch"])
+                for before, after in pairwise(own)
+                if None not in (before["epoch"], after["epoch"]) and after["epoch"] > before["epoch"]
             ]
-            if own and own[-1]["epoch"] > own[0]["epoch"]:
-                steps += (own[-1]["step"] - own[0]["step"]) / (own[-1]["epoch"] - own[0]["epoch"])
-        return steps
+            if not strides:
+                return 0
+            steps += median(strides)
+        return round(steps)
+
+    @cached_property
+    def _counts(self) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+        """When reports were written, in seconds of their session, and the steps of all replicas then, by session."""
+        counts = {}
+        for session in self.sessions:
+            curves = [
+                (
+                    np.array([_begin(own[0]), *(report["elapsed"] for report in own)], np.float64),
+                    np.array([0, *(report["step"] for report in own)], np.float64),
+                )
+                for own in self._by_session.get(session, {}).values()
+            ]
+            times = np.unique(np.concatenate([[0.0], *(times for times, _ in curves)]))
+            total = sum((np.interp(times, *curve) for curve in curves), np.zeros_like(times))
+            counts[session] = (times, self.begins[session] + total)
+        return counts
+
+    @cached_property
+    def _by_session(self) -> dict[int, dict[int, list[Record]]]:
+        """Reports by session and replica."""
+        sessions: dict[int, dict[int, list[Record]]] = {}
+        for replica, reports in self.replicas.items():
+            for report in reports:
+                sessions.setdefault(report["session"], {}).setdefault(replica, []).append(report)
+        return sessions
 
     @property
     def staleness(self) -> StalenessHistogram:
@@ -152,20 +218,18 @@ class History:
     def summary(self) -> Summary:
         """Return the results of the run."""
         steps = samples = 0
-        epoch = 0.0
-        losses = []
-        spans: dict[int, tuple[float, float]] = {}
-        for reports in self.replicas.values():
-            for session, own in _by_session(reports).items():
-                first, last = own[0], own[-1]
-                steps += last["step"]
-                samples += last["samples"]
-                begin, end = spans.get(session, (math.inf, 0.0))
-                spans[session] = min(begin, first["elapsed"] - _interval(first)), max(end, last["elapsed"])
-            epoch = max([epoch, *(report["epoch"] or 0.0 for report in reports if self.kept(report))])
-            if reports[-1]["loss"] is not None and reports[-1]["session"] == self.sessions[-1]:
-                losses.append(reports[-1]["loss"])
-        seconds = sum(end - begin for begin, end in spans.values())
+        seconds = 0.0
+        for replicas in self._by_session.values():
+            steps += sum(own[-1]["step"] for own in replicas.values())
+            samples += sum(own[-1]["samples"] for own in replicas.values())
+            seconds += max(own[-1]["elapsed"] for own in replicas.values()) - min(
+                _begin(own[0]) for own in replicas.values()
+            )
+        last_reports = [own[-1] for own in self._by_session.get(max(self._by_session, default=0), {}).values()]
+        losses = [report["loss"] for report in last_reports if report["loss"] is not None]
+        epochs = max((report["epoch"] or 0.0 for report in last_reports), default=0.0)
+        if self.steps_per_epoch:  # the place of the fastest replica is ahead of what all have done
+            epochs = min(epochs, self.steps(self.sessions[-1], math.inf) / self.steps_per_epoch)
         last_evaluation = self.evaluations[-1] if self.evaluations else {}
         return Summary(
             test_accuracy=last_evaluation.get("accuracy"),
@@ -176,20 +240,12 @@ class History:
             seconds=seconds,
             steps=steps,
             samples=samples,
-            epochs=epoch,
+            epochs=epochs,
             sessions=len(self.sessions),
         )
 
 
-def _by_session(reports: Iterable[Record]) -> dict[int, list[Record]]:
-    """Return reports by their session, in order."""
-    sessions: dict[int, list[Record]] = {}
-    for report in reports:
-        sessions.setdefault(report["session"], []).append(report)
-    return sessions
-
-
-def _interval(first: Record) -> float:
-    """Return the seconds that a worker's first report of a session is about, from the samples it counts."""
-    rate = first["samples_per_second"]
-    return min(float(first["samples"] / rate), float(first["elapsed"])) if rate else 0.0
+def _begin(first: Record) -> float:
+    """Return the seconds of the session after which that began which a worker's first report is about."""
+    rate, elapsed = first["samples_per_second"] or 0.0, float(first["elapsed"])
+    return max(0.0, elapsed - first["samples"] / rate) if rate > 0 else elapsed

@@ -144,7 +144,7 @@ def _curves(axes: Axes, history: History, key: str, by: str, factor: float) -> t
     """Draw a quantity of training (every report light, their running mean) and of testing; return its range."""
     x, y, weights = _training_points(history, key, by)
     test = [
-        (_place(history, record, by), record[key])
+        (_place(history, record["session"], history.seconds(record), by), record[key])
         for record in history.evaluations
         if record[key] is not None and _counts(history, record, by)
     ]
@@ -152,11 +152,10 @@ def _curves(axes: Axes, history: History, key: str, by: str, factor: float) -> t
     y, test_y = factor * y, factor * test_y
     if by == "seconds":
         axes.set_xlabel("training time (s)")
-    elif history.steps_per_epoch:
-        axes.set_xlabel(f"steps of all replicas ({history.steps_per_epoch:,.0f} an epoch)")
-        axes.xaxis.set_major_formatter(_thousands())
     else:
-        axes.set_xlabel("epochs")
+        an_epoch = f" ({history.steps_per_epoch:,} an epoch)" if history.steps_per_epoch else ""
+        axes.set_xlabel(f"steps of all replicas{an_epoch}")
+        axes.xaxis.set_major_formatter(_thousands())
     if not _anything(axes, x.size + test_x.size > 0):
         return np.nan, np.nan
     values = test_y
@@ -183,15 +182,10 @@ def _training_points(history: History, key: str, by: str) -> tuple[np.ndarray, n
         for report, previous in _with_previous(reports):
             if report[key] is None or not _counts(history, report, by):
                 continue
-            end = _place(history, report, by)
-            if previous is not None and previous["epoch"] is not None:
-                begin = _place(history, previous, by)
-            elif by == "seconds":
-                begin = _begin(history, report)
-            else:  # where a later session went on is not recorded
-                begin = 0.0 if report["session"] == 1 else end
+            begin = history.begin(report) if previous is None else history.seconds(previous)
             fresh = report["samples"] - (previous["samples"] if previous else 0)
-            points.append(((begin + end) / 2, report[key], max(fresh, 1)))
+            middle = (begin + history.seconds(report)) / 2
+            points.append((_place(history, report["session"], middle, by), report[key], max(fresh, 1)))
     x, y, weights = np.array(sorted(points), dtype=np.float64).reshape(-1, 3).T
     return x, y, weights
 
@@ -201,9 +195,9 @@ def _counts(history: History, record: Record, by: str) -> bool:
     return by == "seconds" or history.kept(record)
 
 
-def _place(history: History, record: Record, by: str) -> float:
-    """Return where on the axis a record was written."""
-    return history.seconds(record) if by == "seconds" else _steps(history, record["epoch"])
+def _place(history: History, session: int, seconds: float, by: str) -> float:
+    """Return where on the axis a time, in seconds of the run, of a session lies."""
+    return seconds if by == "seconds" else history.steps(session, seconds - history.starts[session])
 
 
 def _with_previous(reports: list[Record]) -> Iterator[tuple[Record, Record | None]]:
@@ -214,17 +208,6 @@ def _with_previous(reports: list[Record]) -> Iterator[tuple[Record, Record | Non
             previous = None
         yield report, previous
         previous = report
-
-
-def _begin(history: History, first: Record) -> float:
-    """Return when, in seconds of the run, that began which a session's first report is about."""
-    speed, end = first["samples_per_second"] or 0.0, history.seconds(first)
-    return max(history.starts[first["session"]], end - first["samples"] / speed) if speed > 0 else end
-
-
-def _steps(history: History, epoch: float) -> float:
-    """Return how many steps all replicas took up to an epoch, or the epoch itself where that is not known."""
-    return epoch * (history.steps_per_epoch or 1.0)
 
 
 def _running_means(weights: np.ndarray, *rows: np.ndarray) -> list[np.ndarray]:
@@ -249,7 +232,7 @@ def _rate(history: History, reports: list[Record], grid: np.ndarray) -> np.ndarr
     """Return a replica's samples per second at the times of `grid`: each report speaks for the time before it."""
     rate = np.zeros_like(grid)
     for report, previous in _with_previous(reports):
-        begin = _begin(history, report) if previous is None else history.seconds(previous)
+        begin = history.begin(report) if previous is None else history.seconds(previous)
         rate[(grid > begin) & (grid <= history.seconds(report))] = report["samples_per_second"] or 0.0
     return rate
 
@@ -282,11 +265,10 @@ def _grouped(role: str, ranks: dict[int, dict[str, float]]) -> tuple[list[str], 
 def _mark_sessions(axes: Axes, history: History, by: str) -> None:
     """Mark where the run went on from a checkpoint."""
     label: str | None = "resumed"
-    for before, session in zip(history.sessions, history.sessions[1:], strict=False):
-        x = history.starts[session] if by == "seconds" else _steps(history, history.rollbacks[before])
-        if np.isfinite(x):
-            axes.axvline(x, color="black", ls=":", lw=1, label=label)
-            label = None
+    for session in history.sessions[1:]:
+        x = history.starts[session] if by == "seconds" else history.begins[session]
+        axes.axvline(x, color="black", ls=":", lw=1, label=label)
+        label = None
 
 
 def _thousands() -> Formatter:
