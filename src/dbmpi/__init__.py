@@ -1,3 +1,32 @@
-"""DistBelief on MPI: Downpour SGD and Sandblaster over a sharded parameter server."""
+"""DistBelief on MPI: Downpour SGD and Sandblaster over a sharded parameter server.
+
+The description of a run and its start are here: ``dbmpi.load(path)``, ``dbmpi.Run(...)``, ``dbmpi.train(run)``.
+They are loaded when they are first used, so that importing dbmpi starts no MPI and takes no time.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dbmpi.config import Run, load
+    from dbmpi.errors import RunFailed, UserError
+    from dbmpi.train import Result, train
 
 __version__ = "0.1.0"
+__all__ = ["Result", "Run", "RunFailed", "UserError", "__version__", "load", "train"]
+
+_HOMES = {
+    "Run": "dbmpi.config",
+    "load": "dbmpi.config",
+    "RunFailed": "dbmpi.errors",
+    "UserError": "dbmpi.errors",
+    "Result": "dbmpi.train",
+    "train": "dbmpi.train",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name from its home on first use."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'dbmpi' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

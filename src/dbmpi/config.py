@@ -48,7 +48,7 @@ class DataSection(Section):
     test: Path | None = None
     """HDF5 file with the held-out samples, for the accuracy that is reported."""
     memory_mib: Count = 4096
-    """A file up to this size (MiB, as float32) is read into each worker's memory; a larger one is read batch by batch."""
+    """A file up to this size (MiB, as float32) is kept in each worker's memory; a larger one is read batch by batch."""
 
 
 class Dense(Section):
@@ -268,7 +268,11 @@ def explain(error: ValidationError, model: type[BaseModel], source: str) -> str:
             lines.append(f"{source}: {where!r} is missing: {_meaning(model, place)}")
         else:
             message = problem["msg"].removeprefix("Value error, ")
-            given = "" if problem["type"] == "value_error" else f" (given: {json.dumps(problem['input'], default=str)[:80]})"
+            given = (
+                ""
+                if problem["type"] == "value_error"
+                else f" (given: {json.dumps(problem['input'], default=str)[:80]})"
+            )
             lines.append(f"{source}: {where}: {message}{given}")
     return "\n".join(lines)
 

@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 class Plan:
     """A world cut by role: `shards` shards, `replicas` replicas of `partitions` workers each.
 
-    Workers are numbered replica by replica: worker ``w`` is partition ``w % partitions`` of replica ``w // partitions``.
-    Shards are spread evenly over the ranks, so that with several nodes no node has all of them.  Shard 0 is always on rank 0.
+    Workers are numbered replica by replica: worker ``w`` is partition ``w % partitions`` of replica ``w //
+    partitions``. Shards are spread evenly over the ranks, so that with several nodes no node has all of them.  Shard
+    0 is always on rank 0.
     """
 
     shards: int
@@ -63,17 +64,15 @@ class Plan:
 
     def __str__(self) -> str:
         where = "on the workers' ranks" if self.colocate else "on ranks of their own"
-        return (
-            f"{_count(self.world, 'rank')}: {_count(self.shards, 'shard')} {where}, {_count(self.replicas, 'replica')} of "
-            f"{_count(self.partitions, 'partition')}"
-        )
+        shards, replicas = _count(self.shards, "shard"), _count(self.replicas, "replica")
+        return f"{_count(self.world, 'rank')}: {shards} {where}, {replicas} of {_count(self.partitions, 'partition')}"
 
 
 def plan(section: TopologySection, world: int) -> Plan:
     """Fit the ``[topology]`` section to a world of `world` ranks.
 
-    A number that is left out follows from the others; ``shards`` and ``partitions`` default to 1 where ``replicas`` can follow.  A world of
-    one rank plays all roles.
+    A number that is left out follows from the others; ``shards`` and ``partitions`` default to 1 where ``replicas``
+    can follow.  A world of one rank plays all roles.
 
     Raises
     ------
@@ -95,12 +94,13 @@ def plan(section: TopologySection, world: int) -> Plan:
     result = Plan(shards, replicas, partitions, colocate)
     if result.world != world:
         raise UserError(
-            f"the topology does not fit the world: {_count(world, 'rank')} started, but {_sum(result)}.  Start {result.world} ranks, or {_fix(result, world)}"
+            f"the topology does not fit the world: {_count(world, 'rank')} started, but {_sum(result)}.  "
+            f"Start {result.world} ranks, or {_fix(result, world)}"
         )
     if colocate and shards > result.workers:
         raise UserError(
-            f"{_count(shards, 'shard')} cannot be colocated with {_count(result.workers, 'worker')}: at most one shard a rank; "
-            f"set topology.shards to {result.workers} or fewer"
+            f"{_count(shards, 'shard')} cannot be colocated with {_count(result.workers, 'worker')}: at most one shard "
+            f"a rank; set topology.shards to {result.workers} or fewer"
         )
     return result
 

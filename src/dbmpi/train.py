@@ -33,7 +33,7 @@ from dbmpi.paramserver.rules import Rule, State, rule
 from dbmpi.paramserver.server import Server
 from dbmpi.paramserver.window import Window
 from dbmpi.runtime import waiting
-from dbmpi.runtime.orders import Kind, Mailbox, Role
+from dbmpi.runtime.orders import Mailbox, Role
 from dbmpi.runtime.world import StopSignal, together
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ class _Session:
             plan = topology.plan(run.topology, comm.size)
             if plan.partitions > 1:
                 raise UserError(
-                    f"topology.partitions = {plan.partitions}: a dense network runs on one rank a replica in this version; "
+                    f"topology.partitions = {plan.partitions}: in this version a replica runs on one rank; "
                     "set it to 1 and use the ranks for more replicas"
                 )
         self._plan = plan
@@ -144,15 +144,15 @@ class _Session:
         if self._shard_number is not None:
             recorder = self._recorder("shard", self._shard_number, session, started)
             held = ranges[self._shard_number]
-            server = Server(window, memories[self._shard_number], self._shard_number, plan.worker_ranks, applied_rule, DTYPE)
+            server = Server(
+                window, memories[self._shard_number], self._shard_number, plan.worker_ranks, applied_rule, DTYPE
+            )
             with together(self._comms.shards, "reading the checkpoint"):
                 _fill(server, held, network, checkpoint, applied_rule)
             mailbox = Mailbox(self._comm, Role.SHARD)
             if self._is_lead:
                 lead = self._lead(network.layout, ranges, begin, mailbox, recorder, facts, order)
-            shard = Shard(
-                self._comm, server, held, mailbox, recorder, stop, run.monitor.report_seconds, lead
-            )
+            shard = Shard(self._comm, server, held, mailbox, recorder, stop, run.monitor.report_seconds, lead)
         waiting.barrier(self._comm, "the shards to be ready")
 
         began = time.monotonic()
@@ -198,7 +198,7 @@ class _Session:
         return _Facts(samples, tuple(rest[:axes]), classes)
 
     def _prepare_directory(self, layout: Layout, order: Order) -> tuple[Begin, Path | None, int]:
-        """Make the run directory, find the checkpoint to go on from, and number the session (lead decides, all hear)."""
+        """Make the run directory, find the checkpoint to go on from, number the session; the lead tells all."""
         run = self._run
         path = ""
         session = np.zeros(1, np.int64)
@@ -224,6 +224,7 @@ class _Session:
                 info.step,
                 info.samples,
                 info.done if len(info.done) == self._plan.replicas else (),
+                tuple(name for name in rule(run.optimizer).state_names if name not in checkpoint.vectors),
             )
         return begin, Path(path), int(session[0])
 
@@ -267,6 +268,8 @@ class _Session:
         progress.message(f"{self._plan}; {layout.size:,} parameters; {facts.samples:,} samples of {facts.input_shape}")
         if begin.step:
             progress.message(f"going on after {begin.step:,} steps, {len(begin.stream):,} batches are left")
+        for name in begin.fresh:
+            progress.message(f"the checkpoint has no {name!r}: the rule {run.optimizer.rule!r} starts it afresh")
         return Lead(
             self._comm,
             run,
@@ -367,21 +370,22 @@ def _previous(run: Run) -> Path | None:
         existing = directory.checkpoints(place / "checkpoints")
     except OSError as error:
         raise UserError(
-            f"{place}: cannot be used as the run directory ({error.strerror}); set run.directory to a place you can write to"
+            f"{place}: cannot be used as the run directory ({error.strerror}); set run.directory to a place that "
+            "you can write to"
         ) from None
     if not existing:
         return None
     if run.checkpoint.resume == "never":
         raise UserError(
             f"{place}: already holds checkpoints, the newest {existing[0].name}, and nothing is overwritten; set "
-            "checkpoint.resume = \"auto\" to go on from it, or run.directory to another place"
+            'checkpoint.resume = "auto" to go on from it, or run.directory to another place'
         )
     with Checkpoint.open(place) as checkpoint:
         return checkpoint.path
 
 
 def _check_same_order(run: Run, stored: str, path: Path) -> None:
-    """The stream of batches can only go on where its numbers still mean the same samples."""
+    """Refuse to go on where the numbers of the stream would mean other samples than before."""
     before = Run.from_json(stored)
     pairs = {
         "optimizer.batch_size": (before.optimizer.batch_size, run.optimizer.batch_size),

@@ -31,11 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def prepare() -> None:
     """Choose threads, BLAS kernel and kernel cache; must come before NumPy and Numba are loaded."""
-    from dbmpi.runtime import blas, kernelcache, threads
+    from dbmpi.runtime.environment import prepare as prepare_environment
 
-    threads.prepare()
-    blas.prepare()
-    kernelcache.prepare()
+    prepare_environment()
 
 
 def load(path: Path) -> TrainedNetwork:

@@ -28,18 +28,16 @@ def run(arguments: argparse.Namespace) -> int:
     described = config.load(arguments.config, tuple(arguments.overrides))
 
     # Threads, BLAS kernel and kernel cache are chosen before NumPy and Numba are loaded.
-    from dbmpi.runtime import blas, kernelcache, threads
+    from dbmpi.runtime.environment import prepare
 
-    preparation = threads.prepare()
-    kernel = blas.prepare()
-    kernelcache.prepare()
+    chosen = prepare()
 
     from dbmpi.errors import RunFailed, UserError
     from dbmpi.runtime import world
 
     comm = world.start()
     if comm.rank == 0:
-        print(f"{preparation.line}; {kernel}", flush=True)
+        print(chosen, flush=True)
     from dbmpi.train import train
 
     try:
@@ -64,7 +62,9 @@ def _print(result: object, directory: Path) -> None:
         accuracy = result.test.accuracy
         lines.append(("test loss", f"{result.test.mean_loss:.4f}"))
         if accuracy is not None:
-            lines.append(("test accuracy", f"{100 * accuracy:.2f} %  ({result.test.correct:,} of {result.test.samples:,})"))
+            lines.append(
+                ("test accuracy", f"{100 * accuracy:.2f} %  ({result.test.correct:,} of {result.test.samples:,})")
+            )
     lines += [
         ("steps", f"{result.steps:,} in {result.seconds:.1f} s"),
         ("samples/s", f"{result.samples / max(result.seconds, 1e-9):,.0f}"),

@@ -51,9 +51,10 @@ def downpour(
 ) -> None:
     """Learn from `batches` against the shards, until they are used up or the watcher ends it.
 
-    Algorithm 1.1 of the paper: fetch every `n_fetch` steps, push the accrued gradient every `n_push` steps, and in between walk by
-    plain SGD of rate `local_rate`, a walk that the next fetch overwrites.  As written there, both fire at step 0: the first push carries one
-    gradient, later ones the sum of `n_push`.  What remains at the end is pushed too.
+    Algorithm 1.1 of the paper: fetch every `n_fetch` steps, push the accrued gradient every `n_push` steps, and in
+    between walk by plain SGD of rate `local_rate`, a walk that the next fetch overwrites.  As written there, both
+    fire at step 0: the first push carries one gradient, later ones the sum of `n_push`.  What remains at the end is
+    pushed too.
 
     Parameters
     ----------

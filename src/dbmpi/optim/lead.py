@@ -1,7 +1,8 @@
 """The lead: shard 0, which keeps the order of a run.
 
-It shows progress, lets the workers pause for a checkpoint and writes it, releases them after the warmstart, and ends the run
-when all have finished or a signal asked for it.  It acts on messages and on the clock, and never waits for a worker.
+It shows progress, lets the workers pause for a checkpoint and writes it, releases them after the warmstart, and ends
+the run when all have finished or a signal asked for it.  It acts on messages and on the clock, and never waits for a
+worker.
 """
 
 from __future__ import annotations
@@ -54,6 +55,8 @@ class Begin:
     """Samples behind these steps."""
     done: tuple[int, ...] = ()
     """Steps of each replica in earlier sessions; empty if they had another number of replicas."""
+    fresh: tuple[str, ...] = ()
+    """State of the rule that the checkpoint does not have, because it was written under another rule."""
 
 
 class Lead:

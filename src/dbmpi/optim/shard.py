@@ -146,7 +146,8 @@ def collect(
     version
         The shard's version.
     pieces
-        ``(vector, start, values)`` with the start in the whole flat vector; `values` is only valid until the next piece.
+        ``(vector, start, values)`` with the start in the whole flat vector; `values` is only valid until the next
+        piece.
     """
     version = np.empty(1, np.int64)
     waiting.complete(comm.Irecv(version, rank, _DATA), f"the shard on rank {rank} to hand over its vectors")

@@ -93,7 +93,9 @@ class Worker:
                 if self._paused:
                     self._rest()
                 else:
-                    waiting.until(self._may_move, "the end of the warmstart", serve=self._serve_and_obey, longest_nap=0.02)
+                    waiting.until(
+                        self._may_move, "the end of the warmstart", serve=self._serve_and_obey, longest_nap=0.02
+                    )
         return not self._stopping
 
     def load(self, number: int) -> Batch:
@@ -105,9 +107,9 @@ class Worker:
         """Count a step; a loss that is not finite ends the run before its gradient is pushed."""
         if not math.isfinite(outcome.loss):
             raise RunFailed(
-                f"the loss is {outcome.loss / outcome.samples} at step {self._steps} of replica {self._number} (batch {self._batch} of the "
-                f"stream).  The last checkpoint is kept; lower optimizer.learning_rate ({self._run.optimizer.learning_rate}), or "
-                f"look for extreme values in {self._run.data.train}"
+                f"the loss is {outcome.mean_loss} at step {self._steps} of replica {self._number}, batch {self._batch} "
+                f"of the stream.  The last checkpoint is kept; lower optimizer.learning_rate "
+                f"({self._run.optimizer.learning_rate}), or look for extreme values in {self._run.data.train}"
             )
         self._steps += 1
         self._samples += outcome.samples

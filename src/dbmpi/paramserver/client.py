@@ -60,7 +60,8 @@ class Client:
     def fetch(self, parameters: np.ndarray) -> None:
         """Copy the shards' parameters into the flat vector, after all own pushes have been applied.
 
-        A shard may apply another client's push meanwhile: parts of the vector may be of different versions, as in the paper.
+        A shard may apply another client's push meanwhile: parts of the vector may be of different versions, as in the
+        paper.
         """
         self.settle()
         for shard in self._order:
@@ -84,12 +85,12 @@ class Client:
             Number of steps behind the gradient.
         """
         streams = [self._chunks(shard, gradient, outcome, steps) for shard in self._order]
+
+        def some_slot_is_free() -> bool:
+            return any(self._free(shard) for shard, _ in streams)
+
         while streams:
-            waiting.until(
-                lambda: any(self._free(shard) for shard, _ in streams),
-                f"shards {sorted(shard for shard, _ in streams)} to apply pushed gradients",
-                serve=self._serve,
-            )
+            waiting.until(some_slot_is_free, "the shards to apply pushed gradients", serve=self._serve)
             # Chunks go to the shards in turn: all of them work at the same time.
             streams = [stream for stream in streams if not self._free(stream[0]) or self._send(*stream)]
         self.pushed_bytes += gradient.nbytes
@@ -97,12 +98,14 @@ class Client:
     def settle(self) -> None:
         """Wait until everything pushed has been applied."""
         waiting.until(
-            self._all_applied, f"shards {self._order} to apply the last push of client {self._number}", serve=self._serve
+            self._all_applied,
+            f"shards {self._order} to apply the last push of client {self._number}",
+            serve=self._serve,
         )
 
     def _all_applied(self) -> bool:
         self._window.sync()
-        return self._applied.tolist() == self._posted
+        return bool(self._applied.tolist() == self._posted)
 
     def _free(self, shard: int) -> bool:
         """Whether a slot of the shard's ring is free."""

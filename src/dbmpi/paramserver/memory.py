@@ -1,8 +1,8 @@
 """What lies where in a rank's window: pure integers, computed alike by the owner and by those who write there.
 
-A rank's window begins with its words as a client: for each shard, how many of its chunks that shard has applied.  On a shard there follow the
-version, for each client how many chunks it has posted, the parameters, and the inbox: a ring of slots for each client, each slot a header
-and a chunk of a gradient.
+A rank's window begins with its words as a client: for each shard, how many of its chunks that shard has applied.  On
+a shard there follow the version, for each client how many chunks it has posted, the parameters, and the inbox: a ring
+of slots for each client, each slot a header and a chunk of a gradient.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SMALLEST_CHUNK = 4096
 
 @dataclass(frozen=True)
 class Memory:
-    """Offsets, in bytes, in the window of a shard that holds `elements` elements; a rank without one has only the words."""
+    """Offsets, in bytes, in the window of a shard that holds `elements` elements; other ranks have only the words."""
 
     shards: int
     clients: int
@@ -84,9 +84,9 @@ def chunk_elements(inbox_bytes: float, chunk_bytes: float, clients: int, itemsiz
     if most < SMALLEST_CHUNK:
         need = clients * SLOTS * SMALLEST_CHUNK / 2**20
         raise UserError(
-            f"an inbox of {inbox_bytes / 2**20:.3g} MiB in chunks of at most {chunk_bytes / 2**10:.3g} KiB leaves {most} bytes for "
-            f"each of {clients} x {SLOTS} chunks; at least {SMALLEST_CHUNK} are needed: set server.inbox_mib to {need:.3g} "
-            f"or more and server.chunk_kib to {SMALLEST_CHUNK // 1024} or more"
+            f"an inbox of {inbox_bytes / 2**20:.3g} MiB in chunks of at most {chunk_bytes / 2**10:.3g} KiB leaves "
+            f"{most} bytes for each of {clients} x {SLOTS} chunks; at least {SMALLEST_CHUNK} are needed: set "
+            f"server.inbox_mib to {need:.3g} or more and server.chunk_kib to {SMALLEST_CHUNK // 1024} or more"
         )
     return most // itemsize
 

@@ -1,7 +1,7 @@
 """Rules are values: how a shard turns a gradient into new parameters.
 
-A rule is a pair of functions, ``init`` and ``apply``, and its state is a dict of named arrays as long as the parameters, so that it is
-cut, saved and restored like them.  The same rule serves one process and any number of shards.
+A rule is a pair of functions, ``init`` and ``apply``, and its state is a dict of named arrays as long as the
+parameters, so that it is cut, saved and restored like them.  The same rule serves one process and any number of shards.
 """
 
 from __future__ import annotations
@@ -61,8 +61,9 @@ class Adagrad:
         eta_{i,K} = learning_rate / (sqrt(initial_accumulator + sum_{j=1..K} dw_{i,j}^2) + epsilon)
         w_i      <- w_i - eta_{i,K} * dw_{i,K}
 
-    The sum includes the current gradient.  The paper has neither `initial_accumulator` nor `epsilon`; with 0 and 1e-10, the defaults,
-    the first step is its ``learning_rate * sign(dw)``, and 0 where the gradient is 0 (the paper's formula is 0/0 there).
+    The sum includes the current gradient.  The paper has neither `initial_accumulator` nor `epsilon`; with 0 and
+    1e-10, the defaults, the first step is its ``learning_rate * sign(dw)``, and 0 where the gradient is 0 (the
+    paper's formula is 0/0 there).
     """
 
     learning_rate: float

@@ -1,8 +1,8 @@
 """A shard: it owns a range of the parameters and applies the gradients that arrive in its inbox.
 
-The shard looks whether a client has posted a chunk, applies the rule to the part of its range that the chunk covers, and tells the
-client that the slot is free again.  It never waits, so that a rank which is also a worker can call :meth:`Server.poll` between
-two steps and while it waits.
+The shard looks whether a client has posted a chunk, applies the rule to the part of its range that the chunk covers,
+and tells the client that the slot is free again.  It never waits, so that a rank which is also a worker can call
+:meth:`Server.poll` between two steps and while it waits.
 """
 
 from __future__ import annotations
@@ -49,8 +49,9 @@ class Header(NamedTuple):
     @classmethod
     def unpack(cls, words: np.ndarray) -> Header:
         """Read what :meth:`pack` wrote."""
-        numbers = [int(word) for word in words]
-        return cls(*numbers[:6], float(words[6:7].view(np.float64)[0]), numbers[7])
+        start, length, last, fetched, samples, correct, _, steps = words.tolist()
+        loss = float(words[6:7].view(np.float64)[0])
+        return cls(start, length, last, fetched, samples, correct, loss, steps)
 
 
 class Tally:
@@ -102,7 +103,13 @@ class Server:
     """
 
     def __init__(
-        self, window: Window, memory: Memory, shard: int, clients: tuple[int, ...], rule: Rule, dtype: np.dtype[np.floating]
+        self,
+        window: Window,
+        memory: Memory,
+        shard: int,
+        clients: tuple[int, ...],
+        rule: Rule,
+        dtype: np.dtype[np.floating],
     ) -> None:
         self._window = window
         self._memory = memory

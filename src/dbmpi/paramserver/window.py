@@ -1,9 +1,10 @@
 """Memory that every rank of a communicator can read and write: the only file that touches ``MPI.Win``.
 
-Between ranks of one node the memory is shared, and a transfer is a plain copy.  Between nodes the same memory is reached with
-Put and Get.  Flags are 64-bit words, written after the data they announce.
+Between ranks of one node the memory is shared, and a transfer is a plain copy.  Between nodes the same memory is
+reached with Put and Get.  Flags are 64-bit words, written after the data they announce.
 
-The separate and the unified memory models of MPI (MPI 4.1, section 12.4) are both served: who looks at his own memory calls
+The separate and the unified memory models of MPI (MPI 4.1, section 12.4) are both served: who looks at his own memory
+calls
 :meth:`Window.sync` first, who stores into a neighbour's shared memory calls it between the data and the flag.
 """
 
@@ -40,7 +41,7 @@ class Window:
 
     def __init__(self, comm: MPI.Intracomm, nbytes: int, shared: bool) -> None:
         self._comm = comm
-        self._node = comm.Split_type(MPI.COMM_TYPE_SHARED, comm.rank)
+        self._node = MPI.Intracomm(comm.Split_type(MPI.COMM_TYPE_SHARED, comm.rank))
         self.shared = shared
         self._memory: MPI.Win | None = None
         self._near: dict[int, np.ndarray] = {}
@@ -70,8 +71,8 @@ class Window:
     def allocate(cls, comm: MPI.Intracomm, nbytes: int, *, shared: bool = True) -> Window:
         """Open `nbytes` bytes of this rank to all of `comm` (collective; every rank may give another number).
 
-        Where the node's ``/dev/shm`` is too small for what its ranks ask for (a common default in containers), or with ``shared=False``, the
-        memory is private and even neighbours use Put and Get.
+        Where the node's ``/dev/shm`` is too small for what its ranks ask for (a common default in containers), or
+        with ``shared=False``, the memory is private and even neighbours use Put and Get.
         """
         node = comm.Split_type(MPI.COMM_TYPE_SHARED, comm.rank)
         need = waiting.allreduce(node, np.array([aligned(nbytes)], np.int64), MPI.SUM, "the node's other ranks")
@@ -87,7 +88,8 @@ class Window:
     def sync(self) -> None:
         """Make what others stored visible here, and what was stored here visible to others (a memory barrier).
 
-        Also lets MPI serve the operations of other nodes, which may need this rank's help; so whoever waits for a flag must call it.
+        Also lets MPI serve the operations of other nodes, which may need this rank's help; so whoever waits for a
+        flag must call it.
         """
         if len(self._near) < self._comm.size:
             self._comm.Iprobe()
@@ -162,7 +164,7 @@ class Window:
 
 
 def _bytes(memory: MPI.buffer) -> np.ndarray:
-    return np.frombuffer(memory, np.uint8)
+    return np.asarray(memory, np.uint8)
 
 
 def _shared_memory_free() -> int:

@@ -1,7 +1,7 @@
 """Small orders between ranks, as messages of a kind and a few integers.
 
-A rank has two mailboxes: one for its role as a shard, one for its role as a worker.  Receiving never waits; what is sent is kept until
-it has left.
+A rank has two mailboxes: one for its role as a shard, one for its role as a worker.  Receiving never waits; what is
+sent is kept until it has left.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """How a rank waits: it polls, serves whoever it must serve meanwhile, naps, and gives up in the end.
 
-A rank that blocks inside MPI spins and takes a core from a rank that computes; and it cannot notice that a peer is gone.  So
-nothing in dbmpi blocks: collectives are started and tested, flags are looked at, and between two looks the rank naps, each
-time twice as long up to `longest`.
+A rank that blocks inside MPI spins and takes a core from a rank that computes; and it cannot notice that a peer is
+gone.  So nothing in dbmpi blocks: collectives are started and tested, flags are looked at, and between two looks the
+rank naps, each time twice as long up to `longest`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ STALL_SECONDS = float(os.environ.get("DBMPI_STALL_SECONDS", "600"))
 class Backoff:
     """Naps that double from `shortest` to `longest` seconds until :meth:`reset`.
 
-    With the longest nap of one millisecond, an idle rank looks about 900 times a second, which costs some 1 to 2 % of a core.
+    With the longest nap of one millisecond, an idle rank looks about 900 times a second, which costs some 1 to 2 % of
+    a core.
     """
 
     def __init__(self, shortest: float = 20e-6, longest: float = 1e-3) -> None:

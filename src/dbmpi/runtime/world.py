@@ -1,7 +1,7 @@
 """MPI's start and end: the only place that names the world.
 
-One rank's exception ends the whole job with that rank's traceback; a mistake of the user ends every rank with exit code 2 and
-is printed once; SIGTERM and Ctrl-C ask for a clean end.
+One rank's exception ends the whole job with that rank's traceback; a mistake of the user ends every rank with exit
+code 2 and is printed once; SIGTERM and Ctrl-C ask for a clean end.
 """
 
 from __future__ import annotations
@@ -95,8 +95,8 @@ def report_and_abort(error: BaseException) -> None:
 def together(comm: MPI.Comm, what: str) -> Iterator[None]:
     """Make a mistake of the user that one rank found an error on all ranks (collective).
 
-    If any rank raises UserError inside the block, every rank leaves it with one: the lowest such rank with its own, which is to be
-    printed, all others with ToldElsewhere.
+    If any rank raises UserError inside the block, every rank leaves it with one: the lowest such rank with its own,
+    which is to be printed, all others with ToldElsewhere.
     """
     from mpi4py import MPI
 
@@ -117,8 +117,8 @@ def together(comm: MPI.Comm, what: str) -> Iterator[None]:
 class StopSignal:
     """Notes signals instead of dying, so that the run can end with a checkpoint; a second Ctrl-C is final.
 
-    SIGTERM and Ctrl-C ask for the end, and so does SIGUSR2: Open MPI's mpirun relays that one to its ranks and lets them
-    take their time, while after SIGTERM it kills them within a second.
+    SIGTERM and Ctrl-C ask for the end, and so does SIGUSR2: Open MPI's mpirun relays that one to its ranks and lets
+    them take their time, while after SIGTERM it kills them within a second.
     """
 
     def __init__(self) -> None:
