@@ -188,6 +188,30 @@ def test_rates_are_short(value, text):
 
 
 @pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0.0000"),
+        (0.23456, "0.2346"),
+        (12.3456, "12.345"),
+        (1234.5, "1234.5"),
+        (9999.9, "9999.9"),
+        (12345.0, " 1.2e4"),
+        (0.0009, "9.0e-4"),
+        (1e-10, "1.0e-10"),
+        (-0.5, "-0.500"),
+        (math.inf, "   inf"),
+    ],
+)
+def test_losses_keep_to_their_columns(value, text):
+    assert display.digits(value) == text
+
+
+@pytest.mark.parametrize(("epochs", "text"), [(10, "epoch  2.5/10"), (0.5, "epoch   0.1/0.5"), (400, "epoch 100/400")])
+def test_the_place_in_the_run(epochs, text):
+    assert display.State(1000, epochs, 250).place == text
+
+
+@pytest.mark.parametrize(
     ("seconds", "text"),
     [
         (0, "0:00"),

@@ -36,8 +36,8 @@ class State:
         """The epoch, or else the percentage."""
         if self.epochs is None:
             return f"{100 * self.fraction:3.0f} %"
-        total = f"{self.epochs:g}"
-        return f"epoch {self.epochs * self.fraction:{len(total) + 2}.1f}/{total}"
+        total, decimals = f"{self.epochs:g}", 1 if self.epochs < 100 else 0
+        return f"epoch {self.epochs * self.fraction:{len(total) + 2 * decimals}.{decimals}f}/{total}"
 
 
 def line(state: State) -> str:
@@ -99,7 +99,7 @@ def _fit(state: State, columns: int) -> tuple[str, int, list[tuple[str, str]]]:
     order = [("", clock), *narrow]  # what is given up last comes first
     choices = [(state.place, [*wide, ("", clock)], 20), (state.place, [*narrow, ("", clock)], 8)]
     percentage = f"{100 * state.fraction:3.0f} %"
-    for count in range(len(order) - 1, -1, -1):
+    for count in range(len(order), -1, -1):
         kept = order[:count]
         choices.append((percentage, kept[1:] + kept[:1], 8))
     for place, facts, least in choices:
@@ -110,10 +110,13 @@ def _fit(state: State, columns: int) -> tuple[str, int, list[tuple[str, str]]]:
 
 
 def digits(value: float) -> str:
-    """Return a loss with four digits, in six columns where possible."""
+    """Return a loss in six columns with what digits they hold: 0.1234, 12.346, 9.0e-4."""
     if not math.isfinite(value):
         return f"{value:6}"
-    return f"{value:6.4f}" if 0.001 <= abs(value) < 10 or value == 0 else f"{value:6.4g}"
+    if value == 0 or 0.001 <= abs(value) < 10_000:
+        return f"{value:.4f}"[:6].rstrip(".").rjust(6)
+    mantissa, exponent = f"{value:.1e}".split("e")
+    return f"{mantissa}e{int(exponent)}".rjust(6)
 
 
 def _grouped(value: float) -> str:

@@ -128,7 +128,7 @@ def time_spent(axes: Axes, history: History, role: str) -> None:
                 f"{share[place]:.0f}",
                 ha="center",
                 va="center",
-                fontsize=9,
+                fontsize=9 if len(bars) <= 8 else 7,
                 color="white" if dark else "black",
             )
         left += share
