@@ -1,0 +1,287 @@
+"""The one form of all benchmarks: options, fair timing, what the machine can do, and the report.
+
+A benchmark is run as ``python benchmarks/NAME.py [--quick] [--json]``.  It prints tables for people; with ``--json`` its
+last line is one JSON object::
+
+    {"benchmark": NAME, "machine": {...}, "targets": [{"what": ..., "value": ..., "target": ..., "ok": ...}, ...]}
+
+Machines are shared and noisy.  What is compared is therefore timed in turn, A B A B, each in a process of its own with
+its own settings, and the ratio of the medians is what counts.
+
+Only the standard library is imported here, as threads must be settled before NumPy is loaded, and as peers
+run in an environment that has PyTorch and nothing of ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+PEERS = ROOT / "benchmarks" / "peers"
+PEERS_PYTHON = ROOT / ".venv-peers" / "bin" / "python"
+THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
+
+Action = Callable[[], Mapping[str, Any]]
+
+
+def options(description: str | None) -> argparse.Namespace:
+    """Read the options that every benchmark has: ``quick`` and ``json``."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--quick", action="store_true", help="fewer repeats: a look, not a measurement")
+    parser.add_argument(
+        "--json", action="store_true", help="print machine, results and targets as JSON on the last line"
+    )
+    return parser.parse_args()
+
+
+@dataclass
+class Report:
+    """What a benchmark found, for people as it comes and for programs at the end."""
+
+    name: str
+    as_json: bool
+    targets: list[dict[str, Any]] = field(default_factory=list)
+
+    def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Print a table; numbers are shown with three digits."""
+        cells = [list(header), *([_shown(value) for value in row] for row in rows)]
+        widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+        print(f"\n{title}")
+        for number, row in enumerate(cells):
+            first, *others = row
+            line = [
+                first.ljust(widths[0]),
+                *(cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)),
+            ]
+            print("  " + "  ".join(line).rstrip())
+            if number == 0:
+                print("  " + "  ".join("-" * width for width in widths))
+        sys.stdout.flush()
+
+    def at_least(self, what: str, value: float, target: float) -> None:
+        """Record a target that a value must reach."""
+        self._add(what, value, target, value >= target)
+
+    def at_most(self, what: str, value: float, target: float) -> None:
+        """Record a target that a value must not exceed."""
+        self._add(what, value, target, value <= target)
+
+    def _add(self, what: str, value: float, target: float, ok: bool) -> None:
+        self.targets.append({"what": what, "value": round(float(value), 4), "target": target, "ok": bool(ok)})
+
+    def finish(self) -> None:
+        """Print the targets, and the JSON object if it is wanted."""
+        rows = [(one["what"], one["value"], one["target"], "yes" if one["ok"] else "NO") for one in self.targets]
+        if rows:
+            self.table("Targets", ("what", "value", "target", "reached"), rows)
+        if self.as_json:
+            print(json.dumps({"benchmark": self.name, "machine": machine(), "targets": self.targets}), flush=True)
+
+
+def machine() -> dict[str, Any]:
+    """Describe the machine and the versions in use."""
+    model = platform.machine()
+    for line in _lines("/proc/cpuinfo"):
+        if line.startswith("model name"):
+            model = line.partition(":")[2].strip()
+            break
+    memory = next((line.split()[1] for line in _lines("/proc/meminfo") if line.startswith("MemTotal")), "0")
+    versions = {}
+    for name in ("numpy", "numba", "llvmlite", "scipy", "mpi4py", "onednn-cpu-gomp"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "processor": model,
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(int(memory) / 2**20, 1),
+        "load": round(os.getloadavg()[0], 2),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "versions": versions,
+    }
+
+
+def environment(threads: int, **more: str) -> dict[str, str]:
+    """Return the environment of a contestant that may use so many threads."""
+    return {**os.environ, **dict.fromkeys(THREAD_VARIABLES, str(threads)), **more}
+
+
+class Contestant:
+    """A program in a process of its own that does one piece of work whenever it is told to.
+
+    The program calls :func:`serve`.  While others work, it waits for its standard input.
+
+    Parameters
+    ----------
+    command
+        The program and its arguments.
+    threads
+        For how many threads its libraries are set.
+    more
+        Further environment variables.
+    """
+
+    def __init__(self, command: Sequence[str | Path], threads: int = 1, **more: str) -> None:
+        self._command = [str(part) for part in command]
+        self._process = subprocess.Popen(
+            self._command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment(threads, **more),
+        )
+
+    def __enter__(self) -> Contestant:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._process.stdin.close()  # type: ignore[union-attr]
+        try:
+            self._process.wait(30)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def do(self, action: str = "step") -> dict[str, Any]:
+        """Let it do something once, and return what it tells."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            print(action, file=self._process.stdin, flush=True)
+        except BrokenPipeError:
+            pass  # it has ended, which the next line notices
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"{' '.join(self._command)} ended with exit code {self._process.wait()}")
+        return dict(json.loads(answer))
+
+    def seconds(self, action: str = "step") -> float:
+        """Let it do something once, and return the seconds that it took."""
+        return float(self.do(action)["seconds"])
+
+
+def serve(**actions: Action) -> None:
+    """Be a contestant: for each line of standard input do the action that it names, and print its answer."""
+    answers, sys.stdout = sys.stdout, sys.stderr  # whatever else is printed must not get between the answers
+    for line in sys.stdin:
+        print(json.dumps(actions[line.strip()]()), file=answers, flush=True)
+
+
+def timed(work: Callable[[], Any]) -> Action:
+    """Return an action that does some work and tells its seconds."""
+
+    def action() -> Mapping[str, Any]:
+        start = time.perf_counter()
+        work()
+        return {"seconds": time.perf_counter() - start}
+
+    return action
+
+
+def in_turn(rounds: int, **work: Callable[[], float]) -> dict[str, list[float]]:
+    """Measure several things in turn, A B A B, after one round that does not count."""
+    values: dict[str, list[float]] = {name: [] for name in work}
+    for number in range(rounds + 1):
+        for name, measure in work.items():
+            value = measure()
+            if number > 0:
+                values[name].append(value)
+    return values
+
+
+def median(values: Sequence[float]) -> float:
+    """Return the median."""
+    return statistics.median(values)
+
+
+def spread(values: Sequence[float]) -> str:
+    """Return the quartiles for people, in the unit of the values."""
+    low, _, high = statistics.quantiles(values, n=4) if len(values) > 1 else (values[0],) * 3
+    return f"{low:.3g} to {high:.3g}"
+
+
+def peers_python() -> Path:
+    """Return the Python of the peers' environment; ends the program where it has not been made."""
+    if not PEERS_PYTHON.exists():
+        sys.exit("The peers need an environment with PyTorch: make bench-peers")
+    return PEERS_PYTHON
+
+
+def prepare_runtime() -> None:
+    """Settle threads, BLAS kernel and the cache of compiled code as every run does; before NumPy is imported."""
+    from dbmpi.runtime import blas, kernelcache, threads
+
+    for line in (threads.prepare().line, blas.prepare().line):
+        print(line, file=sys.stderr)
+    kernelcache.prepare()
+
+
+def fma_peak() -> Callable[[], Mapping[str, Any]]:
+    """Return an action that measures the float32 multiply-add peak of one core, in operations a second."""
+    import numpy as np
+
+    from dbmpi.kernels.compile import kernel
+    from dbmpi.kernels.vector import CHAINS, lanes, multiply_add_chains
+
+    @kernel
+    def run(start: float, rounds: int) -> float:
+        return multiply_add_chains(start, rounds)  # type: ignore[no-any-return]
+
+    rounds, zero = 2_000_000, np.float32(0)
+    run(zero, 10)
+
+    def action() -> Mapping[str, Any]:
+        start = time.perf_counter()
+        run(zero, rounds)
+        seconds = time.perf_counter() - start
+        return {"seconds": seconds, "flops": 2 * CHAINS * lanes(4) * rounds / seconds}
+
+    return action
+
+
+def copy_bandwidth(mebibytes: int = 256) -> Callable[[], Mapping[str, Any]]:
+    """Return an action that measures how fast one core copies memory, in bytes read and written a second."""
+    import numpy as np
+
+    source = np.ones(mebibytes << 20, np.uint8)
+    target = np.zeros_like(source)
+
+    def action() -> Mapping[str, Any]:
+        start = time.perf_counter()
+        np.copyto(target, source)
+        seconds = time.perf_counter() - start
+        return {"seconds": seconds, "bytes": 2 * source.nbytes / seconds}
+
+    return action
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return str(value)
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []

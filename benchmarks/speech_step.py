@@ -1,0 +1,176 @@
+"""One training step of the paper's speech network, beside PyTorch's.
+
+The network is that of the paper's section 5: 440 inputs, four layers of 2560 sigmoid units, a softmax over 8192 states;
+41,777,152 parameters.  A step is the loss, the gradient and the update by plain SGD of the flat parameter vector, in
+float32.  Both contestants take a step in turn; the multiply-add peak of the core is measured in the same rounds.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import common
+
+SIZES = (440, 2560, 2560, 2560, 2560, 8192)
+PARAMETERS = 41_777_152
+SPEED = 2.3
+PEAK = {128: 0.60}
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--contestant"]:
+        contestant(int(sys.argv[2]))
+        return
+    options = common.options(__doc__)
+    report = common.Report("speech_step", options.json)
+    rows = []
+    for threads in (1, 2):
+        for batch in (128, 512):
+            rounds = (3 if options.quick else 15) if batch == 128 else (2 if options.quick else 9)
+            rows.append(compare(report, threads, batch, rounds))
+    header = ("threads", "batch", "ours ms", "quartiles", "PyTorch ms", "quartiles", "samples/s", "PyTorch", "ratio")
+    report.table("Training steps in turn (medians)", (*header, "GFLOP/s", "of peak"), rows)
+    report.finish()
+
+
+def compare(report: common.Report, threads: int, batch: int, rounds: int) -> tuple[Any, ...]:
+    """Time both in turn, show where our time goes, and return a row of the table."""
+    with ExitStack() as stack:
+        ours = stack.enter_context(
+            common.Contestant((sys.executable, __file__, "--contestant", str(batch)), threads=threads)
+        )
+        peer = stack.enter_context(
+            common.Contestant(
+                (common.peers_python(), common.PEERS / "speech_step.py", str(threads), str(batch)), threads=threads
+            )
+        )
+        flops = ours.do("flops")["flops"]
+        seconds = common.in_turn(
+            rounds, ours=ours.seconds, peer=peer.seconds, peak=lambda: float(ours.do("peak")["flops"])
+        )
+        parts = [ours.do("parts") for _ in range(max(3, rounds // 2))]
+        copy = common.median([float(ours.do("copy")["bytes"]) for _ in range(3)])
+    own, other = common.median(seconds["ours"]), common.median(seconds["peer"])
+    peak = common.median(seconds["peak"]) * threads
+    whole = common.median([sum(part.values()) for part in parts])
+    report.table(
+        f"Where a step goes: {threads} thread{'s' if threads > 1 else ''}, batch {batch} "
+        f"(peak {peak / 1e9:.0f} GFLOP/s, copying {copy / 1e9:.0f} GB/s by one core)",
+        ("part", "ms", "%", "GFLOP/s"),
+        [
+            (name, 1e3 * own_part, 100 * own_part / whole, products / own_part / 1e9 if products else "")
+            for name, products in parts_flops(batch).items()
+            for own_part in [common.median([part[name] for part in parts])]
+        ],
+    )
+    ratio, share = other / own, flops / own / peak
+    plural = f"{threads} thread{'s' if threads > 1 else ''}, batch {batch}"
+    if threads == 1:
+        report.at_least(f"samples/s of PyTorch's, {plural}", ratio, SPEED)
+        if batch in PEAK:
+            report.at_least(f"share of the multiply-add peak, {plural}", share, PEAK[batch])
+    milliseconds = [[1e3 * value for value in seconds[name]] for name in ("ours", "peer")]
+    return (
+        threads,
+        batch,
+        *(1e3 * own, common.spread(milliseconds[0])),
+        *(1e3 * other, common.spread(milliseconds[1])),
+        *(batch / own, batch / other, f"{ratio:.2f}"),
+        *(flops / own / 1e9, f"{100 * share:.0f} %"),
+    )
+
+
+PARTS = ("products forward", "products of input gradients", "products of weight gradients", "activations", "loss")
+
+
+def parts_flops(batch: int) -> dict[str, int]:
+    """Return the operations of each part of a step; 0 where they are not products."""
+    products = [2 * batch * inputs * outputs for inputs, outputs in zip(SIZES[:-1], SIZES[1:], strict=True)]
+    counted = (sum(products), sum(products[1:]), sum(products), 0, 0)
+    return {**dict(zip(PARTS, counted, strict=True)), "update": 0, "all else": 0}
+
+
+def contestant(batch: int) -> None:
+    """Serve steps of our network."""
+    common.prepare_runtime()
+    import numpy as np
+
+    from dbmpi import config
+    from dbmpi.kernels import matmul, updates
+    from dbmpi.kernels.memory import aligned_empty
+    from dbmpi.network import Network
+    from dbmpi.objective import Batch
+
+    hidden = [config.Dense(units=units, activation="sigmoid") for units in SIZES[1:-1]]
+    section = config.NetworkSection(loss="softmax", layers=(*hidden, config.Dense(units=SIZES[-1])))
+    network = Network(section, (SIZES[0],), 1)
+    assert network.layout.size == PARAMETERS
+    parameters, gradient = aligned_empty(PARAMETERS), aligned_empty(PARAMETERS)
+    network.initial(0, parameters)
+    random = np.random.default_rng(1)
+    inputs = random.normal(size=(SIZES[0], batch)).astype(np.float32)
+    data = Batch(inputs, random.integers(0, SIZES[-1], batch).astype(np.int32))
+
+    def step() -> None:
+        network.loss_and_gradient(parameters, data, gradient)
+        updates.sgd(parameters, gradient, 0.01)
+
+    def parts() -> Mapping[str, float]:
+        with clocks() as seconds:
+            start = time.perf_counter()
+            network.loss_and_gradient(parameters, data, gradient)
+            middle = time.perf_counter()
+            updates.sgd(parameters, gradient, 0.01)
+            end = time.perf_counter()
+        return {**seconds, "update": end - middle, "all else": middle - start - sum(seconds.values())}
+
+    step()
+    print(f"matrix products: {matmul.provider()}", file=sys.stderr)
+    common.serve(
+        step=common.timed(step),
+        parts=parts,
+        flops=lambda: {"flops": network.flops(batch)},
+        peak=common.fma_peak(),
+        copy=common.copy_bandwidth(),
+    )
+
+
+@contextmanager
+def clocks() -> Iterator[dict[str, float]]:
+    """Measure the parts of a gradient while the block runs."""
+    from dbmpi.kernels.activations import ACTIVATIONS, Activation
+    from dbmpi.network import layers, losses
+
+    seconds = dict.fromkeys(PARTS, 0.0)
+
+    def clocked(function: Callable[..., Any], part: Callable[..., str]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            start = time.perf_counter()
+            result = function(*arguments)
+            seconds[part(*arguments)] += time.perf_counter() - start
+            return result
+
+        return call
+
+    def kind(a: Any, b: Any, out: Any) -> str:
+        return PARTS[1] if not a.flags.c_contiguous else PARTS[2] if not b.flags.c_contiguous else PARTS[0]
+
+    product, apply, activations = layers.product, losses.Loss.apply, dict(ACTIVATIONS)
+    layers.product = clocked(product, kind)
+    losses.Loss.apply = clocked(apply, lambda *_: PARTS[4])  # type: ignore[method-assign]
+    for name, pair in activations.items():
+        ACTIVATIONS[name] = Activation(*(clocked(one, lambda *_: PARTS[3]) for one in pair))
+    try:
+        yield seconds
+    finally:
+        layers.product = product
+        losses.Loss.apply = apply  # type: ignore[method-assign]
+        ACTIVATIONS.update(activations)
+
+
+if __name__ == "__main__":
+    main()
