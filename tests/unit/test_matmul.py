@@ -26,9 +26,7 @@ def provider():
     matmul._Choice.name = before
 
 
-def _matrices(  # noqa: PLR0917
-    m, k, n, orders, dtype, seed
-):
+def _matrices(m, k, n, orders, dtype, seed):
     random = np.random.default_rng(seed)
     a = np.asarray(random.normal(size=(m, k)), dtype, order=orders[0])
     b = np.asarray(random.normal(size=(k, n)), dtype, order=orders[1])
@@ -43,9 +41,7 @@ def _check(out, a, b):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @given(m=SIZES, k=st.integers(1, 400), n=SIZES, orders=st.tuples(ORDERS, ORDERS), seed=st.integers(0, 2**32))
-def test_tiled_products(  # noqa: PLR0917
-    dtype, m, k, n, orders, seed
-):
+def test_tiled_products(dtype, m, k, n, orders, seed):
     a, b = _matrices(m, k, n, orders, dtype, seed)
     memory = np.full(m * n + 2, 7, dtype)
     out = memory[1:-1].reshape(m, n)

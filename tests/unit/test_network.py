@@ -117,9 +117,7 @@ def naive_step(net, parameters, batch, activation, loss):
     kind=st.sampled_from(LOSSES),
     dtype=st.sampled_from([np.float32, np.float64]),
 )
-def test_gradients_and_steps_against_a_naive_twin(  # noqa: PLR0917
-    units, inputs, samples, activation, kind, dtype
-):
+def test_gradients_and_steps_against_a_naive_twin(units, inputs, samples, activation, kind, dtype):
     loss, targets = kind
     net = network(*units, activation=activation, loss=loss, inputs=inputs, targets=targets, dtype=dtype)
     parameters = initial(net) + np.random.default_rng(1).normal(scale=0.1, size=net.layout.size).astype(dtype)

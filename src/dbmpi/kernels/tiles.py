@@ -109,7 +109,7 @@ def _pack_columns(b: np.ndarray, k: int, n: int, width: int, packed: np.ndarray)
 def _multiply(by_columns: bool) -> Kernel[..., None]:
     """Return the product by packed panels, for an `a` whose columns are contiguous or whose rows are."""
 
-    def multiply(  # noqa: PLR0917
+    def multiply(
         a: np.ndarray, packed: np.ndarray, out: np.ndarray, m: int, n: int, k: int, width: int, block: int
     ) -> None:
         row_step, column_step = (1, m) if by_columns else (k, 1)
@@ -154,7 +154,7 @@ def _multiply(by_columns: bool) -> Kernel[..., None]:
 
 
 @inlined
-def _copy_strip(  # noqa: PLR0917
+def _copy_strip(
     a: np.ndarray, start: int, row_step: int, column_step: int, height: int, depth: int, strip: np.ndarray
 ) -> None:
     """Copy the last rows of `a`, fewer than `ROWS`, column by column into a strip of `ROWS`."""
@@ -164,7 +164,7 @@ def _copy_strip(  # noqa: PLR0917
 
 
 @inlined
-def _put_tile(  # noqa: PLR0917
+def _put_tile(
     tile: np.ndarray, width: int, height: int, columns: int, add: bool, out: np.ndarray, place: int, n: int
 ) -> None:
     """Put the upper left part of a tile to its place in `out`."""

@@ -50,7 +50,7 @@ def lanes(itemsize: int) -> int:
 
 
 @_instructions
-def multiply_tile(  # noqa: PLR0917
+def multiply_tile(
     typingctx: Any,
     rows: Any,
     vectors: Any,
@@ -134,9 +134,7 @@ class _Tile:
             builder.module, ir.FunctionType(ir.VoidType(), [byte, flag, flag, flag]), "llvm.prefetch.p0"
         )
 
-    def write(  # noqa: PLR0917
-        self, a: Any, a_stride: Any, b: Any, out: Any, out_stride: Any, depth: Any, add: Any
-    ) -> None:
+    def write(self, a: Any, a_stride: Any, b: Any, out: Any, out_stride: Any, depth: Any, add: Any) -> None:
         builder = self.builder
         out_rows = self._strided(out, out_stride)
         for row in out_rows:
@@ -159,7 +157,7 @@ class _Tile:
                 for place, total in zip(places, sums, strict=True):
                     self._store(total, place)
 
-    def _loop(  # noqa: PLR0917
+    def _loop(
         self, name: str, steps: int, start: Any, stop: Any, sums: list[Any], a: Any, a_stride: Any, b: Any
     ) -> tuple[Any, list[Any]]:
         """Loop k from `start` to `stop` in `steps`; the sums are carried in registers."""

@@ -85,7 +85,7 @@ class Dense:
         product(parameters["weights"], inputs, outputs)
         ACTIVATIONS[self.activation].forward(outputs, parameters["bias"])
 
-    def backward(  # noqa: PLR0917
+    def backward(
         self,
         parameters: Arrays,
         inputs: np.ndarray,
