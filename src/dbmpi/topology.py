@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from types import TracebackType
 from typing import TYPE_CHECKING
 
-from dbmpi.errors import UserError
+from dbmpi.errors import KnownToAll, UserError
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -63,7 +64,7 @@ class Plan:
         return self.worker_ranks.index(rank) if rank in self.worker_ranks else None
 
     def __str__(self) -> str:
-        where = "on the workers' ranks" if self.colocate else "on ranks of their own"
+        where = "on the workers' ranks" if self.colocate else "on separate ranks"
         shards, replicas = _count(self.shards, "shard"), _count(self.replicas, "replica")
         return f"{_count(self.world, 'rank')}: {shards} {where}, {replicas} of {_count(self.partitions, 'partition')}"
 
@@ -169,5 +170,9 @@ class Communicators:
     def __enter__(self) -> Communicators:
         return self
 
-    def __exit__(self, *details: object) -> None:
-        self.free()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # After an exception that the other ranks do not know of, freeing would wait for them in vain.
+        if kind is None or issubclass(kind, KnownToAll):
+            self.free()
