@@ -95,6 +95,7 @@ def staleness(axes: Axes, history: History) -> None:
     centers = np.arange(counts.size) * width + (width - 1) / 2
     axes.bar(centers, shares, width=0.9 * width, color="#56b4e9")
     axes.set_xlim(-0.7 * width, max(largest + 0.7 * width, 3.7))
+    axes.set_ylim(0, 1.4 * float(shares.max()))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.axvline(histogram.mean, color=_TEST, lw=1.5, label=f"mean {histogram.mean:.2f}")
     facts = [f"{histogram.total:,} pushes"]
