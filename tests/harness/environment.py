@@ -58,10 +58,14 @@ def command(size: int, argv: list[str]) -> list[str]:
     return [launcher(), *options, "-n", str(size), *argv]
 
 
+def plain_environment() -> dict[str, str]:
+    """Return this process's environment for a program that is not part of this process's world, if it is in one."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(_OF_A_WORLD)}
+
+
 def mpi_environment() -> dict[str, str]:
-    """Return this process's environment, made ready for an MPI program that is not part of this process's world."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(_OF_A_WORLD)}
-    return THREADS | _OPEN_MPI | kept
+    """Return the environment for a program that the harness starts on several ranks."""
+    return THREADS | _OPEN_MPI | plain_environment()
 
 
 def prepare(numba_cache: Path) -> None:

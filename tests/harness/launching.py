@@ -11,7 +11,7 @@ from typing import Self
 
 import pytest
 
-from harness.environment import command, mpi_environment, timeout_scale
+from harness.environment import command, mpi_environment, plain_environment, timeout_scale
 from harness.programs import Program
 
 
@@ -82,7 +82,12 @@ class Launch:
         program = Program(
             plain if n is None else command(n, plain),
             directory=directory,
-            env={**mpi_environment(), "PYTHONFAULTHANDLER": "1", "PYTHONUNBUFFERED": "1", **(env or {})},
+            env={
+                **(plain_environment() if n is None else mpi_environment()),
+                "PYTHONFAULTHANDLER": "1",
+                "PYTHONUNBUFFERED": "1",
+                **(env or {}),
+            },
             cwd=cwd or directory,
         )
         self._open.callback(program.end)

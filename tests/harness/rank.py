@@ -12,13 +12,14 @@ import contextlib
 import faulthandler
 import json
 import os
+import pickle
 import shutil
 import signal
 import sys
 import tempfile
 import time
 from array import array
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -88,6 +89,7 @@ class RankSession:
                 "mpi4py's MPI: launcher and mpi4py belong to different MPIs"
             )
         self._pids = self._world.allgather(os.getpid())
+        MPI.pickle.__init__(_refused_to_the_library(pickle.dumps), _refused_to_the_library(pickle.loads))
         if not self._supervised:
             own = tempfile.mkdtemp(prefix="dbmpi-tests-") if self._rank == 0 else None
             self._directory = Path(self._world.bcast(own))
@@ -214,3 +216,14 @@ class RankSession:
             finish = next(event for event in events if (event["event"], event.get("test")) == ("finish", item.nodeid))
             every[rank] = [reports.from_data(self._config, data) for data in finish["reports"]]
         return reports.merge(item, every)
+
+
+def _refused_to_the_library(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return mpi4py's pickling for tests only: dbmpi sends buffers, and never unpickles what arrives."""
+
+    def guarded(*arguments: Any) -> Any:
+        caller = sys._getframe(1).f_globals["__name__"]  # mpi4py itself is compiled and has no frame
+        assert caller.partition(".")[0] != "dbmpi", f"{caller} uses a method of mpi4py that pickles"
+        return function(*arguments)
+
+    return guarded

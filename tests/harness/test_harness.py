@@ -266,6 +266,24 @@ def test_second(comm):
     assert "missing on rank one" in session.cases["test_second[n2]"].text
 
 
+def test_the_library_may_not_pickle(nested):
+    session = nested(
+        HEAD
+        + """
+def as_the_library(comm):
+    return eval("comm.allreduce(1)", {"__name__": "dbmpi.somewhere", "comm": comm})
+
+def test_of_the_library(comm):
+    as_the_library(comm)
+
+def test_itself_may(comm):
+    assert comm.allreduce(1) == 2
+"""
+    )
+    assert session.outcomes() == {"test_of_the_library[n2]": "failure", "test_itself_may[n2]": "passed"}
+    assert "dbmpi.somewhere uses a method" in session.cases["test_of_the_library[n2]"].text
+
+
 def test_tests_that_cannot_be_what_they_say(nested):
     session = nested(
         """
