@@ -109,10 +109,13 @@ def test_every_command_of_the_readme_is_tested_or_says_why_not():
 
 @pytest.fixture(scope="module")
 def newcomer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of somebody who follows the README from top to bottom."""
+    """The directory of somebody who follows the README from top to bottom: the project, with nothing made in it."""
     here = tmp_path_factory.mktemp("readme")
-    for name in ("examples", "jobs", "benchmarks", "tools", "docs"):
-        shutil.copytree(PROJECT / name, here / name)
+    for path in tracked_files():
+        if path.relative_to(PROJECT).parts[0] not in ("src", "tests"):
+            copy = here / path.relative_to(PROJECT)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(path, copy)
     return here
 
 
