@@ -1,0 +1,107 @@
+"""What a layer is: it answers which input box an output box needs, and computes any output box of its own.
+
+No layer contains communication.  From :meth:`Layer.input_box` alone an exchange between ranks is planned, so that any
+layer can be cut in any way, and a new layer is parallel for free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from dbmpi.paramserver.layout import Tensor
+from dbmpi.partition.boxes import Box
+
+Arrays = Mapping[str, np.ndarray]
+"""A layer's tensors by their short names, e.g. ``weights`` and ``bias``: the boxes that an output box needs."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a layer may know of the pass it is part of."""
+
+    training: bool = True
+    """False while evaluating: dropout is off."""
+    seed: int = 0
+    """Seed of the run."""
+    step: int = 0
+    """A number that differs from step to step and from replica to replica, for masks that are drawn anew."""
+
+
+class Layer(Protocol):
+    """A description of a layer; frozen, holds no arrays.
+
+    Arrays of activations are ``(*box shape, samples)``, C-contiguous, float32 or float64.
+    """
+
+    @property
+    def name(self) -> str:
+        """Name of the layer, unique in its network."""
+        ...
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one sample's inputs, e.g. ``(channels, height, width)``."""
+        ...
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        """Shape of one sample's outputs, e.g. ``(units,)`` or ``(maps, height, width)``."""
+        ...
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """The whole parameters: short name -> tensor of the layout."""
+        ...
+
+    def input_box(self, output: Box) -> Box:
+        """Return the inputs that the outputs in a box need."""
+        ...
+
+    def tensor_box(self, tensor: str, output: Box) -> Box:
+        """Return the part of a tensor that the outputs in a box need."""
+        ...
+
+    def flops(self, output: Box, samples: int, *, input_gradient: bool = True) -> int:
+        """Return the floating-point operations of a forward and a backward pass for the outputs in a box."""
+        ...
+
+    def initial(self, tensor: str, out: np.ndarray, seed: int, number: int, start: int) -> None:
+        """Fill `out` with the initial values of a whole flattened tensor from position `start` on."""
+        ...
+
+    def forward(
+        self, output: Box, parameters: Arrays, inputs: np.ndarray, outputs: np.ndarray, context: Context
+    ) -> None:
+        """Compute the outputs in a box from the inputs in ``input_box(output)``."""
+        ...
+
+    def backward(
+        self,
+        output: Box,
+        parameters: Arrays,
+        inputs: np.ndarray,
+        outputs: np.ndarray,
+        gradient: np.ndarray,
+        parameter_gradient: Arrays,
+        input_gradient: np.ndarray | None,
+        context: Context,
+    ) -> None:
+        """Compute gradients from the gradient for the outputs in a box.
+
+        Parameters
+        ----------
+        output, parameters, inputs, outputs, context
+            As in `forward`, after it.
+        gradient
+            For the outputs in the box; may be overwritten.
+        parameter_gradient
+            Overwritten with the gradient for `parameters`: the part that comes from this box.
+        input_gradient
+            Overwritten with the gradient for the inputs in ``input_box(output)``, the part that comes from this box; parts of
+            several boxes add up.  None where nobody needs it.
+        """
+        ...

@@ -1,0 +1,1 @@
+"""Cutting one model over several ranks: boxes, placement, exchange, replica."""

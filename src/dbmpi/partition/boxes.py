@@ -1,0 +1,89 @@
+"""Boxes: half-open index ranges, one for each axis; pure integers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+
+@dataclass(frozen=True)
+class Box:
+    """The indices ``starts[axis] <= i < stops[axis]`` on every axis; empty if any axis is."""
+
+    starts: tuple[int, ...]
+    stops: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.starts) != len(self.stops):
+            raise ValueError(f"a box needs as many starts as stops, got {self.starts} and {self.stops}")
+
+    @classmethod
+    def whole(cls, shape: Sequence[int]) -> Box:
+        """Return the box of all indices of an array of this shape."""
+        return cls((0,) * len(shape), tuple(shape))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Length along each axis."""
+        return tuple(max(stop - start, 0) for start, stop in zip(self.starts, self.stops, strict=True))
+
+    @property
+    def size(self) -> int:
+        """Number of indices."""
+        return math.prod(self.shape)
+
+    @property
+    def empty(self) -> bool:
+        """Whether the box holds no index."""
+        return self.size == 0
+
+    def slices(self, origin: Box | None = None) -> tuple[slice, ...]:
+        """Return slices that select this box from an array that holds the box `origin` (default: from index 0 on)."""
+        offsets = origin.starts if origin is not None else (0,) * len(self.starts)
+        return tuple(
+            slice(start - offset, max(start, stop) - offset)
+            for start, stop, offset in zip(self.starts, self.stops, offsets, strict=True)
+        )
+
+    def meet(self, other: Box) -> Box:
+        """Return the box of the indices in both; with no common index it is empty."""
+        starts = tuple(max(a, b) for a, b in zip(self.starts, other.starts, strict=True))
+        stops = tuple(max(s, min(a, b)) for s, a, b in zip(starts, self.stops, other.stops, strict=True))
+        return Box(starts, stops)
+
+    def join(self, other: Box) -> Box:
+        """Return the smallest box that holds both; an empty one counts for nothing."""
+        if self.empty or other.empty:
+            return other if self.empty else self
+        starts = tuple(min(a, b) for a, b in zip(self.starts, other.starts, strict=True))
+        return Box(starts, tuple(max(a, b) for a, b in zip(self.stops, other.stops, strict=True)))
+
+    def holds(self, other: Box) -> bool:
+        """Whether every index of `other` is one of this box."""
+        return other.empty or self.meet(other) == other
+
+    def runs(self, shape: Sequence[int]) -> Iterator[range]:
+        """Yield the flat positions of the box in a C-ordered array of `shape`, as consecutive ranges in order.
+
+        As few and as long as possible: axes that the box fills join the run of the axis before them.
+        """
+        if self.empty:
+            return
+        full = len(shape)
+        while full > 0 and self.starts[full - 1] == 0 and self.stops[full - 1] == shape[full - 1]:
+            full -= 1
+        strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+        if full == 0:
+            yield range(0, math.prod(shape))
+            return
+        last = full - 1
+        length = (self.stops[last] - self.starts[last]) * strides[last]
+        outer = (range(start, stop) for start, stop in zip(self.starts[:last], self.stops[:last], strict=True))
+        for index in product(*outer):
+            start = sum(i * stride for i, stride in zip(index, strides, strict=False)) + self.starts[last] * strides[last]
+            yield range(start, start + length)
+
+    def __str__(self) -> str:
+        return "[" + ", ".join(f"{start}:{stop}" for start, stop in zip(self.starts, self.stops, strict=True)) + "]"
