@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import json
 import os
@@ -194,15 +195,26 @@ def test_importing_dbmpi_loads_nothing_heavy():
     assert loaded_by("import dbmpi")[0] == set()
 
 
-def commands() -> list[list[str]]:
-    """Return all commands, with those that have commands of their own, as ``--help`` lists them."""
-    from dbmpi.cli.main import COMMANDS
+def commands() -> Iterator[list[str]]:
+    """Yield the words of all commands, with those that have commands of their own."""
+    from dbmpi.cli import main
 
-    kinds = ("digits", "idx", "csv", "npy", "libsvm")
-    return [[], *([name] for name in COMMANDS), ["data", "import"], *(["data", "import", kind] for kind in kinds)]
+    yield []
+    for name in main.COMMANDS:
+        yield from below(choices(main._parser([name]))[name], [name])
 
 
-@pytest.mark.parametrize("command", commands(), ids=" ".join)
+def below(parser: argparse.ArgumentParser, words: list[str]) -> Iterator[list[str]]:
+    yield words
+    for name, child in choices(parser).items():
+        yield from below(child, [*words, name])
+
+
+def choices(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    return next((action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction)), {})
+
+
+@pytest.mark.parametrize("command", list(commands()), ids=" ".join)
 def test_help_loads_nothing_heavy(command):
     loaded, printed = loaded_by("from dbmpi.cli.main import main; sys.exit(main())", *command, "--help")
     assert loaded == set()
