@@ -110,16 +110,18 @@ def run(mpi: Mpi, command: Command) -> int:
     """
     end, kill = (STOP, signal.SIGTERM) if mpi.is_open_mpi else (signal.SIGTERM, signal.SIGKILL)
     asked: list[int] = []
+    killed = False
     child: subprocess.Popen[bytes] | None = None
 
     def stop(number: int, frame: FrameType | None) -> None:
-        first = not asked
-        final = number == signal.SIGINT and not first
+        nonlocal killed
         asked.append(number)
-        if child is not None and (first or final):
-            child.send_signal(kill if final else end)
-        if first:
+        if len(asked) == 1:
             os.write(2, b"dbmpi launch: asked the ranks to end with a checkpoint; Ctrl-C ends them at once\n")
+        elif number == signal.SIGINT:
+            killed = True
+        if child is not None and (killed or len(asked) == 1):
+            child.send_signal(kill if killed else end)
 
     environment = threads.without_prepared(os.environ) | dict(command.settings)
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -131,10 +133,10 @@ def run(mpi: Mpi, command: Command) -> int:
             env=environment,
             stdin=subprocess.DEVNULL,  # mpirun is not in the terminal's foreground group: reading would stop it
             process_group=0,
-            preexec_fn=_end_with_parent(),  # noqa: PLW1509 - no threads here
+            preexec_fn=_sent_with_our_death(kill),  # noqa: PLW1509 - no threads here
         )
         if asked:
-            child.send_signal(end)
+            child.send_signal(kill if killed else end)
         code = child.wait()
     except OSError as error:
         raise UserError(f"{command.argv[0]}: cannot be executed: {error}") from None
@@ -142,8 +144,11 @@ def run(mpi: Mpi, command: Command) -> int:
         for number, handler in before.items():
             signal.signal(number, handler)
     code = 128 - code if code < 0 else code
-    # The ranks know of the stop by the signal that reached them; our caller, by the one that was sent to us.
-    return 128 + asked[0] if asked and code in (128 + end, 128 + kill) else code
+    # The ranks know of the stop by the signal that reached them; our caller, by the one that was sent to us.  Ranks
+    # that were not ready to end in peace have died of it; hydra then gives the bare number of the signal.
+    if asked and (killed or code in (end, 128 + end)):
+        return 128 + asked[0]
+    return code
 
 
 def check_world(size: int, environment: Mapping[str, str] | None = None, *, library: str | None = None) -> None:
@@ -213,10 +218,10 @@ def _library_version() -> str:
     return "" if module is None else installation.first_line(str(module.Get_library_version()))
 
 
-def _end_with_parent() -> Callable[[], object] | None:
+def _sent_with_our_death(number: signal.Signals) -> Callable[[], object] | None:
     """Return what a child calls before it executes, so that even SIGKILL for us does not leave ranks behind."""
     try:
         prctl = ctypes.CDLL(None).prctl
     except (OSError, AttributeError):
         return None  # not Linux
-    return lambda: prctl(1, int(signal.SIGTERM))  # PR_SET_PDEATHSIG
+    return lambda: prctl(1, int(number))  # PR_SET_PDEATHSIG

@@ -1,0 +1,179 @@
+"""The private directory: what it refuses, and that Numba uses it."""
+
+import os
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dbmpi.runtime import kernelcache
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A temporary directory like /tmp, for one test."""
+    place = tmp_path / "tmp"
+    place.mkdir()
+    place.chmod(0o1777)
+    monkeypatch.setattr(tempfile, "tempdir", str(place))
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "missing"))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    kernelcache._private_root.cache_clear()
+    yield place
+    kernelcache._private_root.cache_clear()
+
+
+def own(place: Path) -> Path:
+    return place / f"dbmpi-{os.getuid()}"
+
+
+def is_private(path: Path) -> bool:
+    found = path.lstat()
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022
+
+
+def test_is_made_for_us_alone(temporary: Path) -> None:
+    umask = os.umask(0)
+    try:
+        made = kernelcache.private_directory("numba")
+    finally:
+        os.umask(umask)
+    assert made == own(temporary) / "numba"
+    assert stat.S_IMODE(made.stat().st_mode) == stat.S_IMODE(made.parent.stat().st_mode) == 0o700
+    assert kernelcache.private_directory("numba") == made
+
+
+def test_a_directory_that_others_can_write_is_not_used(temporary: Path) -> None:
+    own(temporary).mkdir()
+    own(temporary).chmod(0o770)
+    made = kernelcache.private_directory("numba")
+    assert own(temporary) not in made.parents
+    assert is_private(made)
+    assert is_private(made.parent)
+
+
+def test_a_link_is_not_followed(temporary: Path, tmp_path: Path) -> None:
+    trap = tmp_path / "trap"
+    trap.mkdir(mode=0o700)
+    own(temporary).symlink_to(trap)
+    made = kernelcache.private_directory("numba")
+    assert trap not in made.resolve().parents
+    assert not any(trap.iterdir())
+
+
+def test_a_link_inside_is_not_followed(temporary: Path, tmp_path: Path) -> None:
+    trap = tmp_path / "trap"
+    trap.mkdir(mode=0o700)
+    own(temporary).mkdir(mode=0o700)
+    (own(temporary) / "numba").symlink_to(trap)
+    made = kernelcache.private_directory("numba")
+    assert made.parent == own(temporary)
+    assert not made.is_symlink()
+    assert made.resolve() != trap
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a directory away")
+def test_a_directory_of_somebody_else_is_not_used(temporary: Path) -> None:
+    own(temporary).mkdir(mode=0o700)
+    os.chown(own(temporary), 12345, 12345)
+    made = kernelcache.private_directory("numba")
+    assert own(temporary) not in made.parents
+
+
+def test_a_file_in_the_way_is_not_used(temporary: Path) -> None:
+    own(temporary).write_text("")
+    assert is_private(kernelcache.private_directory("numba"))
+
+
+def test_a_place_where_others_may_rename_is_not_used(temporary: Path, tmp_path: Path) -> None:
+    temporary.chmod(0o777)  # not sticky
+    (tmp_path / "home" / ".cache").mkdir(parents=True)
+    assert kernelcache.private_directory("numba") == own(tmp_path / "home" / ".cache") / "numba"
+
+
+def test_the_users_cache_directory_stays(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NUMBA_CACHE_DIR", "/somewhere/else")
+    assert kernelcache.prepare() == Path("/somewhere/else")
+    assert os.environ["NUMBA_CACHE_DIR"] == "/somewhere/else"
+    assert not any(temporary.iterdir())
+
+
+def test_serial_and_threaded_kernels_are_kept_apart(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = set()
+    for threads in ("1", "2", "8"):
+        monkeypatch.setenv("NUMBA_CACHE_DIR", "")
+        monkeypatch.setenv("NUMBA_NUM_THREADS", threads)
+        found.add(kernelcache.prepare())
+        assert Path(os.environ["NUMBA_CACHE_DIR"]) in found
+    assert len(found) == 2
+    assert all(is_private(path) for path in found)
+
+
+def test_numba_keeps_its_code_there(tmp_path: Path) -> None:
+    (tmp_path / "kernel.py").write_text(
+        "import numba\n@numba.njit(cache=True)\ndef twice(x):\n    return x + x\n", encoding="utf-8"
+    )
+    program = """
+from dbmpi.runtime import kernelcache
+place = kernelcache.prepare()
+import kernel
+assert kernel.twice(2) == 4
+hits = sum(kernel.twice.stats.cache_hits.values())
+print(place, hits, sum(1 for file in place.rglob("*.nbi")))
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "NUMBA_CACHE_DIR"}
+    environment |= {"TMPDIR": str(tmp_path), "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
+    answers = [
+        subprocess.run(
+            [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=100, check=True
+        ).stdout.split()
+        for _ in range(2)
+    ]
+    assert [answer[1:] for answer in answers] == [["0", "1"], ["1", "1"]]
+    assert answers[0][0].startswith(str(own(tmp_path)))
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from dbmpi.runtime import kernelcache
+with kernelcache.locked(Path(sys.argv[1]), 5) as mine:
+    print(mine, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_lock_waits_no_longer_than_told_and_dies_with_its_holder(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(lock)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline().strip() == "True"
+        begin = time.monotonic()
+        with kernelcache.locked(lock, 0.2) as mine:
+            assert not mine
+        assert 0.2 <= time.monotonic() - begin < 5
+        holder.kill()
+        with kernelcache.locked(lock, 30) as mine:
+            assert mine
+    finally:
+        holder.kill()
+        holder.communicate()
+
+
+def test_where_nothing_can_be_locked_nobody_waits(tmp_path: Path) -> None:
+    with kernelcache.locked(tmp_path / "missing" / "lock", 30) as mine:
+        assert mine
+
+
+def test_processors_are_told_apart() -> None:
+    text = kernelcache.cpu_description()
+    assert text == kernelcache.cpu_description()
+    assert "machine: " in text
+    if Path("/proc/cpuinfo").exists() and "flags" in Path("/proc/cpuinfo").read_text():
+        assert "flags: " in text
