@@ -9,5 +9,9 @@ class UserError(ValueError):
     """
 
 
+class KnownToAll(UserError):
+    """A mistake that every rank has heard of: all leave at the same place, and none waits for another."""
+
+
 class RunFailed(RuntimeError):
     """A run that started well and cannot go on, e.g. because the loss is no longer finite (exit code 1)."""

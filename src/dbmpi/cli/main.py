@@ -10,13 +10,17 @@ import argparse
 import importlib
 import os
 import sys
+import time
 from collections.abc import Sequence
 from types import ModuleType
+from typing import NoReturn
 
 import dbmpi
 from dbmpi.errors import RunFailed, UserError
 
 COMMANDS = ("train", "launch", "evaluate", "predict", "inspect", "plot", "data", "doctor")
+_MOMENT = 0.5
+"""Seconds."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,9 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
     """Return the parser; only the command that is asked for adds its arguments, so that help comes at once."""
-    parser = argparse.ArgumentParser(
-        prog="dbmpi", description="DistBelief on MPI: train networks over a sharded parameter server."
-    )
+    parser = _Parser(prog="dbmpi", description="DistBelief on MPI: train networks over a sharded parameter server.")
     parser.add_argument("--version", action="version", version=f"dbmpi {dbmpi.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     asked = next((word for word in words if not word.startswith("-")), None)
@@ -54,13 +56,32 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
     return parser
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose complaint comes once, not from every rank."""
+
+    def error(self, message: str) -> NoReturn:
+        if _is_silent():
+            sys.exit(2)
+        super().error(message)
+
+
 def _say(error: Exception) -> None:
     """Print a message once: on the rank that has something to say, and where all have the same, on the first."""
+    if not _is_silent(error):
+        sys.stderr.write(f"dbmpi: {error}\n")
+        sys.stderr.flush()
+
+
+def _is_silent(error: Exception | None = None) -> bool:
+    """Return whether another rank says what is wrong; if so, after a moment, as launchers kill all when one ends."""
     if "dbmpi.runtime.world" in sys.modules:
         from dbmpi.runtime import world
 
-        if isinstance(error, world.ToldElsewhere):
-            return
-    elif any(os.environ.get(name, "0") not in ("", "0") for name in ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK")):
-        return
-    sys.stderr.write(f"dbmpi: {error}\n")
+        silent = isinstance(error, world.ToldElsewhere)
+    else:
+        from dbmpi.runtime.launcher import launched
+
+        silent = launched(os.environ)[2] > 0
+    if silent:
+        time.sleep(_MOMENT)
+    return silent

@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+    from dbmpi.config import Run
 
 SUMMARY = "train the network that a configuration describes (under mpirun or srun, or alone)"
 
@@ -23,34 +29,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Train and print what came out."""
-    from dbmpi import config
-
-    described = config.load(arguments.config, tuple(arguments.overrides))
-
     # Threads, BLAS kernel and kernel cache are chosen before NumPy and Numba are loaded.
     from dbmpi.runtime.environment import prepare
 
     chosen = prepare()
 
-    from dbmpi.errors import RunFailed, UserError
+    from dbmpi.errors import KnownToAll
     from dbmpi.runtime import world
 
     comm = world.start()
-    if comm.rank == 0:
-        print(chosen, flush=True)
-    from dbmpi.train import train
-
     try:
+        described = _described(arguments, comm)
+        if comm.rank == 0:
+            print(chosen, flush=True)
+        from dbmpi.train import train
+
         result = train(described, comm)
-    except (UserError, KeyboardInterrupt):
+    except KnownToAll:
         raise
-    except (RunFailed, Exception) as error:
-        # The other ranks wait for this one: end them too, with this rank's traceback.
+    except BaseException as error:
+        # The other ranks wait for this one: end them too, with this rank's message or traceback.
         world.report_and_abort(error)
-        raise
     if comm.rank == 0:
         _print(result, described.run.directory)
     return 128 + result.stopped_by if result.stopped_by else 0
+
+
+def _described(arguments: argparse.Namespace, comm: MPI.Intracomm) -> Run:
+    """Read the configuration on one rank, so that all have the same, and a mistake in it is told once."""
+    from dbmpi import config
+    from dbmpi.runtime import waiting, world
+
+    text = ""
+    with world.together(comm, "reading the configuration"):
+        if comm.rank == 0:
+            text = config.load(arguments.config, tuple(arguments.overrides)).to_json()
+    return config.Run.from_json(waiting.broadcast_text(comm, text, 0, "the configuration"))
 
 
 def _print(result: object, directory: Path) -> None:

@@ -11,10 +11,12 @@ calls
 from __future__ import annotations
 
 import os
+from types import TracebackType
 
 import numpy as np
 from mpi4py import MPI
 
+from dbmpi.errors import KnownToAll
 from dbmpi.runtime import waiting
 
 _LINE = 64
@@ -29,7 +31,8 @@ def aligned(nbytes: int) -> int:
 class Window:
     """A piece of memory on each rank of `comm`, open to all of them.
 
-    Use :meth:`allocate`; free with :meth:`free` or as a context manager (both collective).
+    Use :meth:`allocate`; free with :meth:`free` or as a context manager (both collective).  Where an exception of one
+    rank alone ends the block, nothing is freed: the job is about to end.
 
     Attributes
     ----------
@@ -159,8 +162,12 @@ class Window:
     def __enter__(self) -> Window:
         return self
 
-    def __exit__(self, *details: object) -> None:
-        self.free()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # After an exception that the other ranks do not know of, freeing would wait for them in vain.
+        if kind is None or issubclass(kind, KnownToAll):
+            self.free()
 
 
 def _bytes(memory: MPI.buffer) -> np.ndarray:

@@ -11,32 +11,21 @@ import signal
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 
-from dbmpi.errors import RunFailed, UserError
+from dbmpi.errors import KnownToAll, RunFailed, UserError
 from dbmpi.runtime import waiting
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-_LAUNCHER_RANKS = ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "SLURM_PROCID")
 
-
-class ToldElsewhere(UserError):
+class ToldElsewhere(KnownToAll):
     """A mistake of the user that another rank prints."""
-
-
-def probable_rank() -> int:
-    """Return this process's rank as the launcher's environment tells it, without MPI; 0 if it tells nothing."""
-    for name in _LAUNCHER_RANKS:
-        text = os.environ.get(name, "")
-        if text.isdigit():
-            return int(text)
-    return 0
 
 
 def start() -> MPI.Intracomm:
@@ -63,40 +52,52 @@ def start() -> MPI.Intracomm:
     return comm
 
 
-def abort(code: int) -> None:
-    """End all ranks at once."""
+def report_and_abort(error: BaseException) -> NoReturn:
+    """Print what happened on this rank, with a traceback unless the message says it all, and end all ranks.
+
+    Never returns: it raises SystemExit where this process is the only rank.
+    """
     from mpi4py import MPI
 
-    sys.stdout.flush()
-    sys.stderr.flush()
+    rank, size = MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size
+    text, code = "", 1
+    if isinstance(error, KeyboardInterrupt):
+        code = 128 + signal.SIGINT
+    elif isinstance(error, UserError):
+        text, code = f"dbmpi: {error}\n", 2
+    elif isinstance(error, RunFailed):
+        text = f"dbmpi: {f'rank {rank}: ' if size > 1 else ''}{error}\n"
+    else:
+        whose = f"rank {rank} failed and ends the job" if size > 1 else "failed"
+        text = f"dbmpi: {whose}:\n{''.join(traceback.format_exception(error))}"
+    with suppress(OSError):  # whoever reads our output may be gone
+        sys.stdout.flush()
+        sys.stderr.write(text)
+        sys.stderr.flush()
+    if size == 1:
+        raise SystemExit(code)
     MPI.COMM_WORLD.Abort(code)
+    os._exit(code)  # MPICH's Abort may return before the launcher has killed this rank
 
 
 def _abort_hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    report_and_abort(error)
-
-
-def report_and_abort(error: BaseException) -> None:
-    """Print what happened on this rank, with a traceback unless the message says it all, and end all ranks."""
-    from mpi4py import MPI
-
-    rank = MPI.COMM_WORLD.rank
-    if isinstance(error, RunFailed):
-        sys.stderr.write(f"dbmpi: rank {rank}: {error}\n")
-    elif isinstance(error, UserError):
-        sys.stderr.write(f"dbmpi: {error}\n")
-    else:
-        text = "".join(traceback.format_exception(error))
-        sys.stderr.write(f"dbmpi: rank {rank} failed and ends the job:\n{text}")
-    abort(2 if isinstance(error, UserError) else 1)
+    # The rank that has the message ends all; if another one did, it could come first.
+    if not isinstance(error, ToldElsewhere):
+        report_and_abort(error)
 
 
 @contextmanager
-def together(comm: MPI.Comm, what: str) -> Iterator[None]:
+def together(comm: MPI.Comm, what: str, *, seconds: float | None = None) -> Iterator[None]:
     """Make a mistake of the user that one rank found an error on all ranks (collective).
 
     If any rank raises UserError inside the block, every rank leaves it with one: the lowest such rank with its own,
-    which is to be printed, all others with ToldElsewhere.
+    which is to be printed and is now a KnownToAll, all others with ToldElsewhere.  Any other exception goes on at once:
+    the other ranks do not hear of it.
+
+    Parameters
+    ----------
+    seconds
+        How long to wait for the slowest rank, where that may rightly take longer than the stall limit.
     """
     from mpi4py import MPI
 
@@ -106,11 +107,11 @@ def together(comm: MPI.Comm, what: str) -> Iterator[None]:
     except UserError as error:
         mine = error
     vote = np.array([comm.rank if mine is not None else comm.size], np.int64)
-    first = int(waiting.allreduce(comm, vote, MPI.MIN, f"the other ranks after {what}")[0])
+    first = int(waiting.allreduce(comm, vote, MPI.MIN, f"the other ranks after {what}", seconds=seconds)[0])
     if first == comm.size:
         return
     if mine is not None and first == comm.rank:
-        raise mine
+        raise KnownToAll(str(mine)) from mine
     raise ToldElsewhere(f"rank {first} reports a mistake")
 
 
