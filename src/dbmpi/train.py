@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -43,6 +44,10 @@ DTYPE = np.dtype(np.float32)
 """Of parameters and gradients."""
 _MOST_AXES = 32
 """Of an HDF5 dataset."""
+_MOST_BATCHES = 2**62
+"""Of a run: counts of steps and batches travel and are stored as 64-bit integers."""
+_LOADING_SECONDS = 86400.0
+"""How long the ranks wait for each other's data: reading a large file takes what it takes."""
 
 
 @dataclass(frozen=True)
@@ -126,11 +131,17 @@ class _Session:
         """Set up, train, evaluate."""
         run, plan = self._run, self._plan
         facts = self._open_data()
-        network = Network(
-            run.network, facts.input_shape, run.run.seed, targets="classes" if facts.classes else "values"
-        )
+        with together(self._comm, "planning the network"):
+            network = Network(
+                run.network, facts.input_shape, run.run.seed, targets="classes" if facts.classes else "values"
+            )
+            order = Order(facts.samples, run.optimizer.batch_size, run.optimizer.epochs, run.run.seed)
+            if order.batches > _MOST_BATCHES:
+                raise UserError(
+                    f"optimizer.epochs = {run.optimizer.epochs:g}: that is {order.batches:.3g} batches of "
+                    f"{run.optimizer.batch_size}, more than can be counted; lower optimizer.epochs"
+                )
         applied_rule = rule(run.optimizer)
-        order = Order(facts.samples, run.optimizer.batch_size, run.optimizer.epochs, run.run.seed)
         begin, checkpoint, session = self._prepare_directory(network.layout, order)
         self._compile_kernels(network, applied_rule, facts)
         stop = self._stack.enter_context(StopSignal())
@@ -141,19 +152,16 @@ class _Session:
         window = self._stack.enter_context(Window.allocate(self._comm, nbytes))
         started = time.time()
         shard = lead = None
-        if self._shard_number is not None:
-            recorder = self._recorder("shard", self._shard_number, session, started)
-            held = ranges[self._shard_number]
-            server = Server(
-                window, memories[self._shard_number], self._shard_number, plan.worker_ranks, applied_rule, DTYPE
-            )
-            with together(self._comms.shards, "reading the checkpoint"):
+        with together(self._comm, "preparing the shards", seconds=_LOADING_SECONDS):
+            if number is not None:
+                recorder = self._recorder("shard", number, session, started)
+                held = ranges[number]
+                server = Server(window, memories[number], number, plan.worker_ranks, applied_rule, DTYPE)
                 _fill(server, held, network, checkpoint, applied_rule)
-            mailbox = Mailbox(self._comm, Role.SHARD)
-            if self._is_lead:
-                lead = self._lead(network.layout, ranges, begin, mailbox, recorder, facts, order)
-            shard = Shard(self._comm, server, held, mailbox, recorder, stop, run.monitor.report_seconds, lead)
-        waiting.barrier(self._comm, "the shards to be ready")
+                mailbox = Mailbox(self._comm, Role.SHARD)
+                if self._is_lead:
+                    lead = self._lead(network.layout, ranges, begin, mailbox, recorder, facts, order)
+                shard = Shard(self._comm, server, held, mailbox, recorder, stop, run.monitor.report_seconds, lead)
 
         began = time.monotonic()
         worker = None
@@ -169,7 +177,7 @@ class _Session:
     def _open_data(self) -> _Facts:
         """Open the data on the workers; the first one also looks at every value, and tells the shapes to all."""
         run = self._run
-        with together(self._comm, "opening the data"):
+        with together(self._comm, "opening the data", seconds=_LOADING_SECONDS):
             if self._worker_number is not None:
                 memory = run.data.memory_mib
                 source = self._stack.enter_context(Source.open(run.data.train, memory))
@@ -215,7 +223,7 @@ class _Session:
         with together(self._comm, "reading the checkpoint"), Checkpoint.open(Path(path)) as checkpoint:
             checkpoint.expect(layout)
             info = checkpoint.info
-            _check_same_order(run, info.configuration, Path(path))
+            _check_same_order(run, info.configuration, order, info.total, Path(path))
             frontier = min(info.frontier, order.batches)
             holes = tuple(hole for hole in info.holes if hole < frontier)
             begin = Begin(
@@ -352,7 +360,7 @@ class _Session:
             mine = Outcome(0, 0.0, 0)
             if worker is not None and self._test_source is not None:
                 mine = worker.evaluate(self._test_source, self._worker_number or 0, self._plan.workers)
-            serve = None if shard is None else shard.poll
+            serve = worker.obey if worker is not None else shard.poll if shard is not None else None
             sums = np.array([mine.samples, mine.loss, max(mine.correct, 0), mine.correct < 0], np.float64)
             total = waiting.allreduce(self._comm, sums, MPI.SUM, "the evaluation of the other workers", serve=serve)
             test = Outcome(int(total[0]), float(total[1]), -1 if total[3] else int(total[2]))
@@ -365,7 +373,10 @@ def _previous(run: Run) -> Path | None:
     """Return the checkpoint to go on from; refuse to write into another run's directory."""
     place = run.run.directory
     try:
-        (place / "checkpoints").mkdir(parents=True, exist_ok=True)
+        for below in ("checkpoints", "records"):
+            (place / below).mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=place / below):
+                pass
         directory.clean(place / "checkpoints")
         existing = directory.checkpoints(place / "checkpoints")
     except OSError as error:
@@ -384,8 +395,18 @@ def _previous(run: Run) -> Path | None:
         return checkpoint.path
 
 
-def _check_same_order(run: Run, stored: str, path: Path) -> None:
-    """Refuse to go on where the numbers of the stream would mean other samples than before."""
+def _check_same_order(run: Run, stored: str, order: Order, total: int, path: Path) -> None:
+    """Refuse to go on where the numbers of the stream would mean other samples than before.
+
+    Parameters
+    ----------
+    stored
+        The description of the run that wrote the checkpoint.
+    order
+        Of the run that is to go on.
+    total
+        Batches of the run that wrote the checkpoint.
+    """
     before = Run.from_json(stored)
     pairs = {
         "optimizer.batch_size": (before.optimizer.batch_size, run.optimizer.batch_size),
@@ -398,6 +419,13 @@ def _check_same_order(run: Run, stored: str, path: Path) -> None:
                 f"{path}: was written with {key} = {then}, the run to go on has {now}; "
                 f"set it back, or start anew in another run.directory"
             )
+    then = Order(order.samples, order.batch_size, before.optimizer.epochs, order.seed).batches
+    if then != total:
+        raise UserError(
+            f"{path}: was written by a run of {total} batches in {before.optimizer.epochs:g} epochs, but the "
+            f"{order.samples} samples of {run.data.train} make {then}: it has learned from other data; "
+            f"set data.train back, or start anew in another run.directory"
+        )
 
 
 def _use_kernels(network: Network, applied_rule: Rule, run: Run, facts: _Facts) -> None:

@@ -71,6 +71,12 @@ def read_latest(directory: Path) -> Path | None:
     return directory / name if _NAME.fullmatch(name) else None
 
 
+def kept(directory: Path) -> str:
+    """Say, where a run cannot write or go on, which checkpoint is left."""
+    latest = read_latest(directory)
+    return f"the last checkpoint is {latest}" if latest else "there is no earlier checkpoint"
+
+
 def replace_latest(path: Path) -> None:
     """Let ``latest`` name the file `path` beside it, at one stroke: a reader finds the old one or the new one."""
     pointer = path.with_name(LATEST)

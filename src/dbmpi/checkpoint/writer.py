@@ -134,9 +134,7 @@ class CheckpointWriter:
         try:
             yield
         except RunFailed as error:
-            latest = directory.read_latest(self.path.parent)
-            kept = f"the last checkpoint is {latest}" if latest else "there is no earlier checkpoint"
-            raise RunFailed(f"{error}; {kept}") from error
+            raise RunFailed(f"{error}; {directory.kept(self.path.parent)}") from error
 
 
 class Coverage:

@@ -7,6 +7,7 @@ worker.
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from dataclasses import dataclass
@@ -17,17 +18,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 from mpi4py import MPI
 
-from dbmpi.checkpoint.directory import checkpoint_path
+from dbmpi.checkpoint.directory import checkpoint_path, kept
 from dbmpi.checkpoint.schema import CheckpointInfo, library_versions
 from dbmpi.checkpoint.writer import CheckpointWriter
 from dbmpi.config import Run
 from dbmpi.data.stream import Stream
+from dbmpi.errors import RunFailed
 from dbmpi.monitor.progress import Progress
 from dbmpi.monitor.records import EvaluationReport, Recorder, StalenessHistogram
 from dbmpi.objective import Outcome
 from dbmpi.optim.shard import collect
 from dbmpi.paramserver.layout import Layout
 from dbmpi.paramserver.server import Tally
+from dbmpi.runtime import waiting
 from dbmpi.runtime.orders import Kind, Mailbox, Message, Role
 from dbmpi.topology import Plan
 
@@ -109,6 +112,8 @@ class Lead:
         self._states = [_State.RUNNING] * plan.replicas
         self._learned = [0] * plan.replicas
         self._pausing = False
+        self._version = 0
+        self._said_alive = time.monotonic()
         self._checkpointed = time.monotonic()
         self.steps = 0
         self.samples = 0
@@ -134,11 +139,16 @@ class Lead:
         elif kind == Kind.EVALUATION:
             loss = float(np.array([values[3]], np.int64).view(np.float64)[0])
             self.evaluated(Outcome(values[1], loss, values[2]), values[0] / self._batches_per_epoch)
+        elif kind == Kind.ALIVE:
+            self._say_alive()
 
     def look(self, shard: Shard) -> bool:
         """Act on what has been heard and on the clock; return whether anything was done."""
         if self.ended:
             return False
+        if shard.version != self._version:
+            self._version = shard.version
+            self._say_alive()
         if all(state == _State.FINISHED for state in self._states):
             self._write_checkpoint(shard)
             self._tell_workers(Kind.END)
@@ -189,6 +199,15 @@ class Lead:
         )
         self._progress.evaluation(epoch, outcome.mean_loss, outcome.accuracy, outcome.samples)
 
+    def awaited(self) -> str:
+        """Say whom the run waits for."""
+        late = [replica for replica, state in enumerate(self._states) if state == _State.RUNNING]
+        if not late:
+            return "the workers to leave"
+        ranks = [self._plan.worker_ranks[replica * self._plan.partitions] for replica in late]
+        who = ", ".join(f"replica {replica} on rank {rank}" for replica, rank in zip(late, ranks, strict=True))
+        return f"{who} to {'come to rest for a checkpoint' if self._pausing else 'push or to finish'}"
+
     @property
     def epoch(self) -> float:
         """Passes through the training samples by all replicas together, over all sessions."""
@@ -200,9 +219,17 @@ class Lead:
     def _tell_workers(self, kind: Kind) -> None:
         """Send an order to all workers who can still obey."""
         for replica, state in enumerate(self._states):
-            if state != _State.FINISHED or kind == Kind.END:
+            if state != _State.FINISHED or kind in (Kind.END, Kind.ALIVE):
                 rank = self._plan.worker_ranks[replica * self._plan.partitions]
                 self._mailbox.send(rank, Role.WORKER, kind)
+
+    def _say_alive(self) -> None:
+        """Let all who wait know that the run moves, in time before they give it up."""
+        if time.monotonic() - self._said_alive >= waiting.STALL_SECONDS / 4:
+            self._said_alive = time.monotonic()
+            self._tell_workers(Kind.ALIVE)
+            for rank in self._plan.shard_ranks[1:]:
+                self._mailbox.send(rank, Role.SHARD, Kind.ALIVE)
 
     def _write_checkpoint(self, shard: Shard) -> None:
         """Write the state of all shards, which are at rest, into one file."""
@@ -218,11 +245,14 @@ class Lead:
         path = checkpoint_path(self._run.run.directory, steps)
         with CheckpointWriter(path, self._layout, tuple(vectors), dtype) as writer:
             for name, values in vectors.items():
+                self._check_finite(name, values)
                 writer.write(name, self._ranges[0].start, values)
             for other, rank in enumerate(self._plan.shard_ranks[1:], 1):
                 versions[other], pieces = collect(self._comm, rank, self._ranges[other], tuple(vectors), dtype)
                 for name, start, values in pieces:
+                    self._check_finite(name, values)
                     writer.write(name, start, values)
+                    self._say_alive()
             info = CheckpointInfo(
                 configuration=self._run.to_json(),
                 step=steps,
@@ -241,3 +271,13 @@ class Lead:
             )
             self.checkpoint = writer.commit(info, self._run.checkpoint.keep)
         self._checkpointed = time.monotonic()
+
+    def _check_finite(self, name: str, values: np.ndarray) -> None:
+        """Do not put useless parameters in the place of the last good ones."""
+        # A sum of float32 in float64 is finite if and only if they are; it needs no memory.
+        if name == "parameters" and not math.isfinite(float(np.sum(values, dtype=np.float64))):
+            raise RunFailed(
+                f"after {self._begin.step + self.steps} steps some parameters are NaN or infinite; no checkpoint is "
+                f"written; {kept(self._run.run.directory / 'checkpoints')}; lower optimizer.learning_rate "
+                f"({self._run.optimizer.learning_rate:g})"
+            )

@@ -65,7 +65,8 @@ class Shard:
 
     def serve(self) -> None:
         """Do nothing else until the lead ends the run: the life of a rank that is only a shard."""
-        waiting.until(lambda: self.ended, "the end of the run", serve=self.poll)
+        awaited = "the lead to end the run" if self._lead is None else self._lead.awaited
+        waiting.until(lambda: self.ended, awaited, serve=self.poll)
 
     def poll(self) -> bool:
         """Do what there is to do; return whether there was anything."""

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from dbmpi.checkpoint.directory import kept
 from dbmpi.config import Run
 from dbmpi.data.source import Source
 from dbmpi.data.stream import Order
@@ -20,6 +21,8 @@ from dbmpi.runtime.orders import Kind, Mailbox, Role
 from dbmpi.runtime.world import StopSignal
 
 _ACTIVITIES = ("compute", "fetch", "push", "wait", "data")
+_FOR_THE_LEAD = 1.25
+"""Factor on the stall limit where a worker waits for the lead, which knows better than the worker who is to blame."""
 
 
 class Worker:
@@ -74,6 +77,8 @@ class Worker:
         self._stop_told = False
         self._ended = False
         self._paused = False
+        self._asked_to_pause = False
+        self._alive = time.monotonic()
         self._batch = 0
         self._steps = 0
         self._learned = 0
@@ -87,15 +92,13 @@ class Worker:
 
     def proceed(self) -> bool:
         """Serve this rank's shard, obey the lead's orders, and return whether to take another step."""
-        self._serve_and_obey()
+        self.obey()
         while (self._paused or not self._released) and not self._stopping:
             with self.stopwatch("wait"):
                 if self._paused:
                     self._rest()
                 else:
-                    waiting.until(
-                        self._may_move, "the end of the warmstart", serve=self._serve_and_obey, longest_nap=0.02
-                    )
+                    self._wait_for_lead(self._may_move, "the end of the warmstart", longest_nap=0.02)
         return not self._stopping
 
     def load(self, number: int) -> Batch:
@@ -108,8 +111,8 @@ class Worker:
         if not math.isfinite(outcome.loss):
             raise RunFailed(
                 f"the loss is {outcome.mean_loss} at step {self._steps} of replica {self._number}, batch {self._batch} "
-                f"of the stream.  The last checkpoint is kept; lower optimizer.learning_rate "
-                f"({self._run.optimizer.learning_rate}), or look for extreme values in {self._run.data.train}"
+                f"of the stream; {kept(self._run.run.directory / 'checkpoints')}; lower optimizer.learning_rate "
+                f"({self._run.optimizer.learning_rate:g}), or look for extreme values in {self._run.data.train}"
             )
         self._steps += 1
         self._samples += outcome.samples
@@ -137,22 +140,18 @@ class Worker:
         """Say that all is pushed and applied, and stay until the lead ends training; return the batches learned."""
         self._report()
         self._mailbox.send(self._lead, Role.SHARD, Kind.FINISHED, self._learned)
-        waiting.until(lambda: self._ended, "the end of training", serve=self._serve_and_obey, longest_nap=0.01)
+        self._wait_for_lead(lambda: self._ended, "the end of training", longest_nap=0.01)
         return self._learned
 
     def evaluate(self, source: Source, part: int, parts: int) -> Outcome:
         """Return the outcome of one of `parts` shares of a source at the shards' present parameters."""
         parameters = np.empty(self._objective.layout.size, np.float32)
-        self._client.fetch(parameters)
-        return evaluate(self._objective, parameters, source, self._run.optimizer.batch_size, part, parts, self._serve)
+        self._client.peek(parameters)
+        batch_size = self._run.optimizer.batch_size
+        return evaluate(self._objective, parameters, source, batch_size, part, parts, self._at_work)
 
-    # Helpers
-
-    @property
-    def _epoch(self) -> float:
-        return (self._batch + 1) / self._order.batches_per_epoch
-
-    def _serve_and_obey(self) -> bool:
+    def obey(self) -> bool:
+        """Serve this rank's shard and take in the lead's orders; return whether there was anything."""
         moved = self._serve() if self._serve is not None else False
         if self._stop.number and not self._stop_told:
             self._stop_told = True
@@ -160,7 +159,7 @@ class Worker:
         while (message := self._mailbox.receive()) is not None:
             moved = True
             if message.kind == Kind.PAUSE:
-                self._paused = True
+                self._paused = self._asked_to_pause = True
             elif message.kind == Kind.GO:
                 self._paused = False
             elif message.kind == Kind.RELEASE:
@@ -171,14 +170,35 @@ class Worker:
                 self._ended = True
         return moved
 
+    # Helpers
+
+    @property
+    def _epoch(self) -> float:
+        return (self._batch + 1) / self._order.batches_per_epoch
+
     def _may_move(self) -> bool:
         return self._released or self._paused or self._stopping
 
     def _rest(self) -> None:
         """Come to rest, say so, and wait until the lead lets this worker go on."""
         self._client.settle()
+        self._asked_to_pause = False
         self._mailbox.send(self._lead, Role.SHARD, Kind.PAUSED, self._learned)
-        waiting.until(lambda: not self._paused or self._stopping, "a checkpoint", serve=self._serve_and_obey)
+        # The next pause may come at one look with the end of this one, and wants an answer of its own.
+        self._wait_for_lead(
+            lambda: not self._paused or self._stopping or self._asked_to_pause, "the lead to write a checkpoint"
+        )
+
+    def _wait_for_lead(self, condition: Callable[[], bool], what: str, longest_nap: float = 1e-3) -> None:
+        seconds = _FOR_THE_LEAD * waiting.STALL_SECONDS
+        waiting.until(condition, what, serve=self.obey, seconds=seconds, longest_nap=longest_nap)
+
+    def _at_work(self) -> bool:
+        """Obey, and let the others know now and then that this rank is at work though it pushes nothing."""
+        if time.monotonic() - self._alive >= waiting.STALL_SECONDS / 4:
+            self._alive = time.monotonic()
+            self._mailbox.send(self._lead, Role.SHARD, Kind.ALIVE)
+        return self.obey()
 
     def _evaluate_now(self) -> None:
         assert self._test is not None

@@ -61,14 +61,13 @@ class Client:
         """Copy the shards' parameters into the flat vector, after all own pushes have been applied.
 
         A shard may apply another client's push meanwhile: parts of the vector may be of different versions, as in the
-        paper.
+        paper.  The staleness of later pushes is counted from here.
         """
-        self.settle()
-        for shard in self._order:
-            memory, held = self._memories[shard], self._ranges[shard]
-            self._fetched_version[shard] = self._window.load(self._ranks[shard], memory.version)
-            self._window.get(self._ranks[shard], memory.parameters, parameters[held.start : held.stop])
-        self.fetched_bytes += parameters.nbytes
+        self._fetched_version = self._copy(parameters)
+
+    def peek(self, parameters: np.ndarray) -> None:
+        """Copy the parameters as :meth:`fetch` does, but for something else than the next gradient."""
+        self._copy(parameters)
 
     def push(self, gradient: np.ndarray, outcome: Outcome, steps: int = 1) -> None:
         """Send the flat gradient to the shards.
@@ -90,22 +89,34 @@ class Client:
             return any(self._free(shard) for shard, _ in streams)
 
         while streams:
-            waiting.until(some_slot_is_free, "the shards to apply pushed gradients", serve=self._serve)
+            waiting.until(some_slot_is_free, lambda: f"{self._late()} to take in a gradient", serve=self._serve)
             # Chunks go to the shards in turn: all of them work at the same time.
             streams = [stream for stream in streams if not self._free(stream[0]) or self._send(*stream)]
         self.pushed_bytes += gradient.nbytes
 
     def settle(self) -> None:
         """Wait until everything pushed has been applied."""
-        waiting.until(
-            self._all_applied,
-            f"shards {self._order} to apply the last push of client {self._number}",
-            serve=self._serve,
-        )
+        waiting.until(self._all_applied, lambda: f"{self._late()} to apply the last push", serve=self._serve)
+
+    def _copy(self, parameters: np.ndarray) -> list[int]:
+        """Copy the parameters, and return each shard's version."""
+        self.settle()
+        versions = [0] * len(self._ranks)
+        for shard in self._order:
+            memory, held = self._memories[shard], self._ranges[shard]
+            versions[shard] = self._window.load(self._ranks[shard], memory.version)
+            self._window.get(self._ranks[shard], memory.parameters, parameters[held.start : held.stop])
+        self.fetched_bytes += parameters.nbytes
+        return versions
 
     def _all_applied(self) -> bool:
         self._window.sync()
         return bool(self._applied.tolist() == self._posted)
+
+    def _late(self) -> str:
+        """Name the shards that have not applied all yet."""
+        late = [shard for shard in self._order if self._applied[shard] != self._posted[shard]]
+        return ", ".join(f"shard {shard} on rank {self._ranks[shard]}" for shard in late)
 
     def _free(self, shard: int) -> bool:
         """Whether a slot of the shard's ring is free."""

@@ -51,6 +51,8 @@ class Kind(IntEnum):
     """Lead to worker: the warmstart is over, begin."""
     EVALUATION = 11
     """Worker to lead: batches of the stream passed, samples tested, correct, and the bits of the loss."""
+    ALIVE = 12
+    """Worker to lead: at work, though nothing is pushed.  Lead to everybody: the run moves, keep waiting."""
 
 
 class Message(NamedTuple):

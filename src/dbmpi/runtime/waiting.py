@@ -14,13 +14,34 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dbmpi.errors import RunFailed
+from dbmpi.errors import RunFailed, UserError
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-STALL_SECONDS = float(os.environ.get("DBMPI_STALL_SECONDS", "600"))
-"""A wait in which nothing moves for this long ends the run; ``DBMPI_STALL_SECONDS`` changes it."""
+
+def stall_seconds() -> float:
+    """Return how long a wait may last in which nothing moves: 600 s, or what ``DBMPI_STALL_SECONDS`` says.
+
+    Raises
+    ------
+    UserError
+        If the variable holds no positive number.
+    """
+    text = os.environ.get("DBMPI_STALL_SECONDS", "600")
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not seconds > 0:
+        raise UserError(f"DBMPI_STALL_SECONDS={text}: expected a positive number of seconds, e.g. 600")
+    return seconds
+
+
+STALL_SECONDS = stall_seconds()
+"""A wait in which nothing moves for this long ends the run."""
+_LONGEST_LOOK = 1.0
+"""Seconds that count between two looks, at most."""
 
 
 class Backoff:
@@ -47,7 +68,7 @@ class Backoff:
 
 def until(
     condition: Callable[[], bool],
-    what: str,
+    what: str | Callable[[], str],
     *,
     serve: Callable[[], bool] | None = None,
     seconds: float | None = None,
@@ -60,7 +81,7 @@ def until(
     condition
         Asked again and again; must not block.
     what
-        What is waited for, for the message if it never comes.
+        What is waited for, for the message if it never comes; a function is asked when it is needed.
     serve
         Called between two looks; returns whether it did something, which also counts as a sign of life.
     seconds
@@ -75,20 +96,26 @@ def until(
     """
     limit = STALL_SECONDS if seconds is None else seconds
     backoff = Backoff(longest=longest_nap)
-    since = time.monotonic()
+    waited, looked = 0.0, time.monotonic()
     while not condition():
+        now = time.monotonic()
+        # A process that was suspended, perhaps with the whole job, has not waited all that time.
+        waited, looked = waited + min(now - looked, _LONGEST_LOOK), now
         if serve is not None and serve():
-            since = time.monotonic()
+            waited = 0.0
             backoff.reset()
-        elif time.monotonic() - since > limit:
-            raise RunFailed(f"stalled: nothing moved for {limit:.0f} s while waiting for {what}")
+        elif waited > limit:
+            awaited = what if isinstance(what, str) else what()
+            raise RunFailed(f"stalled: nothing moved for {limit:g} s while waiting for {awaited}")
         else:
             backoff.nap()
 
 
-def complete(request: MPI.Request, what: str, *, serve: Callable[[], bool] | None = None) -> None:
+def complete(
+    request: MPI.Request, what: str, *, serve: Callable[[], bool] | None = None, seconds: float | None = None
+) -> None:
     """Wait for a non-blocking operation by testing it."""
-    until(request.Test, what, serve=serve)
+    until(request.Test, what, serve=serve, seconds=seconds)
 
 
 def barrier(comm: MPI.Comm, what: str, *, serve: Callable[[], bool] | None = None) -> None:
@@ -97,11 +124,17 @@ def barrier(comm: MPI.Comm, what: str, *, serve: Callable[[], bool] | None = Non
 
 
 def allreduce(
-    comm: MPI.Comm, values: np.ndarray, operation: MPI.Op, what: str, *, serve: Callable[[], bool] | None = None
+    comm: MPI.Comm,
+    values: np.ndarray,
+    operation: MPI.Op,
+    what: str,
+    *,
+    serve: Callable[[], bool] | None = None,
+    seconds: float | None = None,
 ) -> np.ndarray:
     """Return `values` reduced over all ranks of `comm`; a new array of the same shape and dtype."""
     result = np.empty_like(values)
-    complete(comm.Iallreduce(values, result, operation), what, serve=serve)
+    complete(comm.Iallreduce(values, result, operation), what, serve=serve, seconds=seconds)
     return result
 
 
