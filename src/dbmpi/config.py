@@ -65,6 +65,42 @@ class Dense(Section):
     """Factor on the standard deviation of the initial weights."""
 
 
+class Local(Section):
+    """A locally connected layer: a filter of its own at every place (not shared), valid borders."""
+
+    type: Literal["local"] = "local"
+    name: Name | None = None
+    """Name in checkpoints; by default the type and the place, e.g. ``local1``."""
+    maps: Count
+    """Number of maps: filters at every place."""
+    field: Count | tuple[Count, Count]
+    """Rows and columns of the inputs that a filter sees; one number for a square."""
+    stride: Count = 1
+    """Rows, and columns, from one field to the next."""
+    activation: Literal["sigmoid", "tanh", "relu", "linear"] = "linear"
+    """Function applied to every output."""
+    initial_scale: NotNegative = 1.0
+    """Factor on the standard deviation of the initial weights."""
+
+
+class Convolution(Section):
+    """A convolution: the same filters at every place, valid borders."""
+
+    type: Literal["convolution"] = "convolution"
+    name: Name | None = None
+    """Name in checkpoints; by default the type and the place, e.g. ``convolution1``."""
+    maps: Count
+    """Number of maps: filters."""
+    field: Count | tuple[Count, Count]
+    """Rows and columns of the inputs that a filter sees; one number for a square."""
+    stride: Count = 1
+    """Rows, and columns, from one field to the next."""
+    activation: Literal["sigmoid", "tanh", "relu", "linear"] = "linear"
+    """Function applied to every output."""
+    initial_scale: NotNegative = 1.0
+    """Factor on the standard deviation of the initial weights."""
+
+
 class NetworkSection(Section):
     """The model: layers from the input upwards, and the loss on top of the last one."""
 
