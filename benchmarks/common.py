@@ -1,7 +1,7 @@
 """The one form of all benchmarks: options, fair timing, what the machine can do, and the report.
 
-A benchmark is run as ``python benchmarks/NAME.py [--quick] [--json]``.  It prints tables for people; with ``--json`` its
-last line is one JSON object::
+A benchmark is run as ``python benchmarks/NAME.py [--quick] [--json]``.  It prints tables for people; with ``--json``
+its last line is one JSON object::
 
     {"benchmark": NAME, "machine": {...}, "targets": [{"what": ..., "value": ..., "target": ..., "ok": ...}, ...]}
 
@@ -15,6 +15,7 @@ run in an environment that has PyTorch and nothing of ours.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -165,10 +166,8 @@ class Contestant:
         """Let it do something once, and return what it tells."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        try:
+        with contextlib.suppress(BrokenPipeError):  # it has ended, which the next line notices
             print(action, file=self._process.stdin, flush=True)
-        except BrokenPipeError:
-            pass  # it has ended, which the next line notices
         answer = self._process.stdout.readline()
         if not answer:
             raise RuntimeError(f"{' '.join(self._command)} ended with exit code {self._process.wait()}")

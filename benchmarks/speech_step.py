@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from itertools import pairwise
 from typing import Any
 
 import common
@@ -89,7 +90,7 @@ PARTS = ("products forward", "products of input gradients", "products of weight 
 
 def parts_flops(batch: int) -> dict[str, int]:
     """Return the operations of each part of a step; 0 where they are not products."""
-    products = [2 * batch * inputs * outputs for inputs, outputs in zip(SIZES[:-1], SIZES[1:], strict=True)]
+    products = [2 * batch * inputs * outputs for inputs, outputs in pairwise(SIZES)]
     counted = (sum(products), sum(products[1:]), sum(products), 0, 0)
     return {**dict(zip(PARTS, counted, strict=True)), "update": 0, "all else": 0}
 

@@ -1,6 +1,7 @@
 """PyTorch's training step of the speech network, as a contestant: speech_step.py THREADS BATCH."""
 
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ def main() -> None:
     torch.manual_seed(1)
     sizes = (440, 2560, 2560, 2560, 2560, 8192)
     modules: list[torch.nn.Module] = []
-    for inputs, outputs in zip(sizes[:-1], sizes[1:], strict=True):
+    for inputs, outputs in pairwise(sizes):
         modules.append(torch.nn.Linear(inputs, outputs))
         modules.append(torch.nn.Sigmoid())
     network = torch.nn.Sequential(*modules[:-1])

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dbmpi.errors import UserError
-from dbmpi.kernels import matmul
+from dbmpi.kernels import matmul, tiles
 from dbmpi.kernels.tiles import TiledProduct
 
 SIZES = st.integers(1, 150)
@@ -48,6 +48,18 @@ def test_tiled_products(dtype, m, k, n, orders, seed):
     TiledProduct()(a, b, out)
     _check(out, a, b)
     assert memory[0] == memory[-1] == 7
+
+
+@pytest.mark.parametrize("orders", ["CC", "CF", "FC", "FF"])
+@given(k=st.integers(1, 1500), n=SIZES)
+def test_tiled_products_in_several_pieces(orders, k, n):
+    a, b = _matrices(40, k, n, orders, np.float32, 1)
+    out, expected = np.empty((2, 40, n), np.float32)
+    TiledProduct()(a, b, expected)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiles, "PACKED_BYTES", 100_000)
+        TiledProduct()(a, b, out)
+    np.testing.assert_array_equal(out, expected)
 
 
 @pytest.mark.parametrize("name", matmul.PROVIDERS)

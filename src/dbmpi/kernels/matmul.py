@@ -102,7 +102,7 @@ def use(name: str) -> None:
     _Choice.name = name
 
 
-def probe(repeats: int = 4) -> dict[str, float]:
+def probe(repeats: int = 6) -> dict[str, float]:
     """Return the seconds that each provider needs for the three float32 products of a layer, batch 128."""
     units, inputs, samples = 2048, 1024, 128
     weights, activations, gradient = (

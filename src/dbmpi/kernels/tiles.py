@@ -24,7 +24,9 @@ DEPTH = 128
 """Products summed in registers before a tile is added to `out`: a panel of this depth fits into the first cache."""
 BLOCK = 192
 """Rows of `a` that a thread takes at a time: with `DEPTH` columns they fit into the second cache."""
-GROUP = 2
+PACKED_BYTES = 4 << 20
+"""Size up to which panels are packed at once: a part of the last cache, as every block of `a` passes over them."""
+GROUP = 4
 """Panels that are finished before the next ones begin, so that their part of `out` stays in the second cache."""
 
 
@@ -51,17 +53,22 @@ class TiledProduct:
         """
         (m, k), n = a.shape, b.shape[1]
         width = tile_columns(out.dtype)
-        packed = self._workspace(-(-n // width) * width * k, out.dtype)
-        if b.flags.c_contiguous:
-            _pack_rows(b.reshape(-1), k, n, width, packed)
-        else:
-            _pack_columns(b.T.reshape(-1), k, n, width, packed)
+        columns = -(-n // width) * width
+        pieces = -(-k * columns * out.itemsize // PACKED_BYTES)
+        piece = -(-k // (pieces * DEPTH)) * DEPTH
+        packed = self._workspace(columns * min(piece, k), out.dtype)
         strips = -(-m // ROWS)
         block = min(BLOCK // ROWS, -(-strips // THREADS)) * ROWS
-        if a.flags.c_contiguous:
-            _multiply(False)(a.reshape(-1), packed, out.reshape(-1), m, n, k, width, block)
-        else:
-            _multiply(True)(a.T.reshape(-1), packed, out.reshape(-1), m, n, k, width, block)
+        for first in range(0, k, piece):
+            last = min(k, first + piece)
+            if b.flags.c_contiguous:
+                _pack_rows(b.reshape(-1), first, last, n, width, packed)
+            else:
+                _pack_columns(b.T.reshape(-1), first, last, k, n, width, packed)
+            if a.flags.c_contiguous:
+                _multiply(False)(a.reshape(-1), packed, out.reshape(-1), m, n, k, first, last, width, block)
+            else:
+                _multiply(True)(a.T.reshape(-1), packed, out.reshape(-1), m, n, k, first, last, width, block)
 
     def _workspace(self, size: int, dtype: np.dtype) -> np.ndarray:
         size *= dtype.itemsize
@@ -76,14 +83,14 @@ def tile_columns(dtype: np.dtype) -> int:
 
 
 @parallel_kernel
-def _pack_rows(b: np.ndarray, k: int, n: int, width: int, packed: np.ndarray) -> None:
-    """Cut the rows of `b` (k, n) into panels of `width` columns, the last one filled up with zeros."""
+def _pack_rows(b: np.ndarray, first: int, last: int, n: int, width: int, packed: np.ndarray) -> None:
+    """Cut the rows [first, last) of `b` (k, n) into panels of `width` columns, the last one filled up with zeros."""
     for panel in prange(-(-n // width)):
         filled = min(width, n - panel * width)
-        for row in range(k):
+        for row in range(last - first):
             # Views, because Numba allows for negative indices wherever it cannot see that there are none.
-            source = b[row * n + panel * width :][:filled]
-            target = packed[(panel * k + row) * width :][:width]
+            source = b[(first + row) * n + panel * width :][:filled]
+            target = packed[(panel * (last - first) + row) * width :][:width]
             for column in range(filled):
                 target[column] = source[column]
             for column in range(filled, width):
@@ -91,15 +98,15 @@ def _pack_rows(b: np.ndarray, k: int, n: int, width: int, packed: np.ndarray) ->
 
 
 @parallel_kernel
-def _pack_columns(b: np.ndarray, k: int, n: int, width: int, packed: np.ndarray) -> None:
+def _pack_columns(b: np.ndarray, first: int, last: int, k: int, n: int, width: int, packed: np.ndarray) -> None:
     """As `_pack_rows`, for a `b` whose columns are contiguous: element (row, column) at ``column * k + row``."""
     for panel in prange(-(-n // width)):
         filled = min(width, n - panel * width)
-        for start in range(0, k, 16):  # a cache line of every column at a time
-            height = min(16, k - start)
-            block = packed[(panel * k + start) * width :][: height * width].reshape(height, width)
+        for start in range(0, last - first, 16):  # a cache line of every column at a time
+            height = min(16, last - first - start)
+            block = packed[(panel * (last - first) + start) * width :][: height * width].reshape(height, width)
             for column in range(filled):
-                source = b[(panel * width + column) * k + start :][:height]
+                source = b[(panel * width + column) * k + first + start :][:height]
                 for row in range(height):
                     block[row, column] = source[row]
             block[:, filled:] = 0
@@ -110,7 +117,16 @@ def _multiply(by_columns: bool) -> Kernel[..., None]:
     """Return the product by packed panels, for an `a` whose columns are contiguous or whose rows are."""
 
     def multiply(
-        a: np.ndarray, packed: np.ndarray, out: np.ndarray, m: int, n: int, k: int, width: int, block: int
+        a: np.ndarray,
+        packed: np.ndarray,
+        out: np.ndarray,
+        m: int,
+        n: int,
+        k: int,
+        first: int,
+        last: int,
+        width: int,
+        block: int,
     ) -> None:
         row_step, column_step = (1, m) if by_columns else (k, 1)
         panels = -(-n // width)
@@ -119,10 +135,10 @@ def _multiply(by_columns: bool) -> Kernel[..., None]:
             strip = np.zeros(ROWS * DEPTH, out.dtype)
             tile = np.empty(ROWS * width, out.dtype)
             for group in range(0, panels, GROUP):
-                for start in range(0, k, DEPTH):
-                    depth = min(DEPTH, k - start)
+                for start in range(first, last, DEPTH):
+                    depth = min(DEPTH, last - start)
                     for panel in range(group, min(panels, group + GROUP)):
-                        b_start = (panel * k + start) * width
+                        b_start = (panel * (last - first) + start - first) * width
                         columns = min(width, n - panel * width)
                         for row in range(top, bottom, ROWS):
                             a_start = row * row_step + start * column_step
