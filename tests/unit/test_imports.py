@@ -23,6 +23,7 @@ MODULES = {
 LEVELS = {
     "dbmpi.errors": 0,
     "dbmpi.paramserver.layout": 0,
+    "dbmpi.partition.boxes": 0,
     "dbmpi.objective": 1,
     "dbmpi.config": 1,
     "dbmpi.kernels": 1,
@@ -33,6 +34,7 @@ LEVELS = {
     "dbmpi.data": 2,
     "dbmpi.monitor": 2,
     "dbmpi.paramserver": 3,
+    "dbmpi.partition": 3,
     "dbmpi.checkpoint": 3,
     "dbmpi.optim": 4,
     "dbmpi.train": 5,
@@ -47,6 +49,7 @@ WITHOUT_MPI = (
     "dbmpi.network",
     "dbmpi.kernels",
     "dbmpi.data",
+    "dbmpi.partition.boxes",
     "dbmpi.paramserver.layout",
     "dbmpi.paramserver.rules",
     "dbmpi.checkpoint.schema",
@@ -57,8 +60,8 @@ PICKLING = {
     *("bcast", "gather", "scatter", "allgather", "alltoall", "reduce", "allreduce", "scan", "exscan"),
     *("ibcast", "igather", "iallgather", "iallreduce", "ireduce"),
 }
-# Owners of methods of the same names that are not mpi4py's.
-NOT_MPI4PY = {"np", "functools", "mailbox", "_mailbox", "waiting"}
+# How the names of objects end whose methods of these names are not mpi4py's: numpy.add.reduce, a mailbox's send ...
+NOT_MPI4PY = ("np", "functools", "mailbox", "waiting", "exchange")
 
 
 def trees() -> Iterator[tuple[str, ast.Module]]:
@@ -170,8 +173,8 @@ def test_messages_are_buffers():
     for name, tree in trees():
         for node in ast.walk(tree):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in PICKLING:
-                owners = set(ast.unparse(node.func.value).split("."))
-                if not owners & NOT_MPI4PY:
+                owners = ast.unparse(node.func.value).split(".")
+                if not any(owner.endswith(NOT_MPI4PY) for owner in owners):
                     wrong.append(f"{name}:{node.lineno} {ast.unparse(node.func)}")
     assert wrong == []
 

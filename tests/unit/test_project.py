@@ -23,7 +23,7 @@ import dbmpi
 PROJECT = Path(__file__).parents[2]
 README = PROJECT / "README.md"
 BLOCK = re.compile(r"^(?P<indent> *)```sh\n(?P<code>.*?)^(?P=indent)```", re.MULTILINE | re.DOTALL)
-LABEL = re.compile(r"<!-- test: (?P<label>quick|not here, \w[^>]*) -->\s*\Z")
+LABEL = re.compile(r"<!-- test: (?P<label>quick|not here, \S[^>]*) -->\s*\Z")
 
 
 @dataclass(frozen=True)
