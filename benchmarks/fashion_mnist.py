@@ -30,13 +30,13 @@ def main() -> None:
         folder = Path(place)
         data = import_data(folder)
         for seed in seeds:
-            for replicas in accuracies:
+            for replicas, reached in accuracies.items():
                 summary = train(folder, data, replicas, seed)
-                accuracies[replicas].append(100 * (summary.test_accuracy or 0.0))
+                reached.append(100 * (summary.test_accuracy or 0.0))
                 rows.append(
                     (
                         f"{replicas} x 1 + 1 shard, seed {seed}",
-                        accuracies[replicas][-1],
+                        reached[-1],
                         summary.test_loss,
                         summary.epochs,
                         summary.samples_per_second,
@@ -65,7 +65,7 @@ def import_data(folder: Path) -> dict[str, Path]:
     return files
 
 
-def train(folder: Path, data: dict[str, Path], replicas: int, seed: int):  # noqa: ANN201 - a Summary, imported late
+def train(folder: Path, data: dict[str, Path], replicas: int, seed: int):
     """Train once; return the summary of the run."""
     from dbmpi.monitor.history import summary
 

@@ -221,7 +221,7 @@ def test_steps_allocate_nothing_large_and_workspaces_are_few():
     batches = [random_batch(net, samples) for samples in (64, 17, 40)]
     for batch in batches:
         net.loss_and_gradient(parameters, batch, gradient)
-    assert list(net._workspaces) == [17, 40]
+    assert list(net._whole._workspaces) == [17, 40]
     tracemalloc.start()
     try:
         for batch in (batches[2], batches[1]) * 5:

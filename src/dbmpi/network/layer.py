@@ -101,7 +101,7 @@ class Layer(Protocol):
         parameter_gradient
             Overwritten with the gradient for `parameters`: the part that comes from this box.
         input_gradient
-            Overwritten with the gradient for the inputs in ``input_box(output)``, the part that comes from this box; parts of
-            several boxes add up.  None where nobody needs it.
+            Overwritten with the gradient for the inputs in ``input_box(output)``, the part that comes from this box;
+            parts of several boxes add up.  None where nobody needs it.
         """
         ...

@@ -1,15 +1,8 @@
-"""Layers: what each computes from its inputs, and the gradient that it gives back.
-
-A layer is a description; it holds no arrays.  Activations are ``(*features, samples)``.  `forward` and `backward` look
-only at the arrays that they are given, so that a caller may hand them a part of a layer's units: the matching rows of
-its weights, biases, outputs and gradients.  The gradient for the inputs is then the part of these units, and the parts
-add up.
-"""
+"""The dense layer: a matrix product, a bias, an activation."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -19,10 +12,9 @@ from dbmpi import config
 from dbmpi.kernels.activations import ACTIVATIONS
 from dbmpi.kernels.matmul import product
 from dbmpi.network.initial import fill_uniform, weight_deviation
+from dbmpi.network.layer import Arrays, Context
 from dbmpi.paramserver.layout import Tensor
-
-Arrays = Mapping[str, np.ndarray]
-"""A layer's tensors by their short names, e.g. ``weights`` and ``bias``; views into a flat vector."""
+from dbmpi.partition.boxes import Box
 
 
 @dataclass(frozen=True)
@@ -76,39 +68,45 @@ class Dense:
             deviation = self.initial_scale * weight_deviation(self.inputs, self.activation)
             fill_uniform(out, seed, number, start, deviation)
 
-    def flops(self, samples: int, *, input_gradient: bool = True) -> int:
-        """Return the floating-point operations of the matrix products of a forward and a backward pass."""
-        return (6 if input_gradient else 4) * self.units * self.inputs * samples
+    def input_box(self, output: Box) -> Box:
+        """Every unit needs all inputs."""
+        return Box.whole(self.input_shape)
 
-    def forward(self, parameters: Arrays, inputs: np.ndarray, outputs: np.ndarray) -> None:
-        """Compute the outputs (units, samples) of inputs (inputs, samples)."""
-        product(parameters["weights"], inputs, outputs)
+    def tensor_box(self, tensor: str, output: Box) -> Box:
+        """Return the rows of the units in the box."""
+        whole = Box.whole(self.tensors[tensor].shape)
+        return Box(output.starts + whole.starts[1:], output.stops + whole.stops[1:])
+
+    def flops(self, output: Box, samples: int, *, input_gradient: bool = True) -> int:
+        """Return the floating-point operations of the matrix products of a forward and a backward pass."""
+        return (6 if input_gradient else 4) * output.size * self.inputs * samples
+
+    def forward(
+        self, output: Box, parameters: Arrays, inputs: np.ndarray, outputs: np.ndarray, context: Context
+    ) -> None:
+        """Compute the outputs (units in the box, samples) of inputs ``(*input shape, samples)``."""
+        product(parameters["weights"], _rows(inputs), outputs)
         ACTIVATIONS[self.activation].forward(outputs, parameters["bias"])
 
     def backward(
         self,
+        output: Box,
         parameters: Arrays,
         inputs: np.ndarray,
         outputs: np.ndarray,
         gradient: np.ndarray,
         parameter_gradient: Arrays,
         input_gradient: np.ndarray | None,
+        context: Context,
     ) -> None:
-        """Compute the gradients of a loss from its gradient for the outputs.
-
-        Parameters
-        ----------
-        parameters, inputs, outputs
-            As in `forward`.
-        gradient : (units, samples) array
-            Gradient for the outputs; afterwards it is that before the activation.
-        parameter_gradient : Arrays
-            Where the gradient for the parameters is written.
-        input_gradient : (inputs, samples) array, optional
-            Where the gradient for the inputs is written, if anybody needs it.
-        """
+        """Compute the gradients of a loss from its gradient for the outputs (see the contract of a layer)."""
         ACTIVATIONS[self.activation].backward(outputs, gradient, parameter_gradient["bias"])
         # The parameters' gradient comes last: who learns that it is complete may change the parameters at once.
         if input_gradient is not None:
-            product(parameters["weights"].T, gradient, input_gradient)
-        product(gradient, inputs.T, parameter_gradient["weights"])
+            product(parameters["weights"].T, gradient, _rows(input_gradient))
+        product(gradient, _rows(inputs).T, parameter_gradient["weights"])
+
+
+def _rows(activations: np.ndarray) -> np.ndarray:
+    """Return activations ``(*features, samples)`` as a matrix (features, samples); a view."""
+    return activations.reshape(-1, activations.shape[-1])

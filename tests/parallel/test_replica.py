@@ -1,0 +1,89 @@
+"""A network cut over partitions computes what it computes in one piece."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from dbmpi import config
+from dbmpi.network.network import Network
+from dbmpi.objective import Batch
+from dbmpi.paramserver.layout import cut
+from dbmpi.partition.boxes import Box
+
+TOLERANCE = {np.float32: 1e-5, np.float64: 1e-12}
+
+
+def dense_network(loss: str, dtype: type, *units: int, activation: str = "tanh", inputs=(12,)) -> Network:
+    layers = [config.Dense(units=count, activation=activation) for count in units[:-1]]
+    layers.append(config.Dense(units=units[-1]))
+    return Network(config.NetworkSection(loss=loss, layers=tuple(layers)), inputs, seed=3, dtype=dtype)
+
+
+def by_units(network: Network, parts: int) -> list[list[Box]]:
+    return [
+        [Box((units.start,), (units.stop,)) for units in cut(layer.output_shape[0], parts)] for layer in network.layers
+    ]
+
+
+def random_batch(network: Network, samples: int) -> Batch:
+    rng = np.random.default_rng(samples)
+    inputs = rng.standard_normal((*network.input_shape, samples)).astype(network.dtype)
+    return Batch(inputs, rng.integers(0, network.outputs, samples).astype(np.int32))
+
+
+def relative(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.abs(a - b).max(initial=0) / max(np.abs(b).max(initial=0), 1e-30))
+
+
+def check(comm, network: Network, boxes: list[list[Box]], samples: int, steps: int = 20) -> None:
+    """Outputs, loss, gradient, and `steps` training steps, are the same as in one piece."""
+    tolerance = TOLERANCE[network.dtype.type]
+    whole = np.empty(network.layout.size, network.dtype)
+    network.initial(0, whole)
+    replica = network.replica(boxes, comm)
+    mine = replica.parameters.take(whole)
+    batch = random_batch(network, samples)
+    expected = network._whole.outputs(whole, batch.inputs)
+    assert relative(replica.outputs(mine, batch.inputs), expected) <= tolerance
+    assert replica.evaluate(mine, batch).mean_loss == pytest.approx(
+        network.evaluate(whole, batch).mean_loss, rel=tolerance
+    )
+    gradient, part = np.empty_like(whole), np.empty_like(mine)
+    for step in range(steps):
+        there = network.loss_and_gradient(whole, batch, gradient, step=step)
+        here = replica.loss_and_gradient(mine, batch, part, step=step)
+        assert here.correct == there.correct
+        assert here.loss == pytest.approx(there.loss, rel=tolerance)
+        if step == 0:
+            assert relative(part, replica.parameters.take(gradient)) <= tolerance
+        whole -= network.dtype.type(0.1) * gradient
+        mine -= network.dtype.type(0.1) * part
+    assert relative(mine, replica.parameters.take(whole)) <= 10 * tolerance
+
+
+@pytest.mark.parallel([1, 2, 3, 4, 6])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("loss", ["softmax", "logistic", "squared"])
+def test_dense_networks_cut_by_units(comm, loss, dtype) -> None:
+    network = dense_network(loss, dtype, 20, 7, 10)
+    check(comm, network, by_units(network, comm.size), samples=9)
+
+
+@pytest.mark.parallel([3, 4])
+def test_more_partitions_than_units(comm) -> None:
+    network = dense_network("softmax", np.float64, 2, 5, 3)
+    check(comm, network, by_units(network, comm.size), samples=2)
+
+
+@pytest.mark.parallel([2, 3])
+def test_what_each_worker_pushes_covers_the_parameters_once(comm) -> None:
+    network = dense_network("softmax", np.float32, 20, 7, 10)
+    replica = network.replica(by_units(network, comm.size), comm)
+    count = np.zeros(network.layout.size, np.int64)
+    for run in replica.parameters.runs:
+        if run.pushed:
+            count[run.start : run.start + run.length] += 1
+    total = np.empty_like(count)
+    comm.Allreduce(count, total)
+    np.testing.assert_array_equal(total, 1)
