@@ -27,11 +27,14 @@ _AGAIN_SECONDS = 5.0
 
 
 class Watchdog:
-    """Puts the limit on setup, call and teardown of each test."""
+    """Puts the limit on setup, call and teardown of each test, and lets SIGTERM end the session in order."""
 
     def __init__(self, config: pytest.Config) -> None:
         self._stderr = os.dup(2)  # while tests run, pytest keeps what they write to descriptor 2
         config.add_cleanup(lambda: os.close(self._stderr))
+        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            # Fixtures are torn down then, which ends the programs that tests have started.
+            signal.signal(signal.SIGTERM, lambda number, frame: pytest.exit("terminated", returncode=128 + number))
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> Generator[None, object, object]:
