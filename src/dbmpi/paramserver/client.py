@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from dbmpi.objective import Outcome
+from dbmpi.paramserver.layout import Run
 from dbmpi.paramserver.memory import SLOTS, Memory
-from dbmpi.paramserver.server import Header
+from dbmpi.paramserver.server import LAST, MORE, REPORT, Header
 from dbmpi.paramserver.window import Window
 from dbmpi.runtime import waiting
+
+LEAD = 0
+"""The shard that keeps the run's order."""
 
 
 class Client:
@@ -30,6 +35,8 @@ class Client:
         Number of this client.
     serve
         Called while this rank waits, so that a shard or other duties on the same rank go on.
+    runs
+        Which parts of the whole vector this client's own vector is made of; by default all of it.  Only these are moved.
     """
 
     def __init__(
@@ -40,16 +47,18 @@ class Client:
         ranges: Sequence[range],
         number: int,
         serve: Callable[[], bool] | None = None,
+        runs: Sequence[Run] | None = None,
     ) -> None:
         self._window = window
         self._memories = memories
         self._ranks = ranks
-        self._ranges = ranges
         self._number = number
         self._serve = serve
+        whole = [Run(0, 0, ranges[-1].stop, pushed=True)]
+        self._pieces = pieces(whole if runs is None else runs, ranges)
         # Every client begins with another shard, so that they do not all crowd at the first one.
-        holders = [shard for shard in range(len(ranks)) if len(ranges[shard])]
-        turn = number % len(holders)
+        holders = [shard for shard in range(len(ranks)) if self._pieces[shard]]
+        turn = number % max(len(holders), 1)
         self._order = holders[turn:] + holders[:turn]
         self._posted = [0] * len(ranks)
         self._fetched_version = [0] * len(ranks)
@@ -83,7 +92,11 @@ class Client:
         steps
             Number of steps behind the gradient.
         """
-        streams = [self._chunks(shard, gradient, outcome, steps) for shard in self._order]
+        streams = [(shard, self._chunks(shard, gradient, outcome, steps)) for shard in self._order]
+        if steps and not any(piece.pushed for piece in self._pieces[LEAD]):
+            # Shard 0 keeps the run's count of steps and samples, also of what it holds no part of.
+            header = Header(0, 0, REPORT, 0, outcome.samples, outcome.correct, outcome.loss, steps)
+            streams.append((LEAD, iter([(header, gradient[:0])])))
 
         def some_slot_is_free() -> bool:
             return any(self._free(shard) for shard, _ in streams)
@@ -92,7 +105,6 @@ class Client:
             waiting.until(some_slot_is_free, lambda: f"{self._late()} to take in a gradient", serve=self._serve)
             # Chunks go to the shards in turn: all of them work at the same time.
             streams = [stream for stream in streams if not self._free(stream[0]) or self._send(*stream)]
-        self.pushed_bytes += gradient.nbytes
 
     def settle(self) -> None:
         """Wait until everything pushed has been applied."""
@@ -103,10 +115,12 @@ class Client:
         self.settle()
         versions = [0] * len(self._ranks)
         for shard in self._order:
-            memory, held = self._memories[shard], self._ranges[shard]
-            versions[shard] = self._window.load(self._ranks[shard], memory.version)
-            self._window.get(self._ranks[shard], memory.parameters, parameters[held.start : held.stop])
-        self.fetched_bytes += parameters.nbytes
+            memory, rank = self._memories[shard], self._ranks[shard]
+            versions[shard] = self._window.load(rank, memory.version)
+            for piece in self._pieces[shard]:
+                part = parameters[piece.local : piece.local + piece.length]
+                self._window.get(rank, memory.parameters + piece.start * memory.itemsize, part)
+                self.fetched_bytes += part.nbytes
         return versions
 
     def _all_applied(self) -> bool:
@@ -134,23 +148,37 @@ class Client:
         self._window.put(rank, memory.data(self._number, count), data)
         self._posted[shard] = count + 1
         self._window.store(rank, memory.posted(self._number), count + 1)
-        return header.last == 0
+        self.pushed_bytes += data.nbytes
+        return header.last == MORE
 
     def _chunks(
         self, shard: int, gradient: np.ndarray, outcome: Outcome, steps: int
-    ) -> tuple[int, Iterator[tuple[Header, np.ndarray]]]:
-        """Cut a shard's part of the gradient into chunks with their headers."""
-        part = gradient[self._ranges[shard].start : self._ranges[shard].stop]
+    ) -> Iterator[tuple[Header, np.ndarray]]:
+        """Cut what a shard gets of the gradient into chunks with their headers."""
         size = self._memories[shard].chunk
-        fetched = self._fetched_version[shard]
+        pushed = [piece for piece in self._pieces[shard] if piece.pushed]
+        told = (self._fetched_version[shard], outcome.samples, outcome.correct, outcome.loss, steps)
+        for piece in pushed:
+            for start in range(0, piece.length, size):
+                length = min(size, piece.length - start)
+                last = LAST if piece is pushed[-1] and start + length == piece.length else MORE
+                local = piece.local + start
+                yield Header(piece.start + start, length, last, *told), gradient[local : local + length]
 
-        def generate() -> Iterator[tuple[Header, np.ndarray]]:
-            for start in range(0, part.size, size):
-                data = part[start : start + size]
-                last = int(start + size >= part.size)
-                yield (
-                    Header(start, data.size, last, fetched, outcome.samples, outcome.correct, outcome.loss, steps),
-                    data,
-                )
 
-        return shard, generate()
+def pieces(runs: Sequence[Run], ranges: Sequence[range]) -> list[list[Run]]:
+    """Return for each shard the pieces of the runs that it holds; `start` then counts from the shard's first element."""
+    found: list[list[Run]] = [[] for _ in ranges]
+    stops = [held.stop for held in ranges]
+    for run in runs:
+        shard = bisect_right(stops, run.start)
+        position = run.start
+        while position < run.start + run.length:
+            held = ranges[shard]
+            stop = min(run.start + run.length, held.stop)
+            if position < stop:
+                local = run.local + position - run.start
+                found[shard].append(Run(position - held.start, local, stop - position, run.pushed))
+                position = stop
+            shard += 1
+    return found

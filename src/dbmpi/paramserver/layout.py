@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,6 +27,16 @@ class Tensor:
     def size(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
+
+
+class Run(NamedTuple):
+    """Consecutive elements that lie at `start` in the whole vector and at `local` in a worker's own."""
+
+    start: int
+    local: int
+    length: int
+    pushed: bool
+    """Whether this worker pushes their gradient; of several that hold them, the first does."""
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,8 @@ from dbmpi.paramserver.memory import HEADER_WORDS, Memory
 from dbmpi.paramserver.rules import Rule, State
 from dbmpi.paramserver.window import Window
 
+MORE, LAST, REPORT = 0, 1, 2
+
 
 class Header(NamedTuple):
     """What a client says about a chunk; eight 64-bit words."""
@@ -27,7 +29,7 @@ class Header(NamedTuple):
     length: int
     """Elements of the chunk."""
     last: int
-    """1 for the last chunk of a push to this shard."""
+    """`MORE`, `LAST` for the last chunk of a push to this shard, or `REPORT` for none: only the counts are news."""
     fetched: int
     """Version of the shard that the client's parameters came from."""
     samples: int
@@ -66,11 +68,9 @@ class Tally:
         self.staleness = StalenessHistogram()
         self.outcome = Outcome(0, 0.0, 0)
 
-    def add(self, header: Header, staleness: int) -> None:
-        """Count a whole push."""
-        self.pushes += 1
+    def add(self, header: Header) -> None:
+        """Count the steps and samples behind a push."""
         self.steps += header.steps
-        self.staleness.add(staleness)
         self.outcome = self.outcome.plus(Outcome(header.samples, header.loss, header.correct))
 
 
@@ -164,8 +164,11 @@ class Server:
         self._rule.apply(self.parameters[covered], chunk, {name: array[covered] for name, array in self.state.items()})
         self.tally.apply_seconds += time.perf_counter() - began
         self.tally.applied_bytes += chunk.nbytes
-        if header.last:
-            self.tally.add(header, self.version - header.fetched)
+        if header.last == LAST:
+            self.tally.staleness.add(self.version - header.fetched)
+            self.tally.pushes += 1
             self._version[0] += 1
+        if header.last != MORE:
+            self.tally.add(header)
         self._applied[client] = count + 1
         self._window.store(self._clients[client], memory.applied(self._shard), count + 1)

@@ -8,22 +8,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from dbmpi.network.layer import Arrays, Layer
-from dbmpi.paramserver.layout import Layout
+from dbmpi.paramserver.layout import Layout, Run
 from dbmpi.partition.boxes import Box
 from dbmpi.runtime import waiting
 
 if TYPE_CHECKING:
     from mpi4py import MPI
-
-
-class Run(NamedTuple):
-    """Consecutive elements that lie at `start` in the whole vector and at `local` in the worker's."""
-
-    start: int
-    local: int
-    length: int
-    pushed: bool
-    """Whether this worker pushes their gradient; of several that hold them, the first does."""
 
 
 class _Held(NamedTuple):
