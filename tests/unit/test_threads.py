@@ -60,7 +60,7 @@ def test_never_more_threads_than_cores_nor_fewer_than_one(ranks: int, cores: int
     assert decision.threads == 1 or ranks * decision.threads <= cores
     assert decision.threads <= max(1, mine)
     assert not decision.oversubscribed
-    assert decision.settings == dict.fromkeys(threads.VARIABLES, str(decision.threads))
+    assert decision.settings == dict.fromkeys(threads.VARIABLES, str(decision.threads)) | threads.PATIENCE
 
 
 def test_cores_are_shared_out() -> None:
@@ -87,6 +87,11 @@ def test_what_the_user_set_stays() -> None:
     assert decision.settings["NUMBA_NUM_THREADS"] == "4"  # empty is not set
     assert "OPENBLAS_NUM_THREADS=3" in decision.line
     assert not decision.oversubscribed
+
+
+def test_idle_threads_sleep_unless_the_user_wants_them_awake() -> None:
+    assert decide({}, Node(1, 8, 8)).settings["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert "OMP_WAIT_POLICY" not in decide({"OMP_WAIT_POLICY": "ACTIVE"}, Node(1, 8, 8)).settings
 
 
 @pytest.mark.parametrize("text", ["2", "2,4", " 2 "])
@@ -146,7 +151,8 @@ def test_quota_is_the_lowest_on_the_way_up(tmp_path: Path) -> None:
 
 def fresh(program: str, **variables: str) -> str:
     """Run a program in a process without any of the variables, and return what it prints."""
-    kept = {name: value for name, value in os.environ.items() if name not in threads.VARIABLES and "SLURM" not in name}
+    ours = {*threads.VARIABLES, *threads.PATIENCE}
+    kept = {name: value for name, value in os.environ.items() if name not in ours and "SLURM" not in name}
     done = subprocess.run(
         [sys.executable, "-c", program], env=kept | variables, capture_output=True, text=True, timeout=60, check=True
     )
@@ -162,7 +168,7 @@ first = threads.prepare()
 assert threads.prepare() is first, "a second call sees its own settings as the user's"
 import numba, os
 print(os.environ["OPENBLAS_NUM_THREADS"], numba.config.NUMBA_NUM_THREADS, first.threads)
-assert not set(threads.VARIABLES) & set(threads.without_prepared(os.environ))
+assert not {*threads.VARIABLES, *threads.PATIENCE} & set(threads.without_prepared(os.environ))
 """
     assert fresh(program, OMPI_COMM_WORLD_LOCAL_SIZE="100000").split() == ["1", "1", "1"]
 
