@@ -4,8 +4,11 @@ Between ranks of one node the memory is shared, and a transfer is a plain copy. 
 reached with Put and Get.  Flags are 64-bit words, written after the data they announce.
 
 The separate and the unified memory models of MPI (MPI 4.1, section 12.4) are both served: who looks at his own memory
-calls
-:meth:`Window.sync` first, who stores into a neighbour's shared memory calls it between the data and the flag.
+calls :meth:`Window.sync` first, who stores into a neighbour's shared memory calls it between the data and the flag.
+
+Over networks without remote direct memory access an MPI carries out Put, Get and atomics with the help of the target,
+when that enters MPI.  The target may be a worker in the middle of a long gradient, or a shard at a nap; so flags are
+stored without waiting for it, transfers to one rank travel together, and a wait tests for its end.
 """
 
 from __future__ import annotations
@@ -21,6 +24,9 @@ from dbmpi.runtime import waiting
 
 _LINE = 64
 """Bytes of a cache line: regions begin at multiples, so that two ranks' words never share one."""
+
+_HINTS = {"acc_single_intrinsic": "true", "which_accumulate_ops": "replace,no_op"}
+"""What Open MPI and MPICH, in this order, may rely on to use a network's own atomics; others pass over it."""
 
 
 def aligned(nbytes: int) -> int:
@@ -65,7 +71,13 @@ class Window:
             self.local = np.zeros(size, np.uint8)
             self._near[comm.rank] = self.local
         self.local.fill(0)
-        self._win = MPI.Win.Create(self.local, 1, comm=comm)
+        info = MPI.Info.Create()
+        for key, hint in _HINTS.items():
+            info.Set(key, hint)
+        self._win = MPI.Win.Create(self.local, 1, info, comm)
+        info.Free()
+        self._puts: dict[int, list[MPI.Request]] = {}
+        self._stores: list[MPI.Request] = []
         self._win.Lock_all(MPI.MODE_NOCHECK)
         self.sync()
         waiting.barrier(comm, "the other ranks to open their windows")
@@ -109,15 +121,16 @@ class Window:
         waiting.complete(self._win.Rget([out, MPI.BYTE], rank, [offset, out.nbytes, MPI.BYTE]), f"data of rank {rank}")
 
     def put(self, rank: int, offset: int, data: np.ndarray) -> None:
-        """Copy the contiguous array `data` to `offset` of a rank's memory.
+        """Copy the contiguous array `data` to `offset` of a rank's memory, which sees it before a flag stored next.
 
-        On return `data` may be changed again; the target is sure to see it before a flag that is stored next.
+        `data` must stay as it is until that flag has been stored.
         """
         near = self._near.get(rank)
         if near is not None:
             np.copyto(near[offset : offset + data.nbytes].view(data.dtype).reshape(data.shape), data)
             return
-        waiting.complete(self._win.Rput([data, MPI.BYTE], rank, [offset, data.nbytes, MPI.BYTE]), f"rank {rank}")
+        request = self._win.Rput([data, MPI.BYTE], rank, [offset, data.nbytes, MPI.BYTE])
+        self._puts.setdefault(rank, []).append(request)
 
     def load(self, rank: int, offset: int) -> int:
         """Return the flag at `offset` of a rank's memory, atomically."""
@@ -125,29 +138,34 @@ class Window:
         if near is not None:
             self.sync()
             return int(near[offset : offset + 8].view(np.int64)[0])
-        result = np.empty(1, np.int64)
-        origin = np.zeros(1, np.int64)
-        self._win.Fetch_and_op([origin, MPI.INT64_T], [result, MPI.INT64_T], rank, offset, MPI.NO_OP)
-        self._win.Flush(rank)
+        request, result = self._atomic(rank, offset, 0, MPI.NO_OP)
+        waiting.complete(request, f"a flag of rank {rank}")
         return int(result[0])
 
     def store(self, rank: int, offset: int, value: int) -> None:
-        """Set the flag at `offset` of a rank's memory, atomically, after all earlier puts to that rank."""
+        """Set the flag at `offset` of a rank's memory, atomically, after all earlier puts to that rank.
+
+        The rank may see it a while after the return, but sees several values of a flag in order.
+        """
         near = self._near.get(rank)
         if near is not None:
             self.sync()
             near[offset : offset + 8].view(np.int64)[0] = value
             self.sync()
             return
-        self._win.Flush(rank)
-        word = np.array([value], np.int64)
-        self._win.Accumulate([word, MPI.INT64_T], rank, [offset, 1, MPI.INT64_T], MPI.REPLACE)
-        self._win.Flush(rank)
+        if rank in self._puts:
+            for request in self._puts.pop(rank):
+                waiting.complete(request, f"data to leave for rank {rank}")
+            self._win.Flush(rank)
+        self._stores = [earlier for earlier in self._stores if not earlier.Test()]
+        self._stores.append(self._atomic(rank, offset, value, MPI.REPLACE)[0])
 
     def free(self) -> None:
         """Give the memory back (collective); a second call does nothing."""
         if self._win == MPI.WIN_NULL:
             return
+        for request in self._stores:
+            waiting.complete(request, "a flag to arrive")
         waiting.barrier(self._comm, "the other ranks to close their windows")
         self._win.Unlock_all()
         self._win.Free()
@@ -158,6 +176,17 @@ class Window:
             self._memory.Free()
             self._memory = None
         self._node.Free()
+
+    def _atomic(self, rank: int, offset: int, value: int, operation: MPI.Op) -> tuple[MPI.Request, np.ndarray]:
+        """Begin an atomic operation on a flag; its request completes when it has been carried out at the target.
+
+        An Accumulate would need a flush to know that, and a flush blocks.  Operations of one rank on one flag keep
+        their order (MPI 4.1, section 12.7.2).
+        """
+        word, before = np.array([value], np.int64), np.empty(1, np.int64)
+        target = [offset, 1, MPI.INT64_T]
+        request = self._win.Rget_accumulate([word, MPI.INT64_T], [before, MPI.INT64_T], rank, target, operation)
+        return request, before
 
     def __enter__(self) -> Window:
         return self

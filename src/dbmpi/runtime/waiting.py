@@ -2,7 +2,7 @@
 
 A rank that blocks inside MPI spins and takes a core from a rank that computes; and it cannot notice that a peer is
 gone.  So nothing in dbmpi blocks: collectives are started and tested, flags are looked at, and between two looks the
-rank naps, each time twice as long up to `longest`.
+rank naps, each time a quarter longer up to `longest`.
 """
 
 from __future__ import annotations
@@ -45,10 +45,11 @@ _LONGEST_LOOK = 1.0
 
 
 class Backoff:
-    """Naps that double from `shortest` to `longest` seconds until :meth:`reset`.
+    """Naps that grow by a quarter from `shortest` to `longest` seconds until :meth:`reset`.
 
-    With the longest nap of one millisecond, an idle rank looks about 900 times a second, which costs some 1 to 2 % of
-    a core.
+    A nap is then about a fifth of the time since something happened: what comes after T seconds is delayed by T / 5 at
+    most.  (Several in a row matter where an MPI needs the napping rank's help for every step of a transfer.)  With the
+    longest nap of one millisecond, an idle rank looks about 900 times a second, which costs some 1 to 2 % of a core.
     """
 
     def __init__(self, shortest: float = 20e-6, longest: float = 1e-3) -> None:
@@ -61,9 +62,9 @@ class Backoff:
         self._next = 0.0
 
     def nap(self) -> None:
-        """Yield the core, and nap twice as long as the last time."""
+        """Yield the core, and nap a quarter longer than the last time."""
         time.sleep(self._next)
-        self._next = min(max(2 * self._next, self._shortest), self._longest)
+        self._next = min(max(1.25 * self._next, self._shortest), self._longest)
 
 
 def until(
