@@ -1,9 +1,13 @@
 """Elementary functions, activations, losses and updates against NumPy and SciPy in float64."""
 
+import re
+
+import numba
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numba.core.codegen import get_host_cpu_features
 from scipy import special
 
 from dbmpi.kernels import activations, elementary, losses, updates
@@ -86,6 +90,18 @@ def test_elementary_functions_give_the_same_in_plain_python(name, dtype):
     assert all(isinstance(value, dtype | float) for value in values)
     # The compiled code fuses products and sums, Python does not.
     np.testing.assert_allclose(result, values, rtol=4 * np.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_elementary_functions_vectorise(name):
+    """A call for each element would cost a tenth of a training step."""
+    features = get_host_cpu_features()
+    if "+fma" not in features or "+avx2" not in features:
+        pytest.skip("this processor has other instructions than those looked for")
+    function = numba.njit(FUNCTIONS[name][0].py_func)  # one from the cache does not show its instructions
+    function(np.ones(1, np.float32), np.ones(1, np.float32))
+    (instructions,) = function.inspect_asm().values()
+    assert re.search(r"vfn?m(add|sub)\w*ps\s+[^,]*,\s*%[yz]mm", instructions)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
