@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 if TYPE_CHECKING:
     import numpy as np
 
-    from dbmpi.paramserver.layout import Layout
-
 
 class Batch(NamedTuple):
     """Samples to learn from, **batch innermost**: the sample is the last axis of `inputs`."""
@@ -57,19 +55,17 @@ class Objective(Protocol):
     """A differentiable function of a flat parameter vector and a batch."""
 
     @property
-    def layout(self) -> Layout:
-        """The named tensors that the parameter vector is made of."""
+    def size(self) -> int:
+        """Elements of the parameter vector that this process computes with."""
         ...
 
-    def initial(self, start: int, out: np.ndarray) -> None:
-        """Fill `out` with the initial parameters at positions ``start ... start + len(out)``.
+    def loss_and_gradient(
+        self, parameters: np.ndarray, batch: Batch, gradient: np.ndarray, *, step: int = 0
+    ) -> Outcome:
+        """Return the outcome of the batch and write the gradient of its **mean** loss into `gradient`.
 
-        Must give the same values however the vector is cut, so that any number of shards starts alike.
+        `step` differs from step to step and from replica to replica, for what is drawn anew each time.
         """
-        ...
-
-    def loss_and_gradient(self, parameters: np.ndarray, batch: Batch, gradient: np.ndarray) -> Outcome:
-        """Return the outcome of the batch and write the gradient of its **mean** loss into `gradient`."""
         ...
 
     def evaluate(self, parameters: np.ndarray, batch: Batch) -> Outcome:

@@ -153,9 +153,9 @@ class Communicators:
         shard, worker = plan.shard_of(comm.rank), plan.worker_of(comm.rank)
         none = MPI.UNDEFINED
         self.world = comm.Dup()
-        self.shards = comm.Split(none if shard is None else 0, shard or 0)
-        self.workers = comm.Split(none if worker is None else 0, worker or 0)
-        self.replica = comm.Split(none if worker is None else worker // plan.partitions, worker or 0)
+        self.shards = MPI.Intracomm(comm.Split(none if shard is None else 0, shard or 0))
+        self.workers = MPI.Intracomm(comm.Split(none if worker is None else 0, worker or 0))
+        self.replica = MPI.Intracomm(comm.Split(none if worker is None else worker // plan.partitions, worker or 0))
 
     def free(self) -> None:
         """Free the communicators (collective); a second call does nothing."""

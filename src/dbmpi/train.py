@@ -33,6 +33,9 @@ from dbmpi.paramserver.memory import Memory, chunk_elements
 from dbmpi.paramserver.rules import Rule, State, rule
 from dbmpi.paramserver.server import Server
 from dbmpi.paramserver.window import Window
+from dbmpi.partition import placement
+from dbmpi.partition.boxes import Box
+from dbmpi.partition.replica import Replica
 from dbmpi.runtime import waiting
 from dbmpi.runtime.orders import Mailbox, Role
 from dbmpi.runtime.world import StopSignal, together
@@ -113,11 +116,6 @@ class _Session:
         self._stack = stack
         with together(comm, "planning the topology"):
             plan = topology.plan(run.topology, comm.size)
-            if plan.partitions > 1:
-                raise UserError(
-                    f"topology.partitions = {plan.partitions}: in this version a replica runs on one rank; "
-                    "set it to 1 and use the ranks for more replicas"
-                )
         self._plan = plan
         self._comms = stack.enter_context(topology.Communicators(comm, plan))
         self._comm = self._comms.world
@@ -141,6 +139,7 @@ class _Session:
                     f"optimizer.epochs = {run.optimizer.epochs:g}: that is {order.batches:.3g} batches of "
                     f"{run.optimizer.batch_size}, more than can be counted; lower optimizer.epochs"
                 )
+            boxes = placement.automatic(network.layers, plan.partitions).boxes
         applied_rule = rule(run.optimizer)
         begin, checkpoint, session = self._prepare_directory(network.layout, order)
         self._compile_kernels(network, applied_rule, facts)
@@ -166,7 +165,8 @@ class _Session:
         began = time.monotonic()
         worker = None
         if self._worker_number is not None:
-            worker = self._work(network, window, memories, ranges, begin, order, session, started, stop, shard)
+            replica = network.replica(boxes, self._comms.replica)
+            worker = self._work(replica, window, memories, ranges, begin, order, session, started, stop, shard)
         if shard is not None:
             shard.serve()
         seconds = time.monotonic() - began
@@ -241,7 +241,7 @@ class _Session:
         node = self._comm.Split_type(MPI.COMM_TYPE_SHARED)
         for turn in (0, 1):
             if (node.rank != 0) == bool(turn):
-                _use_kernels(network, applied_rule, self._run, facts)
+                _use_kernels(network, applied_rule, facts)
             waiting.barrier(node, "the kernels to be compiled")
         node.Free()
 
@@ -298,7 +298,7 @@ class _Session:
 
     def _work(
         self,
-        network: Network,
+        replica: Replica,
         window: Window,
         memories: list[Memory],
         ranges: tuple[range, ...],
@@ -314,11 +314,13 @@ class _Session:
         assert number is not None
         assert self._train_source is not None
         serve: Callable[[], bool] | None = None if shard is None else shard.poll
-        client = Client(window, memories, plan.shard_ranks, ranges, number, serve)
+        place, partition = divmod(number, plan.partitions)
+        runs = replica.parameters.runs
+        client = Client(window, memories, plan.shard_ranks, ranges, number, serve, runs, counts=partition == 0)
         worker = Worker(
             run,
-            number,
-            objective=network,
+            place,
+            objective=replica,
             client=client,
             mailbox=Mailbox(self._comm, Role.WORKER),
             lead=plan.shard_ranks[0],
@@ -328,19 +330,21 @@ class _Session:
             recorder=self._recorder("worker", number, session, started),
             stop=stop,
             serve=serve,
-            released=number == 0 or not begin.warmstart,
-            warm_steps=begin.warmstart if number == 0 else 0,
+            released=place == 0 or not begin.warmstart,
+            warm_steps=begin.warmstart if place == 0 else 0,
+            partitions=self._comms.replica,
         )
+        replica.serve_while_waiting(worker.obey)
         downpour(
-            network,
+            replica,
             client,
-            begin.stream.dealt(number, plan.replicas, begin.warmstart),
+            begin.stream.dealt(place, plan.replicas, begin.warmstart),
             worker,
             dtype=DTYPE,
             n_fetch=run.optimizer.n_fetch,
             n_push=run.optimizer.n_push,
             local_rate=run.optimizer.local_rate,
-            first_step=begin.done[number] if begin.done else 0,
+            first_step=begin.done[place] if begin.done else 0,
         )
         worker.finish()
         return worker
@@ -359,7 +363,10 @@ class _Session:
         if not stopped_by and self._run.data.test is not None:
             mine = Outcome(0, 0.0, 0)
             if worker is not None and self._test_source is not None:
-                mine = worker.evaluate(self._test_source, self._worker_number or 0, self._plan.workers)
+                place, partition = divmod(self._worker_number or 0, self._plan.partitions)
+                mine = worker.evaluate(self._test_source, place, self._plan.replicas)
+                if partition > 0:
+                    mine = Outcome(0, 0.0, 0)  # the first partition counts it
             serve = worker.obey if worker is not None else shard.poll if shard is not None else None
             sums = np.array([mine.samples, mine.loss, max(mine.correct, 0), mine.correct < 0], np.float64)
             total = waiting.allreduce(self._comm, sums, MPI.SUM, "the evaluation of the other workers", serve=serve)
@@ -428,18 +435,23 @@ def _check_same_order(run: Run, stored: str, order: Order, total: int, path: Pat
         )
 
 
-def _use_kernels(network: Network, applied_rule: Rule, run: Run, facts: _Facts) -> None:
+def _use_kernels(network: Network, applied_rule: Rule, facts: _Facts) -> None:
     """Call everything compiled once, on little data, so that it is compiled or loaded before the clock runs."""
     from dbmpi.kernels import updates
-    from dbmpi.objective import Batch
+    from dbmpi.network.layer import Context
 
-    parameters = np.zeros(network.layout.size, DTYPE)
-    gradient = np.zeros_like(parameters)
-    units = run.network.layers[-1].units
-    targets = np.zeros(1, np.int32) if facts.classes else np.zeros((units, 1), np.float32)
-    batch = Batch(np.zeros((*facts.input_shape, 1), np.float32), targets)
-    network.loss_and_gradient(parameters, batch, gradient)
-    network.evaluate(parameters, batch)
+    context = Context()
+    for layer in network.layers:
+        # The smallest box of outputs, so that a large network costs no more than a small one.
+        output = Box((0,) * len(layer.output_shape), (1,) * len(layer.output_shape))
+        tensors = {name: np.zeros(layer.tensor_box(name, output).shape, DTYPE) for name in layer.tensors}
+        gradients = {name: np.zeros_like(values) for name, values in tensors.items()}
+        inputs = np.zeros((*layer.input_box(output).shape, 1), DTYPE)
+        outputs = np.zeros((*output.shape, 1), DTYPE)
+        layer.forward(output, tensors, inputs, outputs, context)
+        layer.backward(output, tensors, inputs, outputs, outputs.copy(), gradients, np.empty_like(inputs), context)
+    values = np.zeros((network.outputs, 1), DTYPE)
+    network.loss.apply(values, np.zeros(1, np.int32) if facts.classes else np.zeros_like(values))
     few = np.zeros(1, DTYPE)
     applied_rule.apply(few, few.copy(), applied_rule.init(few))
     updates.sgd(few, few.copy(), 0.1)

@@ -77,6 +77,11 @@ class Network:
         return Layout(tuple(tensor for layer in self.layers for tensor in layer.tensors.values()))
 
     @property
+    def size(self) -> int:
+        """Number of parameters."""
+        return self.layout.size
+
+    @property
     def outputs(self) -> int:
         """Number of outputs of the last layer."""
         return int(self.layers[-1].output_shape[0])
@@ -118,6 +123,7 @@ class Network:
         batch: Batch,
         gradient: np.ndarray,
         on_gradient: Callable[[int], None] | None = None,
+        *,
         step: int = 0,
     ) -> Outcome:
         """Return the outcome of the batch and write the gradient of its **mean** loss into `gradient`.
@@ -140,7 +146,7 @@ class Network:
         UserError
             If a class is not one of the outputs.
         """
-        return self._whole.loss_and_gradient(parameters, batch, gradient, on_gradient, step)
+        return self._whole.loss_and_gradient(parameters, batch, gradient, on_gradient, step=step)
 
     def evaluate(self, parameters: np.ndarray, batch: Batch) -> Outcome:
         """Return the outcome of the batch; raises as `loss_and_gradient` does."""

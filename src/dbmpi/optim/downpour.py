@@ -73,7 +73,7 @@ def downpour(
     first_step
         Where the count of steps begins: not at 0 in a run that goes on from a checkpoint.
     """
-    size = objective.layout.size
+    size = objective.size
     parameters = np.zeros(size, dtype)
     gradient = np.zeros(size, dtype)
     accrued = gradient if n_push == 1 else np.zeros(size, dtype)
@@ -96,7 +96,7 @@ def downpour(
         with clock("data"):
             batch = watcher.load(number)
         with clock("compute"):
-            outcome = objective.loss_and_gradient(parameters, batch, gradient)
+            outcome = objective.loss_and_gradient(parameters, batch, gradient, step=number)
             watcher.stepped(outcome)
             if accrued is not gradient:
                 if steps == 0:

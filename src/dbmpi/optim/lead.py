@@ -217,11 +217,13 @@ class Lead:
         return self._plan.worker_ranks.index(rank) // self._plan.partitions
 
     def _tell_workers(self, kind: Kind) -> None:
-        """Send an order to all workers who can still obey."""
+        """Send an order to all replicas that can still obey: to their first workers, and to all what concerns all."""
         for replica, state in enumerate(self._states):
-            if state != _State.FINISHED or kind in (Kind.END, Kind.ALIVE):
-                rank = self._plan.worker_ranks[replica * self._plan.partitions]
-                self._mailbox.send(rank, Role.WORKER, kind)
+            everybody = kind in (Kind.END, Kind.ALIVE)
+            if state != _State.FINISHED or everybody:
+                first = replica * self._plan.partitions
+                for worker in range(first, first + (self._plan.partitions if everybody else 1)):
+                    self._mailbox.send(self._plan.worker_ranks[worker], Role.WORKER, kind)
 
     def _say_alive(self) -> None:
         """Let all who wait know that the run moves, in time before they give it up."""

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 
 import numpy as np
+from mpi4py import MPI
 
 from dbmpi.checkpoint.directory import kept
 from dbmpi.config import Run
@@ -15,6 +16,7 @@ from dbmpi.data.stream import Order
 from dbmpi.errors import RunFailed
 from dbmpi.monitor.records import Recorder, Stopwatch, WorkerReport
 from dbmpi.objective import Batch, Objective, Outcome
+from dbmpi.optim.team import Decision, Team
 from dbmpi.paramserver.client import Client
 from dbmpi.runtime import waiting
 from dbmpi.runtime.orders import Kind, Mailbox, Role
@@ -38,6 +40,8 @@ class Worker:
         Whether this worker may begin at once; otherwise it waits for the end of the warmstart.
     warm_steps
         Steps after which this worker tells the lead that the warmstart is over; 0 for never.
+    partitions
+        The workers of this replica; the first one hears and answers the lead.
     """
 
     def __init__(
@@ -57,6 +61,7 @@ class Worker:
         serve: Callable[[], bool] | None,
         released: bool,
         warm_steps: int,
+        partitions: MPI.Intracomm,
     ) -> None:
         self.stopwatch = Stopwatch()
         self._run = run
@@ -71,6 +76,7 @@ class Worker:
         self._recorder = recorder
         self._stop = stop
         self._serve = serve
+        self._team = Team(partitions, self.obey)
         self._released = released
         self._warm_steps = warm_steps
         self._stopping = False
@@ -92,14 +98,14 @@ class Worker:
 
     def proceed(self) -> bool:
         """Serve this rank's shard, obey the lead's orders, and return whether to take another step."""
-        self.obey()
-        while (self._paused or not self._released) and not self._stopping:
+        while True:
+            decision = self._team.agree(self._next_decision())
+            if decision == Decision.GO_ON:
+                return True
+            if decision == Decision.STOP:
+                return False
             with self.stopwatch("wait"):
-                if self._paused:
-                    self._rest()
-                else:
-                    self._wait_for_lead(self._may_move, "the end of the warmstart", longest_nap=0.02)
-        return not self._stopping
+                self._rest()
 
     def load(self, number: int) -> Batch:
         """Return a batch of the stream."""
@@ -108,7 +114,7 @@ class Worker:
 
     def stepped(self, outcome: Outcome) -> None:
         """Count a step; a loss that is not finite ends the run before its gradient is pushed."""
-        if not math.isfinite(outcome.loss):
+        if not math.isfinite(outcome.loss) and self._team.speaks:
             raise RunFailed(
                 f"the loss is {outcome.mean_loss} at step {self._steps} of replica {self._number}, batch {self._batch} "
                 f"of the stream; {kept(self._run.run.directory / 'checkpoints')}; lower optimizer.learning_rate "
@@ -124,7 +130,7 @@ class Worker:
         if self._warm_steps and self._learned >= self._warm_steps:
             self._warm_steps = 0
             self._client.settle()
-            self._mailbox.send(self._lead, Role.SHARD, Kind.WARM)
+            self._say(Kind.WARM)
         if time.monotonic() - self._reported >= self._run.monitor.report_seconds:
             self._report()
         every = self._run.monitor.evaluate_epochs
@@ -139,13 +145,16 @@ class Worker:
     def finish(self) -> int:
         """Say that all is pushed and applied, and stay until the lead ends training; return the batches learned."""
         self._report()
-        self._mailbox.send(self._lead, Role.SHARD, Kind.FINISHED, self._learned)
+        self._say(Kind.FINISHED, self._learned)
         self._wait_for_lead(lambda: self._ended, "the end of training", longest_nap=0.01)
         return self._learned
 
     def evaluate(self, source: Source, part: int, parts: int) -> Outcome:
-        """Return the outcome of one of `parts` shares of a source at the shards' present parameters."""
-        parameters = np.empty(self._objective.layout.size, np.float32)
+        """Return the outcome of one of `parts` shares of a source at the shards' present parameters.
+
+        All partitions of the replica take part, and get the same.
+        """
+        parameters = np.empty(self._objective.size, np.float32)
         self._client.peek(parameters)
         batch_size = self._run.optimizer.batch_size
         return evaluate(self._objective, parameters, source, batch_size, part, parts, self._at_work)
@@ -176,18 +185,36 @@ class Worker:
     def _epoch(self) -> float:
         return (self._batch + 1) / self._order.batches_per_epoch
 
-    def _may_move(self) -> bool:
-        return self._released or self._paused or self._stopping
+    def _next_decision(self) -> Decision:
+        """Return what the replica is to do next, when this worker may say so; the first partition decides."""
+        self.obey()
+        if self._team.speaks and not (self._released or self._paused or self._stopping):
+            with self.stopwatch("wait"):
+                self._wait_for_lead(
+                    lambda: self._released or self._paused or self._stopping,
+                    "the end of the warmstart",
+                    longest_nap=0.02,
+                )
+        if self._stopping:
+            return Decision.STOP
+        return Decision.REST if self._paused else Decision.GO_ON
 
     def _rest(self) -> None:
-        """Come to rest, say so, and wait until the lead lets this worker go on."""
+        """Come to rest, say so, and wait until the lead lets this replica go on."""
         self._client.settle()
         self._asked_to_pause = False
-        self._mailbox.send(self._lead, Role.SHARD, Kind.PAUSED, self._learned)
-        # The next pause may come at one look with the end of this one, and wants an answer of its own.
-        self._wait_for_lead(
-            lambda: not self._paused or self._stopping or self._asked_to_pause, "the lead to write a checkpoint"
-        )
+        self._say(Kind.PAUSED, self._learned)
+        if self._team.speaks:
+            # The next pause may come at one look with the end of this one, and wants an answer of its own.
+            self._wait_for_lead(
+                lambda: not self._paused or self._stopping or self._asked_to_pause, "the lead to write a checkpoint"
+            )
+
+    def _say(self, kind: Kind, *values: int) -> None:
+        """Tell the lead something that holds for all partitions of the replica, when it does."""
+        self._team.gather()
+        if self._team.speaks:
+            self._mailbox.send(self._lead, Role.SHARD, kind, *values)
 
     def _wait_for_lead(self, condition: Callable[[], bool], what: str, longest_nap: float = 1e-3) -> None:
         seconds = _FOR_THE_LEAD * waiting.STALL_SECONDS
@@ -205,9 +232,7 @@ class Worker:
         with self.stopwatch("wait"):
             outcome = self.evaluate(self._test, 0, 1)
         bits = int(np.array([outcome.loss]).view(np.int64)[0])
-        self._mailbox.send(
-            self._lead, Role.SHARD, Kind.EVALUATION, self._batch + 1, outcome.samples, outcome.correct, bits
-        )
+        self._say(Kind.EVALUATION, self._batch + 1, outcome.samples, outcome.correct, bits)
 
     def _report(self) -> None:
         now = time.monotonic()
@@ -225,6 +250,8 @@ class Worker:
                     pushed_bytes=pushed - self._moved_bytes[0],
                     fetched_bytes=fetched - self._moved_bytes[1],
                     seconds=self.stopwatch.take(_ACTIVITIES),
+                    replica=self._number,
+                    partition=self._team.partition,
                 )
             )
         self._reported, self._recent, self._moved_bytes = now, Outcome(0, 0.0, 0), (pushed, fetched)

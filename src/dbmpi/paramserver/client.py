@@ -35,8 +35,10 @@ class Client:
         Number of this client.
     serve
         Called while this rank waits, so that a shard or other duties on the same rank go on.
+    counts
+        Whether the run counts this client's steps and samples: of the partitions of a replica, only the first one's.
     runs
-        Which parts of the whole vector this client's own vector is made of; by default all of it.  Only these are moved.
+        Which parts of the whole vector this client's own is made of; by default all.  Only these are moved.
     """
 
     def __init__(
@@ -48,12 +50,14 @@ class Client:
         number: int,
         serve: Callable[[], bool] | None = None,
         runs: Sequence[Run] | None = None,
+        counts: bool = True,
     ) -> None:
         self._window = window
         self._memories = memories
         self._ranks = ranks
         self._number = number
         self._serve = serve
+        self._counts = counts
         whole = [Run(0, 0, ranges[-1].stop, pushed=True)]
         self._pieces = pieces(whole if runs is None else runs, ranges)
         # Every client begins with another shard, so that they do not all crowd at the first one.
@@ -92,6 +96,8 @@ class Client:
         steps
             Number of steps behind the gradient.
         """
+        if not self._counts:
+            outcome, steps = Outcome(0, 0.0, 0), 0
         streams = [(shard, self._chunks(shard, gradient, outcome, steps)) for shard in self._order]
         if steps and not any(piece.pushed for piece in self._pieces[LEAD]):
             # Shard 0 keeps the run's count of steps and samples, also of what it holds no part of.
@@ -167,7 +173,7 @@ class Client:
 
 
 def pieces(runs: Sequence[Run], ranges: Sequence[range]) -> list[list[Run]]:
-    """Return for each shard the pieces of the runs that it holds; `start` then counts from the shard's first element."""
+    """Return for each shard the pieces of the runs that it holds; their `start` counts from its first element."""
     found: list[list[Run]] = [[] for _ in ranges]
     stops = [held.stop for held in ranges]
     for run in runs:

@@ -7,7 +7,7 @@ whole rows, the exchange is a collective: Allgatherv forward, Reduce_scatter bac
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -40,11 +40,14 @@ class Exchange:
     ----------
     kind
         ``"none"``, ``"gather"`` or ``"messages"``.
+    serve
+        Called while this rank waits for others, so that its other duties go on.
     """
 
     def __init__(self, comm: MPI.Intracomm | None, owned: Sequence[Box], needed: Sequence[Box], shape: tuple[int, ...]):
         rank = 0 if comm is None else comm.rank
         self._comm = comm
+        self.serve: Callable[[], bool] | None = None
         self.mine, self.needed = owned[rank], needed[rank]
         others = [other for other in range(len(owned)) if other != rank]
         self.sends = _parts([(other, self.mine.meet(needed[other])) for other in others])
@@ -79,13 +82,17 @@ class Exchange:
         if self.kind == "gather":
             assert self._comm is not None
             counts = [count * outputs.shape[-1] for count in self._counts]
-            waiting.complete(self._comm.Iallgatherv(outputs, [inputs, counts]), "activations of the other partitions")
+            waiting.complete(
+                self._comm.Iallgatherv(outputs, [inputs, counts]),
+                "activations of the other partitions",
+                serve=self.serve,
+            )
             return
         arriving = self._start(outputs, self.mine, self.sends, self.receives)
         if not self._own_part.empty:
             inputs[self._own_part.slices(self.needed)] = outputs[self._own_part.slices(self.mine)]
         for request, box, buffer in arriving:
-            waiting.complete(request, "activations of the other partitions")
+            waiting.complete(request, "activations of the other partitions", serve=self.serve)
             if box is not None:
                 inputs[box.slices(self.needed)] = buffer
 
@@ -95,14 +102,14 @@ class Exchange:
             assert self._comm is not None
             counts = [count * gradient.shape[-1] for count in self._counts]
             request = self._comm.Ireduce_scatter(input_gradient, gradient, counts)
-            waiting.complete(request, "gradients of the other partitions")
+            waiting.complete(request, "gradients of the other partitions", serve=self.serve)
             return
         arriving = self._start(input_gradient, self.needed, self.receives, self.sends)
         gradient.fill(0)
         if not self._own_part.empty:
             gradient[self._own_part.slices(self.mine)] = input_gradient[self._own_part.slices(self.needed)]
         for request, box, buffer in arriving:
-            waiting.complete(request, "gradients of the other partitions")
+            waiting.complete(request, "gradients of the other partitions", serve=self.serve)
             if box is not None:
                 gradient[box.slices(self.mine)] += buffer
 

@@ -6,7 +6,7 @@ computed just as in one process.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,6 +25,7 @@ class LossExchange:
 
     def __init__(self, comm: MPI.Intracomm, owned: Sequence[Box]) -> None:
         self._comm = comm
+        self.serve: Callable[[], bool] | None = None
         self._owned = owned
         self._units = sum(box.size for box in owned)
 
@@ -47,7 +48,7 @@ class LossExchange:
             # The kernel divides by the samples it sees.
             whole *= whole.dtype.type(len(mine) / samples)
         self._turn_back(whole, values, shares)
-        total = waiting.allreduce(self._comm, sums, MPI.SUM, "the loss of the other partitions")
+        total = waiting.allreduce(self._comm, sums, MPI.SUM, "the loss of the other partitions", serve=self.serve)
         return float(total[0]), -1 if total[2] else int(total[1])
 
     def gather(self, values: np.ndarray) -> np.ndarray:
@@ -56,7 +57,7 @@ class LossExchange:
         whole = np.empty((self._units, samples), values.dtype)
         counts = [box.size * samples for box in self._owned]
         request = self._comm.Iallgatherv(np.ascontiguousarray(values), [whole, counts])
-        waiting.complete(request, "the outputs of the other partitions")
+        waiting.complete(request, "the outputs of the other partitions", serve=self.serve)
         return whole
 
     def _turn(self, values: np.ndarray, shares: tuple[range, ...]) -> np.ndarray:
@@ -72,7 +73,7 @@ class LossExchange:
         request = self._comm.Ialltoallv(
             [out, (sends, _starts(sends)), kind], [whole, (receives, _starts(receives)), kind]
         )
-        waiting.complete(request, "the outputs of the other partitions")
+        waiting.complete(request, "the outputs of the other partitions", serve=self.serve)
         return whole
 
     def _turn_back(self, whole: np.ndarray, values: np.ndarray, shares: tuple[range, ...]) -> None:
@@ -87,7 +88,7 @@ class LossExchange:
         request = self._comm.Ialltoallv(
             [whole, (sends, _starts(sends)), kind], [back, (receives, _starts(receives)), kind]
         )
-        waiting.complete(request, "the gradient of the other partitions")
+        waiting.complete(request, "the gradient of the other partitions", serve=self.serve)
         for share, start, count in zip(shares, _starts(receives), receives, strict=True):
             values[:, share.start : share.stop] = back[start : start + count].reshape(values.shape[0], len(share))
 

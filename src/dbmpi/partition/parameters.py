@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -57,6 +57,7 @@ class LocalParameters:
         dtype: np.dtype[np.floating],
     ) -> None:
         self._dtype = dtype
+        self.serve: Callable[[], bool] | None = None
         self._layers: list[list[_Held]] = []
         self.runs: tuple[Run, ...] = ()
         runs: list[Run] = []
@@ -104,7 +105,7 @@ class LocalParameters:
             whole = np.zeros(part.whole, gradient.dtype)
             mine = gradient[part.local :][: part.box.size].reshape(part.box.shape)
             whole[part.box.slices()] = mine
-            total = waiting.allreduce(comm, whole, MPI.SUM, "the gradient of shared weights")
+            total = waiting.allreduce(comm, whole, MPI.SUM, "the gradient of shared weights", serve=self.serve)
             mine[...] = total[part.box.slices()]
 
     def take(self, whole: np.ndarray) -> np.ndarray:

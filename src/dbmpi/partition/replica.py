@@ -86,12 +86,26 @@ class Replica:
         self._workspaces: OrderedDict[int, _Workspace] = OrderedDict()
         self.seconds = {kind: [0.0] * len(self._layers) for kind in ("forward", "backward", "exchange")}
 
+    @property
+    def size(self) -> int:
+        """Elements of this worker's parameters."""
+        return self.parameters.size
+
+    def serve_while_waiting(self, serve: Callable[[], bool] | None) -> None:
+        """Let this rank go on with other duties while it waits for the other partitions."""
+        for exchange in self._exchanges:
+            exchange.serve = serve
+        if self._outputs_exchange is not None:
+            self._outputs_exchange.serve = serve
+        self.parameters.serve = serve
+
     def loss_and_gradient(
         self,
         parameters: np.ndarray,
         batch: Batch,
         gradient: np.ndarray,
         on_gradient: Callable[[int], None] | None = None,
+        *,
         step: int = 0,
     ) -> Outcome:
         """Return the outcome of the whole batch and write this worker's part of the gradient of its mean loss.
