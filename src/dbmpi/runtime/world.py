@@ -38,6 +38,10 @@ def start() -> MPI.Intracomm:
     UserError
         If the environment shows that several ranks were meant and every one became a world of its own.
     """
+    from dbmpi.runtime import installation
+
+    for name, value in installation.openmpi_settings().items():
+        os.environ.setdefault(name, value)  # other MPIs do not look at it
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
