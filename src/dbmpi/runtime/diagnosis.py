@@ -157,7 +157,7 @@ def _h5py(environment: Mapping[str, str]) -> Finding:
 
 
 def _shared_memory() -> Finding:
-    place = "/dev/shm"  # noqa: S108 - where MPI puts shared windows; nothing is written here
+    place = "/dev/shm"
     try:
         free = shutil.disk_usage(place).free
     except OSError:
