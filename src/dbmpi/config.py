@@ -15,7 +15,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dbmpi.errors import UserError
 
@@ -23,6 +23,15 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_\-]*$", max_length=64
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+def _odd(value: int) -> int:
+    if value % 2 == 0:
+        raise ValueError("must be odd, so that the window has a place in its middle")
+    return value
+
+
+Odd = Annotated[int, Field(ge=1), AfterValidator(_odd)]
 
 
 class Section(BaseModel):
@@ -99,6 +108,42 @@ class Convolution(Section):
     """Function applied to every output."""
     initial_scale: NotNegative = 1.0
     """Factor on the standard deviation of the initial weights."""
+
+
+class Pooling(Section):
+    """Pooling: sums up each window of a map, valid borders; windows overlap where the stride is less than the size."""
+
+    type: Literal["pooling"] = "pooling"
+    name: Name | None = None
+    """Name in messages; by default the type and the place, e.g. ``pooling2``."""
+    kind: Literal["l2", "average", "max"] = "l2"
+    """``l2``: root of the sum of squares; ``average``: mean; ``max``: maximum."""
+    size: Count | tuple[Count, Count]
+    """Rows and columns of a window; one number for a square."""
+    stride: Count = 1
+    """Rows, and columns, from one window to the next."""
+
+
+class Normalisation(Section):
+    """Local contrast normalisation: subtracts a local mean over all maps, then divides by a local deviation."""
+
+    type: Literal["normalisation"] = "normalisation"
+    name: Name | None = None
+    """Name in messages; by default the type and the place, e.g. ``normalisation3``."""
+    window: Odd = 5
+    """Rows and columns of the Gaussian window; odd."""
+    floor: Positive = 0.01
+    """Least local deviation to divide by."""
+
+
+class Dropout(Section):
+    """Dropout: while training, every value is zero with probability `rate` and otherwise scaled by 1 / (1 - rate)."""
+
+    type: Literal["dropout"] = "dropout"
+    name: Name | None = None
+    """Name in messages, and a part of the masks' seed; by default the type and the place, e.g. ``dropout2``."""
+    rate: Annotated[float, Field(ge=0, lt=1)]
+    """Probability that a value is dropped."""
 
 
 class NetworkSection(Section):
