@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from parallel import tiny
+
 from dbmpi.checkpoint.reader import Checkpoint
 from dbmpi.train import train
 
