@@ -1,0 +1,209 @@
+"""Pooling of windows of ``(maps, rows, columns, samples)``: root of the sum of squares, mean and maximum.
+
+A window is summed by its rows first and then by its columns, so that overlapping windows share the sums of columns.
+Loops over the samples, which lie side by side, vectorise; loops over the rows of all maps are shared by the threads.
+Output row `r` is made of the input rows ``r * stride`` to ``r * stride + size``, columns alike, whichever part of a
+layer the arrays are: an output's sum has the same order everywhere.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import prange
+
+from dbmpi.kernels.compile import inlined, parallel_kernel
+
+
+@parallel_kernel
+def l2_forward(inputs: np.ndarray, rows: int, columns: int, stride: int, epsilon: float, outputs: np.ndarray) -> None:
+    """Compute the root of `epsilon` plus the sum of squares of each window.
+
+    Parameters
+    ----------
+    inputs : array (maps, input rows, input columns, samples)
+    rows, columns, stride : int
+        Size of a window, and the distance between two.
+    epsilon : float
+    outputs : array (maps, output rows, output columns, samples)
+    """
+    maps, height, width, samples = outputs.shape
+    square = inputs.reshape(maps, inputs.shape[1], inputs.shape[2] * samples)
+    for line in prange(maps * height):
+        place, row = line // height, line % height
+        sums = np.zeros(square.shape[2], inputs.dtype)
+        for below in range(row * stride, row * stride + rows):
+            _add_squares(sums, square[place, below])
+        for column in range(width):
+            output = outputs[place, row, column]
+            output[:] = epsilon
+            for right in range(column * stride, column * stride + columns):
+                _add(output, sums[right * samples : (right + 1) * samples])
+            for sample in range(samples):
+                output[sample] = np.sqrt(output[sample])
+
+
+@parallel_kernel
+def average_forward(inputs: np.ndarray, rows: int, columns: int, stride: int, outputs: np.ndarray) -> None:
+    """Compute the mean of each window; arrays and sizes as for `l2_forward`."""
+    maps, height, width, samples = outputs.shape
+    flat = inputs.reshape(maps, inputs.shape[1], inputs.shape[2] * samples)
+    factor = inputs.dtype.type(1.0 / (rows * columns))
+    for line in prange(maps * height):
+        place, row = line // height, line % height
+        sums = flat[place, row * stride].copy()
+        for below in range(row * stride + 1, row * stride + rows):
+            _add(sums, flat[place, below])
+        for column in range(width):
+            output = outputs[place, row, column]
+            output[:] = sums[column * stride * samples : (column * stride + 1) * samples]
+            for right in range(column * stride + 1, column * stride + columns):
+                _add(output, sums[right * samples : (right + 1) * samples])
+            for sample in range(samples):
+                output[sample] *= factor
+
+
+@parallel_kernel
+def max_forward(inputs: np.ndarray, rows: int, columns: int, stride: int, outputs: np.ndarray) -> None:
+    """Compute the maximum of each window, NaN if it holds one; arrays and sizes as for `l2_forward`."""
+    maps, height, width, samples = outputs.shape
+    flat = inputs.reshape(maps, inputs.shape[1], inputs.shape[2] * samples)
+    for line in prange(maps * height):
+        place, row = line // height, line % height
+        largest = flat[place, row * stride].copy()
+        for below in range(row * stride + 1, row * stride + rows):
+            _keep_larger(largest, flat[place, below])
+        for column in range(width):
+            output = outputs[place, row, column]
+            output[:] = largest[column * stride * samples : (column * stride + 1) * samples]
+            for right in range(column * stride + 1, column * stride + columns):
+                _keep_larger(output, largest[right * samples : (right + 1) * samples])
+
+
+@parallel_kernel
+def l2_backward(
+    inputs: np.ndarray,
+    outputs: np.ndarray,
+    gradient: np.ndarray,
+    rows: int,
+    columns: int,
+    stride: int,
+    input_gradient: np.ndarray,
+) -> None:
+    """Compute the inputs' gradient: input times the sum of gradient over output, of the windows that hold it.
+
+    Parameters
+    ----------
+    inputs, outputs
+        As for `l2_forward`.
+    gradient
+        For the outputs; overwritten with its quotient by the outputs.
+    rows, columns, stride
+        As for `l2_forward`.
+    input_gradient
+        Overwritten.
+    """
+    quotient, divisor = gradient.reshape(-1, gradient.shape[3]), outputs.reshape(-1, gradient.shape[3])
+    for line in prange(quotient.shape[0]):
+        above, below = quotient[line], divisor[line]
+        for sample in range(above.size):
+            above[sample] /= below[sample]
+    height = inputs.shape[1]
+    for line in prange(inputs.shape[0] * height):
+        place, row = line // height, line % height
+        target = input_gradient[place, row]
+        _spread_row(gradient[place], row, rows, columns, stride, target)
+        for column in range(target.shape[0]):
+            factor, result = inputs[place, row, column], target[column]
+            for sample in range(result.size):
+                result[sample] *= factor[sample]
+
+
+@parallel_kernel
+def average_backward(gradient: np.ndarray, rows: int, columns: int, stride: int, input_gradient: np.ndarray) -> None:
+    """Compute the inputs' gradient: the sum of the gradient of the windows that hold it, over the size of a window."""
+    height = input_gradient.shape[1]
+    factor = gradient.dtype.type(1.0 / (rows * columns))
+    for line in prange(input_gradient.shape[0] * height):
+        place, row = line // height, line % height
+        target = input_gradient[place, row]
+        _spread_row(gradient[place], row, rows, columns, stride, target)
+        for column in range(target.shape[0]):
+            result = target[column]
+            for sample in range(result.size):
+                result[sample] *= factor
+
+
+@parallel_kernel
+def max_backward(
+    inputs: np.ndarray,
+    outputs: np.ndarray,
+    gradient: np.ndarray,
+    rows: int,
+    columns: int,
+    stride: int,
+    input_gradient: np.ndarray,
+) -> None:
+    """Give each window's gradient to its first maximum, row after row; `gradient` is overwritten."""
+    maps, height, width, samples = gradient.shape
+    zero = gradient.dtype.type(0)
+    for place in prange(maps):
+        input_gradient[place] = 0
+        for row in range(height):
+            for column in range(width):
+                output, rest = outputs[place, row, column], gradient[place, row, column]
+                for below in range(row * stride, row * stride + rows):
+                    for right in range(column * stride, column * stride + columns):
+                        value, target = inputs[place, below, right], input_gradient[place, below, right]
+                        # What has been given away is zero for all that come after: no branches, it vectorises.
+                        for sample in range(samples):
+                            found = value[sample] == output[sample]
+                            target[sample] += rest[sample] if found else zero
+                            rest[sample] = zero if found else rest[sample]
+
+
+@inlined
+def _spread_row(gradient: np.ndarray, row: int, rows: int, columns: int, stride: int, target: np.ndarray) -> None:
+    """Set a row of inputs (columns, samples) to the sums of `gradient` over the windows that hold each input."""
+    height, width, samples = gradient.shape
+    first, last = _windows(row, rows, stride, height)
+    if first > last:
+        target[:] = 0
+        return
+    flat = gradient.reshape(height, width * samples)
+    sums = flat[first].copy()
+    for above in range(first + 1, last + 1):
+        _add(sums, flat[above])
+    for column in range(target.shape[0]):
+        result = target[column]
+        left, right = _windows(column, columns, stride, width)
+        if left > right:
+            result[:] = 0
+        else:
+            result[:] = sums[left * samples : (left + 1) * samples]
+        for window in range(left + 1, right + 1):
+            _add(result, sums[window * samples : (window + 1) * samples])
+
+
+@inlined
+def _windows(place: int, size: int, stride: int, windows: int) -> tuple[int, int]:
+    """Return the first and the last window that holds a place of an axis; none if the last is before the first."""
+    return max(0, (place - size + stride) // stride), min(windows - 1, place // stride)
+
+
+@inlined
+def _add(total: np.ndarray, values: np.ndarray) -> None:
+    for i in range(total.size):
+        total[i] += values[i]
+
+
+@inlined
+def _add_squares(total: np.ndarray, values: np.ndarray) -> None:
+    for i in range(total.size):
+        total[i] += values[i] * values[i]
+
+
+@inlined
+def _keep_larger(largest: np.ndarray, values: np.ndarray) -> None:
+    for i in range(largest.size):
+        value, known = values[i], largest[i]
+        largest[i] = value if (value > known) | (value != value) else known  # noqa: PLR0124 - NaN

@@ -1,0 +1,97 @@
+"""Pooling against SciPy's filters, finite differences, and itself in pieces."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import ndimage
+from unit.layer_checks import check_cuts, check_gradients, run
+
+from dbmpi import config
+from dbmpi.errors import UserError
+from dbmpi.network.pooling import EPSILON, Pooling
+
+KINDS = ("l2", "average", "max")
+
+
+@st.composite
+def layers(draw):
+    size = (draw(st.integers(1, 4)), draw(st.integers(1, 4)))
+    shape = (draw(st.integers(1, 3)), *(window + draw(st.integers(0, 6)) for window in size))
+    return Pooling("pool", shape, draw(st.sampled_from(KINDS)), size, draw(st.integers(1, 5)))
+
+
+def scipy_pooling(layer, inputs):
+    rows, columns = layer.size
+    # `origin` moves the window so that it starts at its output's place
+    window = {"size": (1, rows, columns, 1), "origin": (0, -(rows // 2), -(columns // 2), 0)}
+    if layer.kind == "max":
+        everywhere = ndimage.maximum_filter(inputs, **window)
+    else:
+        values = inputs**2 if layer.kind == "l2" else inputs
+        everywhere = ndimage.uniform_filter(values, **window)
+        if layer.kind == "l2":
+            everywhere = np.sqrt(EPSILON + rows * columns * everywhere)
+    _, height, width = layer.output_shape
+    return everywhere[:, :: layer.stride, :: layer.stride][:, :height, :width]
+
+
+@settings(max_examples=25)
+@given(layers(), st.integers(1, 5), st.sampled_from([np.float32, np.float64]), st.integers(0, 99))
+def test_pooling_is_scipys_filter_at_every_stride(layer, samples, dtype, seed):
+    inputs = np.random.default_rng(seed).normal(size=(*layer.input_shape, samples)).astype(dtype)
+    outputs, _, _ = run(layer, inputs)
+    expected = scipy_pooling(layer, inputs.astype(np.float64))
+    np.testing.assert_allclose(outputs, expected, rtol=1e-12, atol=1e-6 if dtype == np.float32 else 1e-12)
+
+
+@settings(max_examples=15)
+@given(layers(), st.integers(0, 99))
+def test_gradients_are_finite_differences(layer, seed):
+    check_gradients(layer, 2, seed)
+
+
+@settings(max_examples=25)
+@given(layers(), st.sampled_from([np.float32, np.float64]), st.data())
+def test_pieces_make_the_whole(layer, dtype, data):
+    check_cuts(layer, 3, dtype, data)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_gradient_goes_to_the_first_maximum_in_the_order_of_the_window(dtype):
+    layer = Pooling("pool", (1, 2, 3), "max", (2, 2))
+    inputs = np.array([[[0, 5, 5], [5, 5, 1]]], dtype)[..., np.newaxis]
+    outputs, input_gradient, _ = run(layer, inputs, np.array([[[1, 10]]], dtype)[..., np.newaxis])
+    np.testing.assert_array_equal(outputs[0, 0, :, 0], [5, 5])
+    np.testing.assert_array_equal(input_gradient[0, :, :, 0], [[0, 11, 0], [0, 0, 0]])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_not_a_number_is_passed_on_to_the_windows_that_hold_it(kind):
+    inputs = np.zeros((1, 3, 4, 40), np.float32)
+    inputs[0, 1, 1, 7] = np.nan
+    outputs, _, _ = run(Pooling("pool", (1, 3, 4), kind, (2, 2)), inputs)
+    lost = np.isnan(outputs)
+    assert lost[0, :, :2, 7].all()
+    assert lost.sum() == 4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_are_finite_where_all_inputs_are_zero(kind):
+    layer = Pooling("pool", (2, 4, 4), kind, (3, 3))
+    _, input_gradient, _ = run(layer, np.zeros((2, 4, 4, 3)))
+    assert np.isfinite(input_gradient).all()
+
+
+def test_a_layer_is_made_of_its_description():
+    assert Pooling.described(config.Pooling(size=3, kind="max", stride=2), "p", (4, 9, 9)).output_shape == (4, 4, 4)
+    layer = Pooling.described(config.Pooling(size=(5, 2)), "p", (4, 9, 9))
+    assert layer == Pooling("p", (4, 9, 9), "l2", (5, 2), 1)
+    assert not layer.tensors
+
+
+def test_what_does_not_fit_is_refused_with_its_name_and_both_shapes():
+    with pytest.raises(UserError, match=r"'small'.*\(3, 3\).*\(8, 2, 5\)"):
+        Pooling("small", (8, 2, 5), "l2", (3, 3))
+    with pytest.raises(UserError, match=r"'flat'.*\(100,\)"):
+        Pooling("flat", (100,), "l2", (3, 3))
