@@ -38,7 +38,8 @@ from dbmpi.partition.boxes import Box
 from dbmpi.partition.replica import Replica
 from dbmpi.runtime import waiting
 from dbmpi.runtime.orders import Mailbox, Role
-from dbmpi.runtime.world import StopSignal, together
+from dbmpi.runtime.signals import StopSignal
+from dbmpi.runtime.world import together
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -83,7 +84,7 @@ class _Facts:
     """0 where the targets are values."""
 
 
-def train(run: Run, comm: MPI.Intracomm | None = None) -> Result:
+def train(run: Run, comm: MPI.Intracomm | None = None, stop: StopSignal | None = None) -> Result:
     """Train the network that `run` describes, on all ranks of `comm` together (collective).
 
     Parameters
@@ -92,6 +93,8 @@ def train(run: Run, comm: MPI.Intracomm | None = None) -> Result:
         The description of the run.
     comm
         The ranks to use; by default all that were started, or this process alone.
+    stop
+        Notes the signals that end the run with a checkpoint; by default only while it runs.
 
     Raises
     ------
@@ -105,14 +108,15 @@ def train(run: Run, comm: MPI.Intracomm | None = None) -> Result:
 
         comm = start()
     with ExitStack() as stack:
-        return _Session(run, comm, stack).run()
+        return _Session(run, comm, stack, stop or stack.enter_context(StopSignal())).run()
 
 
 class _Session:
     """One start of a run on one rank; what is opened is closed by the stack."""
 
-    def __init__(self, run: Run, comm: MPI.Intracomm, stack: ExitStack) -> None:
+    def __init__(self, run: Run, comm: MPI.Intracomm, stack: ExitStack, stop: StopSignal) -> None:
         self._run = run
+        self._stop = stop
         self._stack = stack
         with together(comm, "planning the topology"):
             plan = topology.plan(run.topology, comm.size)
@@ -143,7 +147,7 @@ class _Session:
         applied_rule = rule(run.optimizer)
         begin, checkpoint, session = self._prepare_directory(network.layout, order)
         self._compile_kernels(network, applied_rule, facts)
-        stop = self._stack.enter_context(StopSignal())
+        stop = self._stop
 
         memories, ranges = self._memories(network.layout)
         number = self._shard_number

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
     from dbmpi.config import Run
+    from dbmpi.runtime.signals import StopSignal
 
 SUMMARY = "train the network that a configuration describes (under mpirun or srun, or alone)"
 
@@ -29,6 +30,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Train and print what came out."""
+    from dbmpi.runtime.signals import StopSignal
+
+    # A signal that comes while libraries are loaded and kernels are compiled ends the run, too, and not the process.
+    with StopSignal() as stop:
+        return _train(arguments, stop)
+
+
+def _train(arguments: argparse.Namespace, stop: StopSignal) -> int:
     # Threads, BLAS kernel and kernel cache are chosen before NumPy and Numba are loaded.
     from dbmpi.runtime.environment import prepare
 
@@ -44,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
             print(chosen, flush=True)
         from dbmpi.train import train
 
-        result = train(described, comm)
+        result = train(described, comm, stop)
     except KnownToAll:
         raise
     except BaseException as error:

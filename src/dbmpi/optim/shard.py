@@ -13,7 +13,7 @@ from dbmpi.monitor.records import Recorder, ShardReport
 from dbmpi.paramserver.server import Server
 from dbmpi.runtime import waiting
 from dbmpi.runtime.orders import Kind, Mailbox, Role
-from dbmpi.runtime.world import StopSignal
+from dbmpi.runtime.signals import StopSignal
 
 if TYPE_CHECKING:
     from dbmpi.optim.lead import Lead

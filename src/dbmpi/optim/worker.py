@@ -20,7 +20,7 @@ from dbmpi.optim.team import Decision, Team
 from dbmpi.paramserver.client import Client
 from dbmpi.runtime import waiting
 from dbmpi.runtime.orders import Kind, Mailbox, Role
-from dbmpi.runtime.world import StopSignal
+from dbmpi.runtime.signals import StopSignal
 
 _ACTIVITIES = ("compute", "fetch", "push", "wait", "data")
 _FOR_THE_LEAD = 1.25

@@ -90,6 +90,8 @@ def compose(
         options = ["--oversubscribe"]
         if not any(word.startswith(("--bind-to", "-bind-to")) or "PE=" in word.upper() for word in mpi_arguments):
             options += ["--bind-to", "none"]  # it may be said only once, and PE=N says it too
+        if columns is not None:
+            options += ["--stream-buffering", "0"]  # else mpirun holds back the bar, a line without an end
         if (os.getuid() if user is None else user) == 0:
             settings |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
         settings |= installation.openmpi_settings()
