@@ -44,6 +44,7 @@ from dbmpi.runtime.world import together
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+_UNITS_TO_COMPILE_FOR = 64
 DTYPE = np.dtype(np.float32)
 """Of parameters and gradients."""
 _MOST_AXES = 32
@@ -245,7 +246,7 @@ class _Session:
         node = self._comm.Split_type(MPI.COMM_TYPE_SHARED)
         for turn in (0, 1):
             if (node.rank != 0) == bool(turn):
-                _use_kernels(network, applied_rule, facts)
+                _use_kernels(network, applied_rule, facts, self._run.optimizer.batch_size)
             waiting.barrier(node, "the kernels to be compiled")
         node.Free()
 
@@ -439,19 +440,21 @@ def _check_same_order(run: Run, stored: str, order: Order, total: int, path: Pat
         )
 
 
-def _use_kernels(network: Network, applied_rule: Rule, facts: _Facts) -> None:
+def _use_kernels(network: Network, applied_rule: Rule, facts: _Facts, samples: int) -> None:
     """Call everything compiled once, on little data, so that it is compiled or loaded before the clock runs."""
     from dbmpi.kernels import updates
     from dbmpi.network.layer import Context
 
     context = Context()
     for layer in network.layers:
-        # The smallest box of outputs, so that a large network costs no more than a small one.
-        output = Box((0,) * len(layer.output_shape), (1,) * len(layer.output_shape))
+        # A small box of outputs, so that a large network costs no more than a small one, but a whole batch: which
+        # product is taken depends on the shapes.
+        first, *others = layer.output_shape
+        output = Box((0,) * (1 + len(others)), (min(first, _UNITS_TO_COMPILE_FOR), *(1 for _ in others)))
         tensors = {name: np.zeros(layer.tensor_box(name, output).shape, DTYPE) for name in layer.tensors}
         gradients = {name: np.zeros_like(values) for name, values in tensors.items()}
-        inputs = np.zeros((*layer.input_box(output).shape, 1), DTYPE)
-        outputs = np.zeros((*output.shape, 1), DTYPE)
+        inputs = np.zeros((*layer.input_box(output).shape, samples), DTYPE)
+        outputs = np.zeros((*output.shape, samples), DTYPE)
         layer.forward(output, tensors, inputs, outputs, context)
         layer.backward(output, tensors, inputs, outputs, outputs.copy(), gradients, np.empty_like(inputs), context)
     values = np.zeros((network.outputs, 1), DTYPE)
