@@ -6,6 +6,7 @@ import argparse
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -36,6 +37,7 @@ LEVELS = {
     "dbmpi.paramserver": 3,
     "dbmpi.partition": 3,
     "dbmpi.checkpoint": 3,
+    "dbmpi.network.network": 4,  # a whole network is a replica of one partition: made of layers and of `partition`
     "dbmpi.optim": 4,
     "dbmpi.train": 5,
     "dbmpi.cli": 6,
@@ -60,8 +62,7 @@ PICKLING = {
     *("bcast", "gather", "scatter", "allgather", "alltoall", "reduce", "allreduce", "scan", "exscan"),
     *("ibcast", "igather", "iallgather", "iallreduce", "ireduce"),
 }
-# How the names of objects end whose methods of these names are not mpi4py's: numpy.add.reduce, a mailbox's send ...
-NOT_MPI4PY = ("np", "functools", "mailbox", "waiting", "exchange")
+COMMUNICATOR = re.compile(r"(comm|world|node)$", re.IGNORECASE)
 
 
 def trees() -> Iterator[tuple[str, ast.Module]]:
@@ -102,7 +103,8 @@ def test_imports_go_one_way():
             # The root holds the version; what else it offers is loaded late.
             if imported.partition(".")[0] != "dbmpi" or imported == "dbmpi":
                 continue
-            if unit(imported) != unit(name) and LEVELS[unit(imported)] >= LEVELS[unit(name)]:
+            offered = MODULES[name].name == "__init__.py" and imported.startswith(f"{name}.")
+            if unit(imported) != unit(name) and LEVELS[unit(imported)] >= LEVELS[unit(name)] and not offered:
                 wrong.append(f"{name}:{line} imports {imported}")
     assert wrong == []
 
@@ -112,10 +114,16 @@ def test_what_needs_no_mpi_does_not_import_it():
         f"{name}:{line}"
         for name, tree in trees()
         if name.startswith(WITHOUT_MPI)
-        for line, imported in imports(name, tree)
+        for line, imported in imports(name, without_type_checks(tree))
         if imported.partition(".")[0] == "mpi4py"
     ]
     assert wrong == []
+
+
+def without_type_checks(tree: ast.Module) -> ast.Module:
+    """Return a module without what only type checkers read: the type of a communicator is no import of MPI."""
+    kept = [node for node in tree.body if not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test))]
+    return ast.Module(kept, [])
 
 
 def test_what_needs_no_mpi_can_be_imported_without_one():
@@ -168,15 +176,25 @@ def test_nothing_unpickles_evaluates_or_starts_a_shell():
 
 
 def test_messages_are_buffers():
-    """mpi4py's lower-case methods pickle; the harness watches for them, too, but only where a test goes by."""
-    wrong = []
-    for name, tree in trees():
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in PICKLING:
-                owners = ast.unparse(node.func.value).split(".")
-                if not any(owner.endswith(NOT_MPI4PY) for owner in owners):
-                    wrong.append(f"{name}:{node.lineno} {ast.unparse(node.func)}")
-    assert wrong == []
+    """mpi4py's lower-case methods pickle.
+
+    Here communicators are known by their names; the harness makes the methods fail under whatever name, but only where
+    a test goes by.
+    """
+    assert [f"{name}:{line} {call}" for name, tree in trees() for line, call in pickling_calls(tree)] == []
+
+
+def test_a_pickled_message_would_be_found():
+    program = "self._comm.allreduce(1)\nmailbox.send(2)\nnumpy.add.reduce(x)\nnode.Bcast(x)\nworld.bcast(x)"
+    assert list(pickling_calls(ast.parse(program))) == [(1, "self._comm.allreduce"), (5, "world.bcast")]
+
+
+def pickling_calls(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            owner = ast.unparse(node.func.value)
+            if node.func.attr in PICKLING and COMMUNICATOR.search(owner):
+                yield node.lineno, f"{owner}.{node.func.attr}"
 
 
 def loaded_by(program: str, *arguments: str) -> tuple[set[str], str]:

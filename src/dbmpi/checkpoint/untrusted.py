@@ -16,7 +16,7 @@ LARGEST_TEXT = 2**24
 """Bytes; a description of a run has a few thousand."""
 
 
-class Malformed(Exception):  # noqa: N818  (a finding, that the reader turns into a UserError)
+class Malformed(Exception):
     """What is wrong with the file."""
 
 
