@@ -94,7 +94,7 @@ class Normalisation:
             inputs,
             _place(output, self._around(output, 2)),
             mean,
-            _place(output, self._around(output, 1))[1:],
+            _space(output, self._around(output, 1)),
             divisor,
             outputs,
         )
@@ -119,13 +119,12 @@ class Normalisation:
         kernels.divide_gradient(outputs, gradient, divisor, self.floor, squares, divided)
         of_squares = self._smoothed(squares, output, near, transposed=True)
         centred = np.empty_like(mean)
-        in_near = _place(output, near)
         kernels.sum_centred_gradient(
-            of_squares, total, _place(near, far)[1:], mean, self.input_shape[0], divided, in_near[1:], centred
+            of_squares, total, _space(near, far), mean, self.input_shape[0], divided, _space(output, near), centred
         )
         of_mean = self._smoothed(centred, near, far, transposed=True)
         kernels.input_gradient(
-            inputs, mean, _place(near, far)[1:], of_squares, of_mean, gradient, _place(output, far), input_gradient
+            inputs, mean, _space(near, far), of_squares, of_mean, gradient, _place(output, far), input_gradient
         )
 
     def _around(self, output: Box, times: int) -> Box:
@@ -146,31 +145,42 @@ class Normalisation:
         kernels.sum_maps(inputs, total)
         mean = self._smoothed(total, far, near)
         squares = np.empty_like(mean)
-        kernels.sum_centred_squares(inputs, *_place(near, far)[1:], mean, squares)
+        row, column = _space(near, far)
+        kernels.sum_centred_squares(inputs, row, column, mean, squares)
         divisor = self._smoothed(squares, near, output)
         kernels.deviation(divisor, self.floor)
         return total, mean, divisor
 
     def _smoothed(self, field: np.ndarray, given: Box, wanted: Box, transposed: bool = False) -> np.ndarray:
         """Return the weighted sums, over the maps' number, at the places of a box from `field` at those of another."""
-        taps = []
-        for axis, maps in ((1, self.input_shape[0]), (2, 1)):
-            first, weights = _taps(
+        rows, columns = (
+            _taps(
                 self.input_shape[axis],
                 self.window,
                 (given.starts[axis], given.stops[axis]),
                 (wanted.starts[axis], wanted.stops[axis]),
                 transposed,
             )
-            taps += [first, (weights / maps).astype(field.dtype)]
+            for axis in (1, 2)
+        )
         result = np.empty((*wanted.shape[1:], field.shape[-1]), field.dtype)
-        kernels.smooth(field, *taps, result)
+        row_weights, column_weights = (
+            (rows[1] / self.input_shape[0]).astype(field.dtype),
+            columns[1].astype(field.dtype),
+        )
+        kernels.smooth(field, rows[0], row_weights, columns[0], column_weights, result)
         return result
 
 
-def _place(inner: Box, outer: Box) -> tuple[int, ...]:
-    """Return where a box starts within another."""
-    return tuple(a - b for a, b in zip(inner.starts, outer.starts, strict=True))
+def _place(inner: Box, outer: Box) -> tuple[int, int, int]:
+    """Return at which map, row and column of another a box starts."""
+    first_map, row, column = (a - b for a, b in zip(inner.starts, outer.starts, strict=True))
+    return first_map, row, column
+
+
+def _space(inner: Box, outer: Box) -> tuple[int, int]:
+    """Return at which row and column of another a box starts."""
+    return _place(inner, outer)[1:]
 
 
 @lru_cache(maxsize=256)
