@@ -53,6 +53,13 @@ class Box:
         stops = tuple(max(s, min(a, b)) for s, a, b in zip(starts, self.stops, other.stops, strict=True))
         return Box(starts, stops)
 
+    def common(self, other: Box) -> int:
+        """Return the number of indices in both."""
+        size = 1
+        for a, b, c, d in zip(self.starts, self.stops, other.starts, other.stops, strict=True):
+            size *= max(min(b, d) - max(a, c), 0)
+        return size
+
     def join(self, other: Box) -> Box:
         """Return the smallest box that holds both; an empty one counts for nothing."""
         if self.empty or other.empty:
@@ -63,6 +70,22 @@ class Box:
     def holds(self, other: Box) -> bool:
         """Whether every index of `other` is one of this box."""
         return other.empty or self.meet(other) == other
+
+    def minus(self, other: Box) -> tuple[Box, ...]:
+        """Return boxes that together hold each index of this box that is not in `other`, once; at most two an axis."""
+        common = self.meet(other)
+        if common.empty:
+            return () if self.empty else (self,)
+        parts = []
+        starts, stops = list(self.starts), list(self.stops)
+        for axis, (first, last) in enumerate(zip(common.starts, common.stops, strict=True)):
+            if starts[axis] < first:
+                parts.append(Box(tuple(starts), (*stops[:axis], first, *stops[axis + 1 :])))
+            if last < stops[axis]:
+                parts.append(Box((*starts[:axis], last, *starts[axis + 1 :]), tuple(stops)))
+            # What is left on this axis is within `other`: the next axis goes on from there.
+            starts[axis], stops[axis] = first, last
+        return tuple(parts)
 
     def runs(self, shape: Sequence[int]) -> Iterator[range]:
         """Yield the flat positions of the box in a C-ordered array of `shape`, as consecutive ranges in order.
@@ -82,7 +105,9 @@ class Box:
         length = (self.stops[last] - self.starts[last]) * strides[last]
         outer = (range(start, stop) for start, stop in zip(self.starts[:last], self.stops[:last], strict=True))
         for index in product(*outer):
-            start = sum(i * stride for i, stride in zip(index, strides, strict=False)) + self.starts[last] * strides[last]
+            start = (
+                sum(i * stride for i, stride in zip(index, strides, strict=False)) + self.starts[last] * strides[last]
+            )
             yield range(start, start + length)
 
     def __str__(self) -> str:
