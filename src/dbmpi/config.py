@@ -15,7 +15,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from dbmpi.errors import UserError
 
@@ -146,12 +146,29 @@ class Dropout(Section):
     """Probability that a value is dropped."""
 
 
+def _type_of(layer: Any) -> str | None:
+    """Return which kind of layer a table describes; a dense one where it does not say."""
+    return layer.get("type", "dense") if isinstance(layer, dict) else getattr(layer, "type", None)
+
+
+LAYERS: tuple[type[Section], ...] = (Dense, Pooling, Normalisation, Dropout)
+"""The kinds of layers."""
+
+AnyLayer = Annotated[
+    Annotated[Dense, Tag("dense")]
+    | Annotated[Pooling, Tag("pooling")]
+    | Annotated[Normalisation, Tag("normalisation")]
+    | Annotated[Dropout, Tag("dropout")],
+    Discriminator(_type_of),
+]
+
+
 class NetworkSection(Section):
     """The model: layers from the input upwards, and the loss on top of the last one."""
 
     loss: Literal["softmax", "logistic", "squared"] = "softmax"
     """``softmax``: cross-entropy over classes; ``logistic``: one-vs-all; ``squared``: half the squared distance."""
-    layers: tuple[Dense, ...]
+    layers: tuple[AnyLayer, ...]
     """The layers, each a ``[[network.layers]]`` table."""
 
     @model_validator(mode="after")
@@ -162,12 +179,24 @@ class NetworkSection(Section):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"two layers are called {twice[0]!r}: give one of them another name")
-        if self.loss != "squared" and self.layers[-1].activation != "linear":
+        last = self.layers[-1]
+        if not isinstance(last, Dense):
+            raise ValueError(
+                f"the last layer must be of type 'dense', for its units are the outputs, not {last.type!r}"
+            )
+        if self.loss != "squared" and last.activation != "linear":
             raise ValueError(
                 f"the loss {self.loss!r} contains the last activation: the last layer must be 'linear', "
-                f"not {self.layers[-1].activation!r}"
+                f"not {last.activation!r}"
             )
         return self
+
+    @property
+    def outputs(self) -> int:
+        """Units of the last layer."""
+        last = self.layers[-1]
+        assert isinstance(last, Dense)
+        return last.units
 
     @property
     def layer_names(self) -> tuple[str, ...]:
@@ -338,13 +367,19 @@ def explain(error: ValidationError, model: type[BaseModel], source: str) -> str:
     """Turn a validation error into lines that name the place, what was given and what was expected."""
     lines = []
     for problem in error.errors():
-        place = [part for part in problem["loc"] if part != "tagged-union"]
+        place = _without_tags(problem["loc"])
         where = ".".join(str(part) for part in place)
         if problem["type"] == "extra_forbidden":
             known = _keys(model, place[:-1])
             near = difflib.get_close_matches(str(place[-1]), known, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
             lines.append(f"{source}: unknown key {where!r}; {hint}")
+        elif problem["type"] == "union_tag_invalid":
+            known = [str(kind.model_fields["type"].default) for kind in LAYERS]
+            given = str(problem.get("ctx", {}).get("tag"))
+            near = difflib.get_close_matches(given, known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+            lines.append(f"{source}: {where}.type: {given[:40]!r} is no type of layer; {hint}")
         elif problem["type"] == "missing":
             lines.append(f"{source}: {where!r} is missing: {_meaning(model, place)}")
         else:
@@ -356,6 +391,11 @@ def explain(error: ValidationError, model: type[BaseModel], source: str) -> str:
             )
             lines.append(f"{source}: {where}: {message}{given}")
     return "\n".join(lines)
+
+
+def _without_tags(place: tuple[int | str, ...]) -> list[int | str]:
+    """Return a place without the types of layers that pydantic puts behind their numbers."""
+    return [part for before, part in zip((None, *place), place, strict=False) if not isinstance(before, int)]
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:

@@ -191,7 +191,7 @@ class _Session:
                     self._test_source = self._stack.enter_context(Source.open(run.data.test, memory))
                     self._test_source.expect_like(source)
                 source.load()
-                source.expect(run.network.layers[-1].units, run.network.loss)
+                source.expect(run.network.outputs, run.network.loss)
                 if self._worker_number == 0:
                     source.validate(full=True)
                     if self._test_source is not None:

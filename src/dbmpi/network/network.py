@@ -11,8 +11,11 @@ import numpy as np
 from dbmpi import config
 from dbmpi.errors import UserError
 from dbmpi.network.dense import Dense
+from dbmpi.network.dropout import Dropout
 from dbmpi.network.layer import Layer
 from dbmpi.network.losses import Loss, Targets
+from dbmpi.network.normalisation import Normalisation
+from dbmpi.network.pooling import Pooling
 from dbmpi.objective import Batch, Outcome
 from dbmpi.paramserver.layout import Layout
 from dbmpi.partition.boxes import Box
@@ -60,7 +63,7 @@ class Network:
         self.dtype = np.dtype(dtype)
         self.loss = Loss(section.loss, targets)
         layers: list[Layer] = []
-        shape = self.input_shape
+        shape = _with_maps(section, self.input_shape)
         for name, described in zip(section.layer_names, section.layers, strict=True):
             layers.append(_layer(described, name, shape))
             shape = layers[-1].output_shape
@@ -167,6 +170,20 @@ class Network:
         return self.replica([[Box.whole(layer.output_shape)] for layer in self.layers])
 
 
-def _layer(described: Any, name: str, input_shape: tuple[int, ...]) -> Layer:
+def _layer(described: config.AnyLayer, name: str, input_shape: tuple[int, ...]) -> Layer:
     """Return the layer that a section describes."""
-    return Dense.described(described, name, input_shape)
+    match described:
+        case config.Dense():
+            return Dense.described(described, name, input_shape)
+        case config.Pooling():
+            return Pooling.described(described, name, input_shape)
+        case config.Normalisation():
+            return Normalisation.described(described, name, input_shape)
+        case config.Dropout():
+            return Dropout.described(described, name, input_shape)
+
+
+def _with_maps(section: config.NetworkSection, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape that the first layer sees: an image without maps is an image of one map."""
+    first = next(layer for layer in section.layers if not isinstance(layer, config.Dropout))
+    return (1, *shape) if len(shape) == 2 and not isinstance(first, config.Dense) else shape

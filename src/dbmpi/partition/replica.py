@@ -168,7 +168,7 @@ class Replica:
 
     def outputs(self, parameters: np.ndarray, inputs: np.ndarray) -> np.ndarray:
         """Return the last layer's outputs (outputs, samples) of all workers, before the loss; a new array."""
-        self._check_inputs(inputs)
+        inputs = self._checked_inputs(inputs)
         work = self._workspace(inputs.shape[-1])
         self._forward(self.parameters.views(parameters, "parameters"), inputs, work, Context(training=False))
         last = work.outputs[-1]
@@ -197,7 +197,7 @@ class Replica:
 
     def _checked(self, batch: Batch) -> Batch:
         """Return the batch with targets as the kernels expect them; these use classes as indices without looking."""
-        self._check_inputs(batch.inputs)
+        batch = batch._replace(inputs=self._checked_inputs(batch.inputs))
         targets, samples, outputs = batch.targets, batch.samples, self._layers[-1].output_shape[0]
         if self._loss.targets == "values":
             if targets.shape != (outputs, samples):
@@ -213,11 +213,14 @@ class Replica:
             )
         return batch._replace(targets=np.ascontiguousarray(targets, np.int32))
 
-    def _check_inputs(self, inputs: np.ndarray) -> None:
+    def _checked_inputs(self, inputs: np.ndarray) -> np.ndarray:
+        """Return the inputs in the shape that the first layer expects; an image may come without its one map."""
         expected = self._layers[0].input_shape
-        if inputs.ndim == 0 or inputs.shape[:-1] != expected or inputs.shape[-1] < 1:
-            shape = ", ".join(map(str, (*expected, "samples")))
-            raise ValueError(f"inputs: given {_description(inputs)}, expected ({shape}) with at least one sample")
+        shape = inputs.shape[:-1] if inputs.ndim else ()
+        if shape not in (expected, expected[1:] if expected[:1] == (1,) else expected) or inputs.shape[-1] < 1:
+            wanted = ", ".join(map(str, (*expected, "samples")))
+            raise ValueError(f"inputs: given {_description(inputs)}, expected ({wanted}) with at least one sample")
+        return inputs.reshape(*expected, inputs.shape[-1])
 
     def _workspace(self, samples: int) -> _Workspace:
         if samples not in self._workspaces:
