@@ -9,6 +9,7 @@ from dbmpi import config
 from dbmpi.network.network import Network
 from dbmpi.objective import Batch
 from dbmpi.paramserver.layout import cut
+from dbmpi.partition import placement
 from dbmpi.partition.boxes import Box
 
 TOLERANCE = {np.float32: 1e-5, np.float64: 1e-12}
@@ -62,12 +63,42 @@ def check(comm, network: Network, boxes: list[list[Box]], samples: int, steps: i
     assert relative(mine, replica.parameters.take(whole)) <= 10 * tolerance
 
 
-@pytest.mark.parallel([1, 2, 3, 4, 6])
+@pytest.mark.parallel([1, 2, 3, 4, 6], timeout=300)
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("loss", ["softmax", "logistic", "squared"])
 def test_dense_networks_cut_by_units(comm, loss, dtype) -> None:
     network = dense_network(loss, dtype, 20, 7, 10)
     check(comm, network, by_units(network, comm.size), samples=9)
+
+
+@pytest.mark.parallel([1, 2, 3, 4, 6], timeout=300)  # the first one compiles
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("shape", [(3, 9, 8), (1, 6, 7)])
+def test_images_through_layers_of_many_kinds(comm, dtype, shape) -> None:
+    """Masks of dropout, windows over the boundaries, and halos of two radii do not depend on the cut."""
+    layers = (
+        config.Dropout(rate=0.2),
+        config.Normalisation(window=3),
+        config.Pooling(kind="max", size=2),
+        config.Pooling(kind="average", size=(3, 2), stride=2),
+        config.Dense(units=11, activation="sigmoid"),
+        config.Dropout(rate=0.5),
+        config.Dense(units=4),
+    )
+    network = Network(config.NetworkSection(layers=layers), shape, seed=3, dtype=dtype)
+    boxes = placement.automatic(network.layers, comm.size).boxes
+    check(comm, network, boxes, samples=5)
+
+
+@pytest.mark.parallel([2, 3])
+def test_uneven_and_explicit_placements(comm) -> None:
+    layers = (config.Normalisation(window=3), config.Pooling(size=2, stride=2), config.Dense(units=5))
+    network = Network(config.NetworkSection(layers=layers), (2, 8, 8), seed=3, dtype=np.float64)
+    uneven = placement.automatic(network.layers, comm.size, weights=[1.0, 3.0, 2.0][: comm.size])
+    check(comm, network, uneven.boxes, samples=3, steps=3)
+    rows = [f":, {part.start}:{part.stop}, :" for part in cut(4, comm.size)]
+    explicit = placement.explicit(network.layers, {"pooling2": rows}, comm.size)
+    check(comm, network, explicit.boxes, samples=3, steps=3)
 
 
 @pytest.mark.parallel([3, 4])
