@@ -106,6 +106,7 @@ class Program:
 
     def signal(self, number: signal.Signals, rank: int | None = None) -> None:
         """Send a signal to one rank, or to the command that was started."""
+        self._note_segments()  # the signal may be the rank's end
         os.kill(self.process.pid if rank is None else self.ranks()[rank], number)
 
     def send(self, pids: Iterable[int], number: int) -> None:

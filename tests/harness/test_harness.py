@@ -13,6 +13,8 @@ import pytest
 from harness.launching import Completed, Launch
 from harness.programs import shared_memory_of
 
+pytestmark = pytest.mark.timeout(200)
+
 INI = f"[pytest]\npythonpath = {Path(__file__).parent.parent}\n"
 CONFTEST = "pytest_plugins = ['harness.plugin']\n"
 SCALE = {"DBMPI_TEST_TIMEOUT_SCALE": "0.25"}
@@ -44,7 +46,7 @@ class Session:
 def nested(launch: Launch, tmp_path: Path):
     """Runs a session of the given tests with time limits of a quarter, and reads its outcomes."""
 
-    def run(source: str, *arguments: str, ranks: int | None = None, timeout: float = 90.0) -> Session:
+    def run(source: str, *arguments: str, ranks: int | None = None, timeout: float = 180.0) -> Session:
         (tmp_path / "pytest.ini").write_text(INI)
         (tmp_path / "conftest.py").write_text(CONFTEST)
         (tmp_path / "test_nested.py").write_text(source)
@@ -392,7 +394,6 @@ import itertools, pytest
 def test_holds_the_interpreter():
     sum(itertools.repeat(0))
 """,
-        timeout=160,
     )
     assert session.done.returncode == 1
     assert session.done.seconds < 30
