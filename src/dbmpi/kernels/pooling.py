@@ -145,20 +145,25 @@ def max_backward(
 ) -> None:
     """Give each window's gradient to its first maximum, row after row; `gradient` is overwritten."""
     maps, height, width, samples = gradient.shape
-    zero = gradient.dtype.type(0)
     for place in prange(maps):
         input_gradient[place] = 0
-        for row in range(height):
+        largest, passed = np.empty(samples, inputs.dtype), np.empty(samples, inputs.dtype)
+        # Each row of inputs hands out what the rows above it, which come first in all windows, have left.
+        for row in range(inputs.shape[1]):
+            first, last = _windows(row, rows, stride, height)
+            if first > last:
+                continue
+            values, targets = inputs[place, row], input_gradient[place, row]
             for column in range(width):
-                output, rest = outputs[place, row, column], gradient[place, row, column]
-                for below in range(row * stride, row * stride + rows):
-                    for right in range(column * stride, column * stride + columns):
-                        value, target = inputs[place, below, right], input_gradient[place, below, right]
-                        # What has been given away is zero for all that come after: no branches, it vectorises.
-                        for sample in range(samples):
-                            found = value[sample] == output[sample]
-                            target[sample] += rest[sample] if found else zero
-                            rest[sample] = zero if found else rest[sample]
+                left = column * stride
+                largest[:] = values[left]
+                for right in range(left + 1, left + columns):
+                    _keep_larger(largest, values[right])
+                passed[:] = 0
+                for window in range(first, last + 1):
+                    _hand_over(largest, outputs[place, window, column], gradient[place, window, column], passed)
+                for right in range(left, left + columns):
+                    _hand_over(values[right], largest, passed, targets[right])
 
 
 @inlined
@@ -207,3 +212,13 @@ def _keep_larger(largest: np.ndarray, values: np.ndarray) -> None:
     for i in range(largest.size):
         value, known = values[i], largest[i]
         largest[i] = value if (value > known) | (value != value) else known  # noqa: PLR0124 - NaN
+
+
+@inlined
+def _hand_over(values: np.ndarray, largest: np.ndarray, gradient: np.ndarray, target: np.ndarray) -> None:
+    """Move the gradient to the target where a value is the largest: what comes after finds zero there."""
+    zero = gradient.dtype.type(0)
+    for i in range(values.size):
+        found = values[i] == largest[i]
+        target[i] += gradient[i] if found else zero
+        gradient[i] = zero if found else gradient[i]
