@@ -115,6 +115,7 @@ class Lead:
         self._version = 0
         self._said_alive = time.monotonic()
         self._checkpointed = time.monotonic()
+        self._saved_version = -1
         self.steps = 0
         self.samples = 0
         self.staleness = StalenessHistogram()
@@ -165,7 +166,9 @@ class Lead:
             self._tell_workers(Kind.GO)
             return True
         every = self._run.checkpoint.every_seconds
-        if every and not self.stopped_by and time.monotonic() - self._checkpointed >= every:
+        due = every and time.monotonic() - self._checkpointed >= every
+        # What has been written need not be written again; and nobody is to pause for ever where `every` is tiny.
+        if due and not self.stopped_by and shard.version != self._saved_version:
             self._pausing = True
             self._tell_workers(Kind.PAUSE)
             return True
@@ -273,6 +276,7 @@ class Lead:
             )
             self.checkpoint = writer.commit(info, self._run.checkpoint.keep)
         self._checkpointed = time.monotonic()
+        self._saved_version = shard.version
 
     def _check_finite(self, name: str, values: np.ndarray) -> None:
         """Do not put useless parameters in the place of the last good ones."""
