@@ -434,7 +434,6 @@ def test_a_mistake_is_raised_on_every_rank_and_told_by_one(comm, place) -> None:
         ("holds NaN", fresh | {"data": {"train": place / "nan.h5"}}),
         ("loss 'softmax' needs classes", fresh | {"data": {"train": place / "values.h5", "test": None}}),
         ("set topology.", fresh | {"topology": {"shards": 9}}),
-        ("runs on one rank", fresh | {"topology": {"partitions": comm.size, "replicas": 1, "colocate": True}}),
         ("more than can be counted", fresh | {"optimizer": {"epochs": 1e300}}),
         ("server.inbox_mib", fresh | {"server": {"inbox_mib": 0.001}}),
         ("cannot be used as the run directory", {"run": {"directory": place / "file" / "run"}}),
@@ -446,8 +445,6 @@ def test_a_mistake_is_raised_on_every_rank_and_told_by_one(comm, place) -> None:
     ]
     before = sorted(path for path in (place / "run").rglob("*"))
     for text, changes in mistakes:
-        if comm.size == 1 and "partition" in str(changes):
-            continue
         with pytest.raises(UserError) as raised:
             train(tiny.describe(place, **changes), comm)
         told = comm.allgather(None if isinstance(raised.value, ToldElsewhere) else str(raised.value))
