@@ -145,12 +145,12 @@ class _Session:
                     f"{run.optimizer.batch_size}, more than can be counted; lower optimizer.epochs"
                 )
             boxes = placement.automatic(network.layers, plan.partitions).boxes
+        memories, ranges = self._memories(network.layout)
         applied_rule = rule(run.optimizer)
         begin, checkpoint, session = self._prepare_directory(network.layout, order)
         self._compile_kernels(network, applied_rule, facts)
         stop = self._stop
 
-        memories, ranges = self._memories(network.layout)
         number = self._shard_number
         nbytes = memories[0].words_nbytes if number is None else memories[number].nbytes
         window = self._stack.enter_context(Window.allocate(self._comm, nbytes))
