@@ -11,7 +11,7 @@ from dbmpi.partition.placement import Placement, can_split_by_inputs
 
 def shares():
     """Weights of 1 to 12 workers."""
-    counts = st.integers(1, 12)
+    counts = st.sampled_from(range(1, 13))
     return counts.flatmap(lambda n: st.one_of(st.none(), mixed(n)).map(lambda found: found or [1] * n))
 
 
@@ -22,15 +22,19 @@ def mixed(workers):
 @st.composite
 def networks(draw):
     """Some layers on an image, then perhaps dense ones; fields are no smaller than strides."""
-    shape = (draw(st.integers(1, 3)), draw(st.integers(1, 10)), draw(st.integers(1, 10)))
+    sides = st.sampled_from([1, 2, 4, 7, 8, 9, 10])
+    shape = (draw(st.integers(1, 3)), draw(sides), draw(sides))
     layers = []
-    for number in range(draw(st.integers(0, 4))):
+    for number in range(draw(st.sampled_from([0, 1, 2, 3, 4]))):
         kind = draw(st.sampled_from(["local", "tied", "pooling", "normalisation", "elementwise"]))
         least = min(shape[1:])
         if kind in ("local", "tied"):
-            field = (draw(st.integers(1, min(shape[1], 4))), draw(st.integers(1, min(shape[2], 4))))
+            field = (
+                draw(st.sampled_from(range(1, min(shape[1], 4) + 1))),
+                draw(st.sampled_from(range(1, min(shape[2], 4) + 1))),
+            )
             stride = draw(st.integers(1, min(field)))
-            layer = Filter(f"{kind}{number}", shape, draw(st.integers(1, 3)), field, stride, kind == "tied")
+            layer = Filter(f"{kind}{number}", shape, draw(st.sampled_from([1, 2, 3])), field, stride, kind == "tied")
         elif kind == "pooling":
             field = draw(st.integers(1, min(least, 3)))
             layer = Pooling(f"{kind}{number}", shape, field, draw(st.integers(1, field)))
@@ -42,7 +46,7 @@ def networks(draw):
         shape = layer.output_shape
     for number in range(draw(st.integers(0 if layers else 1, 3))):
         kind = draw(st.sampled_from([Dense, SplitDense, Elementwise] if number else [Dense, SplitDense]))
-        extra = () if kind is Elementwise else (draw(st.integers(1, 15)),)
+        extra = () if kind is Elementwise else (draw(st.sampled_from([1, 3, 8, 15])),)
         layers.append(kind(f"flat{number}", shape, *extra))
         shape = layers[-1].output_shape
     return layers
@@ -52,10 +56,10 @@ def networks(draw):
 def covers(draw, shape, workers):
     """Boxes that cover a shape exactly once, cut at random, dealt to the workers at random; some get nothing."""
     boxes = [Box.whole(shape)]
-    for _ in range(draw(st.integers(0, workers - 1))):
-        box = boxes.pop(draw(st.integers(0, len(boxes) - 1)))
+    for _ in range(draw(st.sampled_from(range(workers)))):
+        box = boxes.pop(draw(st.sampled_from(range(len(boxes)))))
         axis = draw(st.integers(0, len(shape) - 1))
-        at = draw(st.integers(box.starts[axis], box.stops[axis]))
+        at = draw(st.sampled_from(range(box.starts[axis], box.stops[axis] + 1)))
         boxes.append(Box(box.starts, (*box.stops[:axis], at, *box.stops[axis + 1 :])))
         boxes.append(Box((*box.starts[:axis], at, *box.starts[axis + 1 :]), box.stops))
     nothing = Box((0,) * len(shape), (0,) * len(shape))
@@ -65,7 +69,7 @@ def covers(draw, shape, workers):
 @st.composite
 def random_placements(draw, layers, most=8):
     """Any placement of the layers that is allowed."""
-    workers = draw(st.integers(1, most))
+    workers = draw(st.sampled_from(range(1, most + 1)))
     boxes = tuple(draw(covers(layer.output_shape, workers)) for layer in layers)
     splits = tuple(
         draw(st.sampled_from(["outputs", "inputs"])) if place and can_split_by_inputs(layer) else "outputs"

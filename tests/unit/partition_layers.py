@@ -133,7 +133,7 @@ class Pooling:
 
 @dataclass(frozen=True)
 class Normalisation:
-    """All maps in a window, which ends at the borders; the shape stays."""
+    """All maps in a window of windows, which ends at the borders; the shape stays."""
 
     name: str
     input_shape: tuple[int, ...]
@@ -146,20 +146,20 @@ class Normalisation:
 
     def input_box(self, output):
         assert not output.empty
-        half = self.window // 2
+        reach = 2 * (self.window // 2)
         (_, *starts), (_, *stops) = output.starts, output.stops
         return Box(
-            (0, *(max(start - half, 0) for start in starts)),
-            (self.input_shape[0], *(min(b + half, n) for b, n in zip(stops, self.input_shape[1:], strict=True))),
+            (0, *(max(start - reach, 0) for start in starts)),
+            (self.input_shape[0], *(min(b + reach, n) for b, n in zip(stops, self.input_shape[1:], strict=True))),
         )
 
     def inputs_of(self, output):
         _, y, x = output
-        half = self.window // 2
+        reach = 2 * (self.window // 2)
         maps, height, width = self.input_shape
         for m in range(maps):
-            for row in range(max(y - half, 0), min(y + half + 1, height)):
-                for column in range(max(x - half, 0), min(x + half + 1, width)):
+            for row in range(max(y - reach, 0), min(y + reach + 1, height)):
+                for column in range(max(x - reach, 0), min(x + reach + 1, width)):
                     yield m, row, column
 
 

@@ -122,6 +122,16 @@ def test_boxes_are_in_proportion_to_weights():
     assert [box.size for box in units] == [640, 1280, 640]
 
 
+def test_slow_machines_are_spared_also_where_the_layer_below_is_cut_evenly():
+    """To go with the layer below would exchange the least, and leave everybody waiting for the slow ones."""
+    layers = [Filter("below", (3, 48, 48), 4, (9, 9)), Filter("above", (4, 40, 40), 4, (9, 9))]
+    even = ["0:4, 0:10, :", "0:4, 10:20, :", "0:4, 20:30, :", "0:4, 30:40, :"]
+    weights = (1, 1, 1, 5)
+    above = explicit(layers, {"below": even}, 4, weights).boxes[1]
+    share = 4 * 32 * 32 / sum(weights)
+    assert [round(box.size / share) for box in above] == list(weights)
+
+
 @pytest.mark.parametrize(("field", "stride"), [(1, 1), (2, 1), (2, 2), (3, 1), (3, 2), (3, 3), (4, 3), (5, 2), (5, 4)])
 @pytest.mark.parametrize("partitions", [2, 3])
 def test_no_other_cut_of_a_pooling_layer_needs_fewer_values(field, stride, partitions):
@@ -275,3 +285,27 @@ def test_a_layer_that_asks_for_inputs_it_does_not_have_is_named(wrong):
     layers = [LAYERS[0], Wrong("own", (2, 4, 4), 2, (2, 2))]
     with pytest.raises(UserError, match=r"'own'.*shape \(2, 4, 4\)"):
         automatic(layers, 3)
+
+
+@settings(max_examples=30)
+@given(st.data())
+def test_the_stand_ins_ask_for_what_real_layers_ask_for(data):
+    """What the tests of placements and plans use instead of layers is not easier than these."""
+    from dbmpi.network import dense, dropout, normalisation, pooling
+
+    shape = data.draw(st.tuples(st.integers(1, 3), st.integers(3, 9), st.integers(3, 9)))
+    field, window = data.draw(st.integers(1, 3)), data.draw(st.sampled_from([1, 3, 5]))
+    stride = data.draw(st.integers(1, field))
+    for real, stand_in in [
+        (pooling.Pooling("a", shape, "l2", (field, field), stride), Pooling("a", shape, field, stride)),
+        (normalisation.Normalisation("a", shape, window), Normalisation("a", shape, window)),
+        (dropout.Dropout("a", shape, 0.5), Elementwise("a", shape)),
+        (dense.Dense("a", shape, 5, "linear"), Dense("a", shape, 5)),
+    ]:
+        assert real.output_shape == stand_in.output_shape
+        assert dict(real.tensors) == dict(stand_in.tensors)
+        pairs = [sorted((data.draw(st.integers(0, n - 1)), data.draw(st.integers(1, n)))) for n in real.output_shape]
+        box = Box(tuple(a for a, _ in pairs), tuple(max(a + 1, b) for a, b in pairs))
+        assert real.input_box(box) == stand_in.input_box(box)
+        for tensor in real.tensors:
+            assert real.tensor_box(tensor, box) == stand_in.tensor_box(tensor, box)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 
 
@@ -29,10 +30,13 @@ class Box:
         """Length along each axis."""
         return tuple(max(stop - start, 0) for start, stop in zip(self.starts, self.stops, strict=True))
 
-    @property
+    @cached_property
     def size(self) -> int:
         """Number of indices."""
-        return math.prod(self.shape)
+        size = 1
+        for start, stop in zip(self.starts, self.stops, strict=True):
+            size *= max(stop - start, 0)
+        return size
 
     @property
     def empty(self) -> bool:

@@ -62,9 +62,6 @@ def choose_boxes(reaches: Reaches, place: int, below: Boxes | None, weights: Seq
     followed = None
     if below is not None and len(layer.input_shape) == len(layer.output_shape):
         if not layer.tensors:
-            same = layer.input_shape == layer.output_shape
-            if same and all(box.empty or needed_box(layer, box) == box for box in below):
-                return below
             return tuple(reaches[place].follow(box) for box in below)
         if len(layer.output_shape) == 3:
             followed = tuple(reaches[place].follow(box) for box in below)
