@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,9 +154,14 @@ def blocks(path: Path, dataset: h5py.Dataset) -> Iterator[tuple[int, np.ndarray]
 
 
 def read(path: Path, dataset: h5py.Dataset, rows: slice | np.ndarray) -> np.ndarray:
-    """Return rows of a dataset; a damaged or vanished file is a UserError that names it."""
+    """Return rows of a dataset; a file that is damaged, or cut off while it is open, is a UserError that names it."""
     with damage(path, f"dataset {plain_name(dataset)!r}"):
-        return np.asarray(dataset[rows])
+        values = np.asarray(dataset[rows])
+        # HDF5 gives zeros for what lies behind the end of the file, where that has moved since it was opened.
+        file = dataset.file.id
+        if os.fstat(file.get_vfd_handle()).st_size < file.get_filesize():
+            raise UserError(f"{path}: has become shorter while it was read; leave it alone until the run has ended")
+        return values
 
 
 def not_finite(rows: np.ndarray) -> np.ndarray:

@@ -50,6 +50,8 @@ class Window:
 
     def __init__(self, comm: MPI.Intracomm, nbytes: int, shared: bool) -> None:
         self._comm = comm
+        # To enter MPI by a probe.  A probe that finds a message does nothing else; here there is never one to find.
+        self._empty = comm.Dup()
         self._node = MPI.Intracomm(comm.Split_type(MPI.COMM_TYPE_SHARED, comm.rank))
         self.shared = shared
         self._memory: MPI.Win | None = None
@@ -107,7 +109,7 @@ class Window:
         flag must call it.
         """
         if len(self._near) < self._comm.size:
-            self._comm.Iprobe()
+            self._empty.Iprobe()
         if self._memory is not None:
             self._memory.Sync()
         self._win.Sync()
@@ -176,6 +178,7 @@ class Window:
             self._memory.Free()
             self._memory = None
         self._node.Free()
+        self._empty.Free()
 
     def _atomic(self, rank: int, offset: int, value: int, operation: MPI.Op) -> tuple[MPI.Request, np.ndarray]:
         """Begin an atomic operation on a flag; its request completes when it has been carried out at the target.

@@ -1,0 +1,70 @@
+"""Windows by themselves: what a rank waits for arrives, whatever else goes on."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from dbmpi.paramserver.window import Window
+from dbmpi.runtime import waiting
+
+FLAG, DATA = 0, 64
+
+
+@pytest.mark.parallel([2, 3])
+@pytest.mark.parametrize("shared", [True, False], ids=["shared memory", "rma"])
+def test_flags_arrive_while_a_message_waits_to_be_received(comm, shared) -> None:
+    """A probe that finds a message may return without having served the others' transfers."""
+    words = np.arange(4.0)
+    with Window.allocate(comm, 1024, shared=shared) as window:
+        if comm.rank == 0:
+            requests = [comm.Isend(words, rank, 1) for rank in range(1, comm.size)]
+            waiting.barrier(comm, "the messages to arrive")
+            for rank in range(1, comm.size):
+                window.put(rank, DATA, words)
+                window.store(rank, FLAG, 7)
+            for request in requests:
+                waiting.complete(request, "a message to be received")
+        else:
+            waiting.until(lambda: comm.Iprobe(0, 1), "the message", seconds=10)
+            waiting.barrier(comm, "the messages to arrive")
+            flag = window.local[FLAG : FLAG + 8].view(np.int64)
+
+            def arrived() -> bool:
+                window.sync()
+                return bool(flag[0] == 7)
+
+            waiting.until(arrived, "the flag", seconds=10)
+            np.testing.assert_array_equal(window.local[DATA : DATA + words.nbytes].view(np.float64), words)
+            comm.Recv(np.empty_like(words), 0, 1)
+
+
+@pytest.mark.parallel([2, 4])
+@pytest.mark.parametrize("shared", [True, False], ids=["shared memory", "rma"])
+def test_a_flag_is_stored_while_its_owner_does_something_else(comm, shared) -> None:
+    """A shard must not stand still because a worker computes; and the last of several values is the one that stays."""
+    with Window.allocate(comm, 1024, shared=shared) as window:
+        if comm.rank == 0:
+            for value in range(1, 101):
+                for rank in range(1, comm.size):
+                    window.store(rank, FLAG, value)
+            # The owners do not look before this message arrives.
+            requests = [comm.Isend(np.zeros(1), rank, 2) for rank in range(1, comm.size)]
+            for request in requests:
+                waiting.complete(request, "the owners to look")
+        else:
+            comm.Recv(np.empty(1), 0, 2)
+            flag = window.local[FLAG : FLAG + 8].view(np.int64)
+            seen = []
+
+            def arrived() -> bool:
+                window.sync()
+                seen.append(int(flag[0]))
+                return seen[-1] == 100
+
+            waiting.until(arrived, "the last value", seconds=10)
+            assert seen == sorted(seen)
+        waiting.barrier(comm, "the flags to arrive", serve=lambda: bool(window.sync()))
+        for rank in range(1, comm.size):
+            assert window.load(rank, FLAG) == 100
+        waiting.barrier(comm, "the others to look", serve=lambda: bool(window.sync()))
