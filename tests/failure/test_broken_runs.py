@@ -1,0 +1,236 @@
+"""Runs that break in the middle: the whole job ends by itself, soon, with a reason, and keeps its last checkpoint."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from failure.jobs import FOR_EVER, SECONDS, Jobs, messages
+from harness.environment import timeout_scale
+from harness.launching import Completed
+from parallel import tiny
+
+OFTEN = "checkpoint.every_seconds=0.1"
+ALWAYS = f"optimizer.epochs={FOR_EVER}"
+
+
+def assert_failed(done: Completed, *patterns: str, code: int = 1) -> None:
+    """The job has ended as one that cannot go on."""
+    assert done.returncode == code, done.transcript
+    assert done.seconds < 2 * SECONDS * timeout_scale(), done.transcript
+    for pattern in patterns:
+        assert any(re.search(pattern, line) for line in messages(done)), done.transcript
+
+
+# What one rank finds out
+
+
+@pytest.mark.parametrize("n", [None, 3])
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_checkpoint(jobs: Jobs, n: int | None) -> None:
+    assert jobs(None).returncode == 0
+    with jobs.checkpoint() as checkpoint:
+        before = checkpoint.info
+    kept = re.escape(f"step-{before.step:09d}.h5")
+    hot = ["optimizer.rule=sgd", "optimizer.learning_rate=1e30", "network.layers.0.activation=linear", OFTEN]
+    done = jobs(n, "optimizer.epochs=4", *hot)
+    assert_failed(done, rf"the loss is (nan|inf) at step .*{kept}.*lower optimizer.learning_rate \(1e\+30\)")
+    assert "Traceback" not in done.output, done.transcript
+    with jobs.checkpoint() as checkpoint:
+        assert np.isfinite(checkpoint.parameters()).all()
+    jobs.assert_resumes()
+
+
+def test_parameters_that_are_not_finite_never_replace_a_checkpoint(jobs: Jobs) -> None:
+    """The last step overflows: no loss is computed any more that would show it."""
+    assert jobs(None).returncode == 0
+    with jobs.checkpoint() as checkpoint:
+        before = checkpoint.info
+    targets = np.full((1, 3), 3e38, np.float32)
+    tiny.write_file(jobs.directory / "huge.h5", np.ones((1, tiny.FEATURES)), targets, classes=None)
+    done = jobs(
+        2,
+        "run.directory=huge",
+        "data.train=huge.h5",
+        "data.test=huge.h5",
+        "network.loss=squared",
+        "optimizer.rule=sgd",
+        "optimizer.learning_rate=1e20",
+        "optimizer.epochs=1",
+    )
+    assert_failed(done, "after 1 steps some parameters are NaN or infinite.*there is no earlier checkpoint")
+    assert list((jobs.directory / "huge" / "checkpoints").iterdir()) == []
+    with jobs.checkpoint() as checkpoint:
+        assert checkpoint.info == before
+
+
+def test_data_that_vanish_while_training_end_the_job(jobs: Jobs) -> None:
+    """Read batch by batch, from a file that somebody cuts off; found by a worker alone, in the middle of a step."""
+    rng = np.random.default_rng(0)
+    inputs = rng.normal(size=(60_000, tiny.FEATURES))
+    tiny.write_file(jobs.directory / "train.h5", inputs, rng.integers(0, tiny.CLASSES, len(inputs)))
+    program = jobs.start(3, "data.memory_mib=1", ALWAYS, OFTEN)
+    jobs.wait_until_all_learn(program, 2)
+    os.truncate(jobs.directory / "train.h5", 10_000)
+    done = jobs.finish(program)
+    assert_failed(done, "train.h5: has become shorter while it was read", code=2)
+    assert "Traceback" not in done.output, done.transcript
+
+
+SABOTAGE = """
+import importlib, os, sys
+
+rank, module, owner, name, count = sys.argv[1:6]
+owner = getattr(importlib.import_module(module), owner)
+method = getattr(owner, name)
+
+
+def broken(*arguments, **named):
+    global count
+    count = int(count) - 1
+    if count < 0:
+        raise ZeroDivisionError("sabotage")
+    return method(*arguments, **named)
+
+
+if rank == os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK")):
+    setattr(owner, name, broken)
+from dbmpi.cli.main import main
+
+sys.exit(main(sys.argv[6:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("rank", "target"),
+    [
+        (2, "dbmpi.data.source Source load 0"),
+        (0, "dbmpi.optim.lead Lead __init__ 0"),
+        (2, "dbmpi.optim.worker Worker load 10"),
+        (0, "dbmpi.checkpoint.writer CheckpointWriter commit 1"),
+        (1, "dbmpi.optim.worker Worker evaluate 0"),
+    ],
+    ids=["opening data", "preparing shards", "a step", "a checkpoint", "the last evaluation"],
+)
+def test_an_exception_of_one_rank_ends_the_job_with_its_traceback(jobs: Jobs, rank: int, target: str) -> None:
+    """Wherever it happens: the other ranks wait at another place for ever, were they not told."""
+    (jobs.directory / "sabotage.py").write_text(SABOTAGE)
+    settings = ["--set", "checkpoint.every_seconds=0.01", "--set", "optimizer.epochs=20"]
+    argv = [sys.executable, "sabotage.py", str(rank), *target.split(), "train", "config.toml", *settings]
+    done = jobs.finish(jobs.launch.start(3, argv, cwd=jobs.directory))
+    assert_failed(done, f"rank {rank} failed and ends the job:")
+    assert done.output.count("Traceback (most recent call last)") == 1, done.transcript
+    assert "ZeroDivisionError: sabotage" in done.stderr
+
+
+def test_a_crash_of_one_rank_ends_the_job_with_its_stack(jobs: Jobs) -> None:
+    program = jobs.start(3, ALWAYS, OFTEN)
+    jobs.wait_until_all_learn(program, 2)
+    os.kill(program.ranks()[1], signal.SIGABRT)  # the fault handler writes where the rank was
+    done = jobs.finish(program)
+    assert done.returncode != 0, done.transcript
+    assert "Fatal Python error: Aborted" in done.stderr, done.transcript
+    assert "in downpour" in done.stderr, done.transcript
+    jobs.assert_resumes()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_death_of_a_rank_ends_the_job(jobs: Jobs, rank: int) -> None:
+    program = jobs.start(3, ALWAYS, OFTEN, "topology.shards=2")
+    jobs.wait_until_all_learn(program, 1)
+    program.wait_until((jobs.run_directory / "checkpoints" / "latest").exists, 20)
+    killed = time.monotonic()
+    program.signal(signal.SIGKILL, rank)
+    done = jobs.finish(program)
+    assert done.returncode != 0, done.transcript
+    assert time.monotonic() - killed < SECONDS * timeout_scale(), done.transcript
+    jobs.assert_resumes()
+
+
+# Ranks that stand still
+
+
+def test_a_worker_that_is_halted_for_a_while_takes_part_again(jobs: Jobs) -> None:
+    program = jobs.start(3, "optimizer.epochs=200")
+    jobs.wait_until_all_learn(program, 2)
+    halted = program.ranks()[1]
+    os.kill(halted, signal.SIGSTOP)
+    time.sleep(2.0)
+    os.kill(halted, signal.SIGCONT)
+    done = jobs.finish(program)
+    assert done.returncode == 0, done.transcript
+    with jobs.checkpoint() as checkpoint:
+        info = checkpoint.info
+    assert (info.step, info.holes, sum(info.done)) == (1400, (), 1400)
+
+
+def test_a_job_that_is_halted_as_a_whole_goes_on(jobs: Jobs) -> None:
+    """As a scheduler does that suspends jobs: longer than the stall limit, and nobody is to blame."""
+    program = jobs.start(3, "optimizer.epochs=200", env={"DBMPI_STALL_SECONDS": "1.5"})
+    jobs.wait_until_all_learn(program, 2)
+    ranks = program.ranks().values()
+    program.send(ranks, signal.SIGSTOP)
+    time.sleep(2.5)
+    program.send(ranks, signal.SIGCONT)
+    done = jobs.finish(program)
+    assert done.returncode == 0, done.transcript
+
+
+@pytest.mark.parametrize(
+    ("rank", "told"),
+    [
+        (0, r"rank [12]: stalled: nothing moved for 3 s while waiting for shard 0 on rank 0 to apply the last push"),
+        (2, r"rank 0: stalled: nothing moved for 3 s while waiting for replica 1 on rank 2 to push or to finish"),
+    ],
+    ids=["shard", "worker"],
+)
+def test_a_rank_that_stands_still_for_good_ends_the_job(jobs: Jobs, rank: int, told: str) -> None:
+    """No silent hang: the job says who waits for whom, and ends."""
+    program = jobs.start(3, "optimizer.epochs=300", env={"DBMPI_STALL_SECONDS": "3"})
+    jobs.wait_until_all_learn(program, 2)
+    program.signal(signal.SIGSTOP, rank)
+    done = jobs.finish(program)
+    assert_failed(done, told)
+    assert "Traceback" not in done.output, done.transcript
+
+
+# Disks
+
+
+@pytest.fixture
+def small_disk(jobs: Jobs) -> Iterator[Path]:
+    """A file system of some hundred kilobytes."""
+    place = jobs.directory / "disk"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(place)]
+    if os.geteuid() != 0 or shutil.which("mount") is None:
+        pytest.skip("needs root, to mount a small file system")
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("mounting is not allowed here")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(jobs: Jobs, small_disk: Path) -> None:
+    program = jobs.start(3, "run.directory=disk/run", "checkpoint.keep=1", OFTEN, ALWAYS)
+    latest = small_disk / "run" / "checkpoints" / "latest"
+    assert program.wait_until(latest.exists, 40 * timeout_scale()), program.stdout + program.stderr
+    subprocess.run(["dd", "if=/dev/zero", f"of={small_disk / 'ballast'}"], capture_output=True, check=False)
+    done = jobs.finish(program)
+    assert_failed(done, r"are needed and .* are free; the last checkpoint is disk/run/checkpoints/step-")
+    assert "Traceback" not in done.output, done.transcript
+    (small_disk / "ballast").unlink()
+    with h5py.File(latest, "r") as file:
+        step = int(file["run/step"][()])
+    done = jobs(None, "run.directory=disk/run", f"optimizer.epochs={step // 7 + 2}")
+    assert done.returncode == 0, done.transcript
+    assert f"going on after {step:,} steps" in done.stdout
