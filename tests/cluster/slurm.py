@@ -1,0 +1,120 @@
+"""What tests ask of a Slurm: its state, and jobs that end, one way or the other."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from harness.environment import mpi_environment, timeout_scale
+
+_CONFIGURATION = Path("/etc/slurm/slurm.conf")
+_MARK = "# dbmpi slurm test cluster"
+_STARTS_WITHIN = 20.0
+
+
+def answer(argv: list[str], timeout: float = 10.0) -> str:
+    """Return what a command says on standard output and error; nothing if it fails or does not answer."""
+    with suppress(OSError, subprocess.TimeoutExpired):
+        done = subprocess.run(
+            argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout, check=False
+        )
+        return done.stdout + done.stderr if done.returncode == 0 else ""
+    return ""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a job has ended."""
+
+    state: str
+    """COMPLETED, FAILED, TIMEOUT, ..."""
+    code: int
+    """Exit code of the batch script."""
+
+
+class Slurm:
+    """The Slurm of this machine; `plugin` is the way in which its srun can start this Python's MPI."""
+
+    def __init__(self, plugin: str) -> None:
+        self.plugin = plugin
+
+    def is_up(self) -> bool:
+        return bool(answer(["sinfo", "-h"]))
+
+    def is_a_test_cluster(self) -> bool:
+        with suppress(OSError):
+            return _CONFIGURATION.read_text(encoding="utf-8").startswith(_MARK)
+        return False
+
+    def nodes(self) -> int:
+        """Return how many nodes can work."""
+        states = answer(["sinfo", "-h", "-N", "-o", "%T"]).split()
+        return sum(state in ("idle", "mixed", "allocated", "completing") for state in states)
+
+    def has_plugin(self) -> bool:
+        return self.plugin in answer(["srun", "--mpi=list"]).split()
+
+    def submit(self, script: Path, *arguments: str) -> Job:
+        """Submit a script from its directory; skip the test if the nodes are busy with the jobs of others."""
+        done = subprocess.run(
+            ["sbatch", "--parsable", script.name, *arguments],
+            cwd=script.parent,
+            env=mpi_environment(),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        job = Job(done.stdout.strip())
+        if not wait_until(lambda: job.state() != "PENDING", _STARTS_WITHIN):
+            job.cancel()
+            pytest.skip(f"the job was not started within {_STARTS_WITHIN:g} s: other jobs use the nodes")
+        return job
+
+
+class Job:
+    """A submitted job."""
+
+    def __init__(self, number: str) -> None:
+        self.number = number
+
+    def state(self) -> str:
+        return self._show("JobState")
+
+    def warn(self) -> None:
+        """Send what ``--signal=B:USR2@...`` of the script sends before the time limit."""
+        subprocess.run(["scancel", "--batch", "--signal=USR2", self.number], timeout=10, check=True)
+
+    def cancel(self) -> None:
+        answer(["scancel", self.number])
+
+    def wait(self, seconds: float) -> Ended:
+        """Wait for the job's end; cancel it and fail the test where it does not come."""
+        __tracebackhide__ = True
+        ended = wait_until(lambda: self.state() not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING"), seconds)
+        if not ended:
+            self.cancel()
+            pytest.fail(f"job {self.number} is still {self.state()} after {seconds:g} s")
+        return Ended(self.state(), int(self._show("ExitCode").partition(":")[0]))
+
+    def _show(self, key: str) -> str:
+        found = re.search(rf"\b{key}=(\S+)", answer(["scontrol", "show", "job", self.number]))
+        return found[1] if found else "UNKNOWN"
+
+
+def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
+    """Wait for a condition, for `seconds` at most; return whether it holds."""
+    deadline = time.monotonic() + seconds * timeout_scale()
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.2)
+    return True
