@@ -16,6 +16,7 @@ from harness.environment import mpi_environment, timeout_scale
 _CONFIGURATION = Path("/etc/slurm/slurm.conf")
 _MARK = "# dbmpi slurm test cluster"
 _STARTS_WITHIN = 20.0
+_ON_THE_WAY = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING")
 
 
 def answer(argv: list[str], timeout: float = 10.0) -> str:
@@ -72,6 +73,7 @@ class Slurm:
             timeout=20,
             check=False,
         )
+        skip_if_stopped()
         assert done.returncode == 0, done.stderr
         job = Job(done.stdout.strip())
         if not wait_until(lambda: job.state() != "PENDING", _STARTS_WITHIN):
@@ -99,7 +101,8 @@ class Job:
     def wait(self, seconds: float) -> Ended:
         """Wait for the job's end; cancel it and fail the test where it does not come."""
         __tracebackhide__ = True
-        ended = wait_until(lambda: self.state() not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING"), seconds)
+        ended = wait_until(lambda: self.state() not in _ON_THE_WAY, seconds)
+        skip_if_stopped()
         if not ended:
             self.cancel()
             pytest.fail(f"job {self.number} is still {self.state()} after {seconds:g} s")
@@ -108,6 +111,12 @@ class Job:
     def _show(self, key: str) -> str:
         found = re.search(rf"\b{key}=(\S+)", answer(["scontrol", "show", "job", self.number]))
         return found[1] if found else "UNKNOWN"
+
+
+def skip_if_stopped() -> None:
+    """Skip the test if somebody has stopped the Slurm that was up when the session began: it is everybody's."""
+    if not _CONFIGURATION.exists():
+        pytest.skip("the Slurm was stopped by somebody else")
 
 
 def wait_until(condition: Callable[[], bool], seconds: float) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from cluster.slurm import Job, Slurm, wait_until
+from cluster.slurm import Job, Slurm, skip_if_stopped, wait_until
 from harness.environment import mpi_environment
 
 SCRIPT = Path(__file__).parents[2] / "jobs" / "slurm" / "train.sbatch"
@@ -127,6 +127,7 @@ def test_worlds_of_one_rank_are_refused(slurm: Slurm, place: Path, nodes: int) -
         timeout=60,
         check=False,
     )
+    skip_if_stopped()
     if "Unable to allocate resources" in done.stderr:
         pytest.skip("other jobs use the nodes")
     assert done.returncode == 2, done.stderr
