@@ -51,6 +51,8 @@ _MOST_AXES = 32
 """Of an HDF5 dataset."""
 _MOST_BATCHES = 2**62
 """Of a run: counts of steps and batches travel and are stored as 64-bit integers."""
+_COMPILING_SECONDS = 3600.0
+"""How long the ranks of a node wait for the one that compiles the kernels."""
 _LOADING_SECONDS = 86400.0
 """How long the ranks wait for each other's data: reading a large file takes what it takes."""
 
@@ -247,7 +249,7 @@ class _Session:
         for turn in (0, 1):
             if (node.rank != 0) == bool(turn):
                 _use_kernels(network, applied_rule, facts, self._run.optimizer.batch_size)
-            waiting.barrier(node, "the kernels to be compiled")
+            waiting.complete(node.Ibarrier(), "the kernels to be compiled", seconds=_COMPILING_SECONDS)
         node.Free()
 
     def _memories(self, layout: Layout) -> tuple[list[Memory], tuple[range, ...]]:

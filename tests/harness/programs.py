@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -146,6 +148,8 @@ class Program:
         self.process.wait(10.0)
         for segment in self.segments:
             segment.unlink(missing_ok=True)
+        # Open MPI's mpirun cannot start where one of the same process id was killed before it could tidy up.
+        shutil.rmtree(Path(tempfile.gettempdir()) / f"ompi.{self.process.pid}", ignore_errors=True)
         return [line for line in killed.values() if line]
 
     def _note_segments(self) -> None:
