@@ -20,9 +20,10 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field
 from dbmpi.errors import UserError
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_\-]*$", max_length=64)]
-Count = Annotated[int, Field(ge=1)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+# Strict: in a file that has types, true is no 1 and "5" is no 5.
+Count = Annotated[int, Field(ge=1, strict=True)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False, strict=True)]
 
 
 def _odd(value: int) -> int:
@@ -31,7 +32,7 @@ def _odd(value: int) -> int:
     return value
 
 
-Odd = Annotated[int, Field(ge=1), AfterValidator(_odd)]
+Odd = Annotated[int, Field(ge=1, strict=True), AfterValidator(_odd)]
 
 
 class Section(BaseModel):
@@ -45,7 +46,7 @@ class RunSection(Section):
 
     directory: Path = Path("runs/run")
     """Directory of the run: checkpoints, records and plots; made if missing."""
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 1
+    seed: Annotated[int, Field(ge=0, lt=2**63, strict=True)] = 1
     """Seed of the initial weights and of the order of the samples."""
 
 
@@ -142,7 +143,7 @@ class Dropout(Section):
     type: Literal["dropout"] = "dropout"
     name: Name | None = None
     """Name in messages, and a part of the masks' seed; by default the type and the place, e.g. ``dropout2``."""
-    rate: Annotated[float, Field(ge=0, lt=1)]
+    rate: Annotated[float, Field(ge=0, lt=1, strict=True)]
     """Probability that a value is dropped."""
 
 
@@ -240,7 +241,7 @@ class OptimizerSection(Section):
     """Fetch the parameters every this many steps."""
     local_rate: NotNegative = 0.0
     """Rate alpha of the replica's own steps between two fetches (algorithm 1.1); 0 takes none."""
-    warmstart: Annotated[int, Field(ge=0)] = 0
+    warmstart: Annotated[int, Field(ge=0, strict=True)] = 0
     """One replica takes this many steps alone before the others are released."""
 
 
@@ -318,7 +319,9 @@ def load(path: Path, overrides: tuple[str, ...] = ()) -> Run:
         raise UserError(f"{path}: no such configuration file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as a configuration: {error}") from None
-    except tomllib.TOMLDecodeError as error:
+    except RecursionError:
+        raise UserError(f"{path}: not valid TOML that can be read: its values are nested too deeply") from None
+    except ValueError as error:  # TOMLDecodeError, or a number of too many digits
         raise UserError(f"{path}: not valid TOML: {error}") from None
     data = table.get("data")
     if isinstance(data, dict):
@@ -341,7 +344,7 @@ def _apply(table: dict[str, Any], override: str) -> None:
         raise UserError(f"--set {override}: expected section.key=value, e.g. --set optimizer.epochs=5")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         value = text.strip()
     place: Any = table
     for key in keys[:-1]:
@@ -354,10 +357,11 @@ def _apply(table: dict[str, Any], override: str) -> None:
 def _step(place: Any, key: str, override: str) -> Any:
     """Go one level down; in a list of tables by number, counted from 0."""
     if isinstance(place, list):
-        if not key.isdigit() or int(key) >= len(place):
+        if key not in map(str, range(len(place))):
             raise UserError(f"--set {override}: {key!r} is not one of the {len(place)} entries 0 to {len(place) - 1}")
-        return place[int(key)]
-    below = place.setdefault(key, {})
+        below = place[int(key)]
+    else:
+        below = place.setdefault(key, {})
     if not isinstance(below, dict | list):
         raise UserError(f"--set {override}: {key!r} is a value and has no keys")
     return below
@@ -384,13 +388,17 @@ def explain(error: ValidationError, model: type[BaseModel], source: str) -> str:
             lines.append(f"{source}: {where!r} is missing: {_meaning(model, place)}")
         else:
             message = problem["msg"].removeprefix("Value error, ")
-            given = (
-                ""
-                if problem["type"] == "value_error"
-                else f" (given: {json.dumps(problem['input'], default=str)[:80]})"
-            )
+            given = "" if problem["type"] == "value_error" else f" (given: {_shown(problem['input'])})"
             lines.append(f"{source}: {where}: {message}{given}")
     return "\n".join(lines)
+
+
+def _shown(value: Any) -> str:
+    """Return the beginning of a value as text."""
+    try:
+        return json.dumps(value, default=str)[:80]
+    except (ValueError, RecursionError):
+        return "a number or nesting too large to show"
 
 
 def _without_tags(place: tuple[int | str, ...]) -> list[int | str]:

@@ -80,6 +80,15 @@ def plan(section: TopologySection, world: int) -> Plan:
     UserError
         If the numbers and the world do not fit; the message says which numbers would.
     """
+    result = _filled_in(section, world)
+    problem = _problem(result, world)
+    if problem:
+        raise UserError(f"{problem}.  {_advice(section, world)}")
+    return result
+
+
+def _filled_in(section: TopologySection, world: int) -> Plan:
+    """Let the numbers that are left out follow from the others; the plan may not fit."""
     partitions, shards, replicas = section.partitions, section.shards, section.replicas
     colocate = section.colocate or (world == 1 and (partitions or 1) == (replicas or 1) == 1)
     if replicas is None:
@@ -92,18 +101,40 @@ def plan(section: TopologySection, world: int) -> Plan:
         shards = 1 if colocate else max(1, world - replicas * partitions)
     assert shards is not None
     assert partitions is not None
-    result = Plan(shards, replicas, partitions, colocate)
-    if result.world != world:
-        raise UserError(
-            f"the topology does not fit the world: {_count(world, 'rank')} started, but {_sum(result)}.  "
-            f"Start {result.world} ranks, or {_fix(result, world)}"
+    return Plan(shards, replicas, partitions, colocate)
+
+
+def _problem(plan: Plan, world: int) -> str:
+    """Say why a plan does not fit a world; empty if it does."""
+    if plan.world != world:
+        return f"the topology does not fit the world: {_count(world, 'rank')} started, but {_sum(plan)}"
+    if plan.colocate and plan.shards > plan.workers:
+        return (
+            f"{_count(plan.shards, 'shard')} cannot be colocated with {_count(plan.workers, 'worker')}: "
+            "at most one shard a rank"
         )
-    if colocate and shards > result.workers:
-        raise UserError(
-            f"{_count(shards, 'shard')} cannot be colocated with {_count(result.workers, 'worker')}: at most one shard "
-            f"a rank; set topology.shards to {result.workers} or fewer"
-        )
-    return result
+    return ""
+
+
+def _advice(section: TopologySection, world: int) -> str:
+    """Say what would fit, changing as little as can be: every way out has been tried."""
+    numbers = range(world, 0, -1)
+    changes: list[dict[str, int | bool]] = [
+        {name: number} for name in ("replicas", "shards", "partitions") for number in numbers
+    ]
+    changes += [{"replicas": number, "partitions": 1} for number in numbers]
+    changes.append({"shards": 1, "replicas": max(world - 1, 1), "partitions": 1, "colocate": world == 1})
+    fits = next(change for change in changes if _fits(section.model_copy(update=change), world))
+    settings = " and ".join(f"topology.{name} = {str(value).lower()}" for name, value in fits.items())
+    # What the numbers add up to, and worlds near this one: a mistyped number of shards must not make a list as long.
+    near = range(1, 2 * world + 64)
+    others = sorted({_filled_in(section, world).world, *near}, key=lambda ranks: abs(ranks - world))
+    ranks = next((other for other in others if _fits(section, other)), None)
+    return f"Set {settings}" if ranks is None else f"Start {_count(ranks, 'rank')}, or set {settings}"
+
+
+def _fits(section: TopologySection, world: int) -> bool:
+    return not _problem(_filled_in(section, world), world)
 
 
 def _count(number: int, noun: str) -> str:
@@ -114,20 +145,6 @@ def _sum(plan: Plan) -> str:
     work = f"{_count(plan.replicas, 'replica')} x {_count(plan.partitions, 'partition')}"
     shards = "" if plan.colocate else f" + {_count(plan.shards, 'shard')}"
     return f"{work}{shards} need {plan.world}"
-
-
-def _fix(plan: Plan, world: int) -> str:
-    """Say which setting would make the plan fit the world."""
-    left = world - (0 if plan.colocate else plan.shards)
-    if left >= plan.partitions and left % plan.partitions == 0:
-        return f"set topology.replicas = {left // plan.partitions}"
-    if plan.colocate:
-        return f"set topology.replicas = {world} and topology.partitions = 1"
-    if world > plan.workers:
-        return f"set topology.shards = {world - plan.workers}"
-    return f"set topology.shards = 1, topology.replicas = {max(world - 1, 1)}, topology.partitions = 1" + (
-        " and topology.colocate = true" if world == 1 else ""
-    )
 
 
 class Communicators:

@@ -1,0 +1,340 @@
+"""Descriptions of runs: every mistake is a message that names its place, and nothing else ever comes out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pydantic import BaseModel, ValidationError
+
+from dbmpi import config
+from dbmpi.config import Run, load
+from dbmpi.errors import UserError
+
+SMALLEST = """
+[data]
+train = "train.h5"
+
+[[network.layers]]
+units = 3
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "run.toml"
+    path.write_text(SMALLEST)
+    return path
+
+
+def refusal(path: Path, *overrides: str) -> str:
+    with pytest.raises(UserError) as raised:
+        load(path, overrides)
+    return str(raised.value)
+
+
+# What is right
+
+
+def test_the_smallest_description_has_defaults_for_the_rest(file: Path) -> None:
+    run = load(file)
+    assert run.data.train == file.parent / "train.h5"
+    assert run.network.layer_names == ("dense1",)
+    assert (run.optimizer.n_push, run.optimizer.n_fetch, run.checkpoint.resume) == (1, 1, "never")
+
+
+def test_the_examples_are_right() -> None:
+    examples = sorted((Path(__file__).parents[2] / "examples").glob("*.toml"))
+    assert examples
+    for example in examples:
+        load(example)
+
+
+def test_data_lie_beside_the_description_and_the_run_where_it_is_started(file: Path) -> None:
+    file.write_text(SMALLEST.replace('"train.h5"', '"../data/train.h5"\ntest = "/elsewhere/test.h5"'))
+    run = load(file, ("run.directory=here",))
+    assert run.data.train == file.parent.parent / "data" / "train.h5"
+    assert run.data.test == Path("/elsewhere/test.h5")
+    assert run.run.directory == Path("here")
+    assert load(file, ("data.train=other.h5",)).data.train == Path("other.h5")
+
+
+@pytest.mark.parametrize(
+    ("override", "place", "value"),
+    [
+        ("optimizer.epochs=2.5", ("optimizer", "epochs"), 2.5),
+        ("optimizer.epochs = 5", ("optimizer", "epochs"), 5.0),
+        ("optimizer.rule=sgd", ("optimizer", "rule"), "sgd"),
+        ('optimizer.rule="sgd"', ("optimizer", "rule"), "sgd"),
+        ("topology.colocate=true", ("topology", "colocate"), True),
+        ("run.directory=a=b c", ("run", "directory"), Path("a=b c")),
+        ("network.layers.0.units=9", ("network", "layers", 0, "units"), 9),
+        ("network.layers.0.activation=linear", ("network", "layers", 0, "activation"), "linear"),
+        ('network.layers=[{units=4, activation="tanh"}, {units=2}]', ("network", "layers", 1, "units"), 2),
+    ],
+)
+def test_overrides_replace_single_settings(file: Path, override: str, place: tuple[Any, ...], value: object) -> None:
+    found: Any = load(file, (override,))
+    for part in place:
+        found = found[part] if isinstance(part, int) else getattr(found, part)
+    assert found == value
+    assert type(found) is type(value) or isinstance(found, Path)
+
+
+def test_the_last_override_counts(file: Path) -> None:
+    assert load(file, ("run.seed=2", "run.seed=3")).run.seed == 3
+
+
+def test_a_description_is_frozen(file: Path) -> None:
+    with pytest.raises(ValidationError):
+        load(file).optimizer.epochs = 3  # type: ignore[misc]
+
+
+# What is wrong
+
+
+def fields() -> list[tuple[str, str]]:
+    """Return every section and key of the description."""
+    return [
+        (name, key)
+        for name, field in Run.model_fields.items()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+        for key in field.annotation.model_fields
+    ]
+
+
+@pytest.mark.parametrize(("section", "key"), fields())
+def test_a_misspelled_key_is_told_the_right_one(file: Path, section: str, key: str) -> None:
+    for wrong in (key + "x", key[:-1] + "_" + key[-1], key.upper()):
+        message = refusal(file, f"{section}.{wrong}=1")
+        assert f"unknown key '{section}.{wrong}'" in message
+        assert f"did you mean '{key}'?" in message or wrong.isupper()
+        assert str(file) in message
+
+
+def test_a_key_like_no_other_is_told_them_all(file: Path) -> None:
+    message = refusal(file, "run.qqqq=1")
+    assert "known are directory, seed" in message
+
+
+def test_misspelled_sections_and_keys_of_layers_are_told_the_right_one(file: Path) -> None:
+    assert "did you mean 'optimizer'?" in refusal(file, "optimiser.epochs=1")
+    assert "unknown key 'network.layers.0.unit'; did you mean 'units'?" in refusal(file, "network.layers.0.unit=1")
+    assert "did you mean 'dense'?" in refusal(file, "network.layers.0.type=dens")
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("run.seed", ["-1", "9223372036854775808", "1.5", "true", '"5"', "soon"]),
+        ("run.directory", ["5", "true", "[]"]),
+        ("data.train", ["5", "[]", "1.5"]),
+        ("data.memory_mib", ["0", "-1", "true", "lots", '"64"']),
+        ("network.loss", ["hinge", "5", "true"]),
+        ("network.layers", ["[]", "5", "[5]", "{}"]),
+        ("network.layers.0.units", ["0", "-3", "2.5", "true", '"3"', "[]", "{}", "1979-05-27", "1" + "0" * 5000]),
+        ("network.layers.0.activation", ["sigmoidal", "1", '""']),
+        ("network.layers.0.name", ["a/b", '""', "1x", "x" * 65, "5"]),
+        ("network.layers.0.initial_scale", ["-1", "nan", "inf", "true"]),
+        ("topology.shards", ["0", "-1", "1.5", "true", '"2"']),
+        ("topology.replicas", ["0", "many"]),
+        ("topology.partitions", ["0", "2.5"]),
+        ("topology.colocate", ["maybe", "2", "[]"]),
+        ("optimizer.method", ["upour", "1"]),
+        ("optimizer.rule", ["adam", "[]"]),
+        ("optimizer.learning_rate", ["0", "-1", "nan", "inf", "fast", "true", '"0.1"']),
+        ("optimizer.initial_accumulator", ["-1", "nan"]),
+        ("optimizer.epsilon", ["-1e-9", "inf"]),
+        ("optimizer.batch_size", ["0", "1.5", "true"]),
+        ("optimizer.epochs", ["0", "-2", "nan", "inf", "true"]),
+        ("optimizer.n_push", ["0", "0.5"]),
+        ("optimizer.n_fetch", ["0", "-1"]),
+        ("optimizer.local_rate", ["-1", "nan"]),
+        ("optimizer.warmstart", ["-1", "1.5", "true"]),
+        ("server.inbox_mib", ["0", "-1", "nan"]),
+        ("server.chunk_kib", ["0", "inf"]),
+        ("checkpoint.every_seconds", ["-1", "nan", "true"]),
+        ("checkpoint.keep", ["0", "1.5"]),
+        ("checkpoint.resume", ["yes", "true"]),
+        ("monitor.report_seconds", ["0", "-1"]),
+        ("monitor.evaluate_epochs", ["-1", "nan"]),
+        ("monitor.progress", ["loud", "0"]),
+    ],
+)
+def test_a_wrong_value_is_told_with_its_place(file: Path, key: str, values: list[str]) -> None:
+    for value in values:
+        message = refusal(file, f"{key}={value}")
+        assert message.startswith(f"{file}: ")
+        assert key in message
+        assert len(message) < 1000
+
+
+def test_the_value_that_was_given_is_shown(file: Path) -> None:
+    assert "(given: -3)" in refusal(file, "network.layers.0.units=-3")
+    assert '(given: "adam")' in refusal(file, "optimizer.rule=adam")
+
+
+def test_what_is_missing_is_explained(file: Path) -> None:
+    file.write_text("[network]\n")
+    message = refusal(file)
+    assert "'data' is missing" in message
+    assert "'network.layers' is missing" in message
+    assert "'data.train' is missing: HDF5 file with the training samples" in refusal(file, "data.test=x.h5")
+
+
+def test_networks_that_make_no_sense_are_explained(file: Path) -> None:
+    twice = 'network.layers=[{name="a", units=4}, {name="a", units=2}]'
+    assert "two layers are called 'a'" in refusal(file, twice)
+    assert "the last layer must be 'linear'" in refusal(file, "network.layers.0.activation=tanh")
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("", "expected section.key=value"),
+        ("optimizer", "expected section.key=value"),
+        ("epochs=5", "expected section.key=value"),
+        ("optimizer.=5", "expected section.key=value"),
+        ("=5", "expected section.key=value"),
+        ("optimizer.epochs.x=5", "'epochs' is a value and has no keys"),
+        ("network.layers.1.units=5", "'1' is not one of the 1 entries"),
+        ("network.layers.first.units=5", "'first' is not one of the 1 entries"),
+        ("network.layers.\N{SUPERSCRIPT TWO}.units=5", "is not one of the 1 entries"),
+        ("network.layers.0=5", "name a key of layer 0"),
+    ],
+)
+def test_overrides_that_name_nothing_are_refused(file: Path, override: str, words: str) -> None:
+    file.write_text(SMALLEST + "\n[optimizer]\nepochs = 1\n")
+    assert words in refusal(file, override)
+
+
+def test_overrides_of_what_is_no_table_are_refused(file: Path) -> None:
+    file.write_text('data = 5\nnetwork = {layers = [5, "x"]}\n')
+    for override in ("data.train=x", "network.layers.0.units=5", "network.layers.1.units=5"):
+        refusal(file, override)
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    assert "no such configuration file" in refusal(tmp_path / "absent.toml")
+    assert str(tmp_path) in refusal(tmp_path)
+    bad = tmp_path / "bad.toml"
+    for content, words in (
+        (b"\xff\xfe", "cannot be read"),
+        (b"[data\n", "not valid TOML"),
+        (b"a = " + b"[" * 20_000, "TOML"),
+        (b"a = " + b"{a=" * 20_000, "TOML"),
+        (b"a = " + b"1" * 10_000, "TOML"),
+    ):
+        bad.write_bytes(content)
+        message = refusal(bad)
+        assert words in message
+        assert str(bad) in message
+        assert len(message) < 1000
+
+
+# There and back
+
+
+counts = st.integers(1, 10**6)
+positive = st.floats(1e-30, 1e30)
+not_negative = st.floats(0, 1e30)
+names = st.from_regex(r"[A-Za-z_][A-Za-z0-9_\-]{0,20}", fullmatch=True)
+layer = st.fixed_dictionaries(
+    {"units": counts},
+    optional={"name": names, "activation": st.sampled_from(["sigmoid", "tanh", "relu"]), "initial_scale": not_negative},
+)
+descriptions = st.fixed_dictionaries(
+    {
+        "data": st.fixed_dictionaries({"train": st.text("abc/. \u00e9", min_size=1)}, optional={"memory_mib": counts}),
+        "network": st.fixed_dictionaries(
+            {"layers": st.lists(layer, max_size=4).map(lambda layers: [*layers, {"units": 2}])},
+            optional={"loss": st.sampled_from(["softmax", "logistic", "squared"])},
+        ),
+    },
+    optional={
+        "run": st.fixed_dictionaries({}, optional={"seed": st.integers(0, 2**63 - 1)}),
+        "topology": st.fixed_dictionaries({}, optional={"shards": counts, "colocate": st.booleans()}),
+        "optimizer": st.fixed_dictionaries(
+            {}, optional={"learning_rate": positive, "epochs": positive, "epsilon": not_negative, "n_push": counts}
+        ),
+    },
+)
+
+
+@given(descriptions)
+def test_a_stored_description_reads_as_it_was(description: dict[str, Any]) -> None:
+    try:
+        run = Run.model_validate(description)
+    except ValidationError:
+        layers = description["network"]["layers"]
+        assert len({layer.get("name") for layer in layers if "name" in layer}) < len(layers)
+        return
+    assert Run.from_json(run.to_json()) == run
+    assert json.loads(run.to_json())["optimizer"]["n_fetch"] == 1  # defaults included
+
+
+@given(st.text() | st.binary().map(repr) | st.recursive(st.none() | st.integers(), st.lists).map(json.dumps))
+def test_a_stored_description_that_is_none_is_a_message(text: str) -> None:
+    with pytest.raises(UserError, match="stored description"):
+        Run.from_json(text)
+
+
+# Garbage
+
+
+def toml(value: Any) -> str:
+    """Write a value as TOML, more or less."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(key)} = {toml(entry)}" for key, entry in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(toml, value)) + "]"
+    return json.dumps(value) if isinstance(value, str) else repr(value)
+
+
+KEYS = [*Run.model_fields, *(key for _, key in fields()), "type", "units", "activation", "name", "", "x"]
+scalars = st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(["dense", "tanh", "sgd"])
+values = st.recursive(
+    scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=4)
+)
+tables = st.dictionaries(st.sampled_from(KEYS) | st.text(max_size=5), values, max_size=6)
+
+
+def assert_read_or_refused(path: Path, overrides: tuple[str, ...] = ()) -> None:
+    try:
+        read = load(path, overrides)
+    except UserError:
+        return
+    assert isinstance(read, Run)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.binary() | st.text().map(lambda text: text.encode("utf-8", "surrogatepass")))
+def test_garbage_gives_a_message_and_nothing_else(file: Path, content: bytes) -> None:
+    file.write_bytes(content)
+    assert_read_or_refused(file)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], max_examples=300)
+@given(tables)
+def test_tables_of_anything_give_a_message_and_nothing_else(file: Path, table: dict[str, Any]) -> None:
+    file.write_text("\n".join(f"{json.dumps(key)} = {toml(value)}" for key, value in table.items()))
+    assert_read_or_refused(file)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=300)
+@given(
+    path=st.lists(st.sampled_from([*KEYS, "0", "1", "-1"]) | st.text(max_size=4), max_size=5),
+    value=values.map(toml) | st.text(max_size=20),
+)
+def test_overrides_of_anything_give_a_message_and_nothing_else(file: Path, path: list[str], value: str) -> None:
+    assert_read_or_refused(file, (f"{'.'.join(path)}={value}",))
+
+
+def test_reading_a_description_imports_neither_numpy_nor_mpi() -> None:
+    assert "numpy" not in vars(config)
