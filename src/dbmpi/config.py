@@ -152,11 +152,13 @@ def _type_of(layer: Any) -> str | None:
     return layer.get("type", "dense") if isinstance(layer, dict) else getattr(layer, "type", None)
 
 
-LAYERS: tuple[type[Section], ...] = (Dense, Pooling, Normalisation, Dropout)
+LAYERS: tuple[type[Section], ...] = (Dense, Local, Convolution, Pooling, Normalisation, Dropout)
 """The kinds of layers."""
 
 AnyLayer = Annotated[
     Annotated[Dense, Tag("dense")]
+    | Annotated[Local, Tag("local")]
+    | Annotated[Convolution, Tag("convolution")]
     | Annotated[Pooling, Tag("pooling")]
     | Annotated[Normalisation, Tag("normalisation")]
     | Annotated[Dropout, Tag("dropout")],

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 import subprocess
-import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -42,6 +40,9 @@ class Program:
         self._look = 0.0
         # Programs may be nested (tests of this harness run tests): the mark is added to those of the outer ones.
         marked = {**env, MARK: f"{os.environ.get(MARK, '')} {self._mark}".strip()}
+        # Where Open MPI keeps the files of a session: a name in /tmp is made of the process id, and mpirun cannot start
+        # where one of the same id, perhaps of days ago, was killed before it could tidy up.
+        marked["PRTE_MCA_prte_tmpdir_base"] = str(directory)
         self.started = time.monotonic()
         with self.stdout_path.open("wb") as stdout, self.stderr_path.open("wb") as stderr:
             self.process = subprocess.Popen(
@@ -148,8 +149,6 @@ class Program:
         self.process.wait(10.0)
         for segment in self.segments:
             segment.unlink(missing_ok=True)
-        # Open MPI's mpirun cannot start where one of the same process id was killed before it could tidy up.
-        shutil.rmtree(Path(tempfile.gettempdir()) / f"ompi.{self.process.pid}", ignore_errors=True)
         return [line for line in killed.values() if line]
 
     def _note_segments(self) -> None:

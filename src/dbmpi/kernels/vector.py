@@ -7,8 +7,9 @@ the one before it, and from memory the core's two multiply-add units starve.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from llvmlite import ir  # type: ignore[import-untyped]
@@ -299,3 +300,429 @@ def multiply_add_chains(typingctx: Any, sample: Any, rounds: Any) -> Any:
         return builder.extract_element(total, ir.IntType(32)(0))
 
     return sample(sample, types.intp), generate
+
+
+@_instructions
+def multiply_rows(
+    typingctx: Any,
+    rows: Any,
+    vectors: Any,
+    a: Any,
+    a_start: Any,
+    a_stride: Any,
+    b: Any,
+    b_start: Any,
+    places: Any,
+    first: Any,
+    last: Any,
+    out: Any,
+    out_start: Any,
+    out_stride: Any,
+    filled: Any,
+    add: Any,
+) -> Any:
+    """Multiply a strip of `a` by rows of `b` that lie anywhere, into one tile of `out`, all of it in registers.
+
+    ``out[r, c] (+)= sum over first <= k < last of a[r, k] * b[places[k] + c]`` for `rows` rows and `filled` columns,
+    summed in the order of k.  The arrays are flat; indices are not checked.  Nothing is read or written beyond the
+    `filled` columns.
+
+    Parameters
+    ----------
+    rows, vectors : constants
+        Shape of the tile, in rows and vectors; without rows, nothing is done.
+    a, b, out : 1-D arrays of one float type
+        Element (r, k) of the strip is ``a[a_start + r * a_stride + k]``.
+    b_start : int
+        Added to all places.
+    places : 1-D int64 array
+        Where the rows of `b` start.
+    out_start, out_stride : int
+        Position of the tile, and distance of its rows.
+    filled : int
+        Columns of the tile, at least 1 and at most ``vectors * lanes``.
+    add : bool
+        Add to what is in `out`, instead of replacing it.
+    """
+    if not all(isinstance(constant, types.IntegerLiteral) for constant in (rows, vectors)):
+        return None
+    index = types.intp
+    signature = types.void(
+        *(rows, vectors, a, index, index, b, index, places, index, index),
+        *(out, index, index, index, types.boolean),
+    )
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        if rows.literal_value > 0:
+            data = _pointers(context, builder, signature, values)
+            itemsize = context.get_abi_sizeof(context.get_data_type(signature.args[2].dtype))
+            rows_of_b = _Rows(builder, itemsize, rows.literal_value, values[13])
+            for masks in rows_of_b.variants(vectors.literal_value):
+                rows_of_b.multiply(
+                    *(masks, data(2, 3), values[4], data(5, 6), data(7), values[8], values[9]),
+                    *(data(10, 11), values[12], values[14]),
+                )
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+@_instructions
+def add_to_rows(
+    typingctx: Any,
+    rows: Any,
+    vectors: Any,
+    a: Any,
+    a_start: Any,
+    a_stride: Any,
+    b: Any,
+    b_start: Any,
+    b_stride: Any,
+    out: Any,
+    out_start: Any,
+    columns: Any,
+    places: Any,
+    first: Any,
+    last: Any,
+    filled: Any,
+) -> Any:
+    """Multiply a transposed strip of `a` by a tile of `b` that stays in registers, into rows that lie anywhere.
+
+    ``out[places[n] + c] += sum over r < rows of a[r, columns[n]] * b[r, c]`` for ``first <= n < last`` and `filled`
+    columns c, summed in the order of r.  The transpose of :func:`multiply_rows`; the rows of `out` must not overlap.
+
+    Parameters
+    ----------
+    rows, vectors, filled
+        As for `multiply_rows`.
+    a, b, out : 1-D arrays of one float type
+        Element (r, k) of the strip is ``a[a_start + r * a_stride + k]``; row r of the tile starts at
+        ``b_start + r * b_stride``.
+    out_start : int
+        Added to all places.
+    columns, places : 1-D int64 arrays
+        Columns of `a`, and where the rows of `out` start.
+    """
+    if not all(isinstance(constant, types.IntegerLiteral) for constant in (rows, vectors)):
+        return None
+    index = types.intp
+    signature = types.void(
+        *(rows, vectors, a, index, index, b, index, index, out, index),
+        *(columns, places, index, index, index),
+    )
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        if rows.literal_value > 0:
+            data = _pointers(context, builder, signature, values)
+            itemsize = context.get_abi_sizeof(context.get_data_type(signature.args[2].dtype))
+            rows_of_out = _Rows(builder, itemsize, rows.literal_value, values[14])
+            for masks in rows_of_out.variants(vectors.literal_value):
+                rows_of_out.add(
+                    *(masks, data(2, 3), values[4], data(5, 6), values[7], data(8, 9)),
+                    *(data(10), data(11), *values[12:14]),
+                )
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+@_instructions
+def transpose_block(
+    typingctx: Any,
+    a: Any,
+    a_start: Any,
+    places: Any,
+    first: Any,
+    height: Any,
+    width: Any,
+    out: Any,
+    out_start: Any,
+    out_stride: Any,
+    again: Any,
+) -> Any:
+    """Transpose a block of at most lanes x lanes elements whose rows lie anywhere, and put it to two places.
+
+    ``out[start + c * out_stride + r] = a[a_start + places[first + r] + c]`` for r < `height` and c < `width`, where
+    `start` is `out_start`, and ``out_start + again``.  The further rows up to the lanes of a vector are zeroed.
+
+    Parameters
+    ----------
+    a, out : 1-D arrays of one float type
+    places : 1-D int64 array
+    height, width : int
+        At least 1; more than the lanes count as so many.
+    """
+    if not isinstance(a, types.Array):
+        return None
+    index = types.intp
+    signature = types.void(a, index, places, index, index, index, out, index, index, index)
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        data = _pointers(context, builder, signature, values)
+        itemsize = context.get_abi_sizeof(context.get_data_type(signature.args[0].dtype))
+        block = _Rows(builder, itemsize, 1, values[5])
+        block.transpose(data(0, 1), data(2, 3), values[4], data(6, 7), *values[8:10])
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+@_instructions
+def prefetch_written(typingctx: Any, a: Any, first: Any, last: Any) -> Any:
+    """Ask for the cache lines of the elements ``first <= n < last`` of a 1-D array, which will be overwritten."""
+    index = types.intp
+    signature = types.void(a, index, index)
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        start = _pointers(context, builder, signature, values)(0)
+        itemsize = context.get_abi_sizeof(context.get_data_type(signature.args[0].dtype))
+        rows = _Rows(builder, itemsize, 1, values[2])
+
+        def ask(n: Any, count: int, nothing: list[Any]) -> list[Any]:
+            rows._prefetch(rows._at(start, n, 0), write=True)
+            return nothing
+
+        rows._repeat(CACHE_LINE // itemsize, values[1], values[2], [], ask)
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+def _pointers(context: Any, builder: Any, signature: Any, values: Any) -> Callable[..., Any]:
+    """Return a function that gives the address in the array that is one argument, at the index that is another."""
+
+    def pointer(array: int, start: int | None = None) -> Any:
+        data = context.make_array(signature.args[array])(context, builder, values[array]).data
+        return data if start is None else builder.gep(data, [values[start]], inbounds=True)
+
+    return pointer
+
+
+class _Rows(_Tile):
+    """The instructions of `multiply_rows`, `add_to_rows` and `transpose_block`: tiles that may be partly filled."""
+
+    def __init__(self, builder: Any, itemsize: int, rows: int, filled: Any) -> None:
+        super().__init__(builder, itemsize, rows, 1, False)
+        self.filled = filled
+        self.mask = ir.VectorType(ir.IntType(1), self.lanes)
+        name = f"v{self.lanes}f{8 * itemsize}.p0"
+        flag, pointer = ir.IntType(32), self.vector.as_pointer()
+        self.masked_load = _declared(
+            builder.module,
+            ir.FunctionType(self.vector, [pointer, flag, self.mask, self.vector]),
+            f"llvm.masked.load.{name}",
+        )
+        self.masked_store = _declared(
+            builder.module,
+            ir.FunctionType(ir.VoidType(), [self.vector, pointer, flag, self.mask]),
+            f"llvm.masked.store.{name}",
+        )
+
+    def variants(self, vectors: int) -> Iterator[list[Any]]:
+        """Yield the masks of the tile's vectors, None for a full one, each time in a branch for so many columns."""
+        builder = self.builder
+        with builder.if_else(builder.icmp_signed(">=", self.filled, self.index(vectors * self.lanes))) as (full, part):
+            with full:
+                yield [None] * vectors
+            with part:
+                if vectors == 1:
+                    yield self._masks(1)
+                else:
+                    with builder.if_else(builder.icmp_signed(">", self.filled, self.index(self.lanes))) as (some, one):
+                        with some:
+                            yield self._masks(vectors)
+                        with one:
+                            yield self._masks(1)
+
+    def multiply(
+        self,
+        masks: list[Any],
+        a: Any,
+        a_stride: Any,
+        b: Any,
+        places: Any,
+        first: Any,
+        last: Any,
+        out: Any,
+        out_stride: Any,
+        add: Any,
+    ) -> None:
+        builder = self.builder
+        strips = self._strided(a, a_stride)
+
+        def steps(k: Any, count: int, totals: list[Any]) -> list[Any]:
+            for offset in range(count):
+                place = builder.load(self._at(places, k, offset))
+                b_row = self._load_row(builder.gep(b, [place], inbounds=True), masks)
+                factors = [self._spread(builder.load(self._at(strip, k, offset))) for strip in strips]
+                pairs = [(factor, values) for factor in factors for values in b_row]
+                totals = [
+                    builder.call(self.multiply_add, [*pair, total]) for pair, total in zip(pairs, totals, strict=True)
+                ]
+            return totals
+
+        sums = [ir.Constant(self.vector, [0.0] * self.lanes)] * (self.rows * len(masks))
+        whole = builder.add(first, builder.and_(builder.sub(last, first), self.index(-self.unrolled)))
+        k, sums = self._repeat(self.unrolled, first, whole, sums, steps)
+        k, sums = self._repeat(1, k, last, sums, steps)
+        totals = [sums[row * len(masks) :][: len(masks)] for row in range(self.rows)]
+        out_rows = self._strided(out, out_stride)
+        with builder.if_else(builder.icmp_signed("!=", add, add.type(0))) as (adding, replacing):
+            with adding:
+                for row, values in zip(out_rows, totals, strict=True):
+                    before = self._load_row(row, masks)
+                    after = [builder.fadd(one, other) for one, other in zip(before, values, strict=True)]
+                    self._store_row(after, row, masks)
+            with replacing:
+                for row, values in zip(out_rows, totals, strict=True):
+                    self._store_row(values, row, masks)
+
+    def add(
+        self,
+        masks: list[Any],
+        a: Any,
+        a_stride: Any,
+        b: Any,
+        b_stride: Any,
+        out: Any,
+        columns: Any,
+        places: Any,
+        first: Any,
+        last: Any,
+    ) -> None:
+        builder = self.builder
+        strips = self._strided(a, a_stride)
+        tile = [self._load_row(row, masks) for row in self._strided(b, b_stride)]
+        below = builder.gep(a, [builder.mul(a_stride, self.index(self.rows))])
+
+        def steps(n: Any, count: int, nothing: list[Any]) -> list[Any]:
+            if count > 1:  # the strip below is needed next; asked for in the order of memory
+                ahead = builder.gep(below, [builder.mul(n, self.index(self.rows))])
+                for byte in range(0, count * self.rows * self.itemsize, CACHE_LINE):
+                    self._prefetch(builder.gep(ahead, [self.index(byte // self.itemsize)]), level=2)
+            rows = [
+                builder.gep(out, [builder.load(self._at(places, n, offset))], inbounds=True) for offset in range(count)
+            ]
+            selected = [builder.load(self._at(columns, n, offset)) for offset in range(count)]
+            totals = [self._load_row(row, masks) for row in rows]
+            for strip, values in zip(strips, tile, strict=True):
+                for number, column in enumerate(selected):
+                    factor = self._spread(builder.load(builder.gep(strip, [column], inbounds=True)))
+                    totals[number] = [
+                        builder.call(self.multiply_add, [factor, value, total])
+                        for value, total in zip(values, totals[number], strict=True)
+                    ]
+            for row, total in zip(rows, totals, strict=True):
+                self._store_row(total, row, masks)
+            return nothing
+
+        interleaved = 2  # more multiply-adds that do not wait for one another
+        whole = builder.add(first, builder.and_(builder.sub(last, first), self.index(-interleaved)))
+        n, _ = self._repeat(interleaved, first, whole, [], steps)
+        self._repeat(1, n, last, [], steps)
+
+    def transpose(self, a: Any, places: Any, height: Any, out: Any, out_stride: Any, again: Any) -> None:
+        builder = self.builder
+        (mask,) = self._masks(1)
+        rows = []
+        for row in range(self.lanes):
+            inside = builder.icmp_signed("<", self.index(row), height)
+            place = builder.load(self._at(places, builder.select(inside, self.index(row), self.index(0)), 0))
+            rows += self._load_row(builder.gep(a, [place], inbounds=True), [mask])
+        for bit, lower, upper in self._exchanges():
+            swapped = list(rows)
+            for row in range(self.lanes):
+                if not row & bit:
+                    swapped[row] = self._shuffle(rows[row], rows[row + bit], lower)
+                    swapped[row + bit] = self._shuffle(rows[row], rows[row + bit], upper)
+            rows = swapped
+        (stored,) = self._masks(1, height)
+        for row, target in zip(rows, self._strided(out, out_stride, self.lanes), strict=True):
+            self._store_row([row], target, [stored])
+            self._store_row([row], builder.gep(target, [again], inbounds=True), [stored])
+
+    def _exchanges(self) -> Iterator[tuple[int, list[int], list[int]]]:
+        """Yield the steps of a transposition: a bit of the rows' numbers, and what two rows that differ in it become.
+
+        Every step brings this bit into the lanes' numbers, and one of their bits into the rows' numbers.  Of the ways
+        to do that, these are single instructions: they interleave elements within 16 bytes, or move 16 bytes.
+        """
+        both, unit = list(range(2 * self.lanes)), 16 // self.itemsize
+        units = [both[start : start + unit] for start in range(0, len(both), unit)]
+        pairs = list(zip(units[: len(units) // 2], units[len(units) // 2 :], strict=True))
+        joined = itertools.chain.from_iterable
+        bit = unit
+        while bit > 1:
+            bit //= 2
+            woven = [list(joined(zip(*pair, strict=True))) for pair in pairs]
+            yield bit, list(joined(each[:unit] for each in woven)), list(joined(each[unit:] for each in woven))
+        bit = unit
+        while bit < self.lanes:
+            lower, upper = (list(joined(joined(zip(*pairs[odd::2], strict=True)))) for odd in (0, 1))
+            yield bit, lower, upper
+            bit *= 2
+
+    def _repeat(
+        self, count: int, start: Any, stop: Any, carried: list[Any], steps: Callable[[Any, int, list[Any]], list[Any]]
+    ) -> tuple[Any, list[Any]]:
+        """Loop k from `start` to `stop`, `count` steps at a time; what they carry on stays in registers."""
+        builder = self.builder
+        before = builder.block
+        head, body, after = (builder.append_basic_block(f"rows.{part}") for part in ("head", "body", "after"))
+        builder.branch(head)
+        builder.position_at_end(head)
+        k = builder.phi(self.index)
+        k.add_incoming(start, before)
+        phis = []
+        for value in carried:
+            phis.append(builder.phi(self.vector))
+            phis[-1].add_incoming(value, before)
+        builder.cbranch(builder.icmp_signed("<", k, stop), body, after)
+        builder.position_at_end(body)
+        results = steps(k, count, list(phis))
+        k.add_incoming(builder.add(k, self.index(count)), builder.block)
+        for phi, value in zip(phis, results, strict=True):
+            phi.add_incoming(value, builder.block)
+        builder.branch(head)
+        builder.position_at_end(after)
+        return k, list(phis)
+
+    def _at(self, pointer: Any, k: Any, offset: int) -> Any:
+        place = self.builder.gep(pointer, [k], inbounds=True)
+        return self.builder.gep(place, [self.index(offset)], inbounds=True)
+
+    def _masks(self, vectors: int, filled: Any = None) -> list[Any]:
+        """Return the masks of vectors of which so many elements are filled."""
+        builder, many = self.builder, ir.VectorType(self.index, self.lanes)
+        start = ir.Constant(many, ir.Undefined)
+        count = builder.insert_element(start, self.filled if filled is None else filled, ir.IntType(32)(0))
+        zeros = ir.Constant(ir.VectorType(ir.IntType(32), self.lanes), [0] * self.lanes)
+        counts = builder.shuffle_vector(count, start, zeros)
+        return [
+            builder.icmp_signed("<", ir.Constant(many, list(range(first, first + self.lanes))), counts)
+            for first in range(0, vectors * self.lanes, self.lanes)
+        ]
+
+    def _load_row(self, row: Any, masks: list[Any]) -> list[Any]:
+        values = []
+        for vector, mask in enumerate(masks):
+            place = self._as_vector(self.builder.gep(row, [self.index(vector * self.lanes)], inbounds=True))
+            if mask is None:
+                values.append(self._load(place, self.itemsize))
+            else:
+                nothing = ir.Constant(self.vector, [0.0] * self.lanes)
+                align = ir.IntType(32)(self.itemsize)
+                values.append(self.builder.call(self.masked_load, [place, align, mask, nothing]))
+        return values
+
+    def _store_row(self, values: list[Any], row: Any, masks: list[Any]) -> None:
+        for vector, (value, mask) in enumerate(zip(values, masks, strict=True)):
+            place = self._as_vector(self.builder.gep(row, [self.index(vector * self.lanes)], inbounds=True))
+            if mask is None:
+                self._store(value, place)
+            else:
+                self.builder.call(self.masked_store, [value, place, ir.IntType(32)(self.itemsize), mask])
+
+    def _shuffle(self, one: Any, other: Any, lanes: list[int]) -> Any:
+        mask = ir.Constant(ir.VectorType(ir.IntType(32), self.lanes), lanes)
+        return self.builder.shuffle_vector(one, other, mask)

@@ -10,9 +10,11 @@ import numpy as np
 
 from dbmpi import config
 from dbmpi.errors import UserError
+from dbmpi.network.convolution import Convolution
 from dbmpi.network.dense import Dense
 from dbmpi.network.dropout import Dropout
 from dbmpi.network.layer import Layer
+from dbmpi.network.local import Local
 from dbmpi.network.losses import Loss, Targets
 from dbmpi.network.normalisation import Normalisation
 from dbmpi.network.pooling import Pooling
@@ -175,6 +177,10 @@ def _layer(described: config.AnyLayer, name: str, input_shape: tuple[int, ...]) 
     match described:
         case config.Dense():
             return Dense.described(described, name, input_shape)
+        case config.Local():
+            return Local.described(described, name, input_shape)
+        case config.Convolution():
+            return Convolution.described(described, name, input_shape)
         case config.Pooling():
             return Pooling.described(described, name, input_shape)
         case config.Normalisation():

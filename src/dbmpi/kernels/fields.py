@@ -1,0 +1,370 @@
+"""Filters on fields: the products that locally connected layers and convolutions have in common.
+
+At every place of the output lies a small matrix product: the filters of the place, (maps, depth), times its field of
+the inputs, (depth, samples), where depth is channels x field rows x field columns.  Samples are innermost, so that one
+weight multiplies vectors of them.  The field is not copied: a table says where its rows of samples lie.  A block of
+maps times two vectors of samples is summed in registers.
+
+The weights of untied filters are read once for all samples; forward and backward pass then do ``6 * samples``
+operations for every weight, of which 4 bytes are read twice and, as its gradient, written once.  With few samples that
+flow of memory is as much of a limit as the arithmetic, and so what comes next is prefetched.
+
+Every output is summed in an order that depends on the depth alone, not on the box that is computed, its maps, the
+samples or the threads.
+"""
+
+from __future__ import annotations
+
+from functools import cache, lru_cache
+from typing import NamedTuple
+
+import numpy as np
+from numba import prange
+
+from dbmpi.kernels.compile import THREADS, Kernel, inlined, parallel_kernel
+from dbmpi.kernels.elementary import sigmoid, tanh
+from dbmpi.kernels.vector import REGISTERS, add_to_rows, lanes, multiply_rows, transpose_block
+
+DEPTH = 384
+"""Most rows of a field that are multiplied in one go: with two vectors each they fit into the first cache."""
+MAPS = 8 if REGISTERS == 32 else 4
+"""Most maps in a block, whose sums stay in registers."""
+
+CODES = {"linear": 0, "sigmoid": 1, "tanh": 2, "relu": 3}
+"""How kernels know the activations."""
+SIGMOID, TANH, RELU = CODES["sigmoid"], CODES["tanh"], CODES["relu"]
+
+
+class Blocks(NamedTuple):
+    """Maps in blocks of nearly the same height: `tall` blocks of `height`, then `short` blocks of one less."""
+
+    height: int
+    tall: int
+    short: int
+
+    @classmethod
+    def of(cls, maps: int) -> Blocks:
+        """Cut the maps into as few blocks as possible."""
+        number = -(-maps // MAPS)
+        height = -(-maps // number)
+        short = number * height - maps
+        return cls(height, number - short, short)
+
+    @property
+    def heights(self) -> tuple[int, int]:
+        """Heights of tall and short blocks that there are; 0 where there are no short ones."""
+        return self.height, self.height - 1 if self.short else 0
+
+    @property
+    def vectors(self) -> int:
+        """Vectors of samples that a block is multiplied by at a time, so that its sums do not wait for one another."""
+        return 2 if self.height > 4 or REGISTERS < 32 else 4
+
+
+class Field(NamedTuple):
+    """Where the elements of a field lie in inputs (channels, height, width, samples); in the order of the weights."""
+
+    places: np.ndarray
+    """Positions (depth,) relative to the first element of the field, int64."""
+    rows: np.ndarray
+    """Row (depth,) of the field that each is in, int64."""
+
+
+@lru_cache(maxsize=256)
+def field_of(order: str, shape: tuple[int, int], input_shape: tuple[int, int, int, int]) -> Field:
+    """Return the field of an array of inputs.
+
+    Parameters
+    ----------
+    order : str
+        Axes of a filter, slowest first: a permutation of ``c`` (channel), ``u`` (row) and ``v`` (column).
+    shape : tuple[int, int]
+        Rows and columns of the field.
+    input_shape : tuple[int, int, int, int]
+    """
+    channels, height, width, samples = input_shape
+    axes = {"c": np.arange(channels), "u": np.arange(shape[0]), "v": np.arange(shape[1])}
+    grid = dict(zip(order, np.meshgrid(*(axes[axis] for axis in order), indexing="ij"), strict=True))
+    places = ((grid["c"] * height + grid["u"]) * width + grid["v"]) * samples
+    return Field(places.reshape(-1).astype(np.int64), grid["u"].reshape(-1).astype(np.int64))
+
+
+def flat(array: np.ndarray) -> np.ndarray:
+    """Return an array as one axis, without a copy.
+
+    Raises
+    ------
+    ValueError
+        If it is not C-contiguous.
+    """
+    if not array.flags.c_contiguous:
+        raise ValueError(f"given an array {array.shape} with strides {array.strides}, expected a C-contiguous one")
+    return array.reshape(-1)
+
+
+def forward(
+    weights: np.ndarray,
+    bias: np.ndarray,
+    inputs: np.ndarray,
+    outputs: np.ndarray,
+    field: Field,
+    stride: int,
+    activation: str,
+    tied: bool,
+) -> None:
+    """Write the outputs (maps, rows, columns, samples) of inputs (channels, height, width, samples).
+
+    Parameters
+    ----------
+    weights, bias
+        (maps, depth) and (maps,) in any shape if `tied`, else (rows, columns, maps, depth) and (rows, columns, maps).
+    """
+    maps, _, columns, samples = outputs.shape
+    blocks, step = Blocks.of(maps), stride * samples
+    place = 0 if tied else maps
+    _forward(*blocks.heights, blocks.vectors)(
+        *(flat(weights), flat(bias), flat(inputs), _contiguous(outputs), field.places, blocks.tall, blocks.short),
+        *((step * inputs.shape[2], step), (columns * place, place)),
+        *(blocks.vectors * lanes(outputs.itemsize), CODES[activation]),
+    )
+
+
+def input_gradient(
+    weights: np.ndarray, gradient: np.ndarray, result: np.ndarray, field: Field, stride: int, tied: bool
+) -> None:
+    """Write the gradient for the inputs, of that for the outputs before the activation; shapes as in `forward`."""
+    maps, rows, columns, _ = gradient.shape
+    blocks = Blocks.of(maps)
+    place = 0 if tied else maps
+    _input_gradient(*blocks.heights, blocks.vectors)(
+        *(flat(weights), _contiguous(gradient), _contiguous(result), *field, blocks.tall, blocks.short),
+        *(_bands(rows, result.shape[1], int(field.rows.max()) + 1, stride, THREADS), stride),
+        *((columns * place, place), blocks.vectors * lanes(gradient.itemsize)),
+    )
+
+
+@cache
+def _forward(height: int, shorter: int, vectors: int) -> Kernel[..., None]:
+    """Return the kernel for blocks of `height` and `shorter` maps, `vectors` vectors of samples at a time."""
+
+    def forward(
+        w: np.ndarray,
+        bias: np.ndarray,
+        x: np.ndarray,
+        y: np.ndarray,
+        places: np.ndarray,
+        tall: int,
+        short: int,
+        steps: tuple[int, int],
+        filters: tuple[int, int],
+        width: int,
+        code: int,
+    ) -> None:
+        maps, out_height, out_width, samples = y.shape
+        depth, plane, out = places.size, out_height * out_width * samples, y.reshape(-1)
+        piece = _piece(depth)
+        for i in prange(out_height):
+            for j in range(out_width):
+                filter_start = i * filters[0] + j * filters[1]
+                for first in range(0, depth, piece):
+                    last = min(depth, first + piece)
+                    for start in range(0, samples, width):
+                        filled = min(width, samples - start)
+                        x_start = i * steps[0] + j * steps[1] + start
+                        w_start = filter_start * depth
+                        y_start = (i * out_width + j) * samples + start
+                        # fmt: off
+                        for _ in range(tall):
+                            multiply_rows(
+                                height, vectors, w, w_start, depth, x, x_start, places, first, last,
+                                out, y_start, plane, filled, first > 0,
+                            )
+                            w_start += height * depth
+                            y_start += height * plane
+                        for _ in range(short):
+                            multiply_rows(
+                                shorter, vectors, w, w_start, depth, x, x_start, places, first, last,
+                                out, y_start, plane, filled, first > 0,
+                            )
+                            w_start += shorter * depth
+                            y_start += shorter * plane
+                        # fmt: on
+                for m in range(maps):
+                    _activate(y, m, i, j, bias[filter_start + m], code)
+
+    return parallel_kernel(forward)
+
+
+@cache
+def _input_gradient(height: int, shorter: int, vectors: int) -> Kernel[..., None]:
+    """Return the kernel for blocks of `height` and `shorter` maps, `vectors` vectors of samples at a time.
+
+    Every thread writes a band of rows of its own, for which it looks at the fields that reach into it.
+    """
+
+    def input_gradient(
+        w: np.ndarray,
+        gradient: np.ndarray,
+        result: np.ndarray,
+        places: np.ndarray,
+        rows: np.ndarray,
+        tall: int,
+        short: int,
+        bands: np.ndarray,
+        stride: int,
+        filters: tuple[int, int],
+        width: int,
+    ) -> None:
+        _, out_height, out_width, samples = gradient.shape
+        in_width = result.shape[2]
+        depth, plane, source, target = (
+            places.size,
+            out_height * out_width * samples,
+            gradient.reshape(-1),
+            result.reshape(-1),
+        )
+        field_height = rows.max() + 1
+        piece = _piece(depth)
+        for band in prange(bands.size - 1):
+            top, bottom = bands[band], bands[band + 1]
+            for channel in range(result.shape[0]):
+                first_row = channel * result.shape[1] + top
+                target[first_row * in_width * samples :][: (bottom - top) * in_width * samples] = 0
+            inside, targets = np.empty(depth, np.int64), np.empty(depth, np.int64)
+            for i in range(out_height):
+                if i * stride + field_height <= top or i * stride >= bottom:
+                    continue
+                count = 0
+                for k in range(depth):
+                    if top <= i * stride + rows[k] < bottom:
+                        inside[count], targets[count] = k, places[k]
+                        count += 1
+                for j in range(out_width):
+                    for start in range(0, samples, width):
+                        filled = min(width, samples - start)
+                        x_start = (i * in_width + j) * stride * samples + start
+                        for first in range(0, count, piece):
+                            last = min(count, first + piece)
+                            w_start = (i * filters[0] + j * filters[1]) * depth
+                            g_start = (i * out_width + j) * samples + start
+                            # fmt: off
+                            for _ in range(tall):
+                                add_to_rows(
+                                    height, vectors, w, w_start, depth, source, g_start, plane,
+                                    target, x_start, inside, targets, first, last, filled,
+                                )
+                                w_start += height * depth
+                                g_start += height * plane
+                            for _ in range(short):
+                                add_to_rows(
+                                    shorter, vectors, w, w_start, depth, source, g_start, plane,
+                                    target, x_start, inside, targets, first, last, filled,
+                                )
+                                w_start += shorter * depth
+                                g_start += shorter * plane
+                            # fmt: on
+
+    return parallel_kernel(input_gradient)
+
+
+class Window(NamedTuple):
+    """The field of the present place, transposed: (samples, depth), for sums over samples.
+
+    The next place's field has some columns in common with it.  The columns therefore stay where they are, column number
+    n in slot n modulo the field's width; and every one is kept twice, the second time a field's width later, so that
+    the field of any place is contiguous.  In a filter's order, its axes are column, channel and row.
+    """
+
+    column: np.ndarray
+    """Positions in the inputs of the elements of a column, int64 (channels x field rows,)."""
+    rows: np.ndarray
+    """Where the row of each sample starts in the window, int64."""
+    size: int
+    """Elements of the window."""
+    lanes: int
+    """Lanes of a vector."""
+
+
+@lru_cache(maxsize=256)
+def window_of(shape: tuple[int, int], input_shape: tuple[int, int, int, int], itemsize: int) -> Window:
+    """Return the window on an array of inputs (channels, height, width, samples) for fields of a shape."""
+    channels, height, width, samples = input_shape
+    vector = lanes(itemsize)
+    # An odd number of vectors from row to row, so that a column does not fall into few sets of the cache.
+    step = (-(-2 * channels * shape[0] * shape[1] // vector) | 1) * vector
+    rows = np.arange(-(-samples // vector) * vector, dtype=np.int64) * step
+    column = (np.arange(channels)[:, None] * height + np.arange(shape[0])) * width * samples
+    return Window(column.reshape(-1).astype(np.int64), rows, rows.size * step, vector)
+
+
+def sum_blocks(maps: int) -> tuple[Blocks, int]:
+    """Return blocks of maps, and how many vectors of a window's rows to multiply them by at a time."""
+    blocks = Blocks.of(maps)
+    return blocks, 2 if REGISTERS < 32 else 3 if blocks.height > 4 else 6
+
+
+@inlined
+def fill_window(
+    x: np.ndarray,
+    start: int,
+    first: int,
+    last: int,
+    column: np.ndarray,
+    slots: int,
+    samples: int,
+    window: np.ndarray,
+    step: int,
+    vector: int,
+) -> None:
+    """Bring columns ``first <= n < last`` of the inputs that begin at `start` into the window."""
+    size = column.size
+    for number in range(first, last):
+        place = number % slots * size
+        for row in range(0, size, vector):
+            for sample in range(0, samples, vector):
+                # fmt: off
+                transpose_block(
+                    x, start + number * samples + sample, column, row, size - row, samples - sample,
+                    window, sample * step + place + row, step, slots * size,
+                )
+                # fmt: on
+
+
+@inlined
+def _piece(depth: int) -> int:
+    """Return how many rows of a field to multiply in one go: nearly equal pieces."""
+    pieces = -(-depth // DEPTH)
+    return -(-depth // pieces)
+
+
+@inlined
+def _activate(y: np.ndarray, m: int, i: int, j: int, addend: float, code: int) -> None:
+    """Add the bias to the outputs of one map at one place and apply the activation."""
+    if code == SIGMOID:
+        for sample in range(y.shape[3]):
+            y[m, i, j, sample] = sigmoid(y[m, i, j, sample] + addend)
+    elif code == TANH:
+        for sample in range(y.shape[3]):
+            y[m, i, j, sample] = tanh(y[m, i, j, sample] + addend)
+    elif code == RELU:
+        for sample in range(y.shape[3]):
+            value = y[m, i, j, sample] + addend
+            y[m, i, j, sample] = y.dtype.type(0) if value < 0 else value
+    else:
+        for sample in range(y.shape[3]):
+            y[m, i, j, sample] += addend
+
+
+@lru_cache(maxsize=256)
+def _bands(out_height: int, height: int, field_height: int, stride: int, number: int) -> np.ndarray:
+    """Cut the rows of the inputs into bands into which about equally many rows of fields fall."""
+    load = np.zeros(height)
+    for i in range(out_height):
+        load[i * stride : i * stride + field_height] += 1
+    wanted = np.linspace(0, load.sum(), number + 1)[1:-1]
+    return np.concatenate(([0], np.searchsorted(np.cumsum(load), wanted), [height])).astype(np.int64)
+
+
+def _contiguous(array: np.ndarray) -> np.ndarray:
+    flat(array)
+    return array

@@ -1,0 +1,273 @@
+"""Locally connected layers against a naive twin, finite differences, and themselves in pieces."""
+
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import special
+from unit.layer_checks import CONTEXT, check_cuts, check_gradients, parameters_of, run
+
+from dbmpi import config
+from dbmpi.errors import UserError
+from dbmpi.kernels import fields, local
+from dbmpi.network.local import Local
+from dbmpi.partition.boxes import Box
+
+pytestmark = pytest.mark.timeout(240)  # kernels are compiled for every number of maps
+
+FUNCTIONS = {
+    "linear": (lambda x: x, np.ones_like),
+    "sigmoid": (special.expit, lambda y: y * (1 - y)),
+    "tanh": (np.tanh, lambda y: 1 - y**2),
+    "relu": (lambda x: np.maximum(x, 0), lambda y: (y > 0).astype(y.dtype)),
+}
+
+
+@st.composite
+def layers(draw, maps=(1, 5, 11), activations=tuple(FUNCTIONS)):  # each number of maps is compiled anew
+    field = (draw(st.integers(1, 4)), draw(st.integers(1, 4)))
+    shape = (draw(st.integers(1, 5)), *(window + draw(st.integers(0, 6)) for window in field))
+    stride = draw(st.integers(1, 5))
+    return Local("local", shape, draw(st.sampled_from(maps)), field, stride, draw(st.sampled_from(activations)))
+
+
+def naive(layer, inputs, parameters, gradient):
+    """Return outputs, input gradient and the parameters' as the formulas say, in float64."""
+    function, derivative = FUNCTIONS[layer.activation]
+    inputs = inputs.astype(np.float64)
+    weights, bias = (parameters[short].astype(np.float64) for short in ("weights", "bias"))
+    outputs = np.empty(gradient.shape)
+    below, of_weights, of_bias = np.zeros_like(inputs), np.empty_like(weights), np.empty_like(bias)
+    rows, columns = layer.field
+    for i in range(layer.output_shape[1]):
+        for j in range(layer.output_shape[2]):
+            top, left = i * layer.stride, j * layer.stride
+            place = np.s_[:, top : top + rows, left : left + columns]
+            outputs[:, i, j] = function(np.einsum("mvcu,cuvb->mb", weights[i, j], inputs[place]) + bias[i, j][:, None])
+            delta = gradient[:, i, j] * derivative(outputs[:, i, j])
+            of_weights[i, j] = np.einsum("mb,cuvb->mvcu", delta, inputs[place])
+            of_bias[i, j] = delta.sum(axis=1)
+            below[place] += np.einsum("mvcu,mb->cuvb", weights[i, j], delta)
+    return outputs, below, {"weights": of_weights, "bias": of_bias}
+
+
+def assert_close(found, expected, dtype):
+    precision = {np.float32: 3e-6, np.float64: 1e-13}[dtype]
+    np.testing.assert_allclose(found, expected, atol=precision * max(1.0, np.abs(expected).max()), rtol=0)
+
+
+@settings(max_examples=40)
+@given(layers(), st.integers(1, 70), st.sampled_from([np.float32, np.float64]), st.integers(0, 99))
+def test_the_naive_twin_says_the_same(layer, samples, dtype, seed):
+    random = np.random.default_rng(seed)
+    inputs = random.normal(size=(*layer.input_shape, samples)).astype(dtype)
+    parameters = parameters_of(layer, dtype, seed)
+    gradient = random.normal(size=(*layer.output_shape, samples)).astype(dtype)
+    outputs, below, of_parameters = run(layer, inputs, gradient.copy(), parameters)
+    expected = naive(layer, inputs, parameters, gradient)
+    used = layer.input_box(Box.whole(layer.output_shape)).slices()
+    assert_close(outputs, expected[0], dtype)
+    assert_close(below, expected[1][used], dtype)
+    for short, values in of_parameters.items():
+        assert_close(values, expected[2][short], dtype)
+
+
+@settings(max_examples=15)
+@given(layers(maps=(1, 5, 11), activations=("linear", "sigmoid", "tanh")), st.integers(0, 99))
+def test_gradients_are_finite_differences(layer, seed):
+    check_gradients(layer, 3, seed)
+
+
+@settings(max_examples=30)
+@given(layers(maps=(1, 2, 3)), st.sampled_from([np.float32, np.float64]), st.data())
+def test_pieces_make_the_whole(layer, dtype, data):
+    check_cuts(layer, 3, dtype, data)
+
+
+@settings(max_examples=15)
+@given(layers(), st.integers(1, 40), st.integers(0, 99))
+def test_outputs_do_not_depend_on_the_box_or_the_batch_by_a_bit(layer, samples, seed):
+    random = np.random.default_rng(seed)
+    inputs = random.normal(size=(*layer.input_shape, samples)).astype(np.float32)
+    parameters = parameters_of(layer, np.float32, seed)
+    outputs, _, of_parameters = run(layer, inputs, None, parameters)
+    box = Box(tuple(length // 2 for length in layer.output_shape), layer.output_shape)
+    part, _, of_part = run(layer, inputs, None, parameters, box)
+    np.testing.assert_array_equal(part, outputs[box.slices()])
+    for short, values in of_part.items():
+        np.testing.assert_array_equal(values, of_parameters[short][layer.tensor_box(short, box).slices()])
+    few, _, _ = run(layer, np.ascontiguousarray(inputs[..., samples // 2 :]), None, parameters)
+    np.testing.assert_array_equal(few, outputs[..., samples // 2 :])
+
+
+def test_a_field_deeper_than_one_pass_is_summed_in_several():
+    layer = Local("local", (9, 12, 13), 11, (10, 10))
+    assert layer.inputs > 2 * fields.DEPTH
+    random = np.random.default_rng(1)
+    inputs = random.normal(size=(*layer.input_shape, 37)).astype(np.float32)
+    parameters = parameters_of(layer, np.float32)
+    gradient = random.normal(size=(*layer.output_shape, 37)).astype(np.float32)
+    found, expected = run(layer, inputs, gradient.copy(), parameters), naive(layer, inputs, parameters, gradient)
+    assert_close(found[0], expected[0], np.float32)
+    assert_close(found[1], expected[1], np.float32)
+    assert_close(found[2]["weights"], expected[2]["weights"], np.float32)
+
+
+def test_nothing_is_written_beyond_the_results():
+    layer = Local("local", (2, 7, 9), 5, (3, 2))
+    samples = 21
+    guarded = {}
+
+    def array(name, shape):
+        memory = np.full(int(np.prod(shape)) + 128, 7, np.float32)
+        guarded[name] = memory
+        return memory[64:-64].reshape(shape)
+
+    box = Box.whole(layer.output_shape)
+    inputs = array("inputs", (*layer.input_shape, samples))
+    outputs, gradient = (array(name, (*layer.output_shape, samples)) for name in ("outputs", "gradient"))
+    below = array("below", inputs.shape)
+    parameters = parameters_of(layer, np.float32)
+    results = {short: array(short, values.shape) for short, values in parameters.items()}
+    layer.forward(box, parameters, inputs, outputs, CONTEXT)
+    layer.backward(box, parameters, inputs, outputs, gradient, results, below, CONTEXT)
+    for memory in guarded.values():
+        assert (memory[:64] == 7).all()
+        assert (memory[-64:] == 7).all()
+
+
+def test_not_a_number_reaches_the_fields_that_see_it_only():
+    layer = Local("local", (2, 6, 6), 3, (2, 2))
+    inputs = np.ones((*layer.input_shape, 20), np.float32)
+    inputs[1, 3, 3, 4] = np.nan
+    outputs, _, of_parameters = run(layer, inputs, None, parameters_of(layer, np.float32))
+    where = np.zeros(outputs.shape, bool)
+    where[:, 2:4, 2:4, 4] = True
+    np.testing.assert_array_equal(np.isnan(outputs), where)
+    assert np.isnan(of_parameters["weights"]).any(axis=(2, 3, 4, 5)).sum() == 4
+
+
+def test_without_an_input_gradient_the_rest_is_the_same():
+    layer = Local("local", (2, 6, 6), 3, (2, 2), activation="tanh")
+    inputs = np.random.default_rng(1).normal(size=(2, 6, 6, 9))
+    parameters = parameters_of(layer, np.float64)
+    box = Box.whole(layer.output_shape)
+    outputs, _, expected = run(layer, inputs, None, parameters)
+    found = {short: np.full_like(values, np.nan) for short, values in parameters.items()}
+    layer.backward(box, parameters, inputs, outputs, np.ones_like(outputs), found, None, CONTEXT)
+    for short, values in found.items():
+        np.testing.assert_array_equal(values, expected[short])
+
+
+def test_an_empty_box_needs_nothing_and_computes_nothing():
+    layer = Local("local", (2, 6, 6), 3, (2, 2))
+    box = Box((0, 5, 0), (3, 5, 5))
+    assert layer.input_box(box).empty
+    outputs, below, of_parameters = run(layer, np.ones((2, 6, 6, 4)), None, parameters_of(layer, np.float64), box)
+    assert outputs.size == below.size == of_parameters["weights"].size == of_parameters["bias"].size == 0
+
+
+def test_arrays_with_gaps_are_refused_instead_of_copied():
+    weights, inputs = np.ones((3, 3, 2, 2, 1, 2)), np.ones((1, 4, 4, 8))
+    with pytest.raises(ValueError, match=r"\(2, 3, 3, 4\).*C-contiguous"):
+        local.forward(weights, np.ones((3, 3, 2)), inputs, np.ones((2, 3, 3, 8))[..., ::2], 1, "linear")
+
+
+@settings(max_examples=40)
+@given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 5), st.integers(1, 9))
+def test_bands_of_threads_cover_all_rows(places, field, stride, threads):
+    height = (places - 1) * stride + field
+    bands = fields._bands(places, height, field, stride, threads)
+    assert bands.size == threads + 1
+    assert bands[0] == 0
+    assert bands[-1] == height
+    assert (np.diff(bands) >= 0).all()
+
+
+@given(st.integers(1, 200))
+def test_blocks_cover_all_maps(maps):
+    blocks = fields.Blocks.of(maps)
+    assert blocks.tall * blocks.height + blocks.short * (blocks.height - 1) == maps
+    assert 1 <= blocks.height <= fields.MAPS
+    assert blocks.tall + blocks.short == -(-maps // fields.MAPS)
+
+
+PROGRAM = """
+import hashlib, numpy as np
+from dbmpi.kernels import convolution, local
+random = np.random.default_rng(1)
+inputs, gradient = (random.normal(size=shape).astype(np.float32) for shape in ((3, 20, 17, 40), (9, 16, 15, 40)))
+for kernels, shape, places in ((local, (16, 15, 9, 3, 3, 5), (16, 15, 9)), (convolution, (9, 3, 5, 3), (9,))):
+    weights, bias = random.normal(size=shape).astype(np.float32), random.normal(size=places).astype(np.float32)
+    outputs, of_weights, of_bias, below, mine = map(np.empty_like, (gradient, weights, bias, inputs, gradient))
+    mine[...] = gradient
+    kernels.forward(weights, bias, inputs, outputs, 1, "tanh")
+    kernels.parameter_gradient(inputs, outputs, mine, of_weights, of_bias, 1, "tanh")
+    kernels.input_gradient(weights, mine, below, 1)
+    for array in (outputs, of_weights, of_bias, below):
+        print(hashlib.sha256(array.tobytes()).hexdigest(), float(np.abs(array).max()) > 0)
+"""
+
+
+@pytest.mark.slow
+def test_results_do_not_depend_on_the_number_of_threads():
+    def results(threads):
+        environment = {**os.environ, "NUMBA_NUM_THREADS": str(threads)}
+        done = subprocess.run(
+            [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=True, timeout=300
+        )
+        return done.stdout.splitlines()
+
+    one = results(1)
+    assert len(one) == 8
+    assert all(line.endswith("True") for line in one)
+    assert results(2) == one
+    assert results(3) == one
+
+
+def test_the_configuration_describes_it():
+    section = config.Local(maps=4, field=(3, 2), stride=2, activation="relu", initial_scale=2.0)
+    layer = Local.described(section, "local1", (3, 9, 8))
+    assert layer == Local("local1", (3, 9, 8), 4, (3, 2), 2, "relu", 2.0)
+    assert layer.output_shape == (4, 4, 4)
+    assert {short: tensor.shape for short, tensor in layer.tensors.items()} == {
+        "weights": (4, 4, 4, 2, 3, 3),
+        "bias": (4, 4, 4),
+    }
+    assert Local.described(config.Local(maps=1, field=5), "local2", (1, 5, 5)).field == (5, 5)
+
+
+def test_initial_weights_are_those_of_their_place_and_biases_zero():
+    layer = Local("local", (3, 9, 8), 4, (3, 2), activation="relu", initial_scale=0.5)
+    whole = np.empty(layer.tensors["weights"].size, np.float32)
+    layer.initial("weights", whole, 7, 2, 0)
+    part = np.empty(100, np.float32)
+    layer.initial("weights", part, 7, 2, 333)
+    np.testing.assert_array_equal(part, whole[333:433])
+    assert whole.std() == pytest.approx(0.5 * np.sqrt(2 / (3 * 3 * 2)), rel=0.05)
+    bias = np.full(10, np.nan)
+    layer.initial("bias", bias, 7, 3, 0)
+    assert not bias.any()
+
+
+def test_operations_are_counted():
+    layer = Local("local", (3, 100, 100), 8, (10, 10))
+    whole = Box.whole(layer.output_shape)
+    assert layer.flops(whole, 32) == 6 * 8 * 91 * 91 * 300 * 32
+    assert layer.flops(whole, 32, input_gradient=False) == 4 * 8 * 91 * 91 * 300 * 32
+
+
+@pytest.mark.parametrize("shape", [(3, 9, 20), (3, 20, 9)])
+def test_a_field_larger_than_its_inputs_is_refused(shape):
+    with pytest.raises(UserError, match=r"layer 'third'.*field of shape \(10, 10\).*" + re.escape(str(shape))):
+        Local("third", shape, 8, (10, 10))
+
+
+def test_inputs_without_rows_and_columns_are_refused():
+    with pytest.raises(UserError, match=r"layer 'local1'.*\(channels, height, width\).*\(784,\)"):
+        Local("local1", (784,), 8, (10, 10))
