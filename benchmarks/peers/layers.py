@@ -1,4 +1,7 @@
-"""PyTorch's own operators for a layer, as a contestant: layers.py THREADS BATCH LAYER MAPS ROWS COLUMNS SIZE STRIDE."""
+"""PyTorch's own operators for a layer, as a contestant.
+
+layers.py THREADS BATCH KIND CHANNELS ROWS COLUMNS SIZE STRIDE MAPS
+"""
 
 import sys
 from collections.abc import Callable
@@ -12,9 +15,11 @@ from common import serve, timed
 
 FLOOR = 0.01
 
+Operator = Callable[[torch.Tensor], torch.Tensor]
 
-def operators(layer: str, size: int, stride: int, shape: tuple[int, ...]) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return a layer as one writes it with PyTorch."""
+
+def operators(layer: str, size: int, stride: int, shape: tuple[int, ...]) -> Operator:
+    """Return a layer without parameters as one writes it with PyTorch."""
     if layer == "l2":
         return lambda inputs: functional.lp_pool2d(inputs, 2.0, size, stride)
     if layer == "average":
@@ -39,17 +44,39 @@ def operators(layer: str, size: int, stride: int, shape: tuple[int, ...]) -> Cal
     return normalise
 
 
+def filters(layer: str, size: int, stride: int, shape: tuple[int, ...], maps: int) -> tuple[Operator, torch.Tensor]:
+    """Return a layer of filters as one writes it with PyTorch, and its weights."""
+    if layer == "convolution":
+        # The samples' maps innermost: oneDNN's own order, and the faster one on these shapes.
+        weights = torch.randn(maps, shape[0], size, size) * 0.01
+        weights = weights.contiguous(memory_format=torch.channels_last).requires_grad_()
+        bias = torch.zeros(maps, requires_grad=True)
+        return lambda inputs: functional.conv2d(inputs, weights, bias, stride), weights
+    assert layer == "local"
+    places = ((shape[1] - size) // stride + 1) * ((shape[2] - size) // stride + 1)
+    weights = (torch.randn(places, shape[0] * size**2, maps) * 0.01).requires_grad_()
+    return lambda inputs: torch.bmm(functional.unfold(inputs, size, stride=stride).permute(2, 0, 1), weights), weights
+
+
 def main() -> None:
     threads, batch = map(int, sys.argv[1:3])
-    layer, (*shape, size, stride) = sys.argv[3], map(int, sys.argv[4:9])
+    layer, (*shape, size, stride, maps) = sys.argv[3], map(int, sys.argv[4:10])
     torch.set_num_threads(threads)
     torch.manual_seed(1)
-    compute = operators(layer, size, stride, tuple(shape))
-    inputs = torch.randn(batch, *shape, requires_grad=True)
-    gradient = torch.ones_like(compute(inputs))
+    inputs, leaves = torch.randn(batch, *shape), []
+    if maps:
+        compute, weights = filters(layer, size, stride, tuple(shape), maps)
+        leaves.append(weights)
+        if layer == "convolution":
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
+    else:
+        compute = operators(layer, size, stride, tuple(shape))
+    leaves.append(inputs.requires_grad_())
+    gradient = torch.ones_like(compute(inputs).detach())
 
     def forward_and_backward() -> None:
-        inputs.grad = None
+        for leaf in leaves:
+            leaf.grad = None
         compute(inputs).backward(gradient)
 
     serve(step=timed(forward_and_backward))
