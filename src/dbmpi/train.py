@@ -146,7 +146,7 @@ class _Session:
                     f"optimizer.epochs = {run.optimizer.epochs:g}: that is {order.batches:.3g} batches of "
                     f"{run.optimizer.batch_size}, more than can be counted; lower optimizer.epochs"
                 )
-            boxes = placement.automatic(network.layers, plan.partitions).boxes
+            placed = placement.automatic(network.layers, plan.partitions)
         memories, ranges = self._memories(network.layout)
         applied_rule = rule(run.optimizer)
         begin, checkpoint, session = self._prepare_directory(network.layout, order)
@@ -172,7 +172,7 @@ class _Session:
         began = time.monotonic()
         worker = None
         if self._worker_number is not None:
-            replica = network.replica(boxes, self._comms.replica)
+            replica = network.replica(placed, self._comms.replica)
             worker = self._work(replica, window, memories, ranges, begin, order, session, started, stop, shard)
         if shard is not None:
             shard.serve()

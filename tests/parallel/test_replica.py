@@ -11,6 +11,7 @@ from dbmpi.objective import Batch
 from dbmpi.paramserver.layout import cut
 from dbmpi.partition import placement
 from dbmpi.partition.boxes import Box
+from dbmpi.partition.placement import Placement
 
 TOLERANCE = {np.float32: 1e-5, np.float64: 1e-12}
 
@@ -21,10 +22,12 @@ def dense_network(loss: str, dtype: type, *units: int, activation: str = "tanh",
     return Network(config.NetworkSection(loss=loss, layers=tuple(layers)), inputs, seed=3, dtype=dtype)
 
 
-def by_units(network: Network, parts: int) -> list[list[Box]]:
-    return [
-        [Box((units.start,), (units.stop,)) for units in cut(layer.output_shape[0], parts)] for layer in network.layers
-    ]
+def by_units(network: Network, parts: int) -> Placement:
+    boxes = tuple(
+        tuple(Box((units.start,), (units.stop,)) for units in cut(layer.output_shape[0], parts))
+        for layer in network.layers
+    )
+    return Placement(boxes, ("outputs",) * len(boxes))
 
 
 def random_batch(network: Network, samples: int) -> Batch:
@@ -37,12 +40,12 @@ def relative(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.abs(a - b).max(initial=0) / max(np.abs(b).max(initial=0), 1e-30))
 
 
-def check(comm, network: Network, boxes: list[list[Box]], samples: int, steps: int = 20) -> None:
+def check(comm, network: Network, placed: Placement, samples: int, steps: int = 20, rate=0.1) -> None:
     """Outputs, loss, gradient, and `steps` training steps, are the same as in one piece."""
     tolerance = TOLERANCE[network.dtype.type]
     whole = np.empty(network.layout.size, network.dtype)
     network.initial(0, whole)
-    replica = network.replica(boxes, comm)
+    replica = network.replica(placed, comm)
     mine = replica.parameters.take(whole)
     batch = random_batch(network, samples)
     expected = network._whole.outputs(whole, batch.inputs)
@@ -58,8 +61,8 @@ def check(comm, network: Network, boxes: list[list[Box]], samples: int, steps: i
         assert here.loss == pytest.approx(there.loss, rel=tolerance)
         if step == 0:
             assert relative(part, replica.parameters.take(gradient)) <= tolerance
-        whole -= network.dtype.type(0.1) * gradient
-        mine -= network.dtype.type(0.1) * part
+        whole -= network.dtype.type(rate) * gradient
+        mine -= network.dtype.type(rate) * part
     assert relative(mine, replica.parameters.take(whole)) <= 10 * tolerance
 
 
@@ -86,8 +89,7 @@ def test_images_through_layers_of_many_kinds(comm, dtype, shape) -> None:
         config.Dense(units=4),
     )
     network = Network(config.NetworkSection(layers=layers), shape, seed=3, dtype=dtype)
-    boxes = placement.automatic(network.layers, comm.size).boxes
-    check(comm, network, boxes, samples=5)
+    check(comm, network, placement.automatic(network.layers, comm.size), samples=5)
 
 
 @pytest.mark.parallel([2, 3])
@@ -95,10 +97,10 @@ def test_uneven_and_explicit_placements(comm) -> None:
     layers = (config.Normalisation(window=3), config.Pooling(size=2, stride=2), config.Dense(units=5))
     network = Network(config.NetworkSection(layers=layers), (2, 8, 8), seed=3, dtype=np.float64)
     uneven = placement.automatic(network.layers, comm.size, weights=[1.0, 3.0, 2.0][: comm.size])
-    check(comm, network, uneven.boxes, samples=3, steps=3)
+    check(comm, network, uneven, samples=3, steps=3)
     rows = [f":, {part.start}:{part.stop}, :" for part in cut(4, comm.size)]
     explicit = placement.explicit(network.layers, {"pooling2": rows}, comm.size)
-    check(comm, network, explicit.boxes, samples=3, steps=3)
+    check(comm, network, explicit, samples=3, steps=3)
 
 
 @pytest.mark.parallel([3, 4])
@@ -118,3 +120,54 @@ def test_what_each_worker_pushes_covers_the_parameters_once(comm) -> None:
     total = np.empty_like(count)
     comm.Allreduce(count, total)
     np.testing.assert_array_equal(total, 1)
+
+
+def image_layers(rng: np.random.Generator) -> tuple[config.AnyLayer, ...]:
+    """Some layers on images, any of which may follow any other, and dense ones on top."""
+    kinds = {
+        "local": lambda: config.Local(maps=int(rng.choice([2, 5])), field=(2, 3), activation="tanh"),
+        "strided": lambda: config.Local(maps=2, field=3, stride=2, activation="sigmoid"),
+        "convolution": lambda: config.Convolution(maps=int(rng.choice([2, 5])), field=(3, 2), activation="tanh"),
+        "l2": lambda: config.Pooling(kind="l2", size=2),
+        "max": lambda: config.Pooling(kind="max", size=(2, 3), stride=2),
+        "normalisation": lambda: config.Normalisation(window=3),
+        "dropout": lambda: config.Dropout(rate=0.3),
+    }
+    below = [kinds[name]() for name in rng.choice(list(kinds), 3)]
+    return (*below, config.Dense(units=9, activation="tanh"), config.Dense(units=3))
+
+
+def random_cover(rng: np.random.Generator, shape: tuple[int, ...], parts: int) -> tuple[Box, ...]:
+    """Boxes that cover a shape once, cut and dealt at random; some workers may get nothing."""
+    boxes = [Box.whole(shape)]
+    for _ in range(int(rng.integers(0, parts))):
+        box = boxes.pop(int(rng.integers(len(boxes))))
+        axis = int(rng.integers(len(shape)))
+        at = int(rng.integers(box.starts[axis], box.stops[axis] + 1))
+        boxes.append(Box(box.starts, (*box.stops[:axis], at, *box.stops[axis + 1 :])))
+        boxes.append(Box((*box.starts[:axis], at, *box.starts[axis + 1 :]), box.stops))
+    boxes += [Box((0,) * len(shape), (0,) * len(shape))] * (parts - len(boxes))
+    return tuple(boxes[place] for place in rng.permutation(parts))
+
+
+@pytest.mark.parallel([1, 2, 3, 4, 6], timeout=300)  # the first one compiles
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("seed", range(3))
+def test_random_networks_on_random_placements(comm, dtype, seed) -> None:
+    rng = np.random.default_rng(seed)
+    network = Network(config.NetworkSection(layers=image_layers(rng)), (2, 11, 12), seed=3, dtype=dtype)
+    check(comm, network, placement.automatic(network.layers, comm.size), samples=5, rate=0.01)
+    for _ in range(2):
+        boxes = [random_cover(rng, layer.output_shape, comm.size) for layer in network.layers]
+        splits = [
+            str(rng.choice(["outputs", "inputs"])) if place and placement.can_split_by_inputs(layer) else "outputs"
+            for place, layer in enumerate(network.layers)
+        ]
+        check(comm, network, Placement(tuple(boxes), tuple(splits)), samples=3, steps=3)
+
+
+@pytest.mark.parallel([2, 3, 4])
+@pytest.mark.parametrize("splits", [("outputs", "inputs", "outputs"), ("outputs", "outputs", "inputs")])
+def test_dense_layers_split_by_inputs(comm, splits) -> None:
+    network = dense_network("softmax", np.float64, 20, 7, 10)
+    check(comm, network, Placement(by_units(network, comm.size).boxes, splits), samples=4)

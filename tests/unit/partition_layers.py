@@ -52,6 +52,8 @@ class SplitDense(Dense):
             return output
         return Box((0, *inputs.starts), (self.units, *inputs.stops))
 
+    partial_forward = finish_forward = begin_backward = partial_backward = partial_tensor_box
+
 
 @dataclass(frozen=True)
 class Filter:

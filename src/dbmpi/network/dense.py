@@ -85,8 +85,8 @@ class Dense:
         self, output: Box, parameters: Arrays, inputs: np.ndarray, outputs: np.ndarray, context: Context
     ) -> None:
         """Compute the outputs (units in the box, samples) of inputs ``(*input shape, samples)``."""
-        product(parameters["weights"], _rows(inputs), outputs)
-        ACTIVATIONS[self.activation].forward(outputs, parameters["bias"])
+        self.partial_forward(parameters, inputs, outputs)
+        self.finish_forward(parameters, outputs)
 
     def backward(
         self,
@@ -100,7 +100,38 @@ class Dense:
         context: Context,
     ) -> None:
         """Compute the gradients of a loss from its gradient for the outputs (see the contract of a layer)."""
+        self.begin_backward(outputs, gradient, parameter_gradient)
+        self.partial_backward(parameters, inputs, gradient, parameter_gradient, input_gradient)
+
+    # Split by inputs (see the contract of such a layer)
+
+    def partial_tensor_box(self, tensor: str, inputs: Box, output: Box) -> Box:
+        """Return the columns of the inputs; the biases of the outputs."""
+        if tensor == "bias":
+            return output
+        return Box((0, *inputs.starts), (0 if inputs.empty else self.units, *inputs.stops))
+
+    def partial_forward(self, parameters: Arrays, inputs: np.ndarray, sums: np.ndarray) -> None:
+        """Multiply inputs by the weights that are there for them."""
+        product(parameters["weights"], _rows(inputs), sums)
+
+    def finish_forward(self, parameters: Arrays, outputs: np.ndarray) -> None:
+        """Turn sums over all inputs into outputs."""
+        ACTIVATIONS[self.activation].forward(outputs, parameters["bias"])
+
+    def begin_backward(self, outputs: np.ndarray, gradient: np.ndarray, parameter_gradient: Arrays) -> None:
+        """Turn the gradient for the outputs into that for the sums."""
         ACTIVATIONS[self.activation].backward(outputs, gradient, parameter_gradient["bias"])
+
+    def partial_backward(
+        self,
+        parameters: Arrays,
+        inputs: np.ndarray,
+        gradient: np.ndarray,
+        parameter_gradient: Arrays,
+        input_gradient: np.ndarray | None,
+    ) -> None:
+        """Compute the gradients for weights and inputs from that for the sums."""
         # The parameters' gradient comes last: who learns that it is complete may change the parameters at once.
         if input_gradient is not None:
             product(parameters["weights"].T, gradient, _rows(input_gradient))

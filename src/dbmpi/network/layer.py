@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -103,5 +103,82 @@ class Layer(Protocol):
         input_gradient
             Overwritten with the gradient for the inputs in ``input_box(output)``, the part that comes from this box;
             parts of several boxes add up.  None where nobody needs it.
+        """
+        ...
+
+
+@runtime_checkable
+class SplitByInputs(Protocol):
+    """What a layer with one axis of inputs offers, beyond `Layer`, if its work can be split by inputs, too.
+
+    A worker then makes of the inputs that it owns a part of the sums behind *all* outputs; added up, they become the
+    outputs of those who own them.
+    """
+
+    def partial_tensor_box(self, tensor: str, inputs: Box, output: Box) -> Box:
+        """Return the part of a tensor that a worker needs who multiplies the inputs in a box and owns `output`."""
+        ...
+
+    def partial_forward(self, parameters: Arrays, inputs: np.ndarray, sums: np.ndarray) -> None:
+        """Compute what some inputs (inputs, samples) contribute to the sums (all outputs, samples)."""
+        ...
+
+    def finish_forward(self, parameters: Arrays, outputs: np.ndarray) -> None:
+        """Turn the complete sums of the outputs that a worker owns into these outputs, in place."""
+        ...
+
+    def begin_backward(self, outputs: np.ndarray, gradient: np.ndarray, parameter_gradient: Arrays) -> None:
+        """Turn the gradient for owned outputs into that for their sums, in place; complete what follows from it."""
+        ...
+
+    def partial_backward(
+        self,
+        parameters: Arrays,
+        inputs: np.ndarray,
+        gradient: np.ndarray,
+        parameter_gradient: Arrays,
+        input_gradient: np.ndarray | None,
+    ) -> None:
+        """Compute the gradients for some inputs, and for the parameters with them, from that for all sums."""
+        ...
+
+
+@runtime_checkable
+class Reconstructing(Protocol):
+    """What a layer offers, beyond `Layer`, if its inputs can be estimated from its outputs: an autoencoder's decoder.
+
+    Then ``reconstruction * sum (estimate - input)^2`` may be a part of what is learned.
+    """
+
+    @property
+    def reconstruction(self) -> float:
+        """Weight of the squared error; 0 where nothing is to be reconstructed."""
+        ...
+
+    def reconstruct(self, output: Box, parameters: Arrays, outputs: np.ndarray, estimate: np.ndarray) -> None:
+        """Compute what the outputs in a box contribute to the estimate of the inputs in ``input_box(output)``."""
+        ...
+
+    def reconstruct_backward(
+        self,
+        output: Box,
+        parameters: Arrays,
+        outputs: np.ndarray,
+        estimate_gradient: np.ndarray,
+        parameter_gradient: Arrays,
+        gradient: np.ndarray,
+    ) -> None:
+        """Compute gradients from that for the estimate.
+
+        Parameters
+        ----------
+        output, parameters, outputs
+            As in `reconstruct`, after it.
+        estimate_gradient
+            For the complete estimate of the inputs in ``input_box(output)``.
+        parameter_gradient
+            Overwritten for the tensors of the decoder; `Layer.backward` leaves these alone.
+        gradient
+            For the outputs in the box; what comes from the estimate is added.
         """
         ...

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from dbmpi.objective import Batch, Outcome
 from dbmpi.paramserver.layout import Layout
 from dbmpi.partition.boxes import Box
 from dbmpi.partition.parameters import LocalParameters
+from dbmpi.partition.placement import Placement, automatic
 from dbmpi.partition.replica import Replica
 
 if TYPE_CHECKING:
@@ -108,19 +109,19 @@ class Network:
             position = self.layout.offsets[tensor.name] + first - start
             layer.initial(short, out[position : position + last - first], self.seed, number, first)
 
-    def replica(self, boxes: Sequence[Sequence[Box]], comm: MPI.Intracomm | None = None) -> Replica:
+    def replica(self, placement: Placement, comm: MPI.Intracomm | None = None) -> Replica:
         """Return one worker's part of this network.
 
         Parameters
         ----------
-        boxes
-            For each layer, the box of its outputs that each worker computes.
+        placement
+            What each worker computes.
         comm
             The workers; None for one alone.
         """
         worker = 0 if comm is None else comm.rank
-        parameters = LocalParameters(self.layers, self.layout, boxes, worker, self.dtype)
-        return Replica(self.layers, self.loss, boxes, parameters, self.dtype, self.seed, comm)
+        parameters = LocalParameters(self.layers, self.layout, placement, worker, self.dtype)
+        return Replica(self.layers, self.loss, placement, parameters, self.dtype, self.seed, comm)
 
     def loss_and_gradient(
         self,
@@ -169,7 +170,7 @@ class Network:
     @cached_property
     def _whole(self) -> Replica:
         """The network in one process: a replica of one partition."""
-        return self.replica([[Box.whole(layer.output_shape)] for layer in self.layers])
+        return self.replica(automatic(self.layers, 1))
 
 
 def _layer(described: config.AnyLayer, name: str, input_shape: tuple[int, ...]) -> Layer:

@@ -36,7 +36,7 @@ class Run(NamedTuple):
     local: int
     length: int
     pushed: bool
-    """Whether this worker pushes their gradient; of several that hold them, the first does."""
+    """Whether this worker pushes their gradient; of several that hold them, one does."""
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ class LossExchange:
         self.serve: Callable[[], bool] | None = None
         self._owned = owned
         self._units = sum(box.size for box in owned)
+        self._starts = [box.starts[0] for box in owned]
 
     def apply(self, loss: Loss, values: np.ndarray, targets: np.ndarray) -> tuple[float, int]:
         """Return loss and correct samples of all samples, the same on every worker.
@@ -51,15 +52,6 @@ class LossExchange:
         total = waiting.allreduce(self._comm, sums, MPI.SUM, "the loss of the other partitions", serve=self.serve)
         return float(total[0]), -1 if total[2] else int(total[1])
 
-    def gather(self, values: np.ndarray) -> np.ndarray:
-        """Return the outputs (units, samples) of all workers."""
-        samples = values.shape[-1]
-        whole = np.empty((self._units, samples), values.dtype)
-        counts = [box.size * samples for box in self._owned]
-        request = self._comm.Iallgatherv(np.ascontiguousarray(values), [whole, counts])
-        waiting.complete(request, "the outputs of the other partitions", serve=self.serve)
-        return whole
-
     def _turn(self, values: np.ndarray, shares: tuple[range, ...]) -> np.ndarray:
         """Return all units (units, share) of this worker's share of the samples."""
         from mpi4py import MPI
@@ -71,7 +63,7 @@ class LossExchange:
         receives = [box.size * mine for box in self._owned]
         kind = MPI._typedict[values.dtype.char]
         request = self._comm.Ialltoallv(
-            [out, (sends, _starts(sends)), kind], [whole, (receives, _starts(receives)), kind]
+            [out, (sends, _starts(sends)), kind], [whole, (receives, [start * mine for start in self._starts]), kind]
         )
         waiting.complete(request, "the outputs of the other partitions", serve=self.serve)
         return whole
@@ -86,7 +78,8 @@ class LossExchange:
         receives = [values.shape[0] * len(share) for share in shares]
         kind = MPI._typedict[values.dtype.char]
         request = self._comm.Ialltoallv(
-            [whole, (sends, _starts(sends)), kind], [back, (receives, _starts(receives)), kind]
+            [whole, (sends, [start * mine for start in self._starts]), kind],
+            [back, (receives, _starts(receives)), kind],
         )
         waiting.complete(request, "the gradient of the other partitions", serve=self.serve)
         for share, start, count in zip(shares, _starts(receives), receives, strict=True):

@@ -1,8 +1,9 @@
-"""Which part of the parameters a worker holds, and where it lies in the whole vector and in the worker's own."""
+"""The parameters that one worker of a replica holds: a part of the whole vector, in one vector of its own."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -10,18 +11,23 @@ import numpy as np
 from dbmpi.network.layer import Arrays, Layer
 from dbmpi.paramserver.layout import Layout, Run
 from dbmpi.partition.boxes import Box
+from dbmpi.partition.placement import Placement
+from dbmpi.partition.tensors import Part, pushed_runs, tensor_boxes, tensor_parts
 from dbmpi.runtime import waiting
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
+_TAG = 9
+
 
 class _Held(NamedTuple):
+    """A tensor's box on this worker."""
+
     short: str
-    whole: tuple[int, ...]
     box: Box
     local: int
-    shared: bool
+    """Where it starts in the worker's vector."""
 
 
 class LocalParameters:
@@ -33,8 +39,8 @@ class LocalParameters:
         The layers from the input upwards.
     layout
         The whole parameters.
-    boxes
-        For each layer, the box of its outputs that each worker computes.
+    placement
+        What each worker computes.
     worker
         Number of the worker.
     dtype
@@ -45,39 +51,43 @@ class LocalParameters:
     size
         Elements of the worker's vector.
     runs
-        Where its elements lie in the whole vector, in the order of the worker's vector.
+        Where its elements lie in the whole vector, in the order of the worker's vector, and whether this worker is
+        the one that pushes their gradient.
+    serve
+        Called while this worker waits for others.
     """
 
     def __init__(
         self,
         layers: Sequence[Layer],
         layout: Layout,
-        boxes: Sequence[Sequence[Box]],
+        placement: Placement,
         worker: int,
         dtype: np.dtype[np.floating],
     ) -> None:
         self._dtype = dtype
+        self._worker = worker
         self.serve: Callable[[], bool] | None = None
+        boxes = tensor_boxes(layers, placement, worker)
+        parts = tensor_parts(layers, placement)
         self._layers: list[list[_Held]] = []
-        self.runs: tuple[Run, ...] = ()
+        self._shared: list[list[tuple[Part, _Held]]] = []
         runs: list[Run] = []
         position = 0
-        for layer, owned in zip(layers, boxes, strict=True):
-            held = []
+        pushed = pushed_runs(layout, parts, worker)
+        for layer in layers:
+            held, shared = [], []
             for short, tensor in layer.tensors.items():
-                mine = _tensor_box(layer, short, owned[worker])
-                others = [_tensor_box(layer, short, box) for place, box in enumerate(owned) if place != worker]
-                shared = any(not mine.meet(other).empty for other in others)
-                # The same on all workers: whether any two of them hold the same element.
-                every = [*others, mine]
-                common = sum(box.size for box in every) > tensor.size
-                assert common or not shared
-                pushed = not any(box.holds(mine) for box in others[:worker]) if shared else True
-                held.append(_Held(short, tensor.shape, mine, position, common))
-                for run in mine.runs(tensor.shape):
-                    runs.append(Run(layout.offsets[tensor.name] + run.start, position, len(run), pushed))
-                    position += len(run)
+                mine = _Held(short, boxes[tensor.name], position)
+                held.append(mine)
+                shared += [(part, mine) for part in parts if part.tensor is tensor and part.shared]
+                for run in mine.box.runs(tensor.shape):
+                    offset = layout.offsets[tensor.name]
+                    for piece, push in _divided(range(offset + run.start, offset + run.stop), pushed):
+                        runs.append(Run(piece.start, position, len(piece), push))
+                        position += len(piece)
             self._layers.append(held)
+            self._shared.append([(part, mine) for part, mine in shared if worker in part.workers])
         self.size = position
         self.runs = tuple(runs)
 
@@ -87,34 +97,64 @@ class LocalParameters:
             raise ValueError(
                 f"{what}: given {vector.dtype} {vector.shape}, expected contiguous {self._dtype} ({self.size},)"
             )
-        return [
-            {part.short: vector[part.local :][: part.box.size].reshape(part.box.shape) for part in held}
-            for held in self._layers
-        ]
+        return [{part.short: _view(vector, part) for part in held} for held in self._layers]
 
     def add_up(self, layer: int, gradient: np.ndarray, comm: MPI.Intracomm | None) -> None:
         """Add up the gradient of what several workers hold of a layer, e.g. the weights of a convolution cut in space.
 
-        Collective over `comm`; nothing is done for parameters that one worker holds alone.
+        Called by all workers; those that hold a part together add it up, and nothing is done for what one holds alone.
         """
-        for part in self._layers[layer]:
-            if not part.shared or comm is None:
-                continue
-            from mpi4py import MPI
-
-            whole = np.zeros(part.whole, gradient.dtype)
-            mine = gradient[part.local :][: part.box.size].reshape(part.box.shape)
-            whole[part.box.slices()] = mine
-            total = waiting.allreduce(comm, whole, MPI.SUM, "the gradient of shared weights", serve=self.serve)
-            mine[...] = total[part.box.slices()]
+        if comm is None:
+            return
+        for part, held in self._shared[layer]:
+            place = _view(gradient, held)[part.box.slices(held.box)]
+            place[...] = self._sum(np.ascontiguousarray(place), part, comm)
 
     def take(self, whole: np.ndarray) -> np.ndarray:
         """Return this worker's part of a whole parameter vector; a new array."""
         return np.concatenate([whole[run.start : run.start + run.length] for run in self.runs] or [whole[:0]])
 
+    def _sum(self, mine: np.ndarray, part: Part, comm: MPI.Intracomm) -> np.ndarray:
+        """Return the sum over the part's workers, in their order: the owner adds, and sends what comes out."""
+        what = "the gradient of shared weights"
+        if len(part.workers) == comm.size:
+            from mpi4py import MPI
 
-def _tensor_box(layer: Layer, short: str, output: Box) -> Box:
-    if output.empty:
-        axes = len(layer.tensors[short].shape)
-        return Box((0,) * axes, (0,) * axes)
-    return layer.tensor_box(short, output)
+            return waiting.allreduce(comm, mine, MPI.SUM, what, serve=self.serve)
+        others = [worker for worker in part.workers if worker != part.owner]
+        if self._worker != part.owner:
+            waiting.complete(comm.Isend(mine, part.owner, _TAG), what, serve=self.serve)
+            waiting.complete(comm.Irecv(mine, part.owner, _TAG), what, serve=self.serve)
+            return mine
+        buffers = [mine if worker == part.owner else np.empty_like(mine) for worker in part.workers]
+        requests = [
+            comm.Irecv(buffer, worker, _TAG)
+            for worker, buffer in zip(part.workers, buffers, strict=True)
+            if worker != part.owner
+        ]
+        for request in requests:
+            waiting.complete(request, what, serve=self.serve)
+        total = buffers[0].copy()
+        for buffer in buffers[1:]:
+            total += buffer
+        for request in [comm.Isend(total, worker, _TAG) for worker in others]:
+            waiting.complete(request, what, serve=self.serve)
+        return total
+
+
+def _view(vector: np.ndarray, held: _Held) -> np.ndarray:
+    return vector[held.local :][: held.box.size].reshape(held.box.shape)
+
+
+def _divided(run: range, pushed: Sequence[range]) -> Iterator[tuple[range, bool]]:
+    """Cut a run where the sorted ranges that are pushed begin and end."""
+    start = run.start
+    place = max(bisect_right(pushed, start, key=lambda one: one.start) - 1, 0)
+    while start < run.stop:
+        while place < len(pushed) and pushed[place].stop <= start:
+            place += 1
+        inside = place < len(pushed) and pushed[place].start <= start
+        border = pushed[place].stop if inside else pushed[place].start if place < len(pushed) else run.stop
+        stop = min(run.stop, border)
+        yield range(start, stop), inside
+        start = stop

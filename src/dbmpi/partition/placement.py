@@ -10,9 +10,10 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Literal, Protocol, cast, runtime_checkable
+from typing import TYPE_CHECKING, Literal, cast
 
 from dbmpi.errors import UserError
+from dbmpi.network.layer import SplitByInputs
 from dbmpi.partition.boxes import Box
 from dbmpi.partition.cuts import Reaches, choose_boxes
 from dbmpi.partition.index import Index
@@ -37,15 +38,6 @@ class Placement:
     def partitions(self) -> int:
         """Number of workers."""
         return len(self.boxes[0])
-
-
-@runtime_checkable
-class SplitByInputs(Protocol):
-    """What a layer with one axis of inputs offers, beyond `Layer`, if its work can be split by inputs, too."""
-
-    def partial_tensor_box(self, tensor: str, inputs: Box, output: Box) -> Box:
-        """Return the part of a tensor that a worker needs who multiplies the inputs in a box and owns `output`."""
-        ...
 
 
 def automatic(layers: Sequence[Layer], partitions: int, weights: Sequence[float] | None = None) -> Placement:

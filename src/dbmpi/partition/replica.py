@@ -1,28 +1,32 @@
-"""One worker's part of a replica: local work, named movement, local work.
+"""One worker's part of a replica: the layers one after the other, and the loss on top.
 
-Every worker computes the boxes of each layer's outputs that its placement gives it.  Between two layers an exchange
-fills the inputs that the boxes need; on the way back its mirror adds up the gradients.  A worker alone, without a
-communicator, is the same program without exchanges.
+Every worker computes what its placement gives it of each layer.  A worker alone, without a communicator, is the same
+program without exchanges.
 """
 
 from __future__ import annotations
 
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dbmpi.errors import UserError
-from dbmpi.kernels.memory import aligned_empty
 from dbmpi.network.layer import Arrays, Context, Layer
 from dbmpi.network.losses import Loss
 from dbmpi.objective import Batch, Outcome
 from dbmpi.partition.boxes import Box
 from dbmpi.partition.exchange import Exchange
 from dbmpi.partition.lossexchange import LossExchange
+from dbmpi.partition.objectives import objectives
 from dbmpi.partition.parameters import LocalParameters
+from dbmpi.partition.placement import Placement
+from dbmpi.partition.plan import ExchangePlan, plan_exchanges
+from dbmpi.partition.stages import Clock, stage
+from dbmpi.partition.workspace import Workspace
+from dbmpi.runtime import waiting
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -40,9 +44,10 @@ class Replica:
     layers
         The layers from the input upwards.
     loss
-        On top of the last layer, whose outputs have one axis.
-    boxes
-        For each layer, the box of its outputs that each worker computes.
+        On top of the last layer, whose outputs have one axis; None if all that is learned are the layers' own
+        objectives.
+    placement
+        What each worker computes.
     parameters
         Which part of the whole parameters this worker holds.
     dtype
@@ -51,18 +56,13 @@ class Replica:
         Of masks that are drawn anew each step.
     comm
         The workers of the replica; None for one alone.
-
-    Attributes
-    ----------
-    seconds
-        Time spent so far: ``compute`` and ``exchange`` (waiting for other partitions included), for each layer.
     """
 
     def __init__(
         self,
         layers: Sequence[Layer],
-        loss: Loss,
-        boxes: Sequence[Sequence[Box]],
+        loss: Loss | None,
+        placement: Placement,
         parameters: LocalParameters,
         dtype: np.dtype[np.floating],
         seed: int,
@@ -74,30 +74,48 @@ class Replica:
         self.parameters = parameters
         self._dtype = dtype
         self._seed = seed
-        self._mine = [owned[rank] for owned in boxes]
-        needed = [[_needed(layer, box) for box in owned] for layer, owned in zip(self._layers, boxes, strict=True)]
-        self._input = needed[0][rank]
-        self._exchanges = [
-            Exchange(comm, boxes[place - 1], needed[place], self._layers[place - 1].output_shape)
-            for place in range(1, len(self._layers))
-        ]
-        self._outputs_exchange = LossExchange(comm, boxes[-1]) if comm is not None and comm.size > 1 else None
         self._comm = comm
-        self._workspaces: OrderedDict[int, _Workspace] = OrderedDict()
-        self.seconds = {kind: [0.0] * len(self._layers) for kind in ("forward", "backward", "exchange")}
+        plans = plan_exchanges(self._layers, placement)
+        self._mine = [owned[rank] for owned in placement.boxes]
+        self._needed = [plan.inputs.needed[rank] for plan in plans]
+        nothing = Box((0,), (0,))
+        self._summed = [nothing if plan.outputs is None else plan.outputs.needed[rank] for plan in plans]
+        self._stages = [
+            stage(place, layer, mine, plan, comm)
+            for place, (layer, mine, plan) in enumerate(zip(self._layers, self._mine, plans, strict=True))
+        ]
+        self._in_place = [
+            plan.outputs is not None or one.exchange.in_place for plan, one in zip(plans, self._stages, strict=True)
+        ]
+        self._objectives = objectives(self._layers, placement, rank, comm)
+        last = placement.boxes[-1]
+        self._turned = LossExchange(comm, last) if loss is not None and comm is not None and comm.size > 1 else None
+        shape = tuple(self._layers[-1].output_shape)
+        self._gathered = Exchange(comm, ExchangePlan(shape, last, (Box.whole(shape),) * len(last)))
+        self._workspaces: OrderedDict[int, Workspace] = OrderedDict()
+        self._clock = Clock(len(self._layers))
+        self._serve: Callable[[], bool] | None = None
 
     @property
     def size(self) -> int:
         """Elements of this worker's parameters."""
         return self.parameters.size
 
+    @property
+    def seconds(self) -> dict[str, list[float]]:
+        """Time spent so far, by layer: ``forward``, ``backward``, ``exchange`` (waiting for others included)."""
+        return self._clock.seconds
+
     def serve_while_waiting(self, serve: Callable[[], bool] | None) -> None:
         """Let this rank go on with other duties while it waits for the other partitions."""
-        for exchange in self._exchanges:
+        for exchange in (*(one.exchange for one in self._stages), self._gathered):
             exchange.serve = serve
-        if self._outputs_exchange is not None:
-            self._outputs_exchange.serve = serve
+        for objective in self._objectives.values():
+            objective.serve_while_waiting(serve)
+        if self._turned is not None:
+            self._turned.serve = serve
         self.parameters.serve = serve
+        self._serve = serve
 
     def loss_and_gradient(
         self,
@@ -126,79 +144,78 @@ class Replica:
         batch = self._checked(batch)
         context = Context(True, self._seed, step)
         work = self._workspace(batch.samples)
-        self._forward(views, batch.inputs, work, context)
+        terms = self._forward(views, batch.inputs, work, context)
         top = work.gradient(len(self._layers))
-        if top is not work.outputs[-1]:
+        if self._loss is None:
+            top.fill(0)
+        elif top is not work.outputs[-1]:
             np.copyto(top, work.outputs[-1])
-        loss, correct = self._loss_of(top, batch)
+        outcome = self._outcome(top, batch, terms)
+        self._clock.start()
         for place in reversed(range(len(self._layers))):
-            below = work.input_gradient(place) if place > 0 else None
-            began = time.perf_counter()
-            if not self._mine[place].empty:
-                self._layers[place].backward(
-                    self._mine[place],
-                    views[place],
-                    work.inputs[place],
-                    work.outputs[place],
-                    work.gradient(place + 1),
-                    gradients[place],
-                    below,
-                    context,
-                )
-            elif below is not None:
-                below.fill(0)
-            self.parameters.add_up(place, gradient, self._comm)
-            if on_gradient is not None:
-                on_gradient(place)
-            ended = time.perf_counter()
-            self.seconds["backward"][place] += ended - began
-            if below is not None:
-                if not self._exchanges[place - 1].in_place:
-                    self._exchanges[place - 1].add(below, work.gradient(place))
-                self.seconds["exchange"][place] += time.perf_counter() - ended
-        return Outcome(batch.samples, loss, correct)
+
+            def complete(place: int = place) -> None:
+                self.parameters.add_up(place, gradient, self._comm)
+                if on_gradient is not None:
+                    on_gradient(place)
+
+            objective = self._objectives.get(place)
+            if objective is not None:
+                objective.backward(views[place], gradients[place], work)
+            self._stages[place].backward(views[place], gradients[place], work, context, self._clock, complete)
+            if objective is not None:
+                objective.backward_below(work)
+        return outcome
 
     def evaluate(self, parameters: np.ndarray, batch: Batch) -> Outcome:
         """Return the outcome of the batch; dropout is off."""
         batch = self._checked(batch)
         work = self._workspace(batch.samples)
-        self._forward(self.parameters.views(parameters, "parameters"), batch.inputs, work, Context(training=False))
-        loss, correct = self._loss_of(work.outputs[-1], batch)
-        return Outcome(batch.samples, loss, correct)
+        views = self.parameters.views(parameters, "parameters")
+        terms = self._forward(views, batch.inputs, work, Context(training=False))
+        return self._outcome(work.outputs[-1], batch, terms)
 
     def outputs(self, parameters: np.ndarray, inputs: np.ndarray) -> np.ndarray:
         """Return the last layer's outputs (outputs, samples) of all workers, before the loss; a new array."""
         inputs = self._checked_inputs(inputs)
         work = self._workspace(inputs.shape[-1])
         self._forward(self.parameters.views(parameters, "parameters"), inputs, work, Context(training=False))
-        last = work.outputs[-1]
-        if self._outputs_exchange is None:
-            return last.reshape(-1, last.shape[-1]).copy()
-        return self._outputs_exchange.gather(last)
+        whole = np.empty((*self._gathered.needed.shape, inputs.shape[-1]), self._dtype)
+        self._gathered.fill(work.outputs[-1], whole)
+        return whole.reshape(-1, inputs.shape[-1])
 
-    def _forward(self, views: list[Arrays], inputs: np.ndarray, work: _Workspace, context: Context) -> None:
-        work.take(inputs, self._input)
-        for place, layer in enumerate(self._layers):
-            began = time.perf_counter()
-            if place > 0 and not self._exchanges[place - 1].in_place:
-                self._exchanges[place - 1].fill(work.outputs[place - 1], work.inputs[place])
-            filled = time.perf_counter()
-            if not self._mine[place].empty:
-                layer.forward(self._mine[place], views[place], work.inputs[place], work.outputs[place], context)
-            self.seconds["exchange"][place] += filled - began
-            self.seconds["forward"][place] += time.perf_counter() - filled
+    def _forward(self, views: list[Arrays], inputs: np.ndarray, work: Workspace, context: Context) -> float:
+        """Compute all layers; return this worker's part of the objectives, summed over the samples."""
+        work.take(inputs)
+        terms = 0.0
+        self._clock.start()
+        for place, one in enumerate(self._stages):
+            one.forward(views[place], work, context, self._clock)
+            if place in self._objectives:
+                terms += self._objectives[place].forward(views[place], inputs, work)
+                self._clock.lap("forward", place)
+        return terms
 
-    def _loss_of(self, values: np.ndarray, batch: Batch) -> tuple[float, int]:
+    def _outcome(self, values: np.ndarray, batch: Batch, terms: float) -> Outcome:
         """Return loss and correct samples of the whole batch; `values` becomes this worker's part of the gradient."""
-        flat = values.reshape(-1, values.shape[-1])
-        if self._outputs_exchange is None:
-            return self._loss.apply(flat, batch.targets)
-        return self._outputs_exchange.apply(self._loss, flat, batch.targets)
+        loss, correct = 0.0, -1
+        if self._loss is not None:
+            flat = values.reshape(-1, values.shape[-1])
+            apply = self._loss.apply if self._turned is None else partial(self._turned.apply, self._loss)
+            loss, correct = apply(flat, batch.targets)
+        if self._objectives and self._comm is not None:
+            from mpi4py import MPI
+
+            what = "the objectives of the other partitions"
+            terms = float(waiting.allreduce(self._comm, np.array([terms]), MPI.SUM, what, serve=self._serve)[0])
+        return Outcome(batch.samples, loss + terms, correct)
 
     def _checked(self, batch: Batch) -> Batch:
         """Return the batch with targets as the kernels expect them; these use classes as indices without looking."""
         batch = batch._replace(inputs=self._checked_inputs(batch.inputs))
         targets, samples, outputs = batch.targets, batch.samples, self._layers[-1].output_shape[0]
+        if self._loss is None:
+            return batch
         if self._loss.targets == "values":
             if targets.shape != (outputs, samples):
                 raise ValueError(f"targets: given {_description(targets)}, expected ({outputs}, {samples})")
@@ -222,89 +239,17 @@ class Replica:
             raise ValueError(f"inputs: given {_description(inputs)}, expected ({wanted}) with at least one sample")
         return inputs.reshape(*expected, inputs.shape[-1])
 
-    def _workspace(self, samples: int) -> _Workspace:
+    def _workspace(self, samples: int) -> Workspace:
         if samples not in self._workspaces:
             if len(self._workspaces) == _WORKSPACES:
                 self._workspaces.popitem(last=False)
-            needed = [self._input] + [exchange.needed for exchange in self._exchanges]
-            in_place = [False] + [exchange.in_place for exchange in self._exchanges]
-            linear = getattr(self._layers[-1], "activation", None) == "linear"
-            self._workspaces[samples] = _Workspace(self._mine, needed, in_place, samples, self._dtype, linear)
+            linear = self._loss is not None and getattr(self._layers[-1], "activation", None) == "linear"
+            self._workspaces[samples] = Workspace(
+                self._mine, self._needed, self._in_place, self._summed, samples, self._dtype, linear
+            )
         self._workspaces.move_to_end(samples)
         return self._workspaces[samples]
 
 
-class _Workspace:
-    """A worker's arrays for one batch size, kept from step to step.
-
-    Gradients take turns in three buffers: that for the outputs of a layer, that for its inputs, and where an exchange
-    lies between, that for the outputs of the layer below.
-    """
-
-    def __init__(
-        self,
-        mine: Sequence[Box],
-        needed: Sequence[Box],
-        in_place: Sequence[bool],
-        samples: int,
-        dtype: np.dtype[np.floating],
-        linear: bool,
-    ) -> None:
-        self.outputs = [aligned_empty((*box.shape, samples), dtype) for box in mine]
-        self._copied_inputs: np.ndarray | None = None
-        self.inputs = [
-            self.outputs[place - 1] if in_place[place] else aligned_empty((*box.shape, samples), dtype)
-            for place, box in enumerate(needed)
-            if place > 0
-        ]
-        self.inputs.insert(0, np.empty(0, dtype))
-        self._mine, self._needed, self._in_place = mine, needed, in_place
-        self._samples = samples
-        largest = max((box.size for box in (*mine, *needed[1:])), default=0) * samples
-        self._buffers: list[np.ndarray | None] = [None, None, None]
-        self._largest, self._dtype = largest, dtype
-        self._linear = linear
-
-    def take(self, inputs: np.ndarray, box: Box) -> None:
-        """Use the needed part of a batch as the first layer's inputs; the batch itself where that is all of it."""
-        part = inputs[box.slices()]
-        if part.flags.c_contiguous and part.dtype == self._dtype:
-            self.inputs[0] = part
-            return
-        if self._copied_inputs is None:
-            self._copied_inputs = aligned_empty(part.shape, self._dtype)
-        np.copyto(self._copied_inputs, part)
-        self.inputs[0] = self._copied_inputs
-
-    def gradient(self, place: int) -> np.ndarray:
-        """Return room for the gradient for the outputs of layer number ``place - 1``."""
-        box = self._mine[place - 1]
-        if place == len(self._mine) and self._linear:
-            return self.outputs[-1]  # a linear last layer does not need its outputs any more
-        # With nothing between, the gradient for the inputs of the layer above is the same array.
-        which = self._turn(place) if place == len(self._mine) or self._in_place[place] else 2
-        return self._room(which, box)
-
-    def input_gradient(self, place: int) -> np.ndarray:
-        """Return room for the gradient for the inputs of layer number `place`."""
-        return self._room(self._turn(place), self._needed[place])
-
-    def _turn(self, place: int) -> int:
-        return place % 2
-
-    def _room(self, which: int, box: Box) -> np.ndarray:
-        buffer = self._buffers[which]
-        if buffer is None:
-            buffer = self._buffers[which] = aligned_empty(self._largest, self._dtype)
-        return buffer[: box.size * self._samples].reshape(*box.shape, self._samples)
-
-
 def _description(array: np.ndarray) -> str:
     return f"{array.dtype} {array.shape}"
-
-
-def _needed(layer: Layer, output: Box) -> Box:
-    """Return the inputs that a box of outputs needs; none for an empty box."""
-    if output.empty:
-        return Box((0,) * len(layer.input_shape), (0,) * len(layer.input_shape))
-    return layer.input_box(output)

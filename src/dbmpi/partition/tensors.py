@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 from dbmpi.errors import UserError
+from dbmpi.network.layer import SplitByInputs
 from dbmpi.paramserver.layout import Layout, Tensor
 from dbmpi.partition.boxes import Box
 from dbmpi.partition.index import Index
-from dbmpi.partition.placement import Placement, SplitByInputs
+from dbmpi.partition.placement import Placement
 
 if TYPE_CHECKING:
     from dbmpi.network.layer import Layer
