@@ -488,6 +488,21 @@ def prefetch_written(typingctx: Any, a: Any, first: Any, last: Any) -> Any:
     return signature, generate
 
 
+@_instructions
+def pointer_at(typingctx: Any, address: Any) -> Any:
+    """Turn an address, an integer, into a pointer.
+
+    A kernel that takes its vectors as arguments is compiled anew for every number of them; and a list of arrays costs
+    more to hand over than many a kernel takes to run.  Whoever passes addresses keeps the arrays alive, and answers
+    for their types and lengths.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        return builder.inttoptr(values[0], ir.IntType(8).as_pointer())
+
+    return types.voidptr(types.int64), generate
+
+
 def _pointers(context: Any, builder: Any, signature: Any, values: Any) -> Callable[..., Any]:
     """Return a function that gives the address in the array that is one argument, at the index that is another."""
 

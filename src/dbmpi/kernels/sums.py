@@ -1,0 +1,367 @@
+"""Sums of products that depend neither on how the vectors are cut nor on the number of threads.
+
+Floating-point sums depend on their order.  Here every product is first rounded to a multiple of one *grain*, and
+the multiples are added as integers, in any order.  This is reproducible summation (Demmel and Nguyen, "Parallel
+reproducible summation", IEEE Trans. Computers 64(7), 2015), with integers in the place of floating-point bins, and
+with one grain for the whole sum: it follows from the largest magnitudes of the two vectors.
+
+Adding ``magic = 3 * 2^k`` to a product p with ``|p| <= 2^k`` rounds it to a multiple of the grain ``2^(k - 51)``, and
+the bits of the result, read as an integer, grow by one with every grain.  A product thus costs an addition and an
+integer addition, and loops over them vectorise without any leave to reorder floating-point sums.  A second level
+treats what the rounding left over in the same way, with the grain ``2^(k - 103)``.
+
+With ``|x_i| <= X`` and ``|y_i| <= Y``, a sum of one level is off by some ``sqrt(n) 2^-51 X Y``: much less than float32
+vectors are, unless they are scaled against one another.  A sum of two levels is off by what the products themselves
+were rounded, which for float32 is nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from functools import cache, lru_cache
+from typing import NamedTuple
+
+import numpy as np
+from numba import prange
+
+from dbmpi.kernels.compile import Kernel, exact_parallel_kernel, fast_kernel, kernel
+from dbmpi.kernels.vectors import addresses, vector_at
+
+Pair = tuple[int, int]
+
+LIMB = 32
+LIMBS = 5
+"""A sum travels as this many float64 numbers, each of `LIMB` bits, so that an Allreduce adds them exactly."""
+
+LOWEST, HIGHEST = -800, 1000
+"""Bounds of k: below, the grain stays where it is; above, there is no sum."""
+
+CHUNK = 2048
+"""Elements whose multiples of a grain, each at most 2^51, an int64 can hold the sum of."""
+LONG_BLOCK, SHORT_BLOCK = 1 << 16, 1 << 13
+"""Elements that a thread takes at a time: long ones stream best, short ones let many vectors stay in the cache."""
+
+COARSE, FINE = 1, 2
+"""Numbers of levels."""
+RIGHTS = {COARSE: 5, FINE: 2}
+"""Right vectors of a tile of products: as many as keep the sums in the registers."""
+
+
+def bound(largest: float) -> int:
+    """Return the smallest e with ``largest <= 2^e``, for a finite number that is not negative."""
+    mantissa, power = math.frexp(largest)
+    return power - (mantissa == 0.5)
+
+
+def sum_products(
+    vectors: Sequence[np.ndarray], pairs: Sequence[Pair], bounds: Sequence[int], levels: int
+) -> np.ndarray:
+    """Sum the products of several pairs of vectors in one pass over memory.
+
+    Parameters
+    ----------
+    vectors : sequence of (n,) arrays
+        float32 or float64, contiguous, of one length.
+    pairs : sequence of (int, int)
+        Which vectors to multiply, by their places in `vectors`.
+    bounds : sequence of int
+        For every vector an e with ``|x_i| <= 2^e``, the same for all parts of the vectors.
+    levels : int
+        `COARSE` or `FINE`; float64 vectors need the latter.
+
+    Returns
+    -------
+    (pairs, LIMBS) float64 array
+        The sums over these parts of the vectors: add those of all parts, and give each to `value`.
+    """
+    plan = _plan(tuple(pairs), tuple(vector.dtype.itemsize for vector in vectors), RIGHTS[levels])
+    places, size = addresses(vectors), vectors[0].size
+    block = LONG_BLOCK if plan.rounds == 1 else SHORT_BLOCK
+    totals = np.empty((len(plan.products), 4), np.int64)
+    for group in plan.groups:
+        magic = np.array(
+            [3 * 2.0 ** _top(bounds[left], bounds[right]) for left, right in plan.products[group.products]]
+        )
+        likes = [np.empty(0, f"f{itemsize}") for itemsize in group.itemsizes]
+        sums = _sums(levels)(places, *likes, group.tiles, group.pairs, magic, size, block)
+        totals[group.products] = sums.sum(axis=0)
+    return _limbs(totals[plan.wanted])
+
+
+def sum_magnitudes(vector: np.ndarray, largest: int) -> np.ndarray:
+    """Sum ``|x_i|`` in two levels; `largest` and the result are as in `sum_products`, with 0 as the other bound."""
+    return _limbs(_magnitudes(vector, 3 * 2.0 ** _top(largest, 0)).sum(axis=0)[None])
+
+
+def value(limbs: np.ndarray, left: int, right: int) -> float:
+    """Return the sum that the added limbs hold, rounded once; `left` and `right` are the bounds of the pair."""
+    return math.ldexp(float(_integer(limbs)), _top(left, right) - 103)
+
+
+def doubtful(limbs: np.ndarray, size: int) -> bool:
+    """Return whether a sum of `size` products in one level may have fewer than 12 correct bits.
+
+    Its error is some ``2^-51 sqrt(n) |x| |y|`` at most, far below that of float32 vectors; but where vectors are scaled
+    against one another, the sum itself may be smaller still.
+    """
+    return abs(_integer(limbs) >> 52) < (1 << 12) * math.sqrt(size)
+
+
+def _top(left: int, right: int) -> int:
+    return max(left + right, LOWEST)
+
+
+def _limbs(totals: np.ndarray) -> np.ndarray:
+    """Write sums of two levels, each as a high and a low half, in limbs; all but the last are not negative."""
+    limbs = np.empty((len(totals), LIMBS))
+    for row, (high, low, fine_high, fine_low) in zip(limbs, totals.tolist(), strict=True):
+        number = (((high << 32) + low) << 52) + (fine_high << 32) + fine_low
+        for place in range(LIMBS - 1):
+            row[place] = number & ((1 << LIMB) - 1)
+            number >>= LIMB
+        row[-1] = number
+    return limbs
+
+
+def _integer(limbs: np.ndarray) -> int:
+    return sum(int(limb) << (LIMB * place) for place, limb in enumerate(limbs.tolist()))
+
+
+class _Group(NamedTuple):
+    """Products of vectors of two item sizes, as tiles of two left and some right vectors, and as single pairs."""
+
+    itemsizes: tuple[int, int]
+    tiles: np.ndarray
+    pairs: np.ndarray
+    products: slice
+    """Where they are among the products of the plan: those of a tile left by left for each right, then the pairs."""
+
+
+class _Plan(NamedTuple):
+    groups: tuple[_Group, ...]
+    products: list[Pair]
+    wanted: np.ndarray
+    """For every pair that was asked for, its place in `products`."""
+    rounds: int
+    """How often a vector is read at most."""
+
+
+@lru_cache(maxsize=64)
+def _plan(pairs: tuple[Pair, ...], itemsizes: tuple[int, ...], width: int) -> _Plan:
+    """Cover the pairs by tiles of `width` right vectors: many at a time are read faster, and each is read for two."""
+    left_over = {_ordered(pair) for pair in pairs}
+    tiles: dict[tuple[int, int], list[tuple[int, ...]]] = {}
+    alone: dict[tuple[int, int], list[Pair]] = {}
+    rounds = 0
+    while left_over:
+        rounds += 1
+        lefts = _lefts(left_over, itemsizes)
+        rights = sorted(set().union(*(_partners(left_over, left) for left in lefts)))
+        for itemsize in sorted({itemsizes[right] for right in rights}):
+            kind = itemsizes[lefts[0]], itemsize
+            group = [right for right in rights if itemsizes[right] == itemsize]
+            while len(group) * len(lefts) > width:
+                tiles.setdefault(kind, []).append((lefts[0], lefts[-1], *(group + group[-1:] * width)[:width]))
+                group = group[width:]
+            rest = [(left, right) for left in lefts for right in group if _ordered((left, right)) in left_over]
+            alone.setdefault(kind, []).extend(rest)
+        left_over -= {_ordered((left, right)) for left in lefts for right in rights}
+    groups, products = [], list[Pair]()
+    for kind in sorted(alone):
+        first, its_tiles, its_pairs = len(products), tiles.get(kind, []), alone[kind]
+        products += [(left, right) for tile in its_tiles for right in tile[2:] for left in tile[:2]] + its_pairs
+        shaped = np.array(its_tiles, np.int64).reshape(-1, 2 + width), np.array(its_pairs, np.int64).reshape(-1, 2)
+        groups.append(_Group(kind, *shaped, slice(first, len(products))))
+    found = {_ordered(pair): place for place, pair in enumerate(products)}
+    return _Plan(tuple(groups), products, np.array([found[_ordered(pair)] for pair in pairs], np.int64), rounds)
+
+
+def _ordered(pair: Pair) -> Pair:
+    return min(pair), max(pair)
+
+
+def _partners(pairs: set[Pair], vector: int) -> set[int]:
+    return {b if a == vector else a for a, b in pairs if vector in (a, b)}
+
+
+def _lefts(pairs: set[Pair], itemsizes: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the vector that is in most pairs, and the one of its kind that shares most partners with it, if any."""
+    counts = Counter(vector for pair in sorted(pairs) for vector in set(pair))
+    first = max(counts, key=counts.__getitem__)
+    partners = _partners(pairs, first)
+    shared = {
+        vector: len(partners & _partners(pairs, vector))
+        for vector in counts
+        if vector != first and itemsizes[vector] == itemsizes[first]
+    }
+    second = max(shared, key=shared.__getitem__, default=first)
+    return (first, second) if shared.get(second, 0) > 1 else (first,)
+
+
+@kernel
+def _bits(number: float) -> np.int64:
+    return np.float64(number).view(np.int64)
+
+
+@kernel
+def _add(total: np.ndarray, level: int, bits: np.int64, magic: float, count: int) -> None:
+    """Add to a total the grains that `count` sums with `magic` hold; the bits were added modulo 2^64."""
+    grains = bits - count * _bits(magic)
+    total[2 * level] += grains >> 32
+    total[2 * level + 1] += grains & 0xFFFFFFFF
+
+
+# Products of float32 are exact in double precision.  Fusing them into the additions changes nothing but the time.
+
+
+@fast_kernel
+def _coarse_tile(
+    x: np.ndarray, y: np.ndarray, a: np.ndarray, b: np.ndarray, c: np.ndarray, d: np.ndarray, e: np.ndarray,
+    magic: np.ndarray, totals: np.ndarray,
+) -> None:  # fmt: skip
+    """Add the ten products of a tile to the totals, in one level."""
+    m0, m1, m2, m3, m4 = magic[0], magic[1], magic[2], magic[3], magic[4]
+    m5, m6, m7, m8, m9 = magic[5], magic[6], magic[7], magic[8], magic[9]
+    s0 = s1 = s2 = s3 = s4 = s5 = s6 = s7 = s8 = s9 = np.int64(0)
+    for i in range(x.size):
+        p, q = np.float64(x[i]), np.float64(y[i])
+        r = np.float64(a[i])
+        s0 += _bits(p * r + m0)
+        s1 += _bits(q * r + m1)
+        r = np.float64(b[i])
+        s2 += _bits(p * r + m2)
+        s3 += _bits(q * r + m3)
+        r = np.float64(c[i])
+        s4 += _bits(p * r + m4)
+        s5 += _bits(q * r + m5)
+        r = np.float64(d[i])
+        s6 += _bits(p * r + m6)
+        s7 += _bits(q * r + m7)
+        r = np.float64(e[i])
+        s8 += _bits(p * r + m8)
+        s9 += _bits(q * r + m9)
+    for place, bits in enumerate((s0, s1, s2, s3, s4, s5, s6, s7, s8, s9)):
+        _add(totals[place], 0, bits, magic[place], x.size)
+
+
+@fast_kernel
+def _coarse_pair(x: np.ndarray, y: np.ndarray, magic: float, total: np.ndarray) -> None:
+    """Add the product of a pair to its total, in one level."""
+    s = np.int64(0)
+    for i in range(x.size):
+        s += _bits(np.float64(x[i]) * np.float64(y[i]) + magic)
+    _add(total, 0, s, magic, x.size)
+
+
+@kernel
+def _fine_pair(x: np.ndarray, y: np.ndarray, magic: float, total: np.ndarray) -> None:
+    """Add the product of a pair to its total, in two levels."""
+    fine = magic * 2.0**-52
+    s = t = np.int64(0)
+    for i in range(x.size):
+        product = np.float64(x[i]) * np.float64(y[i])
+        rounded = product + magic
+        s += _bits(rounded)
+        t += _bits(product - (rounded - magic) + fine)
+    _add(total, 0, s, magic, x.size)
+    _add(total, 1, t, fine, x.size)
+
+
+@kernel
+def _fine_tile(
+    x: np.ndarray, y: np.ndarray, a: np.ndarray, b: np.ndarray, magic: np.ndarray, totals: np.ndarray
+) -> None:
+    """Add the four products of a tile to the totals, in two levels."""
+    m0, m1, m2, m3 = magic[0], magic[1], magic[2], magic[3]
+    f0, f1, f2, f3 = m0 * 2.0**-52, m1 * 2.0**-52, m2 * 2.0**-52, m3 * 2.0**-52
+    s0 = s1 = s2 = s3 = np.int64(0)
+    t0 = t1 = t2 = t3 = np.int64(0)
+    for i in range(x.size):
+        p, q = np.float64(x[i]), np.float64(y[i])
+        r = np.float64(a[i])
+        product = p * r
+        rounded = product + m0
+        s0 += _bits(rounded)
+        t0 += _bits(product - (rounded - m0) + f0)
+        product = q * r
+        rounded = product + m1
+        s1 += _bits(rounded)
+        t1 += _bits(product - (rounded - m1) + f1)
+        r = np.float64(b[i])
+        product = p * r
+        rounded = product + m2
+        s2 += _bits(rounded)
+        t2 += _bits(product - (rounded - m2) + f2)
+        product = q * r
+        rounded = product + m3
+        s3 += _bits(rounded)
+        t3 += _bits(product - (rounded - m3) + f3)
+    for place, (bits, fine_bits) in enumerate(((s0, t0), (s1, t1), (s2, t2), (s3, t3))):
+        _add(totals[place], 0, bits, magic[place], x.size)
+        _add(totals[place], 1, fine_bits, magic[place] * 2.0**-52, x.size)
+
+
+@cache
+def _sums(levels: int) -> Kernel[..., np.ndarray]:
+    """Return the kernel that sums a group of products in so many levels."""
+
+    def sums(
+        at: np.ndarray, left: np.ndarray, right: np.ndarray, tiles: np.ndarray, pairs: np.ndarray,
+        magic: np.ndarray, size: int, block: int,
+    ) -> np.ndarray:  # fmt: skip
+        """Return int64 (blocks, products, 4): high and low halves of the sums of both levels, in grains."""
+        in_tile = 2 * (tiles.shape[1] - 2)
+        products = in_tile * len(tiles)
+        totals = np.zeros((-(-size // block), products + len(pairs), 4), np.int64)
+        for number in prange(len(totals)):
+            stop = min(size, (number + 1) * block)
+            for tile in range(len(tiles)):
+                place = tile * in_tile
+                m, total = magic[place : place + in_tile], totals[number, place : place + in_tile]
+                its = tiles[tile]
+                for start in range(number * block, stop, CHUNK):
+                    count = min(CHUNK, stop - start)
+                    x = vector_at(at[its[0]], start, count, left)
+                    y = vector_at(at[its[1]], start, count, left)
+                    a = vector_at(at[its[2]], start, count, right)
+                    b = vector_at(at[its[3]], start, count, right)
+                    if levels == COARSE:
+                        c = vector_at(at[its[4]], start, count, right)
+                        d = vector_at(at[its[5]], start, count, right)
+                        e = vector_at(at[its[6]], start, count, right)
+                        _coarse_tile(x, y, a, b, c, d, e, m, total)
+                    else:
+                        _fine_tile(x, y, a, b, m, total)
+            for start in range(number * block, stop, CHUNK):
+                count = min(CHUNK, stop - start)
+                for pair in range(len(pairs)):
+                    x = vector_at(at[pairs[pair, 0]], start, count, left)
+                    y = vector_at(at[pairs[pair, 1]], start, count, right)
+                    place = products + pair
+                    if levels == COARSE:
+                        _coarse_pair(x, y, magic[place], totals[number, place])
+                    else:
+                        _fine_pair(x, y, magic[place], totals[number, place])
+        return totals
+
+    return exact_parallel_kernel(sums)
+
+
+@exact_parallel_kernel
+def _magnitudes(vector: np.ndarray, magic: float) -> np.ndarray:
+    """Return int64 (blocks, 4), as `_coarse_sums`."""
+    totals = np.zeros((-(-vector.size // CHUNK), 4), np.int64)
+    fine = magic * 2.0**-52
+    for number in prange(len(totals)):
+        x = vector[number * CHUNK : (number + 1) * CHUNK]
+        s = t = np.int64(0)
+        for i in range(x.size):
+            size = abs(np.float64(x[i]))
+            rounded = size + magic
+            s += _bits(rounded)
+            t += _bits(size - (rounded - magic) + fine)
+        _add(totals[number], 0, s, magic, x.size)
+        _add(totals[number], 1, t, fine, x.size)
+    return totals

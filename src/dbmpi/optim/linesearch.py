@@ -1,0 +1,283 @@
+"""Line searches: how far to go along a direction, decided on scalars alone.
+
+A search is a generator.  It yields the step to try, is sent the loss ``phi(step)`` and the slope ``phi'(step)`` there,
+and returns the trial that it accepts.  It knows no vectors and no ranks: whoever drives it evaluates the trials, and
+every rank that is sent the same numbers takes the same decisions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+
+class Trial(NamedTuple):
+    """A step that was tried."""
+
+    step: float
+    loss: float
+    slope: float
+    """Derivative of the loss by the step."""
+
+    @property
+    def finite(self) -> bool:
+        """Whether loss and slope are numbers to go by."""
+        return math.isfinite(self.loss) and math.isfinite(self.slope)
+
+
+Search = Generator[float, tuple[float, float], Trial]
+LineSearch = Callable[[float, float, float], Search]
+"""``search(loss, slope, first_step)`` for the loss and the (negative) slope at step 0."""
+
+
+class LineSearchFailed(RuntimeError):
+    """No step was found that is good enough."""
+
+    def __init__(self, message: str, trials: Sequence[Trial]) -> None:
+        super().__init__(message)
+        self.trials = tuple(trials)
+        """All that is known, step 0 first."""
+
+
+SHRINK = 0.1
+"""Factor on the step after a loss that is not finite."""
+SHRINKS = 12
+"""Trials in a row whose loss is not finite, after which a search ends; smaller steps hardly move a point."""
+LARGEST_STEP = 1e10
+
+
+def fixed(loss: float, slope: float, first: float, *, step: float | None = None) -> Search:
+    """Take one step, `step` or else `first`, whatever it gives: for losses that change with every batch."""
+    taken = first if step is None else step
+    trial = Trial(taken, *(yield taken))
+    if not trial.finite:
+        raise LineSearchFailed(
+            f"the loss is {trial.loss} at the fixed step {taken:g}", [Trial(0.0, loss, slope), trial]
+        )
+    return trial
+
+
+def backtracking(loss: float, slope: float, first: float, *, decrease: float = 1e-4, trials: int = 30) -> Search:
+    """Shrink the step until the loss decreases enough (Armijo): Nocedal and Wright, algorithm 3.1.
+
+    The next step is where a parabola through what is known has its minimum (their equation 3.58), but at least
+    a tenth and at most half of the last one.
+
+    Parameters
+    ----------
+    loss, slope, first
+        As for every line search.
+    decrease
+        The loss must decrease by this fraction of what the slope promises.
+    trials
+        Largest number of trials.
+    """
+    known = [Trial(0.0, loss, slope)]
+    step = first
+    for _ in range(trials):
+        trial = Trial(step, *(yield step))
+        known.append(trial)
+        if not math.isfinite(trial.loss):
+            if len(known) > SHRINKS and not any(math.isfinite(other.loss) for other in known[1:]):
+                break
+            step *= SHRINK
+        elif trial.loss < loss and trial.loss <= loss + decrease * step * slope:
+            return trial
+        else:
+            # phi(0), phi'(0) and phi(a): the minimum is at -phi'(0) a^2 / (2 (phi(a) - phi(0) - phi'(0) a))
+            lowest = -slope * step**2 / (2 * (trial.loss - loss - slope * step))
+            step = min(max(lowest, 0.1 * step), 0.5 * step)
+    raise LineSearchFailed(f"no decrease of the loss down to a step of {known[-1].step:g}", known)
+
+
+def strong_wolfe(  # noqa: PLR0912
+    loss: float,
+    slope: float,
+    first: float,
+    *,
+    decrease: float = 1e-3,
+    curvature: float = 0.9,
+    width: float = 0.1,
+    largest: float = LARGEST_STEP,
+    trials: int = 20,
+) -> Search:
+    """Find a step that satisfies the strong Wolfe conditions, by the algorithm of More and Thuente.
+
+    ``phi(a) <= phi(0) + decrease * a * phi'(0)`` and ``|phi'(a)| <= curvature * |phi'(0)|``: J. J. More and
+    D. J. Thuente, "Line search algorithms with guaranteed sufficient decrease", ACM TOMS 20(3), 1994.  It keeps an
+    interval, at whose end `low` the loss is lowest, and finds the next trial by cubic and quadratic interpolation.
+    The defaults are those of L-BFGS-B (Zhu, Byrd, Lu, Nocedal, ACM TOMS 23(4), 1997), as are the factors 1.1, 4, 0.66.
+
+    Parameters
+    ----------
+    loss, slope, first
+        As for every line search.
+    decrease, curvature
+        The two constants, ``0 < decrease < curvature < 1``.
+    width
+        The search ends with the best step so far when the interval is as narrow as this fraction of the step.
+    largest
+        Largest step.
+    trials
+        Largest number of trials with a finite loss.
+    """
+    start = Trial(0.0, loss, slope)
+    known, finite = [start], 0
+    low = high = start
+    bracketed, first_stage = False, True
+    span, last_span = largest, 2 * largest
+    step, lowest, highest = min(first, largest), 0.0, 5 * first
+
+    def sufficient(trial: Trial) -> bool:
+        # A step so small that the loss stays the same to its last digit is none.
+        return trial.loss < loss and trial.loss <= loss + decrease * trial.step * slope
+
+    while finite < trials and (finite or len(known) <= SHRINKS) and len(known) <= 3 * trials:
+        trial = Trial(step, *(yield step))
+        known.append(trial)
+        if not trial.finite:
+            # Somewhere between the best step and this one the loss ceases to be defined.
+            largest = min(largest, (low.step + step) / 2)
+            step = low.step + SHRINK * (step - low.step)
+            continue
+        finite += 1
+        if sufficient(trial) and abs(trial.slope) <= -curvature * slope:
+            return trial
+        if step >= largest and sufficient(trial) and trial.slope <= decrease * slope:
+            return trial
+        if sufficient(trial) and trial.slope >= 0:
+            first_stage = False
+        if first_stage and trial.loss <= low.loss and not sufficient(trial):
+            # Section 3: until a step has decreased the loss enough, interpolate phi(a) - decrease a phi'(0) instead.
+            tilt = decrease * slope
+            low, high, step, bracketed = _next(
+                _tilted(low, tilt), _tilted(high, tilt), _tilted(trial, tilt), bracketed, lowest, highest
+            )
+            low, high = _tilted(low, -tilt), _tilted(high, -tilt)
+        else:
+            low, high, step, bracketed = _next(low, high, trial, bracketed, lowest, highest)
+        if bracketed:
+            if abs(high.step - low.step) >= 0.66 * last_span:
+                step = low.step + 0.5 * (high.step - low.step)
+            span, last_span = abs(high.step - low.step), span
+            lowest, highest = min(low.step, high.step), max(low.step, high.step)
+            if not lowest < step < highest or highest - lowest <= width * highest:
+                break
+        else:
+            lowest, highest = step + 1.1 * (step - low.step), step + 4 * (step - low.step)
+        step = min(step, largest)
+    best = min(known, key=lambda trial: trial.loss if trial.finite else math.inf)
+    if best is not start and sufficient(best):
+        return best
+    if not any(trial.finite for trial in known[1:]):
+        raise LineSearchFailed(f"the loss is not finite down to a step of {known[-1].step:g}", known)
+    raise LineSearchFailed(f"no step between 0 and {known[1].step:g} decreases the loss enough", known)
+
+
+def disagreement(trials: Sequence[Trial], precision: float = 1e-7) -> str | None:
+    """Say where losses and slopes of a line contradict one another, which means that the gradient is wrong.
+
+    Between two steps so close that the slope hardly changes, the loss changes by slope times distance (the mean value
+    theorem).  Only values that are known already are compared.
+
+    Parameters
+    ----------
+    trials
+        Trials along one line, the start included.
+    precision
+        Relative error of a loss: smaller changes say nothing.
+
+    Returns
+    -------
+    str or None
+        What was found; None where nothing contradicts the gradient.
+    """
+    finite = sorted({trial.step: trial for trial in trials if trial.finite}.values())
+    for a, b in pairwise(finite):
+        distance = b.step - a.step
+        steepest = max(abs(a.slope), abs(b.slope))
+        noise = precision * max(abs(a.loss), abs(b.loss))
+        if abs(b.slope - a.slope) > 0.5 * steepest or distance * steepest < 10 * noise:
+            continue
+        found = (b.loss - a.loss) / distance
+        outside = max(found - max(a.slope, b.slope), min(a.slope, b.slope) - found)
+        if outside > 0.2 * steepest + noise / distance:
+            return (
+                f"between the steps {a.step:g} and {b.step:g} the loss changes by {found:g} per unit of step, "
+                f"where the gradient says {a.slope:g} to {b.slope:g}"
+            )
+    return None
+
+
+def _tilted(trial: Trial, tilt: float) -> Trial:
+    return Trial(trial.step, trial.loss - tilt * trial.step, trial.slope - tilt)
+
+
+def _next(
+    low: Trial, high: Trial, trial: Trial, bracketed: bool, lowest: float, highest: float
+) -> tuple[Trial, Trial, float, bool]:
+    """Return the new interval, the next step, and whether a minimum is bracketed: More and Thuente, section 4."""
+    turned = trial.slope * low.slope < 0
+    if trial.loss > low.loss:
+        # Case 1: higher than the low end, so that a minimum lies between.
+        cubic, quadratic = _cubic_minimum(low, trial), _quadratic_minimum(low, trial)
+        near = abs(cubic - low.step) < abs(quadratic - low.step)
+        step = cubic if near else cubic + (quadratic - cubic) / 2
+        return low, trial, step, True
+    if turned:
+        # Case 2: lower, and the slope has changed its sign.
+        cubic, secant = _cubic_minimum(low, trial), _secant(low, trial)
+        step = cubic if abs(cubic - trial.step) > abs(secant - trial.step) else secant
+        return trial, low, step, True
+    if abs(trial.slope) < abs(low.slope):
+        # Case 3: lower, and less steep.  The cubic may have no minimum beyond the trial.
+        cubic, secant = _cubic_beyond(low, trial, lowest, highest), _secant(low, trial)
+        closer = abs(cubic - trial.step) < abs(secant - trial.step)
+        if bracketed:
+            step = cubic if closer else secant
+            border = trial.step + 0.66 * (high.step - trial.step)
+            step = min(step, border) if trial.step > low.step else max(step, border)
+        else:
+            step = min(max(secant if closer else cubic, lowest), highest)
+        return trial, high, step, bracketed
+    # Case 4: lower, and no less steep.
+    border = highest if trial.step > low.step else lowest
+    return trial, high, _cubic_minimum(high, trial) if bracketed else border, bracketed
+
+
+def _cubic_terms(a: Trial, b: Trial) -> tuple[float, float]:
+    """Return d1 and d2 of Nocedal and Wright, equation 3.59, for the cubic through both trials."""
+    d1 = a.slope + b.slope - 3 * (a.loss - b.loss) / (a.step - b.step)
+    scale = max(abs(d1), abs(a.slope), abs(b.slope))
+    square = (d1 / scale) ** 2 - (a.slope / scale) * (b.slope / scale) if scale > 0 else 0.0
+    return d1, math.copysign(scale * math.sqrt(max(square, 0.0)), b.step - a.step)
+
+
+def _cubic_minimum(a: Trial, b: Trial) -> float:
+    """Return where the cubic through both trials has its minimum: Nocedal and Wright, equation 3.59."""
+    d1, d2 = _cubic_terms(a, b)
+    below = b.slope - a.slope + 2 * d2
+    return b.step - (b.step - a.step) * (b.slope + d2 - d1) / below if below else (a.step + b.step) / 2
+
+
+def _cubic_beyond(low: Trial, trial: Trial, lowest: float, highest: float) -> float:
+    """Return the minimum of the cubic if it lies beyond the trial, and else the border on that side."""
+    d1, d2 = _cubic_terms(low, trial)
+    below = trial.slope - low.slope + 2 * d2
+    ratio = (trial.slope + d2 - d1) / below if below else 0.0
+    if ratio < 0 and d2 != 0:
+        return trial.step - ratio * (trial.step - low.step)
+    return highest if trial.step > low.step else lowest
+
+
+def _quadratic_minimum(a: Trial, b: Trial) -> float:
+    """Return the minimum of the parabola through phi(a), phi'(a) and phi(b): Nocedal and Wright, equation 3.58."""
+    distance = b.step - a.step
+    return a.step + a.slope / ((a.loss - b.loss) / distance + a.slope) / 2 * distance
+
+
+def _secant(a: Trial, b: Trial) -> float:
+    """Return where the line through both slopes is zero."""
+    return b.step + b.slope / (b.slope - a.slope) * (a.step - b.step)

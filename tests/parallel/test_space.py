@@ -1,0 +1,82 @@
+"""Batch methods on shards that are ranks: the same bits as in one process, whatever the number of ranks."""
+
+import numpy as np
+import pytest
+from mpi4py import MPI
+from scipy import optimize
+
+from dbmpi.optim.descent import Limits
+from dbmpi.optim.lbfgs import History, lbfgs, two_loop
+from dbmpi.optim.methods import conjugate_gradients, owlqn
+from dbmpi.optim.space import LocalSpace
+from dbmpi.paramserver.layout import cut
+from dbmpi.runtime import waiting
+
+SIZE = 5003
+
+
+class Problem:
+    """Rosenbrock's function of a vector that lies cut over ranks, each of which runs the method with the others."""
+
+    def __init__(self, comm, dtype):
+        self.comm, self.reductions = comm, 0
+        self.held = cut(SIZE, comm.size)[comm.rank]
+        whole = np.linspace(-1.5, 1.5, SIZE).astype(dtype)
+        self.parameters = whole[self.held.start : self.held.stop].copy()
+        self.space = LocalSpace(
+            len(self.held), dtype, self.reduce, comm.rank, comm.size, {"parameters": self.parameters}
+        )
+
+    def reduce(self, values):
+        self.reductions += 1
+        return waiting.allreduce(self.comm, values, MPI.SUM, "the other shards")
+
+    def whole(self, name):
+        values = np.zeros(SIZE)
+        values[self.held.start : self.held.stop] = self.space.array(name)
+        return waiting.allreduce(self.comm, values, MPI.SUM, "the other shards")
+
+    def evaluate(self, point, gradient):
+        x = self.whole(point)
+        self.space.writable(gradient)[:] = optimize.rosen_der(x)[self.held.start : self.held.stop]
+        return float(optimize.rosen(x))
+
+
+METHODS = {
+    "lbfgs": lambda space, evaluate, **more: lbfgs(space, evaluate, memory=4, **more),
+    "conjugate gradients": conjugate_gradients,
+    "owlqn": lambda space, evaluate, **more: owlqn(space, evaluate, strength=0.1, memory=4, **more),
+}
+
+
+@pytest.mark.parallel([1, 2, 3, 5])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_iterates_have_the_same_bits_on_ranks_as_in_one_process(comm, method, dtype):
+    ours, alone = Problem(comm, dtype), Problem(MPI.Intracomm(comm.Split(comm.rank)), dtype)
+    told = []
+    for problem in (ours, alone):
+        steps = []
+        METHODS[method](problem.space, problem.evaluate, limits=Limits(0, 0, iterations=12), callback=steps.append)
+        told.append(steps)
+    assert told[0] == told[1]
+    assert len(told[0]) == 12
+    part = alone.parameters[ours.held.start : ours.held.stop]
+    assert part.tobytes() == ours.parameters.tobytes()
+    if method == "lbfgs":
+        assert ours.reductions <= told[0][-1].evaluations + 3  # one for every evaluation, and three to begin with
+    alone.comm.Free()
+
+
+@pytest.mark.parallel([1, 2, 3, 5])
+def test_the_direction_is_that_of_the_two_loop_recursion(comm):
+    problem = Problem(comm, np.float64)
+    space, history = problem.space, History(problem.space, 4)
+    lbfgs(space, problem.evaluate, history=history, limits=Limits(0, 0, iterations=9))
+    for name in ("g", "slow"):
+        space.create(name)
+    problem.evaluate("parameters", "g")
+    history.measure("g", float(space.dots([("g", "g")])[0]))
+    line = history.choose("g")
+    two_loop(space, history, "g", "slow")
+    np.testing.assert_allclose(problem.whole(line.direction), problem.whole("slow"), rtol=1e-8, atol=1e-12)

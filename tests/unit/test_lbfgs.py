@@ -1,0 +1,264 @@
+"""L-BFGS beside SciPy, the two-loop recursion and the dense formula, on any number of shards."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import optimize
+from scipy.special import expit
+from unit.sharded import Shards, cut_points, local_problem
+
+from dbmpi.errors import RunFailed
+from dbmpi.optim.descent import Limits
+from dbmpi.optim.lbfgs import History, lbfgs, two_loop
+from dbmpi.optim.linesearch import fixed
+from dbmpi.optim.methods import with_l2
+
+
+def rosenbrock(x):
+    return float(optimize.rosen(x)), optimize.rosen_der(x)
+
+
+def quadratic(size, condition, seed=0):
+    random = np.random.default_rng(seed)
+    turn = np.linalg.qr(random.normal(size=(size, size)))[0]
+    matrix, right = (turn * np.geomspace(1, condition, size)) @ turn.T, random.normal(size=size)
+    return (lambda x: (float(0.5 * x @ matrix @ x - right @ x), matrix @ x - right)), np.linalg.solve(matrix, right)
+
+
+def history_with(size, pairs, memory, dtype=np.float64, seed=0):
+    """Return a space with a history that has seen some steps over a quadratic, and the vectors as arrays."""
+    function, _ = quadratic(size, 50, seed)
+    space, evaluate, _ = local_problem(function, np.ones(size), dtype)
+    history = History(space, memory)
+    lbfgs(space, evaluate, history=history, limits=Limits(gtol=0, ftol=0, iterations=pairs))
+    return space, history
+
+
+@pytest.mark.parametrize(("pairs", "memory"), [(1, 5), (3, 5), (5, 5), (9, 4)])
+def test_the_direction_is_that_of_the_two_loop_recursion_and_of_the_dense_formula(pairs, memory):
+    space, history = history_with(30, pairs, memory)
+    space.create("g")
+    space.create("slow")
+    g = np.random.default_rng(1).normal(size=30)
+    space.writable("g")[:] = g
+    history.measure("g", float(space.dots([("g", "g")])[0]))
+    line = history.choose("g")
+    two_loop(space, history, "g", "slow")
+    s, y = (np.array([space.array(pair[k]) for pair in history.pairs]) for k in (0, 1))
+    assert len(s) == min(pairs, memory)
+    inverse = np.eye(30) * (s[-1] @ y[-1]) / (y[-1] @ y[-1])
+    for a, b in zip(s, y, strict=True):  # Nocedal and Wright, equation 7.16
+        v = np.eye(30) - np.outer(b, a) / (a @ b)
+        inverse = v.T @ inverse @ v + np.outer(a, a) / (a @ b)
+    direction = space.array(line.direction)
+    np.testing.assert_allclose(direction, -inverse @ g, rtol=1e-8, atol=1e-10)
+    np.testing.assert_allclose(direction, space.array("slow"), rtol=1e-8, atol=1e-10)
+    assert line.slope == pytest.approx(float(direction @ g), rel=1e-8)
+
+
+@pytest.mark.parametrize("size", [2, 10, 100, 10_000])
+def test_rosenbrock_beside_scipy(size):
+    start = 2 * np.ones(size) + np.arange(size) % 3
+    space, evaluate, x = local_problem(rosenbrock, start)
+    report = lbfgs(space, evaluate)
+    theirs = optimize.minimize(rosenbrock, start, jac=True, method="L-BFGS-B")
+    assert report.converged
+    assert report.evaluations <= 1.1 * theirs.nfev
+    np.testing.assert_allclose(x, theirs.x, rtol=1e-4)
+
+
+def test_iterates_are_those_of_scipy():
+    ours, theirs = [], []
+    space, evaluate, x = local_problem(rosenbrock, [-1.2, 1.0])
+    lbfgs(space, evaluate, callback=lambda progress: ours.append(x.copy()))
+    optimize.minimize(rosenbrock, [-1.2, 1.0], jac=True, method="L-BFGS-B", callback=lambda v: theirs.append(v.copy()))
+    assert len(ours) == len(theirs)
+    np.testing.assert_allclose(ours[:20], theirs[:20], rtol=1e-6)
+
+
+@pytest.mark.parametrize("condition", [10, 1e3])
+def test_quadratic_beside_the_solution(condition):
+    function, solution = quadratic(60, condition)
+    space, evaluate, x = local_problem(function, np.zeros(60))
+    lbfgs(space, evaluate, limits=Limits(gtol=1e-8, ftol=0))
+    assert function(x)[0] == pytest.approx(function(solution)[0], rel=1e-10)
+
+
+DATA = Path(os.environ.get("DBMPI_TEST_DATA", Path(__file__).parents[3] / "shared" / "data")) / "libsvm"
+
+
+@pytest.mark.skipif(not (DATA / "a9a").exists(), reason="needs the data set a9a (DBMPI_TEST_DATA)")
+def test_logistic_regression_on_a9a_beside_scipy():
+    datasets = pytest.importorskip("sklearn.datasets")
+    inputs, labels = datasets.load_svmlight_file(str(DATA / "a9a"), n_features=123)
+    held_out, its_labels = datasets.load_svmlight_file(str(DATA / "a9a.t"), n_features=123)
+    strength = 1 / len(labels)
+
+    def loss(w):
+        z = labels * (inputs @ w)
+        return float(np.logaddexp(0, -z).mean()), inputs.T @ (-labels * expit(-z)) / len(labels)
+
+    def whole(w):
+        value, gradient = loss(w)
+        return value + strength / 2 * w @ w, gradient + strength * w
+
+    space, evaluate, x = local_problem(loss, np.zeros(123))
+    report = lbfgs(space, with_l2(space, evaluate, strength), limits=Limits(gtol=1e-8, ftol=0))
+    options = {"gtol": 1e-8, "ftol": 0, "maxiter": 10_000, "maxfun": 20_000}
+    theirs = optimize.minimize(whole, np.zeros(123), jac=True, method="L-BFGS-B", options=options)
+    assert report.loss == pytest.approx(theirs.fun, rel=1e-8)
+    assert report.evaluations <= 1.1 * theirs.nfev
+    ours, scipys = (np.mean(np.sign(held_out @ w) == its_labels) for w in (x, theirs.x))
+    assert ours == scipys == pytest.approx(0.8495, abs=5e-4)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_all_bits_are_the_same_for_any_number_of_shards(dtype):
+    start = np.linspace(-1.5, 1.5, 301).astype(dtype)
+    results = []
+    for parts in (1, 2, 3, 5):
+        with Shards(start, cut_points(301, parts)) as shards:
+            told = []
+            report = lbfgs(
+                shards.space, shards.evaluate(rosenbrock), limits=Limits(0, 0, iterations=25), callback=told.append
+            )
+            assert max(map(len, shards.commands)) < 4096
+            # One reduction for every evaluation; at the start, two more to learn how large the vectors are.
+            assert shards.reductions <= report.evaluations + 3
+            results.append((report, told, shards.gather("parameters").tobytes()))
+    assert all(result == results[0] for result in results[1:])
+
+
+def test_a_restored_history_goes_on_as_if_nothing_had_happened():
+    limits = Limits(0, 0, iterations=30)
+    space, evaluate, x = local_problem(rosenbrock, np.zeros(40))
+    lbfgs(space, evaluate, limits=limits)
+
+    first, evaluate, half = local_problem(rosenbrock, np.zeros(40))
+    history = History(first)
+    lbfgs(first, evaluate, history=history, limits=Limits(0, 0, iterations=13))
+    second, evaluate, rest = local_problem(rosenbrock, half)
+    restored = History(second)
+    for name in [name for pair in history.pairs for name in pair]:
+        second.writable(name)[:] = first.array(name)
+    restored.restore(history.state())
+    lbfgs(second, evaluate, history=restored, limits=Limits(0, 0, iterations=17))
+    np.testing.assert_array_equal(rest, x)
+
+
+def test_a_damaged_state_is_refused():
+    space, history = history_with(10, 4, 5)
+    state = history.state()
+    for name, value in [
+        ("slots", np.array([9])), ("slots", np.array([1, 1])), ("sy", np.eye(3)), ("yy", np.full((6, 6), np.nan)),
+    ]:  # fmt: skip
+        with pytest.raises(ValueError, match="damaged"):
+            History(space, 5).restore(state | {name: value})
+
+
+def test_no_memory_is_gradient_descent():
+    function, solution = quadratic(10, 5)
+    space, evaluate, x = local_problem(function, np.zeros(10))
+    report = lbfgs(space, evaluate, memory=0, limits=Limits(gtol=1e-7, ftol=0))
+    assert not any(name.startswith("y") for name in space.names)
+    assert function(x)[0] == pytest.approx(function(solution)[0], rel=1e-10)
+    assert report.evaluations < 200
+    with pytest.raises(ValueError, match="0 or more"):
+        History(space, -1)
+
+
+def test_a_zero_gradient_is_a_minimum_at_once():
+    space, evaluate, x = local_problem(rosenbrock, np.ones(8))
+    report = lbfgs(space, evaluate)
+    assert (report.reason, report.iterations, report.evaluations) == ("gradient", 0, 1)
+    np.testing.assert_array_equal(x, np.ones(8))
+
+
+def test_losses_that_are_not_finite():
+    space, evaluate, _ = local_problem(lambda x: (np.nan, x), np.ones(3))
+    with pytest.raises(RunFailed, match="loss is nan at the point where the search"):
+        lbfgs(space, evaluate)
+    space, evaluate, x = local_problem(lambda x: (1.0 if np.all(x == 1) else np.inf, np.ones(3)), np.ones(3))
+    with pytest.raises(RunFailed, match="not finite down to"):
+        lbfgs(space, evaluate)
+    np.testing.assert_array_equal(x, np.ones(3))
+    # a wall beside the minimum is walked around
+    space, evaluate, x = local_problem(
+        lambda x: (float(-np.log(x).sum() + x.sum()), 1 - 1 / x) if x.min() > 0 else (np.inf, x), np.full(5, 30.0)
+    )
+    assert lbfgs(space, evaluate).converged
+    np.testing.assert_allclose(x, 1, rtol=1e-3)
+
+
+def test_a_gradient_in_other_units_finds_the_minimum_all_the_same():
+    # Too steep by less than what a sufficient decrease is a fraction of (1e-3): no line search fails.
+    space, evaluate, _ = local_problem(lambda x: (float(x @ x), 50.0 * 2 * x), np.ones(4))
+    assert lbfgs(space, evaluate).loss == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("wrong", [-1.0, 5000.0])
+def test_a_wrong_gradient_is_named(wrong):
+    space, evaluate, _ = local_problem(lambda x: (float(x @ x), wrong * 2 * x), np.ones(4))
+    with pytest.raises(RunFailed, match="likely cause is a wrong gradient"):
+        lbfgs(space, evaluate, limits=Limits(gtol=0, ftol=0))
+
+
+def test_negative_curvature_is_not_learned():
+    function = lambda x: (float(np.cos(x).sum()), -np.sin(x))  # noqa: E731
+    space, evaluate, _ = local_problem(function, np.full(3, 0.1))
+    history = History(space)
+    lbfgs(
+        space, evaluate, history=history, search=lambda *line: fixed(*line, step=0.1), limits=Limits(0, 0, iterations=3)
+    )
+    assert history.skipped == 3
+    assert history.fresh
+
+
+@pytest.mark.parametrize(("dtype", "history"), [(np.float32, None), (np.float64, "float32")])
+def test_short_numbers_reach_the_minimum_too(dtype, history):
+    function, solution = quadratic(40, 30)
+    space, evaluate, x = local_problem(function, np.zeros(40), dtype)
+    lbfgs(space, evaluate, history_dtype=history, limits=Limits(gtol=1e-4, ftol=0, iterations=300))
+    assert space.array("s0").dtype == np.float32
+    np.testing.assert_allclose(x, solution, atol=1e-4)
+
+
+class OverlappingBatches:
+    """Half of the terms of a sum of quadratics at a time; every two batches share half of theirs."""
+
+    def __init__(self, space, terms):
+        self.space, self.terms, self.place, self.overlaps = space, terms, 0, 0
+
+    def mean(self, which, point):
+        x = self.space.array(point)
+        return [
+            np.mean(values, axis=0) for values in zip(*(self.terms[k % len(self.terms)](x) for k in which), strict=True)
+        ]
+
+    def evaluate(self, point, gradient):
+        loss, self.space.writable(gradient)[:] = self.mean(range(self.place, self.place + 10), point)
+        return float(loss)
+
+    def overlap(self, point, gradient):
+        self.overlaps += 1
+        self.space.writable(gradient)[:] = self.mean(range(self.place + 5, self.place + 10), point)[1]
+        return True
+
+    def proceed(self):
+        self.place += 5
+        return True
+
+
+def test_batches_that_overlap():
+    terms = [quadratic(12, 20, seed)[0] for seed in range(20)]
+    space, _, x = local_problem(terms[0], np.zeros(12))
+    batches = OverlappingBatches(space, terms)
+    report = lbfgs(
+        space, batches.evaluate, memory=5, batches=batches,
+        search=lambda *line: fixed(*line, step=0.1), limits=Limits(0, 0, iterations=60),
+    )  # fmt: skip
+    assert batches.overlaps == 2 * report.iterations == 120
+    best = optimize.minimize(lambda v: np.mean([term(v)[0] for term in terms]), np.zeros(12)).fun
+    assert np.mean([term(x)[0] for term in terms]) < 0.9 * best < 0
