@@ -91,6 +91,8 @@ class Local(Section):
     """Function applied to every output."""
     initial_scale: NotNegative = 1.0
     """Factor on the standard deviation of the initial weights."""
+    reconstruction: NotNegative = 0.0
+    """With the loss ``reconstruction``: weight of ``|x' - x|^2`` for inputs x and their estimate from the outputs."""
 
 
 class Convolution(Section):
@@ -109,6 +111,8 @@ class Convolution(Section):
     """Function applied to every output."""
     initial_scale: NotNegative = 1.0
     """Factor on the standard deviation of the initial weights."""
+    reconstruction: NotNegative = 0.0
+    """With the loss ``reconstruction``: weight of ``|x' - x|^2`` for inputs x and their estimate from the outputs."""
 
 
 class Pooling(Section):
@@ -123,6 +127,8 @@ class Pooling(Section):
     """Rows and columns of a window; one number for a square."""
     stride: Count = 1
     """Rows, and columns, from one window to the next."""
+    penalty: NotNegative = 0.0
+    """With the loss ``reconstruction``: weight of the sum of the outputs (the paper's lambda is 0.1)."""
 
 
 class Normalisation(Section):
@@ -169,8 +175,9 @@ AnyLayer = Annotated[
 class NetworkSection(Section):
     """The model: layers from the input upwards, and the loss on top of the last one."""
 
-    loss: Literal["softmax", "logistic", "squared"] = "softmax"
-    """``softmax``: cross-entropy over classes; ``logistic``: one-vs-all; ``squared``: half the squared distance."""
+    loss: Literal["softmax", "logistic", "squared", "reconstruction"] = "softmax"
+    """``softmax``: cross-entropy over classes; ``logistic``: one-vs-all; ``squared``: half the squared distance;
+    ``reconstruction``: no targets, but what layers say of themselves: their `reconstruction` and `penalty`."""
     layers: tuple[AnyLayer, ...]
     """The layers, each a ``[[network.layers]]`` table."""
 
@@ -182,7 +189,17 @@ class NetworkSection(Section):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"two layers are called {twice[0]!r}: give one of them another name")
+        own = [name for name, layer in zip(names, self.layers, strict=True) if getattr(layer, "reconstruction", 0) > 0]
+        own += [name for name, layer in zip(names, self.layers, strict=True) if getattr(layer, "penalty", 0) > 0]
+        if (self.loss == "reconstruction") != bool(own):
+            raise ValueError(
+                f"layer {own[0]!r} has an objective of its own, which needs loss = 'reconstruction', not {self.loss!r}"
+                if own
+                else "loss = 'reconstruction' needs a layer with reconstruction > 0, e.g. one of type 'local'"
+            )
         last = self.layers[-1]
+        if self.loss == "reconstruction":
+            return self
         if not isinstance(last, Dense):
             raise ValueError(
                 f"the last layer must be of type 'dense', for its units are the outputs, not {last.type!r}"

@@ -7,7 +7,7 @@ import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from mpi4py import MPI
@@ -187,13 +187,16 @@ class _Session:
         with together(self._comm, "opening the data", seconds=_LOADING_SECONDS):
             if self._worker_number is not None:
                 memory = run.data.memory_mib
-                source = self._stack.enter_context(Source.open(run.data.train, memory))
+                targets: Literal["required", "optional"]
+                targets = "optional" if run.network.loss == "reconstruction" else "required"
+                source = self._stack.enter_context(Source.open(run.data.train, memory, targets))
                 self._train_source = source
                 if run.data.test is not None:
-                    self._test_source = self._stack.enter_context(Source.open(run.data.test, memory))
+                    self._test_source = self._stack.enter_context(Source.open(run.data.test, memory, targets))
                     self._test_source.expect_like(source)
                 source.load()
-                source.expect(run.network.outputs, run.network.loss)
+                if targets == "required":
+                    source.expect(run.network.outputs, run.network.loss)
                 if self._worker_number == 0:
                     source.validate(full=True)
                     if self._test_source is not None:
@@ -460,7 +463,8 @@ def _use_kernels(network: Network, applied_rule: Rule, facts: _Facts, samples: i
         layer.forward(output, tensors, inputs, outputs, context)
         layer.backward(output, tensors, inputs, outputs, outputs.copy(), gradients, np.empty_like(inputs), context)
     values = np.zeros((network.outputs, 1), DTYPE)
-    network.loss.apply(values, np.zeros(1, np.int32) if facts.classes else np.zeros_like(values))
+    if network.loss is not None:
+        network.loss.apply(values, np.zeros(1, np.int32) if facts.classes else np.zeros_like(values))
     few = np.zeros(1, DTYPE)
     applied_rule.apply(few, few.copy(), applied_rule.init(few))
     updates.sgd(few, few.copy(), 0.1)

@@ -171,3 +171,27 @@ def test_random_networks_on_random_placements(comm, dtype, seed) -> None:
 def test_dense_layers_split_by_inputs(comm, splits) -> None:
     network = dense_network("softmax", np.float64, 20, 7, 10)
     check(comm, network, Placement(by_units(network, comm.size).boxes, splits), samples=4)
+
+
+def autoencoder(dtype: type, *, tied: bool = False) -> Network:
+    """Two stages of the nine-layer network of Le et al. 2012, small; the first on inputs that nobody owns."""
+    kind = config.Convolution if tied else config.Local
+    layers = (
+        kind(maps=4, field=4, reconstruction=1.0),
+        config.Pooling(kind="l2", size=3, penalty=0.1),
+        config.Normalisation(window=3),
+        kind(maps=3, field=2, stride=2, reconstruction=0.5, activation="tanh"),
+        config.Pooling(kind="l2", size=2, penalty=0.2),
+    )
+    return Network(config.NetworkSection(loss="reconstruction", layers=layers), (2, 11, 12), seed=3, dtype=dtype)
+
+
+@pytest.mark.parallel([1, 2, 3, 4, 6], timeout=300)  # the first one compiles
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("tied", [False, True])
+def test_reconstruction_without_targets(comm, dtype, tied) -> None:
+    network = autoencoder(dtype, tied=tied)
+    check(comm, network, placement.automatic(network.layers, comm.size), samples=5, rate=1e-4)
+    rng = np.random.default_rng(comm.size)
+    boxes = tuple(random_cover(rng, layer.output_shape, comm.size) for layer in network.layers)
+    check(comm, network, Placement(boxes, ("outputs",) * len(boxes)), samples=3, steps=3, rate=1e-4)

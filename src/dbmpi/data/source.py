@@ -130,7 +130,8 @@ class Source:
         UserError
             If the file cannot be read any more, or a label is not one of the classes.
         """
-        return Batch(self.inputs(indices), self.targets(indices))
+        targets = self.targets(indices) if self.has_targets else np.zeros(len(indices), np.int32)
+        return Batch(self.inputs(indices), targets)
 
     def inputs(self, indices: np.ndarray) -> np.ndarray:
         """Return the inputs at `indices` as float32 ``(*features, samples)``, C-contiguous."""

@@ -4,14 +4,49 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Self
+from typing import ClassVar, Protocol, Self
 
 import numpy as np
 
 from dbmpi import config
 from dbmpi.errors import UserError
 from dbmpi.network.initial import fill_uniform, weight_deviation
+from dbmpi.network.layer import Arrays, Context
+from dbmpi.paramserver.layout import Tensor
 from dbmpi.partition.boxes import Box
+
+
+class Kernels(Protocol):
+    """What the modules :mod:`dbmpi.kernels.local` and :mod:`dbmpi.kernels.convolution` offer alike."""
+
+    def forward(
+        self,
+        weights: np.ndarray,
+        bias: np.ndarray,
+        inputs: np.ndarray,
+        outputs: np.ndarray,
+        stride: int,
+        activation: str,
+    ) -> None:
+        """Write the outputs."""
+        ...
+
+    def input_gradient(self, weights: np.ndarray, gradient: np.ndarray, result: np.ndarray, stride: int) -> None:
+        """Write the gradient for the inputs."""
+        ...
+
+    def parameter_gradient(
+        self,
+        inputs: np.ndarray,
+        outputs: np.ndarray,
+        gradient: np.ndarray,
+        weight_gradient: np.ndarray,
+        bias_gradient: np.ndarray,
+        stride: int,
+        activation: str,
+    ) -> None:
+        """Write the gradients for weights and bias."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -27,6 +62,8 @@ class FieldLayer:
         If the inputs have no rows and columns, or the field is larger than they are.
     """
 
+    _kernels: ClassVar[Kernels]
+
     name: str
     input_shape: tuple[int, ...]
     maps: int
@@ -34,6 +71,8 @@ class FieldLayer:
     stride: int = 1
     activation: str = "linear"
     initial_scale: float = 1.0
+    reconstruction: float = 0.0
+    """Weight of the squared error of the inputs' estimate; if not 0, there is a ``decoder`` like the weights."""
 
     def __post_init__(self) -> None:
         if len(self.input_shape) != 3:
@@ -47,17 +86,38 @@ class FieldLayer:
                 f"{self.input_shape} (channels, height, width): make the field smaller, or the strides below it"
             )
 
+    @property
+    def _shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of the weights and of the bias."""
+        raise NotImplementedError
+
     @classmethod
     def described(cls, section: config.Local | config.Convolution, name: str, input_shape: tuple[int, ...]) -> Self:
         """Make the layer that a configuration describes."""
         field = section.field if isinstance(section.field, tuple) else (section.field, section.field)
-        return cls(name, input_shape, section.maps, field, section.stride, section.activation, section.initial_scale)
+        return cls(
+            name,
+            input_shape,
+            section.maps,
+            field,
+            section.stride,
+            section.activation,
+            section.initial_scale,
+            section.reconstruction,
+        )
 
     @cached_property
     def output_shape(self) -> tuple[int, ...]:
         """Shape of the outputs of one sample."""
         space = zip(self.input_shape[1:], self.field, strict=True)
         return (self.maps, *((length - window) // self.stride + 1 for length, window in space))
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """The parameters: short name in `Arrays` -> tensor of the layout."""
+        weights, bias = self._shapes
+        shapes = {"weights": weights, "bias": bias} | ({"decoder": weights} if self.reconstruction > 0 else {})
+        return {short: Tensor(f"{self.name}/{short}", shape) for short, shape in shapes.items()}
 
     @property
     def inputs(self) -> int:
@@ -92,3 +152,55 @@ class FieldLayer:
         else:
             deviation = self.initial_scale * weight_deviation(self.inputs, self.activation)
             fill_uniform(out, seed, number, start, deviation)
+
+    def forward(
+        self, output: Box, parameters: Arrays, inputs: np.ndarray, outputs: np.ndarray, context: Context
+    ) -> None:
+        """Compute the outputs in a box (see the contract of a layer)."""
+        if not output.empty:
+            weights, bias = parameters["weights"], parameters["bias"]
+            self._kernels.forward(weights, bias, inputs, outputs, self.stride, self.activation)
+
+    def backward(
+        self,
+        output: Box,
+        parameters: Arrays,
+        inputs: np.ndarray,
+        outputs: np.ndarray,
+        gradient: np.ndarray,
+        parameter_gradient: Arrays,
+        input_gradient: np.ndarray | None,
+        context: Context,
+    ) -> None:
+        """Compute the gradients of a box (see the contract of a layer)."""
+        if output.empty:
+            return
+        weights, bias = parameter_gradient["weights"], parameter_gradient["bias"]
+        self._kernels.parameter_gradient(inputs, outputs, gradient, weights, bias, self.stride, self.activation)
+        if input_gradient is not None:
+            self._kernels.input_gradient(parameters["weights"], gradient, input_gradient, self.stride)
+
+    def reconstruct(self, output: Box, parameters: Arrays, outputs: np.ndarray, estimate: np.ndarray) -> None:
+        """Estimate the inputs: every output times its filter of the decoder, added up where fields overlap."""
+        self._kernels.input_gradient(parameters["decoder"], outputs, estimate, self.stride)
+
+    def reconstruct_backward(
+        self,
+        output: Box,
+        parameters: Arrays,
+        outputs: np.ndarray,
+        estimate_gradient: np.ndarray,
+        parameter_gradient: Arrays,
+        gradient: np.ndarray,
+    ) -> None:
+        """Compute the gradients of an estimate (see the contract of a reconstructing layer)."""
+        decoder, of_decoder = parameters["decoder"], parameter_gradient["decoder"]
+        nothing = np.zeros_like(parameters["bias"])
+        from_estimate = np.empty_like(gradient)
+        self._kernels.forward(decoder, nothing, estimate_gradient, from_estimate, self.stride, "linear")
+        gradient += from_estimate
+        # For the decoder, outputs and the estimate's gradient have each other's part: a linear filter from one to the
+        # other.  (The kernel changes its gradient for other activations only.)
+        self._kernels.parameter_gradient(
+            estimate_gradient, outputs, outputs, of_decoder, nothing, self.stride, "linear"
+        )

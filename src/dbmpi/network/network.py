@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -64,13 +65,14 @@ class Network:
         self.input_shape = tuple(input_shape)
         self.seed = seed
         self.dtype = np.dtype(dtype)
-        self.loss = Loss(section.loss, targets)
+        self.loss = None if section.loss == "reconstruction" else Loss(section.loss, targets)
+        """On top of the last layer; None where the layers have objectives of their own."""
         layers: list[Layer] = []
         shape = _with_maps(section, self.input_shape)
         for name, described in zip(section.layer_names, section.layers, strict=True):
             layers.append(_layer(described, name, shape))
             shape = layers[-1].output_shape
-        if len(shape) != 1:
+        if len(shape) != 1 and self.loss is not None:
             raise UserError(
                 f"network: the last layer, {layers[-1].name!r}, has outputs of shape {shape}, but a loss needs one "
                 "axis; end with a dense layer"
@@ -90,7 +92,7 @@ class Network:
     @property
     def outputs(self) -> int:
         """Number of outputs of the last layer."""
-        return int(self.layers[-1].output_shape[0])
+        return math.prod(self.layers[-1].output_shape)
 
     def flops(self, samples: int) -> int:
         """Return the floating-point operations of the matrix products of one gradient; all else is left out."""
@@ -161,10 +163,11 @@ class Network:
     def predict(self, parameters: np.ndarray, inputs: np.ndarray) -> np.ndarray:
         """Return the predictions (outputs, samples) for inputs ``(*input_shape, samples)``.
 
-        They are probabilities for the losses ``softmax`` and ``logistic``; for ``squared``, the last layer's outputs.
+        They are probabilities for the losses ``softmax`` and ``logistic``; otherwise, the last layer's outputs.
         """
         predictions = self._whole.outputs(parameters, inputs)
-        self.loss.predict(predictions)
+        if self.loss is not None:
+            self.loss.predict(predictions)
         return predictions
 
     @cached_property

@@ -40,6 +40,8 @@ class Pooling:
     kind: str
     size: tuple[int, int]
     stride: int = 1
+    penalty: float = 0.0
+    """Weight of the sum of the outputs in the loss."""
 
     def __post_init__(self) -> None:
         if len(self.input_shape) != 3:
@@ -57,7 +59,7 @@ class Pooling:
     def described(cls, section: config.Pooling, name: str, input_shape: tuple[int, ...]) -> Pooling:
         """Make the layer that a configuration describes."""
         size = section.size if isinstance(section.size, tuple) else (section.size, section.size)
-        return cls(name, input_shape, section.kind, size, section.stride)
+        return cls(name, input_shape, section.kind, size, section.stride, section.penalty)
 
     @cached_property
     def output_shape(self) -> tuple[int, ...]:

@@ -1,0 +1,110 @@
+"""The objective without targets: its value by the formula, its gradient by finite differences, and its fall."""
+
+import h5py
+import numpy as np
+import pytest
+
+from dbmpi import config
+from dbmpi.network.network import Network
+from dbmpi.objective import Batch
+from dbmpi.train import train
+
+
+def section(*, activation="linear", kind=config.Local, stride=1):
+    layers = (
+        kind(maps=3, field=(3, 2), stride=stride, reconstruction=0.7, activation=activation),
+        config.Pooling(kind="l2", size=2, penalty=0.1),
+        config.Normalisation(window=3),
+        config.Local(maps=2, field=2, reconstruction=1.3),
+    )
+    return config.NetworkSection(loss="reconstruction", layers=layers)
+
+
+def prepared(section, dtype=np.float64, samples=4):
+    network = Network(section, (2, 8, 7), seed=3, dtype=dtype)
+    parameters = np.empty(network.layout.size, dtype)
+    network.initial(0, parameters)
+    inputs = np.random.default_rng(1).standard_normal((2, 8, 7, samples)).astype(dtype)
+    return network, parameters, Batch(inputs, np.zeros(samples, np.int32))
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_the_loss_is_what_the_formula_says(stride):
+    described = section(stride=stride)
+    described = described.model_copy(update={"layers": described.layers[:2]})
+    network, parameters, batch = prepared(described)
+    x, tensors = batch.inputs, network.layout.views(parameters)
+    weights, bias, decoder = (tensors[f"local1/{name}"] for name in ("weights", "bias", "decoder"))
+    maps, rows, columns = network.layers[0].output_shape
+    hidden, estimate = np.empty((maps, rows, columns, batch.samples)), np.zeros_like(x)
+    for i in range(rows):
+        for j in range(columns):
+            field = np.s_[:, i * stride : i * stride + 3, j * stride : j * stride + 2]
+            hidden[:, i, j] = np.einsum("mvcu,cuvb->mb", weights[i, j], x[field]) + bias[i, j][:, None]
+            estimate[field] += np.einsum("mvcu,mb->cuvb", decoder[i, j], hidden[:, i, j])
+    pooled = sum(
+        np.sqrt(1e-8 + (hidden[:, i : i + 2, j : j + 2] ** 2).sum(axis=(1, 2))).sum()
+        for i in range(rows - 1)
+        for j in range(columns - 1)
+    )
+    expected = 0.7 * ((estimate - x) ** 2).sum() + 0.1 * pooled
+    assert network.evaluate(parameters, batch).loss == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("activation", ["linear", "sigmoid"])
+@pytest.mark.parametrize("kind", [config.Local, config.Convolution])
+def test_the_gradient_is_that_of_finite_differences(activation, kind):
+    network, parameters, batch = prepared(section(activation=activation, kind=kind))
+    gradient = np.empty_like(parameters)
+    outcome = network.loss_and_gradient(parameters, batch, gradient)
+    assert outcome == network.evaluate(parameters, batch)
+    assert outcome.accuracy is None
+    rng = np.random.default_rng(2)
+    for _ in range(6):
+        direction = rng.standard_normal(parameters.size)
+        there, here = (network.evaluate(parameters + step * direction, batch).mean_loss for step in (1e-5, -1e-5))
+        assert (there - here) / 2e-5 == pytest.approx(gradient @ direction, rel=1e-6)
+
+
+def test_a_run_learns_from_a_file_without_targets(tmp_path):
+    """Faces of one shape under changing light: there is a structure to be found."""
+    rng = np.random.default_rng(1)
+    light, shapes = rng.standard_normal((96, 3)), rng.standard_normal((3, 8, 8))
+    with h5py.File(tmp_path / "train.h5", "w") as file:
+        file["inputs"] = np.tensordot(light, shapes, 1).astype(np.float32)
+    layers = [
+        {"type": "local", "maps": 3, "field": 4, "reconstruction": 1.0},
+        {"type": "pooling", "size": 2, "penalty": 0.01},
+    ]
+    described = {
+        "run": {"directory": tmp_path / "run"},
+        "data": {"train": tmp_path / "train.h5", "test": tmp_path / "train.h5"},
+        "network": {"loss": "reconstruction", "layers": layers},
+        "optimizer": {"learning_rate": 0.02, "batch_size": 16, "epochs": 0.17},
+        "monitor": {"progress": "none"},
+    }
+    before = train(config.Run.model_validate(described)).test
+    described["run"] = {"directory": tmp_path / "longer"}
+    described["optimizer"] = described["optimizer"] | {"epochs": 30}
+    after = train(config.Run.model_validate(described)).test
+    assert after.mean_loss < 0.3 * before.mean_loss
+
+
+@pytest.mark.parametrize(
+    ("loss", "layer", "message"),
+    [
+        ("reconstruction", config.Dense(units=3), "needs a layer with reconstruction > 0"),
+        ("softmax", config.Local(maps=1, field=2, reconstruction=1.0), "needs loss = 'reconstruction'"),
+        ("squared", config.Pooling(size=2, penalty=1.0), "needs loss = 'reconstruction'"),
+    ],
+)
+def test_objectives_of_layers_and_the_loss_belong_together(loss, layer, message):
+    with pytest.raises(ValueError, match=message):
+        config.NetworkSection(loss=loss, layers=(layer, config.Dense(units=2)))
+
+
+def test_predictions_are_the_last_features():
+    network, parameters, batch = prepared(section())
+    outputs = network.predict(parameters, batch.inputs)
+    assert outputs.shape == (network.outputs, batch.samples)
+    assert network.outputs == np.prod(network.layers[-1].output_shape)
