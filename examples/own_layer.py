@@ -117,11 +117,12 @@ def _rows(activations: np.ndarray) -> np.ndarray:
     return activations.reshape(-1, activations.shape[-1])
 
 
-# Kernels release the GIL (nogil), as a run may move parameters in a thread while they compute.  Loops over prange are
-# shared by the threads of the process; those over samples, which lie side by side, become vector instructions.
+# Kernels are compiled once and kept (cache), and release the GIL (nogil), as a run may move parameters in a thread
+# while they compute.  Loops over prange are shared by the threads of the process; those over samples, which lie side
+# by side, become vector instructions.
 
 
-@njit(nogil=True, parallel=True, fastmath={"contract"})
+@njit(cache=True, nogil=True, parallel=True, fastmath={"contract"})
 def largest_piece(weights: np.ndarray, bias: np.ndarray, inputs: np.ndarray, outputs: np.ndarray) -> None:
     """Set outputs (units, samples) to the largest piece of each unit."""
     for unit in prange(outputs.shape[0]):
@@ -133,7 +134,7 @@ def largest_piece(weights: np.ndarray, bias: np.ndarray, inputs: np.ndarray, out
                     largest[sample] = values[sample]
 
 
-@njit(nogil=True, parallel=True, fastmath={"contract"})
+@njit(cache=True, nogil=True, parallel=True, fastmath={"contract"})
 def gradient_of_pieces(
     weights: np.ndarray, bias: np.ndarray, inputs: np.ndarray, gradient: np.ndarray, share: np.ndarray
 ) -> None:
@@ -150,7 +151,7 @@ def gradient_of_pieces(
             share[unit, winner[sample], sample] = gradient[unit, sample]
 
 
-@njit(nogil=True, fastmath={"contract"})
+@njit(cache=True, nogil=True, fastmath={"contract"})
 def compute_piece(weights: np.ndarray, bias: float, inputs: np.ndarray, values: np.ndarray) -> None:
     """Set values (samples,) to ``weights inputs + bias``; one weight multiplies all samples."""
     values[:] = bias

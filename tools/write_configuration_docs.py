@@ -5,6 +5,7 @@ Run it after a change of config.py; a test compares the file with what this prog
 
 from __future__ import annotations
 
+import inspect
 import types
 from pathlib import Path
 from typing import Annotated, Literal, Union, get_args, get_origin
@@ -22,7 +23,7 @@ that names the nearest known one. `--set section.key=value` overrides a setting 
 0: `--set network.layers.0.units=100`. The effective description, defaults included, is stored in every checkpoint;
 `dbmpi inspect` shows it.
 
-Paths in `[data]` are relative to the file, the run directory is relative to the current directory.
+Paths in `[data]` and `network.code` are relative to the file, the run directory is relative to the current directory.
 
 *This page is written by `tools/write_configuration_docs.py` from `dbmpi.config`.*
 """
@@ -37,7 +38,11 @@ def text() -> str:
         assert issubclass(model, BaseModel)
         parts.append(_section(f"[{name}]", model))
         if name == "network":
-            parts.append(_section('[[network.layers]] with type = "dense"', config.Dense))
+            for layer in config.LAYERS:
+                parts.append(_section(f'[[network.layers]] with type = "{layer.model_fields["type"].default}"', layer))
+            parts.append(_section('[[network.layers]] with type = "module:Class"', config.OwnLayer))
+        if name == "placement":
+            parts.append(_section("[placement.layers.NAME]", config.PlacedLayer))
     return "\n".join(parts)
 
 
@@ -45,7 +50,7 @@ def _section(title: str, model: type[BaseModel]) -> str:
     lines = [
         f"## `{title}`",
         "",
-        (model.__doc__ or "").strip(),
+        inspect.cleandoc(model.__doc__ or "").replace("``", "`"),
         "",
         "| key | values | default | meaning |",
         "|---|---|---|---|",
@@ -60,7 +65,7 @@ def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "*required*"
     value = field.default
-    if value is None:
+    if value is None or value == {}:
         return ""
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
@@ -84,9 +89,17 @@ def _type(annotation: object) -> str:
     if origin in (Union, types.UnionType):
         return " or ".join(_type(part) for part in get_args(annotation) if part is not type(None))
     if origin is tuple:
-        return "tables"
-    names = {int: "integer", float: "number", str: "text", bool: "`true`, `false`", Path: "path"}
-    return names.get(annotation, "value")  # type: ignore[call-overload, no-any-return]
+        return _sequence(get_args(annotation))
+    names = {int: "integer", float: "number", str: "text", bool: "`true`, `false`", Path: "path", dict: "tables"}
+    return names.get(origin or annotation, "value")  # type: ignore[arg-type]
+
+
+def _sequence(parts: tuple[object, ...]) -> str:
+    """Describe a tuple: a few values, a list of values, or tables."""
+    if Ellipsis not in parts:
+        return f"[{', '.join(map(_type, parts))}]"
+    one = _type(parts[0])
+    return f"list of {one}s" if one in ("integer", "number", "text") else "tables"
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import os
 import tomllib
 from pathlib import Path
@@ -153,21 +154,66 @@ class Dropout(Section):
     """Probability that a value is dropped."""
 
 
-def _type_of(layer: Any) -> str | None:
+class OwnLayer(Section):
+    """A layer of your own: a class that fulfils the contract of a layer (see own-layers.md), with settings of its own.
+
+    All keys but those below go to the class, which is called with the layer's name, the shape of its inputs, and them.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    type: Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$", max_length=200)]
+    """``module:Class``; the module is looked for in `network.code` first, then where Python finds modules."""
+    name: Name | None = None
+    """Name in checkpoints; by default the class and the place, e.g. ``maxout2``."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The keys that go to the class."""
+        return dict(self.model_extra or {})
+
+    @model_validator(mode="after")
+    def _settings_can_be_stored(self) -> OwnLayer:
+        for key, value in self.settings.items():
+            if not key.isidentifier() or key == "input_shape":
+                raise ValueError(f"{key!r} cannot be the name of a setting; expected a word like 'units'")
+            if not _is_plain(value):
+                raise ValueError(
+                    f"{key} = {_shown(value)}: expected numbers, texts, true, false, lists or tables of them"
+                )
+        return self
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value can be stored as JSON and read back as what it was."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(below) for key, below in value.items())
+    if isinstance(value, list):
+        return all(map(_is_plain, value))
+    return isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
+
+
+_OWN = "own layer"
+
+
+def _type_of(layer: Any) -> Any:
     """Return which kind of layer a table describes; a dense one where it does not say."""
-    return layer.get("type", "dense") if isinstance(layer, dict) else getattr(layer, "type", None)
+    kind = layer.get("type", "dense") if isinstance(layer, dict) else getattr(layer, "type", None)
+    return _OWN if isinstance(kind, str) and ":" in kind else kind
 
 
 LAYERS: tuple[type[Section], ...] = (Dense, Local, Convolution, Pooling, Normalisation, Dropout)
-"""The kinds of layers."""
+"""The kinds of layers that dbmpi brings along."""
 
+BuiltInLayer = Dense | Local | Convolution | Pooling | Normalisation | Dropout
 AnyLayer = Annotated[
     Annotated[Dense, Tag("dense")]
     | Annotated[Local, Tag("local")]
     | Annotated[Convolution, Tag("convolution")]
     | Annotated[Pooling, Tag("pooling")]
     | Annotated[Normalisation, Tag("normalisation")]
-    | Annotated[Dropout, Tag("dropout")],
+    | Annotated[Dropout, Tag("dropout")]
+    | Annotated[OwnLayer, Tag(_OWN)],
     Discriminator(_type_of),
 ]
 
@@ -180,6 +226,8 @@ class NetworkSection(Section):
     ``reconstruction``: no targets, but what layers say of themselves: their `reconstruction` and `penalty`."""
     layers: tuple[AnyLayer, ...]
     """The layers, each a ``[[network.layers]]`` table."""
+    code: Path | None = None
+    """Directory in which modules of your own layers are looked for first; by default that of the configuration."""
 
     @model_validator(mode="after")
     def _layers_fit(self) -> NetworkSection:
@@ -221,7 +269,10 @@ class NetworkSection(Section):
     @property
     def layer_names(self) -> tuple[str, ...]:
         """The layers' names, given or by default."""
-        return tuple(layer.name or f"{layer.type}{place}" for place, layer in enumerate(self.layers, 1))
+        return tuple(
+            layer.name or f"{layer.type.rpartition(':')[2].lower()}{place}"
+            for place, layer in enumerate(self.layers, 1)
+        )
 
 
 class TopologySection(Section):
@@ -235,6 +286,24 @@ class TopologySection(Section):
     """Ranks that compute one replica together; by default 1."""
     colocate: bool = False
     """Put the shards on ranks that also work, instead of on ranks of their own."""
+
+
+class PlacedLayer(Section):
+    """How one layer is cut."""
+
+    boxes: tuple[str, ...] | None = None
+    """For each partition the outputs that it computes, a range for each axis: ``"0:8, :, 46:91"``; ``""`` for none."""
+    split: Literal["outputs", "inputs"] | None = None
+    """Whether the workers share its outputs, or its inputs and add up; by default what moves the fewest bytes."""
+
+
+class PlacementSection(Section):
+    """How a replica is cut over its partitions; without this section, so that little has to be exchanged."""
+
+    weights: tuple[Positive, ...] | None = None
+    """For each partition how fast its machine is; boxes are in proportion.  By default all are alike."""
+    layers: dict[Name, PlacedLayer] = {}
+    """A ``[placement.layers.NAME]`` table for each layer that is not to be cut automatically."""
 
 
 class OptimizerSection(Section):
@@ -302,6 +371,7 @@ class Run(Section):
     data: DataSection
     network: NetworkSection
     topology: TopologySection = TopologySection()
+    placement: PlacementSection = PlacementSection()
     optimizer: OptimizerSection = OptimizerSection()
     server: ServerSection = ServerSection()
     checkpoint: CheckpointSection = CheckpointSection()
@@ -323,8 +393,9 @@ class Run(Section):
 def load(path: Path, overrides: tuple[str, ...] = ()) -> Run:
     """Read a run from a TOML file and apply ``section.key=value`` overrides.
 
-    Relative paths of the ``[data]`` section are taken from the directory of the file, so that a configuration and
-    its data can be moved together; the run directory is relative to the current directory.
+    Relative paths of the ``[data]`` section, and that of `network.code`, are taken from the directory of the file, so
+    that a configuration, its data and its layers can be moved together; the run directory is relative to the current
+    directory.
 
     Raises
     ------
@@ -347,12 +418,19 @@ def load(path: Path, overrides: tuple[str, ...] = ()) -> Run:
         for key in ("train", "test"):
             if isinstance(data.get(key), str):
                 data[key] = os.path.normpath(path.parent / data[key])
+    network = table.get("network")
+    if isinstance(network, dict) and isinstance(network.get("code"), str):
+        network["code"] = os.path.normpath(path.parent / network["code"])
     for override in overrides:
         _apply(table, override)
     try:
-        return Run.model_validate(table)
+        run = Run.model_validate(table)
     except ValidationError as error:
         raise UserError(explain(error, Run, str(path))) from None
+    if run.network.code is None and any(isinstance(layer, OwnLayer) for layer in run.network.layers):
+        here = run.network.model_copy(update={"code": path.parent})
+        return run.model_copy(update={"network": here})
+    return run
 
 
 def _apply(table: dict[str, Any], override: str) -> None:
@@ -401,7 +479,8 @@ def explain(error: ValidationError, model: type[BaseModel], source: str) -> str:
             known = [str(kind.model_fields["type"].default) for kind in LAYERS]
             given = str(problem.get("ctx", {}).get("tag"))
             near = difflib.get_close_matches(given, known, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+            others = f"known are {', '.join(known)}, and module:Class for a layer of your own"
+            hint = f"did you mean {near[0]!r}?" if near else others
             lines.append(f"{source}: {where}.type: {given[:40]!r} is no type of layer; {hint}")
         elif problem["type"] == "missing":
             lines.append(f"{source}: {where!r} is missing: {_meaning(model, place)}")

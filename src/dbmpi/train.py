@@ -21,6 +21,7 @@ from dbmpi.data.stream import Order, Stream
 from dbmpi.errors import UserError
 from dbmpi.monitor.progress import Progress
 from dbmpi.monitor.records import Recorder, next_session
+from dbmpi.network import own
 from dbmpi.network.network import Network
 from dbmpi.objective import Outcome
 from dbmpi.optim.downpour import downpour
@@ -35,7 +36,10 @@ from dbmpi.paramserver.server import Server
 from dbmpi.paramserver.window import Window
 from dbmpi.partition import placement
 from dbmpi.partition.boxes import Box
+from dbmpi.partition.describe import summarise
+from dbmpi.partition.placement import Placement
 from dbmpi.partition.replica import Replica
+from dbmpi.partition.trial import try_layer
 from dbmpi.runtime import waiting
 from dbmpi.runtime.orders import Mailbox, Role
 from dbmpi.runtime.signals import StopSignal
@@ -138,7 +142,11 @@ class _Session:
         facts = self._open_data()
         with together(self._comm, "planning the network"):
             network = Network(
-                run.network, facts.input_shape, run.run.seed, targets="classes" if facts.classes else "values"
+                run.network,
+                facts.input_shape,
+                run.run.seed,
+                targets="classes" if facts.classes else "values",
+                load=own.from_directory(run.network.code),
             )
             order = Order(facts.samples, run.optimizer.batch_size, run.optimizer.epochs, run.run.seed)
             if order.batches > _MOST_BATCHES:
@@ -146,7 +154,13 @@ class _Session:
                     f"optimizer.epochs = {run.optimizer.epochs:g}: that is {order.batches:.3g} batches of "
                     f"{run.optimizer.batch_size}, more than can be counted; lower optimizer.epochs"
                 )
-            placed = placement.automatic(network.layers, plan.partitions)
+        if network.own_layers:
+            # The first rank alone: one compilation is enough, and one report.
+            with together(self._comm, "trying your own layers", seconds=_COMPILING_SECONDS):
+                for layer in network.own_layers if self._comm.rank == 0 else ():
+                    try_layer(layer, DTYPE)
+        with together(self._comm, "placing the layers"):
+            placed = placement.described(run.placement, network.layers, plan.partitions)
         memories, ranges = self._memories(network.layout)
         applied_rule = rule(run.optimizer)
         begin, checkpoint, session = self._prepare_directory(network.layout, order)
@@ -166,7 +180,7 @@ class _Session:
                 _fill(server, held, network, checkpoint, applied_rule)
                 mailbox = Mailbox(self._comm, Role.SHARD)
                 if self._is_lead:
-                    lead = self._lead(network.layout, ranges, begin, mailbox, recorder, facts, order)
+                    lead = self._lead(network, placed, ranges, begin, mailbox, recorder, facts, order)
                 shard = Shard(self._comm, server, held, mailbox, recorder, stop, run.monitor.report_seconds, lead)
 
         began = time.monotonic()
@@ -271,7 +285,8 @@ class _Session:
 
     def _lead(
         self,
-        layout: Layout,
+        network: Network,
+        placed: Placement,
         ranges: tuple[range, ...],
         begin: Begin,
         mailbox: Mailbox,
@@ -279,11 +294,13 @@ class _Session:
         facts: _Facts,
         order: Order,
     ) -> Lead:
-        run = self._run
+        run, layout = self._run, network.layout
         total = round(facts.samples * run.optimizer.epochs)
         progress = Progress(total, run.monitor.progress, epochs=run.optimizer.epochs)
         self._stack.enter_context(progress)
         progress.message(f"{self._plan}; {layout.size:,} parameters; {facts.samples:,} samples of {facts.input_shape}")
+        if placed.partitions > 1:
+            progress.message(summarise(network.layers, placed, run.optimizer.batch_size))
         if begin.step:
             progress.message(f"going on after {begin.step:,} steps, {len(begin.stream):,} batches are left")
         for name in begin.fresh:

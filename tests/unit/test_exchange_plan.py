@@ -333,4 +333,4 @@ def test_the_table_says_what_was_chosen_and_why():
     assert columns[2][5:9] == ["inputs", "reduction", "9.0", "30.0"]
     assert columns[2][9] == "30 values a sample move; split by outputs, 900 would"
     idle = describe(layers, explicit(layers, {"narrow": [":", "", "", ""]}))
-    assert "3 workers idle" in idle
+    assert "(3 idle)" in idle

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from unit.partition_cases import networks, random_placements, shares
 from unit.partition_layers import NETWORKS, Dense, Elementwise, Filter, Normalisation, Pooling, SplitDense
 
+from dbmpi.config import PlacementSection
 from dbmpi.errors import UserError
 from dbmpi.partition.boxes import Box
-from dbmpi.partition.placement import Placement, automatic, check, explicit, needed_inputs, values_moved
+from dbmpi.partition.placement import Placement, automatic, check, described, explicit, needed_inputs, values_moved
 from dbmpi.partition.reach import Reach
 
 
@@ -309,3 +310,36 @@ def test_the_stand_ins_ask_for_what_real_layers_ask_for(data):
         assert real.input_box(box) == stand_in.input_box(box)
         for tensor in real.tensors:
             assert real.tensor_box(tensor, box) == stand_in.tensor_box(tensor, box)
+
+
+def chain():
+    return [SplitDense("lower", (6,), 7), SplitDense("upper", (7,), 3)]
+
+
+def test_a_placement_by_the_configuration():
+    layers = chain()
+    assert described(PlacementSection(), layers, 3) == automatic(layers, 3)
+    assert described(PlacementSection(weights=(1, 2, 4)), layers, 3) == automatic(layers, 3, (1, 2, 4))
+    section = {"weights": [1, 3], "layers": {"lower": {"boxes": ["0:1", ":7"], "split": "outputs"}}}
+    section["layers"]["lower"]["boxes"][1] = "1:"
+    section["layers"]["upper"] = {"split": "inputs"}
+    placement = described(PlacementSection.model_validate(section), layers, 2)
+    assert placement.boxes[0] == (Box((0,), (1,)), Box((1,), (7,)))
+    assert placement.boxes[1] == automatic(layers, 2, (1, 3)).boxes[1]
+    assert placement.splits == ("outputs", "inputs")
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ({"layers": {"lower": {"boxes": ["0:7"]}}}, "'lower' has 1 boxes for 2 partitions"),
+        ({"layers": {"lower": {"boxes": ["0:3", "3:8"]}}}, r"'lower' has outputs of shape \(7,\), .* box \[3:8\]"),
+        ({"layers": {"lower": {"boxes": ["0:3", "rest"]}}}, "'lower', partition 1: 'rest' is not a box"),
+        ({"layers": {"lower": {"split": "inputs"}}}, "'lower' cannot be split by inputs"),
+        ({"layers": {"other": {}}}, "no layer 'other'; the layers are lower, upper"),
+        ({"weights": [1, 2, 3]}, "3 weights are given for 2 partitions"),
+    ],
+)
+def test_a_configuration_that_cannot_be_is_refused(section, words):
+    with pytest.raises(UserError, match=words):
+        described(PlacementSection.model_validate(section), chain(), 2)

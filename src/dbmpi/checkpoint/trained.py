@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from dbmpi.config import NetworkSection, explain
 from dbmpi.data.source import Source
 from dbmpi.errors import UserError
 from dbmpi.network import Network
+from dbmpi.network.own import from_files
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,15 @@ class TrainedNetwork:
             )
 
 
-def load(path: Path) -> TrainedNetwork:
+def load(path: Path, code: Sequence[Path] = ()) -> TrainedNetwork:
     """Read the network of a checkpoint, or of the latest checkpoint of a run directory.
+
+    Parameters
+    ----------
+    path
+        The checkpoint, or the directory.
+    code
+        Files from which classes of a user's own layers may be loaded; a checkpoint that needs others is refused.
 
     Raises
     ------
@@ -74,7 +83,9 @@ def load(path: Path) -> TrainedNetwork:
         info = checkpoint.info
         section = _network_section(checkpoint.path, info.configuration)
         # The seed is only for initial weights.
-        network = Network(section, info.input_shape, 0, targets="classes" if info.classes else "values")
+        network = Network(
+            section, info.input_shape, 0, targets="classes" if info.classes else "values", load=from_files(code)
+        )
         checkpoint.expect(network.layout)
         return TrainedNetwork(
             checkpoint.path, checkpoint.notice, info, section, network, checkpoint.parameters(np.float32)

@@ -24,7 +24,7 @@ def run(arguments: argparse.Namespace) -> int:
     from dbmpi.data.source import Source
     from dbmpi.objective import Outcome
 
-    trained = inference.load(arguments.checkpoint)
+    trained = inference.load(arguments.checkpoint, arguments.allow_code)
     outcome = Outcome(0, 0.0, 0)
     with Source.open(arguments.data, inference.MEMORY_MIB) as source:
         trained.expect(source, targets=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +27,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch-size", type=_count, default=1024, metavar="N", help="samples computed together (default: %(default)s)"
     )
+    add_allow_code(parser)
+
+
+def add_allow_code(parser: argparse.ArgumentParser) -> None:
+    """Add the argument by which a user allows code that a file names to be run."""
+    parser.add_argument(
+        "--allow-code",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE.py",
+        help="file with layers of your own that the checkpoint needs; it is run (may be repeated)",
+    )
 
 
 def prepare() -> None:
@@ -36,11 +49,14 @@ def prepare() -> None:
     prepare_environment()
 
 
-def load(path: Path) -> TrainedNetwork:
-    """Read the network of a checkpoint and say on standard error which one, where that is not as asked."""
+def load(path: Path, code: Sequence[Path]) -> TrainedNetwork:
+    """Read the network of a checkpoint and say on standard error which one, where that is not as asked.
+
+    Layers of a user's own are loaded from the files `code` only.
+    """
     from dbmpi.checkpoint import trained
 
-    found = trained.load(path)
+    found = trained.load(path, code)
     if found.notice:
         sys.stderr.write(f"dbmpi: {found.notice}\n")
     return found

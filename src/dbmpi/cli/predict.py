@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
     from dbmpi.checkpoint.arrayfile import ArrayFile
     from dbmpi.data.source import Source
 
-    trained = inference.load(arguments.checkpoint)
+    trained = inference.load(arguments.checkpoint, arguments.allow_code)
     _check_out(arguments.out, trained.path, arguments.force)
     units, classifies = trained.units, trained.info.classes > 0
     with Source.open(arguments.data, inference.MEMORY_MIB, targets="optional") as source:

@@ -11,6 +11,7 @@ import numpy as np
 
 from dbmpi import config
 from dbmpi.errors import UserError
+from dbmpi.network import own
 from dbmpi.network.convolution import Convolution
 from dbmpi.network.dense import Dense
 from dbmpi.network.dropout import Dropout
@@ -47,6 +48,8 @@ class Network:
         float32, or float64 for tests.
     targets : "classes" or "values"
         What the loss is computed against.
+    load : own.Loader
+        Where classes of a user's own layers may come from; by default none is loaded.
 
     Raises
     ------
@@ -61,6 +64,7 @@ class Network:
         seed: int,
         dtype: Any = np.float32,
         targets: Targets = "classes",
+        load: own.Loader = own.refuse,
     ) -> None:
         self.input_shape = tuple(input_shape)
         self.seed = seed
@@ -70,7 +74,10 @@ class Network:
         layers: list[Layer] = []
         shape = _with_maps(section, self.input_shape)
         for name, described in zip(section.layer_names, section.layers, strict=True):
-            layers.append(_layer(described, name, shape))
+            if isinstance(described, config.OwnLayer):
+                layers.append(own.make(described, name, shape, load))
+            else:
+                layers.append(_layer(described, name, shape))
             shape = layers[-1].output_shape
         if len(shape) != 1 and self.loss is not None:
             raise UserError(
@@ -78,6 +85,11 @@ class Network:
                 "axis; end with a dense layer"
             )
         self.layers = tuple(layers)
+        self.own_layers = tuple(
+            layer
+            for layer, described in zip(layers, section.layers, strict=True)
+            if isinstance(described, config.OwnLayer)
+        )
 
     @cached_property
     def layout(self) -> Layout:
@@ -176,7 +188,7 @@ class Network:
         return self.replica(automatic(self.layers, 1))
 
 
-def _layer(described: config.AnyLayer, name: str, input_shape: tuple[int, ...]) -> Layer:
+def _layer(described: config.BuiltInLayer, name: str, input_shape: tuple[int, ...]) -> Layer:
     """Return the layer that a section describes."""
     match described:
         case config.Dense():

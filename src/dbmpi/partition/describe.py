@@ -64,6 +64,17 @@ def describe(layers: Sequence[Layer], placement: Placement, samples: int = 1, it
     return "\n".join(lines)
 
 
+def summarise(layers: Sequence[Layer], placement: Placement, samples: int, itemsize: int = 4) -> str:
+    """Return one line: into how many parts each layer is cut, and what moves in a step of so many samples."""
+    plans = plan_exchanges(layers, placement)
+    cuts = (
+        f"{layer.name} {_cut(owned)}{' by inputs' if split == 'inputs' else ''}"
+        for layer, owned, split in zip(layers, placement.boxes, placement.splits, strict=True)
+    )
+    moved = 2 * sum(plan.values for plan in plans) * samples * itemsize
+    return f"{placement.partitions} partitions: {', '.join(cuts)}; {moved / 1024:,.1f} KiB between them a step"
+
+
 def _reason(layers: Sequence[Layer], placement: Placement, place: int, plan: LayerPlan) -> str:
     """Say why a layer is exchanged for as it is."""
     layer, owned = layers[place], placement.boxes[place]
@@ -89,7 +100,7 @@ def _cut(owned: Sequence[Box]) -> str:
     boxes = [box for box in owned if not box.empty]
     parts = [len(set(axis)) for axis in zip(*(zip(b.starts, b.stops, strict=True) for b in boxes), strict=True)]
     even = _by(parts) if math.prod(parts) == len(boxes) else f"{len(boxes)} boxes, bands differ"
-    return even if len(boxes) == len(owned) else f"{even}; {len(owned) - len(boxes)} workers idle"
+    return even if len(boxes) == len(owned) else f"{even} ({len(owned) - len(boxes)} idle)"
 
 
 def _by(numbers: Sequence[int]) -> str:

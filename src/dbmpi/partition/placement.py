@@ -20,6 +20,7 @@ from dbmpi.partition.index import Index
 from dbmpi.partition.reach import needed_box
 
 if TYPE_CHECKING:
+    from dbmpi.config import PlacementSection
     from dbmpi.network.layer import Layer
 
 Split = Literal["outputs", "inputs"]
@@ -73,7 +74,7 @@ def explicit(
     boxes: Mapping[str, Sequence[Box | str]],
     partitions: int | None = None,
     weights: Sequence[float] | None = None,
-    splits: Mapping[str, Split] | None = None,
+    splits: Mapping[str, Split | None] | None = None,
 ) -> Placement:
     """Place layers as the user says, and those that he does not name automatically.
 
@@ -89,7 +90,7 @@ def explicit(
     weights
         As for `automatic`, for layers that are not named.
     splits
-        Name of a layer -> how its work is split; by default what moves the fewest bytes.
+        Name of a layer -> how its work is split; by default, or for None, what moves the fewest bytes.
 
     Raises
     ------
@@ -113,6 +114,19 @@ def explicit(
     placement = _place(layers, partitions, weights, fixed, splits or {})
     check(layers, placement)
     return placement
+
+
+def described(section: PlacementSection, layers: Sequence[Layer], partitions: int) -> Placement:
+    """Place layers as a configuration says.
+
+    Raises
+    ------
+    UserError
+        As `explicit`.
+    """
+    boxes = {name: placed.boxes for name, placed in section.layers.items() if placed.boxes is not None}
+    splits = {name: placed.split for name, placed in section.layers.items()}
+    return explicit(layers, boxes, partitions, section.weights, splits)
 
 
 def check(layers: Sequence[Layer], placement: Placement) -> None:
@@ -187,7 +201,7 @@ def _place(
     partitions: int,
     weights: Sequence[float] | None,
     fixed: Mapping[str, tuple[Box, ...]],
-    splits: Mapping[str, Split],
+    splits: Mapping[str, Split | None],
 ) -> Placement:
     """Place the layers that are not fixed, one after the other, from the input upwards."""
     if partitions < 1:

@@ -1,0 +1,221 @@
+"""Layers of a user's own: from ``module:Class`` in a configuration to a layer that keeps the contract.
+
+A configuration, or a checkpoint, only names a class.  Whoever makes a network says where such classes may come from;
+unless he does, none is loaded, as loading one runs the code of its file.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.machinery import PathFinder
+from importlib.util import module_from_spec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from dbmpi import config
+from dbmpi.errors import UserError
+from dbmpi.network.layer import Layer
+from dbmpi.paramserver.layout import Tensor
+
+Loader = Callable[[str, str], Any]
+"""Returns what ``module:Class``, the first argument, names; the second is the layer's name, for messages."""
+
+_METHODS = ("input_box", "tensor_box", "flops", "initial", "forward", "backward")
+_ATTRIBUTES = ("name", "input_shape", "output_shape", "tensors")
+
+
+def refuse(kind: str, layer: str) -> Any:
+    """Load nothing: the description may come from anybody."""
+    raise UserError(
+        f"layer {layer!r} is of type {kind!r}: that is code which does not belong to dbmpi, and it is not run because "
+        f"a file names it; if you trust it, say so: --allow-code {_file_of(kind)}"
+    )
+
+
+def from_directory(directory: Path | None) -> Loader:
+    """Look for modules in a directory first, then where Python finds modules: for a user's own configuration."""
+
+    def load(kind: str, layer: str) -> Any:
+        return _member(kind, layer, directory)
+
+    return load
+
+
+def from_files(files: Sequence[Path]) -> Loader:
+    """Load modules from just these files, which the user has named for this purpose."""
+
+    def load(kind: str, layer: str) -> Any:
+        module = kind.partition(":")[0].split(".")
+        suiting = [file for file in files if [*file.resolve().parts[-len(module) : -1], file.stem] == module]
+        if not suiting:
+            if not files:
+                refuse(kind, layer)
+            raise UserError(
+                f"layer {layer!r} is of type {kind!r}, but --allow-code names only {', '.join(map(str, files))}; "
+                f"expected the file that defines it, {_file_of(kind)}"
+            )
+        if not suiting[0].is_file():
+            raise UserError(f"--allow-code {suiting[0]}: no such file; expected the one that defines {kind!r}")
+        return _member(kind, layer, suiting[0].resolve().parents[len(module) - 1])
+
+    return load
+
+
+def make(section: config.OwnLayer, name: str, input_shape: tuple[int, ...], load: Loader) -> Layer:
+    """Make the layer that a configuration describes.
+
+    Parameters
+    ----------
+    section
+        Type and settings.
+    name, input_shape
+        Of the layer.
+    load
+        Where the class may come from.
+
+    Raises
+    ------
+    UserError
+        If the class may not be loaded or cannot be found, is no layer, does not take the settings, or makes a layer
+        whose name, shapes or tensors are wrong.
+    """
+    kind = section.type
+    found = load(kind, name)
+    _check_class(found, kind, name)
+    try:
+        inspect.signature(found).bind(name, input_shape, **section.settings)
+    except TypeError as error:
+        raise UserError(
+            f"layer {name!r}: {kind} cannot be called with the settings of its table: {error}; it is called with "
+            f"(name, input_shape, **settings) and takes {inspect.signature(found)}"
+        ) from None
+    with calling(name, "its class is called"):
+        layer = found(name, input_shape, **section.settings)
+    with calling(name, "it is asked for its shapes and tensors"):
+        _check_description(layer, kind, name, input_shape)
+    made: Layer = layer
+    return made
+
+
+@contextmanager
+def calling(layer: str, when: str) -> Iterator[None]:
+    """Turn what a user's code raises into a message that names the layer and the line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
+        raise UserError(f"layer {layer!r} fails when {when}: {type(error).__name__}: {error}{where}") from error
+
+
+def _member(kind: str, layer: str, directory: Path | None) -> Any:
+    """Return what a module contains; looked for in the directory first."""
+    module, _, member = kind.partition(":")
+    try:
+        loaded = _imported(module, directory)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise UserError(f"layer {layer!r}: {module!r} cannot be loaded: {error}") from error
+        place = f"{directory} has no {_file_of(kind)}, and Python finds" if directory is not None else "Python finds"
+        raise UserError(f"layer {layer!r}: {place} no module {module!r}") from None
+    except UserError:
+        raise
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        raise UserError(
+            f"layer {layer!r}: {module!r} cannot be loaded: {type(error).__name__}: {error} "
+            f"({frames[-1].filename}, line {frames[-1].lineno})"
+        ) from error
+    if not hasattr(loaded, member):
+        raise UserError(f"layer {layer!r}: {loaded.__file__} defines no {member!r}")
+    return getattr(loaded, member)
+
+
+def _imported(module: str, directory: Path | None) -> ModuleType:
+    """Import a module, its outermost package from the directory if it is there."""
+    top = module.partition(".")[0]
+    place = "" if directory is None else str(directory.resolve())
+    spec = PathFinder.find_spec(top, [place]) if place else None
+    if spec is not None and spec.loader is not None and spec.origin is not None:
+        loaded = sys.modules.get(top)
+        if loaded is not None and loaded.__file__ != spec.origin:
+            raise UserError(
+                f"{spec.origin}: there is another module {top!r} already, {loaded.__file__ or 'a part of Python'}; "
+                "give the file another name"
+            )
+        # The directory comes last, so that what lies there is no substitute for what others import.
+        if place not in sys.path:
+            sys.path.append(place)
+        if loaded is None:
+            made = module_from_spec(spec)
+            sys.modules[top] = made
+            try:
+                spec.loader.exec_module(made)
+            except BaseException:
+                del sys.modules[top]
+                raise
+    return importlib.import_module(module)
+
+
+def _check_class(found: Any, kind: str, name: str) -> None:
+    """Check, before anything of it is called, that a class has the methods of a layer."""
+    if not isinstance(found, type):
+        raise UserError(f"layer {name!r}: {kind} is not a class but a {type(found).__name__}")
+    missing = [method for method in _METHODS if not callable(getattr(found, method, None))]
+    if missing:
+        raise UserError(
+            f"layer {name!r}: {kind} is no layer: it has no {', '.join(missing)}; "
+            "dbmpi.network.layer.Layer says what a layer has"
+        )
+    for method in _METHODS:
+        expected = inspect.signature(getattr(Layer, method)).parameters.values()
+        bound = isinstance(inspect.getattr_static(found, method), staticmethod | classmethod)
+        positional = [p for p in expected if p.kind is p.POSITIONAL_OR_KEYWORD][int(bound) :]
+        keywords = {p.name: None for p in expected if p.kind is p.KEYWORD_ONLY}
+        try:
+            inspect.signature(getattr(found, method)).bind(*positional, **keywords)
+        except TypeError:
+            given = inspect.signature(getattr(found, method))
+            raise UserError(
+                f"layer {name!r}: {kind}.{method} takes {given}, expected {inspect.signature(getattr(Layer, method))}"
+            ) from None
+
+
+def _check_description(layer: Any, kind: str, name: str, input_shape: tuple[int, ...]) -> None:
+    """Check what a layer says of itself."""
+    missing = [attribute for attribute in _ATTRIBUTES if not hasattr(layer, attribute)]
+    if missing:
+        raise UserError(f"layer {name!r}: {kind} is no layer: it has no {', '.join(missing)}")
+    if layer.name != name:
+        raise UserError(f"layer {name!r}: {kind} calls itself {layer.name!r}; expected the name that it is given")
+    if layer.input_shape != input_shape:
+        raise UserError(f"layer {name!r}: its input_shape is {layer.input_shape!r}, but it is given {input_shape}")
+    if not _is_shape(layer.output_shape):
+        raise UserError(
+            f"layer {name!r}: its output_shape is {layer.output_shape!r} for inputs of shape {input_shape}; "
+            "expected a tuple of integers that are at least 1"
+        )
+    if not isinstance(layer.tensors, Mapping):
+        raise UserError(f"layer {name!r}: its tensors are {type(layer.tensors).__name__}; expected a dictionary")
+    for short, tensor in layer.tensors.items():
+        if not isinstance(tensor, Tensor) or not _is_shape(tensor.shape) or tensor.name != f"{name}/{short}":
+            raise UserError(
+                f"layer {name!r}: the tensor {short!r} is {tensor!r}; expected "
+                f"Tensor({f'{name}/{short}'!r}, shape) with a tuple of integers that are at least 1"
+            )
+
+
+def _is_shape(shape: Any) -> bool:
+    return isinstance(shape, tuple) and len(shape) > 0 and all(type(n) is int and n >= 1 for n in shape)
+
+
+def _file_of(kind: str) -> str:
+    return kind.partition(":")[0].replace(".", "/") + ".py"

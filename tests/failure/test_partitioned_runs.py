@@ -1,0 +1,107 @@
+"""``dbmpi train`` with a user's own layer and with explicit placements: the same whatever the cut, or refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from failure.jobs import Jobs
+from failure.test_bad_input import assert_refused, snapshot
+from parallel import tiny
+
+from dbmpi.checkpoint.reader import Checkpoint
+from dbmpi.config import load
+from dbmpi.network.network import Network
+from dbmpi.network.own import from_directory
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+MAXOUT = f"""
+code = "{EXAMPLES}"
+
+[[network.layers]]
+type = "own_layer:Maxout"
+units = 5
+pieces = 3
+"""
+
+
+def own_layer(jobs: Jobs, network: str = MAXOUT) -> None:
+    """Put a layer of one's own in the place of the first one."""
+    path = jobs.directory / "config.toml"
+    text = path.read_text()
+    first = text[text.index("\n[[network.layers]]") : text.index("\n[[network.layers]]\nunits = 3")]
+    path.write_text(text.replace(first, network))
+
+
+def learned(jobs: Jobs, place: str) -> np.ndarray:
+    with Checkpoint.open(jobs.directory / place) as checkpoint:
+        return checkpoint.parameters()
+
+
+def test_an_own_layer_is_cut_trained_and_stored_like_any_other(jobs: Jobs) -> None:
+    own_layer(jobs)
+    for partitions in (1, 2, 3, 4):
+        topology = ("shards=1", "replicas=1", f"partitions={partitions}", "colocate=true")
+        settings = [f"topology.{setting}" for setting in topology]
+        done = jobs(partitions, *settings, f"run.directory=run-{partitions}")
+        assert done.returncode == 0, done.transcript
+        if partitions > 1:
+            assert done.output.count(f"{partitions} partitions: maxout1 {partitions}, dense2") == 1, done.transcript
+    run = load(jobs.directory / "config.toml")
+    one = learned(jobs, "run-1")
+    network = Network(run.network, (tiny.FEATURES,), run.run.seed, load=from_directory(run.network.code))
+    before = np.empty_like(one)
+    network.initial(0, before)
+    assert np.abs(one - before).max() > 0.01
+    for partitions in (2, 3, 4):
+        np.testing.assert_allclose(learned(jobs, f"run-{partitions}"), one, rtol=1e-4, atol=1e-5)
+
+
+def test_own_layers_that_cannot_be_are_told_once(jobs: Jobs) -> None:
+    (jobs.directory / "mine.py").write_text("import dbmpi\nclass Layer:\n    pass\n")
+    own_layer(jobs, '\n[[network.layers]]\ntype = "mine:Layer"\n')
+    before = snapshot(jobs.directory)
+    assert_refused(jobs(3), "layer 'layer1': mine:Layer is no layer: it has no input_box")
+    source = (EXAMPLES / "own_layer.py").read_text()
+    wrong = source.replace("largest_piece(parameters", "return outputs.astype(float)[:1]; largest_piece(parameters")
+    assert wrong != source
+    (jobs.directory / "wrong_layer.py").write_text(wrong)
+    done = jobs(2, "network.layers.0.type=wrong_layer:Maxout", "network.layers.0.units=4")
+    assert_refused(done, "layer 'maxout1': forward returns float64 (1, 3)", "'outputs', float32 (2, 3)")
+    (jobs.directory / "wrong_layer.py").unlink()
+    after = snapshot(jobs.directory)
+    assert {name: kept for name, kept in after.items() if "__pycache__" not in name} == before
+
+
+def test_placements_by_the_configuration(jobs: Jobs) -> None:
+    """Boxes of one's own, uneven weights, and workers that own nothing of a layer: all learn the same."""
+    assert jobs(None, "run.directory=run-1").returncode == 0
+    base = ("topology.shards=1", "topology.replicas=1", "topology.colocate=true")
+    placements = {
+        "boxes": (3, 'layers.dense1.boxes=["0:1", "", "1:7"]', "3 partitions: dense1 2 (1 idle), dense2 3 by inputs;"),
+        "weights": (4, "weights=[1, 2, 4, 1]", "4 partitions: dense1 4, dense2 2 (2 idle)"),
+    }
+    for name, (partitions, setting, told) in placements.items():
+        settings = (f"topology.partitions={partitions}", f"placement.{setting}", f"run.directory=run-{name}")
+        done = jobs(partitions, *base, *settings)
+        assert done.returncode == 0, done.transcript
+        assert done.output.count(told) == 1, done.transcript
+        np.testing.assert_allclose(learned(jobs, f"run-{name}"), learned(jobs, "run-1"), rtol=1e-4, atol=1e-5)
+
+
+WRONG = {
+    "gap": ('layers.dense1.boxes=["0:3", "4:7"]', ("layer 'dense1': 1 of 7 outputs belong to no partition", "[3:4]")),
+    "overlap": ('layers.dense1.boxes=["0:4", "3:7"]', ("layer 'dense1'", "overlap in [3:4]")),
+    "unknown layer": ('layers.dense7.split="outputs"', ("there is no layer 'dense7'", "dense1, dense2")),
+    "no weight": ("weights=[1, 0]", ("placement.weights.1", "greater than 0")),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_placements_that_cannot_be_are_told_once(jobs: Jobs, case: str) -> None:
+    setting, words = WRONG[case]
+    before = snapshot(jobs.directory)
+    done = jobs(2, f"placement.{setting}", "topology.partitions=2", "topology.replicas=1", "topology.colocate=true")
+    assert_refused(done, *words)
+    assert snapshot(jobs.directory) == before
