@@ -19,6 +19,7 @@ import contextlib
 import json
 import os
 import platform
+import socket
 import statistics
 import subprocess
 import sys
@@ -222,6 +223,22 @@ def peers_python() -> Path:
     if not PEERS_PYTHON.exists():
         sys.exit("The peers need an environment with PyTorch: make bench-peers")
     return PEERS_PYTHON
+
+
+def on_ranks(ranks: int, *program: str) -> tuple[str, ...]:
+    """Return the command that runs a program of this Python under the MPI of its environment."""
+    mpirun = Path(sys.executable).parent / "mpirun"
+    options: tuple[str, ...] = ()
+    if "Open MPI" in subprocess.run([mpirun, "--version"], capture_output=True, text=True, check=True).stdout:
+        options = ("--oversubscribe", "--bind-to", "none", "--allow-run-as-root")
+    return (str(mpirun), *options, "-n", str(ranks), sys.executable, *program)
+
+
+def free_port() -> int:
+    """Return the number of a TCP port of this host that nobody uses."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
 
 
 def prepare_runtime() -> None:

@@ -340,6 +340,10 @@ class ServerSection(Section):
     """Memory (MiB) that each shard sets aside for incoming gradients, for all replicas together."""
     chunk_kib: Positive = 4096.0
     """Largest piece (KiB) in which a gradient is sent; smaller where many replicas share the inbox."""
+    push: Literal["shared", "copied"] = "shared"
+    """``shared``: shards read the gradients of workers on their host where they lie; ``copied``: all use the inbox."""
+    fetch: Literal["copied", "shared"] = "copied"
+    """``shared``: workers compute on the shards' own memory, which changes meanwhile; one host, one partition."""
 
 
 class CheckpointSection(Section):
@@ -376,6 +380,16 @@ class Run(Section):
     server: ServerSection = ServerSection()
     checkpoint: CheckpointSection = CheckpointSection()
     monitor: MonitorSection = MonitorSection()
+
+    @model_validator(mode="after")
+    def _steps_fit_the_server(self) -> Run:
+        if self.server.fetch == "shared" and (self.optimizer.n_fetch > 1 or self.optimizer.local_rate):
+            raise ValueError(
+                'server.fetch = "shared" computes on the shards\' own memory, which is never of an earlier fetch and '
+                "not the replica's to change: set optimizer.n_fetch = 1 and optimizer.local_rate = 0, or server.fetch "
+                '= "copied"'
+            )
+        return self
 
     def to_json(self) -> str:
         """Return the effective description, defaults included, as JSON text."""

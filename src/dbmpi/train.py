@@ -28,12 +28,10 @@ from dbmpi.optim.downpour import downpour
 from dbmpi.optim.lead import Begin, Lead
 from dbmpi.optim.shard import Shard
 from dbmpi.optim.worker import Worker
-from dbmpi.paramserver.client import Client
-from dbmpi.paramserver.layout import Layout, cut
-from dbmpi.paramserver.memory import Memory, chunk_elements
+from dbmpi.paramserver.layout import Layout
 from dbmpi.paramserver.rules import Rule, State, rule
 from dbmpi.paramserver.server import Server
-from dbmpi.paramserver.window import Window
+from dbmpi.paramserver.store import Store
 from dbmpi.partition import placement
 from dbmpi.partition.boxes import Box
 from dbmpi.partition.describe import summarise
@@ -161,33 +159,34 @@ class _Session:
                     try_layer(layer, DTYPE)
         with together(self._comm, "placing the layers"):
             placed = placement.described(run.placement, network.layers, plan.partitions)
-        memories, ranges = self._memories(network.layout)
         applied_rule = rule(run.optimizer)
+        replica = None if self._worker_number is None else network.replica(placed, self._comms.replica)
+        with together(self._comm, "planning the shards' memory"):
+            size = 0 if replica is None else replica.size
+            store = Store(self._comm, plan, network.layout.size, run.server, DTYPE, size)
+        self._stack.enter_context(store)
         begin, checkpoint, session = self._prepare_directory(network.layout, order)
         self._compile_kernels(network, applied_rule, facts)
         stop = self._stop
 
         number = self._shard_number
-        nbytes = memories[0].words_nbytes if number is None else memories[number].nbytes
-        window = self._stack.enter_context(Window.allocate(self._comm, nbytes))
         started = time.time()
         shard = lead = None
         with together(self._comm, "preparing the shards", seconds=_LOADING_SECONDS):
             if number is not None:
                 recorder = self._recorder("shard", number, session, started)
-                held = ranges[number]
-                server = Server(window, memories[number], number, plan.worker_ranks, applied_rule, DTYPE)
+                held = store.ranges[number]
+                server = store.server(applied_rule)
                 _fill(server, held, network, checkpoint, applied_rule)
                 mailbox = Mailbox(self._comm, Role.SHARD)
                 if self._is_lead:
-                    lead = self._lead(network, placed, ranges, begin, mailbox, recorder, facts, order)
+                    lead = self._lead(network, placed, store, begin, mailbox, recorder, facts, order)
                 shard = Shard(self._comm, server, held, mailbox, recorder, stop, run.monitor.report_seconds, lead)
 
         began = time.monotonic()
         worker = None
-        if self._worker_number is not None:
-            replica = network.replica(placed, self._comms.replica)
-            worker = self._work(replica, window, memories, ranges, begin, order, session, started, stop, shard)
+        if replica is not None:
+            worker = self._work(replica, store, begin, order, session, started, stop, shard)
         if shard is not None:
             shard.serve()
         seconds = time.monotonic() - began
@@ -269,16 +268,6 @@ class _Session:
             waiting.complete(node.Ibarrier(), "the kernels to be compiled", seconds=_COMPILING_SECONDS)
         node.Free()
 
-    def _memories(self, layout: Layout) -> tuple[list[Memory], tuple[range, ...]]:
-        """Return what lies where on each shard, and the range that each shard holds."""
-        shards, workers = self._plan.shards, self._plan.workers
-        ranges = cut(layout.size, shards)
-        server = self._run.server
-        with together(self._comm, "planning the inbox"):
-            chunk = chunk_elements(server.inbox_mib * 2**20, server.chunk_kib * 2**10, workers, DTYPE.itemsize)
-        memories = [Memory(shards, workers, len(held), DTYPE.itemsize, min(chunk, len(held))) for held in ranges]
-        return memories, ranges
-
     def _recorder(self, role: str, number: int, session: int, started: float) -> Recorder:
         recorder = Recorder(self._run.run.directory, role, number, session=session, started=started)
         return self._stack.enter_context(recorder)
@@ -287,7 +276,7 @@ class _Session:
         self,
         network: Network,
         placed: Placement,
-        ranges: tuple[range, ...],
+        store: Store,
         begin: Begin,
         mailbox: Mailbox,
         recorder: Recorder,
@@ -303,6 +292,8 @@ class _Session:
             progress.message(summarise(network.layers, placed, run.optimizer.batch_size))
         if begin.step:
             progress.message(f"going on after {begin.step:,} steps, {len(begin.stream):,} batches are left")
+        for note in store.notes:
+            progress.message(note)
         for name in begin.fresh:
             progress.message(f"the checkpoint has no {name!r}: the rule {run.optimizer.rule!r} starts it afresh")
         return Lead(
@@ -310,7 +301,7 @@ class _Session:
             run,
             self._plan,
             layout,
-            ranges,
+            store.ranges,
             begin,
             mailbox=mailbox,
             recorder=recorder,
@@ -326,9 +317,7 @@ class _Session:
     def _work(
         self,
         replica: Replica,
-        window: Window,
-        memories: list[Memory],
-        ranges: tuple[range, ...],
+        store: Store,
         begin: Begin,
         order: Order,
         session: int,
@@ -341,9 +330,8 @@ class _Session:
         assert number is not None
         assert self._train_source is not None
         serve: Callable[[], bool] | None = None if shard is None else shard.poll
-        place, partition = divmod(number, plan.partitions)
-        runs = replica.parameters.runs
-        client = Client(window, memories, plan.shard_ranks, ranges, number, serve, runs, counts=partition == 0)
+        place = number // plan.partitions
+        client = store.client(replica.parameters.runs, serve)
         worker = Worker(
             run,
             place,

@@ -3,41 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import pytest
 
+from dbmpi.config import ServerSection
+from dbmpi.errors import UserError
 from dbmpi.objective import Outcome
-from dbmpi.paramserver.client import Client
-from dbmpi.paramserver.layout import cut
-from dbmpi.paramserver.memory import Memory
+from dbmpi.paramserver import window
+from dbmpi.paramserver.layout import Run
 from dbmpi.paramserver.rules import Adagrad, Rule, Sgd
 from dbmpi.paramserver.server import Server
-from dbmpi.paramserver.window import Window
+from dbmpi.paramserver.store import Store
 from dbmpi.runtime import waiting
 from dbmpi.topology import Communicators, Plan
 
 FLOAT = np.dtype(np.float32)
 NOTHING = Outcome(1, 0.0, 0)
+WAYS = {
+    "in place": {"push": "shared", "fetch": "copied"},
+    "all in place": {"push": "shared", "fetch": "shared"},
+    "copied": {"push": "copied", "fetch": "copied"},
+    "rma": {"push": "shared", "fetch": "copied"},
+}
+"""How gradients and parameters travel; "rma" as between hosts."""
 
 
-class Bench:
-    """A parameter server set up on all ranks of a communicator; every rank has the parts of its roles."""
+class Served:
+    """Ranks that wait for each other and serve their shards meanwhile."""
 
-    def __init__(self, plan: Plan, window: Window, elements: int, chunk: int, rule: Rule, comm) -> None:
-        self.plan, self.window, self.comm = plan, window, comm
-        self.ranges = cut(elements, plan.shards)
-        memories = [memory(plan, len(held), chunk) for held in self.ranges]
-        shard, worker = plan.shard_of(comm.rank), plan.worker_of(comm.rank)
-        self.server = self.client = None
-        if shard is not None:
-            self.held = self.ranges[shard]
-            self.server = Server(window, memories[shard], shard, plan.worker_ranks, rule, FLOAT)
-            self.server.begin(None)
-        if worker is not None:
-            self.client = Client(window, memories, plan.shard_ranks, self.ranges, worker, self.serve)
-        waiting.barrier(comm, "everybody's set-up")
+    def __init__(self, store: Store, server: Server | None, comm) -> None:
+        self.store, self.server, self.comm = store, server, comm
+        self.window = store.window
 
     def serve(self) -> bool:
         return self.server is not None and self.server.poll()
@@ -52,34 +50,54 @@ class Bench:
         waiting.barrier(self.comm, "the other ranks", serve=poll)
 
 
-def memory(plan: Plan, elements: int, chunk: int) -> Memory:
-    return Memory(plan.shards, plan.workers, elements, FLOAT.itemsize, min(chunk, elements))
+class Bench(Served):
+    """A parameter server set up on all ranks of a communicator; every rank has the parts of its roles."""
+
+    def __init__(self, plan: Plan, store: Store, rule: Rule, comm) -> None:
+        self.plan = plan
+        shard, worker = plan.shard_of(comm.rank), plan.worker_of(comm.rank)
+        server = self.client = None
+        if shard is not None:
+            self.held = store.ranges[shard]
+            server = store.server(rule)
+            server.begin(None)
+        super().__init__(store, server, comm)
+        if worker is not None:
+            self.client = store.client(serve=self.serve)
+        waiting.barrier(comm, "everybody's set-up")
 
 
 @contextmanager
 def parameter_server(
-    comm, elements: int, *, shards: int = 1, chunk: int = 64, rule: Rule | None = None, shared: bool = True
+    comm,
+    elements: int,
+    *,
+    shards: int = 1,
+    chunk: int = 64,
+    rule: Rule | None = None,
+    way: str = "in place",
+    gradients: int = 1,
 ) -> Iterator[Bench]:
     if comm.size > shards:
         plan = Plan(shards, comm.size - shards)
     else:
         plan = Plan(min(shards, comm.size), comm.size, colocate=True)
-    shard = plan.shard_of(comm.rank)
-    ranges = cut(elements, plan.shards)
-    words = memory(plan, 0, 0).words_nbytes
-    nbytes = words if shard is None else memory(plan, len(ranges[shard]), chunk).nbytes
+    section = ServerSection(**WAYS[way])
+    shared = way != "rma"
     with (
         Communicators(comm, plan) as comms,
-        Window.allocate(comms.world, nbytes, shared=shared) as window,
+        Store(
+            comms.world, plan, elements, section, FLOAT, elements, gradients=gradients, shared=shared, chunk=chunk
+        ) as store,
     ):
-        yield Bench(plan, window, elements, chunk, rule or Sgd(1.0), comms.world)
+        yield Bench(plan, store, rule or Sgd(1.0), comms.world)
 
 
 @pytest.mark.parallel([1, 2, 3, 4, 6])
-@pytest.mark.parametrize("shared", [True, False], ids=["shared memory", "rma"])
-def test_n_pushes_of_v_read_n_times_v(comm, shared) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_n_pushes_of_v_read_n_times_v(comm, way) -> None:
     elements, rounds = 1000, 5
-    with parameter_server(comm, elements, shared=shared) as bench:
+    with parameter_server(comm, elements, way=way) as bench:
         if bench.client is not None:
             gradient = -np.arange(elements, dtype=FLOAT)
             for _ in range(rounds):
@@ -149,6 +167,60 @@ def test_staleness_counts_the_pushes_of_others(comm) -> None:
             tally = bench.server.take_tally()
             assert tally.staleness.counts == {0: 1, 1: 1}
             assert (tally.pushes, tally.outcome) == (2, Outcome(8, 4.0, 6))
+
+
+@pytest.mark.parallel([5])
+def test_partitions_of_one_replica_do_not_make_each_other_stale(comm) -> None:
+    """Each has its own part of the parameters; what the same partition of another replica pushes does."""
+    elements, half = 10, 5
+    plan = Plan(shards=1, replicas=2, partitions=2)
+    with Store(comm, plan, elements, ServerSection(), FLOAT, half) as store:
+        client = server = None
+        if comm.rank == 0:
+            server = store.server(Sgd(1.0))
+            server.begin(None)
+        else:
+            place = half * ((comm.rank - 1) % 2)
+            client = store.client([Run(place, 0, half, pushed=True)])
+        bench = Served(store, server, comm)
+        for _ in range(2):
+            bench.together()
+            if client is not None:
+                client.fetch(np.empty(half, FLOAT))
+            bench.together()
+            if client is not None:
+                client.push(np.ones(half, FLOAT), NOTHING)
+                client.settle()
+                assert client.fetched_bytes == client.pushed_bytes  # no more than its own part
+        bench.together()
+        if client is not None:
+            assert client.pushed_bytes == 2 * half * FLOAT.itemsize
+        if server is not None:
+            assert server.tally.staleness.counts == {0: 4, 1: 4}
+            assert server.version == 4
+
+
+@pytest.mark.parallel([3])
+@pytest.mark.parametrize("room", ["parameters alone", "nothing"])
+def test_too_little_shared_memory_is_worked_around(comm, monkeypatch, room) -> None:
+    elements = 10_000
+    free = {"parameters alone": 5.5 * 4 * elements, "nothing": 0}[room]
+    monkeypatch.setattr(window, "_shared_memory_free", lambda: int(free))
+    with parameter_server(comm, elements, gradients=5) as bench:
+        (note,) = bench.store.notes
+        assert "/dev/shm" in note
+        assert bench.window.shared == (room != "nothing")
+        if bench.client is not None:
+            assert not bench.client.gradients
+            bench.client.push(np.full(elements, -1, FLOAT), NOTHING)
+            bench.client.settle()
+        bench.together()
+        if bench.server is not None:
+            np.testing.assert_array_equal(bench.server.parameters, np.full(elements, 2))
+        bench.together()
+    refused = pytest.raises(UserError, match=r"--shm-size.*or set server\.fetch") if not free else nullcontext()
+    with refused, parameter_server(comm, elements, way="all in place"):
+        pass
 
 
 @pytest.mark.parallel([2])

@@ -114,6 +114,17 @@ def test_one_worker_equals_algorithm_1_1_bit_for_bit(comm, place, n_push, n_fetc
         assert (checkpoint.info.step, set(checkpoint.info.shard_versions)) == (50, {pushes})
 
 
+@pytest.mark.parallel([2, 3])
+@pytest.mark.parametrize("push", ["shared", "copied"])
+def test_computing_on_the_shards_own_memory_equals_copies(comm, place, push) -> None:
+    server = {"push": push, "fetch": "shared"}
+    topology = {"shards": comm.size - 1, "replicas": 1}
+    run = tiny.describe(place, server=server, topology=topology)
+    result = train(run, comm)
+    if comm.rank == 0:
+        np.testing.assert_array_equal(tiny.vectors(result.checkpoint)["parameters"], tiny.Twin(run).learn())
+
+
 @pytest.mark.parallel([2, 6])
 def test_more_shards_than_parameters(comm, place) -> None:
     """Two parameters, up to five shards: those with nothing to hold take part all the same."""

@@ -54,6 +54,13 @@ def test_the_examples_are_right() -> None:
         load(example)
 
 
+@pytest.mark.parametrize("other", ["optimizer.n_fetch=2", "optimizer.local_rate=0.1"])
+def test_the_shards_own_memory_cannot_be_old_or_walked_on(file: Path, other: str) -> None:
+    assert load(file, ("server.fetch=shared",)).server.fetch == "shared"
+    with pytest.raises(UserError, match=r"set optimizer.n_fetch = 1 and optimizer.local_rate = 0"):
+        load(file, ("server.fetch=shared", other))
+
+
 def test_data_lie_beside_the_description_and_the_run_where_it_is_started(file: Path) -> None:
     file.write_text(SMALLEST.replace('"train.h5"', '"../data/train.h5"\ntest = "/elsewhere/test.h5"'))
     run = load(file, ("run.directory=here",))
@@ -157,6 +164,8 @@ def test_misspelled_sections_and_keys_of_layers_are_told_the_right_one(file: Pat
         ("optimizer.warmstart", ["-1", "1.5", "true"]),
         ("server.inbox_mib", ["0", "-1", "nan"]),
         ("server.chunk_kib", ["0", "inf"]),
+        ("server.push", ["rma", "true"]),
+        ("server.fetch", ["none", "1"]),
         ("checkpoint.every_seconds", ["-1", "nan", "true"]),
         ("checkpoint.keep", ["0", "1.5"]),
         ("checkpoint.resume", ["yes", "true"]),

@@ -74,9 +74,10 @@ def downpour(
         Where the count of steps begins: not at 0 in a run that goes on from a checkpoint.
     """
     size = objective.size
-    parameters = np.zeros(size, dtype)
-    gradient = np.zeros(size, dtype)
-    accrued = gradient if n_push == 1 else np.zeros(size, dtype)
+    parameters = np.zeros(size, dtype) if client.parameters is None else client.parameters
+    # What is pushed lies where shards on this host can read it.
+    accrued = client.gradients[0] if client.gradients else np.zeros(size, dtype)
+    gradient = accrued if n_push == 1 else np.zeros(size, dtype)
     unpushed, steps = Outcome(0, 0.0, 0), 0
     clock = watcher.stopwatch
 
@@ -95,6 +96,9 @@ def downpour(
                 client.fetch(parameters)
         with clock("data"):
             batch = watcher.load(number)
+        if steps == 0:
+            with clock("push"):
+                client.settle()  # the last push has left `accrued`
         with clock("compute"):
             outcome = objective.loss_and_gradient(parameters, batch, gradient, step=number)
             watcher.stepped(outcome)

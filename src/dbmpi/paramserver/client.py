@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from dbmpi.objective import Outcome
 from dbmpi.paramserver.layout import Run
-from dbmpi.paramserver.memory import SLOTS, Memory
+from dbmpi.paramserver.memory import Memory
 from dbmpi.paramserver.server import LAST, MORE, REPORT, Header
 from dbmpi.paramserver.window import Window
 from dbmpi.runtime import waiting
 
 LEAD = 0
 """The shard that keeps the run's order."""
+_READ_AT_ONCE = 1 << 24
+"""Elements of a chunk that is read in place: it costs the shard no memory, but others wait while it is applied."""
+_NOTHING = Outcome(0, 0.0, 0)
 
 
 class Client:
@@ -33,12 +37,23 @@ class Client:
         The range of the flat parameter vector that each shard holds.
     number
         Number of this client.
+    gradients
+        Vectors in this rank's window for gradients that shards read in place; none if there are no such shards.
+    parameters
+        The shards' parameters where they lie, if this worker is to compute on them.
     serve
         Called while this rank waits, so that a shard or other duties on the same rank go on.
     counts
         Whether the run counts this client's steps and samples: of the partitions of a replica, only the first one's.
     runs
         Which parts of the whole vector this client's own is made of; by default all.  Only these are moved.
+
+    Attributes
+    ----------
+    pushed_bytes
+        Gradients given to the shards so far, also where they read them in place.
+    fetched_bytes
+        Parameters copied from the shards so far.
     """
 
     def __init__(
@@ -48,14 +63,22 @@ class Client:
         ranks: Sequence[int],
         ranges: Sequence[range],
         number: int,
+        *,
+        gradients: Sequence[np.ndarray] = (),
+        parameters: np.ndarray | None = None,
         serve: Callable[[], bool] | None = None,
         runs: Sequence[Run] | None = None,
         counts: bool = True,
     ) -> None:
+        self.gradients = tuple(gradients)
+        self.parameters = parameters
+        self.pushed_bytes = 0
+        self.fetched_bytes = 0
         self._window = window
         self._memories = memories
         self._ranks = ranks
         self._number = number
+        self._partition = number % memories[0].partitions
         self._serve = serve
         self._counts = counts
         whole = [Run(0, 0, ranges[-1].stop, pushed=True)]
@@ -64,17 +87,18 @@ class Client:
         holders = [shard for shard in range(len(ranks)) if self._pieces[shard]]
         turn = number % max(len(holders), 1)
         self._order = holders[turn:] + holders[:turn]
+        self._queues: list[deque[tuple[Header, np.ndarray]]] = [deque() for _ in ranks]
+        self._queued = [0] * len(ranks)
         self._posted = [0] * len(ranks)
         self._fetched_version = [0] * len(ranks)
         self._applied = window.local[memories[0].applied(0) :][: len(ranks) * 8].view(np.int64)
-        self.pushed_bytes = 0
-        self.fetched_bytes = 0
 
     def fetch(self, parameters: np.ndarray) -> None:
         """Copy the shards' parameters into the flat vector, after all own pushes have been applied.
 
         A shard may apply another client's push meanwhile: parts of the vector may be of different versions, as in the
-        paper.  The staleness of later pushes is counted from here.
+        paper.  The staleness of later pushes is counted from here.  If the vector is :attr:`parameters`, nothing has to
+        be copied.
         """
         self._fetched_version = self._copy(parameters)
 
@@ -85,7 +109,8 @@ class Client:
     def push(self, gradient: np.ndarray, outcome: Outcome, steps: int = 1) -> None:
         """Send the flat gradient to the shards.
 
-        On return `gradient` may be changed; the shards may still be applying it (see :meth:`settle`).
+        On return `gradient` may be changed, unless it is one of :attr:`gradients`: the shards may still be reading that
+        (see :meth:`settle`).
 
         Parameters
         ----------
@@ -97,20 +122,18 @@ class Client:
             Number of steps behind the gradient.
         """
         if not self._counts:
-            outcome, steps = Outcome(0, 0.0, 0), 0
-        streams = [(shard, self._chunks(shard, gradient, outcome, steps)) for shard in self._order]
+            outcome, steps = _NOTHING, 0
+        if self.gradients and self._place(gradient) is None:
+            self.settle()
+            np.copyto(self.gradients[0], gradient)
+            gradient = self.gradients[0]
+        for shard in self._order:
+            for header, data in self._chunks(shard, gradient, outcome, steps):
+                self._enqueue(shard, header, data)
         if steps and not any(piece.pushed for piece in self._pieces[LEAD]):
             # Shard 0 keeps the run's count of steps and samples, also of what it holds no part of.
-            header = Header(0, 0, REPORT, 0, outcome.samples, outcome.correct, outcome.loss, steps)
-            streams.append((LEAD, iter([(header, gradient[:0])])))
-
-        def some_slot_is_free() -> bool:
-            return any(self._free(shard) for shard, _ in streams)
-
-        while streams:
-            waiting.until(some_slot_is_free, lambda: f"{self._late()} to take in a gradient", serve=self._serve)
-            # Chunks go to the shards in turn: all of them work at the same time.
-            streams = [stream for stream in streams if not self._free(stream[0]) or self._send(*stream)]
+            self._enqueue(LEAD, _report(outcome, steps), gradient[:0])
+        waiting.until(self._progress, lambda: f"{self._late()} to take in a gradient", serve=self._serve)
 
     def settle(self) -> None:
         """Wait until everything pushed has been applied."""
@@ -122,54 +145,85 @@ class Client:
         versions = [0] * len(self._ranks)
         for shard in self._order:
             memory, rank = self._memories[shard], self._ranks[shard]
-            versions[shard] = self._window.load(rank, memory.version)
+            versions[shard] = self._window.load(rank, memory.version(self._partition))
+            if parameters is self.parameters:
+                continue
             for piece in self._pieces[shard]:
                 part = parameters[piece.local : piece.local + piece.length]
-                self._window.get(rank, memory.parameters + piece.start * memory.itemsize, part)
+                if self.parameters is not None:
+                    np.copyto(part, self.parameters[piece.local : piece.local + piece.length])
+                else:
+                    self._window.get(rank, memory.parameters + piece.start * memory.itemsize, part)
                 self.fetched_bytes += part.nbytes
         return versions
 
     def _all_applied(self) -> bool:
         self._window.sync()
-        return bool(self._applied.tolist() == self._posted)
+        return bool(self._applied.tolist() == self._queued)
 
     def _late(self) -> str:
         """Name the shards that have not applied all yet."""
-        late = [shard for shard in self._order if self._applied[shard] != self._posted[shard]]
+        late = [shard for shard in range(len(self._ranks)) if self._applied[shard] != self._queued[shard]]
         return ", ".join(f"shard {shard} on rank {self._ranks[shard]}" for shard in late)
 
-    def _free(self, shard: int) -> bool:
-        """Whether a slot of the shard's ring is free."""
-        self._window.sync()
-        return self._posted[shard] - int(self._applied[shard]) < SLOTS
+    def _enqueue(self, shard: int, header: Header, data: np.ndarray) -> None:
+        self._queues[shard].append((header, data))
+        self._queued[shard] += 1
 
-    def _send(self, shard: int, chunks: Iterator[tuple[Header, np.ndarray]]) -> bool:
-        """Put the next chunk into a free slot and raise the flag; return whether more may follow."""
-        item = next(chunks, None)
-        if item is None:
-            return False
-        header, data = item
+    def _progress(self) -> bool:
+        """Post what the shards have room for; return whether nothing is left."""
+        self._window.sync()
+        ready = [shard for shard in self._order if self._queues[shard]]
+        if self._queues[LEAD] and LEAD not in ready:
+            ready.append(LEAD)  # counts alone
+        while ready:
+            # Chunks go to the shards in turn: all of them work at the same time.
+            ready = [shard for shard in ready if self._post_next(shard) and self._queues[shard]]
+        return not any(self._queues)
+
+    def _post_next(self, shard: int) -> bool:
+        """Post the next chunk for a shard and raise the flag, if there is room; return whether there was."""
         rank, memory, count = self._ranks[shard], self._memories[shard], self._posted[shard]
+        if count - int(self._applied[shard]) >= memory.room(self._number):
+            return False
+        header, data = self._queues[shard].popleft()
+        if self._number in memory.in_place:
+            header = header._replace(source=self._place(data) or 0)
+        else:
+            self._window.put(rank, memory.data(self._number, count), data)
         self._window.put(rank, memory.header(self._number, count), header.pack())
-        self._window.put(rank, memory.data(self._number, count), data)
         self._posted[shard] = count + 1
         self._window.store(rank, memory.posted(self._number), count + 1)
         self.pushed_bytes += data.nbytes
-        return header.last == MORE
+        return True
+
+    def _place(self, vector: np.ndarray) -> int | None:
+        """Return where in this rank's window a vector lies, if it does."""
+        start = vector.ctypes.data - self._window.local.ctypes.data
+        return start if 0 <= start < self._window.local.nbytes else None
 
     def _chunks(
         self, shard: int, gradient: np.ndarray, outcome: Outcome, steps: int
-    ) -> Iterator[tuple[Header, np.ndarray]]:
+    ) -> list[tuple[Header, np.ndarray]]:
         """Cut what a shard gets of the gradient into chunks with their headers."""
-        size = self._memories[shard].chunk
+        memory = self._memories[shard]
+        size = _READ_AT_ONCE if self._number in memory.in_place else memory.chunk
         pushed = [piece for piece in self._pieces[shard] if piece.pushed]
         told = (self._fetched_version[shard], outcome.samples, outcome.correct, outcome.loss, steps)
+        chunks = []
         for piece in pushed:
             for start in range(0, piece.length, size):
                 length = min(size, piece.length - start)
                 last = LAST if piece is pushed[-1] and start + length == piece.length else MORE
                 local = piece.local + start
-                yield Header(piece.start + start, length, last, *told), gradient[local : local + length]
+                header = Header(piece.start + start, length, last, *told)
+                chunks.append((header, gradient[local : local + length]))
+        return chunks
+
+
+def _report(outcome: Outcome, steps: int) -> Header:
+    """Return the header of a chunk of nothing, for its counts alone."""
+    return Header(0, 0, REPORT, 0, outcome.samples, outcome.correct, outcome.loss, steps)
 
 
 def pieces(runs: Sequence[Run], ranges: Sequence[range]) -> list[list[Run]]:

@@ -1,22 +1,26 @@
 """What lies where in a rank's window: pure integers, computed alike by the owner and by those who write there.
 
 A rank's window begins with its words as a client: for each shard, how many of its chunks that shard has applied.  On
-a shard there follow the version, for each client how many chunks it has posted, the parameters, and the inbox: a ring
-of slots for each client, each slot a header and a chunk of a gradient.
+a shard there follow its words (versions, and for each client how many chunks it has posted), its parameters, the
+headers of the chunks, a ring for each client, and the inbox: a ring of slots for the chunks of each client that
+cannot be read in place.  The window of a client whose gradient is read in place ends with the gradient.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from dbmpi.errors import UserError
 
 _WORD = 8
 _LINE = 64
-HEADER_WORDS = 8
-"""64-bit words in front of a chunk, one cache line."""
+HEADER_WORDS = 16
+"""64-bit words of a header, two cache lines."""
+HEADERS = 64
+"""Chunks read in place that a client may have posted to one shard; each costs a header and no more."""
 SLOTS = 4
-"""Chunks that a client may have on the way to one shard."""
+"""Chunks that a client may have on the way to one shard through its inbox."""
 SMALLEST_CHUNK = 4096
 """Bytes below which sending a gradient in chunks costs more than it saves."""
 
@@ -30,48 +34,64 @@ class Memory:
     elements: int
     itemsize: int
     chunk: int
-    """Elements of a chunk."""
+    """Elements of a chunk in the inbox."""
+    partitions: int = 1
+    """Clients of one replica; each is told of the pushes to its own part alone."""
+    in_place: frozenset[int] = frozenset()
+    """Clients whose gradients this shard reads where they lie."""
 
     def applied(self, shard: int) -> int:
         """Word in a client's window: how many of its chunks the shard has applied."""
         return shard * _WORD
 
-    @property
-    def version(self) -> int:
-        """Word in a shard's window: how many pushes it has applied."""
-        return _lines(self.shards * _WORD)
+    def version(self, partition: int) -> int:
+        """Word in a shard's window: how many pushes by this partition of all replicas it has applied."""
+        return lines(self.shards * _WORD) + partition * _WORD
 
     def posted(self, client: int) -> int:
         """Word in a shard's window: how many chunks the client has posted."""
-        return self.version + _LINE + client * _WORD
+        return self.version(0) + lines(self.partitions * _WORD) + client * _WORD
 
     @property
     def parameters(self) -> int:
         """Where a shard's parameters begin."""
-        return self.version + _LINE + _lines(self.clients * _WORD)
+        return self.posted(0) + lines(self.clients * _WORD)
+
+    def room(self, client: int) -> int:
+        """Return how many chunks the client may have on the way."""
+        return HEADERS if client in self.in_place else SLOTS
 
     def header(self, client: int, count: int) -> int:
-        """Where the header of the client's chunk number `count` lies; the chunk follows it."""
-        slot_bytes = HEADER_WORDS * _WORD + _lines(self.chunk * self.itemsize)
-        return self.parameters + _lines(self.elements * self.itemsize) + (client * SLOTS + count % SLOTS) * slot_bytes
+        """Where the header of the client's chunk number `count` lies."""
+        start = self.parameters + lines(self.elements * self.itemsize)
+        return start + (client * HEADERS + count % self.room(client)) * HEADER_WORDS * _WORD
 
     def data(self, client: int, count: int) -> int:
-        """Where the client's chunk number `count` lies."""
-        return self.header(client, count) + HEADER_WORDS * _WORD
+        """Where the client's chunk number `count` lies in the inbox."""
+        return self._slot(self._rings[client] * SLOTS + count % SLOTS)
 
     @property
     def words_nbytes(self) -> int:
         """Bytes of the window of a rank that is no shard."""
-        return self.version
+        return self.version(0)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the window of a shard."""
-        return self.header(self.clients, 0)
+        return self._slot((self.clients - len(self.in_place)) * SLOTS)
+
+    @cached_property
+    def _rings(self) -> dict[int, int]:
+        far = [client for client in range(self.clients) if client not in self.in_place]
+        return {client: ring for ring, client in enumerate(far)}
+
+    def _slot(self, number: int) -> int:
+        inbox = self.header(0, 0) + self.clients * HEADERS * HEADER_WORDS * _WORD
+        return inbox + number * lines(self.chunk * self.itemsize)
 
 
 def chunk_elements(inbox_bytes: float, chunk_bytes: float, clients: int, itemsize: int) -> int:
-    """Return how many elements a chunk may have, so that all clients' slots fit in the inbox.
+    """Return how many elements a chunk may have, so that the slots of so many clients fit in the inbox.
 
     The inbox does not grow with the number of clients; their chunks shrink.
 
@@ -80,9 +100,9 @@ def chunk_elements(inbox_bytes: float, chunk_bytes: float, clients: int, itemsiz
     UserError
         If that leaves less than 4 KiB for a chunk.
     """
-    most = int(min(chunk_bytes, inbox_bytes / (clients * SLOTS)))
+    most = int(min(chunk_bytes, inbox_bytes / (max(clients, 1) * SLOTS)))
     if most < SMALLEST_CHUNK:
-        need = clients * SLOTS * SMALLEST_CHUNK / 2**20
+        need = max(clients, 1) * SLOTS * SMALLEST_CHUNK / 2**20
         raise UserError(
             f"an inbox of {inbox_bytes / 2**20:.3g} MiB in chunks of at most {chunk_bytes / 2**10:.3g} KiB leaves "
             f"{most} bytes for each of {clients} x {SLOTS} chunks; at least {SMALLEST_CHUNK} are needed: set "
@@ -91,6 +111,6 @@ def chunk_elements(inbox_bytes: float, chunk_bytes: float, clients: int, itemsiz
     return most // itemsize
 
 
-def _lines(nbytes: int) -> int:
+def lines(nbytes: int) -> int:
     """Round up to whole cache lines."""
     return -(-nbytes // _LINE) * _LINE

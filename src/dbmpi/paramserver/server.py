@@ -1,8 +1,9 @@
 """A shard: it owns a range of the parameters and applies the gradients that arrive in its inbox.
 
 The shard looks whether a client has posted a chunk, applies the rule to the part of its range that the chunk covers,
-and tells the client that the slot is free again.  It never waits, so that a rank which is also a worker can call
-:meth:`Server.poll` between two steps and while it waits.
+and tells the client that it has.  The chunk of a client on the same node is not moved: the rule's kernel reads it where
+the client has computed it, in one pass over gradient, parameters and state.  The shard never waits, so that a rank
+which is also a worker can call :meth:`Server.poll` between two steps and while it waits.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ MORE, LAST, REPORT = 0, 1, 2
 
 
 class Header(NamedTuple):
-    """What a client says about a chunk; eight 64-bit words."""
+    """What a client says about a chunk; nine of the 64-bit words of a header."""
 
     start: int
     """First element of the shard's range that the chunk covers."""
@@ -40,20 +41,25 @@ class Header(NamedTuple):
     """Sum of the losses of the samples."""
     steps: int
     """Steps whose gradients were accrued."""
+    source: int = -1
+    """Byte of the client's window where the chunk is to be read; -1 where it lies in the inbox."""
 
     def pack(self) -> np.ndarray:
-        """Return the eight words."""
-        words = np.empty(HEADER_WORDS, np.int64)
-        words[:] = (self.start, self.length, self.last, self.fetched, self.samples, self.correct, 0, self.steps)
+        """Return the words."""
+        words = np.zeros(HEADER_WORDS, np.int64)
+        words[:9] = (
+            *(self.start, self.length, self.last, self.fetched),
+            *(self.samples, self.correct, 0, self.steps, self.source),
+        )
         words[6:7].view(np.float64)[0] = self.loss
         return words
 
     @classmethod
     def unpack(cls, words: np.ndarray) -> Header:
         """Read what :meth:`pack` wrote."""
-        start, length, last, fetched, samples, correct, _, steps = words.tolist()
+        start, length, last, fetched, samples, correct, _, steps, source = words[:9].tolist()
         loss = float(words[6:7].view(np.float64)[0])
-        return cls(start, length, last, fetched, samples, correct, loss, steps)
+        return cls(start, length, last, fetched, samples, correct, loss, steps, source)
 
 
 class Tally:
@@ -89,17 +95,15 @@ class Server:
         World rank of each client.
     rule
         How gradients are applied.
-    dtype
-        Of the parameters.
+    parameters
+        The shard's range, flat, in a window: fetches read it while it is being updated.
 
     Attributes
     ----------
     parameters
-        The shard's range, flat, in the window: fetches read it while it is being updated.
+        As given.
     state
         The rule's named arrays, each as long as `parameters`.
-    version
-        Count of pushes applied so far.
     """
 
     def __init__(
@@ -109,31 +113,30 @@ class Server:
         shard: int,
         clients: tuple[int, ...],
         rule: Rule,
-        dtype: np.dtype[np.floating],
+        parameters: np.ndarray,
     ) -> None:
         self._window = window
         self._memory = memory
         self._shard = shard
         self._clients = clients
         self._rule = rule
-        self._dtype = dtype
         local = window.local
-        self.parameters = local[memory.parameters :][: memory.elements * dtype.itemsize].view(dtype)
+        self.parameters = parameters
         self.state: State = {}
         self._posted = local[memory.posted(0) :][: len(clients) * 8].view(np.int64)
-        self._version = local[memory.version :][:8].view(np.int64)
+        self._versions = local[memory.version(0) :][: memory.partitions * 8].view(np.int64)
         self._applied = np.zeros(len(clients), np.int64)
         self.tally = Tally()
 
     @property
     def version(self) -> int:
-        """Count of pushes applied so far."""
-        return int(self._version[0])
+        """Count of pushes applied so far; the partitions of a replica push together, so that theirs count once."""
+        return int(self._versions.max())
 
     def begin(self, state: State | None, version: int = 0) -> None:
         """Start from `state` (None: the rule's own) after `parameters` have been filled."""
         self.state = self._rule.init(self.parameters) if state is None else state
-        self._version[0] = version
+        self._versions[:] = version
         self._window.sync()
 
     def poll(self) -> bool:
@@ -156,18 +159,26 @@ class Server:
     def _apply(self, client: int) -> None:
         """Apply the client's next chunk: one a turn, so that no client starves another."""
         count = int(self._applied[client])
-        local, memory = self._window.local, self._memory
+        local, memory, dtype = self._window.local, self._memory, self.parameters.dtype
         header = Header.unpack(local[memory.header(client, count) :][: HEADER_WORDS * 8].view(np.int64))
-        chunk = local[memory.data(client, count) :][: header.length * self._dtype.itemsize].view(self._dtype)
+        start = header.source
+        if client in memory.in_place:
+            near = self._window.near(self._clients[client])
+            assert near is not None
+            local = near
+        else:
+            start = memory.data(client, count)
+        chunk = local[start : start + header.length * dtype.itemsize].view(dtype)
         covered = slice(header.start, header.start + header.length)
         began = time.perf_counter()
         self._rule.apply(self.parameters[covered], chunk, {name: array[covered] for name, array in self.state.items()})
         self.tally.apply_seconds += time.perf_counter() - began
         self.tally.applied_bytes += chunk.nbytes
         if header.last == LAST:
-            self.tally.staleness.add(self.version - header.fetched)
+            partition = client % memory.partitions
+            self.tally.staleness.add(int(self._versions[partition]) - header.fetched)
             self.tally.pushes += 1
-            self._version[0] += 1
+            self._versions[partition] += 1
         if header.last != MORE:
             self.tally.add(header)
         self._applied[client] = count + 1

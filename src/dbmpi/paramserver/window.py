@@ -91,12 +91,7 @@ class Window:
         Where the node's ``/dev/shm`` is too small for what its ranks ask for (a common default in containers), or
         with ``shared=False``, the memory is private and even neighbours use Put and Get.
         """
-        node = comm.Split_type(MPI.COMM_TYPE_SHARED, comm.rank)
-        need = waiting.allreduce(node, np.array([aligned(nbytes)], np.int64), MPI.SUM, "the node's other ranks")
-        node.Free()
-        fits = shared and int(need[0]) <= _shared_memory_free()
-        agreed = waiting.allreduce(comm, np.array([fits], np.int64), MPI.MIN, "the other ranks to plan windows")
-        return cls(comm, nbytes, bool(agreed[0]))
+        return cls(comm, nbytes, shared and missing(comm, nbytes) <= 0)
 
     def near(self, rank: int) -> np.ndarray | None:
         """Return the memory of a rank of this node, to be used in place, or None if it is on another node."""
@@ -200,6 +195,31 @@ class Window:
         # After an exception that the other ranks do not know of, freeing would wait for them in vain.
         if kind is None or issubclass(kind, KnownToAll):
             self.free()
+
+
+def hosts(comm: MPI.Intracomm) -> np.ndarray:
+    """Return for each rank the lowest rank on its host, int64 (collective)."""
+    node = comm.Split_type(MPI.COMM_TYPE_SHARED, comm.rank)
+    first = waiting.allreduce(node, np.array([comm.rank], np.int64), MPI.MIN, "the node's other ranks")
+    node.Free()
+    found = np.empty(comm.size, np.int64)
+    waiting.complete(comm.Iallgather(first, found), "the other ranks to say where they are")
+    return found
+
+
+def missing(comm: MPI.Intracomm, nbytes: int) -> int:
+    """Return how many bytes the fullest node's ``/dev/shm`` lacks for shared windows (collective); 0 or less: none.
+
+    Parameters
+    ----------
+    nbytes
+        Of this rank's window.
+    """
+    node = comm.Split_type(MPI.COMM_TYPE_SHARED, comm.rank)
+    need = waiting.allreduce(node, np.array([aligned(nbytes)], np.int64), MPI.SUM, "the node's other ranks")
+    node.Free()
+    lacks = need - _shared_memory_free()
+    return int(waiting.allreduce(comm, lacks, MPI.MAX, "the other ranks to plan windows")[0])
 
 
 def _bytes(memory: MPI.buffer) -> np.ndarray:

@@ -1,0 +1,224 @@
+"""The parameter server as a whole: plan the memory of all ranks, open it, and connect shards and workers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dbmpi.config import ServerSection
+from dbmpi.errors import KnownToAll, UserError
+from dbmpi.paramserver import window as windows
+from dbmpi.paramserver.client import Client
+from dbmpi.paramserver.layout import Run, cut
+from dbmpi.paramserver.memory import Memory, chunk_elements, lines
+from dbmpi.paramserver.rules import Rule
+from dbmpi.paramserver.server import Server
+from dbmpi.paramserver.window import Window
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+    from dbmpi.topology import Plan
+
+
+class Store:
+    """The shards' memory and one rank's ways to it (collective to open and to free).
+
+    Attributes
+    ----------
+    ranges
+        The range of the flat vector that each shard holds.
+    notes
+        What the user should know of how the memory is shared; the same on all ranks.
+    window
+        The window of all ranks.
+    """
+
+    def __init__(
+        self,
+        comm: MPI.Intracomm,
+        plan: Plan,
+        elements: int,
+        section: ServerSection,
+        dtype: np.dtype[np.floating],
+        own: int,
+        *,
+        gradients: int = 1,
+        shared: bool = True,
+        chunk: int | None = None,
+    ) -> None:
+        """Open the memory.
+
+        Parameters
+        ----------
+        comm
+            All ranks of the plan.
+        plan
+            Which rank plays which role.
+        elements
+            Of the whole parameter vector.
+        section
+            How gradients and parameters travel.
+        dtype
+            Of the parameters.
+        own
+            Elements of this rank's own vector, if it is a worker.
+        gradients
+            Vectors of this size that a worker needs for gradients on their way.
+        shared
+            Whether ranks of a host may share memory.
+        chunk
+            Elements of a chunk in the inbox; by default as many as the section allows.
+
+        Raises
+        ------
+        UserError
+            On every rank, if the section asks for what these ranks and hosts do not have.
+        """
+        self._plan = plan
+        self._dtype = dtype
+        self._own = own
+        self._gradients = gradients
+        self._shard = plan.shard_of(comm.rank)
+        self._worker = plan.worker_of(comm.rank)
+        self.ranges = cut(elements, plan.shards)
+        self.notes: tuple[str, ...] = ()
+        self._common = section.fetch == "shared"
+        hosts = windows.hosts(comm)
+        if self._common:
+            _check_common(plan, hosts)
+        if chunk is None:
+            chunk = chunk_elements(section.inbox_mib * 2**20, section.chunk_kib * 2**10, plan.workers, dtype.itemsize)
+        near = [
+            frozenset(
+                client
+                for client, rank in enumerate(plan.worker_ranks)
+                if section.push == "shared" and hosts[rank] == hosts[holder]
+            )
+            for holder in plan.shard_ranks
+        ]
+        nobody = [frozenset[int]()] * plan.shards
+        for in_place in (near, nobody):
+            self._memories = [self._memory(shard, chunk, in_place[shard]) for shard in range(plan.shards)]
+            lacks = windows.missing(comm, self._nbytes())
+            if lacks <= 0:
+                break
+        if lacks > 0 and shared:
+            self._refuse_or_note(lacks)
+        if lacks <= 0 and shared and in_place is nobody and any(near):
+            self.notes += ("/dev/shm has no room for gradients that shards read in place: they are copied",)
+        if not shared:
+            self._memories = [self._memory(shard, chunk, nobody[shard]) for shard in range(plan.shards)]
+        self.window = Window.allocate(comm, self._nbytes(), shared=shared)
+        self._parameters = self._common_parameters() if self._common else None
+
+    def server(self, rule: Rule) -> Server:
+        """Return the server of this rank's shard."""
+        assert self._shard is not None
+        held, memory = self.ranges[self._shard], self._memories[self._shard]
+        if self._parameters is not None:
+            parameters = self._parameters[held.start : held.stop]
+        else:
+            parameters = self._vector(self.window.local, memory.parameters, len(held))
+        return Server(self.window, memory, self._shard, self._plan.worker_ranks, rule, parameters)
+
+    def client(self, runs: Sequence[Run] | None = None, serve: Callable[[], bool] | None = None) -> Client:
+        """Return the client of this rank's worker.
+
+        Parameters
+        ----------
+        runs
+            Which parts of the whole vector the worker's own is made of; by default all.
+        serve
+            Called while the rank waits.
+        """
+        assert self._worker is not None
+        gradients = []
+        if any(self._worker in memory.in_place for memory in self._memories):
+            size = lines(self._own * self._dtype.itemsize)
+            start = self._words()
+            gradients = [
+                self._vector(self.window.local, start + number * size, self._own) for number in range(self._gradients)
+            ]
+        return Client(
+            self.window,
+            self._memories,
+            self._plan.shard_ranks,
+            self.ranges,
+            self._worker,
+            gradients=gradients,
+            parameters=self._parameters,
+            serve=serve,
+            runs=runs,
+            counts=self._worker % self._plan.partitions == 0,
+        )
+
+    def free(self) -> None:
+        """Give the memory back (collective); a second call does nothing."""
+        self._parameters = None
+        self.window.free()
+
+    def _memory(self, shard: int, chunk: int, in_place: frozenset[int]) -> Memory:
+        elements = len(self.ranges[shard])
+        chunk = min(chunk, elements)
+        if self._common:
+            elements = self.ranges[-1].stop if shard == 0 else 0
+        plan = self._plan
+        return Memory(plan.shards, plan.workers, elements, self._dtype.itemsize, chunk, plan.partitions, in_place)
+
+    def _words(self) -> int:
+        """Return the bytes of this rank's window before its gradients."""
+        return self._memories[0].words_nbytes if self._shard is None else self._memories[self._shard].nbytes
+
+    def _nbytes(self) -> int:
+        """Return the bytes of this rank's window."""
+        nbytes = self._words()
+        if self._worker is not None and any(self._worker in memory.in_place for memory in self._memories):
+            nbytes += self._gradients * lines(self._own * self._dtype.itemsize)
+        return nbytes
+
+    def _common_parameters(self) -> np.ndarray:
+        """Return the whole parameters, which lie on the first shard's rank."""
+        near = self.window.near(self._plan.shard_ranks[0])
+        assert near is not None
+        return self._vector(near, self._memories[0].parameters, self.ranges[-1].stop)
+
+    def _vector(self, memory: np.ndarray, start: int, elements: int) -> np.ndarray:
+        vector: np.ndarray = memory[start : start + elements * self._dtype.itemsize].view(self._dtype)
+        return vector
+
+    def _refuse_or_note(self, lacks: int) -> None:
+        """Say that not even the parameters fit into shared memory."""
+        lacking = f"/dev/shm lacks {lacks / 2**20:.0f} MiB for the memory that the ranks of a host share"
+        fix = "enlarge it (docker run --shm-size, or mount -o remount,size=... /dev/shm)"
+        if self._common:
+            raise UserError(f'server.fetch = "shared": {lacking}; {fix}, or set server.fetch = "copied"')
+        self.notes += (f"{lacking}: they send each other copies instead, which is slower; {fix}",)
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # After an exception that the other ranks do not know of, freeing would wait for them in vain.
+        if kind is None or issubclass(kind, KnownToAll):
+            self.free()
+
+
+def _check_common(plan: Plan, hosts: np.ndarray) -> None:
+    """Refuse to share the parameters where they cannot be."""
+    number = len(set(hosts.tolist()))
+    if number > 1:
+        raise UserError(
+            f'server.fetch = "shared": the ranks run on {number} hosts, and only the ranks of one can compute on the '
+            'same memory; set server.fetch = "copied", or start all ranks on one host'
+        )
+    if plan.partitions > 1:
+        raise UserError(
+            f'server.fetch = "shared": a replica has {plan.partitions} partitions, and the parameters of one are no '
+            'single piece of the whole; set server.fetch = "copied", or topology.partitions = 1'
+        )
