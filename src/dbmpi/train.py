@@ -33,11 +33,12 @@ from dbmpi.paramserver.rules import Rule, State, rule
 from dbmpi.paramserver.server import Server
 from dbmpi.paramserver.store import Store
 from dbmpi.partition import placement
-from dbmpi.partition.boxes import Box
 from dbmpi.partition.describe import summarise
 from dbmpi.partition.placement import Placement
+from dbmpi.partition.products import agree_on_products
 from dbmpi.partition.replica import Replica
 from dbmpi.partition.trial import try_layer
+from dbmpi.partition.warmup import first_on_each_node, use_layers
 from dbmpi.runtime import waiting
 from dbmpi.runtime.orders import Mailbox, Role
 from dbmpi.runtime.signals import StopSignal
@@ -46,15 +47,12 @@ from dbmpi.runtime.world import together
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_UNITS_TO_COMPILE_FOR = 64
 DTYPE = np.dtype(np.float32)
 """Of parameters and gradients."""
 _MOST_AXES = 32
 """Of an HDF5 dataset."""
 _MOST_BATCHES = 2**62
 """Of a run: counts of steps and batches travel and are stored as 64-bit integers."""
-_COMPILING_SECONDS = 3600.0
-"""How long the ranks of a node wait for the one that compiles the kernels."""
 _LOADING_SECONDS = 86400.0
 """How long the ranks wait for each other's data: reading a large file takes what it takes."""
 
@@ -154,7 +152,7 @@ class _Session:
                 )
         if network.own_layers:
             # The first rank alone: one compilation is enough, and one report.
-            with together(self._comm, "trying your own layers", seconds=_COMPILING_SECONDS):
+            with together(self._comm, "trying your own layers", seconds=_LOADING_SECONDS):
                 for layer in network.own_layers if self._comm.rank == 0 else ():
                     try_layer(layer, DTYPE)
         with together(self._comm, "placing the layers"):
@@ -166,7 +164,9 @@ class _Session:
             store = Store(self._comm, plan, network.layout.size, run.server, DTYPE, size)
         self._stack.enter_context(store)
         begin, checkpoint, session = self._prepare_directory(network.layout, order)
-        self._compile_kernels(network, applied_rule, facts)
+        batch_size = run.optimizer.batch_size
+        agree_on_products(self._comm, network.layers, batch_size)
+        first_on_each_node(self._comm, lambda: _use_kernels(network, applied_rule, facts, batch_size))
         stop = self._stop
 
         number = self._shard_number
@@ -258,15 +258,6 @@ class _Session:
                 tuple(name for name in rule(run.optimizer).state_names if name not in checkpoint.vectors),
             )
         return begin, Path(path), int(session[0])
-
-    def _compile_kernels(self, network: Network, applied_rule: Rule, facts: _Facts) -> None:
-        """Compile on one rank of each node; the others then find the kernels in the cache."""
-        node = self._comm.Split_type(MPI.COMM_TYPE_SHARED)
-        for turn in (0, 1):
-            if (node.rank != 0) == bool(turn):
-                _use_kernels(network, applied_rule, facts, self._run.optimizer.batch_size)
-            waiting.complete(node.Ibarrier(), "the kernels to be compiled", seconds=_COMPILING_SECONDS)
-        node.Free()
 
     def _recorder(self, role: str, number: int, session: int, started: float) -> Recorder:
         recorder = Recorder(self._run.run.directory, role, number, session=session, started=started)
@@ -453,20 +444,8 @@ def _check_same_order(run: Run, stored: str, order: Order, total: int, path: Pat
 def _use_kernels(network: Network, applied_rule: Rule, facts: _Facts, samples: int) -> None:
     """Call everything compiled once, on little data, so that it is compiled or loaded before the clock runs."""
     from dbmpi.kernels import updates
-    from dbmpi.network.layer import Context
 
-    context = Context()
-    for layer in network.layers:
-        # A small box of outputs, so that a large network costs no more than a small one, but a whole batch: which
-        # product is taken depends on the shapes.
-        first, *others = layer.output_shape
-        output = Box((0,) * (1 + len(others)), (min(first, _UNITS_TO_COMPILE_FOR), *(1 for _ in others)))
-        tensors = {name: np.zeros(layer.tensor_box(name, output).shape, DTYPE) for name in layer.tensors}
-        gradients = {name: np.zeros_like(values) for name, values in tensors.items()}
-        inputs = np.zeros((*layer.input_box(output).shape, samples), DTYPE)
-        outputs = np.zeros((*output.shape, samples), DTYPE)
-        layer.forward(output, tensors, inputs, outputs, context)
-        layer.backward(output, tensors, inputs, outputs, outputs.copy(), gradients, np.empty_like(inputs), context)
+    use_layers(network.layers, samples, DTYPE)
     values = np.zeros((network.outputs, 1), DTYPE)
     if network.loss is not None:
         network.loss.apply(values, np.zeros(1, np.int32) if facts.classes else np.zeros_like(values))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 from failure.jobs import Jobs
 from failure.test_bad_input import assert_refused, snapshot
+from harness.launching import Completed
 from parallel import tiny
 
 from dbmpi.checkpoint.reader import Checkpoint
@@ -105,3 +109,31 @@ def test_placements_that_cannot_be_are_told_once(jobs: Jobs, case: str) -> None:
     done = jobs(2, f"placement.{setting}", "topology.partitions=2", "topology.replicas=1", "topology.colocate=true")
     assert_refused(done, *words)
     assert snapshot(jobs.directory) == before
+
+
+def test_evaluate_and_predict_under_a_launcher(jobs: Jobs) -> None:
+    own_layer(jobs)
+    assert jobs(2, "topology.partitions=2", "topology.replicas=1", "topology.colocate=true").returncode == 0
+
+    def run(n: int | None, command: str, *words: str) -> Completed:
+        argv = [sys.executable, "-m", "dbmpi", command, "run", "--data", "test.h5", "--batch-size", "5", *words]
+        return jobs.launch(n, argv, cwd=jobs.directory)
+
+    allowed = ("--allow-code", str(EXAMPLES / "own_layer.py"))
+    outcomes = []
+    for n, partitions in ((None, ()), (4, ("--partitions", "2"))):
+        done = run(n, "evaluate", "--json", *allowed, *partitions)
+        assert done.returncode == 0, done.transcript
+        outcomes.append(json.loads(done.stdout))
+    assert outcomes[1] == outcomes[0] | {"loss": pytest.approx(outcomes[0]["loss"], rel=1e-5)}
+    files = []
+    for n in (None, 3):
+        done = run(n, "predict", "--out", f"out-{n}.h5", *allowed)
+        assert done.returncode == 0, done.transcript
+        assert done.stdout.count("outputs 17 x 3, classes") == 1, done.transcript
+        with h5py.File(jobs.directory / f"out-{n}.h5") as file:
+            files.append((file["outputs"][()], file["classes"][()].tolist(), dict(file.attrs)))
+    np.testing.assert_allclose(files[1][0], files[0][0], rtol=1e-4, atol=1e-6)
+    assert files[1][1:] == files[0][1:]
+    assert_refused(run(3, "evaluate", *allowed, "--partitions", "2"), "--partitions 2: 3 ranks cannot be replicas of 2")
+    assert_refused(run(2, "predict", "--out", "test.h5", "--force", *allowed), "test.h5: is the file to read from")

@@ -40,6 +40,7 @@ LEVELS = {
     "dbmpi.network.network": 4,  # a whole network is a replica of one partition: made of layers and of `partition`
     "dbmpi.optim": 4,
     "dbmpi.train": 5,
+    "dbmpi.inference": 5,
     "dbmpi.cli": 6,
     "dbmpi.__main__": 7,
     "dbmpi": 7,

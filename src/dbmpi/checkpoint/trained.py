@@ -1,4 +1,4 @@
-"""A trained network from its checkpoint, to evaluate it and to predict with it."""
+"""A trained network from its checkpoint, to evaluate it and to predict with it; parameters are read when asked for."""
 
 from __future__ import annotations
 
@@ -6,37 +6,58 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from pydantic import ValidationError
 
 from dbmpi.checkpoint.reader import Checkpoint
-from dbmpi.checkpoint.schema import CheckpointInfo
+from dbmpi.checkpoint.schema import PARAMETERS, CheckpointInfo
 from dbmpi.config import NetworkSection, explain
 from dbmpi.data.source import Source
 from dbmpi.errors import UserError
 from dbmpi.network import Network
+from dbmpi.network.losses import Targets
 from dbmpi.network.own import from_files
+from dbmpi.paramserver.layout import Run
 
 
 @dataclass(frozen=True)
 class TrainedNetwork:
-    """A network and its parameters, as a checkpoint describes them."""
+    """A network as a checkpoint describes it, and the open checkpoint."""
 
-    path: Path
-    """The checkpoint."""
+    checkpoint: Checkpoint
     notice: str
     """Empty, or why this checkpoint was taken instead of the latest one."""
     info: CheckpointInfo
     section: NetworkSection
     network: Network
-    parameters: np.ndarray
-    """All parameters, float32 (network.layout.size,)."""
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self.checkpoint.path
+
+    def parameters(self, runs: Sequence[Run]) -> np.ndarray:
+        """Return the vector, float32, that is made of runs of the whole parameters; only they are read."""
+        out = np.empty(sum(run.length for run in runs), np.float32)
+        for run in runs:
+            self.checkpoint.read(PARAMETERS, run.start, out[run.local : run.local + run.length])
+        return out
+
+    def close(self) -> None:
+        """Close the checkpoint; without effect the second time."""
+        self.checkpoint.close()
 
     @property
     def units(self) -> int:
         """Number of outputs."""
         return self.network.outputs
+
+    @property
+    def targets(self) -> Literal["required", "optional"]:
+        """Whether an evaluation needs targets: not where layers have objectives of their own."""
+        return "optional" if self.network.loss is None else "required"
 
     def expect(self, source: Source, *, targets: bool) -> None:
         """Raise UserError unless samples of a data file, and where asked their targets, suit the network."""
@@ -46,7 +67,7 @@ class TrainedNetwork:
                 f"{source.path}: samples have shape {source.input_shape}, but the network in {self.path} was trained "
                 f"on {info.input_shape}; expected the same"
             )
-        if not targets:
+        if not targets or self.network.loss is None:
             return
         if not source.has_targets:
             raise UserError(f"{source.path}: has no dataset 'targets' to compare the outputs with")
@@ -79,17 +100,18 @@ def load(path: Path, code: Sequence[Path] = ()) -> TrainedNetwork:
     UserError
         If there is no whole checkpoint, or it does not describe a network that its arrays fit.
     """
-    with Checkpoint.open(path) as checkpoint:
+    checkpoint = Checkpoint.open(path)
+    try:
         info = checkpoint.info
         section = _network_section(checkpoint.path, info.configuration)
         # The seed is only for initial weights.
-        network = Network(
-            section, info.input_shape, 0, targets="classes" if info.classes else "values", load=from_files(code)
-        )
+        targets: Targets = "classes" if info.classes else "values"
+        network = Network(section, info.input_shape, 0, targets=targets, load=from_files(code))
         checkpoint.expect(network.layout)
-        return TrainedNetwork(
-            checkpoint.path, checkpoint.notice, info, section, network, checkpoint.parameters(np.float32)
-        )
+    except BaseException:
+        checkpoint.close()
+        raise
+    return TrainedNetwork(checkpoint, checkpoint.notice, info, section, network)
 
 
 def _network_section(path: Path, configuration: str) -> NetworkSection:

@@ -5,8 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from typing import TYPE_CHECKING
 
 from dbmpi.cli import inference
+
+if TYPE_CHECKING:
+    from dbmpi.checkpoint.trained import TrainedNetwork
+    from dbmpi.objective import Outcome
 
 SUMMARY = "compute the loss and accuracy of a checkpoint on a data file"
 
@@ -22,15 +27,24 @@ def run(arguments: argparse.Namespace) -> int:
     inference.prepare()
 
     from dbmpi.data.source import Source
-    from dbmpi.objective import Outcome
 
-    trained = inference.load(arguments.checkpoint, arguments.allow_code)
-    outcome = Outcome(0, 0.0, 0)
-    with Source.open(arguments.data, inference.MEMORY_MIB) as source:
-        trained.expect(source, targets=True)
-        source.validate(full=True)
-        for indices in inference.batches(source, arguments.batch_size, "evaluating"):
-            outcome = outcome.plus(trained.network.evaluate(trained.parameters, source.batch(indices)))
+    with inference.opened(arguments) as network:
+        trained = network.trained
+        with network.together("opening the data"):
+            source = Source.open(arguments.data, inference.MEMORY_MIB, trained.targets)
+        with source:
+            with network.together("looking at the data", inference.LONG):
+                trained.expect(source, targets=True)
+                if network.is_first:
+                    source.validate(full=True)
+            with inference.progress(source, "evaluating", network.is_first) as shown:
+                outcome = network.evaluate(source, shown)
+        if network.is_first:
+            _print(arguments, trained, outcome)
+    return 0
+
+
+def _print(arguments: argparse.Namespace, trained: TrainedNetwork, outcome: Outcome) -> None:
     loss, accuracy = outcome.mean_loss, outcome.accuracy
     if arguments.json:
         result = {
@@ -43,10 +57,9 @@ def run(arguments: argparse.Namespace) -> int:
             "correct": None if accuracy is None else outcome.correct,
         }
         print(json.dumps(result, allow_nan=False))
-        return 0
+        return
     print(f"checkpoint  {trained.path} (step {trained.info.step:,})")
     print(f"   samples  {outcome.samples:,}")
     print(f"      loss  {loss:.6g}")
     if accuracy is not None:
         print(f"  accuracy  {100 * accuracy:.2f} % ({outcome.correct:,} of {outcome.samples:,})")
-    return 0

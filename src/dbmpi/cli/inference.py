@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    import numpy as np
+    from mpi4py import MPI
 
-    from dbmpi.checkpoint.trained import TrainedNetwork
     from dbmpi.data.source import Source
+    from dbmpi.inference import Inference
 
 MEMORY_MIB = 1024
 """A data file up to this size (MiB, as float32) is read at once, a larger one batch by batch."""
+LONG = 86400.0
+"""Seconds to wait for a rank that looks at all of the data."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,6 +30,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="HDF5 file with the samples")
     parser.add_argument(
         "--batch-size", type=_count, default=1024, metavar="N", help="samples computed together (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--partitions",
+        type=_count,
+        metavar="P",
+        help="ranks that compute one replica together, under mpirun; samples are shared by the replicas "
+        "(default: as in training if the ranks are a multiple of that, else all)",
     )
     add_allow_code(parser)
 
@@ -49,32 +60,51 @@ def prepare() -> None:
     prepare_environment()
 
 
-def load(path: Path, code: Sequence[Path]) -> TrainedNetwork:
-    """Read the network of a checkpoint and say on standard error which one, where that is not as asked.
+@contextmanager
+def opened(arguments: argparse.Namespace) -> Iterator[Inference]:
+    """Open the checkpoint on the ranks that were started, and say on standard error which one, if not as asked.
 
-    Layers of a user's own are loaded from the files `code` only.
+    Without a launcher no MPI is loaded.
     """
-    from dbmpi.checkpoint import trained
+    from dbmpi.inference import Inference
+    from dbmpi.runtime.launcher import launched
 
-    found = trained.load(path, code)
-    if found.notice:
-        sys.stderr.write(f"dbmpi: {found.notice}\n")
-    return found
+    with (
+        _ranks() if launched(os.environ)[0] > 1 else nullcontext() as comm,
+        Inference(
+            arguments.checkpoint, comm, arguments.partitions, arguments.allow_code, arguments.batch_size
+        ) as found,
+    ):
+        if found.is_first and found.trained.notice:
+            sys.stderr.write(f"dbmpi: {found.trained.notice}\n")
+        yield found
 
 
-def batches(source: Source, batch_size: int, doing: str) -> Iterator[np.ndarray]:
-    """Yield the indices of batch after batch, int64, with a progress bar on standard error if it is a terminal."""
-    import numpy as np
+@contextmanager
+def progress(source: Source, doing: str, shown: bool) -> Iterator[Callable[[int], object]]:
+    """Show a progress bar on standard error if it is a terminal; give a function that hears of samples done."""
     from rich.console import Console
     from rich.progress import Progress
 
     console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(doing, total=source.samples)
-        for start in range(0, source.samples, batch_size):
-            indices = np.arange(start, min(start + batch_size, source.samples))
-            yield indices
-            progress.advance(task, len(indices))
+    with Progress(console=console, transient=True, disable=not (shown and console.is_terminal)) as bar:
+        task = bar.add_task(doing, total=source.samples)
+        yield lambda samples: bar.advance(task, samples)
+
+
+@contextmanager
+def _ranks() -> Iterator[MPI.Intracomm]:
+    """Start MPI; what one rank raises ends all."""
+    from dbmpi.errors import KnownToAll
+    from dbmpi.runtime import world
+
+    comm = world.start()
+    try:
+        yield comm
+    except KnownToAll:
+        raise
+    except BaseException as error:
+        world.report_and_abort(error)
 
 
 def _count(text: str) -> int:

@@ -1,0 +1,133 @@
+"""A checkpoint evaluated under any cut: the same outcome and predictions, and no rank holds more than its part."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from parallel import tiny
+from unit.checkpoint_files import make_info
+
+from dbmpi import config
+from dbmpi.checkpoint.directory import checkpoint_path
+from dbmpi.checkpoint.reader import Checkpoint
+from dbmpi.checkpoint.writer import CheckpointWriter
+from dbmpi.data.source import Source
+from dbmpi.errors import KnownToAll, UserError
+from dbmpi.inference import Inference
+from dbmpi.kernels import matmul
+from dbmpi.network.network import Network
+from dbmpi.objective import Batch
+from dbmpi.partition.products import agree_on_products
+
+SHAPE, CLASSES, SAMPLES = (2, 8, 8), 6, 41
+NETWORK = config.NetworkSection(
+    loss="softmax",
+    layers=(
+        config.Local(maps=3, field=3, activation="tanh"),
+        config.Pooling(size=2),
+        config.Normalisation(window=3),
+        config.Dropout(rate=0.5),
+        config.Dense(units=9, activation="relu"),
+        config.Dense(units=CLASSES),
+    ),
+)
+
+
+@pytest.fixture
+def place(comm, tmp_path_factory) -> Path:
+    """A directory that all ranks share, with a checkpoint of two partitions and data."""
+    name = np.zeros(256, np.uint8)
+    if comm.rank == 0:
+        directory = tmp_path_factory.mktemp("inference")
+        random = np.random.default_rng(4)
+        tiny.write_file(
+            directory / "data.h5", random.normal(size=(SAMPLES, *SHAPE)), random.integers(0, CLASSES, SAMPLES), CLASSES
+        )
+        network = Network(NETWORK, SHAPE, 1)
+        configuration = f'{{"network": {NETWORK.model_dump_json()}}}'
+        with CheckpointWriter(checkpoint_path(directory / "run", 5), network.layout) as writer:
+            writer.write("parameters", 0, random.normal(0, 0.3, network.size).astype(np.float32))
+            writer.commit(
+                make_info(configuration=configuration, input_shape=SHAPE, classes=CLASSES, step=5, partitions=2)
+            )
+        name[: len(str(directory))] = np.frombuffer(str(directory).encode(), np.uint8)
+    comm.Bcast(name, 0)
+    return Path(name.tobytes().rstrip(b"\0").decode())
+
+
+def whole(place: Path) -> tuple[Network, np.ndarray, Batch]:
+    with Checkpoint.open(place / "run") as checkpoint, Source.open(place / "data.h5", 100) as source:
+        return Network(NETWORK, SHAPE, 1), checkpoint.parameters(), source.batch(np.arange(SAMPLES))
+
+
+@pytest.mark.parallel([1, 2, 3, 4, 6], timeout=300)
+def test_any_cut_gives_what_one_process_gives(comm, place) -> None:
+    network, parameters, batch = whole(place)
+    expected = network.evaluate(parameters, batch)
+    outputs = network.predict(parameters, batch.inputs).T
+    replicated = None
+    for partitions in [number for number in range(1, comm.size + 1) if comm.size % number == 0]:
+        with (
+            Source.open(place / "data.h5", 100) as source,
+            Inference(place / "run", comm, partitions, batch_size=5) as inference,
+        ):
+            assert (inference.partitions, inference.replicas) == (partitions, comm.size // partitions)
+            outcome = inference.evaluate(source)
+            assert (outcome.samples, outcome.correct) == (SAMPLES, expected.correct)
+            assert outcome.mean_loss == pytest.approx(expected.mean_loss, rel=1e-5)
+            found = list(inference.predict(source))
+            held = np.array([inference._parameters.size])
+        if partitions == 1:
+            replicated = outcome
+        # What only replicas share, and not the arithmetic, changes no bit: compared with a process alone.
+        if comm.rank == 0:
+            assert [first for first, _ in found] == list(range(0, SAMPLES, 5))
+            np.testing.assert_allclose(np.concatenate([rows for _, rows in found]), outputs, rtol=1e-4, atol=1e-6)
+            assert all(rows.dtype == np.float32 and rows.flags.c_contiguous for _, rows in found)
+        else:
+            assert found == []
+        largest, total = np.empty_like(held), np.empty_like(held)
+        from mpi4py import MPI
+
+        comm.Allreduce(held, largest, MPI.MAX)
+        comm.Allreduce(held, total)
+        # Biases of a dense layer that is split by inputs are all that several may hold.
+        assert largest[0] <= 1.5 * network.size / partitions + CLASSES
+        assert total[0] >= network.size * (comm.size // partitions)
+    with Inference(place / "run", None, batch_size=5) as alone, Source.open(place / "data.h5", 100) as source:
+        assert alone.evaluate(source) == replicated
+
+
+@pytest.mark.parallel([1, 2, 3, 4])
+def test_the_default_is_the_cut_of_the_training_or_all(comm, place) -> None:
+    with Inference(place / "run", comm) as inference:
+        assert inference.partitions == {1: 1, 2: 2, 3: 3, 4: 2}[comm.size]
+        assert inference.is_first == (comm.rank == 0)
+    with pytest.raises(UserError) as caught:
+        Inference(place / "run", comm, 5)
+    if comm.rank == 0:
+        assert f"--partitions 5: {comm.size} rank" in str(caught.value)
+    with pytest.raises(KnownToAll if comm.size > 1 else UserError):
+        Inference(place / "missing", comm)
+
+
+@pytest.mark.parallel([1, 3])
+def test_all_ranks_use_the_first_ones_products(comm, monkeypatch) -> None:
+    large = Network(config.NetworkSection(layers=(config.Dense(units=400),)), (400,), 1).layers
+    monkeypatch.setattr(matmul._Choice, "name", "numpy" if comm.rank == 0 else "tiles")
+    assert agree_on_products(comm, large, 10) is None
+    assert matmul.provider() == ("numpy" if comm.rank == 0 else "tiles")
+    assert agree_on_products(comm, large, 128) == "numpy"
+    assert matmul.provider() == "numpy"
+    # One that only the first rank has is taken by nobody.
+    monkeypatch.setattr(matmul._Choice, "name", "onednn" if comm.rank == 0 else "numpy")
+    have = ("tiles", "numpy", "onednn") if comm.rank == 0 else ("tiles", "numpy")
+    monkeypatch.setattr(matmul, "available", lambda: have)
+    assert agree_on_products(comm, large, 128) == ("onednn" if comm.size == 1 else "tiles")
+    monkeypatch.setattr(matmul._Choice, "name", None)
+    monkeypatch.setenv(matmul.VARIABLE, "abacus" if comm.rank == 0 else "numpy")
+    with pytest.raises(UserError) as caught:
+        agree_on_products(comm, large, 128)
+    assert ("abacus: no such provider" in str(caught.value)) == (comm.rank == 0)
