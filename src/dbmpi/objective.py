@@ -9,6 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import numpy as np
 
 
@@ -60,10 +62,17 @@ class Objective(Protocol):
         ...
 
     def loss_and_gradient(
-        self, parameters: np.ndarray, batch: Batch, gradient: np.ndarray, *, step: int = 0
+        self,
+        parameters: np.ndarray,
+        batch: Batch,
+        gradient: np.ndarray,
+        on_gradient: Callable[[int], None] | None = None,
+        *,
+        step: int = 0,
     ) -> Outcome:
         """Return the outcome of the batch and write the gradient of its **mean** loss into `gradient`.
 
+        `on_gradient` is called with each layer's number as soon as its part of `gradient` is complete.
         `step` differs from step to step and from replica to replica, for what is drawn anew each time.
         """
         ...

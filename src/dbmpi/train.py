@@ -24,6 +24,7 @@ from dbmpi.monitor.records import Recorder, next_session
 from dbmpi.network import own
 from dbmpi.network.network import Network
 from dbmpi.objective import Outcome
+from dbmpi.optim.datapath import Blocking, DataPath, Overlapped
 from dbmpi.optim.downpour import downpour
 from dbmpi.optim.lead import Begin, Lead
 from dbmpi.optim.shard import Shard
@@ -341,12 +342,17 @@ class _Session:
             partitions=self._comms.replica,
         )
         replica.serve_while_waiting(worker.obey)
+        path: DataPath
+        if store.overlap:
+            parts = replica.parameters.parts
+            path = Overlapped(client, replica.size, DTYPE, run.optimizer.n_push, parts, worker.obey)
+        else:
+            path = Blocking(client, replica.size, DTYPE, run.optimizer.n_push)
         downpour(
             replica,
-            client,
+            path,
             begin.stream.dealt(place, plan.replicas, begin.warmstart),
             worker,
-            dtype=DTYPE,
             n_fetch=run.optimizer.n_fetch,
             n_push=run.optimizer.n_push,
             local_rate=run.optimizer.local_rate,

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
-
 from dbmpi.kernels import updates
 from dbmpi.objective import Batch, Objective, Outcome
 
 if TYPE_CHECKING:
     from dbmpi.monitor.records import Stopwatch
-    from dbmpi.paramserver.client import Client
+    from dbmpi.optim.datapath import DataPath
 
 
 class Watcher(Protocol):
@@ -39,11 +37,10 @@ class Watcher(Protocol):
 
 def downpour(
     objective: Objective,
-    client: Client,
+    path: DataPath,
     batches: Iterable[int],
     watcher: Watcher,
     *,
-    dtype: np.dtype[np.floating],
     n_fetch: int = 1,
     n_push: int = 1,
     local_rate: float = 0.0,
@@ -60,59 +57,51 @@ def downpour(
     ----------
     objective
         Loss and gradient.
-    client
-        The connection with the shards; all of its pushes are applied on return.
+    path
+        Brings parameters and takes gradients; all pushes are applied on return.
     batches
         Numbers of the batches to learn from, in order.
     watcher
         Accompanies the loop.
-    dtype
-        Of the parameters.
     n_fetch, n_push, local_rate
         As above; the paper's experiments use 1, 1 and no local steps.
     first_step
         Where the count of steps begins: not at 0 in a run that goes on from a checkpoint.
     """
-    size = objective.size
-    parameters = np.zeros(size, dtype) if client.parameters is None else client.parameters
-    # What is pushed lies where shards on this host can read it.
-    accrued = client.gradients[0] if client.gradients else np.zeros(size, dtype)
-    gradient = accrued if n_push == 1 else np.zeros(size, dtype)
     unpushed, steps = Outcome(0, 0.0, 0), 0
     clock = watcher.stopwatch
 
     def push() -> None:
         nonlocal unpushed, steps
         with clock("push"):
-            client.push(accrued, unpushed, steps)
+            path.push(unpushed, steps)
         watcher.pushed(steps)
         unpushed, steps = Outcome(0, 0.0, 0), 0
 
     for step, number in enumerate(batches, first_step):
         if not watcher.proceed():
             break
-        if step % n_fetch == 0 or step == first_step:
-            with clock("fetch"):
-                client.fetch(parameters)
+        with clock("fetch"):
+            if step % n_fetch == 0 or step == first_step:
+                path.fetch()
+            else:
+                path.look()
         with clock("data"):
             batch = watcher.load(number)
-        if steps == 0:
-            with clock("push"):
-                client.settle()  # the last push has left `accrued`
+        with clock("push"):
+            path.begin()
+        pushing = step % n_push == 0
         with clock("compute"):
-            outcome = objective.loss_and_gradient(parameters, batch, gradient, step=number)
+            on_gradient = path.on_gradient if pushing else None
+            outcome = objective.loss_and_gradient(path.parameters, batch, path.gradient, on_gradient, step=number)
             watcher.stepped(outcome)
-            if accrued is not gradient:
-                if steps == 0:
-                    accrued[:] = gradient
-                else:
-                    updates.add(accrued, gradient)
             if local_rate:
-                updates.sgd(parameters, gradient, local_rate)
+                updates.sgd(path.parameters, path.gradient, local_rate)
+            path.accrue(pushing)
         unpushed, steps = unpushed.plus(outcome), steps + 1
-        if step % n_push == 0:
+        if pushing:
             push()
     if steps:
         push()
     with clock("wait"):
-        client.settle()
+        path.close()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
+import threading
+from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,6 +22,8 @@ LEAD = 0
 _READ_AT_ONCE = 1 << 24
 """Elements of a chunk that is read in place: it costs the shard no memory, but others wait while it is applied."""
 _NOTHING = Outcome(0, 0.0, 0)
+Mark = tuple[int, ...]
+"""A point in the sequence of what a client pushes, see :meth:`Client.mark`."""
 
 
 class Client:
@@ -54,6 +58,8 @@ class Client:
         Gradients given to the shards so far, also where they read them in place.
     fetched_bytes
         Parameters copied from the shards so far.
+    far
+        Whether some shard cannot read the gradient in place, so that sending it takes time.
     """
 
     def __init__(
@@ -82,11 +88,17 @@ class Client:
         self._serve = serve
         self._counts = counts
         whole = [Run(0, 0, ranges[-1].stop, pushed=True)]
-        self._pieces = pieces(whole if runs is None else runs, ranges)
+        self._runs = whole if runs is None else runs
+        self._ranges = ranges
+        self._pieces = pieces(self._runs, ranges)
         # Every client begins with another shard, so that they do not all crowd at the first one.
         holders = [shard for shard in range(len(ranks)) if self._pieces[shard]]
         turn = number % max(len(holders), 1)
         self._order = holders[turn:] + holders[:turn]
+        self.far = any(number not in memories[shard].in_place for shard in holders)
+        self._parts: list[list[list[Run]]] = []
+        self._final: list[int | None] = [None] * len(ranks)
+        self._sending = threading.Lock()
         self._queues: list[deque[tuple[Header, np.ndarray]]] = [deque() for _ in ranks]
         self._queued = [0] * len(ranks)
         self._posted = [0] * len(ranks)
@@ -100,11 +112,13 @@ class Client:
         paper.  The staleness of later pushes is counted from here.  If the vector is :attr:`parameters`, nothing has to
         be copied.
         """
-        self._fetched_version = self._copy(parameters)
+        self.settle()
+        self.fetched(self.copy(parameters))
 
     def peek(self, parameters: np.ndarray) -> None:
         """Copy the parameters as :meth:`fetch` does, but for something else than the next gradient."""
-        self._copy(parameters)
+        self.settle()
+        self.copy(parameters)
 
     def push(self, gradient: np.ndarray, outcome: Outcome, steps: int = 1) -> None:
         """Send the flat gradient to the shards.
@@ -127,27 +141,88 @@ class Client:
             self.settle()
             np.copyto(self.gradients[0], gradient)
             gradient = self.gradients[0]
+        told = _Told(outcome.samples, outcome.correct, outcome.loss, steps)
         for shard in self._order:
-            for header, data in self._chunks(shard, gradient, outcome, steps):
-                self._enqueue(shard, header, data)
-        if steps and not any(piece.pushed for piece in self._pieces[LEAD]):
-            # Shard 0 keeps the run's count of steps and samples, also of what it holds no part of.
-            self._enqueue(LEAD, _report(outcome, steps), gradient[:0])
-        waiting.until(self._progress, lambda: f"{self._late()} to take in a gradient", serve=self._serve)
+            self._enqueue_pieces(shard, self._pieces[shard], gradient, told, last=True)
+        if not any(piece.pushed for piece in self._pieces[LEAD]):
+            self.report(outcome, steps)
+        self.drain(self._serve)
 
     def settle(self) -> None:
         """Wait until everything pushed has been applied."""
-        waiting.until(self._all_applied, lambda: f"{self._late()} to apply the last push", serve=self._serve)
+        self.wait(self.mark(), self._serve)
 
-    def _copy(self, parameters: np.ndarray) -> list[int]:
-        """Copy the parameters, and return each shard's version."""
-        self.settle()
-        versions = [0] * len(self._ranks)
+    # For transfers while something else is done
+
+    def divide(self, parts: Sequence[range]) -> None:
+        """Learn which ranges of the own vector are pushed one by one with :meth:`post`, the last one first."""
+        starts = [run.local for run in self._runs]
+        for part in parts:
+            first = max(bisect_right(starts, part.start) - 1, 0)
+            clipped = []
+            for run in self._runs[first : bisect_left(starts, part.stop)]:
+                start, stop = max(run.local, part.start), min(run.local + run.length, part.stop)
+                if start < stop:
+                    clipped.append(Run(run.start + start - run.local, start, stop - start, run.pushed))
+            self._parts.append(pieces(clipped, self._ranges))
+        for number in reversed(range(len(parts))):
+            for shard, found in enumerate(self._parts[number]):
+                if any(piece.pushed for piece in found):
+                    self._final[shard] = number
+
+    def post(self, gradient: np.ndarray, part: int) -> None:
+        """Put a part of a gradient in line for the shards; :meth:`progress` or :meth:`drain` sends it.
+
+        A push is made of all parts, from the last to the first, and a :meth:`report`.  Until it is applied (see
+        :meth:`mark`), the gradient must stay as it is.
+        """
         for shard in self._order:
+            self._enqueue_pieces(
+                shard, self._parts[part][shard], gradient, _Told(0, 0, 0.0, 0), last=self._final[shard] == part
+            )
+
+    def report(self, outcome: Outcome, steps: int) -> None:
+        """Tell shard 0, which keeps the run's count, of steps and samples; only what comes before is in it."""
+        if self._counts and steps:
+            header = Header(0, 0, REPORT, 0, outcome.samples, outcome.correct, outcome.loss, steps)
+            self._enqueue(LEAD, header, self._applied[:0])
+
+    def progress(self) -> bool:
+        """Send what the shards have room for; return whether nothing is left.  Never waits for a shard."""
+        self._window.sync()
+        if self._sending.acquire(blocking=False):
+            try:
+                ready = [shard for shard, queue in enumerate(self._queues) if queue]
+                ready.sort(key=lambda shard: (shard - self._number) % len(self._ranks))
+                while ready:
+                    # Chunks go to the shards in turn: all of them work at the same time.
+                    ready = [shard for shard in ready if self._send_next(shard) and self._queues[shard]]
+            finally:
+                self._sending.release()
+        return not any(self._queues)
+
+    def drain(self, serve: Callable[[], bool] | None = None) -> None:
+        """Send everything that is in line."""
+        waiting.until(self.progress, lambda: f"{self._late()} to take in a gradient", serve=serve)
+
+    def mark(self) -> Mark:
+        """Return the point in the sequence of pushes that is reached with what is in line now."""
+        return tuple(self._queued)
+
+    def wait(self, mark: Mark, serve: Callable[[], bool] | None = None) -> None:
+        """Wait until everything before a mark has been applied."""
+
+        def reached() -> bool:
+            self.progress()
+            return all(done >= wanted for done, wanted in zip(self._applied.tolist(), mark, strict=True))
+
+        waiting.until(reached, lambda: f"{self._late()} to apply the last push", serve=serve)
+
+    def copy(self, parameters: np.ndarray) -> list[int]:
+        """Copy the parameters as they are, own pushes applied or not; return the shards' versions before that."""
+        versions = self.versions()
+        for shard in self._order if parameters is not self.parameters else ():
             memory, rank = self._memories[shard], self._ranks[shard]
-            versions[shard] = self._window.load(rank, memory.version(self._partition))
-            if parameters is self.parameters:
-                continue
             for piece in self._pieces[shard]:
                 part = parameters[piece.local : piece.local + piece.length]
                 if self.parameters is not None:
@@ -157,9 +232,18 @@ class Client:
                 self.fetched_bytes += part.nbytes
         return versions
 
-    def _all_applied(self) -> bool:
-        self._window.sync()
-        return bool(self._applied.tolist() == self._queued)
+    def versions(self) -> list[int]:
+        """Return each shard's version, as far as this client has a part in it."""
+        versions = [0] * len(self._ranks)
+        for shard in self._order:
+            versions[shard] = self._window.load(self._ranks[shard], self._memories[shard].version(self._partition))
+        return versions
+
+    def fetched(self, versions: list[int]) -> None:
+        """Count the staleness of later pushes from these versions: the next gradient is computed from them."""
+        self._fetched_version = versions
+
+    # Helpers
 
     def _late(self) -> str:
         """Name the shards that have not applied all yet."""
@@ -170,23 +254,27 @@ class Client:
         self._queues[shard].append((header, data))
         self._queued[shard] += 1
 
-    def _progress(self) -> bool:
-        """Post what the shards have room for; return whether nothing is left."""
-        self._window.sync()
-        ready = [shard for shard in self._order if self._queues[shard]]
-        if self._queues[LEAD] and LEAD not in ready:
-            ready.append(LEAD)  # counts alone
-        while ready:
-            # Chunks go to the shards in turn: all of them work at the same time.
-            ready = [shard for shard in ready if self._post_next(shard) and self._queues[shard]]
-        return not any(self._queues)
+    def _enqueue_pieces(self, shard: int, found: list[Run], gradient: np.ndarray, told: _Told, *, last: bool) -> None:
+        """Cut pieces of the gradient into chunks with their headers, and put them in line for a shard."""
+        memory = self._memories[shard]
+        size = _READ_AT_ONCE if self._number in memory.in_place else memory.chunk
+        pushed = [piece for piece in found if piece.pushed]
+        for piece in pushed:
+            for start in range(0, piece.length, size):
+                length = min(size, piece.length - start)
+                ends = last and piece is pushed[-1] and start + length == piece.length
+                local = piece.local + start
+                header = Header(
+                    piece.start + start, length, LAST if ends else MORE, self._fetched_version[shard], *told
+                )
+                self._enqueue(shard, header, gradient[local : local + length])
 
-    def _post_next(self, shard: int) -> bool:
-        """Post the next chunk for a shard and raise the flag, if there is room; return whether there was."""
+    def _send_next(self, shard: int) -> bool:
+        """Send the next chunk to a shard and raise the flag, if there is room; return whether there was."""
         rank, memory, count = self._ranks[shard], self._memories[shard], self._posted[shard]
         if count - int(self._applied[shard]) >= memory.room(self._number):
             return False
-        header, data = self._queues[shard].popleft()
+        header, data = self._queues[shard][0]
         if self._number in memory.in_place:
             header = header._replace(source=self._place(data) or 0)
         else:
@@ -195,6 +283,7 @@ class Client:
         self._posted[shard] = count + 1
         self._window.store(rank, memory.posted(self._number), count + 1)
         self.pushed_bytes += data.nbytes
+        self._queues[shard].popleft()
         return True
 
     def _place(self, vector: np.ndarray) -> int | None:
@@ -202,28 +291,14 @@ class Client:
         start = vector.ctypes.data - self._window.local.ctypes.data
         return start if 0 <= start < self._window.local.nbytes else None
 
-    def _chunks(
-        self, shard: int, gradient: np.ndarray, outcome: Outcome, steps: int
-    ) -> list[tuple[Header, np.ndarray]]:
-        """Cut what a shard gets of the gradient into chunks with their headers."""
-        memory = self._memories[shard]
-        size = _READ_AT_ONCE if self._number in memory.in_place else memory.chunk
-        pushed = [piece for piece in self._pieces[shard] if piece.pushed]
-        told = (self._fetched_version[shard], outcome.samples, outcome.correct, outcome.loss, steps)
-        chunks = []
-        for piece in pushed:
-            for start in range(0, piece.length, size):
-                length = min(size, piece.length - start)
-                last = LAST if piece is pushed[-1] and start + length == piece.length else MORE
-                local = piece.local + start
-                header = Header(piece.start + start, length, last, *told)
-                chunks.append((header, gradient[local : local + length]))
-        return chunks
 
+class _Told(NamedTuple):
+    """What the header of a chunk says of the samples behind it."""
 
-def _report(outcome: Outcome, steps: int) -> Header:
-    """Return the header of a chunk of nothing, for its counts alone."""
-    return Header(0, 0, REPORT, 0, outcome.samples, outcome.correct, outcome.loss, steps)
+    samples: int
+    correct: int
+    loss: float
+    steps: int
 
 
 def pieces(runs: Sequence[Run], ranges: Sequence[range]) -> list[list[Run]]:

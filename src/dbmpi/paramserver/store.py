@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 import numpy as np
+from mpi4py import MPI
 
 from dbmpi.config import ServerSection
 from dbmpi.errors import KnownToAll, UserError
@@ -19,8 +20,6 @@ from dbmpi.paramserver.server import Server
 from dbmpi.paramserver.window import Window
 
 if TYPE_CHECKING:
-    from mpi4py import MPI
-
     from dbmpi.topology import Plan
 
 
@@ -33,6 +32,8 @@ class Store:
         The range of the flat vector that each shard holds.
     notes
         What the user should know of how the memory is shared; the same on all ranks.
+    overlap
+        Whether a worker may fetch and push while it computes.
     window
         The window of all ranks.
     """
@@ -46,7 +47,6 @@ class Store:
         dtype: np.dtype[np.floating],
         own: int,
         *,
-        gradients: int = 1,
         shared: bool = True,
         chunk: int | None = None,
     ) -> None:
@@ -66,8 +66,6 @@ class Store:
             Of the parameters.
         own
             Elements of this rank's own vector, if it is a worker.
-        gradients
-            Vectors of this size that a worker needs for gradients on their way.
         shared
             Whether ranks of a host may share memory.
         chunk
@@ -81,11 +79,14 @@ class Store:
         self._plan = plan
         self._dtype = dtype
         self._own = own
-        self._gradients = gradients
+        self.overlap = section.overlap == "threads" and MPI.Query_thread() == MPI.THREAD_MULTIPLE
+        self._gradients = 2 if self.overlap else 1
         self._shard = plan.shard_of(comm.rank)
         self._worker = plan.worker_of(comm.rank)
         self.ranges = cut(elements, plan.shards)
         self.notes: tuple[str, ...] = ()
+        if section.overlap == "threads" and not self.overlap:
+            self.notes += ("this MPI does not let several threads call it: nothing is overlapped",)
         self._common = section.fetch == "shared"
         hosts = windows.hosts(comm)
         if self._common:

@@ -14,6 +14,7 @@ stored without waiting for it, transfers to one rank travel together, and a wait
 from __future__ import annotations
 
 import os
+import threading
 from types import TracebackType
 
 import numpy as np
@@ -78,8 +79,10 @@ class Window:
             info.Set(key, hint)
         self._win = MPI.Win.Create(self.local, 1, info, comm)
         info.Free()
-        self._puts: dict[int, list[MPI.Request]] = {}
+        # Several threads of this rank may have transfers on the way; each has put what its own flag announces.
+        self._puts: dict[tuple[int, int], list[MPI.Request]] = {}
         self._stores: list[MPI.Request] = []
+        self._storing = threading.Lock()
         self._win.Lock_all(MPI.MODE_NOCHECK)
         self.sync()
         waiting.barrier(comm, "the other ranks to open their windows")
@@ -127,7 +130,7 @@ class Window:
             np.copyto(near[offset : offset + data.nbytes].view(data.dtype).reshape(data.shape), data)
             return
         request = self._win.Rput([data, MPI.BYTE], rank, [offset, data.nbytes, MPI.BYTE])
-        self._puts.setdefault(rank, []).append(request)
+        self._puts.setdefault((threading.get_ident(), rank), []).append(request)
 
     def load(self, rank: int, offset: int) -> int:
         """Return the flag at `offset` of a rank's memory, atomically."""
@@ -150,12 +153,14 @@ class Window:
             near[offset : offset + 8].view(np.int64)[0] = value
             self.sync()
             return
-        if rank in self._puts:
-            for request in self._puts.pop(rank):
+        pending = self._puts.pop((threading.get_ident(), rank), None)
+        if pending is not None:
+            for request in pending:
                 waiting.complete(request, f"data to leave for rank {rank}")
             self._win.Flush(rank)
-        self._stores = [earlier for earlier in self._stores if not earlier.Test()]
-        self._stores.append(self._atomic(rank, offset, value, MPI.REPLACE)[0])
+        with self._storing:
+            self._stores = [earlier for earlier in self._stores if not earlier.Test()]
+            self._stores.append(self._atomic(rank, offset, value, MPI.REPLACE)[0])
 
     def free(self) -> None:
         """Give the memory back (collective); a second call does nothing."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -90,6 +91,14 @@ class LocalParameters:
             self._shared.append([(part, mine) for part, mine in shared if worker in part.workers])
         self.size = position
         self.runs = tuple(runs)
+
+    @property
+    def parts(self) -> tuple[range, ...]:
+        """For each layer, the range of the worker's vector that holds its parameters."""
+        starts = [0]
+        for held in self._layers:
+            starts.append(starts[-1] + sum(one.box.size for one in held))
+        return tuple(range(start, stop) for start, stop in pairwise(starts))
 
     def views(self, vector: np.ndarray, what: str) -> list[Arrays]:
         """Return every layer's tensors, by their short names, as views into the worker's flat vector."""

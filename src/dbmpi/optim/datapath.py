@@ -1,0 +1,242 @@
+"""How a Downpour client's loop comes by its parameters and gets rid of its gradients: in turn, or all at once.
+
+The paper (section 4.1) lets a client fetch, push and compute in three threads that are only weakly synchronised.  Both
+paths have the form that algorithm 1.1 needs; `Blocking` does one after the other, as it is written there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol
+
+import numpy as np
+
+from dbmpi.kernels import updates
+from dbmpi.objective import Outcome
+from dbmpi.paramserver.client import Client, Mark
+from dbmpi.runtime import waiting
+
+
+class DataPath(Protocol):
+    """Parameters and gradients of one client.
+
+    Attributes
+    ----------
+    parameters
+        What the next gradient is computed from; another array after `fetch` or `look`.
+    gradient
+        Where the next gradient goes; another array after `push`.
+    on_gradient
+        To be called in a step that ends in a push, with the number of each layer whose gradient is complete; or None.
+    """
+
+    parameters: np.ndarray
+    gradient: np.ndarray
+    on_gradient: Callable[[int], None] | None
+
+    def fetch(self) -> None:
+        """Get parameters from the shards, where the algorithm says so."""
+        ...
+
+    def look(self) -> None:
+        """Take what has arrived between two steps, without waiting."""
+        ...
+
+    def begin(self) -> None:
+        """Wait until the next gradient has a place to go to."""
+        ...
+
+    def accrue(self, pushing: bool) -> None:
+        """Add the gradient to those of earlier steps; `pushing` in a step that ends in a push."""
+        ...
+
+    def push(self, outcome: Outcome, steps: int) -> None:
+        """Give what was accrued in so many steps to the shards."""
+        ...
+
+    def close(self) -> None:
+        """Wait until all is pushed and applied, and nothing is on the way."""
+        ...
+
+
+class Blocking:
+    """One after the other: a fetch waits for the own pushes, and computing waits for the fetch.
+
+    With one client this is plain serial learning, bit for bit.
+    """
+
+    on_gradient: Callable[[int], None] | None = None
+
+    def __init__(self, client: Client, size: int, dtype: np.dtype[np.floating], n_push: int) -> None:
+        self._client = client
+        self.parameters = np.zeros(size, dtype) if client.parameters is None else client.parameters
+        # What is pushed lies where shards on this host can read it.
+        self._accrued = client.gradients[0] if client.gradients else np.zeros(size, dtype)
+        self.gradient = self._accrued if n_push == 1 else np.zeros(size, dtype)
+        self._steps = 0
+
+    def fetch(self) -> None:
+        """Copy the parameters, after all own pushes have been applied."""
+        self._client.fetch(self.parameters)
+
+    def look(self) -> None:
+        """Do nothing: nothing is on the way."""
+
+    def begin(self) -> None:
+        """Wait until the last push has been applied, if the next gradient goes to the same place."""
+        if self._steps == 0:
+            self._client.settle()
+
+    def accrue(self, pushing: bool) -> None:
+        """Add the gradient to those of earlier steps."""
+        if self.gradient is not self._accrued:
+            _add(self._accrued, self.gradient, first=self._steps == 0)
+        self._steps += 1
+
+    def push(self, outcome: Outcome, steps: int) -> None:
+        """Send the accrued gradient."""
+        self._client.push(self._accrued, outcome, steps)
+        self._steps = 0
+
+    def close(self) -> None:
+        """Wait until all pushes have been applied."""
+        self._client.settle()
+
+
+class Overlapped:
+    """All at once: while a gradient is computed, the next parameters arrive and the last gradient leaves.
+
+    There are two accrued gradients: one is computed while the shards take the other one in, so that nothing is lost or
+    sent twice; and two vectors of parameters: a fetch fills one and it becomes current between two steps, at the next
+    fetch point at the latest.  The layers of a gradient leave as backward completes them.  A client's own last push may
+    be missing in what it fetches.
+
+    Within a host a fetch is a copy by a thread that releases the interpreter, and a push needs no thread: shards read
+    the gradient in place.  To other hosts a second thread drives the transfers.
+
+    Parameters
+    ----------
+    parts
+        For each layer the range of the flat vector that holds its parameters.
+    serve
+        Called while the loop waits.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        size: int,
+        dtype: np.dtype[np.floating],
+        n_push: int,
+        parts: Sequence[range],
+        serve: Callable[[], bool],
+    ) -> None:
+        self._client = client
+        self._parts = parts
+        self._serve = serve
+        client.divide(parts)
+        self._in_place = client.parameters is not None
+        self.parameters = np.zeros(size, dtype) if client.parameters is None else client.parameters
+        self._next = self.parameters if self._in_place else np.zeros(size, dtype)
+        # One accrued gradient grows and one leaves; the marks say what must be applied before each is used again.
+        self._growing, self._leaving = list(client.gradients) or [np.zeros(size, dtype) for _ in range(2)]
+        self._marks: list[Mark] = [client.mark(), client.mark()]
+        self._scratch = None if n_push == 1 else np.zeros(size, dtype)
+        self.gradient = self._growing if self._scratch is None else self._scratch
+        self.on_gradient: Callable[[int], None] | None = self._complete
+        self._steps = 0
+        self._posting = False
+        self._fetcher = ThreadPoolExecutor(1, "dbmpi-fetch")
+        self._sender = ThreadPoolExecutor(1, "dbmpi-push")
+        self._fetch: Future[list[int]] | None = None
+        self._sending: list[Future[None]] = []
+        self._first = True
+
+    def fetch(self) -> None:
+        """Make the fetch before this one current, and begin the next; the very first one is waited for."""
+        if self._in_place:
+            self._client.fetched(self._client.versions())
+        elif self._first:
+            self._client.fetch(self.parameters)
+        else:
+            self._take()
+            self._fetch = self._fetcher.submit(self._client.copy, self._next)
+        self._first = False
+
+    def look(self) -> None:
+        """Make a fetch current that has ended meanwhile."""
+        if self._fetch is not None and self._fetch.done():
+            self._take()
+
+    def begin(self) -> None:
+        """Wait until the shards have taken in what was accrued in the same place, two pushes ago."""
+        if self._steps == 0:
+            self._client.wait(self._marks[0], self._serve)
+
+    def accrue(self, pushing: bool) -> None:
+        """Add the gradient to those of earlier steps; in a step that pushes, layers have been added one by one."""
+        if self._scratch is not None and not pushing:
+            _add(self._growing, self._scratch, first=self._steps == 0)
+        self._steps += 1
+
+    def push(self, outcome: Outcome, steps: int) -> None:
+        """Send what has not left yet, and let the two accrued gradients change places."""
+        if not self._posting:
+            for layer in reversed(range(len(self._parts))):
+                self._post(layer)
+        self._client.report(outcome, steps)
+        self._drive()
+        self._posting = False
+        self._marks = [self._marks[1], self._client.mark()]
+        self._growing, self._leaving = self._leaving, self._growing
+        if self._scratch is None:
+            self.gradient = self._growing
+        self._steps = 0
+
+    def close(self) -> None:
+        """Wait until all pushes have been applied and the last fetch has ended."""
+        self._take()
+        for future in self._sending:
+            waiting.until(future.done, "gradients to leave", serve=self._serve)
+            future.result()
+        self._client.settle()
+        self._fetcher.shutdown()
+        self._sender.shutdown()
+
+    def _take(self) -> None:
+        """Make what a fetch on the way brings current."""
+        if self._fetch is not None:
+            waiting.until(self._fetch.done, "parameters to arrive", serve=self._serve)
+            self._client.fetched(self._fetch.result())
+            self.parameters, self._next = self._next, self.parameters
+            self._fetch = None
+
+    def _complete(self, layer: int) -> None:
+        """Send a layer's accrued gradient, now that the last step's is complete."""
+        if self._scratch is not None:
+            part = slice(self._parts[layer].start, self._parts[layer].stop)
+            _add(self._growing[part], self._scratch[part], first=self._steps == 0)
+        self._posting = True
+        self._post(layer)
+
+    def _post(self, layer: int) -> None:
+        self._client.post(self._growing, layer)
+        self._drive()
+
+    def _drive(self) -> None:
+        """See that what was posted leaves, without waiting for it."""
+        if not self._client.far:
+            self._client.progress()
+        else:
+            for ended in [future for future in self._sending if future.done()]:
+                ended.result()
+                self._sending.remove(ended)
+            self._sending.append(self._sender.submit(self._client.drain))
+
+
+def _add(accrued: np.ndarray, gradient: np.ndarray, *, first: bool) -> None:
+    if first:
+        np.copyto(accrued, gradient)
+    else:
+        updates.add(accrued, gradient)

@@ -1,0 +1,157 @@
+"""Fetching, pushing and computing at the same time: nothing is lost, doubled or torn, whoever is slow."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+from parallel import tiny
+from parallel.test_paramserver import WAYS, parameter_server
+
+from dbmpi.monitor.records import Stopwatch
+from dbmpi.objective import Batch, Outcome
+from dbmpi.optim.datapath import Blocking, Overlapped
+from dbmpi.optim.downpour import downpour
+from dbmpi.paramserver.window import Window
+from dbmpi.runtime import waiting
+from dbmpi.train import train
+
+FLOAT = np.dtype(np.float32)
+LAYERS = (300, 0, 7, 1000, 93)
+
+
+class Integers:
+    """An objective whose gradients are random integers, layer by layer; it also looks at what it computes from."""
+
+    def __init__(self, seed: int) -> None:
+        self.size = sum(LAYERS)
+        ends = np.cumsum(LAYERS)
+        self.parts = tuple(range(stop - size, stop) for size, stop in zip(LAYERS, ends.tolist(), strict=True))
+        self.total = np.zeros(self.size)
+        self._rng = np.random.default_rng(seed)
+
+    def loss_and_gradient(self, parameters, batch, gradient, on_gradient=None, *, step=0) -> Outcome:
+        before = parameters.copy()
+        for layer in reversed(range(len(LAYERS))):
+            part = slice(self.parts[layer].start, self.parts[layer].stop)
+            gradient[part] = self._rng.integers(-8, 8, LAYERS[layer])
+            self.total[part] += gradient[part]
+            if on_gradient is not None:
+                on_gradient(layer)
+        self.still = bool(np.array_equal(parameters, before))
+        return Outcome(batch.samples, 0.0, 0)
+
+
+class Watch:
+    """Lets the loop take all steps; counts what is pushed."""
+
+    def __init__(self) -> None:
+        self.stopwatch = Stopwatch()
+        self.steps = 0
+
+    def proceed(self) -> bool:
+        return True
+
+    def load(self, number: int) -> Batch:
+        return Batch(np.zeros((1, 1), np.float32), np.zeros(1, np.int32))
+
+    def stepped(self, outcome: Outcome) -> None:
+        pass
+
+    def pushed(self, steps: int) -> None:
+        self.steps += steps
+
+
+@pytest.mark.parallel([1, 3, 4])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("n_push", "n_fetch", "slow"), [(1, 1, "shard"), (1, 2, "sender"), (3, 2, "shard")])
+def test_the_sum_of_all_pushes_is_the_sum_of_all_gradients(comm, monkeypatch, way, n_push, n_fetch, slow) -> None:
+    """Integers, so exactly; a gradient that is overwritten while it leaves would show."""
+    steps, put = 20, Window.put
+
+    def slow_put(window, *arguments) -> None:
+        time.sleep(0.0005)
+        put(window, *arguments)
+
+    with parameter_server(comm, sum(LAYERS), shards=max(1, comm.size // 2), way=way, overlap="threads") as bench:
+        total, objective, watch = np.zeros(sum(LAYERS)), Integers(comm.rank), Watch()
+        if slow == "sender":
+            monkeypatch.setattr(Window, "put", slow_put)
+        elif bench.server is not None:
+            bench.delay = 0.001
+        if bench.client is not None:
+            path = Overlapped(bench.client, objective.size, FLOAT, n_push, objective.parts, bench.serve)
+            downpour(objective, path, range(steps), watch, n_push=n_push, n_fetch=n_fetch)
+            total = objective.total
+            assert watch.steps == steps
+            assert objective.still or way == "all in place"  # a fetch becomes current between two steps
+        bench.together()
+        whole = np.empty_like(total)
+        comm.Allreduce(total, whole)
+        if bench.server is not None:
+            held = slice(bench.held.start, bench.held.stop)
+            np.testing.assert_array_equal(bench.server.parameters, -whole[held])
+            tally = bench.server.take_tally()
+            if bench.plan.shard_of(comm.rank) == 0:
+                assert (tally.steps, tally.outcome.samples) == (steps * bench.plan.workers,) * 2
+            pushes = 1 + -(-(steps - 1) // n_push)  # the first step, and then every n_push and what remains
+            assert tally.staleness.total == tally.pushes == pushes * bench.plan.workers
+        bench.together()
+
+
+@pytest.mark.parallel([2])
+def test_computing_goes_on_while_a_push_is_applied_and_a_fetch_is_under_way(comm) -> None:
+    """The shard sleeps until the worker has taken its step: with the blocking path it never would."""
+    size = sum(LAYERS)
+    with parameter_server(comm, size, overlap="threads") as bench:
+        if bench.client is not None:
+            objective = Integers(0)
+            path = Overlapped(bench.client, size, FLOAT, 1, objective.parts, bench.serve)
+            path.fetch()
+            for _ in range(2):  # two gradients are on their way, and no shard moves
+                path.begin()
+                objective.loss_and_gradient(path.parameters, Watch().load(0), path.gradient, path.on_gradient)
+                path.accrue(True)
+                path.push(Outcome(1, 0.0, 0), 1)
+            waiting.complete(comm.Isend(np.ones(1), 0, 7), "the shard to wake up")
+            path.close()
+        else:
+            waiting.until(lambda: comm.Iprobe(1, 7), "two steps", seconds=30)
+            comm.Recv(np.empty(1), 1, 7)
+        bench.together()
+        if bench.server is not None:
+            assert bench.server.version == 2
+
+
+@pytest.mark.parallel([2])
+def test_the_blocking_path_computes_from_all_own_pushes(comm) -> None:
+    size = sum(LAYERS)
+    with parameter_server(comm, size) as bench:
+        if bench.client is not None:
+            objective = Integers(0)
+            path = Blocking(bench.client, size, FLOAT, 1)
+            downpour(objective, path, range(5), Watch())
+            path.fetch()
+            np.testing.assert_array_equal(path.parameters, -objective.total)
+        bench.together()
+
+
+@pytest.mark.parallel([3, 5])
+@pytest.mark.parametrize("optimizer", [{}, {"n_push": 3, "n_fetch": 2}])
+def test_overlapped_runs_learn_every_sample_and_stop_at_rest_for_checkpoints(comm, shared_path, optimizer) -> None:
+    if comm.rank == 0:
+        tiny.write_data(shared_path)
+    waiting.barrier(comm, "the data")
+    run = tiny.describe(
+        shared_path,
+        server={"overlap": "threads"},
+        topology={"shards": 1, "partitions": 1 if comm.size == 3 else 2},
+        optimizer={"learning_rate": 0.05, "batch_size": 6, "epochs": 20} | optimizer,
+        checkpoint={"every_seconds": 0.05, "resume": "auto"},
+    )
+    result = train(run, comm)
+    assert (result.steps, result.samples) == (140, 20 * tiny.SAMPLES)
+    assert result.test is not None
+    assert result.test.accuracy is not None
+    assert result.test.accuracy > 0.8
