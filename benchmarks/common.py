@@ -182,6 +182,35 @@ def serve(**actions: Action) -> None:
         print(json.dumps(actions[line.strip()]()), file=answers, flush=True)
 
 
+def serve_together(comm: Any, **actions: Action) -> None:
+    """Be a contestant of several ranks: rank 0 reads and answers, all do what it reads."""
+    import numpy as np
+
+    from dbmpi.runtime import waiting
+
+    names = list(actions)
+    number = np.zeros(1, np.int64)
+
+    def told(name: str) -> Action:
+        def action() -> Mapping[str, Any]:
+            number[0] = names.index(name)
+            waiting.broadcast(comm, number, 0, "what to do")
+            return actions[name]()
+
+        return action
+
+    if comm.rank == 0:
+        serve(**{name: told(name) for name in names})
+        number[0] = len(names)
+        waiting.broadcast(comm, number, 0, "what to do")
+        return
+    while True:
+        waiting.broadcast(comm, number, 0, "what to do")
+        if number[0] == len(names):
+            return
+        actions[names[number[0]]]()
+
+
 def timed(work: Callable[[], Any]) -> Action:
     """Return an action that does some work and tells its seconds, and those of the processor in all threads.
 

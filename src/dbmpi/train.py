@@ -159,7 +159,10 @@ class _Session:
         with together(self._comm, "placing the layers"):
             placed = placement.described(run.placement, network.layers, plan.partitions)
         applied_rule = rule(run.optimizer)
-        replica = None if self._worker_number is None else network.replica(placed, self._comms.replica)
+        replica = None
+        if self._worker_number is not None:
+            replica = self._stack.enter_context(network.replica(placed, self._comms.replica))
+            replica.prepare(run.optimizer.batch_size)
         with together(self._comm, "planning the shards' memory"):
             size = 0 if replica is None else replica.size
             store = Store(self._comm, plan, network.layout.size, run.server, DTYPE, size)

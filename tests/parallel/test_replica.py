@@ -40,12 +40,12 @@ def relative(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.abs(a - b).max(initial=0) / max(np.abs(b).max(initial=0), 1e-30))
 
 
-def check(comm, network: Network, placed: Placement, samples: int, steps: int = 20, rate=0.1) -> None:
+def check(comm, network: Network, placed: Placement, samples: int, steps: int = 20, rate=0.1, shared=True) -> None:
     """Outputs, loss, gradient, and `steps` training steps, are the same as in one piece."""
     tolerance = TOLERANCE[network.dtype.type]
     whole = np.empty(network.layout.size, network.dtype)
     network.initial(0, whole)
-    replica = network.replica(placed, comm)
+    replica = network.replica(placed, comm, shared=shared)
     mine = replica.parameters.take(whole)
     batch = random_batch(network, samples)
     expected = network._whole.outputs(whole, batch.inputs)
@@ -64,6 +64,7 @@ def check(comm, network: Network, placed: Placement, samples: int, steps: int = 
         whole -= network.dtype.type(rate) * gradient
         mine -= network.dtype.type(rate) * part
     assert relative(mine, replica.parameters.take(whole)) <= 10 * tolerance
+    replica.__exit__(None, None, None)
 
 
 @pytest.mark.parallel([1, 2, 3, 4, 6], timeout=300)
@@ -163,14 +164,17 @@ def test_random_networks_on_random_placements(comm, dtype, seed) -> None:
             str(rng.choice(["outputs", "inputs"])) if place and placement.can_split_by_inputs(layer) else "outputs"
             for place, layer in enumerate(network.layers)
         ]
-        check(comm, network, Placement(tuple(boxes), tuple(splits)), samples=3, steps=3)
+        placed = Placement(tuple(boxes), tuple(splits))
+        check(comm, network, placed, samples=3, steps=3)
+        check(comm, network, placed, samples=2, steps=3, shared=False)
 
 
 @pytest.mark.parallel([2, 3, 4])
 @pytest.mark.parametrize("splits", [("outputs", "inputs", "outputs"), ("outputs", "outputs", "inputs")])
 def test_dense_layers_split_by_inputs(comm, splits) -> None:
     network = dense_network("softmax", np.float64, 20, 7, 10)
-    check(comm, network, Placement(by_units(network, comm.size).boxes, splits), samples=4)
+    for shared in (True, False):
+        check(comm, network, Placement(by_units(network, comm.size).boxes, splits), samples=4, shared=shared)
 
 
 def autoencoder(dtype: type, *, tied: bool = False) -> Network:
@@ -194,4 +198,4 @@ def test_reconstruction_without_targets(comm, dtype, tied) -> None:
     check(comm, network, placement.automatic(network.layers, comm.size), samples=5, rate=1e-4)
     rng = np.random.default_rng(comm.size)
     boxes = tuple(random_cover(rng, layer.output_shape, comm.size) for layer in network.layers)
-    check(comm, network, Placement(boxes, ("outputs",) * len(boxes)), samples=3, steps=3, rate=1e-4)
+    check(comm, network, Placement(boxes, ("outputs",) * len(boxes)), samples=3, steps=3, rate=1e-4, shared=False)

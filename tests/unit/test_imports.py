@@ -31,6 +31,7 @@ LEVELS = {
     "dbmpi.runtime": 1,
     "dbmpi.topology": 2,
     "dbmpi.paramserver.rules": 2,
+    "dbmpi.paramserver.window": 2,
     "dbmpi.network": 2,
     "dbmpi.data": 2,
     "dbmpi.monitor": 2,

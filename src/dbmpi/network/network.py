@@ -23,6 +23,7 @@ from dbmpi.network.pooling import Pooling
 from dbmpi.objective import Batch, Outcome
 from dbmpi.paramserver.layout import Layout
 from dbmpi.partition.boxes import Box
+from dbmpi.partition.group import Group
 from dbmpi.partition.parameters import LocalParameters
 from dbmpi.partition.placement import Placement, automatic
 from dbmpi.partition.replica import Replica
@@ -123,8 +124,8 @@ class Network:
             position = self.layout.offsets[tensor.name] + first - start
             layer.initial(short, out[position : position + last - first], self.seed, number, first)
 
-    def replica(self, placement: Placement, comm: MPI.Intracomm | None = None) -> Replica:
-        """Return one worker's part of this network.
+    def replica(self, placement: Placement, comm: MPI.Intracomm | None = None, *, shared: bool = True) -> Replica:
+        """Return one worker's part of this network (collective over `comm`).
 
         Parameters
         ----------
@@ -132,10 +133,12 @@ class Network:
             What each worker computes.
         comm
             The workers; None for one alone.
+        shared
+            Let workers of one node exchange through memory that they share; otherwise by messages.
         """
-        worker = 0 if comm is None else comm.rank
-        parameters = LocalParameters(self.layers, self.layout, placement, worker, self.dtype)
-        return Replica(self.layers, self.loss, placement, parameters, self.dtype, self.seed, comm)
+        group = Group(comm, shared=shared)
+        parameters = LocalParameters(self.layers, self.layout, placement, group, self.dtype)
+        return Replica(self.layers, self.loss, placement, parameters, self.dtype, self.seed, group)
 
     def loss_and_gradient(
         self,

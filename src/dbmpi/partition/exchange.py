@@ -1,25 +1,27 @@
 """Moving values between the partitions of a replica, as an :class:`ExchangePlan` says.
 
 Run forward, an exchange fills the boxes that workers need from those that they own; run in reverse, it adds up what
-workers have made for the boxes that they needed.  Every destination gets each value once.  Where all need everything,
-it is a collective: Allgatherv forward, Reduce_scatter in reverse.
+workers have made for the boxes that they needed.  Every destination gets each value once: from a shelf of its owner
+where all workers are on one node, otherwise as a message.  Where all need everything and there are no shelves, it is a
+collective: Allgatherv forward, Reduce_scatter in reverse.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from dbmpi.partition.boxes import Box
+from dbmpi.partition.group import Group
 from dbmpi.partition.plan import ExchangePlan, Message
-from dbmpi.runtime import waiting
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
 _TAG = 7
+_FORWARD, _REVERSE = "activations of the other partitions", "gradients of the other partitions"
 
 
 class Moving(NamedTuple):
@@ -35,8 +37,8 @@ class Exchange:
 
     Parameters
     ----------
-    comm
-        The workers of the replica, in the order of the plan's boxes; None for one alone.
+    group
+        The workers of the replica, in the order of the plan's boxes.
     plan
         What is owned and needed by whom.
 
@@ -44,14 +46,11 @@ class Exchange:
     ----------
     mine, needed
         This worker's boxes.
-    serve
-        Called while this worker waits for others, so that its other duties go on.
     """
 
-    def __init__(self, comm: MPI.Intracomm | None, plan: ExchangePlan) -> None:
-        rank = 0 if comm is None else comm.rank
-        self._comm = comm
-        self.serve: Callable[[], bool] | None = None
+    def __init__(self, group: Group, plan: ExchangePlan) -> None:
+        rank = group.rank
+        self._group = group
         self.mine, self.needed = plan.owned[rank], plan.needed[rank]
         self._sends, self._receives = plan.sends(rank), plan.receives(rank)
         self._own_part = plan.local(rank)
@@ -59,6 +58,9 @@ class Exchange:
         everybody = len(plan.members) == len(plan.owned)
         self._counts = [box.size for box in plan.owned] if plan.kind == "gather" and plan.in_order and everybody else []
         self._buffers: dict[tuple[str, int], np.ndarray] = {}
+        if group.near and self._moves:
+            self._forward = _Shelved(group, [plan.sends(worker) for worker in range(group.size)], self._receives)
+            self._reverse = _Shelved(group, [plan.receives(worker) for worker in range(group.size)], self._sends)
 
     @property
     def in_place(self) -> bool:
@@ -70,38 +72,50 @@ class Exchange:
         self.finish_fill(self.start_fill(owned, needed), needed)
 
     def start_fill(self, owned: np.ndarray, needed: np.ndarray) -> list[Moving]:
-        """Start to fill `needed`; what this worker owns itself is there at once, the rest after `finish_fill`."""
-        if self._counts:
-            assert self._comm is not None
-            counts = [count * owned.shape[-1] for count in self._counts]
+        """Start to fill `needed`: what this worker owns itself is there at once, the rest after `finish_fill`."""
+        moving: list[Moving] = []
+        if self._moves and self._group.near:
+            self._forward.offer(owned, self.mine)
+        elif self._counts:
+            assert self._group.comm is not None
             needed[self._own_part.slices(self.needed)] = owned
-            return [Moving(self._comm.Iallgatherv(owned, [needed, counts]), None, needed)]
-        moving = self._post(owned, self.mine, self._sends, needed, self.needed, self._receives)
+            counts = [count * owned.shape[-1] for count in self._counts]
+            return [Moving(self._group.comm.Iallgatherv(owned, [needed, counts]), None, needed)]
+        elif self._moves:
+            moving = self._post(owned, self.mine, self._sends, needed, self.needed, self._receives)
         if not self._own_part.empty:
             needed[self._own_part.slices(self.needed)] = owned[self._own_part.slices(self.mine)]
         return moving
 
     def finish_fill(self, moving: Sequence[Moving], needed: np.ndarray) -> None:
         """Wait for what `start_fill` has started."""
+        if self._moves and self._group.near:
+            self._forward.take(needed, self.needed, add=False)
         for request, box, buffer in moving:
-            waiting.complete(request, "activations of the other partitions", serve=self.serve)
+            self._group.complete(request, _FORWARD)
             if box is not None:
                 needed[box.slices(self.needed)] = buffer
 
     def add(self, needed: np.ndarray, owned: np.ndarray) -> None:
-        """Set `owned` to the sum of everybody's `needed`, added in the order of the workers."""
-        if self._counts:
-            assert self._comm is not None
+        """Set `owned` to the sum of everybody's `needed`: this worker's own, then the others in their order."""
+        group, moving = self._group, []
+        if self._moves and group.near:
+            self._reverse.offer(needed, self.needed)
+        elif self._counts:
+            assert group.comm is not None
             counts = [count * owned.shape[-1] for count in self._counts]
-            request = self._comm.Ireduce_scatter(needed, owned, counts)
-            waiting.complete(request, "gradients of the other partitions", serve=self.serve)
+            group.complete(group.comm.Ireduce_scatter(needed, owned, counts), _REVERSE)
             return
-        moving = self._post(needed, self.needed, self._receives, None, self.mine, self._sends)
-        owned.fill(0)
+        elif self._moves:
+            moving = self._post(needed, self.needed, self._receives, None, self.mine, self._sends)
+        if self._own_part != self.mine:
+            owned.fill(0)
         if not self._own_part.empty:
             owned[self._own_part.slices(self.mine)] = needed[self._own_part.slices(self.needed)]
+        if self._moves and group.near:
+            self._reverse.take(owned, self.mine, add=True)
         for request, box, buffer in moving:
-            waiting.complete(request, "gradients of the other partitions", serve=self.serve)
+            group.complete(request, _REVERSE)
             if box is not None:
                 owned[box.slices(self.mine)] += buffer
 
@@ -115,23 +129,23 @@ class Exchange:
         receives: Sequence[Message],
     ) -> list[Moving]:
         """Post all messages, receives first; those that are contiguous in `source` and `target` are not packed."""
-        if self._comm is None:
-            return []
+        comm = self._group.comm
+        assert comm is not None
         moving: list[Moving] = []
         for other, box in receives:
             place = None if target is None else target[box.slices(wanted)]
             if place is not None and place.flags.c_contiguous:
-                moving.append(Moving(self._comm.Irecv(place, other, _TAG), None, place))
+                moving.append(Moving(comm.Irecv(place, other, _TAG), None, place))
                 continue
             buffer = self._buffer("in", other, (*box.shape, source.shape[-1]), source.dtype)
-            moving.append(Moving(self._comm.Irecv(buffer, other, _TAG), box, buffer))
+            moving.append(Moving(comm.Irecv(buffer, other, _TAG), box, buffer))
         for other, box in sends:
             part = source[box.slices(held)]
             if not part.flags.c_contiguous:
                 buffer = self._buffer("out", other, part.shape, part.dtype)
                 np.copyto(buffer, part)
                 part = buffer
-            moving.append(Moving(self._comm.Isend(part, other, _TAG), None, part))
+            moving.append(Moving(comm.Isend(part, other, _TAG), None, part))
         return moving
 
     def _buffer(self, way: str, other: int, shape: tuple[int, ...], dtype: np.dtype[np.floating]) -> np.ndarray:
@@ -141,3 +155,58 @@ class Exchange:
         if kept is None or kept.size < size or kept.dtype != dtype:
             kept = self._buffers[way, other] = np.empty(size, dtype)
         return kept[:size].reshape(shape)
+
+
+class _Shelved:
+    """One direction of an exchange over shelves.
+
+    Parameters
+    ----------
+    sends
+        What each worker has for others; a box that several want lies on its shelf once.
+    receives
+        What this worker wants.
+    """
+
+    def __init__(self, group: Group, sends: Sequence[Sequence[Message]], receives: Sequence[Message]) -> None:
+        places = [_places(messages) for messages in sends]
+        sizes = [sum(box.size for box in boxes) for boxes in places]
+        self._group = group
+        self._shelf = group.shelf(each=max(sizes))
+        self._offered, self._size = places[group.rank], sizes[group.rank]
+        self._takers = [message.worker for message in sends[group.rank]]
+        self._wanted = [(other, box, places[other][box], sizes[other]) for other, box in receives]
+
+    def offer(self, source: np.ndarray, held: Box) -> None:
+        """Put this worker's boxes of `source` on its shelf."""
+        samples = source.shape[-1]
+        room = self._group.room(self._shelf, self._size * samples, source.dtype, self._takers)
+        for box, start in self._offered.items():
+            _part(room, box, start, samples)[...] = source[box.slices(held)]
+        self._group.offer(self._shelf)
+
+    def take(self, target: np.ndarray, held: Box, *, add: bool) -> None:
+        """Copy, or add, what others have to `target`."""
+        samples = target.shape[-1]
+        for other, box, start, size in self._wanted:
+            part = _part(self._group.look(self._shelf, other, size * samples, target.dtype), box, start, samples)
+            if add:
+                target[box.slices(held)] += part
+            else:
+                target[box.slices(held)] = part
+        self._group.taken(self._shelf, [wanted[0] for wanted in self._wanted])
+
+
+def _places(messages: Sequence[Message]) -> dict[Box, int]:
+    """Return where each box starts on a shelf, in elements a sample."""
+    places: dict[Box, int] = {}
+    position = 0
+    for _, box in messages:
+        if box not in places:
+            places[box] = position
+            position += box.size
+    return places
+
+
+def _part(shelf: np.ndarray, box: Box, start: int, samples: int) -> np.ndarray:
+    return shelf[start * samples :][: box.size * samples].reshape(*box.shape, samples)

@@ -6,41 +6,38 @@ computed just as in one process.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import numpy as np
 
 from dbmpi.network.losses import Loss
 from dbmpi.paramserver.layout import cut
 from dbmpi.partition.boxes import Box
-from dbmpi.runtime import waiting
-
-if TYPE_CHECKING:
-    from mpi4py import MPI
+from dbmpi.partition.group import Group
 
 
 class LossExchange:
     """Turns the cut of the last layer's outputs, from units to samples and back, over the workers of a replica."""
 
-    def __init__(self, comm: MPI.Intracomm, owned: Sequence[Box]) -> None:
-        self._comm = comm
-        self.serve: Callable[[], bool] | None = None
-        self._owned = owned
-        self._units = sum(box.size for box in owned)
-        self._starts = [box.starts[0] for box in owned]
+    def __init__(self, group: Group, owned: Sequence[Box]) -> None:
+        self._group = group
+        self._owned = [range(box.starts[0], box.stops[0]) for box in owned]
+        self._units = sum(map(len, self._owned))
+        if group.near:
+            self._values = group.shelf(each=max(map(len, self._owned)))
+            self._gradients = group.shelf(fixed=self._units, each=-(-self._units // group.size))
+        self._sums = group.shelf(fixed=6)  # three of float64, in elements that may be float32
 
     def apply(self, loss: Loss, values: np.ndarray, targets: np.ndarray) -> tuple[float, int]:
         """Return loss and correct samples of all samples, the same on every worker.
 
         `values`, this worker's outputs (units, samples), become its part of the gradient of the mean loss.
         """
-        from mpi4py import MPI
-
         samples = values.shape[1]
-        shares = cut(samples, self._comm.size)
-        mine = shares[self._comm.rank]
-        whole = self._turn(values, shares)
+        shares = cut(samples, self._group.size)
+        mine = shares[self._group.rank]
+        near = self._group.near
+        whole = self._turned_on_shelves(values, mine) if near else self._turned_by_messages(values, shares)
         sums = np.zeros(3)
         if len(mine):
             part = np.ascontiguousarray(targets[..., mine.start : mine.stop])
@@ -48,42 +45,73 @@ class LossExchange:
             sums[:] = (value, max(correct, 0), correct < 0)
             # The kernel divides by the samples it sees.
             whole *= whole.dtype.type(len(mine) / samples)
-        self._turn_back(whole, values, shares)
-        total = waiting.allreduce(self._comm, sums, MPI.SUM, "the loss of the other partitions", serve=self.serve)
+        if near:
+            self._turn_back_on_shelves(whole, values, shares)
+        else:
+            self._turn_back_by_messages(whole, values, shares)
+        total = self._group.sum(self._sums, sums, range(self._group.size), "the loss of the other partitions")
         return float(total[0]), -1 if total[2] else int(total[1])
 
-    def _turn(self, values: np.ndarray, shares: tuple[range, ...]) -> np.ndarray:
+    def _turned_on_shelves(self, values: np.ndarray, mine: range) -> np.ndarray:
         """Return all units (units, share) of this worker's share of the samples."""
-        from mpi4py import MPI
-
-        out = np.concatenate([values[:, share.start : share.stop].reshape(-1) for share in shares])
-        mine = len(shares[self._comm.rank])
-        whole = np.empty((self._units, mine), values.dtype)
-        sends = [values.shape[0] * len(share) for share in shares]
-        receives = [box.size * mine for box in self._owned]
-        kind = MPI._typedict[values.dtype.char]
-        request = self._comm.Ialltoallv(
-            [out, (sends, _starts(sends)), kind], [whole, (receives, [start * mine for start in self._starts]), kind]
-        )
-        waiting.complete(request, "the outputs of the other partitions", serve=self.serve)
+        group, samples = self._group, values.shape[1]
+        group.room(self._values, values.size, values.dtype)[:] = values.reshape(-1)
+        group.offer(self._values)
+        whole = np.empty((self._units, len(mine)), values.dtype)
+        for worker, units in enumerate(self._owned):
+            theirs = group.look(self._values, worker, len(units) * samples, values.dtype)
+            whole[units.start : units.stop] = theirs.reshape(len(units), samples)[:, mine.start : mine.stop]
+        group.taken(self._values)
         return whole
 
-    def _turn_back(self, whole: np.ndarray, values: np.ndarray, shares: tuple[range, ...]) -> None:
-        """Hand every worker the rows of its units."""
+    def _turn_back_on_shelves(self, whole: np.ndarray, values: np.ndarray, shares: Sequence[range]) -> None:
+        """Take the rows of this worker's units from everybody's share."""
+        group, units = self._group, self._owned[self._group.rank]
+        group.room(self._gradients, whole.size, whole.dtype)[:] = whole.reshape(-1)
+        group.offer(self._gradients)
+        for worker, share in enumerate(shares):
+            theirs = group.look(self._gradients, worker, self._units * len(share), whole.dtype)
+            values[:, share.start : share.stop] = theirs.reshape(self._units, len(share))[units.start : units.stop]
+        group.taken(self._gradients)
+
+    def _turned_by_messages(self, values: np.ndarray, shares: Sequence[range]) -> np.ndarray:
+        out = np.concatenate([values[:, share.start : share.stop].reshape(-1) for share in shares])
+        mine = len(shares[self._group.rank])
+        whole = np.empty((self._units, mine), values.dtype)
+        sends = [values.shape[0] * len(share) for share in shares]
+        self._all_to_all(out, sends, _starts(sends), whole, *self._rows(mine), "the outputs of the other partitions")
+        return whole
+
+    def _turn_back_by_messages(self, whole: np.ndarray, values: np.ndarray, shares: Sequence[range]) -> None:
+        back = np.empty(values.size, values.dtype)
+        receives = [values.shape[0] * len(share) for share in shares]
+        starts, mine = _starts(receives), len(shares[self._group.rank])
+        self._all_to_all(whole, *self._rows(mine), back, receives, starts, "the gradient of the other partitions")
+        for share, start, count in zip(shares, starts, receives, strict=True):
+            values[:, share.start : share.stop] = back[start : start + count].reshape(values.shape[0], len(share))
+
+    def _rows(self, share: int) -> tuple[list[int], list[int]]:
+        """Return how many values each worker's units make in a share of the samples, and where they start."""
+        return [len(units) * share for units in self._owned], [units.start * share for units in self._owned]
+
+    def _all_to_all(
+        self,
+        source: np.ndarray,
+        sends: list[int],
+        send_starts: list[int],
+        target: np.ndarray,
+        receives: list[int],
+        receive_starts: list[int],
+        what: str,
+    ) -> None:
         from mpi4py import MPI
 
-        mine = len(shares[self._comm.rank])
-        back = np.empty(values.size, values.dtype)
-        sends = [box.size * mine for box in self._owned]
-        receives = [values.shape[0] * len(share) for share in shares]
-        kind = MPI._typedict[values.dtype.char]
-        request = self._comm.Ialltoallv(
-            [whole, (sends, [start * mine for start in self._starts]), kind],
-            [back, (receives, _starts(receives)), kind],
+        assert self._group.comm is not None
+        kind = MPI._typedict[source.dtype.char]
+        request = self._group.comm.Ialltoallv(
+            [source, (sends, send_starts), kind], [target, (receives, receive_starts), kind]
         )
-        waiting.complete(request, "the gradient of the other partitions", serve=self.serve)
-        for share, start, count in zip(shares, _starts(receives), receives, strict=True):
-            values[:, share.start : share.stop] = back[start : start + count].reshape(values.shape[0], len(share))
+        self._group.complete(request, what)
 
 
 def _starts(counts: Sequence[int]) -> list[int]:

@@ -7,7 +7,7 @@ H_j (W1^T x)^2)``, where the second term is the sum of the outputs of L2 pooling
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -15,12 +15,11 @@ import numpy as np
 from dbmpi.network.layer import Arrays, Layer, Reconstructing
 from dbmpi.partition.boxes import Box
 from dbmpi.partition.exchange import Exchange
+from dbmpi.partition.group import Group
 from dbmpi.partition.placement import Placement, needed_inputs
 from dbmpi.partition.plan import ExchangePlan
 
 if TYPE_CHECKING:
-    from mpi4py import MPI
-
     from dbmpi.partition.workspace import Workspace
 
 
@@ -29,10 +28,6 @@ class Objective(Protocol):
 
     place: int
     """Number of the layer."""
-
-    def serve_while_waiting(self, serve: Callable[[], bool] | None) -> None:
-        """Let this rank go on with other duties while it waits for the other partitions."""
-        ...
 
     def forward(self, parameters: Arrays, inputs: np.ndarray, work: Workspace) -> float:
         """Return this worker's part of the term, summed over the samples, after the layer's forward pass.
@@ -50,19 +45,17 @@ class Objective(Protocol):
         ...
 
 
-def objectives(
-    layers: Sequence[Layer], placement: Placement, worker: int, comm: MPI.Intracomm | None
-) -> dict[int, Objective]:
+def objectives(layers: Sequence[Layer], placement: Placement, group: Group) -> dict[int, Objective]:
     """Return the terms of a network on one worker, by the number of the layer."""
     found: dict[int, Objective] = {}
     for place, layer in enumerate(layers):
         penalty = getattr(layer, "penalty", 0.0)
         if isinstance(layer, Reconstructing) and layer.reconstruction > 0:
-            output = placement.boxes[place][worker]
+            output = placement.boxes[place][group.rank]
             needed = needed_inputs(layers, placement)[place]
             owned = placement.boxes[place - 1] if place > 0 else _shared_out(layer, placement.boxes[0])
             plan = ExchangePlan(tuple(layer.input_shape), owned, needed)
-            found[place] = _Reconstruction(place, layer, output, Exchange(comm, plan))
+            found[place] = _Reconstruction(place, layer, output, Exchange(group, plan))
         elif penalty > 0:
             found[place] = _Penalty(place, penalty)
     return found
@@ -73,9 +66,6 @@ class _Penalty:
 
     def __init__(self, place: int, penalty: float) -> None:
         self.place, self._penalty = place, penalty
-
-    def serve_while_waiting(self, serve: Callable[[], bool] | None) -> None:
-        pass
 
     def forward(self, parameters: Arrays, inputs: np.ndarray, work: Workspace) -> float:
         return self._penalty * float(work.outputs[self.place].sum(dtype=np.float64))
@@ -94,9 +84,6 @@ class _Reconstruction:
     def __init__(self, place: int, layer: Reconstructing, output: Box, exchange: Exchange) -> None:
         self.place, self._layer, self._output, self._exchange = place, layer, output, exchange
         self._error = self._spread = np.empty(0)
-
-    def serve_while_waiting(self, serve: Callable[[], bool] | None) -> None:
-        self._exchange.serve = serve
 
     def forward(self, parameters: Arrays, inputs: np.ndarray, work: Workspace) -> float:
         outputs, exchange = work.outputs[self.place], self._exchange

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from dbmpi.network.layer import Arrays, Layer
 from dbmpi.paramserver.layout import Layout, Run
 from dbmpi.partition.boxes import Box
+from dbmpi.partition.group import Group, Shelf
 from dbmpi.partition.placement import Placement
 from dbmpi.partition.tensors import Part, pushed_runs, tensor_boxes, tensor_parts
-from dbmpi.runtime import waiting
-
-if TYPE_CHECKING:
-    from mpi4py import MPI
-
-_TAG = 9
 
 
 class _Held(NamedTuple):
@@ -42,8 +37,8 @@ class LocalParameters:
         The whole parameters.
     placement
         What each worker computes.
-    worker
-        Number of the worker.
+    group
+        The workers, of which this is one.
     dtype
         Of the vectors.
 
@@ -54,8 +49,6 @@ class LocalParameters:
     runs
         Where its elements lie in the whole vector, in the order of the worker's vector, and whether this worker is
         the one that pushes their gradient.
-    serve
-        Called while this worker waits for others.
     """
 
     def __init__(
@@ -63,16 +56,16 @@ class LocalParameters:
         layers: Sequence[Layer],
         layout: Layout,
         placement: Placement,
-        worker: int,
+        group: Group,
         dtype: np.dtype[np.floating],
     ) -> None:
+        worker = group.rank
         self._dtype = dtype
-        self._worker = worker
-        self.serve: Callable[[], bool] | None = None
+        self._group = group
         boxes = tensor_boxes(layers, placement, worker)
         parts = tensor_parts(layers, placement)
         self._layers: list[list[_Held]] = []
-        self._shared: list[list[tuple[Part, _Held]]] = []
+        self._shared: list[list[tuple[Part, _Held, Shelf]]] = []
         runs: list[Run] = []
         position = 0
         pushed = pushed_runs(layout, parts, worker)
@@ -81,14 +74,16 @@ class LocalParameters:
             for short, tensor in layer.tensors.items():
                 mine = _Held(short, boxes[tensor.name], position)
                 held.append(mine)
-                shared += [(part, mine) for part in parts if part.tensor is tensor and part.shared]
+                for part in parts:
+                    if part.tensor == tensor and part.shared:
+                        shared.append((part, mine, group.shelf(fixed=part.box.size)))
                 for run in mine.box.runs(tensor.shape):
                     offset = layout.offsets[tensor.name]
                     for piece, push in _divided(range(offset + run.start, offset + run.stop), pushed):
                         runs.append(Run(piece.start, position, len(piece), push))
                         position += len(piece)
             self._layers.append(held)
-            self._shared.append([(part, mine) for part, mine in shared if worker in part.workers])
+            self._shared.append(shared)
         self.size = position
         self.runs = tuple(runs)
 
@@ -108,47 +103,22 @@ class LocalParameters:
             )
         return [{part.short: _view(vector, part) for part in held} for held in self._layers]
 
-    def add_up(self, layer: int, gradient: np.ndarray, comm: MPI.Intracomm | None) -> None:
+    def add_up(self, layer: int, gradient: np.ndarray) -> None:
         """Add up the gradient of what several workers hold of a layer, e.g. the weights of a convolution cut in space.
 
-        Called by all workers; those that hold a part together add it up, and nothing is done for what one holds alone.
+        Called by all workers; nothing is done for what one of them holds alone.
         """
-        if comm is None:
-            return
-        for part, held in self._shared[layer]:
-            place = _view(gradient, held)[part.box.slices(held.box)]
-            place[...] = self._sum(np.ascontiguousarray(place), part, comm)
+        for part, held, shelf in self._shared[layer]:
+            if self._group.rank in part.workers:
+                place = _view(gradient, held)[part.box.slices(held.box)]
+            else:
+                place = np.empty(part.box.shape, self._dtype)
+            values = np.ascontiguousarray(place)
+            place[...] = self._group.sum(shelf, values, part.workers, "the gradient of shared parameters")
 
     def take(self, whole: np.ndarray) -> np.ndarray:
         """Return this worker's part of a whole parameter vector; a new array."""
         return np.concatenate([whole[run.start : run.start + run.length] for run in self.runs] or [whole[:0]])
-
-    def _sum(self, mine: np.ndarray, part: Part, comm: MPI.Intracomm) -> np.ndarray:
-        """Return the sum over the part's workers, in their order: the owner adds, and sends what comes out."""
-        what = "the gradient of shared weights"
-        if len(part.workers) == comm.size:
-            from mpi4py import MPI
-
-            return waiting.allreduce(comm, mine, MPI.SUM, what, serve=self.serve)
-        others = [worker for worker in part.workers if worker != part.owner]
-        if self._worker != part.owner:
-            waiting.complete(comm.Isend(mine, part.owner, _TAG), what, serve=self.serve)
-            waiting.complete(comm.Irecv(mine, part.owner, _TAG), what, serve=self.serve)
-            return mine
-        buffers = [mine if worker == part.owner else np.empty_like(mine) for worker in part.workers]
-        requests = [
-            comm.Irecv(buffer, worker, _TAG)
-            for worker, buffer in zip(part.workers, buffers, strict=True)
-            if worker != part.owner
-        ]
-        for request in requests:
-            waiting.complete(request, what, serve=self.serve)
-        total = buffers[0].copy()
-        for buffer in buffers[1:]:
-            total += buffer
-        for request in [comm.Isend(total, worker, _TAG) for worker in others]:
-            waiting.complete(request, what, serve=self.serve)
-        return total
 
 
 def _view(vector: np.ndarray, held: _Held) -> np.ndarray:

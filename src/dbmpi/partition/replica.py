@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from types import TracebackType
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from dbmpi.network.losses import Loss
 from dbmpi.objective import Batch, Outcome
 from dbmpi.partition.boxes import Box
 from dbmpi.partition.exchange import Exchange
+from dbmpi.partition.group import Group
 from dbmpi.partition.lossexchange import LossExchange
 from dbmpi.partition.objectives import objectives
 from dbmpi.partition.parameters import LocalParameters
@@ -26,10 +27,6 @@ from dbmpi.partition.placement import Placement
 from dbmpi.partition.plan import ExchangePlan, plan_exchanges
 from dbmpi.partition.stages import Clock, stage
 from dbmpi.partition.workspace import Workspace
-from dbmpi.runtime import waiting
-
-if TYPE_CHECKING:
-    from mpi4py import MPI
 
 _WORKSPACES = 2  # a batch and the shorter one at the end of an epoch
 
@@ -37,7 +34,8 @@ _WORKSPACES = 2  # a batch and the shorter one at the end of an epoch
 class Replica:
     """Loss and gradient of a network on one of the workers that compute it together.
 
-    All workers of a replica call the same methods with the same batch (collective over `comm`).
+    All workers of a replica call the same methods with the same batch (collective).  A context manager: at its end,
+    memory that they share is given back.
 
     Parameters
     ----------
@@ -54,8 +52,8 @@ class Replica:
         Of parameters and activations.
     seed
         Of masks that are drawn anew each step.
-    comm
-        The workers of the replica; None for one alone.
+    group
+        The workers, of which this is one.
     """
 
     def __init__(
@@ -66,35 +64,35 @@ class Replica:
         parameters: LocalParameters,
         dtype: np.dtype[np.floating],
         seed: int,
-        comm: MPI.Intracomm | None = None,
+        group: Group,
     ) -> None:
-        rank = 0 if comm is None else comm.rank
+        rank = group.rank
         self._layers = tuple(layers)
         self._loss = loss
         self.parameters = parameters
         self._dtype = dtype
         self._seed = seed
-        self._comm = comm
+        self._group = group
         plans = plan_exchanges(self._layers, placement)
         self._mine = [owned[rank] for owned in placement.boxes]
         self._needed = [plan.inputs.needed[rank] for plan in plans]
         nothing = Box((0,), (0,))
         self._summed = [nothing if plan.outputs is None else plan.outputs.needed[rank] for plan in plans]
         self._stages = [
-            stage(place, layer, mine, plan, comm)
+            stage(place, layer, mine, plan, group)
             for place, (layer, mine, plan) in enumerate(zip(self._layers, self._mine, plans, strict=True))
         ]
         self._in_place = [
             plan.outputs is not None or one.exchange.in_place for plan, one in zip(plans, self._stages, strict=True)
         ]
-        self._objectives = objectives(self._layers, placement, rank, comm)
+        self._objectives = objectives(self._layers, placement, group)
         last = placement.boxes[-1]
-        self._turned = LossExchange(comm, last) if loss is not None and comm is not None and comm.size > 1 else None
+        self._turned = LossExchange(group, last) if loss is not None and group.size > 1 else None
+        self._terms = group.shelf(fixed=2)  # one of float64, in elements that may be float32
         shape = tuple(self._layers[-1].output_shape)
-        self._gathered = Exchange(comm, ExchangePlan(shape, last, (Box.whole(shape),) * len(last)))
+        self._gathered = Exchange(group, ExchangePlan(shape, last, (Box.whole(shape),) * len(last)))
         self._workspaces: OrderedDict[int, Workspace] = OrderedDict()
         self._clock = Clock(len(self._layers))
-        self._serve: Callable[[], bool] | None = None
 
     @property
     def size(self) -> int:
@@ -108,14 +106,23 @@ class Replica:
 
     def serve_while_waiting(self, serve: Callable[[], bool] | None) -> None:
         """Let this rank go on with other duties while it waits for the other partitions."""
-        for exchange in (*(one.exchange for one in self._stages), self._gathered):
-            exchange.serve = serve
-        for objective in self._objectives.values():
-            objective.serve_while_waiting(serve)
-        if self._turned is not None:
-            self._turned.serve = serve
-        self.parameters.serve = serve
-        self._serve = serve
+        self._group.serve = serve
+
+    def prepare(self, samples: int) -> None:
+        """Make room for what the workers share in batches of up to so many samples (collective).
+
+        Otherwise the first such batch does, in which this rank does not serve others.
+        """
+        self._group.make_room(samples, self._dtype.itemsize)
+
+    def __enter__(self) -> Replica:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Give back what the workers share (collective)."""
+        self._group.__exit__(kind, error, trace)
 
     def loss_and_gradient(
         self,
@@ -155,7 +162,7 @@ class Replica:
         for place in reversed(range(len(self._layers))):
 
             def complete(place: int = place) -> None:
-                self.parameters.add_up(place, gradient, self._comm)
+                self.parameters.add_up(place, gradient)
                 if on_gradient is not None:
                     on_gradient(place)
 
@@ -203,11 +210,9 @@ class Replica:
             flat = values.reshape(-1, values.shape[-1])
             apply = self._loss.apply if self._turned is None else partial(self._turned.apply, self._loss)
             loss, correct = apply(flat, batch.targets)
-        if self._objectives and self._comm is not None:
-            from mpi4py import MPI
-
-            what = "the objectives of the other partitions"
-            terms = float(waiting.allreduce(self._comm, np.array([terms]), MPI.SUM, what, serve=self._serve)[0])
+        if self._objectives and self._group.size > 1:
+            everybody, what = range(self._group.size), "the objectives of the other partitions"
+            terms = float(self._group.sum(self._terms, np.array([terms]), everybody, what)[0])
         return Outcome(batch.samples, loss + terms, correct)
 
     def _checked(self, batch: Batch) -> Batch:
@@ -240,6 +245,7 @@ class Replica:
         return inputs.reshape(*expected, inputs.shape[-1])
 
     def _workspace(self, samples: int) -> Workspace:
+        self._group.make_room(samples, self._dtype.itemsize)
         if samples not in self._workspaces:
             if len(self._workspaces) == _WORKSPACES:
                 self._workspaces.popitem(last=False)

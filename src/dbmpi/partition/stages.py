@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Protocol, cast
 from dbmpi.network.layer import Arrays, Context, Layer, SplitByInputs
 from dbmpi.partition.boxes import Box
 from dbmpi.partition.exchange import Exchange
+from dbmpi.partition.group import Group
 from dbmpi.partition.plan import LayerPlan
 
 if TYPE_CHECKING:
-    from mpi4py import MPI
-
     from dbmpi.partition.workspace import Workspace
 
 
@@ -64,11 +63,11 @@ class Stage(Protocol):
         ...
 
 
-def stage(place: int, layer: Layer, output: Box, plan: LayerPlan, comm: MPI.Intracomm | None) -> Stage:
+def stage(place: int, layer: Layer, output: Box, plan: LayerPlan, group: Group) -> Stage:
     """Return the stage of a worker that owns the outputs in a box of layer number `place`."""
     if plan.outputs is not None:
-        return _ByInputs(place, layer, Exchange(comm, plan.outputs))
-    return _ByOutputs(place, layer, output, Exchange(comm, plan.inputs))
+        return _ByInputs(place, layer, Exchange(group, plan.outputs))
+    return _ByOutputs(place, layer, output, Exchange(group, plan.inputs))
 
 
 class _ByOutputs:
