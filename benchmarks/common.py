@@ -284,7 +284,8 @@ def fma_peak() -> Callable[[], Mapping[str, Any]]:
     import numpy as np
 
     from dbmpi.kernels.compile import kernel
-    from dbmpi.kernels.vector import CHAINS, lanes, multiply_add_chains
+    from dbmpi.kernels.vector import lanes
+    from dbmpi.kernels.vector_tiles import CHAINS, multiply_add_chains
 
     @kernel
     def run(start: float, rounds: int) -> float:

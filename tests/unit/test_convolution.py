@@ -54,6 +54,17 @@ def test_outputs_are_scipys(layer, samples, dtype, seed):
 @settings(max_examples=25)
 @given(layers(), st.integers(1, 70), st.sampled_from([np.float32, np.float64]), st.integers(0, 99))
 def test_it_is_a_local_layer_whose_filters_are_all_the_same(layer, samples, dtype, seed):
+    check_against_local(layer, samples, dtype, seed)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_rows_longer_than_one_pass_are_summed_in_several(stride):
+    layer = Convolution("convolution", (2, 7, 45), 5, (3, 3), stride)
+    assert layer.output_shape[2] * 67 > convolution.PIECE
+    check_against_local(layer, 67, np.float32, 1)
+
+
+def check_against_local(layer, samples, dtype, seed):
     random = np.random.default_rng(seed)
     inputs = random.normal(size=(*layer.input_shape, samples)).astype(dtype)
     parameters = parameters_of(layer, dtype, seed)
@@ -61,7 +72,7 @@ def test_it_is_a_local_layer_whose_filters_are_all_the_same(layer, samples, dtyp
     untied = Local("local", layer.input_shape, layer.maps, layer.field, layer.stride, layer.activation)
     places = layer.output_shape[1:]
     repeated = {
-        "weights": np.tile(parameters["weights"].transpose(0, 3, 1, 2), (*places, 1, 1, 1, 1)),
+        "weights": np.tile(parameters["weights"].transpose(0, 2, 3, 1), (*places, 1, 1, 1, 1)),
         "bias": np.tile(parameters["bias"], (*places, 1)),
     }
     outputs, below, of_parameters = run(layer, inputs, gradient.copy(), parameters)
@@ -69,7 +80,7 @@ def test_it_is_a_local_layer_whose_filters_are_all_the_same(layer, samples, dtyp
     assert_close(outputs, expected[0], dtype)
     assert_close(below, expected[1], dtype)
     sums = {short: values.astype(np.float64).sum(axis=(0, 1)) for short, values in expected[2].items()}
-    assert_close(of_parameters["weights"], sums["weights"].transpose(0, 2, 3, 1), dtype)
+    assert_close(of_parameters["weights"], sums["weights"].transpose(0, 3, 1, 2), dtype)
     assert_close(of_parameters["bias"], sums["bias"], dtype)
 
 

@@ -48,11 +48,11 @@ def naive(layer, inputs, parameters, gradient):
         for j in range(layer.output_shape[2]):
             top, left = i * layer.stride, j * layer.stride
             place = np.s_[:, top : top + rows, left : left + columns]
-            outputs[:, i, j] = function(np.einsum("mvcu,cuvb->mb", weights[i, j], inputs[place]) + bias[i, j][:, None])
+            outputs[:, i, j] = function(np.einsum("muvc,cuvb->mb", weights[i, j], inputs[place]) + bias[i, j][:, None])
             delta = gradient[:, i, j] * derivative(outputs[:, i, j])
-            of_weights[i, j] = np.einsum("mb,cuvb->mvcu", delta, inputs[place])
+            of_weights[i, j] = np.einsum("mb,cuvb->muvc", delta, inputs[place])
             of_bias[i, j] = delta.sum(axis=1)
-            below[place] += np.einsum("mvcu,mb->cuvb", weights[i, j], delta)
+            below[place] += np.einsum("muvc,mb->cuvb", weights[i, j], delta)
     return outputs, below, {"weights": of_weights, "bias": of_bias}
 
 
@@ -173,7 +173,7 @@ def test_an_empty_box_needs_nothing_and_computes_nothing():
 
 
 def test_arrays_with_gaps_are_refused_instead_of_copied():
-    weights, inputs = np.ones((3, 3, 2, 2, 1, 2)), np.ones((1, 4, 4, 8))
+    weights, inputs = np.ones((3, 3, 2, 2, 2, 1)), np.ones((1, 4, 4, 8))
     with pytest.raises(ValueError, match=r"\(2, 3, 3, 4\).*C-contiguous"):
         local.forward(weights, np.ones((3, 3, 2)), inputs, np.ones((2, 3, 3, 8))[..., ::2], 1, "linear")
 
@@ -202,7 +202,7 @@ import hashlib, numpy as np
 from dbmpi.kernels import convolution, local
 random = np.random.default_rng(1)
 inputs, gradient = (random.normal(size=shape).astype(np.float32) for shape in ((3, 20, 17, 40), (9, 16, 15, 40)))
-for kernels, shape, places in ((local, (16, 15, 9, 3, 3, 5), (16, 15, 9)), (convolution, (9, 3, 5, 3), (9,))):
+for kernels, shape, places in ((local, (16, 15, 9, 5, 3, 3), (16, 15, 9)), (convolution, (9, 3, 5, 3), (9,))):
     weights, bias = random.normal(size=shape).astype(np.float32), random.normal(size=places).astype(np.float32)
     outputs, of_weights, of_bias, below, mine = map(np.empty_like, (gradient, weights, bias, inputs, gradient))
     mine[...] = gradient
@@ -236,7 +236,7 @@ def test_the_configuration_describes_it():
     assert layer == Local("local1", (3, 9, 8), 4, (3, 2), 2, "relu", 2.0)
     assert layer.output_shape == (4, 4, 4)
     assert {short: tensor.shape for short, tensor in layer.tensors.items()} == {
-        "weights": (4, 4, 4, 2, 3, 3),
+        "weights": (4, 4, 4, 3, 2, 3),
         "bias": (4, 4, 4),
     }
     assert Local.described(config.Local(maps=1, field=5), "local2", (1, 5, 5)).field == (5, 5)

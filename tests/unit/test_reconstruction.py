@@ -40,8 +40,8 @@ def test_the_loss_is_what_the_formula_says(stride):
     for i in range(rows):
         for j in range(columns):
             field = np.s_[:, i * stride : i * stride + 3, j * stride : j * stride + 2]
-            hidden[:, i, j] = np.einsum("mvcu,cuvb->mb", weights[i, j], x[field]) + bias[i, j][:, None]
-            estimate[field] += np.einsum("mvcu,mb->cuvb", decoder[i, j], hidden[:, i, j])
+            hidden[:, i, j] = np.einsum("muvc,cuvb->mb", weights[i, j], x[field]) + bias[i, j][:, None]
+            estimate[field] += np.einsum("muvc,mb->cuvb", decoder[i, j], hidden[:, i, j])
     pooled = sum(
         np.sqrt(1e-8 + (hidden[:, i : i + 2, j : j + 2] ** 2).sum(axis=(1, 2))).sum()
         for i in range(rows - 1)

@@ -13,13 +13,16 @@ from numba import prange
 from dbmpi.kernels import fields
 from dbmpi.kernels.activations import ACTIVATIONS
 from dbmpi.kernels.compile import Kernel, parallel_kernel
-from dbmpi.kernels.fields import field_of, fill_window, flat, sum_blocks, window_of
-from dbmpi.kernels.vector import multiply_rows
+from dbmpi.kernels.fields import Blocks, field_of, flat
+from dbmpi.kernels.vector import REGISTERS
+from dbmpi.kernels.vector_rows import multiply_along_rows
 
 ORDER = "cuv"
 """Axes of a filter: channel, row, column."""
 BANDS = 16
 """Most bands of rows whose sums for the weights are kept apart until the end, whatever the number of threads."""
+PIECE = 1024
+"""Elements of a row of outputs that are multiplied in one go: those of a block of maps fit into the first cache."""
 _MOST = 1 << 24  # elements that they may take, altogether
 
 
@@ -71,78 +74,79 @@ def parameter_gradient(
         For the outputs.
     weight_gradient, bias_gradient : arrays like weights and bias
     """
-    maps, channels, *shape = weight_gradient.shape
+    maps, shape = len(weight_gradient), weight_gradient.shape[2:]
     flat(outputs), flat(gradient)
     ACTIVATIONS[activation].backward(outputs.reshape(maps, -1), gradient.reshape(maps, -1), bias_gradient)
-    window = window_of((shape[0], shape[1]), inputs.shape, inputs.itemsize)
-    blocks, vectors = sum_blocks(maps)
-    bands = max(1, min(BANDS, gradient.shape[1], _MOST // weight_gradient.size))
-    sums = np.zeros((bands, maps, shape[1], channels, shape[0]), inputs.dtype)
-    _weight_gradient(*blocks.heights, vectors)(
-        *(flat(inputs), gradient, sums.reshape(bands, -1), window.column, window.rows, window.size),
-        *(blocks.tall, blocks.short, shape[1], inputs.shape[2], stride, window.lanes, vectors * window.lanes),
+    flat(inputs), flat(weight_gradient)
+    blocks = Blocks.of(maps)
+    columns = 3 if blocks.height > 4 or REGISTERS < 32 else 6
+    places = field_of(ORDER, shape, inputs.shape).places
+    depth = -(-places.size // columns) * columns  # the last place is taken again until the tiles are full
+    bands = max(1, min(BANDS, gradient.shape[1], _MOST // (maps * depth)))
+    sums = np.zeros((bands, maps * depth), inputs.dtype)
+    _weight_gradient(*blocks.heights, columns)(
+        *(inputs, gradient, sums, np.pad(places, (0, depth - places.size), "edge"), blocks.tall, blocks.short, stride)
     )
-    weight_gradient[...] = sums.sum(axis=0).transpose(0, 2, 3, 1)
+    total, first_short = sums.sum(axis=0), blocks.tall * blocks.height
+    of_maps = weight_gradient.reshape(maps, -1)
+    for height, first, last in ((blocks.height, 0, first_short), (blocks.height - 1, first_short, maps)):
+        if last > first:
+            tiles = total[first * depth : last * depth].reshape(-1, depth, height)
+            of_maps[first:last] = tiles.swapaxes(1, 2).reshape(-1, depth)[:, : places.size]
 
 
 @cache
-def _weight_gradient(height: int, shorter: int, vectors: int) -> Kernel[..., None]:
-    """Return the kernel for blocks of `height` and `shorter` maps, `vectors` vectors of weights at a time.
+def _weight_gradient(height: int, shorter: int, columns: int) -> Kernel[..., None]:
+    """Return the kernel for blocks of `height` and `shorter` maps, `columns` weights of each at a time.
 
-    It adds the gradients of each band of rows to its row of `sums`; the axes of these are map, column, channel, row.
+    It adds the gradients of each band of rows to its row of `sums`, where each block is (depth, maps).
+
+    A row of outputs, columns by samples, is one piece, and so are the inputs that one weight multiplies if the stride
+    is 1: the sums run along both, and nothing is transposed.  With other strides there is a piece for every column.
     """
 
     def weight_gradient(
         x: np.ndarray,
         gradient: np.ndarray,
         sums: np.ndarray,
-        column: np.ndarray,
-        rows: np.ndarray,
-        window_size: int,
+        places: np.ndarray,
         tall: int,
         short: int,
-        field_width: int,
-        in_width: int,
         stride: int,
-        vector: int,
-        width: int,
     ) -> None:
         _, out_height, out_width, samples = gradient.shape
-        depth, plane, source = column.size * field_width, out_height * out_width * samples, gradient.reshape(-1)
-        step = window_size // rows.size
+        plane, row = out_height * out_width * samples, x.shape[2] * samples
+        source, below = gradient.reshape(-1), x.reshape(-1)
+        runs, length = (1, out_width * samples) if stride == 1 else (out_width, samples)
+        runs_at_a_time = max(1, PIECE // length)
         bands = sums.shape[0]
         for band in prange(bands):
-            window, out = np.empty(window_size, x.dtype), sums[band]
+            out = sums[band]
             for i in range(band * out_height // bands, (band + 1) * out_height // bands):
-                done = 0
-                for j in range(out_width):
-                    left = j * stride
-                    start = i * stride * in_width * samples
-                    # fmt: off
-                    fill_window(
-                        x, start, max(done, left), left + field_width, column, field_width, samples,
-                        window, step, vector,
-                    )
-                    done = left + field_width
-                    turned = left % field_width * column.size
-                    for first in range(0, depth, width):
-                        filled = min(width, depth - first)
-                        g_start = (i * out_width + j) * samples
-                        w_start = first
+                for run in range(0, runs, runs_at_a_time):
+                    some = min(runs_at_a_time, runs - run)
+                    for start in range(0, length, PIECE):
+                        elements = min(PIECE, length - start)
+                        x_start = i * stride * row + run * stride * samples + start
+                        g_start = (i * out_width + run) * samples + start
+                        block = 0
+                        # fmt: off
                         for _ in range(tall):
-                            multiply_rows(
-                                height, vectors, source, g_start, plane, window, turned + first, rows, 0, samples,
-                                out, w_start, depth, filled, True,
-                            )
+                            for first in range(0, places.size, columns):
+                                multiply_along_rows(
+                                    height, columns, source, g_start, plane, samples, below, x_start, stride * samples,
+                                    places, first, out, block + first * height, some, elements,
+                                )
                             g_start += height * plane
-                            w_start += height * depth
+                            block += height * places.size
                         for _ in range(short):
-                            multiply_rows(
-                                shorter, vectors, source, g_start, plane, window, turned + first, rows, 0, samples,
-                                out, w_start, depth, filled, True,
-                            )
+                            for first in range(0, places.size, columns):
+                                multiply_along_rows(
+                                    shorter, columns, source, g_start, plane, samples, below, x_start, stride * samples,
+                                    places, first, out, block + first * shorter, some, elements,
+                                )
                             g_start += shorter * plane
-                            w_start += shorter * depth
-                    # fmt: on
+                            block += shorter * places.size
+                        # fmt: on
 
     return parallel_kernel(weight_gradient)

@@ -5,9 +5,9 @@ the inputs, (depth, samples), where depth is channels x field rows x field colum
 weight multiplies vectors of them.  The field is not copied: a table says where its rows of samples lie.  A block of
 maps times two vectors of samples is summed in registers.
 
-The weights of untied filters are read once for all samples; forward and backward pass then do ``6 * samples``
-operations for every weight, of which 4 bytes are read twice and, as its gradient, written once.  With few samples that
-flow of memory is as much of a limit as the arithmetic, and so what comes next is prefetched.
+Untied filters are read once for all samples; forward and backward pass then do ``6 * samples`` operations for every
+weight, of which 4 bytes are read twice and, as its gradient, written once.  With few samples that flow of memory is as
+much of a limit as the arithmetic, and so what comes next is prefetched.
 
 Every output is summed in an order that depends on the depth alone, not on the box that is computed, its maps, the
 samples or the threads.
@@ -23,7 +23,8 @@ from numba import prange
 
 from dbmpi.kernels.compile import THREADS, Kernel, inlined, parallel_kernel
 from dbmpi.kernels.elementary import sigmoid, tanh
-from dbmpi.kernels.vector import REGISTERS, add_to_rows, lanes, multiply_rows, transpose_block
+from dbmpi.kernels.vector import REGISTERS, lanes
+from dbmpi.kernels.vector_rows import add_to_rows, multiply_rows
 
 DEPTH = 384
 """Most rows of a field that are multiplied in one go: with two vectors each they fit into the first cache."""
@@ -121,11 +122,10 @@ def forward(
     """
     maps, _, columns, samples = outputs.shape
     blocks, step = Blocks.of(maps), stride * samples
-    place = 0 if tied else maps
+    place, width = 0 if tied else maps, blocks.vectors * lanes(outputs.itemsize)
     _forward(*blocks.heights, blocks.vectors)(
         *(flat(weights), flat(bias), flat(inputs), _contiguous(outputs), field.places, blocks.tall, blocks.short),
-        *((step * inputs.shape[2], step), (columns * place, place)),
-        *(blocks.vectors * lanes(outputs.itemsize), CODES[activation]),
+        *((step * inputs.shape[2], step), (columns * place, place), width, CODES[activation]),
     )
 
 
@@ -135,11 +135,11 @@ def input_gradient(
     """Write the gradient for the inputs, of that for the outputs before the activation; shapes as in `forward`."""
     maps, rows, columns, _ = gradient.shape
     blocks = Blocks.of(maps)
-    place = 0 if tied else maps
+    place, width = 0 if tied else maps, blocks.vectors * lanes(gradient.itemsize)
     _input_gradient(*blocks.heights, blocks.vectors)(
         *(flat(weights), _contiguous(gradient), _contiguous(result), *field, blocks.tall, blocks.short),
         *(_bands(rows, result.shape[1], int(field.rows.max()) + 1, stride, THREADS), stride),
-        *((columns * place, place), blocks.vectors * lanes(gradient.itemsize)),
+        *((columns * place, place), width),
     )
 
 
@@ -165,13 +165,13 @@ def _forward(height: int, shorter: int, vectors: int) -> Kernel[..., None]:
         piece = _piece(depth)
         for i in prange(out_height):
             for j in range(out_width):
-                filter_start = i * filters[0] + j * filters[1]
+                filters_start = i * filters[0] + j * filters[1]
                 for first in range(0, depth, piece):
                     last = min(depth, first + piece)
                     for start in range(0, samples, width):
                         filled = min(width, samples - start)
                         x_start = i * steps[0] + j * steps[1] + start
-                        w_start = filter_start * depth
+                        w_start = filters_start * depth
                         y_start = (i * out_width + j) * samples + start
                         # fmt: off
                         for _ in range(tall):
@@ -190,7 +190,7 @@ def _forward(height: int, shorter: int, vectors: int) -> Kernel[..., None]:
                             y_start += shorter * plane
                         # fmt: on
                 for m in range(maps):
-                    _activate(y, m, i, j, bias[filter_start + m], code)
+                    _activate(y[m, i, j], bias[filters_start + m], code)
 
     return parallel_kernel(forward)
 
@@ -216,20 +216,12 @@ def _input_gradient(height: int, shorter: int, vectors: int) -> Kernel[..., None
         width: int,
     ) -> None:
         _, out_height, out_width, samples = gradient.shape
-        in_width = result.shape[2]
-        depth, plane, source, target = (
-            places.size,
-            out_height * out_width * samples,
-            gradient.reshape(-1),
-            result.reshape(-1),
-        )
-        field_height = rows.max() + 1
-        piece = _piece(depth)
+        in_width, source, target = result.shape[2], gradient.reshape(-1), result.reshape(-1)
+        depth, plane = places.size, out_height * out_width * samples
+        field_height, piece = rows.max() + 1, _piece(depth)
         for band in prange(bands.size - 1):
             top, bottom = bands[band], bands[band + 1]
-            for channel in range(result.shape[0]):
-                first_row = channel * result.shape[1] + top
-                target[first_row * in_width * samples :][: (bottom - top) * in_width * samples] = 0
+            result[:, top:bottom] = 0
             inside, targets = np.empty(depth, np.int64), np.empty(depth, np.int64)
             for i in range(out_height):
                 if i * stride + field_height <= top or i * stride >= bottom:
@@ -267,69 +259,6 @@ def _input_gradient(height: int, shorter: int, vectors: int) -> Kernel[..., None
     return parallel_kernel(input_gradient)
 
 
-class Window(NamedTuple):
-    """The field of the present place, transposed: (samples, depth), for sums over samples.
-
-    The next place's field has some columns in common with it.  The columns therefore stay where they are, column number
-    n in slot n modulo the field's width; and every one is kept twice, the second time a field's width later, so that
-    the field of any place is contiguous.  In a filter's order, its axes are column, channel and row.
-    """
-
-    column: np.ndarray
-    """Positions in the inputs of the elements of a column, int64 (channels x field rows,)."""
-    rows: np.ndarray
-    """Where the row of each sample starts in the window, int64."""
-    size: int
-    """Elements of the window."""
-    lanes: int
-    """Lanes of a vector."""
-
-
-@lru_cache(maxsize=256)
-def window_of(shape: tuple[int, int], input_shape: tuple[int, int, int, int], itemsize: int) -> Window:
-    """Return the window on an array of inputs (channels, height, width, samples) for fields of a shape."""
-    channels, height, width, samples = input_shape
-    vector = lanes(itemsize)
-    # An odd number of vectors from row to row, so that a column does not fall into few sets of the cache.
-    step = (-(-2 * channels * shape[0] * shape[1] // vector) | 1) * vector
-    rows = np.arange(-(-samples // vector) * vector, dtype=np.int64) * step
-    column = (np.arange(channels)[:, None] * height + np.arange(shape[0])) * width * samples
-    return Window(column.reshape(-1).astype(np.int64), rows, rows.size * step, vector)
-
-
-def sum_blocks(maps: int) -> tuple[Blocks, int]:
-    """Return blocks of maps, and how many vectors of a window's rows to multiply them by at a time."""
-    blocks = Blocks.of(maps)
-    return blocks, 2 if REGISTERS < 32 else 3 if blocks.height > 4 else 6
-
-
-@inlined
-def fill_window(
-    x: np.ndarray,
-    start: int,
-    first: int,
-    last: int,
-    column: np.ndarray,
-    slots: int,
-    samples: int,
-    window: np.ndarray,
-    step: int,
-    vector: int,
-) -> None:
-    """Bring columns ``first <= n < last`` of the inputs that begin at `start` into the window."""
-    size = column.size
-    for number in range(first, last):
-        place = number % slots * size
-        for row in range(0, size, vector):
-            for sample in range(0, samples, vector):
-                # fmt: off
-                transpose_block(
-                    x, start + number * samples + sample, column, row, size - row, samples - sample,
-                    window, sample * step + place + row, step, slots * size,
-                )
-                # fmt: on
-
-
 @inlined
 def _piece(depth: int) -> int:
     """Return how many rows of a field to multiply in one go: nearly equal pieces."""
@@ -338,21 +267,21 @@ def _piece(depth: int) -> int:
 
 
 @inlined
-def _activate(y: np.ndarray, m: int, i: int, j: int, addend: float, code: int) -> None:
-    """Add the bias to the outputs of one map at one place and apply the activation."""
+def _activate(y: np.ndarray, addend: float, code: int) -> None:
+    """Add the bias to the outputs (samples,) of one map at one place and apply the activation."""
     if code == SIGMOID:
-        for sample in range(y.shape[3]):
-            y[m, i, j, sample] = sigmoid(y[m, i, j, sample] + addend)
+        for sample in range(y.size):
+            y[sample] = sigmoid(y[sample] + addend)
     elif code == TANH:
-        for sample in range(y.shape[3]):
-            y[m, i, j, sample] = tanh(y[m, i, j, sample] + addend)
+        for sample in range(y.size):
+            y[sample] = tanh(y[sample] + addend)
     elif code == RELU:
-        for sample in range(y.shape[3]):
-            value = y[m, i, j, sample] + addend
-            y[m, i, j, sample] = y.dtype.type(0) if value < 0 else value
+        for sample in range(y.size):
+            value = y[sample] + addend
+            y[sample] = y.dtype.type(0) if value < 0 else value
     else:
-        for sample in range(y.shape[3]):
-            y[m, i, j, sample] += addend
+        for sample in range(y.size):
+            y[sample] += addend
 
 
 @lru_cache(maxsize=256)

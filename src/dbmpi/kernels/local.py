@@ -1,24 +1,25 @@
 """Locally connected layers: filters that are not shared between places.
 
-Weights are (rows, columns, maps, field columns, channels, field rows): what belongs to a place is one piece, so that a
-box of places is a few long runs.  Within a filter the columns come first, as a field moves by columns from place to
-place (see :class:`dbmpi.kernels.fields.Window`).
+Weights are (rows, columns, maps, field rows, field columns, channels): what belongs to a place is one piece, so that a
+box of places is a few long runs.  Within a filter the rows come first, as they do in `_Window`.
 """
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from numba import prange
 
 from dbmpi.kernels import fields
 from dbmpi.kernels.compile import THREADS, Kernel, inlined, parallel_kernel
-from dbmpi.kernels.fields import CODES, RELU, SIGMOID, TANH, field_of, fill_window, flat, sum_blocks, window_of
-from dbmpi.kernels.vector import multiply_rows, prefetch_written
+from dbmpi.kernels.fields import CODES, RELU, SIGMOID, TANH, Blocks, field_of, flat
+from dbmpi.kernels.vector import lanes
+from dbmpi.kernels.vector_rows import multiply_rows, prefetch_written, transpose_block
 
-ORDER = "vcu"
-"""Axes of a filter: column, channel, row."""
+ORDER = "uvc"
+"""Axes of a filter: row, column, channel."""
 
 
 def forward(
@@ -26,12 +27,12 @@ def forward(
 ) -> None:
     """Write ``activation(sum of weights times field + bias)``.
 
-    ``outputs[m, i, j, b] = f(sum over v, c, u of weights[i, j, m, v, c, u] * inputs[c, i*stride+u, j*stride+v, b]
+    ``outputs[m, i, j, b] = f(sum over u, v, c of weights[i, j, m, u, v, c] * inputs[c, i*stride+u, j*stride+v, b]
     + bias[i, j, m])``
 
     Parameters
     ----------
-    weights : (rows, columns, maps, field columns, channels, field rows) array
+    weights : (rows, columns, maps, field rows, field columns, channels) array
         float32 or float64, as all others; all are C-contiguous.
     bias : (rows, columns, maps) array
     inputs : (channels, height, width, samples) array
@@ -69,20 +70,19 @@ def parameter_gradient(
         For the outputs.
     weight_gradient, bias_gradient : arrays like weights and bias
     """
-    shape = _field_shape(weight_gradient)
-    window = window_of(shape, inputs.shape, inputs.itemsize)
-    blocks, vectors = sum_blocks(gradient.shape[0])
+    rows, columns = _field_shape(weight_gradient)
+    window, blocks = _window_of(rows, inputs.shape, inputs.itemsize), Blocks.of(gradient.shape[0])
     flat(outputs), flat(gradient)
-    _parameter_gradient(*blocks.heights, vectors)(
+    _parameter_gradient(*blocks.heights, blocks.vectors)(
         *(flat(inputs), outputs, gradient, flat(weight_gradient), flat(bias_gradient)),
-        *(np.empty((THREADS, window.size), inputs.dtype), window.column, window.rows),
-        *(blocks.tall, blocks.short, shape[1], inputs.shape[2], stride, window.lanes, vectors * window.lanes),
+        *(np.empty((THREADS, window.size), inputs.dtype), window.places, window.samples, window.slot, window.lanes),
+        *(blocks.tall, blocks.short, (rows, columns), inputs.shape, stride, blocks.vectors * window.lanes),
         CODES[activation],
     )
 
 
 def _field_shape(weights: np.ndarray) -> tuple[int, int]:
-    return weights.shape[5], weights.shape[3]
+    return weights.shape[3], weights.shape[4]
 
 
 @cache
@@ -96,77 +96,142 @@ def _parameter_gradient(height: int, shorter: int, vectors: int) -> Kernel[..., 
         weight_gradient: np.ndarray,
         bias_gradient: np.ndarray,
         windows: np.ndarray,
-        column: np.ndarray,
-        rows: np.ndarray,
+        places: np.ndarray,
+        starts: np.ndarray,
+        slot: int,
+        vector: int,
         tall: int,
         short: int,
-        field_width: int,
-        in_width: int,
+        field: tuple[int, int],
+        x_shape: tuple[int, int, int, int],
         stride: int,
-        vector: int,
         width: int,
         code: int,
     ) -> None:
         maps, out_height, out_width, samples = gradient.shape
-        depth, plane, source = column.size * field_width, out_height * out_width * samples, gradient.reshape(-1)
-        step = windows.shape[1] // rows.size
-        bands = windows.shape[0]
+        plane, source = out_height * out_width * samples, gradient.reshape(-1)
+        rows, run = field[0], field[1] * x_shape[0]
+        depth, bands = rows * run, windows.shape[0]
         for band in prange(bands):
             window = windows[band]
+            done = 0
             for i in range(band * out_height // bands, (band + 1) * out_height // bands):
                 for m in range(maps):
                     for j in range(out_width):
-                        _derive(gradient, y, m, i, j, code)
+                        _derive(gradient[m, i, j], y[m, i, j], code)
                         total = 0.0
                         for b in range(samples):
                             total += np.float64(gradient[m, i, j, b])
                         bias_gradient[(i * out_width + j) * maps + m] = total
-                done = 0
+                top = i * stride
+                # fmt: off
+                _fill_window(
+                    x, x_shape[2] * samples, max(done, top), top + rows, samples,
+                    window, places, starts, slot, rows, vector,
+                )
+                # fmt: on
+                done = top + rows
                 for j in range(out_width):
-                    left = j * stride
-                    start = i * stride * in_width * samples
-                    # fmt: off
-                    fill_window(
-                        x, start, max(done, left), left + field_width, column, field_width, samples,
-                        window, step, vector,
-                    )
-                    done = left + field_width
                     place = (i * out_width + j) * maps * depth
-                    turned = left % field_width * column.size
-                    for first in range(0, depth, width):
-                        filled = min(width, depth - first)
-                        ahead = place + maps * (depth + first)
-                        prefetch_written(weight_gradient, ahead, min(ahead + maps * filled, weight_gradient.size))
-                        g_start = (i * out_width + j) * samples
-                        w_start = place + first
-                        for _ in range(tall):
-                            multiply_rows(
-                                height, vectors, source, g_start, plane, window, turned + first, rows, 0, samples,
-                                weight_gradient, w_start, depth, filled, False,
-                            )
-                            g_start += height * plane
-                            w_start += height * depth
-                        for _ in range(short):
-                            multiply_rows(
-                                shorter, vectors, source, g_start, plane, window, turned + first, rows, 0, samples,
-                                weight_gradient, w_start, depth, filled, False,
-                            )
-                            g_start += shorter * plane
-                            w_start += shorter * depth
-                    # fmt: on
+                    for u in range(rows):
+                        x_start = (top + u) % rows * slot + j * stride * x_shape[0]
+                        for first in range(0, run, width):
+                            filled = min(width, run - first)
+                            ahead = place + maps * (depth + u * run + first)
+                            prefetch_written(weight_gradient, ahead, min(ahead + maps * filled, weight_gradient.size))
+                            g_start = (i * out_width + j) * samples
+                            w_start = place + u * run + first
+                            # fmt: off
+                            for _ in range(tall):
+                                multiply_rows(
+                                    height, vectors, source, g_start, plane, window, x_start + first,
+                                    starts, 0, samples, weight_gradient, w_start, depth, filled, False,
+                                )
+                                g_start += height * plane
+                                w_start += height * depth
+                            for _ in range(short):
+                                multiply_rows(
+                                    shorter, vectors, source, g_start, plane, window, x_start + first,
+                                    starts, 0, samples, weight_gradient, w_start, depth, filled, False,
+                                )
+                                g_start += shorter * plane
+                                w_start += shorter * depth
+                            # fmt: on
 
     return parallel_kernel(parameter_gradient)
 
 
+class _Window(NamedTuple):
+    """The rows of inputs that the present place's field lies in, transposed for sums over samples.
+
+    Each is (samples, columns x channels), so that a row of the field is one piece.  The next row of places has all but
+    some of its rows in common with the present one: row number n stays in slot n modulo the field's rows.
+    """
+
+    places: np.ndarray
+    """Positions in the inputs of the elements of the first row, int64 (columns x channels,)."""
+    samples: np.ndarray
+    """Where each sample starts in a slot, int64."""
+    slot: int
+    """Elements of a slot."""
+    slots: int
+    """Rows of the field."""
+    lanes: int
+    """Lanes of a vector."""
+
+    @property
+    def size(self) -> int:
+        """Elements of all slots."""
+        return self.slot * self.slots
+
+
+@lru_cache(maxsize=256)
+def _window_of(field_rows: int, input_shape: tuple[int, int, int, int], itemsize: int) -> _Window:
+    """Return the window on inputs (channels, height, width, samples) for fields of so many rows."""
+    channels, height, width, samples = input_shape
+    vector = lanes(itemsize)
+    # An odd number of vectors from sample to sample, so that a column does not fall into few sets of the cache.
+    step = (-(-channels * width // vector) | 1) * vector
+    starts = np.arange(-(-samples // vector) * vector, dtype=np.int64) * step
+    places = (np.arange(width)[:, None] + np.arange(channels) * height * width) * samples
+    return _Window(places.reshape(-1).astype(np.int64), starts, starts.size * step, field_rows, vector)
+
+
 @inlined
-def _derive(gradient: np.ndarray, y: np.ndarray, m: int, i: int, j: int, code: int) -> None:
-    """Multiply the gradient of one map at one place by the activation's derivative."""
+def _fill_window(
+    x: np.ndarray,
+    x_step: int,
+    first: int,
+    last: int,
+    samples: int,
+    window: np.ndarray,
+    places: np.ndarray,
+    starts: np.ndarray,
+    slot: int,
+    slots: int,
+    vector: int,
+) -> None:
+    """Bring rows ``first <= n < last`` of the inputs, `x_step` elements each, into the window."""
+    for n in range(first, last):
+        for place in range(0, places.size, vector):
+            for sample in range(0, samples, vector):
+                # fmt: off
+                transpose_block(
+                    x, n * x_step + sample, places, place, places.size - place, samples - sample,
+                    window, n % slots * slot + starts[sample] + place, starts[1],
+                )
+                # fmt: on
+
+
+@inlined
+def _derive(gradient: np.ndarray, y: np.ndarray, code: int) -> None:
+    """Multiply the gradient (samples,) of one map at one place by the activation's derivative."""
     if code == SIGMOID:
-        for b in range(y.shape[3]):
-            gradient[m, i, j, b] *= y[m, i, j, b] - y[m, i, j, b] * y[m, i, j, b]
+        for b in range(y.size):
+            gradient[b] *= y[b] - y[b] * y[b]
     elif code == TANH:
-        for b in range(y.shape[3]):
-            gradient[m, i, j, b] -= gradient[m, i, j, b] * (y[m, i, j, b] * y[m, i, j, b])
+        for b in range(y.size):
+            gradient[b] -= gradient[b] * (y[b] * y[b])
     elif code == RELU:
-        for b in range(y.shape[3]):
-            gradient[m, i, j, b] = gradient.dtype.type(0) if y[m, i, j, b] <= 0 else gradient[m, i, j, b]
+        for b in range(y.size):
+            gradient[b] = gradient.dtype.type(0) if y[b] <= 0 else gradient[b]

@@ -18,7 +18,8 @@ from numba import prange
 
 from dbmpi.kernels.compile import THREADS, Kernel, inlined, parallel_kernel
 from dbmpi.kernels.memory import aligned_empty
-from dbmpi.kernels.vector import ROWS, VECTORS, lanes, multiply_tile
+from dbmpi.kernels.vector import lanes
+from dbmpi.kernels.vector_tiles import ROWS, VECTORS, multiply_tile
 
 DEPTH = 128
 """Products summed in registers before a tile is added to `out`: a panel of this depth fits into the first cache."""

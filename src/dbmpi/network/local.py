@@ -14,7 +14,7 @@ from dbmpi.partition.boxes import Box
 class Local(FieldLayer):
     """A locally connected layer, whose filters are not shared (Le et al., ICML 2012; the image networks of the paper).
 
-    Weights are ``(rows, columns, maps, field columns, channels, field rows)`` and biases ``(rows, columns, maps)``: the
+    Weights are ``(rows, columns, maps, field rows, field columns, channels)`` and biases ``(rows, columns, maps)``: the
     parameters of a row of places lie together, so that those of a box are a few long runs.
     """
 
@@ -23,8 +23,7 @@ class Local(FieldLayer):
     @property
     def _shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         maps, *places = self.output_shape
-        rows, columns = self.field
-        return (*places, maps, columns, self.input_shape[0], rows), (*places, maps)
+        return (*places, maps, *self.field, self.input_shape[0]), (*places, maps)
 
     def tensor_box(self, tensor: str, output: Box) -> Box:
         """Return the filters of the places and maps in the box."""
