@@ -281,22 +281,9 @@ def prepare_runtime() -> None:
 
 def fma_peak() -> Callable[[], Mapping[str, Any]]:
     """Return an action that measures the float32 multiply-add peak of one core, in operations a second."""
-    import numpy as np
+    from dbmpi.profile import multiply_add_peak
 
-    from dbmpi.kernels.compile import kernel
-    from dbmpi.kernels.vector import lanes
-    from dbmpi.kernels.vector_tiles import CHAINS, multiply_add_chains
-
-    @kernel
-    def run(start: float, rounds: int) -> float:
-        return multiply_add_chains(start, rounds)  # type: ignore[no-any-return]
-
-    rounds, zero = 2_000_000, np.float32(0)
-    run(zero, 10)
-
-    peak = timed(lambda: run(zero, rounds))
-    # By the processor's time, as it is a property of the core and not of what else the core is doing.
-    return lambda: {"flops": 2 * CHAINS * lanes(4) * rounds / peak()["processor"]}
+    return lambda: {"flops": multiply_add_peak()}
 
 
 def copy_bandwidth(mebibytes: int = 256) -> Callable[[], Mapping[str, Any]]:

@@ -7,7 +7,7 @@ its part of the parameters, read from the checkpoint run by run.  The cut need n
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -62,6 +62,7 @@ class Inference:
     ) -> None:
         self._comm = comm
         self._batch_size = batch_size
+        self._stack = ExitStack()
         self._replica_comm: MPI.Intracomm | None = None
         rank, ranks = (0, 1) if comm is None else (comm.rank, comm.size)
         self.is_first = rank == 0
@@ -85,7 +86,7 @@ class Inference:
         self._place, self._partition = divmod(rank, self.partitions)
         if comm is not None:
             self._prepare(comm)
-        self._replica = network.replica(placed, self._replica_comm)
+        self._replica = self._stack.enter_context(network.replica(placed, self._replica_comm))
         with self.together("reading the parameters", _LONG):
             self._parameters = self.trained.parameters(self._replica.parameters.runs)
 
@@ -156,10 +157,8 @@ class Inference:
 
     def close(self) -> None:
         """Close the checkpoint and free what was made; without effect the second time."""
+        self._stack.close()
         self.trained.close()
-        if self._replica_comm is not None:
-            self._replica_comm.Free()
-            self._replica_comm = None
 
     def __enter__(self) -> Self:
         return self
@@ -179,6 +178,7 @@ class Inference:
         from dbmpi.partition.warmup import first_on_each_node, use_layers
 
         self._replica_comm = MPI.Intracomm(comm.Split(self._place, self._partition))
+        self._stack.callback(self._replica_comm.Free)
         layers = self.trained.network.layers
         agree_on_products(comm, layers, self._batch_size)
         first_on_each_node(

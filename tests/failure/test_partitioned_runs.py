@@ -111,6 +111,15 @@ def test_placements_that_cannot_be_are_told_once(jobs: Jobs, case: str) -> None:
     assert snapshot(jobs.directory) == before
 
 
+def test_a_network_is_measured_over_partitions(jobs: Jobs) -> None:
+    argv = [sys.executable, "-m", "dbmpi", "bench", "network", "config.toml", "--input-shape", "6", "--set"]
+    done = jobs.launch(2, [*argv, "topology.partitions=2", "--steps", "2"], cwd=jobs.directory)
+    assert done.returncode == 0, done.transcript
+    assert done.stdout.count("slowest rank: forward, backward, exchange") == 1, done.transcript
+    assert done.stdout.count("every worker reads the inputs that it needs") == 1, done.transcript
+    assert_refused(jobs.launch(2, [*argv, "topology.partitions=3"], cwd=jobs.directory), "2 ranks started")
+
+
 def test_evaluate_and_predict_under_a_launcher(jobs: Jobs) -> None:
     own_layer(jobs)
     assert jobs(2, "topology.partitions=2", "topology.replicas=1", "topology.colocate=true").returncode == 0

@@ -42,6 +42,7 @@ LEVELS = {
     "dbmpi.optim": 4,
     "dbmpi.train": 5,
     "dbmpi.inference": 5,
+    "dbmpi.profile": 5,
     "dbmpi.cli": 6,
     "dbmpi.__main__": 7,
     "dbmpi": 7,

@@ -23,7 +23,7 @@ floats = st.floats(-100, 100, width=32) | st.sampled_from([math.nan, math.inf])
 
 
 def show(capsys, path, as_json=False) -> str:
-    assert inspect.run(argparse.Namespace(path=path, json=as_json)) == 0
+    assert inspect.run(argparse.Namespace(path=path, json=as_json, placement=False)) == 0
     return capsys.readouterr().out
 
 

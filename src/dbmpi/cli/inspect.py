@@ -10,6 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dbmpi.cli import configured
+from dbmpi.cli.inference import add_allow_code
 from dbmpi.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,10 +29,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "path", type=Path, metavar="PATH", help="a checkpoint, a run directory (its newest checkpoint), or a data file"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document, for programs")
+    parser.add_argument(
+        "--placement",
+        action="store_true",
+        help="PATH is a configuration: show how its network is cut over the partitions, what moves, and why",
+    )
+    parser.add_argument(
+        "--partitions", type=configured.count, metavar="P", help="with --placement (default: topology.partitions)"
+    )
+    configured.add_input_shape(parser)
+    add_allow_code(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Look at the file and print what was found."""
+    if arguments.placement:
+        print(configured.placement_table(arguments))
+        return 0
     from rich.console import Console
 
     with Console(stderr=True).status("reading"):

@@ -18,7 +18,7 @@ from typing import NoReturn
 import dbmpi
 from dbmpi.errors import RunFailed, UserError
 
-COMMANDS = ("train", "launch", "evaluate", "predict", "inspect", "plot", "data", "doctor")
+COMMANDS = ("train", "launch", "evaluate", "predict", "inspect", "plot", "bench", "data", "doctor")
 _MOMENT = 0.5
 """Seconds."""
 
