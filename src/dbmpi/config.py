@@ -344,6 +344,8 @@ class ServerSection(Section):
     """``shared``: shards read the gradients of workers on their host where they lie; ``copied``: all use the inbox."""
     fetch: Literal["copied", "shared"] = "copied"
     """``shared``: workers compute on the shards' own memory, which changes meanwhile; one host, one partition."""
+    transport: Literal["auto", "rma", "p2p"] = "auto"
+    """Between hosts, ``rma``: one-sided; ``p2p``: messages with the same results; ``auto``: what is faster at start."""
     overlap: Literal["none", "threads"] = "none"
     """``threads``: fetch, push and compute at the same time, as in the paper; ``none``: one after the other."""
 

@@ -26,9 +26,10 @@ WAYS = {
     "in place": {"push": "shared", "fetch": "copied"},
     "all in place": {"push": "shared", "fetch": "shared"},
     "copied": {"push": "copied", "fetch": "copied"},
-    "rma": {"push": "shared", "fetch": "copied"},
+    "rma": {"transport": "rma"},
+    "p2p": {"transport": "p2p"},
 }
-"""How gradients and parameters travel; "rma" as between hosts."""
+"""How gradients and parameters travel; the last two as between hosts."""
 
 
 class Served:
@@ -86,7 +87,7 @@ def parameter_server(
     else:
         plan = Plan(min(shards, comm.size), comm.size, colocate=True)
     section = ServerSection(**WAYS[way], overlap=overlap)
-    shared = way != "rma"
+    shared = "transport" not in WAYS[way]
     with (
         Communicators(comm, plan) as comms,
         Store(comms.world, plan, elements, section, FLOAT, elements, shared=shared, chunk=chunk) as store,

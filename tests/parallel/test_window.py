@@ -5,18 +5,24 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from dbmpi.paramserver import probe
 from dbmpi.paramserver.window import Window
 from dbmpi.runtime import waiting
 
 FLAG, DATA = 0, 64
+WAYS = {
+    "shared memory": {"shared": True},
+    "rma": {"shared": False, "transport": "rma"},
+    "p2p": {"shared": False, "transport": "p2p"},
+}
 
 
 @pytest.mark.parallel([2, 3])
-@pytest.mark.parametrize("shared", [True, False], ids=["shared memory", "rma"])
-def test_flags_arrive_while_a_message_waits_to_be_received(comm, shared) -> None:
+@pytest.mark.parametrize("way", ["shared memory", "rma", "p2p"])
+def test_flags_arrive_while_a_message_waits_to_be_received(comm, way) -> None:
     """A probe that finds a message may return without having served the others' transfers."""
     words = np.arange(4.0)
-    with Window.allocate(comm, 1024, shared=shared) as window:
+    with Window.allocate(comm, 1024, **WAYS[way]) as window:
         if comm.rank == 0:
             requests = [comm.Isend(words, rank, 1) for rank in range(1, comm.size)]
             waiting.barrier(comm, "the messages to arrive")
@@ -40,10 +46,10 @@ def test_flags_arrive_while_a_message_waits_to_be_received(comm, shared) -> None
 
 
 @pytest.mark.parallel([2, 4])
-@pytest.mark.parametrize("shared", [True, False], ids=["shared memory", "rma"])
-def test_a_flag_is_stored_while_its_owner_does_something_else(comm, shared) -> None:
+@pytest.mark.parametrize("way", ["shared memory", "rma", "p2p"])
+def test_a_flag_is_stored_while_its_owner_does_something_else(comm, way) -> None:
     """A shard must not stand still because a worker computes; and the last of several values is the one that stays."""
-    with Window.allocate(comm, 1024, shared=shared) as window:
+    with Window.allocate(comm, 1024, **WAYS[way]) as window:
         if comm.rank == 0:
             for value in range(1, 101):
                 for rank in range(1, comm.size):
@@ -68,3 +74,19 @@ def test_a_flag_is_stored_while_its_owner_does_something_else(comm, shared) -> N
         for rank in range(1, comm.size):
             assert window.load(rank, FLAG) == 100
         waiting.barrier(comm, "the others to look", serve=lambda: bool(window.sync()))
+
+
+@pytest.mark.parallel([2, 3])
+def test_the_probe_measures_both_transports_and_takes_the_faster(comm, monkeypatch) -> None:
+    hosts = np.array([0, *[1] * (comm.size - 1)])  # as if rank 0 were alone on its host
+    chosen, line = probe.choose(comm, hosts)
+    assert comm.allgather((chosen, line)) == [(chosen, line)] * comm.size
+    assert f"transport = {chosen!r} (ranks 0 and 1: rma: get " in line
+
+    def measured(comm, transport, target, origin) -> probe.Speed:
+        assert (target, origin) == (0, 1)
+        return probe.Speed(1e9, 1e9 if transport == faster else 1e6, 1e-5)
+
+    monkeypatch.setattr(probe, "measure", measured)
+    for faster in probe.TRANSPORTS:
+        assert probe.choose(comm, hosts)[0] == faster

@@ -165,6 +165,8 @@ def test_misspelled_sections_and_keys_of_layers_are_told_the_right_one(file: Pat
         ("server.inbox_mib", ["0", "-1", "nan"]),
         ("server.chunk_kib", ["0", "inf"]),
         ("server.push", ["rma", "true"]),
+        ("server.transport", ["tcp", "2"]),
+        ("server.overlap", ["all", "true"]),
         ("server.fetch", ["none", "1"]),
         ("checkpoint.every_seconds", ["-1", "nan", "true"]),
         ("checkpoint.keep", ["0", "1.5"]),

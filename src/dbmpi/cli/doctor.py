@@ -27,7 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print all findings; return 1 if something is broken.
 
-    Under mpirun or srun only the world is looked at: that the ranks which were started are one world.
+    Under mpirun or srun only the world is looked at: that the ranks which were started are one world, and how its
+    hosts reach each other's memory.
     """
     from dbmpi.runtime import launcher
     from dbmpi.runtime.diagnosis import diagnose
@@ -39,6 +40,13 @@ def run(arguments: argparse.Namespace) -> int:
         comm = world.start()
         if comm.rank == 0:
             print(f"{by} started one world of {comm.size} ranks; run doctor by itself to look at the rest")
+        from dbmpi.paramserver import probe, window
+
+        hosts = window.hosts(comm)
+        if len(set(hosts.tolist())) > 1:
+            _, line = probe.choose(comm, hosts)
+            if comm.rank == 0:
+                print(line)
         return 0
     findings = list(_shown(diagnose(), quiet=arguments.json))
     broken = [finding.what for finding in findings if finding.status == "broken"]

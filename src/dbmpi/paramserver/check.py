@@ -14,7 +14,7 @@ import numpy as np
 from mpi4py import MPI
 
 from dbmpi.errors import UserError
-from dbmpi.paramserver.window import Window
+from dbmpi.paramserver.window import Transport, Window
 from dbmpi.runtime import waiting, world
 
 _BYTES = 4 << 20
@@ -27,22 +27,27 @@ _THREADS = {
 
 
 def main() -> int:
-    """Run the exchange over shared memory and over RMA, and return 0 if all data arrived."""
+    """Run the exchange over shared memory, by RMA and by messages, and return 0 if all data arrived."""
     try:
         comm = world.start()
     except UserError as error:
         print(f"dbmpi: {error}", file=sys.stderr)
         return 2
     found: dict[str, object] = {"ranks": comm.size, "thread_level": _THREADS[MPI.Query_thread()]}
-    for way, shared in (("shared", True), ("rma", False)):
-        correct, is_shared, seconds = exchange(comm, shared)
+    ways: tuple[tuple[str, bool, Transport], ...] = (
+        ("shared", True, "rma"),
+        ("rma", False, "rma"),
+        ("p2p", False, "p2p"),
+    )
+    for way, shared, transport in ways:
+        correct, is_shared, seconds = exchange(comm, shared, transport)
         found[way] = {"correct": correct, "shared": is_shared, "put_gb_per_s": _BYTES / max(seconds, 1e-9) / 1e9}
     if comm.rank == 0:
         print(json.dumps(found), flush=True)
     return 0
 
 
-def exchange(comm: MPI.Intracomm, shared: bool) -> tuple[bool, bool, float]:
+def exchange(comm: MPI.Intracomm, shared: bool, transport: Transport = "rma") -> tuple[bool, bool, float]:
     """Push to rank 0 and fetch from it (collective).
 
     Returns
@@ -51,7 +56,7 @@ def exchange(comm: MPI.Intracomm, shared: bool) -> tuple[bool, bool, float]:
         Whether all data arrived whole on all ranks, whether the memory was shared, and the seconds of a put.
     """
     flags, size = 8 * comm.size, comm.size * _BYTES
-    with Window.allocate(comm, flags + size, shared=shared) as window:
+    with Window.allocate(comm, flags + size, shared=shared, transport=transport) as window:
         mine = flags + comm.rank * _BYTES
         sent = np.full(_BYTES // 4, comm.rank + 0.5, np.float32)
         begin = time.perf_counter()
@@ -62,26 +67,32 @@ def exchange(comm: MPI.Intracomm, shared: bool) -> tuple[bool, bool, float]:
         correct = True
         if comm.rank == 0:
             for rank in range(comm.size):
-                _await(comm, window, 8 * rank, 1, f"the flag of rank {rank}")
+                _await(window, 8 * rank, 1, f"the flag of rank {rank}")
                 window.sync()
                 part = window.local[flags + rank * _BYTES : flags + (rank + 1) * _BYTES].view(np.float32)
                 correct &= bool(np.all(part == rank + 0.5))
                 window.store(0, 8 * rank, 2)
         else:
-            _await(comm, window, 8 * comm.rank, 2, "the answer of rank 0")
+            _await(window, 8 * comm.rank, 2, "the answer of rank 0")
         received = np.empty_like(sent)
         window.get(0, mine, received)
         correct &= bool(np.array_equal(received, sent))
-        all_correct = waiting.allreduce(comm, np.array([correct], np.int64), MPI.MIN, "the other ranks' results")
-        slowest = waiting.allreduce(comm, np.array([seconds]), MPI.MAX, "the other ranks' times")
+
+        def serve() -> bool:
+            window.sync()
+            return False
+
+        mine_correct = np.array([correct], np.int64)
+        all_correct = waiting.allreduce(comm, mine_correct, MPI.MIN, "the other ranks' results", serve=serve)
+        slowest = waiting.allreduce(comm, np.array([seconds]), MPI.MAX, "the other ranks' times", serve=serve)
         return bool(all_correct[0]), window.shared, float(slowest[0])
 
 
-def _await(comm: MPI.Intracomm, window: Window, offset: int, value: int, what: str) -> None:
+def _await(window: Window, offset: int, value: int, what: str) -> None:
     """Wait until a flag on rank 0 has a value, and let MPI serve the others meanwhile."""
 
     def arrived() -> bool:
-        comm.Iprobe()
+        window.sync()
         return window.load(0, offset) == value
 
     waiting.until(arrived, what, seconds=20)

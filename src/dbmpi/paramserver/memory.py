@@ -52,10 +52,14 @@ class Memory:
         """Word in a shard's window: how many chunks the client has posted."""
         return self.version(0) + lines(self.partitions * _WORD) + client * _WORD
 
+    def active(self, client: int, activity: int) -> int:
+        """Word in a shard's window: whether the client fetches (0) or pushes (1) from another host right now."""
+        return self.posted(0) + lines(self.clients * _WORD) + (2 * client + activity) * _WORD
+
     @property
     def parameters(self) -> int:
         """Where a shard's parameters begin."""
-        return self.posted(0) + lines(self.clients * _WORD)
+        return self.active(0, 0) + lines(2 * self.clients * _WORD)
 
     def room(self, client: int) -> int:
         """Return how many chunks the client may have on the way."""

@@ -20,6 +20,8 @@ from dbmpi.paramserver.rules import Rule, State
 from dbmpi.paramserver.window import Window
 
 MORE, LAST, REPORT = 0, 1, 2
+_LONGEST_TRANSFER = 10.0
+"""Seconds for which a shard does without naps while a client's transfer goes on."""
 
 
 class Header(NamedTuple):
@@ -126,6 +128,8 @@ class Server:
         self._posted = local[memory.posted(0) :][: len(clients) * 8].view(np.int64)
         self._versions = local[memory.version(0) :][: memory.partitions * 8].view(np.int64)
         self._applied = np.zeros(len(clients), np.int64)
+        self._active = local[memory.active(0, 0) :][: len(clients) * 16].view(np.int64)
+        self._seen_active, self._active_since = self._active.copy(), 0.0
         self.tally = Tally()
 
     @property
@@ -140,12 +144,12 @@ class Server:
         self._window.sync()
 
     def poll(self) -> bool:
-        """Apply what has arrived; return whether there was anything."""
+        """Apply what has arrived; return whether there was anything, or something is about to arrive or leave."""
         self._window.sync()
         waiting_chunks = self._posted - self._applied
         queue = int(waiting_chunks.sum())
         if queue == 0:
-            return False
+            return self._window.busy or self._transfers_go_on()
         self.tally.deepest_queue = max(self.tally.deepest_queue, queue)
         for client in np.flatnonzero(waiting_chunks):
             self._apply(int(client))
@@ -155,6 +159,17 @@ class Server:
         """Return what was done since the last call."""
         tally, self.tally = self.tally, Tally()
         return tally
+
+    def _transfers_go_on(self) -> bool:
+        """Whether a client of another host moves data: its MPI may need this rank to look, and not to nap.
+
+        A client that has said so long ago may have halted.
+        """
+        if not self._active.any():
+            return False
+        if not np.array_equal(self._active, self._seen_active):
+            self._seen_active, self._active_since = self._active.copy(), time.monotonic()
+        return time.monotonic() - self._active_since < _LONGEST_TRANSFER
 
     def _apply(self, client: int) -> None:
         """Apply the client's next chunk: one a turn, so that no client starves another."""

@@ -8,7 +8,8 @@ calls :meth:`Window.sync` first, who stores into a neighbour's shared memory cal
 
 Over networks without remote direct memory access an MPI carries out Put, Get and atomics with the help of the target,
 when that enters MPI.  The target may be a worker in the middle of a long gradient, or a shard at a nap; so flags are
-stored without waiting for it, transfers to one rank travel together, and a wait tests for its end.
+stored without waiting for it, transfers to one rank travel together, and a wait tests for its end.  Where that is too
+slow, :mod:`dbmpi.paramserver.messages` does the same by messages.
 """
 
 from __future__ import annotations
@@ -16,16 +17,21 @@ from __future__ import annotations
 import os
 import threading
 from types import TracebackType
+from typing import Literal
 
 import numpy as np
 from mpi4py import MPI
 
 from dbmpi.errors import KnownToAll
+from dbmpi.paramserver.messages import Messages
 from dbmpi.runtime import waiting
 
 _LINE = 64
 """Bytes of a cache line: regions begin at multiples, so that two ranks' words never share one."""
 
+_NAP = 1e-4
+"""Longest nap, in seconds, of who waits for data from another host: MPI moves them when he looks."""
+Transport = Literal["rma", "p2p"]
 _HINTS = {"acc_single_intrinsic": "true", "which_accumulate_ops": "replace,no_op"}
 """What Open MPI and MPICH, in this order, may rely on to use a network's own atomics; others pass over it."""
 
@@ -47,14 +53,20 @@ class Window:
         This rank's memory, uint8, zero at first.
     shared
         Whether ranks of one node reach each other's memory directly.
+    transport
+        How ranks reach memory that they do not share.
+    busy
+        Whether the last :meth:`sync` has seen another rank's transfer under way; only messages tell.
     """
 
-    def __init__(self, comm: MPI.Intracomm, nbytes: int, shared: bool) -> None:
+    def __init__(self, comm: MPI.Intracomm, nbytes: int, shared: bool, transport: Transport) -> None:
         self._comm = comm
         # To enter MPI by a probe.  A probe that finds a message does nothing else; here there is never one to find.
         self._empty = comm.Dup()
         self._node = MPI.Intracomm(comm.Split_type(MPI.COMM_TYPE_SHARED, comm.rank))
         self.shared = shared
+        self.busy = False
+        self.transport = transport
         self._memory: MPI.Win | None = None
         self._near: dict[int, np.ndarray] = {}
         size = max(aligned(nbytes), _LINE)
@@ -74,27 +86,34 @@ class Window:
             self.local = np.zeros(size, np.uint8)
             self._near[comm.rank] = self.local
         self.local.fill(0)
-        info = MPI.Info.Create()
-        for key, hint in _HINTS.items():
-            info.Set(key, hint)
-        self._win = MPI.Win.Create(self.local, 1, info, comm)
-        info.Free()
+        self._messages: Messages | None = None
+        self._win = MPI.WIN_NULL
+        if transport == "p2p":
+            self._messages = Messages(comm, self.local)
+        else:
+            info = MPI.Info.Create()
+            for key, hint in _HINTS.items():
+                info.Set(key, hint)
+            self._win = MPI.Win.Create(self.local, 1, info, comm)
+            info.Free()
+            self._win.Lock_all(MPI.MODE_NOCHECK)
+        self._open = True
         # Several threads of this rank may have transfers on the way; each has put what its own flag announces.
         self._puts: dict[tuple[int, int], list[MPI.Request]] = {}
         self._stores: list[MPI.Request] = []
         self._storing = threading.Lock()
-        self._win.Lock_all(MPI.MODE_NOCHECK)
         self.sync()
         waiting.barrier(comm, "the other ranks to open their windows")
 
     @classmethod
-    def allocate(cls, comm: MPI.Intracomm, nbytes: int, *, shared: bool = True) -> Window:
+    def allocate(cls, comm: MPI.Intracomm, nbytes: int, *, shared: bool = True, transport: Transport = "rma") -> Window:
         """Open `nbytes` bytes of this rank to all of `comm` (collective; every rank may give another number).
 
         Where the node's ``/dev/shm`` is too small for what its ranks ask for (a common default in containers), or
-        with ``shared=False``, the memory is private and even neighbours use Put and Get.
+        with ``shared=False``, the memory is private and even neighbours use Put and Get.  With the transport "p2p"
+        these are two-sided messages.
         """
-        return cls(comm, nbytes, shared and missing(comm, nbytes) <= 0)
+        return cls(comm, nbytes, shared and missing(comm, nbytes) <= 0, transport)
 
     def near(self, rank: int) -> np.ndarray | None:
         """Return the memory of a rank of this node, to be used in place, or None if it is on another node."""
@@ -107,18 +126,25 @@ class Window:
         flag must call it.
         """
         if len(self._near) < self._comm.size:
-            self._empty.Iprobe()
+            if self._messages is not None:
+                self.busy = self._messages.serve()
+            else:
+                self._empty.Iprobe()
         if self._memory is not None:
             self._memory.Sync()
-        self._win.Sync()
+        if self._messages is None:
+            self._win.Sync()
 
     def get(self, rank: int, offset: int, out: np.ndarray) -> None:
         """Copy ``out.nbytes`` bytes from `offset` of a rank's memory into the contiguous array `out`."""
         near = self._near.get(rank)
         if near is not None:
             np.copyto(out, near[offset : offset + out.nbytes].view(out.dtype).reshape(out.shape))
-            return
-        waiting.complete(self._win.Rget([out, MPI.BYTE], rank, [offset, out.nbytes, MPI.BYTE]), f"data of rank {rank}")
+        elif self._messages is not None:
+            self._messages.get(rank, offset, out)
+        else:
+            request = self._win.Rget([out, MPI.BYTE], rank, [offset, out.nbytes, MPI.BYTE])
+            waiting.until(request.Test, f"data of rank {rank}", longest_nap=_NAP)
 
     def put(self, rank: int, offset: int, data: np.ndarray) -> None:
         """Copy the contiguous array `data` to `offset` of a rank's memory, which sees it before a flag stored next.
@@ -129,6 +155,9 @@ class Window:
         if near is not None:
             np.copyto(near[offset : offset + data.nbytes].view(data.dtype).reshape(data.shape), data)
             return
+        if self._messages is not None:
+            self._messages.put(rank, offset, data)
+            return
         request = self._win.Rput([data, MPI.BYTE], rank, [offset, data.nbytes, MPI.BYTE])
         self._puts.setdefault((threading.get_ident(), rank), []).append(request)
 
@@ -138,6 +167,8 @@ class Window:
         if near is not None:
             self.sync()
             return int(near[offset : offset + 8].view(np.int64)[0])
+        if self._messages is not None:
+            return self._messages.load(rank, offset)
         request, result = self._atomic(rank, offset, 0, MPI.NO_OP)
         waiting.complete(request, f"a flag of rank {rank}")
         return int(result[0])
@@ -153,10 +184,13 @@ class Window:
             near[offset : offset + 8].view(np.int64)[0] = value
             self.sync()
             return
+        if self._messages is not None:
+            self._messages.store(rank, offset, value)
+            return
         pending = self._puts.pop((threading.get_ident(), rank), None)
         if pending is not None:
             for request in pending:
-                waiting.complete(request, f"data to leave for rank {rank}")
+                waiting.until(request.Test, f"data to leave for rank {rank}", longest_nap=_NAP)
             self._win.Flush(rank)
         with self._storing:
             self._stores = [earlier for earlier in self._stores if not earlier.Test()]
@@ -164,13 +198,17 @@ class Window:
 
     def free(self) -> None:
         """Give the memory back (collective); a second call does nothing."""
-        if self._win == MPI.WIN_NULL:
+        if not self._open:
             return
+        self._open = False
         for request in self._stores:
             waiting.complete(request, "a flag to arrive")
-        waiting.barrier(self._comm, "the other ranks to close their windows")
-        self._win.Unlock_all()
-        self._win.Free()
+        if self._messages is not None:
+            self._messages.free()
+        else:
+            waiting.barrier(self._comm, "the other ranks to close their windows")
+            self._win.Unlock_all()
+            self._win.Free()
         self._near.clear()
         self.local = np.empty(0, np.uint8)
         if self._memory is not None:

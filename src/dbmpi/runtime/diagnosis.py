@@ -196,14 +196,14 @@ def _two_ranks(mpi: installation.Mpi, environment: Mapping[str, str]) -> Finding
         return Finding(what, "broken", f"not done after {_SECONDS:.0f} s", advice)
     try:
         answer = json.loads(done.stdout.strip().splitlines()[-1])
-        shared, rma = answer["shared"], answer["rma"]
+        shared, rma, p2p = answer["shared"], answer["rma"], answer["p2p"]
         level = answer["thread_level"]
     except (ValueError, IndexError, KeyError, TypeError):
         return Finding(what, "broken", f"failed with exit code {done.returncode}: {_last_line(done.stderr)}", advice)
-    if not (shared["correct"] and rma["correct"]):
+    if not (shared["correct"] and rma["correct"] and p2p["correct"]):
         return Finding(what, "broken", "the data that arrived was not what had been sent", advice)
     way = f"shared memory {shared['put_gb_per_s']:.1f} GB/s" if shared["shared"] else "no shared memory"
-    text = f"start, {way}, Put, Get and flags work; thread level {level}"
+    text = f"start, {way}, Put, Get, flags and messages work; thread level {level}"
     if level != "multiple":
         return Finding(what, "note", text, "an MPI with thread level 'multiple' can transfer while it computes")
     return Finding(what, "ok", text)

@@ -1,0 +1,142 @@
+"""Memory of ranks on other hosts, reached by two-sided messages: the twin of ``MPI.Win`` with the same results.
+
+Some MPIs carry out one-sided operations between hosts slowly, or only when their target happens to enter MPI.  Here the
+target knows of every transfer, because it takes part in it: it receives what is put straight into its memory, answers
+what is asked for, and sees by :meth:`Messages.serve` that something is under way.
+
+What one rank asks of another is done in the order of asking: a store after all earlier puts, a load after all earlier
+gets; only puts may overlap.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from enum import IntEnum
+
+import numpy as np
+from mpi4py import MPI
+
+from dbmpi.runtime import waiting
+
+_ORDERS = 0
+"""Tag of orders; the data that belong to one have the tag that it names."""
+_TAGS = 30000
+_NAP = 1e-4
+"""Longest nap, in seconds, of who waits for data: MPI moves them when he looks."""
+
+
+class _Kind(IntEnum):
+    PUT = 1
+    STORE = 2
+    LOAD = 3
+    GET = 4
+
+
+class Messages:
+    """One rank's transfers with ranks that share no memory with it.
+
+    Parameters
+    ----------
+    comm
+        All ranks; the messages travel on a duplicate (collective).
+    local
+        This rank's memory, uint8, open to the others.
+    """
+
+    def __init__(self, comm: MPI.Intracomm, local: np.ndarray) -> None:
+        self._comm = comm.Dup()
+        self._local = local
+        self._lock = threading.Lock()
+        self._serving = threading.Lock()
+        self._tag = 0
+        self._leaving: list[tuple[MPI.Request, np.ndarray]] = []
+        self._puts: dict[tuple[int, int], list[MPI.Request]] = {}
+        # Of each rank: the orders that are not begun, and the transfers of earlier ones that go on.
+        self._orders: dict[int, deque[list[int]]] = {}
+        self._going: dict[int, list[MPI.Request]] = {}
+
+    def put(self, rank: int, offset: int, data: np.ndarray) -> None:
+        """Begin to copy `data` to `offset` of a rank's memory; it must stay until the next store there."""
+        with self._lock:
+            tag = self._order(rank, _Kind.PUT, offset, data.nbytes)
+            request = self._comm.Isend([data, MPI.BYTE], rank, tag)
+        self._puts.setdefault((threading.get_ident(), rank), []).append(request)
+
+    def store(self, rank: int, offset: int, value: int) -> None:
+        """Set the flag at `offset` of a rank's memory after all earlier puts."""
+        for request in self._puts.pop((threading.get_ident(), rank), ()):
+            self._complete(request, f"data to leave for rank {rank}")
+        with self._lock:
+            self._order(rank, _Kind.STORE, offset, value)
+
+    def load(self, rank: int, offset: int) -> int:
+        """Return the flag at `offset` of a rank's memory."""
+        word = np.empty(1, np.int64)
+        self._ask(_Kind.LOAD, rank, offset, word, f"a flag of rank {rank}")
+        return int(word[0])
+
+    def get(self, rank: int, offset: int, out: np.ndarray) -> None:
+        """Copy from `offset` of a rank's memory into `out`."""
+        self._ask(_Kind.GET, rank, offset, out, f"data of rank {rank}")
+
+    def serve(self) -> bool:
+        """Do what others ask, as far as it can be done now; return whether something is under way."""
+        if not self._serving.acquire(blocking=False):
+            return True
+        try:
+            status = MPI.Status()
+            while self._comm.Iprobe(MPI.ANY_SOURCE, _ORDERS, status):
+                words = np.empty(4, np.int64)
+                self._comm.Recv(words, status.source, _ORDERS)
+                self._orders.setdefault(status.source, deque()).append(words.tolist())
+            for rank, orders in self._orders.items():
+                self._obey(rank, orders)
+            return any(self._orders.values()) or any(self._going.values())
+        finally:
+            self._serving.release()
+
+    def free(self) -> None:
+        """Wait until everything sent has left, and give the communicator back (collective)."""
+        for request, _ in self._leaving:
+            self._complete(request, "a message to leave")
+        self._leaving = []
+        waiting.barrier(self._comm, "the other ranks to close their windows", serve=self.serve)
+        self._comm.Free()
+
+    def _ask(self, kind: _Kind, rank: int, offset: int, out: np.ndarray, what: str) -> None:
+        with self._lock:
+            tag = self._next_tag()
+            request = self._comm.Irecv([out, MPI.BYTE], rank, tag)
+            self._order(rank, kind, offset, out.nbytes, tag)
+        self._complete(request, what)
+
+    def _order(self, rank: int, kind: _Kind, offset: int, value: int, tag: int | None = None) -> int:
+        """Send an order, and return the tag of its data; the lock keeps orders and their data in one sequence."""
+        tag = self._next_tag() if tag is None else tag
+        words = np.array([kind, offset, value, tag], np.int64)
+        self._leaving = [(request, kept) for request, kept in self._leaving if not request.Test()]
+        self._leaving.append((self._comm.Isend(words, rank, _ORDERS), words))
+        return tag
+
+    def _next_tag(self) -> int:
+        self._tag = self._tag % _TAGS + 1
+        return self._tag
+
+    def _complete(self, request: MPI.Request, what: str) -> None:
+        waiting.until(request.Test, what, serve=self.serve, longest_nap=_NAP)
+
+    def _obey(self, rank: int, orders: deque[list[int]]) -> None:
+        """Carry out a rank's orders up to the first that must wait."""
+        going = self._going[rank] = [request for request in self._going.get(rank, ()) if not request.Test()]
+        while orders:
+            kind, offset, value, tag = orders[0]
+            if kind == _Kind.PUT:
+                going.append(self._comm.Irecv([self._local[offset : offset + value], MPI.BYTE], rank, tag))
+            elif going:
+                return
+            elif kind == _Kind.STORE:
+                self._local[offset : offset + 8].view(np.int64)[0] = value
+            else:
+                going.append(self._comm.Isend([self._local[offset : offset + value], MPI.BYTE], rank, tag))
+            orders.popleft()
