@@ -1,6 +1,9 @@
 """Elementary functions, activations, losses and updates against NumPy and SciPy in float64."""
 
+import os
 import re
+import subprocess
+import sys
 
 import numba
 import numpy as np
@@ -306,3 +309,40 @@ def test_aligned_arrays(shape, dtype):
     assert (array.shape, array.dtype) == (shape, dtype)
     assert array.flags.c_contiguous
     assert array.size == 0 or array.ctypes.data % 64 == 0
+
+
+PROGRAM = """
+import numba, numpy as np
+from numba import prange
+from dbmpi.kernels import compile
+
+@compile.parallel_kernel
+def threads_used(values, bad):
+    for i in prange(values.size):
+        values[i] = numba.get_num_threads()
+    if bad:
+        raise ValueError("bad")
+
+for size in (compile.SERIAL, compile.SERIAL + 1):
+    values = np.zeros(size)
+    threads_used(values, False)
+    try:
+        threads_used(np.zeros(size), bad=True)
+    except ValueError:
+        print(set(values.tolist()), numba.get_num_threads())
+print(threads_used.py_func is threads_used._compiled.py_func)
+"""
+
+
+def test_few_elements_are_left_to_one_thread(tmp_path):
+    (tmp_path / "program.py").write_text(PROGRAM, encoding="utf-8")
+    environment = {**os.environ, "NUMBA_NUM_THREADS": "2", "NUMBA_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, tmp_path / "program.py"],
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert done.stdout.splitlines() == ["{1.0} 2", "{2.0} 2", "True"]

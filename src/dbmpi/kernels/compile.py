@@ -11,6 +11,9 @@ compiler may do with the arithmetic:
 ==================  ==============================================================================
 
 NaN and infinity keep their meaning in all of them.
+
+Threads cost time themselves: to wake them takes longer than what a tiny network's kernels do.  Calls on few elements
+therefore run on one thread, with the same result.
 """
 
 from __future__ import annotations
@@ -19,15 +22,19 @@ import hashlib
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any, ParamSpec, Protocol, TypeVar, cast
+from typing import Any, Generic, ParamSpec, Protocol, TypeVar, cast
 
 import numba
+import numpy as np
 
 P = ParamSpec("P")
 R_co = TypeVar("R_co", covariant=True)
 
 THREADS: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
 """Threads that kernels may use, fixed when Numba is imported (``NUMBA_NUM_THREADS``)."""
+
+SERIAL = 1 << 16
+"""Elements, in all arrays of a call, up to which a kernel runs on one thread."""
 
 REORDERED = {"reassoc", "nsz", "contract"}
 """Fast-math flags of sums: order and fusing are free, NaN and infinity are not."""
@@ -78,7 +85,30 @@ def _compile(function: Callable[P, R_co], kind: str, parallel: bool = False, **o
     # Numba's cache knows a function by its name and the age of its own file.  It would neither see that a function
     # of another file which was compiled into it has changed, nor that it was compiled with other options.
     function.__qualname__ = f"{function.__qualname__}_{kind}_{_digest()}"
-    return cast(Kernel[P, R_co], numba.njit(cache=True, nogil=True, error_model="numpy", **options)(function))
+    compiled = cast(Kernel[P, R_co], numba.njit(cache=True, nogil=True, error_model="numpy", **options)(function))
+    return _Threaded(compiled) if options.get("parallel") else compiled
+
+
+class _Threaded(Generic[P, R_co]):
+    """A kernel that leaves the threads alone where there is little to do."""
+
+    def __init__(self, compiled: Kernel[P, R_co]) -> None:
+        self._compiled = compiled
+        self.py_func = compiled.py_func
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co:
+        elements = 0
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, np.ndarray):
+                elements += value.size
+        if elements > SERIAL:
+            return self._compiled(*args, **kwargs)
+        threads = numba.get_num_threads()  # of this thread of Python's
+        numba.set_num_threads(1)
+        try:
+            return self._compiled(*args, **kwargs)
+        finally:
+            numba.set_num_threads(threads)
 
 
 @cache
