@@ -13,7 +13,7 @@ from numba import prange
 from dbmpi.kernels import fields
 from dbmpi.kernels.activations import ACTIVATIONS
 from dbmpi.kernels.compile import Kernel, parallel_kernel
-from dbmpi.kernels.fields import Blocks, field_of, flat
+from dbmpi.kernels.fields import Blocks, Places, field_of, flat
 from dbmpi.kernels.vector import REGISTERS
 from dbmpi.kernels.vector_rows import multiply_along_rows
 
@@ -27,7 +27,13 @@ _MOST = 1 << 24  # elements that they may take, altogether
 
 
 def forward(
-    weights: np.ndarray, bias: np.ndarray, inputs: np.ndarray, outputs: np.ndarray, stride: int, activation: str
+    weights: np.ndarray,
+    bias: np.ndarray,
+    inputs: np.ndarray,
+    outputs: np.ndarray,
+    stride: int,
+    activation: str,
+    places: Places | None = None,
 ) -> None:
     """Write ``activation(sum of weights times field + bias)``.
 
@@ -44,9 +50,11 @@ def forward(
     stride : int
     activation : str
         One of :data:`dbmpi.kernels.fields.CODES`.
+    places
+        Which rows and columns of the outputs to write; by default all.
     """
     field = field_of(ORDER, weights.shape[2:], inputs.shape)
-    fields.forward(weights, bias, inputs, outputs, field, stride, activation, tied=True)
+    fields.forward(weights, bias, inputs, outputs, field, stride, activation, tied=True, places=places)
 
 
 def input_gradient(weights: np.ndarray, gradient: np.ndarray, result: np.ndarray, stride: int) -> None:

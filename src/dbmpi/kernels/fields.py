@@ -36,6 +36,10 @@ CODES = {"linear": 0, "sigmoid": 1, "tanh": 2, "relu": 3}
 SIGMOID, TANH, RELU = CODES["sigmoid"], CODES["tanh"], CODES["relu"]
 
 
+Places = tuple[tuple[int, int], tuple[int, int]]
+"""First and last (exclusive) row and column of outputs."""
+
+
 class Blocks(NamedTuple):
     """Maps in blocks of nearly the same height: `tall` blocks of `height`, then `short` blocks of one less."""
 
@@ -112,6 +116,7 @@ def forward(
     stride: int,
     activation: str,
     tied: bool,
+    places: Places | None = None,
 ) -> None:
     """Write the outputs (maps, rows, columns, samples) of inputs (channels, height, width, samples).
 
@@ -119,13 +124,17 @@ def forward(
     ----------
     weights, bias
         (maps, depth) and (maps,) in any shape if `tied`, else (rows, columns, maps, depth) and (rows, columns, maps).
+    places
+        Which rows and columns of the outputs to write; by default all.
     """
-    maps, _, columns, samples = outputs.shape
+    maps, rows, columns, samples = outputs.shape
+    within = places or ((0, rows), (0, columns))
     blocks, step = Blocks.of(maps), stride * samples
     place, width = 0 if tied else maps, blocks.vectors * lanes(outputs.itemsize)
     _forward(*blocks.heights, blocks.vectors)(
         *(flat(weights), flat(bias), flat(inputs), _contiguous(outputs), field.places, blocks.tall, blocks.short),
         *((step * inputs.shape[2], step), (columns * place, place), width, CODES[activation]),
+        *within,
     )
 
 
@@ -159,12 +168,14 @@ def _forward(height: int, shorter: int, vectors: int) -> Kernel[..., None]:
         filters: tuple[int, int],
         width: int,
         code: int,
+        rows: tuple[int, int],
+        columns: tuple[int, int],
     ) -> None:
         maps, out_height, out_width, samples = y.shape
         depth, plane, out = places.size, out_height * out_width * samples, y.reshape(-1)
         piece = _piece(depth)
-        for i in prange(out_height):
-            for j in range(out_width):
+        for i in prange(rows[0], rows[1]):
+            for j in range(columns[0], columns[1]):
                 filters_start = i * filters[0] + j * filters[1]
                 for first in range(0, depth, piece):
                     last = min(depth, first + piece)

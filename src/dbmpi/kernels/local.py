@@ -14,7 +14,7 @@ from numba import prange
 
 from dbmpi.kernels import fields
 from dbmpi.kernels.compile import THREADS, Kernel, inlined, parallel_kernel
-from dbmpi.kernels.fields import CODES, RELU, SIGMOID, TANH, Blocks, field_of, flat
+from dbmpi.kernels.fields import CODES, RELU, SIGMOID, TANH, Blocks, Places, field_of, flat
 from dbmpi.kernels.vector import lanes
 from dbmpi.kernels.vector_rows import multiply_rows, prefetch_written, transpose_block
 
@@ -23,7 +23,13 @@ ORDER = "uvc"
 
 
 def forward(
-    weights: np.ndarray, bias: np.ndarray, inputs: np.ndarray, outputs: np.ndarray, stride: int, activation: str
+    weights: np.ndarray,
+    bias: np.ndarray,
+    inputs: np.ndarray,
+    outputs: np.ndarray,
+    stride: int,
+    activation: str,
+    places: Places | None = None,
 ) -> None:
     """Write ``activation(sum of weights times field + bias)``.
 
@@ -40,9 +46,11 @@ def forward(
     stride : int
     activation : str
         One of `CODES`.
+    places
+        Which rows and columns of the outputs to write; by default all.
     """
     field = field_of(ORDER, _field_shape(weights), inputs.shape)
-    fields.forward(weights, bias, inputs, outputs, field, stride, activation, tied=False)
+    fields.forward(weights, bias, inputs, outputs, field, stride, activation, tied=False, places=places)
 
 
 def input_gradient(weights: np.ndarray, gradient: np.ndarray, result: np.ndarray, stride: int) -> None:

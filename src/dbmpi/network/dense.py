@@ -101,7 +101,7 @@ class Dense:
     ) -> None:
         """Compute the gradients of a loss from its gradient for the outputs (see the contract of a layer)."""
         self.begin_backward(outputs, gradient, parameter_gradient)
-        self.partial_backward(parameters, inputs, gradient, parameter_gradient, input_gradient)
+        self.partial_backward(parameters, inputs, gradient, parameter_gradient, input_gradient, context)
 
     # Split by inputs (see the contract of such a layer)
 
@@ -130,11 +130,13 @@ class Dense:
         gradient: np.ndarray,
         parameter_gradient: Arrays,
         input_gradient: np.ndarray | None,
+        context: Context,
     ) -> None:
         """Compute the gradients for weights and inputs from that for the sums."""
         # The parameters' gradient comes last: who learns that it is complete may change the parameters at once.
         if input_gradient is not None:
             product(parameters["weights"].T, gradient, _rows(input_gradient))
+            context.inputs_done()
         product(gradient, _rows(inputs).T, parameter_gradient["weights"])
 
 

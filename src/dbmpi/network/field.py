@@ -27,8 +27,9 @@ class Kernels(Protocol):
         outputs: np.ndarray,
         stride: int,
         activation: str,
+        places: tuple[tuple[int, int], tuple[int, int]] | None = None,
     ) -> None:
-        """Write the outputs."""
+        """Write the outputs at some places, by default at all."""
         ...
 
     def input_gradient(self, weights: np.ndarray, gradient: np.ndarray, result: np.ndarray, stride: int) -> None:
@@ -157,9 +158,22 @@ class FieldLayer:
         self, output: Box, parameters: Arrays, inputs: np.ndarray, outputs: np.ndarray, context: Context
     ) -> None:
         """Compute the outputs in a box (see the contract of a layer)."""
-        if not output.empty:
+        self.forward_part(output, output, parameters, inputs, outputs, context)
+
+    def forward_part(
+        self,
+        output: Box,
+        part: Box,
+        parameters: Arrays,
+        inputs: np.ndarray,
+        outputs: np.ndarray,
+        context: Context,
+    ) -> None:
+        """Compute a part of the outputs in a box: all of its maps at some places."""
+        if not part.empty:
+            rows, columns = ((one.start, one.stop) for one in part.slices(output)[1:])
             weights, bias = parameters["weights"], parameters["bias"]
-            self._kernels.forward(weights, bias, inputs, outputs, self.stride, self.activation)
+            self._kernels.forward(weights, bias, inputs, outputs, self.stride, self.activation, (rows, columns))
 
     def backward(
         self,
@@ -176,8 +190,13 @@ class FieldLayer:
         if output.empty:
             return
         weights, bias = parameter_gradient["weights"], parameter_gradient["bias"]
+        # The gradient before the activation is a by-product of the parameters'; without an activation it is there now.
+        early = self.activation == "linear"
+        if early and input_gradient is not None:
+            self._kernels.input_gradient(parameters["weights"], gradient, input_gradient, self.stride)
+            context.inputs_done()
         self._kernels.parameter_gradient(inputs, outputs, gradient, weights, bias, self.stride, self.activation)
-        if input_gradient is not None:
+        if not early and input_gradient is not None:
             self._kernels.input_gradient(parameters["weights"], gradient, input_gradient, self.stride)
 
     def reconstruct(self, output: Box, parameters: Arrays, outputs: np.ndarray, estimate: np.ndarray) -> None:

@@ -6,8 +6,8 @@ layer can be cut in any way, and a new layer is parallel for free.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -29,6 +29,8 @@ class Context:
     """Seed of the run."""
     step: int = 0
     """A number that differs from step to step and from replica to replica, for masks that are drawn anew."""
+    inputs_done: Callable[[], None] = field(default=lambda: None, compare=False)
+    """A backward pass may call it as soon as `input_gradient` is complete and it has more to do: others wait for it."""
 
 
 class Layer(Protocol):
@@ -108,6 +110,23 @@ class Layer(Protocol):
 
 
 @runtime_checkable
+class InParts(Protocol):
+    """What a layer of maps offers, beyond `Layer`, if it can compute some outputs before all inputs are there."""
+
+    def forward_part(
+        self,
+        output: Box,
+        part: Box,
+        parameters: Arrays,
+        inputs: np.ndarray,
+        outputs: np.ndarray,
+        context: Context,
+    ) -> None:
+        """Do of `forward` for the outputs in a box what is in a part of it: all of its maps at some places."""
+        ...
+
+
+@runtime_checkable
 class SplitByInputs(Protocol):
     """What a layer with one axis of inputs offers, beyond `Layer`, if its work can be split by inputs, too.
 
@@ -138,6 +157,7 @@ class SplitByInputs(Protocol):
         gradient: np.ndarray,
         parameter_gradient: Arrays,
         input_gradient: np.ndarray | None,
+        context: Context,
     ) -> None:
         """Compute the gradients for some inputs, and for the parameters with them, from that for all sums."""
         ...

@@ -97,25 +97,32 @@ class Exchange:
                 needed[box.slices(self.needed)] = buffer
 
     def add(self, needed: np.ndarray, owned: np.ndarray) -> None:
-        """Set `owned` to the sum of everybody's `needed`: this worker's own, then the others in their order."""
+        """Set `owned` to the sum of everybody's `needed`: this worker's own, then the others' in their order."""
+        self.finish_add(self.start_add(needed, owned), owned)
+
+    def start_add(self, needed: np.ndarray, owned: np.ndarray) -> list[Moving]:
+        """Start to add; neither array may be touched until `finish_add`."""
         group, moving = self._group, []
         if self._moves and group.near:
             self._reverse.offer(needed, self.needed)
         elif self._counts:
             assert group.comm is not None
             counts = [count * owned.shape[-1] for count in self._counts]
-            group.complete(group.comm.Ireduce_scatter(needed, owned, counts), _REVERSE)
-            return
+            return [Moving(group.comm.Ireduce_scatter(needed, owned, counts), None, owned)]
         elif self._moves:
             moving = self._post(needed, self.needed, self._receives, None, self.mine, self._sends)
         if self._own_part != self.mine:
             owned.fill(0)
         if not self._own_part.empty:
             owned[self._own_part.slices(self.mine)] = needed[self._own_part.slices(self.needed)]
-        if self._moves and group.near:
+        return moving
+
+    def finish_add(self, moving: Sequence[Moving], owned: np.ndarray) -> None:
+        """Wait for what `start_add` has started."""
+        if self._moves and self._group.near:
             self._reverse.take(owned, self.mine, add=True)
         for request, box, buffer in moving:
-            group.complete(request, _REVERSE)
+            self._group.complete(request, _REVERSE)
             if box is not None:
                 owned[box.slices(self.mine)] += buffer
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol, cast
 
-from dbmpi.network.layer import Arrays, Context, Layer, SplitByInputs
+from dbmpi.network.layer import Arrays, Context, InParts, Layer, SplitByInputs
 from dbmpi.partition.boxes import Box
-from dbmpi.partition.exchange import Exchange
+from dbmpi.partition.exchange import Exchange, Moving
 from dbmpi.partition.group import Group
-from dbmpi.partition.plan import LayerPlan
+from dbmpi.partition.plan import LayerPlan, interior
 
 if TYPE_CHECKING:
     from dbmpi.partition.workspace import Workspace
@@ -71,17 +72,40 @@ def stage(place: int, layer: Layer, output: Box, plan: LayerPlan, group: Group) 
 
 
 class _ByOutputs:
+    """Computes the outputs of a box.
+
+    While inputs travel, what depends on this worker's own is computed; while their gradient travels, the parameters'.
+    """
+
     def __init__(self, place: int, layer: Layer, output: Box, exchange: Exchange) -> None:
         self._place, self._layer, self._output = place, layer, output
         self.exchange = exchange
+        self._inside: Box | None = None
+        self._rest: tuple[Box, ...] = ()
+        if place > 0 and isinstance(layer, InParts) and not output.empty and not exchange.in_place:
+            inside, rest = interior(layer, output, exchange.mine)
+            if rest and not inside.empty:
+                self._inside, self._rest = inside, rest
 
     def forward(self, parameters: Arrays, work: Workspace, context: Context, clock: Clock) -> None:
-        place = self._place
-        if place > 0 and not self.exchange.in_place:
-            self.exchange.fill(work.outputs[place - 1], work.inputs[place])
+        place, moving = self._place, None
+        inputs, outputs = work.inputs[place], work.outputs[place]
+        moves = place > 0 and not self.exchange.in_place
+        if moves:
+            moving = self.exchange.start_fill(work.outputs[place - 1], inputs)
             clock.lap("exchange", place)
-        if not self._output.empty:
-            self._layer.forward(self._output, parameters, work.inputs[place], work.outputs[place], context)
+        if self._inside is not None:
+            layer = cast(InParts, self._layer)
+            layer.forward_part(self._output, self._inside, parameters, inputs, outputs, context)
+            clock.lap("forward", place)
+        if moving is not None:
+            self.exchange.finish_fill(moving, inputs)
+            clock.lap("exchange", place)
+        if self._inside is not None:
+            for part in self._rest:
+                layer.forward_part(self._output, part, parameters, inputs, outputs, context)
+        elif not self._output.empty:
+            self._layer.forward(self._output, parameters, inputs, outputs, context)
         clock.lap("forward", place)
 
     def backward(
@@ -95,6 +119,17 @@ class _ByOutputs:
     ) -> None:
         place = self._place
         below = work.input_gradient(place) if place > 0 else None
+        moves = below is not None and not self.exchange.in_place
+        moving: list[Moving] | None = None
+
+        def start() -> None:
+            nonlocal moving
+            if moves and moving is None:
+                assert below is not None
+                clock.lap("backward", place)
+                moving = self.exchange.start_add(below, work.gradient(place))
+                clock.lap("exchange", place)
+
         if not self._output.empty:
             self._layer.backward(
                 self._output,
@@ -104,14 +139,15 @@ class _ByOutputs:
                 work.gradient(place + 1),
                 parameter_gradient,
                 below,
-                context,
+                replace(context, inputs_done=start),
             )
         elif below is not None:
             below.fill(0)
+        start()
         clock.lap("backward", place)
         complete()
-        if below is not None and not self.exchange.in_place:
-            self.exchange.add(below, work.gradient(place))
+        if moving is not None:
+            self.exchange.finish_add(moving, work.gradient(place))
         clock.lap("exchange", place)
 
 
@@ -150,7 +186,7 @@ class _ByInputs:
         clock.lap("exchange", place)
         if of_sums.size:
             below = work.input_gradient(place)
-            self._layer.partial_backward(parameters, work.inputs[place], of_sums, parameter_gradient, below)
+            self._layer.partial_backward(parameters, work.inputs[place], of_sums, parameter_gradient, below, context)
         clock.lap("backward", place)
         complete()
         clock.lap("exchange", place)

@@ -14,7 +14,8 @@ class Workspace:
     """Activations of every layer, and room for gradients.
 
     Gradients take turns in buffers: that for the outputs of a layer, that for its inputs, where an exchange lies
-    between, that for the outputs of the layer below, and that for sums over the inputs of several workers.
+    between, that for the outputs of the layer below (in turn, too: it arrives while the one above is in use), and that
+    for sums over the inputs of several workers.
 
     Parameters
     ----------
@@ -72,8 +73,8 @@ class Workspace:
         if place == len(self._owned) and self._linear:
             return self.outputs[-1]
         # With nothing between, the gradient for the inputs of the layer above is the same array.
-        which = place % 2 if place == len(self._owned) or self._in_place[place] else 2
-        return self._room(which, self._owned[place - 1])
+        apart = place < len(self._owned) and not self._in_place[place]
+        return self._room(place % 2 + (2 if apart else 0), self._owned[place - 1])
 
     def input_gradient(self, place: int) -> np.ndarray:
         """Return room for the gradient for the inputs of layer number `place`."""
@@ -81,7 +82,7 @@ class Workspace:
 
     def sums(self, place: int) -> np.ndarray:
         """Return room for the sums of layer number `place`, or the gradient for them."""
-        return self._room(3, self._summed[place])
+        return self._room(4, self._summed[place])
 
     def _room(self, which: int, box: Box) -> np.ndarray:
         if which not in self._buffers:
