@@ -111,6 +111,16 @@ def test_placements_that_cannot_be_are_told_once(jobs: Jobs, case: str) -> None:
     assert snapshot(jobs.directory) == before
 
 
+def test_a_field_larger_than_its_input_is_told_once(jobs: Jobs) -> None:
+    for name in ("train", "test"):
+        tiny.write_file(jobs.directory / f"{name}.h5", np.zeros((9, 2, 5, 6)), np.arange(9) % tiny.CLASSES)
+    own_layer(jobs, '\n[[network.layers]]\ntype = "local"\nmaps = 2\nfield = [3, 7]\n')
+    before = snapshot(jobs.directory)
+    done = jobs(2, "topology.partitions=2", "topology.replicas=1", "topology.colocate=true")
+    assert_refused(done, "layer 'local1'", "(3, 7)", "(2, 5, 6)")
+    assert snapshot(jobs.directory) == before
+
+
 def test_a_network_is_measured_over_partitions(jobs: Jobs) -> None:
     argv = [sys.executable, "-m", "dbmpi", "bench", "network", "config.toml", "--input-shape", "6", "--set"]
     done = jobs.launch(2, [*argv, "topology.partitions=2", "--steps", "2"], cwd=jobs.directory)
