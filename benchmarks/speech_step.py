@@ -118,7 +118,7 @@ def contestant(batch: int) -> None:
     from dbmpi import config
     from dbmpi.kernels import matmul, updates
     from dbmpi.kernels.memory import aligned_empty
-    from dbmpi.network import Network
+    from dbmpi.network.network import Network
     from dbmpi.objective import Batch
 
     hidden = [config.Dense(units=units, activation="sigmoid") for units in SIZES[1:-1]]

@@ -21,7 +21,7 @@ from dbmpi.runtime import waiting
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-    from dbmpi.network import Network
+    from dbmpi.network.network import Network
     from dbmpi.partition.placement import Placement
     from dbmpi.partition.replica import Replica
 

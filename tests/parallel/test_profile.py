@@ -8,7 +8,7 @@ import pytest
 
 from dbmpi import config
 from dbmpi.cli.main import main
-from dbmpi.network import Network
+from dbmpi.network.network import Network
 from dbmpi.partition.placement import automatic
 from dbmpi.partition.plan import plan_exchanges
 from dbmpi.profile import profile, table

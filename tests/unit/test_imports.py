@@ -41,12 +41,13 @@ LEVELS = {
     "dbmpi.checkpoint": 3,
     "dbmpi.network.network": 4,  # a whole network is a replica of one partition: made of layers and of `partition`
     "dbmpi.optim": 4,
-    "dbmpi.train": 5,
-    "dbmpi.inference": 5,
-    "dbmpi.profile": 5,
-    "dbmpi.cli": 6,
-    "dbmpi.__main__": 7,
-    "dbmpi": 7,
+    "dbmpi.checkpoint.trained": 5,  # a checkpoint made a network again
+    "dbmpi.train": 6,
+    "dbmpi.inference": 6,
+    "dbmpi.profile": 6,
+    "dbmpi.cli": 7,
+    "dbmpi.__main__": 8,
+    "dbmpi": 8,
 }
 WITHOUT_MPI = (
     "dbmpi.config",

@@ -12,8 +12,8 @@ from scipy import special
 from dbmpi.config import Dense, NetworkSection
 from dbmpi.errors import UserError
 from dbmpi.kernels import updates
-from dbmpi.network import Network
 from dbmpi.network.initial import fill_uniform
+from dbmpi.network.network import Network
 from dbmpi.objective import Batch, Outcome
 from dbmpi.paramserver.layout import cut
 

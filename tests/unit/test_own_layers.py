@@ -15,7 +15,7 @@ from dbmpi.checkpoint.directory import checkpoint_path
 from dbmpi.checkpoint.writer import CheckpointWriter
 from dbmpi.cli.main import main
 from dbmpi.errors import UserError
-from dbmpi.network import Network
+from dbmpi.network.network import Network
 from dbmpi.network.own import from_directory, from_files, make
 from dbmpi.partition.trial import try_layer
 

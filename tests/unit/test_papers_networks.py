@@ -10,7 +10,7 @@ import pytest
 
 from dbmpi import config
 from dbmpi.cli.main import main
-from dbmpi.network import Network
+from dbmpi.network.network import Network
 from dbmpi.partition.placement import automatic, check
 
 PROJECT = Path(__file__).parents[2]

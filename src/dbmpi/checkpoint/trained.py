@@ -16,8 +16,8 @@ from dbmpi.checkpoint.schema import PARAMETERS, CheckpointInfo
 from dbmpi.config import NetworkSection, explain
 from dbmpi.data.source import Source
 from dbmpi.errors import UserError
-from dbmpi.network import Network
 from dbmpi.network.losses import Targets
+from dbmpi.network.network import Network
 from dbmpi.network.own import from_files
 from dbmpi.paramserver.layout import Run
 

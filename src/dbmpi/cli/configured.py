@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dbmpi.config import Run
-    from dbmpi.network import Network
+    from dbmpi.network.network import Network
     from dbmpi.network.own import Loader
 
 
@@ -31,7 +31,7 @@ def make_network(run: Run, input_shape: tuple[int, ...] | None, load: Loader) ->
         If it does not fit the inputs, or neither a shape is given nor the data are there.
     """
     from dbmpi.errors import UserError
-    from dbmpi.network import Network
+    from dbmpi.network.network import Network
 
     targets = False
     if input_shape is None:

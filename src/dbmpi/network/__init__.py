@@ -1,5 +1,1 @@
-"""Models as layers and a loss, in one process; knows nothing of ranks."""
-
-from dbmpi.network.network import Network
-
-__all__ = ["Network"]
+"""Layers, losses, initialisation; knows nothing of ranks."""

@@ -92,7 +92,8 @@ def _grids(shape: tuple[int, ...], weights: Sequence[float]) -> list[Grid]:
         low, high = max(math.floor(square), 1), min(math.ceil(square), cells)
         lower = next(bands for bands in range(low, 0, -1) if cells % bands == 0)
         higher = next(bands for bands in range(high, cells + 1) if cells % bands == 0)
-        for bands in (low, high, lower, higher):
+        # Rows before columns, where both are as good: parameters of a band of rows lie together.
+        for bands in (high, low, higher, lower):
             # A band of more cells than columns would leave workers without space while there are rows.
             fitting = min(max(bands, -(-cells // width)), height, workers)
             found.setdefault((fitting, depth), Grid(shape, weights, fitting, depth))
