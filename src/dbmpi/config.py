@@ -309,8 +309,9 @@ class PlacementSection(Section):
 class OptimizerSection(Section):
     """How the parameters are learned."""
 
-    method: Literal["downpour"] = "downpour"
-    """``downpour``: asynchronous SGD over the parameter server (paper, section 4.1)."""
+    method: Literal["downpour", "sandblaster"] = "downpour"
+    """``downpour``: asynchronous SGD over the parameter server (paper, section 4.1); ``sandblaster``: distributed batch
+    optimisation (section 4.2), see ``[sandblaster]``."""
     rule: Literal["sgd", "adagrad"] = "adagrad"
     """The update that the shards apply."""
     learning_rate: Positive = 0.01
@@ -331,6 +332,33 @@ class OptimizerSection(Section):
     """Rate alpha of the replica's own steps between two fetches (algorithm 1.1); 0 takes none."""
     warmstart: Annotated[int, Field(ge=0, strict=True)] = 0
     """One replica takes this many steps alone before the others are released."""
+
+
+class SandblasterSection(Section):
+    """How ``optimizer.method = "sandblaster"`` works; the batch is cut into portions of ``optimizer.batch_size``."""
+
+    algorithm: Literal["lbfgs", "conjugate_gradients", "gradient_descent"] = "lbfgs"
+    """The batch method."""
+    memory: Annotated[int, Field(ge=0, le=1000, strict=True)] = 10
+    """L-BFGS: pairs of steps and gradient differences that are kept on the shards."""
+    line_search: Literal["strong_wolfe", "backtracking"] = "strong_wolfe"
+    """``strong_wolfe``: More and Thuente's; ``backtracking``: Armijo's condition alone."""
+    l1: NotNegative = 0.0
+    """Factor of the sum of magnitudes of all parameters, added to the loss (OWL-QN; L-BFGS only)."""
+    l2: NotNegative = 0.0
+    """Half of this times the sum of squares of all parameters is added to the loss."""
+    gtol: NotNegative = 1e-5
+    """Largest magnitude of the gradient at which the run ends."""
+    ftol: NotNegative = 2.2e-9
+    """Relative decrease of the loss in an iteration at which the run ends."""
+    batch_portions: Annotated[int, Field(ge=0, strict=True)] = 0
+    """Portions of a batch; 0 takes all training samples."""
+    batch_iterations: Count = 10
+    """Iterations on the same batch, where it is not all samples; the next ones take the next samples."""
+    portions_per_push: Count = 4
+    """Portions whose gradients a replica adds up before the shards take them."""
+    deterministic: bool = False
+    """Add up portions in their order, so that the result depends neither on timing nor on the number of replicas."""
 
 
 class ServerSection(Section):
@@ -381,6 +409,7 @@ class Run(Section):
     topology: TopologySection = TopologySection()
     placement: PlacementSection = PlacementSection()
     optimizer: OptimizerSection = OptimizerSection()
+    sandblaster: SandblasterSection = SandblasterSection()
     server: ServerSection = ServerSection()
     checkpoint: CheckpointSection = CheckpointSection()
     monitor: MonitorSection = MonitorSection()
@@ -393,6 +422,28 @@ class Run(Section):
                 "not the replica's to change: set optimizer.n_fetch = 1 and optimizer.local_rate = 0, or server.fetch "
                 '= "copied"'
             )
+        return self
+
+    @model_validator(mode="after")
+    def _method_fits(self) -> Run:
+        sandblaster = self.sandblaster
+        if sandblaster.l1 and sandblaster.algorithm != "lbfgs":
+            raise ValueError(
+                f"sandblaster.l1 = {sandblaster.l1:g} needs sandblaster.algorithm = 'lbfgs', not "
+                f"{sandblaster.algorithm!r}"
+            )
+        if self.optimizer.method == "sandblaster" and self.optimizer.warmstart:
+            raise ValueError(
+                "optimizer.warmstart is for the method 'downpour'; to begin Sandblaster from parameters that Downpour "
+                "has learned, go on from its checkpoint with checkpoint.resume = 'auto'"
+            )
+        if self.optimizer.method == "sandblaster" and self.server.transport == "p2p":
+            raise ValueError(
+                'server.transport = "p2p" has no atomic operations, which Sandblaster needs; set server.transport '
+                'to "rma"'
+            )
+        if self.optimizer.method == "sandblaster" and sandblaster.l1 and sandblaster.batch_portions:
+            raise ValueError("sandblaster.l1 goes with batches of all samples only: set sandblaster.batch_portions = 0")
         return self
 
     def to_json(self) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from mpi4py import MPI
 
-from dbmpi import topology
+from dbmpi import batchrun, topology
 from dbmpi.checkpoint import directory
 from dbmpi.checkpoint.reader import Checkpoint
 from dbmpi.config import Run
@@ -163,6 +163,8 @@ class _Session:
         if self._worker_number is not None:
             replica = self._stack.enter_context(network.replica(placed, self._comms.replica))
             replica.prepare(run.optimizer.batch_size)
+        if run.optimizer.method == "sandblaster":
+            return self._sandblast(network, replica, order, facts)
         with together(self._comm, "planning the shards' memory"):
             size = 0 if replica is None else replica.size
             store = Store(self._comm, plan, network.layout.size, run.server, DTYPE, size)
@@ -363,6 +365,33 @@ class _Session:
         )
         worker.finish()
         return worker
+
+    def _sandblast(self, network: Network, replica: Replica | None, order: Order, facts: _Facts) -> Result:
+        """Learn by Sandblaster instead of Downpour."""
+        run = self._run
+        begin, checkpoint, session = self._prepare_directory(network.layout, order)
+        batch_size, applied_rule = run.optimizer.batch_size, rule(run.optimizer)
+        agree_on_products(self._comm, network.layers, batch_size)
+        first_on_each_node(self._comm, lambda: _use_kernels(network, applied_rule, facts, batch_size))
+        first_on_each_node(self._comm, batchrun.use_kernels)
+        started = time.time()
+        setup = batchrun.Setup(
+            run,
+            self._plan,
+            self._comms,
+            network,
+            replica,
+            order,
+            begin,
+            checkpoint,
+            facts.input_shape,
+            facts.classes,
+            self._train_source,
+            self._test_source,
+            self._stop,
+            lambda role, number: self._recorder(role, number, session, started),
+        )
+        return Result(*batchrun.learn(setup, self._stack))
 
     def _conclude(self, worker: Worker | None, shard: Shard | None, lead: Lead | None, seconds: float) -> Result:
         """Evaluate the final parameters on all workers together, and tell everybody what came out."""

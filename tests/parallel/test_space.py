@@ -1,10 +1,13 @@
 """Batch methods on shards that are ranks: the same bits as in one process, whatever the number of ranks."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from mpi4py import MPI
 from scipy import optimize
 
+from dbmpi.optim.commands import Command, RemoteSpace, execute
 from dbmpi.optim.descent import Limits
 from dbmpi.optim.lbfgs import History, lbfgs, two_loop
 from dbmpi.optim.methods import conjugate_gradients, owlqn
@@ -80,3 +83,56 @@ def test_the_direction_is_that_of_the_two_loop_recursion(comm):
     line = history.choose("g")
     two_loop(space, history, "g", "slow")
     np.testing.assert_allclose(problem.whole(line.direction), problem.whole("slow"), rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parallel([2, 3])
+def test_the_coordinator_holds_no_vector(comm):
+    """Rank 0 runs L-BFGS over vectors of 4 MB on the other ranks, and allocates a small part of one."""
+    size, end = 1_000_000 // (comm.size - 1), np.empty(0, np.uint8)
+    shards = MPI.Intracomm(comm.Split(min(comm.rank, 1), comm.rank))
+    if comm.rank > 0:
+        reduce = lambda values: waiting.allreduce(shards, values, MPI.SUM, "the other shards")  # noqa: E731
+        space = LocalSpace(size, np.float32, reduce, shards.rank, shards.size)
+        space.create("parameters")
+        status = MPI.Status()
+        while True:
+            waiting.until(lambda: comm.Iprobe(0, 1, status), "a command", seconds=30)
+            data = np.empty(status.Get_count(MPI.BYTE), np.uint8)
+            comm.Recv(data, 0, 1)
+            if data.size == 0:
+                break
+            command = Command.decode(data.tobytes())
+            if command.operation == "multiply":  # stands for the replicas: the gradient of |x - 3|^2 / 2
+                space.writable(command.names[2])[:] = space.array(command.names[0]) - 3
+            else:
+                result = execute(space, command)
+                if comm.rank == 1:
+                    comm.Send(result, 0, 2)
+    else:
+
+        def submit(command):
+            for rank in range(1, comm.size):
+                comm.Send(np.frombuffer(command.encode(), np.uint8), rank, 1)
+            if command.operation == "multiply":
+                return np.empty(0)
+            status = MPI.Status()
+            waiting.until(lambda: comm.Iprobe(1, 2, status), "the numbers", seconds=30)
+            result = np.empty(status.Get_count(MPI.DOUBLE))
+            comm.Recv(result, 1, 2)
+            return result
+
+        space = RemoteSpace(submit, ["parameters"])
+
+        def evaluate(point, gradient):
+            space.multiply(point, point, gradient)
+            return 0.5 * float(space.dots([(gradient, gradient)])[0])
+
+        tracemalloc.start()
+        report = lbfgs(space, evaluate, memory=10, limits=Limits(1e-6, 0))
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert report.converged
+        assert peak < 300_000 < 4 * size
+        for rank in range(1, comm.size):
+            comm.Send(end, rank, 1)
+    shards.Free()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from mpi4py import MPI
 
 from dbmpi.paramserver import probe
 from dbmpi.paramserver.window import Window
@@ -90,3 +91,20 @@ def test_the_probe_measures_both_transports_and_takes_the_faster(comm, monkeypat
     monkeypatch.setattr(probe, "measure", measured)
     for faster in probe.TRANSPORTS:
         assert probe.choose(comm, hosts)[0] == faster
+
+
+@pytest.mark.parallel([1, 2, 4])
+@pytest.mark.parametrize("shared", [True, False], ids=["shared memory", "rma"])
+def test_of_all_that_compare_and_swap_one_wins(comm, shared) -> None:
+    """Every rank counts up by compare-and-swap, and no count is lost; rank 0 goes on serving others when it is done."""
+    turns, won = 200, []
+    with Window.allocate(comm, 1024, shared=shared) as window:
+        while len(won) < turns:
+            before = window.load(0, FLAG)
+            if window.compare_and_swap(0, FLAG, before, before + 1) == before:
+                won.append(before)
+        waiting.barrier(comm, "the others to count", serve=lambda: bool(window.sync()))
+        assert window.load(0, FLAG) == turns * comm.size
+    counts = np.zeros(turns * comm.size, np.int64)
+    counts[won] = 1
+    np.testing.assert_array_equal(waiting.allreduce(comm, counts, MPI.SUM, "the others"), 1)

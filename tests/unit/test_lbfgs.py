@@ -143,7 +143,7 @@ def test_a_restored_history_goes_on_as_if_nothing_had_happened():
     restored = History(second)
     for name in [name for pair in history.pairs for name in pair]:
         second.writable(name)[:] = first.array(name)
-    restored.restore(history.state())
+    restored.restore_numbers(history.numbers())
     lbfgs(second, evaluate, history=restored, limits=Limits(0, 0, iterations=17))
     np.testing.assert_array_equal(rest, x)
 
@@ -156,6 +156,10 @@ def test_a_damaged_state_is_refused():
     ]:  # fmt: skip
         with pytest.raises(ValueError, match="damaged"):
             History(space, 5).restore(state | {name: value})
+    numbers = history.numbers()
+    for damaged in ((), numbers[:-1], (4, *numbers[1:]), (*numbers[:3], 99, *numbers[4:])):
+        with pytest.raises(ValueError, match="damaged"):
+            History(space, 5).restore_numbers(damaged)
 
 
 def test_no_memory_is_gradient_descent():

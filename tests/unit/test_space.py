@@ -207,7 +207,7 @@ NUMBERS = st.floats(allow_nan=False)
 
 
 @st.composite
-def some_command(draw):
+def some_command(draw):  # noqa: PLR0911 (a table)
     operation = draw(st.sampled_from(sorted(OPERATIONS)))
     if operation == "combine":
         scalars = draw(st.lists(NUMBERS, min_size=1, max_size=25))
@@ -219,6 +219,12 @@ def some_command(draw):
         return Command(operation, tuple(draw(st.lists(NAMES, max_size=9))), (float(draw(st.integers(0, 1))),))
     if operation == "create":
         return Command(operation, (draw(NAMES),), (float(draw(st.integers(0, 2))),))
+    if operation == "accrue":
+        return Command(operation, (draw(NAMES),), (float(draw(st.integers(0, 9))), float(draw(st.integers(0, 2**40)))))
+    if operation == "hand_over":
+        return Command(operation, tuple(draw(st.lists(NAMES, max_size=30))), ())
+    if operation in ("meet", "end"):
+        return Command(operation, (), ())
     names = {"copy": 2, "scale": 1, "axpy": 2, "align": 2}.get(operation, 3)
     scalars = operation in ("scale", "axpy", "advance", "pseudo_gradient")
     return Command(operation, tuple(draw(NAMES) for _ in range(names)), (draw(NUMBERS),) * scalars)

@@ -70,12 +70,16 @@ class History:
         """Reports of each shard by its number."""
         self.evaluations: list[Record] = []
         """Evaluations, in the order of time."""
+        self.batches: list[Record] = []
+        """Passes of Sandblaster over a batch, in the order of time."""
         self._ends: dict[int, float] = defaultdict(float)
         for record in records:
             session = record["session"]
             self._ends[session] = max(self._ends[session], record["elapsed"])
             if record["kind"] == "evaluation":
                 self.evaluations.append(record)
+            elif record["kind"] == "batch":
+                self.batches.append(record)
             else:
                 role = self.workers if record["kind"] == "worker" else self.shards
                 role.setdefault(record["number"], []).append(record)

@@ -28,6 +28,7 @@ from dbmpi.errors import UserError
 from dbmpi.monitor.measures import StalenessHistogram, Stopwatch
 
 __all__ = [
+    "BatchReport",
     "EvaluationReport",
     "Record",
     "Recorder",
@@ -116,8 +117,33 @@ class EvaluationReport:
     """How many held-out samples were evaluated."""
 
 
-Report = WorkerReport | ShardReport | EvaluationReport
-_REPORTS: dict[str, type[Report]] = {report.kind: report for report in (WorkerReport, ShardReport, EvaluationReport)}
+@dataclass(frozen=True, slots=True)
+class BatchReport:
+    """One pass of Sandblaster over a batch, and the iteration that it belongs to."""
+
+    kind: ClassVar[str] = "batch"
+    iteration: int
+    """Iterations finished before it, in this session."""
+    epoch: float
+    """Passes over the training samples, this one included, over all sessions."""
+    loss: float
+    """Mean over the batch's samples, at the point that was tried; without regularisation."""
+    accuracy: float | None
+    """Fraction classified correctly, 0 to 1; None where the loss knows no classes."""
+    samples: int
+    """Of the batch."""
+    portions: Mapping[int, int]
+    """The ledger by replica: how many portions of each count; they add up to those of the batch."""
+    revoked: int
+    """Bundles of portions that were taken from a replica and handed out again."""
+    seconds: float
+    """From the offer of the batch to the last gradient."""
+
+
+Report = WorkerReport | ShardReport | EvaluationReport | BatchReport
+_REPORTS: dict[str, type[Report]] = {
+    report.kind: report for report in (WorkerReport, ShardReport, EvaluationReport, BatchReport)
+}
 
 
 class Recorder:

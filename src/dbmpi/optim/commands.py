@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dbmpi.optim.space import Order, Space
+from dbmpi.optim.space import Order, RunningSpace, Space
 
 _HEAD = struct.Struct("<4sBHHI")
 _MAGIC = b"dbc1"
@@ -208,6 +208,12 @@ def _run_dots(space: Space, names: Names, scalars: Scalars) -> np.ndarray:
     return space.dots(list(zip(names[: 2 * pairs : 2], names[1 : 2 * pairs : 2], strict=True)), names[2 * pairs :])
 
 
+def _of_a_run(space: Space) -> RunningSpace:
+    if not isinstance(space, RunningSpace):
+        raise ValueError("this operation is only for the shards of a run")
+    return space
+
+
 _DTYPES = (None, "float32", "float64")
 _ORDERS: tuple[Order, ...] = ("max", "one")
 
@@ -236,6 +242,15 @@ OPERATIONS: dict[str, _Operation] = {
     ),
     "align": _Operation(_counts(2, 0), lambda space, names, scalars: space.align(*names)),
     "project": _Operation(_counts(3, 0), lambda space, names, scalars: space.project(*names)),
+    "accrue": _Operation(
+        lambda count, numbers: count == 1 and len(numbers) == 2 and all(n >= 0 and n % 1 == 0 for n in numbers),
+        lambda space, names, scalars: _of_a_run(space).accrue(names[0], int(scalars[0]), int(scalars[1])),
+    ),
+    "meet": _Operation(_counts(0, 0), lambda space, names, scalars: _of_a_run(space).meet()),
+    "hand_over": _Operation(
+        lambda count, numbers: not numbers, lambda space, names, scalars: _of_a_run(space).hand_over(names)
+    ),
+    "end": _Operation(_counts(0, 0), lambda space, names, scalars: _of_a_run(space).end()),
 }
 """What shards can do; the place in this table is an operation's code."""
 

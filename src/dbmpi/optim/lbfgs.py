@@ -14,7 +14,7 @@ all ``s_i s_j`` and half of the ``s_i y_j``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -144,6 +144,36 @@ class History:
             raise ValueError(f"this is not the state of a history of {pairs} pairs, or it is damaged")
         self._slots, self._last = [int(slot) for slot in slots], (last[0], last[1]) if len(last) else None
         self._sy[:], self._yy[:] = sy, yy
+
+    def numbers(self) -> tuple[int, ...]:
+        """Return `state` as integers for a checkpoint: the memory, and the bits of all numbers."""
+        state = self.state()
+        slots, last = state["slots"].tolist(), state["last"]
+        bits = np.concatenate([state["sy"].reshape(-1), state["yy"].reshape(-1), last]).view(np.int64).tolist()
+        return (self.memory, len(slots), len(last), *slots, *bits)
+
+    def restore_numbers(self, numbers: Sequence[int]) -> None:
+        """Go on with what `numbers` returned; the vectors are in place already.
+
+        Raises
+        ------
+        ValueError
+            As `restore`.
+        """
+        memory, slots, last = numbers[:3] if len(numbers) >= 3 else (-1, 0, 0)
+        square = (self.memory + 1) ** 2
+        if memory != self.memory or len(numbers) != 3 + slots + 2 * square + last:
+            raise ValueError(f"this is not the state of a history of {self.memory} pairs, or it is damaged")
+        values = np.array(numbers[3 + slots :], np.int64).view(np.float64)
+        shape = (self.memory + 1, self.memory + 1)
+        self.restore(
+            {
+                "slots": np.array(numbers[3 : 3 + slots], np.int64),
+                "sy": values[:square].reshape(shape),
+                "yy": values[square : 2 * square].reshape(shape),
+                "last": values[2 * square :],
+            }
+        )
 
     def measure(self, gradient: str, square: float) -> None:
         """Compute the products of a gradient with the history."""

@@ -20,14 +20,13 @@ from mpi4py import MPI
 
 from dbmpi.checkpoint.directory import checkpoint_path, kept
 from dbmpi.checkpoint.schema import CheckpointInfo, library_versions
-from dbmpi.checkpoint.writer import CheckpointWriter
 from dbmpi.config import Run
 from dbmpi.data.stream import Stream
 from dbmpi.errors import RunFailed
 from dbmpi.monitor.progress import Progress
 from dbmpi.monitor.records import EvaluationReport, Recorder, StalenessHistogram
 from dbmpi.objective import Outcome
-from dbmpi.optim.shard import collect
+from dbmpi.optim.saving import save
 from dbmpi.paramserver.layout import Layout
 from dbmpi.paramserver.server import Tally
 from dbmpi.runtime import waiting
@@ -243,26 +242,15 @@ class Lead:
         steps = begin.step + self.steps
         left = begin.stream.after(self._learned, begin.warmstart)
         earlier = begin.done or (0,) * replicas
-        versions = [shard.version] * self._plan.shards
-        dtype = vectors["parameters"].dtype
         for rank in self._plan.shard_ranks[1:]:
             self._mailbox.send(rank, Role.SHARD, Kind.CHECKPOINT)
-        path = checkpoint_path(self._run.run.directory, steps)
-        with CheckpointWriter(path, self._layout, tuple(vectors), dtype) as writer:
-            for name, values in vectors.items():
-                self._check_finite(name, values)
-                writer.write(name, self._ranges[0].start, values)
-            for other, rank in enumerate(self._plan.shard_ranks[1:], 1):
-                versions[other], pieces = collect(self._comm, rank, self._ranges[other], tuple(vectors), dtype)
-                for name, start, values in pieces:
-                    self._check_finite(name, values)
-                    writer.write(name, start, values)
-                    self._say_alive()
-            info = CheckpointInfo(
+
+        def describe(versions: tuple[int, ...]) -> CheckpointInfo:
+            return CheckpointInfo(
                 configuration=self._run.to_json(),
                 step=steps,
                 samples=begin.samples + self.samples,
-                shard_versions=tuple(versions),
+                shard_versions=versions,
                 shards=self._plan.shards,
                 replicas=replicas,
                 partitions=self._plan.partitions,
@@ -274,7 +262,20 @@ class Lead:
                 done=tuple(before + now for before, now in zip(earlier, self._learned, strict=True)),
                 libraries=library_versions(MPI.Get_library_version()),
             )
-            self.checkpoint = writer.commit(info, self._run.checkpoint.keep)
+
+        self.checkpoint = save(
+            self._comm,
+            self._plan.shard_ranks,
+            checkpoint_path(self._run.run.directory, steps),
+            self._layout,
+            self._ranges,
+            vectors,
+            shard.version,
+            describe,
+            keep=self._run.checkpoint.keep,
+            check=self._check_finite,
+            alive=self._say_alive,
+        )
         self._checkpointed = time.monotonic()
         self._saved_version = shard.version
 

@@ -45,12 +45,13 @@ def owlqn(
     caution: float = 1e-10,
     limits: Limits | None = None,
     callback: Callback | None = None,
+    history: History | None = None,
 ) -> Report:
     """Minimise ``loss(x) + strength |x|_1`` from the point in the vector "parameters": algorithm 1 of the publication.
 
     Parameters
     ----------
-    space, evaluate, memory, caution, limits, callback
+    space, evaluate, memory, caution, limits, callback, history
         As for :func:`dbmpi.optim.lbfgs.lbfgs`.  `evaluate` knows the smooth loss alone; reports are of the whole,
         with the pseudo-gradient as the gradient.
     strength
@@ -64,7 +65,7 @@ def owlqn(
     if not strength > 0:
         raise ValueError(f"the strength of the L1 term is {strength}: it must be positive")
     limits = limits or Limits()
-    history = History(space, memory, caution)
+    history = History(space, memory, caution) if history is None else history
     gradient, other = GRADIENT, OTHER_GRADIENT
     prepare(space, ORIGIN, gradient, other, PSEUDO, DISPLACEMENT)
     counted = Evaluations(evaluate)
@@ -100,7 +101,7 @@ def owlqn(
         # The pair is the displacement and the change of the smooth gradient; the next direction needs the products
         # with the pseudo-gradient.
         space.copy(DISPLACEMENT, line.direction)
-        products = space.dots(history.products(PSEUDO, gradient, other)) if memory else ()
+        products = space.dots(history.products(PSEUDO, gradient, other)) if history.memory else ()
         step = Step(1.0, here.loss, math.nan, displacement_square, square, largest, tuple(map(float, products)))
         history.learn(step, PSEUDO)
         if callback is not None and callback(Progress(iteration, counted.count, here.loss, largest, length)):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
 from mpi4py import MPI
 
 from dbmpi.monitor.records import Recorder, ShardReport
+from dbmpi.optim.saving import hand_over
 from dbmpi.paramserver.server import Server
 from dbmpi.runtime import waiting
 from dbmpi.runtime.orders import Kind, Mailbox, Role
@@ -18,10 +18,6 @@ from dbmpi.runtime.signals import StopSignal
 if TYPE_CHECKING:
     from dbmpi.optim.lead import Lead
 
-_DATA = 3
-"""Tag of the vectors' pieces."""
-_PIECE = 1 << 22
-"""Elements of a vector that are sent at once."""
 _LEAD_RANK = 0
 
 
@@ -77,7 +73,7 @@ class Shard:
             if message.kind == Kind.END:
                 self.ended = True
             elif message.kind == Kind.CHECKPOINT:
-                self._hand_over()
+                hand_over(self._comm, self._server.version, self.vectors().values())
             elif self._lead is not None:
                 self._lead.hear(message)
         if self._stop.number and not self._stop_told:
@@ -126,39 +122,3 @@ class Shard:
     def vectors(self) -> dict[str, np.ndarray]:
         """Return all vectors that this shard holds a range of, by name."""
         return {"parameters": self._server.parameters, **self._server.state}
-
-    def _hand_over(self) -> None:
-        """Send version and vectors to the lead, piece by piece."""
-        version = np.array([self._server.version], np.int64)
-        waiting.complete(self._comm.Isend(version, _LEAD_RANK, _DATA), "the lead to take a checkpoint")
-        for vector in self.vectors().values():
-            for start in range(0, vector.size, _PIECE):
-                piece = vector[start : start + _PIECE]
-                waiting.complete(self._comm.Isend(piece, _LEAD_RANK, _DATA), "the lead to take a checkpoint")
-
-
-def collect(
-    comm: MPI.Intracomm, rank: int, held: range, names: tuple[str, ...], dtype: np.dtype[np.floating]
-) -> tuple[int, Iterator[tuple[str, int, np.ndarray]]]:
-    """Receive what the shard on a rank hands over: its version, and the pieces of its vectors.
-
-    Returns
-    -------
-    version
-        The shard's version.
-    pieces
-        ``(vector, start, values)`` with the start in the whole flat vector; `values` is only valid until the next
-        piece.
-    """
-    version = np.empty(1, np.int64)
-    waiting.complete(comm.Irecv(version, rank, _DATA), f"the shard on rank {rank} to hand over its vectors")
-
-    def pieces() -> Iterator[tuple[str, int, np.ndarray]]:
-        buffer = np.empty(min(_PIECE, len(held)), dtype)
-        for name in names:
-            for start in range(held.start, held.stop, _PIECE):
-                piece = buffer[: min(_PIECE, held.stop - start)]
-                waiting.complete(comm.Irecv(piece, rank, _DATA), f"{name} of the shard on rank {rank}")
-                yield name, start, piece
-
-    return int(version[0]), pieces()

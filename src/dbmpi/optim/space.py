@@ -10,7 +10,7 @@ Results do not depend on the number of shards, to the last bit: see :mod:`dbmpi.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -89,6 +89,27 @@ class Space(Protocol):
 
     def project(self, point: str, origin: str, gradient: str) -> None:
         """Set elements of the point to zero that left the orthant of `origin` and ``-gradient`` (OWL-QN)."""
+        ...
+
+
+@runtime_checkable
+class RunningSpace(Protocol):
+    """What the shards of a run do beside arithmetic."""
+
+    def accrue(self, name: str, replica: int, bundle: int) -> None:
+        """Add the gradient that a replica has committed to a vector."""
+        ...
+
+    def meet(self) -> None:
+        """Wait until all shards have come here."""
+        ...
+
+    def hand_over(self, names: Sequence[str]) -> None:
+        """Send vectors to the lead, for a checkpoint."""
+        ...
+
+    def end(self) -> None:
+        """Hear that the run is over."""
         ...
 
 

@@ -32,7 +32,7 @@ _LINE = 64
 _NAP = 1e-4
 """Longest nap, in seconds, of who waits for data from another host: MPI moves them when he looks."""
 Transport = Literal["rma", "p2p"]
-_HINTS = {"acc_single_intrinsic": "true", "which_accumulate_ops": "replace,no_op"}
+_HINTS = {"acc_single_intrinsic": "true", "which_accumulate_ops": "replace,no_op,cswap"}
 """What Open MPI and MPICH, in this order, may rely on to use a network's own atomics; others pass over it."""
 
 
@@ -69,6 +69,7 @@ class Window:
         self.transport = transport
         self._memory: MPI.Win | None = None
         self._near: dict[int, np.ndarray] = {}
+        self._node_rank: dict[int, int] = {}
         size = max(aligned(nbytes), _LINE)
         if shared:
             info = MPI.Info.Create()
@@ -78,6 +79,7 @@ class Window:
             ranks = np.empty(self._node.size, np.int64)
             request = self._node.Iallgather(np.array([comm.rank], np.int64), ranks)
             waiting.complete(request, "the node's other ranks")
+            self._node_rank = {int(rank): place for place, rank in enumerate(ranks)}
             for place, rank in enumerate(ranks):
                 self._near[int(rank)] = _bytes(self._memory.Shared_query(place)[0])
             self.local = self._near[comm.rank]
@@ -195,6 +197,25 @@ class Window:
         with self._storing:
             self._stores = [earlier for earlier in self._stores if not earlier.Test()]
             self._stores.append(self._atomic(rank, offset, value, MPI.REPLACE)[0])
+
+    def compare_and_swap(self, rank: int, offset: int, expected: int, value: int) -> int:
+        """Set the word at `offset` of a rank's memory if it is `expected`, atomically; return what it was before.
+
+        It does not wait for earlier puts.  Within one node nobody's help is needed.  Between nodes this waits inside
+        MPI until the target has entered MPI too, where the network has no atomics of its own.  With the transport
+        "p2p" there is no such operation between nodes.
+        """
+        self.sync()
+        new, compared, before = (np.array([word], np.int64) for word in (value, expected, 0))
+        # All must use the same way to a word: the shared window's atomics know nothing of the other window's.
+        if self._memory is not None and len(self._near) == self._comm.size:
+            window, target = self._memory, self._node_rank[rank]
+        else:
+            assert self._messages is None
+            window, target = self._win, rank
+        window.Compare_and_swap([new, MPI.INT64_T], [compared, MPI.INT64_T], [before, MPI.INT64_T], target, offset)
+        window.Flush(target)
+        return int(before[0])
 
     def free(self) -> None:
         """Give the memory back (collective); a second call does nothing."""

@@ -1,0 +1,384 @@
+"""A run by Sandblaster: the roles of one rank, put together and driven.
+
+Every rank is a set of duties that are polled: a shard executes commands, a worker does the next step of its portions.
+On the lead's rank the coordinator runs, and polls the others while it waits.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from mpi4py import MPI
+
+from dbmpi.checkpoint.reader import Checkpoint
+from dbmpi.config import Run
+from dbmpi.data.source import Source
+from dbmpi.data.stream import Order
+from dbmpi.errors import UserError
+from dbmpi.monitor.progress import Progress
+from dbmpi.monitor.records import Recorder
+from dbmpi.network.network import Network
+from dbmpi.objective import Outcome
+from dbmpi.optim import shardspace
+from dbmpi.optim.board import MOST_REPLICAS, Board, Bundles
+from dbmpi.optim.lead import Begin
+from dbmpi.optim.passes import Station
+from dbmpi.optim.portions import SAID, Portions
+from dbmpi.optim.portionwork import PortionWork
+from dbmpi.optim.sandblaster import Beginning, Coordinator, Samples, use_kernels
+from dbmpi.optim.shardspace import ShardSpace
+from dbmpi.paramserver.client import Client, pieces
+from dbmpi.paramserver.layout import Run as Stretch
+from dbmpi.paramserver.layout import cut
+from dbmpi.paramserver.memory import Memory
+from dbmpi.paramserver.window import Window
+from dbmpi.partition.replica import Replica
+from dbmpi.runtime import orders, waiting
+from dbmpi.runtime.orders import Mailbox
+from dbmpi.runtime.signals import StopSignal
+from dbmpi.runtime.world import together
+from dbmpi.topology import Communicators, Plan
+
+__all__ = ["Setup", "learn", "use_kernels"]
+
+_DTYPE = np.dtype(np.float32)
+_FOR_THE_LEAD = 1.25
+"""Factor on the stall limit where a rank waits for the lead, which knows better who is to blame."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a rank knows when its roles are put together."""
+
+    run: Run
+    plan: Plan
+    comms: Communicators
+    network: Network
+    replica: Replica | None
+    order: Order
+    begin: Begin
+    checkpoint: Path | None
+    input_shape: tuple[int, ...]
+    classes: int
+    train: Source | None
+    test: Source | None
+    stop: StopSignal
+    recorder: Callable[[str, int], Recorder]
+
+    @cached_property
+    def per_bundle(self) -> int:
+        """Most portions of a bundle."""
+        return 1 if self.run.sandblaster.deterministic else self.run.sandblaster.portions_per_push
+
+    @cached_property
+    def ranges(self) -> tuple[range, ...]:
+        """The range of the flat vector that each shard holds."""
+        return cut(self.network.layout.size, self.plan.shards)
+
+    @cached_property
+    def stretches(self) -> list[list[Stretch]]:
+        """For each partition, where its parameters lie in the whole vector; the first replica tells all."""
+        world, found = self.comms.world, []
+        for rank in self.plan.worker_ranks[: self.plan.partitions]:
+            runs = self.replica.parameters.runs if self.replica is not None and world.rank == rank else ()
+            words = np.array(runs, np.int64).reshape(-1, 4)
+            count = np.array([len(words)], np.int64)
+            waiting.broadcast(world, count, rank, "how the parameters are cut")
+            if world.rank != rank:
+                words = np.empty((int(count[0]), 4), np.int64)
+            waiting.broadcast(world, words, rank, "how the parameters are cut")
+            found.append([Stretch(start, local, length, bool(push)) for start, local, length, push in words.tolist()])
+        return found
+
+    @cached_property
+    def memories(self) -> list[Memory]:
+        """What lies where on each shard: there is no inbox."""
+        plan, everybody = self.plan, frozenset(range(self.plan.workers))
+        return [
+            Memory(plan.shards, plan.workers, len(held), _DTYPE.itemsize, 0, plan.partitions, everybody)
+            for held in self.ranges
+        ]
+
+    @cached_property
+    def tests(self) -> int:
+        """Held-out samples; known where there is a worker, and told to all."""
+        count = np.array([0 if self.test is None else self.test.samples], np.int64)
+        waiting.broadcast(self.comms.world, count, self.plan.worker_ranks[0], "the number of held-out samples")
+        return int(count[0])
+
+    @cached_property
+    def capacity(self) -> int:
+        """Portions that the board has room for."""
+        return max(self.order.batches_per_epoch, -(-self.tests // self.order.batch_size))
+
+    def board(self, window: Window) -> Board:
+        """Return the board, seen through this rank's window."""
+        return Board(window, 0, self.memories[0].nbytes, self.plan.replicas, self.capacity)
+
+    def bundles(self, worker: int) -> Bundles:
+        """Return where a worker keeps its bundles: behind its shard's part, and the board."""
+        rank = self.plan.worker_ranks[worker]
+        shard = self.plan.shard_of(rank)
+        offset = self.memories[0].words_nbytes if shard is None else self.memories[shard].nbytes
+        if rank == 0:
+            offset += Board.nbytes(self.plan.replicas, self.capacity)
+        elements = sum(stretch.length for stretch in self.stretches[worker % self.plan.partitions])
+        return Bundles(-(-offset // 64) * 64, elements, self.per_bundle, self.plan.shards)
+
+    def nbytes(self, rank: int) -> int:
+        """Return the bytes of a rank's window."""
+        worker, shard = self.plan.worker_of(rank), self.plan.shard_of(rank)
+        if worker is not None:
+            bundles = self.bundles(worker)
+            return bundles.offset + bundles.nbytes
+        board = Board.nbytes(self.plan.replicas, self.capacity) if rank == 0 else 0
+        return board + (0 if shard is None else self.memories[shard].nbytes)
+
+
+class Learned(NamedTuple):
+    """What a run came to: as :class:`dbmpi.train.Result`, on every rank."""
+
+    steps: int
+    samples: int
+    seconds: float
+    test: Outcome | None
+    stopped_by: int
+    staleness: float
+    checkpoint: Path
+
+
+def learn(setup: Setup, stack: ExitStack) -> Learned:
+    """Play this rank's roles until the run ends (collective)."""
+    plan, comm = setup.plan, setup.comms.world
+    with together(comm, "planning the batches"):
+        _check(setup)
+    setup.tests, setup.stretches  # noqa: B018 (collective: all ranks ask here)
+    window = stack.enter_context(Window.allocate(comm, setup.nbytes(comm.rank)))
+    number, worker_number = plan.shard_of(comm.rank), plan.worker_of(comm.rank)
+    space = coordinator = worker = None
+    with together(comm, "preparing the shards", seconds=86400.0):
+        if number is not None:
+            space, carried, history = _shard(setup, window, number)
+        if worker_number is not None:
+            worker = _worker(setup, window, worker_number, space)
+    began = time.monotonic()
+    if number == 0:
+        assert space is not None
+        step = worker.poll if worker is not None else lambda: False
+        coordinator = _coordinator(setup, window, space, carried, history, step, stack)
+        coordinator.run()
+    mailbox = Mailbox(comm, orders.Role.WORKER)
+    told = number == 0  # the coordinator has its own ear for signals
+
+    def ended() -> bool:
+        return (number in (None, 0) or (space is not None and space.ended)) and (worker is None or worker.ended)
+
+    def serve() -> bool:
+        nonlocal told
+        if setup.stop.number and not told:
+            told = True
+            mailbox.send(0, orders.Role.SHARD, orders.Kind.STOP_ASKED, setup.stop.number)
+        moved = space.poll() if number and space is not None else False
+        return (worker.poll() if worker is not None else False) or moved
+
+    waiting.until(ended, "the coordinator's next batch", serve=serve, seconds=_FOR_THE_LEAD * waiting.STALL_SECONDS)
+    return _conclude(comm, coordinator, time.monotonic() - began)
+
+
+def _check(setup: Setup) -> None:
+    portions = min(setup.run.sandblaster.batch_portions or setup.order.batches_per_epoch, setup.order.batches_per_epoch)
+    if setup.order.batches < portions:
+        raise UserError(
+            f"optimizer.epochs = {setup.run.optimizer.epochs:g}: that is {setup.order.batches} portions, and a batch "
+            f"of Sandblaster has {portions}; set optimizer.epochs to {portions / setup.order.batches_per_epoch:g} or "
+            "more, or sandblaster.batch_portions to fewer"
+        )
+    if setup.plan.replicas > MOST_REPLICAS:
+        raise UserError(
+            f"{setup.plan.replicas} replicas are more than {MOST_REPLICAS}, which Sandblaster can tell apart"
+        )
+
+
+def _shard(setup: Setup, window: Window, number: int) -> tuple[ShardSpace, list[str], tuple[int, ...]]:
+    """Fill a shard; return its space, the names of what it carries along, and the numbers of a stored history."""
+    plan, held, memory = setup.plan, setup.ranges[number], setup.memories[number]
+    parameters = window.local[memory.parameters :][: len(held) * _DTYPE.itemsize].view(_DTYPE)
+    vectors = {"parameters": parameters}
+    carried: list[str] = []
+    history: tuple[int, ...] = ()
+    version = 0
+    pairs: dict[str, np.ndarray] = {}
+    if setup.checkpoint is None:
+        setup.network.initial(held.start, parameters)
+    else:
+        with Checkpoint.open(setup.checkpoint) as checkpoint:
+            checkpoint.read("parameters", held.start, parameters)
+            version = max(checkpoint.info.shard_versions)
+            kept = setup.run.sandblaster
+            # The history of another memory, or of parameters that Downpour has changed since, is of no use.
+            if kept.algorithm == "lbfgs" and checkpoint.info.method[:1] == (kept.memory,):
+                history = checkpoint.info.method
+            for name in checkpoint.vectors[1:]:
+                of_history = re.fullmatch(r"[sy]\d+", name)
+                if of_history and not history:
+                    continue
+                target = pairs if of_history else vectors
+                target[name] = np.empty(len(held), _DTYPE)
+                checkpoint.read(name, held.start, target[name])
+                if not of_history:
+                    carried.append(name)
+    sources = [
+        [
+            shardspace.Source(plan.worker_ranks[worker], setup.bundles(worker), pieces(runs, setup.ranges)[number])
+            for worker, runs in enumerate(setup.stretches, replica * plan.partitions)
+        ]
+        for replica in range(plan.replicas)
+    ]
+    space = ShardSpace(setup.comms.world, setup.comms.shards, window, sources, version, vectors)
+    for name, values in pairs.items():
+        space.create(name)
+        space.writable(name)[:] = values
+    return space, carried, history
+
+
+def _worker(setup: Setup, window: Window, number: int, space: ShardSpace | None) -> Portions:
+    run, plan = setup.run, setup.plan
+    assert setup.train is not None
+    assert setup.replica is not None
+    place, partition = divmod(number, plan.partitions)
+    serve = None if space is None or plan.shard_of(setup.comms.world.rank) == 0 else space.poll
+    setup.replica.serve_while_waiting(serve)
+    runs = setup.stretches[partition]
+    client = Client(window, setup.memories, plan.shard_ranks, setup.ranges, number, serve=serve, runs=runs)
+    work = PortionWork(
+        setup.replica,
+        client,
+        setup.order,
+        setup.train,
+        setup.test,
+        recorder=setup.recorder("worker", number),
+        report_seconds=run.monitor.report_seconds,
+        replica=place,
+        partition=partition,
+    )
+    takers = [shard for shard, its in enumerate(pieces(runs, setup.ranges)) if any(piece.pushed for piece in its)]
+    team = _Partitions(setup.comms.replica, serve)
+    return Portions(
+        setup.board(window),
+        window,
+        setup.bundles(number),
+        place,
+        partition,
+        takers,
+        work,
+        setup.per_bundle,
+        run.sandblaster.deterministic,
+        team.agree,
+        team.gather,
+        team.wait,
+    )
+
+
+class _Partitions:
+    """How the partitions of a replica act as one."""
+
+    def __init__(self, comm: MPI.Intracomm, serve: Callable[[], bool] | None) -> None:
+        self._comm, self._serve = comm, serve
+        self._words = np.zeros(SAID, np.int64)
+        self._request: MPI.Request | None = None
+
+    def agree(self, numbers: list[int] | None) -> list[int] | None:
+        """Bring what partition 0 says to all partitions."""
+        if self._comm.size == 1:
+            return numbers
+        if self._comm.rank == 0:
+            if numbers is None:
+                return None
+            self._words[:] = 0
+            self._words[: len(numbers)] = numbers
+            request = self._comm.Ibcast(self._words, 0)
+            waiting.complete(request, "the other partitions of this replica", serve=self._serve)
+        else:
+            if self._request is None:
+                self._request = self._comm.Ibcast(self._words, 0)
+            if not self._request.Test():
+                return None
+            self._request = None
+        return [int(word) for word in self._words]
+
+    def gather(self) -> None:
+        """Wait until all partitions have come here."""
+        if self._comm.size > 1:
+            waiting.barrier(self._comm, "the other partitions of this replica", serve=self._serve)
+
+    def wait(self, condition: Callable[[], bool]) -> None:
+        """Wait for a condition."""
+        waiting.until(condition, "the shards to take a gradient", serve=self._serve)
+
+
+def _coordinator(
+    setup: Setup,
+    window: Window,
+    space: ShardSpace,
+    carried: list[str],
+    history: tuple[int, ...],
+    serve: Callable[[], bool],
+    stack: ExitStack,
+) -> Coordinator:
+    run, plan, begin, order = setup.run, setup.plan, setup.begin, setup.order
+    total = round(order.samples * run.optimizer.epochs)
+    progress = stack.enter_context(Progress(total, run.monitor.progress, epochs=run.optimizer.epochs))
+    progress.message(
+        f"{plan}; {setup.network.size:,} parameters; {order.samples:,} samples of {setup.input_shape}; Sandblaster"
+    )
+    if begin.step:
+        progress.message(f"going on after {begin.step:,} steps{', with the history of L-BFGS' if history else ''}")
+    stations = [
+        [
+            Station(plan.worker_ranks[worker], setup.bundles(worker))
+            for worker in range(replica * plan.partitions, (replica + 1) * plan.partitions)
+        ]
+        for replica in range(plan.replicas)
+    ]
+    return Coordinator(
+        setup.comms.world,
+        run,
+        plan,
+        setup.network.layout,
+        setup.ranges,
+        Samples(order, setup.tests, setup.input_shape, setup.classes),
+        Beginning(begin.stream, begin.step, begin.samples, history),
+        space=space,
+        carried=carried,
+        board=setup.board(window),
+        window=window,
+        stations=stations,
+        mailbox=Mailbox(setup.comms.world, orders.Role.SHARD),
+        recorder=setup.recorder("shard", 0),
+        progress=progress,
+        stop=setup.stop,
+        serve=serve,
+    )
+
+
+def _conclude(comm: MPI.Intracomm, coordinator: Coordinator | None, seconds: float) -> Learned:
+    """Tell everybody what came out."""
+    numbers, path = np.zeros(7), ""
+    if coordinator is not None:
+        test = coordinator.test
+        held_out = (-1, 0.0, 0) if test is None else (test.samples, test.loss, test.correct)
+        numbers[:] = (coordinator.steps, coordinator.samples, coordinator.stopped_by, *held_out, 0.0)
+        path = str(coordinator.checkpoint)
+    waiting.broadcast(comm, numbers, 0, "the coordinator to conclude")
+    path = waiting.broadcast_text(comm, path, 0, "the coordinator to conclude")
+    steps, samples, stopped_by, tests, loss, correct, _ = numbers.tolist()
+    outcome = None if tests < 0 else Outcome(int(tests), loss, int(correct))
+    return Learned(int(steps), int(samples), seconds, outcome, int(stopped_by), 0.0, Path(path))

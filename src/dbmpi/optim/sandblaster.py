@@ -1,0 +1,406 @@
+"""Sandblaster: the coordinator of distributed batch optimisation (paper, section 4.2 and algorithm 1.2).
+
+The coordinator runs a batch method, such as L-BFGS, on the lead's rank.  It holds no vector: it sends commands to the
+shards, which send back nothing but scalars, and it offers batches to the replicas.  An evaluation is
+
+1. the shards set the accrued gradient to zero, and *meet*, so that the point is complete on all of them;
+2. the batch is put on the board; replicas fetch the point, draw portions, and commit sums of gradients;
+3. the shards take each committed sum from the replica's memory and add it up;
+4. the losses of the portions, which the replicas wrote down, are added up in their order.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from mpi4py import MPI
+
+from dbmpi.checkpoint.directory import checkpoint_path, kept
+from dbmpi.checkpoint.schema import CheckpointInfo, library_versions
+from dbmpi.config import Run
+from dbmpi.errors import RunFailed
+from dbmpi.monitor.progress import Progress
+from dbmpi.monitor.records import BatchReport, EvaluationReport, Recorder
+from dbmpi.objective import Outcome
+from dbmpi.optim import descent, linesearch
+from dbmpi.optim.board import Board, Kind
+from dbmpi.optim.commands import Command, RemoteSpace, execute
+from dbmpi.optim.descent import ORIGIN, POINT, Limits, Report
+from dbmpi.optim.lbfgs import History, lbfgs
+from dbmpi.optim.methods import conjugate_gradients, exact_search, gradient_descent, owlqn, with_l2
+from dbmpi.optim.passes import Passes, Station
+from dbmpi.optim.saving import save
+from dbmpi.optim.shardspace import COMMANDS, ShardSpace
+from dbmpi.runtime import orders, waiting
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from dbmpi.data.stream import Order, Stream
+    from dbmpi.paramserver.layout import Layout
+    from dbmpi.paramserver.window import Window
+    from dbmpi.runtime.orders import Mailbox
+    from dbmpi.runtime.signals import StopSignal
+    from dbmpi.topology import Plan
+
+_CAUTION = 1e-10
+"""A pair is learned only if ``y.s`` is this fraction of ``|s|^2``."""
+_REASONS = {
+    "gradient": "the gradient is as small as sandblaster.gtol asks",
+    "loss": "the loss decreases less than sandblaster.ftol asks",
+    "precision": "the loss cannot be decreased any further at its precision",
+    "iterations": "all iterations are done",
+    "evaluations": "all epochs are done",
+    "callback": "it was asked to end",
+}
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """Where a session begins."""
+
+    stream: Stream
+    step: int = 0
+    """Portions, or steps of Downpour, in earlier sessions."""
+    samples: int = 0
+    history: tuple[int, ...] = ()
+    """Numbers of the history whose vectors are on the shards; empty without one."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What there is to learn from and to test on."""
+
+    order: Order
+    tests: int
+    """Held-out samples; 0 without any."""
+    input_shape: tuple[int, ...]
+    classes: int
+
+    @property
+    def test_portions(self) -> int:
+        """Portions of the held-out samples."""
+        return -(-self.tests // self.order.batch_size)
+
+    def of(self, portions: range) -> int:
+        """Return the number of samples of portions of the stream."""
+        epochs, rest = divmod(len(portions), self.order.batches_per_epoch)
+        return epochs * self.order.samples + sum(map(self.order.size, portions[len(portions) - rest :]))
+
+
+class _Interrupted(Exception):
+    """A signal asks for the end in the middle of an evaluation."""
+
+
+class Coordinator:
+    """Runs a batch method over shards and replicas, on the lead's rank.
+
+    Parameters
+    ----------
+    space
+        The lead's own shard.
+    serve
+        What else this rank has to do while it waits: the work of a replica, where there is one on this rank.
+
+    Attributes
+    ----------
+    stopped_by
+        Number of the signal that ended the run early; 0 if it ran to its end.
+    checkpoint
+        The last checkpoint written.
+    steps, samples
+        Portions, and samples behind them, that counted in this session.
+    test
+        The outcome on the held-out samples at the end; None without any, or after a stop.
+    """
+
+    def __init__(
+        self,
+        comm: MPI.Intracomm,
+        run: Run,
+        plan: Plan,
+        layout: Layout,
+        ranges: Sequence[range],
+        samples: Samples,
+        beginning: Beginning,
+        *,
+        space: ShardSpace,
+        carried: Sequence[str],
+        board: Board,
+        window: Window,
+        stations: Sequence[Sequence[Station]],
+        mailbox: Mailbox,
+        recorder: Recorder,
+        progress: Progress,
+        stop: StopSignal,
+        serve: Callable[[], bool],
+    ) -> None:
+        self._comm, self._run, self._plan, self._layout, self._ranges = comm, run, plan, layout, ranges
+        self._samples, self._beginning = samples, beginning
+        self._local, self._carried = space, tuple(carried)
+        self._board = board
+        self._mailbox, self._recorder, self._progress, self._stop = mailbox, recorder, progress, stop
+        self._serve_others = serve
+        self._leaving: list[tuple[MPI.Request, np.ndarray]] = []
+        self.space = RemoteSpace(self._submit, space.names)
+        self._gradient = ""
+        self._passes = Passes(board, window, stations, self._accrue, ordered=run.sandblaster.deterministic)
+        portions = run.sandblaster.batch_portions
+        self._portions = min(portions or samples.order.batches_per_epoch, samples.order.batches_per_epoch)
+        self._first = 0
+        self._iterations_here = 0
+        self._history: History | None = None
+        self._iterations = self._evaluations = 0
+        self._trying = False
+        self._tested_at = -1
+        self._checkpointed = time.monotonic()
+        self._next_test = run.monitor.evaluate_epochs
+        self.steps = self.samples = self.stopped_by = 0
+        self.checkpoint: Path | None = None
+        self.test: Outcome | None = None
+
+    def run(self) -> None:
+        """Learn until the method or the epochs are at their end, or a signal comes; write a checkpoint, and test."""
+        try:
+            report = self._minimise()
+            if report is not None:
+                self._progress.message(
+                    f"{report.iterations:,} iterations, {report.evaluations:,} evaluations: {_REASONS[report.reason]}"
+                    f"   loss {report.loss:.7g}   gradient {report.largest:.3g}"
+                )
+        except _Interrupted:
+            self._tested_at = -1
+            if self._trying:
+                self.space.copy(ORIGIN, POINT)  # the search had gone on from there
+        self._save()
+        if self._samples.tests and not self.stopped_by and self._tested_at != self.steps:
+            self._evaluate_test()
+        if self.stopped_by or self._tested_at != self.steps:
+            self.test = None
+        self._submit(Command("end", (), ()))
+        self._board.end()
+        for request, _ in self._leaving:
+            waiting.complete(request, "the last commands to leave")
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the training samples, over all sessions."""
+        return (self._beginning.samples + self.samples) / self._samples.order.samples
+
+    # What a batch method calls
+
+    def evaluate(self, point: str, gradient: str) -> float:
+        """Pass over the batch: return the mean loss at the parameters, and leave its gradient on the shards."""
+        assert point == POINT, f"replicas fetch {POINT!r}, and not {point!r}"
+        portions = range(self._first, self._first + self._portions)
+        count = self._samples.of(portions)
+        self._gradient = gradient
+        self._trying = self._evaluations > 0  # the first one is where the session begins
+        self.space.create(gradient)
+        frontier = self._frontier(self._evaluations + 1)
+        seconds = self._pass(Kind.GRADIENT, len(portions), self._first, count, frontier)
+        self._evaluations += 1
+        outcome = self._passes.outcome
+        self.steps += len(portions)
+        self.samples += outcome.samples
+        self._recorder.write(
+            BatchReport(
+                iteration=self._iterations,
+                epoch=self.epoch,
+                loss=outcome.mean_loss,
+                accuracy=outcome.accuracy,
+                samples=outcome.samples,
+                portions=self._passes.shares,
+                revoked=self._passes.revoked,
+                seconds=seconds,
+            )
+        )
+        total = round(self._samples.order.samples * self._run.optimizer.epochs)
+        shown = min(self._beginning.samples + self.samples, total)
+        rate = outcome.samples / max(seconds, 1e-9)
+        self._progress.update(shown, outcome.mean_loss, outcome.accuracy, rate, None)
+        return outcome.mean_loss
+
+    def overlap(self, point: str, gradient: str) -> bool:
+        """Measure curvature on the whole batch: it is the same before and after a step."""
+        return False
+
+    def proceed(self) -> bool:
+        """Go on to the next samples after some iterations on these."""
+        self._iterations_here += 1
+        if self._iterations_here < self._run.sandblaster.batch_iterations:
+            return False
+        self._iterations_here = 0
+        self._first += self._portions
+        if self._first + self._portions > self._samples.order.batches:
+            self._first = 0
+        return True
+
+    # Helpers
+
+    def _minimise(self) -> Report | None:
+        settings = self._run.sandblaster
+        left = (self._beginning.stream.total - self._beginning.stream.frontier) // self._portions
+        if left < 1:
+            return None
+        evaluate: descent.Evaluate = self.evaluate
+        if settings.l2:
+            evaluate = with_l2(self.space, evaluate, settings.l2)
+        limits = Limits(settings.gtol, settings.ftol, evaluations=left)
+        batches = self if self._portions < self._samples.order.batches_per_epoch else None
+        strong = settings.line_search == "strong_wolfe"
+        search: linesearch.LineSearch = linesearch.strong_wolfe if strong else linesearch.backtracking
+        space, told = self.space, self._after_iteration
+        if settings.algorithm == "gradient_descent":
+            return gradient_descent(space, evaluate, search=search, limits=limits, callback=told, batches=batches)
+        if settings.algorithm == "conjugate_gradients":
+            search = exact_search if strong else search
+            return conjugate_gradients(space, evaluate, search=search, limits=limits, callback=told, batches=batches)
+        history = self._history = History(space, settings.memory, _CAUTION)
+        if self._beginning.history:
+            history.restore_numbers(self._beginning.history)
+        if settings.l1:
+            return owlqn(space, evaluate, strength=settings.l1, limits=limits, callback=told, history=history)
+        return lbfgs(space, evaluate, search=search, limits=limits, callback=told, batches=batches, history=history)
+
+    def _submit(self, command: Command) -> np.ndarray:
+        """Let all shards carry out a command; return what the lead's shard says, which is what they all say."""
+        data = np.frombuffer(command.encode(), np.uint8)
+        self._leaving = [(request, sent) for request, sent in self._leaving if not request.Test()]
+        for rank in self._plan.shard_ranks[1:]:
+            self._leaving.append((self._comm.Isend([data, MPI.BYTE], rank, COMMANDS), data))
+        return execute(self._local, command)
+
+    def _accrue(self, replica: int, bundle: int) -> None:
+        self._submit(Command("accrue", (self._gradient,), (float(replica), float(bundle))))
+
+    def _pass(self, kind: Kind, portions: int, first: int, samples: int, place: int) -> float:
+        """Let the replicas work through a batch; return the seconds it took."""
+        self._submit(Command("meet", (), ()))
+        began = time.monotonic()
+        self._passes.begin(kind, portions, first, samples, place)
+        waiting.until(lambda: self._passes.finished or bool(self.stopped_by), self._passes.awaited, serve=self._serve)
+        if not self._passes.finished:
+            raise _Interrupted
+        return time.monotonic() - began
+
+    def _serve(self) -> bool:
+        moved = self._passes.poll()
+        while (message := self._mailbox.receive()) is not None:
+            if message.kind == orders.Kind.STOP_ASKED:
+                self._stop_asked(message.values[0])
+        if self._stop.number:
+            self._stop_asked(self._stop.number)
+        return self._serve_others() or moved
+
+    def _stop_asked(self, number: int) -> None:
+        if not self.stopped_by:
+            self.stopped_by = number
+            name = signal.Signals(number).name
+            self._progress.message(f"{name}: the run ends here, with a checkpoint")
+
+    def _after_iteration(self, progress: descent.Progress) -> bool:
+        """Write a checkpoint and test, when it is time; return whether the run is to end."""
+        self._iterations, self._trying = progress.iteration, False
+        self._serve()
+        every = self._run.monitor.evaluate_epochs
+        if every and self._samples.tests and self.epoch >= self._next_test and not self.stopped_by:
+            self._next_test = (self.epoch // every + 1) * every
+            self._evaluate_test()
+        seconds = self._run.checkpoint.every_seconds
+        if seconds and time.monotonic() - self._checkpointed >= seconds and not self.stopped_by:
+            self._save()
+        return bool(self.stopped_by)
+
+    def _evaluate_test(self) -> None:
+        """Record and show the outcome on the held-out samples at the present parameters."""
+        self._pass(Kind.TEST, self._samples.test_portions, 0, self._samples.tests, self._frontier(self._evaluations))
+        self.test = outcome = self._passes.outcome
+        self._tested_at = self.steps
+        self._recorder.write(
+            EvaluationReport(
+                step=self.steps,
+                epoch=self.epoch,
+                loss=outcome.mean_loss,
+                accuracy=outcome.accuracy,
+                samples=outcome.samples,
+            )
+        )
+        self._progress.evaluation(self.epoch, outcome.mean_loss, outcome.accuracy, outcome.samples)
+
+    def _frontier(self, evaluations: int) -> int:
+        stream = self._beginning.stream
+        return min(stream.frontier + evaluations * self._portions, stream.total)
+
+    def _save(self) -> None:
+        """Write the parameters, the history, and what the shards carry along, into a checkpoint."""
+        plan, samples, beginning = self._plan, self._samples, self._beginning
+        pairs = self._history.pairs if self._history is not None else ()
+        numbers = self._history.numbers() if self._history is not None and pairs else ()
+        names = (POINT, *self._carried, *(name for pair in pairs for name in pair))
+        steps = beginning.step + self.steps
+        self._submit(Command("hand_over", names, ()))
+
+        def describe(versions: tuple[int, ...]) -> CheckpointInfo:
+            return CheckpointInfo(
+                configuration=self._run.to_json(),
+                step=steps,
+                samples=beginning.samples + self.samples,
+                shard_versions=versions,
+                shards=plan.shards,
+                replicas=plan.replicas,
+                partitions=plan.partitions,
+                input_shape=samples.input_shape,
+                classes=samples.classes,
+                frontier=self._frontier(self._evaluations),
+                total=beginning.stream.total,
+                holes=beginning.stream.holes,
+                method=numbers,
+                libraries=library_versions(MPI.Get_library_version()),
+            )
+
+        self.checkpoint = save(
+            self._comm,
+            plan.shard_ranks,
+            checkpoint_path(self._run.run.directory, steps),
+            self._layout,
+            self._ranges,
+            {name: self._local.array(name) for name in names},
+            self._local.version,
+            describe,
+            keep=self._run.checkpoint.keep,
+            check=self._check_finite,
+        )
+        self._checkpointed = time.monotonic()
+
+    def _check_finite(self, name: str, values: np.ndarray) -> None:
+        if name == POINT and not math.isfinite(float(np.sum(values, dtype=np.float64))):
+            raise RunFailed(
+                f"some parameters are NaN or infinite; no checkpoint is written; "
+                f"{kept(self._run.run.directory / 'checkpoints')}"
+            )
+
+
+def use_kernels() -> None:
+    """Call all kernels of vectors once, so that they are compiled or loaded before the clock runs."""
+    from dbmpi.kernels import sums, vectors
+    from dbmpi.optim.space import LocalSpace
+
+    few = np.linspace(1, 2, 8, dtype=np.float32)
+    space = LocalSpace(8, vectors={POINT: few})
+
+    def evaluate(point: str, gradient: str) -> float:
+        space.writable(gradient)[:] = space.array(point)
+        return 0.5 * float(space.dots([(point, point)])[0])
+
+    owlqn(space, evaluate, strength=0.1, memory=3, limits=Limits(0, 0, iterations=2))
+    lbfgs(space, evaluate, memory=3, limits=Limits(0, 0, iterations=2))
+    space.multiply(POINT, POINT, ORIGIN)
+    sums.sum_products([few, few], [(0, 1)], [3, 3], sums.FINE)
+    vectors.largest_magnitude(few)

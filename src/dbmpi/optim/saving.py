@@ -1,0 +1,102 @@
+"""How the shards' vectors come into one checkpoint: the lead collects them piece by piece, and writes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dbmpi.checkpoint.schema import CheckpointInfo
+from dbmpi.checkpoint.writer import CheckpointWriter
+from dbmpi.paramserver.layout import Layout
+from dbmpi.runtime import waiting
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+_DATA = 3
+"""Tag of the vectors' pieces."""
+_PIECE = 1 << 22
+"""Elements of a vector that are sent at once."""
+_LEAD_RANK = 0
+
+
+def save(
+    comm: MPI.Intracomm,
+    shard_ranks: Sequence[int],
+    path: Path,
+    layout: Layout,
+    ranges: Sequence[range],
+    vectors: Mapping[str, np.ndarray],
+    version: int,
+    describe: Callable[[tuple[int, ...]], CheckpointInfo],
+    *,
+    keep: int,
+    check: Callable[[str, np.ndarray], None],
+    alive: Callable[[], None] = lambda: None,
+) -> Path:
+    """Write a checkpoint on the lead, while all other shards call :func:`hand_over`; return its path.
+
+    Parameters
+    ----------
+    vectors, version
+        The lead's own part, and its version.
+    describe
+        Makes the description from the versions of all shards.
+    check
+        Called with the name and each piece of a vector before it is written; raises where it is not to be kept.
+    alive
+        Called now and then.
+    """
+    versions = [version] * len(shard_ranks)
+    dtype = vectors["parameters"].dtype
+    with CheckpointWriter(path, layout, tuple(vectors), dtype) as writer:
+        for name, values in vectors.items():
+            check(name, values)
+            writer.write(name, ranges[0].start, values)
+        for other, rank in enumerate(shard_ranks[1:], 1):
+            versions[other], pieces = collect(comm, rank, ranges[other], tuple(vectors), dtype)
+            for name, start, values in pieces:
+                check(name, values)
+                writer.write(name, start, values)
+                alive()
+        return writer.commit(describe(tuple(versions)), keep)
+
+
+def hand_over(comm: MPI.Intracomm, version: int, vectors: Iterable[np.ndarray]) -> None:
+    """Send a shard's version and its part of the vectors to the lead, piece by piece."""
+    word = np.array([version], np.int64)
+    waiting.complete(comm.Isend(word, _LEAD_RANK, _DATA), "the lead to take a checkpoint")
+    for vector in vectors:
+        for start in range(0, vector.size, _PIECE):
+            piece = vector[start : start + _PIECE]
+            waiting.complete(comm.Isend(piece, _LEAD_RANK, _DATA), "the lead to take a checkpoint")
+
+
+def collect(
+    comm: MPI.Intracomm, rank: int, held: range, names: tuple[str, ...], dtype: np.dtype[np.floating]
+) -> tuple[int, Iterator[tuple[str, int, np.ndarray]]]:
+    """Receive what the shard on a rank hands over: its version, and the pieces of its vectors.
+
+    Returns
+    -------
+    version
+        The shard's version.
+    pieces
+        ``(vector, start, values)`` with the start in the whole flat vector; `values` is only valid until the next
+        piece.
+    """
+    version = np.empty(1, np.int64)
+    waiting.complete(comm.Irecv(version, rank, _DATA), f"the shard on rank {rank} to hand over its vectors")
+
+    def pieces() -> Iterator[tuple[str, int, np.ndarray]]:
+        buffer = np.empty(min(_PIECE, len(held)), dtype)
+        for name in names:
+            for start in range(held.start, held.stop, _PIECE):
+                piece = buffer[: min(_PIECE, held.stop - start)]
+                waiting.complete(comm.Irecv(piece, rank, _DATA), f"{name} of the shard on rank {rank}")
+                yield name, start, piece
+
+    return int(version[0]), pieces()

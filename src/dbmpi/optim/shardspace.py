@@ -1,0 +1,119 @@
+"""A shard of a Sandblaster run: executes the coordinator's commands on its part of the vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from mpi4py import MPI
+
+from dbmpi.kernels import updates
+from dbmpi.optim.board import Bundles
+from dbmpi.optim.commands import Command, execute
+from dbmpi.optim.saving import hand_over
+from dbmpi.optim.space import LocalSpace
+from dbmpi.runtime import waiting
+
+if TYPE_CHECKING:
+    from dbmpi.paramserver.layout import Run
+    from dbmpi.paramserver.window import Window
+
+COMMANDS = 4
+"""Tag of commands."""
+
+
+class Source(NamedTuple):
+    """What a shard takes of the bundles of one worker."""
+
+    rank: int
+    bundles: Bundles
+    pieces: Sequence[Run]
+    """With starts within the shard; nothing of others is taken."""
+
+
+class ShardSpace(LocalSpace):
+    """The vectors of one shard, float32, and where gradients come from.
+
+    Parameters
+    ----------
+    comm, shards
+        The communicator of all ranks, and that of the shards.
+    window
+        This rank's window.
+    sources
+        For every replica, its workers.
+    version
+        Of the parameters, for checkpoints.
+    vectors
+        The parameters, and what is carried along unchanged.
+    """
+
+    def __init__(
+        self,
+        comm: MPI.Intracomm,
+        shards: MPI.Intracomm,
+        window: Window,
+        sources: Sequence[Sequence[Source]],
+        version: int,
+        vectors: Mapping[str, np.ndarray],
+    ) -> None:
+        size = len(vectors["parameters"])
+        self._comm, self._others, self._window, self._sources = comm, shards, window, sources
+        super().__init__(size, np.float32, self._sum_over_shards, shards.rank, shards.size, vectors)
+        self.version = version
+        self.ended = False
+        self.accrued_bytes = 0
+
+    def accrue(self, name: str, replica: int, bundle: int) -> None:
+        """Add the gradient that a replica has committed to a vector.
+
+        The worker has no part in it: its memory is read, even while it computes or is halted.
+        """
+        target = self.writable(name)
+        for rank, bundles, pieces in self._sources[replica]:
+            place = bundles.gradient_of(bundle)
+            pushed = [piece for piece in pieces if piece.pushed]
+            near = self._window.near(rank)
+            if near is not None:
+                self._window.sync()
+            for start, local, length, _ in pushed:
+                offset = place + 4 * local
+                if near is not None:
+                    part = near[offset : offset + 4 * length].view(np.float32)
+                else:
+                    part = np.empty(length, np.float32)
+                    self._window.get(rank, offset, part)
+                updates.add(target[start : start + length], part)
+                self.accrued_bytes += part.nbytes
+            if pushed:
+                self._window.store(rank, bundles.taken(self._others.rank, bundle), bundle + 1)
+
+    def meet(self) -> None:
+        """Wait until all shards have come here; what was written before is then visible in their windows."""
+        self._window.sync()
+        self._sum_over_shards(np.zeros(1))
+
+    def hand_over(self, names: Sequence[str]) -> None:
+        """Send vectors to the lead, for a checkpoint."""
+        if self._others.rank > 0:
+            hand_over(self._comm, self.version, [self.array(name) for name in names])
+
+    def end(self) -> None:
+        """Hear that the run is over."""
+        self.ended = True
+
+    def poll(self) -> bool:
+        """Execute the next command, if one has arrived: what all shards but the lead's do."""
+        status = MPI.Status()
+        if self.ended or not self._comm.Iprobe(0, COMMANDS, status):
+            return False
+        data = np.empty(status.Get_count(MPI.BYTE), np.uint8)
+        self._comm.Recv([data, MPI.BYTE], 0, COMMANDS)
+        execute(self, Command.decode(data.tobytes()))
+        return True
+
+    def _sum_over_shards(self, values: np.ndarray) -> np.ndarray:
+        if self._others.size == 1:
+            return values
+        return waiting.allreduce(self._others, values, MPI.SUM, "the other shards to carry out a command")

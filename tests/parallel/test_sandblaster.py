@@ -1,0 +1,208 @@
+"""Whole runs of Sandblaster under real MPI: equal to a serial twin, whatever the ranks; warm starts and resumes."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+from parallel import tiny
+
+from dbmpi.checkpoint.reader import Checkpoint
+from dbmpi.config import Run
+from dbmpi.errors import UserError
+from dbmpi.kernels import updates, vectors
+from dbmpi.monitor.records import read_records
+from dbmpi.objective import Outcome
+from dbmpi.optim.descent import Limits
+from dbmpi.optim.lbfgs import lbfgs
+from dbmpi.optim.methods import with_l2
+from dbmpi.optim.sandblaster import Coordinator
+from dbmpi.optim.space import LocalSpace
+from dbmpi.paramserver.window import Window
+from dbmpi.runtime import waiting
+from dbmpi.train import train
+
+PORTIONS = 7  # 40 samples in portions of 6
+
+
+@pytest.fixture
+def place(comm, shared_path) -> Path:
+    if comm.rank == 0:
+        tiny.write_data(shared_path)
+    waiting.barrier(comm, "the data")
+    return shared_path
+
+
+def describe(
+    place: Path, topology: dict[str, object], name: str = "run", epochs: float = 12, **settings: object
+) -> Run:
+    return tiny.describe(
+        place,
+        run={"directory": place / name},
+        topology=topology,
+        optimizer={"method": "sandblaster", "batch_size": 6, "epochs": epochs},
+        sandblaster=settings,
+    )
+
+
+def serial(run: Run, evaluations: int) -> np.ndarray:
+    """Return the parameters after a serial run: one vector, one loop over the portions, in their order."""
+    twin = tiny.Twin(run)
+    space = LocalSpace(twin.server.size, np.float32, vectors={"parameters": twin.server})
+    part, weighted = np.empty_like(twin.server), np.empty_like(twin.server)
+
+    def evaluate(point: str, gradient: str) -> float:
+        total, x = Outcome(0, 0.0, 0), space.array(point).copy()
+        target = space.writable(gradient)
+        target[:] = 0
+        for portion in range(PORTIONS):
+            outcome = twin.network.loss_and_gradient(x, twin.batch(portion), part)
+            vectors.combine(weighted, [outcome.samples / tiny.SAMPLES], [part])
+            updates.add(target, weighted)
+            total = total.plus(outcome)
+        return total.mean_loss
+
+    settings = run.sandblaster
+    evaluate = with_l2(space, evaluate, settings.l2) if settings.l2 else evaluate
+    lbfgs(space, evaluate, memory=settings.memory, limits=Limits(settings.gtol, settings.ftol, evaluations=evaluations))
+    return twin.server
+
+
+TOPOLOGIES = {
+    1: [{}],
+    3: [{"shards": 1, "replicas": 2}, {"shards": 2, "replicas": 1}, {"shards": 3, "replicas": 3, "colocate": True}],
+    4: [{"shards": 2, "replicas": 4, "colocate": True}],
+    5: [{"shards": 1, "replicas": 4}, {"shards": 3, "replicas": 2}],
+}
+
+
+@pytest.mark.parallel([1, 3, 4, 5])
+def test_in_order_all_bits_are_those_of_a_serial_run(comm, place) -> None:
+    for number, topology in enumerate(TOPOLOGIES[comm.size]):
+        run = describe(place, topology, f"run{number}", deterministic=True, memory=3, l2=0.01 * number, gtol=0, ftol=0)
+        result = train(run, comm)
+        assert result.stopped_by == 0
+        assert result.steps >= 12 * PORTIONS
+        expected = serial(run, 12)
+        np.testing.assert_array_equal(tiny.vectors(result.checkpoint)["parameters"], expected)
+        assert result.test == pytest.approx(tiny.Twin(run).test(expected), rel=1e-5)
+        batches = [record for record in read_records(run.run.directory) if record["kind"] == "batch"]
+        assert len(batches) == result.steps / PORTIONS
+        assert {sum(record["portions"].values()) for record in batches} == {PORTIONS}
+
+
+@pytest.mark.parallel([3, 4])
+def test_between_nodes_the_bits_are_the_same(comm, place, monkeypatch) -> None:
+    """Without memory to share, all transfers and atomics are those between nodes."""
+    allocate = Window.allocate
+    monkeypatch.setattr(Window, "allocate", lambda comm, nbytes: allocate(comm, nbytes, shared=False))
+    topology = {"shards": 2, "colocate": True} if comm.size == 4 else {"shards": 1}
+    run = describe(place, topology, deterministic=True, memory=3, gtol=0, ftol=0, epochs=6)
+    np.testing.assert_array_equal(tiny.vectors(train(run, comm).checkpoint)["parameters"], serial(run, 6))
+    other = describe(place, topology, "other", portions_per_push=3, epochs=6)
+    assert train(other, comm).test.samples == tiny.TEST_SAMPLES
+
+
+@pytest.mark.parallel([3, 5])
+@pytest.mark.parametrize("per_push", [1, 3])
+def test_in_any_order_the_minimum_is_the_same(comm, place, per_push) -> None:
+    run = describe(place, {"shards": 2 if comm.size > 3 else 1}, epochs=200, portions_per_push=per_push, l2=0.05)
+    result = train(run, comm)
+    x = tiny.vectors(result.checkpoint)["parameters"]
+    twin = tiny.Twin(run)
+    gradient, part = np.zeros_like(x), np.empty_like(x)
+    for portion in range(PORTIONS):
+        outcome = twin.network.loss_and_gradient(x, twin.batch(portion), part)
+        gradient += outcome.samples / tiny.SAMPLES * part
+    assert np.abs(gradient + 0.05 * x).max() < 1e-3
+    assert result.steps < 200 * PORTIONS
+
+
+@pytest.mark.parallel([3, 4, 5])
+def test_replicas_of_two_partitions(comm, place) -> None:
+    topology = {"shards": 2, "partitions": 2, "colocate": True} if comm.size == 4 else {"shards": 1, "partitions": 2}
+    run = describe(place, topology, deterministic=True, memory=3, gtol=0, ftol=0, epochs=6)
+    result = train(run, comm)
+    np.testing.assert_allclose(tiny.vectors(result.checkpoint)["parameters"], serial(run, 6), rtol=1e-3, atol=1e-4)
+    other = describe(place, topology, "other", epochs=6, portions_per_push=2)
+    assert train(other, comm).test.samples == tiny.TEST_SAMPLES
+
+
+@pytest.mark.parallel([2, 3])
+def test_downpour_sandblaster_and_downpour_go_on_from_one_another(comm, place) -> None:
+    def run(method: str, epochs: float) -> Run:
+        return tiny.describe(place, optimizer={"method": method, "batch_size": 6, "epochs": epochs, "rule": "adagrad"})
+
+    first = tiny.vectors(train(run("downpour", 3), comm).checkpoint)
+    middle = train(run("sandblaster", 8), comm)
+    then = tiny.vectors(middle.checkpoint)
+    np.testing.assert_array_equal(then["accumulator"], first["accumulator"])
+    assert {"s0", "y0"} < set(then)
+    with Checkpoint.open(middle.checkpoint) as checkpoint:
+        info = checkpoint.info
+    assert (info.step, info.frontier, info.holes) == (3 * PORTIONS + middle.steps, 8 * PORTIONS, ())
+    last = train(run("downpour", 9), comm)
+    after = tiny.vectors(last.checkpoint)
+    assert last.steps == PORTIONS
+    assert np.all(after["accumulator"] >= then["accumulator"])
+    assert set(after) == {"parameters", "accumulator"}
+
+
+@pytest.mark.parallel([1, 3])
+def test_a_run_that_was_stopped_goes_on_with_its_history(comm, place, monkeypatch) -> None:
+    evaluate, counts = Coordinator.evaluate, []
+
+    def stopping(self: Coordinator, point: str, gradient: str) -> float:
+        counts.append(self.epoch)
+        if len(counts) == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(self, point, gradient)
+
+    monkeypatch.setattr(Coordinator, "evaluate", stopping)
+    topology = {} if comm.size == 1 else {"shards": 1, "replicas": 2}
+    run = describe(place, topology, memory=5, deterministic=True, epochs=20)
+    stopped = train(run, comm)
+    assert (stopped.stopped_by, stopped.test) == (signal.SIGTERM, None)
+    assert stopped.steps in (5 * PORTIONS, 6 * PORTIONS)
+    with Checkpoint.open(stopped.checkpoint) as checkpoint:
+        assert checkpoint.info.method[0] == 5
+        assert "s0" in checkpoint.vectors
+    result = train(run, comm)
+    assert result.stopped_by == 0
+    whole = serial(describe(place, topology, "serial", epochs=20, memory=5), 20)
+    twin = tiny.Twin(run)
+    ours, theirs = (twin.test(x).mean_loss for x in (tiny.vectors(result.checkpoint)["parameters"], whole))
+    assert ours == pytest.approx(theirs, rel=0.5, abs=0.1)
+
+
+@pytest.mark.parallel([3])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"algorithm": "conjugate_gradients"},
+        {"algorithm": "gradient_descent", "line_search": "backtracking"},
+        {"l1": 0.02},
+        {"batch_portions": 3, "batch_iterations": 2},
+        {"memory": 0},
+    ],
+    ids=str,
+)
+def test_all_methods_decrease_the_loss(comm, place, settings) -> None:
+    run = describe(place, {"shards": 2, "replicas": 1}, epochs=15, **settings)
+    result = train(run, comm)
+    parameters = tiny.vectors(result.checkpoint)["parameters"]
+    twin = tiny.Twin(run)
+    before, after = (twin.test(x).mean_loss for x in (twin.server, parameters))
+    assert after < 0.6 * before
+    assert (np.count_nonzero(parameters == 0) > 10) == ("l1" in settings)
+
+
+@pytest.mark.parallel([1, 2])
+def test_less_than_one_batch_is_refused(comm, place) -> None:
+    with pytest.raises(
+        UserError, match=r"that is 4 portions, and a batch of Sandblaster has 7|rank 0 reports a mistake"
+    ):
+        train(describe(place, {}, epochs=0.5), comm)

@@ -1,0 +1,256 @@
+"""The protocol of portions under randomised schedules, in one process: each portion counts exactly once."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from dbmpi.objective import Outcome
+from dbmpi.optim.board import Board, Bundles, Kind, Result, pack, unpack
+from dbmpi.optim.passes import Passes, Station
+from dbmpi.optim.portions import Portions
+
+SIZE, SHARDS = 7, 2
+SAMPLES = 8  # of a portion, of which there are powers of two: shares are exact
+
+
+class Memory:
+    """The windows of several ranks in one process."""
+
+    def __init__(self, nbytes: list[int]) -> None:
+        self.locals = [np.zeros(size, np.uint8) for size in nbytes]
+
+    def view(self, rank):
+        return View(self, rank)
+
+    def word(self, rank, offset):
+        return self.locals[rank][offset : offset + 8].view(np.int64)
+
+    def load(self, rank, offset):
+        return int(self.word(rank, offset)[0])
+
+    def store(self, rank, offset, value):
+        self.word(rank, offset)[0] = value
+
+    def compare_and_swap(self, rank, offset, expected, value):
+        before = self.load(rank, offset)
+        if before == expected:
+            self.store(rank, offset, value)
+        return before
+
+    def get(self, rank, offset, out):
+        out[:] = self.locals[rank][offset : offset + out.nbytes].view(out.dtype)
+
+    def sync(self):
+        pass
+
+
+class View:
+    def __init__(self, memory, rank):
+        self.memory, self.local = memory, memory.locals[rank]
+
+    def __getattr__(self, name):
+        return getattr(self.memory, name)
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+class Work:
+    """Gradients of integers, which float32 adds exactly in any order."""
+
+    def __init__(self, clock):
+        self.clock, self.point, self.points, self.seconds = clock, None, [None], 1.0
+
+    def begin(self, batch):
+        self.point = self.points[0]
+
+    def end(self):
+        self.point = None
+
+    def compute(self, batch, portion, gradient):
+        self.clock.now += self.seconds
+        if batch.kind == Kind.GRADIENT:
+            gradient[:] = self.point * batch.portions * np.arange(1, SIZE + 1) * (batch.first + portion + 1)
+        return Outcome(SAMPLES, float(self.point * portion), portion % SAMPLES)
+
+
+class World:
+    """A lead on rank 0, shards that take in bundles late, and replicas on the ranks behind."""
+
+    def __init__(self, seed, replicas, *, per_bundle=3, ordered=False, partitions=1):
+        self.random, self.clock = np.random.default_rng(seed), Clock()
+        self.replicas, self.ordered = replicas, ordered
+        capacity, per_bundle = 64, 1 if ordered else per_bundle
+        bundles = Bundles(64, SIZE, per_bundle, SHARDS)
+        self.memory = Memory([Board.nbytes(replicas, capacity)] + [64 + bundles.nbytes] * replicas)
+        board = Board(self.memory, 0, 0, replicas, capacity)
+        self.works = [Work(self.clock) for _ in range(replicas)]
+        self.workers = [
+            Portions(
+                board, self.memory.view(1 + r), bundles, r, 0, range(SHARDS), self.works[r], per_bundle, ordered,
+                clock=self.clock,
+            )
+            for r in range(replicas)
+        ]  # fmt: skip
+        self.bundles = bundles
+        stations = [[Station(1 + r, bundles)] for r in range(replicas)]
+        self.passes = Passes(board, self.memory, stations, self.deliver, ordered=ordered, clock=self.clock)
+        self.queues: list[list[tuple[int, int]]] = [[] for _ in range(SHARDS)]
+        self.accrued = np.zeros((SHARDS, SIZE), np.float32)
+        self.halted: set[int] = set()
+
+    def deliver(self, replica, bundle):
+        for queue in self.queues:
+            queue.append((replica, bundle))
+
+    def take(self, shard):
+        """Let a shard take in what it was told of first."""
+        if self.queues[shard]:
+            replica, bundle = self.queues[shard].pop(0)
+            gradient = np.empty(SIZE, np.float32)
+            self.memory.get(1 + replica, self.bundles.gradient_of(bundle), gradient)
+            self.accrued[shard] += gradient
+            self.memory.store(1 + replica, self.bundles.taken(shard, bundle), bundle + 1)
+
+    def run(self, point, portions, first=0, kind=Kind.GRADIENT, halting=0.0):
+        """Run a batch, everybody taking steps in random order; halt and wake workers with a probability."""
+        self.accrued[:] = 0
+        for work in self.works:
+            work.points[0] = point
+            work.seconds = float(self.random.choice([0.1, 1.0, 10.0]))
+        self.passes.begin(kind, portions, first, portions * SAMPLES)
+        for step in itertools.count():
+            assert step < 100_000, self.passes.awaited()
+            self.clock.now += 0.01
+            actor = int(self.random.integers(self.replicas + SHARDS + 1))
+            if actor < self.replicas:
+                if self.random.random() < halting:
+                    self.halted ^= {actor}
+                    if len(self.halted) == self.replicas:  # somebody has to be left
+                        self.halted.discard(int(self.random.integers(self.replicas)))
+                if actor not in self.halted:
+                    self.workers[actor].poll()
+            elif actor < self.replicas + SHARDS:
+                self.take(actor - self.replicas)
+            else:
+                self.passes.poll()
+                if self.passes.finished:
+                    break
+        for shard in range(SHARDS):
+            while self.queues[shard]:
+                self.take(shard)
+
+    def check(self, point, portions, first=0):
+        """Compare what the shards hold with the sum, exactly."""
+        total = point * sum(range(first + 1, first + portions + 1))
+        for accrued in self.accrued:
+            np.testing.assert_array_equal(accrued, total * np.arange(1, SIZE + 1, dtype=np.float32))
+        assert sorted(entry.portion for entry in self.passes.ledger) == list(range(portions))
+        outcome = self.passes.outcome
+        assert outcome.samples == portions * SAMPLES
+        assert outcome.loss == point * portions * (portions - 1) / 2
+        assert sum(self.passes.shares.values()) == portions
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("block", range(4))
+def test_each_portion_counts_once_under_any_schedule(block, ordered):
+    halts = revoked = copies = 0
+    for seed in range(50 * block, 50 * block + 50):
+        replicas = 1 + seed % 4
+        world = World(seed, replicas, per_bundle=1 + seed % 5, ordered=ordered)
+        for point, portions, first in ((1, 16, 0), (2, 4, 5), (3, 1, 0), (1, 32, 7)):
+            world.run(point, portions, first, halting=0.02 * (seed % 3))
+            world.check(point, portions, first)
+            halts += len(world.halted)
+            revoked += world.passes.revoked
+        copies += sum(worker.copies for worker in world.workers)
+    assert halts > 0
+    assert revoked > 0
+    assert copies > 0
+
+
+def test_an_even_run_in_step_makes_no_copies():
+    world = World(0, 2, per_bundle=4)
+    world.passes.begin(Kind.GRADIENT, 16, 0, 16 * SAMPLES)
+    for work in world.works:
+        work.points[0], work.seconds = 1, 0.0
+    for _ in range(200):
+        for worker in world.workers:
+            worker.poll()
+        world.passes.poll()
+        for shard in range(SHARDS):
+            world.take(shard)
+    assert world.passes.finished
+    assert [worker.computed for worker in world.workers] == [8, 8]
+    assert world.passes.shares == {0: 8, 1: 8}
+    assert len({entry[1:] for entry in world.passes.ledger}) == 4  # bundles of four
+
+
+def test_what_a_halted_replica_holds_is_handed_out_again():
+    world = World(0, 2, per_bundle=4)
+    world.passes.begin(Kind.GRADIENT, 8, 0, 8 * SAMPLES)
+    for work in world.works:
+        work.points[0] = 1
+    first, second = world.workers
+    while first._sums < 2:  # two portions won and not committed, then it is halted for good
+        first.poll()
+    first.poll()  # a third is computed, but not won
+    while not world.passes.finished:
+        world.clock.now += 0.1
+        second.poll()
+        world.passes.poll()
+        world.take(0)
+        world.take(1)
+    world.check(1, 8)
+    assert world.passes.shares == {1: 8}
+    assert world.passes.revoked == 1
+    first.poll()  # it wakes up: what it has is worth nothing
+    for _ in range(20):
+        first.poll()
+    assert world.passes.shares == {1: 8}
+    world.run(2, 16)
+    world.check(2, 16)
+
+
+def test_in_order_the_bits_do_not_depend_on_the_schedule():
+    class Rough(Work):
+        def compute(self, batch, portion, gradient):
+            gradient[:] = np.random.default_rng(portion).normal(size=SIZE)
+            self.clock.now += self.seconds
+            return Outcome(SAMPLES, float(gradient.sum()), 0)
+
+    results = set()
+    for seed in range(20):
+        world = World(seed, 1 + seed % 4, ordered=True)
+        for worker in world.workers:
+            worker._work.__class__ = Rough
+        world.run(1, 32, halting=0.02 * (seed % 2))
+        results.add(world.accrued.tobytes() + np.float64(world.passes.outcome.loss).tobytes())
+    assert len(results) == 1
+
+
+def test_a_batch_of_held_out_samples_sends_no_gradients():
+    world = World(3, 3)
+    world.run(1, 16)
+    world.run(1, 20, kind=Kind.TEST)
+    assert not world.accrued.any()
+    assert world.passes.outcome.loss == 190
+    world.run(2, 16)
+    world.check(2, 16)
+
+
+def test_lists_of_results_survive_the_journey():
+    results = [Result(3, 8, -1, 0.1), Result(2**40, 1, 5, float("nan"))]
+    words = np.zeros(Bundles(0, 1, 3, 1).list_words, np.int64)
+    pack(words, 77, 0.25, results)
+    batch, seconds, found = unpack(words)
+    assert (batch, seconds) == (77, 0.25)
+    assert str(found) == str(results)
