@@ -58,7 +58,7 @@ def naive(layer, inputs, parameters, gradient):
 
 def assert_close(found, expected, dtype, scale=1.0):
     """Compare with what is due to values of some scale, as where large ones cancel in a sum."""
-    precision = {np.float32: 1e-5, np.float64: 3e-14}[dtype]
+    precision = {np.float32: 1e-5, np.float64: 3e-13}[dtype]
     np.testing.assert_allclose(found, expected, atol=precision * max(scale, np.abs(expected).max()), rtol=0)
 
 

@@ -15,7 +15,7 @@ from dbmpi.kernels.activations import ACTIVATIONS
 from dbmpi.kernels.compile import Kernel, parallel_kernel
 from dbmpi.kernels.fields import Blocks, Places, field_of, flat
 from dbmpi.kernels.vector import REGISTERS
-from dbmpi.kernels.vector_rows import multiply_along_rows
+from dbmpi.kernels.vector_lanes import multiply_along_rows
 
 ORDER = "cuv"
 """Axes of a filter: channel, row, column."""

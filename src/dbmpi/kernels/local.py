@@ -16,7 +16,8 @@ from dbmpi.kernels import fields
 from dbmpi.kernels.compile import THREADS, Kernel, inlined, parallel_kernel
 from dbmpi.kernels.fields import CODES, RELU, SIGMOID, TANH, Blocks, Places, field_of, flat
 from dbmpi.kernels.vector import lanes
-from dbmpi.kernels.vector_rows import multiply_rows, prefetch_written, transpose_block
+from dbmpi.kernels.vector_lanes import transpose_block
+from dbmpi.kernels.vector_rows import multiply_rows, prefetch_written
 
 ORDER = "uvc"
 """Axes of a filter: row, column, channel."""

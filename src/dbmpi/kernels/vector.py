@@ -4,8 +4,9 @@ LLVM turns plain loops into vector instructions well, but does not keep a block 
 registers across a loop.  That is what dense arithmetic lives on: with one accumulator every multiply-add waits for
 the one before it, and from memory the core's two multiply-add units starve.
 
-This module knows the processor's vectors and has what the instructions are made of; ``vector_tiles`` has tiles of
-matrix products, and ``vector_rows`` products with rows that lie anywhere.  Nothing else writes LLVM instructions.
+This module knows the processor's vectors and has what the instructions are made of.  ``vector_tiles`` has tiles of
+matrix products, ``vector_rows`` products with rows that lie anywhere, and ``vector_lanes`` what goes across the lanes
+of vectors.  Nothing else writes LLVM instructions.
 """
 
 from __future__ import annotations
@@ -202,3 +203,54 @@ class Writer:
         address = self.builder.bitcast(pointer, ir.IntType(8).as_pointer())
         flags = [self.short(flag) for flag in (int(write), level, 1)]
         self.builder.call(self._prefetch, [address, *flags])
+
+
+class MaskedWriter(Writer):
+    """Writes instructions on rows of vectors that need not be full.
+
+    A row comes with a list of masks, one a vector, that say which of its elements there are: all where a mask is None.
+    Nothing is read or written beyond them.
+    """
+
+    def __init__(self, builder: Any, itemsize: int) -> None:
+        super().__init__(builder, itemsize)
+        mask, pointer = ir.VectorType(ir.IntType(1), self.lanes), self.vector.as_pointer()
+        name = f"v{self.lanes}f{8 * itemsize}.p0"
+        self._masked_load = self.declared(
+            f"llvm.masked.load.{name}", self.vector, [pointer, self.short, mask, self.vector]
+        )
+        self._masked_store = self.declared(
+            f"llvm.masked.store.{name}", ir.VoidType(), [self.vector, pointer, self.short, mask]
+        )
+
+    def masks(self, vectors: int, filled: Any) -> list[Any]:
+        """Return the masks of vectors of which so many elements are filled."""
+        builder, many = self.builder, ir.VectorType(self.index, self.lanes)
+        start = ir.Constant(many, ir.Undefined)
+        counts = self.shuffle(builder.insert_element(start, filled, self.short(0)), start, [0] * self.lanes)
+        return [
+            builder.icmp_signed("<", ir.Constant(many, list(range(first, first + self.lanes))), counts)
+            for first in range(0, vectors * self.lanes, self.lanes)
+        ]
+
+    def load_row(self, row: Any, masks: list[Any]) -> list[Any]:
+        """Return the vectors of a row, 0 where there is no element."""
+        values = []
+        for vector, mask in enumerate(masks):
+            place = self.at(row, vector * self.lanes)
+            if mask is None:
+                values.append(self.load(place))
+            else:
+                arguments = [self.as_vector(place), self.short(self.itemsize), mask, self.zero]
+                values.append(self.builder.call(self._masked_load, arguments))
+        return values
+
+    def store_row(self, values: list[Any], row: Any, masks: list[Any]) -> None:
+        """Store the vectors of a row."""
+        for vector, (value, mask) in enumerate(zip(values, masks, strict=True)):
+            place = self.at(row, vector * self.lanes)
+            if mask is None:
+                self.store(value, place)
+            else:
+                arguments = [value, self.as_vector(place), self.short(self.itemsize), mask]
+                self.builder.call(self._masked_store, arguments)
