@@ -11,6 +11,7 @@ import numpy as np
 from dbmpi.checkpoint.reader import Checkpoint
 from dbmpi.config import Run
 from dbmpi.data.stream import Order
+from dbmpi.network import own
 from dbmpi.network.network import Network
 from dbmpi.objective import Batch, Outcome
 
@@ -53,13 +54,13 @@ def describe(directory: Path, **sections: dict[str, Any]) -> Run:
 class Twin:
     """The same run without ranks, shards and messages: a network, a vector, and a loop."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, load: own.Loader = own.refuse) -> None:
         self.run = run
         with h5py.File(run.data.train) as file:
             self.inputs, self.targets = file["inputs"][()], file["targets"][()]
             self.classes = file["targets"].attrs.get("classes")
         kind = "values" if self.classes is None else "classes"
-        self.network = Network(run.network, self.inputs.shape[1:], run.run.seed, targets=kind)
+        self.network = Network(run.network, self.inputs.shape[1:], run.run.seed, targets=kind, load=load)
         settings = run.optimizer
         self.order = Order(len(self.inputs), settings.batch_size, settings.epochs, run.run.seed)
         self.server = np.empty(self.network.layout.size, np.float32)

@@ -202,6 +202,21 @@ def test_what_a_layer_computes_is_tried(own, tmp_path, case):
     refused(lambda: try_layer(layer, FLOAT), "layer 'own'", *words)
 
 
+PART = """
+    def forward_part(self, output, part, parameters, inputs, outputs, context):
+        places = part.slices(output)
+        outputs[places] = self.factor * parameters["weights"][places][..., None] * inputs[places]
+"""
+
+
+def test_parts_of_a_forward_pass_are_tried(own, tmp_path):
+    right = make(config.OwnLayer(type=f"{own(SCALE + PART)}:Scale"), "own", (2, 4, 5), from_directory(tmp_path))
+    try_layer(right, FLOAT)
+    wrong = SCALE + PART.replace("= self.factor *", "= 2 *")
+    layer = make(config.OwnLayer(type=f"{own(wrong)}:Scale"), "own", (2, 4, 5), from_directory(tmp_path))
+    refused(lambda: try_layer(layer, FLOAT), "layer 'own'", "forward_part", "(2, 2, 2, 3)")
+
+
 def test_what_a_checkpoint_names_is_loaded_only_if_allowed(own, tmp_path, capsys, monkeypatch):
     """Neither from the directory that it names, nor from where Python finds modules."""
     name = own("from pathlib import Path\nPath(__file__).with_suffix('.loaded').touch()\n" + SCALE)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from itertools import product
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from dbmpi.errors import UserError
-from dbmpi.network.layer import Context
+from dbmpi.network.layer import Arrays, Context, InParts
 from dbmpi.network.own import calling
 from dbmpi.partition.boxes import Box
 from dbmpi.partition.reach import needed_box
@@ -99,6 +100,8 @@ def _try_box(layer: Layer, box: Box, dtype: np.dtype[np.floating]) -> np.ndarray
     shapes = f"for inputs of shape {inputs.shape} and outputs of shape {outputs.shape}"
     with calling(layer.name, f"forward is called {shapes}"):
         returned: Any = layer.forward(box, parameters, inputs, outputs, context)  # type: ignore[func-returns-value]
+    if isinstance(layer, InParts):
+        _try_parts(layer, box, parameters, inputs, outputs)
     _check_returned(layer, "forward", "outputs", outputs, returned)
     _check_written(layer, "forward", "outputs", outputs)
     for input_gradient in (None, np.full_like(inputs, np.nan)):
@@ -115,6 +118,20 @@ def _try_box(layer: Layer, box: Box, dtype: np.dtype[np.floating]) -> np.ndarray
     if not all(map(np.array_equal, read, before)):
         raise UserError(f"layer {layer.name!r} changes its inputs or parameters; they are to be read only")
     return outputs
+
+
+def _try_parts(layer: Layer, box: Box, parameters: Arrays, inputs: np.ndarray, outputs: np.ndarray) -> None:
+    """Check that outputs computed place by place are those computed together."""
+    parts = np.full_like(outputs, np.nan)
+    for places in product(*(range(start, stop) for start, stop in zip(box.starts[1:], box.stops[1:], strict=True))):
+        part = Box((box.starts[0], *places), (box.stops[0], *(place + 1 for place in places)))
+        with calling(layer.name, f"forward_part is called for {part} of its outputs {box}"):
+            cast(InParts, layer).forward_part(box, part, parameters, inputs, parts, Context(training=False))
+    if not np.allclose(parts, outputs, rtol=_SAME, atol=_SAME * float(np.abs(outputs).max())):
+        raise UserError(
+            f"layer {layer.name!r}: forward_part computes other outputs for the places of {box} than forward, "
+            f"{parts.dtype} {parts.shape}, or leaves some unwritten"
+        )
 
 
 def _check_tensor_box(layer: Layer, short: str, output: Box) -> None:
