@@ -1,0 +1,199 @@
+"""Downpour on the paper's speech network: samples a second of several replicas, beside DDP and one without a server.
+
+Every replica and every shard is a process of one thread; batches of 128, plain SGD, as PyTorch's
+DistributedDataParallel over gloo (two processes of one thread) has it, too.  All of them take turns.
+
+Hidden communication is the share of the time that the blocking path spends on fetches and pushes (per step) which the
+overlapped path does not.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import time
+from contextlib import ExitStack
+from itertools import pairwise
+from typing import Any
+
+import common
+
+SIZES = (440, 2560, 2560, 2560, 2560, 8192)
+BATCH = 128
+STEPS = 5
+"""Steps of every replica at a turn; also the larger n_push and n_fetch, so that each turn has as many pushes."""
+WAYS: dict[str, dict[str, Any]] = {
+    "blocking": {"fetch": "copied", "overlap": "none"},
+    "overlapped": {"fetch": "copied", "overlap": "threads"},
+    "in place": {"fetch": "shared", "overlap": "threads"},
+}
+LIKE_DDP, LIKE_ONE, LIKE_ONE_OF_FIVE, HIDDEN = 2.3, 1.6, 1.85, 0.8
+_ORDER, _ANSWER = 1, 2
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--contestant"]:
+        contestant(sys.argv[2], *map(int, sys.argv[3:]))
+        return
+    options = common.options(__doc__)
+    report = common.Report("downpour_scaling", options.json)
+    rounds = 3 if options.quick else 9
+    with ExitStack() as stack:
+        alone = contender(stack, sys.executable, common.ROOT / "benchmarks/speech_step.py", "--contestant", BATCH)
+        peer = contender(stack, common.peers_python(), common.PEERS / "ddp_step.py", BATCH, STEPS)
+        work = {"one replica, no server": alone.do, "DDP": functools.partial(peer.do, "steps")}
+        for way in WAYS:
+            for period in (1, 5) if way == "overlapped" else (1,):
+                ours = contender(stack, *ranks(way, period, replicas=2, shards=1))
+                work[f"{way}, n = {period}"] = functools.partial(ours.do, "steps")
+        taken = common.in_turn(rounds, **work)
+    samples = dict.fromkeys(work, 2 * STEPS * BATCH) | {"one replica, no server": BATCH}
+    speed = {name: samples[name] / common.median([one["seconds"] for one in taken[name]]) for name in work}
+    one, ddp = speed["one replica, no server"], speed["DDP"]
+    rows = [
+        (name, f"{speed[name]:.0f}", f"{speed[name] / ddp:.2f}", f"{speed[name] / one:.2f}", waited(taken[name]))
+        for name in work
+    ]
+    header = ("2 replicas + 1 shard", "samples/s", "of DDP", "of one replica", "ms of a step for transfers")
+    report.table("Samples a second, in turn (medians)", header, rows)
+    best = max(speed["overlapped, n = 1"], speed["in place, n = 1"])
+    report.at_least("samples/s of DDP's, n = 1", best / ddp, LIKE_DDP)
+    report.at_least("samples/s of one replica's, n = 1", best / one, LIKE_ONE)
+    report.at_least("samples/s of one replica's, n = 5", speed["overlapped, n = 5"] / one, LIKE_ONE_OF_FIVE)
+    visible = {way: transfers(taken[f"{way}, n = 1"]) for way in WAYS}
+    report.at_least("hidden communication", 1 - visible["overlapped"] / visible["blocking"], HIDDEN)
+    table(report, ((1, 1), (2, 1), (4, 1)) if options.quick else ((1, 1), (2, 1), (4, 1), (8, 1), (2, 2), (2, 4)))
+    report.finish()
+
+
+def table(report: common.Report, numbers: tuple[tuple[int, int], ...]) -> None:
+    """Show the cost against numbers of replicas and shards; more than the cores is oversubscribed."""
+    rows = []
+    for replicas, shards in numbers:
+        with ExitStack() as stack:
+            ours = contender(stack, *ranks("overlapped", 1, replicas, shards))
+            turns = common.in_turn(2, ours=functools.partial(ours.do, "steps"))["ours"]
+        seconds = common.median([one["seconds"] for one in turns])
+        rows.append((replicas, shards, f"{replicas * STEPS * BATCH / seconds:.0f}", waited(turns)))
+    header = ("replicas", "shards", "samples/s", "ms of a step for transfers")
+    report.table("Overlapped, n = 1, by numbers of replicas and shards", header, rows)
+
+
+def contender(stack: ExitStack, *command: Any) -> common.Contestant:
+    return stack.enter_context(common.Contestant(command))
+
+
+def ranks(way: str, period: int, replicas: int, shards: int) -> tuple[str, ...]:
+    numbers = map(str, (period, replicas, shards))
+    return common.on_ranks(replicas + shards, __file__, "--contestant", way, *numbers)
+
+
+def transfers(turns: list[dict[str, float]]) -> float:
+    """Return the seconds of a step that a replica spends on fetches and pushes."""
+    return common.median([one["transfers"] for one in turns])
+
+
+def waited(turns: list[dict[str, float]]) -> str:
+    return f"{1e3 * transfers(turns):.1f}" if "transfers" in turns[0] else ""
+
+
+def contestant(way: str, period: int, replicas: int, shards: int) -> None:
+    """Be a shard or a replica; rank 0 is told when all replicas are to take their steps."""
+    common.prepare_runtime()
+    import numpy as np
+
+    from dbmpi import config
+    from dbmpi.monitor.records import Stopwatch
+    from dbmpi.network.network import Network
+    from dbmpi.objective import Batch, Outcome
+    from dbmpi.optim.datapath import Blocking, DataPath, Overlapped
+    from dbmpi.optim.downpour import downpour
+    from dbmpi.paramserver.rules import Sgd
+    from dbmpi.paramserver.store import Store
+    from dbmpi.runtime import waiting, world
+    from dbmpi.topology import Plan
+
+    comm, dtype = world.start(), np.dtype(np.float32)
+    plan = Plan(shards, replicas)
+    hidden = [config.Dense(units=units, activation="sigmoid") for units in SIZES[1:-1]]
+    section = config.NetworkSection(loss="softmax", layers=(*hidden, config.Dense(units=SIZES[-1])))
+    network = Network(section, (SIZES[0],), 1)
+    size = network.layout.size
+    ends = np.cumsum([(inputs + 1) * outputs for inputs, outputs in pairwise(SIZES)]).tolist()
+    parts = tuple(range(start, stop) for start, stop in pairwise((0, *ends)))
+
+    class Gate:
+        """Lets the loop take some steps when it is told to, and tells how long they took."""
+
+        def __init__(self) -> None:
+            self.stopwatch = Stopwatch()
+            random = np.random.default_rng(comm.rank)
+            inputs = random.normal(size=(SIZES[0], BATCH)).astype(np.float32)
+            self._batch = Batch(inputs, random.integers(0, SIZES[-1], BATCH).astype(np.int32))
+            self._step = 0
+            self._began = 0.0
+
+        def proceed(self) -> bool:
+            if self._step % STEPS == 0:
+                if self._step:
+                    spent = self.stopwatch.take()
+                    transfers = (spent.get("fetch", 0.0) + spent.get("push", 0.0)) / STEPS
+                    answer = np.array([time.perf_counter() - self._began, transfers])
+                    waiting.complete(comm.Isend(answer, 0, _ANSWER), "rank 0")
+                order = np.empty(1)
+                waiting.until(comm.Irecv(order, 0, _ORDER).Test, "an order", seconds=3600, longest_nap=0.01)
+                if not order[0]:
+                    return False
+                self._began = time.perf_counter()
+                self.stopwatch.take()
+            self._step += 1
+            return True
+
+        def load(self, number: int) -> Batch:
+            return self._batch
+
+        def stepped(self, outcome: Outcome) -> None:
+            pass
+
+        def pushed(self, steps: int) -> None:
+            pass
+
+    with Store(comm, plan, size, config.ServerSection(**WAYS[way]), dtype, size) as store:
+        shard = plan.shard_of(comm.rank)
+        if shard is None:
+            client = store.client()
+            path: DataPath
+            path = (
+                Overlapped(client, size, dtype, period, parts, lambda: False)
+                if store.overlap
+                else Blocking(client, size, dtype, period)
+            )
+            downpour(network, path, iter(int, 1), Gate(), n_push=period, n_fetch=period)
+            waiting.barrier(comm, "the others")
+            return
+        server = store.server(Sgd(1e-6))
+        network.initial(store.ranges[shard].start, server.parameters)
+        server.begin(None)
+        if comm.rank == 0:
+
+            def steps() -> dict[str, float]:
+                answers = np.empty((replicas, 2))
+                requests = [
+                    comm.Irecv(answer, rank, _ANSWER) for answer, rank in zip(answers, plan.worker_ranks, strict=True)
+                ]
+                tell(1.0)
+                for request in requests:
+                    waiting.complete(request, "the replicas", serve=server.poll)
+                return {"seconds": float(answers[:, 0].max()), "transfers": float(answers[:, 1].mean())}
+
+            def tell(order: float) -> None:
+                for rank in plan.worker_ranks:
+                    waiting.complete(comm.Isend(np.array([order]), rank, _ORDER), "the replicas", serve=server.poll)
+
+            common.serve(steps=steps)
+            tell(0.0)
+        waiting.until(comm.Ibarrier().Test, "the others", serve=server.poll, seconds=3600, longest_nap=0.001)
+
+
+if __name__ == "__main__":
+    main()
