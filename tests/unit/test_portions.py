@@ -220,6 +220,18 @@ def test_what_a_halted_replica_holds_is_handed_out_again():
     world.check(2, 16)
 
 
+@pytest.mark.parametrize("first", [2**20 - 3, 2**20, 5 * 2**20 - 1])
+def test_numbers_of_bundles_may_exceed_the_bits_of_a_claim(first):
+    for seed in range(20):
+        world = World(seed, 3, per_bundle=2)
+        for replica in range(3):
+            world.memory.store(0, world.passes._board._bundle(replica), first)
+            world.passes._seen[replica] = first
+        for point in (1, 2, 3):
+            world.run(point, 16, halting=0.03)
+            world.check(point, 16)
+
+
 def test_in_order_the_bits_do_not_depend_on_the_schedule():
     class Rough(Work):
         def compute(self, batch, portion, gradient):

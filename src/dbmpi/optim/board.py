@@ -15,6 +15,7 @@ Everything here is integers; what the bundles hold lies in the windows of the re
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple, Protocol
@@ -23,7 +24,7 @@ import numpy as np
 
 _WORD = 8
 _LINE = 64
-_BATCH_SHIFT, _OWNER_SHIFT = 40, 24
+_BATCH_SHIFT, _OWNER_SHIFT = 32, 20
 _LOW = (1 << _OWNER_SHIFT) - 1
 _PLACE = (1 << _BATCH_SHIFT) - 1
 
@@ -123,10 +124,19 @@ class Board:
         """Offer no further batch."""
         self.words.store(self.rank, self.offset, END)
 
-    def claims(self, batch: Batch) -> np.ndarray:
-        """Return who has won each portion, int64 ``(portions, 2)``: replica and bundle, or -1 and 0."""
+    def claims(self, batch: Batch, seen: Sequence[int]) -> list[tuple[int, int]]:
+        """Return who has won each portion: replica and bundle, or -1 and 0.
+
+        A claim holds the last bits of the bundle's number; the rest is that of the replicas' latest bundles, `seen`.
+        """
         found = self._portions(batch.portions)
-        return np.stack([((found & _PLACE) >> _OWNER_SHIFT) - 1, found & _LOW], axis=1)
+        owners = ((found & _PLACE) >> _OWNER_SHIFT) - 1
+        claims = zip(owners.tolist(), (found & _LOW).tolist(), strict=True)
+        half = (_LOW + 1) // 2
+        return [
+            (owner, seen[owner] + ((low - seen[owner] + half) & _LOW) - half) if owner >= 0 else (-1, 0)
+            for owner, low in claims
+        ]
 
     def reopen(self, batch: Batch, portion: int, replica: int, bundle: int) -> bool:
         """Hand out a portion again that was won in a bundle which does not count."""

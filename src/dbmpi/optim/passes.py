@@ -128,8 +128,8 @@ class Passes:
     def awaited(self) -> str:
         """Say what is missing."""
         missing = self._batch.portions - len(self._results)
-        claims = self._board.claims(self._batch)
-        holders = sorted({int(r) for portion, (r, _) in enumerate(claims) if portion not in self._results and r >= 0})
+        claims = self._board.claims(self._batch, self._seen)
+        holders = sorted({r for portion, (r, _) in enumerate(claims) if portion not in self._results and r >= 0})
         held = f", some of them held by the replicas {holders}" if holders else ""
         return f"{missing} of {self._batch.portions} portions of batch {self._batch.number}{held}"
 
@@ -171,10 +171,10 @@ class Passes:
 
     def _hand_out_again(self) -> None:
         """Revoke bundles that are not committed, where nothing else is left to do, and reopen what they hold."""
-        claims = self._board.claims(self._batch).tolist()
+        claims = self._board.claims(self._batch, self._seen)
         missing = [portion for portion in range(self._batch.portions) if portion not in self._results]
         if all(claims[portion][0] >= 0 for portion in missing):
-            for replica, bundle in sorted({(*claims[portion],) for portion in missing}):
+            for replica, bundle in sorted({claims[portion] for portion in missing}):
                 if bundle >= self._seen[replica] and self._board.close_bundle(replica, bundle):
                     self._revoked.add((replica, bundle))
                     self.revoked += 1

@@ -1,0 +1,117 @@
+"""The vector work of an L-BFGS iteration, beside the memory's speed and torch.optim.LBFGS.
+
+Both minimise the same quadratic of 40 million float32 parameters with 10 pairs of history.  What the loss and the
+gradient take is measured and left out: the rest is the method's own work.  Ours is compared with what its bytes need at
+the speed of a copy, measured in the same process in the same rounds: for m pairs, an iteration reads and writes 2m + 2
+vectors for the direction, 4 for the step, 3 for the difference of gradients, and reads 2m + 1 for the dot products.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import common
+
+PAIRS = 10
+MOST_OF_BYTES = 1.3
+SPEED = 2.0
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--contestant"]:
+        contestant(int(sys.argv[2]))
+        return
+    options = common.options(__doc__)
+    report = common.Report("sandblaster", options.json)
+    size = 4_000_000 if options.quick else 40_000_000
+    rows = []
+    for threads in (1, 2):
+        with ExitStack() as stack:
+            ours = stack.enter_context(
+                common.Contestant((sys.executable, __file__, "--contestant", str(size)), threads=threads)
+            )
+            command = (common.peers_python(), common.PEERS / "lbfgs.py", str(threads), str(size), str(PAIRS))
+            peer = stack.enter_context(common.Contestant(command, threads=threads))
+            for contestant_ in (ours, peer):
+                for _ in range(PAIRS + 1):  # until the history is full
+                    contestant_.do()
+            rounds = common.in_turn(
+                3 if options.quick else 7, ours=ours.do, copy=partial(ours.do, "copy"), peer=peer.do
+            )
+        own, copy, other = (
+            common.median([one["seconds"] for one in rounds[name]]) for name in ("ours", "copy", "peer")
+        )
+        needed = vectors_moved(PAIRS) / 2 * copy
+        rows.append((threads, 1e3 * own, 1e3 * needed, own / needed, 1e3 * other, other / own))
+        report.at_most(f"time over that of its bytes, {threads} threads", own / needed, MOST_OF_BYTES)
+        report.at_least(f"torch.optim.LBFGS over ours, {threads} threads", other / own, SPEED)
+    header = ("threads", "ours ms", "its bytes ms", "ratio", "PyTorch ms", "PyTorch / ours")
+    report.table(f"Vector work of an iteration, {size:,} parameters, {PAIRS} pairs (medians)", header, rows)
+    report.finish()
+
+
+def vectors_moved(pairs: int) -> int:
+    """Return how many vectors an iteration reads or writes: direction, step, difference of gradients, products."""
+    return (2 * pairs + 2) + 4 + 3 + (2 * pairs + 1)
+
+
+def contestant(size: int) -> None:
+    """Take one iteration, or make one copy, for each line of standard input."""
+    import numpy as np
+
+    from dbmpi.kernels import vectors
+    from dbmpi.optim.descent import Limits
+    from dbmpi.optim.lbfgs import History, lbfgs
+    from dbmpi.optim.space import LocalSpace
+
+    curvatures = np.geomspace(1, 1e4, size).astype(np.float32)
+    parameters = np.ones(size, np.float32)
+    space = LocalSpace(size, np.float32, vectors={"parameters": parameters, "curvatures": curvatures})
+    for name in ("gradient", "other gradient"):
+        space.create(name)
+    spent = 0.0
+
+    def evaluate(point: str, gradient: str) -> float:
+        nonlocal spent
+        began = time.perf_counter()
+        np.multiply(parameters, curvatures, out=space.writable(gradient))
+        loss = 0.5 * float(np.dot(parameters, space.array(gradient)))
+        spent += time.perf_counter() - began
+        return loss
+
+    history = History(space, PAIRS)
+    # One iteration at a time: the callback is where the clock is read, and the loop waits there for the next line.
+    marks: list[float] = []
+
+    def step() -> Mapping[str, Any]:
+        nonlocal spent
+        spent = 0.0
+        marks.clear()
+
+        def told(progress: object) -> None:
+            marks.append(time.perf_counter() - spent)
+
+        # The first iteration measures the gradient anew; the second is a whole one.
+        lbfgs(space, evaluate, history=history, limits=Limits(0, 0, iterations=2), callback=told)
+        return {"seconds": marks[1] - marks[0]}
+
+    source, target = np.ones(size, np.float32), np.zeros(size, np.float32)
+
+    def copy() -> Mapping[str, Any]:
+        times = []
+        for work in (lambda: vectors.combine(target, [1.0], [source]), lambda: np.copyto(target, source)):
+            began = time.perf_counter()
+            work()
+            times.append(time.perf_counter() - began)
+        return {"seconds": min(times)}
+
+    common.serve(step=step, copy=copy)
+
+
+if __name__ == "__main__":
+    main()
