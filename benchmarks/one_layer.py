@@ -6,7 +6,8 @@ The arguments of the peer ``peers/layers.py``.  MAPS counts for layers that have
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import common
 
@@ -83,18 +84,26 @@ def main() -> None:
         layer.forward(box, parameters, below, above, context)
 
     def backward() -> None:
-        above_gradient[...] = 1  # a layer may overwrite it
         layer.backward(box, parameters, below, above, above_gradient, parameter_gradient, below_gradient, context)
 
     def step() -> None:
         forward()
         backward()
 
+    def prepared(action: common.Action) -> common.Action:
+        """Fill the gradient first, which a layer may overwrite; it is not the layer that pays for that."""
+
+        def run() -> Mapping[str, Any]:
+            above_gradient[...] = 1
+            return action()
+
+        return run
+
     moved = 2 * (below.nbytes + above.nbytes)
     common.serve(
-        step=common.timed(step),
+        step=prepared(common.timed(step)),
         forward=common.timed(forward),
-        backward=common.timed(backward),
+        backward=prepared(common.timed(backward)),
         copy=common.copy_bandwidth(64),
         peak=common.fma_peak(),
         work=lambda: {"bytes": moved, "flops": layer.flops(box, batch)},
