@@ -148,7 +148,7 @@ class Writer:
         carried: list[Any],
         steps: Callable[[Any, int, list[Any]], list[Any]],
     ) -> list[Any]:
-        """Loop as `loop` does, for as long as `count` steps remain, and by single ones then.
+        """Loop as `loop` does, for as long as `count` steps remain (a power of two), and by single ones then.
 
         `steps` is told, after k, how many steps to write.
         """
