@@ -374,6 +374,8 @@ class ServerSection(Section):
     """``shared``: workers compute on the shards' own memory, which changes meanwhile; one host, one partition."""
     transport: Literal["auto", "rma", "p2p"] = "auto"
     """Between hosts, ``rma``: one-sided; ``p2p``: messages with the same results; ``auto``: what is faster at start."""
+    consistent: bool = False
+    """A fetch never sees a push half applied by a shard; it may have to wait for one to end."""
     overlap: Literal["none", "threads"] = "none"
     """``threads``: fetch, push and compute at the same time, as in the paper; ``none``: one after the other."""
 
@@ -416,6 +418,11 @@ class Run(Section):
 
     @model_validator(mode="after")
     def _steps_fit_the_server(self) -> Run:
+        if self.server.fetch == "shared" and self.server.consistent:
+            raise ValueError(
+                "server.consistent = true needs copies of the parameters, for the shards' own memory changes while a "
+                'gradient is computed: set server.fetch = "copied", or server.consistent = false'
+            )
         if self.server.fetch == "shared" and (self.optimizer.n_fetch > 1 or self.optimizer.local_rate):
             raise ValueError(
                 'server.fetch = "shared" computes on the shards\' own memory, which is never of an earlier fetch and '

@@ -12,6 +12,7 @@ import pytest
 from dbmpi.config import ServerSection
 from dbmpi.errors import UserError
 from dbmpi.objective import Outcome
+from dbmpi.paramserver import client as client_module
 from dbmpi.paramserver import window
 from dbmpi.paramserver.layout import Run
 from dbmpi.paramserver.rules import Adagrad, Rule, Sgd
@@ -81,12 +82,13 @@ def parameter_server(
     rule: Rule | None = None,
     way: str = "in place",
     overlap: str = "none",
+    consistent: bool = False,
 ) -> Iterator[Bench]:
     if comm.size > shards:
         plan = Plan(shards, comm.size - shards)
     else:
         plan = Plan(min(shards, comm.size), comm.size, colocate=True)
-    section = ServerSection(**WAYS[way], overlap=overlap)
+    section = ServerSection(**WAYS[way], overlap=overlap, consistent=consistent)
     shared = "transport" not in WAYS[way]
     with (
         Communicators(comm, plan) as comms,
@@ -223,6 +225,36 @@ def test_too_little_shared_memory_is_worked_around(comm, monkeypatch, room) -> N
     refused = pytest.raises(UserError, match=r"--shm-size.*or set server\.fetch") if not free else nullcontext()
     with refused, parameter_server(comm, elements, way="all in place"):
         pass
+
+
+@pytest.mark.parallel([4])
+@pytest.mark.parametrize("way", ["in place", "copied", "rma", "p2p"])
+@pytest.mark.parametrize("consistent", [True, False])
+def test_a_consistent_fetch_sees_whole_pushes(comm, monkeypatch, way, consistent) -> None:
+    """Two clients push in 16 chunks to a slow shard; the third reads meanwhile, and without care torn vectors."""
+    elements, fetches = 1024, 20
+    monkeypatch.setattr(client_module, "_READ_AT_ONCE", 64)
+    with parameter_server(comm, elements, way=way, consistent=consistent) as bench:
+        reader = comm.size - 1
+        if bench.server is not None:
+            bench.delay = 0.0003
+        elif comm.rank == reader:
+            parameters, seen = np.empty(elements, FLOAT), []
+            for _ in range(fetches):
+                bench.client.fetch(parameters)
+                seen.append(parameters.copy())
+                time.sleep(0.003)
+            for rank in (1, 2):
+                waiting.complete(comm.Isend(np.zeros(1), rank, 5), "the others to stop", serve=bench.serve)
+            torn = sum(bool(vector.min() != vector.max()) for vector in seen)
+            assert torn == 0 if consistent else torn > 0
+            assert seen[-1].max() > seen[0].min()
+        else:
+            while not comm.Iprobe(reader, 5):
+                bench.client.push(np.full(elements, -1, FLOAT), NOTHING)
+                bench.client.settle()
+            comm.Recv(np.empty(1), reader, 5)
+        bench.together()
 
 
 @pytest.mark.parallel([2])

@@ -59,6 +59,8 @@ def test_the_shards_own_memory_cannot_be_old_or_walked_on(file: Path, other: str
     assert load(file, ("server.fetch=shared",)).server.fetch == "shared"
     with pytest.raises(UserError, match=r"set optimizer.n_fetch = 1 and optimizer.local_rate = 0"):
         load(file, ("server.fetch=shared", other))
+    with pytest.raises(UserError, match=r"server.consistent = true needs copies"):
+        load(file, ("server.fetch=shared", "server.consistent=true"))
 
 
 def test_data_lie_beside_the_description_and_the_run_where_it_is_started(file: Path) -> None:
@@ -167,6 +169,7 @@ def test_misspelled_sections_and_keys_of_layers_are_told_the_right_one(file: Pat
         ("server.push", ["rma", "true"]),
         ("server.transport", ["tcp", "2"]),
         ("server.overlap", ["all", "true"]),
+        ("server.consistent", ["maybe", "2"]),
         ("server.fetch", ["none", "1"]),
         ("checkpoint.every_seconds", ["-1", "nan", "true"]),
         ("checkpoint.keep", ["0", "1.5"]),

@@ -30,6 +30,8 @@ def test_nothing_in_a_shards_window_overlaps(data: st.DataObject) -> None:
     regions += [(memory.version(partition), 8) for partition in range(memory.partitions)]
     regions += [(memory.posted(client), 8) for client in range(clients)]
     regions += [(memory.active(client, activity), 8) for client in range(clients) for activity in (0, 1)]
+    regions += [(memory.wanted(client), 8) for client in range(clients)]
+    regions.append((memory.sequence, 8))
     regions.append((memory.parameters, memory.elements * 4))
     for client in range(clients):
         for count in range(memory.room(client)):

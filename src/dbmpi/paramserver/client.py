@@ -53,6 +53,8 @@ class Client:
         Whether the run counts this client's steps and samples: of the partitions of a replica, only the first one's.
     runs
         Which parts of the whole vector this client's own is made of; by default all.  Only these are moved.
+    consistent
+        Whether what is fetched of a shard must be of one version, with no push half applied.
 
     Attributes
     ----------
@@ -77,7 +79,9 @@ class Client:
         serve: Callable[[], bool] | None = None,
         runs: Sequence[Run] | None = None,
         counts: bool = True,
+        consistent: bool = False,
     ) -> None:
+        self._consistent = consistent
         self.gradients = tuple(gradients)
         self.parameters = parameters
         self.pushed_bytes = 0
@@ -117,12 +121,12 @@ class Client:
         be copied.
         """
         self.settle()
-        self.fetched(self.copy(parameters))
+        self.fetched(self.copy(parameters, self._serve))
 
     def peek(self, parameters: np.ndarray) -> None:
         """Copy the parameters as :meth:`fetch` does, but for something else than the next gradient."""
         self.settle()
-        self.copy(parameters)
+        self.copy(parameters, self._serve)
 
     def push(self, gradient: np.ndarray, outcome: Outcome, steps: int = 1) -> None:
         """Send the flat gradient to the shards.
@@ -223,26 +227,23 @@ class Client:
 
         waiting.until(reached, lambda: f"{self._late()} to apply the last push", serve=serve)
 
-    def copy(self, parameters: np.ndarray) -> list[int]:
+    def copy(self, parameters: np.ndarray, serve: Callable[[], bool] | None = None) -> list[int]:
         """Copy the parameters as they are, own pushes applied or not; return the shards' versions before that."""
+        versions = [0] * len(self._ranks)
         with self._announced(_FETCHES):
-            versions = self.versions()
-            for shard in self._order if parameters is not self.parameters else ():
-                memory, rank = self._memories[shard], self._ranks[shard]
-                for piece in self._pieces[shard]:
-                    part = parameters[piece.local : piece.local + piece.length]
-                    if self.parameters is not None:
-                        np.copyto(part, self.parameters[piece.local : piece.local + piece.length])
-                    else:
-                        self._window.get(rank, memory.parameters + piece.start * memory.itemsize, part)
-                    self.fetched_bytes += part.nbytes
+            for shard in self._order:
+                if self._consistent:
+                    versions[shard] = self._copy_consistently(shard, parameters, serve)
+                else:
+                    versions[shard] = self._version(shard)
+                    self._copy_shard(shard, parameters)
         return versions
 
     def versions(self) -> list[int]:
         """Return each shard's version, as far as this client has a part in it."""
         versions = [0] * len(self._ranks)
         for shard in self._order:
-            versions[shard] = self._window.load(self._ranks[shard], self._memories[shard].version(self._partition))
+            versions[shard] = self._version(shard)
         return versions
 
     def fetched(self, versions: list[int]) -> None:
@@ -250,6 +251,46 @@ class Client:
         self._fetched_version = versions
 
     # Helpers
+
+    def _version(self, shard: int) -> int:
+        return self._window.load(self._ranks[shard], self._memories[shard].version(self._partition))
+
+    def _copy_shard(self, shard: int, parameters: np.ndarray) -> None:
+        """Copy what a shard holds, unless the vector is where it lies."""
+        memory, rank = self._memories[shard], self._ranks[shard]
+        for piece in self._pieces[shard] if parameters is not self.parameters else ():
+            part = parameters[piece.local : piece.local + piece.length]
+            if self.parameters is not None:
+                np.copyto(part, self.parameters[piece.local : piece.local + piece.length])
+            else:
+                self._window.get(rank, memory.parameters + piece.start * memory.itemsize, part)
+            self.fetched_bytes += part.nbytes
+
+    def _copy_consistently(self, shard: int, parameters: np.ndarray, serve: Callable[[], bool] | None) -> int:
+        """Copy what a shard holds until no push was begun or ended meanwhile; return its version.
+
+        After the first copy in vain the shard is asked to begin no other push, so that the next one succeeds.
+        """
+        memory, rank = self._memories[shard], self._ranks[shard]
+        asked, version = False, 0
+
+        def copied() -> bool:
+            nonlocal asked, version
+            before = self._window.load(rank, memory.sequence)
+            if before % 2 == 0:
+                version = self._version(shard)
+                self._copy_shard(shard, parameters)
+                if self._window.load(rank, memory.sequence) == before:
+                    return True
+            if not asked:
+                asked = True
+                self._window.store(rank, memory.wanted(self._number), 1)
+            return False
+
+        waiting.until(copied, f"shard {shard} on rank {rank} to be between two pushes", serve=serve)
+        if asked:
+            self._window.store(rank, memory.wanted(self._number), 0)
+        return version
 
     @contextmanager
     def _announced(self, activity: int) -> Iterator[None]:

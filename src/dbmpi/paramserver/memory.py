@@ -56,10 +56,19 @@ class Memory:
         """Word in a shard's window: whether the client fetches (0) or pushes (1) from another host right now."""
         return self.posted(0) + lines(self.clients * _WORD) + (2 * client + activity) * _WORD
 
+    def wanted(self, client: int) -> int:
+        """Word in a shard's window: whether the client waits for a moment between two pushes to read."""
+        return self.active(0, 0) + lines(2 * self.clients * _WORD) + client * _WORD
+
+    @property
+    def sequence(self) -> int:
+        """Word in a shard's window: odd while a push is half applied, and another number after each."""
+        return self.wanted(0) + lines(self.clients * _WORD)
+
     @property
     def parameters(self) -> int:
         """Where a shard's parameters begin."""
-        return self.active(0, 0) + lines(2 * self.clients * _WORD)
+        return self.sequence + _LINE
 
     def room(self, client: int) -> int:
         """Return how many chunks the client may have on the way."""

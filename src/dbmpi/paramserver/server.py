@@ -99,6 +99,9 @@ class Server:
         How gradients are applied.
     parameters
         The shard's range, flat, in a window: fetches read it while it is being updated.
+    consistent
+        Whether a push is applied at one go, with a sequence number that tells readers of it: odd from its first chunk
+        to its last, then even again.  By default chunks of several clients take turns.
 
     Attributes
     ----------
@@ -116,7 +119,10 @@ class Server:
         clients: tuple[int, ...],
         rule: Rule,
         parameters: np.ndarray,
+        consistent: bool = False,
     ) -> None:
+        self._consistent = consistent
+        self._current: int | None = None
         self._window = window
         self._memory = memory
         self._shard = shard
@@ -129,6 +135,9 @@ class Server:
         self._versions = local[memory.version(0) :][: memory.partitions * 8].view(np.int64)
         self._applied = np.zeros(len(clients), np.int64)
         self._active = local[memory.active(0, 0) :][: len(clients) * 16].view(np.int64)
+        self._wanted = local[memory.wanted(0) :][: len(clients) * 8].view(np.int64)
+        self._sequence = local[memory.sequence :][:8].view(np.int64)
+        self._last = -1
         self._seen_active, self._active_since = self._active.copy(), 0.0
         self.tally = Tally()
 
@@ -151,8 +160,11 @@ class Server:
         if queue == 0:
             return self._window.busy or self._transfers_go_on()
         self.tally.deepest_queue = max(self.tally.deepest_queue, queue)
-        for client in np.flatnonzero(waiting_chunks):
-            self._apply(int(client))
+        ready = np.flatnonzero(waiting_chunks).tolist()
+        if self._consistent:
+            return self._apply_whole(ready)
+        for client in ready:
+            self._apply(client)
         return True
 
     def take_tally(self) -> Tally:
@@ -171,11 +183,46 @@ class Server:
             self._seen_active, self._active_since = self._active.copy(), time.monotonic()
         return time.monotonic() - self._active_since < _LONGEST_TRANSFER
 
-    def _apply(self, client: int) -> None:
-        """Apply the client's next chunk: one a turn, so that no client starves another."""
+    def _apply_whole(self, ready: list[int]) -> bool:
+        """Go on with the push that has been begun, or begin one; return whether anything was done."""
+        if self._current is None:
+            # Who has read a torn vector is let in before the next push.
+            if self._wanted.any():
+                return True
+            candidates = [client for client in ready if self._is_whole(client)]
+            if not candidates:
+                return False
+            turn = self._last + 1
+            self._current = self._last = min(candidates, key=lambda client: (client - turn) % len(self._clients))
+            self._step_sequence()
+        elif self._current not in ready:
+            return False
+        if self._apply(self._current) != MORE:
+            self._current = None
+            self._step_sequence()
+        return True
+
+    def _is_whole(self, client: int) -> bool:
+        """Whether all of a push has been posted, or as much as there is room for."""
+        first, stop = int(self._applied[client]), int(self._posted[client])
+        return stop - first >= self._memory.room(client) or any(
+            self._header(client, count).last != MORE for count in range(first, stop)
+        )
+
+    def _step_sequence(self) -> None:
+        self._window.sync()
+        self._sequence[0] += 1
+        self._window.sync()
+
+    def _header(self, client: int, count: int) -> Header:
+        place = self._memory.header(client, count)
+        return Header.unpack(self._window.local[place : place + HEADER_WORDS * 8].view(np.int64))
+
+    def _apply(self, client: int) -> int:
+        """Apply the client's next chunk: one a turn, so that no client starves another; return its kind."""
         count = int(self._applied[client])
         local, memory, dtype = self._window.local, self._memory, self.parameters.dtype
-        header = Header.unpack(local[memory.header(client, count) :][: HEADER_WORDS * 8].view(np.int64))
+        header = self._header(client, count)
         start = header.source
         if client in memory.in_place:
             near = self._window.near(self._clients[client])
@@ -198,3 +245,4 @@ class Server:
             self.tally.add(header)
         self._applied[client] = count + 1
         self._window.store(self._clients[client], memory.applied(self._shard), count + 1)
+        return header.last

@@ -89,6 +89,7 @@ class Store:
         if section.overlap == "threads" and not self.overlap:
             self.notes += ("this MPI does not let several threads call it: nothing is overlapped",)
         self._common = section.fetch == "shared"
+        self._consistent = section.consistent
         hosts = windows.hosts(comm)
         if self._common:
             _check_common(plan, hosts)
@@ -130,7 +131,7 @@ class Store:
             parameters = self._parameters[held.start : held.stop]
         else:
             parameters = self._vector(self.window.local, memory.parameters, len(held))
-        return Server(self.window, memory, self._shard, self._plan.worker_ranks, rule, parameters)
+        return Server(self.window, memory, self._shard, self._plan.worker_ranks, rule, parameters, self._consistent)
 
     def client(self, runs: Sequence[Run] | None = None, serve: Callable[[], bool] | None = None) -> Client:
         """Return the client of this rank's worker.
@@ -161,6 +162,7 @@ class Store:
             serve=serve,
             runs=runs,
             counts=self._worker % self._plan.partitions == 0,
+            consistent=self._consistent,
         )
 
     def free(self) -> None:
