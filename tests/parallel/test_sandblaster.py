@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,11 @@ from dbmpi.errors import UserError
 from dbmpi.kernels import updates, vectors
 from dbmpi.monitor.records import read_records
 from dbmpi.objective import Outcome
+from dbmpi.optim.board import Batch
 from dbmpi.optim.descent import Limits
 from dbmpi.optim.lbfgs import lbfgs
 from dbmpi.optim.methods import with_l2
+from dbmpi.optim.portionwork import PortionWork
 from dbmpi.optim.sandblaster import Coordinator
 from dbmpi.optim.space import LocalSpace
 from dbmpi.paramserver.window import Window
@@ -198,6 +201,29 @@ def test_all_methods_decrease_the_loss(comm, place, settings) -> None:
     before, after = (twin.test(x).mean_loss for x in (twin.server, parameters))
     assert after < 0.6 * before
     assert (np.count_nonzero(parameters == 0) > 10) == ("l1" in settings)
+
+
+@pytest.mark.parallel([4])
+def test_a_slow_replica_gets_fewer_portions(comm, shared_path, monkeypatch) -> None:
+    """One of three replicas ten times slower: a batch takes what the others and its own small capacity make of it."""
+    if comm.rank == 0:
+        tiny.write_data(shared_path, samples=360)
+    waiting.barrier(comm, "the data")
+    compute = PortionWork.compute
+
+    def slowly(self: PortionWork, batch: Batch, portion: int, gradient: np.ndarray) -> Outcome:
+        time.sleep(0.2 if self._replica == 0 else 0.02)
+        return compute(self, batch, portion, gradient)
+
+    monkeypatch.setattr(PortionWork, "compute", slowly)
+    run = describe(shared_path, {"shards": 1, "replicas": 3}, epochs=4, gtol=0, ftol=0)
+    train(run, comm)
+    batches = [record for record in read_records(run.run.directory) if record["kind"] == "batch"]
+    ideal = 60 / (1 / 0.02 + 1 / 0.02 + 1 / 0.2)
+    assert min(record["seconds"] for record in batches) < 1.25 * ideal
+    for record in batches:
+        assert sum(record["portions"].values()) == 60
+        assert record["portions"].get("0", 0) < 10
 
 
 @pytest.mark.parallel([1, 2])
