@@ -117,6 +117,47 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             {"type": int, "choices": (0, 1), "default": 1, "help": "index of the first input (default: 1)"},
         ),
     )
+    _add(
+        kinds,
+        "wav",
+        "recordings of speech: 40 log mel energies every 10 ms, in a context of 11 frames",
+        _run_wav,
+        ("source", {"type": Path, "metavar": "SOURCE", "help": "a WAV file, a directory of them, or a tar of them"}),
+        _OUT,
+        (
+            "--test-speakers",
+            {"metavar": "NAME,...", "default": "", "help": "speakers whose recordings go into the test file"},
+        ),
+        ("--test-out", {"type": Path, "metavar": "FILE.h5", "help": "test file to write"}),
+        (
+            "--table",
+            {
+                "type": Path,
+                "metavar": "FILE.csv",
+                "help": "labels: columns file and label, if wanted start, end (seconds) and speaker (default: names "
+                "are label_speaker_number.wav)",
+            },
+        ),
+        (
+            "--states",
+            {
+                "type": _count,
+                "metavar": "N",
+                "help": "parts of a label that are classes of their own (default: 3; with --table 1)",
+            },
+        ),
+        ("--context", {"type": _count, "metavar": "N", "help": "frames of a sample, an odd number (default: 11)"}),
+        ("--rate", {"type": _count, "metavar": "HZ", "help": "resample what has another rate (default: refuse it)"}),
+        _CLASSES,
+        (
+            "--like",
+            {
+                "type": Path,
+                "metavar": "TRAIN.h5",
+                "help": "normalise by the mean and deviation of this data file: for a test file",
+            },
+        ),
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -228,6 +269,25 @@ def _run_libsvm(arguments: argparse.Namespace, progress: Progress) -> Any:
         like=arguments.like,
         kind="values" if arguments.values else "classes",
         first_index=arguments.first_index,
+        force=arguments.force,
+        progress=progress,
+    )
+
+
+def _run_wav(arguments: argparse.Namespace, progress: Progress) -> Any:
+    from dbmpi.data.importers.wav import import_wav
+
+    return import_wav(
+        arguments.source,
+        arguments.out,
+        test_out=arguments.test_out,
+        test_speakers=[name for name in arguments.test_speakers.split(",") if name],
+        table=arguments.table,
+        states=arguments.states,
+        rate=arguments.rate,
+        context=arguments.context,
+        classes=arguments.classes,
+        like=arguments.like,
         force=arguments.force,
         progress=progress,
     )

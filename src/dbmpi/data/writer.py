@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -171,6 +171,12 @@ class Writer:
                 self._targets[rows] = codes[self._targets[rows]]
         self._labels = labels
         self._largest_label = max(int(codes.max(initial=-1)), len(labels) - 1)
+
+    def annotate(self, attributes: Mapping[str, object]) -> None:
+        """Store attributes of the file beside those that every importer writes."""
+        assert self._file is not None
+        with self._writing():
+            self._file.attrs.update(attributes)
 
     @property
     def _chunk_rows(self) -> int:

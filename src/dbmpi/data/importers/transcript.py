@@ -1,0 +1,174 @@
+"""What is said where in which recording: from a table, or from the names of the files."""
+
+from __future__ import annotations
+
+import csv
+import math
+import re
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from dbmpi.data.importers.reading import InputFile, line_blocks
+from dbmpi.errors import UserError
+
+COLUMNS = ("file", "start", "end", "label", "speaker")
+NAME = re.compile(r"(\d{1,6})_([^_/]+)_(\d+)\.wav", re.IGNORECASE)
+"""As in the Free Spoken Digit Dataset: ``{digit}_{speaker}_{index}.wav``."""
+LARGEST_LABEL = 1_000_000
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of a recording with one label."""
+
+    start: float
+    """Seconds from the beginning of the recording."""
+    end: float
+    label: int
+
+
+@dataclass(frozen=True)
+class Transcript:
+    """What is said in a recording."""
+
+    speaker: str | None
+    segments: tuple[Segment, ...]
+
+    def labels(self, centres: np.ndarray, states: int) -> np.ndarray:
+        """Return the class of each frame, int64 ``(frames,)``, or -1 where nothing is said of it.
+
+        The frames of a segment are cut evenly into `states`; the class is ``label * states + state``.
+
+        Parameters
+        ----------
+        centres
+            Seconds at which the frames have their middle, increasing, float64 ``(frames,)``.
+        states
+            States of a label.
+        """
+        classes = np.full(len(centres), -1, np.int64)
+        for segment in self.segments:
+            first, last = np.searchsorted(centres, (segment.start, segment.end))
+            count = last - first
+            classes[first:last] = segment.label * states + np.arange(count) * states // max(count, 1)
+        return classes
+
+
+class FileNames:
+    """Transcripts from file names: one label for all of a recording."""
+
+    def of(self, name: str, place: str) -> Transcript | None:
+        """Return the transcript of the recording called `name`; `place` is for messages."""
+        match = NAME.fullmatch(PurePosixPath(name).name)
+        if match is None:
+            raise UserError(
+                f"{place}: the name says neither label nor speaker; expected label_speaker_number.wav, e.g. "
+                f"7_jackson_32.wav, or a table of labels (--table)"
+            )
+        return Transcript(match[2], (Segment(0.0, math.inf, int(match[1])),))
+
+    def check(self) -> None:
+        """Do nothing: a name always belongs to a recording."""
+
+
+@dataclass
+class Table:
+    """Transcripts from a table with the columns file and label, and if wanted start and end (seconds), and speaker."""
+
+    path: Path
+    rows: dict[str, list[Segment]] = field(default_factory=dict)
+    speakers: dict[str, str] = field(default_factory=dict)
+    found: set[str] = field(default_factory=set)
+
+    @classmethod
+    def read(cls, path: Path) -> Table:
+        """Read a CSV file whose first line names the columns.
+
+        Raises
+        ------
+        UserError
+            If a column is missing or unknown, or a line has no file, no whole label, or no stretch of time.
+        """
+        table = cls(path)
+        header: list[str] | None = None
+        with InputFile(path) as text:
+            for lines in line_blocks(text):
+                for number, line in zip(lines.numbers, lines.texts, strict=True):
+                    fields = [value.strip() for value in next(csv.reader([line]))]
+                    if header is None:
+                        header = _header(path, fields)
+                        continue
+                    if len(fields) != len(header):
+                        raise UserError(
+                            f"{path}: line {number} has {len(fields)} columns; expected {len(header)} as in the first"
+                        )
+                    table._add(f"{path}: line {number}", dict(zip(header, fields, strict=True)))
+        if not table.rows:
+            raise UserError(f"{path}: names no recordings; expected lines of {', '.join(header or COLUMNS[::3])}")
+        for name, segments in table.rows.items():
+            segments.sort(key=lambda segment: segment.start)
+            for before, after in pairwise(segments):
+                if after.start < before.end:
+                    raise UserError(
+                        f"{path}: segments of {name} overlap: one ends at {before.end:g} s, the next starts at "
+                        f"{after.start:g} s"
+                    )
+        return table
+
+    def of(self, name: str, place: str) -> Transcript | None:
+        """Return the transcript of a recording, by its whole name or the last part of it; None if it has none."""
+        key = name if name in self.rows else PurePosixPath(name).name
+        if key not in self.rows:
+            return None
+        self.found.add(key)
+        return Transcript(self.speakers.get(key), tuple(self.rows[key]))
+
+    def check(self) -> None:
+        """Raise UserError if recordings of the table have not been asked for."""
+        missing = [name for name in self.rows if name not in self.found]
+        if missing:
+            raise UserError(
+                f"{self.path}: {len(missing)} of its {len(self.rows)} recordings were not found, e.g. {missing[0]}; "
+                f"expected names as in the directory or archive, or the last parts of them"
+            )
+
+    def _add(self, place: str, row: dict[str, str]) -> None:
+        name = row["file"].removeprefix("./")
+        if not name:
+            raise UserError(f"{place}: the file is empty; expected the name of a recording")
+        if not re.fullmatch(r"\d{1,7}", row["label"]) or int(row["label"]) > LARGEST_LABEL:
+            raise UserError(
+                f"{place}: the label {row['label'][:40]!r} is not a class; expected a whole number from 0 to "
+                f"{LARGEST_LABEL}"
+            )
+        start, end = (_seconds(place, row.get(key, value)) for key, value in (("start", "0"), ("end", "inf")))
+        if not 0 <= start < end:
+            raise UserError(f"{place}: goes from {start:g} s to {end:g} s; expected 0 <= start < end")
+        speaker = row.get("speaker", "")
+        if self.speakers.setdefault(name, speaker) != speaker:
+            raise UserError(f"{place}: {name} is spoken by {speaker!r} here, before by {self.speakers[name]!r}")
+        self.rows.setdefault(name, []).append(Segment(start, end, int(row["label"])))
+
+
+def _header(path: Path, fields: list[str]) -> list[str]:
+    names = [name.lower() for name in fields]
+    wrong = set(names) - set(COLUMNS) or not {"file", "label"} <= set(names) or ("start" in names) != ("end" in names)
+    if wrong or len(set(names)) != len(names):
+        raise UserError(
+            f"{path}: its first line is {','.join(fields)[:80]!r}; expected the names of the columns: file,label or "
+            f"file,start,end,label (start and end in seconds), and if wanted speaker"
+        )
+    return names
+
+
+def _seconds(place: str, text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if math.isnan(value):
+        raise UserError(f"{place}: {text[:40]!r} is not a time; expected seconds, e.g. 1.25")
+    return value

@@ -1,0 +1,297 @@
+"""Recordings of speech to frames of log mel energies in their context, as the paper's speech network takes them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+from functools import cache, partial
+from pathlib import Path
+
+import numpy as np
+
+from dbmpi.data import hdf5
+from dbmpi.data.importers.mel import HOP_SECONDS, WINDOW_SECONDS, LogMel
+from dbmpi.data.importers.reading import Progress, no_progress
+from dbmpi.data.importers.recordings import HIGHEST_RATE, LOWEST_RATE, decoded, recordings
+from dbmpi.data.importers.transcript import FileNames, Table, Transcript
+from dbmpi.data.source import Source
+from dbmpi.data.writer import LARGEST_SAMPLE_BYTES, Origin, Shape, Writer, Written, check_writable
+from dbmpi.errors import UserError
+
+FILTERS = 40
+CONTEXT = 11
+STATES = 3
+"""States of a digit: its beginning, its middle and its end."""
+MOST_STATES = 1000
+
+
+def import_wav(
+    source: Path,
+    out: Path,
+    *,
+    test_out: Path | None = None,
+    test_speakers: Collection[str] = (),
+    table: Path | None = None,
+    states: int | None = None,
+    rate: int | None = None,
+    context: int | None = None,
+    classes: int | None = None,
+    like: Path | None = None,
+    force: bool = False,
+    progress: Progress = no_progress,
+) -> list[Written]:
+    """Write a data file of frames: float32 ``(samples, context, 40)`` and the class of the middle frame.
+
+    Features are natural logarithms of 40 mel energies of 25 ms Hamming windows every 10 ms, minus the mean and divided
+    by the deviation of the training frames, each energy its own.  Both are attributes of the files.  Beyond the ends
+    of a recording the context repeats the first and the last frame.
+
+    Parameters
+    ----------
+    source
+        A WAV file, a directory of them, or a tar, plain or gzip.
+    out
+        Data file to write.
+    test_out, test_speakers
+        Second data file, and the speakers whose recordings go there and not to `out`.
+    table
+        CSV file with the columns file and label, if wanted start and end (seconds), and speaker; recordings that it
+        does not name and frames outside all its stretches are left out.  Without it, names are
+        ``label_speaker_number.wav``.
+    states
+        Parts of a label's stretch that are classes of their own (``label * states + part``); by default 3 for labels
+        from names and 1 for those of a table.
+    rate
+        Samples a second to which other recordings are resampled; by default all must have the same.
+    context
+        Frames of a sample, an odd number; by default 11.
+    classes
+        Number of classes; by default the largest of both files plus one, or that of `like`.
+    like
+        Data file made before whose mean, deviation, rate, context, states and classes are used.
+    force
+        Replace existing files.
+    progress
+        Told how much of the source has been read, in two passes (with `like` in one).
+
+    Raises
+    ------
+    UserError
+        If a recording or the table is damaged or not as expected, a speaker does not occur, or nothing is left.
+    """
+    _check_options(test_out, test_speakers, rate, states, context)
+    outs = [out] if test_out is None else [out, test_out]
+    for each in outs:
+        check_writable(each, force, [path for path in (source, table, like) if path is not None])
+    if not source.exists():
+        raise UserError(f"{source}: no such file or directory; expected WAV files, a directory of them, or a tar")
+    transcripts = FileNames() if table is None else Table.read(table)
+    work = _Import(source, transcripts, frozenset(test_speakers), rate, resample=rate is not None)
+    if like is None:
+        scaling = work.measure(context or CONTEXT, states or (STATES if table is None else 1), progress)
+        found: int | None = work.classes
+    else:
+        scaling, found = _like(like)
+        _agree(like, scaling, states, rate, context)
+        work.rate = scaling.rate
+    shape = Shape((scaling.context, FILTERS), found if classes is None else classes)
+    origin = Origin("wav", source, source if table is None else table)
+    with contextlib.ExitStack() as stack:
+        writers = [stack.enter_context(Writer(each, shape, origin, force)) for each in outs]
+        for writer in writers:
+            writer.annotate(scaling.attributes())
+        work.write(scaling, writers, progress, 0 if like else 1)
+    return [writer.written for writer in writers if writer.written is not None]
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """How frames are made and normalised: what a test file must share with its training file."""
+
+    rate: int
+    context: int
+    states: int
+    mean: np.ndarray
+    """float64 ``(FILTERS,)``, of the training frames before normalisation."""
+    deviation: np.ndarray
+    """float64 ``(FILTERS,)``, 1 where an energy never varies."""
+
+    def samples(self, energies: np.ndarray) -> np.ndarray:
+        """Return normalised frames in their context, float32 ``(frames, context, FILTERS)``, as a view."""
+        normalised = ((energies - self.mean) / self.deviation).astype(np.float32)
+        aside = self.context // 2
+        padded = np.pad(normalised, ((aside, aside), (0, 0)), mode="edge")
+        return np.lib.stride_tricks.sliding_window_view(padded, self.context, axis=0).swapaxes(1, 2)
+
+    def attributes(self) -> dict[str, object]:
+        """Return what is stored with the file."""
+        return {
+            "rate": self.rate,
+            "context": self.context,
+            "states": self.states,
+            "window_seconds": WINDOW_SECONDS,
+            "hop_seconds": HOP_SECONDS,
+            "mean": self.mean,
+            "deviation": self.deviation,
+        }
+
+
+@dataclass
+class _Moments:
+    """Mean and deviation of many frames, block by block (Chan, Golub and LeVeque 1983, formula 2.1)."""
+
+    count: int = 0
+    mean: np.ndarray = field(default_factory=lambda: np.zeros(FILTERS))
+    squares: np.ndarray = field(default_factory=lambda: np.zeros(FILTERS))
+
+    def add(self, rows: np.ndarray) -> None:
+        if not len(rows):
+            return
+        mean = rows.mean(axis=0, dtype=np.float64)
+        total = self.count + len(rows)
+        difference = mean - self.mean
+        self.squares += ((rows - mean) ** 2).sum(axis=0) + difference**2 * (self.count * len(rows) / total)
+        self.mean = self.mean + difference * (len(rows) / total)
+        self.count = total
+
+    def deviation(self) -> np.ndarray:
+        deviation = np.sqrt(self.squares / max(self.count, 1))
+        return np.where(deviation > 0, deviation, 1.0)
+
+
+@dataclass(frozen=True)
+class _Frames:
+    place: str
+    test: bool
+    energies: np.ndarray
+    classes: np.ndarray
+
+
+@dataclass
+class _Import:
+    """One source, read once to measure it and once to write it."""
+
+    source: Path
+    transcripts: FileNames | Table
+    test_speakers: frozenset[str]
+    rate: int | None
+    """Samples a second; that of the first recording unless it is given."""
+    resample: bool
+    """Whether recordings may have other rates."""
+    classes: int = 1
+    """Largest class plus one of what has been measured."""
+
+    def measure(self, context: int, states: int, progress: Progress) -> Scaling:
+        """Find mean, deviation, rate and classes."""
+        moments = _Moments()
+        for frames in self._frames(states, progress, 0, 2):
+            used = frames.classes >= 0
+            if not frames.test:
+                moments.add(frames.energies[used])
+            self.classes = max(self.classes, (int(frames.classes.max(initial=-1)) // states + 1) * states)
+        if not moments.count or self.rate is None:
+            raise UserError(
+                f"{self.source}: holds no labelled frames to learn from; expected recordings of at least "
+                f"{WINDOW_SECONDS * 1000:g} ms{' that are not of the test speakers' * bool(self.test_speakers)}"
+            )
+        return Scaling(self.rate, context, states, moments.mean, moments.deviation())
+
+    def write(self, scaling: Scaling, writers: list[Writer], progress: Progress, done: int) -> None:
+        """Write all frames: to the second writer those of test speakers."""
+        for frames in self._frames(scaling.states, progress, done, done + 1):
+            writer = writers[int(frames.test)]
+            samples = scaling.samples(frames.energies)
+            used = np.flatnonzero(frames.classes >= 0)
+            for start in range(0, len(used), writer.block_rows):
+                rows = used[start : start + writer.block_rows]
+                writer.append(samples[rows], frames.classes[rows], partial(_place, frames.place))
+
+    def _frames(self, states: int, progress: Progress, done: int, passes: int) -> Iterator[_Frames]:
+        speakers = set()
+        for recording in recordings(self.source, progress, done, passes):
+            transcript = self.transcripts.of(recording.name, recording.place)
+            if transcript is None:
+                continue
+            speakers.add(transcript.speaker)
+            test = self._is_test(transcript, recording.place)
+            signal, rate = decoded(recording, self.rate if self.resample else None)
+            if self.rate not in (None, rate):
+                raise UserError(
+                    f"{recording.place}: has {rate} samples a second, but others have {self.rate}; to resample, "
+                    f"say --rate {self.rate}"
+                )
+            self.rate = rate
+            energies = _mel(rate)(signal)
+            yield _Frames(recording.place, test, energies, transcript.labels(_mel(rate).centres(len(energies)), states))
+        self.transcripts.check()
+        missing = sorted(self.test_speakers - speakers)
+        if missing:
+            known = ", ".join(sorted(str(speaker) for speaker in speakers)[:12])
+            raise UserError(f"{self.source}: nobody is called {missing[0]!r}; the speakers are {known}")
+
+    def _is_test(self, transcript: Transcript, place: str) -> bool:
+        if self.test_speakers and not transcript.speaker:
+            raise UserError(f"{place}: the table does not say who speaks; add a column speaker to split by speakers")
+        return transcript.speaker in self.test_speakers
+
+
+def _check_options(
+    test_out: Path | None,
+    test_speakers: Collection[str],
+    rate: int | None,
+    states: int | None,
+    context: int | None,
+) -> None:
+    if context is not None and not (1 <= context <= 1001 and context % 2 == 1):
+        raise UserError(f"a context of {context} frames was given; expected an odd number up to 1001, e.g. {CONTEXT}")
+    if rate is not None and not LOWEST_RATE <= rate <= HIGHEST_RATE:
+        raise UserError(f"a rate of {rate} was given; expected {LOWEST_RATE} to {HIGHEST_RATE} samples a second")
+    if states is not None and not 1 <= states <= MOST_STATES:
+        raise UserError(f"{states} states were given; expected 1 to {MOST_STATES}, e.g. {STATES}")
+    if (test_out is None) != (not test_speakers):
+        raise UserError("--test-out and --test-speakers go together: a file, and the speakers whose recordings it gets")
+
+
+def _like(like: Path) -> tuple[Scaling, int | None]:
+    """Return how the frames of another data file were made and normalised, and its number of classes."""
+    with Source.open(like, LARGEST_SAMPLE_BYTES >> 20) as source:
+        classes, shape = source.classes, source.input_shape
+    file = hdf5.open_file(like)
+    try:
+        with hdf5.damage(like, "its attributes"):
+            if any(name not in file.attrs for name in ("rate", "states", "mean", "deviation")):
+                raise UserError(f"{like}: does not say how its frames were made; expected a file made from WAV")
+            numbers = {name: np.asarray(file.attrs[name]) for name in ("rate", "states")}
+            vectors = {name: np.asarray(file.attrs[name], np.float64) for name in ("mean", "deviation")}
+            rate, states = (int(numbers[name].item()) for name in ("rate", "states"))
+            right = (
+                shape == (shape[0], FILTERS)
+                and shape[0] % 2 == 1
+                and LOWEST_RATE <= rate <= HIGHEST_RATE
+                and 1 <= states <= MOST_STATES
+                and all(vector.shape == (FILTERS,) and np.isfinite(vector).all() for vector in vectors.values())
+                and vectors["deviation"].min() > 0
+            )
+    finally:
+        file.close()
+    if not right:
+        raise UserError(f"{like}: its rate, states, mean or deviation are impossible: damaged?")
+    return Scaling(rate, shape[0], states, vectors["mean"], vectors["deviation"]), classes
+
+
+def _agree(like: Path, scaling: Scaling, states: int | None, rate: int | None, context: int | None) -> None:
+    """Raise UserError if something else is asked for than what the other file has."""
+    for name, given in (("states", states), ("rate", rate), ("context", context)):
+        theirs = getattr(scaling, name)
+        if given is not None and given != theirs:
+            raise UserError(f"--{name} {given} was given, but {like} has {theirs}; leave it out")
+
+
+def _place(recording: str, row: int) -> str:
+    return f"in {recording}"
+
+
+@cache
+def _mel(rate: int) -> LogMel:
+    return LogMel(rate, FILTERS)
