@@ -1,6 +1,6 @@
 """Write docs/configuration.md from the descriptions in dbmpi.config: one table a section.
 
-Run it after a change of config.py; a test compares the file with what this program would write.
+Run it after a change there; a test compares the file with what this program would write.
 """
 
 from __future__ import annotations

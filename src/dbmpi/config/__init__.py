@@ -1,0 +1,64 @@
+"""The description of a run: what a configuration file may say, its defaults, and what each setting means.
+
+A run is described by frozen, validated objects.  They are read from TOML with :func:`load`, changed with
+``--set section.key=value``, built directly from Python, and written whole, defaults included, into every
+checkpoint.  Nothing here imports MPI or NumPy.
+"""
+
+from dbmpi.config.explaining import explain
+from dbmpi.config.layers import (
+    LAYERS,
+    AnyLayer,
+    BuiltInLayer,
+    Convolution,
+    Dense,
+    Dropout,
+    Local,
+    Normalisation,
+    OwnLayer,
+    Pooling,
+)
+from dbmpi.config.reading import load
+from dbmpi.config.sections import (
+    CheckpointSection,
+    DataSection,
+    MonitorSection,
+    NetworkSection,
+    OptimizerSection,
+    PlacedLayer,
+    PlacementSection,
+    Run,
+    RunSection,
+    SandblasterSection,
+    ServerSection,
+    TopologySection,
+)
+from dbmpi.config.values import Section
+
+__all__ = [
+    "LAYERS",
+    "AnyLayer",
+    "BuiltInLayer",
+    "CheckpointSection",
+    "Convolution",
+    "DataSection",
+    "Dense",
+    "Dropout",
+    "Local",
+    "MonitorSection",
+    "NetworkSection",
+    "Normalisation",
+    "OptimizerSection",
+    "OwnLayer",
+    "PlacedLayer",
+    "PlacementSection",
+    "Pooling",
+    "Run",
+    "RunSection",
+    "SandblasterSection",
+    "Section",
+    "ServerSection",
+    "TopologySection",
+    "explain",
+    "load",
+]

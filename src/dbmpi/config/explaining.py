@@ -1,0 +1,76 @@
+"""What is wrong with a description, said so that it can be mended."""
+
+from __future__ import annotations
+
+import difflib
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+from dbmpi.config.layers import LAYERS
+from dbmpi.config.values import shown
+
+
+def explain(error: ValidationError, model: type[BaseModel], source: str) -> str:
+    """Turn a validation error into lines that name the place, what was given and what was expected."""
+    lines = []
+    for problem in error.errors():
+        place = _without_tags(problem["loc"])
+        where = ".".join(str(part) for part in place)
+        if problem["type"] == "extra_forbidden":
+            known = _keys(model, place[:-1])
+            near = difflib.get_close_matches(str(place[-1]), known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+            lines.append(f"{source}: unknown key {where!r}; {hint}")
+        elif problem["type"] == "union_tag_invalid":
+            known = [str(kind.model_fields["type"].default) for kind in LAYERS]
+            given = str(problem.get("ctx", {}).get("tag"))
+            near = difflib.get_close_matches(given, known, n=1, cutoff=0.5)
+            others = f"known are {', '.join(known)}, and module:Class for a layer of your own"
+            hint = f"did you mean {near[0]!r}?" if near else others
+            lines.append(f"{source}: {where}.type: {given[:40]!r} is no type of layer; {hint}")
+        elif problem["type"] == "missing":
+            lines.append(f"{source}: {where!r} is missing: {_meaning(model, place)}")
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            given = "" if problem["type"] == "value_error" else f" (given: {shown(problem['input'])})"
+            lines.append(f"{source}: {where}: {message}{given}")
+    return "\n".join(lines)
+
+
+def _without_tags(place: tuple[int | str, ...]) -> list[int | str]:
+    """Return a place without the types of layers that pydantic puts behind their numbers."""
+    return [part for before, part in zip((None, *place), place, strict=False) if not isinstance(before, int)]
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    """Return the models that an annotation contains, e.g. the layers of ``tuple[Dense, ...]``."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if get_origin(annotation) in (Union, UnionType, tuple, list, Annotated):
+        return [model for part in get_args(annotation) for model in _models(part)]
+    return []
+
+
+def _descend(model: type[BaseModel], place: list[int | str]) -> list[type[BaseModel]]:
+    """Return the models that may stand at a place in the description."""
+    models = [model]
+    for part in place:
+        fields = [m.model_fields[str(part)] for m in models if str(part) in m.model_fields]
+        if fields:
+            models = [found for field in fields for found in _models(field.annotation)]
+    return models
+
+
+def _keys(model: type[BaseModel], place: list[int | str]) -> list[str]:
+    return [name for found in _descend(model, place) for name in found.model_fields]
+
+
+def _meaning(model: type[BaseModel], place: list[int | str]) -> str:
+    """Return the documentation of a field, for the message that asks for it."""
+    for found in _descend(model, place[:-1]):
+        field = found.model_fields.get(str(place[-1]))
+        if field is not None:
+            return field.description or (f"a [{place[-1]}] table" if _models(field.annotation) else "a value")
+    return "a value"

@@ -1,0 +1,89 @@
+"""From a TOML file, and settings that override it, to a run."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from dbmpi.config.explaining import explain
+from dbmpi.config.layers import OwnLayer
+from dbmpi.config.sections import Run
+from dbmpi.errors import UserError
+
+
+def load(path: Path, overrides: tuple[str, ...] = ()) -> Run:
+    """Read a run from a TOML file and apply ``section.key=value`` overrides.
+
+    Relative paths of the ``[data]`` section, and that of `network.code`, are taken from the directory of the file, so
+    that a configuration, its data and its layers can be moved together; the run directory is relative to the current
+    directory.
+
+    Raises
+    ------
+    UserError
+        If the file cannot be read, is not TOML, or does not describe a run.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        table = tomllib.loads(text)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such configuration file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as a configuration: {error}") from None
+    except RecursionError:
+        raise UserError(f"{path}: not valid TOML that can be read: its values are nested too deeply") from None
+    except ValueError as error:  # TOMLDecodeError, or a number of too many digits
+        raise UserError(f"{path}: not valid TOML: {error}") from None
+    data = table.get("data")
+    if isinstance(data, dict):
+        for key in ("train", "test"):
+            if isinstance(data.get(key), str):
+                data[key] = os.path.normpath(path.parent / data[key])
+    network = table.get("network")
+    if isinstance(network, dict) and isinstance(network.get("code"), str):
+        network["code"] = os.path.normpath(path.parent / network["code"])
+    for override in overrides:
+        _apply(table, override)
+    try:
+        run = Run.model_validate(table)
+    except ValidationError as error:
+        raise UserError(explain(error, Run, str(path))) from None
+    if run.network.code is None and any(isinstance(layer, OwnLayer) for layer in run.network.layers):
+        here = run.network.model_copy(update={"code": path.parent})
+        return run.model_copy(update={"network": here})
+    return run
+
+
+def _apply(table: dict[str, Any], override: str) -> None:
+    """Set one ``section.key=value`` in the table; the value is TOML, or else a plain string."""
+    target, equals, text = override.partition("=")
+    keys = target.strip().split(".")
+    if not equals or len(keys) < 2 or not all(keys):
+        raise UserError(f"--set {override}: expected section.key=value, e.g. --set optimizer.epochs=5")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except (ValueError, RecursionError):
+        value = text.strip()
+    place: Any = table
+    for key in keys[:-1]:
+        place = _step(place, key, override)
+    if isinstance(place, list):
+        raise UserError(f"--set {override}: name a key of layer {keys[-1]}, e.g. network.layers.{keys[-1]}.units=100")
+    place[keys[-1]] = value
+
+
+def _step(place: Any, key: str, override: str) -> Any:
+    """Go one level down; in a list of tables by number, counted from 0."""
+    if isinstance(place, list):
+        if key not in map(str, range(len(place))):
+            raise UserError(f"--set {override}: {key!r} is not one of the {len(place)} entries 0 to {len(place) - 1}")
+        below = place[int(key)]
+    else:
+        below = place.setdefault(key, {})
+    if not isinstance(below, dict | list):
+        raise UserError(f"--set {override}: {key!r} is a value and has no keys")
+    return below

@@ -1,0 +1,281 @@
+"""The sections of a run, and the run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from dbmpi.config.explaining import explain
+from dbmpi.config.layers import AnyLayer, Dense
+from dbmpi.config.values import Count, Name, NotNegative, Positive, Section
+from dbmpi.errors import UserError
+
+
+class RunSection(Section):
+    """Where the run lives, and its seed."""
+
+    directory: Path = Path("runs/run")
+    """Directory of the run: checkpoints, records and plots; made if missing."""
+    seed: Annotated[int, Field(ge=0, lt=2**63, strict=True)] = 1
+    """Seed of the initial weights and of the order of the samples."""
+
+
+class DataSection(Section):
+    """What to learn from: HDF5 files made by ``dbmpi data import`` or by your own program."""
+
+    train: Path
+    """HDF5 file with the training samples."""
+    test: Path | None = None
+    """HDF5 file with the held-out samples, for the accuracy that is reported."""
+    memory_mib: Count = 4096
+    """A file up to this size (MiB, as float32) is kept in each worker's memory; a larger one is read batch by batch."""
+
+
+class NetworkSection(Section):
+    """The model: layers from the input upwards, and the loss on top of the last one."""
+
+    loss: Literal["softmax", "logistic", "squared", "reconstruction"] = "softmax"
+    """``softmax``: cross-entropy over classes; ``logistic``: one-vs-all; ``squared``: half the squared distance;
+    ``reconstruction``: no targets, but what layers say of themselves: their `reconstruction` and `penalty`."""
+    layers: tuple[AnyLayer, ...]
+    """The layers, each a ``[[network.layers]]`` table."""
+    code: Path | None = None
+    """Directory in which modules of your own layers are looked for first; by default that of the configuration."""
+
+    @model_validator(mode="after")
+    def _layers_fit(self) -> NetworkSection:
+        if not self.layers:
+            raise ValueError("a network needs at least one [[network.layers]] table")
+        names = self.layer_names
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"two layers are called {twice[0]!r}: give one of them another name")
+        own = [name for name, layer in zip(names, self.layers, strict=True) if getattr(layer, "reconstruction", 0) > 0]
+        own += [name for name, layer in zip(names, self.layers, strict=True) if getattr(layer, "penalty", 0) > 0]
+        if (self.loss == "reconstruction") != bool(own):
+            raise ValueError(
+                f"layer {own[0]!r} has an objective of its own, which needs loss = 'reconstruction', not {self.loss!r}"
+                if own
+                else "loss = 'reconstruction' needs a layer with reconstruction > 0, e.g. one of type 'local'"
+            )
+        last = self.layers[-1]
+        if self.loss == "reconstruction":
+            return self
+        if not isinstance(last, Dense):
+            raise ValueError(
+                f"the last layer must be of type 'dense', for its units are the outputs, not {last.type!r}"
+            )
+        if self.loss != "squared" and last.activation != "linear":
+            raise ValueError(
+                f"the loss {self.loss!r} contains the last activation: the last layer must be 'linear', "
+                f"not {last.activation!r}"
+            )
+        return self
+
+    @property
+    def outputs(self) -> int:
+        """Units of the last layer."""
+        last = self.layers[-1]
+        assert isinstance(last, Dense)
+        return last.units
+
+    @property
+    def layer_names(self) -> tuple[str, ...]:
+        """The layers' names, given or by default."""
+        return tuple(
+            layer.name or f"{layer.type.rpartition(':')[2].lower()}{place}"
+            for place, layer in enumerate(self.layers, 1)
+        )
+
+
+class TopologySection(Section):
+    """How the ranks are used; one of the numbers may be left out and follows from the world's size."""
+
+    shards: Count | None = None
+    """Ranks that hold the parameters; by default 1."""
+    replicas: Count | None = None
+    """Instances of the model; by default as many as the ranks allow."""
+    partitions: Count | None = None
+    """Ranks that compute one replica together; by default 1."""
+    colocate: bool = False
+    """Put the shards on ranks that also work, instead of on ranks of their own."""
+
+
+class PlacedLayer(Section):
+    """How one layer is cut."""
+
+    boxes: tuple[str, ...] | None = None
+    """For each partition the outputs that it computes, a range for each axis: ``"0:8, :, 46:91"``; ``""`` for none."""
+    split: Literal["outputs", "inputs"] | None = None
+    """Whether the workers share its outputs, or its inputs and add up; by default what moves the fewest bytes."""
+
+
+class PlacementSection(Section):
+    """How a replica is cut over its partitions; without this section, so that little has to be exchanged."""
+
+    weights: tuple[Positive, ...] | None = None
+    """For each partition how fast its machine is; boxes are in proportion.  By default all are alike."""
+    layers: dict[Name, PlacedLayer] = {}  # noqa: RUF012 - copied for each section
+    """A ``[placement.layers.NAME]`` table for each layer that is not to be cut automatically."""
+
+
+class OptimizerSection(Section):
+    """How the parameters are learned."""
+
+    method: Literal["downpour", "sandblaster"] = "downpour"
+    """``downpour``: asynchronous SGD over the parameter server (paper, section 4.1); ``sandblaster``: distributed batch
+    optimisation (section 4.2), see ``[sandblaster]``."""
+    rule: Literal["sgd", "adagrad"] = "adagrad"
+    """The update that the shards apply."""
+    learning_rate: Positive = 0.01
+    """Rate of the rule; for ``adagrad`` the paper's gamma, about ten times the best fixed rate."""
+    initial_accumulator: NotNegative = 0.0
+    """Adagrad: what the sum of squared gradients starts from."""
+    epsilon: NotNegative = 1e-10
+    """Adagrad: added to the root of the sum, so that a gradient of zero gives a step of zero and not 0/0."""
+    batch_size: Count = 128
+    """Samples of one step of one replica."""
+    epochs: Positive = 10.0
+    """How often the training samples are passed through, all replicas together."""
+    n_push: Count = 1
+    """Push the accrued gradient every this many steps."""
+    n_fetch: Count = 1
+    """Fetch the parameters every this many steps."""
+    local_rate: NotNegative = 0.0
+    """Rate alpha of the replica's own steps between two fetches (algorithm 1.1); 0 takes none."""
+    warmstart: Annotated[int, Field(ge=0, strict=True)] = 0
+    """One replica takes this many steps alone before the others are released."""
+
+
+class SandblasterSection(Section):
+    """How ``optimizer.method = "sandblaster"`` works; the batch is cut into portions of ``optimizer.batch_size``."""
+
+    algorithm: Literal["lbfgs", "conjugate_gradients", "gradient_descent"] = "lbfgs"
+    """The batch method."""
+    memory: Annotated[int, Field(ge=0, le=1000, strict=True)] = 10
+    """L-BFGS: pairs of steps and gradient differences that are kept on the shards."""
+    line_search: Literal["strong_wolfe", "backtracking"] = "strong_wolfe"
+    """``strong_wolfe``: More and Thuente's; ``backtracking``: Armijo's condition alone."""
+    l1: NotNegative = 0.0
+    """Factor of the sum of magnitudes of all parameters, added to the loss (OWL-QN; L-BFGS only)."""
+    l2: NotNegative = 0.0
+    """Half of this times the sum of squares of all parameters is added to the loss."""
+    gtol: NotNegative = 1e-5
+    """Largest magnitude of the gradient at which the run ends."""
+    ftol: NotNegative = 2.2e-9
+    """Relative decrease of the loss in an iteration at which the run ends."""
+    batch_portions: Annotated[int, Field(ge=0, strict=True)] = 0
+    """Portions of a batch; 0 takes all training samples."""
+    batch_iterations: Count = 10
+    """Iterations on the same batch, where it is not all samples; the next ones take the next samples."""
+    portions_per_push: Count = 4
+    """Portions whose gradients a replica adds up before the shards take them."""
+    deterministic: bool = False
+    """Add up portions in their order, so that the result depends neither on timing nor on the number of replicas."""
+
+
+class ServerSection(Section):
+    """How gradients travel to the shards."""
+
+    inbox_mib: Positive = 64.0
+    """Memory (MiB) that each shard sets aside for incoming gradients, for all replicas together."""
+    chunk_kib: Positive = 4096.0
+    """Largest piece (KiB) in which a gradient is sent; smaller where many replicas share the inbox."""
+    push: Literal["shared", "copied"] = "shared"
+    """``shared``: shards read the gradients of workers on their host where they lie; ``copied``: all use the inbox."""
+    fetch: Literal["copied", "shared"] = "copied"
+    """``shared``: workers compute on the shards' own memory, which changes meanwhile; one host, one partition."""
+    transport: Literal["auto", "rma", "p2p"] = "auto"
+    """Between hosts, ``rma``: one-sided; ``p2p``: messages with the same results; ``auto``: what is faster at start."""
+    consistent: bool = False
+    """A fetch never sees a push half applied by a shard; it may have to wait for one to end."""
+    overlap: Literal["none", "threads"] = "none"
+    """``threads``: fetch, push and compute at the same time, as in the paper; ``none``: one after the other."""
+
+
+class CheckpointSection(Section):
+    """When to write the state of the run, and whether to go on from it."""
+
+    every_seconds: NotNegative = 600.0
+    """Time between two checkpoints; 0 writes only the last one."""
+    keep: Count = 2
+    """How many checkpoints stay; older ones are deleted after a newer one is whole."""
+    resume: Literal["auto", "never"] = "never"
+    """``auto``: go on from the latest checkpoint of the run directory, if there is one."""
+
+
+class MonitorSection(Section):
+    """What is reported while the run goes on."""
+
+    report_seconds: Positive = 1.0
+    """Time between two lines of each rank's records."""
+    evaluate_epochs: NotNegative = 1.0
+    """Epochs between two evaluations on the test data; 0 evaluates only at the end."""
+    progress: Literal["auto", "bar", "lines", "none"] = "auto"
+    """How progress is shown: a live bar on a terminal, lines elsewhere."""
+
+
+class Run(Section):
+    """The whole description of a run."""
+
+    run: RunSection = RunSection()
+    data: DataSection
+    network: NetworkSection
+    topology: TopologySection = TopologySection()
+    placement: PlacementSection = PlacementSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    sandblaster: SandblasterSection = SandblasterSection()
+    server: ServerSection = ServerSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    monitor: MonitorSection = MonitorSection()
+
+    @model_validator(mode="after")
+    def _steps_fit_the_server(self) -> Run:
+        if self.server.fetch == "shared" and self.server.consistent:
+            raise ValueError(
+                "server.consistent = true needs copies of the parameters, for the shards' own memory changes while a "
+                'gradient is computed: set server.fetch = "copied", or server.consistent = false'
+            )
+        if self.server.fetch == "shared" and (self.optimizer.n_fetch > 1 or self.optimizer.local_rate):
+            raise ValueError(
+                'server.fetch = "shared" computes on the shards\' own memory, which is never of an earlier fetch and '
+                "not the replica's to change: set optimizer.n_fetch = 1 and optimizer.local_rate = 0, or server.fetch "
+                '= "copied"'
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _method_fits(self) -> Run:
+        sandblaster = self.sandblaster
+        if sandblaster.l1 and sandblaster.algorithm != "lbfgs":
+            raise ValueError(
+                f"sandblaster.l1 = {sandblaster.l1:g} needs sandblaster.algorithm = 'lbfgs', not "
+                f"{sandblaster.algorithm!r}"
+            )
+        if self.optimizer.method == "sandblaster" and self.optimizer.warmstart:
+            raise ValueError(
+                "optimizer.warmstart is for the method 'downpour'; to begin Sandblaster from parameters that Downpour "
+                "has learned, go on from its checkpoint with checkpoint.resume = 'auto'"
+            )
+        if self.optimizer.method == "sandblaster" and self.server.transport == "p2p":
+            raise ValueError(
+                'server.transport = "p2p" has no atomic operations, which Sandblaster needs; set server.transport '
+                'to "rma"'
+            )
+        if self.optimizer.method == "sandblaster" and sandblaster.l1 and sandblaster.batch_portions:
+            raise ValueError("sandblaster.l1 goes with batches of all samples only: set sandblaster.batch_portions = 0")
+        return self
+
+    def to_json(self) -> str:
+        """Return the effective description, defaults included, as JSON text."""
+        return self.model_dump_json()
+
+    @classmethod
+    def from_json(cls, text: str) -> Run:
+        """Read what :meth:`to_json` wrote; raises UserError where it does not describe a run."""
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            raise UserError(explain(error, cls, "the stored description")) from None

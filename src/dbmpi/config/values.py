@@ -1,0 +1,37 @@
+"""What the values of a description may be, and what all its sections are."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_\-]*$", max_length=64)]
+# Strict: in a file that has types, true is no 1 and "5" is no 5.
+Count = Annotated[int, Field(ge=1, strict=True)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False, strict=True)]
+
+
+def _odd(value: int) -> int:
+    if value % 2 == 0:
+        raise ValueError("must be odd, so that the window has a place in its middle")
+    return value
+
+
+Odd = Annotated[int, Field(ge=1, strict=True), AfterValidator(_odd)]
+
+
+class Section(BaseModel):
+    """A part of the description: frozen, and without room for keys that nobody reads."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+def shown(value: Any) -> str:
+    """Return the beginning of a value as text."""
+    try:
+        return json.dumps(value, default=str)[:80]
+    except (ValueError, RecursionError):
+        return "a number or nesting too large to show"
