@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import numpy as np
 from mpi4py import MPI
 
 from dbmpi import batchrun, topology
-from dbmpi.checkpoint import directory
+from dbmpi.checkpoint.previous import check_same_order, previous
 from dbmpi.checkpoint.reader import Checkpoint
 from dbmpi.config import Run
 from dbmpi.data.source import Source
@@ -241,7 +240,7 @@ class _Session:
         session = np.zeros(1, np.int64)
         with together(self._comm, "preparing the run directory"):
             if self._is_lead:
-                found = _previous(run)
+                found = previous(run)
                 path = str(found or "")
                 session[0] = next_session(run.run.directory)
         path = waiting.broadcast_text(self._comm, path, 0, "the lead to look for a checkpoint")
@@ -252,7 +251,7 @@ class _Session:
         with together(self._comm, "reading the checkpoint"), Checkpoint.open(Path(path)) as checkpoint:
             checkpoint.expect(layout)
             info = checkpoint.info
-            _check_same_order(run, info.configuration, order, info.total, Path(path))
+            check_same_order(run, info.configuration, order, info.total, Path(path))
             frontier = min(info.frontier, order.batches)
             holes = tuple(hole for hole in info.holes if hole < frontier)
             begin = Begin(
@@ -418,65 +417,6 @@ class _Session:
             if lead is not None:
                 lead.evaluated(test, lead.epoch)
         return Result(steps, samples, seconds, test, stopped_by, float(numbers[3]), Path(path))
-
-
-def _previous(run: Run) -> Path | None:
-    """Return the checkpoint to go on from; refuse to write into another run's directory."""
-    place = run.run.directory
-    try:
-        for below in ("checkpoints", "records"):
-            (place / below).mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=place / below):
-                pass
-        directory.clean(place / "checkpoints")
-        existing = directory.checkpoints(place / "checkpoints")
-    except OSError as error:
-        raise UserError(
-            f"{place}: cannot be used as the run directory ({error.strerror}); set run.directory to a place that "
-            "you can write to"
-        ) from None
-    if not existing:
-        return None
-    if run.checkpoint.resume == "never":
-        raise UserError(
-            f"{place}: already holds checkpoints, the newest {existing[0].name}, and nothing is overwritten; set "
-            'checkpoint.resume = "auto" to go on from it, or run.directory to another place'
-        )
-    with Checkpoint.open(place) as checkpoint:
-        return checkpoint.path
-
-
-def _check_same_order(run: Run, stored: str, order: Order, total: int, path: Path) -> None:
-    """Refuse to go on where the numbers of the stream would mean other samples than before.
-
-    Parameters
-    ----------
-    stored
-        The description of the run that wrote the checkpoint.
-    order
-        Of the run that is to go on.
-    total
-        Batches of the run that wrote the checkpoint.
-    """
-    before = Run.from_json(stored)
-    pairs = {
-        "optimizer.batch_size": (before.optimizer.batch_size, run.optimizer.batch_size),
-        "run.seed": (before.run.seed, run.run.seed),
-        "network.loss": (before.network.loss, run.network.loss),
-    }
-    for key, (then, now) in pairs.items():
-        if then != now:
-            raise UserError(
-                f"{path}: was written with {key} = {then}, the run to go on has {now}; "
-                f"set it back, or start anew in another run.directory"
-            )
-    then = Order(order.samples, order.batch_size, before.optimizer.epochs, order.seed).batches
-    if then != total:
-        raise UserError(
-            f"{path}: was written by a run of {total} batches in {before.optimizer.epochs:g} epochs, but the "
-            f"{order.samples} samples of {run.data.train} make {then}: it has learned from other data; "
-            f"set data.train back, or start anew in another run.directory"
-        )
 
 
 def _use_kernels(network: Network, applied_rule: Rule, facts: _Facts, samples: int) -> None:
