@@ -100,14 +100,15 @@ def test_a_batch_of_no_samples_and_indices_out_of_range(tmp_path):
                 source.batch(wrong)
 
 
-def test_targets_are_optional_to_predict(tmp_path):
+def test_targets_are_optional_where_none_are_needed(tmp_path):
     path = write(tmp_path / "data.h5", np.ones((4, 3), np.float32), None)
     with Source.open(path, 1, targets="optional") as source:
         source.validate(full=True)
         assert not source.has_targets
         assert source.inputs(np.array([2])).shape == (3, 1)
+        assert source.batch(np.array([2, 0])).targets.tolist() == [0, 0]
         with pytest.raises(UserError, match="no dataset 'targets'"):
-            source.batch(np.array([2]))
+            source.targets(np.array([2]))
     with pytest.raises(UserError, match=r"data\.h5: has no dataset 'targets'; found 'inputs'"):
         Source.open(path, 1)
 

@@ -125,6 +125,8 @@ class Source:
     def batch(self, indices: np.ndarray) -> Batch:
         """Return the samples at `indices`, int64 ``(samples,)``, in this order; repeated indices are allowed.
 
+        Where the file has no targets, they are zeros, for a network that does not look at them.
+
         Raises
         ------
         UserError
