@@ -9,6 +9,7 @@ import pytest
 from parallel import tiny
 
 from dbmpi.checkpoint.reader import Checkpoint
+from dbmpi.monitor.records import read_records
 from dbmpi.train import train
 
 
@@ -71,3 +72,8 @@ def test_replicas_of_two_partitions_with_checkpoints_in_between(comm, place, col
         assert result.test is not None
         assert result.test.accuracy is not None
         assert result.test.accuracy > 0.8
+        reports = [record for record in read_records(run.run.directory) if record["kind"] == "worker"]
+        for partition in (0, 1):
+            mine = [record for record in reports if record["partition"] == partition]
+            assert sum(record["seconds"]["exchange"] for record in mine) > 0
+            assert all(record["layers"][name] > 0 for record in mine for name in ("forward 1", "backward 2"))

@@ -18,6 +18,7 @@ _TRAIN, _TEST, _QUIET = "#0072b2", "#d55e00", "0.55"
 # Of the Okabe-Ito palette, which the colour-blind can tell apart; grey for doing nothing.
 _ACTIVITIES = {
     "compute": "#0072b2",
+    "exchange": "#8c564b",
     "data": "#cc79a7",
     "fetch": "#56b4e9",
     "push": "#e69f00",
@@ -118,11 +119,11 @@ def time_spent(axes: Axes, history: History, role: str) -> None:
     places = np.arange(len(bars))
     for activity in activities:
         share = 100 * np.array([bar.get(activity, 0.0) for bar in bars]) / totals
-        color = _ACTIVITIES.get(activity, "#8c564b")
+        color = _ACTIVITIES.get(activity, "#7f7f7f")
         axes.barh(places, share, left=left, height=0.7, color=color, label=activity)
         for place in places[share >= 6]:
             middle = left[place] + share[place] / 2
-            dark = activity in ("compute", "apply")
+            dark = activity in ("compute", "apply", "exchange")
             axes.text(
                 middle,
                 place,

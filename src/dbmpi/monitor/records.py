@@ -72,11 +72,14 @@ class WorkerReport:
     fetched_bytes: int
     """Taken from the shards since the last report."""
     seconds: Mapping[str, float]
-    """Time since the last report by activity: ``compute, fetch, push, wait, data``."""
+    """Time since the last report by activity: ``compute, fetch, push, wait, data``, and where a replica is cut over
+    several ranks, ``exchange``, in which it also waits for the slowest of them."""
     replica: int | None = None
     """The replica it belongs to, where that is not the worker's own number."""
     partition: int = 0
     """Which partition of the replica it computes; only partition 0 counts for the replica's samples."""
+    layers: Mapping[str, float] | None = None
+    """Time since the last report by phase and layer, e.g. ``forward 1`` or ``exchange 4``: who is slow, and where."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -364,6 +367,8 @@ def _is_number(value: Any, kind: type[int | float] = float) -> bool:
 
 def _fits(value: Any, annotation: str) -> bool:
     """Whether a value from JSON is what a field's annotation says; floats may be null, for they may be not finite."""
+    if value is None and annotation.endswith("None"):
+        return True
     if annotation.startswith("Mapping"):
         return isinstance(value, dict) and all(entry is None or _is_number(entry) for entry in value.values())
     if annotation == "int":

@@ -18,6 +18,7 @@ from dbmpi.monitor.records import Recorder, Stopwatch, WorkerReport
 from dbmpi.objective import Batch, Objective, Outcome
 from dbmpi.optim.team import Decision, Team
 from dbmpi.paramserver.client import Client
+from dbmpi.partition.replica import Replica
 from dbmpi.runtime import waiting
 from dbmpi.runtime.orders import Kind, Mailbox, Role
 from dbmpi.runtime.signals import StopSignal
@@ -49,7 +50,7 @@ class Worker:
         run: Run,
         number: int,
         *,
-        objective: Objective,
+        objective: Replica,
         client: Client,
         mailbox: Mailbox,
         lead: int,
@@ -92,6 +93,7 @@ class Worker:
         self._recent = Outcome(0, 0.0, 0)
         self._reported = time.monotonic()
         self._moved_bytes = (0, 0)
+        self._layers_reported: dict[str, float] = {}
         self._next_evaluation = run.monitor.evaluate_epochs
 
     # What the loop asks for
@@ -238,6 +240,7 @@ class Worker:
         now = time.monotonic()
         pushed, fetched = self._client.pushed_bytes, self._client.fetched_bytes
         recent = self._recent
+        seconds, layers = self._time_spent()
         if recent.samples:
             self._recorder.write(
                 WorkerReport(
@@ -249,12 +252,30 @@ class Worker:
                     samples_per_second=recent.samples / max(now - self._reported, 1e-9),
                     pushed_bytes=pushed - self._moved_bytes[0],
                     fetched_bytes=fetched - self._moved_bytes[1],
-                    seconds=self.stopwatch.take(_ACTIVITIES),
+                    seconds=seconds,
+                    layers=layers,
                     replica=self._number,
                     partition=self._team.partition,
                 )
             )
         self._reported, self._recent, self._moved_bytes = now, Outcome(0, 0.0, 0), (pushed, fetched)
+
+    def _time_spent(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Return the time since the last report by activity, and by phase and layer."""
+        total = {
+            f"{phase} {number}": taken
+            for phase, layers in self._objective.seconds.items()
+            for number, taken in enumerate(layers, 1)
+        }
+        layers = {name: taken - self._layers_reported.get(name, 0.0) for name, taken in total.items()}
+        self._layers_reported = total
+        seconds = self.stopwatch.take(_ACTIVITIES)
+        if self._objective.partitions > 1:
+            # Of evaluations, too, which count as waiting.
+            exchange = sum(taken for name, taken in layers.items() if name.startswith("exchange"))
+            seconds["exchange"] = min(exchange, seconds["compute"])
+            seconds["compute"] -= seconds["exchange"]
+        return seconds, {name: taken for name, taken in layers.items() if taken > 0}
 
 
 def evaluate(

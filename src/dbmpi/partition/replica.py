@@ -100,6 +100,11 @@ class Replica:
         return self.parameters.size
 
     @property
+    def partitions(self) -> int:
+        """Number of workers."""
+        return self._group.size
+
+    @property
     def seconds(self) -> dict[str, list[float]]:
         """Time spent so far, by layer: ``forward``, ``backward``, ``exchange`` (waiting for others included)."""
         return self._clock.seconds
