@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -22,6 +23,10 @@ from dbmpi.runtime import waiting
 
 if TYPE_CHECKING:
     from mpi4py import MPI
+
+
+_FOR_THE_LAUNCHER = 0.2
+"""Seconds that the launcher is given to read a last message."""
 
 
 class ToldElsewhere(KnownToAll):
@@ -80,6 +85,8 @@ def report_and_abort(error: BaseException) -> NoReturn:
         sys.stderr.flush()
     if size == 1:
         raise SystemExit(code)
+    # MPICH's launcher passes on what a rank has written when it gets round to it, and drops the rest at an abort.
+    time.sleep(_FOR_THE_LAUNCHER)
     MPI.COMM_WORLD.Abort(code)
     os._exit(code)  # MPICH's Abort may return before the launcher has killed this rank
 
