@@ -54,22 +54,24 @@ class TiledProduct:
         """
         (m, k), n = a.shape, b.shape[1]
         width = tile_columns(out.dtype)
-        columns = -(-n // width) * width
-        pieces = -(-k * columns * out.itemsize // PACKED_BYTES)
-        piece = -(-k // (pieces * DEPTH)) * DEPTH
-        packed = self._workspace(columns * min(piece, k), out.dtype)
+        panels = -(-n // width)
+        pieces = -(-k * panels * width * out.itemsize // PACKED_BYTES)
+        # Another piece of columns reads `a` once more, another piece of rows reads and writes `out`.
+        rows, columns = (k, -(-panels // pieces)) if k < 2 * n else (-(-k // (pieces * DEPTH)) * DEPTH, panels)
+        packed = self._workspace(min(rows, k) * columns * width, out.dtype)
         strips = -(-m // ROWS)
         block = min(BLOCK // ROWS, -(-strips // THREADS)) * ROWS
-        for first in range(0, k, piece):
-            last = min(k, first + piece)
-            if b.flags.c_contiguous:
-                _pack_rows(b.reshape(-1), first, last, n, width, packed)
-            else:
-                _pack_columns(b.T.reshape(-1), first, last, k, n, width, packed)
-            if a.flags.c_contiguous:
-                _multiply(False)(a.reshape(-1), packed, out.reshape(-1), m, n, k, first, last, width, block)
-            else:
-                _multiply(True)(a.T.reshape(-1), packed, out.reshape(-1), m, n, k, first, last, width, block)
+        for left in range(0, panels, columns):
+            right = min(panels, left + columns)
+            for first in range(0, k, rows):
+                last = min(k, first + rows)
+                if b.flags.c_contiguous:
+                    _pack_rows(b.reshape(-1), first, last, left, right, n, width, packed)
+                else:
+                    _pack_columns(b.T.reshape(-1), first, last, left, right, k, n, width, packed)
+                by_columns = not a.flags.c_contiguous
+                flat = (a.T if by_columns else a).reshape(-1)
+                _multiply(by_columns)(flat, packed, out.reshape(-1), m, n, k, first, last, left, right, width, block)
 
     def _workspace(self, size: int, dtype: np.dtype) -> np.ndarray:
         size *= dtype.itemsize
@@ -84,14 +86,17 @@ def tile_columns(dtype: np.dtype) -> int:
 
 
 @parallel_kernel
-def _pack_rows(b: np.ndarray, first: int, last: int, n: int, width: int, packed: np.ndarray) -> None:
-    """Cut the rows [first, last) of `b` (k, n) into panels of `width` columns, the last one filled up with zeros."""
-    for panel in prange(-(-n // width)):
-        filled = min(width, n - panel * width)
+def _pack_rows(
+    b: np.ndarray, first: int, last: int, left: int, right: int, n: int, width: int, packed: np.ndarray
+) -> None:
+    """Cut rows [first, last) of `b` (k, n) into panels of `width` columns, filled up with zeros; pack [left, right)."""
+    for number in prange(right - left):
+        start = (left + number) * width
+        filled = min(width, n - start)
         for row in range(last - first):
             # Views, because Numba allows for negative indices wherever it cannot see that there are none.
-            source = b[(first + row) * n + panel * width :][:filled]
-            target = packed[(panel * (last - first) + row) * width :][:width]
+            source = b[(first + row) * n + start :][:filled]
+            target = packed[(number * (last - first) + row) * width :][:width]
             for column in range(filled):
                 target[column] = source[column]
             for column in range(filled, width):
@@ -99,13 +104,16 @@ def _pack_rows(b: np.ndarray, first: int, last: int, n: int, width: int, packed:
 
 
 @parallel_kernel
-def _pack_columns(b: np.ndarray, first: int, last: int, k: int, n: int, width: int, packed: np.ndarray) -> None:
+def _pack_columns(
+    b: np.ndarray, first: int, last: int, left: int, right: int, k: int, n: int, width: int, packed: np.ndarray
+) -> None:
     """As `_pack_rows`, for a `b` whose columns are contiguous: element (row, column) at ``column * k + row``."""
-    for panel in prange(-(-n // width)):
+    for number in prange(right - left):
+        panel = left + number
         filled = min(width, n - panel * width)
         for start in range(0, last - first, 16):  # a cache line of every column at a time
             height = min(16, last - first - start)
-            block = packed[(panel * (last - first) + start) * width :][: height * width].reshape(height, width)
+            block = packed[(number * (last - first) + start) * width :][: height * width].reshape(height, width)
             for column in range(filled):
                 source = b[(panel * width + column) * k + first + start :][:height]
                 for row in range(height):
@@ -126,20 +134,21 @@ def _multiply(by_columns: bool) -> Kernel[..., None]:
         k: int,
         first: int,
         last: int,
+        left: int,
+        right: int,
         width: int,
         block: int,
     ) -> None:
         row_step, column_step = (1, m) if by_columns else (k, 1)
-        panels = -(-n // width)
         for number in prange(-(-m // block)):
             top, bottom = number * block, min(m, number * block + block)
             strip = np.zeros(ROWS * DEPTH, out.dtype)
             tile = np.empty(ROWS * width, out.dtype)
-            for group in range(0, panels, GROUP):
+            for group in range(left, right, GROUP):
                 for start in range(first, last, DEPTH):
                     depth = min(DEPTH, last - start)
-                    for panel in range(group, min(panels, group + GROUP)):
-                        b_start = (panel * (last - first) + start - first) * width
+                    for panel in range(group, min(right, group + GROUP)):
+                        b_start = ((panel - left) * (last - first) + start - first) * width
                         columns = min(width, n - panel * width)
                         for row in range(top, bottom, ROWS):
                             a_start = row * row_step + start * column_step
