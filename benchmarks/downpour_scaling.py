@@ -117,6 +117,7 @@ def contestant(way: str, period: int, replicas: int, shards: int) -> None:
     from dbmpi.objective import Batch, Outcome
     from dbmpi.optim.datapath import Blocking, DataPath, Overlapped
     from dbmpi.optim.downpour import downpour
+    from dbmpi.paramserver.layout import cut
     from dbmpi.paramserver.rules import Sgd
     from dbmpi.paramserver.store import Store
     from dbmpi.runtime import waiting, world
@@ -168,7 +169,7 @@ def contestant(way: str, period: int, replicas: int, shards: int) -> None:
         def pushed(self, steps: int) -> None:
             pass
 
-    with Store(comm, plan, size, config.ServerSection(**WAYS[way]), dtype, size) as store:
+    with Store(comm, plan, cut(size, plan.shards), config.ServerSection(**WAYS[way]), dtype, size) as store:
         shard = plan.shard_of(comm.rank)
         if shard is None:
             client = store.client()

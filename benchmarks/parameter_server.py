@@ -77,6 +77,7 @@ def contestant(way: str) -> None:
 
     from dbmpi.config import ServerSection
     from dbmpi.objective import Outcome
+    from dbmpi.paramserver.layout import cut
     from dbmpi.paramserver.rules import Adagrad, Rule, Sgd, State
     from dbmpi.paramserver.store import Store
     from dbmpi.runtime import waiting, world
@@ -99,7 +100,7 @@ def contestant(way: str) -> None:
 
     comm, rule, dtype = world.start(), Either(), np.dtype(np.float32)
     plan = Plan(shards=1, replicas=1)
-    with Store(comm, plan, FLOATS, ServerSection(**WAYS[way]), dtype, FLOATS) as store:
+    with Store(comm, plan, cut(FLOATS, plan.shards), ServerSection(**WAYS[way]), dtype, FLOATS) as store:
         if comm.rank == 0:
             server = store.server(rule)
             server.begin(None)

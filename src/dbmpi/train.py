@@ -14,6 +14,7 @@ from mpi4py import MPI
 from dbmpi import batchrun, topology
 from dbmpi.checkpoint.previous import check_same_order, previous
 from dbmpi.checkpoint.reader import Checkpoint
+from dbmpi.checkpoint.schema import PARAMETERS
 from dbmpi.config import Run
 from dbmpi.data.source import Source
 from dbmpi.data.stream import Order, Stream
@@ -33,6 +34,8 @@ from dbmpi.paramserver.rules import Rule, State, rule
 from dbmpi.paramserver.server import Server
 from dbmpi.paramserver.store import Store
 from dbmpi.partition import placement
+from dbmpi.partition.arrangement import Arrangement
+from dbmpi.partition.arrangement import described as arranged
 from dbmpi.partition.describe import summarise
 from dbmpi.partition.placement import Placement
 from dbmpi.partition.products import agree_on_products
@@ -165,8 +168,10 @@ class _Session:
         if run.optimizer.method == "sandblaster":
             return self._sandblast(network, replica, order, facts)
         with together(self._comm, "planning the shards' memory"):
+            server = run.server
+            arrangement = arranged(server.align, network.layers, network.layout, placed, plan.shards)
             size = 0 if replica is None else replica.size
-            store = Store(self._comm, plan, network.layout.size, run.server, DTYPE, size)
+            store = Store(self._comm, plan, arrangement.ranges, server, DTYPE, size)
         self._stack.enter_context(store)
         begin, checkpoint, session = self._prepare_directory(network.layout, order)
         batch_size = run.optimizer.batch_size
@@ -181,17 +186,17 @@ class _Session:
             if number is not None:
                 recorder = self._recorder("shard", number, session, started)
                 held = store.ranges[number]
-                server = store.server(applied_rule)
-                _fill(server, held, network, checkpoint, applied_rule)
+                served = store.server(applied_rule)
+                _fill(served, arrangement, held, network, checkpoint, applied_rule)
                 mailbox = Mailbox(self._comm, Role.SHARD)
                 if self._is_lead:
-                    lead = self._lead(network, placed, store, begin, mailbox, recorder, facts, order)
-                shard = Shard(self._comm, server, held, mailbox, recorder, stop, run.monitor.report_seconds, lead)
+                    lead = self._lead(network, arrangement, placed, store, begin, mailbox, recorder, facts, order)
+                shard = Shard(self._comm, served, held, mailbox, recorder, stop, run.monitor.report_seconds, lead)
 
         began = time.monotonic()
         worker = None
         if replica is not None:
-            worker = self._work(replica, store, begin, order, session, started, stop, shard)
+            worker = self._work(replica, arrangement, store, begin, order, session, started, stop, shard)
         if shard is not None:
             shard.serve()
         seconds = time.monotonic() - began
@@ -271,6 +276,7 @@ class _Session:
     def _lead(
         self,
         network: Network,
+        arrangement: Arrangement,
         placed: Placement,
         store: Store,
         begin: Begin,
@@ -296,8 +302,7 @@ class _Session:
             self._comm,
             run,
             self._plan,
-            layout,
-            store.ranges,
+            arrangement,
             begin,
             mailbox=mailbox,
             recorder=recorder,
@@ -313,6 +318,7 @@ class _Session:
     def _work(
         self,
         replica: Replica,
+        arrangement: Arrangement,
         store: Store,
         begin: Begin,
         order: Order,
@@ -327,7 +333,7 @@ class _Session:
         assert self._train_source is not None
         serve: Callable[[], bool] | None = None if shard is None else shard.poll
         place = number // plan.partitions
-        client = store.client(replica.parameters.runs, serve)
+        client = store.client(replica.parameters.runs_in(arrangement), serve)
         worker = Worker(
             run,
             place,
@@ -433,18 +439,25 @@ def _use_kernels(network: Network, applied_rule: Rule, facts: _Facts, samples: i
     updates.add(few, few.copy())
 
 
-def _fill(server: Server, held: range, network: Network, path: Path | None, applied_rule: Rule) -> None:
+def _fill(
+    server: Server,
+    arrangement: Arrangement,
+    held: range,
+    network: Network,
+    path: Path | None,
+    applied_rule: Rule,
+) -> None:
     """Give a shard its first parameters and state: fresh ones, or those of a checkpoint."""
     if path is None:
-        network.initial(held.start, server.parameters)
+        for start, local, length in arrangement.pieces(held):
+            network.initial(start, server.parameters[local : local + length])
         server.begin(None)
         return
     with Checkpoint.open(path) as checkpoint:
-        checkpoint.read("parameters", held.start, server.parameters)
         state: State = applied_rule.init(server.parameters)
-        for name, values in state.items():
-            if name in checkpoint.vectors:
-                checkpoint.read(name, held.start, values)
+        for name, values in {PARAMETERS: server.parameters, **state}.items():
+            for start, local, length in arrangement.pieces(held) if name in checkpoint.vectors else ():
+                checkpoint.read(name, start, values[local : local + length])
         versions = checkpoint.info.shard_versions
     # Cut otherwise, the shards have no versions of their own to go on from.
     server.begin(state, max(versions))

@@ -14,7 +14,7 @@ from dbmpi.errors import UserError
 from dbmpi.objective import Outcome
 from dbmpi.paramserver import client as client_module
 from dbmpi.paramserver import window
-from dbmpi.paramserver.layout import Run
+from dbmpi.paramserver.layout import Run, cut
 from dbmpi.paramserver.rules import Adagrad, Rule, Sgd
 from dbmpi.paramserver.server import Server
 from dbmpi.paramserver.store import Store
@@ -89,10 +89,10 @@ def parameter_server(
     else:
         plan = Plan(min(shards, comm.size), comm.size, colocate=True)
     section = ServerSection(**WAYS[way], overlap=overlap, consistent=consistent)
-    shared = "transport" not in WAYS[way]
+    shared, ranges = "transport" not in WAYS[way], cut(elements, plan.shards)
     with (
         Communicators(comm, plan) as comms,
-        Store(comms.world, plan, elements, section, FLOAT, elements, shared=shared, chunk=chunk) as store,
+        Store(comms.world, plan, ranges, section, FLOAT, elements, shared=shared, chunk=chunk) as store,
     ):
         yield Bench(plan, store, rule or Sgd(1.0), comms.world)
 
@@ -178,7 +178,7 @@ def test_partitions_of_one_replica_do_not_make_each_other_stale(comm) -> None:
     """Each has its own part of the parameters; what the same partition of another replica pushes does."""
     elements, half = 10, 5
     plan = Plan(shards=1, replicas=2, partitions=2)
-    with Store(comm, plan, elements, ServerSection(), FLOAT, half) as store:
+    with Store(comm, plan, cut(elements, 1), ServerSection(), FLOAT, half) as store:
         client = server = None
         if comm.rank == 0:
             server = store.server(Sgd(1.0))

@@ -10,6 +10,9 @@ from parallel import tiny
 
 from dbmpi.checkpoint.reader import Checkpoint
 from dbmpi.monitor.records import read_records
+from dbmpi.network.network import Network
+from dbmpi.partition import placement
+from dbmpi.partition.tensors import worker_layout
 from dbmpi.train import train
 
 
@@ -77,3 +80,74 @@ def test_replicas_of_two_partitions_with_checkpoints_in_between(comm, place, col
             mine = [record for record in reports if record["partition"] == partition]
             assert sum(record["seconds"]["exchange"] for record in mine) > 0
             assert all(record["layers"][name] > 0 for record in mine for name in ("forward 1", "backward 2"))
+
+
+LAYERS = (
+    {"type": "dense", "units": 24, "activation": "tanh"},
+    {"type": "dense", "units": 10, "activation": "tanh"},
+    {"type": "dense", "units": tiny.CLASSES},
+)
+SPLIT = {"layers": {"dense2": {"split": "inputs"}}}
+
+
+def topologies(ranks: int):
+    """Yield topologies of one replica for a world: numbers of shards and partitions that divide each other or not."""
+    for partitions in range(1, ranks):
+        yield {"shards": ranks - partitions, "replicas": 1, "partitions": partitions}
+    for shards in {1, ranks // 2, ranks} - {0}:
+        yield {"shards": shards, "replicas": 1, "partitions": ranks, "colocate": True}
+
+
+def moved(directory: Path) -> dict[int, dict[str, int]]:
+    """Return for each partition what its worker has moved."""
+    total: dict[int, dict[str, int]] = {}
+    for record in read_records(directory):
+        if record["kind"] == "worker":
+            mine = total.setdefault(record["partition"], {"step": 0})
+            for name in ("pushed_bytes", "fetched_bytes", "pushed_chunks", "fetched_pieces"):
+                mine[name] = mine.get(name, 0) + record[name]
+            mine["step"] = max(mine["step"], record["step"])
+    return total
+
+
+@pytest.mark.parallel([1, 2, 3, 4, 6])
+def test_shards_that_follow_partitions_learn_the_same_and_move_the_least(comm, place) -> None:
+    """Bit for bit, in one piece a shard; and each goes on from the checkpoint of the other."""
+    for number, topology in enumerate(topologies(comm.size)):
+        partitions, shards = topology["partitions"], topology["shards"]
+        learned, pieces = [], []
+        for align, other in (("equal", "partition"), ("partition", "equal")):
+            run = tiny.describe(
+                place,
+                run={"directory": place / f"{number}-{align}"},
+                network={"layers": LAYERS},
+                placement=SPLIT if partitions > 1 else {},
+                server={"align": align},
+                topology=topology,
+                optimizer={"epochs": 2},
+            )
+            train(run, comm)
+            found = moved(run.run.directory)
+            pieces.append({partition: mine["fetched_pieces"] for partition, mine in found.items()})
+            # The rest is learned under the other alignment.
+            more = run.model_copy(
+                update={
+                    "server": run.server.model_copy(update={"align": other}),
+                    "optimizer": run.optimizer.model_copy(update={"epochs": 3.0}),
+                }
+            )
+            train(more, comm)
+            learned.append(tiny.vectors(run.run.directory))
+            network = Network(run.network, (tiny.FEATURES,), run.run.seed)
+            placed = placement.described(run.placement, network.layers, partitions)
+            for partition, mine in found.items() if align == "partition" else ():
+                own = worker_layout(network.layers, placed, partition).size
+                assert mine["pushed_bytes"] == mine["fetched_bytes"] == 4 * own * mine["step"]
+                # One piece for each shard that holds something of this partition.
+                most = -(-shards // partitions) if shards % partitions == 0 or partitions % shards == 0 else shards
+                assert mine["fetched_pieces"] <= most * mine["step"]
+                assert mine["pushed_chunks"] <= most * mine["step"]
+        for name, values in learned[0].items():
+            np.testing.assert_array_equal(values, learned[1][name])
+        if partitions > 1 and comm.rank == 0:
+            assert all(pieces[1][partition] < pieces[0][partition] for partition in pieces[1])

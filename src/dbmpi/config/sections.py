@@ -189,6 +189,9 @@ class ServerSection(Section):
     """``shared``: workers compute on the shards' own memory, which changes meanwhile; one host, one partition."""
     transport: Literal["auto", "rma", "p2p"] = "auto"
     """Between hosts, ``rma``: one-sided; ``p2p``: messages with the same results; ``auto``: what is faster at start."""
+    align: Literal["equal", "partition"] = "equal"
+    """``equal``: each shard holds as much; ``partition`` (Downpour): shards end where partitions do, so that a worker
+    deals with the shards of its own part alone, and in one piece with each."""
     consistent: bool = False
     """A fetch never sees a push half applied by a shard; it may have to wait for one to end."""
     overlap: Literal["none", "threads"] = "none"

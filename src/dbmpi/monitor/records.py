@@ -78,6 +78,10 @@ class WorkerReport:
     """The replica it belongs to, where that is not the worker's own number."""
     partition: int = 0
     """Which partition of the replica it computes; only partition 0 counts for the replica's samples."""
+    pushed_chunks: int = 0
+    """Pieces in which the gradients went."""
+    fetched_pieces: int = 0
+    """Pieces in which the parameters came."""
     layers: Mapping[str, float] | None = None
     """Time since the last report by phase and layer, e.g. ``forward 1`` or ``exchange 4``: who is slow, and where."""
 

@@ -27,8 +27,8 @@ from dbmpi.monitor.progress import Progress
 from dbmpi.monitor.records import EvaluationReport, Recorder, StalenessHistogram
 from dbmpi.objective import Outcome
 from dbmpi.optim.saving import save
-from dbmpi.paramserver.layout import Layout
 from dbmpi.paramserver.server import Tally
+from dbmpi.partition.arrangement import Arrangement
 from dbmpi.runtime import waiting
 from dbmpi.runtime.orders import Kind, Mailbox, Message, Role
 from dbmpi.topology import Plan
@@ -83,8 +83,7 @@ class Lead:
         comm: MPI.Intracomm,
         run: Run,
         plan: Plan,
-        layout: Layout,
-        ranges: tuple[range, ...],
+        arrangement: Arrangement,
         begin: Begin,
         *,
         mailbox: Mailbox,
@@ -98,8 +97,7 @@ class Lead:
         self._comm = comm
         self._run = run
         self._plan = plan
-        self._layout = layout
-        self._ranges = ranges
+        self._arrangement = arrangement
         self._begin = begin
         self._mailbox = mailbox
         self._recorder = recorder
@@ -267,8 +265,7 @@ class Lead:
             self._comm,
             self._plan.shard_ranks,
             checkpoint_path(self._run.run.directory, steps),
-            self._layout,
-            self._ranges,
+            self._arrangement,
             vectors,
             shard.version,
             describe,

@@ -37,6 +37,7 @@ from dbmpi.optim.methods import conjugate_gradients, exact_search, gradient_desc
 from dbmpi.optim.passes import Passes, Station
 from dbmpi.optim.saving import save
 from dbmpi.optim.shardspace import COMMANDS, ShardSpace
+from dbmpi.partition.arrangement import Arrangement
 from dbmpi.runtime import orders, waiting
 
 if TYPE_CHECKING:
@@ -369,8 +370,7 @@ class Coordinator:
             self._comm,
             plan.shard_ranks,
             checkpoint_path(self._run.run.directory, steps),
-            self._layout,
-            self._ranges,
+            Arrangement(self._layout, tuple(self._ranges)),
             {name: self._local.array(name) for name in names},
             self._local.version,
             describe,

@@ -10,7 +10,7 @@ import numpy as np
 
 from dbmpi.checkpoint.schema import CheckpointInfo
 from dbmpi.checkpoint.writer import CheckpointWriter
-from dbmpi.paramserver.layout import Layout
+from dbmpi.partition.arrangement import Arrangement
 from dbmpi.runtime import waiting
 
 if TYPE_CHECKING:
@@ -27,8 +27,7 @@ def save(
     comm: MPI.Intracomm,
     shard_ranks: Sequence[int],
     path: Path,
-    layout: Layout,
-    ranges: Sequence[range],
+    arrangement: Arrangement,
     vectors: Mapping[str, np.ndarray],
     version: int,
     describe: Callable[[tuple[int, ...]], CheckpointInfo],
@@ -41,6 +40,8 @@ def save(
 
     Parameters
     ----------
+    arrangement
+        In which order the shards hold the vectors; the checkpoint has that of the layout.
     vectors, version
         The lead's own part, and its version.
     describe
@@ -51,17 +52,21 @@ def save(
         Called now and then.
     """
     versions = [version] * len(shard_ranks)
-    dtype = vectors["parameters"].dtype
-    with CheckpointWriter(path, layout, tuple(vectors), dtype) as writer:
-        for name, values in vectors.items():
+    dtype, ranges = vectors["parameters"].dtype, arrangement.ranges
+    with CheckpointWriter(path, arrangement.layout, tuple(vectors), dtype) as writer:
+
+        def write(name: str, held: range, values: np.ndarray) -> None:
             check(name, values)
-            writer.write(name, ranges[0].start, values)
+            for start, local, length in arrangement.pieces(held):
+                writer.write(name, start, values[local : local + length])
+            alive()
+
+        for name, values in vectors.items():
+            write(name, ranges[0], values)
         for other, rank in enumerate(shard_ranks[1:], 1):
             versions[other], pieces = collect(comm, rank, ranges[other], tuple(vectors), dtype)
             for name, start, values in pieces:
-                check(name, values)
-                writer.write(name, start, values)
-                alive()
+                write(name, range(start, start + len(values)), values)
         return writer.commit(describe(tuple(versions)), keep)
 
 
@@ -85,7 +90,7 @@ def collect(
     version
         The shard's version.
     pieces
-        ``(vector, start, values)`` with the start in the whole flat vector; `values` is only valid until the next
+        ``(vector, start, values)`` with the start in the shards' order; `values` is only valid until the next
         piece.
     """
     version = np.empty(1, np.int64)

@@ -92,7 +92,7 @@ class Worker:
         self._samples = 0
         self._recent = Outcome(0, 0.0, 0)
         self._reported = time.monotonic()
-        self._moved_bytes = (0, 0)
+        self._moved = (0, 0, 0, 0)
         self._layers_reported: dict[str, float] = {}
         self._next_evaluation = run.monitor.evaluate_epochs
 
@@ -238,8 +238,8 @@ class Worker:
 
     def _report(self) -> None:
         now = time.monotonic()
-        pushed, fetched = self._client.pushed_bytes, self._client.fetched_bytes
-        recent = self._recent
+        moved, recent = self._client.moved, self._recent
+        pushed_bytes, fetched_bytes, chunks, pieces = map(int.__sub__, moved, self._moved)
         seconds, layers = self._time_spent()
         if recent.samples:
             self._recorder.write(
@@ -250,15 +250,17 @@ class Worker:
                     loss=recent.mean_loss,
                     accuracy=recent.accuracy,
                     samples_per_second=recent.samples / max(now - self._reported, 1e-9),
-                    pushed_bytes=pushed - self._moved_bytes[0],
-                    fetched_bytes=fetched - self._moved_bytes[1],
+                    pushed_bytes=pushed_bytes,
+                    fetched_bytes=fetched_bytes,
                     seconds=seconds,
                     layers=layers,
                     replica=self._number,
                     partition=self._team.partition,
+                    pushed_chunks=chunks,
+                    fetched_pieces=pieces,
                 )
             )
-        self._reported, self._recent, self._moved_bytes = now, Outcome(0, 0.0, 0), (pushed, fetched)
+        self._reported, self._recent, self._moved = now, Outcome(0, 0.0, 0), moved
 
     def _time_spent(self) -> tuple[dict[str, float], dict[str, float]]:
         """Return the time since the last report by activity, and by phase and layer."""

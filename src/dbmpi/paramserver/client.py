@@ -62,6 +62,8 @@ class Client:
         Gradients given to the shards so far, also where they read them in place.
     fetched_bytes
         Parameters copied from the shards so far.
+    pushed_chunks, fetched_pieces
+        In how many transfers that was.
     far
         Whether some shard cannot read the gradient in place, so that sending it takes time.
     """
@@ -86,6 +88,8 @@ class Client:
         self.parameters = parameters
         self.pushed_bytes = 0
         self.fetched_bytes = 0
+        self.pushed_chunks = 0
+        self.fetched_pieces = 0
         self._window = window
         self._memories = memories
         self._ranks = ranks
@@ -155,6 +159,11 @@ class Client:
         if not any(piece.pushed for piece in self._pieces[LEAD]):
             self.report(outcome, steps)
         self.drain(self._serve)
+
+    @property
+    def moved(self) -> tuple[int, int, int, int]:
+        """Bytes pushed and fetched so far, and the numbers of their pieces."""
+        return self.pushed_bytes, self.fetched_bytes, self.pushed_chunks, self.fetched_pieces
 
     def settle(self) -> None:
         """Wait until everything pushed has been applied."""
@@ -265,6 +274,7 @@ class Client:
             else:
                 self._window.get(rank, memory.parameters + piece.start * memory.itemsize, part)
             self.fetched_bytes += part.nbytes
+            self.fetched_pieces += 1
 
     def _copy_consistently(self, shard: int, parameters: np.ndarray, serve: Callable[[], bool] | None) -> int:
         """Copy what a shard holds until no push was begun or ended meanwhile; return its version.
@@ -340,6 +350,7 @@ class Client:
         self._posted[shard] = count + 1
         self._window.store(rank, memory.posted(self._number), count + 1)
         self.pushed_bytes += data.nbytes
+        self.pushed_chunks += bool(data.size)
         self._queues[shard].popleft()
         return True
 

@@ -13,7 +13,7 @@ from dbmpi.config import ServerSection
 from dbmpi.errors import KnownToAll, UserError
 from dbmpi.paramserver import window as windows
 from dbmpi.paramserver.client import Client
-from dbmpi.paramserver.layout import Run, cut
+from dbmpi.paramserver.layout import Run
 from dbmpi.paramserver.memory import Memory, chunk_elements, lines
 from dbmpi.paramserver.probe import choose
 from dbmpi.paramserver.rules import Rule
@@ -43,7 +43,7 @@ class Store:
         self,
         comm: MPI.Intracomm,
         plan: Plan,
-        elements: int,
+        ranges: Sequence[range],
         section: ServerSection,
         dtype: np.dtype[np.floating],
         own: int,
@@ -59,8 +59,8 @@ class Store:
             All ranks of the plan.
         plan
             Which rank plays which role.
-        elements
-            Of the whole parameter vector.
+        ranges
+            The range of the flat vector that each shard holds.
         section
             How gradients and parameters travel.
         dtype
@@ -84,7 +84,7 @@ class Store:
         self._gradients = 2 if self.overlap else 1
         self._shard = plan.shard_of(comm.rank)
         self._worker = plan.worker_of(comm.rank)
-        self.ranges = cut(elements, plan.shards)
+        self.ranges = tuple(ranges)
         self.notes: tuple[str, ...] = ()
         if section.overlap == "threads" and not self.overlap:
             self.notes += ("this MPI does not let several threads call it: nothing is overlapped",)
@@ -139,7 +139,7 @@ class Store:
         Parameters
         ----------
         runs
-            Which parts of the whole vector the worker's own is made of; by default all.
+            Which parts of the shards' vector the worker's own is made of; by default all.
         serve
             Called while the rank waits.
         """

@@ -11,6 +11,7 @@ import numpy as np
 
 from dbmpi.network.layer import Arrays, Layer
 from dbmpi.paramserver.layout import Layout, Run
+from dbmpi.partition.arrangement import Arrangement
 from dbmpi.partition.boxes import Box
 from dbmpi.partition.group import Group, Shelf
 from dbmpi.partition.placement import Placement
@@ -66,6 +67,7 @@ class LocalParameters:
         parts = tensor_parts(layers, placement)
         self._layers: list[list[_Held]] = []
         self._shared: list[list[tuple[Part, _Held, Shelf]]] = []
+        self._held: dict[str, tuple[Box, int]] = {}
         runs: list[Run] = []
         position = 0
         pushed = pushed_runs(layout, parts, worker)
@@ -74,6 +76,7 @@ class LocalParameters:
             for short, tensor in layer.tensors.items():
                 mine = _Held(short, boxes[tensor.name], position)
                 held.append(mine)
+                self._held[tensor.name] = mine.box, position
                 for part in parts:
                     if part.tensor == tensor and part.shared:
                         shared.append((part, mine, group.shelf(fixed=part.box.size)))
@@ -86,6 +89,12 @@ class LocalParameters:
             self._shared.append(shared)
         self.size = position
         self.runs = tuple(runs)
+
+    def runs_in(self, arrangement: Arrangement) -> tuple[Run, ...]:
+        """Return :attr:`runs` as they lie in the shards' order."""
+        if not arrangement.parts:
+            return self.runs
+        return arrangement.runs(self._group.rank, self._held)
 
     @property
     def parts(self) -> tuple[range, ...]:

@@ -1,0 +1,98 @@
+"""The shards' order of the parameters: every element once, every worker's own in as few pieces as can be."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from unit.partition_cases import networks, random_placements, shares
+from unit.partition_layers import Dense, Filter, SplitDense, layout_of
+
+from dbmpi.paramserver.client import pieces
+from dbmpi.partition.arrangement import aligned, equal
+from dbmpi.partition.group import Group
+from dbmpi.partition.parameters import LocalParameters
+from dbmpi.partition.placement import automatic
+
+
+class Seat(Group):
+    """A place in a group of workers of which only the plans are asked."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(None)
+        self.rank = rank
+
+
+def local_parameters(layers, placement, worker):
+    return LocalParameters(layers, layout_of(layers), placement, Seat(worker), np.dtype(np.float32))
+
+
+def served(arrangement, whole):
+    """Return a vector in the shards' order."""
+    out = np.full_like(whole, -1)
+    for held in arrangement.ranges:
+        for start, local, length in arrangement.pieces(held):
+            out[held.start + local : held.start + local + length] = whole[start : start + length]
+    return out
+
+
+@settings(max_examples=60)
+@given(networks(), st.data())
+def test_workers_find_their_own_in_the_shards_order(layers, data):
+    if data.draw(st.booleans()):
+        placement = data.draw(random_placements(layers))
+    else:
+        weights = data.draw(shares())
+        placement = automatic(layers, len(weights), weights)
+    shards = data.draw(st.integers(1, 9))
+    layout = layout_of(layers)
+    whole = np.arange(layout.size)
+    pushes = np.zeros(layout.size, int)
+    arrangement = aligned(layers, layout, placement, shards)
+    assert [held.start for held in arrangement.ranges] == [0, *(held.stop for held in arrangement.ranges[:-1])]
+    assert len(arrangement.ranges) == shards
+    there = served(arrangement, whole)
+    np.testing.assert_array_equal(np.sort(there), whole)  # also the pieces of any other cut:
+    for start in range(0, layout.size, 37):
+        for first, local, length in arrangement.pieces(range(start, min(start + 37, layout.size))):
+            np.testing.assert_array_equal(there[start + local : start + local + length], whole[first : first + length])
+    for worker in range(placement.partitions):
+        parameters = local_parameters(layers, placement, worker)
+        mine = parameters.take(whole)
+        runs = parameters.runs_in(arrangement)
+        assert sum(run.length for run in runs) == parameters.size
+        for run in runs:
+            np.testing.assert_array_equal(
+                mine[run.local : run.local + run.length], there[run.start : run.start + run.length]
+            )
+            pushes[run.start : run.start + run.length] += run.pushed
+        pushed = sum(run.length for run in parameters.runs if run.pushed)
+        assert pushed == sum(run.length for run in runs if run.pushed)
+        if shards <= placement.partitions:
+            # What a worker pushes lies on one shard, in one piece.
+            assert sum(any(run.pushed for run in its) for its in pieces(runs, arrangement.ranges)) <= 1
+    assert (pushes <= 1).all()
+
+
+@pytest.mark.parametrize("shards", [1, 2, 3, 4, 5, 8, 12])
+def test_untied_models_are_one_piece_a_shard_and_less_than_in_the_layouts_order(shards):
+    layers = [Filter("local", (3, 16, 16), 4, (3, 3)), Dense("wide", (4, 14, 14), 40), SplitDense("narrow", (40,), 24)]
+    layout, placement = layout_of(layers), automatic(layers, 4)
+    arrangement = aligned(layers, layout, placement, shards)
+    sizes = [len(held) for held in arrangement.ranges]
+    if shards in (1, 2, 4, 8, 12):
+        assert max(sizes) < 1.1 * min(sizes)
+    for worker in range(4):
+        parameters = local_parameters(layers, placement, worker)
+        found = [its for its in pieces(parameters.runs_in(arrangement), arrangement.ranges) if its]
+        assert [len(its) for its in found] == [1] * len(found)
+        assert len(found) <= max(1, -(-shards // 4))
+        scattered = sum(map(len, pieces(parameters.runs, equal(layout, shards).ranges)))
+        assert scattered > 10 * len(found)
+
+
+def test_tied_weights_are_told():
+    layers = [Filter("tied", (1, 9, 9), 2, (3, 3), tied=True), Filter("untied", (2, 7, 7), 2, (3, 3))]
+    arrangement = aligned(layers, layout_of(layers), automatic(layers, 4), 2)
+    assert arrangement.shared == ("tied/weights", "tied/bias")
