@@ -168,10 +168,9 @@ class _Session:
         if run.optimizer.method == "sandblaster":
             return self._sandblast(network, replica, order, facts)
         with together(self._comm, "planning the shards' memory"):
-            server = run.server
-            arrangement = arranged(server.align, network.layers, network.layout, placed, plan.shards)
+            arrangement = arranged(run.server, network.layers, network.layout, placed, plan.shards)
             size = 0 if replica is None else replica.size
-            store = Store(self._comm, plan, arrangement.ranges, server, DTYPE, size)
+            store = Store(self._comm, plan, arrangement.ranges, run.server, DTYPE, size)
         self._stack.enter_context(store)
         begin, checkpoint, session = self._prepare_directory(network.layout, order)
         batch_size = run.optimizer.batch_size

@@ -112,7 +112,7 @@ def moved(directory: Path) -> dict[int, dict[str, int]]:
 
 @pytest.mark.parallel([1, 2, 3, 4, 6])
 def test_shards_that_follow_partitions_learn_the_same_and_move_the_least(comm, place) -> None:
-    """Bit for bit, in one piece a shard; and each goes on from the checkpoint of the other."""
+    """Bit for bit, in one piece a shard, also on shards' own memory; and each goes on from the other's checkpoint."""
     for number, topology in enumerate(topologies(comm.size)):
         partitions, shards = topology["partitions"], topology["shards"]
         learned, pieces = [], []
@@ -138,6 +138,21 @@ def test_shards_that_follow_partitions_learn_the_same_and_move_the_least(comm, p
             )
             train(more, comm)
             learned.append(tiny.vectors(run.run.directory))
+            if partitions > 1 and align == "partition":
+                server = {"align": "partition", "fetch": "shared"}
+                common = tiny.describe(
+                    place,
+                    run={"directory": place / f"{number}-shared"},
+                    network={"layers": LAYERS},
+                    placement=SPLIT,
+                    server=server,
+                    topology=topology,
+                )
+                result = train(common, comm)
+                assert result.test is not None
+                assert result.test.samples == tiny.TEST_SAMPLES
+                assert {mine["fetched_bytes"] for mine in moved(common.run.directory).values()} == {0}
+                learned.append(tiny.vectors(common.run.directory))
             network = Network(run.network, (tiny.FEATURES,), run.run.seed)
             placed = placement.described(run.placement, network.layers, partitions)
             for partition, mine in found.items() if align == "partition" else ():
@@ -147,7 +162,8 @@ def test_shards_that_follow_partitions_learn_the_same_and_move_the_least(comm, p
                 most = -(-shards // partitions) if shards % partitions == 0 or partitions % shards == 0 else shards
                 assert mine["fetched_pieces"] <= most * mine["step"]
                 assert mine["pushed_chunks"] <= most * mine["step"]
-        for name, values in learned[0].items():
-            np.testing.assert_array_equal(values, learned[1][name])
+        for others in learned[1:]:
+            for name, values in learned[0].items():
+                np.testing.assert_array_equal(values, others[name])
         if partitions > 1 and comm.rank == 0:
             assert all(pieces[1][partition] < pieces[0][partition] for partition in pieces[1])

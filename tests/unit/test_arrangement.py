@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 from unit.partition_cases import networks, random_placements, shares
 from unit.partition_layers import Dense, Filter, SplitDense, layout_of
 
+from dbmpi.config import ServerSection
+from dbmpi.errors import UserError
 from dbmpi.paramserver.client import pieces
-from dbmpi.partition.arrangement import aligned, equal
+from dbmpi.partition.arrangement import aligned, described, equal
 from dbmpi.partition.group import Group
 from dbmpi.partition.parameters import LocalParameters
 from dbmpi.partition.placement import automatic
@@ -92,7 +94,9 @@ def test_untied_models_are_one_piece_a_shard_and_less_than_in_the_layouts_order(
         assert scattered > 10 * len(found)
 
 
-def test_tied_weights_are_told():
+def test_weights_that_lie_with_one_of_several_cannot_be_computed_on_in_place():
     layers = [Filter("tied", (1, 9, 9), 2, (3, 3), tied=True), Filter("untied", (2, 7, 7), 2, (3, 3))]
-    arrangement = aligned(layers, layout_of(layers), automatic(layers, 4), 2)
-    assert arrangement.shared == ("tied/weights", "tied/bias")
+    section = ServerSection(align="partition", fetch="shared")
+    with pytest.raises(UserError, match=r'tied/weights.*set server\.fetch = "copied"'):
+        described(section, layers, layout_of(layers), automatic(layers, 4), 2)
+    described(section, layers[1:], layout_of(layers[1:]), automatic(layers[1:], 4), 2)

@@ -186,7 +186,8 @@ class ServerSection(Section):
     push: Literal["shared", "copied"] = "shared"
     """``shared``: shards read the gradients of workers on their host where they lie; ``copied``: all use the inbox."""
     fetch: Literal["copied", "shared"] = "copied"
-    """``shared``: workers compute on the shards' own memory, which changes meanwhile; one host, one partition."""
+    """``shared``: workers compute on the shards' own memory, which changes meanwhile; on one host.  Where a replica has
+    partitions, with ``align = "partition"``."""
     transport: Literal["auto", "rma", "p2p"] = "auto"
     """Between hosts, ``rma``: one-sided; ``p2p``: messages with the same results; ``auto``: what is faster at start."""
     align: Literal["equal", "partition"] = "equal"

@@ -156,7 +156,10 @@ class Worker:
 
         All partitions of the replica take part, and get the same.
         """
-        parameters = np.empty(self._objective.size, np.float32)
+        # Where they lie, if they are computed on there: no room for a second copy may be left.
+        parameters = self._client.parameters
+        if parameters is None:
+            parameters = np.empty(self._objective.size, np.float32)
         self._client.peek(parameters)
         batch_size = self._run.optimizer.batch_size
         return evaluate(self._objective, parameters, source, batch_size, part, parts, self._at_work)

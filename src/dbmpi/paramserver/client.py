@@ -46,7 +46,7 @@ class Client:
     gradients
         Vectors in this rank's window for gradients that shards read in place; none if there are no such shards.
     parameters
-        The shards' parameters where they lie, if this worker is to compute on them.
+        This client's own vector where the shards hold it, if this worker is to compute on it.
     serve
         Called while this rank waits, so that a shard or other duties on the same rank go on.
     counts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from mpi4py import MPI
@@ -92,7 +92,7 @@ class Store:
         self._consistent = section.consistent
         hosts = windows.hosts(comm)
         if self._common:
-            _check_common(plan, hosts)
+            _check_common(plan, hosts, section.align)
         if chunk is None:
             chunk = chunk_elements(section.inbox_mib * 2**20, section.chunk_kib * 2**10, plan.workers, dtype.itemsize)
         near = [
@@ -121,14 +121,14 @@ class Store:
             transport, why = choose(comm, hosts)
             self.notes += (why,)
         self.window = Window.allocate(comm, self._nbytes(), shared=shared, transport=transport)
-        self._parameters = self._common_parameters() if self._common else None
+        self._whole = self._common_parameters() if self._common else None
 
     def server(self, rule: Rule) -> Server:
         """Return the server of this rank's shard."""
         assert self._shard is not None
         held, memory = self.ranges[self._shard], self._memories[self._shard]
-        if self._parameters is not None:
-            parameters = self._parameters[held.start : held.stop]
+        if self._whole is not None:
+            parameters = self._whole[held.start : held.stop]
         else:
             parameters = self._vector(self.window.local, memory.parameters, len(held))
         return Server(self.window, memory, self._shard, self._plan.worker_ranks, rule, parameters, self._consistent)
@@ -158,7 +158,7 @@ class Store:
             self.ranges,
             self._worker,
             gradients=gradients,
-            parameters=self._parameters,
+            parameters=None if self._whole is None else _own(self._whole, runs),
             serve=serve,
             runs=runs,
             counts=self._worker % self._plan.partitions == 0,
@@ -167,7 +167,7 @@ class Store:
 
     def free(self) -> None:
         """Give the memory back (collective); a second call does nothing."""
-        self._parameters = None
+        self._whole = None
         self.window.free()
 
     def _memory(self, shard: int, chunk: int, in_place: frozenset[int]) -> Memory:
@@ -218,7 +218,7 @@ class Store:
             self.free()
 
 
-def _check_common(plan: Plan, hosts: np.ndarray) -> None:
+def _check_common(plan: Plan, hosts: np.ndarray, align: Literal["equal", "partition"]) -> None:
     """Refuse to share the parameters where they cannot be."""
     number = len(set(hosts.tolist()))
     if number > 1:
@@ -226,8 +226,19 @@ def _check_common(plan: Plan, hosts: np.ndarray) -> None:
             f'server.fetch = "shared": the ranks run on {number} hosts, and only the ranks of one can compute on the '
             'same memory; set server.fetch = "copied", or start all ranks on one host'
         )
-    if plan.partitions > 1:
+    if plan.partitions > 1 and align == "equal":
         raise UserError(
             f'server.fetch = "shared": a replica has {plan.partitions} partitions, and the parameters of one are no '
-            'single piece of the whole; set server.fetch = "copied", or topology.partitions = 1'
+            'single piece of the whole; set server.align = "partition", or server.fetch = "copied"'
         )
+
+
+def _own(whole: np.ndarray, runs: Sequence[Run] | None) -> np.ndarray:
+    """Return a worker's own vector, a piece of the whole."""
+    if runs is None:
+        return whole
+    start = runs[0].start if runs else 0
+    for run in runs:
+        # The caller has refused tensors that several partitions hold; then all that is left is in order.
+        assert run.start == start + run.local
+    return whole[start : start + sum(run.length for run in runs)]

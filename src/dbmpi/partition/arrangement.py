@@ -12,13 +12,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
+from dbmpi.errors import UserError
 from dbmpi.paramserver.layout import Layout, Run, cut
 from dbmpi.partition.boxes import Box
 from dbmpi.partition.tensors import Part, tensor_parts
 
 if TYPE_CHECKING:
+    from dbmpi.config import ServerSection
     from dbmpi.network.layer import Layer
     from dbmpi.partition.placement import Placement
 
@@ -86,21 +88,32 @@ class Arrangement:
                     position += len(run)
         return tuple(sorted(found, key=lambda run: run.local))
 
-    @property
-    def shared(self) -> tuple[str, ...]:
-        """Names of the tensors of which several partitions hold the same elements."""
-        return tuple(dict.fromkeys(part.tensor.name for part in self.parts if part.shared))
-
     @cached_property
     def _starts(self) -> tuple[int, ...]:
         return (0, *accumulate(part.box.size for part in self.parts))[: len(self.parts)]
 
 
 def described(
-    align: Literal["equal", "partition"], layers: Sequence[Layer], layout: Layout, placement: Placement, shards: int
+    section: ServerSection, layers: Sequence[Layer], layout: Layout, placement: Placement, shards: int
 ) -> Arrangement:
-    """Return the arrangement that a configuration asks for."""
-    return equal(layout, shards) if align == "equal" else aligned(layers, layout, placement, shards)
+    """Return the arrangement that a configuration asks for.
+
+    Raises
+    ------
+    UserError
+        If workers are to compute where the shards hold the parameters, and the own vector of one is not in one piece.
+    """
+    if section.align == "equal":
+        return equal(layout, shards)
+    found = aligned(layers, layout, placement, shards)
+    shared = [part.tensor.name for part in found.parts if part.shared]
+    if shared and section.fetch == "shared":
+        raise UserError(
+            f'server.fetch = "shared": several partitions hold {shared[0]!r}, which lies with one of them only; '
+            'expected that each tensor is of one partition: set server.fetch = "copied", or cut that layer by maps in '
+            "[placement]"
+        )
+    return found
 
 
 def equal(layout: Layout, shards: int) -> Arrangement:
