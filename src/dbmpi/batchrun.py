@@ -20,7 +20,6 @@ from mpi4py import MPI
 
 from dbmpi.checkpoint.reader import Checkpoint
 from dbmpi.config import Run
-from dbmpi.data.source import Source
 from dbmpi.data.stream import Order
 from dbmpi.errors import UserError
 from dbmpi.monitor.progress import Progress
@@ -41,6 +40,7 @@ from dbmpi.paramserver.layout import cut
 from dbmpi.paramserver.memory import Memory
 from dbmpi.paramserver.window import Window
 from dbmpi.partition.replica import Replica
+from dbmpi.rundata import RunData
 from dbmpi.runtime import orders, waiting
 from dbmpi.runtime.orders import Mailbox
 from dbmpi.runtime.signals import StopSignal
@@ -66,10 +66,7 @@ class Setup:
     order: Order
     begin: Begin
     checkpoint: Path | None
-    input_shape: tuple[int, ...]
-    classes: int
-    train: Source | None
-    test: Source | None
+    data: RunData
     stop: StopSignal
     recorder: Callable[[str, int], Recorder]
 
@@ -110,7 +107,7 @@ class Setup:
     @cached_property
     def tests(self) -> int:
         """Held-out samples; known where there is a worker, and told to all."""
-        count = np.array([0 if self.test is None else self.test.samples], np.int64)
+        count = np.array([0 if self.data.test is None else self.data.test.samples], np.int64)
         waiting.broadcast(self.comms.world, count, self.plan.worker_ranks[0], "the number of held-out samples")
         return int(count[0])
 
@@ -251,7 +248,7 @@ def _shard(setup: Setup, window: Window, number: int) -> tuple[ShardSpace, list[
 
 def _worker(setup: Setup, window: Window, number: int, space: ShardSpace | None) -> Portions:
     run, plan = setup.run, setup.plan
-    assert setup.train is not None
+    assert setup.data.train is not None
     assert setup.replica is not None
     place, partition = divmod(number, plan.partitions)
     serve = None if space is None or plan.shard_of(setup.comms.world.rank) == 0 else space.poll
@@ -262,8 +259,8 @@ def _worker(setup: Setup, window: Window, number: int, space: ShardSpace | None)
         setup.replica,
         client,
         setup.order,
-        setup.train,
-        setup.test,
+        setup.data.train,
+        setup.data.test,
         recorder=setup.recorder("worker", number),
         report_seconds=run.monitor.report_seconds,
         replica=place,
@@ -337,7 +334,7 @@ def _coordinator(
     total = round(order.samples * run.optimizer.epochs)
     progress = stack.enter_context(Progress(total, run.monitor.progress, epochs=run.optimizer.epochs))
     progress.message(
-        f"{plan}; {setup.network.size:,} parameters; {order.samples:,} samples of {setup.input_shape}; Sandblaster"
+        f"{plan}; {setup.network.size:,} parameters; {order.samples:,} samples of {setup.data.input_shape}; Sandblaster"
     )
     if begin.step:
         progress.message(f"going on after {begin.step:,} steps{', with the history of L-BFGS' if history else ''}")
@@ -354,7 +351,7 @@ def _coordinator(
         plan,
         setup.network.layout,
         setup.ranges,
-        Samples(order, setup.tests, setup.input_shape, setup.classes),
+        Samples(order, setup.tests, setup.data.input_shape, setup.data.classes),
         Beginning(begin.stream, begin.step, begin.samples, history),
         space=space,
         carried=carried,

@@ -81,7 +81,10 @@ class Inference:
         network = self.trained.network
         with self.together("placing the layers"):
             self.partitions = _partitions(ranks, partitions, self.trained.info.partitions)
-            placed = placement.automatic(network.layers, self.partitions)
+            if self.partitions == self.trained.info.partitions:
+                placed = placement.described(self.trained.placement, network.layers, self.partitions)
+            else:
+                placed = placement.automatic(network.layers, self.partitions)
         self.replicas = ranks // self.partitions
         self._place, self._partition = divmod(rank, self.partitions)
         if comm is not None:

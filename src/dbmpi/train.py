@@ -6,7 +6,7 @@ import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 from mpi4py import MPI
@@ -16,7 +16,6 @@ from dbmpi.checkpoint.previous import check_same_order, previous
 from dbmpi.checkpoint.reader import Checkpoint
 from dbmpi.checkpoint.schema import PARAMETERS
 from dbmpi.config import Run
-from dbmpi.data.source import Source
 from dbmpi.data.stream import Order, Stream
 from dbmpi.errors import UserError
 from dbmpi.monitor.progress import Progress
@@ -42,6 +41,7 @@ from dbmpi.partition.products import agree_on_products
 from dbmpi.partition.replica import Replica
 from dbmpi.partition.trial import try_layer
 from dbmpi.partition.warmup import first_on_each_node, use_layers
+from dbmpi.rundata import LOADING_SECONDS, RunData, open_data
 from dbmpi.runtime import waiting
 from dbmpi.runtime.orders import Mailbox, Role
 from dbmpi.runtime.signals import StopSignal
@@ -52,12 +52,8 @@ if TYPE_CHECKING:
 
 DTYPE = np.dtype(np.float32)
 """Of parameters and gradients."""
-_MOST_AXES = 32
-"""Of an HDF5 dataset."""
 _MOST_BATCHES = 2**62
 """Of a run: counts of steps and batches travel and are stored as 64-bit integers."""
-_LOADING_SECONDS = 86400.0
-"""How long the ranks wait for each other's data: reading a large file takes what it takes."""
 
 
 @dataclass(frozen=True)
@@ -78,16 +74,6 @@ class Result:
     """Mean staleness of the pushes in this session."""
     checkpoint: Path
     """The last checkpoint."""
-
-
-@dataclass(frozen=True)
-class _Facts:
-    """What all ranks need to know of the data."""
-
-    samples: int
-    input_shape: tuple[int, ...]
-    classes: int
-    """0 where the targets are values."""
 
 
 def train(run: Run, comm: MPI.Intracomm | None = None, stop: StopSignal | None = None) -> Result:
@@ -132,32 +118,12 @@ class _Session:
         self._shard_number = plan.shard_of(comm.rank)
         self._worker_number = plan.worker_of(comm.rank)
         self._is_lead = self._shard_number == 0
-        self._train_source: Source | None = None
-        self._test_source: Source | None = None
 
     def run(self) -> Result:
         """Set up, train, evaluate."""
         run, plan = self._run, self._plan
-        facts = self._open_data()
-        with together(self._comm, "planning the network"):
-            network = Network(
-                run.network,
-                facts.input_shape,
-                run.run.seed,
-                targets="classes" if facts.classes else "values",
-                load=own.from_directory(run.network.code),
-            )
-            order = Order(facts.samples, run.optimizer.batch_size, run.optimizer.epochs, run.run.seed)
-            if order.batches > _MOST_BATCHES:
-                raise UserError(
-                    f"optimizer.epochs = {run.optimizer.epochs:g}: that is {order.batches:.3g} batches of "
-                    f"{run.optimizer.batch_size}, more than can be counted; lower optimizer.epochs"
-                )
-        if network.own_layers:
-            # The first rank alone: one compilation is enough, and one report.
-            with together(self._comm, "trying your own layers", seconds=_LOADING_SECONDS):
-                for layer in network.own_layers if self._comm.rank == 0 else ():
-                    try_layer(layer, DTYPE)
+        self._data = open_data(run, self._comm, plan, self._stack)
+        network, order = self._plan_network()
         with together(self._comm, "placing the layers"):
             placed = placement.described(run.placement, network.layers, plan.partitions)
         applied_rule = rule(run.optimizer)
@@ -166,7 +132,7 @@ class _Session:
             replica = self._stack.enter_context(network.replica(placed, self._comms.replica))
             replica.prepare(run.optimizer.batch_size)
         if run.optimizer.method == "sandblaster":
-            return self._sandblast(network, replica, order, facts)
+            return self._sandblast(network, replica, order)
         with together(self._comm, "planning the shards' memory"):
             arrangement = arranged(run.server, network.layers, network.layout, placed, plan.shards)
             size = 0 if replica is None else replica.size
@@ -175,13 +141,13 @@ class _Session:
         begin, checkpoint, session = self._prepare_directory(network.layout, order)
         batch_size = run.optimizer.batch_size
         agree_on_products(self._comm, network.layers, batch_size)
-        first_on_each_node(self._comm, lambda: _use_kernels(network, applied_rule, facts, batch_size))
+        first_on_each_node(self._comm, lambda: _use_kernels(network, applied_rule, self._data, batch_size))
         stop = self._stop
 
         number = self._shard_number
         started = time.time()
         shard = lead = None
-        with together(self._comm, "preparing the shards", seconds=_LOADING_SECONDS):
+        with together(self._comm, "preparing the shards", seconds=LOADING_SECONDS):
             if number is not None:
                 recorder = self._recorder("shard", number, session, started)
                 held = store.ranges[number]
@@ -189,7 +155,7 @@ class _Session:
                 _fill(served, arrangement, held, network, checkpoint, applied_rule)
                 mailbox = Mailbox(self._comm, Role.SHARD)
                 if self._is_lead:
-                    lead = self._lead(network, arrangement, placed, store, begin, mailbox, recorder, facts, order)
+                    lead = self._lead(network, arrangement, placed, store, begin, mailbox, recorder, order)
                 shard = Shard(self._comm, served, held, mailbox, recorder, stop, run.monitor.report_seconds, lead)
 
         began = time.monotonic()
@@ -203,39 +169,31 @@ class _Session:
 
     # Setting up
 
-    def _open_data(self) -> _Facts:
-        """Open the data on the workers; the first one also looks at every value, and tells the shapes to all."""
-        run = self._run
-        with together(self._comm, "opening the data", seconds=_LOADING_SECONDS):
-            if self._worker_number is not None:
-                memory = run.data.memory_mib
-                targets: Literal["required", "optional"]
-                targets = "optional" if run.network.loss == "reconstruction" else "required"
-                source = self._stack.enter_context(Source.open(run.data.train, memory, targets))
-                self._train_source = source
-                if run.data.test is not None:
-                    self._test_source = self._stack.enter_context(Source.open(run.data.test, memory, targets))
-                    self._test_source.expect_like(source)
-                source.load()
-                if targets == "required":
-                    source.expect(run.network.outputs, run.network.loss)
-                if self._worker_number == 0:
-                    source.validate(full=True)
-                    if self._test_source is not None:
-                        self._test_source.validate(full=True)
-        numbers = np.zeros(3 + _MOST_AXES, np.int64)
-        if self._worker_number == 0:
-            assert self._train_source is not None
-            shape = self._train_source.input_shape
-            numbers[: 3 + len(shape)] = (
-                self._train_source.samples,
-                self._train_source.classes or 0,
-                len(shape),
-                *shape,
+    def _plan_network(self) -> tuple[Network, Order]:
+        """Make the network for the data, and the order of its samples; look at the data and at a user's own layers."""
+        run, data = self._run, self._data
+        with together(self._comm, "planning the network"):
+            network = Network(
+                run.network,
+                data.input_shape,
+                run.run.seed,
+                targets=data.targets,
+                load=own.from_directory(run.network.code),
             )
-        waiting.broadcast(self._comm, numbers, self._plan.worker_ranks[0], "the shapes of the data")
-        samples, classes, axes, *rest = (int(number) for number in numbers)
-        return _Facts(samples, tuple(rest[:axes]), classes)
+            order = Order(data.samples, run.optimizer.batch_size, run.optimizer.epochs, run.run.seed)
+            if order.batches > _MOST_BATCHES:
+                raise UserError(
+                    f"optimizer.epochs = {run.optimizer.epochs:g}: that is {order.batches:.3g} batches of "
+                    f"{run.optimizer.batch_size}, more than can be counted; lower optimizer.epochs"
+                )
+        with together(self._comm, "looking at the data", seconds=LOADING_SECONDS):
+            data.validate(network.outputs, run.network.loss, fully=self._worker_number == 0)
+        if network.own_layers:
+            # The first rank alone: one compilation is enough, and one report.
+            with together(self._comm, "trying your own layers", seconds=LOADING_SECONDS):
+                for layer in network.own_layers if self._comm.rank == 0 else ():
+                    try_layer(layer, DTYPE)
+        return network, order
 
     def _prepare_directory(self, layout: Layout, order: Order) -> tuple[Begin, Path | None, int]:
         """Make the run directory, find the checkpoint to go on from, number the session; the lead tells all."""
@@ -281,14 +239,14 @@ class _Session:
         begin: Begin,
         mailbox: Mailbox,
         recorder: Recorder,
-        facts: _Facts,
         order: Order,
     ) -> Lead:
         run, layout = self._run, network.layout
-        total = round(facts.samples * run.optimizer.epochs)
+        data = self._data
+        total = round(data.samples * run.optimizer.epochs)
         progress = Progress(total, run.monitor.progress, epochs=run.optimizer.epochs)
         self._stack.enter_context(progress)
-        progress.message(f"{self._plan}; {layout.size:,} parameters; {facts.samples:,} samples of {facts.input_shape}")
+        progress.message(f"{self._plan}; {layout.size:,} parameters; {data.samples:,} samples of {data.input_shape}")
         if placed.partitions > 1:
             progress.message(summarise(network.layers, placed, run.optimizer.batch_size))
         if begin.step:
@@ -306,9 +264,9 @@ class _Session:
             mailbox=mailbox,
             recorder=recorder,
             progress=progress,
-            input_shape=facts.input_shape,
-            classes=facts.classes,
-            samples_per_epoch=facts.samples,
+            input_shape=data.input_shape,
+            classes=data.classes,
+            samples_per_epoch=data.samples,
             batches_per_epoch=order.batches_per_epoch,
         )
 
@@ -329,7 +287,7 @@ class _Session:
         """Train as a worker; return when the lead has ended training."""
         run, plan, number = self._run, self._plan, self._worker_number
         assert number is not None
-        assert self._train_source is not None
+        assert self._data.train is not None
         serve: Callable[[], bool] | None = None if shard is None else shard.poll
         place = number // plan.partitions
         client = store.client(replica.parameters.runs_in(arrangement), serve)
@@ -341,8 +299,8 @@ class _Session:
             mailbox=Mailbox(self._comm, Role.WORKER),
             lead=plan.shard_ranks[0],
             order=order,
-            train=self._train_source,
-            test=self._test_source,
+            train=self._data.train,
+            test=self._data.test,
             recorder=self._recorder("worker", number, session, started),
             stop=stop,
             serve=serve,
@@ -370,13 +328,13 @@ class _Session:
         worker.finish()
         return worker
 
-    def _sandblast(self, network: Network, replica: Replica | None, order: Order, facts: _Facts) -> Result:
+    def _sandblast(self, network: Network, replica: Replica | None, order: Order) -> Result:
         """Learn by Sandblaster instead of Downpour."""
         run = self._run
         begin, checkpoint, session = self._prepare_directory(network.layout, order)
         batch_size, applied_rule = run.optimizer.batch_size, rule(run.optimizer)
         agree_on_products(self._comm, network.layers, batch_size)
-        first_on_each_node(self._comm, lambda: _use_kernels(network, applied_rule, facts, batch_size))
+        first_on_each_node(self._comm, lambda: _use_kernels(network, applied_rule, self._data, batch_size))
         first_on_each_node(self._comm, batchrun.use_kernels)
         started = time.time()
         setup = batchrun.Setup(
@@ -388,10 +346,7 @@ class _Session:
             order,
             begin,
             checkpoint,
-            facts.input_shape,
-            facts.classes,
-            self._train_source,
-            self._test_source,
+            self._data,
             self._stop,
             lambda role, number: self._recorder(role, number, session, started),
         )
@@ -410,9 +365,9 @@ class _Session:
         test = None
         if not stopped_by and self._run.data.test is not None:
             mine = Outcome(0, 0.0, 0)
-            if worker is not None and self._test_source is not None:
+            if worker is not None and self._data.test is not None:
                 place, partition = divmod(self._worker_number or 0, self._plan.partitions)
-                mine = worker.evaluate(self._test_source, place, self._plan.replicas)
+                mine = worker.evaluate(self._data.test, place, self._plan.replicas)
                 if partition > 0:
                     mine = Outcome(0, 0.0, 0)  # the first partition counts it
             serve = worker.obey if worker is not None else shard.poll if shard is not None else None
@@ -424,14 +379,14 @@ class _Session:
         return Result(steps, samples, seconds, test, stopped_by, float(numbers[3]), Path(path))
 
 
-def _use_kernels(network: Network, applied_rule: Rule, facts: _Facts, samples: int) -> None:
+def _use_kernels(network: Network, applied_rule: Rule, data: RunData, samples: int) -> None:
     """Call everything compiled once, on little data, so that it is compiled or loaded before the clock runs."""
     from dbmpi.kernels import updates
 
     use_layers(network.layers, samples, DTYPE)
     values = np.zeros((network.outputs, 1), DTYPE)
     if network.loss is not None:
-        network.loss.apply(values, np.zeros(1, np.int32) if facts.classes else np.zeros_like(values))
+        network.loss.apply(values, np.zeros(1, np.int32) if data.classes else np.zeros_like(values))
     few = np.zeros(1, DTYPE)
     applied_rule.apply(few, few.copy(), applied_rule.init(few))
     updates.sgd(few, few.copy(), 0.1)

@@ -30,12 +30,16 @@ pieces = 3
 """
 
 
-def own_layer(jobs: Jobs, network: str = MAXOUT) -> None:
-    """Put a layer of one's own in the place of the first one."""
+LAST = "\n[[network.layers]]\nunits = 3"
+
+
+def own_layer(jobs: Jobs, network: str = MAXOUT, last: str = "") -> None:
+    """Put a layer of one's own in the place of the first one, and of the last."""
     path = jobs.directory / "config.toml"
     text = path.read_text()
-    first = text[text.index("\n[[network.layers]]") : text.index("\n[[network.layers]]\nunits = 3")]
-    path.write_text(text.replace(first, network))
+    first = text[text.index("\n[[network.layers]]") : text.index(LAST)]
+    text = text.replace(first, network)
+    path.write_text(text.replace(LAST, f'{LAST}\ntype = "{last}"') if last else text)
 
 
 def learned(jobs: Jobs, place: str) -> np.ndarray:
@@ -51,6 +55,16 @@ def test_an_own_layer_is_cut_trained_and_stored_like_any_other(jobs: Jobs, parti
     assert done.returncode == 0, done.transcript
     told = done.output.count(f"{partitions} partitions: maxout1 {partitions}, dense2")
     assert told == (partitions > 1), done.transcript
+    run = load(jobs.directory / "config.toml")
+    expected = tiny.Twin(run, from_directory(run.network.code)).learn()
+    np.testing.assert_allclose(learned(jobs, "run"), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_own_layer_may_be_the_last(jobs: Jobs) -> None:
+    own_layer(jobs, last="own_layer:Maxout")
+    done = jobs(2, "topology.shards=1", "topology.replicas=1", "topology.partitions=2", "topology.colocate=true")
+    assert done.returncode == 0, done.transcript
+    assert "maxout1 2, maxout2 2" in done.output, done.transcript
     run = load(jobs.directory / "config.toml")
     expected = tiny.Twin(run, from_directory(run.network.code)).learn()
     np.testing.assert_allclose(learned(jobs, "run"), expected, rtol=1e-4, atol=1e-5)

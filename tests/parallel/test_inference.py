@@ -35,6 +35,9 @@ NETWORK = config.NetworkSection(
 )
 
 
+PLACEMENT = config.PlacementSection(layers={"dense5": config.PlacedLayer(boxes=("0:8", "8:9"))})
+
+
 @pytest.fixture
 def place(comm, tmp_path_factory) -> Path:
     """A directory that all ranks share, with a checkpoint of two partitions and data."""
@@ -46,7 +49,7 @@ def place(comm, tmp_path_factory) -> Path:
             directory / "data.h5", random.normal(size=(SAMPLES, *SHAPE)), random.integers(0, CLASSES, SAMPLES), CLASSES
         )
         network = Network(NETWORK, SHAPE, 1)
-        configuration = f'{{"network": {NETWORK.model_dump_json()}}}'
+        configuration = f'{{"network": {NETWORK.model_dump_json()}, "placement": {PLACEMENT.model_dump_json()}}}'
         with CheckpointWriter(checkpoint_path(directory / "run", 5), network.layout) as writer:
             writer.write("parameters", 0, random.normal(0, 0.3, network.size).astype(np.float32))
             writer.commit(
@@ -101,10 +104,16 @@ def test_any_cut_gives_what_one_process_gives(comm, place) -> None:
 
 
 @pytest.mark.parallel([1, 2, 3, 4])
-def test_the_default_is_the_cut_of_the_training_or_all(comm, place) -> None:
+def test_the_default_is_the_cut_of_the_training_or_all_ranks(comm, place) -> None:
     with Inference(place / "run", comm) as inference:
         assert inference.partitions == {1: 1, 2: 2, 3: 3, 4: 2}[comm.size]
         assert inference.is_first == (comm.rank == 0)
+        if inference.partitions == 2:  # cut by hand, too
+            weights = whole(place)[0].layout.offsets["dense5/weights"]
+            rows = [
+                run.length // 75 for run in inference._replica.parameters.runs if run.start - weights in (0, 8 * 75)
+            ]
+            assert rows[-1:] == ([8], [1])[comm.rank % 2]
     with pytest.raises(UserError) as caught:
         Inference(place / "run", comm, 5)
     if comm.rank == 0:

@@ -17,6 +17,9 @@ from dbmpi.cli.main import main
 from dbmpi.errors import UserError
 from dbmpi.network.network import Network
 from dbmpi.network.own import from_directory, from_files, make
+from dbmpi.partition import placement
+from dbmpi.partition.plan import plan_exchanges
+from dbmpi.partition.tensors import tensor_parts
 from dbmpi.partition.trial import try_layer
 
 FLOAT = np.dtype(np.float32)
@@ -207,6 +210,25 @@ PART = """
         places = part.slices(output)
         outputs[places] = self.factor * parameters["weights"][places][..., None] * inputs[places]
 """
+
+
+@pytest.mark.parametrize("method", ["input_box", "tensor_box"])
+def test_what_fails_only_for_some_boxes_is_told_with_its_line(own, tmp_path, method):
+    """The trial sees a few boxes; placing the layer and planning its exchange ask for others."""
+    head = next(line for line in SCALE.splitlines(keepends=True) if f"def {method}(" in line)
+    failing = f"{head}        if output.starts[0] == 3:\n            raise IndexError('no such place')\n"
+    name = own(SCALE.replace(head, failing))
+    network = Network(section(f"{name}:Scale"), (6,), 1, load=from_directory(tmp_path))
+    try_layer(network.layers[0], FLOAT)
+
+    def plan():
+        placed = placement.automatic(network.layers, 2)
+        plan_exchanges(network.layers, placed)
+        tensor_parts(network.layers, placed)
+
+    refused(
+        plan, "layer 'scale1' fails when asked what its outputs [3", "IndexError: no such place", f"{name}.py, line "
+    )
 
 
 def test_parts_of_a_forward_pass_are_tried(own, tmp_path):

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from dbmpi.checkpoint.reader import Checkpoint
 from dbmpi.checkpoint.schema import PARAMETERS, CheckpointInfo
-from dbmpi.config import NetworkSection, explain
+from dbmpi.config import NetworkSection, PlacementSection, explain
 from dbmpi.data.source import Source
 from dbmpi.errors import UserError
 from dbmpi.network.losses import Targets
@@ -31,6 +31,8 @@ class TrainedNetwork:
     """Empty, or why this checkpoint was taken instead of the latest one."""
     info: CheckpointInfo
     section: NetworkSection
+    placement: PlacementSection
+    """How it was to be cut over the partitions of the training."""
     network: Network
 
     @property
@@ -103,7 +105,7 @@ def load(path: Path, code: Sequence[Path] = ()) -> TrainedNetwork:
     checkpoint = Checkpoint.open(path)
     try:
         info = checkpoint.info
-        section = _network_section(checkpoint.path, info.configuration)
+        section, placement = _sections(checkpoint.path, info.configuration)
         # The seed is only for initial weights.
         targets: Targets = "classes" if info.classes else "values"
         network = Network(section, info.input_shape, 0, targets=targets, load=from_files(code))
@@ -111,18 +113,22 @@ def load(path: Path, code: Sequence[Path] = ()) -> TrainedNetwork:
     except BaseException:
         checkpoint.close()
         raise
-    return TrainedNetwork(checkpoint, checkpoint.notice, info, section, network)
+    return TrainedNetwork(checkpoint, checkpoint.notice, info, section, placement, network)
 
 
-def _network_section(path: Path, configuration: str) -> NetworkSection:
-    """Return the description of the network alone: the rest may be of another version of dbmpi."""
+def _sections(path: Path, configuration: str) -> tuple[NetworkSection, PlacementSection]:
+    """Return the description of the network, and how it was cut: the rest may be of another version of dbmpi."""
     try:
-        described = json.loads(configuration)["network"]
-    except (ValueError, KeyError, TypeError, RecursionError):
+        described = json.loads(configuration)
+        network, placement = described["network"], described.get("placement", {})
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(
             f"{path}: the run was not described with a [network]; evaluate it with the program that trained it"
         ) from None
+    section: type[NetworkSection | PlacementSection] = NetworkSection
     try:
-        return NetworkSection.model_validate(described)
+        found = NetworkSection.model_validate(network)
+        section = PlacementSection
+        return found, PlacementSection.model_validate(placement)
     except ValidationError as error:
-        raise UserError(explain(error, NetworkSection, str(path))) from None
+        raise UserError(explain(error, section, str(path))) from None

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from dbmpi.config.explaining import explain
-from dbmpi.config.layers import AnyLayer, Dense
+from dbmpi.config.layers import AnyLayer, Dense, OwnLayer
 from dbmpi.config.values import Count, Name, NotNegative, Positive, Section
 from dbmpi.errors import UserError
 
@@ -63,23 +63,16 @@ class NetworkSection(Section):
         last = self.layers[-1]
         if self.loss == "reconstruction":
             return self
-        if not isinstance(last, Dense):
+        if not isinstance(last, Dense | OwnLayer):
             raise ValueError(
-                f"the last layer must be of type 'dense', for its units are the outputs, not {last.type!r}"
+                f"the last layer must be of type 'dense' or your own, for its units are the outputs, not {last.type!r}"
             )
-        if self.loss != "squared" and last.activation != "linear":
+        if isinstance(last, Dense) and self.loss != "squared" and last.activation != "linear":
             raise ValueError(
                 f"the loss {self.loss!r} contains the last activation: the last layer must be 'linear', "
                 f"not {last.activation!r}"
             )
         return self
-
-    @property
-    def outputs(self) -> int:
-        """Units of the last layer."""
-        last = self.layers[-1]
-        assert isinstance(last, Dense)
-        return last.units
 
     @property
     def layer_names(self) -> tuple[str, ...]:

@@ -83,7 +83,7 @@ class Network:
         if len(shape) != 1 and self.loss is not None:
             raise UserError(
                 f"network: the last layer, {layers[-1].name!r}, has outputs of shape {shape}, but a loss needs one "
-                "axis; end with a dense layer"
+                "axis; end with a dense layer, or one of your own with outputs of shape (units,)"
             )
         self.layers = tuple(layers)
         self.own_layers = tuple(

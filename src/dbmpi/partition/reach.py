@@ -7,6 +7,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from dbmpi.errors import UserError
+from dbmpi.network.own import calling
 from dbmpi.partition.boxes import Box
 
 if TYPE_CHECKING:
@@ -24,7 +25,8 @@ def needed_box(layer: Layer, output: Box) -> Box:
     whole = Box.whole(layer.input_shape)
     if output.empty:
         return Box(whole.starts, whole.starts)
-    need = layer.input_box(output)
+    with calling(layer.name, f"asked what its outputs {output} need"):
+        need = layer.input_box(output)
     if len(need.starts) != len(whole.starts) or need.empty or not whole.holds(need):
         raise UserError(
             f"layer {layer.name!r}: for its outputs {output}, of shape {tuple(layer.output_shape)}, it asks for "

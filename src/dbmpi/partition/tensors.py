@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, cast
 
 from dbmpi.errors import UserError
 from dbmpi.network.layer import SplitByInputs
+from dbmpi.network.own import calling
 from dbmpi.paramserver.layout import Layout, Tensor
 from dbmpi.partition.boxes import Box
 from dbmpi.partition.index import Index
@@ -105,7 +106,8 @@ def _needed(layer: Layer, short: str, tensor: Tensor, placement: Placement, plac
     elif output.empty:
         return Box(whole.starts, whole.starts)
     else:
-        need = layer.tensor_box(short, output)
+        with calling(layer.name, f"asked what its outputs {output} need of {short!r}"):
+            need = layer.tensor_box(short, output)
     if len(need.starts) != len(whole.starts) or not whole.holds(need):
         raise UserError(
             f"layer {layer.name!r}: for its outputs {output}, of shape {tuple(layer.output_shape)}, it asks for "
