@@ -67,7 +67,7 @@ def contestant(size: int) -> None:
     from dbmpi.kernels import vectors
     from dbmpi.optim.descent import Limits
     from dbmpi.optim.lbfgs import History, lbfgs
-    from dbmpi.optim.space import LocalSpace
+    from dbmpi.optim.localspace import LocalSpace
 
     curvatures = np.geomspace(1, 1e4, size).astype(np.float32)
     parameters = np.ones(size, np.float32)

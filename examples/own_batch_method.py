@@ -7,7 +7,8 @@ shards and an *evaluation* of the whole batch; it holds no vector itself, so it 
 import numpy as np
 
 from dbmpi.optim.descent import Evaluate, prepare
-from dbmpi.optim.space import LocalSpace, Space
+from dbmpi.optim.localspace import LocalSpace
+from dbmpi.optim.space import Space
 
 
 def barzilai_borwein(space: Space, evaluate: Evaluate, *, first: float = 1e-3, gtol: float = 1e-8) -> tuple[float, int]:

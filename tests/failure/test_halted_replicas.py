@@ -14,8 +14,8 @@ from dbmpi.config import Run
 from dbmpi.kernels import updates, vectors
 from dbmpi.monitor.records import read_records
 from dbmpi.optim.descent import Limits
+from dbmpi.optim.localspace import LocalSpace
 from dbmpi.optim.methods import gradient_descent
-from dbmpi.optim.space import LocalSpace
 
 EPOCHS, PORTIONS = 1500, 7
 

@@ -20,10 +20,10 @@ from dbmpi.objective import Outcome
 from dbmpi.optim.board import Batch
 from dbmpi.optim.descent import Limits
 from dbmpi.optim.lbfgs import lbfgs
+from dbmpi.optim.localspace import LocalSpace
 from dbmpi.optim.methods import with_l2
 from dbmpi.optim.portionwork import PortionWork
 from dbmpi.optim.sandblaster import Coordinator
-from dbmpi.optim.space import LocalSpace
 from dbmpi.paramserver.window import Window
 from dbmpi.runtime import waiting
 from dbmpi.train import train

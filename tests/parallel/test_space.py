@@ -10,8 +10,8 @@ from scipy import optimize
 from dbmpi.optim.commands import Command, RemoteSpace, execute
 from dbmpi.optim.descent import Limits
 from dbmpi.optim.lbfgs import History, lbfgs, two_loop
+from dbmpi.optim.localspace import LocalSpace
 from dbmpi.optim.methods import conjugate_gradients, owlqn
-from dbmpi.optim.space import LocalSpace
 from dbmpi.paramserver.layout import cut
 from dbmpi.runtime import waiting
 

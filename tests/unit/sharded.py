@@ -9,7 +9,7 @@ from itertools import pairwise
 import numpy as np
 
 from dbmpi.optim.commands import Command, RemoteSpace, execute
-from dbmpi.optim.space import LocalSpace
+from dbmpi.optim.localspace import LocalSpace
 
 
 class Shards:

@@ -11,7 +11,7 @@ from unit.sharded import Shards, cut_points
 
 from dbmpi.optim import commands
 from dbmpi.optim.commands import OPERATIONS, Command, RemoteSpace, execute
-from dbmpi.optim.space import LocalSpace
+from dbmpi.optim.localspace import LocalSpace
 
 DTYPES = [np.float32, np.float64]
 PARTS = [1, 2, 3, 5]

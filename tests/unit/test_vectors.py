@@ -73,6 +73,8 @@ def test_elementwise_operations(dtype, size, seed):
     np.testing.assert_array_equal(origin, x)
     np.testing.assert_array_equal(point, (x.astype(np.float64) + 0.3 * y.astype(np.float64)).astype(dtype))
     assert vectors.largest_magnitude(x) == np.abs(x).max(initial=0)
+    vectors.accrue(origin, 0.3, y)
+    np.testing.assert_array_equal(origin, x + dtype(0.3) * y)
 
 
 def naive_pseudo_gradient(x, g, strength):

@@ -4,29 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 
-GATHER_ROWS = 64
-"""Rows of a block: their transposition stays in the caches."""
-CACHE_LINE = 64
-"""Bytes."""
+from dbmpi.kernels.gathering import gather_rows
 
 
 def gather(rows: np.ndarray, indices: np.ndarray, scale: np.float32) -> np.ndarray:
     """Return ``rows[indices].T * scale`` as float32 ``(features, len(indices))``, C-contiguous.
 
-    `rows` is uint8 or float32 ``(n, features)``.  Blocks of rows pass through a buffer whose rows are an odd number of
-    cache lines apart: rows a power of two apart would fall into the same few cache sets and make the transposition
-    several times slower.
+    `rows` is uint8 or float32 ``(n, features)``; the indices are int64 and in range.
     """
-    features, samples = rows.shape[1], len(indices)
-    result = np.empty((features, samples), np.float32)
-    line = CACHE_LINE // rows.itemsize
-    stride = (-(-features // line) | 1) * line
-    buffer = np.empty((min(GATHER_ROWS, samples), stride), rows.dtype)[:, :features]
-    for start in range(0, samples, GATHER_ROWS):
-        part = indices[start : start + GATHER_ROWS]
-        block = buffer[: len(part)]
-        block[...] = rows[part]
-        np.multiply(block.T, scale, out=result[:, start : start + len(part)])
+    result = np.empty((rows.shape[1], len(indices)), np.float32)
+    gather_rows(rows, indices, float(scale), result)
     return result
 
 

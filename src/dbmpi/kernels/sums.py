@@ -84,7 +84,10 @@ def sum_products(
         magic = np.array(
             [3 * 2.0 ** _top(bounds[left], bounds[right]) for left, right in plan.products[group.products]]
         )
-        likes = [np.empty(0, f"f{itemsize}") for itemsize in group.itemsizes]
+        # Whole vectors, although only their types are looked at: by its arguments' sizes a kernel takes its threads.
+        likes = [
+            next(vector for vector in vectors if vector.dtype.itemsize == itemsize) for itemsize in group.itemsizes
+        ]
         sums = _sums(levels)(places, *likes, group.tiles, group.pairs, magic, size, block)
         totals[group.products] = sums.sum(axis=0)
     return _limbs(totals[plan.wanted])

@@ -234,7 +234,7 @@ class Portions:
         if self._sums == 1:
             vectors.combine(target, [share], [self._gradient])
         else:
-            vectors.combine(target, [1.0, share], [target, self._gradient])
+            vectors.accrue(target, share, self._gradient)
 
     def _commit(self) -> None:
         """Let the bundle count, unless it has been revoked."""

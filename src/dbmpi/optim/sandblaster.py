@@ -390,7 +390,7 @@ class Coordinator:
 def use_kernels() -> None:
     """Call all kernels of vectors once, so that they are compiled or loaded before the clock runs."""
     from dbmpi.kernels import sums, vectors
-    from dbmpi.optim.space import LocalSpace
+    from dbmpi.optim.localspace import LocalSpace
 
     few = np.linspace(1, 2, 8, dtype=np.float32)
     space = LocalSpace(8, vectors={POINT: few})
@@ -404,3 +404,4 @@ def use_kernels() -> None:
     space.multiply(POINT, POINT, ORIGIN)
     sums.sum_products([few, few], [(0, 1)], [3, 3], sums.FINE)
     vectors.largest_magnitude(few)
+    vectors.accrue(few, 0.5, few.copy())

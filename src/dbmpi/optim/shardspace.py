@@ -11,8 +11,8 @@ from mpi4py import MPI
 from dbmpi.kernels import updates
 from dbmpi.optim.board import Bundles
 from dbmpi.optim.commands import Command, execute
+from dbmpi.optim.localspace import LocalSpace
 from dbmpi.optim.saving import hand_over
-from dbmpi.optim.space import LocalSpace
 from dbmpi.runtime import waiting
 
 if TYPE_CHECKING:
