@@ -443,7 +443,7 @@ def test_a_mistake_is_raised_on_every_rank_and_told_by_one(comm, place) -> None:
         ("label 3 of sample 2 is not a class", fresh | {"data": {"train": place / "label.h5"}}),
         ("5 classes, but the network's last layer has 3", fresh | {"data": {"train": place / "five.h5", "test": None}}),
         ("holds NaN", fresh | {"data": {"train": place / "nan.h5"}}),
-        ("loss 'softmax' needs classes", fresh | {"data": {"train": place / "values.h5", "test": None}}),
+        ("network.loss = 'softmax' needs classes", fresh | {"data": {"train": place / "values.h5", "test": None}}),
         ("set topology.", fresh | {"topology": {"shards": 9}}),
         ("more than can be counted", fresh | {"optimizer": {"epochs": 1e300}}),
         ("server.inbox_mib", fresh | {"server": {"inbox_mib": 0.001}}),
