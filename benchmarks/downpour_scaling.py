@@ -175,9 +175,9 @@ def contestant(way: str, period: int, replicas: int, shards: int) -> None:
             client = store.client()
             path: DataPath
             path = (
-                Overlapped(client, size, dtype, period, parts, lambda: False)
+                Overlapped(client, size, dtype, parts, lambda: False)
                 if store.overlap
-                else Blocking(client, size, dtype, period)
+                else Blocking(client, size, dtype)
             )
             downpour(network, path, iter(int, 1), Gate(), n_push=period, n_fetch=period)
             waiting.barrier(comm, "the others")

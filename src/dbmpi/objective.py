@@ -69,8 +69,11 @@ class Objective(Protocol):
         on_gradient: Callable[[int], None] | None = None,
         *,
         step: int = 0,
+        add: bool = False,
     ) -> Outcome:
         """Return the outcome of the batch and write the gradient of its **mean** loss into `gradient`.
+
+        With `add` it is added to what is there.
 
         `on_gradient` is called with each layer's number as soon as its part of `gradient` is complete.
         `step` differs from step to step and from replica to replica, for what is drawn anew each time.

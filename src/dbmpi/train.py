@@ -310,11 +310,11 @@ class _Session:
         )
         replica.serve_while_waiting(worker.obey)
         path: DataPath
+        apart = run.optimizer.local_rate > 0 and run.optimizer.n_push > 1
         if store.overlap:
-            parts = replica.parameters.parts
-            path = Overlapped(client, replica.size, DTYPE, run.optimizer.n_push, parts, worker.obey)
+            path = Overlapped(client, replica.size, DTYPE, replica.parameters.parts, worker.obey, apart=apart)
         else:
-            path = Blocking(client, replica.size, DTYPE, run.optimizer.n_push)
+            path = Blocking(client, replica.size, DTYPE, apart=apart)
         downpour(
             replica,
             path,

@@ -31,12 +31,13 @@ class Integers:
         self.total = np.zeros(self.size)
         self._rng = np.random.default_rng(seed)
 
-    def loss_and_gradient(self, parameters, batch, gradient, on_gradient=None, *, step=0) -> Outcome:
+    def loss_and_gradient(self, parameters, batch, gradient, on_gradient=None, *, step=0, add=False) -> Outcome:
         before = parameters.copy()
         for layer in reversed(range(len(LAYERS))):
             part = slice(self.parts[layer].start, self.parts[layer].stop)
-            gradient[part] = self._rng.integers(-8, 8, LAYERS[layer])
-            self.total[part] += gradient[part]
+            new = self._rng.integers(-8, 8, LAYERS[layer])
+            gradient[part] = gradient[part] + new if add else new
+            self.total[part] += new
             if on_gradient is not None:
                 on_gradient(layer)
         self.still = bool(np.array_equal(parameters, before))
@@ -65,8 +66,13 @@ class Watch:
 
 @pytest.mark.parallel([1, 4])
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize(("n_push", "n_fetch", "slow"), [(1, 1, "shard"), (1, 2, "sender"), (3, 2, "shard")])
-def test_the_sum_of_all_pushes_is_the_sum_of_all_gradients(comm, monkeypatch, way, n_push, n_fetch, slow) -> None:
+@pytest.mark.parametrize(
+    ("n_push", "n_fetch", "slow", "apart"),
+    [(1, 1, "shard", False), (1, 2, "sender", False), (3, 2, "shard", False), (3, 2, "shard", True)],
+)
+def test_the_sum_of_all_pushes_is_the_sum_of_all_gradients(
+    comm, monkeypatch, way, n_push, n_fetch, slow, apart
+) -> None:
     """Integers, so exactly; a gradient that is overwritten while it leaves would show."""
     steps, put = 12, Window.put
 
@@ -81,7 +87,7 @@ def test_the_sum_of_all_pushes_is_the_sum_of_all_gradients(comm, monkeypatch, wa
         elif bench.server is not None:
             bench.delay = 0.001
         if bench.client is not None:
-            path = Overlapped(bench.client, objective.size, FLOAT, n_push, objective.parts, bench.serve)
+            path = Overlapped(bench.client, objective.size, FLOAT, objective.parts, bench.serve, apart=apart)
             downpour(objective, path, range(steps), watch, n_push=n_push, n_fetch=n_fetch)
             total = objective.total
             assert watch.steps == steps
@@ -107,7 +113,7 @@ def test_computing_goes_on_while_a_push_is_applied_and_a_fetch_is_under_way(comm
     with parameter_server(comm, size, overlap="threads") as bench:
         if bench.client is not None:
             objective = Integers(0)
-            path = Overlapped(bench.client, size, FLOAT, 1, objective.parts, bench.serve)
+            path = Overlapped(bench.client, size, FLOAT, objective.parts, bench.serve)
             path.fetch()
             for _ in range(2):  # two gradients are on their way, and no shard moves
                 path.begin()
@@ -130,7 +136,7 @@ def test_the_blocking_path_computes_from_all_own_pushes(comm) -> None:
     with parameter_server(comm, size) as bench:
         if bench.client is not None:
             objective = Integers(0)
-            path = Blocking(bench.client, size, FLOAT, 1)
+            path = Blocking(bench.client, size, FLOAT)
             downpour(objective, path, range(5), Watch())
             path.fetch()
             np.testing.assert_array_equal(path.parameters, -objective.total)

@@ -54,6 +54,10 @@ def check(comm, network: Network, placed: Placement, samples: int, steps: int = 
         network.evaluate(whole, batch).mean_loss, rel=tolerance
     )
     gradient, part = np.empty_like(whole), np.empty_like(mine)
+    replica.loss_and_gradient(mine, batch, part, step=steps)
+    twice = part.copy()
+    replica.loss_and_gradient(mine, batch, twice, step=steps, add=True)
+    assert relative(twice, 2 * part) <= tolerance
     for step in range(steps):
         there = network.loss_and_gradient(whole, batch, gradient, step=step)
         here = replica.loss_and_gradient(mine, batch, part, step=step)

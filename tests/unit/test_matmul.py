@@ -40,25 +40,34 @@ def _check(out, a, b):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@given(m=SIZES, k=st.integers(1, 400), n=SIZES, orders=st.tuples(ORDERS, ORDERS), seed=st.integers(0, 2**32))
-def test_tiled_products(dtype, m, k, n, orders, seed):
+@given(
+    m=SIZES,
+    k=st.integers(1, 400),
+    n=SIZES,
+    orders=st.tuples(ORDERS, ORDERS),
+    seed=st.integers(0, 2**32),
+    add=st.booleans(),
+)
+def test_tiled_products(dtype, m, k, n, orders, seed, add):
     a, b = _matrices(m, k, n, orders, dtype, seed)
     memory = np.full(m * n + 2, 7, dtype)
     out = memory[1:-1].reshape(m, n)
-    TiledProduct()(a, b, out)
+    TiledProduct()(a, b, out, add)
+    if add:  # as one more column of `a` and row of `b`
+        a, b = np.c_[a, np.full(m, 7, dtype)], np.r_[b, np.ones((1, n), dtype)]
     _check(out, a, b)
     assert memory[0] == memory[-1] == 7
 
 
 @pytest.mark.parametrize("orders", ["CC", "CF", "FC", "FF"])
-@given(k=st.integers(1, 1500), n=SIZES)
-def test_tiled_products_in_several_pieces(orders, k, n):
+@given(k=st.integers(1, 1500), n=SIZES, add=st.booleans())
+def test_tiled_products_in_several_pieces(orders, k, n, add):
     a, b = _matrices(40, k, n, orders, np.float32, 1)
-    out, expected = np.empty((2, 40, n), np.float32)
-    TiledProduct()(a, b, expected)
+    out, expected = np.ones((2, 40, n), np.float32)
+    TiledProduct()(a, b, expected, add)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiles, "PACKED_BYTES", 100_000)
-        TiledProduct()(a, b, out)
+        TiledProduct()(a, b, out, add)
     np.testing.assert_array_equal(out, expected)
 
 
@@ -74,6 +83,8 @@ def test_large_products_of_every_provider(name, orders, dtype, provider):
     out = np.empty((331, 192), dtype)
     matmul.product(a, b, out)
     _check(out, a, b)
+    matmul.product(a, b, out, add=True)
+    _check(out, np.c_[a, a], np.r_[b, b])
 
 
 @pytest.mark.parametrize("name", matmul.PROVIDERS)

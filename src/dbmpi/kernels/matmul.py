@@ -28,7 +28,7 @@ from dbmpi.kernels.compile import THREADS
 from dbmpi.kernels.memory import aligned_empty
 from dbmpi.kernels.tiles import TiledProduct, tile_columns
 
-Product = Callable[[np.ndarray, np.ndarray, np.ndarray], object]
+Product = Callable[[np.ndarray, np.ndarray, np.ndarray, bool], object]
 
 VARIABLE = "DBMPI_MATMUL"
 PROVIDERS = ("tiles", "numpy", "onednn")
@@ -39,8 +39,8 @@ _CLEARLY_FASTER = 0.95
 _WASTE = 1.13
 
 
-def product(a: np.ndarray, b: np.ndarray, out: np.ndarray) -> None:
-    """Write ``a @ b`` into `out`.
+def product(a: np.ndarray, b: np.ndarray, out: np.ndarray, add: bool = False) -> None:
+    """Write ``a @ b`` into `out`, or add it to what is there.
 
     Parameters
     ----------
@@ -63,7 +63,7 @@ def product(a: np.ndarray, b: np.ndarray, out: np.ndarray) -> None:
             compute = _tiles()
         elif name == "onednn" and out.dtype == np.float32:
             compute = _onednn_product
-    compute(a, b, out)
+    compute(a, b, out, add)
 
 
 def available() -> tuple[str, ...]:
@@ -114,9 +114,9 @@ def probe(repeats: int = 6) -> dict[str, float]:
     outputs, input_gradient, weight_gradient = (np.empty_like(x) for x in (gradient, activations, weights))
 
     def three(compute: Product) -> None:
-        compute(weights, activations, outputs)
-        compute(weights.T, gradient, input_gradient)
-        compute(gradient, activations.T, weight_gradient)
+        compute(weights, activations, outputs, False)
+        compute(weights.T, gradient, input_gradient, False)
+        compute(gradient, activations.T, weight_gradient, False)
 
     compute: dict[str, Product] = {"tiles": _tiles(), "numpy": _numpy, "onednn": _onednn_product}
     # Alone, by the processor's time: it does not run while others have the core.
@@ -184,11 +184,14 @@ def _plain(a: np.ndarray, b: np.ndarray, out: np.ndarray) -> bool:
     )
 
 
-def _numpy(a: np.ndarray, b: np.ndarray, out: np.ndarray) -> None:
-    np.matmul(a, b, out=out)
+def _numpy(a: np.ndarray, b: np.ndarray, out: np.ndarray, add: bool) -> None:
+    if add:
+        out += np.matmul(a, b)
+    else:
+        np.matmul(a, b, out=out)
 
 
-def _onednn_product(a: np.ndarray, b: np.ndarray, out: np.ndarray) -> None:
+def _onednn_product(a: np.ndarray, b: np.ndarray, out: np.ndarray, add: bool) -> None:
     """Multiply contiguous float32 matrices by ``dnnl_sgemm``, which is row-major."""
     sgemm = onednn_sgemm()
     assert sgemm is not None
@@ -199,7 +202,7 @@ def _onednn_product(a: np.ndarray, b: np.ndarray, out: np.ndarray) -> None:
 
     (transpose_a, a_length), (transpose_b, b_length) = described(a), described(b)
     sources = (a.ctypes.data, a_length, b.ctypes.data, b_length)
-    status = sgemm(transpose_a, transpose_b, m, n, k, 1.0, *sources, 0.0, out.ctypes.data, n)
+    status = sgemm(transpose_a, transpose_b, m, n, k, 1.0, *sources, float(add), out.ctypes.data, n)
     if status != 0:
         raise RuntimeError(f"oneDNN's sgemm failed with status {status} on shapes {a.shape} @ {b.shape}")
 

@@ -40,8 +40,8 @@ class TiledProduct:
     def __init__(self) -> None:
         self._panels = np.empty(0, np.uint8)
 
-    def __call__(self, a: np.ndarray, b: np.ndarray, out: np.ndarray) -> None:
-        """Write ``a @ b`` into `out`.
+    def __call__(self, a: np.ndarray, b: np.ndarray, out: np.ndarray, add: bool = False) -> None:
+        """Write ``a @ b`` into `out`, or add it to what is there.
 
         Parameters
         ----------
@@ -71,7 +71,9 @@ class TiledProduct:
                     _pack_columns(b.T.reshape(-1), first, last, left, right, k, n, width, packed)
                 by_columns = not a.flags.c_contiguous
                 flat = (a.T if by_columns else a).reshape(-1)
-                _multiply(by_columns)(flat, packed, out.reshape(-1), m, n, k, first, last, left, right, width, block)
+                _multiply(by_columns)(
+                    flat, packed, out.reshape(-1), m, n, k, first, last, left, right, width, block, add
+                )
 
     def _workspace(self, size: int, dtype: np.dtype) -> np.ndarray:
         size *= dtype.itemsize
@@ -138,6 +140,7 @@ def _multiply(by_columns: bool) -> Kernel[..., None]:
         right: int,
         width: int,
         block: int,
+        add: bool,
     ) -> None:
         row_step, column_step = (1, m) if by_columns else (k, 1)
         for number in prange(-(-m // block)):
@@ -146,7 +149,7 @@ def _multiply(by_columns: bool) -> Kernel[..., None]:
             tile = np.empty(ROWS * width, out.dtype)
             for group in range(left, right, GROUP):
                 for start in range(first, last, DEPTH):
-                    depth = min(DEPTH, last - start)
+                    depth, adding = min(DEPTH, last - start), add or start > 0
                     for panel in range(group, min(right, group + GROUP)):
                         b_start = ((panel - left) * (last - first) + start - first) * width
                         columns = min(width, n - panel * width)
@@ -158,7 +161,7 @@ def _multiply(by_columns: bool) -> Kernel[..., None]:
                             if height == ROWS and columns == width:
                                 multiply_tile(
                                     ROWS, VECTORS, by_columns, a, a_start, m if by_columns else k,
-                                    packed, b_start, out, place, n, depth, start > 0,
+                                    packed, b_start, out, place, n, depth, adding,
                                 )
                                 continue
                             # At the edges, through a whole tile of our own, and a whole strip of `a`.
@@ -174,7 +177,7 @@ def _multiply(by_columns: bool) -> Kernel[..., None]:
                                     packed, b_start, tile, 0, width, depth, False,
                                 )
                             # fmt: on
-                            _put_tile(tile, width, height, columns, start > 0, out, place, n)
+                            _put_tile(tile, width, height, columns, adding, out, place, n)
 
     return parallel_kernel(multiply)
 

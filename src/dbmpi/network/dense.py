@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import numpy as np
 
@@ -26,6 +27,7 @@ class Dense:
     units: int
     activation: str
     initial_scale: float = 1.0
+    accruing: ClassVar[bool] = True
 
     @classmethod
     def described(cls, section: config.Dense, name: str, input_shape: tuple[int, ...]) -> Dense:
@@ -100,7 +102,7 @@ class Dense:
         context: Context,
     ) -> None:
         """Compute the gradients of a loss from its gradient for the outputs (see the contract of a layer)."""
-        self.begin_backward(outputs, gradient, parameter_gradient)
+        self.begin_backward(outputs, gradient, parameter_gradient, context)
         self.partial_backward(parameters, inputs, gradient, parameter_gradient, input_gradient, context)
 
     # Split by inputs (see the contract of such a layer)
@@ -119,9 +121,15 @@ class Dense:
         """Turn sums over all inputs into outputs."""
         ACTIVATIONS[self.activation].forward(outputs, parameters["bias"])
 
-    def begin_backward(self, outputs: np.ndarray, gradient: np.ndarray, parameter_gradient: Arrays) -> None:
+    def begin_backward(
+        self, outputs: np.ndarray, gradient: np.ndarray, parameter_gradient: Arrays, context: Context
+    ) -> None:
         """Turn the gradient for the outputs into that for the sums."""
-        ACTIVATIONS[self.activation].backward(outputs, gradient, parameter_gradient["bias"])
+        bias = parameter_gradient["bias"]
+        of_this_pass = np.empty_like(bias) if context.add else bias
+        ACTIVATIONS[self.activation].backward(outputs, gradient, of_this_pass)
+        if context.add:
+            bias += of_this_pass
 
     def partial_backward(
         self,
@@ -137,7 +145,7 @@ class Dense:
         if input_gradient is not None:
             product(parameters["weights"].T, gradient, _rows(input_gradient))
             context.inputs_done()
-        product(gradient, _rows(inputs).T, parameter_gradient["weights"])
+        product(gradient, _rows(inputs).T, parameter_gradient["weights"], context.add)
 
 
 def _rows(activations: np.ndarray) -> np.ndarray:

@@ -29,6 +29,8 @@ class Context:
     """Seed of the run."""
     step: int = 0
     """A number that differs from step to step and from replica to replica, for masks that are drawn anew."""
+    add: bool = False
+    """Whether a layer that :func:`accrues` adds to the gradient of its parameters, instead of overwriting it."""
     inputs_done: Callable[[], None] = field(default=lambda: None, compare=False)
     """A backward pass may call it as soon as `input_gradient` is complete and it has more to do: others wait for it."""
 
@@ -146,7 +148,9 @@ class SplitByInputs(Protocol):
         """Turn the complete sums of the outputs that a worker owns into these outputs, in place."""
         ...
 
-    def begin_backward(self, outputs: np.ndarray, gradient: np.ndarray, parameter_gradient: Arrays) -> None:
+    def begin_backward(
+        self, outputs: np.ndarray, gradient: np.ndarray, parameter_gradient: Arrays, context: Context
+    ) -> None:
         """Turn the gradient for owned outputs into that for their sums, in place; complete what follows from it."""
         ...
 
@@ -202,3 +206,12 @@ class Reconstructing(Protocol):
             For the outputs in the box; what comes from the estimate is added.
         """
         ...
+
+
+def accrues(layer: Layer) -> bool:
+    """Whether a layer's class says ``accruing = True``: it adds to the gradient of its parameters if a context says so.
+
+    That saves a pass over memory where the gradients of several steps are added up.  A class must say it itself: one
+    that is derived from it may compute otherwise.
+    """
+    return bool(vars(type(layer)).get("accruing", False))

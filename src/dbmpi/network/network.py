@@ -148,6 +148,7 @@ class Network:
         on_gradient: Callable[[int], None] | None = None,
         *,
         step: int = 0,
+        add: bool = False,
     ) -> Outcome:
         """Return the outcome of the batch and write the gradient of its **mean** loss into `gradient`.
 
@@ -161,6 +162,8 @@ class Network:
             and its parameters are needed no more.
         step : int
             A number for masks that are drawn anew each step.
+        add : bool
+            Add to what is in `gradient`, instead of overwriting it.
 
         Raises
         ------
@@ -169,7 +172,7 @@ class Network:
         UserError
             If a class is not one of the outputs.
         """
-        return self._whole.loss_and_gradient(parameters, batch, gradient, on_gradient, step=step)
+        return self._whole.loss_and_gradient(parameters, batch, gradient, on_gradient, step=step, add=add)
 
     def evaluate(self, parameters: np.ndarray, batch: Batch) -> Outcome:
         """Return the outcome of the batch; raises as `loss_and_gradient` does."""

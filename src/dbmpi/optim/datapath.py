@@ -35,6 +35,11 @@ class DataPath(Protocol):
     gradient: np.ndarray
     on_gradient: Callable[[int], None] | None
 
+    @property
+    def add(self) -> bool:
+        """Whether the next gradient is to be added to what is there, the gradients of earlier steps."""
+        ...
+
     def fetch(self) -> None:
         """Get parameters from the shards, where the algorithm says so."""
         ...
@@ -48,7 +53,7 @@ class DataPath(Protocol):
         ...
 
     def accrue(self, pushing: bool) -> None:
-        """Add the gradient to those of earlier steps; `pushing` in a step that ends in a push."""
+        """Count the gradient among those of earlier steps; `pushing` in a step that ends in a push."""
         ...
 
     def push(self, outcome: Outcome, steps: int) -> None:
@@ -64,17 +69,27 @@ class Blocking:
     """One after the other: a fetch waits for the own pushes, and computing waits for the fetch.
 
     With one client this is plain serial learning, bit for bit.
+
+    Parameters
+    ----------
+    apart
+        Whether the gradient of each step is needed by itself before it is accrued.
     """
 
     on_gradient: Callable[[int], None] | None = None
 
-    def __init__(self, client: Client, size: int, dtype: np.dtype[np.floating], n_push: int) -> None:
+    def __init__(self, client: Client, size: int, dtype: np.dtype[np.floating], *, apart: bool = False) -> None:
         self._client = client
         self.parameters = np.zeros(size, dtype) if client.parameters is None else client.parameters
         # What is pushed lies where shards on this host can read it.
         self._accrued = client.gradients[0] if client.gradients else np.zeros(size, dtype)
-        self.gradient = self._accrued if n_push == 1 else np.zeros(size, dtype)
+        self.gradient = np.zeros(size, dtype) if apart else self._accrued
         self._steps = 0
+
+    @property
+    def add(self) -> bool:
+        """Whether the next gradient is to be added to those of earlier steps."""
+        return self.gradient is self._accrued and self._steps > 0
 
     def fetch(self) -> None:
         """Copy the parameters, after all own pushes have been applied."""
@@ -89,7 +104,7 @@ class Blocking:
             self._client.settle()
 
     def accrue(self, pushing: bool) -> None:
-        """Add the gradient to those of earlier steps."""
+        """Add the gradient to those of earlier steps, if it has been computed apart."""
         if self.gradient is not self._accrued:
             _add(self._accrued, self.gradient, first=self._steps == 0)
         self._steps += 1
@@ -121,6 +136,8 @@ class Overlapped:
         For each layer the range of the flat vector that holds its parameters.
     serve
         Called while the loop waits.
+    apart
+        Whether the gradient of each step is needed by itself before it is accrued.
     """
 
     def __init__(
@@ -128,9 +145,10 @@ class Overlapped:
         client: Client,
         size: int,
         dtype: np.dtype[np.floating],
-        n_push: int,
         parts: Sequence[range],
         serve: Callable[[], bool],
+        *,
+        apart: bool = False,
     ) -> None:
         self._client = client
         self._parts = parts
@@ -142,7 +160,7 @@ class Overlapped:
         # One accrued gradient grows and one leaves; the marks say what must be applied before each is used again.
         self._growing, self._leaving = list(client.gradients) or [np.zeros(size, dtype) for _ in range(2)]
         self._marks: list[Mark] = [client.mark(), client.mark()]
-        self._scratch = None if n_push == 1 else np.zeros(size, dtype)
+        self._scratch = np.zeros(size, dtype) if apart else None
         self.gradient = self._growing if self._scratch is None else self._scratch
         self.on_gradient: Callable[[int], None] | None = self._complete
         self._steps = 0
@@ -152,6 +170,11 @@ class Overlapped:
         self._fetch: Future[list[int]] | None = None
         self._sending: list[Future[None]] = []
         self._first = True
+
+    @property
+    def add(self) -> bool:
+        """Whether the next gradient is to be added to those of earlier steps."""
+        return self._scratch is None and self._steps > 0
 
     def fetch(self) -> None:
         """Make the fetch before this one current, and begin the next; the very first one is waited for."""
@@ -175,7 +198,7 @@ class Overlapped:
             self._client.wait(self._marks[0], self._serve)
 
     def accrue(self, pushing: bool) -> None:
-        """Add the gradient to those of earlier steps; in a step that pushes, layers have been added one by one."""
+        """Add a gradient that has been computed apart; in a step that pushes, layers have been added one by one."""
         if self._scratch is not None and not pushing:
             _add(self._growing, self._scratch, first=self._steps == 0)
         self._steps += 1

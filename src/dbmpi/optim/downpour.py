@@ -93,7 +93,9 @@ def downpour(
         pushing = step % n_push == 0
         with clock("compute"):
             on_gradient = path.on_gradient if pushing else None
-            outcome = objective.loss_and_gradient(path.parameters, batch, path.gradient, on_gradient, step=number)
+            outcome = objective.loss_and_gradient(
+                path.parameters, batch, path.gradient, on_gradient, step=number, add=path.add
+            )
             watcher.stepped(outcome)
             if local_rate:
                 updates.sgd(path.parameters, path.gradient, local_rate)

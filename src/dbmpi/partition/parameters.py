@@ -24,7 +24,7 @@ class _Held(NamedTuple):
     short: str
     box: Box
     local: int
-    """Where it starts in the worker's vector."""
+    """Where it starts in the layer's part of the worker's vector."""
 
 
 class LocalParameters:
@@ -50,6 +50,8 @@ class LocalParameters:
     runs
         Where its elements lie in the whole vector, in the order of the worker's vector, and whether this worker is
         the one that pushes their gradient.
+    parts
+        For each layer, the range of the worker's vector that holds its parameters.
     """
 
     def __init__(
@@ -69,12 +71,13 @@ class LocalParameters:
         self._shared: list[list[tuple[Part, _Held, Shelf]]] = []
         self._held: dict[str, tuple[Box, int]] = {}
         runs: list[Run] = []
+        ends = [0]
         position = 0
         pushed = pushed_runs(layout, parts, worker)
         for layer in layers:
             held, shared = [], []
             for short, tensor in layer.tensors.items():
-                mine = _Held(short, boxes[tensor.name], position)
+                mine = _Held(short, boxes[tensor.name], position - ends[-1])
                 held.append(mine)
                 self._held[tensor.name] = mine.box, position
                 for part in parts:
@@ -87,8 +90,10 @@ class LocalParameters:
                         position += len(piece)
             self._layers.append(held)
             self._shared.append(shared)
+            ends.append(position)
         self.size = position
         self.runs = tuple(runs)
+        self.parts = tuple(range(start, stop) for start, stop in pairwise(ends))
 
     def runs_in(self, arrangement: Arrangement) -> tuple[Run, ...]:
         """Return :attr:`runs` as they lie in the shards' order."""
@@ -96,26 +101,30 @@ class LocalParameters:
             return self.runs
         return arrangement.runs(self._group.rank, self._held)
 
-    @property
-    def parts(self) -> tuple[range, ...]:
-        """For each layer, the range of the worker's vector that holds its parameters."""
-        starts = [0]
-        for held in self._layers:
-            starts.append(starts[-1] + sum(one.box.size for one in held))
-        return tuple(range(start, stop) for start, stop in pairwise(starts))
-
-    def views(self, vector: np.ndarray, what: str) -> list[Arrays]:
-        """Return every layer's tensors, by their short names, as views into the worker's flat vector."""
+    def cut(self, vector: np.ndarray, what: str) -> list[np.ndarray]:
+        """Return every layer's part of the worker's flat vector; views."""
         if vector.shape != (self.size,) or vector.dtype != self._dtype or not vector.flags.c_contiguous:
             raise ValueError(
                 f"{what}: given {vector.dtype} {vector.shape}, expected contiguous {self._dtype} ({self.size},)"
             )
-        return [{part.short: _view(vector, part) for part in held} for held in self._layers]
+        return [vector[part.start : part.stop] for part in self.parts]
+
+    def tensors(self, layer: int, part: np.ndarray) -> Arrays:
+        """Return a layer's tensors, by their short names, as views into its part of a vector."""
+        return {held.short: _view(part, held) for held in self._layers[layer]}
+
+    def views(self, vector: np.ndarray, what: str) -> list[Arrays]:
+        """Return every layer's tensors, by their short names, as views into the worker's flat vector."""
+        return [self.tensors(layer, part) for layer, part in enumerate(self.cut(vector, what))]
+
+    def shared(self, layer: int) -> bool:
+        """Whether several workers hold some of a layer's parameters."""
+        return bool(self._shared[layer])
 
     def add_up(self, layer: int, gradient: np.ndarray) -> None:
         """Add up the gradient of what several workers hold of a layer, e.g. the weights of a convolution cut in space.
 
-        Called by all workers; nothing is done for what one of them holds alone.
+        Called by all workers with their layer's part of it; nothing is done for what one of them holds alone.
         """
         for part, held, shelf in self._shared[layer]:
             if self._group.rank in part.workers:
@@ -130,8 +139,8 @@ class LocalParameters:
         return np.concatenate([whole[run.start : run.start + run.length] for run in self.runs] or [whole[:0]])
 
 
-def _view(vector: np.ndarray, held: _Held) -> np.ndarray:
-    return vector[held.local :][: held.box.size].reshape(held.box.shape)
+def _view(part: np.ndarray, held: _Held) -> np.ndarray:
+    return part[held.local :][: held.box.size].reshape(held.box.shape)
 
 
 def _divided(run: range, pushed: Sequence[range]) -> Iterator[tuple[range, bool]]:

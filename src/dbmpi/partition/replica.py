@@ -14,7 +14,8 @@ from types import TracebackType
 import numpy as np
 
 from dbmpi.errors import UserError
-from dbmpi.network.layer import Arrays, Context, Layer
+from dbmpi.kernels import updates
+from dbmpi.network.layer import Arrays, Context, Layer, accrues
 from dbmpi.network.losses import Loss
 from dbmpi.objective import Batch, Outcome
 from dbmpi.partition.boxes import Box
@@ -86,6 +87,12 @@ class Replica:
             plan.outputs is not None or one.exchange.in_place for plan, one in zip(plans, self._stages, strict=True)
         ]
         self._objectives = objectives(self._layers, placement, group)
+        self._aside = [
+            place
+            for place, layer in enumerate(self._layers)
+            if place in self._objectives or parameters.shared(place) or not accrues(layer)
+        ]
+        self._scratch = np.empty(0, dtype)
         last = placement.boxes[-1]
         self._turned = LossExchange(group, last) if loss is not None and group.size > 1 else None
         self._terms = group.shelf(fixed=2)  # one of float64, in elements that may be float32
@@ -137,6 +144,7 @@ class Replica:
         on_gradient: Callable[[int], None] | None = None,
         *,
         step: int = 0,
+        add: bool = False,
     ) -> Outcome:
         """Return the outcome of the whole batch and write this worker's part of the gradient of its mean loss.
 
@@ -150,11 +158,14 @@ class Replica:
             Called with each layer's number, from the last to the first, as soon as its part of `gradient` is complete.
         step
             A number for masks that are drawn anew each step.
+        add
+            Add to what is in `gradient`, instead of overwriting it.
         """
         views = self.parameters.views(parameters, "parameters")
-        gradients = self.parameters.views(gradient, "gradient")
+        parts = self.parameters.cut(gradient, "gradient")
         batch = self._checked(batch)
-        context = Context(True, self._seed, step)
+        context = Context(True, self._seed, step, add)
+        aside = self._aside if add else ()
         work = self._workspace(batch.samples)
         terms = self._forward(views, batch.inputs, work, context)
         top = work.gradient(len(self._layers))
@@ -165,16 +176,21 @@ class Replica:
         outcome = self._outcome(top, batch, terms)
         self._clock.start()
         for place in reversed(range(len(self._layers))):
+            part = parts[place]
+            computed = self._room(part.size) if place in aside else part
 
-            def complete(place: int = place) -> None:
-                self.parameters.add_up(place, gradient)
+            def complete(place: int = place, part: np.ndarray = part, computed: np.ndarray = computed) -> None:
+                self.parameters.add_up(place, computed)
+                if computed is not part:
+                    updates.add(part, computed)
                 if on_gradient is not None:
                     on_gradient(place)
 
+            of_layer = self.parameters.tensors(place, computed)
             objective = self._objectives.get(place)
             if objective is not None:
-                objective.backward(views[place], gradients[place], work)
-            self._stages[place].backward(views[place], gradients[place], work, context, self._clock, complete)
+                objective.backward(views[place], of_layer, work)
+            self._stages[place].backward(views[place], of_layer, work, context, self._clock, complete)
             if objective is not None:
                 objective.backward_below(work)
         return outcome
@@ -248,6 +264,12 @@ class Replica:
             wanted = ", ".join(map(str, (*expected, "samples")))
             raise ValueError(f"inputs: given {_description(inputs)}, expected ({wanted}) with at least one sample")
         return inputs.reshape(*expected, inputs.shape[-1])
+
+    def _room(self, size: int) -> np.ndarray:
+        """Return memory for the gradient of a layer that cannot add it to another."""
+        if self._scratch.size < size:
+            self._scratch = np.empty(size, self._dtype)
+        return self._scratch[:size]
 
     def _workspace(self, samples: int) -> Workspace:
         self._group.make_room(samples, self._dtype.itemsize)

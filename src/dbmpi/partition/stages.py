@@ -180,7 +180,7 @@ class _ByInputs:
         place = self._place
         gradient, of_sums = work.gradient(place + 1), work.sums(place)
         if gradient.size:
-            self._layer.begin_backward(work.outputs[place], gradient, parameter_gradient)
+            self._layer.begin_backward(work.outputs[place], gradient, parameter_gradient, context)
         clock.lap("backward", place)
         self.exchange.fill(gradient, of_sums)
         clock.lap("exchange", place)
