@@ -6,7 +6,7 @@ know nothing else, so that they work for both.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -53,6 +53,11 @@ class Outcome(NamedTuple):
         return None if self.correct < 0 else self.correct / max(self.samples, 1)
 
 
+Gradient: TypeAlias = "np.ndarray | Callable[[int], np.ndarray]"
+"""Where a gradient goes: a flat vector, or what gives room for the part of a layer, asked with the layer's number
+just before this is computed; not before the layer above is complete."""
+
+
 class Objective(Protocol):
     """A differentiable function of a flat parameter vector and a batch."""
 
@@ -65,7 +70,7 @@ class Objective(Protocol):
         self,
         parameters: np.ndarray,
         batch: Batch,
-        gradient: np.ndarray,
+        gradient: Gradient,
         on_gradient: Callable[[int], None] | None = None,
         *,
         step: int = 0,

@@ -23,9 +23,10 @@ from dbmpi.monitor.records import Recorder, next_session
 from dbmpi.network import own
 from dbmpi.network.network import Network
 from dbmpi.objective import Outcome
-from dbmpi.optim.datapath import Blocking, DataPath, Overlapped
+from dbmpi.optim.datapath import Blocking, DataPath, Layerwise, Overlapped
 from dbmpi.optim.downpour import downpour
 from dbmpi.optim.lead import Begin, Lead
+from dbmpi.optim.room import gradient_size
 from dbmpi.optim.shard import Shard
 from dbmpi.optim.worker import Worker
 from dbmpi.paramserver.layout import Layout
@@ -135,7 +136,7 @@ class _Session:
             return self._sandblast(network, replica, order)
         with together(self._comm, "planning the shards' memory"):
             arrangement = arranged(run.server, network.layers, network.layout, placed, plan.shards)
-            size = 0 if replica is None else replica.size
+            size = 0 if replica is None else gradient_size(run.server, replica.parameters.parts)
             store = Store(self._comm, plan, arrangement.ranges, run.server, DTYPE, size)
         self._stack.enter_context(store)
         begin, checkpoint, session = self._prepare_directory(network.layout, order)
@@ -311,8 +312,11 @@ class _Session:
         replica.serve_while_waiting(worker.obey)
         path: DataPath
         apart = run.optimizer.local_rate > 0 and run.optimizer.n_push > 1
-        if store.overlap:
-            path = Overlapped(client, replica.size, DTYPE, replica.parameters.parts, worker.obey, apart=apart)
+        parts = replica.parameters.parts
+        if run.server.gradients == "layers":
+            path = Layerwise(client, replica.size, DTYPE, parts, worker.obey, overlap=store.overlap)
+        elif store.overlap:
+            path = Overlapped(client, replica.size, DTYPE, parts, worker.obey, apart=apart)
         else:
             path = Blocking(client, replica.size, DTYPE, apart=apart)
         downpour(

@@ -11,7 +11,8 @@ from parallel.test_paramserver import WAYS, parameter_server
 
 from dbmpi.monitor.records import Stopwatch
 from dbmpi.objective import Batch, Outcome
-from dbmpi.optim.datapath import Blocking, Overlapped
+from dbmpi.optim import room
+from dbmpi.optim.datapath import Blocking, Layerwise, Overlapped
 from dbmpi.optim.downpour import downpour
 from dbmpi.paramserver.window import Window
 from dbmpi.runtime import waiting
@@ -36,7 +37,8 @@ class Integers:
         for layer in reversed(range(len(LAYERS))):
             part = slice(self.parts[layer].start, self.parts[layer].stop)
             new = self._rng.integers(-8, 8, LAYERS[layer])
-            gradient[part] = gradient[part] + new if add else new
+            room = gradient(layer) if callable(gradient) else gradient[part]
+            room[:] = room + new if add else new
             self.total[part] += new
             if on_gradient is not None:
                 on_gradient(layer)
@@ -103,6 +105,38 @@ def test_the_sum_of_all_pushes_is_the_sum_of_all_gradients(
                 assert (tally.steps, tally.outcome.samples) == (steps * bench.plan.workers,) * 2
             pushes = 1 + -(-(steps - 1) // n_push)  # the first step, and then every n_push and what remains
             assert tally.staleness.total == tally.pushes == pushes * bench.plan.workers
+        bench.together()
+
+
+@pytest.mark.parallel([1, 4])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("overlap", ["none", "threads"])
+def test_layers_that_share_their_room_leave_it_before_it_is_used_again(comm, monkeypatch, way, overlap) -> None:
+    """The room is that of the largest layer, and the shards are slow: a layer that does not wait would show."""
+    steps = 12
+    monkeypatch.setattr(room, "_ENOUGH", 1)
+    assert room.room_size(Integers(0).parts) == max(LAYERS)
+    shards, size = max(1, comm.size // 2), sum(LAYERS)
+    with parameter_server(comm, size, shards=shards, way=way, overlap=overlap, room=max(LAYERS)) as bench:
+        total, objective, watch = np.zeros(sum(LAYERS)), Integers(comm.rank), Watch()
+        if bench.server is not None:
+            bench.delay = 0.0005
+        if bench.client is not None:
+            assert sum(map(len, bench.client.gradients)) in (0, max(LAYERS))
+            parts = objective.parts
+            path = Layerwise(bench.client, objective.size, FLOAT, parts, bench.serve, overlap=overlap == "threads")
+            downpour(objective, path, range(steps), watch)
+            total = objective.total
+            assert objective.still or way == "all in place"
+        bench.together()
+        whole = np.empty_like(total)
+        comm.Allreduce(total, whole)
+        if bench.server is not None:
+            np.testing.assert_array_equal(bench.server.parameters, -whole[bench.held.start : bench.held.stop])
+            tally = bench.server.take_tally()
+            if bench.plan.shard_of(comm.rank) == 0:
+                assert (tally.steps, tally.outcome.samples) == (steps * bench.plan.workers,) * 2
+            assert tally.pushes == steps * bench.plan.workers
         bench.together()
 
 

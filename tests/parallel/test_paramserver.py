@@ -83,16 +83,19 @@ def parameter_server(
     way: str = "in place",
     overlap: str = "none",
     consistent: bool = False,
+    room: int | None = None,
 ) -> Iterator[Bench]:
+    """Open a server; `room` is how many elements a worker may have on their way where there is no whole gradient."""
     if comm.size > shards:
         plan = Plan(shards, comm.size - shards)
     else:
         plan = Plan(min(shards, comm.size), comm.size, colocate=True)
-    section = ServerSection(**WAYS[way], overlap=overlap, consistent=consistent)
-    shared, ranges = "transport" not in WAYS[way], cut(elements, plan.shards)
+    gradients = "whole" if room is None else "layers"
+    section = ServerSection(**WAYS[way], overlap=overlap, consistent=consistent, gradients=gradients)
+    shared, ranges, own = "transport" not in WAYS[way], cut(elements, plan.shards), room or elements
     with (
         Communicators(comm, plan) as comms,
-        Store(comms.world, plan, ranges, section, FLOAT, elements, shared=shared, chunk=chunk) as store,
+        Store(comms.world, plan, ranges, section, FLOAT, own, shared=shared, chunk=chunk) as store,
     ):
         yield Bench(plan, store, rule or Sgd(1.0), comms.world)
 

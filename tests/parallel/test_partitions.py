@@ -112,7 +112,7 @@ def moved(directory: Path) -> dict[int, dict[str, int]]:
 
 @pytest.mark.parallel([1, 2, 3, 4, 6])
 def test_shards_that_follow_partitions_learn_the_same_and_move_the_least(comm, place) -> None:
-    """Bit for bit, in one piece a shard, also on shards' own memory; and each goes on from the other's checkpoint."""
+    """Bit for bit and one piece a shard, also by layers on the shards' memory; and each goes on from the other."""
     for number, topology in enumerate(topologies(comm.size)):
         partitions, shards = topology["partitions"], topology["shards"]
         learned, pieces = [], []
@@ -139,7 +139,7 @@ def test_shards_that_follow_partitions_learn_the_same_and_move_the_least(comm, p
             train(more, comm)
             learned.append(tiny.vectors(run.run.directory))
             if partitions > 1 and align == "partition":
-                server = {"align": "partition", "fetch": "shared"}
+                server = {"align": "partition", "fetch": "shared", "gradients": "layers"}
                 common = tiny.describe(
                     place,
                     run={"directory": place / f"{number}-shared"},

@@ -20,6 +20,7 @@ from dbmpi.config import Run
 from dbmpi.data.stream import Order, Stream
 from dbmpi.errors import UserError
 from dbmpi.monitor.records import read_records
+from dbmpi.optim import room
 from dbmpi.optim.worker import Worker
 from dbmpi.paramserver.client import Client
 from dbmpi.runtime import waiting
@@ -116,8 +117,13 @@ def test_one_worker_equals_algorithm_1_1_bit_for_bit(comm, place, n_push, n_fetc
 
 @pytest.mark.parallel([2, 3])
 @pytest.mark.parametrize("push", ["shared", "copied"])
-def test_computing_on_the_shards_own_memory_equals_copies(comm, place, push) -> None:
-    server = {"push": push, "fetch": "shared"}
+@pytest.mark.parametrize("gradients", ["whole", "layers"])
+@pytest.mark.parametrize("fetch", ["shared", "copied"])
+def test_computing_on_the_shards_own_memory_and_layer_by_layer_equals_copies(
+    comm, place, monkeypatch, push, gradients, fetch
+) -> None:
+    monkeypatch.setattr(room, "_ENOUGH", 1)
+    server = {"push": push, "fetch": fetch, "gradients": gradients}
     topology = {"shards": comm.size - 1, "replicas": 1}
     run = tiny.describe(place, server=server, topology=topology)
     result = train(run, comm)

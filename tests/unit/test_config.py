@@ -63,6 +63,13 @@ def test_the_shards_own_memory_cannot_be_old_or_walked_on(file: Path, other: str
         load(file, ("server.fetch=shared", "server.consistent=true"))
 
 
+@pytest.mark.parametrize("other", ["optimizer.n_push=2", "optimizer.local_rate=0.1", "server.consistent=true"])
+def test_gradients_that_leave_by_layers_cannot_be_kept(file: Path, other: str) -> None:
+    assert load(file, ("server.gradients=layers", "optimizer.n_fetch=2")).server.gradients == "layers"
+    with pytest.raises(UserError, match=r'server\.gradients = "whole"'):
+        load(file, ("server.gradients=layers", other))
+
+
 def test_data_lie_beside_the_description_and_the_run_where_it_is_started(file: Path) -> None:
     file.write_text(SMALLEST.replace('"train.h5"', '"../data/train.h5"\ntest = "/elsewhere/test.h5"'))
     run = load(file, ("run.directory=here",))

@@ -186,6 +186,9 @@ class ServerSection(Section):
     align: Literal["equal", "partition"] = "equal"
     """``equal``: each shard holds as much; ``partition`` (Downpour): shards end where partitions do, so that a worker
     deals with the shards of its own part alone, and in one piece with each."""
+    gradients: Literal["whole", "layers"] = "whole"
+    """``whole``: a worker has room for a whole gradient, with overlap for two; ``layers`` (Downpour): for the largest
+    layer's; each leaves when it is complete, and its room is used again when the shards have applied it."""
     consistent: bool = False
     """A fetch never sees a push half applied by a shard; it may have to wait for one to end."""
     overlap: Literal["none", "threads"] = "none"
@@ -234,6 +237,16 @@ class Run(Section):
             raise ValueError(
                 "server.consistent = true needs copies of the parameters, for the shards' own memory changes while a "
                 'gradient is computed: set server.fetch = "copied", or server.consistent = false'
+            )
+        if self.server.gradients == "layers" and (self.optimizer.n_push > 1 or self.optimizer.local_rate):
+            raise ValueError(
+                'server.gradients = "layers" keeps no gradient to add up or to walk by: set optimizer.n_push = 1 and '
+                'optimizer.local_rate = 0, or server.gradients = "whole"'
+            )
+        if self.server.gradients == "layers" and self.server.consistent:
+            raise ValueError(
+                "server.consistent = true applies a push at one go, for which all of it must be there: set "
+                'server.gradients = "whole", or server.consistent = false'
             )
         if self.server.fetch == "shared" and (self.optimizer.n_fetch > 1 or self.optimizer.local_rate):
             raise ValueError(

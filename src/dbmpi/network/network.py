@@ -20,7 +20,7 @@ from dbmpi.network.local import Local
 from dbmpi.network.losses import Loss, Targets
 from dbmpi.network.normalisation import Normalisation
 from dbmpi.network.pooling import Pooling
-from dbmpi.objective import Batch, Outcome
+from dbmpi.objective import Batch, Gradient, Outcome
 from dbmpi.paramserver.layout import Layout
 from dbmpi.partition.boxes import Box
 from dbmpi.partition.group import Group
@@ -144,7 +144,7 @@ class Network:
         self,
         parameters: np.ndarray,
         batch: Batch,
-        gradient: np.ndarray,
+        gradient: Gradient,
         on_gradient: Callable[[int], None] | None = None,
         *,
         step: int = 0,
@@ -154,7 +154,8 @@ class Network:
 
         Parameters
         ----------
-        parameters, gradient : (layout.size,) arrays of `dtype`
+        parameters : (layout.size,) array of `dtype`
+        gradient : the same, or what gives room for a layer's part
         batch : Batch
             Inputs ``(*input_shape, samples)``; targets int32 ``(samples,)`` or ``(outputs, samples)``.
         on_gradient : callable, optional

@@ -13,7 +13,8 @@ from typing import Protocol
 import numpy as np
 
 from dbmpi.kernels import updates
-from dbmpi.objective import Outcome
+from dbmpi.objective import Gradient, Outcome
+from dbmpi.optim.room import Room
 from dbmpi.paramserver.client import Client, Mark
 from dbmpi.runtime import waiting
 
@@ -32,7 +33,7 @@ class DataPath(Protocol):
     """
 
     parameters: np.ndarray
-    gradient: np.ndarray
+    gradient: Gradient
     on_gradient: Callable[[int], None] | None
 
     @property
@@ -83,7 +84,7 @@ class Blocking:
         self.parameters = np.zeros(size, dtype) if client.parameters is None else client.parameters
         # What is pushed lies where shards on this host can read it.
         self._accrued = client.gradients[0] if client.gradients else np.zeros(size, dtype)
-        self.gradient = np.zeros(size, dtype) if apart else self._accrued
+        self.gradient: Gradient = np.zeros(size, dtype) if apart else self._accrued
         self._steps = 0
 
     @property
@@ -106,6 +107,7 @@ class Blocking:
     def accrue(self, pushing: bool) -> None:
         """Add the gradient to those of earlier steps, if it has been computed apart."""
         if self.gradient is not self._accrued:
+            assert isinstance(self.gradient, np.ndarray)
             _add(self._accrued, self.gradient, first=self._steps == 0)
         self._steps += 1
 
@@ -119,16 +121,77 @@ class Blocking:
         self._client.settle()
 
 
-class Overlapped:
+class _Ahead:
+    """What goes on while a gradient is computed: the next parameters arrive, and gradients leave.
+
+    Within a host a fetch is a copy by a thread that releases the interpreter, and a push needs no thread: shards read
+    the gradient in place.  To other hosts a second thread drives the transfers.
+    """
+
+    def __init__(self, client: Client, size: int, dtype: np.dtype[np.floating], serve: Callable[[], bool]) -> None:
+        self._client = client
+        self._serve = serve
+        self._in_place = client.parameters is not None
+        self.parameters = np.zeros(size, dtype) if client.parameters is None else client.parameters
+        self._next = self.parameters if self._in_place else np.zeros(size, dtype)
+        self._fetcher = ThreadPoolExecutor(1, "dbmpi-fetch")
+        self._sender = ThreadPoolExecutor(1, "dbmpi-push")
+        self._fetch: Future[list[int]] | None = None
+        self._sending: list[Future[None]] = []
+        self._first = True
+
+    def fetch(self) -> None:
+        """Make the fetch before this one current, and begin the next; the very first one is waited for."""
+        if self._in_place:
+            self._client.fetched(self._client.versions())
+        elif self._first:
+            self._client.fetch(self.parameters)
+        else:
+            self._take()
+            self._fetch = self._fetcher.submit(self._client.copy, self._next)
+        self._first = False
+
+    def look(self) -> None:
+        """Make a fetch current that has ended meanwhile."""
+        if self._fetch is not None and self._fetch.done():
+            self._take()
+
+    def close(self) -> None:
+        """Wait until all pushes have been applied and the last fetch has ended."""
+        self._take()
+        for future in self._sending:
+            waiting.until(future.done, "gradients to leave", serve=self._serve)
+            future.result()
+        self._client.settle()
+        self._fetcher.shutdown()
+        self._sender.shutdown()
+
+    def _take(self) -> None:
+        """Make what a fetch on the way brings current."""
+        if self._fetch is not None:
+            waiting.until(self._fetch.done, "parameters to arrive", serve=self._serve)
+            self._client.fetched(self._fetch.result())
+            self.parameters, self._next = self._next, self.parameters
+            self._fetch = None
+
+    def _drive(self) -> None:
+        """See that what was posted leaves, without waiting for it."""
+        if not self._client.far:
+            self._client.progress()
+        else:
+            for ended in [future for future in self._sending if future.done()]:
+                ended.result()
+                self._sending.remove(ended)
+            self._sending.append(self._sender.submit(self._client.drain))
+
+
+class Overlapped(_Ahead):
     """All at once: while a gradient is computed, the next parameters arrive and the last gradient leaves.
 
     There are two accrued gradients: one is computed while the shards take the other one in, so that nothing is lost or
     sent twice; and two vectors of parameters: a fetch fills one and it becomes current between two steps, at the next
     fetch point at the latest.  The layers of a gradient leave as backward completes them.  A client's own last push may
     be missing in what it fetches.
-
-    Within a host a fetch is a copy by a thread that releases the interpreter, and a push needs no thread: shards read
-    the gradient in place.  To other hosts a second thread drives the transfers.
 
     Parameters
     ----------
@@ -150,47 +213,22 @@ class Overlapped:
         *,
         apart: bool = False,
     ) -> None:
-        self._client = client
+        super().__init__(client, size, dtype, serve)
         self._parts = parts
-        self._serve = serve
         client.divide(parts)
-        self._in_place = client.parameters is not None
-        self.parameters = np.zeros(size, dtype) if client.parameters is None else client.parameters
-        self._next = self.parameters if self._in_place else np.zeros(size, dtype)
         # One accrued gradient grows and one leaves; the marks say what must be applied before each is used again.
         self._growing, self._leaving = list(client.gradients) or [np.zeros(size, dtype) for _ in range(2)]
         self._marks: list[Mark] = [client.mark(), client.mark()]
         self._scratch = np.zeros(size, dtype) if apart else None
-        self.gradient = self._growing if self._scratch is None else self._scratch
+        self.gradient: Gradient = self._growing if self._scratch is None else self._scratch
         self.on_gradient: Callable[[int], None] | None = self._complete
         self._steps = 0
         self._posting = False
-        self._fetcher = ThreadPoolExecutor(1, "dbmpi-fetch")
-        self._sender = ThreadPoolExecutor(1, "dbmpi-push")
-        self._fetch: Future[list[int]] | None = None
-        self._sending: list[Future[None]] = []
-        self._first = True
 
     @property
     def add(self) -> bool:
         """Whether the next gradient is to be added to those of earlier steps."""
         return self._scratch is None and self._steps > 0
-
-    def fetch(self) -> None:
-        """Make the fetch before this one current, and begin the next; the very first one is waited for."""
-        if self._in_place:
-            self._client.fetched(self._client.versions())
-        elif self._first:
-            self._client.fetch(self.parameters)
-        else:
-            self._take()
-            self._fetch = self._fetcher.submit(self._client.copy, self._next)
-        self._first = False
-
-    def look(self) -> None:
-        """Make a fetch current that has ended meanwhile."""
-        if self._fetch is not None and self._fetch.done():
-            self._take()
 
     def begin(self) -> None:
         """Wait until the shards have taken in what was accrued in the same place, two pushes ago."""
@@ -217,24 +255,6 @@ class Overlapped:
             self.gradient = self._growing
         self._steps = 0
 
-    def close(self) -> None:
-        """Wait until all pushes have been applied and the last fetch has ended."""
-        self._take()
-        for future in self._sending:
-            waiting.until(future.done, "gradients to leave", serve=self._serve)
-            future.result()
-        self._client.settle()
-        self._fetcher.shutdown()
-        self._sender.shutdown()
-
-    def _take(self) -> None:
-        """Make what a fetch on the way brings current."""
-        if self._fetch is not None:
-            waiting.until(self._fetch.done, "parameters to arrive", serve=self._serve)
-            self._client.fetched(self._fetch.result())
-            self.parameters, self._next = self._next, self.parameters
-            self._fetch = None
-
     def _complete(self, layer: int) -> None:
         """Send a layer's accrued gradient, now that the last step's is complete."""
         if self._scratch is not None:
@@ -244,18 +264,68 @@ class Overlapped:
         self._post(layer)
 
     def _post(self, layer: int) -> None:
-        self._client.post(self._growing, layer)
+        self._client.post(self._growing[self._parts[layer].start : self._parts[layer].stop], layer)
         self._drive()
 
-    def _drive(self) -> None:
-        """See that what was posted leaves, without waiting for it."""
-        if not self._client.far:
-            self._client.progress()
+
+class Layerwise(_Ahead):
+    """No gradient is ever there as a whole: each layer's leaves when it is complete, and makes room for others.
+
+    With ``overlap=False`` a fetch waits for the own pushes, and one client is serial learning, bit for bit: a layer's
+    parameters may change as soon as backward needs them no more.  With it, a fetch goes on meanwhile.
+
+    Parameters
+    ----------
+    parts
+        For each layer the range of the flat vector that holds its parameters.
+    serve
+        Called while the loop waits.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        size: int,
+        dtype: np.dtype[np.floating],
+        parts: Sequence[range],
+        serve: Callable[[], bool],
+        *,
+        overlap: bool,
+    ) -> None:
+        super().__init__(client, size, dtype, serve)
+        self._overlap = overlap
+        self._room = Room(client, parts, dtype, serve)
+        self.gradient: Gradient = self._room
+        self.on_gradient: Callable[[int], None] | None = self._complete
+        self.add = False
+
+    def fetch(self) -> None:
+        """Get parameters: at once, after all own pushes have been applied, or as they arrive."""
+        if self._overlap:
+            super().fetch()
         else:
-            for ended in [future for future in self._sending if future.done()]:
-                ended.result()
-                self._sending.remove(ended)
-            self._sending.append(self._sender.submit(self._client.drain))
+            self._client.fetch(self.parameters)
+
+    def begin(self) -> None:
+        """Do nothing: what waits is a layer for its room."""
+
+    def accrue(self, pushing: bool) -> None:
+        """Do nothing: every step pushes, and its layers are on their way."""
+
+    def push(self, outcome: Outcome, steps: int) -> None:
+        """Report the steps, and send what has not left yet."""
+        self._client.report(outcome, steps)
+        if self._overlap:
+            self._drive()
+        else:
+            self._client.drain(self._serve)
+
+    def _complete(self, layer: int) -> None:
+        self._room.post(layer)
+        if self._overlap:
+            self._drive()
+        else:
+            self._client.progress()
 
 
 def _add(accrued: np.ndarray, gradient: np.ndarray, *, first: bool) -> None:

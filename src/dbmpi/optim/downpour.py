@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
+
 from dbmpi.kernels import updates
 from dbmpi.objective import Batch, Objective, Outcome
 
@@ -98,6 +100,7 @@ def downpour(
             )
             watcher.stepped(outcome)
             if local_rate:
+                assert isinstance(path.gradient, np.ndarray)  # the configuration refuses the other
                 updates.sgd(path.parameters, path.gradient, local_rate)
             path.accrue(pushing)
         unpushed, steps = unpushed.plus(outcome), steps + 1

@@ -109,6 +109,7 @@ class Client:
         distant = [shard for shard in holders if window.near(ranks[shard]) is None]
         self._unheard = distant if window.transport == "rma" else []
         self._parts: list[list[list[Run]]] = []
+        self._starts: list[int] = []
         self._final: list[int | None] = [None] * len(ranks)
         self._sending = threading.Lock()
         self._queues: list[deque[tuple[Header, np.ndarray]]] = [deque() for _ in ranks]
@@ -182,6 +183,7 @@ class Client:
                 if start < stop:
                     clipped.append(Run(run.start + start - run.local, start, stop - start, run.pushed))
             self._parts.append(pieces(clipped, self._ranges))
+        self._starts = [part.start for part in parts]
         for number in reversed(range(len(parts))):
             for shard, found in enumerate(self._parts[number]):
                 if any(piece.pushed for piece in found):
@@ -191,12 +193,12 @@ class Client:
         """Put a part of a gradient in line for the shards; :meth:`progress` or :meth:`drain` sends it.
 
         A push is made of all parts, from the last to the first, and a :meth:`report`.  Until it is applied (see
-        :meth:`mark`), the gradient must stay as it is.
+        :meth:`mark`), the part, which is given alone, must stay as it is.
         """
+        start, nothing = self._starts[part], _Told(0, 0, 0.0, 0)
         for shard in self._order:
-            self._enqueue_pieces(
-                shard, self._parts[part][shard], gradient, _Told(0, 0, 0.0, 0), last=self._final[shard] == part
-            )
+            found, last = self._parts[part][shard], self._final[shard] == part
+            self._enqueue_pieces(shard, found, gradient, nothing, last=last, origin=start)
 
     def report(self, outcome: Outcome, steps: int) -> None:
         """Tell shard 0, which keeps the run's count, of steps and samples; only what comes before is in it."""
@@ -321,7 +323,9 @@ class Client:
         self._queues[shard].append((header, data))
         self._queued[shard] += 1
 
-    def _enqueue_pieces(self, shard: int, found: list[Run], gradient: np.ndarray, told: _Told, *, last: bool) -> None:
+    def _enqueue_pieces(
+        self, shard: int, found: list[Run], gradient: np.ndarray, told: _Told, *, last: bool, origin: int = 0
+    ) -> None:
         """Cut pieces of the gradient into chunks with their headers, and put them in line for a shard."""
         memory = self._memories[shard]
         size = _READ_AT_ONCE if self._number in memory.in_place else memory.chunk
@@ -330,7 +334,7 @@ class Client:
             for start in range(0, piece.length, size):
                 length = min(size, piece.length - start)
                 ends = last and piece is pushed[-1] and start + length == piece.length
-                local = piece.local + start
+                local = piece.local + start - origin
                 header = Header(
                     piece.start + start, length, LAST if ends else MORE, self._fetched_version[shard], *told
                 )

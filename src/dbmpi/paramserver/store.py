@@ -66,7 +66,7 @@ class Store:
         dtype
             Of the parameters.
         own
-            Elements of this rank's own vector, if it is a worker.
+            Elements of a gradient of this rank, if it is a worker.
         shared
             Whether ranks of a host may share memory.
         chunk
@@ -81,7 +81,7 @@ class Store:
         self._dtype = dtype
         self._own = own
         self.overlap = section.overlap == "threads" and MPI.Query_thread() == MPI.THREAD_MULTIPLE
-        self._gradients = 2 if self.overlap else 1
+        self._gradients = 2 if self.overlap and section.gradients == "whole" else 1
         self._shard = plan.shard_of(comm.rank)
         self._worker = plan.worker_of(comm.rank)
         self.ranges = tuple(ranges)

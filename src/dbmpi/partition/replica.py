@@ -17,7 +17,7 @@ from dbmpi.errors import UserError
 from dbmpi.kernels import updates
 from dbmpi.network.layer import Arrays, Context, Layer, accrues
 from dbmpi.network.losses import Loss
-from dbmpi.objective import Batch, Outcome
+from dbmpi.objective import Batch, Gradient, Outcome
 from dbmpi.partition.boxes import Box
 from dbmpi.partition.exchange import Exchange
 from dbmpi.partition.group import Group
@@ -140,7 +140,7 @@ class Replica:
         self,
         parameters: np.ndarray,
         batch: Batch,
-        gradient: np.ndarray,
+        gradient: Gradient,
         on_gradient: Callable[[int], None] | None = None,
         *,
         step: int = 0,
@@ -151,7 +151,7 @@ class Replica:
         Parameters
         ----------
         parameters, gradient
-            This worker's part, flat.
+            This worker's part, flat; for the gradient also what gives room for a layer's.
         batch
             Inputs ``(*input shape, samples)`` of all of the batch, in `dtype`.
         on_gradient
@@ -162,7 +162,7 @@ class Replica:
             Add to what is in `gradient`, instead of overwriting it.
         """
         views = self.parameters.views(parameters, "parameters")
-        parts = self.parameters.cut(gradient, "gradient")
+        room = gradient if callable(gradient) else self.parameters.cut(gradient, "gradient").__getitem__
         batch = self._checked(batch)
         context = Context(True, self._seed, step, add)
         aside = self._aside if add else ()
@@ -176,7 +176,7 @@ class Replica:
         outcome = self._outcome(top, batch, terms)
         self._clock.start()
         for place in reversed(range(len(self._layers))):
-            part = parts[place]
+            part = room(place)
             computed = self._room(part.size) if place in aside else part
 
             def complete(place: int = place, part: np.ndarray = part, computed: np.ndarray = computed) -> None:
