@@ -8,7 +8,7 @@ import pytest
 from dbmpi import config
 from dbmpi.network.network import Network
 from dbmpi.objective import Batch
-from dbmpi.paramserver.layout import cut
+from dbmpi.paramserver.layout import Tensor, cut
 from dbmpi.partition import placement
 from dbmpi.partition.boxes import Box
 from dbmpi.partition.placement import Placement
@@ -95,6 +95,46 @@ def test_images_through_layers_of_many_kinds(comm, dtype, shape) -> None:
     )
     network = Network(config.NetworkSection(layers=layers), shape, seed=3, dtype=dtype)
     check(comm, network, placement.automatic(network.layers, comm.size), samples=5)
+
+
+class Gain:
+    """One factor for all inputs: every worker needs it; it adds to the gradient if asked."""
+
+    accruing = True
+
+    def __init__(self, name: str, input_shape: tuple[int, ...]) -> None:
+        self.name, self.input_shape, self.output_shape = name, input_shape, input_shape
+        self.tensors = {"factor": Tensor(f"{name}/factor", (1,))}
+
+    def input_box(self, output: Box) -> Box:
+        return output
+
+    def tensor_box(self, tensor: str, output: Box) -> Box:
+        return Box((0,), (1,))
+
+    def flops(self, output: Box, samples: int, *, input_gradient: bool = True) -> int:
+        return 0
+
+    def initial(self, tensor: str, out: np.ndarray, seed: int, number: int, start: int) -> None:
+        out[:] = 0.5
+
+    def forward(self, output, parameters, inputs, outputs, context) -> None:
+        np.multiply(parameters["factor"], inputs, out=outputs)
+
+    def backward(
+        self, output, parameters, inputs, outputs, gradient, parameter_gradient, input_gradient, context
+    ) -> None:
+        before = parameter_gradient["factor"] if context.add else 0
+        parameter_gradient["factor"][:] = before + (gradient * inputs).sum()
+        if input_gradient is not None:
+            np.multiply(parameters["factor"], gradient, out=input_gradient)
+
+
+@pytest.mark.parallel([1, 2, 3])
+def test_a_layer_that_adds_to_gradients_that_several_workers_have(comm) -> None:
+    section = config.NetworkSection.model_validate({"layers": [{"type": "m:Gain"}, {"type": "dense", "units": 4}]})
+    network = Network(section, (2, 6, 5), seed=3, dtype=np.float64, load=lambda kind, layer: Gain)
+    check(comm, network, placement.automatic(network.layers, comm.size), samples=3, steps=3)
 
 
 @pytest.mark.parallel([2, 3])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from types import TracebackType
 
@@ -190,6 +191,8 @@ class Replica:
             objective = self._objectives.get(place)
             if objective is not None:
                 objective.backward(views[place], of_layer, work)
+            # What is computed aside is added when it is whole.
+            context = replace(context, add=add and computed is part)
             self._stages[place].backward(views[place], of_layer, work, context, self._clock, complete)
             if objective is not None:
                 objective.backward_below(work)
