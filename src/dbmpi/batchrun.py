@@ -10,134 +10,49 @@ import re
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from mpi4py import MPI
 
+from dbmpi.batchsetup import Setup
 from dbmpi.checkpoint.reader import Checkpoint
 from dbmpi.config import Run
-from dbmpi.data.stream import Order
+from dbmpi.config.sections import SandblasterSection
 from dbmpi.errors import UserError
 from dbmpi.monitor.progress import Progress
-from dbmpi.monitor.records import Recorder
-from dbmpi.network.network import Network
 from dbmpi.objective import Outcome
 from dbmpi.optim import shardspace
-from dbmpi.optim.board import MOST_REPLICAS, Board, Bundles
-from dbmpi.optim.lead import Begin
+from dbmpi.optim.batches import Beginning, Samples
+from dbmpi.optim.board import MOST_REPLICAS
 from dbmpi.optim.passes import Station
 from dbmpi.optim.portions import SAID, Portions
 from dbmpi.optim.portionwork import PortionWork
-from dbmpi.optim.sandblaster import Beginning, Coordinator, Samples, use_kernels
+from dbmpi.optim.resuming import State, read_state
+from dbmpi.optim.sandblaster import Coordinator
 from dbmpi.optim.shardspace import ShardSpace
+from dbmpi.optim.warming import use_kernels
 from dbmpi.paramserver.client import Client, pieces
-from dbmpi.paramserver.layout import Run as Stretch
-from dbmpi.paramserver.layout import cut
-from dbmpi.paramserver.memory import Memory
 from dbmpi.paramserver.window import Window
-from dbmpi.partition.replica import Replica
-from dbmpi.rundata import RunData
 from dbmpi.runtime import orders, waiting
 from dbmpi.runtime.orders import Mailbox
-from dbmpi.runtime.signals import StopSignal
 from dbmpi.runtime.world import together
-from dbmpi.topology import Communicators, Plan
 
 __all__ = ["Setup", "learn", "use_kernels"]
 
 _DTYPE = np.dtype(np.float32)
+_MAY_CHANGE: dict[str, object] = {
+    "gtol": 0.0,
+    "ftol": 0.0,
+    "line_search": "strong_wolfe",
+    "step_length": 1.0,
+    "portions_per_push": 1,
+    "deterministic": False,
+}
+"""Settings, set to anything, under which a search goes on from where it stands."""
 _FOR_THE_LEAD = 1.25
 """Factor on the stall limit where a rank waits for the lead, which knows better who is to blame."""
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What a rank knows when its roles are put together."""
-
-    run: Run
-    plan: Plan
-    comms: Communicators
-    network: Network
-    replica: Replica | None
-    order: Order
-    begin: Begin
-    checkpoint: Path | None
-    data: RunData
-    stop: StopSignal
-    recorder: Callable[[str, int], Recorder]
-
-    @cached_property
-    def per_bundle(self) -> int:
-        """Most portions of a bundle."""
-        return 1 if self.run.sandblaster.deterministic else self.run.sandblaster.portions_per_push
-
-    @cached_property
-    def ranges(self) -> tuple[range, ...]:
-        """The range of the flat vector that each shard holds."""
-        return cut(self.network.layout.size, self.plan.shards)
-
-    @cached_property
-    def stretches(self) -> list[list[Stretch]]:
-        """For each partition, where its parameters lie in the whole vector; the first replica tells all."""
-        world, found = self.comms.world, []
-        for rank in self.plan.worker_ranks[: self.plan.partitions]:
-            runs = self.replica.parameters.runs if self.replica is not None and world.rank == rank else ()
-            words = np.array(runs, np.int64).reshape(-1, 4)
-            count = np.array([len(words)], np.int64)
-            waiting.broadcast(world, count, rank, "how the parameters are cut")
-            if world.rank != rank:
-                words = np.empty((int(count[0]), 4), np.int64)
-            waiting.broadcast(world, words, rank, "how the parameters are cut")
-            found.append([Stretch(start, local, length, bool(push)) for start, local, length, push in words.tolist()])
-        return found
-
-    @cached_property
-    def memories(self) -> list[Memory]:
-        """What lies where on each shard: there is no inbox."""
-        plan, everybody = self.plan, frozenset(range(self.plan.workers))
-        return [
-            Memory(plan.shards, plan.workers, len(held), _DTYPE.itemsize, 0, plan.partitions, everybody)
-            for held in self.ranges
-        ]
-
-    @cached_property
-    def tests(self) -> int:
-        """Held-out samples; known where there is a worker, and told to all."""
-        count = np.array([0 if self.data.test is None else self.data.test.samples], np.int64)
-        waiting.broadcast(self.comms.world, count, self.plan.worker_ranks[0], "the number of held-out samples")
-        return int(count[0])
-
-    @cached_property
-    def capacity(self) -> int:
-        """Portions that the board has room for."""
-        return max(self.order.batches_per_epoch, -(-self.tests // self.order.batch_size))
-
-    def board(self, window: Window) -> Board:
-        """Return the board, seen through this rank's window."""
-        return Board(window, 0, self.memories[0].nbytes, self.plan.replicas, self.capacity)
-
-    def bundles(self, worker: int) -> Bundles:
-        """Return where a worker keeps its bundles: behind its shard's part, and the board."""
-        rank = self.plan.worker_ranks[worker]
-        shard = self.plan.shard_of(rank)
-        offset = self.memories[0].words_nbytes if shard is None else self.memories[shard].nbytes
-        if rank == 0:
-            offset += Board.nbytes(self.plan.replicas, self.capacity)
-        elements = sum(stretch.length for stretch in self.stretches[worker % self.plan.partitions])
-        return Bundles(-(-offset // 64) * 64, elements, self.per_bundle, self.plan.shards)
-
-    def nbytes(self, rank: int) -> int:
-        """Return the bytes of a rank's window."""
-        worker, shard = self.plan.worker_of(rank), self.plan.shard_of(rank)
-        if worker is not None:
-            bundles = self.bundles(worker)
-            return bundles.offset + bundles.nbytes
-        board = Board.nbytes(self.plan.replicas, self.capacity) if rank == 0 else 0
-        return board + (0 if shard is None else self.memories[shard].nbytes)
 
 
 class Learned(NamedTuple):
@@ -163,14 +78,14 @@ def learn(setup: Setup, stack: ExitStack) -> Learned:
     space = coordinator = worker = None
     with together(comm, "preparing the shards", seconds=86400.0):
         if number is not None:
-            space, carried, history = _shard(setup, window, number)
+            space, carried, state = _shard(setup, window, number)
         if worker_number is not None:
             worker = _worker(setup, window, worker_number, space)
     began = time.monotonic()
     if number == 0:
         assert space is not None
         step = worker.poll if worker is not None else lambda: False
-        coordinator = _coordinator(setup, window, space, carried, history, step, stack)
+        coordinator = _coordinator(setup, window, space, carried, state, step, stack)
         coordinator.run()
     mailbox = Mailbox(comm, orders.Role.WORKER)
     told = number == 0  # the coordinator has its own ear for signals
@@ -198,40 +113,53 @@ def _check(setup: Setup) -> None:
             f"of Sandblaster has {portions}; set optimizer.epochs to {portions / setup.order.batches_per_epoch:g} or "
             "more, or sandblaster.batch_portions to fewer"
         )
+    if setup.run.sandblaster.batch_overlap and portions >= setup.order.batches_per_epoch:
+        raise UserError(
+            f"sandblaster.batch_portions = {setup.run.sandblaster.batch_portions}: all {setup.order.batches_per_epoch} "
+            "portions of an epoch, so that batches have nothing but their overlap; set sandblaster.batch_portions to "
+            "fewer, or sandblaster.batch_overlap to 0"
+        )
     if setup.plan.replicas > MOST_REPLICAS:
         raise UserError(
             f"{setup.plan.replicas} replicas are more than {MOST_REPLICAS}, which Sandblaster can tell apart"
         )
 
 
-def _shard(setup: Setup, window: Window, number: int) -> tuple[ShardSpace, list[str], tuple[int, ...]]:
-    """Fill a shard; return its space, the names of what it carries along, and the numbers of a stored history."""
+def _shard(setup: Setup, window: Window, number: int) -> tuple[ShardSpace, list[str], State | None]:
+    """Fill a shard; return its space, the names of what it carries along, and where a batch method stood."""
     plan, held, memory = setup.plan, setup.ranges[number], setup.memories[number]
     parameters = window.local[memory.parameters :][: len(held) * _DTYPE.itemsize].view(_DTYPE)
     vectors = {"parameters": parameters}
     carried: list[str] = []
-    history: tuple[int, ...] = ()
+    state: State | None = None
     version = 0
-    pairs: dict[str, np.ndarray] = {}
+    method: dict[str, np.ndarray] = {}
     if setup.checkpoint is None:
         setup.network.initial(held.start, parameters)
     else:
         with Checkpoint.open(setup.checkpoint) as checkpoint:
             checkpoint.read("parameters", held.start, parameters)
             version = max(checkpoint.info.shard_versions)
-            kept = setup.run.sandblaster
+            kept, state = setup.run.sandblaster, read_state(checkpoint.info.method)
             # The history of another memory, or of parameters that Downpour has changed since, is of no use.
-            if kept.algorithm == "lbfgs" and checkpoint.info.method[:1] == (kept.memory,):
-                history = checkpoint.info.method
+            if kept.algorithm != "lbfgs" or state is None or state.memory != kept.memory:
+                state = None
             for name in checkpoint.vectors[1:]:
-                of_history = re.fullmatch(r"[sy]\d+", name)
-                if of_history and not history:
+                of_method = re.fullmatch(r"[sy]\d+|(other )?gradient", name)
+                if of_method and (state is None or name not in state.vectors):
                     continue
-                target = pairs if of_history else vectors
+                target = method if of_method else vectors
                 target[name] = np.empty(len(held), _DTYPE)
                 checkpoint.read(name, held.start, target[name])
-                if not of_history:
+                if not of_method:
                     carried.append(name)
+            if state is not None and not set(state.vectors) <= set(method):
+                state = None
+            if state is not None and kept.model_copy(update=_MAY_CHANGE) != _settings(checkpoint).model_copy(
+                update=_MAY_CHANGE
+            ):
+                # Another loss or another batch: the history is of use, but not the gradient.
+                state = state.model_copy(update={"gradient": "", "position": [], "bounds": {}})
     sources = [
         [
             shardspace.Source(plan.worker_ranks[worker], setup.bundles(worker), pieces(runs, setup.ranges)[number])
@@ -240,10 +168,16 @@ def _shard(setup: Setup, window: Window, number: int) -> tuple[ShardSpace, list[
         for replica in range(plan.replicas)
     ]
     space = ShardSpace(setup.comms.world, setup.comms.shards, window, sources, version, vectors)
-    for name, values in pairs.items():
+    for name in state.vectors if state is not None else ():
         space.create(name)
-        space.writable(name)[:] = values
-    return space, carried, history
+        space.writable(name)[:] = method[name]
+    if state is not None:
+        space.restore_bounds(state.bounds)
+    return space, carried, state
+
+
+def _settings(checkpoint: Checkpoint) -> SandblasterSection:
+    return Run.from_json(checkpoint.info.configuration).sandblaster
 
 
 def _worker(setup: Setup, window: Window, number: int, space: ShardSpace | None) -> Portions:
@@ -326,7 +260,7 @@ def _coordinator(
     window: Window,
     space: ShardSpace,
     carried: list[str],
-    history: tuple[int, ...],
+    state: State | None,
     serve: Callable[[], bool],
     stack: ExitStack,
 ) -> Coordinator:
@@ -337,7 +271,8 @@ def _coordinator(
         f"{plan}; {setup.network.size:,} parameters; {order.samples:,} samples of {setup.data.input_shape}; Sandblaster"
     )
     if begin.step:
-        progress.message(f"going on after {begin.step:,} steps{', with the history of L-BFGS' if history else ''}")
+        kept = ", with the history of L-BFGS" if state is not None and state.pairs else ""
+        progress.message(f"going on after {begin.step:,} steps{kept}")
     stations = [
         [
             Station(plan.worker_ranks[worker], setup.bundles(worker))
@@ -352,7 +287,7 @@ def _coordinator(
         setup.network.layout,
         setup.ranges,
         Samples(order, setup.tests, setup.data.input_shape, setup.data.classes),
-        Beginning(begin.stream, begin.step, begin.samples, history),
+        Beginning(begin.stream, begin.step, begin.samples, state),
         space=space,
         carried=carried,
         board=setup.board(window),

@@ -214,15 +214,14 @@ class _Session:
         with together(self._comm, "reading the checkpoint"), Checkpoint.open(Path(path)) as checkpoint:
             checkpoint.expect(layout)
             info = checkpoint.info
-            check_same_order(run, info.configuration, order, info.total, Path(path))
-            frontier = min(info.frontier, order.batches)
-            holes = tuple(hole for hole in info.holes if hole < frontier)
+            before = check_same_order(run, info.configuration, order, info.total, Path(path))
+            same_size = before.batch_size == order.batch_size
             begin = Begin(
-                Stream(order.batches, frontier, holes),
+                Stream(before.batches, info.frontier, info.holes).recut(before, order),
                 max(0, warmstart - info.step),
                 info.step,
                 info.samples,
-                info.done if len(info.done) == self._plan.replicas else (),
+                info.done if len(info.done) == self._plan.replicas and same_size else (),
                 tuple(name for name in rule(run.optimizer).state_names if name not in checkpoint.vectors),
             )
         return begin, Path(path), int(session[0])

@@ -22,8 +22,8 @@ from dbmpi.optim.descent import Limits
 from dbmpi.optim.lbfgs import lbfgs
 from dbmpi.optim.localspace import LocalSpace
 from dbmpi.optim.methods import with_l2
+from dbmpi.optim.passes import Passes
 from dbmpi.optim.portionwork import PortionWork
-from dbmpi.optim.sandblaster import Coordinator
 from dbmpi.paramserver.window import Window
 from dbmpi.runtime import waiting
 from dbmpi.train import train
@@ -154,31 +154,56 @@ def test_downpour_sandblaster_and_downpour_go_on_from_one_another(comm, place) -
     assert set(after) == {"parameters", "accumulator"}
 
 
+STOPS = {"whole": {}, "partial": {"batch_portions": 3, "batch_iterations": 2, "batch_growth": 1.5}}
+
+
 @pytest.mark.parallel([1, 3])
-def test_a_run_that_was_stopped_goes_on_with_its_history(comm, place, monkeypatch) -> None:
-    evaluate, counts = Coordinator.evaluate, []
+@pytest.mark.parametrize("batches", STOPS)
+def test_a_run_that_was_stopped_goes_on_to_the_last_bit(comm, place, monkeypatch, batches) -> None:
+    settings = {"memory": 4, "deterministic": True, "l2": 0.01, "gtol": 0, "ftol": 0, **STOPS[batches]}
+    topology = {} if comm.size == 1 else {"shards": 2, "replicas": 1}
+    whole = train(describe(place, topology, "whole", epochs=20, **settings), comm)
+    calls, allow = [], [0]
+    submit = Passes.begin
 
-    def stopping(self: Coordinator, point: str, gradient: str) -> float:
-        counts.append(self.epoch)
-        if len(counts) == 6:
+    def stopping(self: Passes, *arguments: object) -> None:
+        calls.append(0)
+        if len(calls) == allow[0]:
             os.kill(os.getpid(), signal.SIGTERM)
-        return evaluate(self, point, gradient)
+        submit(self, *arguments)
 
-    monkeypatch.setattr(Coordinator, "evaluate", stopping)
-    topology = {} if comm.size == 1 else {"shards": 1, "replicas": 2}
-    run = describe(place, topology, memory=5, deterministic=True, epochs=20)
-    stopped = train(run, comm)
-    assert (stopped.stopped_by, stopped.test) == (signal.SIGTERM, None)
-    assert stopped.steps in (5 * PORTIONS, 6 * PORTIONS)
-    with Checkpoint.open(stopped.checkpoint) as checkpoint:
-        assert checkpoint.info.method[0] == 5
-        assert "s0" in checkpoint.vectors
-    result = train(run, comm)
+    monkeypatch.setattr(Passes, "begin", stopping)
+    stops = 0
+    for allow[0] in (2, 6, 3, 0):
+        calls.clear()
+        result = train(describe(place, topology, epochs=20, **settings), comm)
+        stops += result.stopped_by == signal.SIGTERM
+        with Checkpoint.open(result.checkpoint) as checkpoint:
+            info = checkpoint.info
+        assert info.step <= 20 * PORTIONS
+    assert stops == 3
     assert result.stopped_by == 0
-    whole = serial(describe(place, topology, "serial", epochs=20, memory=5), 20)
-    twin = tiny.Twin(run)
-    ours, theirs = (twin.test(x).mean_loss for x in (tiny.vectors(result.checkpoint)["parameters"], whole))
-    assert ours == pytest.approx(theirs, rel=0.5, abs=0.1)
+    first, last = tiny.vectors(whole.checkpoint), tiny.vectors(result.checkpoint)
+    assert set(last) == set(first) > {"parameters", "s0", "y0"}
+    for name, vector in first.items():
+        np.testing.assert_array_equal(last[name], vector)
+    assert (info.frontier, info.step) == (20 * PORTIONS, whole.steps) if batches == "whole" else info.frontier
+
+
+@pytest.mark.parallel([1, 3])
+def test_downpour_and_sandblaster_go_on_from_one_another_with_batches_of_other_sizes(comm, place) -> None:
+    def run(method: str, epochs: float, size: int) -> Run:
+        return tiny.describe(place, optimizer={"method": method, "batch_size": size, "epochs": epochs})
+
+    train(run("downpour", 1.5, 4), comm)
+    middle = train(run("sandblaster", 6, 11), comm)
+    with Checkpoint.open(middle.checkpoint) as checkpoint:
+        info = checkpoint.info
+    assert (info.total, info.holes) == (6 * 4, ())
+    assert info.frontier in (1 + 4 * k for k in range(6)) or info.frontier % 4 == 1 or info.frontier == info.total
+    last = train(run("downpour", 8, 5), comm)
+    assert last.samples >= 2 * tiny.SAMPLES
+    assert last.test.samples == tiny.TEST_SAMPLES
 
 
 @pytest.mark.parallel([3])
@@ -189,6 +214,9 @@ def test_a_run_that_was_stopped_goes_on_with_its_history(comm, place, monkeypatc
         {"algorithm": "gradient_descent", "line_search": "backtracking"},
         {"l1": 0.02},
         {"batch_portions": 3, "batch_iterations": 2},
+        {"batch_portions": 2, "batch_iterations": 2, "batch_growth": 2.0},
+        {"batch_portions": 4, "batch_iterations": 1, "batch_overlap": 1, "line_search": "fixed", "step_length": 0.5},
+        {"line_search": "fixed", "step_length": 0.5, "memory": 3},
         {"memory": 0},
     ],
     ids=str,

@@ -43,6 +43,7 @@ LEVELS = {
     "dbmpi.network.network": 4,  # a whole network is a replica of one partition: made of layers and of `partition`
     "dbmpi.optim": 4,
     "dbmpi.checkpoint.trained": 5,  # a checkpoint made a network again
+    "dbmpi.batchsetup": 4.5,
     "dbmpi.batchrun": 5,
     "dbmpi.train": 6,
     "dbmpi.inference": 6,

@@ -9,11 +9,15 @@ from scipy import optimize
 from scipy.special import expit
 from unit.sharded import Shards, cut_points, local_problem
 
+from dbmpi.data.stream import Order
 from dbmpi.errors import RunFailed
-from dbmpi.optim.descent import Limits
+from dbmpi.optim.batches import Sampling
+from dbmpi.optim.descent import Limits, Progress
 from dbmpi.optim.lbfgs import History, lbfgs, two_loop
 from dbmpi.optim.linesearch import fixed
 from dbmpi.optim.methods import with_l2
+from dbmpi.optim.multibatch import multi_batch_lbfgs
+from dbmpi.optim.resuming import Position, capture, read_state
 
 
 def rosenbrock(x):
@@ -131,21 +135,32 @@ def test_all_bits_are_the_same_for_any_number_of_shards(dtype):
     assert all(result == results[0] for result in results[1:])
 
 
-def test_a_restored_history_goes_on_as_if_nothing_had_happened():
-    limits = Limits(0, 0, iterations=30)
-    space, evaluate, x = local_problem(rosenbrock, np.zeros(40))
-    lbfgs(space, evaluate, limits=limits)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("ended", [1, 4, 13])
+def test_what_a_checkpoint_keeps_goes_on_as_if_nothing_had_happened(dtype, ended):
+    start = np.zeros(40, dtype)
+    space, evaluate, x = local_problem(rosenbrock, start, dtype)
+    whole = lbfgs(space, evaluate, limits=Limits(0, 0, iterations=30))
 
-    first, evaluate, half = local_problem(rosenbrock, np.zeros(40))
-    history = History(first)
-    lbfgs(first, evaluate, history=history, limits=Limits(0, 0, iterations=13))
-    second, evaluate, rest = local_problem(rosenbrock, half)
-    restored = History(second)
-    for name in [name for pair in history.pairs for name in pair]:
+    first, evaluate, half = local_problem(rosenbrock, start, dtype)
+    history, texts = History(first), []
+
+    def keep(progress):
+        texts.append(capture(history, Position(), progress, first.bounds()).model_dump_json())
+        return progress.iteration == ended
+
+    before = lbfgs(first, evaluate, history=history, callback=keep, limits=Limits(0, 0))
+    state = read_state(texts[-1])
+    second, evaluate, rest = local_problem(rosenbrock, half, dtype)
+    for name in state.vectors:
+        second.create(name)
         second.writable(name)[:] = first.array(name)
-    restored.restore_numbers(history.numbers())
-    lbfgs(second, evaluate, history=restored, limits=Limits(0, 0, iterations=17))
+    second.restore_bounds(state.bounds)
+    restored = History(second)
+    restored.restore(state.arrays)
+    after = lbfgs(second, evaluate, history=restored, start=state.start, limits=Limits(0, 0, iterations=30))
     np.testing.assert_array_equal(rest, x)
+    assert (after.iterations, before.evaluations + after.evaluations) == (30, whole.evaluations)
 
 
 def test_a_damaged_state_is_refused():
@@ -153,13 +168,16 @@ def test_a_damaged_state_is_refused():
     state = history.state()
     for name, value in [
         ("slots", np.array([9])), ("slots", np.array([1, 1])), ("sy", np.eye(3)), ("yy", np.full((6, 6), np.nan)),
+        ("sg", np.zeros(2)), ("more", np.zeros(2)),
     ]:  # fmt: skip
-        with pytest.raises(ValueError, match="damaged"):
+        with pytest.raises(ValueError, match=r"damaged|not the state"):
             History(space, 5).restore(state | {name: value})
-    numbers = history.numbers()
-    for damaged in ((), numbers[:-1], (4, *numbers[1:]), (*numbers[:3], 99, *numbers[4:])):
-        with pytest.raises(ValueError, match="damaged"):
-            History(space, 5).restore_numbers(damaged)
+    text = capture(
+        history, Position(3, 4, 1, 0.5), Progress(1, 2, 0.5, 0.1, 1.0, 0.2), space.bounds()
+    ).model_dump_json()
+    assert read_state(text).place == Position(3, 4, 1, 0.5)
+    for damaged in ("", "{}", text[:-1], text.replace('"memory":5', '"memory":"5"'), text.replace("[3,4,1]", "[3]")):
+        assert read_state(damaged) is None
 
 
 def test_no_memory_is_gradient_descent():
@@ -229,40 +247,117 @@ def test_short_numbers_reach_the_minimum_too(dtype, history):
     np.testing.assert_allclose(x, solution, atol=1e-4)
 
 
-class OverlappingBatches:
-    """Half of the terms of a sum of quadratics at a time; every two batches share half of theirs."""
+class PartialBatches:
+    """Some of the terms of a sum of quadratics at a time."""
 
-    def __init__(self, space, terms):
-        self.space, self.terms, self.place, self.overlaps = space, terms, 0, 0
+    def __init__(self, space, terms, order, portions, **settings):
+        self.space, self.terms = space, terms
+        self.sampling = Sampling(order, portions, **settings)
+        self.sizes = []
 
     def mean(self, which, point):
         x = self.space.array(point)
-        return [
-            np.mean(values, axis=0) for values in zip(*(self.terms[k % len(self.terms)](x) for k in which), strict=True)
-        ]
+        values = [self.terms[k % len(self.terms)](x) for k in which]
+        return [np.mean(value, axis=0) for value in zip(*values, strict=True)]
 
     def evaluate(self, point, gradient):
-        loss, self.space.writable(gradient)[:] = self.mean(range(self.place, self.place + 10), point)
+        loss, self.space.writable(gradient)[:] = self.mean(self.sampling.portions, point)
+        self.sizes.append(len(self.sampling.portions))
+        self.sampling.evaluated(float(loss))
         return float(loss)
 
-    def overlap(self, point, gradient):
-        self.overlaps += 1
-        self.space.writable(gradient)[:] = self.mean(range(self.place + 5, self.place + 10), point)[1]
-        return True
+    def evaluate_parts(self, point, gradient, shared, following):
+        portions = self.sampling.portions
+        self.space.writable(shared)[:] = self.mean(portions[:3], point)[1]
+        self.space.writable(following)[:] = self.mean(portions[-3:], point)[1]
+        return self.evaluate(point, gradient)
 
     def proceed(self):
-        self.place += 5
-        return True
+        return self.sampling.proceed()
+
+    def exhausted(self):
+        return self.sampling.exhausted()
 
 
-def test_batches_that_overlap():
+def partial_problem(portions, **settings):
     terms = [quadratic(12, 20, seed)[0] for seed in range(20)]
     space, _, x = local_problem(terms[0], np.zeros(12))
-    batches = OverlappingBatches(space, terms)
-    report = lbfgs(
-        space, batches.evaluate, memory=5, batches=batches,
-        search=lambda *line: fixed(*line, step=0.1), limits=Limits(0, 0, iterations=60),
-    )  # fmt: skip
-    assert batches.overlaps == 2 * report.iterations == 120
-    best = optimize.minimize(lambda v: np.mean([term(v)[0] for term in terms]), np.zeros(12)).fun
-    assert np.mean([term(x)[0] for term in terms]) < 0.9 * best < 0
+    batches = PartialBatches(space, terms, Order(20, 1, 1000, 0), portions, **settings)
+    whole = lambda v: np.mean([term(v)[0] for term in terms])  # noqa: E731
+    return space, batches, lambda: whole(x), optimize.minimize(whole, np.zeros(12)).fun
+
+
+def test_batches_that_share_samples():
+    space, batches, loss, best = partial_problem(9, overlap=3)
+    history = History(space, 5, 1e-10)
+    report = multi_batch_lbfgs(space, batches, history, step_length=0.1, limits=Limits(iterations=80))
+    assert report.evaluations == report.iterations + 1 == len(batches.sizes) == 81
+    assert batches.sampling.portions.start == 80 * 6
+    assert not history.fresh
+    assert loss() < 0.9 * best < 0
+
+
+def test_the_curvature_of_a_pair_is_that_of_the_shared_samples():
+    space, batches, _, _ = partial_problem(9, overlap=3)
+    history = History(space, 5)
+    multi_batch_lbfgs(space, batches, history, step_length=0.1, limits=Limits(iterations=3))
+    for number, (s, y) in enumerate(history.pairs):
+        shared = range(6 * number + 6, 6 * number + 9)
+        here = np.zeros(12)
+        change = [batches.terms[k % 20](space.array(s))[1] - batches.terms[k % 20](here)[1] for k in shared]
+        np.testing.assert_allclose(space.array(y), np.mean(change, axis=0), rtol=1e-9, atol=1e-12)
+
+
+def test_batches_that_grow_reach_the_minimum_of_all_samples():
+    space, batches, loss, best = partial_problem(3, iterations=4, growth=2.0)
+    report = lbfgs(space, batches.evaluate, batches=batches, limits=Limits(gtol=1e-7, ftol=0))
+    assert report.reason == "gradient"
+    assert batches.sampling.whole
+    assert batches.sizes == sorted(batches.sizes)
+    assert {3, 6, 12, 20} == set(batches.sizes)
+    assert loss() == pytest.approx(best, rel=1e-9)
+
+
+def test_a_batch_stays_for_its_iterations_and_grows_only_where_progress_stalls():
+    sampling = Sampling(Order(100, 10, 3, 0), 4, 2, 1.5)
+    assert sampling.portions == range(4)
+    sampling.evaluated(1.0)
+    assert [sampling.proceed(), sampling.proceed()] == [False, True]
+    assert sampling.portions == range(4, 8)
+    sampling.evaluated(0.9)
+    sampling.evaluated(5.0)  # a trial on the same batch tells nothing
+    assert [sampling.proceed(), sampling.proceed()] == [False, True]
+    assert sampling.portions == range(8, 12)
+    sampling.evaluated(0.95)
+    assert [sampling.proceed(), sampling.proceed()] == [False, True]
+    assert sampling.portions == range(12, 18)
+    other = Sampling(Order(100, 10, 3, 0), 4, 2, 1.5)
+    other.restore(sampling.position)
+    assert other.portions == sampling.portions
+    assert sampling.exhausted()
+    assert len(sampling.portions) == 9
+    assert sampling.exhausted()
+    assert (sampling.portions, sampling.exhausted(), sampling.proceed()) == (range(10), False, False)
+
+
+def test_steps_into_the_infinite_are_shrunk_and_then_refused():
+    space, batches, _, _ = partial_problem(9, overlap=3)
+    evaluate, counts = batches.evaluate, []
+
+    def failing(point, gradient):
+        counts.append(point)
+        return evaluate(point, gradient) if len(counts) not in (2, 3) else np.inf
+
+    batches.evaluate = failing
+    assert multi_batch_lbfgs(space, batches, History(space, 5), limits=Limits(iterations=1)).evaluations == 4
+    batches.evaluate = lambda point, gradient: np.nan
+    counts[:] = [0] * 9
+    with pytest.raises(RunFailed, match="start from other parameters"):
+        multi_batch_lbfgs(space, batches, History(space, 5))
+    batches.evaluate = lambda point, gradient: (
+        counts.append(0) or (evaluate(point, gradient) if len(counts) < 11 else np.nan)
+    )
+    before = space.array("parameters").copy()
+    with pytest.raises(RunFailed, match=r"Lower sandblaster.step_length"):
+        multi_batch_lbfgs(space, batches, History(space, 5))
+    np.testing.assert_array_equal(space.array("parameters"), before)

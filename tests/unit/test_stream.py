@@ -150,3 +150,22 @@ def test_impossible_streams_are_refused():
         list(Stream(4).dealt(2, 2))
     with pytest.raises(IndexError):
         Stream(4).item(4)
+
+
+@given(data=st.data(), samples=st.integers(1, 60), sizes=st.tuples(st.integers(1, 25), st.integers(1, 25)))
+def test_batches_of_another_size_hold_all_that_is_left(data, samples, sizes):
+    before, now = (Order(samples, size, 3, 7) for size in sizes)
+    frontier = data.draw(st.integers(0, before.batches))
+    holes = data.draw(st.sets(st.integers(0, frontier - 1), max_size=3)) if frontier else set()
+    left = Stream(before.batches, frontier, tuple(sorted(holes)))
+    found = left.recut(before, now)
+
+    def positions(order, stream):
+        batches = [stream.item(place) for place in range(len(stream))]
+        return {(batch // order.batches_per_epoch, sample) for batch in batches for sample in order.indices(batch)}
+
+    wanted, again = positions(before, left), positions(now, found)
+    assert wanted <= again
+    assert len(again - wanted) < now.batch_size * (2 * len(holes) + 1)
+    assert found.total == now.batches
+    assert left.recut(before, before) == left

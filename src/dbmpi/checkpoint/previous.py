@@ -38,8 +38,11 @@ def previous(run: Run) -> Path | None:
         return checkpoint.path
 
 
-def check_same_order(run: Run, stored: str, order: Order, total: int, path: Path) -> None:
-    """Refuse to go on where the numbers of the stream would mean other samples than before.
+def check_same_order(run: Run, stored: str, order: Order, total: int, path: Path) -> Order:
+    """Refuse to go on where the numbers of the stream would mean other samples; return the order before.
+
+    Its batches may be of another size where either run is by Sandblaster: portions are much larger than the batches of
+    stochastic methods.
 
     Parameters
     ----------
@@ -51,8 +54,10 @@ def check_same_order(run: Run, stored: str, order: Order, total: int, path: Path
         Batches of the run that wrote the checkpoint.
     """
     before = Run.from_json(stored)
+    same_size = "sandblaster" not in (before.optimizer.method, run.optimizer.method)
+    sizes = (before.optimizer.batch_size, run.optimizer.batch_size)
     pairs = {
-        "optimizer.batch_size": (before.optimizer.batch_size, run.optimizer.batch_size),
+        "optimizer.batch_size": sizes if same_size else (0, 0),
         "run.seed": (before.run.seed, run.run.seed),
         "network.loss": (before.network.loss, run.network.loss),
     }
@@ -62,10 +67,12 @@ def check_same_order(run: Run, stored: str, order: Order, total: int, path: Path
                 f"{path}: was written with {key} = {then}, the run to go on has {now}; "
                 f"set it back, or start anew in another run.directory"
             )
-    then = Order(order.samples, order.batch_size, before.optimizer.epochs, order.seed).batches
+    earlier = Order(order.samples, before.optimizer.batch_size, before.optimizer.epochs, order.seed)
+    then = earlier.batches
     if then != total:
         raise UserError(
             f"{path}: was written by a run of {total} batches in {before.optimizer.epochs:g} epochs, but the "
             f"{order.samples} samples of {run.data.train} make {then}: it has learned from other data; "
             f"set data.train back, or start anew in another run.directory"
         )
+    return earlier

@@ -34,8 +34,8 @@ TENSORS = "run/tensors"
 LIBRARIES = "run/libraries"
 """Group with one string, the version, for every library."""
 
-OPTIONAL_LISTS = {"method": "run/method"}
-"""Fields that are stored as `INTEGER_LISTS` are, where they are not empty."""
+OPTIONAL_TEXTS = {"method": "run/method"}
+"""Fields that are stored as `TEXTS` are, where they are not empty."""
 
 HDF5_ERRORS = (OSError, RuntimeError, ValueError, KeyError, TypeError)
 """What h5py raises when HDF5 fails; which of them depends on where it failed."""
@@ -120,8 +120,8 @@ class CheckpointInfo:
     """Batches before the frontier that have not been learned."""
     done: tuple[int, ...] = ()
     """Batches learned, per replica of the run that wrote the file."""
-    method: tuple[int, ...] = ()
-    """Numbers of a batch method's state, see :meth:`dbmpi.optim.lbfgs.History.numbers`; empty after Downpour."""
+    method: str = ""
+    """Where a batch method stands, as JSON text (:class:`dbmpi.optim.resuming.State`); empty after Downpour."""
     libraries: Mapping[str, str] = field(default_factory=library_versions)
     """Versions by library; ``hdf5`` is added by the writer."""
     created: str = field(default_factory=now)

@@ -38,8 +38,8 @@ class UntrustedFile:
         fields: dict[str, Any] = {name: self._text(place) for name, place in schema.TEXTS.items()}
         fields |= {name: self._integers(place, 0)[()].item() for name, place in schema.INTEGERS.items()}
         fields |= {name: tuple(self._integers(place, 1).tolist()) for name, place in schema.INTEGER_LISTS.items()}
-        present = {name: place for name, place in schema.OPTIONAL_LISTS.items() if place in self._file}
-        fields |= {name: tuple(self._integers(place, 1).tolist()) for name, place in present.items()}
+        present = {name: place for name, place in schema.OPTIONAL_TEXTS.items() if place in self._file}
+        fields |= {name: self._text(place) for name, place in present.items()}
         libraries = self._find(schema.LIBRARIES, h5py.Group)
         fields["libraries"] = {name: self._text(f"{schema.LIBRARIES}/{name}") for name in libraries}
         negative = [name for name in schema.INTEGERS if fields[name] < 0]

@@ -188,7 +188,7 @@ def _check_names(layout: Layout, vectors: Sequence[str]) -> None:
 def _write_info(file: ArrayFile, layout: Layout, info: schema.CheckpointInfo) -> None:
     for name, place in (schema.TEXTS | schema.INTEGERS | schema.INTEGER_LISTS).items():
         file.put(place, getattr(info, name))
-    for name, place in schema.OPTIONAL_LISTS.items():
+    for name, place in schema.OPTIONAL_TEXTS.items():
         if getattr(info, name):
             file.put(place, getattr(info, name))
     for library, text in {**info.libraries, "hdf5": h5py.version.hdf5_version}.items():

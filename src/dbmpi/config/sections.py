@@ -149,8 +149,10 @@ class SandblasterSection(Section):
     """The batch method."""
     memory: Annotated[int, Field(ge=0, le=1000, strict=True)] = 10
     """L-BFGS: pairs of steps and gradient differences that are kept on the shards."""
-    line_search: Literal["strong_wolfe", "backtracking"] = "strong_wolfe"
-    """``strong_wolfe``: More and Thuente's; ``backtracking``: Armijo's condition alone."""
+    line_search: Literal["strong_wolfe", "backtracking", "fixed"] = "strong_wolfe"
+    """``strong_wolfe``: More and Thuente's; ``backtracking``: Armijo's condition alone; ``fixed``: `step_length`."""
+    step_length: Positive = 1.0
+    """With ``line_search = "fixed"``: multiple of the method's own step that is taken, whatever it gives."""
     l1: NotNegative = 0.0
     """Factor of the sum of magnitudes of all parameters, added to the loss (OWL-QN; L-BFGS only)."""
     l2: NotNegative = 0.0
@@ -163,6 +165,10 @@ class SandblasterSection(Section):
     """Portions of a batch; 0 takes all training samples."""
     batch_iterations: Count = 10
     """Iterations on the same batch, where it is not all samples; the next ones take the next samples."""
+    batch_growth: Annotated[float, Field(ge=1.0, strict=True)] = 1.0
+    """Factor by which such a batch grows when progress stalls, up to all samples; 1 for never."""
+    batch_overlap: Annotated[int, Field(ge=0, strict=True)] = 0
+    """Portions that each batch shares with the next one, for multi-batch L-BFGS: another batch in every iteration."""
     portions_per_push: Count = 4
     """Portions whose gradients a replica adds up before the shards take them."""
     deterministic: bool = False
@@ -274,6 +280,30 @@ class Run(Section):
                 'server.transport = "p2p" has no atomic operations, which Sandblaster needs; set server.transport '
                 'to "rma"'
             )
+        if sandblaster.batch_overlap:
+            fits = {
+                f"sandblaster.batch_portions = {sandblaster.batch_portions}, at least twice as many": (
+                    sandblaster.batch_portions >= 2 * sandblaster.batch_overlap
+                ),
+                f"sandblaster.batch_iterations = {sandblaster.batch_iterations}, which must be 1": (
+                    sandblaster.batch_iterations == 1
+                ),
+                f"sandblaster.line_search = {sandblaster.line_search!r}, which must be 'fixed'": (
+                    sandblaster.line_search == "fixed"
+                ),
+                f"sandblaster.algorithm = {sandblaster.algorithm!r}, which must be 'lbfgs'": (
+                    sandblaster.algorithm == "lbfgs"
+                ),
+                f"sandblaster.batch_growth = {sandblaster.batch_growth:g}, which must be 1": (
+                    sandblaster.batch_growth == 1
+                ),
+            }
+            wrong = [text for text, sound in fits.items() if not sound]
+            if wrong:
+                raise ValueError(
+                    f"sandblaster.batch_overlap = {sandblaster.batch_overlap}: two batches in succession share so many "
+                    f"portions; that does not go with {wrong[0]}"
+                )
         if self.optimizer.method == "sandblaster" and sandblaster.l1 and sandblaster.batch_portions:
             raise ValueError("sandblaster.l1 goes with batches of all samples only: set sandblaster.batch_portions = 0")
         return self

@@ -167,6 +167,29 @@ class Stream:
         holes = tuple(self.item(position) for position in skipped)
         return Stream(self.total, self.frontier + end - len(self.holes), holes)
 
+    def recut(self, before: Order, now: Order) -> Stream:
+        """Return what is left in batches of another size: all that hold a sample that has not been learned.
+
+        Samples of a batch that was learned in part are seen again: at most one batch for each hole and the frontier.
+        The samples and the seed of both orders are the same.
+        """
+
+        def start(batch: int) -> int:
+            epoch, place = divmod(batch, before.batches_per_epoch)
+            return epoch * before.samples + place * before.batch_size
+
+        def holds(position: int) -> int:
+            epoch, place = divmod(position, now.samples)
+            return epoch * now.batches_per_epoch + place // now.batch_size
+
+        frontier = min(holds(start(self.frontier)), now.batches)
+        holes = {
+            batch
+            for hole in self.holes
+            for batch in range(holds(start(hole)), holds(start(hole) + before.size(hole) - 1) + 1)
+        }
+        return Stream(now.batches, frontier, tuple(sorted(batch for batch in holes if batch < frontier)))
+
     def _positions(self, replica: int, replicas: int, warmstart: int) -> Iterator[int]:
         for part in self._positions_parts(replica, replicas, warmstart):
             yield from part

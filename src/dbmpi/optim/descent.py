@@ -18,8 +18,6 @@ in the vector named `gradient`, and return the mean loss."""
 POINT, ORIGIN = "parameters", "previous parameters"
 GRADIENT, OTHER_GRADIENT = "gradient", "other gradient"
 """Names of the vectors that every method uses.  The point is always in `POINT`; the two gradients take turns."""
-OVERLAP, OTHER_OVERLAP = "overlap gradient", "other overlap gradient"
-"""Gradients over what two batches share, where batches change."""
 
 Reason = Literal["gradient", "loss", "precision", "iterations", "evaluations", "callback"]
 
@@ -48,6 +46,12 @@ class Progress(NamedTuple):
     """Largest magnitude of the gradient."""
     step: float
     """Step along the direction."""
+    square: float = math.nan
+    """Square of the gradient."""
+    gradient: str = GRADIENT
+    """Name of the vector that holds it."""
+    decrease: float = math.nan
+    """How much the loss has decreased in the iteration; not a number where batches differ."""
 
 
 Callback = Callable[[Progress], bool | None]
@@ -71,19 +75,30 @@ class Report(NamedTuple):
         return self.reason in ("gradient", "loss")
 
 
+class Start(NamedTuple):
+    """Where a search goes on that ended after an iteration; the gradient is in place."""
+
+    gradient: str
+    """Name of its vector, `GRADIENT` or `OTHER_GRADIENT`."""
+    loss: float
+    square: float
+    largest: float
+    """Square and largest magnitude of the gradient."""
+    decrease: float
+    """As in :class:`Progress`."""
+    iteration: int
+    """Iterations taken so far."""
+
+
 class Batches(Protocol):
     """Samples that change between iterations; without them, all evaluations see the same samples."""
 
-    def overlap(self, point: str, gradient: str) -> bool:
-        """Leave the gradient over the samples that this batch and the next share (Berahas, Nocedal, Takac 2016).
-
-        Return False, having done nothing, where curvature is to be measured on the whole batch: both of its gradients
-        are known then.
-        """
-        ...
-
     def proceed(self) -> bool:
         """Go on to the batch of the next iteration; return whether it is another one."""
+        ...
+
+    def exhausted(self) -> bool:
+        """Hear that the loss of this batch is minimal; return whether there is another one to go on with."""
         ...
 
 
@@ -188,7 +203,7 @@ def prepare(space: Space, *names: str) -> None:
             space.create(name)
 
 
-def descend(
+def descend(  # noqa: PLR0912
     space: Space,
     evaluate: Evaluate,
     directions: Directions,
@@ -196,8 +211,11 @@ def descend(
     limits: Limits | None = None,
     callback: Callback | None = None,
     batches: Batches | None = None,
+    start: Start | None = None,
 ) -> Report:
     """Minimise from the point in the vector `POINT`: choose a direction, search along it, learn from the step.
+
+    With a `start`, and directions that were restored, everything goes on as if it had never ended.
 
     Raises
     ------
@@ -205,17 +223,34 @@ def descend(
         Where the loss is not finite at the start or anywhere along a direction, or the gradient contradicts the loss.
     """
     limits = limits or Limits()
-    gradient, other = GRADIENT, OTHER_GRADIENT
-    prepare(space, ORIGIN, gradient, other, *((OVERLAP, OTHER_OVERLAP) if batches else ()))
+    prepare(space, ORIGIN, GRADIENT, OTHER_GRADIENT)
     counted = Evaluations(evaluate)
-    loss, square, largest = counted.start(space, POINT, gradient)
-    directions.measure(gradient, square)
-    iteration = 0
+    gradient, other, iteration = GRADIENT, OTHER_GRADIENT, 0
+    decrease = math.nan
+    """Of the step just taken; not a number where there was none."""
+    if start is None:
+        loss, square, largest = counted.start(space, POINT, gradient)
+        directions.measure(gradient, square)
+    else:
+        gradient, loss, square, largest, decrease, iteration = start
+        other = OTHER_GRADIENT if gradient == GRADIENT else GRADIENT
 
     def report(reason: Reason) -> Report:
         return Report(reason, loss, largest, iteration, counted.count)
 
-    while largest > limits.gtol:
+    while True:
+        little = 0 <= decrease <= limits.ftol * max(abs(loss), abs(loss + decrease), 1.0)
+        stepped, decrease = not math.isnan(decrease), math.nan
+        other_batch = batches is not None and stepped and batches.proceed()
+        if not other_batch and (little or largest <= limits.gtol):
+            if batches is None or not batches.exhausted():
+                return report("gradient" if largest <= limits.gtol else "loss")
+            other_batch = True
+        if other_batch:
+            loss, square, largest = counted.start(space, POINT, gradient)
+            directions.measure(gradient, square)
+            if largest <= limits.gtol:
+                continue
         if iteration >= limits.iterations:
             return report("iterations")
         if counted.count >= limits.evaluations:
@@ -224,36 +259,29 @@ def descend(
         if not line.slope < 0 and not directions.fresh:
             directions.forget()
             line = directions.choose(gradient)
-        overlapping = batches is not None and batches.overlap(POINT, OVERLAP)
 
         def pairs(before: str = gradient, after: str = other) -> list[tuple[str, str]]:
             return directions.products(after, after, before)
 
         try:
-            step = walk(space, counted, search, line, other, loss, None if overlapping else pairs)
+            step = walk(space, counted, search, line, other, loss, pairs)
         except LineSearchFailed as failure:
             explain(failure, directions.fresh)
-            if directions.fresh:
+            if not directions.fresh:
+                directions.forget()
+            elif batches is None or not batches.exhausted():
                 return report("precision")
-            directions.forget()
+            else:
+                loss, square, largest = counted.start(space, POINT, gradient)
+                directions.measure(gradient, square)
             continue
         iteration += 1
         gradient, other = other, gradient
-        if overlapping and batches is not None:
-            batches.overlap(POINT, OTHER_OVERLAP)
-            products = space.dots(directions.products(gradient, OTHER_OVERLAP, OVERLAP))
-            step = step._replace(products=tuple(products.tolist()))
-        decrease, scale = loss - step.loss, max(abs(loss), abs(step.loss), 1.0)
-        loss, square, largest = step.loss, step.gradient_square, step.largest
+        decrease, loss, square, largest = loss - step.loss, step.loss, step.gradient_square, step.largest
         directions.learn(step, gradient)
-        if callback is not None and callback(Progress(iteration, counted.count, loss, largest, step.length)):
+        told = Progress(iteration, counted.count, loss, largest, step.length, square, gradient, decrease)
+        if callback is not None and callback(told):
             return report("callback")
-        if batches is not None and batches.proceed():
-            loss, square, largest = counted.start(space, POINT, gradient)
-            directions.measure(gradient, square)
-        elif 0 <= decrease <= limits.ftol * scale:
-            return report("gradient" if largest <= limits.gtol else "loss")
-    return report("gradient")
 
 
 def first_step(square: float, last: tuple[float, float] | None = None) -> float:
@@ -282,7 +310,7 @@ def walk(
     line: Line,
     after: str,
     loss: float,
-    pairs: Callable[[], list[tuple[str, str]]] | None = None,
+    pairs: Callable[[], list[tuple[str, str]]],
 ) -> Step:
     """Search along a line from `POINT`; the gradient at the new point goes to `after`.
 
@@ -299,8 +327,7 @@ def walk(
         if not math.isfinite(value):
             return Step(length, value, math.nan, math.nan, math.nan, math.nan)
         own = [(after, line.direction), (line.direction, line.direction), (after, after)]
-        others = pairs() if pairs is not None else []
-        slope, direction_square, square, *products, largest = space.dots(own + others, [after]).tolist()
+        slope, direction_square, square, *products, largest = space.dots(own + pairs(), [after]).tolist()
         return Step(length, value, slope, direction_square, square, largest, tuple(products))
 
     trials = search(loss, line.slope, line.first)

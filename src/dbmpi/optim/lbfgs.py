@@ -14,11 +14,11 @@ all ``s_i s_j`` and half of the ``s_i y_j``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 
-from dbmpi.optim.descent import Batches, Callback, Evaluate, Limits, Line, Report, Step, descend, first_step
+from dbmpi.optim.descent import Batches, Callback, Evaluate, Limits, Line, Report, Start, Step, descend, first_step
 from dbmpi.optim.linesearch import LineSearch, strong_wolfe
 from dbmpi.optim.space import Space
 
@@ -40,6 +40,7 @@ def lbfgs(
     callback: Callback | None = None,
     batches: Batches | None = None,
     history: History | None = None,
+    start: Start | None = None,
 ) -> Report:
     """Minimise by L-BFGS, from the point in the vector "parameters".
 
@@ -60,6 +61,8 @@ def lbfgs(
     history
         The history to go on with, e.g. a restored one; `memory`, `caution` and `history_dtype` are then those of the
         history.
+    start
+        Where an earlier search was left, if this one is to go on as that would have; with its history.
 
     Raises
     ------
@@ -68,7 +71,7 @@ def lbfgs(
     """
     if history is None:
         history = History(space, memory, caution, history_dtype)
-    return descend(space, evaluate, history, search, limits, callback, batches)
+    return descend(space, evaluate, history, search, limits, callback, batches, start)
 
 
 class History:
@@ -124,8 +127,16 @@ class History:
 
     def state(self) -> dict[str, np.ndarray]:
         """Return the numbers that are to be saved with the vectors of `pairs`."""
-        slots, last = np.array(self._slots, np.int64), np.array(self._last or ())
-        return {"slots": slots, "sy": self._sy.copy(), "yy": self._yy.copy(), "last": last}
+        scalars = np.array([self._square, self._slope])
+        return {
+            "slots": np.array(self._slots, np.int64),
+            "sy": self._sy.copy(),
+            "yy": self._yy.copy(),
+            "sg": self._sg.copy(),
+            "yg": self._yg.copy(),
+            "scalars": scalars,
+            "last": np.array(self._last or ()),
+        }
 
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
         """Go on with a state whose vectors are in place already.
@@ -135,45 +146,20 @@ class History:
         ValueError
             If it is no state of a history with as many pairs.
         """
-        slots, sy, yy, last = (np.array(state[name]) for name in ("slots", "sy", "yy", "last"))
+        names = ("slots", "sy", "yy", "sg", "yg", "scalars", "last")
         pairs, places = self.memory, range(self.memory + 1)
+        if set(state) != set(names):
+            raise ValueError(f"this is not the state of a history: it has {', '.join(sorted(state)) or 'nothing'}")
+        slots, sy, yy, sg, yg, scalars, last = (np.array(state[name]) for name in names)
         sound = sy.shape == yy.shape == (pairs + 1, pairs + 1) and last.shape in ((0,), (2,))
+        sound = sound and sg.shape == yg.shape == (pairs + 1,) and scalars.shape == (2,)
         sound = sound and slots.ndim == 1 and len(set(slots.tolist())) == len(slots) <= pairs
         sound = sound and all(slot in places and sy[slot, slot] > 0 and yy[slot, slot] > 0 for slot in slots.tolist())
-        if not sound or not all(np.isfinite(array).all() for array in (sy, yy, last)):
+        if not sound or not all(np.isfinite(array).all() for array in (sy, yy, sg, yg, scalars, last)):
             raise ValueError(f"this is not the state of a history of {pairs} pairs, or it is damaged")
         self._slots, self._last = [int(slot) for slot in slots], (last[0], last[1]) if len(last) else None
-        self._sy[:], self._yy[:] = sy, yy
-
-    def numbers(self) -> tuple[int, ...]:
-        """Return `state` as integers for a checkpoint: the memory, and the bits of all numbers."""
-        state = self.state()
-        slots, last = state["slots"].tolist(), state["last"]
-        bits = np.concatenate([state["sy"].reshape(-1), state["yy"].reshape(-1), last]).view(np.int64).tolist()
-        return (self.memory, len(slots), len(last), *slots, *bits)
-
-    def restore_numbers(self, numbers: Sequence[int]) -> None:
-        """Go on with what `numbers` returned; the vectors are in place already.
-
-        Raises
-        ------
-        ValueError
-            As `restore`.
-        """
-        memory, slots, last = numbers[:3] if len(numbers) >= 3 else (-1, 0, 0)
-        square = (self.memory + 1) ** 2
-        if memory != self.memory or len(numbers) != 3 + slots + 2 * square + last:
-            raise ValueError(f"this is not the state of a history of {self.memory} pairs, or it is damaged")
-        values = np.array(numbers[3 + slots :], np.int64).view(np.float64)
-        shape = (self.memory + 1, self.memory + 1)
-        self.restore(
-            {
-                "slots": np.array(numbers[3 : 3 + slots], np.int64),
-                "sy": values[:square].reshape(shape),
-                "yy": values[square : 2 * square].reshape(shape),
-                "last": values[2 * square :],
-            }
-        )
+        self._sy[:], self._yy[:], self._sg[:], self._yg[:] = sy, yy, sg, yg
+        self._square, self._slope = scalars.tolist()
 
     def measure(self, gradient: str, square: float) -> None:
         """Compute the products of a gradient with the history."""

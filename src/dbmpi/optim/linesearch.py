@@ -48,9 +48,9 @@ SHRINKS = 12
 LARGEST_STEP = 1e10
 
 
-def fixed(loss: float, slope: float, first: float, *, step: float | None = None) -> Search:
-    """Take one step, `step` or else `first`, whatever it gives: for losses that change with every batch."""
-    taken = first if step is None else step
+def fixed(loss: float, slope: float, first: float, *, step: float | None = None, factor: float = 1.0) -> Search:
+    """Take one step, `step` or else `factor` times `first`, whatever it gives: for losses that change with a batch."""
+    taken = factor * first if step is None else step
     trial = Trial(taken, *(yield taken))
     if not trial.finite:
         raise LineSearchFailed(

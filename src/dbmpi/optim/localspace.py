@@ -88,6 +88,24 @@ class LocalSpace:
         """The names of the vectors."""
         return tuple(self._vectors)
 
+    def bounds(self) -> dict[str, tuple[int | None, float | None]]:
+        """Return what is known of the sizes of all vectors, the same on all shards.
+
+        The last bits of a dot product follow from it: who goes on from a checkpoint needs it, too.
+        """
+        return {name: (self._expected.get(name), self._largest.get(name)) for name in self._vectors}
+
+    def restore_bounds(self, bounds: Mapping[str, tuple[int | None, float | None]]) -> None:
+        """Know what `bounds` told; vectors that it names and that are not there are made, of zeros."""
+        for name in bounds:
+            if name not in self._vectors:
+                self.create(name)
+        for name, (expected, largest) in bounds.items():
+            for known, number in ((self._expected, expected), (self._largest, largest)):
+                known.pop(name, None)
+                if number is not None:
+                    known[name] = number  # type: ignore[assignment]
+
     def array(self, name: str) -> np.ndarray:
         """Return this shard's part of a vector, to be read."""
         view = self._get(name).view()

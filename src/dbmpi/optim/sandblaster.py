@@ -15,7 +15,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -29,12 +29,15 @@ from dbmpi.monitor.progress import Progress
 from dbmpi.monitor.records import BatchReport, EvaluationReport, Recorder
 from dbmpi.objective import Outcome
 from dbmpi.optim import descent, linesearch
+from dbmpi.optim.batches import Beginning, Samples, sampling
 from dbmpi.optim.board import Board, Kind
 from dbmpi.optim.commands import Command, RemoteSpace, execute
 from dbmpi.optim.descent import ORIGIN, POINT, Limits, Report
 from dbmpi.optim.lbfgs import History, lbfgs
 from dbmpi.optim.methods import conjugate_gradients, exact_search, gradient_descent, owlqn, with_l2
+from dbmpi.optim.multibatch import multi_batch_lbfgs
 from dbmpi.optim.passes import Passes, Station
+from dbmpi.optim.resuming import capture
 from dbmpi.optim.saving import save
 from dbmpi.optim.shardspace import COMMANDS, ShardSpace
 from dbmpi.partition.arrangement import Arrangement
@@ -43,7 +46,6 @@ from dbmpi.runtime import orders, waiting
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from dbmpi.data.stream import Order, Stream
     from dbmpi.paramserver.layout import Layout
     from dbmpi.paramserver.window import Window
     from dbmpi.runtime.orders import Mailbox
@@ -60,39 +62,6 @@ _REASONS = {
     "evaluations": "all epochs are done",
     "callback": "it was asked to end",
 }
-
-
-@dataclass(frozen=True)
-class Beginning:
-    """Where a session begins."""
-
-    stream: Stream
-    step: int = 0
-    """Portions, or steps of Downpour, in earlier sessions."""
-    samples: int = 0
-    history: tuple[int, ...] = ()
-    """Numbers of the history whose vectors are on the shards; empty without one."""
-
-
-@dataclass(frozen=True)
-class Samples:
-    """What there is to learn from and to test on."""
-
-    order: Order
-    tests: int
-    """Held-out samples; 0 without any."""
-    input_shape: tuple[int, ...]
-    classes: int
-
-    @property
-    def test_portions(self) -> int:
-        """Portions of the held-out samples."""
-        return -(-self.tests // self.order.batch_size)
-
-    def of(self, portions: range) -> int:
-        """Return the number of samples of portions of the stream."""
-        epochs, rest = divmod(len(portions), self.order.batches_per_epoch)
-        return epochs * self.order.samples + sum(map(self.order.size, portions[len(portions) - rest :]))
 
 
 class _Interrupted(Exception):
@@ -152,13 +121,14 @@ class Coordinator:
         self.space = RemoteSpace(self._submit, space.names)
         self._gradient = ""
         self._passes = Passes(board, window, stations, self._accrue, ordered=run.sandblaster.deterministic)
-        portions = run.sandblaster.batch_portions
-        self._portions = min(portions or samples.order.batches_per_epoch, samples.order.batches_per_epoch)
-        self._first = 0
-        self._iterations_here = 0
+        self._sampling = sampling(run, samples.order, run.sandblaster.batch_overlap)
+        self._left = beginning.stream.total - beginning.stream.frontier
+        self._state, self._counted = beginning.state, (0, 0)
+        """Where the method stood after its last iteration, and portions and samples that had counted then."""
         self._history: History | None = None
         self._iterations = self._evaluations = 0
-        self._trying = False
+        self._trying = self._moved = False
+        """Whether the point is one that is only tried; whether the batch has changed since."""
         self._tested_at = -1
         self._checkpointed = time.monotonic()
         self._next_test = run.monitor.evaluate_epochs
@@ -172,13 +142,15 @@ class Coordinator:
             report = self._minimise()
             if report is not None:
                 self._progress.message(
-                    f"{report.iterations:,} iterations, {report.evaluations:,} evaluations: {_REASONS[report.reason]}"
+                    f"{report.iterations:,} iterations, {report.evaluations:,} evaluations: "
+                    f"{_REASONS['evaluations' if self._used_up else report.reason]}"
                     f"   loss {report.loss:.7g}   gradient {report.largest:.3g}"
                 )
         except _Interrupted:
             self._tested_at = -1
             if self._trying:
-                self.space.copy(ORIGIN, POINT)  # the search had gone on from there
+                self.space.copy(ORIGIN, POINT)  # the search had gone on from there, and will do so again
+            self.steps, self.samples = self._counted
         self._save()
         if self._samples.tests and not self.stopped_by and self._tested_at != self.steps:
             self._evaluate_test()
@@ -198,14 +170,51 @@ class Coordinator:
 
     def evaluate(self, point: str, gradient: str) -> float:
         """Pass over the batch: return the mean loss at the parameters, and leave its gradient on the shards."""
+        if self._moved:
+            self._moved = self._trying = False  # the same point on other samples
+        loss = self._evaluate(self._sampling.portions, point, gradient)
+        self._trying = True
+        self._sampling.evaluated(loss)
+        return loss
+
+    def evaluate_parts(self, point: str, gradient: str, shared: str, following: str) -> float:
+        """Pass over the batch in three parts: what the last batch has, too, the rest, and what the next one will have.
+
+        See :class:`dbmpi.optim.multibatch.SharingBatches`.
+        """
+        portions, overlap = self._sampling.portions, self._run.sandblaster.batch_overlap
+        inner = portions[overlap : len(portions) - overlap]
+        parts = [(portions[:overlap], shared), (portions[len(portions) - overlap :], following), (inner, gradient)]
+        total, loss, terms = self._samples.of(portions), 0.0, []
+        for part, name in parts if inner else parts[:-1]:
+            share = self._samples.of(part) / total
+            loss += share * self._evaluate(part, point, name)
+            terms.append((share, name))
+        self._trying = True
+        self.space.combine(gradient, terms)
+        if strength := self._run.sandblaster.l2:
+            for name in (gradient, shared, following):
+                self.space.axpy(strength, point, name)
+            loss += strength / 2 * float(self.space.dots([(point, point)])[0])
+        return loss
+
+    def proceed(self) -> bool:
+        """Go on to the next batch, when it is time."""
+        moved = self._sampling.proceed()
+        self._moved = moved and not self._run.sandblaster.batch_overlap
+        return moved
+
+    def exhausted(self) -> bool:
+        """Go on with a larger batch, if there is any."""
+        self._moved = self._sampling.exhausted()
+        return self._moved
+
+    def _evaluate(self, portions: range, point: str, gradient: str) -> float:
         assert point == POINT, f"replicas fetch {POINT!r}, and not {point!r}"
-        portions = range(self._first, self._first + self._portions)
         count = self._samples.of(portions)
         self._gradient = gradient
-        self._trying = self._evaluations > 0  # the first one is where the session begins
         self.space.create(gradient)
-        frontier = self._frontier(self._evaluations + 1)
-        seconds = self._pass(Kind.GRADIENT, len(portions), self._first, count, frontier)
+        seconds = self._pass(Kind.GRADIENT, len(portions), portions.start, count, self._frontier(len(portions)))
         self._evaluations += 1
         outcome = self._passes.outcome
         self.steps += len(portions)
@@ -228,47 +237,56 @@ class Coordinator:
         self._progress.update(shown, outcome.mean_loss, outcome.accuracy, rate, None)
         return outcome.mean_loss
 
-    def overlap(self, point: str, gradient: str) -> bool:
-        """Measure curvature on the whole batch: it is the same before and after a step."""
-        return False
-
-    def proceed(self) -> bool:
-        """Go on to the next samples after some iterations on these."""
-        self._iterations_here += 1
-        if self._iterations_here < self._run.sandblaster.batch_iterations:
-            return False
-        self._iterations_here = 0
-        self._first += self._portions
-        if self._first + self._portions > self._samples.order.batches:
-            self._first = 0
-        return True
-
     # Helpers
 
     def _minimise(self) -> Report | None:
-        settings = self._run.sandblaster
-        left = (self._beginning.stream.total - self._beginning.stream.frontier) // self._portions
-        if left < 1:
+        settings, state = self._run.sandblaster, self._beginning.state
+        if state is not None:
+            self._sampling.restore(state.place)
+        if self._used_up:
             return None
         evaluate: descent.Evaluate = self.evaluate
         if settings.l2:
             evaluate = with_l2(self.space, evaluate, settings.l2)
-        limits = Limits(settings.gtol, settings.ftol, evaluations=left)
-        batches = self if self._portions < self._samples.order.batches_per_epoch else None
-        strong = settings.line_search == "strong_wolfe"
-        search: linesearch.LineSearch = linesearch.strong_wolfe if strong else linesearch.backtracking
+        limits = Limits(settings.gtol, settings.ftol)
+        batches = None if self._sampling.whole else self
+        search = self._search()
         space, told = self.space, self._after_iteration
         if settings.algorithm == "gradient_descent":
             return gradient_descent(space, evaluate, search=search, limits=limits, callback=told, batches=batches)
         if settings.algorithm == "conjugate_gradients":
-            search = exact_search if strong else search
+            search = exact_search if settings.line_search == "strong_wolfe" else search
             return conjugate_gradients(space, evaluate, search=search, limits=limits, callback=told, batches=batches)
         history = self._history = History(space, settings.memory, _CAUTION)
-        if self._beginning.history:
-            history.restore_numbers(self._beginning.history)
+        if state is not None:
+            history.restore(state.arrays)
+            self._trying = state.start is not None
         if settings.l1:
             return owlqn(space, evaluate, strength=settings.l1, limits=limits, callback=told, history=history)
-        return lbfgs(space, evaluate, search=search, limits=limits, callback=told, batches=batches, history=history)
+        if settings.batch_overlap:
+            length = settings.step_length
+            return multi_batch_lbfgs(space, self, history, step_length=length, limits=limits, callback=told)
+        return lbfgs(
+            space,
+            evaluate,
+            search=search,
+            limits=limits,
+            callback=told,
+            batches=batches,
+            history=history,
+            start=None if state is None else state.start,
+        )
+
+    def _search(self) -> linesearch.LineSearch:
+        settings = self._run.sandblaster
+        if settings.line_search == "fixed":
+            return partial(linesearch.fixed, factor=settings.step_length)
+        return linesearch.strong_wolfe if settings.line_search == "strong_wolfe" else linesearch.backtracking
+
+    @property
+    def _used_up(self) -> bool:
+        """Whether the epochs have no room for another batch."""
+        return self._left - self.steps < len(self._sampling.portions)
 
     def _submit(self, command: Command) -> np.ndarray:
         """Let all shards carry out a command; return what the lead's shard says, which is what they all say."""
@@ -309,6 +327,7 @@ class Coordinator:
     def _after_iteration(self, progress: descent.Progress) -> bool:
         """Write a checkpoint and test, when it is time; return whether the run is to end."""
         self._iterations, self._trying = progress.iteration, False
+        self._keep_state(progress)
         self._serve()
         every = self._run.monitor.evaluate_epochs
         if every and self._samples.tests and self.epoch >= self._next_test and not self.stopped_by:
@@ -317,11 +336,22 @@ class Coordinator:
         seconds = self._run.checkpoint.every_seconds
         if seconds and time.monotonic() - self._checkpointed >= seconds and not self.stopped_by:
             self._save()
-        return bool(self.stopped_by)
+        self._trying = True  # what comes next is
+        return bool(self.stopped_by) or self._used_up
+
+    def _keep_state(self, progress: descent.Progress) -> None:
+        """Note where the method stands, for a checkpoint."""
+        self._counted = self.steps, self.samples
+        if self._history is None:
+            return
+        # What goes on from a gradient goes on to the last bit; the other methods begin with an evaluation.
+        settings = self._run.sandblaster
+        bounds = None if settings.l1 or settings.batch_overlap else self._local.bounds()
+        self._state = capture(self._history, self._sampling.position, progress, bounds)
 
     def _evaluate_test(self) -> None:
         """Record and show the outcome on the held-out samples at the present parameters."""
-        self._pass(Kind.TEST, self._samples.test_portions, 0, self._samples.tests, self._frontier(self._evaluations))
+        self._pass(Kind.TEST, self._samples.test_portions, 0, self._samples.tests, self._frontier())
         self.test = outcome = self._passes.outcome
         self._tested_at = self.steps
         self._recorder.write(
@@ -335,16 +365,15 @@ class Coordinator:
         )
         self._progress.evaluation(self.epoch, outcome.mean_loss, outcome.accuracy, outcome.samples)
 
-    def _frontier(self, evaluations: int) -> int:
+    def _frontier(self, more: int = 0) -> int:
+        """Return the place in the stream that all portions so far, and some more, make."""
         stream = self._beginning.stream
-        return min(stream.frontier + evaluations * self._portions, stream.total)
+        return min(stream.frontier + self.steps + more, stream.total)
 
     def _save(self) -> None:
         """Write the parameters, the history, and what the shards carry along, into a checkpoint."""
-        plan, samples, beginning = self._plan, self._samples, self._beginning
-        pairs = self._history.pairs if self._history is not None else ()
-        numbers = self._history.numbers() if self._history is not None and pairs else ()
-        names = (POINT, *self._carried, *(name for pair in pairs for name in pair))
+        plan, samples, beginning, state = self._plan, self._samples, self._beginning, self._state
+        names = (POINT, *self._carried, *(state.vectors if state is not None else ()))
         steps = beginning.step + self.steps
         self._submit(Command("hand_over", names, ()))
 
@@ -359,10 +388,10 @@ class Coordinator:
                 partitions=plan.partitions,
                 input_shape=samples.input_shape,
                 classes=samples.classes,
-                frontier=self._frontier(self._evaluations),
+                frontier=self._frontier(),
                 total=beginning.stream.total,
                 holes=beginning.stream.holes,
-                method=numbers,
+                method="" if state is None else state.model_dump_json(),
                 libraries=library_versions(MPI.Get_library_version()),
             )
 
@@ -385,23 +414,3 @@ class Coordinator:
                 f"some parameters are NaN or infinite; no checkpoint is written; "
                 f"{kept(self._run.run.directory / 'checkpoints')}"
             )
-
-
-def use_kernels() -> None:
-    """Call all kernels of vectors once, so that they are compiled or loaded before the clock runs."""
-    from dbmpi.kernels import sums, vectors
-    from dbmpi.optim.localspace import LocalSpace
-
-    few = np.linspace(1, 2, 8, dtype=np.float32)
-    space = LocalSpace(8, vectors={POINT: few})
-
-    def evaluate(point: str, gradient: str) -> float:
-        space.writable(gradient)[:] = space.array(point)
-        return 0.5 * float(space.dots([(point, point)])[0])
-
-    owlqn(space, evaluate, strength=0.1, memory=3, limits=Limits(0, 0, iterations=2))
-    lbfgs(space, evaluate, memory=3, limits=Limits(0, 0, iterations=2))
-    space.multiply(POINT, POINT, ORIGIN)
-    sums.sum_products([few, few], [(0, 1)], [3, 3], sums.FINE)
-    vectors.largest_magnitude(few)
-    vectors.accrue(few, 0.5, few.copy())
