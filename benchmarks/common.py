@@ -36,6 +36,9 @@ PEERS = ROOT / "benchmarks" / "peers"
 PEERS_PYTHON = ROOT / ".venv-peers" / "bin" / "python"
 THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
 
+_END = "end"
+"""Tells a contestant that nothing is left to do."""
+
 Action = Callable[[], Mapping[str, Any]]
 
 
@@ -156,7 +159,10 @@ class Contestant:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._process.stdin.close()  # type: ignore[union-attr]
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # a launcher need not pass the end of its input on
+            print(_END, file=self._process.stdin, flush=True)
+            self._process.stdin.close()
         try:
             self._process.wait(30)
         except subprocess.TimeoutExpired:
@@ -179,6 +185,8 @@ def serve(**actions: Action) -> None:
     """Be a contestant: for each line of standard input do the action that it names, and print its answer."""
     answers, sys.stdout = sys.stdout, sys.stderr  # whatever else is printed must not get between the answers
     for line in sys.stdin:
+        if line.strip() == _END:
+            break
         print(json.dumps(actions[line.strip()]()), file=answers, flush=True)
 
 

@@ -1,13 +1,18 @@
 """Downpour on the paper's speech network: samples a second of several replicas, beside DDP and one without a server.
 
 Every replica and every shard is a process of one thread; batches of 128, plain SGD, as PyTorch's
-DistributedDataParallel over gloo (two processes of one thread) has it, too.  All of them take turns.
+DistributedDataParallel over gloo (two processes of one thread) has it, too.  All of them take turns.  A turn is long
+enough that it does not matter much who of the asynchronous replicas comes to its end last.
 
 "By CPU" is the speed-up over one replica that two idle cores would give: twice the processor's time of one replica's
 sample, by that of ours, shard included.  On a busy machine it says what the program is to blame for.
 
 Hidden communication is the share of the time that the blocking path spends on fetches and pushes (per step) which the
 overlapped path does not.
+
+The cost of more replicas and shards than cores is shown for a network with a seventh of the parameters,
+440-4x1024-2048, as eight replicas of the large one need 6 GB and many minutes.  Each parameter costs the same
+arithmetic and the same bytes.
 """
 
 from __future__ import annotations
@@ -21,10 +26,12 @@ from typing import Any
 
 import common
 
-SIZES = (440, 2560, 2560, 2560, 2560, 8192)
+SPEECH = (440, 2560, 2560, 2560, 2560, 8192)
+SMALL = (440, 1024, 1024, 1024, 1024, 2048)
 BATCH = 128
-STEPS = 5
-"""Steps of every replica at a turn; also the larger n_push and n_fetch, so that each turn has as many pushes."""
+DDP_STEPS = 3
+SMALL_STEPS = 80
+"""Steps of all replicas together at a turn, in the table of replicas and shards."""
 WAYS: dict[str, dict[str, Any]] = {
     "blocking": {"fetch": "copied", "overlap": "none"},
     "overlapped": {"fetch": "copied", "overlap": "threads"},
@@ -36,21 +43,22 @@ _ORDER, _ANSWER = 1, 2
 
 def main() -> None:
     if sys.argv[1:2] == ["--contestant"]:
-        contestant(sys.argv[2], *map(int, sys.argv[3:]))
+        contestant(*sys.argv[2:4], *map(int, sys.argv[4:]))
         return
     options = common.options(__doc__)
     report = common.Report("downpour_scaling", options.json)
-    rounds = 3 if options.quick else 9
+    rounds, steps = (2, 10) if options.quick else (5, 20)
     with ExitStack() as stack:
         alone = contender(stack, sys.executable, common.ROOT / "benchmarks/speech_step.py", "--contestant", BATCH)
-        peer = contender(stack, common.peers_python(), common.PEERS / "ddp_step.py", BATCH, STEPS)
+        peer = contender(stack, common.peers_python(), common.PEERS / "ddp_step.py", BATCH, DDP_STEPS)
         work = {"one replica, no server": alone.do, "DDP": functools.partial(peer.do, "steps")}
         for way in WAYS:
             for period in (1, 5) if way == "overlapped" else (1,):
-                ours = contender(stack, *ranks(way, period, replicas=2, shards=1))
+                ours = contender(stack, *ranks(way, period, steps, replicas=2, shards=1))
                 work[f"{way}, n = {period}"] = functools.partial(ours.do, "steps")
+        say(f"{len(work)} contestants take {rounds + 1} turns each")
         taken = common.in_turn(rounds, **work)
-    samples = dict.fromkeys(work, 2 * STEPS * BATCH) | {"one replica, no server": BATCH}
+    samples = dict.fromkeys(work, 2 * steps * BATCH) | {"one replica, no server": BATCH, "DDP": 2 * DDP_STEPS * BATCH}
     speed = {name: samples[name] / common.median([one["seconds"] for one in taken[name]]) for name in work}
     one, ddp = speed["one replica, no server"], speed["DDP"]
     cost = {name: common.median([one["processor"] for one in taken[name]]) / samples[name] for name in work}
@@ -71,30 +79,37 @@ def main() -> None:
     report.at_least("samples/s of one replica's, n = 5", speed["overlapped, n = 5"] / one, LIKE_ONE_OF_FIVE)
     visible = {way: transfers(taken[f"{way}, n = 1"]) for way in WAYS}
     report.at_least("hidden communication", 1 - visible["overlapped"] / visible["blocking"], HIDDEN)
-    table(report, ((1, 1), (2, 1), (4, 1)) if options.quick else ((1, 1), (2, 1), (4, 1), (8, 1), (2, 2), (2, 4)))
+    table(report, (1, 2, 4, 8), (1, 2) if options.quick else (1, 2, 4))
     report.finish()
 
 
-def table(report: common.Report, numbers: tuple[tuple[int, int], ...]) -> None:
+def table(report: common.Report, replicas: tuple[int, ...], shards: tuple[int, ...]) -> None:
     """Show the cost against numbers of replicas and shards; more than the cores is oversubscribed."""
     rows = []
-    for replicas, shards in numbers:
-        with ExitStack() as stack:
-            ours = contender(stack, *ranks("overlapped", 1, replicas, shards))
-            turns = common.in_turn(2, ours=functools.partial(ours.do, "steps"))["ours"]
-        seconds = common.median([one["seconds"] for one in turns])
-        rows.append((replicas, shards, f"{replicas * STEPS * BATCH / seconds:.0f}", waited(turns)))
+    for number in replicas:
+        for holders in shards:
+            with ExitStack() as stack:
+                steps = SMALL_STEPS // number
+                ours = contender(stack, *ranks("overlapped", 1, steps, number, holders, "small"))
+                turns = common.in_turn(2, ours=functools.partial(ours.do, "steps"))["ours"]
+            rate = number * steps * BATCH / common.median([one["seconds"] for one in turns])
+            rows.append((number, holders, f"{rate:.0f}", waited(turns)))
+            say(f"{number} replicas, {holders} shards: {rate:.0f} samples/s")
     header = ("replicas", "shards", "samples/s", "ms of a step for transfers")
-    report.table("Overlapped, n = 1, by numbers of replicas and shards", header, rows)
+    report.table("Overlapped, n = 1, by numbers of replicas and shards, small network", header, rows)
+
+
+def say(what: str) -> None:
+    print(what, file=sys.stderr, flush=True)
 
 
 def contender(stack: ExitStack, *command: Any) -> common.Contestant:
     return stack.enter_context(common.Contestant(command))
 
 
-def ranks(way: str, period: int, replicas: int, shards: int) -> tuple[str, ...]:
-    numbers = map(str, (period, replicas, shards))
-    return common.on_ranks(replicas + shards, __file__, "--contestant", way, *numbers)
+def ranks(way: str, period: int, steps: int, replicas: int, shards: int, network: str = "speech") -> tuple[str, ...]:
+    numbers = map(str, (period, steps, replicas, shards))
+    return common.on_ranks(replicas + shards, __file__, "--contestant", network, way, *numbers)
 
 
 def transfers(turns: list[dict[str, float]]) -> float:
@@ -106,7 +121,7 @@ def waited(turns: list[dict[str, float]]) -> str:
     return f"{1e3 * transfers(turns):.1f}" if "transfers" in turns[0] else ""
 
 
-def contestant(way: str, period: int, replicas: int, shards: int) -> None:
+def contestant(which: str, way: str, period: int, steps: int, replicas: int, shards: int) -> None:
     """Be a shard or a replica; rank 0 is told when all replicas are to take their steps."""
     common.prepare_runtime()
     import numpy as np
@@ -124,12 +139,12 @@ def contestant(way: str, period: int, replicas: int, shards: int) -> None:
     from dbmpi.topology import Plan
 
     comm, dtype = world.start(), np.dtype(np.float32)
-    plan = Plan(shards, replicas)
-    hidden = [config.Dense(units=units, activation="sigmoid") for units in SIZES[1:-1]]
-    section = config.NetworkSection(loss="softmax", layers=(*hidden, config.Dense(units=SIZES[-1])))
-    network = Network(section, (SIZES[0],), 1)
+    plan, sizes = Plan(shards, replicas), {"speech": SPEECH, "small": SMALL}[which]
+    hidden = [config.Dense(units=units, activation="sigmoid") for units in sizes[1:-1]]
+    section = config.NetworkSection(loss="softmax", layers=(*hidden, config.Dense(units=sizes[-1])))
+    network = Network(section, (sizes[0],), 1)
     size = network.layout.size
-    ends = np.cumsum([(inputs + 1) * outputs for inputs, outputs in pairwise(SIZES)]).tolist()
+    ends = np.cumsum([(inputs + 1) * outputs for inputs, outputs in pairwise(sizes)]).tolist()
     parts = tuple(range(start, stop) for start, stop in pairwise((0, *ends)))
 
     class Gate:
@@ -138,16 +153,16 @@ def contestant(way: str, period: int, replicas: int, shards: int) -> None:
         def __init__(self) -> None:
             self.stopwatch = Stopwatch()
             random = np.random.default_rng(comm.rank)
-            inputs = random.normal(size=(SIZES[0], BATCH)).astype(np.float32)
-            self._batch = Batch(inputs, random.integers(0, SIZES[-1], BATCH).astype(np.int32))
+            inputs = random.normal(size=(sizes[0], BATCH)).astype(np.float32)
+            self._batch = Batch(inputs, random.integers(0, sizes[-1], BATCH).astype(np.int32))
             self._step = 0
             self._began = self._processor = 0.0
 
         def proceed(self) -> bool:
-            if self._step % STEPS == 0:
+            if self._step % steps == 0:
                 if self._step:
                     spent = self.stopwatch.take()
-                    transfers = (spent.get("fetch", 0.0) + spent.get("push", 0.0)) / STEPS
+                    transfers = (spent.get("fetch", 0.0) + spent.get("push", 0.0)) / steps
                     processor = time.process_time() - self._processor
                     answer = np.array([time.perf_counter() - self._began, transfers, processor])
                     waiting.complete(comm.Isend(answer, 0, _ANSWER), "rank 0")
@@ -187,7 +202,7 @@ def contestant(way: str, period: int, replicas: int, shards: int) -> None:
         server.begin(None)
         if comm.rank == 0:
 
-            def steps() -> dict[str, float]:
+            def take_steps() -> dict[str, float]:
                 answers, processor = np.empty((replicas, 3)), time.process_time()
                 requests = [
                     comm.Irecv(answer, rank, _ANSWER) for answer, rank in zip(answers, plan.worker_ranks, strict=True)
@@ -205,7 +220,7 @@ def contestant(way: str, period: int, replicas: int, shards: int) -> None:
                 for rank in plan.worker_ranks:
                     waiting.complete(comm.Isend(np.array([order]), rank, _ORDER), "the replicas", serve=server.poll)
 
-            common.serve(steps=steps)
+            common.serve(steps=take_steps)
             tell(0.0)
         waiting.until(comm.Ibarrier().Test, "the others", serve=server.poll, seconds=3600, longest_nap=0.001)
 
