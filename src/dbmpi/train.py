@@ -313,7 +313,8 @@ class _Session:
         apart = run.optimizer.local_rate > 0 and run.optimizer.n_push > 1
         parts = replica.parameters.parts
         if run.server.gradients == "layers":
-            path = Layerwise(client, replica.size, DTYPE, parts, worker.obey, overlap=store.overlap)
+            pushing = worker.stopwatch("push")
+            path = Layerwise(client, replica.size, DTYPE, parts, worker.obey, overlap=store.overlap, pushing=pushing)
         elif store.overlap:
             path = Overlapped(client, replica.size, DTYPE, parts, worker.obey, apart=apart)
         else:

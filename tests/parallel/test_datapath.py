@@ -124,7 +124,8 @@ def test_layers_that_share_their_room_leave_it_before_it_is_used_again(comm, mon
         if bench.client is not None:
             assert sum(map(len, bench.client.gradients)) in (0, max(LAYERS))
             parts = objective.parts
-            path = Layerwise(bench.client, objective.size, FLOAT, parts, bench.serve, overlap=overlap == "threads")
+            ahead, clock = overlap == "threads", watch.stopwatch("push")
+            path = Layerwise(bench.client, objective.size, FLOAT, parts, bench.serve, overlap=ahead, pushing=clock)
             downpour(objective, path, range(steps), watch)
             total = objective.total
             assert objective.still or way == "all in place"

@@ -15,6 +15,9 @@ from dbmpi.partition import placement
 from dbmpi.partition.tensors import worker_layout
 from dbmpi.train import train
 
+ONCE = {"align": "partition", "fetch": "shared", "gradients": "layers"}
+"""What a model needs that fits in memory but once."""
+
 
 @pytest.fixture
 def place(comm, tmp_path_factory) -> Path:
@@ -57,12 +60,14 @@ def test_one_replica_of_several_partitions_learns_what_one_rank_learns(comm, pla
 
 @pytest.mark.parallel([4, 6])
 @pytest.mark.parametrize("colocate", [False, True])
-def test_replicas_of_two_partitions_with_checkpoints_in_between(comm, place, colocate) -> None:
+@pytest.mark.parametrize("server", [{}, ONCE | {"overlap": "none"}, ONCE | {"overlap": "threads"}])
+def test_replicas_of_two_partitions_with_checkpoints_in_between(comm, place, colocate, server) -> None:
     workers = comm.size if colocate else comm.size - 2
     topology = {"shards": 2, "replicas": workers // 2, "partitions": 2, "colocate": colocate}
     run = tiny.describe(
         place,
         topology=topology,
+        server=server,
         optimizer={"warmstart": 5, "epochs": 8},
         checkpoint={"every_seconds": 0.02},
         monitor={"evaluate_epochs": 2},
@@ -139,13 +144,12 @@ def test_shards_that_follow_partitions_learn_the_same_and_move_the_least(comm, p
             train(more, comm)
             learned.append(tiny.vectors(run.run.directory))
             if partitions > 1 and align == "partition":
-                server = {"align": "partition", "fetch": "shared", "gradients": "layers"}
                 common = tiny.describe(
                     place,
                     run={"directory": place / f"{number}-shared"},
                     network={"layers": LAYERS},
                     placement=SPLIT,
-                    server=server,
+                    server=ONCE,
                     topology=topology,
                 )
                 result = train(common, comm)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 import numpy as np
@@ -280,6 +281,8 @@ class Layerwise(_Ahead):
         For each layer the range of the flat vector that holds its parameters.
     serve
         Called while the loop waits.
+    pushing
+        Entered while a layer waits for its room: whose time it is.
     """
 
     def __init__(
@@ -291,10 +294,11 @@ class Layerwise(_Ahead):
         serve: Callable[[], bool],
         *,
         overlap: bool,
+        pushing: AbstractContextManager[None],
     ) -> None:
         super().__init__(client, size, dtype, serve)
         self._overlap = overlap
-        self._room = Room(client, parts, dtype, serve)
+        self._room = Room(client, parts, dtype, serve, pushing)
         self.gradient: Gradient = self._room
         self.on_gradient: Callable[[int], None] | None = self._complete
         self.add = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -29,14 +30,21 @@ class Room:
         For each layer the range of the worker's own vector that holds its parameters.
     serve
         Called while a layer waits.
+    waiting
+        Entered while a layer waits: whose time it is.
     """
 
     def __init__(
-        self, client: Client, parts: Sequence[range], dtype: np.dtype[np.floating], serve: Callable[[], bool]
+        self,
+        client: Client,
+        parts: Sequence[range],
+        dtype: np.dtype[np.floating],
+        serve: Callable[[], bool],
+        waiting: AbstractContextManager[None],
     ) -> None:
         client.divide(parts)
         size = room_size(parts)
-        self._client, self._serve = client, serve
+        self._client, self._serve, self._waiting = client, serve, waiting
         self._memory = client.gradients[0][:size] if client.gradients else np.empty(size, dtype)
         self._places = places(parts, size)
         self._in_the_way = [
@@ -50,7 +58,8 @@ class Room:
         others = self._in_the_way[layer]
         if others:
             # Marks only grow: the latest holds for all.
-            self._client.wait(max(self._marks[other] for other in others), self._serve)
+            with self._waiting:
+                self._client.wait(max(self._marks[other] for other in others), self._serve)
         return self._memory[self._places[layer].start : self._places[layer].stop]
 
     def post(self, layer: int) -> None:

@@ -178,6 +178,7 @@ class Replica:
         self._clock.start()
         for place in reversed(range(len(self._layers))):
             part = room(place)
+            self._clock.start()  # a layer may have waited for its room
             computed = self._room(part.size) if place in aside else part
 
             def complete(place: int = place, part: np.ndarray = part, computed: np.ndarray = computed) -> None:
