@@ -26,7 +26,7 @@ import numpy as np
 from dbmpi.errors import UserError
 from dbmpi.kernels.compile import THREADS
 from dbmpi.kernels.memory import aligned_empty
-from dbmpi.kernels.tiles import TiledProduct, tile_columns
+from dbmpi.kernels.tiles import TiledProduct, tile_shape
 
 Product = Callable[[np.ndarray, np.ndarray, np.ndarray, bool], object]
 
@@ -36,7 +36,6 @@ LARGE = 10_000_000
 """Multiplications from which a product is worth more than NumPy's short way into BLAS."""
 
 _CLEARLY_FASTER = 0.95
-_WASTE = 1.13
 
 
 def product(a: np.ndarray, b: np.ndarray, out: np.ndarray, add: bool = False) -> None:
@@ -59,7 +58,7 @@ def product(a: np.ndarray, b: np.ndarray, out: np.ndarray, add: bool = False) ->
     compute = _numpy
     if out.size * b.shape[0] >= LARGE and _plain(a, b, out):
         name = provider()
-        if name == "tiles" and _fits_tiles(out):
+        if name == "tiles" and tile_shape(out.shape[1], out.dtype) is not None:
             compute = _tiles()
         elif name == "onednn" and out.dtype == np.float32:
             compute = _onednn_product
@@ -166,12 +165,6 @@ def _tiles() -> TiledProduct:
         _of_this_thread.product = TiledProduct()
     found: TiledProduct = _of_this_thread.product
     return found
-
-
-def _fits_tiles(out: np.ndarray) -> bool:
-    """Say whether the columns of an output nearly fill the tiles."""
-    width = tile_columns(out.dtype)
-    return bool(-(-out.shape[1] // width) * width <= _WASTE * out.shape[1])
 
 
 def _plain(a: np.ndarray, b: np.ndarray, out: np.ndarray) -> bool:

@@ -19,7 +19,7 @@ from numba import prange
 from dbmpi.kernels.compile import THREADS, Kernel, inlined, parallel_kernel
 from dbmpi.kernels.memory import aligned_empty
 from dbmpi.kernels.vector import lanes
-from dbmpi.kernels.vector_tiles import ROWS, VECTORS, multiply_tile
+from dbmpi.kernels.vector_tiles import SHAPES, multiply_tile
 
 DEPTH = 128
 """Products summed in registers before a tile is added to `out`: a panel of this depth fits into the first cache."""
@@ -29,6 +29,8 @@ PACKED_BYTES = 4 << 20
 """Size up to which panels are packed at once: a part of the last cache, as every block of `a` passes over them."""
 GROUP = 4
 """Panels that are finished before the next ones begin, so that their part of `out` stays in the second cache."""
+_WASTE = 1.13
+"""By how much whole tiles may exceed the columns that there are: these are computed, too."""
 
 
 class TiledProduct:
@@ -53,14 +55,15 @@ class TiledProduct:
             C-contiguous; must not overlap `a` or `b`.
         """
         (m, k), n = a.shape, b.shape[1]
-        width = tile_columns(out.dtype)
+        tile_rows, vectors = tile_shape(n, out.dtype) or SHAPES[0]
+        width = vectors * lanes(out.itemsize)
         panels = -(-n // width)
         pieces = -(-k * panels * width * out.itemsize // PACKED_BYTES)
         # Another piece of columns reads `a` once more, another piece of rows reads and writes `out`.
         rows, columns = (k, -(-panels // pieces)) if k < 2 * n else (-(-k // (pieces * DEPTH)) * DEPTH, panels)
         packed = self._workspace(min(rows, k) * columns * width, out.dtype)
-        strips = -(-m // ROWS)
-        block = min(BLOCK // ROWS, -(-strips // THREADS)) * ROWS
+        strips = -(-m // tile_rows)
+        block = min(BLOCK // tile_rows, -(-strips // THREADS)) * tile_rows
         for left in range(0, panels, columns):
             right = min(panels, left + columns)
             for first in range(0, k, rows):
@@ -71,7 +74,7 @@ class TiledProduct:
                     _pack_columns(b.T.reshape(-1), first, last, left, right, k, n, width, packed)
                 by_columns = not a.flags.c_contiguous
                 flat = (a.T if by_columns else a).reshape(-1)
-                _multiply(by_columns)(
+                _multiply(by_columns, tile_rows, vectors)(
                     flat, packed, out.reshape(-1), m, n, k, first, last, left, right, width, block, add
                 )
 
@@ -82,9 +85,13 @@ class TiledProduct:
         return self._panels[:size].view(dtype)
 
 
-def tile_columns(dtype: np.dtype) -> int:
-    """Return the columns of a tile; a product whose columns do not fill its last tiles computes more than it needs."""
-    return VECTORS * lanes(dtype.itemsize)
+def tile_shape(columns: int, dtype: np.dtype) -> tuple[int, int] | None:
+    """Return rows and vectors of the widest tiles that so many columns nearly fill; None if there are none."""
+    for rows, vectors in SHAPES:
+        width = vectors * lanes(dtype.itemsize)
+        if -(-columns // width) * width <= _WASTE * columns:
+            return rows, vectors
+    return None
 
 
 @parallel_kernel
@@ -124,7 +131,7 @@ def _pack_columns(
 
 
 @cache
-def _multiply(by_columns: bool) -> Kernel[..., None]:
+def _multiply(by_columns: bool, tile_rows: int, vectors: int) -> Kernel[..., None]:
     """Return the product by packed panels, for an `a` whose columns are contiguous or whose rows are."""
 
     def multiply(
@@ -145,35 +152,35 @@ def _multiply(by_columns: bool) -> Kernel[..., None]:
         row_step, column_step = (1, m) if by_columns else (k, 1)
         for number in prange(-(-m // block)):
             top, bottom = number * block, min(m, number * block + block)
-            strip = np.zeros(ROWS * DEPTH, out.dtype)
-            tile = np.empty(ROWS * width, out.dtype)
+            strip = np.zeros(tile_rows * DEPTH, out.dtype)
+            tile = np.empty(tile_rows * width, out.dtype)
             for group in range(left, right, GROUP):
                 for start in range(first, last, DEPTH):
                     depth, adding = min(DEPTH, last - start), add or start > 0
                     for panel in range(group, min(right, group + GROUP)):
                         b_start = ((panel - left) * (last - first) + start - first) * width
                         columns = min(width, n - panel * width)
-                        for row in range(top, bottom, ROWS):
+                        for row in range(top, bottom, tile_rows):
                             a_start = row * row_step + start * column_step
                             place = row * n + panel * width
-                            height = min(ROWS, bottom - row)
+                            height = min(tile_rows, bottom - row)
                             # fmt: off
-                            if height == ROWS and columns == width:
+                            if height == tile_rows and columns == width:
                                 multiply_tile(
-                                    ROWS, VECTORS, by_columns, a, a_start, m if by_columns else k,
+                                    tile_rows, vectors, by_columns, a, a_start, m if by_columns else k,
                                     packed, b_start, out, place, n, depth, adding,
                                 )
                                 continue
                             # At the edges, through a whole tile of our own, and a whole strip of `a`.
-                            if height == ROWS:
+                            if height == tile_rows:
                                 multiply_tile(
-                                    ROWS, VECTORS, by_columns, a, a_start, m if by_columns else k,
+                                    tile_rows, vectors, by_columns, a, a_start, m if by_columns else k,
                                     packed, b_start, tile, 0, width, depth, False,
                                 )
                             else:
-                                _copy_strip(a, a_start, row_step, column_step, height, depth, strip)
+                                _copy_strip(a, a_start, row_step, column_step, height, depth, tile_rows, strip)
                                 multiply_tile(
-                                    ROWS, VECTORS, True, strip, 0, ROWS,
+                                    tile_rows, vectors, True, strip, 0, tile_rows,
                                     packed, b_start, tile, 0, width, depth, False,
                                 )
                             # fmt: on
@@ -184,12 +191,19 @@ def _multiply(by_columns: bool) -> Kernel[..., None]:
 
 @inlined
 def _copy_strip(
-    a: np.ndarray, start: int, row_step: int, column_step: int, height: int, depth: int, strip: np.ndarray
+    a: np.ndarray,
+    start: int,
+    row_step: int,
+    column_step: int,
+    height: int,
+    depth: int,
+    tile_rows: int,
+    strip: np.ndarray,
 ) -> None:
-    """Copy the last rows of `a`, fewer than `ROWS`, column by column into a strip of `ROWS`."""
+    """Copy the last rows of `a`, fewer than a tile has, column by column into a strip of `tile_rows`."""
     for column in range(depth):
         for row in range(height):
-            strip[column * ROWS + row] = a[start + row * row_step + column * column_step]
+            strip[column * tile_rows + row] = a[start + row * row_step + column * column_step]
 
 
 @inlined

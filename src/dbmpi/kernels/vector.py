@@ -170,6 +170,11 @@ class Writer:
             pointers.append(self.at(pointers[-1], stride))
         return pointers
 
+    def opaque(self, pointer: Any) -> Any:
+        """Return an address of which the compiler does not know how it was made."""
+        kind = ir.FunctionType(pointer.type, [pointer.type])
+        return self.builder.asm(kind, "", "=r,0", [pointer], side_effect=False)
+
     def spread(self, value: Any) -> Any:
         """Return a vector of one value."""
         nothing = ir.Constant(self.vector, ir.Undefined)

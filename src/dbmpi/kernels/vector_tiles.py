@@ -10,9 +10,10 @@ from numba import types
 
 from dbmpi.kernels.vector import CACHE_LINE, REGISTERS, VECTOR_BYTES, Arguments, Writer, instructions
 
-ROWS = 6
-VECTORS = 4 if REGISTERS == 32 else 2
-"""Shape of a tile: with a vector for each of its `VECTORS` factors and one more, it fills the registers."""
+SHAPES = ((6, 4), (12, 2), (24, 1)) if REGISTERS == 32 else ((6, 2), (12, 1))
+"""Rows and vectors of a tile, the widest first: its sums, a row of its factors and one more fill the registers."""
+_POINTERS = 6
+"""Rows whose addresses the processor's other registers have room for."""
 
 
 @instructions
@@ -118,7 +119,13 @@ class _Tile(Writer):
         return [[(column, row) for row in range(self.rows)] for column in columns]
 
     def _factors_by_rows(self, a: Any, a_stride: Any, k: Any, count: int) -> list[list[tuple[Any, int]]]:
-        strip = [self.at(row, k) for row in self.strided(a, a_stride, self.rows)]
+        if self.rows <= _POINTERS:
+            strip = [self.at(row, k) for row in self.strided(a, a_stride, self.rows)]
+        else:
+            # Three rows by one address each time: the compiler would compute all before the loop, and have them to
+            # load from the stack.
+            thirds = self.strided(self.at(a, k), self.builder.mul(a_stride, self.index(3)), self.rows // 3)
+            strip = [row for third in thirds for row in self.strided(self.opaque(third), a_stride, 3)]
         if count > 1:  # the strip below is needed next
             for row in self.strided(strip[-1], a_stride, self.rows + 1)[1:]:
                 self.prefetch(row, level=2)
