@@ -112,7 +112,8 @@ class Store:
         if lacks > 0 and shared:
             self._refuse_or_note(lacks)
         if lacks <= 0 and shared and in_place is nobody and any(near):
-            self.notes += ("/dev/shm has no room for gradients that shards read in place: they are copied",)
+            less = ' (server.gradients = "layers" needs less)' if section.gradients == "whole" else ""
+            self.notes += (f"/dev/shm has no room for gradients that shards read in place{less}: they are copied",)
         if not shared:
             self._memories = [self._memory(shard, chunk, nobody[shard]) for shard in range(plan.shards)]
         several = len(set(hosts.tolist())) > 1
