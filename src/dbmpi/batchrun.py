@@ -198,6 +198,7 @@ def _worker(setup: Setup, window: Window, number: int, space: ShardSpace | None)
         recorder=setup.recorder("worker", number),
         report_seconds=run.monitor.report_seconds,
         replica=place,
+        replicas=plan.replicas,
         partition=partition,
     )
     takers = [shard for shard, its in enumerate(pieces(runs, setup.ranges)) if any(piece.pushed for piece in its)]

@@ -9,8 +9,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from dbmpi.data.ahead import Ahead
 from dbmpi.data.gather import gather
 from dbmpi.data.source import Source
+from dbmpi.data.stream import Order
 from dbmpi.errors import UserError
 
 
@@ -336,3 +338,19 @@ def test_a_test_file_must_suit_the_training_file(tmp_path):
     ]:
         with pytest.raises(UserError, match=message):
             opened(name, inputs, targets, classes, labels).expect_like(train)
+
+
+@pytest.mark.parametrize("samples", [60, 600])
+def test_batches_read_ahead_are_those_read_when_needed(tmp_path, samples):
+    inputs = np.random.default_rng(3).random((samples, 500), np.float32)
+    with Source.open(write(tmp_path / "data.h5", inputs, np.zeros(samples, int)), memory_mib=1) as source:
+        assert source.resident == (samples == 60)
+        order = Order(source.samples, 7, 2, 5)
+        ahead = Ahead(source, order)
+        for number, guess in [(0, 2), (2, 4), (5, 7), (6, 7), (7, 10**6), (8, 0)]:  # right ones and wrong ones
+            found, wanted = ahead.batch(number), source.batch(order.indices(number))
+            np.testing.assert_array_equal(found.inputs, wanted.inputs)
+            np.testing.assert_array_equal(found.targets, wanted.targets)
+            ahead.expect(guess)
+        ahead.close()
+        ahead.close()

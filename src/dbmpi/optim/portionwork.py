@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dbmpi.data.ahead import Ahead
 from dbmpi.monitor.records import Recorder, Stopwatch, WorkerReport
 from dbmpi.objective import Batch as Samples
 from dbmpi.objective import Objective, Outcome
@@ -31,6 +32,8 @@ class PortionWork:
         Fetches the parameters.
     order
         Which samples make up each portion of the stream.
+    replicas
+        How many there are, to guess which portion comes next.
     train, test
         The samples, and the held-out ones.
     """
@@ -46,12 +49,13 @@ class PortionWork:
         recorder: Recorder,
         report_seconds: float,
         replica: int,
+        replicas: int,
         partition: int,
     ) -> None:
         self._objective, self._client, self._order = objective, client, order
-        self._train, self._test = train, test
+        self._train, self._test = Ahead(train, order), test
         self._recorder, self._report_seconds = recorder, report_seconds
-        self._replica, self._partition = replica, partition
+        self._replica, self._replicas, self._partition = replica, replicas, partition
         self._parameters = np.zeros(objective.size, np.float32)
         self._stopwatch = Stopwatch()
         self._steps = self._samples = 0
@@ -69,6 +73,7 @@ class PortionWork:
 
     def end(self) -> None:
         """Report what has not been reported."""
+        self._train.close()
         self._report()
 
     def compute(self, batch: Batch, portion: int, gradient: np.ndarray) -> Outcome:
@@ -80,7 +85,10 @@ class PortionWork:
             return self._objective.evaluate(self._parameters, self._test.batch(indices))
         number = batch.first + portion
         with self._stopwatch("data"):
-            samples: Samples = self._train.batch(self._order.indices(number))
+            samples: Samples = self._train.batch(number)
+            # Replicas that are alike take turns.
+            if portion + self._replicas < batch.portions:
+                self._train.expect(number + self._replicas)
         with self._stopwatch("compute"):
             outcome = self._objective.loss_and_gradient(self._parameters, samples, gradient, step=number)
         self._steps, self._samples = self._steps + 1, self._samples + outcome.samples
