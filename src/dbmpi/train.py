@@ -29,6 +29,7 @@ from dbmpi.optim.lead import Begin, Lead
 from dbmpi.optim.room import gradient_size
 from dbmpi.optim.shard import Shard
 from dbmpi.optim.worker import Worker
+from dbmpi.paramserver import bottleneck
 from dbmpi.paramserver.layout import Layout
 from dbmpi.paramserver.rules import Rule, State, rule
 from dbmpi.paramserver.server import Server
@@ -75,6 +76,8 @@ class Result:
     """Mean staleness of the pushes in this session."""
     checkpoint: Path
     """The last checkpoint."""
+    advice: str = ""
+    """What would make such a run faster, if the shards were the bottleneck."""
 
 
 def train(run: Run, comm: MPI.Intracomm | None = None, stop: StopSignal | None = None) -> Result:
@@ -366,6 +369,7 @@ class _Session:
         waiting.broadcast(self._comm, numbers, 0, "the lead to conclude")
         path = waiting.broadcast_text(self._comm, path, 0, "the lead to conclude")
         steps, samples, stopped_by = (int(number) for number in numbers[:3])
+        advice = self._advice(worker, shard)
         test = None
         if not stopped_by and self._run.data.test is not None:
             mine = Outcome(0, 0.0, 0)
@@ -380,7 +384,17 @@ class _Session:
             test = Outcome(int(total[0]), float(total[1]), -1 if total[3] else int(total[2]))
             if lead is not None:
                 lead.evaluated(test, lead.epoch)
-        return Result(steps, samples, seconds, test, stopped_by, float(numbers[3]), Path(path))
+        return Result(steps, samples, seconds, test, stopped_by, float(numbers[3]), Path(path), advice)
+
+    def _advice(self, worker: Worker | None, shard: Shard | None) -> str:
+        """Say whether the shards were what the workers waited for (collective)."""
+        applying = np.array([0.0 if shard is None else shard.applying])
+        times = np.zeros(2) if worker is None else np.array([worker.waited, worker.spent])
+        what = "the other ranks to say what they waited for"
+        busiest = waiting.allreduce(self._comm, applying, MPI.MAX, what)
+        waited, spent = waiting.allreduce(self._comm, times, MPI.SUM, what)
+        line: str = bottleneck.advice(float(busiest[0]), float(waited / max(spent, 1e-9)))
+        return line
 
 
 def _use_kernels(network: Network, applied_rule: Rule, data: RunData, samples: int) -> None:

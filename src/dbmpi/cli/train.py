@@ -95,5 +95,7 @@ def _print(result: object, directory: Path) -> None:
         ("checkpoint", str(result.checkpoint)),
         ("records", str(directory / "records")),
     ]
+    if result.advice:
+        lines.append(("advice", result.advice))
     for name, value in lines:
         print(f"{name:>14}  {value}", flush=True)

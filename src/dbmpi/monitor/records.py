@@ -100,11 +100,13 @@ class ShardReport:
     staleness_histogram: Mapping[int, int]
     """How many of the pushes since the last report had each staleness."""
     queue: float
-    """Pushes that wait in the inbox."""
+    """Chunks that waited at most since the last report."""
     seconds: Mapping[str, float]
     """Time since the last report by activity: ``apply, serve, idle``."""
     applied_bytes: int
     """Gradients applied since the last report."""
+    bandwidth: float | None = None
+    """Bytes that the rule's kernel read and wrote a second, as a share of a copy's, measured when the run began."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from mpi4py import MPI
 
 from dbmpi.monitor.records import Recorder, ShardReport
 from dbmpi.optim.saving import hand_over
+from dbmpi.paramserver.bottleneck import copy_bandwidth, moved_bytes
 from dbmpi.paramserver.server import Server
 from dbmpi.runtime import waiting
 from dbmpi.runtime.orders import Kind, Mailbox, Role
@@ -57,6 +58,8 @@ class Shard:
         self.ended = False
         self._pushes = 0
         self._busy = 0.0
+        self._bandwidth = copy_bandwidth()
+        self._applying = self._reporting = 0.0
         self._reported = time.monotonic()
 
     def serve(self) -> None:
@@ -97,6 +100,9 @@ class Shard:
         if self._lead is not None:
             self._lead.advance(tally, interval)
         if tally.pushes:
+            self._applying += tally.apply_seconds
+            self._reporting += interval
+            moved = moved_bytes(tally.applied_bytes, len(self._server.state))
             seconds = {
                 "apply": tally.apply_seconds,
                 "serve": max(busy - tally.apply_seconds, 0.0),
@@ -111,6 +117,7 @@ class Shard:
                     queue=tally.deepest_queue,
                     seconds=seconds,
                     applied_bytes=tally.applied_bytes,
+                    bandwidth=moved / max(tally.apply_seconds, 1e-9) / self._bandwidth,
                 )
             )
 
@@ -118,6 +125,11 @@ class Shard:
     def version(self) -> int:
         """Count of pushes applied."""
         return self._server.version
+
+    @property
+    def applying(self) -> float:
+        """Share of the time in the rule's kernel, while pushes came."""
+        return self._applying / max(self._reporting, 1e-9)
 
     def vectors(self) -> dict[str, np.ndarray]:
         """Return all vectors that this shard holds a range of, by name."""

@@ -43,6 +43,11 @@ class Worker:
         Steps after which this worker tells the lead that the warmstart is over; 0 for never.
     partitions
         The workers of this replica; the first one hears and answers the lead.
+
+    Attributes
+    ----------
+    waited, spent
+        Seconds in fetches and pushes, and in all, up to the last report.
     """
 
     def __init__(
@@ -94,6 +99,7 @@ class Worker:
         self._reported = time.monotonic()
         self._moved = (0, 0, 0, 0)
         self._layers_reported: dict[str, float] = {}
+        self.waited = self.spent = 0.0
         self._next_evaluation = run.monitor.evaluate_epochs
 
     # What the loop asks for
@@ -275,6 +281,8 @@ class Worker:
         layers = {name: taken - self._layers_reported.get(name, 0.0) for name, taken in total.items()}
         self._layers_reported = total
         seconds = self.stopwatch.take(_ACTIVITIES)
+        self.waited += seconds["fetch"] + seconds["push"]
+        self.spent += sum(seconds.values())
         if self._objective.partitions > 1:
             # Of evaluations, too, which count as waiting.
             exchange = sum(taken for name, taken in layers.items() if name.startswith("exchange"))

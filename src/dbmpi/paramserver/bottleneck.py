@@ -1,0 +1,51 @@
+"""Are the shards what a run waits for?  What they and the workers have measured of themselves, and advice from it."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+
+APPLYING = 0.8
+"""Share of a shard's time, applying gradients, from which it is a bottleneck whatever the workers say."""
+WAITING = 0.25
+"""Share of the workers' time, waiting for fetches and pushes, from which a shard is one that is busy half of its time."""
+_BYTES = 32 << 20
+_ROUNDS = 3
+
+
+def copy_bandwidth() -> float:
+    """Return the bytes that this core reads and writes a second when it copies: a measurement of some 20 ms."""
+    source, target = np.ones(_BYTES, np.uint8), np.ones(_BYTES, np.uint8)
+    fastest = np.inf
+    for _ in range(_ROUNDS):
+        began = time.perf_counter()
+        np.copyto(target, source)
+        fastest = min(fastest, time.perf_counter() - began)
+    return 2 * _BYTES / fastest
+
+
+def moved_bytes(applied_bytes: int, states: int) -> int:
+    """Return what a rule's kernel has read and written for so many bytes of gradients, with so many arrays of state.
+
+    It reads the gradient, and reads and writes the parameters and each array.
+    """
+    return (3 + 2 * states) * applied_bytes
+
+
+def advice(applying: float, waiting: float) -> str:
+    """Return one line for the user if the shards are what a run waits for, otherwise nothing.
+
+    Parameters
+    ----------
+    applying
+        Share of its time that the busiest shard spent in the rule's kernel, 0 to 1.
+    waiting
+        Share of their time that the workers spent in fetches and pushes, 0 to 1.
+    """
+    if applying < APPLYING and not (waiting >= WAITING and applying >= 0.5):
+        return ""
+    return (
+        f"shards are the bottleneck: the busiest one applies gradients {100 * applying:.0f} % of the time, and workers wait "
+        f"{100 * waiting:.0f} % of theirs for fetches and pushes; set a larger topology.shards or optimizer.n_push"
+    )
