@@ -9,7 +9,7 @@ import numpy as np
 APPLYING = 0.8
 """Share of a shard's time, applying gradients, from which it is a bottleneck whatever the workers say."""
 WAITING = 0.25
-"""Share of the workers' time, waiting for fetches and pushes, from which a shard is one that is busy half of its time."""
+"""Share of the workers' time, in fetches and pushes, from which a shard busy half the time is a bottleneck, too."""
 _BYTES = 32 << 20
 _ROUNDS = 3
 
@@ -46,6 +46,6 @@ def advice(applying: float, waiting: float) -> str:
     if applying < APPLYING and not (waiting >= WAITING and applying >= 0.5):
         return ""
     return (
-        f"shards are the bottleneck: the busiest one applies gradients {100 * applying:.0f} % of the time, and workers wait "
-        f"{100 * waiting:.0f} % of theirs for fetches and pushes; set a larger topology.shards or optimizer.n_push"
+        f"shards are the bottleneck: the busiest one applies gradients {100 * applying:.0f} % of the time, and workers "
+        f"wait {100 * waiting:.0f} % of theirs for fetches and pushes; set a larger topology.shards or optimizer.n_push"
     )
