@@ -16,9 +16,9 @@ from harness.programs import Program
 
 from dbmpi.cli import launch
 from dbmpi.errors import UserError
-from dbmpi.runtime import installation
+from dbmpi.runtime import installation, launcher
 from dbmpi.runtime.installation import Mpi, find_mpi, protocol
-from dbmpi.runtime.launcher import check_world, compose, launched
+from dbmpi.runtime.launcher import Command, check_world, compose, launched
 from dbmpi.runtime.world import ToldElsewhere
 
 OPEN_MPI = Mpi("Open MPI v5.0.11", "/mpi/lib/libmpi.so.40", "/mpi/bin/mpirun")
@@ -239,6 +239,23 @@ def test_arguments_reach_the_command_as_they_are(dashes: list[str], monkeypatch:
     words = ["train", "a b.toml", "--set", "optimizer.epochs=5", "-n", "7"]
     assert parsed("-n", "2", *dashes, *words).command[len(dashes) :] == words
     assert parsed("-n", "2", *dashes, *words).ranks == 2
+
+
+@pytest.mark.parametrize("given", [None, "/somewhere"])
+def test_a_session_of_open_mpi_has_a_place_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given) -> None:
+    """Open MPI's own choice, by process id, may be what a killed mpirun has left behind."""
+    fake, found = tmp_path / "mpirun", tmp_path / "found"
+    fake.write_text(f'#!/bin/sh\necho "$PRTE_MCA_prte_tmpdir_base" >{found}\n[ -w "$PRTE_MCA_prte_tmpdir_base" ]\n')
+    fake.chmod(0o755)
+    name = "PRTE_MCA_prte_tmpdir_base"
+    monkeypatch.delenv(name, raising=False) if given is None else monkeypatch.setenv(name, given)
+    code = launcher.run(Mpi("Open MPI v5.0.11", "", str(fake)), Command((str(fake),), {}))
+    place = Path(found.read_text().strip())
+    if given is None:
+        assert code == 0
+        assert not place.exists()  # any more
+    else:
+        assert place == Path(given)
 
 
 # From here on with the mpirun of this environment.

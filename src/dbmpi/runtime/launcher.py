@@ -26,6 +26,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import FrameType
@@ -126,6 +127,11 @@ def run(mpi: Mpi, command: Command) -> int:
             child.send_signal(kill if killed else end)
 
     environment = threads.without_prepared(os.environ) | dict(command.settings)
+    sessions = tempfile.TemporaryDirectory(prefix="dbmpi-session-", ignore_cleanup_errors=True)
+    if mpi.is_open_mpi:
+        # Open MPI names the place of a session after mpirun's process id, and cannot start where one of the same id was
+        # killed, perhaps long ago, before it could tidy up.
+        environment.setdefault("PRTE_MCA_prte_tmpdir_base", sessions.name)
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
     heeded = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, stop) for number in heeded}
@@ -143,6 +149,7 @@ def run(mpi: Mpi, command: Command) -> int:
     except OSError as error:
         raise UserError(f"{command.argv[0]}: cannot be executed: {error}") from None
     finally:
+        sessions.cleanup()
         for number, handler in before.items():
             signal.signal(number, handler)
     code = 128 - code if code < 0 else code
