@@ -56,7 +56,7 @@ def largest_magnitude(vector: np.ndarray) -> float:
 
 @exact_parallel_kernel
 def accrue(target: np.ndarray, factor: float, source: np.ndarray) -> None:
-    """Set ``target = target + factor * source`` in the precision of the target, at half the time of `combine`."""
+    """Set ``target = target + factor * source`` in the precision of the target, several times faster than `combine`."""
     share = target.dtype.type(factor)
     for i in prange(target.size):
         target[i] += share * source[i]

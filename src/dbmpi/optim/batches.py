@@ -10,7 +10,18 @@ from dbmpi.optim.resuming import Position
 if TYPE_CHECKING:
     from dbmpi.config import Run
     from dbmpi.data.stream import Order, Stream
+    from dbmpi.optim.descent import Reason
     from dbmpi.optim.resuming import State
+
+REASONS: dict[Reason, str] = {
+    "gradient": "the gradient is as small as sandblaster.gtol asks",
+    "loss": "the loss decreases less than sandblaster.ftol asks",
+    "precision": "the loss cannot be decreased any further at its precision",
+    "iterations": "all iterations are done",
+    "evaluations": "all epochs are done",
+    "callback": "it was asked to end",
+}
+"""Why a run has ended, for people."""
 
 
 @dataclass(frozen=True)

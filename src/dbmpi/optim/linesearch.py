@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -46,6 +47,16 @@ SHRINK = 0.1
 SHRINKS = 12
 """Trials in a row whose loss is not finite, after which a search ends; smaller steps hardly move a point."""
 LARGEST_STEP = 1e10
+
+
+def named(name: str, step_length: float) -> LineSearch:
+    """Return the search of a configuration's name; `step_length` is for a fixed step."""
+    searches: dict[str, LineSearch] = {
+        "strong_wolfe": strong_wolfe,
+        "backtracking": backtracking,
+        "fixed": partial(fixed, factor=step_length),
+    }
+    return searches[name]
 
 
 def fixed(loss: float, slope: float, first: float, *, step: float | None = None, factor: float = 1.0) -> Search:

@@ -11,7 +11,6 @@ shards, which send back nothing but scalars, and it offers batches to the replic
 
 from __future__ import annotations
 
-import math
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -21,15 +20,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 from mpi4py import MPI
 
-from dbmpi.checkpoint.directory import checkpoint_path, kept
+from dbmpi.checkpoint.directory import checkpoint_path
 from dbmpi.checkpoint.schema import CheckpointInfo, library_versions
 from dbmpi.config import Run
-from dbmpi.errors import RunFailed
 from dbmpi.monitor.progress import Progress
 from dbmpi.monitor.records import BatchReport, EvaluationReport, Recorder
 from dbmpi.objective import Outcome
 from dbmpi.optim import descent, linesearch
-from dbmpi.optim.batches import Beginning, Samples, sampling
+from dbmpi.optim.batches import REASONS, Beginning, Samples, sampling
 from dbmpi.optim.board import Board, Kind
 from dbmpi.optim.commands import Command, RemoteSpace, execute
 from dbmpi.optim.descent import ORIGIN, POINT, Limits, Report
@@ -38,7 +36,7 @@ from dbmpi.optim.methods import conjugate_gradients, exact_search, gradient_desc
 from dbmpi.optim.multibatch import multi_batch_lbfgs
 from dbmpi.optim.passes import Passes, Station
 from dbmpi.optim.resuming import capture
-from dbmpi.optim.saving import save
+from dbmpi.optim.saving import check_finite, save
 from dbmpi.optim.shardspace import COMMANDS, ShardSpace
 from dbmpi.partition.arrangement import Arrangement
 from dbmpi.runtime import orders, waiting
@@ -54,14 +52,6 @@ if TYPE_CHECKING:
 
 _CAUTION = 1e-10
 """A pair is learned only if ``y.s`` is this fraction of ``|s|^2``."""
-_REASONS = {
-    "gradient": "the gradient is as small as sandblaster.gtol asks",
-    "loss": "the loss decreases less than sandblaster.ftol asks",
-    "precision": "the loss cannot be decreased any further at its precision",
-    "iterations": "all iterations are done",
-    "evaluations": "all epochs are done",
-    "callback": "it was asked to end",
-}
 
 
 class _Interrupted(Exception):
@@ -143,7 +133,7 @@ class Coordinator:
             if report is not None:
                 self._progress.message(
                     f"{report.iterations:,} iterations, {report.evaluations:,} evaluations: "
-                    f"{_REASONS['evaluations' if self._used_up else report.reason]}"
+                    f"{REASONS['evaluations' if self._used_up else report.reason]}"
                     f"   loss {report.loss:.7g}   gradient {report.largest:.3g}"
                 )
         except _Interrupted:
@@ -250,7 +240,7 @@ class Coordinator:
             evaluate = with_l2(self.space, evaluate, settings.l2)
         limits = Limits(settings.gtol, settings.ftol)
         batches = None if self._sampling.whole else self
-        search = self._search()
+        search = linesearch.named(settings.line_search, settings.step_length)
         space, told = self.space, self._after_iteration
         if settings.algorithm == "gradient_descent":
             return gradient_descent(space, evaluate, search=search, limits=limits, callback=told, batches=batches)
@@ -276,12 +266,6 @@ class Coordinator:
             history=history,
             start=None if state is None else state.start,
         )
-
-    def _search(self) -> linesearch.LineSearch:
-        settings = self._run.sandblaster
-        if settings.line_search == "fixed":
-            return partial(linesearch.fixed, factor=settings.step_length)
-        return linesearch.strong_wolfe if settings.line_search == "strong_wolfe" else linesearch.backtracking
 
     @property
     def _used_up(self) -> bool:
@@ -404,13 +388,6 @@ class Coordinator:
             self._local.version,
             describe,
             keep=self._run.checkpoint.keep,
-            check=self._check_finite,
+            check=partial(check_finite, self._run.run.directory),
         )
         self._checkpointed = time.monotonic()
-
-    def _check_finite(self, name: str, values: np.ndarray) -> None:
-        if name == POINT and not math.isfinite(float(np.sum(values, dtype=np.float64))):
-            raise RunFailed(
-                f"some parameters are NaN or infinite; no checkpoint is written; "
-                f"{kept(self._run.run.directory / 'checkpoints')}"
-            )

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dbmpi.checkpoint.directory import kept
 from dbmpi.checkpoint.schema import CheckpointInfo
 from dbmpi.checkpoint.writer import CheckpointWriter
+from dbmpi.errors import RunFailed
 from dbmpi.partition.arrangement import Arrangement
 from dbmpi.runtime import waiting
 
@@ -105,3 +108,15 @@ def collect(
                 yield name, start, piece
 
     return int(version[0]), pieces()
+
+
+def check_finite(directory: Path, name: str, values: np.ndarray) -> None:
+    """Raise RunFailed where a piece of the parameters is not finite: no checkpoint is made of them.
+
+    `directory` is that of the run.
+    """
+    # A sum of float32 in float64 is finite if and only if they are; it needs no memory.
+    if name == "parameters" and not math.isfinite(float(np.sum(values, dtype=np.float64))):
+        raise RunFailed(
+            f"some parameters are NaN or infinite; no checkpoint is written; {kept(directory / 'checkpoints')}"
+        )
