@@ -254,6 +254,16 @@ def test_a_slow_replica_gets_fewer_portions(comm, shared_path, monkeypatch) -> N
         assert record["portions"].get("0", 0) < 10
 
 
+@pytest.mark.parallel([1, 4])
+@pytest.mark.parametrize("size", [1000, 30])
+def test_a_batch_smaller_than_a_portion_and_fewer_portions_than_replicas(comm, place, size) -> None:
+    run = tiny.describe(place, optimizer={"method": "sandblaster", "batch_size": size, "epochs": 5})
+    result = train(run, comm)
+    assert result.samples == 5 * tiny.SAMPLES
+    batches = [record for record in read_records(run.run.directory) if record["kind"] == "batch"]
+    assert {sum(record["portions"].values()) for record in batches} == {-(-tiny.SAMPLES // size)}
+
+
 @pytest.mark.parallel([1, 2])
 def test_less_than_one_batch_is_refused(comm, place) -> None:
     with pytest.raises(
