@@ -5,7 +5,8 @@ Weights are (maps, channels, field rows, field columns).
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from numba import prange
@@ -13,9 +14,10 @@ from numba import prange
 from dbmpi.kernels import fields
 from dbmpi.kernels.activations import ACTIVATIONS
 from dbmpi.kernels.compile import Kernel, parallel_kernel
-from dbmpi.kernels.fields import Blocks, Places, field_of, flat
-from dbmpi.kernels.vector import REGISTERS
+from dbmpi.kernels.fields import Blocks, Places, field_of, flat, piece_of
+from dbmpi.kernels.vector import REGISTERS, lanes
 from dbmpi.kernels.vector_lanes import multiply_along_rows
+from dbmpi.kernels.vector_rows import multiply_rows
 
 ORDER = "cuv"
 """Axes of a filter: channel, row, column."""
@@ -59,8 +61,19 @@ def forward(
 
 def input_gradient(weights: np.ndarray, gradient: np.ndarray, result: np.ndarray, stride: int) -> None:
     """Write the gradient for the inputs into `result`, from that before the activation."""
-    field = field_of(ORDER, weights.shape[2:], result.shape)
-    fields.input_gradient(weights, gradient, result, field, stride, tied=True)
+    if stride > 1:
+        field = field_of(ORDER, weights.shape[2:], result.shape)
+        fields.input_gradient(weights, gradient, result, field, stride, tied=True)
+        return
+    # Every input is looked at once: it sums up the gradients of the outputs whose fields it lies in.
+    feeding, blocks = _feeding(weights.shape[2:], gradient.shape), Blocks.of(weights.shape[1])
+    sorted_weights = weights.transpose(1, 2, 0, 3)
+    filters = [sorted_weights[..., left:right][..., ::-1].reshape(-1) for left, right in feeding.columns]
+    flat(gradient), flat(result)
+    _input_gradient(*blocks.heights, blocks.vectors)(
+        *(np.concatenate(filters), gradient, result, feeding.places, feeding.starts, feeding.kinds, weights.shape[2]),
+        *(blocks.tall, blocks.short, blocks.vectors * lanes(gradient.itemsize)),
+    )
 
 
 def parameter_gradient(
@@ -101,6 +114,97 @@ def parameter_gradient(
         if last > first:
             tiles = total[first * depth : last * depth].reshape(-1, depth, height)
             of_maps[first:last] = tiles.swapaxes(1, 2).reshape(-1, depth)[:, : places.size]
+
+
+class _Feeding(NamedTuple):
+    """Which outputs the inputs feed, at stride 1.
+
+    Columns of the inputs are of one kind if they feed outputs by the same columns of the filters: those near the
+    borders do so by some, and all between them by all.
+    """
+
+    columns: list[tuple[int, int]]
+    """First and last (exclusive) column of the filters, for every kind."""
+    kinds: np.ndarray
+    """Kind of every column of the inputs, int64."""
+    places: np.ndarray
+    """Positions of the outputs relative to that at an input's own row and column, for one kind after the other, int64.
+
+    Each by rows of the filters first, so that the rows that count are one piece; then by maps, and by columns of the
+    outputs, so that what is read together is together in memory.
+    """
+    starts: np.ndarray
+    """Where each kind starts in `places`, and the end, int64."""
+
+
+@lru_cache(maxsize=256)
+def _feeding(shape: tuple[int, int], gradient_shape: tuple[int, int, int, int]) -> _Feeding:
+    """Return what inputs feed through filters of so many rows and columns."""
+    maps, height, width, samples = gradient_shape
+    spans = [(max(0, column - width + 1), min(shape[1], column + 1)) for column in range(width + shape[1] - 1)]
+    columns, places = sorted(set(spans)), []
+    for left, right in columns:
+        u, m, v = np.meshgrid(range(shape[0]), range(maps), range(left, right)[::-1], indexing="ij")
+        places.append((((m * height - u) * width - v) * samples).reshape(-1))
+    starts = np.cumsum([0, *map(len, places)], dtype=np.int64)
+    return _Feeding(columns, np.array([columns.index(span) for span in spans]), np.concatenate(places), starts)
+
+
+@cache
+def _input_gradient(height: int, shorter: int, vectors: int) -> Kernel[..., None]:
+    """Return the kernel for stride 1, blocks of `height` and `shorter` channels, `vectors` vectors of samples each.
+
+    It takes the filters in the order of `_Feeding.places`, (channels, depth) for each kind.
+    """
+
+    def input_gradient(
+        w: np.ndarray,
+        gradient: np.ndarray,
+        result: np.ndarray,
+        places: np.ndarray,
+        starts: np.ndarray,
+        kinds: np.ndarray,
+        field_height: int,
+        tall: int,
+        short: int,
+        width: int,
+    ) -> None:
+        _, out_height, out_width, samples = gradient.shape
+        channels, in_height, in_width, _ = result.shape
+        source, target, plane = gradient.reshape(-1), result.reshape(-1), in_height * in_width * samples
+        for i in prange(in_height):
+            top, bottom = max(0, i - out_height + 1), min(field_height, i + 1)
+            for j in range(in_width):
+                start_of_kind = starts[kinds[j]]
+                depth = starts[kinds[j] + 1] - start_of_kind
+                begin = start_of_kind + top * (depth // field_height)
+                end = start_of_kind + bottom * (depth // field_height)
+                piece = piece_of(depth)
+                for first in range(begin, end, piece):
+                    last = min(first + piece, end)
+                    for start in range(0, samples, width):
+                        filled = min(width, samples - start)
+                        g_start = (i * out_width + j) * samples + start
+                        x_start = (i * in_width + j) * samples + start
+                        w_start = (channels - 1) * start_of_kind
+                        # fmt: off
+                        for _ in range(tall):
+                            multiply_rows(
+                                height, vectors, w, w_start, depth, source, g_start, places, first, last,
+                                target, x_start, plane, filled, first > begin, False,
+                            )
+                            w_start += height * depth
+                            x_start += height * plane
+                        for _ in range(short):
+                            multiply_rows(
+                                shorter, vectors, w, w_start, depth, source, g_start, places, first, last,
+                                target, x_start, plane, filled, first > begin, False,
+                            )
+                            w_start += shorter * depth
+                            x_start += shorter * plane
+                        # fmt: on
+
+    return parallel_kernel(input_gradient)
 
 
 @cache

@@ -131,7 +131,7 @@ def forward(
     within = places or ((0, rows), (0, columns))
     blocks, step = Blocks.of(maps), stride * samples
     place, width = 0 if tied else maps, blocks.vectors * lanes(outputs.itemsize)
-    _forward(*blocks.heights, blocks.vectors)(
+    _forward(*blocks.heights, blocks.vectors, not tied)(
         *(flat(weights), flat(bias), flat(inputs), _contiguous(outputs), field.places, blocks.tall, blocks.short),
         *((step * inputs.shape[2], step), (columns * place, place), width, CODES[activation]),
         *within,
@@ -153,8 +153,11 @@ def input_gradient(
 
 
 @cache
-def _forward(height: int, shorter: int, vectors: int) -> Kernel[..., None]:
-    """Return the kernel for blocks of `height` and `shorter` maps, `vectors` vectors of samples at a time."""
+def _forward(height: int, shorter: int, vectors: int, ahead: bool) -> Kernel[..., None]:
+    """Return the kernel for blocks of `height` and `shorter` maps, `vectors` vectors of samples at a time.
+
+    With `ahead` it asks for the filters of the next block early: where places have their own, they come from memory.
+    """
 
     def forward(
         w: np.ndarray,
@@ -173,7 +176,7 @@ def _forward(height: int, shorter: int, vectors: int) -> Kernel[..., None]:
     ) -> None:
         maps, out_height, out_width, samples = y.shape
         depth, plane, out = places.size, out_height * out_width * samples, y.reshape(-1)
-        piece = _piece(depth)
+        piece = piece_of(depth)
         for i in prange(rows[0], rows[1]):
             for j in range(columns[0], columns[1]):
                 filters_start = i * filters[0] + j * filters[1]
@@ -188,14 +191,14 @@ def _forward(height: int, shorter: int, vectors: int) -> Kernel[..., None]:
                         for _ in range(tall):
                             multiply_rows(
                                 height, vectors, w, w_start, depth, x, x_start, places, first, last,
-                                out, y_start, plane, filled, first > 0,
+                                out, y_start, plane, filled, first > 0, ahead,
                             )
                             w_start += height * depth
                             y_start += height * plane
                         for _ in range(short):
                             multiply_rows(
                                 shorter, vectors, w, w_start, depth, x, x_start, places, first, last,
-                                out, y_start, plane, filled, first > 0,
+                                out, y_start, plane, filled, first > 0, ahead,
                             )
                             w_start += shorter * depth
                             y_start += shorter * plane
@@ -229,7 +232,7 @@ def _input_gradient(height: int, shorter: int, vectors: int) -> Kernel[..., None
         _, out_height, out_width, samples = gradient.shape
         in_width, source, target = result.shape[2], gradient.reshape(-1), result.reshape(-1)
         depth, plane = places.size, out_height * out_width * samples
-        field_height, piece = rows.max() + 1, _piece(depth)
+        field_height, piece = rows.max() + 1, piece_of(depth)
         for band in prange(bands.size - 1):
             top, bottom = bands[band], bands[band + 1]
             result[:, top:bottom] = 0
@@ -271,7 +274,7 @@ def _input_gradient(height: int, shorter: int, vectors: int) -> Kernel[..., None
 
 
 @inlined
-def _piece(depth: int) -> int:
+def piece_of(depth: int) -> int:
     """Return how many rows of a field to multiply in one go: nearly equal pieces."""
     pieces = -(-depth // DEPTH)
     return -(-depth // pieces)

@@ -126,11 +126,11 @@ def _parameter_gradient(height: int, shorter: int, vectors: int) -> Kernel[..., 
             done = 0
             for i in range(band * out_height // bands, (band + 1) * out_height // bands):
                 for m in range(maps):
+                    _derive(gradient[m, i].reshape(-1), y[m, i].reshape(-1), code)
                     for j in range(out_width):
-                        _derive(gradient[m, i, j], y[m, i, j], code)
-                        total = 0.0
-                        for b in range(samples):
-                            total += np.float64(gradient[m, i, j, b])
+                        of_place, total = gradient[m, i, j], gradient.dtype.type(0)
+                        for b in range(of_place.size):
+                            total += of_place[b]
                         bias_gradient[(i * out_width + j) * maps + m] = total
                 top = i * stride
                 # fmt: off
@@ -154,14 +154,14 @@ def _parameter_gradient(height: int, shorter: int, vectors: int) -> Kernel[..., 
                             for _ in range(tall):
                                 multiply_rows(
                                     height, vectors, source, g_start, plane, window, x_start + first,
-                                    starts, 0, samples, weight_gradient, w_start, depth, filled, False,
+                                    starts, 0, samples, weight_gradient, w_start, depth, filled, False, False,
                                 )
                                 g_start += height * plane
                                 w_start += height * depth
                             for _ in range(short):
                                 multiply_rows(
                                     shorter, vectors, source, g_start, plane, window, x_start + first,
-                                    starts, 0, samples, weight_gradient, w_start, depth, filled, False,
+                                    starts, 0, samples, weight_gradient, w_start, depth, filled, False, False,
                                 )
                                 g_start += shorter * plane
                                 w_start += shorter * depth
@@ -234,7 +234,7 @@ def _fill_window(
 
 @inlined
 def _derive(gradient: np.ndarray, y: np.ndarray, code: int) -> None:
-    """Multiply the gradient (samples,) of one map at one place by the activation's derivative."""
+    """Multiply the gradient (samples,) of one map by the activation's derivative."""
     if code == SIGMOID:
         for b in range(y.size):
             gradient[b] *= y[b] - y[b] * y[b]

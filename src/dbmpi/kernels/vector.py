@@ -152,6 +152,8 @@ class Writer:
 
         `steps` is told, after k, how many steps to write.
         """
+        if count == 1:
+            return self.loop(1, start, stop, carried, lambda k, values: steps(k, 1, values))[1]
         whole = self.builder.add(start, self.builder.and_(self.builder.sub(stop, start), self.index(-count)))
         k, carried = self.loop(count, start, whole, carried, lambda k, values: steps(k, count, values))
         return self.loop(1, k, stop, carried, lambda k, values: steps(k, 1, values))[1]

@@ -31,6 +31,7 @@ def multiply_rows(
     out_stride: Any,
     filled: Any,
     add: Any,
+    ahead: Any,
 ) -> Any:
     """Multiply a strip of `a` by rows of `b` that lie anywhere, into one tile of `out`, all of it in registers.
 
@@ -54,13 +55,17 @@ def multiply_rows(
         Columns of the tile, at least 1 and at most ``vectors * lanes``.
     add : bool
         Add to what is in `out`, instead of replacing it.
+    ahead : constant
+        Whether to ask for the strip after the next one below.
     """
+    if not isinstance(ahead, types.BooleanLiteral):
+        return None
     if not all(isinstance(constant, types.IntegerLiteral) for constant in (rows, vectors)):
         return None
     index = types.intp
     signature = types.void(
         *(rows, vectors, a, index, index, b, index, places, index, index),
-        *(out, index, index, index, types.boolean),
+        *(out, index, index, index, types.boolean, ahead),
     )
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
@@ -68,8 +73,9 @@ def multiply_rows(
             given = Arguments(context, builder, signature, values)
             tile = _RowTile(builder, given.itemsize(2), rows.literal_value, values[13])
             a, b, places, out = (given.pointer(*at) for at in ((2, 3), (5, 6), (7,), (10, 11)))
+            later = tile.later(a, values[4]) if ahead.literal_value else None
             for masks in tile.variants(vectors.literal_value):
-                tile.multiply(masks, a, values[4], b, places, values[8], values[9], out, values[12], values[14])
+                tile.multiply(masks, a, values[4], b, places, values[8], values[9], out, values[12], values[14], later)
         return context.get_dummy_value()
 
     return signature, generate
@@ -174,6 +180,16 @@ class _RowTile(MaskedWriter):
                         with one:
                             yield self.masks(1, self.filled)
 
+    def later(self, a: Any, a_stride: Any) -> Any:
+        """Return where the strip after the next one starts."""
+        return self.at(a, self.builder.mul(a_stride, self.index(2 * self.rows)))
+
+    def ask_for(self, later: Any, k: Any, count: int) -> None:
+        """Ask for `count` steps' share of a strip, in the order of memory, when at step k."""
+        ahead = self.at(later, self.builder.mul(k, self.index(self.rows)))
+        for byte in range(0, count * self.rows * self.itemsize, CACHE_LINE):
+            self.prefetch(self.at(ahead, byte // self.itemsize))
+
     def multiply(
         self,
         masks: list[Any],
@@ -186,6 +202,7 @@ class _RowTile(MaskedWriter):
         out: Any,
         out_stride: Any,
         add: Any,
+        later: Any,
     ) -> None:
         """Write `multiply_rows`; arrays are addresses."""
         builder = self.builder
@@ -196,6 +213,8 @@ class _RowTile(MaskedWriter):
                 self.prefetch(self.at(row, vector * self.lanes), write=True)
 
         def steps(k: Any, count: int, totals: list[Any]) -> list[Any]:
+            if later is not None:
+                self.ask_for(later, k, count)
             for offset in range(count):
                 b_row = self.load_row(self.at(b, builder.load(self.at(places, k, offset))), masks)
                 factors = [self.spread_at(strip, k, offset) for strip in strips]
@@ -203,7 +222,11 @@ class _RowTile(MaskedWriter):
                 totals = [self.multiply_add(*pair, total) for pair, total in zip(pairs, totals, strict=True)]
             return totals
 
-        sums = self.unrolled_loop(self.unrolled, first, last, [self.zero] * (self.rows * len(masks)), steps)
+        # For large tiles, one step at a time: of several, LLVM would load all factors first and spill them, to a stack
+        # that is not aligned to vectors.  Small ones have registers for it, and too few instructions in one step.
+        size = self.rows * len(masks)
+        at_once = 1 if size > 8 else 2 if size > 4 else self.unrolled
+        sums = self.unrolled_loop(at_once, first, last, [self.zero] * size, steps)
         totals = [sums[row * len(masks) :][: len(masks)] for row in range(self.rows)]
         with builder.if_else(builder.icmp_signed("!=", add, add.type(0))) as (adding, replacing):
             with adding:
@@ -232,13 +255,10 @@ class _RowTile(MaskedWriter):
         builder = self.builder
         strips = self.strided(a, a_stride, self.rows)
         tile = [self.load_row(row, masks) for row in self.strided(b, b_stride, self.rows)]
-        below = self.at(a, builder.mul(a_stride, self.index(self.rows)))
+        later = self.later(a, a_stride)
 
         def steps(n: Any, count: int, nothing: list[Any]) -> list[Any]:
-            if count > 1:  # the strip below is needed next; asked for in the order of memory
-                ahead = self.at(below, builder.mul(n, self.index(self.rows)))
-                for byte in range(0, count * self.rows * self.itemsize, CACHE_LINE):
-                    self.prefetch(self.at(ahead, byte // self.itemsize), level=2)
+            self.ask_for(later, n, count)
             rows = [self.at(out, builder.load(self.at(places, n, offset))) for offset in range(count)]
             selected = [builder.load(self.at(columns, n, offset)) for offset in range(count)]
             totals = [self.load_row(row, masks) for row in rows]
