@@ -158,9 +158,11 @@ class _Session:
                 served = store.server(applied_rule)
                 _fill(served, arrangement, held, network, checkpoint, applied_rule)
                 mailbox = Mailbox(self._comm, Role.SHARD)
+                bandwidth = bottleneck.copy_bandwidth()  # before the lead's clock runs
                 if self._is_lead:
                     lead = self._lead(network, arrangement, placed, store, begin, mailbox, recorder, order)
-                shard = Shard(self._comm, served, held, mailbox, recorder, stop, run.monitor.report_seconds, lead)
+                every = run.monitor.report_seconds
+                shard = Shard(self._comm, served, held, mailbox, recorder, stop, every, bandwidth, lead)
 
         began = time.monotonic()
         worker = None

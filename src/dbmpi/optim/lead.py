@@ -112,7 +112,7 @@ class Lead:
         self._version = 0
         self._said_alive = time.monotonic()
         self._checkpointed = time.monotonic()
-        self._saved_version = -1
+        self._saved_version: int | None = None
         self.steps = 0
         self.samples = 0
         self.staleness = StalenessHistogram()
@@ -144,6 +144,8 @@ class Lead:
         """Act on what has been heard and on the clock; return whether anything was done."""
         if self.ended:
             return False
+        if self._saved_version is None:  # what the run begins with needs no checkpoint
+            self._saved_version = shard.version
         if shard.version != self._version:
             self._version = shard.version
             self._say_alive()

@@ -10,7 +10,7 @@ from mpi4py import MPI
 
 from dbmpi.monitor.records import Recorder, ShardReport
 from dbmpi.optim.saving import hand_over
-from dbmpi.paramserver.bottleneck import copy_bandwidth, moved_bytes
+from dbmpi.paramserver.bottleneck import moved_bytes
 from dbmpi.paramserver.server import Server
 from dbmpi.runtime import waiting
 from dbmpi.runtime.orders import Kind, Mailbox, Role
@@ -44,6 +44,7 @@ class Shard:
         recorder: Recorder,
         stop: StopSignal,
         report_seconds: float,
+        bandwidth: float,
         lead: Lead | None,
     ) -> None:
         self._comm = comm
@@ -58,7 +59,7 @@ class Shard:
         self.ended = False
         self._pushes = 0
         self._busy = 0.0
-        self._bandwidth = copy_bandwidth()
+        self._bandwidth = bandwidth
         self._applying = self._reporting = 0.0
         self._reported = time.monotonic()
 
