@@ -346,3 +346,25 @@ def test_few_elements_are_left_to_one_thread(tmp_path):
         check=True,
     )
     assert done.stdout.splitlines() == ["{1.0} 2", "{2.0} 2", "True"]
+
+
+def test_functions_that_one_factory_made_have_names_of_their_own():
+    def made(number, inner):
+        @kernel
+        def shifted(x):
+            return inner(x[0]) + number
+
+        return shifted
+
+    def inner(factor):
+        @kernel
+        def scaled(x):
+            return factor * x
+
+        return scaled
+
+    variants = [made(number, inner(factor)) for number in (1, 2, 3.5, True) for factor in (2.0, 3.0)]
+    # Symbols follow from names; two variants that were compiled in two processes would have the same ones.
+    assert len({variant.py_func.__qualname__ for variant in variants}) == len(variants)
+    assert made(1, inner(2.0)).py_func.__qualname__ == variants[0].py_func.__qualname__
+    assert [variant(np.ones(1)) for variant in variants] == [3, 4, 4, 5, 5.5, 6.5, 3, 4]

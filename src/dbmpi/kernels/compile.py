@@ -83,8 +83,9 @@ def _compile(function: Callable[P, R_co], kind: str, parallel: bool = False, **o
         options["parallel"] = True
         kind += "_threads"
     # Numba's cache knows a function by its name and the age of its own file.  It would neither see that a function
-    # of another file which was compiled into it has changed, nor that it was compiled with other options.
-    function.__qualname__ = f"{function.__qualname__}_{kind}_{_digest()}"
+    # of another file which was compiled into it has changed, nor that it was compiled with other options.  And
+    # functions that one factory made, compiled in two processes, may have the same symbols for a third that loads both.
+    function.__qualname__ = f"{function.__qualname__}{_variant(function)}_{kind}_{_digest()}"
     compiled = cast(Kernel[P, R_co], numba.njit(cache=True, nogil=True, error_model="numpy", **options)(function))
     return _Threaded(compiled) if options.get("parallel") else compiled
 
@@ -109,6 +110,18 @@ class _Threaded(Generic[P, R_co]):
             return self._compiled(*args, **kwargs)
         finally:
             numba.set_num_threads(threads)
+
+
+def _variant(function: Callable[..., Any]) -> str:
+    """Return what tells apart the functions that one factory makes: what they hold of its variables."""
+    held = [cell.cell_contents for cell in function.__closure__ or ()]
+    if not held:
+        return ""
+    texts = [
+        repr(value) if isinstance(value, bool | int | float) else getattr(value, "__qualname__", type(value).__name__)
+        for value in (getattr(value, "py_func", value) for value in held)
+    ]
+    return "_" + hashlib.blake2s(" ".join(texts).encode(), digest_size=4).hexdigest()
 
 
 @cache
