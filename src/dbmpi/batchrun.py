@@ -189,6 +189,8 @@ def _worker(setup: Setup, window: Window, number: int, space: ShardSpace | None)
     setup.replica.serve_while_waiting(serve)
     runs = setup.stretches[partition]
     client = Client(window, setup.memories, plan.shard_ranks, setup.ranges, number, serve=serve, runs=runs)
+    # Batches of all samples are the same portions in every pass.
+    again = not run.sandblaster.batch_portions
     work = PortionWork(
         setup.replica,
         client,
@@ -200,6 +202,7 @@ def _worker(setup: Setup, window: Window, number: int, space: ShardSpace | None)
         replica=place,
         replicas=plan.replicas,
         partition=partition,
+        keep_bytes=setup.data.train.spare_bytes if again else 0,
     )
     takers = [shard for shard, its in enumerate(pieces(runs, setup.ranges)) if any(piece.pushed for piece in its)]
     team = _Partitions(setup.comms.replica, serve)

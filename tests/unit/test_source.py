@@ -354,3 +354,16 @@ def test_batches_read_ahead_are_those_read_when_needed(tmp_path, samples):
             ahead.expect(guess)
         ahead.close()
         ahead.close()
+
+
+def test_batches_are_kept_as_long_as_there_is_room(tmp_path, monkeypatch):
+    inputs = np.random.default_rng(4).integers(0, 256, (60, 5), np.uint8)
+    with Source.open(write(tmp_path / "data.h5", inputs, np.zeros(60, int)), memory_mib=1) as source:
+        assert source.spare_bytes == 2**20 - 60 * (5 + 1) * 4
+        order, read = Order(source.samples, 20, 1, 5), []
+        batch = source.batch
+        monkeypatch.setattr(source, "batch", lambda indices: read.append(indices) or batch(indices))
+        ahead = Ahead(source, order, keep_bytes=2 * 20 * (5 + 1) * 4)  # two of the three
+        for number in (2, 0, 1, 0, 1, 2):
+            np.testing.assert_array_equal(ahead.batch(number).inputs, batch(order.indices(number)).inputs)
+        assert [list(indices) for indices in read] == [list(order.indices(number)) for number in (2, 0, 1, 1)]

@@ -1,4 +1,4 @@
-"""Batches that are read while the ones before them are computed."""
+"""Batches that are there when they are needed: kept, or read while the ones before them are computed."""
 
 from __future__ import annotations
 
@@ -13,26 +13,38 @@ class Ahead:
     """Reads one batch in advance, on a thread of its own, where batches come from a file.
 
     What lies in memory is only gathered: that takes the core from the computation itself, and is done when needed.
+    Batches that come again and again may be kept as they are handed out; whoever gets one must not change it.
 
     Parameters
     ----------
     source, order
         The samples, and which of them make up each batch.
+    keep_bytes
+        Room for batches that are kept: those that were asked for first.
     """
 
-    def __init__(self, source: Source, order: Order) -> None:
+    def __init__(self, source: Source, order: Order, keep_bytes: int = 0) -> None:
         self._source, self._order = source, order
+        self._kept: dict[int, Batch] = {}
+        self._keep_bytes = keep_bytes
         self._reader = None if source.resident else ThreadPoolExecutor(1, "ahead")
         self._expected: tuple[int, Future[Batch]] | None = None
 
     def batch(self, number: int) -> Batch:
-        """Return a batch, from the thread if it was expected."""
+        """Return a batch: one that was kept, or from the thread if it was expected."""
+        if number in self._kept:
+            return self._kept[number]
         expected, self._expected = self._expected, None
         if expected is not None:
             if expected[0] == number:
                 return expected[1].result()
             expected[1].cancel()
-        return self._source.batch(self._order.indices(number))
+        batch = self._source.batch(self._order.indices(number))
+        nbytes = batch.inputs.nbytes + batch.targets.nbytes
+        if nbytes <= self._keep_bytes:
+            self._kept[number] = batch
+            self._keep_bytes -= nbytes
+        return batch
 
     def expect(self, number: int) -> None:
         """Begin to read a batch; a wrong guess costs time of the thread alone."""

@@ -122,6 +122,11 @@ class Source:
         """Whether the file fits the memory budget and is kept in memory."""
         return self._description.float32_bytes <= self._memory_bytes
 
+    @property
+    def spare_bytes(self) -> int:
+        """What the file, as float32, leaves of the memory budget, in bytes; 0 where it is not kept in memory."""
+        return max(self._memory_bytes - self._description.float32_bytes, 0)
+
     def batch(self, indices: np.ndarray) -> Batch:
         """Return the samples at `indices`, int64 ``(samples,)``, in this order; repeated indices are allowed.
 

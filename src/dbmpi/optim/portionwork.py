@@ -36,6 +36,8 @@ class PortionWork:
         How many there are, to guess which portion comes next.
     train, test
         The samples, and the held-out ones.
+    keep_bytes
+        Room for portions that are kept as they are computed with, because they will come again.
     """
 
     def __init__(
@@ -51,9 +53,10 @@ class PortionWork:
         replica: int,
         replicas: int,
         partition: int,
+        keep_bytes: int,
     ) -> None:
         self._objective, self._client, self._order = objective, client, order
-        self._train, self._test = Ahead(train, order), test
+        self._train, self._test = Ahead(train, order, keep_bytes), test
         self._recorder, self._report_seconds = recorder, report_seconds
         self._replica, self._replicas, self._partition = replica, replicas, partition
         self._parameters = np.zeros(objective.size, np.float32)
