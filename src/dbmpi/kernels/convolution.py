@@ -23,6 +23,8 @@ ORDER = "cuv"
 """Axes of a filter: channel, row, column."""
 BANDS = 16
 """Most bands of rows whose sums for the weights are kept apart until the end, whatever the number of threads."""
+_GATHERED = 6
+"""Channels from which the inputs' gradient is gathered: the rows of a tile; fewer do not fill it."""
 PIECE = 1024
 """Elements of a row of outputs that are multiplied in one go: those of a block of maps fit into the first cache."""
 _MOST = 1 << 24  # elements that they may take, altogether
@@ -61,7 +63,7 @@ def forward(
 
 def input_gradient(weights: np.ndarray, gradient: np.ndarray, result: np.ndarray, stride: int) -> None:
     """Write the gradient for the inputs into `result`, from that before the activation."""
-    if stride > 1:
+    if stride > 1 or weights.shape[1] < _GATHERED:
         field = field_of(ORDER, weights.shape[2:], result.shape)
         fields.input_gradient(weights, gradient, result, field, stride, tied=True)
         return
