@@ -160,10 +160,11 @@ def _shard(setup: Setup, window: Window, number: int) -> tuple[ShardSpace, list[
             ):
                 # Another loss or another batch: the history is of use, but not the gradient.
                 state = state.model_copy(update={"gradient": "", "position": [], "bounds": {}})
+    here = [pieces(runs, setup.ranges)[number] for runs in setup.stretches]
     sources = [
         [
-            shardspace.Source(plan.worker_ranks[worker], setup.bundles(worker), pieces(runs, setup.ranges)[number])
-            for worker, runs in enumerate(setup.stretches, replica * plan.partitions)
+            shardspace.Source(plan.worker_ranks[worker], setup.bundles(worker), pushed)
+            for worker, pushed in enumerate(here, replica * plan.partitions)
         ]
         for replica in range(plan.replicas)
     ]

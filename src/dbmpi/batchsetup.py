@@ -72,11 +72,15 @@ class Setup:
     @cached_property
     def memories(self) -> list[Memory]:
         """What lies where on each shard: there is no inbox."""
-        plan, everybody = self.plan, frozenset(range(self.plan.workers))
+        plan = self.plan
         return [
-            Memory(plan.shards, plan.workers, len(held), DTYPE.itemsize, 0, plan.partitions, everybody)
-            for held in self.ranges
+            Memory(plan.shards, plan.workers, len(held), DTYPE.itemsize, 0, plan.partitions) for held in self.ranges
         ]
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """For each partition, the elements of its parameters."""
+        return [sum(stretch.length for stretch in stretches) for stretches in self.stretches]
 
     @cached_property
     def tests(self) -> int:
@@ -101,7 +105,7 @@ class Setup:
         offset = self.memories[0].words_nbytes if shard is None else self.memories[shard].nbytes
         if rank == 0:
             offset += Board.nbytes(self.plan.replicas, self.capacity)
-        elements = sum(stretch.length for stretch in self.stretches[worker % self.plan.partitions])
+        elements = self.sizes[worker % self.plan.partitions]
         return Bundles(-(-offset // 64) * 64, elements, self.per_bundle, self.plan.shards)
 
     def nbytes(self, rank: int) -> int:

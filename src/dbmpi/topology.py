@@ -57,11 +57,19 @@ class Plan:
 
     def shard_of(self, rank: int) -> int | None:
         """Return the number of the shard on a rank, if it has one."""
-        return self.shard_ranks.index(rank) if rank in self.shard_ranks else None
+        return self._shards_at.get(rank)
 
     def worker_of(self, rank: int) -> int | None:
         """Return the number of the worker on a rank, if it has one."""
-        return self.worker_ranks.index(rank) if rank in self.worker_ranks else None
+        return self._workers_at.get(rank)
+
+    @cached_property
+    def _shards_at(self) -> dict[int, int]:
+        return {rank: shard for shard, rank in enumerate(self.shard_ranks)}
+
+    @cached_property
+    def _workers_at(self) -> dict[int, int]:
+        return {rank: worker for worker, rank in enumerate(self.worker_ranks)}
 
     def __str__(self) -> str:
         where = "on the workers' ranks" if self.colocate else "on separate ranks"

@@ -102,7 +102,26 @@ def replay(plan, least):
         moved += arrived
     assert mailbox == {}
     assert moved == plan.values
+    check_shelves(plan)
     return moved
+
+
+def check_shelves(plan):
+    """What others take from a worker's shelf lies there without gap or overlap, forward and in reverse."""
+    if plan.kind == "none":
+        return
+    workers = range(len(plan.owned))
+    gives = {worker: [] for worker in workers}
+    for worker in workers:
+        assert set(plan.offered(worker)) == {box for _, box in plan.sends(worker)}
+        shelf = sorted((start, box.size) for box, start in plan.offered(worker).items())
+        assert [start for start, _ in shelf] == np.cumsum([0, *(size for _, size in shelf)])[:-1].tolist()
+        for other, box in plan.sends(worker):
+            gives[other].append((plan.returned(other, worker), box.size))
+    for worker in workers:
+        shelf = sorted(gives[worker])
+        assert [start for start, _ in shelf] == np.cumsum([0, *(size for _, size in shelf)])[:-1].tolist()
+        assert sum(size for _, size in shelf) == plan.received(worker)
 
 
 def check_network(layers, placement, least=by_elements):

@@ -216,7 +216,9 @@ class Lead:
         return (self._begin.samples + self.samples) / self._samples_per_epoch
 
     def _replica(self, rank: int) -> int:
-        return self._plan.worker_ranks.index(rank) // self._plan.partitions
+        worker = self._plan.worker_of(rank)
+        assert worker is not None
+        return worker // self._plan.partitions
 
     def _tell_workers(self, kind: Kind) -> None:
         """Send an order to all replicas that can still obey: to their first workers, and to all what concerns all."""

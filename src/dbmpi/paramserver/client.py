@@ -105,7 +105,7 @@ class Client:
         holders = [shard for shard in range(len(ranks)) if self._pieces[shard]]
         turn = number % max(len(holders), 1)
         self._order = holders[turn:] + holders[:turn]
-        self.far = any(number not in memories[shard].in_place for shard in holders)
+        self.far = any(not memories[shard].reads(number) for shard in holders)
         distant = [shard for shard in holders if window.near(ranks[shard]) is None]
         self._unheard = distant if window.transport == "rma" else []
         self._parts: list[list[list[Run]]] = []
@@ -328,7 +328,7 @@ class Client:
     ) -> None:
         """Cut pieces of the gradient into chunks with their headers, and put them in line for a shard."""
         memory = self._memories[shard]
-        size = _READ_AT_ONCE if self._number in memory.in_place else memory.chunk
+        size = _READ_AT_ONCE if memory.reads(self._number) else memory.chunk
         pushed = [piece for piece in found if piece.pushed]
         for piece in pushed:
             for start in range(0, piece.length, size):
@@ -346,7 +346,7 @@ class Client:
         if count - int(self._applied[shard]) >= memory.room(self._number):
             return False
         header, data = self._queues[shard][0]
-        if self._number in memory.in_place:
+        if memory.reads(self._number):
             header = header._replace(source=self._place(data) or 0)
         else:
             self._window.put(rank, memory.data(self._number, count), data)

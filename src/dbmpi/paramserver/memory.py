@@ -8,8 +8,8 @@ cannot be read in place.  The window of a client whose gradient is read in place
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass
-from functools import cached_property
 
 from dbmpi.errors import UserError
 
@@ -25,7 +25,7 @@ SMALLEST_CHUNK = 4096
 """Bytes below which sending a gradient in chunks costs more than it saves."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Memory:
     """Offsets, in bytes, in the window of a shard that holds `elements` elements; other ranks have only the words."""
 
@@ -37,8 +37,8 @@ class Memory:
     """Elements of a chunk in the inbox."""
     partitions: int = 1
     """Clients of one replica; each is told of the pushes to its own part alone."""
-    in_place: frozenset[int] = frozenset()
-    """Clients whose gradients this shard reads where they lie."""
+    in_place: tuple[int, ...] = ()
+    """Clients whose gradients this shard reads where they lie, in order; shards of one host share the tuple."""
 
     def applied(self, shard: int) -> int:
         """Word in a client's window: how many of its chunks the shard has applied."""
@@ -70,18 +70,25 @@ class Memory:
         """Where a shard's parameters begin."""
         return self.sequence + _LINE
 
+    def reads(self, client: int) -> bool:
+        """Whether the shard reads the client's gradients where they lie."""
+        return self._before(client) < self._before(client + 1)
+
     def room(self, client: int) -> int:
         """Return how many chunks the client may have on the way."""
-        return HEADERS if client in self.in_place else SLOTS
+        return HEADERS if self.reads(client) else SLOTS
 
     def header(self, client: int, count: int) -> int:
         """Where the header of the client's chunk number `count` lies."""
         start = self.parameters + lines(self.elements * self.itemsize)
-        return start + (client * HEADERS + count % self.room(client)) * HEADER_WORDS * _WORD
+        near = self._before(client)
+        # Of the many clients of other hosts, each has no more headers than it has slots.
+        headers = near * HEADERS + (client - near) * SLOTS + count % self.room(client)
+        return start + headers * HEADER_WORDS * _WORD
 
     def data(self, client: int, count: int) -> int:
         """Where the client's chunk number `count` lies in the inbox."""
-        return self._slot(self._rings[client] * SLOTS + count % SLOTS)
+        return self._slot((client - self._before(client)) * SLOTS + count % SLOTS)
 
     @property
     def words_nbytes(self) -> int:
@@ -93,14 +100,12 @@ class Memory:
         """Bytes of the window of a shard."""
         return self._slot((self.clients - len(self.in_place)) * SLOTS)
 
-    @cached_property
-    def _rings(self) -> dict[int, int]:
-        far = [client for client in range(self.clients) if client not in self.in_place]
-        return {client: ring for ring, client in enumerate(far)}
+    def _before(self, client: int) -> int:
+        """Return how many of the clients before this one are read in place."""
+        return bisect_left(self.in_place, client)
 
     def _slot(self, number: int) -> int:
-        inbox = self.header(0, 0) + self.clients * HEADERS * HEADER_WORDS * _WORD
-        return inbox + number * lines(self.chunk * self.itemsize)
+        return self.header(self.clients, 0) + number * lines(self.chunk * self.itemsize)
 
 
 def chunk_elements(inbox_bytes: float, chunk_bytes: float, clients: int, itemsize: int) -> int:

@@ -224,7 +224,7 @@ class Server:
         local, memory, dtype = self._window.local, self._memory, self.parameters.dtype
         header = self._header(client, count)
         start = header.source
-        if client in memory.in_place:
+        if memory.reads(client):
             near = self._window.near(self._clients[client])
             assert near is not None
             local = near

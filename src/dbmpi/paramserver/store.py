@@ -95,15 +95,8 @@ class Store:
             _check_common(plan, hosts, section.align)
         if chunk is None:
             chunk = chunk_elements(section.inbox_mib * 2**20, section.chunk_kib * 2**10, plan.workers, dtype.itemsize)
-        near = [
-            frozenset(
-                client
-                for client, rank in enumerate(plan.worker_ranks)
-                if section.push == "shared" and hosts[rank] == hosts[holder]
-            )
-            for holder in plan.shard_ranks
-        ]
-        nobody = [frozenset[int]()] * plan.shards
+        near = _neighbours(plan, hosts) if section.push == "shared" else [()] * plan.shards
+        nobody: list[tuple[int, ...]] = [()] * plan.shards
         for in_place in (near, nobody):
             self._memories = [self._memory(shard, chunk, in_place[shard]) for shard in range(plan.shards)]
             lacks = windows.missing(comm, self._nbytes())
@@ -146,7 +139,7 @@ class Store:
         """
         assert self._worker is not None
         gradients = []
-        if any(self._worker in memory.in_place for memory in self._memories):
+        if any(memory.reads(self._worker) for memory in self._memories):
             size = lines(self._own * self._dtype.itemsize)
             start = self._words()
             gradients = [
@@ -171,7 +164,7 @@ class Store:
         self._whole = None
         self.window.free()
 
-    def _memory(self, shard: int, chunk: int, in_place: frozenset[int]) -> Memory:
+    def _memory(self, shard: int, chunk: int, in_place: tuple[int, ...]) -> Memory:
         elements = len(self.ranges[shard])
         chunk = min(chunk, elements)
         if self._common:
@@ -186,7 +179,8 @@ class Store:
     def _nbytes(self) -> int:
         """Return the bytes of this rank's window."""
         nbytes = self._words()
-        if self._worker is not None and any(self._worker in memory.in_place for memory in self._memories):
+        worker = self._worker
+        if worker is not None and any(memory.reads(worker) for memory in self._memories):
             nbytes += self._gradients * lines(self._own * self._dtype.itemsize)
         return nbytes
 
@@ -217,6 +211,15 @@ class Store:
         # After an exception that the other ranks do not know of, freeing would wait for them in vain.
         if kind is None or issubclass(kind, KnownToAll):
             self.free()
+
+
+def _neighbours(plan: Plan, hosts: np.ndarray) -> list[tuple[int, ...]]:
+    """Return for each shard the clients on its host; the shards of a host share one tuple."""
+    on_host: dict[int, list[int]] = {int(hosts[holder]): [] for holder in plan.shard_ranks}
+    for client, rank in enumerate(plan.worker_ranks):
+        on_host.get(int(hosts[rank]), []).append(client)
+    shared = {host: tuple(clients) for host, clients in on_host.items()}
+    return [shared[int(hosts[holder])] for holder in plan.shard_ranks]
 
 
 def _check_common(plan: Plan, hosts: np.ndarray, align: Literal["equal", "partition"]) -> None:

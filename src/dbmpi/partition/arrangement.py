@@ -11,6 +11,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from heapq import heapify, heapreplace
 from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -149,9 +150,12 @@ def _ranges(sizes: Sequence[int], shards: int) -> tuple[range, ...]:
     if shards < len(sizes):
         return tuple(range(starts[some.start], starts[some.stop]) for some in cut(len(sizes), shards))
     counts = [1] * len(sizes)
+    fullest: list[tuple[float, int]] = [(-size, partition) for partition, size in enumerate(sizes)]
+    heapify(fullest)
     for _ in range(shards - len(sizes)):
-        fullest = max(range(len(sizes)), key=lambda partition: sizes[partition] / counts[partition])
-        counts[fullest] += 1
+        partition = fullest[0][1]
+        counts[partition] += 1
+        heapreplace(fullest, (-sizes[partition] / counts[partition], partition))
     return tuple(
         range(start + held.start, start + held.stop)
         for start, size, count in zip(starts, sizes, counts, strict=False)

@@ -8,7 +8,7 @@ collective: Allgatherv forward, Reduce_scatter in reverse.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -59,8 +59,15 @@ class Exchange:
         self._counts = [box.size for box in plan.owned] if plan.kind == "gather" and plan.in_order and everybody else []
         self._buffers: dict[tuple[str, int], np.ndarray] = {}
         if group.near and self._moves:
-            self._forward = _Shelved(group, [plan.sends(worker) for worker in range(group.size)], self._receives)
-            self._reverse = _Shelved(group, [plan.receives(worker) for worker in range(group.size)], self._sends)
+            workers = range(group.size)
+            offered = [plan.offered(worker) for worker in workers]
+            sizes = [sum(box.size for box in boxes) for boxes in offered]
+            wanted = [_Wanted(other, box, offered[other][box], sizes[other]) for other, box in self._receives]
+            self._forward = _Shelved(group, max(sizes), offered[rank], [to for to, _ in self._sends], wanted)
+            sizes = [plan.received(worker) for worker in workers]
+            returned = {box: plan.returned(rank, other) for other, box in self._receives}
+            wanted = [_Wanted(other, box, plan.returned(other, rank), sizes[other]) for other, box in self._sends]
+            self._reverse = _Shelved(group, max(sizes), returned, [to for to, _ in self._receives], wanted)
 
     @property
     def in_place(self) -> bool:
@@ -164,25 +171,42 @@ class Exchange:
         return kept[:size].reshape(shape)
 
 
+class _Wanted(NamedTuple):
+    """A box on another worker's shelf; `start` and `size`, of all that lies there, are elements a sample."""
+
+    worker: int
+    box: Box
+    start: int
+    size: int
+
+
 class _Shelved:
     """One direction of an exchange over shelves.
 
     Parameters
     ----------
-    sends
-        What each worker has for others; a box that several want lies on its shelf once.
-    receives
-        What this worker wants.
+    largest
+        Elements a sample on the fullest shelf of all workers.
+    offered
+        Where what this worker has for others begins on its shelf; a box that several want lies there once.
+    takers
+        Who takes from it.
+    wanted
+        What this worker takes from others.
     """
 
-    def __init__(self, group: Group, sends: Sequence[Sequence[Message]], receives: Sequence[Message]) -> None:
-        places = [_places(messages) for messages in sends]
-        sizes = [sum(box.size for box in boxes) for boxes in places]
+    def __init__(
+        self,
+        group: Group,
+        largest: int,
+        offered: Mapping[Box, int],
+        takers: Sequence[int],
+        wanted: Sequence[_Wanted],
+    ) -> None:
         self._group = group
-        self._shelf = group.shelf(each=max(sizes))
-        self._offered, self._size = places[group.rank], sizes[group.rank]
-        self._takers = [message.worker for message in sends[group.rank]]
-        self._wanted = [(other, box, places[other][box], sizes[other]) for other, box in receives]
+        self._shelf = group.shelf(each=largest)
+        self._offered, self._size = offered, sum(box.size for box in offered)
+        self._takers, self._wanted = takers, wanted
 
     def offer(self, source: np.ndarray, held: Box) -> None:
         """Put this worker's boxes of `source` on its shelf."""
@@ -201,18 +225,7 @@ class _Shelved:
                 target[box.slices(held)] += part
             else:
                 target[box.slices(held)] = part
-        self._group.taken(self._shelf, [wanted[0] for wanted in self._wanted])
-
-
-def _places(messages: Sequence[Message]) -> dict[Box, int]:
-    """Return where each box starts on a shelf, in elements a sample."""
-    places: dict[Box, int] = {}
-    position = 0
-    for _, box in messages:
-        if box not in places:
-            places[box] = position
-            position += box.size
-    return places
+        self._group.taken(self._shelf, [wanted.worker for wanted in self._wanted])
 
 
 def _part(shelf: np.ndarray, box: Box, start: int, samples: int) -> np.ndarray:

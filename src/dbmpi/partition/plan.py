@@ -116,6 +116,31 @@ class ExchangePlan:
         have = self.owned[worker]
         return tuple(Message(n, self.needed[n].meet(have)) for n in self._needers.meeting(have) if n != worker)
 
+    def offered(self, worker: int) -> dict[Box, int]:
+        """Return what others need of the worker's own, each box once, and where it begins if all are laid in a row.
+
+        Workers with the same needs are looked at together: for all workers, this costs no more than the boxes found.
+        """
+        have, places, position = self.owned[worker], dict[Box, int](), 0
+        for number in self._distinct_needs.meeting(have):
+            need, who = self._needs[number]
+            box = need.meet(have)
+            if who != (worker,) and box not in places:
+                places[box] = position
+                position += box.size
+        return places
+
+    def returned(self, worker: int, owner: int) -> int:
+        """Return where what a worker gives back to an owner begins, if all for others is laid in a row by owners."""
+        need = self.needed[worker]
+        if need not in self._returned:
+            position, starts = 0, dict[int, int]()
+            for other in self._owners.meeting(need):
+                starts[other] = position
+                position += self.owned[other].common(need)
+            self._returned[need] = starts
+        return self._returned[need][owner] - (self.owned[worker].common(need) if worker < owner else 0)
+
     def received(self, worker: int) -> int:
         """Return the values a sample that the worker receives."""
         return self.needed[worker].size - self.owned[worker].common(self.needed[worker])
@@ -146,6 +171,22 @@ class ExchangePlan:
     @cached_property
     def _needers(self) -> Index:
         return Index(self.needed)
+
+    @cached_property
+    def _needs(self) -> tuple[tuple[Box, tuple[int, ...]], ...]:
+        """Every box that is needed, once, and the first two workers that need it."""
+        found: dict[Box, tuple[int, ...]] = {}
+        for worker, need in enumerate(self.needed):
+            found[need] = (*found.get(need, ()), worker)[:2]
+        return tuple(found.items())
+
+    @cached_property
+    def _distinct_needs(self) -> Index:
+        return Index([need for need, _ in self._needs])
+
+    @cached_property
+    def _returned(self) -> dict[Box, dict[int, int]]:
+        return {}
 
 
 @dataclass(frozen=True)
