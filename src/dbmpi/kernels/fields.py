@@ -7,7 +7,8 @@ maps times two vectors of samples is summed in registers.
 
 Untied filters are read once for all samples; forward and backward pass then do ``6 * samples`` operations for every
 weight, of which 4 bytes are read twice and, as its gradient, written once.  With few samples that flow of memory is as
-much of a limit as the arithmetic, and so what comes next is prefetched.
+much of a limit as the arithmetic, and so what comes next is prefetched.  With many samples the rows of inputs under a
+field exceed the second cache: the column that the next field takes in is then prefetched, too.
 
 Every output is summed in an order that depends on the depth alone, not on the box that is computed, its maps, the
 samples or the threads.
@@ -24,12 +25,17 @@ from numba import prange
 from dbmpi.kernels.compile import THREADS, Kernel, inlined, parallel_kernel
 from dbmpi.kernels.elementary import sigmoid, tanh
 from dbmpi.kernels.vector import REGISTERS, lanes
-from dbmpi.kernels.vector_rows import add_to_rows, multiply_rows
+from dbmpi.kernels.vector_rows import add_maps_to_rows, add_to_rows, multiply_rows, prefetch
 
 DEPTH = 384
 """Most rows of a field that are multiplied in one go: with two vectors each they fit into the first cache."""
 MAPS = 8 if REGISTERS == 32 else 4
 """Most maps in a block, whose sums stay in registers."""
+ROWS, ROWS_OF_FEW_MAPS = 6, 8 if REGISTERS == 32 else 6
+"""Most rows of a field in a block whose sums stay in registers while the maps are added: found by trying.
+
+Of 5, 6, 8 and 10, for 16 maps 6 was the fastest, and for 8 maps, where a block is soon done, 8.
+"""
 
 CODES = {"linear": 0, "sigmoid": 1, "tanh": 2, "relu": 3}
 """How kernels know the activations."""
@@ -41,16 +47,16 @@ Places = tuple[tuple[int, int], tuple[int, int]]
 
 
 class Blocks(NamedTuple):
-    """Maps in blocks of nearly the same height: `tall` blocks of `height`, then `short` blocks of one less."""
+    """Maps or rows in blocks of nearly the same height: `tall` blocks of `height`, then `short` blocks of one less."""
 
     height: int
     tall: int
     short: int
 
     @classmethod
-    def of(cls, maps: int) -> Blocks:
-        """Cut the maps into as few blocks as possible."""
-        number = -(-maps // MAPS)
+    def of(cls, maps: int, most: int = MAPS) -> Blocks:
+        """Cut the maps into as few blocks as possible, of at most so many."""
+        number = -(-maps // most)
         height = -(-maps // number)
         short = number * height - maps
         return cls(height, number - short, short)
@@ -73,6 +79,8 @@ class Field(NamedTuple):
     """Positions (depth,) relative to the first element of the field, int64."""
     rows: np.ndarray
     """Row (depth,) of the field that each is in, int64."""
+    beyond: np.ndarray
+    """Positions (channels x rows,) of the column right of the field, which the next one takes in at stride 1; int64."""
 
 
 @lru_cache(maxsize=256)
@@ -91,7 +99,8 @@ def field_of(order: str, shape: tuple[int, int], input_shape: tuple[int, int, in
     axes = {"c": np.arange(channels), "u": np.arange(shape[0]), "v": np.arange(shape[1])}
     grid = dict(zip(order, np.meshgrid(*(axes[axis] for axis in order), indexing="ij"), strict=True))
     places = ((grid["c"] * height + grid["u"]) * width + grid["v"]) * samples
-    return Field(places.reshape(-1).astype(np.int64), grid["u"].reshape(-1).astype(np.int64))
+    beyond = places[grid["v"] == shape[1] - 1] + samples
+    return Field(places.reshape(-1).astype(np.int64), grid["u"].reshape(-1).astype(np.int64), beyond.astype(np.int64))
 
 
 def flat(array: np.ndarray) -> np.ndarray:
@@ -131,10 +140,11 @@ def forward(
     within = places or ((0, rows), (0, columns))
     blocks, step = Blocks.of(maps), stride * samples
     place, width = 0 if tied else maps, blocks.vectors * lanes(outputs.itemsize)
+    beyond = field.beyond if samples > width else field.beyond[:0]
     _forward(*blocks.heights, blocks.vectors, not tied)(
-        *(flat(weights), flat(bias), flat(inputs), _contiguous(outputs), field.places, blocks.tall, blocks.short),
-        *((step * inputs.shape[2], step), (columns * place, place), width, CODES[activation]),
-        *within,
+        *(flat(weights), flat(bias), flat(inputs), _contiguous(outputs), field.places, beyond),
+        *(blocks.tall, blocks.short, (step * inputs.shape[2], step), (columns * place, place), width),
+        *(CODES[activation], *within),
     )
 
 
@@ -142,13 +152,22 @@ def input_gradient(
     weights: np.ndarray, gradient: np.ndarray, result: np.ndarray, field: Field, stride: int, tied: bool
 ) -> None:
     """Write the gradient for the inputs, of that for the outputs before the activation; shapes as in `forward`."""
-    maps, rows, columns, _ = gradient.shape
-    blocks = Blocks.of(maps)
-    place, width = 0 if tied else maps, blocks.vectors * lanes(gradient.itemsize)
-    _input_gradient(*blocks.heights, blocks.vectors)(
-        *(flat(weights), _contiguous(gradient), _contiguous(result), *field, blocks.tall, blocks.short),
-        *(_bands(rows, result.shape[1], int(field.rows.max()) + 1, stride, THREADS), stride),
-        *((columns * place, place), width),
+    maps, rows, columns, samples = gradient.shape
+    bands = _bands(rows, result.shape[1], int(field.rows.max()) + 1, stride, THREADS)
+    if tied:
+        blocks = Blocks.of(maps)
+        _input_gradient(*blocks.heights, blocks.vectors)(
+            *(flat(weights), _contiguous(gradient), _contiguous(result), field.places, field.rows),
+            *(blocks.tall, blocks.short, bands, stride, (0, 0), blocks.vectors * lanes(gradient.itemsize)),
+        )
+        return
+    run = len(field.rows) // (1 + int(np.count_nonzero(np.diff(field.rows))))  # elements in a row of the field
+    blocks = Blocks.of(run, ROWS if maps > MAPS else ROWS_OF_FEW_MAPS)
+    width = blocks.vectors * lanes(gradient.itemsize)
+    beyond = field.beyond if samples > width else field.beyond[:0]
+    _untied_input_gradient(*blocks.heights, blocks.vectors)(
+        *(flat(weights), _contiguous(gradient), _contiguous(result), field.places, field.rows, beyond),
+        *(run, blocks.tall, blocks.short, bands, stride, (columns * maps, maps), width),
     )
 
 
@@ -165,6 +184,7 @@ def _forward(height: int, shorter: int, vectors: int, ahead: bool) -> Kernel[...
         x: np.ndarray,
         y: np.ndarray,
         places: np.ndarray,
+        beyond: np.ndarray,
         tall: int,
         short: int,
         steps: tuple[int, int],
@@ -185,6 +205,9 @@ def _forward(height: int, shorter: int, vectors: int, ahead: bool) -> Kernel[...
                     for start in range(0, samples, width):
                         filled = min(width, samples - start)
                         x_start = i * steps[0] + j * steps[1] + start
+                        if ahead:
+                            for place in beyond:
+                                prefetch(x, x_start + place, x_start + place + filled, False)
                         w_start = filters_start * depth
                         y_start = (i * out_width + j) * samples + start
                         # fmt: off
@@ -271,6 +294,68 @@ def _input_gradient(height: int, shorter: int, vectors: int) -> Kernel[..., None
                             # fmt: on
 
     return parallel_kernel(input_gradient)
+
+
+@cache
+def _untied_input_gradient(height: int, shorter: int, vectors: int) -> Kernel[..., None]:
+    """Return the kernel for blocks of `height` and `shorter` rows of a field, `vectors` vectors of samples at a time.
+
+    Every thread writes a band of rows of its own, for which it looks at the fields that reach into it.
+    """
+
+    def untied_input_gradient(
+        w: np.ndarray,
+        gradient: np.ndarray,
+        result: np.ndarray,
+        places: np.ndarray,
+        rows: np.ndarray,
+        beyond: np.ndarray,
+        run: int,
+        tall: int,
+        short: int,
+        bands: np.ndarray,
+        stride: int,
+        filters: tuple[int, int],
+        width: int,
+    ) -> None:
+        maps, out_height, out_width, samples = gradient.shape
+        in_width, source, target = result.shape[2], gradient.reshape(-1), result.reshape(-1)
+        depth, plane = places.size, out_height * out_width * samples
+        field_height = rows.max() + 1
+        for band in prange(bands.size - 1):
+            top, bottom = bands[band], bands[band + 1]
+            result[:, top:bottom] = 0
+            for i in range(out_height):
+                if i * stride + field_height <= top or i * stride >= bottom:
+                    continue
+                for j in range(out_width):
+                    w_start = (i * filters[0] + j * filters[1]) * depth
+                    for start in range(0, samples, width):
+                        filled = min(width, samples - start)
+                        x_start = (i * in_width + j) * stride * samples + start
+                        g_start = (i * out_width + j) * samples + start
+                        for place in beyond:
+                            prefetch(target, x_start + place, x_start + place + filled, True)
+                        for m in range(maps):
+                            ahead = g_start + m * plane + width
+                            prefetch(source, ahead, min(ahead + width, source.size), False)
+                        for first in range(0, depth, run):
+                            if not top <= i * stride + rows[first] < bottom:
+                                continue
+                            # fmt: off
+                            for block in range(tall):
+                                add_maps_to_rows(
+                                    height, vectors, w, w_start, depth, source, g_start, plane,
+                                    target, x_start, places, first + block * height, maps, filled,
+                                )
+                            for block in range(short):
+                                add_maps_to_rows(
+                                    shorter, vectors, w, w_start, depth, source, g_start, plane,
+                                    target, x_start, places, first + tall * height + block * shorter, maps, filled,
+                                )
+                            # fmt: on
+
+    return parallel_kernel(untied_input_gradient)
 
 
 @inlined

@@ -17,7 +17,7 @@ from dbmpi.kernels.compile import THREADS, Kernel, inlined, parallel_kernel
 from dbmpi.kernels.fields import CODES, RELU, SIGMOID, TANH, Blocks, Places, field_of, flat
 from dbmpi.kernels.vector import lanes
 from dbmpi.kernels.vector_lanes import transpose_block
-from dbmpi.kernels.vector_rows import multiply_rows, prefetch_written
+from dbmpi.kernels.vector_rows import multiply_rows, prefetch
 
 ORDER = "uvc"
 """Axes of a filter: row, column, channel."""
@@ -147,7 +147,7 @@ def _parameter_gradient(height: int, shorter: int, vectors: int) -> Kernel[..., 
                         for first in range(0, run, width):
                             filled = min(width, run - first)
                             ahead = place + maps * (depth + u * run + first)
-                            prefetch_written(weight_gradient, ahead, min(ahead + maps * filled, weight_gradient.size))
+                            prefetch(weight_gradient, ahead, min(ahead + maps * filled, weight_gradient.size), True)
                             g_start = (i * out_width + j) * samples
                             w_start = place + u * run + first
                             # fmt: off

@@ -138,17 +138,81 @@ def add_to_rows(
 
 
 @instructions
-def prefetch_written(typingctx: Any, a: Any, first: Any, last: Any) -> Any:
-    """Ask for the cache lines of the elements ``first <= n < last`` of a 1-D array, which will be overwritten."""
+def add_maps_to_rows(
+    typingctx: Any,
+    rows: Any,
+    vectors: Any,
+    a: Any,
+    a_start: Any,
+    a_stride: Any,
+    b: Any,
+    b_start: Any,
+    b_stride: Any,
+    out: Any,
+    out_start: Any,
+    places: Any,
+    first: Any,
+    depth: Any,
+    filled: Any,
+) -> Any:
+    """Multiply some columns of `a` by rows of `b`, into rows that lie anywhere, which are in registers meanwhile.
+
+    ``out[places[first + n] + c] += sum over r < depth of a[r, first + n] * b[r, c]`` for ``n < rows`` and `filled`
+    columns c, summed in the order of r.  The transpose of :func:`multiply_rows`; the rows of `out` must not overlap.
+
+    Parameters
+    ----------
+    rows, vectors : constants
+        Shape of the tile, in rows of `out` and vectors; without rows, nothing is done.
+    a, b, out : 1-D arrays of one float type
+        Element (r, k) of the first is ``a[a_start + r * a_stride + k]``, element (r, c) of the second
+        ``b[b_start + r * b_stride + c]``.
+    out_start : int
+        Added to all places.
+    places : 1-D int64 array
+        Where the rows of `out` start.
+    depth : int
+        Rows of `a` and `b`.  As many rows of `a` are asked for that come after them, a share in every tile.
+    filled : int
+        As for `multiply_rows`.
+    """
+    if not all(isinstance(constant, types.IntegerLiteral) for constant in (rows, vectors)):
+        return None
     index = types.intp
-    signature = types.void(a, index, index)
+    signature = types.void(
+        *(rows, vectors, a, index, index, b, index, index, out, index),
+        *(places, index, index, index),
+    )
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        if rows.literal_value > 0:
+            given = Arguments(context, builder, signature, values)
+            tile = _RowTile(builder, given.itemsize(2), rows.literal_value, values[13])
+            a, b, out, places = (given.pointer(*at) for at in ((2, 3), (5, 6), (8, 9), (10, 11)))
+            for masks in tile.variants(vectors.literal_value):
+                tile.add_all(masks, a, values[4], b, values[7], out, places, values[11], values[12])
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+@instructions
+def prefetch(typingctx: Any, a: Any, first: Any, last: Any, written: Any) -> Any:
+    """Ask for the cache lines of the elements ``first <= n < last`` of a 1-D array.
+
+    `written` is a constant: whether they will be written.
+    """
+    if not isinstance(written, types.BooleanLiteral):
+        return None
+    index = types.intp
+    signature = types.void(a, index, index, written)
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         given = Arguments(context, builder, signature, values)
         writer, start = Writer(builder, given.itemsize(0)), given.pointer(0)
 
         def ask(n: Any, nothing: list[Any]) -> list[Any]:
-            writer.prefetch(writer.at(start, n), write=True)
+            writer.prefetch(writer.at(start, n), write=written.literal_value)
             return nothing
 
         writer.loop(CACHE_LINE // writer.itemsize, values[1], values[2], [], ask)
@@ -158,7 +222,7 @@ def prefetch_written(typingctx: Any, a: Any, first: Any, last: Any) -> Any:
 
 
 class _RowTile(MaskedWriter):
-    """The instructions of `multiply_rows` and `add_to_rows`; `filled` is the number of columns."""
+    """The instructions of `multiply_rows`, `add_to_rows` and `add_maps_to_rows`; `filled` is the number of columns."""
 
     def __init__(self, builder: Any, itemsize: int, rows: int, filled: Any) -> None:
         super().__init__(builder, itemsize)
@@ -274,3 +338,36 @@ class _RowTile(MaskedWriter):
             return nothing
 
         self.unrolled_loop(2, first, last, [], steps)  # two, for more multiply-adds that do not wait for one another
+
+    def add_all(
+        self,
+        masks: list[Any],
+        a: Any,
+        a_stride: Any,
+        b: Any,
+        b_stride: Any,
+        out: Any,
+        places: Any,
+        first: Any,
+        depth: Any,
+    ) -> None:
+        """Write `add_maps_to_rows`; arrays are addresses."""
+        builder = self.builder
+        factors = self.at(a, first)
+        # What comes next is asked for in the order of memory, by tiles and then by rows.
+        later = self.at(a, builder.mul(depth, builder.add(a_stride, first)))
+        rows = [self.at(out, builder.load(self.at(places, n))) for n in range(self.rows)]
+        before = [value for row in rows for value in self.load_row(row, masks)]
+
+        def step(r: Any, totals: list[Any]) -> list[Any]:
+            self.prefetch(self.at(later, builder.mul(r, self.index(self.rows))))
+            values = self.load_row(self.at(b, builder.mul(r, b_stride)), masks)
+            row = self.at(factors, builder.mul(r, a_stride))
+            pairs = [
+                (factor, value) for n in range(self.rows) for factor in [self.spread_at(row, n)] for value in values
+            ]
+            return [self.multiply_add(*pair, total) for pair, total in zip(pairs, totals, strict=True)]
+
+        totals = self.loop(1, self.index(0), depth, before, step)[1]
+        for n, row in enumerate(rows):
+            self.store_row(totals[n * len(masks) :][: len(masks)], row, masks)
