@@ -173,7 +173,7 @@ def clocks() -> Iterator[dict[str, float]]:
 
         return call
 
-    def kind(a: Any, b: Any, out: Any) -> str:
+    def kind(a: Any, b: Any, *_: Any) -> str:
         return PARTS[1] if not a.flags.c_contiguous else PARTS[2] if not b.flags.c_contiguous else PARTS[0]
 
     product, apply, activations = dense.product, losses.Loss.apply, dict(ACTIVATIONS)
