@@ -43,7 +43,7 @@ def main() -> None:
         report.at_least(f"speed of two partitions to one, {name}, batch {batch}", ratio, speed)
         report.at_most(f"share of exchange and waiting, {name}, batch {batch}", share, EXCHANGE)
     header = ("network", "batch", "1 rank ms", "quartiles", "2 ranks ms", "quartiles", "ratio", "exchange %")
-    report.table("Training steps in turn (medians)", (*header, "waiting ms"), rows)
+    report.table("Training steps in turn (medians)", (*header, "waiting ms", "update ms: 1 rank", "2 ranks"), rows)
     report.finish()
 
 
@@ -59,11 +59,13 @@ def compare(path: Path, batch: int, rounds: int) -> tuple[tuple[Any, ...], float
     ratio, share = common.median(one) / common.median(two), common.median(shares)
     waiting = [max(step["exchange"]) - min(step["exchange"]) for step in steps["cut"]]
     quartiles = [common.spread([1e3 * value for value in values]) for values in (one, two)]
+    updates = [1e3 * common.median([step["update"] for step in steps[name]]) for name in ("alone", "cut")]
     row = (
         batch,
         *(1e3 * common.median(one), quartiles[0]),
         *(1e3 * common.median(two), quartiles[1]),
         *(f"{ratio:.2f}", f"{100 * share:.1f}", 1e3 * common.median(waiting)),
+        *updates,
     )
     return row, ratio, share
 
@@ -101,12 +103,18 @@ def contestant(configuration: str, batch: int) -> None:
         before = sum(replica.seconds["exchange"])
         start = time.perf_counter()
         replica.loss_and_gradient(parameters, data, gradient)
+        computed = time.perf_counter()
         updates.sgd(parameters, gradient, 0.01)
+        update = time.perf_counter() - computed
         waiting.barrier(comm, "the other partitions")
         seconds = time.perf_counter() - start
         mine = np.zeros(comm.size)
         mine[comm.rank] = sum(replica.seconds["exchange"]) - before
-        return {"seconds": seconds, "exchange": waiting.allreduce(comm, mine, MPI.SUM, "times").tolist()}
+        return {
+            "seconds": seconds,
+            "update": update,
+            "exchange": waiting.allreduce(comm, mine, MPI.SUM, "times").tolist(),
+        }
 
     common.serve_together(comm, step=step)
 
