@@ -11,15 +11,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from mpi4py import MPI
 
-from dbmpi import batchrun, topology
-from dbmpi.checkpoint.previous import check_same_order, previous
-from dbmpi.checkpoint.reader import Checkpoint
-from dbmpi.checkpoint.schema import PARAMETERS
+from dbmpi import batchrun, beginning, topology
 from dbmpi.config import Run
-from dbmpi.data.stream import Order, Stream
+from dbmpi.data.stream import Order
 from dbmpi.errors import UserError
 from dbmpi.monitor.progress import Progress
-from dbmpi.monitor.records import Recorder, next_session
+from dbmpi.monitor.records import Recorder
 from dbmpi.network import own
 from dbmpi.network.network import Network
 from dbmpi.objective import Outcome
@@ -30,9 +27,7 @@ from dbmpi.optim.room import gradient_size
 from dbmpi.optim.shard import Shard
 from dbmpi.optim.worker import Worker
 from dbmpi.paramserver import bottleneck
-from dbmpi.paramserver.layout import Layout
-from dbmpi.paramserver.rules import Rule, State, rule
-from dbmpi.paramserver.server import Server
+from dbmpi.paramserver.rules import Rule, rule
 from dbmpi.paramserver.store import Store
 from dbmpi.partition import placement
 from dbmpi.partition.arrangement import Arrangement
@@ -137,12 +132,14 @@ class _Session:
             replica.prepare(run.optimizer.batch_size)
         if run.optimizer.method == "sandblaster":
             return self._sandblast(network, replica, order)
+        # Before the lead's clock runs, and before the windows take their memory.
+        bandwidth = 0.0 if self._shard_number is None else bottleneck.copy_bandwidth()
         with together(self._comm, "planning the shards' memory"):
             arrangement = arranged(run.server, network.layers, network.layout, placed, plan.shards)
             size = 0 if replica is None else gradient_size(run.server, replica.parameters.parts)
             store = Store(self._comm, plan, arrangement.ranges, run.server, DTYPE, size)
         self._stack.enter_context(store)
-        begin, checkpoint, session = self._prepare_directory(network.layout, order)
+        begin, checkpoint, session = beginning.find(run, self._comm, self._plan.replicas, network.layout, order)
         batch_size = run.optimizer.batch_size
         agree_on_products(self._comm, network.layers, batch_size)
         first_on_each_node(self._comm, lambda: _use_kernels(network, applied_rule, self._data, batch_size))
@@ -156,9 +153,8 @@ class _Session:
                 recorder = self._recorder("shard", number, session, started)
                 held = store.ranges[number]
                 served = store.server(applied_rule)
-                _fill(served, arrangement, held, network, checkpoint, applied_rule)
+                beginning.fill(served, arrangement, held, network, checkpoint, applied_rule)
                 mailbox = Mailbox(self._comm, Role.SHARD)
-                bandwidth = bottleneck.copy_bandwidth()  # before the lead's clock runs
                 if self._is_lead:
                     lead = self._lead(network, arrangement, placed, store, begin, mailbox, recorder, order)
                 every = run.monitor.report_seconds
@@ -200,36 +196,6 @@ class _Session:
                 for layer in network.own_layers if self._comm.rank == 0 else ():
                     try_layer(layer, DTYPE)
         return network, order
-
-    def _prepare_directory(self, layout: Layout, order: Order) -> tuple[Begin, Path | None, int]:
-        """Make the run directory, find the checkpoint to go on from, number the session; the lead tells all."""
-        run = self._run
-        path = ""
-        session = np.zeros(1, np.int64)
-        with together(self._comm, "preparing the run directory"):
-            if self._is_lead:
-                found = previous(run)
-                path = str(found or "")
-                session[0] = next_session(run.run.directory)
-        path = waiting.broadcast_text(self._comm, path, 0, "the lead to look for a checkpoint")
-        waiting.broadcast(self._comm, session, 0, "the number of the session")
-        warmstart = run.optimizer.warmstart
-        if not path:
-            return Begin(Stream(order.batches), warmstart), None, int(session[0])
-        with together(self._comm, "reading the checkpoint"), Checkpoint.open(Path(path)) as checkpoint:
-            checkpoint.expect(layout)
-            info = checkpoint.info
-            before = check_same_order(run, info.configuration, order, info.total, Path(path))
-            same_size = before.batch_size == order.batch_size
-            begin = Begin(
-                Stream(before.batches, info.frontier, info.holes).recut(before, order),
-                max(0, warmstart - info.step),
-                info.step,
-                info.samples,
-                info.done if len(info.done) == self._plan.replicas and same_size else (),
-                tuple(name for name in rule(run.optimizer).state_names if name not in checkpoint.vectors),
-            )
-        return begin, Path(path), int(session[0])
 
     def _recorder(self, role: str, number: int, session: int, started: float) -> Recorder:
         recorder = Recorder(self._run.run.directory, role, number, session=session, started=started)
@@ -340,7 +306,7 @@ class _Session:
     def _sandblast(self, network: Network, replica: Replica | None, order: Order) -> Result:
         """Learn by Sandblaster instead of Downpour."""
         run = self._run
-        begin, checkpoint, session = self._prepare_directory(network.layout, order)
+        begin, checkpoint, session = beginning.find(run, self._comm, self._plan.replicas, network.layout, order)
         batch_size, applied_rule = run.optimizer.batch_size, rule(run.optimizer)
         agree_on_products(self._comm, network.layers, batch_size)
         first_on_each_node(self._comm, lambda: _use_kernels(network, applied_rule, self._data, batch_size))
@@ -411,27 +377,3 @@ def _use_kernels(network: Network, applied_rule: Rule, data: RunData, samples: i
     applied_rule.apply(few, few.copy(), applied_rule.init(few))
     updates.sgd(few, few.copy(), 0.1)
     updates.add(few, few.copy())
-
-
-def _fill(
-    server: Server,
-    arrangement: Arrangement,
-    held: range,
-    network: Network,
-    path: Path | None,
-    applied_rule: Rule,
-) -> None:
-    """Give a shard its first parameters and state: fresh ones, or those of a checkpoint."""
-    if path is None:
-        for start, local, length in arrangement.pieces(held):
-            network.initial(start, server.parameters[local : local + length])
-        server.begin(None)
-        return
-    with Checkpoint.open(path) as checkpoint:
-        state: State = applied_rule.init(server.parameters)
-        for name, values in {PARAMETERS: server.parameters, **state}.items():
-            for start, local, length in arrangement.pieces(held) if name in checkpoint.vectors else ():
-                checkpoint.read(name, start, values[local : local + length])
-        versions = checkpoint.info.shard_versions
-    # Cut otherwise, the shards have no versions of their own to go on from.
-    server.begin(state, max(versions))

@@ -1,0 +1,120 @@
+"""Where a run begins: at fresh parameters or where an earlier session ended, and how the shards come by them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from mpi4py import MPI
+
+from dbmpi.checkpoint.previous import check_same_order, previous
+from dbmpi.checkpoint.reader import Checkpoint
+from dbmpi.checkpoint.schema import PARAMETERS
+from dbmpi.config import Run
+from dbmpi.data.stream import Order, Stream
+from dbmpi.monitor.records import next_session
+from dbmpi.network.network import Network
+from dbmpi.optim.lead import Begin
+from dbmpi.paramserver.layout import Layout
+from dbmpi.paramserver.rules import Rule, State, rule
+from dbmpi.paramserver.server import Server
+from dbmpi.partition.arrangement import Arrangement
+from dbmpi.runtime import waiting
+from dbmpi.runtime.world import together
+
+_LEAD = 0
+"""The rank of shard 0, which looks at the run directory for all."""
+
+
+class Beginning(NamedTuple):
+    """What all ranks know of where they begin."""
+
+    begin: Begin
+    """What has been learned, and what is left."""
+    checkpoint: Path | None
+    """Where the parameters are; None: they are fresh."""
+    session: int
+    """Which start of the run this is, from 1."""
+
+
+def find(run: Run, comm: MPI.Intracomm, replicas: int, layout: Layout, order: Order) -> Beginning:
+    """Make the run directory, find the checkpoint to go on from, number the session (collective).
+
+    Parameters
+    ----------
+    comm
+        All ranks.
+    replicas
+        That will learn.
+    layout, order
+        Of the network's parameters and of the samples, which those of the checkpoint must be.
+
+    Raises
+    ------
+    UserError
+        On every rank, if the directory cannot be used or its checkpoint is that of another run.
+    """
+    path = ""
+    session = np.zeros(1, np.int64)
+    with together(comm, "preparing the run directory"):
+        if comm.rank == _LEAD:
+            path = str(previous(run) or "")
+            session[0] = next_session(run.run.directory)
+    path = waiting.broadcast_text(comm, path, _LEAD, "the lead to look for a checkpoint")
+    waiting.broadcast(comm, session, _LEAD, "the number of the session")
+    warmstart = run.optimizer.warmstart
+    if not path:
+        return Beginning(Begin(Stream(order.batches), warmstart), None, int(session[0]))
+    with together(comm, "reading the checkpoint"), Checkpoint.open(Path(path)) as checkpoint:
+        checkpoint.expect(layout)
+        info = checkpoint.info
+        before = check_same_order(run, info.configuration, order, info.total, Path(path))
+        same_size = before.batch_size == order.batch_size
+        begin = Begin(
+            Stream(before.batches, info.frontier, info.holes).recut(before, order),
+            max(0, warmstart - info.step),
+            info.step,
+            info.samples,
+            info.done if len(info.done) == replicas and same_size else (),
+            tuple(name for name in rule(run.optimizer).state_names if name not in checkpoint.vectors),
+        )
+    return Beginning(begin, Path(path), int(session[0]))
+
+
+def fill(
+    server: Server,
+    arrangement: Arrangement,
+    held: range,
+    network: Network,
+    checkpoint: Path | None,
+    applied_rule: Rule,
+) -> None:
+    """Give a shard its first parameters and state.
+
+    Parameters
+    ----------
+    server
+        To be filled; it serves from now on.
+    arrangement, held
+        The order of the shards' vector, and the range of it that is this shard's.
+    network
+        Makes fresh parameters.
+    checkpoint
+        Holds others, if there are any.
+    applied_rule
+        Makes the state that a checkpoint lacks.
+    """
+    if checkpoint is None:
+        for start, local, length in arrangement.pieces(held):
+            network.initial(start, server.parameters[local : local + length])
+        server.begin(None)
+        return
+    with Checkpoint.open(checkpoint) as opened:
+        state: State = applied_rule.init(server.parameters)
+        for name, values in {PARAMETERS: server.parameters, **state}.items():
+            for start, local, length in arrangement.pieces(held) if name in opened.vectors else ():
+                opened.read(name, start, values[local : local + length])
+        versions = opened.info.shard_versions
+    # Cut otherwise, the shards have no versions of their own to go on from.
+    server.begin(state, max(versions))
