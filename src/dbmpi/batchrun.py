@@ -33,7 +33,8 @@ from dbmpi.optim.resuming import State, read_state
 from dbmpi.optim.sandblaster import Coordinator
 from dbmpi.optim.shardspace import ShardSpace
 from dbmpi.optim.warming import use_kernels
-from dbmpi.paramserver.client import Client, pieces
+from dbmpi.paramserver.client import Client
+from dbmpi.paramserver.layout import pieces
 from dbmpi.paramserver.window import Window
 from dbmpi.runtime import orders, waiting
 from dbmpi.runtime.orders import Mailbox

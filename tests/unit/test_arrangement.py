@@ -11,7 +11,7 @@ from unit.partition_layers import Dense, Filter, SplitDense, layout_of
 
 from dbmpi.config import ServerSection
 from dbmpi.errors import UserError
-from dbmpi.paramserver.client import pieces
+from dbmpi.paramserver.layout import pieces
 from dbmpi.partition.arrangement import aligned, described, equal
 from dbmpi.partition.group import Group
 from dbmpi.partition.parameters import LocalParameters

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dbmpi.objective import Outcome
-from dbmpi.paramserver.layout import Run
+from dbmpi.paramserver.layout import Run, pieces
 from dbmpi.paramserver.memory import Memory
 from dbmpi.paramserver.server import LAST, MORE, REPORT, Header
 from dbmpi.paramserver.window import Window
@@ -371,34 +371,3 @@ class _Told(NamedTuple):
     correct: int
     loss: float
     steps: int
-
-
-def pieces(runs: Sequence[Run], ranges: Sequence[range]) -> list[list[Run]]:
-    """Return for each shard the pieces of the runs that it holds; their `start` counts from its first element.
-
-    Runs that lie one behind the other in both vectors make one piece: every piece costs a transfer and a flag.
-    """
-    found: list[list[Run]] = [[] for _ in ranges]
-    stops = [held.stop for held in ranges]
-    for run in runs:
-        shard = bisect_right(stops, run.start)
-        position = run.start
-        while position < run.start + run.length:
-            held = ranges[shard]
-            stop = min(run.start + run.length, held.stop)
-            if position < stop:
-                local = run.local + position - run.start
-                _append(found[shard], Run(position - held.start, local, stop - position, run.pushed))
-                position = stop
-            shard += 1
-    return found
-
-
-def _append(found: list[Run], piece: Run) -> None:
-    """Add a piece, to the end of the last one if it follows that."""
-    if found:
-        start, local, length, pushed = found[-1]
-        if (start + length, local + length, pushed) == (piece.start, piece.local, piece.pushed):
-            found[-1] = Run(start, local, length + piece.length, pushed)
-            return
-    found.append(piece)

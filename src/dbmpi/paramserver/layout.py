@@ -7,7 +7,8 @@ and its L-BFGS history are vectors of the same layout and are cut alike (archite
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
@@ -96,3 +97,34 @@ def cut(size: int, parts: int) -> tuple[range, ...]:
     length, longer = divmod(size, parts)
     starts = [part * length + min(part, longer) for part in range(parts + 1)]
     return tuple(range(starts[part], starts[part + 1]) for part in range(parts))
+
+
+def pieces(runs: Sequence[Run], ranges: Sequence[range]) -> list[list[Run]]:
+    """Return for each shard the pieces of the runs that it holds; their `start` counts from its first element.
+
+    Runs that lie one behind the other in both vectors make one piece: every piece costs a transfer and a flag.
+    """
+    found: list[list[Run]] = [[] for _ in ranges]
+    stops = [held.stop for held in ranges]
+    for run in runs:
+        shard = bisect_right(stops, run.start)
+        position = run.start
+        while position < run.start + run.length:
+            held = ranges[shard]
+            stop = min(run.start + run.length, held.stop)
+            if position < stop:
+                local = run.local + position - run.start
+                _append(found[shard], Run(position - held.start, local, stop - position, run.pushed))
+                position = stop
+            shard += 1
+    return found
+
+
+def _append(found: list[Run], piece: Run) -> None:
+    """Add a piece, to the end of the last one if it follows that."""
+    if found:
+        start, local, length, pushed = found[-1]
+        if (start + length, local + length, pushed) == (piece.start, piece.local, piece.pushed):
+            found[-1] = Run(start, local, length + piece.length, pushed)
+            return
+    found.append(piece)
