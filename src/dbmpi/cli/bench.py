@@ -57,16 +57,10 @@ def run(arguments: argparse.Namespace) -> int:
     if launched(os.environ)[0] <= 1:
         arguments.measure(arguments, None, chosen)
         return 0
-    from dbmpi.errors import KnownToAll
     from dbmpi.runtime import world
 
-    comm = world.start()
-    try:
+    with world.ranks() as comm:
         arguments.measure(arguments, comm, chosen)
-    except KnownToAll:
-        raise
-    except BaseException as error:
-        world.report_and_abort(error)
     return 0
 
 

@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mpi4py import MPI
-
     from dbmpi.data.source import Source
     from dbmpi.inference import Inference
 
@@ -67,10 +65,11 @@ def opened(arguments: argparse.Namespace) -> Iterator[Inference]:
     Without a launcher no MPI is loaded.
     """
     from dbmpi.inference import Inference
+    from dbmpi.runtime import world
     from dbmpi.runtime.launcher import launched
 
     with (
-        _ranks() if launched(os.environ)[0] > 1 else nullcontext() as comm,
+        world.ranks() if launched(os.environ)[0] > 1 else nullcontext() as comm,
         Inference(
             arguments.checkpoint, comm, arguments.partitions, arguments.allow_code, arguments.batch_size
         ) as found,
@@ -90,21 +89,6 @@ def progress(source: Source, doing: str, shown: bool) -> Iterator[Callable[[int]
     with Progress(console=console, transient=True, disable=not (shown and console.is_terminal)) as bar:
         task = bar.add_task(doing, total=source.samples)
         yield lambda samples: bar.advance(task, samples)
-
-
-@contextmanager
-def _ranks() -> Iterator[MPI.Intracomm]:
-    """Start MPI; what one rank raises ends all."""
-    from dbmpi.errors import KnownToAll
-    from dbmpi.runtime import world
-
-    comm = world.start()
-    try:
-        yield comm
-    except KnownToAll:
-        raise
-    except BaseException as error:
-        world.report_and_abort(error)
 
 
 def _count(text: str) -> int:

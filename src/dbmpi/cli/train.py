@@ -43,22 +43,15 @@ def _train(arguments: argparse.Namespace, stop: StopSignal) -> int:
 
     chosen = prepare()
 
-    from dbmpi.errors import KnownToAll
     from dbmpi.runtime import world
 
-    comm = world.start()
-    try:
+    with world.ranks() as comm:
         described = _described(arguments, comm)
         if comm.rank == 0:
             print(chosen, flush=True)
         from dbmpi.train import train
 
         result = train(described, comm, stop)
-    except KnownToAll:
-        raise
-    except BaseException as error:
-        # The other ranks wait for this one: end them too, with this rank's message or traceback.
-        world.report_and_abort(error)
     if comm.rank == 0:
         _print(result, described.run.directory)
     return 128 + result.stopped_by if result.stopped_by else 0

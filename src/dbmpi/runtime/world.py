@@ -61,6 +61,18 @@ def start() -> MPI.Intracomm:
     return comm
 
 
+@contextmanager
+def ranks() -> Iterator[MPI.Intracomm]:
+    """Start MPI for the block (see :func:`start`), and end all ranks where an exception of this one alone leaves it."""
+    comm = start()
+    try:
+        yield comm
+    except KnownToAll:
+        raise
+    except BaseException as error:  # whatever it is, the other ranks wait for this one
+        report_and_abort(error)
+
+
 def report_and_abort(error: BaseException) -> NoReturn:
     """Print what happened on this rank, with a traceback unless the message says it all, and end all ranks.
 
