@@ -122,15 +122,35 @@ class Blocking:
         self._client.settle()
 
 
-class _Ahead:
+class Concurrent:
     """What goes on while a gradient is computed: the next parameters arrive, and gradients leave.
 
     Within a host a fetch is a copy by a thread that releases the interpreter, and a push needs no thread: shards read
     the gradient in place.  To other hosts a second thread drives the transfers.
+
+    Parameters
+    ----------
+    client
+        Fetches and pushes.
+    size, dtype
+        Of the worker's flat vector.
+    parts
+        For each layer the range of the flat vector that holds its parameters.
+    serve
+        Called while the loop waits.
     """
 
-    def __init__(self, client: Client, size: int, dtype: np.dtype[np.floating], serve: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        client: Client,
+        size: int,
+        dtype: np.dtype[np.floating],
+        parts: Sequence[range],
+        serve: Callable[[], bool],
+    ) -> None:
+        client.divide(parts)
         self._client = client
+        self._parts = parts
         self._serve = serve
         self._in_place = client.parameters is not None
         self.parameters = np.zeros(size, dtype) if client.parameters is None else client.parameters
@@ -186,7 +206,7 @@ class _Ahead:
             self._sending.append(self._sender.submit(self._client.drain))
 
 
-class Overlapped(_Ahead):
+class Overlapped(Concurrent):
     """All at once: while a gradient is computed, the next parameters arrive and the last gradient leaves.
 
     There are two accrued gradients: one is computed while the shards take the other one in, so that nothing is lost or
@@ -196,10 +216,8 @@ class Overlapped(_Ahead):
 
     Parameters
     ----------
-    parts
-        For each layer the range of the flat vector that holds its parameters.
-    serve
-        Called while the loop waits.
+    client, size, dtype, parts, serve
+        See `Concurrent`.
     apart
         Whether the gradient of each step is needed by itself before it is accrued.
     """
@@ -214,9 +232,7 @@ class Overlapped(_Ahead):
         *,
         apart: bool = False,
     ) -> None:
-        super().__init__(client, size, dtype, serve)
-        self._parts = parts
-        client.divide(parts)
+        super().__init__(client, size, dtype, parts, serve)
         # One accrued gradient grows and one leaves; the marks say what must be applied before each is used again.
         self._growing, self._leaving = list(client.gradients) or [np.zeros(size, dtype) for _ in range(2)]
         self._marks: list[Mark] = [client.mark(), client.mark()]
@@ -269,7 +285,7 @@ class Overlapped(_Ahead):
         self._drive()
 
 
-class Layerwise(_Ahead):
+class Layerwise(Concurrent):
     """No gradient is ever there as a whole: each layer's leaves when it is complete, and makes room for others.
 
     With ``overlap=False`` a fetch waits for the own pushes, and one client is serial learning, bit for bit: a layer's
@@ -277,10 +293,10 @@ class Layerwise(_Ahead):
 
     Parameters
     ----------
-    parts
-        For each layer the range of the flat vector that holds its parameters.
-    serve
-        Called while the loop waits.
+    client, size, dtype, parts, serve
+        See `Concurrent`.
+    overlap
+        Whether fetches and pushes go on while a gradient is computed.
     pushing
         Entered while a layer waits for its room: whose time it is.
     """
@@ -296,7 +312,7 @@ class Layerwise(_Ahead):
         overlap: bool,
         pushing: AbstractContextManager[None],
     ) -> None:
-        super().__init__(client, size, dtype, serve)
+        super().__init__(client, size, dtype, parts, serve)
         self._overlap = overlap
         self._room = Room(client, parts, dtype, serve, pushing)
         self.gradient: Gradient = self._room

@@ -25,7 +25,7 @@ class Room:
     Parameters
     ----------
     client
-        Sends the gradients; the room is in its window where shards read them in place.
+        Sends the gradients part by part (:meth:`Client.divide`); the room is in its window where shards read in place.
     parts
         For each layer the range of the worker's own vector that holds its parameters.
     serve
@@ -42,7 +42,6 @@ class Room:
         serve: Callable[[], bool],
         waiting: AbstractContextManager[None],
     ) -> None:
-        client.divide(parts)
         size = room_size(parts)
         self._client, self._serve, self._waiting = client, serve, waiting
         self._memory = client.gradients[0][:size] if client.gradients else np.empty(size, dtype)
