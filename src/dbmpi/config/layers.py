@@ -9,6 +9,8 @@ from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
 
 from dbmpi.config.values import Count, Name, NotNegative, Odd, Positive, Section, shown
 
+Activation = Literal["sigmoid", "tanh", "relu", "linear"]
+
 
 class Dense(Section):
     """A fully connected layer: ``y = activation(W x + b)``."""
@@ -18,25 +20,25 @@ class Dense(Section):
     """Name in checkpoints; by default the type and the place, e.g. ``dense1``."""
     units: Count
     """Number of outputs."""
-    activation: Literal["sigmoid", "tanh", "relu", "linear"] = "linear"
+    activation: Activation = "linear"
     """Function applied to every output."""
     initial_scale: NotNegative = 1.0
     """Factor on the standard deviation of the initial weights."""
 
 
-class Local(Section):
-    """A locally connected layer: a filter of its own at every place (not shared), valid borders."""
+class _Filters(Section):
+    """What layers of filters that see a field of their inputs have in common."""
 
-    type: Literal["local"] = "local"
+    type: str
     name: Name | None = None
-    """Name in checkpoints; by default the type and the place, e.g. ``local1``."""
+    """Name in checkpoints; by default the type and the place, e.g. ``local1`` or ``convolution2``."""
     maps: Count
     """Number of maps: filters at every place."""
     field: Count | tuple[Count, Count]
     """Rows and columns of the inputs that a filter sees; one number for a square."""
     stride: Count = 1
     """Rows, and columns, from one field to the next."""
-    activation: Literal["sigmoid", "tanh", "relu", "linear"] = "linear"
+    activation: Activation = "linear"
     """Function applied to every output."""
     initial_scale: NotNegative = 1.0
     """Factor on the standard deviation of the initial weights."""
@@ -44,24 +46,16 @@ class Local(Section):
     """With the loss ``reconstruction``: weight of ``|x' - x|^2`` for inputs x and their estimate from the outputs."""
 
 
-class Convolution(Section):
+class Local(_Filters):
+    """A locally connected layer: a filter of its own at every place (not shared), valid borders."""
+
+    type: Literal["local"] = "local"
+
+
+class Convolution(_Filters):
     """A convolution: the same filters at every place, valid borders."""
 
     type: Literal["convolution"] = "convolution"
-    name: Name | None = None
-    """Name in checkpoints; by default the type and the place, e.g. ``convolution1``."""
-    maps: Count
-    """Number of maps: filters."""
-    field: Count | tuple[Count, Count]
-    """Rows and columns of the inputs that a filter sees; one number for a square."""
-    stride: Count = 1
-    """Rows, and columns, from one field to the next."""
-    activation: Literal["sigmoid", "tanh", "relu", "linear"] = "linear"
-    """Function applied to every output."""
-    initial_scale: NotNegative = 1.0
-    """Factor on the standard deviation of the initial weights."""
-    reconstruction: NotNegative = 0.0
-    """With the loss ``reconstruction``: weight of ``|x' - x|^2`` for inputs x and their estimate from the outputs."""
 
 
 class Pooling(Section):
