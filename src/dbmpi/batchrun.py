@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,8 +34,10 @@ from dbmpi.optim.resuming import State, read_state
 from dbmpi.optim.sandblaster import Coordinator
 from dbmpi.optim.shardspace import ShardSpace
 from dbmpi.optim.warming import use_kernels
+from dbmpi.paramserver import window as windows
 from dbmpi.paramserver.client import Client
 from dbmpi.paramserver.layout import pieces
+from dbmpi.paramserver.probe import transport_between_hosts
 from dbmpi.paramserver.window import Window
 from dbmpi.runtime import orders, waiting
 from dbmpi.runtime.orders import Mailbox
@@ -74,7 +77,11 @@ def learn(setup: Setup, stack: ExitStack) -> Learned:
     with together(comm, "planning the batches"):
         _check(setup)
     setup.tests, setup.stretches  # noqa: B018 (collective: all ranks ask here)
-    window = stack.enter_context(Window.allocate(comm, setup.nbytes(comm.rank)))
+    transport, notes = transport_between_hosts(comm, setup.run.server.transport, windows.hosts(comm))
+    window = stack.enter_context(Window.allocate(comm, setup.nbytes(comm.rank), transport=transport))
+    if transport == "p2p":
+        # Replicas read and change words of one another and of the lead at any time, and messages need an answer.
+        stack.enter_context(waiting.serving(partial(_look, window)))
     number, worker_number = plan.shard_of(comm.rank), plan.worker_of(comm.rank)
     space = coordinator = worker = None
     with together(comm, "preparing the shards", seconds=86400.0):
@@ -86,7 +93,7 @@ def learn(setup: Setup, stack: ExitStack) -> Learned:
     if number == 0:
         assert space is not None
         step = worker.poll if worker is not None else lambda: False
-        coordinator = _coordinator(setup, window, space, carried, state, step, stack)
+        coordinator = _coordinator(setup, window, space, carried, state, notes, step, stack)
         coordinator.run()
     mailbox = Mailbox(comm, orders.Role.WORKER)
     told = number == 0  # the coordinator has its own ear for signals
@@ -104,6 +111,11 @@ def learn(setup: Setup, stack: ExitStack) -> Learned:
 
     waiting.until(ended, "the coordinator's next batch", serve=serve, seconds=_FOR_THE_LEAD * waiting.STALL_SECONDS)
     return _conclude(comm, coordinator, time.monotonic() - began)
+
+
+def _look(window: Window) -> bool:
+    window.sync()
+    return window.busy
 
 
 def _check(setup: Setup) -> None:
@@ -267,6 +279,7 @@ def _coordinator(
     space: ShardSpace,
     carried: list[str],
     state: State | None,
+    notes: Sequence[str],
     serve: Callable[[], bool],
     stack: ExitStack,
 ) -> Coordinator:
@@ -276,6 +289,8 @@ def _coordinator(
     progress.message(
         f"{plan}; {setup.network.size:,} parameters; {order.samples:,} samples of {setup.data.input_shape}; Sandblaster"
     )
+    for note in notes:
+        progress.message(note)
     if begin.step:
         kept = ", with the history of L-BFGS" if state is not None and state.pairs else ""
         progress.message(f"going on after {begin.step:,} steps{kept}")

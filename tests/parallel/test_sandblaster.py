@@ -24,7 +24,6 @@ from dbmpi.optim.localspace import LocalSpace
 from dbmpi.optim.methods import with_l2
 from dbmpi.optim.passes import Passes
 from dbmpi.optim.portionwork import PortionWork
-from dbmpi.paramserver.window import Window
 from dbmpi.runtime import waiting
 from dbmpi.train import train
 
@@ -40,7 +39,12 @@ def place(comm, shared_path) -> Path:
 
 
 def describe(
-    place: Path, topology: dict[str, object], name: str = "run", epochs: float = 12, **settings: object
+    place: Path,
+    topology: dict[str, object],
+    name: str = "run",
+    epochs: float = 12,
+    server: dict[str, object] | None = None,
+    **settings: object,
 ) -> Run:
     return tiny.describe(
         place,
@@ -48,6 +52,7 @@ def describe(
         topology=topology,
         optimizer={"method": "sandblaster", "batch_size": 6, "epochs": epochs},
         sandblaster=settings,
+        server=server or {},
     )
 
 
@@ -98,14 +103,14 @@ def test_in_order_all_bits_are_those_of_a_serial_run(comm, place) -> None:
 
 
 @pytest.mark.parallel([3, 4])
-def test_between_nodes_the_bits_are_the_same(comm, place, monkeypatch) -> None:
-    """Without memory to share, all transfers and atomics are those between nodes."""
-    allocate = Window.allocate
-    monkeypatch.setattr(Window, "allocate", lambda comm, nbytes: allocate(comm, nbytes, shared=False))
-    topology = {"shards": 2, "colocate": True} if comm.size == 4 else {"shards": 1}
-    run = describe(place, topology, deterministic=True, memory=3, gtol=0, ftol=0, epochs=6)
+@pytest.mark.parametrize("transport", ["rma", "p2p"])
+def test_between_hosts_the_bits_are_the_same(comm, place, transport) -> None:
+    """Two ranks share memory, others are reached by transfers and atomics or by messages, with one result."""
+    comm, server = tiny.Hosts(comm), {"transport": transport}
+    topology = {"shards": 1} if comm.size == 3 else {"shards": 2, "colocate": True}
+    run = describe(place, topology, server=server, deterministic=True, memory=3, gtol=0, ftol=0, epochs=6)
     np.testing.assert_array_equal(tiny.vectors(train(run, comm).checkpoint)["parameters"], serial(run, 6))
-    other = describe(place, topology, "other", portions_per_push=3, epochs=6)
+    other = describe(place, topology | {"partitions": 2}, "other", server=server, portions_per_push=3, epochs=6)
     assert train(other, comm).test.samples == tiny.TEST_SAMPLES
 
 

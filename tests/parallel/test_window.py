@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from mpi4py import MPI
+from parallel import tiny
 
 from dbmpi.paramserver import probe
 from dbmpi.paramserver.window import Window
@@ -94,11 +95,13 @@ def test_the_probe_measures_both_transports_and_takes_the_faster(comm, monkeypat
 
 
 @pytest.mark.parallel([1, 2, 4])
-@pytest.mark.parametrize("shared", [True, False], ids=["shared memory", "rma"])
-def test_of_all_that_compare_and_swap_one_wins(comm, shared) -> None:
+@pytest.mark.parametrize("hosts", [False, True], ids=["", "some share memory"])
+@pytest.mark.parametrize("way", WAYS)
+def test_of_all_that_compare_and_swap_one_wins(comm, way, hosts) -> None:
     """Every rank counts up by compare-and-swap, and no count is lost; rank 0 goes on serving others when it is done."""
     turns, won = 200, []
-    with Window.allocate(comm, 1024, shared=shared) as window:
+    settings = WAYS[way] | {"shared": True} if hosts else WAYS[way]
+    with Window.allocate(tiny.Hosts(comm) if hosts else comm, 1024, **settings) as window:
         while len(won) < turns:
             before = window.load(0, FLAG)
             if window.compare_and_swap(0, FLAG, before, before + 1) == before:

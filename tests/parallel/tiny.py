@@ -7,6 +7,7 @@ from typing import Any
 
 import h5py
 import numpy as np
+from mpi4py import MPI
 
 from dbmpi.checkpoint.reader import Checkpoint
 from dbmpi.config import Run
@@ -49,6 +50,13 @@ def describe(directory: Path, **sections: dict[str, Any]) -> Run:
     }
     names = usual | sections
     return Run.model_validate({name: usual.get(name, {}) | sections.get(name, {}) for name in names})
+
+
+class Hosts(MPI.Intracomm):
+    """Ranks that seem to be on several hosts, two on each."""
+
+    def Split_type(self, kind: int, key: int = 0, info: MPI.Info = MPI.INFO_NULL) -> MPI.Intracomm:  # noqa: N802
+        return self.Split(self.rank // 2, key)
 
 
 class Twin:

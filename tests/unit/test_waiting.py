@@ -95,6 +95,17 @@ def test_a_sign_of_life_makes_the_naps_short_again(clock: Clock) -> None:
     assert clock.naps[20] == 0
 
 
+def test_what_others_want_is_served_in_every_wait_and_is_no_sign_of_life(clock: Clock) -> None:
+    looks = []
+    with waiting.serving(lambda: bool(looks.append(0)) or True), pytest.raises(RunFailed):
+        waiting.until(lambda: False, "anything", seconds=1e-4)
+    assert len(looks) > 10
+    assert not any(clock.naps)
+    served = len(looks)
+    waiting.until(lambda: len(clock.naps) > 200, "naps")
+    assert len(looks) == served
+
+
 def test_a_suspended_process_has_not_waited_all_that_time(clock: Clock) -> None:
     looks = 0
 

@@ -275,11 +275,6 @@ class Run(Section):
                 "optimizer.warmstart is for the method 'downpour'; to begin Sandblaster from parameters that Downpour "
                 "has learned, go on from its checkpoint with checkpoint.resume = 'auto'"
             )
-        if self.optimizer.method == "sandblaster" and self.server.transport == "p2p":
-            raise ValueError(
-                'server.transport = "p2p" has no atomic operations, which Sandblaster needs; set server.transport '
-                'to "rma"'
-            )
         if sandblaster.batch_overlap:
             fits = {
                 f"sandblaster.batch_portions = {sandblaster.batch_portions}, at least twice as many": (

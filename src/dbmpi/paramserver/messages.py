@@ -5,13 +5,14 @@ target knows of every transfer, because it takes part in it: it receives what is
 what is asked for, and sees by :meth:`Messages.serve` that something is under way.
 
 What one rank asks of another is done in the order of asking: a store after all earlier puts, a load after all earlier
-gets; only puts may overlap.
+gets; only puts may overlap.  A swap is carried out by the owner of the word, between two other orders.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Callable
 from enum import IntEnum
 
 import numpy as np
@@ -31,6 +32,11 @@ class _Kind(IntEnum):
     STORE = 2
     LOAD = 3
     GET = 4
+    SWAP = 5
+
+
+_WORDS = 5
+"""Of an order: kind, offset, value or bytes, tag, and what a swap expects."""
 
 
 class Messages:
@@ -42,11 +48,15 @@ class Messages:
         All ranks; the messages travel on a duplicate (collective).
     local
         This rank's memory, uint8, open to the others.
+    swap
+        ``swap(offset, expected, value)`` sets a word of this rank's memory if it is as expected, and returns what it
+        was, as one operation for all who reach that memory without messages.
     """
 
-    def __init__(self, comm: MPI.Intracomm, local: np.ndarray) -> None:
+    def __init__(self, comm: MPI.Intracomm, local: np.ndarray, swap: Callable[[int, int, int], int]) -> None:
         self._comm = comm.Dup()
         self._local = local
+        self._swap = swap
         self._lock = threading.Lock()
         self._serving = threading.Lock()
         self._tag = 0
@@ -54,7 +64,7 @@ class Messages:
         self._puts: dict[tuple[int, int], list[MPI.Request]] = {}
         # Of each rank: the orders that are not begun, and the transfers of earlier ones that go on.
         self._orders: dict[int, deque[list[int]]] = {}
-        self._going: dict[int, list[MPI.Request]] = {}
+        self._going: dict[int, list[tuple[MPI.Request, np.ndarray]]] = {}
 
     def put(self, rank: int, offset: int, data: np.ndarray) -> None:
         """Begin to copy `data` to `offset` of a rank's memory; it must stay until the next store there."""
@@ -76,6 +86,12 @@ class Messages:
         self._ask(_Kind.LOAD, rank, offset, word, f"a flag of rank {rank}")
         return int(word[0])
 
+    def compare_and_swap(self, rank: int, offset: int, expected: int, value: int) -> int:
+        """Set the word at `offset` of a rank's memory if it is `expected`; return what it was before."""
+        word = np.empty(1, np.int64)
+        self._ask(_Kind.SWAP, rank, offset, word, f"a flag of rank {rank} to be swapped", value, expected)
+        return int(word[0])
+
     def get(self, rank: int, offset: int, out: np.ndarray) -> None:
         """Copy from `offset` of a rank's memory into `out`."""
         self._ask(_Kind.GET, rank, offset, out, f"data of rank {rank}")
@@ -87,7 +103,7 @@ class Messages:
         try:
             status = MPI.Status()
             while self._comm.Iprobe(MPI.ANY_SOURCE, _ORDERS, status):
-                words = np.empty(4, np.int64)
+                words = np.empty(_WORDS, np.int64)
                 self._comm.Recv(words, status.source, _ORDERS)
                 self._orders.setdefault(status.source, deque()).append(words.tolist())
             for rank, orders in self._orders.items():
@@ -104,17 +120,27 @@ class Messages:
         waiting.barrier(self._comm, "the other ranks to close their windows", serve=self.serve)
         self._comm.Free()
 
-    def _ask(self, kind: _Kind, rank: int, offset: int, out: np.ndarray, what: str) -> None:
+    def _ask(
+        self,
+        kind: _Kind,
+        rank: int,
+        offset: int,
+        out: np.ndarray,
+        what: str,
+        value: int | None = None,
+        expected: int = 0,
+    ) -> None:
+        """Give an order that is answered, and wait for the answer; its value is by default the bytes asked for."""
         with self._lock:
             tag = self._next_tag()
             request = self._comm.Irecv([out, MPI.BYTE], rank, tag)
-            self._order(rank, kind, offset, out.nbytes, tag)
+            self._order(rank, kind, offset, out.nbytes if value is None else value, tag, expected)
         self._complete(request, what)
 
-    def _order(self, rank: int, kind: _Kind, offset: int, value: int, tag: int | None = None) -> int:
+    def _order(self, rank: int, kind: _Kind, offset: int, value: int, tag: int | None = None, expected: int = 0) -> int:
         """Send an order, and return the tag of its data; the lock keeps orders and their data in one sequence."""
         tag = self._next_tag() if tag is None else tag
-        words = np.array([kind, offset, value, tag], np.int64)
+        words = np.array([kind, offset, value, tag, expected], np.int64)
         self._leaving = [(request, kept) for request, kept in self._leaving if not request.Test()]
         self._leaving.append((self._comm.Isend(words, rank, _ORDERS), words))
         return tag
@@ -128,15 +154,20 @@ class Messages:
 
     def _obey(self, rank: int, orders: deque[list[int]]) -> None:
         """Carry out a rank's orders up to the first that must wait."""
-        going = self._going[rank] = [request for request in self._going.get(rank, ()) if not request.Test()]
+        going = self._going[rank] = [
+            (request, kept) for request, kept in self._going.get(rank, ()) if not request.Test()
+        ]
         while orders:
-            kind, offset, value, tag = orders[0]
-            if kind == _Kind.PUT:
-                going.append(self._comm.Irecv([self._local[offset : offset + value], MPI.BYTE], rank, tag))
-            elif going:
+            kind, offset, value, tag, expected = orders[0]
+            if kind != _Kind.PUT and going:
                 return
-            elif kind == _Kind.STORE:
+            if kind == _Kind.STORE:
                 self._local[offset : offset + 8].view(np.int64)[0] = value
+            elif kind == _Kind.SWAP:
+                before = np.array([self._swap(offset, expected, value)], np.int64)
+                going.append((self._comm.Isend([before, MPI.BYTE], rank, tag), before))
             else:
-                going.append(self._comm.Isend([self._local[offset : offset + value], MPI.BYTE], rank, tag))
+                part = self._local[offset : offset + value]
+                move = self._comm.Irecv if kind == _Kind.PUT else self._comm.Isend
+                going.append((move([part, MPI.BYTE], rank, tag), part))
             orders.popleft()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from mpi4py import MPI
@@ -39,6 +40,29 @@ class Speed:
             f"get {self.get_bytes / 1e9:.2g} GB/s, put {self.put_bytes / 1e9:.2g} GB/s, "
             f"a flag in {1e6 * self.flag_seconds:.0f} us"
         )
+
+
+def transport_between_hosts(
+    comm: MPI.Intracomm, wanted: Literal["auto", "rma", "p2p"], hosts: np.ndarray
+) -> tuple[Transport, tuple[str, ...]]:
+    """Return the transport that is wanted, with "auto" the faster one if there are several hosts (collective).
+
+    Parameters
+    ----------
+    hosts
+        For each rank the lowest rank on its host.
+
+    Returns
+    -------
+    tuple
+        The transport, and what the user should know of it.
+    """
+    if wanted != "auto":
+        return wanted, ()
+    if len(set(hosts.tolist())) == 1:
+        return "rma", ()
+    transport, why = choose(comm, hosts)
+    return transport, (why,)
 
 
 def choose(comm: MPI.Intracomm, hosts: np.ndarray) -> tuple[Transport, str]:

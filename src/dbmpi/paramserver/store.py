@@ -15,10 +15,10 @@ from dbmpi.paramserver import window as windows
 from dbmpi.paramserver.client import Client
 from dbmpi.paramserver.layout import Run
 from dbmpi.paramserver.memory import Memory, chunk_elements, lines
-from dbmpi.paramserver.probe import choose
+from dbmpi.paramserver.probe import transport_between_hosts
 from dbmpi.paramserver.rules import Rule
 from dbmpi.paramserver.server import Server
-from dbmpi.paramserver.window import Transport, Window
+from dbmpi.paramserver.window import Window
 
 if TYPE_CHECKING:
     from dbmpi.topology import Plan
@@ -109,11 +109,8 @@ class Store:
             self.notes += (f"/dev/shm has no room for gradients that shards read in place{less}: they are copied",)
         if not shared:
             self._memories = [self._memory(shard, chunk, nobody[shard]) for shard in range(plan.shards)]
-        several = len(set(hosts.tolist())) > 1
-        transport: Transport = "rma" if section.transport == "auto" else section.transport
-        if section.transport == "auto" and several:
-            transport, why = choose(comm, hosts)
-            self.notes += (why,)
+        transport, notes = transport_between_hosts(comm, section.transport, hosts)
+        self.notes += notes
         self.window = Window.allocate(comm, self._nbytes(), shared=shared, transport=transport)
         self._whole = self._common_parameters() if self._common else None
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 import threading
+from functools import partial
 from types import TracebackType
 from typing import Literal
 
@@ -90,8 +91,9 @@ class Window:
         self.local.fill(0)
         self._messages: Messages | None = None
         self._win = MPI.WIN_NULL
+        self._swapping = threading.Lock()
         if transport == "p2p":
-            self._messages = Messages(comm, self.local)
+            self._messages = Messages(comm, self.local, partial(self._swap_near, comm.rank))
         else:
             info = MPI.Info.Create()
             for key, hint in _HINTS.items():
@@ -201,21 +203,18 @@ class Window:
     def compare_and_swap(self, rank: int, offset: int, expected: int, value: int) -> int:
         """Set the word at `offset` of a rank's memory if it is `expected`, atomically; return what it was before.
 
-        It does not wait for earlier puts.  Within one node nobody's help is needed.  Between nodes this waits inside
-        MPI until the target has entered MPI too, where the network has no atomics of its own.  With the transport
-        "p2p" there is no such operation between nodes.
+        It does not wait for earlier puts.  Within one node nobody's help is needed.  Between nodes this waits until the
+        target looks: inside MPI, where the network has no atomics of its own; with the transport "p2p" while this rank
+        serves others.
         """
         self.sync()
-        new, compared, before = (np.array([word], np.int64) for word in (value, expected, 0))
-        # All must use the same way to a word: the shared window's atomics know nothing of the other window's.
-        if self._memory is not None and len(self._near) == self._comm.size:
-            window, target = self._memory, self._node_rank[rank]
-        else:
-            assert self._messages is None
-            window, target = self._win, rank
-        window.Compare_and_swap([new, MPI.INT64_T], [compared, MPI.INT64_T], [before, MPI.INT64_T], target, offset)
-        window.Flush(target)
-        return int(before[0])
+        if self._messages is None and len(self._near) < self._comm.size:
+            # All must use the same way to a word: the shared window's atomics know nothing of the other window's.
+            return _swap(self._win, rank, offset, expected, value)
+        if rank not in self._near:
+            assert self._messages is not None
+            return self._messages.compare_and_swap(rank, offset, expected, value)
+        return self._swap_near(rank, offset, expected, value)
 
     def free(self) -> None:
         """Give the memory back (collective); a second call does nothing."""
@@ -238,6 +237,17 @@ class Window:
             self._memory = None
         self._node.Free()
         self._empty.Free()
+
+    def _swap_near(self, rank: int, offset: int, expected: int, value: int) -> int:
+        """Swap a word of a rank of this node; without shared memory that is this rank, which alone reaches it."""
+        if self._memory is not None:
+            return _swap(self._memory, self._node_rank[rank], offset, expected, value)
+        with self._swapping:
+            word = self.local[offset : offset + 8].view(np.int64)
+            before = int(word[0])
+            if before == expected:
+                word[0] = value
+            return before
 
     def _atomic(self, rank: int, offset: int, value: int, operation: MPI.Op) -> tuple[MPI.Request, np.ndarray]:
         """Begin an atomic operation on a flag; its request completes when it has been carried out at the target.
@@ -284,6 +294,13 @@ def missing(comm: MPI.Intracomm, nbytes: int) -> int:
     node.Free()
     lacks = need - _shared_memory_free()
     return int(waiting.allreduce(comm, lacks, MPI.MAX, "the other ranks to plan windows")[0])
+
+
+def _swap(window: MPI.Win, target: int, offset: int, expected: int, value: int) -> int:
+    new, compared, before = (np.array([word], np.int64) for word in (value, expected, 0))
+    window.Compare_and_swap([new, MPI.INT64_T], [compared, MPI.INT64_T], [before, MPI.INT64_T], target, offset)
+    window.Flush(target)
+    return int(before[0])
 
 
 def _bytes(memory: MPI.buffer) -> np.ndarray:

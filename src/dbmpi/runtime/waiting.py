@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -38,6 +39,7 @@ def stall_seconds() -> float:
     return seconds
 
 
+_in_every_wait: list[Callable[[], bool]] = []
 STALL_SECONDS = stall_seconds()
 """A wait in which nothing moves for this long ends the run."""
 _LONGEST_LOOK = 1.0
@@ -65,6 +67,20 @@ class Backoff:
         """Yield the core, and nap a quarter longer than the last time."""
         time.sleep(self._next)
         self._next = min(max(1.25 * self._next, self._shortest), self._longest)
+
+
+@contextmanager
+def serving(serve: Callable[[], bool]) -> Iterator[None]:
+    """Call `serve` in every wait of this process, whoever waits and for what; it returns whether something goes on.
+
+    For what others may want of this rank at any time, so that two who wait for each other's answers come on.  While
+    something goes on this rank does not nap; a sign of life it is not.  `serve` must not wait.
+    """
+    _in_every_wait.append(serve)
+    try:
+        yield
+    finally:
+        _in_every_wait.remove(serve)
 
 
 def until(
@@ -99,6 +115,9 @@ def until(
     backoff = Backoff(longest=longest_nap)
     waited, looked = 0.0, time.monotonic()
     while not condition():
+        for others in _in_every_wait:
+            if others():
+                backoff.reset()
         now = time.monotonic()
         # A process that was suspended, perhaps with the whole job, has not waited all that time.
         waited, looked = waited + min(now - looked, _LONGEST_LOOK), now
