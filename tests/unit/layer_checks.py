@@ -5,7 +5,7 @@ from itertools import pairwise, product
 import numpy as np
 from hypothesis import strategies as st
 
-from dbmpi.network.layer import Context
+from dbmpi.network.layer import Context, takes_parts
 from dbmpi.partition.boxes import Box
 
 CONTEXT = Context(training=True, seed=5, step=3)
@@ -32,15 +32,26 @@ def run(layer, inputs, gradient=None, parameters=None, box=None, context=CONTEXT
         for short, values in (parameters or {}).items()
     }
     before = [array.copy() for array in (mine, *parts.values())]
-    outputs = np.full((*box.shape, inputs.shape[-1]), np.nan, inputs.dtype)
+    outputs, passed = (around(layer, (*box.shape, inputs.shape[-1]), inputs.dtype) for _ in range(2))
     layer.forward(box, parts, mine, outputs, context)
-    passed = np.ones_like(outputs) if gradient is None else gradient.astype(inputs.dtype)
+    passed[...] = 1 if gradient is None else gradient
     input_gradient = np.full_like(mine, np.nan)
     parameter_gradient = {short: np.full_like(values, np.nan) for short, values in parts.items()}
     layer.backward(box, parts, mine, outputs, passed, parameter_gradient, input_gradient, context)
     for array, copy in zip((mine, *parts.values()), before, strict=True):
         np.testing.assert_array_equal(array, copy)  # what a layer is given to read it does not change
+    for array in (outputs, passed):
+        if array.base is not None:
+            assert np.isnan(array.base).sum() == np.isnan(array).sum() + array.base.size - array.size
     return outputs, input_gradient, parameter_gradient
+
+
+def around(layer, shape, dtype):
+    """Return an array of NaN; where a layer takes parts, of a larger array: as if halos were around it."""
+    if not takes_parts(layer):
+        return np.full(shape, np.nan, dtype)
+    maps, rows, columns, samples = shape
+    return np.full((maps + 1, rows + 3, columns + 2, samples), np.nan, dtype)[1:, 2:-1, 1:-1]
 
 
 def check_gradients(layer, samples, seed, spread=1.0, tolerance=1e-6):

@@ -174,9 +174,11 @@ def test_an_empty_box_needs_nothing_and_computes_nothing():
 
 
 def test_arrays_with_gaps_are_refused_instead_of_copied():
-    weights, inputs = np.ones((3, 3, 2, 2, 2, 1)), np.ones((1, 4, 4, 8))
-    with pytest.raises(ValueError, match=r"\(2, 3, 3, 4\).*C-contiguous"):
-        local.forward(weights, np.ones((3, 3, 2)), inputs, np.ones((2, 3, 3, 8))[..., ::2], 1, "linear")
+    weights, bias, inputs = np.ones((3, 3, 2, 2, 2, 1)), np.ones((3, 3, 2)), np.ones((1, 4, 4, 4))
+    with pytest.raises(ValueError, match=r"\(2, 3, 3, 4\).*rows without gaps"):
+        local.forward(weights, bias, inputs, np.ones((2, 3, 3, 8))[..., ::2], 1, "linear")
+    with pytest.raises(ValueError, match=r"\(1, 4, 4, 4\).*C-contiguous"):
+        local.forward(weights, bias, np.ones((1, 4, 4, 8))[..., ::2], np.ones((2, 3, 3, 4)), 1, "linear")
 
 
 @settings(max_examples=40)

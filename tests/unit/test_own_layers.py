@@ -184,6 +184,7 @@ WRONG = {
                               ("forward returns float32 (2, 3)", "'outputs', float32 (2, 2, 3)")),
     "returns another dtype": (FORWARD,
                               "return inputs.astype('float64')", ("float64 (2, 2, 3)", "float32 (2, 2, 3)")),
+    "copies a part": (FORWARD, 'outputs.reshape(-1, 3)[:] = 0\n\n    takes_parts = True', ("'outputs'", "unwritten")),
     "writes a part": (FORWARD, "outputs[:1] = inputs[:1]", ("forward leaves 6 of the 12 values of 'outputs'",)),
     "no gradient": ("input_gradient[:] =", "x =", ("backward leaves 12 of the 12 values of 'input_gradient'",)),
     "no parameter gradient": ('parameter_gradient["weights"][:] =', "x =", ("parameter_gradient['weights']",)),

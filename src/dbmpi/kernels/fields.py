@@ -24,6 +24,7 @@ from numba import prange
 
 from dbmpi.kernels.compile import THREADS, Kernel, inlined, parallel_kernel
 from dbmpi.kernels.elementary import sigmoid, tanh
+from dbmpi.kernels.memory import rows_of
 from dbmpi.kernels.vector import REGISTERS, lanes
 from dbmpi.kernels.vector_rows import add_maps_to_rows, add_to_rows, multiply_rows, prefetch
 
@@ -133,6 +134,8 @@ def forward(
     ----------
     weights, bias
         (maps, depth) and (maps,) in any shape if `tied`, else (rows, columns, maps, depth) and (rows, columns, maps).
+    outputs
+        May be a part of a larger array, with rows in one piece.
     places
         Which rows and columns of the outputs to write; by default all.
     """
@@ -142,16 +145,19 @@ def forward(
     place, width = 0 if tied else maps, blocks.vectors * lanes(outputs.itemsize)
     beyond = field.beyond if samples > width else field.beyond[:0]
     _forward(*blocks.heights, blocks.vectors, not tied)(
-        *(flat(weights), flat(bias), flat(inputs), _contiguous(outputs), field.places, beyond),
+        *(flat(weights), flat(bias), flat(inputs), *rows_of(outputs), field.places, beyond),
         *(blocks.tall, blocks.short, (step * inputs.shape[2], step), (columns * place, place), width),
-        *(CODES[activation], *within),
+        *(CODES[activation], (maps, samples), *within),
     )
 
 
 def input_gradient(
     weights: np.ndarray, gradient: np.ndarray, result: np.ndarray, field: Field, stride: int, tied: bool
 ) -> None:
-    """Write the gradient for the inputs, of that for the outputs before the activation; shapes as in `forward`."""
+    """Write the gradient for the inputs, of that for the outputs before the activation; shapes as in `forward`.
+
+    Of filters that are not tied, `gradient` may be a part of a larger array, with rows in one piece.
+    """
     maps, rows, columns, samples = gradient.shape
     bands = _bands(rows, result.shape[1], int(field.rows.max()) + 1, stride, THREADS)
     if tied:
@@ -166,8 +172,8 @@ def input_gradient(
     width = blocks.vectors * lanes(gradient.itemsize)
     beyond = field.beyond if samples > width else field.beyond[:0]
     _untied_input_gradient(*blocks.heights, blocks.vectors)(
-        *(flat(weights), _contiguous(gradient), _contiguous(result), field.places, field.rows, beyond),
-        *(run, blocks.tall, blocks.short, bands, stride, (columns * maps, maps), width),
+        *(flat(weights), *rows_of(gradient), _contiguous(result), field.places, field.rows, beyond),
+        *(run, blocks.tall, blocks.short, bands, stride, (columns * maps, maps), width, (maps, rows, columns)),
     )
 
 
@@ -183,6 +189,7 @@ def _forward(height: int, shorter: int, vectors: int, ahead: bool) -> Kernel[...
         bias: np.ndarray,
         x: np.ndarray,
         y: np.ndarray,
+        y_steps: tuple[int, int],
         places: np.ndarray,
         beyond: np.ndarray,
         tall: int,
@@ -191,11 +198,12 @@ def _forward(height: int, shorter: int, vectors: int, ahead: bool) -> Kernel[...
         filters: tuple[int, int],
         width: int,
         code: int,
+        shape: tuple[int, int],
         rows: tuple[int, int],
         columns: tuple[int, int],
     ) -> None:
-        maps, out_height, out_width, samples = y.shape
-        depth, plane, out = places.size, out_height * out_width * samples, y.reshape(-1)
+        maps, samples = shape
+        depth, plane = places.size, y_steps[0]
         piece = piece_of(depth)
         for i in prange(rows[0], rows[1]):
             for j in range(columns[0], columns[1]):
@@ -209,25 +217,26 @@ def _forward(height: int, shorter: int, vectors: int, ahead: bool) -> Kernel[...
                             for place in beyond:
                                 prefetch(x, x_start + place, x_start + place + filled, False)
                         w_start = filters_start * depth
-                        y_start = (i * out_width + j) * samples + start
+                        y_start = i * y_steps[1] + j * samples + start
                         # fmt: off
                         for _ in range(tall):
                             multiply_rows(
                                 height, vectors, w, w_start, depth, x, x_start, places, first, last,
-                                out, y_start, plane, filled, first > 0, ahead,
+                                y, y_start, plane, filled, first > 0, ahead,
                             )
                             w_start += height * depth
                             y_start += height * plane
                         for _ in range(short):
                             multiply_rows(
                                 shorter, vectors, w, w_start, depth, x, x_start, places, first, last,
-                                out, y_start, plane, filled, first > 0, ahead,
+                                y, y_start, plane, filled, first > 0, ahead,
                             )
                             w_start += shorter * depth
                             y_start += shorter * plane
                         # fmt: on
                 for m in range(maps):
-                    _activate(y[m, i, j], bias[filters_start + m], code)
+                    y_start = m * plane + i * y_steps[1] + j * samples
+                    _activate(y[y_start : y_start + samples], bias[filters_start + m], code)
 
     return parallel_kernel(forward)
 
@@ -306,6 +315,7 @@ def _untied_input_gradient(height: int, shorter: int, vectors: int) -> Kernel[..
     def untied_input_gradient(
         w: np.ndarray,
         gradient: np.ndarray,
+        steps: tuple[int, int],
         result: np.ndarray,
         places: np.ndarray,
         rows: np.ndarray,
@@ -317,10 +327,11 @@ def _untied_input_gradient(height: int, shorter: int, vectors: int) -> Kernel[..
         stride: int,
         filters: tuple[int, int],
         width: int,
+        shape: tuple[int, int, int],
     ) -> None:
-        maps, out_height, out_width, samples = gradient.shape
-        in_width, source, target = result.shape[2], gradient.reshape(-1), result.reshape(-1)
-        depth, plane = places.size, out_height * out_width * samples
+        maps, out_height, out_width = shape
+        in_width, samples, target = result.shape[2], result.shape[3], result.reshape(-1)
+        depth, plane = places.size, steps[0]
         field_height = rows.max() + 1
         for band in prange(bands.size - 1):
             top, bottom = bands[band], bands[band + 1]
@@ -333,24 +344,24 @@ def _untied_input_gradient(height: int, shorter: int, vectors: int) -> Kernel[..
                     for start in range(0, samples, width):
                         filled = min(width, samples - start)
                         x_start = (i * in_width + j) * stride * samples + start
-                        g_start = (i * out_width + j) * samples + start
+                        g_start = i * steps[1] + j * samples + start
                         for place in beyond:
                             prefetch(target, x_start + place, x_start + place + filled, True)
                         for m in range(maps):
                             ahead = g_start + m * plane + width
-                            prefetch(source, ahead, min(ahead + width, source.size), False)
+                            prefetch(gradient, ahead, min(ahead + width, gradient.size), False)
                         for first in range(0, depth, run):
                             if not top <= i * stride + rows[first] < bottom:
                                 continue
                             # fmt: off
                             for block in range(tall):
                                 add_maps_to_rows(
-                                    height, vectors, w, w_start, depth, source, g_start, plane,
+                                    height, vectors, w, w_start, depth, gradient, g_start, plane,
                                     target, x_start, places, first + block * height, maps, filled,
                                 )
                             for block in range(short):
                                 add_maps_to_rows(
-                                    shorter, vectors, w, w_start, depth, source, g_start, plane,
+                                    shorter, vectors, w, w_start, depth, gradient, g_start, plane,
                                     target, x_start, places, first + tall * height + block * shorter, maps, filled,
                                 )
                             # fmt: on

@@ -15,6 +15,7 @@ from numba import prange
 from dbmpi.kernels import fields
 from dbmpi.kernels.compile import THREADS, Kernel, inlined, parallel_kernel
 from dbmpi.kernels.fields import CODES, RELU, SIGMOID, TANH, Blocks, Places, field_of, flat
+from dbmpi.kernels.memory import rows_of
 from dbmpi.kernels.vector import lanes
 from dbmpi.kernels.vector_lanes import transpose_block
 from dbmpi.kernels.vector_rows import multiply_rows, prefetch
@@ -40,10 +41,11 @@ def forward(
     Parameters
     ----------
     weights : (rows, columns, maps, field rows, field columns, channels) array
-        float32 or float64, as all others; all are C-contiguous.
+        float32 or float64, as all others; all but `outputs` are C-contiguous.
     bias : (rows, columns, maps) array
     inputs : (channels, height, width, samples) array
     outputs : (maps, rows, columns, samples) array
+        May be a part of a larger one, with rows in one piece.
     stride : int
     activation : str
         One of `CODES`.
@@ -55,7 +57,7 @@ def forward(
 
 
 def input_gradient(weights: np.ndarray, gradient: np.ndarray, result: np.ndarray, stride: int) -> None:
-    """Write the gradient for the inputs into `result`, from that before the activation."""
+    """Write the gradient for the inputs into `result`, from that before the activation; `gradient` as `outputs`."""
     field = field_of(ORDER, _field_shape(weights), result.shape)
     fields.input_gradient(weights, gradient, result, field, stride, tied=False)
 
@@ -76,17 +78,16 @@ def parameter_gradient(
     inputs, outputs, stride, activation
         As in `forward`, after it.
     gradient : (maps, rows, columns, samples) array
-        For the outputs.
+        For the outputs; may be a part of a larger one, too.
     weight_gradient, bias_gradient : arrays like weights and bias
     """
     rows, columns = _field_shape(weight_gradient)
     window, blocks = _window_of(rows, inputs.shape, inputs.itemsize), Blocks.of(gradient.shape[0])
-    flat(outputs), flat(gradient)
     _parameter_gradient(*blocks.heights, blocks.vectors)(
-        *(flat(inputs), outputs, gradient, flat(weight_gradient), flat(bias_gradient)),
+        *(flat(inputs), *rows_of(outputs), *rows_of(gradient), flat(weight_gradient), flat(bias_gradient)),
         *(np.empty((THREADS, window.size), inputs.dtype), window.places, window.samples, window.slot, window.lanes),
-        *(blocks.tall, blocks.short, (rows, columns), inputs.shape, stride, blocks.vectors * window.lanes),
-        CODES[activation],
+        *(blocks.tall, blocks.short, (rows, columns), inputs.shape, gradient.shape, stride),
+        *(blocks.vectors * window.lanes, CODES[activation]),
     )
 
 
@@ -101,7 +102,9 @@ def _parameter_gradient(height: int, shorter: int, vectors: int) -> Kernel[..., 
     def parameter_gradient(
         x: np.ndarray,
         y: np.ndarray,
+        y_steps: tuple[int, int],
         gradient: np.ndarray,
+        steps: tuple[int, int],
         weight_gradient: np.ndarray,
         bias_gradient: np.ndarray,
         windows: np.ndarray,
@@ -113,12 +116,13 @@ def _parameter_gradient(height: int, shorter: int, vectors: int) -> Kernel[..., 
         short: int,
         field: tuple[int, int],
         x_shape: tuple[int, int, int, int],
+        shape: tuple[int, int, int, int],
         stride: int,
         width: int,
         code: int,
     ) -> None:
-        maps, out_height, out_width, samples = gradient.shape
-        plane, source = out_height * out_width * samples, gradient.reshape(-1)
+        maps, out_height, out_width, samples = shape
+        plane, row_size = steps[0], out_width * samples
         rows, run = field[0], field[1] * x_shape[0]
         depth, bands = rows * run, windows.shape[0]
         for band in prange(bands):
@@ -126,9 +130,10 @@ def _parameter_gradient(height: int, shorter: int, vectors: int) -> Kernel[..., 
             done = 0
             for i in range(band * out_height // bands, (band + 1) * out_height // bands):
                 for m in range(maps):
-                    _derive(gradient[m, i].reshape(-1), y[m, i].reshape(-1), code)
+                    of_row = gradient[m * plane + i * steps[1] :][:row_size]
+                    _derive(of_row, y[m * y_steps[0] + i * y_steps[1] :][:row_size], code)
                     for j in range(out_width):
-                        of_place, total = gradient[m, i, j], gradient.dtype.type(0)
+                        of_place, total = of_row[j * samples : (j + 1) * samples], gradient.dtype.type(0)
                         for b in range(of_place.size):
                             total += of_place[b]
                         bias_gradient[(i * out_width + j) * maps + m] = total
@@ -148,19 +153,19 @@ def _parameter_gradient(height: int, shorter: int, vectors: int) -> Kernel[..., 
                             filled = min(width, run - first)
                             ahead = place + maps * (depth + u * run + first)
                             prefetch(weight_gradient, ahead, min(ahead + maps * filled, weight_gradient.size), True)
-                            g_start = (i * out_width + j) * samples
+                            g_start = i * steps[1] + j * samples
                             w_start = place + u * run + first
                             # fmt: off
                             for _ in range(tall):
                                 multiply_rows(
-                                    height, vectors, source, g_start, plane, window, x_start + first,
+                                    height, vectors, gradient, g_start, plane, window, x_start + first,
                                     starts, 0, samples, weight_gradient, w_start, depth, filled, False, False,
                                 )
                                 g_start += height * plane
                                 w_start += height * depth
                             for _ in range(short):
                                 multiply_rows(
-                                    shorter, vectors, source, g_start, plane, window, x_start + first,
+                                    shorter, vectors, gradient, g_start, plane, window, x_start + first,
                                     starts, 0, samples, weight_gradient, w_start, depth, filled, False, False,
                                 )
                                 g_start += shorter * plane
@@ -234,7 +239,7 @@ def _fill_window(
 
 @inlined
 def _derive(gradient: np.ndarray, y: np.ndarray, code: int) -> None:
-    """Multiply the gradient (samples,) of one map by the activation's derivative."""
+    """Multiply the gradient of a row of one map by the activation's derivative."""
     if code == SIGMOID:
         for b in range(y.size):
             gradient[b] *= y[b] - y[b] * y[b]

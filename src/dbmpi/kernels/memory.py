@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numpy.lib.stride_tricks import as_strided
 
 ALIGNMENT = 64
 """Bytes of a cache line, and of the widest vector: a vector that crosses a line costs two accesses."""
@@ -21,3 +22,30 @@ def aligned_empty(shape: int | tuple[int, ...], dtype: Any = np.float32) -> np.n
     start = -memory.ctypes.data % ALIGNMENT
     aligned: np.ndarray = memory[start : start + size * wanted.itemsize].view(wanted).reshape(shape)
     return aligned
+
+
+def rows_of(array: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
+    """Return an array (maps, rows, columns, samples), which may be a part of a larger one, as kernels take it.
+
+    A kernel is compiled once for such arrays, whether they have gaps or not, and knows that rows have none.
+
+    Returns
+    -------
+    elements : 1-D array
+        From the first element to the last one, with what lies between them; the same memory.
+    steps : (int, int)
+        Elements from map to map, and from row to row.
+
+    Raises
+    ------
+    ValueError
+        If a row, columns by samples, is not one piece.
+    """
+    maps, rows, columns, samples = array.shape
+    if array.flags.c_contiguous:
+        return array.reshape(-1), (rows * columns * samples, columns * samples)
+    plane, row = (stride // array.itemsize for stride in array.strides[:2])
+    if array.strides[2:] != (samples * array.itemsize, array.itemsize) or not plane >= row >= columns * samples:
+        raise ValueError(f"given an array {array.shape} with strides {array.strides}, expected rows without gaps")
+    size = (maps - 1) * plane + (rows - 1) * row + columns * samples
+    return as_strided(array, (size,), (array.itemsize,)), (plane, row)

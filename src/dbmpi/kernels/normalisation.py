@@ -106,7 +106,9 @@ def normalise(
     mean: np.ndarray,
     mean_place: tuple[int, int],
     divisor: np.ndarray,
+    maps: int,
     outputs: np.ndarray,
+    output_steps: tuple[int, int],
 ) -> None:
     """Compute ``(inputs - mean) / divisor``.
 
@@ -119,23 +121,30 @@ def normalise(
     mean_place : (int, int)
         Row and column of `mean` where the outputs start.
     divisor : array (output rows, output columns, samples)
-    outputs : array (output maps, output rows, output columns, samples)
+    maps : int
+        Maps of the outputs.
+    outputs, output_steps
+        The outputs (maps, output rows, output columns, samples) as :func:`dbmpi.kernels.memory.rows_of` gives them.
     """
-    maps, rows, columns, _ = outputs.shape
+    rows, columns, samples = divisor.shape
     first_map, first_row, first_column = input_place
     for line in prange(maps * rows):
         place, row = line // rows, line % rows
         values = inputs[first_map + place, first_row + row, first_column : first_column + columns].reshape(-1)
         average = mean[mean_place[0] + row, mean_place[1] : mean_place[1] + columns].reshape(-1)
-        below, output = divisor[row].reshape(-1), outputs[place, row].reshape(-1)
+        below = divisor[row].reshape(-1)
+        output = outputs[place * output_steps[0] + row * output_steps[1] :][: columns * samples]
         for i in range(output.size):
             output[i] = (values[i] - average[i]) / below[i]
 
 
 @parallel_kernel
 def divide_gradient(
+    maps: int,
     outputs: np.ndarray,
+    output_steps: tuple[int, int],
     gradient: np.ndarray,
+    gradient_steps: tuple[int, int],
     divisor: np.ndarray,
     floor: float,
     of_squares: np.ndarray,
@@ -145,8 +154,11 @@ def divide_gradient(
 
     Parameters
     ----------
-    outputs, gradient : arrays (maps, rows, columns, samples)
-        `gradient` is overwritten with ``gradient / divisor``.
+    maps : int
+        Maps of the outputs.
+    outputs, output_steps, gradient, gradient_steps
+        Both (maps, rows, columns, samples), as :func:`dbmpi.kernels.memory.rows_of` gives them; `gradient` is
+        overwritten with ``gradient / divisor``.
     divisor : array (rows, columns, samples)
     floor : float
         Where the divisor is not above it, it does not depend on the inputs.
@@ -155,14 +167,15 @@ def divide_gradient(
     total : array (rows, columns, samples)
         Overwritten with the sum over the maps of ``gradient / divisor``.
     """
-    maps, rows = gradient.shape[0], gradient.shape[1]
+    rows, columns, samples = divisor.shape
     zero, least = gradient.dtype.type(0), gradient.dtype.type(floor)
     for row in prange(rows):
         below, squares, sums = divisor[row].reshape(-1), of_squares[row].reshape(-1), total[row].reshape(-1)
         squares[:] = 0
         sums[:] = 0
         for place in range(maps):
-            output, values = outputs[place, row].reshape(-1), gradient[place, row].reshape(-1)
+            output = outputs[place * output_steps[0] + row * output_steps[1] :][: columns * samples]
+            values = gradient[place * gradient_steps[0] + row * gradient_steps[1] :][: columns * samples]
             for i in range(values.size):
                 quotient = values[i] / below[i]
                 values[i] = quotient
@@ -217,6 +230,8 @@ def input_gradient(
     of_squares: np.ndarray,
     of_mean: np.ndarray,
     divided: np.ndarray,
+    divided_steps: tuple[int, int],
+    divided_shape: tuple[int, int, int],
     divided_place: tuple[int, int, int],
     result: np.ndarray,
 ) -> None:
@@ -230,8 +245,10 @@ def input_gradient(
         The local mean and the smoothed gradient for the squares; lie within `inputs` at `mean_place`.
     of_mean : array (rows, columns, samples)
         The smoothed sum over the maps of the gradient for the centred inputs.
-    divided : array (fewer maps, fewer rows, fewer columns, samples)
-        gradient / divisor; lies within `inputs` at `divided_place`.
+    divided, divided_steps
+        gradient / divisor, as :func:`dbmpi.kernels.memory.rows_of` gives it.
+    divided_shape, divided_place : (int, int, int)
+        Its maps, rows and columns, and where among those of `inputs` they start.
     """
     maps, rows, _, samples = inputs.shape
     for line in prange(maps * rows):
@@ -251,9 +268,9 @@ def input_gradient(
             for i in range(part.size):
                 part[i] += factor[i] * (value[i] - average[i])
         inner_map, inner = place - divided_place[0], row - divided_place[1]
-        if 0 <= inner_map < divided.shape[0] and 0 <= inner < divided.shape[1]:
+        if 0 <= inner_map < divided_shape[0] and 0 <= inner < divided_shape[1]:
             start = divided_place[2] * samples
-            quotient = divided[inner_map, inner].reshape(-1)
+            quotient = divided[inner_map * divided_steps[0] + inner * divided_steps[1] :][: divided_shape[2] * samples]
             _add(target[start : start + quotient.size], quotient)
 
 

@@ -4,6 +4,9 @@ A window is summed by its rows first and then by its columns, so that overlappin
 Loops over the samples, which lie side by side, vectorise; loops over the rows of all maps are shared by the threads.
 Output row `r` is made of the input rows ``r * stride`` to ``r * stride + size``, columns alike, whichever part of a
 layer the arrays are: an output's sum has the same order everywhere.
+
+Outputs and their gradient, (maps, rows, columns, samples), may be parts of larger arrays: kernels take their shape, and
+elements and steps as :func:`dbmpi.kernels.memory.rows_of` gives them.
 """
 
 from __future__ import annotations
@@ -13,9 +16,21 @@ from numba import prange
 
 from dbmpi.kernels.compile import inlined, parallel_kernel
 
+Shape = tuple[int, int, int, int]
+Steps = tuple[int, int]
+
 
 @parallel_kernel
-def l2_forward(inputs: np.ndarray, rows: int, columns: int, stride: int, epsilon: float, outputs: np.ndarray) -> None:
+def l2_forward(
+    inputs: np.ndarray,
+    rows: int,
+    columns: int,
+    stride: int,
+    epsilon: float,
+    shape: Shape,
+    outputs: np.ndarray,
+    steps: Steps,
+) -> None:
     """Compute the root of `epsilon` plus the sum of squares of each window.
 
     Parameters
@@ -24,17 +39,19 @@ def l2_forward(inputs: np.ndarray, rows: int, columns: int, stride: int, epsilon
     rows, columns, stride : int
         Size of a window, and the distance between two.
     epsilon : float
-    outputs : array (maps, output rows, output columns, samples)
+    shape, outputs, steps
+        The outputs.
     """
-    maps, height, width, samples = outputs.shape
+    maps, height, width, samples = shape
     square = inputs.reshape(maps, inputs.shape[1], inputs.shape[2] * samples)
     for line in prange(maps * height):
         place, row = line // height, line % height
         sums = np.zeros(square.shape[2], inputs.dtype)
         for below in range(row * stride, row * stride + rows):
             _add_squares(sums, square[place, below])
+        first = place * steps[0] + row * steps[1]
         for column in range(width):
-            output = outputs[place, row, column]
+            output = outputs[first + column * samples :][:samples]
             output[:] = epsilon
             for right in range(column * stride, column * stride + columns):
                 _add(output, sums[right * samples : (right + 1) * samples])
@@ -43,9 +60,11 @@ def l2_forward(inputs: np.ndarray, rows: int, columns: int, stride: int, epsilon
 
 
 @parallel_kernel
-def average_forward(inputs: np.ndarray, rows: int, columns: int, stride: int, outputs: np.ndarray) -> None:
+def average_forward(
+    inputs: np.ndarray, rows: int, columns: int, stride: int, shape: Shape, outputs: np.ndarray, steps: Steps
+) -> None:
     """Compute the mean of each window; arrays and sizes as for `l2_forward`."""
-    maps, height, width, samples = outputs.shape
+    maps, height, width, samples = shape
     flat = inputs.reshape(maps, inputs.shape[1], inputs.shape[2] * samples)
     factor = inputs.dtype.type(1.0 / (rows * columns))
     for line in prange(maps * height):
@@ -53,8 +72,9 @@ def average_forward(inputs: np.ndarray, rows: int, columns: int, stride: int, ou
         sums = flat[place, row * stride].copy()
         for below in range(row * stride + 1, row * stride + rows):
             _add(sums, flat[place, below])
+        first = place * steps[0] + row * steps[1]
         for column in range(width):
-            output = outputs[place, row, column]
+            output = outputs[first + column * samples :][:samples]
             output[:] = sums[column * stride * samples : (column * stride + 1) * samples]
             for right in range(column * stride + 1, column * stride + columns):
                 _add(output, sums[right * samples : (right + 1) * samples])
@@ -63,17 +83,20 @@ def average_forward(inputs: np.ndarray, rows: int, columns: int, stride: int, ou
 
 
 @parallel_kernel
-def max_forward(inputs: np.ndarray, rows: int, columns: int, stride: int, outputs: np.ndarray) -> None:
+def max_forward(
+    inputs: np.ndarray, rows: int, columns: int, stride: int, shape: Shape, outputs: np.ndarray, steps: Steps
+) -> None:
     """Compute the maximum of each window, NaN if it holds one; arrays and sizes as for `l2_forward`."""
-    maps, height, width, samples = outputs.shape
+    maps, height, width, samples = shape
     flat = inputs.reshape(maps, inputs.shape[1], inputs.shape[2] * samples)
     for line in prange(maps * height):
         place, row = line // height, line % height
         largest = flat[place, row * stride].copy()
         for below in range(row * stride + 1, row * stride + rows):
             _keep_larger(largest, flat[place, below])
+        first = place * steps[0] + row * steps[1]
         for column in range(width):
-            output = outputs[place, row, column]
+            output = outputs[first + column * samples :][:samples]
             output[:] = largest[column * stride * samples : (column * stride + 1) * samples]
             for right in range(column * stride + 1, column * stride + columns):
                 _keep_larger(output, largest[right * samples : (right + 1) * samples])
@@ -82,8 +105,11 @@ def max_forward(inputs: np.ndarray, rows: int, columns: int, stride: int, output
 @parallel_kernel
 def l2_backward(
     inputs: np.ndarray,
+    shape: Shape,
     outputs: np.ndarray,
+    output_steps: Steps,
     gradient: np.ndarray,
+    steps: Steps,
     rows: int,
     columns: int,
     stride: int,
@@ -93,25 +119,27 @@ def l2_backward(
 
     Parameters
     ----------
-    inputs, outputs
+    inputs, shape, outputs, output_steps
         As for `l2_forward`.
-    gradient
+    gradient, steps
         For the outputs; overwritten with its quotient by the outputs.
     rows, columns, stride
         As for `l2_forward`.
     input_gradient
         Overwritten.
     """
-    quotient, divisor = gradient.reshape(-1, gradient.shape[3]), outputs.reshape(-1, gradient.shape[3])
-    for line in prange(quotient.shape[0]):
-        above, below = quotient[line], divisor[line]
-        for sample in range(above.size):
-            above[sample] /= below[sample]
+    maps, out_height, width, samples = shape
+    for line in prange(maps * out_height):
+        place, row = line // out_height, line % out_height
+        above = gradient[place * steps[0] + row * steps[1] :][: width * samples]
+        below = outputs[place * output_steps[0] + row * output_steps[1] :][: width * samples]
+        for i in range(above.size):
+            above[i] /= below[i]
     height = inputs.shape[1]
     for line in prange(inputs.shape[0] * height):
         place, row = line // height, line % height
         target = input_gradient[place, row]
-        _spread_row(gradient[place], row, rows, columns, stride, target)
+        _spread_row(shape, gradient[place * steps[0] :], steps[1], row, rows, columns, stride, target)
         for column in range(target.shape[0]):
             factor, result = inputs[place, row, column], target[column]
             for sample in range(result.size):
@@ -119,14 +147,16 @@ def l2_backward(
 
 
 @parallel_kernel
-def average_backward(gradient: np.ndarray, rows: int, columns: int, stride: int, input_gradient: np.ndarray) -> None:
+def average_backward(
+    shape: Shape, gradient: np.ndarray, steps: Steps, rows: int, columns: int, stride: int, input_gradient: np.ndarray
+) -> None:
     """Compute the inputs' gradient: the sum of the gradient of the windows that hold it, over the size of a window."""
     height = input_gradient.shape[1]
     factor = gradient.dtype.type(1.0 / (rows * columns))
     for line in prange(input_gradient.shape[0] * height):
         place, row = line // height, line % height
         target = input_gradient[place, row]
-        _spread_row(gradient[place], row, rows, columns, stride, target)
+        _spread_row(shape, gradient[place * steps[0] :], steps[1], row, rows, columns, stride, target)
         for column in range(target.shape[0]):
             result = target[column]
             for sample in range(result.size):
@@ -136,15 +166,18 @@ def average_backward(gradient: np.ndarray, rows: int, columns: int, stride: int,
 @parallel_kernel
 def max_backward(
     inputs: np.ndarray,
+    shape: Shape,
     outputs: np.ndarray,
+    output_steps: Steps,
     gradient: np.ndarray,
+    steps: Steps,
     rows: int,
     columns: int,
     stride: int,
     input_gradient: np.ndarray,
 ) -> None:
     """Give each window's gradient to its first maximum, row after row; `gradient` is overwritten."""
-    maps, height, width, samples = gradient.shape
+    maps, height, width, samples = shape
     for place in prange(maps):
         input_gradient[place] = 0
         largest, passed = np.empty(samples, inputs.dtype), np.empty(samples, inputs.dtype)
@@ -161,23 +194,36 @@ def max_backward(
                     _keep_larger(largest, values[right])
                 passed[:] = 0
                 for window in range(first, last + 1):
-                    _hand_over(largest, outputs[place, window, column], gradient[place, window, column], passed)
+                    output = outputs[place * output_steps[0] + window * output_steps[1] + column * samples :][:samples]
+                    handed = gradient[place * steps[0] + window * steps[1] + column * samples :][:samples]
+                    _hand_over(largest, output, handed, passed)
                 for right in range(left, left + columns):
                     _hand_over(values[right], largest, passed, targets[right])
 
 
 @inlined
-def _spread_row(gradient: np.ndarray, row: int, rows: int, columns: int, stride: int, target: np.ndarray) -> None:
-    """Set a row of inputs (columns, samples) to the sums of `gradient` over the windows that hold each input."""
-    height, width, samples = gradient.shape
+def _spread_row(
+    shape: Shape,
+    gradient: np.ndarray,
+    step: int,
+    row: int,
+    rows: int,
+    columns: int,
+    stride: int,
+    target: np.ndarray,
+) -> None:
+    """Set a row of inputs (columns, samples) to the sums of one map's gradient over the windows that hold each input.
+
+    `gradient` starts at the map, and `step` is the distance of its rows.
+    """
+    _, height, width, samples = shape
     first, last = _windows(row, rows, stride, height)
     if first > last:
         target[:] = 0
         return
-    flat = gradient.reshape(height, width * samples)
-    sums = flat[first].copy()
+    sums = gradient[first * step :][: width * samples].copy()
     for above in range(first + 1, last + 1):
-        _add(sums, flat[above])
+        _add(sums, gradient[above * step :][: width * samples])
     for column in range(target.shape[0]):
         result = target[column]
         left, right = _windows(column, columns, stride, width)

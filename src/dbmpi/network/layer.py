@@ -38,7 +38,7 @@ class Context:
 class Layer(Protocol):
     """A description of a layer; frozen, holds no arrays.
 
-    Arrays of activations are ``(*box shape, samples)``, C-contiguous, float32 or float64.
+    Arrays of activations are ``(*box shape, samples)``, C-contiguous, float32 or float64; but see :func:`takes_parts`.
     """
 
     @property
@@ -215,3 +215,13 @@ def accrues(layer: Layer) -> bool:
     that is derived from it may compute otherwise.
     """
     return bool(vars(type(layer)).get("accruing", False))
+
+
+def takes_parts(layer: Layer) -> bool:
+    """Whether a layer's class says ``takes_parts = True``: its `outputs` and `gradient` need not be C-contiguous.
+
+    They may then be parts of larger arrays, the inputs of the next layer and their gradient, which saves copying them
+    there and back; only what lies along the last two axes, columns and samples, is sure to be in one piece.  A class
+    must say it itself.
+    """
+    return bool(vars(type(layer)).get("takes_parts", False))

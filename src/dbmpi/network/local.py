@@ -18,6 +18,7 @@ class Local(FieldLayer):
     parameters of a row of places lie together, so that those of a box are a few long runs.
     """
 
+    takes_parts: ClassVar[bool] = True
     _kernels: ClassVar[Kernels] = local
 
     @property

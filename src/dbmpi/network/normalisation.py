@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import ClassVar
 
 import numpy as np
 
 from dbmpi import config
 from dbmpi.errors import UserError
 from dbmpi.kernels import normalisation as kernels
+from dbmpi.kernels.memory import rows_of
 from dbmpi.network.layer import Arrays, Context
 from dbmpi.paramserver.layout import Tensor
 from dbmpi.partition.boxes import Box
@@ -37,6 +39,8 @@ class Normalisation:
     UserError
         If the inputs have no rows and columns.
     """
+
+    takes_parts: ClassVar[bool] = True
 
     name: str
     input_shape: tuple[int, ...]
@@ -96,7 +100,7 @@ class Normalisation:
             mean,
             _space(output, self._around(output, 1)),
             divisor,
-            outputs,
+            *(len(outputs), *rows_of(outputs)),
         )
 
     def backward(
@@ -116,7 +120,10 @@ class Normalisation:
         near, far = self._around(output, 1), self._around(output, 2)
         total, mean, divisor = self._statistics(output, inputs)
         squares, divided = np.empty_like(divisor), np.empty_like(divisor)
-        kernels.divide_gradient(outputs, gradient, divisor, self.floor, squares, divided)
+        rows_of_gradient = rows_of(gradient)
+        kernels.divide_gradient(
+            *(len(outputs), *rows_of(outputs), *rows_of_gradient), divisor, self.floor, squares, divided
+        )
         of_squares = self._smoothed(squares, output, near, transposed=True)
         centred = np.empty_like(mean)
         kernels.sum_centred_gradient(
@@ -124,7 +131,8 @@ class Normalisation:
         )
         of_mean = self._smoothed(centred, near, far, transposed=True)
         kernels.input_gradient(
-            inputs, mean, _space(near, far), of_squares, of_mean, gradient, _place(output, far), input_gradient
+            *(inputs, mean, _space(near, far), of_squares, of_mean),
+            *(*rows_of_gradient, gradient.shape[:3], _place(output, far), input_gradient),
         )
 
     def _around(self, output: Box, times: int) -> Box:

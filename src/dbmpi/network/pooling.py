@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import numpy as np
 
 from dbmpi import config
 from dbmpi.errors import UserError
 from dbmpi.kernels import pooling
+from dbmpi.kernels.memory import rows_of
 from dbmpi.network.layer import Arrays, Context
 from dbmpi.paramserver.layout import Tensor
 from dbmpi.partition.boxes import Box
@@ -34,6 +36,8 @@ class Pooling:
     UserError
         If the inputs have no rows and columns, or a window is larger than they are.
     """
+
+    takes_parts: ClassVar[bool] = True
 
     name: str
     input_shape: tuple[int, ...]
@@ -101,12 +105,13 @@ class Pooling:
         self, output: Box, parameters: Arrays, inputs: np.ndarray, outputs: np.ndarray, context: Context
     ) -> None:
         """Compute the outputs in a box (see the contract of a layer)."""
+        windows, shape, (elements, steps) = (*self.size, self.stride), outputs.shape, rows_of(outputs)
         if self.kind == "l2":
-            pooling.l2_forward(inputs, *self.size, self.stride, EPSILON, outputs)
+            pooling.l2_forward(inputs, *windows, EPSILON, shape, elements, steps)
         elif self.kind == "average":
-            pooling.average_forward(inputs, *self.size, self.stride, outputs)
+            pooling.average_forward(inputs, *windows, shape, elements, steps)
         else:
-            pooling.max_forward(inputs, *self.size, self.stride, outputs)
+            pooling.max_forward(inputs, *windows, shape, elements, steps)
 
     def backward(
         self,
@@ -122,9 +127,10 @@ class Pooling:
         """Compute the inputs' gradient (see the contract of a layer)."""
         if input_gradient is None:
             return
+        windows, shape = (*self.size, self.stride), outputs.shape
         if self.kind == "l2":
-            pooling.l2_backward(inputs, outputs, gradient, *self.size, self.stride, input_gradient)
+            pooling.l2_backward(inputs, shape, *rows_of(outputs), *rows_of(gradient), *windows, input_gradient)
         elif self.kind == "average":
-            pooling.average_backward(gradient, *self.size, self.stride, input_gradient)
+            pooling.average_backward(shape, *rows_of(gradient), *windows, input_gradient)
         else:
-            pooling.max_backward(inputs, outputs, gradient, *self.size, self.stride, input_gradient)
+            pooling.max_backward(inputs, shape, *rows_of(outputs), *rows_of(gradient), *windows, input_gradient)

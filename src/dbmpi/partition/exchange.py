@@ -74,8 +74,16 @@ class Exchange:
         """Whether what is needed is just what is owned, so that one array serves for both."""
         return not self._moves and self.mine == self.needed
 
+    @property
+    def within(self) -> bool:
+        """Whether what is owned can be a part of the array of what is needed."""
+        return self.in_place or (not (self.mine.empty or self._counts) and self.needed.holds(self.mine))
+
     def fill(self, owned: np.ndarray, needed: np.ndarray) -> None:
-        """Fill `needed` from everybody's `owned`; arrays are ``(*box shape, samples)``."""
+        """Fill `needed` from everybody's `owned`; arrays are ``(*box shape, samples)``.
+
+        If `within`, `owned` may be its part of `needed`, and nothing of it is copied.
+        """
         self.finish_fill(self.start_fill(owned, needed), needed)
 
     def start_fill(self, owned: np.ndarray, needed: np.ndarray) -> list[Moving]:
@@ -90,7 +98,7 @@ class Exchange:
             return [Moving(self._group.comm.Iallgatherv(owned, [needed, counts]), None, needed)]
         elif self._moves:
             moving = self._post(owned, self.mine, self._sends, needed, self.needed, self._receives)
-        if not self._own_part.empty:
+        if not self._own_part.empty and not np.may_share_memory(owned, needed):
             needed[self._own_part.slices(self.needed)] = owned[self._own_part.slices(self.mine)]
         return moving
 
@@ -104,7 +112,10 @@ class Exchange:
                 needed[box.slices(self.needed)] = buffer
 
     def add(self, needed: np.ndarray, owned: np.ndarray) -> None:
-        """Set `owned` to the sum of everybody's `needed`: this worker's own, then the others' in their order."""
+        """Set `owned` to the sum of everybody's `needed`: this worker's own, then the others' in their order.
+
+        `owned` may be its part of `needed` as in `fill`; the sum then takes its place.
+        """
         self.finish_add(self.start_add(needed, owned), owned)
 
     def start_add(self, needed: np.ndarray, owned: np.ndarray) -> list[Moving]:
@@ -120,7 +131,7 @@ class Exchange:
             moving = self._post(needed, self.needed, self._receives, None, self.mine, self._sends)
         if self._own_part != self.mine:
             owned.fill(0)
-        if not self._own_part.empty:
+        if not self._own_part.empty and not np.may_share_memory(owned, needed):
             owned[self._own_part.slices(self.mine)] = needed[self._own_part.slices(self.needed)]
         return moving
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from dbmpi.errors import UserError
 from dbmpi.kernels import updates
-from dbmpi.network.layer import Arrays, Context, Layer, accrues
+from dbmpi.network.layer import Arrays, Context, Layer, accrues, takes_parts
 from dbmpi.network.losses import Loss
 from dbmpi.objective import Batch, Gradient, Outcome
 from dbmpi.partition.boxes import Box
@@ -84,9 +84,10 @@ class Replica:
             stage(place, layer, mine, plan, group)
             for place, (layer, mine, plan) in enumerate(zip(self._layers, self._mine, plans, strict=True))
         ]
-        self._in_place = [
-            plan.outputs is not None or one.exchange.in_place for plan, one in zip(plans, self._stages, strict=True)
+        self._within = [
+            plan.outputs is not None or one.exchange.within for plan, one in zip(plans, self._stages, strict=True)
         ]
+        self._gaps = [takes_parts(layer) for layer in self._layers]
         self._objectives = objectives(self._layers, placement, group)
         self._aside = [
             place
@@ -282,7 +283,7 @@ class Replica:
                 self._workspaces.popitem(last=False)
             linear = self._loss is not None and getattr(self._layers[-1], "activation", None) == "linear"
             self._workspaces[samples] = Workspace(
-                self._mine, self._needed, self._in_place, self._summed, samples, self._dtype, linear
+                self._mine, self._needed, self._within, self._gaps, self._summed, samples, self._dtype, linear
             )
         self._workspaces.move_to_end(samples)
         return self._workspaces[samples]

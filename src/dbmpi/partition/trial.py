@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from dbmpi.errors import UserError
-from dbmpi.network.layer import Arrays, Context, InParts
+from dbmpi.network.layer import Arrays, Context, InParts, takes_parts
 from dbmpi.network.own import calling
 from dbmpi.partition.boxes import Box
 from dbmpi.partition.reach import needed_box
@@ -96,7 +96,7 @@ def _try_box(layer: Layer, box: Box, dtype: np.dtype[np.floating]) -> np.ndarray
     parameters = {short: _numbers(part, 0, dtype) for short, part in held.items()}
     read = [inputs, *parameters.values()]
     before = [array.copy() for array in read]
-    outputs = np.full((*box.shape, _SAMPLES), np.nan, dtype)
+    outputs = _unwritten(layer, box, dtype)
     shapes = f"for inputs of shape {inputs.shape} and outputs of shape {outputs.shape}"
     with calling(layer.name, f"forward is called {shapes}"):
         returned: Any = layer.forward(box, parameters, inputs, outputs, context)  # type: ignore[func-returns-value]
@@ -105,7 +105,11 @@ def _try_box(layer: Layer, box: Box, dtype: np.dtype[np.floating]) -> np.ndarray
     _check_returned(layer, "forward", "outputs", outputs, returned)
     _check_written(layer, "forward", "outputs", outputs)
     for input_gradient in (None, np.full_like(inputs, np.nan)):
-        gradient, of_parameters = np.ones_like(outputs), {k: np.full_like(v, np.nan) for k, v in parameters.items()}
+        gradient, of_parameters = (
+            _unwritten(layer, box, dtype),
+            {k: np.full_like(v, np.nan) for k, v in parameters.items()},
+        )
+        gradient[...] = 1
         with calling(layer.name, f"backward is called {shapes}"):
             returned = layer.backward(  # type: ignore[func-returns-value]
                 box, parameters, inputs, outputs.copy(), gradient, of_parameters, input_gradient, context
@@ -160,6 +164,12 @@ def _check_written(layer: Layer, method: str, name: str, values: np.ndarray) -> 
             f"layer {layer.name!r}: {method} leaves {left} of the {values.size} values of {name!r}, {values.dtype} "
             f"{values.shape}, unwritten or NaN"
         )
+
+
+def _unwritten(layer: Layer, box: Box, dtype: np.dtype[np.floating]) -> np.ndarray:
+    """Return NaN for a box of outputs; as a part of a larger array where a layer takes such."""
+    gap = int(takes_parts(layer))
+    return np.full((*(n + gap for n in box.shape), _SAMPLES), np.nan, dtype)[(slice(gap, None),) * len(box.shape)]
 
 
 def _numbers(box: Box, samples: int, dtype: np.dtype[np.floating]) -> np.ndarray:

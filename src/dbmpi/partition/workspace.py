@@ -13,8 +13,11 @@ from dbmpi.partition.boxes import Box
 class Workspace:
     """Activations of every layer, and room for gradients.
 
-    Gradients take turns in buffers: that for the outputs of a layer, that for its inputs, where an exchange lies
-    between, that for the outputs of the layer below (in turn, too: it arrives while the one above is in use), and that
+    Where a layer's inputs hold all that this worker owns of the outputs below, the layer below writes these there at
+    once, and an exchange only adds what others own; the same with their gradients.
+
+    Gradients take turns in buffers: that for the outputs of a layer, that for its inputs, where the two are apart,
+    that for the outputs of the layer below (in turn, too: it arrives while the one above is in use), and that
     for sums over the inputs of several workers.
 
     Parameters
@@ -23,8 +26,10 @@ class Workspace:
         Of each layer, the outputs that this worker computes.
     needed
         Of each layer, the inputs that it needs.
-    in_place
-        Of each layer, whether its inputs are just the owned outputs of the layer below.
+    within
+        Of each layer, whether the owned outputs of the layer below can be a part of the array of its inputs.
+    gaps
+        Of each layer, whether its outputs may be a part that is not one piece.
     summed
         Of each layer split by inputs, the outputs to which this worker contributes; otherwise empty.
     linear
@@ -33,26 +38,35 @@ class Workspace:
     Attributes
     ----------
     outputs, inputs
-        Arrays ``(*box shape, samples)``, one a layer.
+        Arrays ``(*box shape, samples)``, one a layer; outputs may be parts of inputs.
     """
 
     def __init__(
         self,
         owned: Sequence[Box],
         needed: Sequence[Box],
-        in_place: Sequence[bool],
+        within: Sequence[bool],
+        gaps: Sequence[bool],
         summed: Sequence[Box],
         samples: int,
         dtype: np.dtype[np.floating],
         linear: bool,
     ) -> None:
-        self._owned, self._needed, self._in_place, self._summed = owned, needed, in_place, summed
+        self._owned, self._needed, self._summed = owned, needed, summed
         self._samples, self._dtype, self._linear = samples, dtype, linear
-        self.outputs = [aligned_empty((*box.shape, samples), dtype) for box in owned]
-        self.inputs = [np.empty(0, dtype)]
-        for place, box in enumerate(needed[1:], 1):
-            below = self.outputs[place - 1]
-            self.inputs.append(below if in_place[place] else aligned_empty((*box.shape, samples), dtype))
+        self.inputs = [np.empty(0, dtype), *(aligned_empty((*box.shape, samples), dtype) for box in needed[1:])]
+        self.outputs: list[np.ndarray] = []
+        self._parts: list[tuple[slice, ...] | None] = [None]
+        for place, box in enumerate(owned, 1):
+            if place < len(owned) and within[place]:
+                part = box.slices(needed[place])
+                outputs = self.inputs[place][part]
+                if gaps[place - 1] or outputs.flags.c_contiguous:
+                    self.outputs.append(outputs)
+                    self._parts.append(part)
+                    continue
+            self.outputs.append(aligned_empty((*box.shape, samples), dtype))
+            self._parts.append(None)
         self._copied_inputs: np.ndarray | None = None
         self._largest = max((box.size for box in (*owned, *needed[1:], *summed)), default=0) * samples
         self._buffers: dict[int, np.ndarray] = {}
@@ -70,11 +84,10 @@ class Workspace:
 
     def gradient(self, place: int) -> np.ndarray:
         """Return room for the gradient for the outputs of layer number ``place - 1``."""
-        if place == len(self._owned) and self._linear:
-            return self.outputs[-1]
-        # With nothing between, the gradient for the inputs of the layer above is the same array.
-        apart = place < len(self._owned) and not self._in_place[place]
-        return self._room(place % 2 + (2 if apart else 0), self._owned[place - 1])
+        if place == len(self._owned):
+            return self.outputs[-1] if self._linear else self._room(place % 2, self._owned[-1])
+        part = self._parts[place]
+        return self._room(place % 2 + 2, self._owned[place - 1]) if part is None else self.input_gradient(place)[part]
 
     def input_gradient(self, place: int) -> np.ndarray:
         """Return room for the gradient for the inputs of layer number `place`."""
