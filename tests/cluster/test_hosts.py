@@ -29,8 +29,11 @@ METHODS = {
 """Settings under which nothing depends on timing: one replica and two shards, or one shard and two replicas."""
 
 
-def test_learns_over_three_hosts(launch: Launch, scripts: Path, hosts: list[str], place: Path) -> None:
-    accuracy, _ = learn(launch, scripts, hosts, place, hosts, "optimizer.epochs=20", shards="1 shard")
+@pytest.mark.parametrize("settings", [[], ["topology.partitions=2"]], ids=["two replicas", "two partitions"])
+def test_learns_over_three_hosts(
+    launch: Launch, scripts: Path, hosts: list[str], place: Path, settings: list[str]
+) -> None:
+    accuracy, _ = learn(launch, scripts, hosts, place, hosts, "optimizer.epochs=20", *settings, shards="1 shard")
     assert accuracy >= 95
 
 

@@ -186,12 +186,12 @@ class ServerSection(Section):
     """``shared``: shards read the gradients of workers on their host where they lie; ``copied``: all use the inbox."""
     fetch: Literal["copied", "shared"] = "copied"
     """``shared``: workers compute on the shards' own memory, which changes meanwhile; on one host.  Where a replica has
-    partitions, with ``align = "partition"``."""
+    partitions, not with ``align = "equal"``."""
     transport: Literal["auto", "rma", "p2p"] = "auto"
     """Between hosts, ``rma``: one-sided; ``p2p``: messages with the same results; ``auto``: what is faster at start."""
-    align: Literal["equal", "partition"] = "equal"
-    """``equal``: each shard holds as much; ``partition`` (Downpour): shards end where partitions do, so that a worker
-    deals with the shards of its own part alone, and in one piece with each."""
+    align: Literal["equal", "partition"] = "partition"
+    """``partition`` (Downpour): shards end where partitions do, so that a worker deals with the shards of its own part
+    alone, and in one piece with each; ``equal``: each shard holds as much, whatever the number of partitions."""
     gradients: Literal["whole", "layers"] = "whole"
     """``whole``: a worker has room for a whole gradient, with overlap for two; ``layers`` (Downpour): for the largest
     layer's; each leaves when it is complete, and its room is used again when the shards have applied it."""
