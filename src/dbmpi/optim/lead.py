@@ -24,6 +24,7 @@ from dbmpi.config import Run
 from dbmpi.data.stream import Stream
 from dbmpi.errors import RunFailed
 from dbmpi.monitor.progress import Progress
+from dbmpi.monitor.rate import Rate
 from dbmpi.monitor.records import EvaluationReport, Recorder, StalenessHistogram
 from dbmpi.objective import Outcome
 from dbmpi.optim.saving import save
@@ -102,6 +103,7 @@ class Lead:
         self._mailbox = mailbox
         self._recorder = recorder
         self._progress = progress
+        self._rate = Rate()
         self._input_shape = input_shape
         self._classes = classes
         self._samples_per_epoch = samples_per_epoch
@@ -179,12 +181,13 @@ class Lead:
         self.steps += tally.steps
         self.samples += outcome.samples
         self.staleness.merge(tally.staleness)
+        self._rate.add(outcome.samples, seconds)
         if outcome.samples:
             self._progress.update(
                 self._begin.samples + self.samples,
                 outcome.mean_loss,
                 outcome.accuracy,
-                outcome.samples / max(seconds, 1e-9),
+                self._rate.per_second,
                 tally.staleness.mean,
             )
 
