@@ -1,9 +1,12 @@
-"""The vector work of an L-BFGS iteration, beside the memory's speed and torch.optim.LBFGS.
+"""The vector work of an L-BFGS iteration, beside the memory's speed and torch.optim.LBFGS, and cut over two ranks.
 
 Both minimise the same quadratic of 40 million float32 parameters with 10 pairs of history.  What the loss and the
 gradient take is measured and left out: the rest is the method's own work.  Ours is compared with what its bytes need at
 the speed of a copy, measured in the same process in the same rounds: for m pairs, an iteration reads and writes 2m + 2
 vectors for the direction, 4 for the step, 3 for the difference of gradients, and reads 2m + 1 for the dot products.
+
+Two shards, each a rank of one thread under mpirun, run beside one such rank.  What memory lets two cores gain is told
+by a copy, made by both at once.
 """
 
 from __future__ import annotations
@@ -20,11 +23,19 @@ import common
 PAIRS = 10
 MOST_OF_BYTES = 1.3
 SPEED = 2.0
+SHARDS = 2
+SPEED_OF_SHARDS = 1.7
 
 
 def main() -> None:
     if sys.argv[1:2] == ["--contestant"]:
         contestant(int(sys.argv[2]))
+        return
+    if sys.argv[1:2] == ["--shard"]:
+        common.prepare_runtime()
+        from dbmpi.runtime import world
+
+        contestant(int(sys.argv[2]), world.start())
         return
     options = common.options(__doc__)
     report = common.Report("sandblaster", options.json)
@@ -52,7 +63,33 @@ def main() -> None:
         report.at_least(f"torch.optim.LBFGS over ours, {threads} threads", other / own, SPEED)
     header = ("threads", "ours ms", "its bytes ms", "ratio", "PyTorch ms", "PyTorch / ours")
     report.table(f"Vector work of an iteration, {size:,} parameters, {PAIRS} pairs (medians)", header, rows)
+    row = compare_shards(size, 3 if options.quick else 9)
+    report.at_least(f"speed of {SHARDS} shards to one", row[2], SPEED_OF_SHARDS)
+    header = ("1 shard ms", f"{SHARDS} shards ms", "ratio", "ratio of copies")
+    report.table("The same, each shard a rank of one thread, in turn (medians)", header, [row])
     report.finish()
+
+
+def compare_shards(size: int, rounds: int) -> tuple[float, float, float, float]:
+    """Time one shard and several in turn; return a row of the table."""
+    with ExitStack() as stack:
+        one, several = (
+            stack.enter_context(common.Contestant(common.on_ranks(ranks, __file__, "--shard", str(size))))
+            for ranks in (1, SHARDS)
+        )
+        for contestant_ in (one, several):
+            for _ in range(PAIRS + 1):
+                contestant_.do()
+        found = common.in_turn(
+            rounds,
+            one=one.do,
+            several=several.do,
+            copy=partial(one.do, "copy"),
+            copies=partial(several.do, "copy"),
+        )
+    times = {name: common.median([its["seconds"] for its in values]) for name, values in found.items()}
+    ratio, ratio_of_copies = times["one"] / times["several"], times["copy"] / times["copies"]
+    return 1e3 * times["one"], 1e3 * times["several"], ratio, ratio_of_copies
 
 
 def vectors_moved(pairs: int) -> int:
@@ -60,18 +97,30 @@ def vectors_moved(pairs: int) -> int:
     return (2 * pairs + 2) + 4 + 3 + (2 * pairs + 1)
 
 
-def contestant(size: int) -> None:
-    """Take one iteration, or make one copy, for each line of standard input."""
+def contestant(size: int, comm: Any = None) -> None:
+    """Take one iteration, or make one copy, for each line of standard input; under mpirun, as one shard of several."""
     import numpy as np
 
     from dbmpi.kernels import vectors
     from dbmpi.optim.descent import Limits
     from dbmpi.optim.lbfgs import History, lbfgs
-    from dbmpi.optim.localspace import LocalSpace
+    from dbmpi.optim.localspace import LocalSpace, alone
+    from dbmpi.paramserver.layout import cut
+    from dbmpi.runtime import waiting
 
-    curvatures = np.geomspace(1, 1e4, size).astype(np.float32)
-    parameters = np.ones(size, np.float32)
-    space = LocalSpace(size, np.float32, vectors={"parameters": parameters, "curvatures": curvatures})
+    rank, ranks = (0, 1) if comm is None else (comm.rank, comm.size)
+    held = cut(size, ranks)[rank]
+    curvatures = np.geomspace(1, 1e4, size)[held.start : held.stop].astype(np.float32)
+    parameters = np.ones(len(held), np.float32)
+
+    def over_ranks(values: np.ndarray) -> np.ndarray:
+        from mpi4py import MPI
+
+        return waiting.allreduce(comm, values, MPI.SUM, "the other shards")
+
+    reduce = alone if ranks == 1 else over_ranks
+    given = {"parameters": parameters, "curvatures": curvatures}
+    space = LocalSpace(len(held), np.float32, reduce, rank, ranks, given)
     for name in ("gradient", "other gradient"):
         space.create(name)
     spent = 0.0
@@ -80,7 +129,7 @@ def contestant(size: int) -> None:
         nonlocal spent
         began = time.perf_counter()
         np.multiply(parameters, curvatures, out=space.writable(gradient))
-        loss = 0.5 * float(np.dot(parameters, space.array(gradient)))
+        loss = float(reduce(np.array([0.5 * np.dot(parameters, space.array(gradient))], np.float64))[0])
         spent += time.perf_counter() - began
         return loss
 
@@ -100,17 +149,21 @@ def contestant(size: int) -> None:
         lbfgs(space, evaluate, history=history, limits=Limits(0, 0, iterations=2), callback=told)
         return {"seconds": marks[1] - marks[0]}
 
-    source, target = np.ones(size, np.float32), np.zeros(size, np.float32)
+    source, target = np.ones(len(held), np.float32), np.zeros(len(held), np.float32)
 
     def copy() -> Mapping[str, Any]:
         times = []
+        reduce(np.zeros(1))  # all copy at once
         for work in (lambda: vectors.combine(target, [1.0], [source]), lambda: np.copyto(target, source)):
             began = time.perf_counter()
             work()
             times.append(time.perf_counter() - began)
         return {"seconds": min(times)}
 
-    common.serve(step=step, copy=copy)
+    if comm is None:
+        common.serve(step=step, copy=copy)
+    else:
+        common.serve_together(comm, step=step, copy=copy)
 
 
 if __name__ == "__main__":

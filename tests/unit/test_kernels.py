@@ -303,12 +303,14 @@ def test_adagrad_without_a_gradient_takes_no_step():
 @given(
     shape=st.lists(st.integers(0, 20), max_size=3).map(tuple),
     dtype=st.sampled_from([np.float32, np.float64, np.uint8, np.int32]),
+    line=st.none() | st.integers(0, 200),
 )
-def test_aligned_arrays(shape, dtype):
-    array = aligned_empty(shape, dtype)
+def test_aligned_arrays(shape, dtype, line):
+    array = aligned_empty(shape, dtype, line)
     assert (array.shape, array.dtype) == (shape, dtype)
     assert array.flags.c_contiguous
     assert array.size == 0 or array.ctypes.data % 64 == 0
+    assert array.size == 0 or line is None or array.ctypes.data % 4096 == 64 * (line % 64)
 
 
 PROGRAM = """

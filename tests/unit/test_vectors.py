@@ -162,7 +162,7 @@ def test_sums_do_not_depend_on_cuts_or_order(size, cuts, seed, fine):
 
 def test_sums_are_exact_over_many_blocks():
     random = np.random.default_rng(3)
-    size = 2 * sums.LONG_BLOCK + 12_345
+    size = 9 * sums.BLOCK + 12_345
     arrays = [random.integers(-1000, 1000, size).astype(np.float32) for _ in range(12)]
     pairs = [(i, j) for i in range(12) for j in range(i + 1)]
     bounds = bounds_of(arrays)

@@ -9,17 +9,28 @@ from numpy.lib.stride_tricks import as_strided
 
 ALIGNMENT = 64
 """Bytes of a cache line, and of the widest vector: a vector that crosses a line costs two accesses."""
+PAGE = 4096
+"""Bytes after which lines share their places in the first cache again."""
 
 
-def aligned_empty(shape: int | tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
+def aligned_empty(shape: int | tuple[int, ...], dtype: Any = np.float32, line: int | None = None) -> np.ndarray:
     """Return an uninitialised C-contiguous array that starts at a cache line.
 
     NumPy aligns to 16 bytes only.  It does ask for huge pages where an array is large, and so this does too.
+
+    Parameters
+    ----------
+    shape, dtype
+        As NumPy's.
+    line
+        Number of the line in a page that the array starts at.  Large arrays of NumPy all start at the same one, so that
+        a dozen of them that are read together push one another out of the first cache: give them different ones.
     """
     wanted = np.dtype(dtype)
     size = int(np.prod(shape, dtype=np.int64))
-    memory = np.empty(size * wanted.itemsize + ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % ALIGNMENT
+    period = ALIGNMENT if line is None else PAGE
+    memory = np.empty(size * wanted.itemsize + period, np.uint8)
+    start = ((line or 0) * ALIGNMENT - memory.ctypes.data) % period
     aligned: np.ndarray = memory[start : start + size * wanted.itemsize].view(wanted).reshape(shape)
     return aligned
 

@@ -26,8 +26,10 @@ from typing import NamedTuple
 import numpy as np
 from numba import prange
 
-from dbmpi.kernels.compile import Kernel, exact_parallel_kernel, fast_kernel, kernel
-from dbmpi.kernels.vectors import addresses, vector_at
+from dbmpi.kernels.compile import Kernel, exact_parallel_kernel, kernel
+from dbmpi.kernels.vector import REGISTERS
+from dbmpi.kernels.vector_streams import LANES, add_products
+from dbmpi.kernels.vectors import addresses
 
 Pair = tuple[int, int]
 
@@ -39,13 +41,13 @@ LOWEST, HIGHEST = -800, 1000
 """Bounds of k: below, the grain stays where it is; above, there is no sum."""
 
 CHUNK = 2048
-"""Elements whose multiples of a grain, each at most 2^51, an int64 can hold the sum of."""
-LONG_BLOCK, SHORT_BLOCK = 1 << 16, 1 << 13
-"""Elements that a thread takes at a time: long ones stream best, short ones let many vectors stay in the cache."""
+"""Elements whose multiples of a grain, each at most 2^51, an int64 can hold the sum of, and as many again."""
+BLOCK = CHUNK * LANES
+"""Elements that a thread takes at a time: few enough for what is read twice to stay in a cache."""
 
 COARSE, FINE = 1, 2
 """Numbers of levels."""
-RIGHTS = {COARSE: 5, FINE: 2}
+RIGHTS = {COARSE: 5 if REGISTERS == 32 else 3, FINE: 2}
 """Right vectors of a tile of products: as many as keep the sums in the registers."""
 
 
@@ -78,7 +80,6 @@ def sum_products(
     """
     plan = _plan(tuple(pairs), tuple(vector.dtype.itemsize for vector in vectors), RIGHTS[levels])
     places, size = addresses(vectors), vectors[0].size
-    block = LONG_BLOCK if plan.rounds == 1 else SHORT_BLOCK
     totals = np.empty((len(plan.products), 4), np.int64)
     for group in plan.groups:
         magic = np.array(
@@ -88,7 +89,7 @@ def sum_products(
         likes = [
             next(vector for vector in vectors if vector.dtype.itemsize == itemsize) for itemsize in group.itemsizes
         ]
-        sums = _sums(levels)(places, *likes, group.tiles, group.pairs, magic, size, block)
+        sums = _sums(levels)(places, *likes, group.tiles, group.pairs, magic, size)
         totals[group.products] = sums.sum(axis=0)
     return _limbs(totals[plan.wanted])
 
@@ -147,8 +148,6 @@ class _Plan(NamedTuple):
     products: list[Pair]
     wanted: np.ndarray
     """For every pair that was asked for, its place in `products`."""
-    rounds: int
-    """How often a vector is read at most."""
 
 
 @lru_cache(maxsize=64)
@@ -157,9 +156,7 @@ def _plan(pairs: tuple[Pair, ...], itemsizes: tuple[int, ...], width: int) -> _P
     left_over = {_ordered(pair) for pair in pairs}
     tiles: dict[tuple[int, int], list[tuple[int, ...]]] = {}
     alone: dict[tuple[int, int], list[Pair]] = {}
-    rounds = 0
     while left_over:
-        rounds += 1
         lefts = _lefts(left_over, itemsizes)
         rights = sorted(set().union(*(_partners(left_over, left) for left in lefts)))
         for itemsize in sorted({itemsizes[right] for right in rights}):
@@ -178,7 +175,7 @@ def _plan(pairs: tuple[Pair, ...], itemsizes: tuple[int, ...], width: int) -> _P
         shaped = np.array(its_tiles, np.int64).reshape(-1, 2 + width), np.array(its_pairs, np.int64).reshape(-1, 2)
         groups.append(_Group(kind, *shaped, slice(first, len(products))))
     found = {_ordered(pair): place for place, pair in enumerate(products)}
-    return _Plan(tuple(groups), products, np.array([found[_ordered(pair)] for pair in pairs], np.int64), rounds)
+    return _Plan(tuple(groups), products, np.array([found[_ordered(pair)] for pair in pairs], np.int64))
 
 
 def _ordered(pair: Pair) -> Pair:
@@ -216,137 +213,32 @@ def _add(total: np.ndarray, level: int, bits: np.int64, magic: float, count: int
     total[2 * level + 1] += grains & 0xFFFFFFFF
 
 
-# Products of float32 are exact in double precision.  Fusing them into the additions changes nothing but the time.
-
-
-@fast_kernel
-def _coarse_tile(
-    x: np.ndarray, y: np.ndarray, a: np.ndarray, b: np.ndarray, c: np.ndarray, d: np.ndarray, e: np.ndarray,
-    magic: np.ndarray, totals: np.ndarray,
-) -> None:  # fmt: skip
-    """Add the ten products of a tile to the totals, in one level."""
-    m0, m1, m2, m3, m4 = magic[0], magic[1], magic[2], magic[3], magic[4]
-    m5, m6, m7, m8, m9 = magic[5], magic[6], magic[7], magic[8], magic[9]
-    s0 = s1 = s2 = s3 = s4 = s5 = s6 = s7 = s8 = s9 = np.int64(0)
-    for i in range(x.size):
-        p, q = np.float64(x[i]), np.float64(y[i])
-        r = np.float64(a[i])
-        s0 += _bits(p * r + m0)
-        s1 += _bits(q * r + m1)
-        r = np.float64(b[i])
-        s2 += _bits(p * r + m2)
-        s3 += _bits(q * r + m3)
-        r = np.float64(c[i])
-        s4 += _bits(p * r + m4)
-        s5 += _bits(q * r + m5)
-        r = np.float64(d[i])
-        s6 += _bits(p * r + m6)
-        s7 += _bits(q * r + m7)
-        r = np.float64(e[i])
-        s8 += _bits(p * r + m8)
-        s9 += _bits(q * r + m9)
-    for place, bits in enumerate((s0, s1, s2, s3, s4, s5, s6, s7, s8, s9)):
-        _add(totals[place], 0, bits, magic[place], x.size)
-
-
-@fast_kernel
-def _coarse_pair(x: np.ndarray, y: np.ndarray, magic: float, total: np.ndarray) -> None:
-    """Add the product of a pair to its total, in one level."""
-    s = np.int64(0)
-    for i in range(x.size):
-        s += _bits(np.float64(x[i]) * np.float64(y[i]) + magic)
-    _add(total, 0, s, magic, x.size)
-
-
-@kernel
-def _fine_pair(x: np.ndarray, y: np.ndarray, magic: float, total: np.ndarray) -> None:
-    """Add the product of a pair to its total, in two levels."""
-    fine = magic * 2.0**-52
-    s = t = np.int64(0)
-    for i in range(x.size):
-        product = np.float64(x[i]) * np.float64(y[i])
-        rounded = product + magic
-        s += _bits(rounded)
-        t += _bits(product - (rounded - magic) + fine)
-    _add(total, 0, s, magic, x.size)
-    _add(total, 1, t, fine, x.size)
-
-
-@kernel
-def _fine_tile(
-    x: np.ndarray, y: np.ndarray, a: np.ndarray, b: np.ndarray, magic: np.ndarray, totals: np.ndarray
-) -> None:
-    """Add the four products of a tile to the totals, in two levels."""
-    m0, m1, m2, m3 = magic[0], magic[1], magic[2], magic[3]
-    f0, f1, f2, f3 = m0 * 2.0**-52, m1 * 2.0**-52, m2 * 2.0**-52, m3 * 2.0**-52
-    s0 = s1 = s2 = s3 = np.int64(0)
-    t0 = t1 = t2 = t3 = np.int64(0)
-    for i in range(x.size):
-        p, q = np.float64(x[i]), np.float64(y[i])
-        r = np.float64(a[i])
-        product = p * r
-        rounded = product + m0
-        s0 += _bits(rounded)
-        t0 += _bits(product - (rounded - m0) + f0)
-        product = q * r
-        rounded = product + m1
-        s1 += _bits(rounded)
-        t1 += _bits(product - (rounded - m1) + f1)
-        r = np.float64(b[i])
-        product = p * r
-        rounded = product + m2
-        s2 += _bits(rounded)
-        t2 += _bits(product - (rounded - m2) + f2)
-        product = q * r
-        rounded = product + m3
-        s3 += _bits(rounded)
-        t3 += _bits(product - (rounded - m3) + f3)
-    for place, (bits, fine_bits) in enumerate(((s0, t0), (s1, t1), (s2, t2), (s3, t3))):
-        _add(totals[place], 0, bits, magic[place], x.size)
-        _add(totals[place], 1, fine_bits, magic[place] * 2.0**-52, x.size)
-
-
 @cache
 def _sums(levels: int) -> Kernel[..., np.ndarray]:
     """Return the kernel that sums a group of products in so many levels."""
+    width = RIGHTS[levels]
 
     def sums(
         at: np.ndarray, left: np.ndarray, right: np.ndarray, tiles: np.ndarray, pairs: np.ndarray,
-        magic: np.ndarray, size: int, block: int,
+        magic: np.ndarray, size: int,
     ) -> np.ndarray:  # fmt: skip
         """Return int64 (blocks, products, 4): high and low halves of the sums of both levels, in grains."""
-        in_tile = 2 * (tiles.shape[1] - 2)
+        in_tile = 2 * width
         products = in_tile * len(tiles)
-        totals = np.zeros((-(-size // block), products + len(pairs), 4), np.int64)
+        totals = np.zeros((-(-size // BLOCK), products + len(pairs), 4), np.int64)
         for number in prange(len(totals)):
-            stop = min(size, (number + 1) * block)
+            start, row = number * BLOCK, 4 * number * totals.shape[1]
+            count = min(BLOCK, size - start)
             for tile in range(len(tiles)):
-                place = tile * in_tile
-                m, total = magic[place : place + in_tile], totals[number, place : place + in_tile]
-                its = tiles[tile]
-                for start in range(number * block, stop, CHUNK):
-                    count = min(CHUNK, stop - start)
-                    x = vector_at(at[its[0]], start, count, left)
-                    y = vector_at(at[its[1]], start, count, left)
-                    a = vector_at(at[its[2]], start, count, right)
-                    b = vector_at(at[its[3]], start, count, right)
-                    if levels == COARSE:
-                        c = vector_at(at[its[4]], start, count, right)
-                        d = vector_at(at[its[5]], start, count, right)
-                        e = vector_at(at[its[6]], start, count, right)
-                        _coarse_tile(x, y, a, b, c, d, e, m, total)
-                    else:
-                        _fine_tile(x, y, a, b, m, total)
-            for start in range(number * block, stop, CHUNK):
-                count = min(CHUNK, stop - start)
-                for pair in range(len(pairs)):
-                    x = vector_at(at[pairs[pair, 0]], start, count, left)
-                    y = vector_at(at[pairs[pair, 1]], start, count, right)
-                    place = products + pair
-                    if levels == COARSE:
-                        _coarse_pair(x, y, magic[place], totals[number, place])
-                    else:
-                        _fine_pair(x, y, magic[place], totals[number, place])
+                add_products(
+                    levels, 2, width, at, tiles, tile * (2 + width), left, right, start, count,
+                    magic, tile * in_tile, totals, row + 4 * tile * in_tile,
+                )  # fmt: skip
+            for pair in range(len(pairs)):
+                add_products(
+                    levels, 1, 1, at, pairs, 2 * pair, left, right, start, count,
+                    magic, products + pair, totals, row + 4 * (products + pair),
+                )  # fmt: skip
         return totals
 
     return exact_parallel_kernel(sums)
@@ -354,7 +246,7 @@ def _sums(levels: int) -> Kernel[..., np.ndarray]:
 
 @exact_parallel_kernel
 def _magnitudes(vector: np.ndarray, magic: float) -> np.ndarray:
-    """Return int64 (blocks, 4), as `_coarse_sums`."""
+    """Return int64 (blocks, 4), as `_sums`."""
     totals = np.zeros((-(-vector.size // CHUNK), 4), np.int64)
     fine = magic * 2.0**-52
     for number in prange(len(totals)):

@@ -5,8 +5,8 @@ registers across a loop.  That is what dense arithmetic lives on: with one accum
 the one before it, and from memory the core's two multiply-add units starve.
 
 This module knows the processor's vectors and has what the instructions are made of.  ``vector_tiles`` has tiles of
-matrix products, ``vector_rows`` products with rows that lie anywhere, and ``vector_lanes`` what goes across the lanes
-of vectors.  Nothing else writes LLVM instructions.
+matrix products, ``vector_rows`` products with rows that lie anywhere, ``vector_lanes`` what goes across the lanes
+of vectors, and ``vector_streams`` passes over many long vectors.  Nothing else writes LLVM instructions.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir  # type: ignore[import-untyped]
-from numba import types
 from numba.core import cgutils
 from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
@@ -48,21 +47,6 @@ def instructions(function: Callable[..., Any]) -> Any:
     return intrinsic(prefer_literal=True)(function)
 
 
-@instructions
-def pointer_at(typingctx: Any, address: Any) -> Any:
-    """Turn an address, an integer, into a pointer.
-
-    A kernel that takes its vectors as arguments is compiled anew for every number of them; and a list of arrays costs
-    more to hand over than many a kernel takes to run.  Whoever passes addresses keeps the arrays alive, and answers
-    for their types and lengths.
-    """
-
-    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        return builder.inttoptr(values[0], ir.IntType(8).as_pointer())
-
-    return types.voidptr(types.int64), generate
-
-
 class Arguments:
     """The arguments of a call of instructions, by their places."""
 
@@ -73,6 +57,11 @@ class Arguments:
         """Return the address in the array that is one argument, at the index that is another."""
         data = self._context.make_array(self._types[array])(self._context, self._builder, self.values[array]).data
         return data if start is None else self._builder.gep(data, [self.values[start]], inbounds=True)
+
+    def size(self, array: int) -> Any:
+        """Return the number of elements of the array that is one argument, 1-D."""
+        made = self._context.make_array(self._types[array])(self._context, self._builder, self.values[array])
+        return self._builder.extract_value(made.shape, 0)
 
     def itemsize(self, array: int) -> int:
         """Return the bytes of an element of the array that is one argument."""
@@ -128,7 +117,7 @@ class Writer:
         k.add_incoming(start, before)
         phis = []
         for value in carried:
-            phis.append(builder.phi(self.vector))
+            phis.append(builder.phi(value.type))
             phis[-1].add_incoming(value, before)
         builder.cbranch(builder.icmp_signed("<", k, stop), body, after)
         builder.position_at_end(body)

@@ -10,26 +10,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from numba import carray, prange  # type: ignore[attr-defined]
+from numba import prange
 
 from dbmpi.kernels.compile import exact_parallel_kernel, kernel
-from dbmpi.kernels.vector import pointer_at
+from dbmpi.kernels.vector_streams import add_multiples
 
-BLOCK = 1 << 15
-"""Elements that a thread takes at a time, of every vector: short stretches of many vectors are read slowly."""
+BLOCK = 1 << 14
+"""Elements that a thread takes at a time, of every vector: their total stays in a cache."""
 GROUP = 7
 """Vectors that are read at a time; the 2m + 1 vectors of L-BFGS fill three groups with m = 10, and two with m = 5."""
 
 
 def addresses(vectors: Sequence[np.ndarray]) -> np.ndarray:
-    """Return where the vectors lie in memory, as int64, for :func:`vector_at`."""
+    """Return where the vectors lie in memory, as int64, for :mod:`dbmpi.kernels.vector_streams`.
+
+    A kernel that takes its vectors as arguments is compiled anew for every number of them; and a list of arrays costs
+    more to hand over than many a kernel takes to run.  Whoever passes addresses keeps the arrays alive, and answers
+    for their types and lengths.
+    """
     return np.array([vector.ctypes.data for vector in vectors], np.int64)
-
-
-@kernel
-def vector_at(address: int, start: int, size: int, like: np.ndarray) -> np.ndarray:
-    """Return elements ``start ... start + size`` of the vector at an address, of the dtype of `like`."""
-    return carray(pointer_at(address + like.itemsize * start), size, like.dtype)
 
 
 def combine(target: np.ndarray, coefficients: Sequence[float], sources: Sequence[np.ndarray]) -> float:
@@ -179,38 +178,29 @@ def _combine(target: np.ndarray, at: np.ndarray, factors: np.ndarray, singles: n
         total = np.empty(out.size)
         highest = np.int64(0)
         for group in range(len(at)):
-            first, last = group == 0, group == len(at) - 1
             if singles[group]:
-                highest = _add_group(total, at[group], start, factors[group], first, last, out, single)
+                highest = _add_group(group, at, single, factors, start, total, out)
             else:
-                highest = _add_group(total, at[group], start, factors[group], first, last, out, double)
+                highest = _add_group(group, at, double, factors, start, total, out)
         largest[number] = _from_bits(highest)
     return largest
 
 
 @kernel
 def _add_group(
-    total: np.ndarray, at: np.ndarray, start: int, factors: np.ndarray, first: bool, last: bool,
-    out: np.ndarray, like: np.ndarray,
-) -> np.int64:  # fmt: skip
+    group: int, at: np.ndarray, like: np.ndarray, factors: np.ndarray, start: int, total: np.ndarray, out: np.ndarray
+) -> np.int64:
     """Add a group to the total; the last one goes to `out`, and returns the bits of the largest magnitude there."""
-    size = total.size
-    a, p = vector_at(at[0], start, size, like), factors[0]
-    b, q = vector_at(at[1], start, size, like), factors[1]
-    c, r = vector_at(at[2], start, size, like), factors[2]
-    d, s = vector_at(at[3], start, size, like), factors[3]
-    e, t = vector_at(at[4], start, size, like), factors[4]
-    f, u = vector_at(at[5], start, size, like), factors[5]
-    g, v = vector_at(at[6], start, size, like), factors[6]
-    highest = np.int64(0)
-    for i in range(size):
-        x = (0.0 if first else total[i]) + p * np.float64(a[i]) + q * np.float64(b[i]) + r * np.float64(c[i])
-        x = x + s * np.float64(d[i]) + t * np.float64(e[i]) + u * np.float64(f[i]) + v * np.float64(g[i])
-        if last:
-            out[i] = x
-            highest = max(highest, _magnitude_bits(out[i]))
-        else:
-            total[i] = x
+    place, last = group * GROUP, group == len(at) - 1
+    highest: np.int64
+    if group == 0 and last:
+        highest = add_multiples(GROUP, True, True, at, place, like, factors, start, total, out)
+    elif group == 0:
+        highest = add_multiples(GROUP, True, False, at, place, like, factors, start, total, out)
+    elif last:
+        highest = add_multiples(GROUP, False, True, at, place, like, factors, start, total, out)
+    else:
+        highest = add_multiples(GROUP, False, False, at, place, like, factors, start, total, out)
     return highest
 
 

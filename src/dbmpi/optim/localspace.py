@@ -25,6 +25,9 @@ MARGIN = 4
 LOOSE = 24
 """An expectation that is ``2^LOOSE`` times too large costs too many digits."""
 
+STAGGER = 3
+"""Cache lines by which the beginnings of vectors differ within a page."""
+
 
 def alone(values: np.ndarray) -> np.ndarray:
     """Reduce over the one shard that there is."""
@@ -125,7 +128,7 @@ class LocalSpace:
         """Make a vector of zeros."""
         wanted = self._dtype if dtype is None else _float_type(dtype)
         if name not in self._vectors:
-            self._vectors[name] = aligned_empty(self._size, wanted)
+            self._vectors[name] = aligned_empty(self._size, wanted, STAGGER * len(self._vectors))
         elif self._vectors[name].dtype != wanted:
             raise ValueError(
                 f"the vector {name!r} is there already, as {self._vectors[name].dtype} and not as {wanted}"
