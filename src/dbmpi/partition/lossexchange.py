@@ -57,7 +57,8 @@ class LossExchange:
         group, samples = self._group, values.shape[1]
         group.room(self._values, values.size, values.dtype)[:] = values.reshape(-1)
         group.offer(self._values)
-        whole = np.empty((self._units, len(mine)), values.dtype)
+        # The gradient takes its place, and is then on the shelf where all look for it.
+        whole = group.room(self._gradients, self._units * len(mine), values.dtype).reshape(self._units, len(mine))
         for worker, units in enumerate(self._owned):
             theirs = group.look(self._values, worker, len(units) * samples, values.dtype)
             whole[units.start : units.stop] = theirs.reshape(len(units), samples)[:, mine.start : mine.stop]
@@ -67,7 +68,6 @@ class LossExchange:
     def _turn_back_on_shelves(self, whole: np.ndarray, values: np.ndarray, shares: Sequence[range]) -> None:
         """Take the rows of this worker's units from everybody's share."""
         group, units = self._group, self._owned[self._group.rank]
-        group.room(self._gradients, whole.size, whole.dtype)[:] = whole.reshape(-1)
         group.offer(self._gradients)
         for worker, share in enumerate(shares):
             theirs = group.look(self._gradients, worker, self._units * len(share), whole.dtype)
