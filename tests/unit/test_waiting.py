@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ class Clock:
         self.naps: list[float] = []
         monkeypatch.setattr(time, "monotonic", lambda: self.now)
         monkeypatch.setattr(time, "sleep", self.sleep)
+        monkeypatch.setattr(os, "sched_yield", lambda: self.sleep(0))
 
     def sleep(self, seconds: float) -> None:
         self.naps.append(seconds)
@@ -38,9 +40,12 @@ def test_what_holds_already_is_not_waited_for(clock: Clock) -> None:
 
 def test_naps_grow_up_to_the_longest(clock: Clock) -> None:
     backoff = waiting.Backoff(shortest=1e-5, longest=1e-3)
-    for _ in range(40):
+    for _ in range(140):
         backoff.nap()
-    assert clock.naps[:4] == pytest.approx([0, 1e-5, 1.25e-5, 1.5625e-5])
+    yields = clock.naps.count(0)  # the first nap included
+    assert sum(clock.naps) + 1e-6 * yields == pytest.approx(clock.now)
+    assert 1e-6 * yields == pytest.approx(1e-4, rel=0.1)
+    assert clock.naps[yields : yields + 3] == pytest.approx([1e-5, 1.25e-5, 1.5625e-5])
     assert clock.naps[-3:] == [1e-3] * 3
     assert clock.naps == sorted(clock.naps)
     backoff.reset()
@@ -88,11 +93,11 @@ def test_signs_of_life_put_the_end_off(clock: Clock) -> None:
 
 
 def test_a_sign_of_life_makes_the_naps_short_again(clock: Clock) -> None:
-    served = [False] * 20 + [True] + [False] * 5
+    served = [False] * 150 + [True] + [False] * 5
     answers = iter(served)
-    waiting.until(lambda: len(clock.naps) >= 25, "naps", serve=lambda: next(answers))
-    assert clock.naps[19] == 1e-3
-    assert clock.naps[20] == 0
+    waiting.until(lambda: len(clock.naps) >= 155, "naps", serve=lambda: next(answers))
+    assert clock.naps[149] == 1e-3
+    assert clock.naps[150] == 0
 
 
 def test_what_others_want_is_served_in_every_wait_and_is_no_sign_of_life(clock: Clock) -> None:
