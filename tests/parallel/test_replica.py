@@ -168,11 +168,14 @@ def test_what_each_worker_pushes_covers_the_parameters_once(comm) -> None:
 
 
 def image_layers(rng: np.random.Generator) -> tuple[config.AnyLayer, ...]:
-    """Some layers on images, any of which may follow any other, and dense ones on top."""
+    """Some layers on images, any of which may follow any other, and dense ones on top.
+
+    Of maps there are few: each number that a cut leaves to a worker is compiled anew.
+    """
     kinds = {
-        "local": lambda: config.Local(maps=int(rng.choice([2, 5])), field=(2, 3), activation="tanh"),
+        "local": lambda: config.Local(maps=int(rng.choice([2, 3])), field=(2, 3), activation="tanh"),
         "strided": lambda: config.Local(maps=2, field=3, stride=2, activation="sigmoid"),
-        "convolution": lambda: config.Convolution(maps=int(rng.choice([2, 5])), field=(3, 2), activation="tanh"),
+        "convolution": lambda: config.Convolution(maps=int(rng.choice([2, 3])), field=(3, 2), activation="tanh"),
         "l2": lambda: config.Pooling(kind="l2", size=2),
         "max": lambda: config.Pooling(kind="max", size=(2, 3), stride=2),
         "normalisation": lambda: config.Normalisation(window=3),
@@ -225,10 +228,10 @@ def autoencoder(dtype: type, *, tied: bool = False) -> Network:
     """Two stages of the nine-layer network of Le et al. 2012, small; the first on inputs that nobody owns."""
     kind = config.Convolution if tied else config.Local
     layers = (
-        kind(maps=4, field=4, reconstruction=1.0),
+        kind(maps=3, field=4, reconstruction=1.0),
         config.Pooling(kind="l2", size=3, penalty=0.1),
         config.Normalisation(window=3),
-        kind(maps=3, field=2, stride=2, reconstruction=0.5, activation="tanh"),
+        kind(maps=2, field=2, stride=2, reconstruction=0.5, activation="tanh"),
         config.Pooling(kind="l2", size=2, penalty=0.2),
     )
     return Network(config.NetworkSection(loss="reconstruction", layers=layers), (2, 11, 12), seed=3, dtype=dtype)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import signal
 from unit.layer_checks import check_cuts, check_gradients, parameters_of, run
-from unit.test_local import FUNCTIONS, assert_close
+from unit.test_local import FUNCTIONS, MAPS, assert_close
 
 from dbmpi import config
 from dbmpi.errors import UserError
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.timeout(240)  # kernels are compiled for every number o
 
 
 @st.composite
-def layers(draw, maps=(1, 5, 11), activations=tuple(FUNCTIONS)):  # each number of maps is compiled anew
+def layers(draw, maps=MAPS, activations=tuple(FUNCTIONS)):
     field = (draw(st.integers(1, 4)), draw(st.integers(1, 4)))
     shape = (draw(st.integers(1, 5)), *(window + draw(st.integers(0, 6)) for window in field))
     stride, activation = draw(st.integers(1, 5)), draw(st.sampled_from(activations))
@@ -59,9 +59,16 @@ def test_it_is_a_local_layer_whose_filters_are_all_the_same(layer, samples, dtyp
 
 @pytest.mark.parametrize("stride", [1, 2])
 def test_rows_longer_than_one_pass_are_summed_in_several(stride):
-    layer = Convolution("convolution", (2, 7, 45), 5, (3, 3), stride)
+    layer = Convolution("convolution", (2, 7, 45), 3, (3, 3), stride)
     assert layer.output_shape[2] * 67 > convolution.PIECE
     check_against_local(layer, 67, np.float32, 1)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_inputs_gradient_of_many_channels_is_gathered(dtype):
+    layer = Convolution("convolution", (11, 8, 9), 3, (3, 2))
+    assert layer.input_shape[0] >= convolution._GATHERED
+    check_against_local(layer, 19, dtype, 1)
 
 
 def check_against_local(layer, samples, dtype, seed):
@@ -86,7 +93,7 @@ def check_against_local(layer, samples, dtype, seed):
 
 
 @settings(max_examples=15)
-@given(layers(maps=(1, 5, 11), activations=("linear", "sigmoid", "tanh")), st.integers(0, 99))
+@given(layers(activations=("linear", "sigmoid", "tanh")), st.integers(0, 99))
 def test_gradients_are_finite_differences(layer, seed):
     check_gradients(layer, 3, seed)
 
@@ -109,7 +116,7 @@ def test_outputs_do_not_depend_on_the_box_by_a_bit(layer, samples, seed):
 
 
 def test_many_rows_are_summed_in_bands():
-    layer = Convolution("convolution", (2, 3 * convolution.BANDS, 9), 5, (3, 3))
+    layer = Convolution("convolution", (2, 3 * convolution.BANDS, 9), 3, (3, 3))
     inputs = np.random.default_rng(1).normal(size=(*layer.input_shape, 20))
     _, _, of_parameters = run(layer, inputs, None, parameters_of(layer, np.float64))
     rows, columns = (length - 2 for length in layer.input_shape[1:])
