@@ -17,7 +17,7 @@ from dbmpi.optim.descent import Limits
 from dbmpi.optim.localspace import LocalSpace
 from dbmpi.optim.methods import gradient_descent
 
-EPOCHS, PORTIONS = 1500, 7
+EPOCHS, PORTIONS = 600, 7
 
 
 def serial(run: Run) -> np.ndarray:
@@ -57,7 +57,7 @@ def test_batches_end_without_a_halted_replica_and_sums_are_exact(jobs: Jobs) -> 
         return path.read_text().count('"kind": "batch"') if path.exists() else 0
 
     halts = 0
-    for turn in range(9):
+    for turn in range(6):
         seen = passes()
         came = program.wait_until(
             lambda seen=seen: passes() > seen + 20 or program.returncode is not None, 40 * timeout_scale()
