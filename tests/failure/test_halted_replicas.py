@@ -6,6 +6,7 @@ import os
 import signal
 
 import numpy as np
+import pytest
 from failure.jobs import Jobs
 from harness.environment import timeout_scale
 from parallel import tiny
@@ -41,6 +42,7 @@ def serial(run: Run) -> np.ndarray:
     return twin.server
 
 
+@pytest.mark.timeout(180)  # it may be the first to compile these kernels
 def test_batches_end_without_a_halted_replica_and_sums_are_exact(jobs: Jobs) -> None:
     program = jobs.start(
         4,
