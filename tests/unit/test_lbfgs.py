@@ -1,6 +1,7 @@
 """L-BFGS beside SciPy, the two-loop recursion and the dense formula, on any number of shards."""
 
 import os
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,16 +13,21 @@ from unit.sharded import Shards, cut_points, local_problem
 from dbmpi.data.stream import Order
 from dbmpi.errors import RunFailed
 from dbmpi.optim.batches import Sampling
-from dbmpi.optim.descent import Limits, Progress
+from dbmpi.optim.descent import Limits, Line, Progress
 from dbmpi.optim.lbfgs import History, lbfgs, two_loop
 from dbmpi.optim.linesearch import fixed
-from dbmpi.optim.methods import with_l2
+from dbmpi.optim.methods import conjugate_gradients, owlqn, with_l2
 from dbmpi.optim.multibatch import multi_batch_lbfgs
 from dbmpi.optim.resuming import Position, capture, read_state
 
 
 def rosenbrock(x):
     return float(optimize.rosen(x)), optimize.rosen_der(x)
+
+
+def scipys(function, start, gtol):
+    options = {"gtol": gtol, "ftol": 0, "maxiter": 10_000, "maxfun": 20_000}
+    return optimize.minimize(function, start, jac=True, method="L-BFGS-B", options=options)
 
 
 def quadratic(size, condition, seed=0):
@@ -66,11 +72,12 @@ def test_the_direction_is_that_of_the_two_loop_recursion_and_of_the_dense_formul
 def test_rosenbrock_beside_scipy(size):
     start = 2 * np.ones(size) + np.arange(size) % 3
     space, evaluate, x = local_problem(rosenbrock, start)
-    report = lbfgs(space, evaluate)
-    theirs = optimize.minimize(rosenbrock, start, jac=True, method="L-BFGS-B")
+    report = lbfgs(space, evaluate, limits=Limits(gtol=1e-8, ftol=0))
+    theirs = scipys(rosenbrock, start, gtol=1e-8)
     assert report.converged
     assert report.evaluations <= 1.1 * theirs.nfev
-    np.testing.assert_allclose(x, theirs.x, rtol=1e-4)
+    np.testing.assert_allclose(x, theirs.x, rtol=1e-8)
+    np.testing.assert_allclose(x, 1, rtol=1e-8)
 
 
 def test_iterates_are_those_of_scipy():
@@ -83,10 +90,14 @@ def test_iterates_are_those_of_scipy():
 
 
 @pytest.mark.parametrize("condition", [10, 1e3])
-def test_quadratic_beside_the_solution(condition):
+def test_quadratic_beside_scipy_and_the_solution(condition):
     function, solution = quadratic(60, condition)
     space, evaluate, x = local_problem(function, np.zeros(60))
-    lbfgs(space, evaluate, limits=Limits(gtol=1e-8, ftol=0))
+    report = lbfgs(space, evaluate, limits=Limits(gtol=1e-6, ftol=0))
+    theirs = scipys(function, np.zeros(60), gtol=1e-6)
+    assert report.converged
+    assert report.evaluations <= 1.1 * theirs.nfev
+    assert report.loss == pytest.approx(theirs.fun, rel=1e-8)
     assert function(x)[0] == pytest.approx(function(solution)[0], rel=1e-10)
 
 
@@ -110,12 +121,11 @@ def test_logistic_regression_on_a9a_beside_scipy():
 
     space, evaluate, x = local_problem(loss, np.zeros(123))
     report = lbfgs(space, with_l2(space, evaluate, strength), limits=Limits(gtol=1e-8, ftol=0))
-    options = {"gtol": 1e-8, "ftol": 0, "maxiter": 10_000, "maxfun": 20_000}
-    theirs = optimize.minimize(whole, np.zeros(123), jac=True, method="L-BFGS-B", options=options)
+    theirs = scipys(whole, np.zeros(123), gtol=1e-8)
     assert report.loss == pytest.approx(theirs.fun, rel=1e-8)
     assert report.evaluations <= 1.1 * theirs.nfev
-    ours, scipys = (np.mean(np.sign(held_out @ w) == its_labels) for w in (x, theirs.x))
-    assert ours == scipys == pytest.approx(0.8495, abs=5e-4)
+    accuracy, judge = (np.mean(np.sign(held_out @ w) == its_labels) for w in (x, theirs.x))
+    assert accuracy == judge == pytest.approx(0.8495, abs=5e-4)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -196,6 +206,40 @@ def test_a_zero_gradient_is_a_minimum_at_once():
     report = lbfgs(space, evaluate)
     assert (report.reason, report.iterations, report.evaluations) == ("gradient", 0, 1)
     np.testing.assert_array_equal(x, np.ones(8))
+
+
+def test_a_gradient_too_small_for_its_square_is_a_minimum_too():
+    for method in (lbfgs, conjugate_gradients, partial(owlqn, strength=1e-180)):
+        space, evaluate, x = local_problem(lambda x: (1.0, np.full(3, 1e-170)), np.ones(3))
+        assert method(space, evaluate, limits=Limits(gtol=0, ftol=0)).reason == "gradient"
+        np.testing.assert_array_equal(x, np.ones(3))
+
+
+def test_a_direction_that_does_not_descend_is_forgotten_with_the_history():
+    class Uphill(History):
+        """Its fourth direction is turned round."""
+
+        chosen, forgotten = 0, 0
+
+        def choose(self, gradient):
+            line = super().choose(gradient)
+            self.chosen += 1
+            if self.chosen != 4:
+                return line
+            space.scale(line.direction, -1.0)
+            return Line(line.direction, -line.slope, line.first)
+
+        def forget(self):
+            self.forgotten += len(self.pairs)
+            super().forget()
+
+    function, solution = quadratic(30, 100)
+    space, evaluate, x = local_problem(function, np.zeros(30))
+    history, told = Uphill(space, 5), []
+    lbfgs(space, evaluate, history=history, limits=Limits(gtol=1e-6, ftol=0), callback=told.append)
+    assert history.forgotten == 3
+    assert all(progress.decrease > 0 for progress in told)
+    assert function(x)[0] == pytest.approx(function(solution)[0], rel=1e-10)
 
 
 def test_losses_that_are_not_finite():

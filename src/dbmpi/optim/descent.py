@@ -35,6 +35,10 @@ class Limits:
     evaluations: int = 15_000
     """Number of evaluations after which no iteration begins."""
 
+    def flat(self, largest: float, square: float) -> bool:
+        """Return whether a gradient counts as zero: its largest magnitude is small, or too small to be squared."""
+        return largest <= self.gtol or square == 0
+
 
 class Progress(NamedTuple):
     """What a callback hears after every iteration."""
@@ -242,14 +246,14 @@ def descend(  # noqa: PLR0912
         little = 0 <= decrease <= limits.ftol * max(abs(loss), abs(loss + decrease), 1.0)
         stepped, decrease = not math.isnan(decrease), math.nan
         other_batch = batches is not None and stepped and batches.proceed()
-        if not other_batch and (little or largest <= limits.gtol):
+        if not other_batch and (little or limits.flat(largest, square)):
             if batches is None or not batches.exhausted():
-                return report("gradient" if largest <= limits.gtol else "loss")
+                return report("gradient" if limits.flat(largest, square) else "loss")
             other_batch = True
         if other_batch:
             loss, square, largest = counted.start(space, POINT, gradient)
             directions.measure(gradient, square)
-            if largest <= limits.gtol:
+            if limits.flat(largest, square):
                 continue
         if iteration >= limits.iterations:
             return report("iterations")

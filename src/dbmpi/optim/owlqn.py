@@ -78,7 +78,7 @@ def owlqn(
     def report(reason: Reason) -> Report:
         return Report(reason, here.loss, largest, iteration, counted.count)
 
-    while largest > limits.gtol:
+    while not limits.flat(largest, square):
         if iteration >= limits.iterations:
             return report("iterations")
         if counted.count >= limits.evaluations:
@@ -107,7 +107,7 @@ def owlqn(
         if callback is not None and callback(Progress(iteration, counted.count, here.loss, largest, length)):
             return report("callback")
         if decrease <= limits.ftol * scale:
-            return report("gradient" if largest <= limits.gtol else "loss")
+            return report("gradient" if limits.flat(largest, square) else "loss")
     return report("gradient")
 
 
