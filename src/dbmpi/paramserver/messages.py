@@ -60,7 +60,7 @@ class Messages:
         self._lock = threading.Lock()
         self._serving = threading.Lock()
         self._tag = 0
-        self._leaving: list[tuple[MPI.Request, np.ndarray]] = []
+        self._leaving: dict[int, deque[tuple[MPI.Request, np.ndarray]]] = {}
         self._puts: dict[tuple[int, int], list[MPI.Request]] = {}
         # Of each rank: the orders that are not begun, and the transfers of earlier ones that go on.
         self._orders: dict[int, deque[list[int]]] = {}
@@ -114,9 +114,10 @@ class Messages:
 
     def free(self) -> None:
         """Wait until everything sent has left, and give the communicator back (collective)."""
-        for request, _ in self._leaving:
-            self._complete(request, "a message to leave")
-        self._leaving = []
+        for rank, orders in self._leaving.items():
+            for request, _ in orders:
+                self._complete(request, f"a message to leave for rank {rank}")
+        self._leaving.clear()
         waiting.barrier(self._comm, "the other ranks to close their windows", serve=self.serve)
         self._comm.Free()
 
@@ -141,8 +142,11 @@ class Messages:
         """Send an order, and return the tag of its data; the lock keeps orders and their data in one sequence."""
         tag = self._next_tag() if tag is None else tag
         words = np.array([kind, offset, value, tag, expected], np.int64)
-        self._leaving = [(request, kept) for request, kept in self._leaving if not request.Test()]
-        self._leaving.append((self._comm.Isend(words, rank, _ORDERS), words))
+        # They leave in order: to look at the first is enough, however many wait.
+        earlier = self._leaving.setdefault(rank, deque())
+        while earlier and earlier[0][0].Test():
+            earlier.popleft()
+        earlier.append((self._comm.Isend(words, rank, _ORDERS), words))
         return tag
 
     def _next_tag(self) -> int:

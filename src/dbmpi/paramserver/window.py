@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections import deque
 from functools import partial
 from types import TracebackType
 from typing import Literal
@@ -104,7 +105,7 @@ class Window:
         self._open = True
         # Several threads of this rank may have transfers on the way; each has put what its own flag announces.
         self._puts: dict[tuple[int, int], list[MPI.Request]] = {}
-        self._stores: list[MPI.Request] = []
+        self._stores: dict[int, deque[MPI.Request]] = {}
         self._storing = threading.Lock()
         self.sync()
         waiting.barrier(comm, "the other ranks to open their windows")
@@ -197,8 +198,11 @@ class Window:
                 waiting.until(request.Test, f"data to leave for rank {rank}", longest_nap=_NAP)
             self._win.Flush(rank)
         with self._storing:
-            self._stores = [earlier for earlier in self._stores if not earlier.Test()]
-            self._stores.append(self._atomic(rank, offset, value, MPI.REPLACE)[0])
+            # They are carried out in order: to look at the first is enough, however many are on the way.
+            earlier = self._stores.setdefault(rank, deque())
+            while earlier and earlier[0].Test():
+                earlier.popleft()
+            earlier.append(self._atomic(rank, offset, value, MPI.REPLACE)[0])
 
     def compare_and_swap(self, rank: int, offset: int, expected: int, value: int) -> int:
         """Set the word at `offset` of a rank's memory if it is `expected`, atomically; return what it was before.
@@ -221,8 +225,9 @@ class Window:
         if not self._open:
             return
         self._open = False
-        for request in self._stores:
-            waiting.complete(request, "a flag to arrive")
+        for rank, stores in self._stores.items():
+            for request in stores:
+                waiting.complete(request, f"a flag to arrive at rank {rank}")
         if self._messages is not None:
             self._messages.free()
         else:
