@@ -37,7 +37,7 @@ from dbmpi.optim.warming import use_kernels
 from dbmpi.paramserver import window as windows
 from dbmpi.paramserver.client import Client
 from dbmpi.paramserver.layout import pieces
-from dbmpi.paramserver.probe import transport_between_hosts
+from dbmpi.paramserver.probe import transport_between
 from dbmpi.paramserver.window import Window
 from dbmpi.runtime import orders, waiting
 from dbmpi.runtime.orders import Mailbox
@@ -77,8 +77,11 @@ def learn(setup: Setup, stack: ExitStack) -> Learned:
     with together(comm, "planning the batches"):
         _check(setup)
     setup.tests, setup.stretches  # noqa: B018 (collective: all ranks ask here)
-    transport, notes = transport_between_hosts(comm, setup.run.server.transport, windows.hosts(comm))
-    window = stack.enter_context(Window.allocate(comm, setup.nbytes(comm.rank), transport=transport))
+    nbytes = setup.nbytes(comm.rank)
+    shared = windows.missing(comm, nbytes) <= 0
+    memories = windows.hosts(comm) if shared else np.arange(comm.size)
+    transport, notes = transport_between(comm, setup.run.server.transport, memories)
+    window = stack.enter_context(Window.allocate(comm, nbytes, shared=shared, transport=transport))
     if transport == "p2p":
         # Replicas read and change words of one another and of the lead at any time, and messages need an answer.
         stack.enter_context(waiting.serving(partial(_look, window)))

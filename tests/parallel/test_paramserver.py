@@ -214,8 +214,10 @@ def test_too_little_shared_memory_is_worked_around(comm, monkeypatch, room) -> N
     free = {"parameters alone": 2.5 * 4 * elements, "nothing": 0}[room]
     monkeypatch.setattr(window, "_shared_memory_free", lambda: int(free))
     with parameter_server(comm, elements) as bench:
-        (note,) = bench.store.notes
+        note, *chosen = bench.store.notes
         assert "/dev/shm" in note
+        assert [line for line in chosen if "transport" in line] == chosen
+        assert len(chosen) == (room == "nothing")  # who shares no memory must know the faster way
         assert bench.window.shared == (room != "nothing")
         if bench.client is not None:
             assert not bench.client.gradients

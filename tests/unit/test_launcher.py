@@ -37,6 +37,22 @@ ONE_OF_HYDRA = HYDRA | {"PMI_SIZE": "1", "MPI_LOCALNRANKS": "1"}
 
 
 @pytest.mark.parametrize(
+    ("environment", "mebibytes", "warned"),
+    [
+        (HYDRA, 20, True),
+        (HYDRA, 24, False),
+        (HYDRA | {"MPI_LOCALRANKID": "1"}, 20, False),
+        (HYDRA | {"MPI_LOCALNRANKS": "16"}, 64, True),
+        (MPIRUN, 1, False),
+        ({}, 1, False),
+    ],
+)
+def test_warns_of_a_shared_memory_in_which_mpich_may_crash(environment, mebibytes, warned) -> None:
+    warning = installation.mpich_shortage(environment, mebibytes * 2**20)
+    assert ("--shm-size" in warning) == warned
+
+
+@pytest.mark.parametrize(
     ("environment", "ranks", "by"),
     [
         ({}, 1, ""),

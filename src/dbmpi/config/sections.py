@@ -188,7 +188,7 @@ class ServerSection(Section):
     """``shared``: workers compute on the shards' own memory, which changes meanwhile; on one host.  Where a replica has
     partitions, not with ``align = "equal"``."""
     transport: Literal["auto", "rma", "p2p"] = "auto"
-    """Between hosts, ``rma``: one-sided; ``p2p``: messages with the same results; ``auto``: what is faster at start."""
+    """Without shared memory, ``rma``: one-sided; ``p2p``: messages, same results; ``auto``: what is faster at start."""
     align: Literal["equal", "partition"] = "partition"
     """``partition`` (Downpour): shards end where partitions do, so that a worker deals with the shards of its own part
     alone, and in one piece with each; ``equal``: each shard holds as much, whatever the number of partitions."""

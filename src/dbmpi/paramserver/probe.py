@@ -1,4 +1,4 @@
-"""Measure how fast ranks of two hosts reach each other's memory, and choose the faster way."""
+"""Measure how fast ranks that share no memory reach that of each other, and choose the faster way."""
 
 from __future__ import annotations
 
@@ -42,15 +42,15 @@ class Speed:
         )
 
 
-def transport_between_hosts(
-    comm: MPI.Intracomm, wanted: Literal["auto", "rma", "p2p"], hosts: np.ndarray
+def transport_between(
+    comm: MPI.Intracomm, wanted: Literal["auto", "rma", "p2p"], memories: np.ndarray
 ) -> tuple[Transport, tuple[str, ...]]:
-    """Return the transport that is wanted, with "auto" the faster one if there are several hosts (collective).
+    """Return the transport that is wanted, with "auto" the faster one if ranks share no memory (collective).
 
     Parameters
     ----------
-    hosts
-        For each rank the lowest rank on its host.
+    memories
+        For each rank the lowest rank that it shares memory with.
 
     Returns
     -------
@@ -59,25 +59,25 @@ def transport_between_hosts(
     """
     if wanted != "auto":
         return wanted, ()
-    if len(set(hosts.tolist())) == 1:
+    if len(set(memories.tolist())) == 1:
         return "rma", ()
-    transport, why = choose(comm, hosts)
+    transport, why = choose(comm, memories)
     return transport, (why,)
 
 
-def choose(comm: MPI.Intracomm, hosts: np.ndarray) -> tuple[Transport, str]:
-    """Return the faster transport between rank 0 and the first rank of another host, and why (collective).
+def choose(comm: MPI.Intracomm, memories: np.ndarray) -> tuple[Transport, str]:
+    """Return the faster transport between rank 0 and one that shares no memory with it, and why (collective).
 
     Parameters
     ----------
-    hosts
-        For each rank the lowest rank on its host.
+    memories
+        For each rank the lowest rank that it shares memory with.
     """
-    other = int(np.flatnonzero(hosts != hosts[0])[0])
+    other = int(np.flatnonzero(memories != memories[0])[0])
     speeds = {transport: measure(comm, transport, 0, other) for transport in TRANSPORTS}
     best = min(speeds, key=lambda transport: speeds[transport].seconds)
     found = "; ".join(f"{transport}: {speed}" for transport, speed in speeds.items())
-    return best, f"between hosts transport = {best!r} (ranks 0 and {other}: {found})"
+    return best, f"without shared memory transport = {best!r} (ranks 0 and {other}: {found})"
 
 
 def measure(comm: MPI.Intracomm, transport: Transport, target: int, origin: int) -> Speed:

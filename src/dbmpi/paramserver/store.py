@@ -15,7 +15,7 @@ from dbmpi.paramserver import window as windows
 from dbmpi.paramserver.client import Client
 from dbmpi.paramserver.layout import Run
 from dbmpi.paramserver.memory import Memory, chunk_elements, lines
-from dbmpi.paramserver.probe import transport_between_hosts
+from dbmpi.paramserver.probe import transport_between
 from dbmpi.paramserver.rules import Rule
 from dbmpi.paramserver.server import Server
 from dbmpi.paramserver.window import Window
@@ -109,7 +109,8 @@ class Store:
             self.notes += (f"/dev/shm has no room for gradients that shards read in place{less}: they are copied",)
         if not shared:
             self._memories = [self._memory(shard, chunk, nobody[shard]) for shard in range(plan.shards)]
-        transport, notes = transport_between_hosts(comm, section.transport, hosts)
+        memories = hosts if shared and lacks <= 0 else np.arange(comm.size)
+        transport, notes = transport_between(comm, section.transport, memories)
         self.notes += notes
         self.window = Window.allocate(comm, self._nbytes(), shared=shared, transport=transport)
         self._whole = self._common_parameters() if self._common else None

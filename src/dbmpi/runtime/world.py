@@ -7,6 +7,7 @@ code 2 and is printed once; SIGTERM and Ctrl-C ask for a clean end.
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 import time
@@ -47,6 +48,11 @@ def start() -> MPI.Intracomm:
 
     for name, value in installation.openmpi_settings().items():
         os.environ.setdefault(name, value)  # other MPIs do not look at it
+    with suppress(OSError):  # no /dev/shm
+        warning = installation.mpich_shortage(os.environ, shutil.disk_usage("/dev/shm").free)
+        if warning:
+            print(warning, file=sys.stderr, flush=True)
+            time.sleep(_FOR_THE_LAUNCHER)  # there may be no other time
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
