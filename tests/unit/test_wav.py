@@ -5,6 +5,7 @@ import csv
 import gzip
 import io
 import math
+import os
 import tarfile
 import wave
 from pathlib import Path
@@ -25,7 +26,8 @@ from dbmpi.data.importers.wav import import_wav
 from dbmpi.data.source import Source
 from dbmpi.errors import UserError
 
-FSDD = Path(__file__).parents[3] / "shared" / "data" / "fsdd" / "fsdd-recordings.tar"
+DATA = Path(os.environ.get("DBMPI_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))
+FSDD = DATA / "fsdd" / "fsdd-recordings.tar"
 RATE = 8000
 
 
@@ -435,7 +437,7 @@ def test_damaged_bytes_are_a_user_error_or_harmless(tmp_path, data):
     assert "bad.tar" in told
 
 
-@pytest.mark.skipif(not FSDD.exists(), reason="needs ../shared/data/fsdd/fsdd-recordings.tar")
+@pytest.mark.skipif(not FSDD.exists(), reason="needs the data set fsdd (DBMPI_TEST_DATA)")
 def test_spoken_digits(tmp_path):
     """A part of the real archive: samples as the standard library reads them, and states that can be told apart."""
     files = {}
