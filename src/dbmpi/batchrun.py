@@ -26,7 +26,7 @@ from dbmpi.monitor.progress import Progress
 from dbmpi.objective import Outcome
 from dbmpi.optim import shardspace
 from dbmpi.optim.batches import Beginning, Samples
-from dbmpi.optim.board import MOST_REPLICAS
+from dbmpi.optim.board import MOST_PORTIONS, MOST_REPLICAS
 from dbmpi.optim.passes import Station
 from dbmpi.optim.portions import SAID, Portions
 from dbmpi.optim.portionwork import PortionWork
@@ -74,9 +74,9 @@ class Learned(NamedTuple):
 def learn(setup: Setup, stack: ExitStack) -> Learned:
     """Play this rank's roles until the run ends (collective)."""
     plan, comm = setup.plan, setup.comms.world
+    setup.tests, setup.stretches  # noqa: B018 (collective: all ranks ask here)
     with together(comm, "planning the batches"):
         _check(setup)
-    setup.tests, setup.stretches  # noqa: B018 (collective: all ranks ask here)
     nbytes = setup.nbytes(comm.rank)
     shared = windows.missing(comm, nbytes) <= 0
     memories = windows.hosts(comm) if shared else np.arange(comm.size)
@@ -134,6 +134,11 @@ def _check(setup: Setup) -> None:
             f"sandblaster.batch_portions = {setup.run.sandblaster.batch_portions}: all {setup.order.batches_per_epoch} "
             "portions of an epoch, so that batches have nothing but their overlap; set sandblaster.batch_portions to "
             "fewer, or sandblaster.batch_overlap to 0"
+        )
+    if setup.capacity > MOST_PORTIONS:
+        raise UserError(
+            f"optimizer.batch_size = {setup.run.optimizer.batch_size}: that makes {setup.capacity:,} portions, and "
+            f"Sandblaster can tell {MOST_PORTIONS:,} apart; set it to more"
         )
     if setup.plan.replicas > MOST_REPLICAS:
         raise UserError(
@@ -217,7 +222,7 @@ def _worker(setup: Setup, window: Window, number: int, space: ShardSpace | None)
         recorder=setup.recorder("worker", number),
         report_seconds=run.monitor.report_seconds,
         replica=place,
-        replicas=plan.replicas,
+        stride=plan.replicas if run.sandblaster.deterministic else 1,
         partition=partition,
         keep_bytes=setup.data.train.spare_bytes if again else 0,
     )

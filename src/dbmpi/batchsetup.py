@@ -96,7 +96,8 @@ class Setup:
 
     def board(self, window: Window) -> Board:
         """Return the board, seen through this rank's window."""
-        return Board(window, 0, self.memories[0].nbytes, self.plan.replicas, self.capacity)
+        ordered = self.run.sandblaster.deterministic
+        return Board(window, 0, self.memories[0].nbytes, self.plan.replicas, self.capacity, ordered)
 
     def bundles(self, worker: int) -> Bundles:
         """Return where a worker keeps its bundles: behind its shard's part, and the board."""

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dbmpi.objective import Outcome
-from dbmpi.optim.board import Board, Bundles, Kind, Result, pack, unpack
+from dbmpi.optim.board import Batch, Board, Bundles, Kind, Result, pack, unpack
 from dbmpi.optim.passes import Passes, Station
 from dbmpi.optim.portions import Portions
 
@@ -90,7 +90,7 @@ class World:
         capacity, per_bundle = 64, 1 if ordered else per_bundle
         bundles = Bundles(64, SIZE, per_bundle, SHARDS)
         self.memory = Memory([Board.nbytes(replicas, capacity)] + [64 + bundles.nbytes] * replicas)
-        board = Board(self.memory, 0, 0, replicas, capacity)
+        board = self.board = Board(self.memory, 0, 0, replicas, capacity, ordered)
         self.works = [Work(self.clock) for _ in range(replicas)]
         self.workers = [
             Portions(
@@ -192,6 +192,21 @@ def test_an_even_run_in_step_makes_no_copies():
     assert [worker.computed for worker in world.workers] == [8, 8]
     assert world.passes.shares == {0: 8, 1: 8}
     assert len({entry[1:] for entry in world.passes.ledger}) == 4  # bundles of four
+    # Each has its stretch, in every pass, so that it reads ahead and keeps no more than that.
+    assert {entry.portion: entry.replica for entry in world.passes.ledger} == {p: p // 8 for p in range(16)}
+
+
+def test_who_is_done_with_its_stretch_draws_the_last_ones_of_who_has_most_left():
+    world = World(0, 3)
+    board, batch = world.board, Batch(7, Kind.GRADIENT, 11, 0, 88)
+    board.open(batch)
+    assert [board.draw(batch, 0) for _ in range(3)] == [0, 1, 2]
+    assert [board.draw(batch, 1) for _ in range(2)] == [3, 4]
+    assert [board.draw(batch, 0) for _ in range(4)] == [10, 9, 6, 8]
+    assert board.draw(batch, 2) == 7
+    assert board.draw(batch, 2) == 5
+    assert [board.draw(batch, replica) for replica in range(3)] == [None] * 3
+    assert board.draw(batch._replace(number=6), 1) is None
 
 
 def test_what_a_halted_replica_holds_is_handed_out_again():

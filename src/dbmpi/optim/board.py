@@ -3,7 +3,9 @@
 The board is a few words in the lead's window.  Replicas draw portions from it by atomics of their own: nothing on the
 lead's rank has to run for that.  A portion goes through three steps:
 
-1. It is *drawn*, in sequence.  When all are drawn, those without a result are drawn again, as backup copies.
+1. It is *drawn*.  A replica has a stretch of the batch, the same one in every pass, and draws it in sequence; then it
+   draws the last ones of whoever has most left.  When all are drawn, those without a result are drawn again, as backup
+   copies.  Drawing is a hint, and nothing more: what counts is the next step.
 2. The first replica that has its gradient *wins* it, by a compare-and-swap of the portion's word, and only then adds
    the gradient to its bundle, the sum over the portions that it has won lately.
 3. Every few portions the bundle is *committed*, by a compare-and-swap of the replica's word, which holds the number of
@@ -27,7 +29,11 @@ _LINE = 64
 _BATCH_SHIFT, _OWNER_SHIFT = 32, 20
 _LOW = (1 << _OWNER_SHIFT) - 1
 _PLACE = (1 << _BATCH_SHIFT) - 1
+_TAG_SHIFT, _FRONT_SHIFT = 48, 24
+_TAG, _TAKEN = (1 << 15) - 1, (1 << _FRONT_SHIFT) - 1
+"""What says of a stretch: the last bits of the batch's number, portions drawn from its front, and from its end."""
 
+MOST_PORTIONS = _TAKEN
 MOST_REPLICAS = (1 << (_BATCH_SHIFT - _OWNER_SHIFT)) - 2
 
 
@@ -96,6 +102,8 @@ class Board:
         Where the board begins in its window.
     replicas, capacity
         Numbers of replicas, and of portions of the largest batch.
+    ordered
+        Whether all replicas draw from one stretch, so that portions are done about in their order.
     """
 
     words: Words
@@ -103,11 +111,12 @@ class Board:
     offset: int
     replicas: int
     capacity: int
+    ordered: bool = False
 
     @staticmethod
     def nbytes(replicas: int, capacity: int) -> int:
         """Return the bytes of a board."""
-        return 2 * _LINE + (replicas + capacity) * _WORD
+        return _LINE + (2 * replicas + capacity) * _WORD
 
     # What the lead does
 
@@ -117,7 +126,8 @@ class Board:
             self.words.store(self.rank, self._portion(portion), batch.number << _BATCH_SHIFT)
         for place, word in enumerate(batch[1:], 1):
             self.words.store(self.rank, self.offset + place * _WORD, int(word))
-        self.words.store(self.rank, self._next, batch.number << _BATCH_SHIFT)
+        for stretch in range(self._stretches):
+            self.words.store(self.rank, self._drawn(stretch), (batch.number & _TAG) << _TAG_SHIFT)
         self.words.store(self.rank, self.offset, batch.number)
 
     def end(self) -> None:
@@ -129,7 +139,7 @@ class Board:
 
         A claim holds the last bits of the bundle's number; the rest is that of the replicas' latest bundles, `seen`.
         """
-        found = self._portions(batch.portions)
+        found = self._words_at(self._portion(0), batch.portions)
         owners = ((found & _PLACE) >> _OWNER_SHIFT) - 1
         claims = zip(owners.tolist(), (found & _LOW).tolist(), strict=True)
         half = (_LOW + 1) // 2
@@ -137,6 +147,11 @@ class Board:
             (owner, seen[owner] + ((low - seen[owner] + half) & _LOW) - half) if owner >= 0 else (-1, 0)
             for owner, low in claims
         ]
+
+    def open_bundles(self) -> list[int]:
+        """Return for every replica the number of the bundle that it may commit, at one look."""
+        found: list[int] = self._words_at(self._bundle(0), self.replicas).tolist()
+        return found
 
     def reopen(self, batch: Batch, portion: int, replica: int, bundle: int) -> bool:
         """Hand out a portion again that was won in a bundle which does not count."""
@@ -161,19 +176,34 @@ class Board:
         """Return the number of the batch that is offered."""
         return self.words.load(self.rank, self.offset)
 
-    def draw(self, batch: Batch) -> int | None:
-        """Return the next portion that nobody has drawn yet; None if there is none, or the batch is over."""
+    def draw(self, batch: Batch, replica: int) -> int | None:
+        """Return a portion that nobody has drawn yet; None if there is none, or the batch is over."""
+        count, tag = self._stretches, batch.number & _TAG
+        bounds = np.arange(count + 1) * batch.portions // count
+        own = replica % count
         while True:
-            word = self.words.load(self.rank, self._next)
-            place = word & _PLACE
-            if word >> _BATCH_SHIFT != batch.number or place >= batch.portions:
+            word = self.words.load(self.rank, self._drawn(own))
+            front, back = word >> _FRONT_SHIFT & _TAKEN, word & _TAKEN
+            if word >> _TAG_SHIFT != tag:
                 return None
-            if self.words.compare_and_swap(self.rank, self._next, word, word + 1) == word:
-                return place
+            if front + back == bounds[own + 1] - bounds[own]:
+                break
+            if self.words.compare_and_swap(self.rank, self._drawn(own), word, word + (1 << _FRONT_SHIFT)) == word:
+                return int(bounds[own]) + front
+        while True:
+            words = self._words_at(self._drawn(0), count)
+            left = np.diff(bounds) - (words >> _FRONT_SHIFT & _TAKEN) - (words & _TAKEN)
+            left[words >> _TAG_SHIFT != tag] = 0
+            most = int(np.argmax(left))
+            if left[most] == 0:
+                return None
+            word = int(words[most])
+            if self.words.compare_and_swap(self.rank, self._drawn(most), word, word + 1) == word:
+                return int(bounds[most + 1]) - 1 - (word & _TAKEN)
 
     def outstanding(self, batch: Batch) -> list[int]:
         """Return the portions that nobody has won."""
-        found = self._portions(batch.portions)
+        found = self._words_at(self._portion(0), batch.portions)
         return np.flatnonzero(found == batch.number << _BATCH_SHIFT).tolist()
 
     def win(self, batch: Batch, portion: int, replica: int, bundle: int) -> bool:
@@ -193,19 +223,22 @@ class Board:
         return self.words.compare_and_swap(self.rank, self._bundle(replica), bundle, bundle + 1) == bundle
 
     @property
-    def _next(self) -> int:
-        return self.offset + _LINE
+    def _stretches(self) -> int:
+        return 1 if self.ordered else self.replicas
+
+    def _drawn(self, stretch: int) -> int:
+        return self.offset + _LINE + stretch * _WORD
 
     def _bundle(self, replica: int) -> int:
-        return self.offset + 2 * _LINE + replica * _WORD
+        return self.offset + _LINE + (self.replicas + replica) * _WORD
 
     def _portion(self, portion: int) -> int:
-        return self.offset + 2 * _LINE + (self.replicas + portion) * _WORD
+        return self.offset + _LINE + (2 * self.replicas + portion) * _WORD
 
-    def _portions(self, count: int) -> np.ndarray:
+    def _words_at(self, offset: int, count: int) -> np.ndarray:
         found = np.empty(count, np.int64)
         self.words.sync()
-        self.words.get(self.rank, self._portion(0), found)
+        self.words.get(self.rank, offset, found)
         return found
 
 

@@ -110,8 +110,7 @@ class Passes:
     def poll(self) -> bool:
         """Take what has been committed; return whether there was anything."""
         moved = False
-        for replica in range(len(self._stations)):
-            opened = self._board.open_bundle(replica)
+        for replica, opened in enumerate(self._board.open_bundles()):
             while self._seen[replica] < opened:
                 bundle, self._seen[replica] = self._seen[replica], self._seen[replica] + 1
                 if (replica, bundle) not in self._revoked:

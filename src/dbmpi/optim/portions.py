@@ -124,6 +124,8 @@ class Portions:
         self._portion, self._outcome = 0, Outcome(0, 0.0, 0)
         self._undecided = False
         """Whether a portion has been computed that is neither won nor lost."""
+        self._all_drawn = False
+        """Whether a look has shown that nothing of the batch is left to be drawn."""
         self._closed: list[int] | None = None
         """What is to be said after a commit."""
         self._idle_since: float | None = None
@@ -171,7 +173,7 @@ class Portions:
         if number == END:
             return [_Action.END]
         if number != batch.number:
-            self._undecided, self._idle_since = False, None
+            self._undecided, self._idle_since, self._all_drawn = False, None, False
             new = board.read()
             return None if new is None else [_Action.FETCH, *new, board.open_bundle(self._replica)]
         if self._sums and board.open_bundle(self._replica) != self._bundle:
@@ -186,8 +188,9 @@ class Portions:
             return [_Action.COMMIT]
         if not (self._sums or self._slot_free()):
             return None
-        portion = board.draw(batch)
+        portion = None if self._all_drawn else board.draw(batch, self._replica)
         if portion is None:
+            self._all_drawn = True
             if self._sums:
                 return [_Action.COMMIT]
             portion = self._copy()

@@ -32,8 +32,8 @@ class PortionWork:
         Fetches the parameters.
     order
         Which samples make up each portion of the stream.
-    replicas
-        How many there are, to guess which portion comes next.
+    stride
+        How far apart a replica's portions in succession usually are, to read the next one in advance.
     train, test
         The samples, and the held-out ones.
     keep_bytes
@@ -51,14 +51,14 @@ class PortionWork:
         recorder: Recorder,
         report_seconds: float,
         replica: int,
-        replicas: int,
+        stride: int,
         partition: int,
         keep_bytes: int,
     ) -> None:
         self._objective, self._client, self._order = objective, client, order
         self._train, self._test = Ahead(train, order, keep_bytes), test
         self._recorder, self._report_seconds = recorder, report_seconds
-        self._replica, self._replicas, self._partition = replica, replicas, partition
+        self._replica, self._stride, self._partition = replica, stride, partition
         self._parameters = np.zeros(objective.size, np.float32)
         self._stopwatch = Stopwatch()
         self._steps = self._samples = 0
@@ -89,9 +89,8 @@ class PortionWork:
         number = batch.first + portion
         with self._stopwatch("data"):
             samples: Samples = self._train.batch(number)
-            # Replicas that are alike take turns.
-            if portion + self._replicas < batch.portions:
-                self._train.expect(number + self._replicas)
+            if portion + self._stride < batch.portions:
+                self._train.expect(number + self._stride)
         with self._stopwatch("compute"):
             outcome = self._objective.loss_and_gradient(self._parameters, samples, gradient, step=number)
         self._steps, self._samples = self._steps + 1, self._samples + outcome.samples
