@@ -85,4 +85,5 @@ def test_batches_end_without_a_halted_replica_and_sums_are_exact(jobs: Jobs) -> 
     np.testing.assert_array_equal(found, serial(run.model_copy(update={"data": run.data.model_copy(update=data)})))
     batches = [record for record in read_records(jobs.run_directory) if record["kind"] == "batch"]
     assert {sum(record["portions"].values()) for record in batches} == {PORTIONS}
+    assert {len(record["ledger"]) for record in batches} == {PORTIONS}
     assert {len(record["portions"]) for record in batches} <= {1, 2, 3}

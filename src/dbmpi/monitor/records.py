@@ -18,7 +18,7 @@ import os
 import re
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
@@ -142,11 +142,13 @@ class BatchReport:
     samples: int
     """Of the batch."""
     portions: Mapping[int, int]
-    """The ledger by replica: how many portions of each count; they add up to those of the batch."""
+    """How many portions of each replica count; they add up to those of the batch."""
     revoked: int
     """Bundles of portions that were taken from a replica and handed out again."""
     seconds: float
     """From the offer of the batch to the last gradient."""
+    ledger: Sequence[int] | None = None
+    """For each portion of the batch, the replica whose result counts; None for more portions than a line can hold."""
 
 
 Report = WorkerReport | ShardReport | EvaluationReport | BatchReport
@@ -302,6 +304,8 @@ def _jsonable(value: Any) -> Any:
     """Return plain, finite JSON values for Python's and NumPy's numbers; 9 digits tell all float32 values apart."""
     if isinstance(value, Mapping):
         return {str(key): _jsonable(entry) for key, entry in value.items()}
+    if isinstance(value, Sequence):
+        return [_jsonable(entry) for entry in value]
     if isinstance(value, Integral):
         return int(value)
     if isinstance(value, Real):
@@ -377,6 +381,8 @@ def _fits(value: Any, annotation: str) -> bool:
         return True
     if annotation.startswith("Mapping"):
         return isinstance(value, dict) and all(entry is None or _is_number(entry) for entry in value.values())
+    if annotation.startswith("Sequence"):
+        return isinstance(value, list) and all(_is_number(entry, int) for entry in value)
     if annotation == "int":
         return _is_number(value, int)
     return value is None or _is_number(value)

@@ -105,7 +105,12 @@ class Passes:
     @property
     def shares(self) -> dict[int, int]:
         """Portions of the last batch by replica."""
-        return dict(sorted(Counter(entry.replica for entry in self.ledger).items()))
+        return dict(sorted(Counter(self.contributors).items()))
+
+    @property
+    def contributors(self) -> list[int]:
+        """For each portion of the last batch the replica whose result counts."""
+        return [entry.replica for entry in sorted(self.ledger)]
 
     def poll(self) -> bool:
         """Take what has been committed; return whether there was anything."""

@@ -53,6 +53,9 @@ if TYPE_CHECKING:
 _CAUTION = 1e-10
 """A pair is learned only if ``y.s`` is this fraction of ``|s|^2``."""
 
+_LONGEST_LEDGER = 8192
+"""Portions of which a line of the records can tell who computed them."""
+
 
 class _Interrupted(Exception):
     """A signal asks for the end in the middle of an evaluation."""
@@ -217,6 +220,7 @@ class Coordinator:
                 accuracy=outcome.accuracy,
                 samples=outcome.samples,
                 portions=self._passes.shares,
+                ledger=self._passes.contributors if len(portions) <= _LONGEST_LEDGER else None,
                 revoked=self._passes.revoked,
                 seconds=seconds,
             )
