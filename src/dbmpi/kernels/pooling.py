@@ -51,7 +51,7 @@ def l2_forward(
             _add_squares(sums, square[place, below])
         first = place * steps[0] + row * steps[1]
         for column in range(width):
-            output = outputs[first + column * samples :][:samples]
+            output = outputs[first + column * samples : first + (column + 1) * samples]
             output[:] = epsilon
             for right in range(column * stride, column * stride + columns):
                 _add(output, sums[right * samples : (right + 1) * samples])
@@ -74,7 +74,7 @@ def average_forward(
             _add(sums, flat[place, below])
         first = place * steps[0] + row * steps[1]
         for column in range(width):
-            output = outputs[first + column * samples :][:samples]
+            output = outputs[first + column * samples : first + (column + 1) * samples]
             output[:] = sums[column * stride * samples : (column * stride + 1) * samples]
             for right in range(column * stride + 1, column * stride + columns):
                 _add(output, sums[right * samples : (right + 1) * samples])
@@ -96,7 +96,7 @@ def max_forward(
             _keep_larger(largest, flat[place, below])
         first = place * steps[0] + row * steps[1]
         for column in range(width):
-            output = outputs[first + column * samples :][:samples]
+            output = outputs[first + column * samples : first + (column + 1) * samples]
             output[:] = largest[column * stride * samples : (column * stride + 1) * samples]
             for right in range(column * stride + 1, column * stride + columns):
                 _keep_larger(output, largest[right * samples : (right + 1) * samples])
