@@ -14,7 +14,8 @@ from unit.layer_checks import CONTEXT, check_cuts, check_gradients, parameters_o
 
 from dbmpi import config
 from dbmpi.errors import UserError
-from dbmpi.kernels import fields, local
+from dbmpi.kernels import fields
+from dbmpi.kernels.local import Untied
 from dbmpi.network.local import Local
 from dbmpi.partition.boxes import Box
 
@@ -179,16 +180,16 @@ def test_an_empty_box_needs_nothing_and_computes_nothing():
 def test_arrays_with_gaps_are_refused_instead_of_copied():
     weights, bias, inputs = np.ones((3, 3, 2, 2, 2, 1)), np.ones((3, 3, 2)), np.ones((1, 4, 4, 4))
     with pytest.raises(ValueError, match=r"\(2, 3, 3, 4\).*rows without gaps"):
-        local.forward(weights, bias, inputs, np.ones((2, 3, 3, 8))[..., ::2], 1, "linear")
+        Untied().forward(weights, bias, inputs, np.ones((2, 3, 3, 8))[..., ::2], 1, "linear")
     with pytest.raises(ValueError, match=r"\(1, 4, 4, 4\).*C-contiguous"):
-        local.forward(weights, bias, np.ones((1, 4, 4, 8))[..., ::2], np.ones((2, 3, 3, 4)), 1, "linear")
+        Untied().forward(weights, bias, np.ones((1, 4, 4, 8))[..., ::2], np.ones((2, 3, 3, 4)), 1, "linear")
 
 
 @settings(max_examples=40)
 @given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 5), st.integers(1, 9))
 def test_bands_of_threads_cover_all_rows(places, field, stride, threads):
     height = (places - 1) * stride + field
-    bands = fields._bands(places, height, field, stride, threads)
+    bands = fields.bands_of(places, height, field, stride, threads)
     assert bands.size == threads + 1
     assert bands[0] == 0
     assert bands[-1] == height
@@ -205,10 +206,11 @@ def test_blocks_cover_all_maps(maps):
 
 PROGRAM = """
 import hashlib, numpy as np
-from dbmpi.kernels import convolution, local
+from dbmpi.kernels.convolution import Tied
+from dbmpi.kernels.local import Untied
 random = np.random.default_rng(1)
 inputs, gradient = (random.normal(size=shape).astype(np.float32) for shape in ((3, 20, 17, 40), (11, 16, 15, 40)))
-for kernels, shape, places in ((local, (16, 15, 11, 5, 3, 3), (16, 15, 11)), (convolution, (11, 3, 5, 3), (11,))):
+for kernels, shape, places in ((Untied(), (16, 15, 11, 5, 3, 3), (16, 15, 11)), (Tied(), (11, 3, 5, 3), (11,))):
     weights, bias = random.normal(size=shape).astype(np.float32), random.normal(size=places).astype(np.float32)
     outputs, of_weights, of_bias, below, mine = map(np.empty_like, (gradient, weights, bias, inputs, gradient))
     mine[...] = gradient

@@ -117,8 +117,9 @@ def _variant(function: Callable[..., Any]) -> str:
     held = [cell.cell_contents for cell in function.__closure__ or ()]
     if not held:
         return ""
+    plain = (bool, int, float, tuple)
     texts = [
-        repr(value) if isinstance(value, bool | int | float) else getattr(value, "__qualname__", type(value).__name__)
+        repr(value) if isinstance(value, plain) else getattr(value, "__qualname__", type(value).__name__)
         for value in (getattr(value, "py_func", value) for value in held)
     ]
     return "_" + hashlib.blake2s(" ".join(texts).encode(), digest_size=4).hexdigest()

@@ -11,16 +11,14 @@ from typing import NamedTuple
 import numpy as np
 from numba import prange
 
-from dbmpi.kernels import fields
 from dbmpi.kernels.activations import ACTIVATIONS
-from dbmpi.kernels.compile import Kernel, parallel_kernel
-from dbmpi.kernels.fields import Blocks, Places, field_of, flat, piece_of
+from dbmpi.kernels.compile import THREADS, Kernel, parallel_kernel
+from dbmpi.kernels.fields import Blocks, bands_of, contiguous, field_of, flat, piece_of
+from dbmpi.kernels.filters import Filters
 from dbmpi.kernels.vector import REGISTERS, lanes
 from dbmpi.kernels.vector_lanes import multiply_along_rows
-from dbmpi.kernels.vector_rows import multiply_rows
+from dbmpi.kernels.vector_rows import add_to_rows, multiply_rows
 
-ORDER = "cuv"
-"""Axes of a filter: channel, row, column."""
 BANDS = 16
 """Most bands of rows whose sums for the weights are kept apart until the end, whatever the number of threads."""
 _GATHERED = 6
@@ -30,92 +28,67 @@ PIECE = 1024
 _MOST = 1 << 24  # elements that they may take, altogether
 
 
-def forward(
-    weights: np.ndarray,
-    bias: np.ndarray,
-    inputs: np.ndarray,
-    outputs: np.ndarray,
-    stride: int,
-    activation: str,
-    places: Places | None = None,
-) -> None:
-    """Write ``activation(sum of weights times field + bias)``.
+class Tied(Filters):
+    """Filters that all places share."""
 
-    ``outputs[m, i, j, b] = f(sum over c, u, v of weights[m, c, u, v] * inputs[c, i*stride+u, j*stride+v, b]
-    + bias[m])``
+    tied, order = True, "cuv"
 
-    Parameters
-    ----------
-    weights : (maps, channels, field rows, field columns) array
-        float32 or float64, as all others; all are C-contiguous.
-    bias : (maps,) array
-    inputs : (channels, height, width, samples) array
-    outputs : (maps, rows, columns, samples) array
-    stride : int
-    activation : str
-        One of :data:`dbmpi.kernels.fields.CODES`.
-    places
-        Which rows and columns of the outputs to write; by default all.
-    """
-    field = field_of(ORDER, weights.shape[2:], inputs.shape)
-    fields.forward(weights, bias, inputs, outputs, field, stride, activation, tied=True, places=places)
+    def input_gradient(self, weights: np.ndarray, gradient: np.ndarray, result: np.ndarray, stride: int) -> None:
+        """Write the gradient for the inputs (see `Filters`).
 
+        At stride 1 every input can be looked at once, to sum up the gradients of the outputs whose fields it lies in.
+        """
+        if stride > 1 or weights.shape[1] < _GATHERED:
+            self._added_gradient(weights, gradient, result, stride)
+            return
+        feeding, blocks = _feeding(weights.shape[2:], gradient.shape), Blocks.of(weights.shape[1])
+        sorted_weights = weights.transpose(1, 2, 0, 3)
+        filters = [sorted_weights[..., left:right][..., ::-1].reshape(-1) for left, right in feeding.columns]
+        contiguous(gradient, result)
+        _gathered_gradient(blocks.tile)(
+            *(np.concatenate(filters), gradient, result, feeding.places, feeding.starts, feeding.kinds),
+            *(weights.shape[2], blocks.numbers, blocks.vectors * lanes(gradient.itemsize)),
+        )
 
-def input_gradient(weights: np.ndarray, gradient: np.ndarray, result: np.ndarray, stride: int) -> None:
-    """Write the gradient for the inputs into `result`, from that before the activation."""
-    if stride > 1 or weights.shape[1] < _GATHERED:
-        field = field_of(ORDER, weights.shape[2:], result.shape)
-        fields.input_gradient(weights, gradient, result, field, stride, tied=True)
-        return
-    # Every input is looked at once: it sums up the gradients of the outputs whose fields it lies in.
-    feeding, blocks = _feeding(weights.shape[2:], gradient.shape), Blocks.of(weights.shape[1])
-    sorted_weights = weights.transpose(1, 2, 0, 3)
-    filters = [sorted_weights[..., left:right][..., ::-1].reshape(-1) for left, right in feeding.columns]
-    flat(gradient), flat(result)
-    _input_gradient(*blocks.heights, blocks.vectors)(
-        *(np.concatenate(filters), gradient, result, feeding.places, feeding.starts, feeding.kinds, weights.shape[2]),
-        *(blocks.tall, blocks.short, blocks.vectors * lanes(gradient.itemsize)),
-    )
+    def _added_gradient(self, weights: np.ndarray, gradient: np.ndarray, result: np.ndarray, stride: int) -> None:
+        """Write the gradient for the inputs: for every output, add it to the inputs in its field."""
+        shape = self.field_shape(weights)
+        field, blocks = field_of(self.order, shape, result.shape), Blocks.of(len(weights))
+        bands = bands_of(gradient.shape[1], result.shape[1], shape[0], stride, THREADS)
+        contiguous(gradient, result)
+        _added_gradient(blocks.tile)(
+            *(flat(weights), gradient, result, field.places, shape, blocks.numbers),
+            *(bands, stride, blocks.vectors * lanes(gradient.itemsize)),
+        )
 
-
-def parameter_gradient(
-    inputs: np.ndarray,
-    outputs: np.ndarray,
-    gradient: np.ndarray,
-    weight_gradient: np.ndarray,
-    bias_gradient: np.ndarray,
-    stride: int,
-    activation: str,
-) -> None:
-    """Write the gradients for weights and bias; afterwards `gradient` is that before the activation.
-
-    Parameters
-    ----------
-    inputs, outputs, stride, activation
-        As in `forward`, after it.
-    gradient : (maps, rows, columns, samples) array
-        For the outputs.
-    weight_gradient, bias_gradient : arrays like weights and bias
-    """
-    maps, shape = len(weight_gradient), weight_gradient.shape[2:]
-    flat(outputs), flat(gradient)
-    ACTIVATIONS[activation].backward(outputs.reshape(maps, -1), gradient.reshape(maps, -1), bias_gradient)
-    flat(inputs), flat(weight_gradient)
-    blocks = Blocks.of(maps)
-    columns = 3 if blocks.height > 4 or REGISTERS < 32 else 6
-    places = field_of(ORDER, shape, inputs.shape).places
-    depth = -(-places.size // columns) * columns  # the last place is taken again until the tiles are full
-    bands = max(1, min(BANDS, gradient.shape[1], _MOST // (maps * depth)))
-    sums = np.zeros((bands, maps * depth), inputs.dtype)
-    _weight_gradient(*blocks.heights, columns)(
-        *(inputs, gradient, sums, np.pad(places, (0, depth - places.size), "edge"), blocks.tall, blocks.short, stride)
-    )
-    total, first_short = sums.sum(axis=0), blocks.tall * blocks.height
-    of_maps = weight_gradient.reshape(maps, -1)
-    for height, first, last in ((blocks.height, 0, first_short), (blocks.height - 1, first_short, maps)):
-        if last > first:
-            tiles = total[first * depth : last * depth].reshape(-1, depth, height)
-            of_maps[first:last] = tiles.swapaxes(1, 2).reshape(-1, depth)[:, : places.size]
+    def parameter_gradient(
+        self,
+        inputs: np.ndarray,
+        outputs: np.ndarray,
+        gradient: np.ndarray,
+        weight_gradient: np.ndarray,
+        bias_gradient: np.ndarray,
+        stride: int,
+        activation: str,
+    ) -> None:
+        """Write the gradients for weights and bias (see `Filters`)."""
+        contiguous(inputs, outputs, gradient, weight_gradient)
+        maps = len(weight_gradient)
+        ACTIVATIONS[activation].backward(outputs.reshape(maps, -1), gradient.reshape(maps, -1), bias_gradient)
+        blocks = Blocks.of(maps)
+        columns = 3 if blocks.height > 4 or REGISTERS < 32 else 6
+        places = field_of(self.order, self.field_shape(weight_gradient), inputs.shape).places
+        depth = -(-places.size // columns) * columns  # the last place is taken again until the tiles are full
+        bands = max(1, min(BANDS, gradient.shape[1], _MOST // (maps * depth)))
+        sums = np.zeros((bands, maps * depth), inputs.dtype)
+        every = np.pad(places, (0, depth - places.size), "edge")
+        _weight_gradient((*blocks.heights, columns))(inputs, gradient, sums, every, blocks.numbers, stride)
+        total, first_short = sums.sum(axis=0), blocks.tall * blocks.height
+        of_maps = weight_gradient.reshape(maps, -1)
+        for height, first, last in ((blocks.height, 0, first_short), (blocks.height - 1, first_short, maps)):
+            if last > first:
+                tiles = total[first * depth : last * depth].reshape(-1, depth, height)
+                of_maps[first:last] = tiles.swapaxes(1, 2).reshape(-1, depth)[:, : places.size]
 
 
 class _Feeding(NamedTuple):
@@ -153,13 +126,67 @@ def _feeding(shape: tuple[int, int], gradient_shape: tuple[int, int, int, int]) 
 
 
 @cache
-def _input_gradient(height: int, shorter: int, vectors: int) -> Kernel[..., None]:
-    """Return the kernel for stride 1, blocks of `height` and `shorter` channels, `vectors` vectors of samples each.
+def _added_gradient(tile: tuple[int, int, int]) -> Kernel[..., None]:
+    """Return the kernel of the inputs' gradient that adds to them, for blocks of maps.
+
+    Every thread writes a band of rows of its own, for which it looks at the fields that reach into it.  Filters stay in
+    the caches, unlike those of a local layer, and so it is the gradients of a block of maps that stay in registers.
+    Columns of the field come after one another: rows of several channels, which may lie a multiple of 4096 bytes apart,
+    would wait for each other (twice the time for 128 samples of 100 x 100).
+    """
+
+    def added_gradient(
+        w: np.ndarray,
+        gradient: np.ndarray,
+        result: np.ndarray,
+        places: np.ndarray,
+        field: tuple[int, int],
+        blocks: tuple[int, int],
+        bands: np.ndarray,
+        stride: int,
+        width: int,
+    ) -> None:
+        _, out_height, out_width, samples = gradient.shape
+        in_width, source, target = result.shape[2], gradient.reshape(-1), result.reshape(-1)
+        depth, plane, size = places.size, out_height * out_width * samples, field[0] * field[1]
+        for band in prange(bands.size - 1):
+            top, bottom = bands[band], bands[band + 1]
+            result[:, top:bottom] = 0
+            for i in range(out_height):
+                above, below = max(0, top - i * stride), min(field[0], bottom - i * stride)
+                if above >= below:
+                    continue
+                # The rows that are in the band are one piece of all channels, or one of each.
+                pieces, length = (
+                    (1, depth) if below - above == field[0] else (depth // size, (below - above) * field[1])
+                )
+                longest = piece_of(length)
+                for j in range(out_width):
+                    for start in range(0, samples, width):
+                        filled = min(width, samples - start)
+                        x_start = (i * in_width + j) * stride * samples + start
+                        g_start = (i * out_width + j) * samples + start
+                        for piece in range(pieces):
+                            begin = piece * size + above * field[1]
+                            for first in range(begin, begin + length, longest):
+                                # fmt: off
+                                add_to_rows(
+                                    tile, blocks, w, 0, depth, source, g_start, plane,
+                                    target, x_start, places, first, min(first + longest, begin + length), filled,
+                                )
+                                # fmt: on
+
+    return parallel_kernel(added_gradient)
+
+
+@cache
+def _gathered_gradient(tile: tuple[int, int, int]) -> Kernel[..., None]:
+    """Return the kernel of the inputs' gradient at stride 1, for blocks of channels.
 
     It takes the filters in the order of `_Feeding.places`, (channels, depth) for each kind.
     """
 
-    def input_gradient(
+    def gathered_gradient(
         w: np.ndarray,
         gradient: np.ndarray,
         result: np.ndarray,
@@ -167,8 +194,7 @@ def _input_gradient(height: int, shorter: int, vectors: int) -> Kernel[..., None
         starts: np.ndarray,
         kinds: np.ndarray,
         field_height: int,
-        tall: int,
-        short: int,
+        blocks: tuple[int, int],
         width: int,
     ) -> None:
         _, out_height, out_width, samples = gradient.shape
@@ -188,30 +214,19 @@ def _input_gradient(height: int, shorter: int, vectors: int) -> Kernel[..., None
                         filled = min(width, samples - start)
                         g_start = (i * out_width + j) * samples + start
                         x_start = (i * in_width + j) * samples + start
-                        w_start = (channels - 1) * start_of_kind
                         # fmt: off
-                        for _ in range(tall):
-                            multiply_rows(
-                                height, vectors, w, w_start, depth, source, g_start, places, first, last,
-                                target, x_start, plane, filled, first > begin, False,
-                            )
-                            w_start += height * depth
-                            x_start += height * plane
-                        for _ in range(short):
-                            multiply_rows(
-                                shorter, vectors, w, w_start, depth, source, g_start, places, first, last,
-                                target, x_start, plane, filled, first > begin, False,
-                            )
-                            w_start += shorter * depth
-                            x_start += shorter * plane
+                        multiply_rows(
+                            tile, blocks, w, (channels - 1) * start_of_kind, depth, source, g_start, places,
+                            first, last, target, x_start, plane, filled, first > begin, False,
+                        )
                         # fmt: on
 
-    return parallel_kernel(input_gradient)
+    return parallel_kernel(gathered_gradient)
 
 
 @cache
-def _weight_gradient(height: int, shorter: int, columns: int) -> Kernel[..., None]:
-    """Return the kernel for blocks of `height` and `shorter` maps, `columns` weights of each at a time.
+def _weight_gradient(tile: tuple[int, int, int]) -> Kernel[..., None]:
+    """Return the kernel for blocks of maps, and some weights of each at a time.
 
     It adds the gradients of each band of rows to its row of `sums`, where each block is (depth, maps).
 
@@ -220,16 +235,10 @@ def _weight_gradient(height: int, shorter: int, columns: int) -> Kernel[..., Non
     """
 
     def weight_gradient(
-        x: np.ndarray,
-        gradient: np.ndarray,
-        sums: np.ndarray,
-        places: np.ndarray,
-        tall: int,
-        short: int,
-        stride: int,
+        x: np.ndarray, gradient: np.ndarray, sums: np.ndarray, places: np.ndarray, blocks: tuple[int, int], stride: int
     ) -> None:
         _, out_height, out_width, samples = gradient.shape
-        plane, row = out_height * out_width * samples, x.shape[2] * samples
+        plane, row, step = out_height * out_width * samples, x.shape[2] * samples, stride * samples
         source, below = gradient.reshape(-1), x.reshape(-1)
         runs, length = (1, out_width * samples) if stride == 1 else (out_width, samples)
         runs_at_a_time = max(1, PIECE // length)
@@ -241,26 +250,13 @@ def _weight_gradient(height: int, shorter: int, columns: int) -> Kernel[..., Non
                     some = min(runs_at_a_time, runs - run)
                     for start in range(0, length, PIECE):
                         elements = min(PIECE, length - start)
-                        x_start = i * stride * row + run * stride * samples + start
+                        x_start = i * stride * row + run * step + start
                         g_start = (i * out_width + run) * samples + start
-                        block = 0
                         # fmt: off
-                        for _ in range(tall):
-                            for first in range(0, places.size, columns):
-                                multiply_along_rows(
-                                    height, columns, source, g_start, plane, samples, below, x_start, stride * samples,
-                                    places, first, out, block + first * height, some, elements,
-                                )
-                            g_start += height * plane
-                            block += height * places.size
-                        for _ in range(short):
-                            for first in range(0, places.size, columns):
-                                multiply_along_rows(
-                                    shorter, columns, source, g_start, plane, samples, below, x_start, stride * samples,
-                                    places, first, out, block + first * shorter, some, elements,
-                                )
-                            g_start += shorter * plane
-                            block += shorter * places.size
+                        multiply_along_rows(
+                            tile, blocks, source, g_start, plane, samples, below, x_start, step,
+                            places, places.size, some, elements, out,
+                        )
                         # fmt: on
 
     return parallel_kernel(weight_gradient)

@@ -11,10 +11,11 @@ of vectors, and ``vector_streams`` passes over many long vectors.  Nothing else 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from llvmlite import ir  # type: ignore[import-untyped]
+from numba import types
 from numba.core import cgutils
 from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
@@ -47,6 +48,23 @@ def instructions(function: Callable[..., Any]) -> Any:
     return intrinsic(prefer_literal=True)(function)
 
 
+def constants(*given: Any) -> bool:
+    """Return whether the types of arguments are those of constants, or of tuples of them."""
+    return all(isinstance(one, types.Literal) for some in given for one in getattr(some, "types", [some]))
+
+
+def literals(given: Any) -> list[Any]:
+    """Return the values of a tuple of constants, of which the type is given."""
+    return [one.literal_value for one in given]
+
+
+def signature_of(*given: Any) -> Any:
+    """Return the signature of a call without a result: integers are as wide as addresses, all else is as given."""
+    return types.void(
+        *(types.intp if isinstance(one, types.Integer) and not isinstance(one, types.Literal) else one for one in given)
+    )
+
+
 class Arguments:
     """The arguments of a call of instructions, by their places."""
 
@@ -62,6 +80,10 @@ class Arguments:
         """Return the number of elements of the array that is one argument, 1-D."""
         made = self._context.make_array(self._types[array])(self._context, self._builder, self.values[array])
         return self._builder.extract_value(made.shape, 0)
+
+    def numbers(self, argument: int) -> list[Any]:
+        """Return the elements of the tuple that is one argument."""
+        return list(cgutils.unpack_tuple(self._builder, self.values[argument]))  # type: ignore[no-untyped-call]
 
     def itemsize(self, array: int) -> int:
         """Return the bytes of an element of the array that is one argument."""
@@ -146,6 +168,19 @@ class Writer:
         whole = self.builder.add(start, self.builder.and_(self.builder.sub(stop, start), self.index(-count)))
         k, carried = self.loop(count, start, whole, carried, lambda k, values: steps(k, count, values))
         return self.loop(1, k, stop, carried, lambda k, values: steps(k, 1, values))[1]
+
+    def blocks(self, heights: list[int], numbers: list[Any]) -> Iterator[tuple[int, Any]]:
+        """Yield the height and the first row of blocks of rows, one below the other, where their instructions belong.
+
+        There are so many of each height; heights of 0 are passed over.
+        """
+        first = self.index(0)
+        for height, number in zip(heights, numbers, strict=True):
+            if height > 0:
+                stop = self.builder.add(first, self.builder.mul(number, self.index(height)))
+                with cgutils.for_range_slice(self.builder, first, stop, self.index(height)) as (row, _):
+                    yield height, row
+                first = stop
 
     def at(self, pointer: Any, *offsets: Any) -> Any:
         """Return the address so many elements on; offsets are numbers or values."""

@@ -7,16 +7,15 @@ from collections.abc import Iterator
 from typing import Any
 
 from llvmlite import ir  # type: ignore[import-untyped]
-from numba import types
 
-from dbmpi.kernels.vector import Arguments, MaskedWriter, instructions, lanes
+from dbmpi.kernels.vector import Arguments, MaskedWriter, constants, instructions, literals, signature_of
 
 
 @instructions
 def multiply_along_rows(
     typingctx: Any,
-    rows: Any,
-    columns: Any,
+    tile: Any,
+    blocks: Any,
     a: Any,
     a_start: Any,
     a_stride: Any,
@@ -25,44 +24,50 @@ def multiply_along_rows(
     b_start: Any,
     b_step: Any,
     places: Any,
-    first: Any,
-    out: Any,
-    out_start: Any,
+    depth: Any,
     runs: Any,
     length: Any,
+    out: Any,
 ) -> Any:
     """Multiply rows of `a` by rows of `b` that lie anywhere, each along the row, and add the sums to `out`.
 
-    ``out[out_start + c * rows + r] += sum over n < runs, s < length of a[a_start + n * a_step + r * a_stride + s] *
-    b[b_start + n * b_step + places[first + c] + s]`` for `rows` rows of `a` and `columns` of `b`.  Every
-    lane of a vector has a sum of its own; these are added at the end.
+    The sum for rows r of `a` and c of `b` is that of ``a[a_start + n * a_step + r * a_stride + s] *
+    b[b_start + n * b_step + places[c] + s]`` over n < `runs` and s < `length`.  Every lane of a vector has a sum of its
+    own; these are added at the end.  In `out`, the sums of each block of rows of `a` are (rows of `b`, rows of `a`).
 
     Parameters
     ----------
-    rows, columns : constants
-        Without rows, nothing is done.
+    tile : constants
+        Height of the first blocks of rows of `a`, that of the others (0 if there are none), and rows of `b` at a time.
+    blocks : (int, int)
+        How many there are of each height.
     a, b, out : 1-D arrays of one float type
     places : 1-D int64 array
+    depth : int
+        Rows of `b`, a multiple of those at a time.
     runs, length : int
         Number of pieces that the rows consist of, and elements of each.
     """
-    if not all(isinstance(constant, types.IntegerLiteral) for constant in (rows, columns)):
+    if not constants(tile):
         return None
-    index = types.intp
-    signature = types.void(
-        *(rows, columns, a, index, index, index, b, index, index, places, index, out, index, index, index)
-    )
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        if rows.literal_value > 0:
-            given = Arguments(context, builder, signature, values)
-            tile = _LaneTile(builder, given.itemsize(2), rows.literal_value)
-            a, b, places, out = (given.pointer(*at) for at in ((2, 3), (6, 7), (9, 10), (11, 12)))
-            a_stride, a_step, b_step, runs, length = (values[at] for at in (4, 5, 8, 13, 14))
-            tile.multiply(columns.literal_value, a, a_stride, a_step, b, b_step, places, runs, length, out)
+        given = Arguments(context, builder, signature, values)
+        a, b, places, out = (given.pointer(*at) for at in ((2, 3), (6, 7), (9,), (13,)))
+        a_stride, a_step, b_step, depth, runs, length = (values[at] for at in (4, 5, 8, 10, 11, 12))
+        writer = _Lanes(builder, given.itemsize(2))
+        *heights, columns = literals(tile)
+        for rows, top in writer.blocks(heights, given.numbers(1)):
+            strips = writer.strided(writer.at(a, builder.mul(top, a_stride)), a_stride, rows)
+            sums = writer.at(out, builder.mul(top, depth))
+            for _, first in writer.blocks([columns], [builder.udiv(depth, writer.index(columns))]):
+                some = [writer.at(b, builder.load(writer.at(places, first, column))) for column in range(columns)]
+                sums_of_some = writer.at(sums, builder.mul(first, writer.index(rows)))
+                writer.multiply(strips, a_step, some, b_step, runs, length, sums_of_some)
         return context.get_dummy_value()
 
-    return signature, generate
+    given = (a, a_start, a_stride, a_step, b, b_start, b_step, places, depth, runs, length, out)
+    return signature_of(tile, blocks, *given), generate
 
 
 @instructions
@@ -90,56 +95,37 @@ def transpose_block(
     height, width : int
         At least 1; more than the lanes count as so many.
     """
-    if not isinstance(a, types.Array):
-        return None
-    index = types.intp
-    signature = types.void(a, index, places, index, index, index, out, index, index)
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         given = Arguments(context, builder, signature, values)
-        block = _LaneTile(builder, given.itemsize(0), lanes(given.itemsize(0)))
+        block = _Lanes(builder, given.itemsize(0))
         block.transpose(given.pointer(0, 1), given.pointer(2, 3), values[4], values[5], given.pointer(6, 7), values[8])
         return context.get_dummy_value()
 
-    return signature, generate
+    return signature_of(a, a_start, places, first, height, width, out, out_start, out_stride), generate
 
 
-class _LaneTile(MaskedWriter):
-    """The instructions of `multiply_along_rows` and `transpose_block`."""
-
-    def __init__(self, builder: Any, itemsize: int, rows: int) -> None:
-        super().__init__(builder, itemsize)
-        self.rows = rows
+class _Lanes(MaskedWriter):
+    """The instructions of `multiply_along_rows` and `transpose_block`; arrays are addresses."""
 
     def multiply(
-        self,
-        columns: int,
-        a: Any,
-        a_stride: Any,
-        a_step: Any,
-        b: Any,
-        b_step: Any,
-        places: Any,
-        runs: Any,
-        length: Any,
-        out: Any,
+        self, strips: list[Any], a_step: Any, others: list[Any], b_step: Any, runs: Any, length: Any, out: Any
     ) -> None:
-        """Write `multiply_along_rows`; arrays are addresses."""
-        builder = self.builder
-        row_places = [builder.load(self.at(places, column)) for column in range(columns)]
+        """Add the products along strips of `a` and rows of `b` to what is at `out`."""
+        builder, rows = self.builder, len(strips)
         whole = builder.and_(length, self.index(-self.lanes))
 
         def one_run(n: Any, sums: list[Any]) -> list[Any]:
-            strips = self.strided(self.at(a, builder.mul(n, a_step)), a_stride, self.rows)
-            b_rows = [self.at(b, builder.mul(n, b_step), place) for place in row_places]
+            a_rows = [self.at(strip, builder.mul(n, a_step)) for strip in strips]
+            b_rows = [self.at(other, builder.mul(n, b_step)) for other in others]
 
             def steps(masks: list[Any], s: Any, sums: list[Any]) -> list[Any]:
-                others = [self.load_row(self.at(row, s), masks)[0] for row in b_rows]
+                values = [self.load_row(self.at(row, s), masks)[0] for row in b_rows]
                 sums = list(sums)
-                for number, strip in enumerate(strips):  # one at a time: there is no register for more
-                    (value,) = self.load_row(self.at(strip, s), masks)
-                    for place in range(number, len(sums), self.rows):
-                        sums[place] = self.multiply_add(value, others[place // self.rows], sums[place])
+                for number, row in enumerate(a_rows):  # one at a time: there is no register for more
+                    (factor,) = self.load_row(self.at(row, s), masks)
+                    for place in range(number, len(sums), rows):
+                        sums[place] = self.multiply_add(factor, values[place // rows], sums[place])
                 return sums
 
             def full(s: Any, sums: list[Any]) -> list[Any]:
@@ -151,7 +137,7 @@ class _LaneTile(MaskedWriter):
             s, sums = self.loop(self.lanes, self.index(0), whole, sums, full)
             return self.loop(self.lanes, s, length, sums, rest)[1]
 
-        _, sums = self.loop(1, self.index(0), runs, [self.zero] * (self.rows * columns), one_run)
+        _, sums = self.loop(1, self.index(0), runs, [self.zero] * (rows * len(others)), one_run)
         for first in range(0, len(sums), self.lanes):
             some = sums[first : first + self.lanes]
             place = self.at(out, first)
@@ -178,14 +164,14 @@ class _LaneTile(MaskedWriter):
         builder = self.builder
         within = self.masks(1, width)
         rows = []
-        for row in range(self.rows):
+        for row in range(self.lanes):
             # Rows that there are not are read from the place of the first.
             inside = builder.icmp_signed("<", self.index(row), height)
             place = builder.load(self.at(places, builder.select(inside, self.index(row), self.index(0))))
             rows += self.load_row(self.at(a, place), within)
         for bit, lower, upper in self._exchanges():
             swapped = list(rows)
-            for row in range(self.rows):
+            for row in range(self.lanes):
                 if not row & bit:
                     swapped[row] = self.shuffle(rows[row], rows[row + bit], lower)
                     swapped[row + bit] = self.shuffle(rows[row], rows[row + bit], upper)

@@ -1,6 +1,9 @@
 """Products with rows that lie anywhere in memory: what layers of filters on fields are made of.
 
-A tile may be partly filled: nothing is read or written beyond its columns.
+Rows are taken in blocks whose sums stay in registers.  `tile` is a constant: the height of the first blocks, that of
+the others (0 if there are none), and the vectors of a row; `blocks` says how many there are of each height.  Arrays
+are flat and of one float type; indices are not checked.  A tile may be partly filled: nothing is read or written
+beyond its `filled` columns, which are at least one and at most ``vectors * lanes``.
 """
 
 from __future__ import annotations
@@ -10,14 +13,23 @@ from typing import Any
 
 from numba import types
 
-from dbmpi.kernels.vector import CACHE_LINE, Arguments, MaskedWriter, Writer, instructions
+from dbmpi.kernels.vector import (
+    CACHE_LINE,
+    Arguments,
+    MaskedWriter,
+    Writer,
+    constants,
+    instructions,
+    literals,
+    signature_of,
+)
 
 
 @instructions
 def multiply_rows(
     typingctx: Any,
-    rows: Any,
-    vectors: Any,
+    tile: Any,
+    blocks: Any,
     a: Any,
     a_start: Any,
     a_stride: Any,
@@ -33,59 +45,49 @@ def multiply_rows(
     add: Any,
     ahead: Any,
 ) -> Any:
-    """Multiply a strip of `a` by rows of `b` that lie anywhere, into one tile of `out`, all of it in registers.
+    """Multiply rows of `a` by rows of `b` that lie anywhere, into rows of `out`.
 
-    ``out[r, c] (+)= sum over first <= k < last of a[r, k] * b[places[k] + c]`` for `rows` rows and `filled` columns,
-    summed in the order of k.  The arrays are flat; indices are not checked.  Nothing is read or written beyond the
-    `filled` columns.
+    ``out[r, c] (+)= sum over first <= k < last of a[r, k] * b[places[k] + c]`` for the rows r of all blocks and
+    `filled` columns c, summed in the order of k.
 
     Parameters
     ----------
-    rows, vectors : constants
-        Shape of the tile, in rows and vectors; without rows, nothing is done.
-    a, b, out : 1-D arrays of one float type
-        Element (r, k) of the strip is ``a[a_start + r * a_stride + k]``.
+    a, b, out : 1-D arrays
+        Element (r, k) of the first is ``a[a_start + r * a_stride + k]``, element (r, c) of the last
+        ``out[out_start + r * out_stride + c]``.
     b_start : int
         Added to all places.
     places : 1-D int64 array
         Where the rows of `b` start.
-    out_start, out_stride : int
-        Position of the tile, and distance of its rows.
-    filled : int
-        Columns of the tile, at least 1 and at most ``vectors * lanes``.
     add : bool
         Add to what is in `out`, instead of replacing it.
     ahead : constant
-        Whether to ask for the strip after the next one below.
+        Whether to ask for the rows of `a` two blocks on.
     """
-    if not isinstance(ahead, types.BooleanLiteral):
+    if not constants(tile, ahead):
         return None
-    if not all(isinstance(constant, types.IntegerLiteral) for constant in (rows, vectors)):
-        return None
-    index = types.intp
-    signature = types.void(
-        *(rows, vectors, a, index, index, b, index, places, index, index),
-        *(out, index, index, index, types.boolean, ahead),
-    )
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        if rows.literal_value > 0:
-            given = Arguments(context, builder, signature, values)
-            tile = _RowTile(builder, given.itemsize(2), rows.literal_value, values[13])
-            a, b, places, out = (given.pointer(*at) for at in ((2, 3), (5, 6), (7,), (10, 11)))
-            later = tile.later(a, values[4]) if ahead.literal_value else None
-            for masks in tile.variants(vectors.literal_value):
-                tile.multiply(masks, a, values[4], b, places, values[8], values[9], out, values[12], values[14], later)
+        given = Arguments(context, builder, signature, values)
+        writer = _RowTiles(builder, given.itemsize(2))
+        a, b, places, out = (given.pointer(*at) for at in ((2, 3), (5, 6), (7,), (10, 11)))
+        a_stride, first, last, out_stride, filled, add = (values[at] for at in (4, 8, 9, 12, 13, 14))
+        for rows, top, masks in writer.tiles(tile, given.numbers(1), filled):
+            strips = writer.strided(writer.at(a, builder.mul(top, a_stride)), a_stride, rows)
+            sums = writer.strided(writer.at(out, builder.mul(top, out_stride)), out_stride, rows)
+            later = writer.at(strips[0], builder.mul(a_stride, writer.index(2 * rows))) if ahead.literal_value else None
+            writer.multiply(masks, strips, later, b, places, first, last, sums, add)
         return context.get_dummy_value()
 
-    return signature, generate
+    given = (a, a_start, a_stride, b, b_start, places, first, last, out, out_start, out_stride, filled, types.boolean)
+    return signature_of(tile, blocks, *given, ahead), generate
 
 
 @instructions
 def add_to_rows(
     typingctx: Any,
-    rows: Any,
-    vectors: Any,
+    tile: Any,
+    blocks: Any,
     a: Any,
     a_start: Any,
     a_stride: Any,
@@ -94,54 +96,49 @@ def add_to_rows(
     b_stride: Any,
     out: Any,
     out_start: Any,
-    columns: Any,
     places: Any,
     first: Any,
     last: Any,
     filled: Any,
 ) -> Any:
-    """Multiply a transposed strip of `a` by a tile of `b` that stays in registers, into rows that lie anywhere.
+    """Multiply columns of `a` by rows of `b`, and add to rows of `out` that lie anywhere: `multiply_rows` transposed.
 
-    ``out[places[n] + c] += sum over r < rows of a[r, columns[n]] * b[r, c]`` for ``first <= n < last`` and `filled`
-    columns c, summed in the order of r.  The transpose of :func:`multiply_rows`; the rows of `out` must not overlap.
+    ``out[places[n] + c] += sum over r of a[r, n] * b[r, c]`` for ``first <= n < last`` and `filled` columns c, summed
+    in the order of r: the rows of all blocks, and those of `b` are in registers.  The rows of `out` must not overlap.
 
     Parameters
     ----------
-    rows, vectors, filled
-        As for `multiply_rows`.
-    a, b, out : 1-D arrays of one float type
-        Element (r, k) of the strip is ``a[a_start + r * a_stride + k]``; row r of the tile starts at
-        ``b_start + r * b_stride``.
+    a, b, out : 1-D arrays
+        Element (r, n) of the first is ``a[a_start + r * a_stride + n]``, element (r, c) of the second
+        ``b[b_start + r * b_stride + c]``.
     out_start : int
         Added to all places.
-    columns, places : 1-D int64 arrays
-        Columns of `a`, and where the rows of `out` start.
+    places : 1-D int64 array
+        Where the rows of `out` start.
     """
-    if not all(isinstance(constant, types.IntegerLiteral) for constant in (rows, vectors)):
+    if not constants(tile):
         return None
-    index = types.intp
-    signature = types.void(
-        *(rows, vectors, a, index, index, b, index, index, out, index),
-        *(columns, places, index, index, index),
-    )
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        if rows.literal_value > 0:
-            given = Arguments(context, builder, signature, values)
-            tile = _RowTile(builder, given.itemsize(2), rows.literal_value, values[14])
-            a, b, out, columns_of_a, rows_of_out = (given.pointer(*at) for at in ((2, 3), (5, 6), (8, 9), (10,), (11,)))
-            for masks in tile.variants(vectors.literal_value):
-                tile.add(masks, a, values[4], b, values[7], out, columns_of_a, rows_of_out, values[12], values[13])
+        given = Arguments(context, builder, signature, values)
+        writer = _RowTiles(builder, given.itemsize(2))
+        a, b, out, places = (given.pointer(*at) for at in ((2, 3), (5, 6), (8, 9), (10,)))
+        a_stride, b_stride, first, last, filled = (values[at] for at in (4, 7, 11, 12, 13))
+        for rows, top, masks in writer.tiles(tile, given.numbers(1), filled):
+            strips = writer.strided(writer.at(a, builder.mul(top, a_stride)), a_stride, rows)
+            others = writer.strided(writer.at(b, builder.mul(top, b_stride)), b_stride, rows)
+            writer.add(masks, strips, others, out, places, first, last)
         return context.get_dummy_value()
 
-    return signature, generate
+    given = (a, a_start, a_stride, b, b_start, b_stride, out, out_start, places, first, last, filled)
+    return signature_of(tile, blocks, *given), generate
 
 
 @instructions
 def add_maps_to_rows(
     typingctx: Any,
-    rows: Any,
-    vectors: Any,
+    tile: Any,
+    blocks: Any,
     a: Any,
     a_start: Any,
     a_stride: Any,
@@ -155,45 +152,29 @@ def add_maps_to_rows(
     depth: Any,
     filled: Any,
 ) -> Any:
-    """Multiply some columns of `a` by rows of `b`, into rows that lie anywhere, which are in registers meanwhile.
+    """Do as `add_to_rows` does, with the rows of `out` in registers, which are those of all blocks.
 
-    ``out[places[first + n] + c] += sum over r < depth of a[r, first + n] * b[r, c]`` for ``n < rows`` and `filled`
-    columns c, summed in the order of r.  The transpose of :func:`multiply_rows`; the rows of `out` must not overlap.
-
-    Parameters
-    ----------
-    rows, vectors : constants
-        Shape of the tile, in rows of `out` and vectors; without rows, nothing is done.
-    a, b, out : 1-D arrays of one float type
-        Element (r, k) of the first is ``a[a_start + r * a_stride + k]``, element (r, c) of the second
-        ``b[b_start + r * b_stride + c]``.
-    out_start : int
-        Added to all places.
-    places : 1-D int64 array
-        Where the rows of `out` start.
-    depth : int
-        Rows of `a` and `b`.  As many rows of `a` are asked for that come after them, a share in every tile.
-    filled : int
-        As for `multiply_rows`.
+    ``out[places[first + n] + c] += sum over r < depth of a[r, first + n] * b[r, c]``.  As many rows of `a` as come
+    after these are asked for, a share in every tile.
     """
-    if not all(isinstance(constant, types.IntegerLiteral) for constant in (rows, vectors)):
+    if not constants(tile):
         return None
-    index = types.intp
-    signature = types.void(
-        *(rows, vectors, a, index, index, b, index, index, out, index),
-        *(places, index, index, index),
-    )
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        if rows.literal_value > 0:
-            given = Arguments(context, builder, signature, values)
-            tile = _RowTile(builder, given.itemsize(2), rows.literal_value, values[13])
-            a, b, out, places = (given.pointer(*at) for at in ((2, 3), (5, 6), (8, 9), (10, 11)))
-            for masks in tile.variants(vectors.literal_value):
-                tile.add_all(masks, a, values[4], b, values[7], out, places, values[11], values[12])
+        given = Arguments(context, builder, signature, values)
+        writer = _RowTiles(builder, given.itemsize(2))
+        a, b, out, places = (given.pointer(*at) for at in ((2, 3), (5, 6), (8, 9), (10, 11)))
+        a_stride, b_stride, first, depth, filled = (values[at] for at in (4, 7, 11, 12, 13))
+        for rows, top, masks in writer.tiles(tile, given.numbers(1), filled):
+            column = builder.add(first, top)
+            # What comes next is asked for in the order of memory, by tiles and then by rows.
+            later = writer.at(a, builder.mul(depth, builder.add(a_stride, column)))
+            sums = [writer.at(out, builder.load(writer.at(places, top, n))) for n in range(rows)]
+            writer.add_all(masks, writer.at(a, column), a_stride, later, b, b_stride, depth, sums)
         return context.get_dummy_value()
 
-    return signature, generate
+    given = (a, a_start, a_stride, b, b_start, b_stride, out, out_start, places, first, depth, filled)
+    return signature_of(tile, blocks, *given), generate
 
 
 @instructions
@@ -202,10 +183,8 @@ def prefetch(typingctx: Any, a: Any, first: Any, last: Any, written: Any) -> Any
 
     `written` is a constant: whether they will be written.
     """
-    if not isinstance(written, types.BooleanLiteral):
+    if not constants(written):
         return None
-    index = types.intp
-    signature = types.void(a, index, index, written)
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         given = Arguments(context, builder, signature, values)
@@ -218,121 +197,90 @@ def prefetch(typingctx: Any, a: Any, first: Any, last: Any, written: Any) -> Any
         writer.loop(CACHE_LINE // writer.itemsize, values[1], values[2], [], ask)
         return context.get_dummy_value()
 
-    return signature, generate
+    return signature_of(a, first, last, written), generate
 
 
-class _RowTile(MaskedWriter):
-    """The instructions of `multiply_rows`, `add_to_rows` and `add_maps_to_rows`; `filled` is the number of columns."""
+class _RowTiles(MaskedWriter):
+    """The instructions of the products above; arrays are addresses."""
 
-    def __init__(self, builder: Any, itemsize: int, rows: int, filled: Any) -> None:
-        super().__init__(builder, itemsize)
-        self.rows, self.filled = rows, filled
+    def tiles(self, tile: Any, blocks: list[Any], filled: Any) -> Iterator[tuple[int, Any, list[Any]]]:
+        """Yield the height, the first row and the masks of tiles, where the instructions for them belong."""
+        *heights, vectors = literals(tile)
+        for masks in self._variants(vectors, filled):
+            for rows, top in self.blocks(heights, blocks):
+                yield rows, top, masks
 
-    def variants(self, vectors: int) -> Iterator[list[Any]]:
-        """Yield the masks of the tile's vectors, None for a full one, each time in a branch for so many columns."""
+    def _variants(self, vectors: int, filled: Any) -> Iterator[list[Any]]:
+        """Yield the masks of a tile's vectors, None for a full one, each time in a branch for so many columns."""
         builder = self.builder
-        with builder.if_else(builder.icmp_signed(">=", self.filled, self.index(vectors * self.lanes))) as (full, part):
+        with builder.if_else(builder.icmp_signed(">=", filled, self.index(vectors * self.lanes))) as (full, part):
             with full:
                 yield [None] * vectors
             with part:
                 if vectors == 1:
-                    yield self.masks(1, self.filled)
+                    yield self.masks(1, filled)
                 else:
-                    with builder.if_else(builder.icmp_signed(">", self.filled, self.index(self.lanes))) as (some, one):
+                    with builder.if_else(builder.icmp_signed(">", filled, self.index(self.lanes))) as (some, one):
                         with some:
-                            yield self.masks(vectors, self.filled)
+                            yield self.masks(vectors, filled)
                         with one:
-                            yield self.masks(1, self.filled)
-
-    def later(self, a: Any, a_stride: Any) -> Any:
-        """Return where the strip after the next one starts."""
-        return self.at(a, self.builder.mul(a_stride, self.index(2 * self.rows)))
-
-    def ask_for(self, later: Any, k: Any, count: int) -> None:
-        """Ask for `count` steps' share of a strip, in the order of memory, when at step k."""
-        ahead = self.at(later, self.builder.mul(k, self.index(self.rows)))
-        for byte in range(0, count * self.rows * self.itemsize, CACHE_LINE):
-            self.prefetch(self.at(ahead, byte // self.itemsize))
+                            yield self.masks(1, filled)
 
     def multiply(
         self,
         masks: list[Any],
-        a: Any,
-        a_stride: Any,
+        strips: list[Any],
+        later: Any,
         b: Any,
         places: Any,
         first: Any,
         last: Any,
-        out: Any,
-        out_stride: Any,
+        sums: list[Any],
         add: Any,
-        later: Any,
     ) -> None:
-        """Write `multiply_rows`; arrays are addresses."""
-        builder = self.builder
-        strips = self.strided(a, a_stride, self.rows)
-        out_rows = self.strided(out, out_stride, self.rows)
-        for row in out_rows:
+        """Multiply a strip by rows of `b` into the rows at `sums`; ask for the strip that starts at `later`."""
+        builder, rows = self.builder, len(strips)
+        for row in sums:
             for vector in range(len(masks)):
                 self.prefetch(self.at(row, vector * self.lanes), write=True)
 
         def steps(k: Any, count: int, totals: list[Any]) -> list[Any]:
-            if later is not None:
-                self.ask_for(later, k, count)
+            if later is not None:  # a share in each step, in the order of memory
+                ahead = self.at(later, builder.mul(k, self.index(rows)))
+                for byte in range(0, count * rows * self.itemsize, CACHE_LINE):
+                    self.prefetch(self.at(ahead, byte // self.itemsize))
             for offset in range(count):
                 b_row = self.load_row(self.at(b, builder.load(self.at(places, k, offset))), masks)
                 factors = [self.spread_at(strip, k, offset) for strip in strips]
-                pairs = [(factor, values) for factor in factors for values in b_row]
-                totals = [self.multiply_add(*pair, total) for pair, total in zip(pairs, totals, strict=True)]
+                totals = self._products(factors, b_row, totals)
             return totals
 
         # For large tiles, one step at a time: of several, LLVM would load all factors first and spill them, to a stack
         # that is not aligned to vectors.  Small ones have registers for it, and too few instructions in one step.
-        size = self.rows * len(masks)
+        size = rows * len(masks)
         at_once = 1 if size > 8 else 2 if size > 4 else self.unrolled
-        sums = self.unrolled_loop(at_once, first, last, [self.zero] * size, steps)
-        totals = [sums[row * len(masks) :][: len(masks)] for row in range(self.rows)]
+        totals = self.unrolled_loop(at_once, first, last, [self.zero] * size, steps)
         with builder.if_else(builder.icmp_signed("!=", add, add.type(0))) as (adding, replacing):
             with adding:
-                for row, values in zip(out_rows, totals, strict=True):
-                    before = self.load_row(row, masks)
-                    after = [builder.fadd(one, other) for one, other in zip(before, values, strict=True)]
-                    self.store_row(after, row, masks)
+                before = [value for row in sums for value in self.load_row(row, masks)]
+                after = [builder.fadd(one, other) for one, other in zip(before, totals, strict=True)]
+                self._store(after, sums, masks)
             with replacing:
-                for row, values in zip(out_rows, totals, strict=True):
-                    self.store_row(values, row, masks)
+                self._store(totals, sums, masks)
 
     def add(
-        self,
-        masks: list[Any],
-        a: Any,
-        a_stride: Any,
-        b: Any,
-        b_stride: Any,
-        out: Any,
-        columns: Any,
-        places: Any,
-        first: Any,
-        last: Any,
+        self, masks: list[Any], strips: list[Any], others: list[Any], out: Any, places: Any, first: Any, last: Any
     ) -> None:
-        """Write `add_to_rows`; arrays are addresses."""
+        """Add the products of strips and the rows at `others` to rows of `out`."""
         builder = self.builder
-        strips = self.strided(a, a_stride, self.rows)
-        tile = [self.load_row(row, masks) for row in self.strided(b, b_stride, self.rows)]
-        later = self.later(a, a_stride)
+        tile = [self.load_row(row, masks) for row in others]
 
         def steps(n: Any, count: int, nothing: list[Any]) -> list[Any]:
-            self.ask_for(later, n, count)
             rows = [self.at(out, builder.load(self.at(places, n, offset))) for offset in range(count)]
-            selected = [builder.load(self.at(columns, n, offset)) for offset in range(count)]
             totals = [self.load_row(row, masks) for row in rows]
             for strip, values in zip(strips, tile, strict=True):
-                for number, column in enumerate(selected):
-                    factor = self.spread_at(strip, column)
-                    totals[number] = [
-                        self.multiply_add(factor, value, total)
-                        for value, total in zip(values, totals[number], strict=True)
-                    ]
+                for offset in range(count):
+                    totals[offset] = self._products([self.spread_at(strip, n, offset)], values, totals[offset])
             for row, total in zip(rows, totals, strict=True):
                 self.store_row(total, row, masks)
             return nothing
@@ -342,32 +290,32 @@ class _RowTile(MaskedWriter):
     def add_all(
         self,
         masks: list[Any],
-        a: Any,
-        a_stride: Any,
+        factors: Any,
+        stride: Any,
+        later: Any,
         b: Any,
         b_stride: Any,
-        out: Any,
-        places: Any,
-        first: Any,
         depth: Any,
+        sums: list[Any],
     ) -> None:
-        """Write `add_maps_to_rows`; arrays are addresses."""
-        builder = self.builder
-        factors = self.at(a, first)
-        # What comes next is asked for in the order of memory, by tiles and then by rows.
-        later = self.at(a, builder.mul(depth, builder.add(a_stride, first)))
-        rows = [self.at(out, builder.load(self.at(places, n))) for n in range(self.rows)]
-        before = [value for row in rows for value in self.load_row(row, masks)]
+        """Add the products of columns of factors and rows of `b` to the rows at `sums`; ask for what is at `later`."""
+        builder, rows = self.builder, len(sums)
 
         def step(r: Any, totals: list[Any]) -> list[Any]:
-            self.prefetch(self.at(later, builder.mul(r, self.index(self.rows))))
-            values = self.load_row(self.at(b, builder.mul(r, b_stride)), masks)
-            row = self.at(factors, builder.mul(r, a_stride))
-            pairs = [
-                (factor, value) for n in range(self.rows) for factor in [self.spread_at(row, n)] for value in values
-            ]
-            return [self.multiply_add(*pair, total) for pair, total in zip(pairs, totals, strict=True)]
+            self.prefetch(self.at(later, builder.mul(r, self.index(rows))))
+            b_row = self.load_row(self.at(b, builder.mul(r, b_stride)), masks)
+            row = self.at(factors, builder.mul(r, stride))
+            return self._products([self.spread_at(row, n) for n in range(rows)], b_row, totals)
 
-        totals = self.loop(1, self.index(0), depth, before, step)[1]
-        for n, row in enumerate(rows):
-            self.store_row(totals[n * len(masks) :][: len(masks)], row, masks)
+        before = [value for row in sums for value in self.load_row(row, masks)]
+        self._store(self.loop(1, self.index(0), depth, before, step)[1], sums, masks)
+
+    def _products(self, factors: list[Any], values: list[Any], totals: list[Any]) -> list[Any]:
+        """Return the totals of a tile with the products of its rows' factors and its columns' values."""
+        pairs = [(factor, value) for factor in factors for value in values]
+        return [self.multiply_add(*pair, total) for pair, total in zip(pairs, totals, strict=True)]
+
+    def _store(self, totals: list[Any], rows: list[Any], masks: list[Any]) -> None:
+        """Store the vectors of a tile."""
+        for number, row in enumerate(rows):
+            self.store_row(totals[number * len(masks) :][: len(masks)], row, masks)

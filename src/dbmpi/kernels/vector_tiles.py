@@ -8,7 +8,16 @@ from typing import Any
 from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
 
-from dbmpi.kernels.vector import CACHE_LINE, REGISTERS, VECTOR_BYTES, Arguments, Writer, instructions
+from dbmpi.kernels.vector import (
+    CACHE_LINE,
+    REGISTERS,
+    VECTOR_BYTES,
+    Arguments,
+    Writer,
+    constants,
+    instructions,
+    signature_of,
+)
 
 SHAPES = ((6, 4), (12, 2), (24, 1)) if REGISTERS == 32 else ((6, 2), (12, 1))
 """Rows and vectors of a tile, the widest first: its sums, a row of its factors and one more fill the registers."""
@@ -52,15 +61,9 @@ def multiply_tile(
     add : bool
         Add to what is in `out`, instead of replacing it.
     """
-    if not all(isinstance(constant, types.IntegerLiteral) for constant in (rows, vectors)) or not isinstance(
-        by_columns, types.BooleanLiteral
-    ):
+    if not constants(rows, vectors, by_columns):
         return None
     shape = (rows.literal_value, vectors.literal_value, by_columns.literal_value)
-    index = types.intp
-    signature = types.void(
-        rows, vectors, by_columns, a, index, index, b, index, out, index, index, index, types.boolean
-    )
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         given = Arguments(context, builder, signature, values)
@@ -68,7 +71,8 @@ def multiply_tile(
         tile.write(given.pointer(3, 4), values[5], given.pointer(6, 7), given.pointer(8, 9), *values[10:13])
         return context.get_dummy_value()
 
-    return signature, generate
+    given = (a, a_start, a_stride, b, b_start, out, out_start, out_stride, depth, types.boolean)
+    return signature_of(rows, vectors, by_columns, *given), generate
 
 
 class _Tile(Writer):

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from dbmpi.kernels import convolution
-from dbmpi.network.field import FieldLayer, Kernels
+from dbmpi.kernels.convolution import Tied
+from dbmpi.kernels.filters import Filters
+from dbmpi.network.field import FieldLayer
 from dbmpi.partition.boxes import Box
 
 
@@ -18,7 +19,7 @@ class Convolution(FieldLayer):
     the filters of their maps; their gradients for these add up.
     """
 
-    _kernels: ClassVar[Kernels] = convolution
+    _kernels: ClassVar[Filters] = Tied()
 
     @property
     def _shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -4,50 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar, Protocol, Self
+from typing import ClassVar, Self
 
 import numpy as np
 
 from dbmpi import config
 from dbmpi.errors import UserError
+from dbmpi.kernels.filters import Filters
 from dbmpi.network.initial import fill_uniform, weight_deviation
 from dbmpi.network.layer import Arrays, Context
 from dbmpi.paramserver.layout import Tensor
 from dbmpi.partition.boxes import Box
-
-
-class Kernels(Protocol):
-    """What the modules :mod:`dbmpi.kernels.local` and :mod:`dbmpi.kernels.convolution` offer alike."""
-
-    def forward(
-        self,
-        weights: np.ndarray,
-        bias: np.ndarray,
-        inputs: np.ndarray,
-        outputs: np.ndarray,
-        stride: int,
-        activation: str,
-        places: tuple[tuple[int, int], tuple[int, int]] | None = None,
-    ) -> None:
-        """Write the outputs at some places, by default at all."""
-        ...
-
-    def input_gradient(self, weights: np.ndarray, gradient: np.ndarray, result: np.ndarray, stride: int) -> None:
-        """Write the gradient for the inputs."""
-        ...
-
-    def parameter_gradient(
-        self,
-        inputs: np.ndarray,
-        outputs: np.ndarray,
-        gradient: np.ndarray,
-        weight_gradient: np.ndarray,
-        bias_gradient: np.ndarray,
-        stride: int,
-        activation: str,
-    ) -> None:
-        """Write the gradients for weights and bias."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -63,7 +30,7 @@ class FieldLayer:
         If the inputs have no rows and columns, or the field is larger than they are.
     """
 
-    _kernels: ClassVar[Kernels]
+    _kernels: ClassVar[Filters]
 
     name: str
     input_shape: tuple[int, ...]

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from dbmpi.kernels import local
-from dbmpi.network.field import FieldLayer, Kernels
+from dbmpi.kernels.filters import Filters
+from dbmpi.kernels.local import Untied
+from dbmpi.network.field import FieldLayer
 from dbmpi.partition.boxes import Box
 
 
@@ -19,7 +20,7 @@ class Local(FieldLayer):
     """
 
     takes_parts: ClassVar[bool] = True
-    _kernels: ClassVar[Kernels] = local
+    _kernels: ClassVar[Filters] = Untied()
 
     @property
     def _shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
