@@ -1,11 +1,12 @@
 """Full-batch training by Sandblaster beside PyTorch and SciPy, and what it costs beyond gradients.
 
-A 784-512-256-10 network (tanh) learns all of Fashion-MNIST by L-BFGS with strong Wolfe, in portions of 1,000 samples,
+A 784-512-256-10 network (tanh) learns all of Fashion-MNIST by L-BFGS with strong Wolfe, in portions of 2,000 samples,
 by two replicas of one thread with a shard each.  `torch.optim.LBFGS` and SciPy's L-BFGS-B (with PyTorch's gradient)
 have two threads and begin with the same parameters.  All take turns.
 
-The overhead is that of an iteration's time over the time that the same two processes take for the gradients of their
-portions alone, at the same time, without any samples to gather.
+The overhead is that of all time, from the sixth pass on, over what the replicas spend in gradients meanwhile.  Beside
+it stands that of an iteration over the time that two processes take for the gradients of their portions alone, without
+any samples to gather: this sees what caches lose, too, and how the machine's speed changes between the two.
 
 Needs the published files in ../shared/data/fashion-mnist, or in the folder that DBMPI_FASHION_MNIST names.
 """
@@ -23,8 +24,9 @@ from typing import Any
 import common
 from fashion_mnist import dbmpi, import_data
 
-PORTION = 1000
+PORTION = 2000
 UNITS = (512, 256, 10)
+REPLICAS = 2
 SPEED = 2.0
 OVERHEAD = 0.05
 
@@ -42,7 +44,7 @@ def main() -> None:
         configuration = describe(folder, data["train"], epochs)
         write_problem(folder, configuration)
         gradients = stack.enter_context(
-            common.Contestant(common.on_ranks(2, __file__, "--contestant", str(configuration)))
+            common.Contestant(common.on_ranks(REPLICAS, __file__, "--contestant", str(configuration)))
         )
         peers = {
             name: stack.enter_context(
@@ -68,11 +70,13 @@ def main() -> None:
     report.table(f"To a training loss of {goal}", ("method", "seconds", "evaluations", "over ours"), rows)
     iteration = common.median([one["iteration"] for one in taken["ours"]])
     alone = seconds["gradients"]
-    rows = [(1e3 * iteration, 1e3 * alone, f"{100 * (iteration / alone - 1):.1f} %")]
-    report.table("An iteration of one evaluation", ("ms", "gradients alone, ms", "overhead"), rows)
+    within = common.median([one["overhead"] for one in taken["ours"]])
+    rows = [(1e3 * iteration, f"{100 * within:.1f} %", 1e3 * alone, f"{100 * (iteration / alone - 1):.1f} %")]
+    header = ("ms", "overhead within the run", "gradients alone, ms", "overhead over these")
+    report.table("An iteration of one evaluation", header, rows)
     report.at_least("time of torch.optim.LBFGS over ours", seconds["torch"] / seconds["ours"], SPEED)
     report.at_least("time of SciPy's L-BFGS-B over ours", seconds["scipy"] / seconds["ours"], SPEED)
-    report.at_most("overhead beyond the gradients", iteration / alone - 1, OVERHEAD)
+    report.at_most("overhead beyond the gradients", within, OVERHEAD)
     report.finish()
 
 
@@ -84,7 +88,7 @@ def describe(folder: Path, data: Path, epochs: int) -> Path:
         f'[data]\ntrain = "{data}"\n[network]\nloss = "softmax"\n'
         + "".join(layers)
         + f"[[network.layers]]\nunits = {UNITS[-1]}\n"
-        + "[topology]\nshards = 2\nreplicas = 2\ncolocate = true\n"
+        + f"[topology]\nshards = {REPLICAS}\nreplicas = {REPLICAS}\ncolocate = true\n"
         + f'[optimizer]\nmethod = "sandblaster"\nbatch_size = {PORTION}\nepochs = {epochs}\n'
         + "[sandblaster]\ngtol = 0\nftol = 0\n"
         + '[monitor]\nprogress = "none"\n'
@@ -117,12 +121,13 @@ def write_problem(folder: Path, configuration: Path) -> None:
 
 
 def train(run: Path, configuration: Path, goal: float) -> dict[str, float]:
-    """Train; return the seconds to the goal from the first pass on, and those of an iteration of one evaluation."""
+    """Train; return the seconds to the goal from the first pass on, those of an iteration, and the overhead."""
     from dbmpi.monitor.records import read_records
 
     os.environ.update(dict.fromkeys(common.THREAD_VARIABLES, "1"))
-    dbmpi("launch", "-n", 2, "--", "train", configuration, "--set", f"run.directory={run}")
-    passes = [record for record in read_records(run) if record["kind"] == "batch"]
+    dbmpi("launch", "-n", REPLICAS, "--", "train", configuration, "--set", f"run.directory={run}")
+    records = read_records(run)
+    passes = [record for record in records if record["kind"] == "batch"]
     reached = [number for number, record in enumerate(passes) if record["loss"] <= goal]
     if not reached:
         sys.exit(f"the loss has only come down to {min(record['loss'] for record in passes)} in {len(passes)} passes")
@@ -130,10 +135,23 @@ def train(run: Path, configuration: Path, goal: float) -> dict[str, float]:
     between = [after["elapsed"] - before["elapsed"] for before, after in pairwise(passes)]
     began = passes[0]["elapsed"] - passes[0]["seconds"]
     return {
+        "overhead": overhead(records, passes[5]["elapsed"]),
         "seconds": passes[reached[0]]["elapsed"] - began,
         "evaluations": reached[0] + 1,
         "iteration": common.median(between[5:]),
     }
+
+
+def overhead(records: list[dict[str, Any]], begin: float) -> float:
+    """Return how much more than gradients took, as a fraction of these, in the workers' reports from `begin` on."""
+    total = computing = 0.0
+    for number in range(REPLICAS):
+        # Workers report between two passes; the last report comes after the checkpoint.
+        mine = [record for record in records if record["kind"] == "worker" and record["number"] == number]
+        mine = [record for record in mine if record["elapsed"] >= begin][:-1]
+        total += mine[-1]["elapsed"] - mine[0]["elapsed"]
+        computing += sum(record["seconds"]["compute"] for record in mine[1:])
+    return total / computing - 1
 
 
 def contestant(configuration: str) -> None:
