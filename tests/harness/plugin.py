@@ -20,6 +20,7 @@ A parallel test may use these fixtures:
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,6 +46,9 @@ def pytest_configure(config: pytest.Config) -> None:
         "parallel(sizes, timeout=60): run under the launcher, once with each number of ranks; seconds allowed",
     )
     config.addinivalue_line("markers", "timeout(seconds): time allowed to each phase of a test, by default 60 s")
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # A shell's background job ignores Ctrl-C, and so would all programs that are tested.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if rank_by_environment() is not None:
         config.stash[_RANK] = rank.RankSession(config)
         config.pluginmanager.register(config.stash[_RANK], "harness-rank")
