@@ -25,6 +25,7 @@ LEVELS = {
     "dbmpi.errors": 0,
     "dbmpi.paramserver.layout": 0,
     "dbmpi.partition.boxes": 0,
+    "dbmpi.newfile": 0,
     "dbmpi.objective": 1,
     "dbmpi.config": 1,
     "dbmpi.kernels": 1,
@@ -56,6 +57,7 @@ LEVELS = {
 WITHOUT_MPI = (
     "dbmpi.config",
     "dbmpi.errors",
+    "dbmpi.newfile",
     "dbmpi.objective",
     "dbmpi.network",
     "dbmpi.kernels",

@@ -369,6 +369,7 @@ def test_options_that_are_wrong(tmp_path, digits):
     test = {"test_out": tmp_path / "test.h5", "test_speakers": ["zoe"]}
     refused("nobody is called 'zoe'; the speakers are ann, bob", digits, out, **test)
     refused("--test-out and --test-speakers go together", digits, out, test_speakers=["bob"])
+    refused("expected two files", digits, out, test_out=out, test_speakers=["bob"])
     refused("that are not of the test speakers", digits, out, **test | {"test_speakers": ["ann", "bob"]})
     refused("a context of 4 frames was given; expected an odd number", digits, out, context=4)
     refused("a rate of 5 was given", digits, out, rate=5)

@@ -15,10 +15,9 @@ import h5py
 import numpy as np
 from numpy.typing import DTypeLike
 
-from dbmpi.checkpoint.directory import sync, temporary_path
 from dbmpi.checkpoint.schema import HDF5_ERRORS
-from dbmpi.checkpoint.storage import NewFile
 from dbmpi.errors import RunFailed, UserError
+from dbmpi.newfile import NewFile
 
 
 class ArrayFile:
@@ -46,19 +45,17 @@ class ArrayFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._temporary = temporary_path(path)
         self._offsets: dict[str, tuple[int, np.dtype[Any]]] = {}
         self._bytes = 0
-        self._storage: NewFile | None = None
-        self._file: Any = None
+        self._new: NewFile | None = None
         with self._or_nothing():
-            self._storage = self._create_storage()
+            self._new = self._begin()
             # Version 1.8 of the format has checksums over all that is not array; every HDF5 since 2008 reads it.
             # Aligned arrays are written in whole pages.
-            self._file = h5py.File(
-                self._storage, "w", libver=("v108", "v110"), alignment_threshold=65536, alignment_interval=4096
+            self._file: Any = self._new.hdf5(
+                libver=("v108", "v110"), alignment_threshold=65536, alignment_interval=4096
             )
-            self._storage.check()
+            self._new.check()
 
     def create(self, name: str, shape: tuple[int, ...], dtype: DTypeLike) -> None:
         """Make room for an array; `name` is its path in the file."""
@@ -85,12 +82,12 @@ class ArrayFile:
 
     def write(self, name: str, first: int, values: np.ndarray) -> None:
         """Write `values` (n,), contiguous and of the array's dtype, to its flat positions ``first ... first + n``."""
-        storage = self._require_open()
+        new = self._require_open()
         offset, dtype = self._offsets[name]
         assert values.dtype == dtype
         with self._or_nothing():
-            storage.check()
-            storage.write_at(offset + first * dtype.itemsize, values)
+            new.check()
+            new.write_at(offset + first * dtype.itemsize, values)
 
     def put(self, name: str, value: str | int | Sequence[int] | Sequence[bytes]) -> None:
         """Add a small dataset: a text, an integer, integers, or a non-empty list of texts (as UTF-8)."""
@@ -117,27 +114,17 @@ class ArrayFile:
 
     def commit(self) -> None:
         """Bring the file to disk and give it its name."""
-        storage = self._require_open()
+        new = self._require_open()
         with self._or_nothing():
-            self._file.close()
-            storage.check()
-            storage.sync()
-            self._temporary.replace(self.path)
-            self._storage = None
-            storage.close()
-            sync(self.path.parent)
+            new.complete()
+            new.commit()
+        self._new = None
 
     def abort(self) -> None:
         """Remove the file; without effect after a commit or another abort."""
-        if self._storage is None:
-            return
-        storage, self._storage = self._storage, None
-        try:
-            self._temporary.unlink(missing_ok=True)
-        finally:
-            if self._file is not None:
-                self._file.close()
-            storage.close()
+        if self._new is not None:
+            self._new.abort()
+            self._new = None
 
     def __enter__(self) -> Self:
         return self
@@ -147,9 +134,9 @@ class ArrayFile:
     ) -> None:
         self.abort()
 
-    def _create_storage(self) -> NewFile:
+    def _begin(self) -> NewFile:
         try:
-            return NewFile(self._temporary)
+            return NewFile(self.path)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise
@@ -158,9 +145,9 @@ class ArrayFile:
             ) from error
 
     def _require_open(self) -> NewFile:
-        if self._storage is None:
+        if self._new is None:
             raise ValueError(f"{self.path}: the file is committed or aborted already")
-        return self._storage
+        return self._new
 
     @contextmanager
     def _or_nothing(self) -> Iterator[None]:

@@ -14,6 +14,8 @@ import socket
 import time
 from pathlib import Path
 
+from dbmpi.newfile import sync, temporary_path
+
 LATEST = "latest"
 ABANDONED_SECONDS = 600.0
 """A temporary file of an unknown process that nobody has written to for this long belongs to a killed run."""
@@ -50,11 +52,6 @@ def checkpoints(directory: Path) -> list[Path]:
             except FileNotFoundError:  # deleted meanwhile by the run that writes here
                 continue
     return [path for _, _, path in sorted(found, reverse=True)]
-
-
-def temporary_path(path: Path) -> Path:
-    """Return the name under which `path` is written: hidden, and of no other process."""
-    return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
 
 
 def read_latest(directory: Path) -> Path | None:
@@ -136,16 +133,3 @@ def _lives(process: int) -> bool:
     except PermissionError:
         return True
     return True
-
-
-def sync(path: Path) -> None:
-    """Bring a file, or the names in a directory, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        # Some network file systems have no fsync for directories; there it is not needed either.
-        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):
-            raise
-    finally:
-        os.close(descriptor)

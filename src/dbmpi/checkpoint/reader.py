@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -14,12 +15,12 @@ from numpy.typing import DTypeLike
 
 from dbmpi.checkpoint import directory, schema
 from dbmpi.checkpoint.schema import HDF5_ERRORS
-from dbmpi.checkpoint.storage import read_at
 from dbmpi.checkpoint.untrusted import Malformed, UntrustedFile
 from dbmpi.errors import UserError
 from dbmpi.paramserver.layout import Layout
 
 _DIFFERENCES_SHOWN = 6
+_CONVERTED_AT_ONCE = 2**20
 
 
 class Checkpoint:
@@ -121,7 +122,7 @@ class Checkpoint:
             for tensor, first, last in self.layout.pieces(start, stop):
                 part = out[position : position + last - first]
                 offset = self._offsets[vector, tensor.name] + first * self.dtype.itemsize
-                read_at(self._descriptor, offset, self.dtype, part)
+                _read_at(self._descriptor, offset, self.dtype, part)
                 position += last - first
         except HDF5_ERRORS as error:
             raise UserError(f"{self.path}: {vector!r} cannot be read: {_text(error)}") from error
@@ -179,6 +180,27 @@ def _open(path: Path) -> Any:
         raise UserError(f"{path}: the checkpoint may not be read by this user") from None
     except HDF5_ERRORS as error:
         raise UserError(f"{path}: not a checkpoint, or a torn one: {_text(error)}") from None
+
+
+def _read_at(descriptor: int, offset: int, dtype: np.dtype[Any], out: np.ndarray) -> None:
+    """Fill the contiguous vector `out` (n,) from values of `dtype` at the bytes from `offset` of a file.
+
+    The arrays of a checkpoint are contiguous in C order, so a range of the flat vector is a range of bytes: without
+    conversion it is read with one call of the operating system and without a copy.
+    """
+    if out.dtype == dtype:
+        left = out.view(np.uint8).data
+        while left:
+            count = os.preadv(descriptor, [left], offset)
+            if count == 0:
+                raise OSError("the file ends in the middle of an array")
+            left, offset = left[count:], offset + count
+        return
+    buffer = np.empty(min(len(out), _CONVERTED_AT_ONCE), dtype)
+    for start in range(0, len(out), _CONVERTED_AT_ONCE):
+        part = out[start : start + _CONVERTED_AT_ONCE]
+        _read_at(descriptor, offset + start * dtype.itemsize, dtype, buffer[: len(part)])
+        part[:] = buffer[: len(part)]
 
 
 def _text(error: Exception) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +14,8 @@ import numpy as np
 
 from dbmpi import __version__
 from dbmpi.data import hdf5
-from dbmpi.data.sink import Sink, synchronize_directory
 from dbmpi.errors import UserError
+from dbmpi.newfile import NewFile
 
 CHUNK_BYTES = 256 << 10
 """Chunk of the inputs: large enough to read a file quickly from its beginning to its end."""
@@ -108,9 +107,7 @@ class Writer:
         self._force = force
         self._largest_label = -1
         self._labels: Sequence[int] | None = None
-        self._temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}.part")
-        self._sink: Sink | None = None
-        self._file: h5py.File | None = None
+        self._new: NewFile | None = None
         self.written: Written | None = None
         """Set when the file is whole."""
 
@@ -126,7 +123,7 @@ class Writer:
         try:
             self._create_file()
         except BaseException:
-            self._discard()
+            self._abort()
             raise
         return self
 
@@ -137,7 +134,7 @@ class Writer:
             if error is None:
                 self._finish()
         finally:
-            self._discard()
+            self._abort()
 
     def append(self, inputs: np.ndarray, targets: np.ndarray, where: Where | None = None) -> None:
         """Write the next samples.
@@ -174,7 +171,6 @@ class Writer:
 
     def annotate(self, attributes: Mapping[str, object]) -> None:
         """Store attributes of the file beside those that every importer writes."""
-        assert self._file is not None
         with self._writing():
             self._file.attrs.update(attributes)
 
@@ -185,8 +181,8 @@ class Writer:
 
     def _create_file(self) -> None:
         with self._writing():
-            self._sink = Sink(self._temporary)
-            self._file = h5py.File(self._sink, "w")
+            self._new = NewFile(self.out)
+            self._file = self._new.hdf5()
             kind = np.float32 if self.shape.scale is None else np.uint8
             self._inputs = self._create("inputs", self.shape.inputs, kind)
             if self.shape.scale is not None:
@@ -197,7 +193,6 @@ class Writer:
             )
 
     def _create(self, name: str, rest: tuple[int, ...], kind: type[np.generic]) -> h5py.Dataset:
-        assert self._file is not None
         rows = self._chunk_rows if name == "inputs" else max(1, TARGET_CHUNK_BYTES // (4 * math.prod(rest)))
         return self._file.create_dataset(name, (0, *rest), kind, maxshape=(None, *rest), chunks=(rows, *rest))
 
@@ -225,8 +220,7 @@ class Writer:
     def _finish(self) -> None:
         if self.samples == 0:
             raise UserError(f"{self.origin.inputs}: holds no samples; expected at least one")
-        assert self._file is not None
-        assert self._sink is not None
+        assert self._new is not None
         shape = self.shape
         with self._writing():
             if shape.target_size is None:
@@ -243,35 +237,22 @@ class Writer:
                 importer_version=__version__,
             )
             self._file.attrs.create("sources", list(names), dtype=h5py.string_dtype())
-            self._file.close()
-            self._file = None
-            self._sink.check()
-            self._sink.synchronize()
-            self._sink.close()
+            self._new.complete()
             # Somebody else may have written the file in the meantime.
             check_writable(self.out, self._force)
-            self._temporary.replace(self.out)
-            synchronize_directory(self.out.parent)
+            self._new.commit()
             self.written = Written(self.out, self.samples, shape, self.out.stat().st_size)
 
-    def _discard(self) -> None:
-        """Leave nothing open and no temporary file; does nothing when the file is whole."""
-        if self._sink is None or self.written is not None:
-            return
-        self._sink.abandon()
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-        self._sink.close()
-        with contextlib.suppress(OSError):
-            self._temporary.unlink(missing_ok=True)
+    def _abort(self) -> None:
+        if self._new is not None:
+            self._new.abort()
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
         try:
             yield
-            if self._sink is not None:
-                self._sink.check()
+            if self._new is not None:
+                self._new.check()
         except (OSError, RuntimeError) as error:
             raise UserError(f"{self.out}: cannot be written: {error}") from None
 

@@ -80,7 +80,7 @@ def import_wav(
     UserError
         If a recording or the table is damaged or not as expected, a speaker does not occur, or nothing is left.
     """
-    _check_options(test_out, test_speakers, rate, states, context)
+    _check_options(out, test_out, test_speakers, rate, states, context)
     outs = [out] if test_out is None else [out, test_out]
     for each in outs:
         check_writable(each, force, [path for path in (source, table, like) if path is not None])
@@ -237,6 +237,7 @@ class _Import:
 
 
 def _check_options(
+    out: Path,
     test_out: Path | None,
     test_speakers: Collection[str],
     rate: int | None,
@@ -251,6 +252,8 @@ def _check_options(
         raise UserError(f"{states} states were given; expected 1 to {MOST_STATES}, e.g. {STATES}")
     if (test_out is None) != (not test_speakers):
         raise UserError("--test-out and --test-speakers go together: a file, and the speakers whose recordings it gets")
+    if test_out is not None and test_out.absolute() == out.absolute():
+        raise UserError(f"{out}: was given with --out and with --test-out; expected two files")
 
 
 def _like(like: Path) -> tuple[Scaling, int | None]:
