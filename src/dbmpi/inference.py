@@ -9,17 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dbmpi.checkpoint import trained
 from dbmpi.data.source import Source
-from dbmpi.errors import KnownToAll, UserError
+from dbmpi.errors import UserError
 from dbmpi.objective import Outcome
 from dbmpi.partition import placement
 from dbmpi.runtime import waiting
+from dbmpi.runtime.collective import Collective
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -29,7 +29,7 @@ _LONG = 86400.0
 _TAG = 11
 
 
-class Inference:
+class Inference(Collective):
     """The network of a checkpoint on all ranks of a communicator (all methods are collective).
 
     Parameters
@@ -158,20 +158,10 @@ class Inference:
 
         return together(self._comm, what, seconds=seconds)
 
-    def close(self) -> None:
+    def free(self) -> None:
         """Close the checkpoint and free what was made; without effect the second time."""
         self._stack.close()
         self.trained.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        # After an exception that the other ranks do not know of, freeing would wait for them in vain.
-        if kind is None or issubclass(kind, KnownToAll):
-            self.close()
 
     def _prepare(self, comm: MPI.Intracomm) -> None:
         """Make the replicas, choose products alike, and compile on one rank of each node."""

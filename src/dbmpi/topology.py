@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from types import TracebackType
 from typing import TYPE_CHECKING
 
-from dbmpi.errors import KnownToAll, UserError
+from dbmpi.errors import UserError
+from dbmpi.runtime.collective import Collective
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -155,7 +155,7 @@ def _sum(plan: Plan) -> str:
     return f"{work}{shards} need {plan.world}"
 
 
-class Communicators:
+class Communicators(Collective):
     """The communicators of one plan; made and freed by all ranks together.
 
     Attributes
@@ -191,13 +191,3 @@ class Communicators:
             if comm != MPI.COMM_NULL:
                 comm.Free()
                 setattr(self, name, MPI.COMM_NULL)
-
-    def __enter__(self) -> Communicators:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        # After an exception that the other ranks do not know of, freeing would wait for them in vain.
-        if kind is None or issubclass(kind, KnownToAll):
-            self.free()

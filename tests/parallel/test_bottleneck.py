@@ -12,13 +12,12 @@ from dbmpi.monitor.records import read_records
 from dbmpi.paramserver import bottleneck
 from dbmpi.paramserver.rules import Adagrad
 from dbmpi.partition.replica import Replica
-from dbmpi.runtime import waiting
 from dbmpi.train import train
 
 
 @pytest.mark.parallel([3])
 @pytest.mark.parametrize("slow", ["shard", "replicas"])
-def test_advice_at_the_end_of_a_run(comm, shared_path, monkeypatch, slow) -> None:
+def test_advice_at_the_end_of_a_run(comm, place, monkeypatch, slow) -> None:
     """Two replicas push at every step: what the shard does in 10 ms, both wait for; and the other way round."""
     owner, name = (Adagrad, "apply") if slow == "shard" else (Replica, "loss_and_gradient")
     method = getattr(owner, name)
@@ -27,12 +26,9 @@ def test_advice_at_the_end_of_a_run(comm, shared_path, monkeypatch, slow) -> Non
         time.sleep(0.01)
         return method(self, *arguments, **options)
 
-    if comm.rank == 0:
-        tiny.write_data(shared_path)
-    waiting.barrier(comm, "the data")
     monkeypatch.setattr(owner, name, slowly)
     run = tiny.describe(
-        shared_path,
+        place,
         topology={"shards": 1},
         optimizer={"rule": "adagrad", "learning_rate": 0.01, "batch_size": 6, "epochs": 6},
     )

@@ -29,13 +29,10 @@ def own_sizes(run: Run, partitions: int) -> tuple[list[int], int]:
 @pytest.mark.parallel([2, 3, 4, 5])
 @pytest.mark.parametrize("overlap", ["none", "threads"])
 @pytest.mark.parametrize(("n_push", "n_fetch", "fetch"), [(1, 1, "copied"), (3, 2, "copied"), (2, 1, "shared")])
-def test_recorded_bytes_are_those_of_the_own_partition(comm, shared_path, overlap, n_push, n_fetch, fetch) -> None:
+def test_recorded_bytes_are_those_of_the_own_partition(comm, place, overlap, n_push, n_fetch, fetch) -> None:
     partitions, shards = PARTITIONS_AND_SHARDS[comm.size]
-    if comm.rank == 0:
-        tiny.write_data(shared_path)
-    waiting.barrier(comm, "the data")
     run = tiny.describe(
-        shared_path,
+        place,
         topology={"shards": shards, "partitions": partitions},
         optimizer={"learning_rate": 0.05, "batch_size": 6, "epochs": 2, "n_push": n_push, "n_fetch": n_fetch},
         server={"overlap": overlap, "fetch": fetch, "align": "partition"},

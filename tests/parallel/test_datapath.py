@@ -180,12 +180,9 @@ def test_the_blocking_path_computes_from_all_own_pushes(comm) -> None:
 
 @pytest.mark.parallel([3, 5])
 @pytest.mark.parametrize("optimizer", [{}, {"n_push": 3, "n_fetch": 2}])
-def test_overlapped_runs_learn_every_sample_and_stop_at_rest_for_checkpoints(comm, shared_path, optimizer) -> None:
-    if comm.rank == 0:
-        tiny.write_data(shared_path)
-    waiting.barrier(comm, "the data")
+def test_overlapped_runs_learn_every_sample_and_stop_at_rest_for_checkpoints(comm, place, optimizer) -> None:
     run = tiny.describe(
-        shared_path,
+        place,
         server={"overlap": "threads"},
         topology={"shards": 1, "partitions": 1 if comm.size == 3 else 2},
         optimizer={"learning_rate": 0.05, "batch_size": 6, "epochs": 20} | optimizer,

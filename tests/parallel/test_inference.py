@@ -20,6 +20,7 @@ from dbmpi.kernels import matmul
 from dbmpi.network.network import Network
 from dbmpi.objective import Batch
 from dbmpi.partition.products import agree_on_products
+from dbmpi.runtime import waiting
 
 SHAPE, CLASSES, SAMPLES = (2, 8, 8), 6, 41
 NETWORK = config.NetworkSection(
@@ -39,25 +40,21 @@ PLACEMENT = config.PlacementSection(layers={"dense5": config.PlacedLayer(boxes=(
 
 
 @pytest.fixture
-def place(comm, tmp_path_factory) -> Path:
+def place(comm, shared_path) -> Path:
     """A directory that all ranks share, with a checkpoint of two partitions and data."""
-    name = np.zeros(256, np.uint8)
     if comm.rank == 0:
-        directory = tmp_path_factory.mktemp("inference")
         random = np.random.default_rng(4)
-        tiny.write_file(
-            directory / "data.h5", random.normal(size=(SAMPLES, *SHAPE)), random.integers(0, CLASSES, SAMPLES), CLASSES
-        )
+        inputs, labels = random.normal(size=(SAMPLES, *SHAPE)), random.integers(0, CLASSES, SAMPLES)
+        tiny.write_file(shared_path / "data.h5", inputs, labels, CLASSES)
         network = Network(NETWORK, SHAPE, 1)
         configuration = f'{{"network": {NETWORK.model_dump_json()}, "placement": {PLACEMENT.model_dump_json()}}}'
-        with CheckpointWriter(checkpoint_path(directory / "run", 5), network.layout) as writer:
+        with CheckpointWriter(checkpoint_path(shared_path / "run", 5), network.layout) as writer:
             writer.write("parameters", 0, random.normal(0, 0.3, network.size).astype(np.float32))
             writer.commit(
                 make_info(configuration=configuration, input_shape=SHAPE, classes=CLASSES, step=5, partitions=2)
             )
-        name[: len(str(directory))] = np.frombuffer(str(directory).encode(), np.uint8)
-    comm.Bcast(name, 0)
-    return Path(name.tobytes().rstrip(b"\0").decode())
+    waiting.barrier(comm, "the data")
+    return shared_path
 
 
 def whole(place: Path) -> tuple[Network, np.ndarray, Batch]:

@@ -19,18 +19,6 @@ ONCE = {"align": "partition", "fetch": "shared", "gradients": "layers"}
 """What a model needs that fits in memory but once."""
 
 
-@pytest.fixture
-def place(comm, tmp_path_factory) -> Path:
-    """A directory that all ranks share, with the tiny data in it."""
-    name = np.zeros(256, np.uint8)
-    if comm.rank == 0:
-        directory = tmp_path_factory.mktemp("run")
-        tiny.write_data(directory)
-        name[: len(str(directory))] = np.frombuffer(str(directory).encode(), np.uint8)
-    comm.Bcast(name, 0)
-    return Path(name.tobytes().rstrip(b"\0").decode())
-
-
 def parameters_after(directory: Path) -> tuple[np.ndarray, tuple[int, int]]:
     with Checkpoint.open(directory) as checkpoint:
         return checkpoint.parameters(), (checkpoint.info.step, checkpoint.info.samples)

@@ -31,14 +31,6 @@ from dbmpi.train import train
 PORTIONS = 7  # 40 samples in portions of 6
 
 
-@pytest.fixture
-def place(comm, shared_path) -> Path:
-    if comm.rank == 0:
-        tiny.write_data(shared_path)
-    waiting.barrier(comm, "the data")
-    return shared_path
-
-
 def describe(
     place: Path,
     topology: dict[str, object],

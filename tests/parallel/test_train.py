@@ -30,15 +30,6 @@ from dbmpi.train import train
 ALL = 10**9
 
 
-@pytest.fixture
-def place(comm, shared_path) -> Path:
-    """A directory with data, the same on all ranks."""
-    if comm.rank == 0:
-        tiny.write_data(shared_path)
-    waiting.barrier(comm, "the data")
-    return shared_path
-
-
 class Loads:
     """Which batches this rank's worker has loaded, in order."""
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from types import TracebackType
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from mpi4py import MPI
 
 from dbmpi.config import ServerSection
-from dbmpi.errors import KnownToAll, UserError
+from dbmpi.errors import UserError
 from dbmpi.paramserver import window as windows
 from dbmpi.paramserver.client import Client
 from dbmpi.paramserver.layout import Run
@@ -19,12 +18,13 @@ from dbmpi.paramserver.probe import transport_between
 from dbmpi.paramserver.rules import Rule
 from dbmpi.paramserver.server import Server
 from dbmpi.paramserver.window import Window
+from dbmpi.runtime.collective import Collective
 
 if TYPE_CHECKING:
     from dbmpi.topology import Plan
 
 
-class Store:
+class Store(Collective):
     """The shards' memory and one rank's ways to it (collective to open and to free).
 
     Attributes
@@ -199,16 +199,6 @@ class Store:
         if self._common:
             raise UserError(f'server.fetch = "shared": {lacking}; {fix}, or set server.fetch = "copied"')
         self.notes += (f"{lacking}: they send each other copies instead, which is slower; {fix}",)
-
-    def __enter__(self) -> Store:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        # After an exception that the other ranks do not know of, freeing would wait for them in vain.
-        if kind is None or issubclass(kind, KnownToAll):
-            self.free()
 
 
 def _neighbours(plan: Plan, hosts: np.ndarray) -> list[tuple[int, ...]]:

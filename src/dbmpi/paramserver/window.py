@@ -18,15 +18,14 @@ import os
 import threading
 from collections import deque
 from functools import partial
-from types import TracebackType
 from typing import Literal
 
 import numpy as np
 from mpi4py import MPI
 
-from dbmpi.errors import KnownToAll
 from dbmpi.paramserver.messages import Messages
 from dbmpi.runtime import waiting
+from dbmpi.runtime.collective import Collective
 
 _LINE = 64
 """Bytes of a cache line: regions begin at multiples, so that two ranks' words never share one."""
@@ -43,7 +42,7 @@ def aligned(nbytes: int) -> int:
     return -(-nbytes // _LINE) * _LINE
 
 
-class Window:
+class Window(Collective):
     """A piece of memory on each rank of `comm`, open to all of them.
 
     Use :meth:`allocate`; free with :meth:`free` or as a context manager (both collective).  Where an exception of one
@@ -264,16 +263,6 @@ class Window:
         target = [offset, 1, MPI.INT64_T]
         request = self._win.Rget_accumulate([word, MPI.INT64_T], [before, MPI.INT64_T], rank, target, operation)
         return request, before
-
-    def __enter__(self) -> Window:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        # After an exception that the other ranks do not know of, freeing would wait for them in vain.
-        if kind is None or issubclass(kind, KnownToAll):
-            self.free()
 
 
 def hosts(comm: MPI.Intracomm) -> np.ndarray:
