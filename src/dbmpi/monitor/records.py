@@ -4,9 +4,6 @@ A run directory holds ``records/<role>-<number>.jsonl``, one file for each worke
 and only ever grows: a resumed run appends with a new session number.  A line is written by one system call, so that
 a reader beside the running job sees whole lines; what a crash has torn is skipped by the reader and closed by the
 next line.  Any tool that reads JSON lines reads the files (numbers that are not finite are written as null).
-
-Counters (``step``, ``samples``, ``version``, ``pushes``) count from the beginning of the session; everything else in a
-report is about the time since the report before.
 """
 
 from __future__ import annotations
@@ -19,13 +16,13 @@ import re
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar
+from typing import Any, BinaryIO
 
 from dbmpi.errors import UserError
 from dbmpi.monitor.measures import StalenessHistogram, Stopwatch
+from dbmpi.monitor.reports import KINDS, BatchReport, EvaluationReport, Report, ShardReport, WorkerReport
 
 __all__ = [
     "BatchReport",
@@ -48,113 +45,6 @@ Record = dict[str, Any]
 LONGEST_LINE = 1 << 20
 """Bytes; a longer line is none of ours and is skipped, so that a stray file cannot fill the memory."""
 _TAIL = 1 << 16
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerReport:
-    """What one worker did since its last report."""
-
-    kind: ClassVar[str] = "worker"
-    step: int
-    """Mini-batches of this client in this session."""
-    epoch: float
-    """Place in the stream: passes through the training samples by all replicas together, over all sessions."""
-    samples: int
-    """Training samples this client has learned from in this session."""
-    loss: float
-    """Mean over the samples since the last report."""
-    accuracy: float | None
-    """Fraction of those samples that were classified correctly, 0 to 1; None where the loss knows no classes."""
-    samples_per_second: float
-    """Since the last report."""
-    pushed_bytes: int
-    """Sent to the shards since the last report."""
-    fetched_bytes: int
-    """Taken from the shards since the last report."""
-    seconds: Mapping[str, float]
-    """Time since the last report by activity: ``compute, fetch, push, wait, data``, and where a replica is cut over
-    several ranks, ``exchange``, in which it also waits for the slowest of them."""
-    replica: int | None = None
-    """The replica it belongs to, where that is not the worker's own number."""
-    partition: int = 0
-    """Which partition of the replica it computes; only partition 0 counts for the replica's samples."""
-    pushed_chunks: int = 0
-    """Pieces in which the gradients went."""
-    fetched_pieces: int = 0
-    """Pieces in which the parameters came."""
-    layers: Mapping[str, float] | None = None
-    """Time since the last report by phase and layer, e.g. ``forward 1`` or ``exchange 4``: who is slow, and where."""
-
-
-@dataclass(frozen=True, slots=True)
-class ShardReport:
-    """What one shard did since its last report."""
-
-    kind: ClassVar[str] = "shard"
-    version: int
-    """Pushes that are in the parameters, over all sessions."""
-    pushes: int
-    """Pushes applied in this session."""
-    staleness: Mapping[str, float]
-    """``p50, p90, max, mean`` of the pushes since the last report, see :meth:`StalenessHistogram.summary`."""
-    staleness_histogram: Mapping[int, int]
-    """How many of the pushes since the last report had each staleness."""
-    queue: float
-    """Chunks that waited at most since the last report."""
-    seconds: Mapping[str, float]
-    """Time since the last report by activity: ``apply, serve, idle``."""
-    applied_bytes: int
-    """Gradients applied since the last report."""
-    bandwidth: float | None = None
-    """Bytes that the rule's kernel read and wrote a second, as a share of a copy's, measured when the run began."""
-
-
-@dataclass(frozen=True, slots=True)
-class EvaluationReport:
-    """The loss on held-out samples."""
-
-    kind: ClassVar[str] = "evaluation"
-    step: int
-    """Mini-batches of all replicas together in this session."""
-    epoch: float
-    """Place in the stream when the parameters were taken."""
-    loss: float
-    """Mean over the held-out samples."""
-    accuracy: float | None
-    """Fraction classified correctly, 0 to 1; None where the loss knows no classes."""
-    samples: int
-    """How many held-out samples were evaluated."""
-
-
-@dataclass(frozen=True, slots=True)
-class BatchReport:
-    """One pass of Sandblaster over a batch, and the iteration that it belongs to."""
-
-    kind: ClassVar[str] = "batch"
-    iteration: int
-    """Iterations finished before it, in this session."""
-    epoch: float
-    """Passes over the training samples, this one included, over all sessions."""
-    loss: float
-    """Mean over the batch's samples, at the point that was tried; without regularisation."""
-    accuracy: float | None
-    """Fraction classified correctly, 0 to 1; None where the loss knows no classes."""
-    samples: int
-    """Of the batch."""
-    portions: Mapping[int, int]
-    """How many portions of each replica count; they add up to those of the batch."""
-    revoked: int
-    """Bundles of portions that were taken from a replica and handed out again."""
-    seconds: float
-    """From the offer of the batch to the last gradient."""
-    ledger: Sequence[int] | None = None
-    """For each portion of the batch, the replica whose result counts; None for more portions than a line can hold."""
-
-
-Report = WorkerReport | ShardReport | EvaluationReport | BatchReport
-_REPORTS: dict[str, type[Report]] = {
-    report.kind: report for report in (WorkerReport, ShardReport, EvaluationReport, BatchReport)
-}
 
 
 class Recorder:
@@ -349,7 +239,7 @@ def _parse(line: bytes) -> Record | None:
     envelope = all(_is_number(record.get(key)) for key in ("time", "elapsed")) and all(
         _is_number(record.get(key), int) for key in ("number", "session")
     )
-    report = _REPORTS.get(str(record.get("kind")))
+    report = KINDS.get(str(record.get("kind")))
     if not envelope or not isinstance(record.get("role"), str) or report is None:
         return None
     for field in dataclasses.fields(report):
