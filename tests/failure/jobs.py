@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from harness.environment import timeout_scale
 from harness.launching import Completed, Launch
 from harness.programs import Program
@@ -106,6 +107,13 @@ class Jobs:
     def checkpoint(self) -> Checkpoint:
         """Open the last checkpoint."""
         return Checkpoint.open(self.run_directory)
+
+    def assert_whole(self) -> None:
+        """The last checkpoint can be read, and its steps are the batches that it says are learned."""
+        with self.checkpoint() as checkpoint:
+            info = checkpoint.info
+            assert np.isfinite(checkpoint.parameters()).all()
+        assert 0 < info.step == info.frontier - len(info.holes) == sum(info.done)
 
     def assert_resumes(self) -> None:
         """Go on from the last checkpoint to the end of an epoch, as a user would; one process is enough for that."""

@@ -36,28 +36,26 @@ def assert_failed(done: Completed, *patterns: str, code: int = 1) -> None:
 
 
 @pytest.mark.parametrize("n", [None, 3])
-def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_checkpoint(jobs: Jobs, n: int | None) -> None:
-    assert jobs(None).returncode == 0
-    with jobs.checkpoint() as checkpoint:
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_checkpoint(trained: Jobs, n: int | None) -> None:
+    with trained.checkpoint() as checkpoint:
         before = checkpoint.info
     kept = re.escape(f"step-{before.step:09d}.h5")
     hot = ["optimizer.rule=sgd", "optimizer.learning_rate=1e30", "network.layers.0.activation=linear", OFTEN]
-    done = jobs(n, "optimizer.epochs=4", *hot)
+    done = trained(n, "optimizer.epochs=4", *hot)
     assert_failed(done, rf"the loss is (nan|inf) at step .*{kept}.*lower optimizer.learning_rate \(1e\+30\)")
     assert "Traceback" not in done.output, done.transcript
-    with jobs.checkpoint() as checkpoint:
+    with trained.checkpoint() as checkpoint:
         assert np.isfinite(checkpoint.parameters()).all()
-    jobs.assert_resumes()
+    trained.assert_resumes()
 
 
-def test_parameters_that_are_not_finite_never_replace_a_checkpoint(jobs: Jobs) -> None:
+def test_parameters_that_are_not_finite_never_replace_a_checkpoint(trained: Jobs) -> None:
     """The last step overflows: no loss is computed any more that would show it."""
-    assert jobs(None).returncode == 0
-    with jobs.checkpoint() as checkpoint:
+    with trained.checkpoint() as checkpoint:
         before = checkpoint.info
     targets = np.full((1, 3), 3e38, np.float32)
-    tiny.write_file(jobs.directory / "huge.h5", np.ones((1, tiny.FEATURES)), targets, classes=None)
-    done = jobs(
+    tiny.write_file(trained.directory / "huge.h5", np.ones((1, tiny.FEATURES)), targets, classes=None)
+    done = trained(
         2,
         "run.directory=huge",
         "data.train=huge.h5",
@@ -68,8 +66,8 @@ def test_parameters_that_are_not_finite_never_replace_a_checkpoint(jobs: Jobs) -
         "optimizer.epochs=1",
     )
     assert_failed(done, "after 1 steps some parameters are NaN or infinite.*there is no earlier checkpoint")
-    assert list((jobs.directory / "huge" / "checkpoints").iterdir()) == []
-    with jobs.checkpoint() as checkpoint:
+    assert list((trained.directory / "huge" / "checkpoints").iterdir()) == []
+    with trained.checkpoint() as checkpoint:
         assert checkpoint.info == before
 
 

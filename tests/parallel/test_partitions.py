@@ -11,10 +11,12 @@ from parallel import tiny
 from dbmpi.checkpoint.reader import Checkpoint
 from dbmpi.monitor.records import read_records
 from dbmpi.network.network import Network
+from dbmpi.network.own import from_directory
 from dbmpi.partition import placement
 from dbmpi.partition.tensors import worker_layout
 from dbmpi.train import train
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
 ONCE = {"align": "partition", "fetch": "shared", "gradients": "layers"}
 """What a model needs that fits in memory but once."""
 
@@ -159,3 +161,40 @@ def test_shards_that_follow_partitions_learn_the_same_and_move_the_least(comm, p
                 np.testing.assert_array_equal(values, others[name])
         if partitions > 1 and comm.rank == 0:
             assert all(pieces[1][partition] < pieces[0][partition] for partition in pieces[1])
+
+
+MAXOUT = {"type": "own_layer:Maxout", "units": 5, "pieces": 3}
+
+
+@pytest.mark.parallel([1, 2, 3, 4])
+def test_an_own_layer_is_cut_trained_and_stored_like_any_other(comm, place, capfd) -> None:
+    lasts = [({"units": tiny.CLASSES}, "dense2"), ({"type": "own_layer:Maxout", "units": tiny.CLASSES}, "maxout2")]
+    for last, name in lasts if comm.size == 2 else lasts[:1]:
+        run = tiny.describe(
+            place,
+            run={"directory": place / name},
+            network={"code": EXAMPLES, "layers": [MAXOUT, last]},
+            topology={"shards": 1, "replicas": 1, "partitions": comm.size, "colocate": True},
+            monitor={"progress": "lines"},
+        )
+        train(run, comm)
+        if comm.rank == 0:
+            told = capfd.readouterr().out.count(f"{comm.size} partitions: maxout1 {comm.size}, {name}")
+            assert told == (comm.size > 1)
+            expected = tiny.Twin(run, from_directory(run.network.code)).learn()
+            np.testing.assert_allclose(parameters_after(run.run.directory)[0], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parallel([3, 4])
+def test_placements_by_the_configuration(comm, place, capfd) -> None:
+    """Boxes of one's own, uneven weights, and workers that own nothing of a layer: all learn the same."""
+    placed, told = {
+        3: ({"layers": {"dense1": {"boxes": ("0:1", "", "1:7")}}}, "dense1 2 (1 idle), dense2 3 by inputs;"),
+        4: ({"weights": (1, 2, 4, 1)}, "dense1 4, dense2 2 (2 idle)"),
+    }[comm.size]
+    topology = {"shards": 1, "replicas": 1, "partitions": comm.size, "colocate": True}
+    run = tiny.describe(place, topology=topology, placement=placed, monitor={"progress": "lines"})
+    train(run, comm)
+    if comm.rank == 0:
+        assert capfd.readouterr().out.count(f"{comm.size} partitions: {told}") == 1
+        np.testing.assert_allclose(parameters_after(run.run.directory)[0], tiny.Twin(run).learn(), rtol=1e-4, atol=1e-5)

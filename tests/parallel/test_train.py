@@ -18,13 +18,11 @@ from dbmpi.checkpoint.reader import Checkpoint
 from dbmpi.checkpoint.writer import CheckpointWriter
 from dbmpi.config import Run
 from dbmpi.data.stream import Order, Stream
-from dbmpi.errors import UserError
 from dbmpi.monitor.records import read_records
 from dbmpi.optim import room
 from dbmpi.optim.worker import Worker
 from dbmpi.paramserver.client import Client
 from dbmpi.runtime import waiting
-from dbmpi.runtime.world import ToldElsewhere
 from dbmpi.train import train
 
 ALL = 10**9
@@ -412,53 +410,3 @@ def test_a_stop_while_a_warmstart_waits_ends_the_run(comm, place, loads, rank, n
     assert 0 < result.steps < 7000
     assert comm.allgather(len(loads.mine))[::2] == [0, 0]
     assert signal.getsignal(number) == (signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-
-
-# Mistakes reach every rank
-
-
-@pytest.mark.parallel([1, 3])
-def test_a_mistake_is_raised_on_every_rank_and_told_by_one(comm, place) -> None:
-    """And the communicator is as good as before: the last run succeeds."""
-    if comm.rank == 0:
-        good = np.zeros((8, tiny.FEATURES)), np.arange(8) % tiny.CLASSES
-        tiny.write_file(place / "wide.h5", np.zeros((8, 9)), good[1])
-        tiny.write_file(place / "label.h5", good[0], good[1] + 1)
-        tiny.write_file(place / "five.h5", good[0], good[1], classes=5)
-        tiny.write_file(place / "nan.h5", np.where(np.eye(8, tiny.FEATURES) > 0, np.nan, good[0]), good[1])
-        tiny.write_file(place / "other.h5", *good)
-        tiny.write_file(place / "values.h5", good[0], np.ones((8, 3), np.float32), classes=None)
-        (place / "text.h5").write_text("no HDF5")
-        (place / "file").write_text("")
-    waiting.barrier(comm, "the files")
-    train(tiny.describe(place, optimizer={"epochs": 1}), comm)
-    fresh = {"run": {"directory": place / "fresh"}}
-    mistakes: list[tuple[str, dict[str, dict[str, object]]]] = [
-        ("no such data file", fresh | {"data": {"train": place / "absent.h5"}}),
-        ("is not an HDF5 file", fresh | {"data": {"train": place / "text.h5"}}),
-        ("test.h5: samples have shape", fresh | {"data": {"train": place / "wide.h5"}}),
-        ("label 3 of sample 2 is not a class", fresh | {"data": {"train": place / "label.h5"}}),
-        ("5 classes, but the network's last layer has 3", fresh | {"data": {"train": place / "five.h5", "test": None}}),
-        ("holds NaN", fresh | {"data": {"train": place / "nan.h5"}}),
-        ("network.loss = 'softmax' needs classes", fresh | {"data": {"train": place / "values.h5", "test": None}}),
-        ("set topology.", fresh | {"topology": {"shards": 9}}),
-        ("more than can be counted", fresh | {"optimizer": {"epochs": 1e300}}),
-        ("server.inbox_mib", fresh | {"server": {"inbox_mib": 0.001}}),
-        ("cannot be used as the run directory", {"run": {"directory": place / "file" / "run"}}),
-        ("nothing is overwritten", {"checkpoint": {"resume": "never"}}),
-        ("a checkpoint of another network", {"network": {"layers": [{"units": 3}]}}),
-        ("optimizer.batch_size = 6", {"optimizer": {"batch_size": 7}}),
-        ("run.seed = 3", {"run": {"seed": 4}}),
-        ("it has learned from other data", {"data": {"train": place / "other.h5"}}),
-    ]
-    before = sorted(path for path in (place / "run").rglob("*"))
-    for text, changes in mistakes:
-        with pytest.raises(UserError) as raised:
-            train(tiny.describe(place, **changes), comm)
-        told = comm.allgather(None if isinstance(raised.value, ToldElsewhere) else str(raised.value))
-        assert len([message for message in told if message]) == 1, told
-        assert text in next(message for message in told if message)
-    assert sorted(path for path in (place / "run").rglob("*")) == before
-    result = train(tiny.describe(place, optimizer={"epochs": 2}), comm)
-    with Checkpoint.open(result.checkpoint) as checkpoint:
-        assert checkpoint.info.step == 14

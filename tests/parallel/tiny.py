@@ -52,6 +52,11 @@ def describe(directory: Path, **sections: dict[str, Any]) -> Run:
     return Run.model_validate({name: usual.get(name, {}) | sections.get(name, {}) for name in names})
 
 
+def snapshot(directory: Path) -> dict[str, tuple[int, int]]:
+    """Return size and time of every file below a directory."""
+    return {str(p): (p.lstat().st_size, p.lstat().st_mtime_ns) for p in directory.rglob("*") if not p.is_dir()}
+
+
 class Hosts(MPI.Intracomm):
     """Ranks that seem to be on several hosts, two on each."""
 

@@ -171,6 +171,7 @@ def test_misspelled_sections_and_keys_of_layers_are_told_the_right_one(file: Pat
         ("optimizer.n_fetch", ["0", "-1"]),
         ("optimizer.local_rate", ["-1", "nan"]),
         ("optimizer.warmstart", ["-1", "1.5", "true"]),
+        ("placement.weights", ["[1, 0]", "[1, -2]", "1"]),
         ("server.inbox_mib", ["0", "-1", "nan"]),
         ("server.chunk_kib", ["0", "inf"]),
         ("server.push", ["rma", "true"]),

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dbmpi.cli.configured import count
+
 if TYPE_CHECKING:
     from dbmpi.data.importers.reading import Progress
 
@@ -102,7 +104,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         _run_libsvm,
         ("file", {"type": Path, "metavar": "FILE", "help": "the samples"}),
         _OUT,
-        ("--features", {"type": _count, "metavar": "N", "help": "number of inputs (default: the largest index)"}),
+        ("--features", {"type": count, "metavar": "N", "help": "number of inputs (default: the largest index)"}),
         (
             "--like",
             {
@@ -141,13 +143,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         (
             "--states",
             {
-                "type": _count,
+                "type": count,
                 "metavar": "N",
                 "help": "parts of a label that are classes of their own (default: 3; with --table 1)",
             },
         ),
-        ("--context", {"type": _count, "metavar": "N", "help": "frames of a sample, an odd number (default: 11)"}),
-        ("--rate", {"type": _count, "metavar": "HZ", "help": "resample what has another rate (default: refuse it)"}),
+        ("--context", {"type": count, "metavar": "N", "help": "frames of a sample, an odd number (default: 11)"}),
+        ("--rate", {"type": count, "metavar": "HZ", "help": "resample what has another rate (default: refuse it)"}),
         _CLASSES,
         (
             "--like",
@@ -172,18 +174,10 @@ def run(arguments: argparse.Namespace) -> int:
 _Argument = tuple[str, dict[str, Any]]
 
 
-def _count(text: str) -> int:
-    """Return a positive whole number; argparse makes its own message of the exception."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return number
-
-
 _OUT: _Argument = ("--out", {"type": Path, "required": True, "metavar": "FILE.h5", "help": "data file to write"})
 _CLASSES: _Argument = (
     "--classes",
-    {"type": _count, "metavar": "N", "help": "number of classes (default: the largest label plus one)"},
+    {"type": count, "metavar": "N", "help": "number of classes (default: the largest label plus one)"},
 )
 _BYTE_SCALE: _Argument = (
     "--scale",
@@ -204,7 +198,7 @@ def _add(
 
 def _add_kind(parser: argparse.ArgumentParser, classes: str, values: str) -> None:
     kind = parser.add_mutually_exclusive_group()
-    kind.add_argument("--classes", type=_count, nargs="?", metavar="N", help=classes)
+    kind.add_argument("--classes", type=count, nargs="?", metavar="N", help=classes)
     kind.add_argument("--values", action="store_true", help=values)
 
 

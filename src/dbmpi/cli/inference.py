@@ -10,6 +10,8 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dbmpi.cli.configured import count
+
 if TYPE_CHECKING:
     from dbmpi.data.source import Source
     from dbmpi.inference import Inference
@@ -27,11 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="HDF5 file with the samples")
     parser.add_argument(
-        "--batch-size", type=_count, default=1024, metavar="N", help="samples computed together (default: %(default)s)"
+        "--batch-size", type=count, default=1024, metavar="N", help="samples computed together (default: %(default)s)"
     )
     parser.add_argument(
         "--partitions",
-        type=_count,
+        type=count,
         metavar="P",
         help="ranks that compute one replica together, under mpirun; samples are shared by the replicas "
         "(default: as in training if the ranks are a multiple of that, else all)",
@@ -89,10 +91,3 @@ def progress(source: Source, doing: str, shown: bool) -> Iterator[Callable[[int]
     with Progress(console=console, transient=True, disable=not (shown and console.is_terminal)) as bar:
         task = bar.add_task(doing, total=source.samples)
         yield lambda samples: bar.advance(task, samples)
-
-
-def _count(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {number}")
-    return number
