@@ -79,6 +79,34 @@ def test_a_flag_is_stored_while_its_owner_does_something_else(comm, way) -> None
 
 
 @pytest.mark.parallel([2, 3])
+@pytest.mark.parametrize("way", ["shared memory", "rma", "p2p"])
+def test_many_gets_are_on_the_way_at_a_time(comm, way) -> None:
+    """Some before their owners look at all; and of more than may be on the way, none is lost."""
+    length = 100
+    with Window.allocate(comm, DATA + 8 * length, **WAYS[way]) as window:
+        window.local[DATA:][: 8 * length].view(np.int64)[:] = 1000 * comm.rank + np.arange(length)
+        window.sync()
+        waiting.barrier(comm, "the numbers", serve=lambda: bool(window.sync()))
+        if comm.rank == 0:
+            found = np.zeros((comm.size, length), np.int64)
+            for count in (20, length):
+                found[:] = 0
+                for place in range(count):
+                    for rank in range(1, comm.size):
+                        window.begin_get(rank, DATA + 8 * place, found[rank, place : place + 1])
+                if count < length:
+                    # The owners do not look before this message arrives.
+                    for rank in range(1, comm.size):
+                        comm.Send(np.zeros(1), rank, 2)
+                window.complete_gets()
+                expected = 1000 * np.arange(1, comm.size)[:, None] + np.arange(count)
+                np.testing.assert_array_equal(found[1:, :count], expected)
+        else:
+            comm.Recv(np.empty(1), 0, 2)
+        waiting.barrier(comm, "all to be fetched", serve=lambda: bool(window.sync()))
+
+
+@pytest.mark.parallel([2, 3])
 def test_the_probe_measures_both_transports_and_takes_the_faster(comm, monkeypatch) -> None:
     hosts = np.array([0, *[1] * (comm.size - 1)])  # as if rank 0 were alone on its host
     chosen, line = probe.choose(comm, hosts)

@@ -247,7 +247,8 @@ class Client:
                     versions[shard] = self._copy_consistently(shard, parameters, serve)
                 else:
                     versions[shard] = self._version(shard)
-                    self._copy_shard(shard, parameters)
+                    self._begin_copy(shard, parameters)
+            self._window.complete_gets()
         return versions
 
     def versions(self) -> list[int]:
@@ -266,15 +267,15 @@ class Client:
     def _version(self, shard: int) -> int:
         return self._window.load(self._ranks[shard], self._memories[shard].version(self._partition))
 
-    def _copy_shard(self, shard: int, parameters: np.ndarray) -> None:
-        """Copy what a shard holds, unless the vector is where it lies."""
+    def _begin_copy(self, shard: int, parameters: np.ndarray) -> None:
+        """Begin to copy what a shard holds, unless the vector is where it lies."""
         memory, rank = self._memories[shard], self._ranks[shard]
         for piece in self._pieces[shard] if parameters is not self.parameters else ():
             part = parameters[piece.local : piece.local + piece.length]
             if self.parameters is not None:
                 np.copyto(part, self.parameters[piece.local : piece.local + piece.length])
             else:
-                self._window.get(rank, memory.parameters + piece.start * memory.itemsize, part)
+                self._window.begin_get(rank, memory.parameters + piece.start * memory.itemsize, part)
             self.fetched_bytes += part.nbytes
             self.fetched_pieces += 1
 
@@ -291,7 +292,8 @@ class Client:
             before = self._window.load(rank, memory.sequence)
             if before % 2 == 0:
                 version = self._version(shard)
-                self._copy_shard(shard, parameters)
+                self._begin_copy(shard, parameters)
+                self._window.complete_gets()
                 if self._window.load(rank, memory.sequence) == before:
                     return True
             if not asked:

@@ -5,7 +5,7 @@ target knows of every transfer, because it takes part in it: it receives what is
 what is asked for, and sees by :meth:`Messages.serve` that something is under way.
 
 What one rank asks of another is done in the order of asking: a store after all earlier puts, a load after all earlier
-gets; only puts may overlap.  A swap is carried out by the owner of the word, between two other orders.
+gets; only puts may overlap, and gets.  A swap is carried out by the owner of the word, between two other orders.
 """
 
 from __future__ import annotations
@@ -62,9 +62,9 @@ class Messages:
         self._tag = 0
         self._leaving: dict[int, deque[tuple[MPI.Request, np.ndarray]]] = {}
         self._puts: dict[tuple[int, int], list[MPI.Request]] = {}
-        # Of each rank: the orders that are not begun, and the transfers of earlier ones that go on.
+        # Of each rank: the orders that are not begun, and the transfers of earlier ones that go on, all of one kind.
         self._orders: dict[int, deque[list[int]]] = {}
-        self._going: dict[int, list[tuple[MPI.Request, np.ndarray]]] = {}
+        self._going: dict[int, list[tuple[int, MPI.Request, np.ndarray]]] = {}
 
     def put(self, rank: int, offset: int, data: np.ndarray) -> None:
         """Begin to copy `data` to `offset` of a rank's memory; it must stay until the next store there."""
@@ -83,18 +83,19 @@ class Messages:
     def load(self, rank: int, offset: int) -> int:
         """Return the flag at `offset` of a rank's memory."""
         word = np.empty(1, np.int64)
-        self._ask(_Kind.LOAD, rank, offset, word, f"a flag of rank {rank}")
+        self._complete(self._ask(_Kind.LOAD, rank, offset, word, word.nbytes), f"a flag of rank {rank}")
         return int(word[0])
 
     def compare_and_swap(self, rank: int, offset: int, expected: int, value: int) -> int:
         """Set the word at `offset` of a rank's memory if it is `expected`; return what it was before."""
         word = np.empty(1, np.int64)
-        self._ask(_Kind.SWAP, rank, offset, word, f"a flag of rank {rank} to be swapped", value, expected)
+        request = self._ask(_Kind.SWAP, rank, offset, word, value, expected)
+        self._complete(request, f"a flag of rank {rank} to be swapped")
         return int(word[0])
 
-    def get(self, rank: int, offset: int, out: np.ndarray) -> None:
-        """Copy from `offset` of a rank's memory into `out`."""
-        self._ask(_Kind.GET, rank, offset, out, f"data of rank {rank}")
+    def get(self, rank: int, offset: int, out: np.ndarray) -> MPI.Request:
+        """Begin to copy from `offset` of a rank's memory into `out`; who waits for it calls :meth:`serve`."""
+        return self._ask(_Kind.GET, rank, offset, out, out.nbytes)
 
     def serve(self) -> bool:
         """Do what others ask, as far as it can be done now; return whether something is under way."""
@@ -121,22 +122,13 @@ class Messages:
         waiting.barrier(self._comm, "the other ranks to close their windows", serve=self.serve)
         self._comm.Free()
 
-    def _ask(
-        self,
-        kind: _Kind,
-        rank: int,
-        offset: int,
-        out: np.ndarray,
-        what: str,
-        value: int | None = None,
-        expected: int = 0,
-    ) -> None:
-        """Give an order that is answered, and wait for the answer; its value is by default the bytes asked for."""
+    def _ask(self, kind: _Kind, rank: int, offset: int, out: np.ndarray, value: int, expected: int = 0) -> MPI.Request:
+        """Give an order that is answered; return what completes when the answer is in `out`."""
         with self._lock:
             tag = self._next_tag()
             request = self._comm.Irecv([out, MPI.BYTE], rank, tag)
-            self._order(rank, kind, offset, out.nbytes if value is None else value, tag, expected)
-        self._complete(request, what)
+            self._order(rank, kind, offset, value, tag, expected)
+        return request
 
     def _order(self, rank: int, kind: _Kind, offset: int, value: int, tag: int | None = None, expected: int = 0) -> int:
         """Send an order, and return the tag of its data; the lock keeps orders and their data in one sequence."""
@@ -158,20 +150,18 @@ class Messages:
 
     def _obey(self, rank: int, orders: deque[list[int]]) -> None:
         """Carry out a rank's orders up to the first that must wait."""
-        going = self._going[rank] = [
-            (request, kept) for request, kept in self._going.get(rank, ()) if not request.Test()
-        ]
+        going = self._going[rank] = [transfer for transfer in self._going.get(rank, ()) if not transfer[1].Test()]
         while orders:
             kind, offset, value, tag, expected = orders[0]
-            if kind != _Kind.PUT and going:
+            if going and not (kind == going[-1][0] and kind in (_Kind.PUT, _Kind.GET)):
                 return
             if kind == _Kind.STORE:
                 self._local[offset : offset + 8].view(np.int64)[0] = value
             elif kind == _Kind.SWAP:
                 before = np.array([self._swap(offset, expected, value)], np.int64)
-                going.append((self._comm.Isend([before, MPI.BYTE], rank, tag), before))
+                going.append((kind, self._comm.Isend([before, MPI.BYTE], rank, tag), before))
             else:
                 part = self._local[offset : offset + value]
                 move = self._comm.Irecv if kind == _Kind.PUT else self._comm.Isend
-                going.append((move([part, MPI.BYTE], rank, tag), part))
+                going.append((kind, move([part, MPI.BYTE], rank, tag), part))
             orders.popleft()

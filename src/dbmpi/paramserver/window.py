@@ -32,6 +32,8 @@ _LINE = 64
 
 _NAP = 1e-4
 """Longest nap, in seconds, of who waits for data from another host: MPI moves them when he looks."""
+_MOST_GETS = 64
+"""Gets of one thread that are on the way at a time."""
 Transport = Literal["rma", "p2p"]
 _HINTS = {"acc_single_intrinsic": "true", "which_accumulate_ops": "replace,no_op,cswap"}
 """What Open MPI and MPICH, in this order, may rely on to use a network's own atomics; others pass over it."""
@@ -103,6 +105,7 @@ class Window(Collective):
             self._win.Lock_all(MPI.MODE_NOCHECK)
         self._open = True
         # Several threads of this rank may have transfers on the way; each has put what its own flag announces.
+        self._gets: dict[int, deque[tuple[int, MPI.Request]]] = {}
         self._puts: dict[tuple[int, int], list[MPI.Request]] = {}
         self._stores: dict[int, deque[MPI.Request]] = {}
         self._storing = threading.Lock()
@@ -141,14 +144,27 @@ class Window(Collective):
 
     def get(self, rank: int, offset: int, out: np.ndarray) -> None:
         """Copy ``out.nbytes`` bytes from `offset` of a rank's memory into the contiguous array `out`."""
+        self.begin_get(rank, offset, out)
+        self.complete_gets()
+
+    def begin_get(self, rank: int, offset: int, out: np.ndarray) -> None:
+        """Begin what :meth:`get` does; `out` is complete after this thread's next :meth:`complete_gets`."""
         near = self._near.get(rank)
         if near is not None:
             np.copyto(out, near[offset : offset + out.nbytes].view(out.dtype).reshape(out.shape))
-        elif self._messages is not None:
-            self._messages.get(rank, offset, out)
+            return
+        gets = self._gets.setdefault(threading.get_ident(), deque())
+        if len(gets) >= _MOST_GETS:
+            self._complete_get(*gets.popleft())
+        if self._messages is not None:
+            gets.append((rank, self._messages.get(rank, offset, out)))
         else:
-            request = self._win.Rget([out, MPI.BYTE], rank, [offset, out.nbytes, MPI.BYTE])
-            waiting.until(request.Test, f"data of rank {rank}", longest_nap=_NAP)
+            gets.append((rank, self._win.Rget([out, MPI.BYTE], rank, [offset, out.nbytes, MPI.BYTE])))
+
+    def complete_gets(self) -> None:
+        """Wait for all that this thread has begun to get."""
+        for rank, request in self._gets.pop(threading.get_ident(), ()):
+            self._complete_get(rank, request)
 
     def put(self, rank: int, offset: int, data: np.ndarray) -> None:
         """Copy the contiguous array `data` to `offset` of a rank's memory, which sees it before a flag stored next.
@@ -241,6 +257,10 @@ class Window(Collective):
             self._memory = None
         self._node.Free()
         self._empty.Free()
+
+    def _complete_get(self, rank: int, request: MPI.Request) -> None:
+        serve = None if self._messages is None else self._messages.serve
+        waiting.until(request.Test, f"data of rank {rank}", serve=serve, longest_nap=_NAP)
 
     def _swap_near(self, rank: int, offset: int, expected: int, value: int) -> int:
         """Swap a word of a rank of this node; without shared memory that is this rank, which alone reaches it."""
