@@ -217,7 +217,7 @@ def _gathered_gradient(tile: tuple[int, int, int]) -> Kernel[..., None]:
                         # fmt: off
                         multiply_rows(
                             tile, blocks, w, (channels - 1) * start_of_kind, depth, source, g_start, places,
-                            first, last, target, x_start, plane, filled, first > begin, False,
+                            first, last, target, x_start, plane, filled, first > begin, None, 0, False,
                         )
                         # fmt: on
 

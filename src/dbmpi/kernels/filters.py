@@ -31,7 +31,7 @@ from dbmpi.kernels.vector_rows import multiply_rows, prefetch
 
 CODES = {"linear": 0, "sigmoid": 1, "tanh": 2, "relu": 3}
 """How kernels know the activations."""
-SIGMOID, TANH, RELU = CODES["sigmoid"], CODES["tanh"], CODES["relu"]
+LINEAR, SIGMOID, TANH, RELU = CODES["linear"], CODES["sigmoid"], CODES["tanh"], CODES["relu"]
 
 
 Places = tuple[tuple[int, int], tuple[int, int]]
@@ -163,29 +163,26 @@ def _forward(tile: tuple[int, int, int], ahead: bool) -> Kernel[..., None]:
                         # fmt: off
                         multiply_rows(
                             tile, blocks, w, filters_start * depth, depth, x, x_start, places, first, last,
-                            y, y_start, plane, filled, first > 0, ahead,
+                            y, y_start, plane, filled, first > 0, bias, filters_start, ahead,
                         )
                         # fmt: on
+                if code == LINEAR:
+                    continue
                 for m in range(maps):
-                    y_start = m * plane + i * y_steps[1] + j * samples
-                    _activate(y[y_start : y_start + samples], bias[filters_start + m], code)
+                    _activate(y[m * plane + i * y_steps[1] + j * samples :][:samples], code)
 
     return parallel_kernel(forward)
 
 
 @inlined
-def _activate(y: np.ndarray, addend: float, code: int) -> None:
-    """Add the bias to the outputs (samples,) of one map at one place and apply the activation."""
+def _activate(y: np.ndarray, code: int) -> None:
+    """Apply an activation that is not linear to the outputs (samples,) of one map at one place."""
     if code == SIGMOID:
         for sample in range(y.size):
-            y[sample] = sigmoid(y[sample] + addend)
+            y[sample] = sigmoid(y[sample])
     elif code == TANH:
         for sample in range(y.size):
-            y[sample] = tanh(y[sample] + addend)
+            y[sample] = tanh(y[sample])
     elif code == RELU:
         for sample in range(y.size):
-            value = y[sample] + addend
-            y[sample] = y.dtype.type(0) if value < 0 else value
-    else:
-        for sample in range(y.size):
-            y[sample] += addend
+            y[sample] = y.dtype.type(0) if y[sample] < 0 else y[sample]

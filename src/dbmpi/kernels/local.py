@@ -183,7 +183,7 @@ def _parameter_gradient(tile: tuple[int, int, int]) -> Kernel[..., None]:
                             multiply_rows(
                                 tile, blocks, gradient, i * steps[1] + j * samples, plane, window, x_start + first,
                                 starts, 0, samples, weight_gradient, place + u * run + first, depth,
-                                filled, False, False,
+                                filled, False, None, 0, False,
                             )
                             # fmt: on
 

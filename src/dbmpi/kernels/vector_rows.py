@@ -43,6 +43,8 @@ def multiply_rows(
     out_stride: Any,
     filled: Any,
     add: Any,
+    addends: Any,
+    addends_start: Any,
     ahead: Any,
 ) -> Any:
     """Multiply rows of `a` by rows of `b` that lie anywhere, into rows of `out`.
@@ -61,6 +63,8 @@ def multiply_rows(
         Where the rows of `b` start.
     add : bool
         Add to what is in `out`, instead of replacing it.
+    addends : 1-D array or None
+        What comes to all elements of a row that is replaced: ``addends[addends_start + r]`` to those of row r.
     ahead : constant
         Whether to ask for the rows of `a` two blocks on.
     """
@@ -72,15 +76,17 @@ def multiply_rows(
         writer = _RowTiles(builder, given.itemsize(2))
         a, b, places, out = (given.pointer(*at) for at in ((2, 3), (5, 6), (7,), (10, 11)))
         a_stride, first, last, out_stride, filled, add = (values[at] for at in (4, 8, 9, 12, 13, 14))
+        addends = None if isinstance(signature.args[15], types.NoneType) else given.pointer(15, 16)
         for rows, top, masks in writer.tiles(tile, given.numbers(1), filled):
             strips = writer.strided(writer.at(a, builder.mul(top, a_stride)), a_stride, rows)
             sums = writer.strided(writer.at(out, builder.mul(top, out_stride)), out_stride, rows)
             later = writer.at(strips[0], builder.mul(a_stride, writer.index(2 * rows))) if ahead.literal_value else None
-            writer.multiply(masks, strips, later, b, places, first, last, sums, add)
+            own = [] if addends is None else writer.strided(writer.at(addends, top), writer.index(1), rows)
+            writer.multiply(masks, strips, later, b, places, first, last, sums, add, own)
         return context.get_dummy_value()
 
     given = (a, a_start, a_stride, b, b_start, places, first, last, out, out_start, out_stride, filled, types.boolean)
-    return signature_of(tile, blocks, *given, ahead), generate
+    return signature_of(tile, blocks, *given, addends, addends_start, ahead), generate
 
 
 @instructions
@@ -237,8 +243,12 @@ class _RowTiles(MaskedWriter):
         last: Any,
         sums: list[Any],
         add: Any,
+        addends: list[Any],
     ) -> None:
-        """Multiply a strip by rows of `b` into the rows at `sums`; ask for the strip that starts at `later`."""
+        """Multiply a strip by rows of `b` into the rows at `sums`; ask for the strip that starts at `later`.
+
+        Rows that are replaced have the elements at `addends` added to them, if there are any.
+        """
         builder, rows = self.builder, len(strips)
         for row in sums:
             for vector in range(len(masks)):
@@ -266,6 +276,9 @@ class _RowTiles(MaskedWriter):
                 after = [builder.fadd(one, other) for one, other in zip(before, totals, strict=True)]
                 self._store(after, sums, masks)
             with replacing:
+                own = [value for addend in addends for value in [self.spread_at(addend)] * len(masks)]
+                if own:
+                    totals = [builder.fadd(one, other) for one, other in zip(totals, own, strict=True)]
                 self._store(totals, sums, masks)
 
     def add(
