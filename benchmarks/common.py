@@ -236,12 +236,27 @@ def timed(work: Callable[[], Any]) -> Action:
     return action
 
 
-class Cores:
-    """Tells whether a core is shared with somebody else, by a loop of Python on each.
+_LOOP = """
+import os, sys, time
 
-    Cores of a virtual machine are often halves of real ones, whose other halves work for other machines.  While they do
-    so, the loop takes nearly twice its time, and what is measured up to 1.7 times: for seconds at a time, on one core
-    and not on the other, and with nothing to be seen in the system's own numbers.
+def loop():
+    start, total = time.perf_counter(), 0
+    for number in range(20_000):
+        total += number * number
+    return time.perf_counter() - start
+
+os.sched_setaffinity(0, {int(sys.argv[1])})
+for line in sys.stdin:
+    print(min(loop() for _ in range(3)), flush=True)
+"""
+
+
+class Cores:
+    """Tells whether the cores are shared with somebody else, by a loop of Python on each.
+
+    Cores of a virtual machine are often halves of real ones, whose other halves work for other machines, or for each
+    other.  While they do so, the loop takes nearly twice its time, and what is measured up to 1.7 times: for seconds at
+    a time, and with nothing to be seen in the system's own numbers.
 
     Attributes
     ----------
@@ -251,66 +266,71 @@ class Cores:
         Seconds that are left to wait for cores of our own, and to take measurements again.
     """
 
-    _LOOP = 20_000
     _SLOWER = 1.4
 
     def __init__(self) -> None:
         self.looks = self.shared = 0
         self.patience = 200.0
         self._best = float("inf")
+        self._loops: list[subprocess.Popen[str]] = []
 
-    def ours(self) -> bool:
-        """Return whether all cores that this process may use are as fast as one has ever been."""
-        allowed, slowest = os.sched_getaffinity(0), 0.0
-        try:
-            for core in allowed:
-                os.sched_setaffinity(0, {core})
-                slowest = max(slowest, min(self._loop() for _ in range(3)))
-        finally:
-            os.sched_setaffinity(0, allowed)
+    def ours(self, together: bool = True) -> bool:
+        """Return whether each core is as fast as one has ever been: all at once, or one after the other."""
+        if not self._loops:
+            for core in os.sched_getaffinity(0):
+                command = (sys.executable, "-I", "-S", "-c", _LOOP, str(core))
+                self._loops.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+        seconds: list[float] = []
+        for group in [self._loops] if together else [[loop] for loop in self._loops]:
+            for loop in group:
+                print(file=loop.stdin, flush=True)
+            seconds += [float(loop.stdout.readline()) for loop in group if loop.stdout is not None]
+        self._best = min(self._best, *seconds)
+        ours = max(seconds) <= self._SLOWER * self._best
         self.looks += 1
-        self.shared += slowest > self._SLOWER * self._best
-        return slowest <= self._SLOWER * self._best
-
-    def _loop(self) -> float:
-        start, total = time.perf_counter(), 0
-        for number in range(self._LOOP):
-            total += number * number
-        seconds = time.perf_counter() - start
-        self._best = min(self._best, seconds)
-        return seconds
+        self.shared += not ours
+        return ours
 
 
 cores = Cores()
 """Those of this machine."""
 
 
-def in_turn(rounds: int, **work: Callable[[], Any]) -> dict[str, list[Any]]:
+def in_turn(rounds: int, *, together: bool = True, **work: Callable[[], Any]) -> dict[str, list[Any]]:
     """Measure several things in turn, A B A B, after one round that does not count.
 
     It waits until the cores are ours, and takes a measurement again where a core was shared just after it; with the
     patience of `Cores` for all of them together.  What takes more than a second is not taken again: somebody may
     have come and gone in between.
+
+    Parameters
+    ----------
+    rounds
+        Measurements of each.
+    together
+        Whether the cores are to be ours all at once, as work on several needs them.
+    work
+        What measures.
     """
     values: dict[str, list[Any]] = {name: [] for name in work}
     for number in range(rounds + 1):
         for name, measure in work.items():
-            value = _undisturbed(measure)
+            value = _undisturbed(measure, together)
             if number > 0:
                 values[name].append(value)
     return values
 
 
-def _undisturbed(measure: Callable[[], Any]) -> Any:
+def _undisturbed(measure: Callable[[], Any], together: bool) -> Any:
     while True:
         began = time.monotonic()
-        while not cores.ours() and time.monotonic() - began < cores.patience:
+        while not cores.ours(together) and time.monotonic() - began < cores.patience:
             time.sleep(0.05)
         start = time.monotonic()
         value = measure()
         end = time.monotonic()
         cores.patience -= start - began
-        if end - start > 1 or cores.patience <= 0 or cores.ours():
+        if end - start > 1 or cores.patience <= 0 or cores.ours(together):
             return value
         cores.patience -= end - start
 

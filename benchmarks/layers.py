@@ -52,7 +52,12 @@ def compare(report: common.Report, case: Case, batch: int, rounds: int) -> tuple
     with ExitStack() as stack:
         ours, peer = (stack.enter_context(one) for one in case.contestants(batch))
         steps = common.in_turn(
-            rounds, ours=ours.do, peer=peer.do, copy=lambda: ours.do("copy"), peak=lambda: ours.do("peak")
+            rounds,
+            together=False,
+            ours=ours.do,
+            peer=peer.do,
+            copy=lambda: ours.do("copy"),
+            peak=lambda: ours.do("peak"),
         )
         work = ours.do("work")
     seconds = {name: [one["seconds"] for one in steps[name]] for name in ("ours", "peer")}

@@ -49,7 +49,11 @@ def compare(report: common.Report, case: Case, batch: int, rounds: int) -> tuple
             step()
         # Several of ours in every round, as they are short.
         found = common.in_turn(
-            rounds, ours=lambda: [step() for _ in range(9)], peer=peer.do, peak=lambda: ours.do("peak")
+            rounds,
+            together=False,
+            ours=lambda: [step() for _ in range(9)],
+            peer=peer.do,
+            peak=lambda: ours.do("peak"),
         )
         flops = ours.do("work")["flops"]
     peak = common.median([one["flops"] for one in found["peak"]])

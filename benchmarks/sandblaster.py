@@ -52,7 +52,11 @@ def main() -> None:
                 for _ in range(PAIRS + 1):  # until the history is full
                     contestant_.do()
             rounds = common.in_turn(
-                3 if options.quick else 7, ours=ours.do, copy=partial(ours.do, "copy"), peer=peer.do
+                3 if options.quick else 7,
+                together=threads > 1,
+                ours=ours.do,
+                copy=partial(ours.do, "copy"),
+                peer=peer.do,
             )
         own, copy, other = (
             common.median([one["seconds"] for one in rounds[name]]) for name in ("ours", "copy", "peer")

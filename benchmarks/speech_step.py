@@ -66,7 +66,9 @@ def compare(report: common.Report, threads: int, batch: int, rounds: int) -> tup
             )
         )
         flops = ours.do("flops")["flops"]
-        rounds_of = common.in_turn(rounds, ours=ours.do, peer=peer.do, peak=lambda: ours.do("peak"))
+        rounds_of = common.in_turn(
+            rounds, together=threads > 1, ours=ours.do, peer=peer.do, peak=lambda: ours.do("peak")
+        )
         parts = [ours.do("parts") for _ in range(max(3, rounds // 2))]
         copy = common.median([float(ours.do("copy")["bytes"]) for _ in range(3)])
     own, other = (common.median([step["seconds"] for step in rounds_of[name]]) for name in ("ours", "peer"))

@@ -51,7 +51,9 @@ def main() -> None:
         **{" ".join(["dbmpi", *words, "--help"]): ["-m", "dbmpi", *words, "--help"] for words in commands()},
     }
     seconds = common.in_turn(
-        3 if options.quick else 15, **{name: functools.partial(run, words) for name, words in programs.items()}
+        3 if options.quick else 15,
+        together=False,
+        **{name: functools.partial(run, words) for name, words in programs.items()},
     )
     rows = [(name, common.median(values), common.spread(values)) for name, values in seconds.items()]
     report.table("Whole processes, in turn (seconds)", ("what", "median", "quartiles"), rows)
