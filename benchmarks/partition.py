@@ -6,6 +6,9 @@ and images (locally connected, halos between two halves).
 
 The time of a rank is its compute and what it spends in exchanges, in which it also waits for the other; the share of
 exchanges is that of the slower rank's step.
+
+The update, and the filters of the images, come from memory, which both ranks share: how much more two of them copy at
+once than one does is told, too.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +47,8 @@ def main() -> None:
         report.at_least(f"speed of two partitions to one, {name}, batch {batch}", ratio, speed)
         report.at_most(f"share of exchange and waiting, {name}, batch {batch}", share, EXCHANGE)
     header = ("network", "batch", "1 rank ms", "quartiles", "2 ranks ms", "quartiles", "ratio", "exchange %")
-    report.table("Training steps in turn (medians)", (*header, "waiting ms", "update ms: 1 rank", "2 ranks"), rows)
+    more = ("waiting ms", "update ms: 1 rank", "2 ranks", "ratio of copies")
+    report.table("Training steps in turn (medians)", (*header, *more), rows)
     report.finish()
 
 
@@ -53,19 +58,23 @@ def compare(path: Path, batch: int, rounds: int) -> tuple[tuple[Any, ...], float
     with ExitStack() as stack:
         alone = stack.enter_context(common.Contestant((sys.executable, *program)))
         cut = stack.enter_context(common.Contestant(common.on_ranks(PARTITIONS, *program)))
-        steps = common.in_turn(rounds, alone=alone.do, cut=cut.do)
+        steps = common.in_turn(
+            rounds, alone=alone.do, copy=partial(alone.do, "copy"), cut=cut.do, copies=partial(cut.do, "copy")
+        )
     one, two = ([step["seconds"] for step in steps[name]] for name in ("alone", "cut"))
     shares = [max(step["exchange"]) / step["seconds"] for step in steps["cut"]]
     ratio, share = common.median(one) / common.median(two), common.median(shares)
     waiting = [max(step["exchange"]) - min(step["exchange"]) for step in steps["cut"]]
     quartiles = [common.spread([1e3 * value for value in values]) for values in (one, two)]
     updates = [1e3 * common.median([step["update"] for step in steps[name]]) for name in ("alone", "cut")]
+    copy, copies = (common.median([one["seconds"] for one in steps[name]]) for name in ("copy", "copies"))
     row = (
         batch,
         *(1e3 * common.median(one), quartiles[0]),
         *(1e3 * common.median(two), quartiles[1]),
         *(f"{ratio:.2f}", f"{100 * share:.1f}", 1e3 * common.median(waiting)),
         *updates,
+        PARTITIONS * copy / copies,
     )
     return row, ratio, share
 
@@ -116,7 +125,16 @@ def contestant(configuration: str, batch: int) -> None:
             "exchange": waiting.allreduce(comm, mine, MPI.SUM, "times").tolist(),
         }
 
-    common.serve_together(comm, step=step)
+    copy_some = common.copy_bandwidth(64)
+
+    def copy() -> Mapping[str, Any]:
+        waiting.barrier(comm, "the other partitions")
+        start = time.perf_counter()
+        copy_some()
+        waiting.barrier(comm, "the other partitions")
+        return {"seconds": time.perf_counter() - start}
+
+    common.serve_together(comm, step=step, copy=copy)
 
 
 if __name__ == "__main__":
