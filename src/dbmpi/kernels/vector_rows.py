@@ -250,9 +250,6 @@ class _RowTiles(MaskedWriter):
         Rows that are replaced have the elements at `addends` added to them, if there are any.
         """
         builder, rows = self.builder, len(strips)
-        for row in sums:
-            for vector in range(len(masks)):
-                self.prefetch(self.at(row, vector * self.lanes), write=True)
 
         def steps(k: Any, count: int, totals: list[Any]) -> list[Any]:
             if later is not None:  # a share in each step, in the order of memory
