@@ -50,7 +50,7 @@ def report(seconds: float) -> int:
         ("samples/s", f"{result.samples_per_second:,.0f}"),
         ("mean staleness", f"{result.mean_staleness:.2f}"),
         ("checkpoint", checkpoint or "none"),
-        ("log", RUN / "records"),
+        ("records", RUN / "records"),
         ("plot", picture if picture.exists() else "none"),
     ):
         print(f"{name:>14}  {value}")

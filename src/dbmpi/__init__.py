@@ -29,4 +29,6 @@ def __getattr__(name: str) -> Any:
     """Load a public name from its home on first use."""
     if name not in _HOMES:
         raise AttributeError(f"module 'dbmpi' has no attribute {name!r}")
+    if _HOMES[name] == "dbmpi.train":  # which loads MPI
+        import_module("dbmpi.runtime.installation").prepare()
     return getattr(import_module(_HOMES[name]), name)

@@ -240,6 +240,10 @@ def test_overrides_of_what_is_no_table_are_refused(file: Path) -> None:
         refusal(file, override)
 
 
+def test_a_file_may_be_named_by_a_text(file: Path) -> None:
+    assert load(str(file)) == load(file)
+
+
 def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     assert "no such configuration file" in refusal(tmp_path / "absent.toml")
     assert str(tmp_path) in refusal(tmp_path)

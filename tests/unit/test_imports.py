@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from dbmpi.runtime import installation
+
 SOURCE = Path(__file__).parents[2] / "src"
 MODULES = {
     ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__"): path
@@ -231,6 +233,17 @@ def loaded_by(program: str, *arguments: str) -> tuple[set[str], str]:
 
 def test_importing_dbmpi_loads_nothing_heavy():
     assert loaded_by("import dbmpi")[0] == set()
+
+
+def test_open_mpi_is_prepared_before_it_is_loaded_from_python():
+    program = (
+        "import os, sys; sys.modules['mpi4py'] = None; import dbmpi\n"
+        "try:\n    dbmpi.train\nexcept ImportError:\n    print(os.environ.get('OMPI_MCA_osc'))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "OMPI_MCA_osc"}
+    words = [sys.executable, "-c", program]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=50, check=False, env=environment)
+    assert done.stdout.strip() == str(installation.openmpi_settings().get("OMPI_MCA_osc")), done.stderr
 
 
 def commands() -> Iterator[list[str]]:

@@ -15,7 +15,7 @@ from dbmpi.config.sections import Run
 from dbmpi.errors import UserError
 
 
-def load(path: Path, overrides: tuple[str, ...] = ()) -> Run:
+def load(path: Path | str, overrides: tuple[str, ...] = ()) -> Run:
     """Read a run from a TOML file and apply ``section.key=value`` overrides.
 
     Relative paths of the ``[data]`` section, and that of `network.code`, are taken from the directory of the file, so
@@ -27,6 +27,7 @@ def load(path: Path, overrides: tuple[str, ...] = ()) -> Run:
     UserError
         If the file cannot be read, is not TOML, or does not describe a run.
     """
+    path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
         table = tomllib.loads(text)

@@ -111,9 +111,13 @@ def calling(layer: str, when: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
-        raise UserError(f"layer {layer!r} fails when {when}: {type(error).__name__}: {error}{where}") from error
+        raise UserError(f"layer {layer!r} fails when {when}: {_where(error)}") from error
+
+
+def _where(error: Exception) -> str:
+    """Say what was raised, and in which line of whose file."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({last.filename}, line {last.lineno})"
 
 
 def _member(kind: str, layer: str, directory: Path | None) -> Any:
@@ -129,11 +133,7 @@ def _member(kind: str, layer: str, directory: Path | None) -> Any:
     except UserError:
         raise
     except Exception as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        raise UserError(
-            f"layer {layer!r}: {module!r} cannot be loaded: {type(error).__name__}: {error} "
-            f"({frames[-1].filename}, line {frames[-1].lineno})"
-        ) from error
+        raise UserError(f"layer {layer!r}: {module!r} cannot be loaded: {_where(error)}") from error
     if not hasattr(loaded, member):
         raise UserError(f"layer {layer!r}: {loaded.__file__} defines no {member!r}")
     return getattr(loaded, member)

@@ -7,7 +7,6 @@ worker.
 
 from __future__ import annotations
 
-import math
 import signal
 import time
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from dbmpi.monitor.progress import Progress
 from dbmpi.monitor.rate import Rate
 from dbmpi.monitor.records import EvaluationReport, Recorder, StalenessHistogram
 from dbmpi.objective import Outcome
-from dbmpi.optim.saving import save
+from dbmpi.optim.saving import finite, save
 from dbmpi.paramserver.server import Tally
 from dbmpi.partition.arrangement import Arrangement
 from dbmpi.runtime import waiting
@@ -285,8 +284,7 @@ class Lead:
 
     def _check_finite(self, name: str, values: np.ndarray) -> None:
         """Do not put useless parameters in the place of the last good ones."""
-        # A sum of float32 in float64 is finite if and only if they are; it needs no memory.
-        if name == "parameters" and not math.isfinite(float(np.sum(values, dtype=np.float64))):
+        if name == "parameters" and not finite(values):
             raise RunFailed(
                 f"after {self._begin.step + self.steps} steps some parameters are NaN or infinite; no checkpoint is "
                 f"written; {kept(self._run.run.directory / 'checkpoints')}; lower optimizer.learning_rate "

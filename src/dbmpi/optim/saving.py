@@ -110,13 +110,17 @@ def collect(
     return int(version[0]), pieces()
 
 
+def finite(values: np.ndarray) -> bool:
+    """Return whether all of some float32 are finite: then and only then is their sum in float64; it needs no memory."""
+    return math.isfinite(float(np.sum(values, dtype=np.float64)))
+
+
 def check_finite(directory: Path, name: str, values: np.ndarray) -> None:
     """Raise RunFailed where a piece of the parameters is not finite: no checkpoint is made of them.
 
     `directory` is that of the run.
     """
-    # A sum of float32 in float64 is finite if and only if they are; it needs no memory.
-    if name == "parameters" and not math.isfinite(float(np.sum(values, dtype=np.float64))):
+    if name == "parameters" and not finite(values):
         raise RunFailed(
             f"some parameters are NaN or infinite; no checkpoint is written; {kept(directory / 'checkpoints')}"
         )

@@ -103,6 +103,12 @@ def openmpi_settings(devices: Path = Path("/sys/class/infiniband")) -> dict[str,
     return {} if has_adapter else {"OMPI_MCA_osc": "^ucx"}
 
 
+def prepare() -> None:
+    """Tell Open MPI what it is to be told, unless the user has; must come before MPI is loaded."""
+    for name, value in openmpi_settings().items():
+        os.environ.setdefault(name, value)  # other MPIs do not look at it
+
+
 def _loaded_library() -> tuple[str, str]:
     """Return the first line of what MPI says of itself and the file it is in; asked in a process of its own."""
     try:

@@ -46,8 +46,7 @@ def start() -> MPI.Intracomm:
     """
     from dbmpi.runtime import installation
 
-    for name, value in installation.openmpi_settings().items():
-        os.environ.setdefault(name, value)  # other MPIs do not look at it
+    installation.prepare()
     with suppress(OSError):  # no /dev/shm
         warning = installation.mpich_shortage(os.environ, shutil.disk_usage("/dev/shm").free)
         if warning:
