@@ -14,10 +14,10 @@ from numba import prange
 
 from dbmpi.kernels.compile import THREADS, Kernel, inlined, parallel_kernel
 from dbmpi.kernels.fields import BY_ROWS, MAPS, Blocks, bands_of, contiguous, field_of, flat
-from dbmpi.kernels.filters import CODES, RELU, SIGMOID, TANH, Filters
+from dbmpi.kernels.filters import CODES, LINEAR, RELU, SIGMOID, TANH, Filters
 from dbmpi.kernels.memory import rows_of
 from dbmpi.kernels.vector import REGISTERS, lanes
-from dbmpi.kernels.vector_lanes import transpose_block
+from dbmpi.kernels.vector_lanes import sum_along_rows, transpose_block
 from dbmpi.kernels.vector_rows import add_maps_to_rows, multiply_rows, prefetch
 
 ROWS, ROWS_OF_FEW_MAPS = 6, 8 if REGISTERS == 32 else 6
@@ -155,14 +155,19 @@ def _parameter_gradient(tile: tuple[int, int, int]) -> Kernel[..., None]:
             window = windows[band]
             done = 0
             for i in range(band * out_height // bands, (band + 1) * out_height // bands):
-                for m in range(maps):
-                    of_row = gradient[m * plane + i * steps[1] :][:row_size]
-                    _derive(of_row, y[m * y_steps[0] + i * y_steps[1] :][:row_size], code)
-                    for j in range(out_width):
-                        of_place, total = of_row[j * samples : (j + 1) * samples], gradient.dtype.type(0)
-                        for b in range(of_place.size):
-                            total += of_place[b]
-                        bias_gradient[(i * out_width + j) * maps + m] = total
+                g_start, y_start = i * steps[1], i * y_steps[1]
+                if code != LINEAR:
+                    for m in range(maps):
+                        _derive(
+                            gradient[m * plane + g_start :][:row_size], y[m * y_steps[0] + y_start :][:row_size], code
+                        )
+                for j in range(out_width):
+                    # fmt: off
+                    sum_along_rows(
+                        tile, blocks, gradient, g_start + j * samples, plane, samples,
+                        bias_gradient, (i * out_width + j) * maps,
+                    )
+                    # fmt: on
                 top = i * stride
                 # fmt: off
                 _fill_window(
@@ -181,7 +186,7 @@ def _parameter_gradient(tile: tuple[int, int, int]) -> Kernel[..., None]:
                             prefetch(weight_gradient, ahead, min(ahead + maps * filled, weight_gradient.size), True)
                             # fmt: off
                             multiply_rows(
-                                tile, blocks, gradient, i * steps[1] + j * samples, plane, window, x_start + first,
+                                tile, blocks, gradient, g_start + j * samples, plane, window, x_start + first,
                                 starts, 0, samples, weight_gradient, place + u * run + first, depth,
                                 filled, False, None, 0, False,
                             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from llvmlite import ir  # type: ignore[import-untyped]
@@ -71,6 +71,47 @@ def multiply_along_rows(
 
 
 @instructions
+def sum_along_rows(
+    typingctx: Any,
+    tile: Any,
+    blocks: Any,
+    a: Any,
+    a_start: Any,
+    a_stride: Any,
+    length: Any,
+    out: Any,
+    out_start: Any,
+) -> Any:
+    """Write the sum of each row of `a` into `out`: of ``a[a_start + r * a_stride + s]`` over s < `length`.
+
+    Every lane of a vector has a sum of its own; these are added at the end.
+
+    Parameters
+    ----------
+    tile : constants
+        Height of the first blocks of rows, that of the others (0 if there are none), and a number that does not count.
+    blocks : (int, int)
+        How many there are of each height.
+    a, out : 1-D arrays of one float type
+    length : int
+        Elements of a row.
+    """
+    if not constants(tile):
+        return None
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        given = Arguments(context, builder, signature, values)
+        writer, a, out = _Lanes(builder, given.itemsize(2)), given.pointer(2, 3), given.pointer(6, 7)
+        *heights, _ = literals(tile)
+        for rows, top in writer.blocks(heights, given.numbers(1)):
+            strips = writer.strided(writer.at(a, builder.mul(top, values[4])), values[4], rows)
+            writer.sum(strips, values[5], writer.at(out, top))
+        return context.get_dummy_value()
+
+    return signature_of(tile, blocks, a, a_start, a_stride, length, out, out_start), generate
+
+
+@instructions
 def transpose_block(
     typingctx: Any,
     a: Any,
@@ -106,14 +147,13 @@ def transpose_block(
 
 
 class _Lanes(MaskedWriter):
-    """The instructions of `multiply_along_rows` and `transpose_block`; arrays are addresses."""
+    """The instructions of the functions above; arrays are addresses."""
 
     def multiply(
         self, strips: list[Any], a_step: Any, others: list[Any], b_step: Any, runs: Any, length: Any, out: Any
     ) -> None:
         """Add the products along strips of `a` and rows of `b` to what is at `out`."""
         builder, rows = self.builder, len(strips)
-        whole = builder.and_(length, self.index(-self.lanes))
 
         def one_run(n: Any, sums: list[Any]) -> list[Any]:
             a_rows = [self.at(strip, builder.mul(n, a_step)) for strip in strips]
@@ -128,23 +168,41 @@ class _Lanes(MaskedWriter):
                         sums[place] = self.multiply_add(factor, values[place // rows], sums[place])
                 return sums
 
-            def full(s: Any, sums: list[Any]) -> list[Any]:
-                return steps([None], s, sums)
-
-            def rest(s: Any, sums: list[Any]) -> list[Any]:
-                return steps(self.masks(1, builder.sub(length, s)), s, sums)
-
-            s, sums = self.loop(self.lanes, self.index(0), whole, sums, full)
-            return self.loop(self.lanes, s, length, sums, rest)[1]
+            return self._along(length, sums, steps)
 
         _, sums = self.loop(1, self.index(0), runs, [self.zero] * (rows * len(others)), one_run)
+        for place, masks, some in self._totals(out, sums):
+            (before,) = self.load_row(place, masks)
+            self.store_row([builder.fadd(before, some)], place, masks)
+
+    def sum(self, strips: list[Any], length: Any, out: Any) -> None:
+        """Write the sums of strips to `out`."""
+
+        def steps(masks: list[Any], s: Any, sums: list[Any]) -> list[Any]:
+            values = [self.load_row(self.at(strip, s), masks)[0] for strip in strips]
+            return [self.builder.fadd(total, value) for total, value in zip(sums, values, strict=True)]
+
+        for place, masks, some in self._totals(out, self._along(length, [self.zero] * len(strips), steps)):
+            self.store_row([some], place, masks)
+
+    def _along(
+        self, length: Any, carried: list[Any], steps: Callable[[list[Any], Any, list[Any]], list[Any]]
+    ) -> list[Any]:
+        """Loop along rows of a length by vectors, the last of which may have a mask; return what is carried."""
+        whole = self.builder.and_(length, self.index(-self.lanes))
+
+        def rest(s: Any, values: list[Any]) -> list[Any]:
+            return steps(self.masks(1, self.builder.sub(length, s)), s, values)
+
+        s, carried = self.loop(self.lanes, self.index(0), whole, carried, lambda s, values: steps([None], s, values))
+        return self.loop(self.lanes, s, length, carried, rest)[1]
+
+    def _totals(self, out: Any, sums: list[Any]) -> Iterator[tuple[Any, list[Any], Any]]:
+        """Yield where in `out`, under which masks, and what the sums of the lanes of vectors are."""
         for first in range(0, len(sums), self.lanes):
             some = sums[first : first + self.lanes]
-            place = self.at(out, first)
             mask = ir.Constant(ir.VectorType(ir.IntType(1), self.lanes), [n < len(some) for n in range(self.lanes)])
-            masks = [mask if len(some) < self.lanes else None]
-            (before,) = self.load_row(place, masks)
-            self.store_row([builder.fadd(before, self._sums_of_lanes(some))], place, masks)
+            yield self.at(out, first), [mask if len(some) < self.lanes else None], self._sums_of_lanes(some)
 
     def _sums_of_lanes(self, vectors: list[Any]) -> Any:
         """Return a vector whose element n is the sum of the elements of vector n; 0 where there is none."""
