@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib
 import json
 import os
 import resource
@@ -119,11 +120,11 @@ def play(notes: Path, words: list[str]) -> None:
 
     prepare()  # as the command does, before NumPy is loaded
 
-    from dbmpi import train
     from dbmpi.cli import main as program
     from dbmpi.optim.shard import Shard
     from dbmpi.optim.worker import Worker
 
+    train: Any = importlib.import_module("dbmpi.train")
     began = float(os.environ[BEGAN])
     noted: dict[str, float] = {}
     whole, stepped, serve = train.train, Worker.stepped, Shard.serve
@@ -148,7 +149,7 @@ def play(notes: Path, words: list[str]) -> None:
             note("serving")
         serve(*given)
 
-    train.train, Worker.stepped, Shard.serve = training, first_step, serving  # type: ignore[assignment, method-assign]
+    train.train, Worker.stepped, Shard.serve = training, first_step, serving  # type: ignore[method-assign]
     sys.exit(program.main(words))
 
 

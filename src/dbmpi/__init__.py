@@ -29,6 +29,10 @@ def __getattr__(name: str) -> Any:
     """Load a public name from its home on first use."""
     if name not in _HOMES:
         raise AttributeError(f"module 'dbmpi' has no attribute {name!r}")
-    if _HOMES[name] == "dbmpi.train":  # which loads MPI
+    home = _HOMES[name]
+    if home == "dbmpi.train":  # which loads MPI
         import_module("dbmpi.runtime.installation").prepare()
-    return getattr(import_module(_HOMES[name]), name)
+    module = import_module(home)
+    # They stay here under their names: the import has just made `train` the module.
+    globals().update({other: getattr(module, other) for other, its in _HOMES.items() if its == home})
+    return globals()[name]

@@ -12,6 +12,7 @@ import tracemalloc
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ from unit.counted_mpi import Comm, Counted, Mpi
 from unit.partition_layers import NETWORKS
 
 import dbmpi
-from dbmpi import batchrun, topology, train
+from dbmpi import batchrun, topology
 from dbmpi.optim import shard
 from dbmpi.optim.sandblaster import Coordinator
 from dbmpi.paramserver import bottleneck, window
@@ -38,6 +39,7 @@ from dbmpi.partition.plan import plan_exchanges
 from dbmpi.runtime.orders import Kind, Mailbox, Role
 from dbmpi.runtime.signals import StopSignal
 
+TRAIN = import_module("dbmpi.train")  # by its name in dbmpi it is the function
 WORLDS = (8, 64, 512)
 HOST = 4
 """Ranks of a host."""
@@ -99,12 +101,12 @@ class Starter:
         def started(*_: object, **__: object) -> None:
             raise Started
 
-        monkeypatch.setattr(train, "downpour", started)
+        monkeypatch.setattr(TRAIN, "downpour", started)
         monkeypatch.setattr(shard.Shard, "serve", started)
         monkeypatch.setattr(Coordinator, "run", started)
         monkeypatch.setattr(batchrun, "waiting", SimpleNamespace(until=started, STALL_SECONDS=1.0))
         # What does not depend on the world, or on this machine alone.
-        monkeypatch.setattr(train, "_use_kernels", lambda *_: None)
+        monkeypatch.setattr(TRAIN, "_use_kernels", lambda *_: None)
         monkeypatch.setattr(batchrun, "use_kernels", lambda: None)
         monkeypatch.setattr(bottleneck, "copy_bandwidth", lambda: 1e10)
         monkeypatch.setattr(window, "_shared_memory_free", lambda: 1 << 40)
@@ -121,7 +123,7 @@ class Starter:
 
         def work() -> None:
             with pytest.raises(Started), ExitStack() as stack:
-                train._Session(self._run, Comm(counted, range(plan.world)), stack, StopSignal()).run()
+                TRAIN._Session(self._run, Comm(counted, range(plan.world)), stack, StopSignal()).run()
 
         lines, heap = cost(work)
         return Start(counted.calls, counted.moved, counted.windows, heap, lines)

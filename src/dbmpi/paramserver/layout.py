@@ -1,7 +1,7 @@
 """How named tensors lie in one flat vector, and how a vector is cut into shards.
 
 Pure integers: nothing here knows MPI or holds parameters.  A parameter, its accrued gradient, its Adagrad sum
-and its L-BFGS history are vectors of the same layout and are cut alike (architecture, idea 3).
+and its L-BFGS history are vectors of the same layout and are cut alike (docs/architecture.md, "One flat vector").
 """
 
 from __future__ import annotations
