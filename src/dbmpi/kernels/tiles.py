@@ -24,7 +24,7 @@ from dbmpi.kernels.vector_tiles import SHAPES, multiply_tile
 DEPTH = 128
 """Products summed in registers before a tile is added to `out`: a panel of this depth fits into the first cache."""
 BLOCK = 192
-"""Rows of `a` that a thread takes at a time: with `DEPTH` columns they fit into the second cache."""
+"""Most rows of `a` that a thread takes at a time: with `DEPTH` columns they fit into the second cache."""
 PACKED_BYTES = 4 << 20
 """Size up to which panels are packed at once: a part of the last cache, as every block of `a` passes over them."""
 GROUP = 4
@@ -62,8 +62,7 @@ class TiledProduct:
         # Another piece of columns reads `a` once more, another piece of rows reads and writes `out`.
         rows, columns = (k, -(-panels // pieces)) if k < 2 * n else (-(-k // (pieces * DEPTH)) * DEPTH, panels)
         packed = self._workspace(min(rows, k) * columns * width, out.dtype)
-        strips = -(-m // tile_rows)
-        block = min(BLOCK // tile_rows, -(-strips // THREADS)) * tile_rows
+        block = _block(-(-m // tile_rows), BLOCK // tile_rows) * tile_rows
         for left in range(0, panels, columns):
             right = min(panels, left + columns)
             for first in range(0, k, rows):
@@ -92,6 +91,12 @@ def tile_shape(columns: int, dtype: np.dtype) -> tuple[int, int] | None:
         if -(-columns // width) * width <= _WASTE * columns:
             return rows, vectors
     return None
+
+
+def _block(strips: int, most: int) -> int:
+    """Return how many strips make a block, so that all threads have equally many blocks of nearly the same size."""
+    blocks = -(-strips // (most * THREADS)) * THREADS
+    return -(-strips // blocks)
 
 
 @parallel_kernel
