@@ -315,13 +315,14 @@ def in_turn(rounds: int, *, together: bool = True, **work: Callable[[], Any]) ->
     values: dict[str, list[Any]] = {name: [] for name in work}
     for number in range(rounds + 1):
         for name, measure in work.items():
-            value = _undisturbed(measure, together)
+            value = undisturbed(measure, together)
             if number > 0:
                 values[name].append(value)
     return values
 
 
-def _undisturbed(measure: Callable[[], Any], together: bool) -> Any:
+def undisturbed(measure: Callable[[], Any], together: bool = True) -> Any:
+    """Measure once the cores are ours, and again where they have not been, as :func:`in_turn` does."""
     while True:
         began = time.monotonic()
         while not cores.ours(together) and time.monotonic() - began < cores.patience:

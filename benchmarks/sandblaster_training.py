@@ -17,6 +17,7 @@ import os
 import sys
 import tempfile
 from contextlib import ExitStack
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -58,10 +59,11 @@ def main() -> None:
         taken: dict[str, list[Any]] = {"ours": [], "gradients": [], "torch": [], "scipy": []}
         gradients.do()
         for number in range(rounds):
-            taken["ours"].append(train(folder / f"run-{number}", configuration, goal))
+            train_once = partial(train, folder / f"run-{number}", configuration, goal)
+            taken["ours"].append(common.undisturbed(train_once))
             taken["gradients"] += [gradients.do() for _ in range(5)]
             for name, peer in peers.items():
-                taken[name].append(peer.do())
+                taken[name].append(common.undisturbed(peer.do))
     seconds = {name: common.median([one["seconds"] for one in values]) for name, values in taken.items()}
     rows = [
         (label, seconds[name], taken[name][0]["evaluations"], seconds[name] / seconds["ours"])
