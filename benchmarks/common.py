@@ -277,7 +277,7 @@ class Cores:
     def ours(self, together: bool = True) -> bool:
         """Return whether each core is as fast as one has ever been: all at once, or one after the other."""
         if not self._loops:
-            for core in os.sched_getaffinity(0):
+            for core in _whole_cores():
                 command = (sys.executable, "-I", "-S", "-c", _LOOP, str(core))
                 self._loops.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
         seconds: list[float] = []
@@ -290,6 +290,15 @@ class Cores:
         self.looks += 1
         self.shared += not ours
         return ours
+
+
+def _whole_cores() -> list[int]:
+    """Return a processor of the system for each core that this process may use, where it may use both halves of one."""
+    first: dict[str, int] = {}
+    for core in sorted(os.sched_getaffinity(0)):
+        halves = "".join(_lines(f"/sys/devices/system/cpu/cpu{core}/topology/thread_siblings_list"))
+        first.setdefault(halves or str(core), core)
+    return list(first.values())
 
 
 cores = Cores()
