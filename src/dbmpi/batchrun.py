@@ -6,10 +6,11 @@ On the lead's rank the coordinator runs, and polls the others while it waits.
 
 from __future__ import annotations
 
+import json
 import re
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Sequence
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -39,7 +40,8 @@ from dbmpi.paramserver.client import Client
 from dbmpi.paramserver.layout import pieces
 from dbmpi.paramserver.probe import transport_between
 from dbmpi.paramserver.window import Window
-from dbmpi.runtime import orders, waiting
+from dbmpi.runtime import failures, orders, waiting
+from dbmpi.runtime.failures import RankLost, Watch
 from dbmpi.runtime.orders import Mailbox
 from dbmpi.runtime.world import together
 
@@ -55,6 +57,8 @@ _MAY_CHANGE: dict[str, object] = {
     "deterministic": False,
 }
 """Settings, set to anything, under which a search goes on from where it stands."""
+_CONCLUSION = 5
+"""Tag of what the lead tells everybody in the end."""
 _FOR_THE_LEAD = 1.25
 """Factor on the stall limit where a rank waits for the lead, which knows better who is to blame."""
 
@@ -91,7 +95,9 @@ def learn(setup: Setup, stack: ExitStack) -> Learned:
         if number is not None:
             space, carried, state = _shard(setup, window, number)
         if worker_number is not None:
-            worker = _worker(setup, window, worker_number, space)
+            worker = _Worker(setup, window, worker_number, space)
+    shards = {rank: f", which holds shard {shard}," for shard, rank in enumerate(plan.shard_ranks)}
+    setup.watch.do_without(set(range(comm.size)) - set(shards), shards)
     began = time.monotonic()
     if number == 0:
         assert space is not None
@@ -202,12 +208,40 @@ def _settings(checkpoint: Checkpoint) -> SandblasterSection:
     return Run.from_json(checkpoint.info.configuration).sandblaster
 
 
-def _worker(setup: Setup, window: Window, number: int, space: ShardSpace | None) -> Portions:
+class _Worker:
+    """A worker of a replica that takes no further part when another one of its replica has died."""
+
+    def __init__(self, setup: Setup, window: Window, number: int, space: ShardSpace | None) -> None:
+        plan, rank = setup.plan, setup.comms.world.rank
+        first = number - number % plan.partitions
+        others = {*plan.worker_ranks[first : first + plan.partitions]} - {rank}
+        polled = None if space is None or plan.shard_of(rank) == 0 else space.poll
+        team = _Partitions(setup.comms.replica, others, setup.watch, polled)
+        self._portions = _portions(setup, window, number, team)
+        self._team = team
+
+    @property
+    def ended(self) -> bool:
+        """Whether the run is over."""
+        return self._portions.ended
+
+    def poll(self) -> bool:
+        """Do the next step; return whether there was any."""
+        try:
+            return self._portions.poll()
+        except Exception:
+            if self._portions.given_up or not self._team.broken():
+                raise
+        self._portions.give_up()
+        return True
+
+
+def _portions(setup: Setup, window: Window, number: int, team: _Partitions) -> Portions:
     run, plan = setup.run, setup.plan
     assert setup.data.train is not None
     assert setup.replica is not None
     place, partition = divmod(number, plan.partitions)
-    serve = None if space is None or plan.shard_of(setup.comms.world.rank) == 0 else space.poll
+    serve = team.serve
     setup.replica.serve_while_waiting(serve)
     runs = setup.stretches[partition]
     client = Client(window, setup.memories, plan.shard_ranks, setup.ranges, number, serve=serve, runs=runs)
@@ -227,7 +261,6 @@ def _worker(setup: Setup, window: Window, number: int, space: ShardSpace | None)
         keep_bytes=setup.data.train.spare_bytes if again else 0,
     )
     takers = [shard for shard, its in enumerate(pieces(runs, setup.ranges)) if any(piece.pushed for piece in its)]
-    team = _Partitions(setup.comms.replica, serve)
     return Portions(
         setup.board(window),
         window,
@@ -245,12 +278,38 @@ def _worker(setup: Setup, window: Window, number: int, space: ShardSpace | None)
 
 
 class _Partitions:
-    """How the partitions of a replica act as one."""
+    """How the partitions of a replica act as one.
 
-    def __init__(self, comm: MPI.Intracomm, serve: Callable[[], bool] | None) -> None:
-        self._comm, self._serve = comm, serve
+    Parameters
+    ----------
+    comm
+        The partitions.
+    others
+        Where the others are in the world.
+    serve
+        What else this rank does while it waits for them.
+    """
+
+    def __init__(
+        self, comm: MPI.Intracomm, others: Collection[int], watch: Watch, serve: Callable[[], bool] | None
+    ) -> None:
+        self._comm, self._others, self._watch, self._serve_too = comm, others, watch, serve
         self._words = np.zeros(SAID, np.int64)
         self._request: MPI.Request | None = None
+
+    def serve(self) -> bool:
+        """Do other duties in a wait for the other partitions; RankLost where it would be in vain."""
+        self._check()
+        return self._serve_too is not None and self._serve_too()
+
+    def broken(self) -> bool:
+        """Whether one of the others has died."""
+        self._watch.look(now=True)
+        return not self._watch.dead.isdisjoint(self._others)
+
+    def _check(self) -> None:
+        if not self._watch.dead.isdisjoint(self._others):
+            raise RankLost("a partition of this replica has died")
 
     def agree(self, numbers: list[int] | None) -> list[int] | None:
         """Bring what partition 0 says to all partitions."""
@@ -262,8 +321,9 @@ class _Partitions:
             self._words[:] = 0
             self._words[: len(numbers)] = numbers
             request = self._comm.Ibcast(self._words, 0)
-            waiting.complete(request, "the other partitions of this replica", serve=self._serve)
+            waiting.complete(request, "the other partitions of this replica", serve=self.serve)
         else:
+            self._check()
             if self._request is None:
                 self._request = self._comm.Ibcast(self._words, 0)
             if not self._request.Test():
@@ -274,11 +334,11 @@ class _Partitions:
     def gather(self) -> None:
         """Wait until all partitions have come here."""
         if self._comm.size > 1:
-            waiting.barrier(self._comm, "the other partitions of this replica", serve=self._serve)
+            waiting.barrier(self._comm, "the other partitions of this replica", serve=self.serve)
 
     def wait(self, condition: Callable[[], bool]) -> None:
         """Wait for a condition."""
-        waiting.until(condition, "the shards to take a gradient", serve=self._serve)
+        waiting.until(condition, "the shards to take a gradient", serve=self.serve)
 
 
 def _coordinator(
@@ -327,19 +387,24 @@ def _coordinator(
         progress=progress,
         stop=setup.stop,
         serve=serve,
+        watch=setup.watch,
     )
 
 
 def _conclude(comm: MPI.Intracomm, coordinator: Coordinator | None, seconds: float) -> Learned:
-    """Tell everybody what came out."""
-    numbers, path = np.zeros(7), ""
+    """Tell everybody what came out: by messages, as nothing collective goes on where a rank has died."""
     if coordinator is not None:
-        test = coordinator.test
-        held_out = (-1, 0.0, 0) if test is None else (test.samples, test.loss, test.correct)
-        numbers[:] = (coordinator.steps, coordinator.samples, coordinator.stopped_by, *held_out, 0.0)
-        path = str(coordinator.checkpoint)
-    waiting.broadcast(comm, numbers, 0, "the coordinator to conclude")
-    path = waiting.broadcast_text(comm, path, 0, "the coordinator to conclude")
-    steps, samples, stopped_by, tests, loss, correct, _ = numbers.tolist()
-    outcome = None if tests < 0 else Outcome(int(tests), loss, int(correct))
-    return Learned(int(steps), int(samples), seconds, outcome, int(stopped_by), 0.0, Path(path))
+        learned = (coordinator.steps, coordinator.samples, coordinator.stopped_by)
+        text = json.dumps([*learned, coordinator.test, str(coordinator.checkpoint)])
+        data = np.frombuffer(text.encode(), np.uint8)
+        for rank in range(1, comm.size):
+            with suppress(RankLost), failures.partner(comm, rank):
+                request = comm.Isend([data, MPI.BYTE], rank, _CONCLUSION)
+                failures.complete(request, comm, rank, f"rank {rank} to hear the conclusion", memory=data)
+    else:
+        status = MPI.Status()
+        waiting.until(lambda: comm.Iprobe(0, _CONCLUSION, status), "the coordinator to conclude")
+        data = np.empty(status.Get_count(MPI.BYTE), np.uint8)
+        comm.Recv([data, MPI.BYTE], 0, _CONCLUSION)
+    steps, samples, stopped_by, test, path = json.loads(data.tobytes())
+    return Learned(steps, samples, seconds, None if test is None else Outcome(*test), stopped_by, 0.0, Path(path))

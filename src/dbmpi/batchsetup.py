@@ -22,6 +22,7 @@ from dbmpi.paramserver.window import Window
 from dbmpi.partition.replica import Replica
 from dbmpi.rundata import RunData
 from dbmpi.runtime import waiting
+from dbmpi.runtime.failures import Watch
 from dbmpi.runtime.signals import StopSignal
 from dbmpi.topology import Communicators, Plan
 
@@ -43,6 +44,7 @@ class Setup:
     data: RunData
     stop: StopSignal
     recorder: Callable[[str, int], Recorder]
+    watch: Watch
 
     @cached_property
     def per_bundle(self) -> int:

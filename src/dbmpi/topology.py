@@ -186,6 +186,10 @@ class Communicators(Collective):
         """Free the communicators (collective); a second call does nothing."""
         from mpi4py import MPI
 
+        from dbmpi.runtime import failures
+
+        if self.world != MPI.COMM_NULL and failures.dead(self.world):
+            return  # nobody can do anything together with the dead
         for name in ("replica", "workers", "shards", "world"):
             comm = getattr(self, name)
             if comm != MPI.COMM_NULL:

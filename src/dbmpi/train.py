@@ -40,6 +40,7 @@ from dbmpi.partition.trial import try_layer
 from dbmpi.partition.warmup import first_on_each_node, use_layers
 from dbmpi.rundata import LOADING_SECONDS, RunData, open_data
 from dbmpi.runtime import waiting
+from dbmpi.runtime.failures import Watch
 from dbmpi.runtime.orders import Mailbox, Role
 from dbmpi.runtime.signals import StopSignal
 from dbmpi.runtime.world import together
@@ -99,7 +100,9 @@ def train(run: Run, comm: MPI.Intracomm | None = None, stop: StopSignal | None =
 
         comm = start()
     with ExitStack() as stack:
-        return _Session(run, comm, stack, stop or stack.enter_context(StopSignal())).run()
+        session = _Session(run, comm, stack, stop or stack.enter_context(StopSignal()))
+        with session.watch:
+            return session.run()
 
 
 class _Session:
@@ -114,6 +117,7 @@ class _Session:
         self._plan = plan
         self._comms = stack.enter_context(topology.Communicators(comm, plan))
         self._comm = self._comms.world
+        self.watch = Watch(self._comm)
         self._shard_number = plan.shard_of(comm.rank)
         self._worker_number = plan.worker_of(comm.rank)
         self._is_lead = self._shard_number == 0
@@ -324,6 +328,7 @@ class _Session:
             self._data,
             self._stop,
             lambda role, number: self._recorder(role, number, session, started),
+            self.watch,
         )
         return Result(*batchrun.learn(setup, self._stack))
 

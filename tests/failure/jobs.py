@@ -13,6 +13,7 @@ from harness.programs import Program
 from parallel import tiny
 
 from dbmpi.checkpoint.reader import Checkpoint
+from dbmpi.monitor.records import Record, read_records
 
 BATCHES_PER_EPOCH = -(-tiny.SAMPLES // 6)
 FOR_EVER = 10_000_000
@@ -71,13 +72,19 @@ class Jobs:
         return self.directory / "run"
 
     def start(
-        self, n: int | None, *settings: str, env: dict[str, str] | None = None, launcher: int | None = None
+        self,
+        n: int | None,
+        *settings: str,
+        env: dict[str, str] | None = None,
+        launcher: int | None = None,
+        options: str = "",
     ) -> Program:
         """Start a run on `n` ranks, with ``section.key=value`` settings.
 
-        `launcher` is the number of ranks that ``dbmpi launch`` is to start, in place of the harness's mpirun.
+        `launcher` is the number of ranks that ``dbmpi launch`` is to start, in place of the harness's mpirun, with
+        further `options` for its mpirun.
         """
-        own = [] if launcher is None else ["launch", "-n", str(launcher), "--"]
+        own = [] if launcher is None else ["launch", "-n", str(launcher), f"--mpi-args={options}", "--"]
         words = [word for setting in settings for word in ("--set", setting)]
         argv = [sys.executable, "-m", "dbmpi", *own, "train", "config.toml", *words]
         return self.launch.start(n, argv, env=env, cwd=self.directory)
@@ -103,6 +110,21 @@ class Jobs:
         came = program.wait_until(lambda: reported() or program.returncode is not None, 40 * timeout_scale())
         assert came, program.stdout + program.stderr
         assert program.returncode is None, program.stdout + program.stderr
+
+    def passes(self) -> list[Record]:
+        """Return the records of Sandblaster's passes over batches, so far."""
+        return [record for record in read_records(self.run_directory) if record["kind"] == "batch"]
+
+    def wait_for_passes(self, program: Program, count: int, seconds: float = 40.0) -> bool:
+        """Wait for so many further passes; return whether they came and the run goes on after them."""
+        path = self.run_directory / "records" / "shard-0.jsonl"
+
+        def passes() -> int:
+            return path.read_text().count('"kind": "batch"') if path.exists() else 0
+
+        wanted = passes() + count
+        program.wait_until(lambda: passes() > wanted or program.returncode is not None, seconds * timeout_scale())
+        return passes() > wanted and program.returncode is None
 
     def checkpoint(self) -> Checkpoint:
         """Open the last checkpoint."""

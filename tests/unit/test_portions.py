@@ -11,6 +11,7 @@ from dbmpi.objective import Outcome
 from dbmpi.optim.board import Batch, Board, Bundles, Kind, Result, pack, unpack
 from dbmpi.optim.passes import Passes, Station
 from dbmpi.optim.portions import Portions
+from dbmpi.runtime.failures import RankLost
 
 SIZE, SHARDS = 7, 2
 SAMPLES = 8  # of a portion, of which there are powers of two: shares are exact
@@ -21,6 +22,7 @@ class Memory:
 
     def __init__(self, nbytes: list[int]) -> None:
         self.locals = [np.zeros(size, np.uint8) for size in nbytes]
+        self.gone: set[int] = set()
 
     def view(self, rank):
         return View(self, rank)
@@ -41,6 +43,8 @@ class Memory:
         return before
 
     def get(self, rank, offset, out):
+        if rank in self.gone:
+            raise RankLost(f"rank {rank} has died")
         out[:] = self.locals[rank][offset : offset + out.nbytes].view(out.dtype)
 
     def sync(self):
@@ -105,6 +109,7 @@ class World:
         self.queues: list[list[tuple[int, int]]] = [[] for _ in range(SHARDS)]
         self.accrued = np.zeros((SHARDS, SIZE), np.float32)
         self.halted: set[int] = set()
+        self.dead: set[int] = set()
 
     def deliver(self, replica, bundle):
         for queue in self.queues:
@@ -115,12 +120,34 @@ class World:
         if self.queues[shard]:
             replica, bundle = self.queues[shard].pop(0)
             gradient = np.empty(SIZE, np.float32)
-            self.memory.get(1 + replica, self.bundles.gradient_of(bundle), gradient)
+            try:
+                self.memory.get(1 + replica, self.bundles.gradient_of(bundle), gradient)
+            except RankLost:
+                self.missed += 1
+                return
             self.accrued[shard] += gradient
             self.memory.store(1 + replica, self.bundles.taken(shard, bundle), bundle + 1)
 
-    def run(self, point, portions, first=0, kind=Kind.GRADIENT, halting=0.0):
-        """Run a batch, everybody taking steps in random order; halt and wake workers with a probability."""
+    def kill(self, replica, probability):
+        """Perhaps let a replica die, with its memory or without; the lead hears of it later."""
+        if self.random.random() >= probability or len(self.dead) == self.replicas - 1:
+            return
+        self.dead.add(replica)
+        if self.random.random() < 0.5:
+            self.memory.gone.add(1 + replica)
+
+    def run(self, point, portions, first=0, kind=Kind.GRADIENT, halting=0.0, dying=0.0):
+        """Run a batch, everybody taking steps in random order; halt, wake and kill workers with a probability.
+
+        Where a shard could not read what counts, all begins anew, as with the coordinator; returns how often it did.
+        """
+        anew = -1
+        while anew < 0 or self.missed:
+            anew, self.missed = anew + 1, 0
+            self._run(point, portions, first, kind, halting, dying)
+        return anew
+
+    def _run(self, point, portions, first, kind, halting, dying):
         self.accrued[:] = 0
         for work in self.works:
             work.points[0] = point
@@ -133,13 +160,16 @@ class World:
             if actor < self.replicas:
                 if self.random.random() < halting:
                     self.halted ^= {actor}
-                    if len(self.halted) == self.replicas:  # somebody has to be left
-                        self.halted.discard(int(self.random.integers(self.replicas)))
-                if actor not in self.halted:
+                    if len(self.halted | self.dead) == self.replicas:  # somebody has to be left
+                        self.halted -= {next(iter(set(range(self.replicas)) - self.dead))}
+                self.kill(actor, dying)
+                if actor not in self.halted | self.dead:
                     self.workers[actor].poll()
             elif actor < self.replicas + SHARDS:
                 self.take(actor - self.replicas)
             else:
+                for replica in self.dead if self.random.random() < 0.1 else ():
+                    self.passes.give_up(replica)
                 self.passes.poll()
                 if self.passes.finished:
                     break
@@ -175,6 +205,23 @@ def test_each_portion_counts_once_under_any_schedule(block, ordered):
     assert halts > 0
     assert revoked > 0
     assert copies > 0
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+def test_each_portion_counts_once_where_replicas_die(ordered):
+    deaths = gone = anew = 0
+    for seed in range(100):
+        world = World(seed, 2 + seed % 4, per_bundle=1 + seed % 5, ordered=ordered)
+        for point, portions, first in ((1, 16, 0), (2, 4, 5), (3, 1, 0), (1, 32, 7)):
+            anew += world.run(point, portions, first, halting=0.02 * (seed % 3), dying=0.01)
+            world.check(point, portions, first)
+            assert world.passes.lost <= world.dead
+            world.halted -= world.dead
+        deaths += len(world.passes.lost)
+        gone += len(world.memory.gone)
+    assert deaths > 50
+    assert gone > 20
+    assert anew > 3
 
 
 def test_an_even_run_in_step_makes_no_copies():

@@ -110,6 +110,8 @@ class BatchReport:
     """From the offer of the batch to the last gradient."""
     ledger: Sequence[int] | None = None
     """For each portion of the batch, the replica whose result counts; None for more portions than a line can hold."""
+    lost: Sequence[int] = ()
+    """Replicas that have died in this session by the end of the batch."""
 
 
 Report = WorkerReport | ShardReport | EvaluationReport | BatchReport

@@ -11,6 +11,7 @@ lead's rank has to run for that.  A portion goes through three steps:
 3. Every few portions the bundle is *committed*, by a compare-and-swap of the replica's word, which holds the number of
    its open bundle.  The lead may *revoke* an open bundle by the same operation: then the late commit fails, the bundle
    is thrown away, and its portions are handed out again.  One of both comes first: each portion counts exactly once.
+   The bundles of a replica that has died are closed in the same way for ever.
 
 Everything here is integers; what the bundles hold lies in the windows of the replicas (`Bundles`).
 """
@@ -86,6 +87,8 @@ class Batch(NamedTuple):
 
 END = -1
 """Number of the batch after the last one."""
+RETIRED = -1
+"""In place of the number of its open bundle: the replica has been given up, and can commit nothing any more."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +160,15 @@ class Board:
         """Hand out a portion again that was won in a bundle which does not count."""
         claimed, unclaimed = _claim(batch.number, replica, bundle), batch.number << _BATCH_SHIFT
         return self.words.compare_and_swap(self.rank, self._portion(portion), claimed, unclaimed) == claimed
+
+    def retire(self, replica: int) -> int:
+        """Let a replica commit nothing any more; return the number of the bundle that was open."""
+        while True:
+            opened = self.open_bundle(replica)
+            if opened == RETIRED or self.words.compare_and_swap(self.rank, self._bundle(replica), opened, RETIRED) == (
+                opened
+            ):
+                return opened
 
     # What a replica does
 

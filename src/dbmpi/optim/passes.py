@@ -12,6 +12,7 @@ import numpy as np
 from dbmpi.errors import RunFailed
 from dbmpi.objective import Outcome
 from dbmpi.optim.board import Batch, Board, Bundles, Kind, Result, Words, unpack
+from dbmpi.runtime.failures import RankLost
 
 SHORTEST_PATIENCE = 0.05
 """Seconds without any commit before a bundle is revoked, at least."""
@@ -52,6 +53,8 @@ class Passes:
         How each portion of the last batch came to count; one entry each.
     revoked
         Bundles that were revoked or dropped in the last batch.
+    lost
+        Replicas that have been given up.
     """
 
     def __init__(
@@ -79,6 +82,7 @@ class Passes:
         """Seconds that a portion takes the slowest replica that has delivered any."""
         self.ledger: list[Entry] = []
         self.revoked = 0
+        self.lost: set[int] = set()
 
     def begin(self, kind: Kind, portions: int, first: int, samples: int, place: int = 0) -> None:
         """Offer a batch to the replicas; see :class:`~dbmpi.optim.board.Batch`."""
@@ -116,18 +120,27 @@ class Passes:
         """Take what has been committed; return whether there was anything."""
         moved = False
         for replica, opened in enumerate(self._board.open_bundles()):
-            while self._seen[replica] < opened:
-                bundle, self._seen[replica] = self._seen[replica], self._seen[replica] + 1
-                if (replica, bundle) not in self._revoked:
-                    self._take(replica, bundle)
-                self._revoked.discard((replica, bundle))
-                moved = True
+            moved = self._take_until(replica, opened) or moved
         if moved:
             self._moved = self._clock()
         elif not self.finished and self._clock() - self._moved > max(SHORTEST_PATIENCE, 2 * self._slowest):
             self._hand_out_again()
             self._moved = self._clock()
         return moved
+
+    def give_up(self, replica: int) -> None:
+        """Expect nothing more of a replica, which has died: what it has not committed is handed out again at once."""
+        if replica in self.lost:
+            return
+        self.lost.add(replica)
+        opened = self._board.retire(replica)
+        self._take_until(replica, opened)
+        self._seen[replica] = opened + 1
+        claims = self._board.claims(self._batch, self._seen)
+        won = [portion for portion, claim in enumerate(claims) if claim == (replica, opened)]
+        self.revoked += bool(won)
+        for portion in won:
+            self._board.reopen(self._batch, portion, replica, opened)
 
     def awaited(self) -> str:
         """Say what is missing."""
@@ -137,11 +150,26 @@ class Passes:
         held = f", some of them held by the replicas {holders}" if holders else ""
         return f"{missing} of {self._batch.portions} portions of batch {self._batch.number}{held}"
 
+    def _take_until(self, replica: int, opened: int) -> bool:
+        """Take the bundles of a replica before the open one; return whether there were any."""
+        moved = False
+        while self._seen[replica] < opened:
+            bundle, self._seen[replica] = self._seen[replica], self._seen[replica] + 1
+            if (replica, bundle) not in self._revoked:
+                self._take(replica, bundle)
+            self._revoked.discard((replica, bundle))
+            moved = True
+        return moved
+
     def _take(self, replica: int, bundle: int) -> None:
         station = self._stations[replica][0]
         words = np.empty(station.bundles.list_words, np.int64)
         self._words.sync()
-        self._words.get(station.rank, station.bundles.list_of(bundle), words)
+        try:
+            self._words.get(station.rank, station.bundles.list_of(bundle), words)
+        except RankLost:
+            self.revoked += 1  # it does not count; its portions are soon found to be missing, and handed out again
+            return
         number, seconds, results = unpack(words)
         self._slowest = max(self._slowest, seconds)
         if number != self._batch.number or not results:

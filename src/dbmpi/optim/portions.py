@@ -89,6 +89,8 @@ class Portions:
     ----------
     ended
         Whether the run is over.
+    given_up
+        Whether this replica takes no further part, because one of its partitions has died.
     computed, copies, lost
         Portions computed so far, those of them that were backup copies, and those that another replica had won.
     """
@@ -130,13 +132,15 @@ class Portions:
         """What is to be said after a commit."""
         self._idle_since: float | None = None
         self._seconds = 0.0
-        self.ended = False
+        self.ended = self.given_up = False
         self.computed = self.copies = self.lost = 0
 
     def poll(self) -> bool:
         """Do the next step; return whether there was any."""
         if self.ended:
             return False
+        if self.given_up:
+            return self._watch_others()
         said = self._agree(self._decide() if self._speaks else None)
         if said is None:
             return False
@@ -162,6 +166,18 @@ class Portions:
             self.ended = True
             self._work.end()
         return True
+
+    def give_up(self) -> None:
+        """Do nothing more but wait for the end: what this replica has won is handed out again."""
+        self.given_up = True
+        self._work.end()
+
+    def _watch_others(self) -> bool:
+        """Look how far the others are; return whether they have begun another batch."""
+        before, number = self._batch.number, self._board.number()
+        self._batch = self._batch._replace(number=number)
+        self.ended = number == END
+        return number != before
 
     def _decide(self) -> list[int] | None:  # noqa: PLR0911
         """Return what this replica does next."""

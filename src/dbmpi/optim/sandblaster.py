@@ -23,6 +23,7 @@ from mpi4py import MPI
 from dbmpi.checkpoint.directory import checkpoint_path
 from dbmpi.checkpoint.schema import CheckpointInfo, library_versions
 from dbmpi.config import Run
+from dbmpi.errors import RunFailed
 from dbmpi.monitor.progress import Progress
 from dbmpi.monitor.records import BatchReport, EvaluationReport, Recorder
 from dbmpi.objective import Outcome
@@ -40,12 +41,14 @@ from dbmpi.optim.saving import check_finite, save
 from dbmpi.optim.shardspace import COMMANDS, ShardSpace
 from dbmpi.partition.arrangement import Arrangement
 from dbmpi.runtime import orders, waiting
+from dbmpi.runtime.failures import RESUMING
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from dbmpi.paramserver.layout import Layout
     from dbmpi.paramserver.window import Window
+    from dbmpi.runtime.failures import Watch
     from dbmpi.runtime.orders import Mailbox
     from dbmpi.runtime.signals import StopSignal
     from dbmpi.topology import Plan
@@ -70,6 +73,8 @@ class Coordinator:
         The lead's own shard.
     serve
         What else this rank has to do while it waits: the work of a replica, where there is one on this rank.
+    watch
+        Knows of ranks that have died.
 
     Attributes
     ----------
@@ -103,13 +108,15 @@ class Coordinator:
         progress: Progress,
         stop: StopSignal,
         serve: Callable[[], bool],
+        watch: Watch,
     ) -> None:
         self._comm, self._run, self._plan, self._layout, self._ranges = comm, run, plan, layout, ranges
         self._samples, self._beginning = samples, beginning
         self._local, self._carried = space, tuple(carried)
         self._board = board
         self._mailbox, self._recorder, self._progress, self._stop = mailbox, recorder, progress, stop
-        self._serve_others = serve
+        self._serve_others, self._watch = serve, watch
+        self._mourned: set[int] = set()
         self._leaving: list[tuple[MPI.Request, np.ndarray]] = []
         self.space = RemoteSpace(self._submit, space.names)
         self._gradient = ""
@@ -206,9 +213,13 @@ class Coordinator:
         assert point == POINT, f"replicas fetch {POINT!r}, and not {point!r}"
         count = self._samples.of(portions)
         self._gradient = gradient
-        self.space.create(gradient)
-        seconds = self._pass(Kind.GRADIENT, len(portions), portions.start, count, self._frontier(len(portions)))
-        self._evaluations += 1
+        while True:
+            self.space.create(gradient)
+            seconds = self._pass(Kind.GRADIENT, len(portions), portions.start, count, self._frontier(len(portions)))
+            self._evaluations += 1
+            if not (self._watch.on and self._submit(Command("meet", (), ())).any()):
+                break
+            self._progress.message("what a dead replica had delivered is out of reach: the evaluation begins anew")
         outcome = self._passes.outcome
         self.steps += len(portions)
         self.samples += outcome.samples
@@ -223,6 +234,7 @@ class Coordinator:
                 ledger=self._passes.contributors if len(portions) <= _LONGEST_LEDGER else None,
                 revoked=self._passes.revoked,
                 seconds=seconds,
+                lost=sorted(self._passes.lost),
             )
         )
         total = round(self._samples.order.samples * self._run.optimizer.epochs)
@@ -298,6 +310,9 @@ class Coordinator:
         return time.monotonic() - began
 
     def _serve(self) -> bool:
+        self._watch.look()
+        if len(self._watch.dead) > len(self._mourned):
+            self._mourn()
         moved = self._passes.poll()
         while (message := self._mailbox.receive()) is not None:
             if message.kind == orders.Kind.STOP_ASKED:
@@ -305,6 +320,23 @@ class Coordinator:
         if self._stop.number:
             self._stop_asked(self._stop.number)
         return self._serve_others() or moved
+
+    def _mourn(self) -> None:
+        """Go on without the replicas of which a rank has died."""
+        plan, lost = self._plan, self._passes.lost
+        for rank in sorted(self._watch.dead - self._mourned):
+            self._mourned.add(rank)
+            worker = plan.worker_of(rank)
+            assert worker is not None
+            replica = worker // plan.partitions
+            self._passes.give_up(replica)
+            left = plan.replicas - len(lost)
+            if not left:
+                raise RunFailed(f"{self._watch.name(rank)} has died, and with it the last replica.  {RESUMING}")
+            self._progress.message(
+                f"{self._watch.name(rank)} has died, and with it replica {replica}: what it had not delivered is "
+                f"handed out again, and the run goes on with {left} of {plan.replicas} replicas"
+            )
 
     def _stop_asked(self, number: int) -> None:
         if not self.stopped_by:

@@ -14,6 +14,7 @@ from dbmpi.optim.commands import Command, execute
 from dbmpi.optim.localspace import LocalSpace
 from dbmpi.optim.saving import hand_over
 from dbmpi.runtime import waiting
+from dbmpi.runtime.failures import RankLost
 
 if TYPE_CHECKING:
     from dbmpi.paramserver.layout import Run
@@ -64,35 +65,29 @@ class ShardSpace(LocalSpace):
         self.version = version
         self.ended = False
         self.accrued_bytes = 0
+        self._missed = 0
 
     def accrue(self, name: str, replica: int, bundle: int) -> None:
         """Add the gradient that a replica has committed to a vector.
 
-        The worker has no part in it: its memory is read, even while it computes or is halted.
+        The worker has no part in it: its memory is read, even while it computes or is halted, and where it has died on
+        this host.  Where it cannot be read any more the next :meth:`meet` tells.
         """
         target = self.writable(name)
-        for rank, bundles, pieces in self._sources[replica]:
-            place = bundles.gradient_of(bundle)
-            pushed = [piece for piece in pieces if piece.pushed]
-            near = self._window.near(rank)
-            if near is not None:
-                self._window.sync()
-            for start, local, length, _ in pushed:
-                offset = place + 4 * local
-                if near is not None:
-                    part = near[offset : offset + 4 * length].view(np.float32)
-                else:
-                    part = np.empty(length, np.float32)
-                    self._window.get(rank, offset, part)
-                updates.add(target[start : start + length], part)
-                self.accrued_bytes += part.nbytes
-            if pushed:
-                self._window.store(rank, bundles.taken(self._others.rank, bundle), bundle + 1)
+        try:
+            for source in self._sources[replica]:
+                self._accrue(target, source, bundle)
+        except RankLost:
+            self._missed += 1
 
-    def meet(self) -> None:
-        """Wait until all shards have come here; what was written before is then visible in their windows."""
+    def meet(self) -> np.ndarray:
+        """Wait until all shards have come here; what was written before is then visible in their windows.
+
+        Returns how many bundles some shard could not read since the last time, because their worker has died.
+        """
         self._window.sync()
-        self._sum_over_shards(np.zeros(1))
+        missed, self._missed = self._missed, 0
+        return self._sum_over_shards(np.array([float(missed)]))
 
     def hand_over(self, names: Sequence[str]) -> None:
         """Send vectors to the lead, for a checkpoint."""
@@ -112,6 +107,26 @@ class ShardSpace(LocalSpace):
         self._comm.Recv([data, MPI.BYTE], 0, COMMANDS)
         execute(self, Command.decode(data.tobytes()))
         return True
+
+    def _accrue(self, target: np.ndarray, source: Source, bundle: int) -> None:
+        """Add what a shard takes of one worker's bundle."""
+        rank, bundles, pieces = source
+        place = bundles.gradient_of(bundle)
+        pushed = [piece for piece in pieces if piece.pushed]
+        near = self._window.near(rank)
+        if near is not None:
+            self._window.sync()
+        for start, local, length, _ in pushed:
+            offset = place + 4 * local
+            if near is not None:
+                part = near[offset : offset + 4 * length].view(np.float32)
+            else:
+                part = np.empty(length, np.float32)
+                self._window.get(rank, offset, part)
+            updates.add(target[start : start + length], part)
+            self.accrued_bytes += part.nbytes
+        if pushed:
+            self._window.store(rank, bundles.taken(self._others.rank, bundle), bundle + 1)
 
     def _sum_over_shards(self, values: np.ndarray) -> np.ndarray:
         if self._others.size == 1:

@@ -84,8 +84,8 @@ class RunningSpace(Protocol):
         """Add the gradient that a replica has committed to a vector."""
         ...
 
-    def meet(self) -> None:
-        """Wait until all shards have come here."""
+    def meet(self) -> np.ndarray:
+        """Wait until all shards have come here; return how many bundles were out of reach since the last time."""
         ...
 
     def hand_over(self, names: Sequence[str]) -> None:

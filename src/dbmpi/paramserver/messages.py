@@ -13,12 +13,13 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from enum import IntEnum
 
 import numpy as np
 from mpi4py import MPI
 
-from dbmpi.runtime import waiting
+from dbmpi.runtime import failures, waiting
 
 _ORDERS = 0
 """Tag of orders; the data that belong to one have the tag that it names."""
@@ -65,6 +66,8 @@ class Messages:
         # Of each rank: the orders that are not begun, and the transfers of earlier ones that go on, all of one kind.
         self._orders: dict[int, deque[list[int]]] = {}
         self._going: dict[int, list[tuple[int, MPI.Request, np.ndarray]]] = {}
+        self._abandoned: list[tuple[int, MPI.Request, np.ndarray]] = []
+        """Transfers with ranks that have died; MPI may still look at that memory."""
 
     def put(self, rank: int, offset: int, data: np.ndarray) -> None:
         """Begin to copy `data` to `offset` of a rank's memory; it must stay until the next store there."""
@@ -76,21 +79,21 @@ class Messages:
     def store(self, rank: int, offset: int, value: int) -> None:
         """Set the flag at `offset` of a rank's memory after all earlier puts."""
         for request in self._puts.pop((threading.get_ident(), rank), ()):
-            self._complete(request, f"data to leave for rank {rank}")
+            self._complete(request, rank, f"data to leave for rank {rank}")
         with self._lock:
             self._order(rank, _Kind.STORE, offset, value)
 
     def load(self, rank: int, offset: int) -> int:
         """Return the flag at `offset` of a rank's memory."""
         word = np.empty(1, np.int64)
-        self._complete(self._ask(_Kind.LOAD, rank, offset, word, word.nbytes), f"a flag of rank {rank}")
+        self._complete(self._ask(_Kind.LOAD, rank, offset, word, word.nbytes), rank, f"a flag of rank {rank}", word)
         return int(word[0])
 
     def compare_and_swap(self, rank: int, offset: int, expected: int, value: int) -> int:
         """Set the word at `offset` of a rank's memory if it is `expected`; return what it was before."""
         word = np.empty(1, np.int64)
         request = self._ask(_Kind.SWAP, rank, offset, word, value, expected)
-        self._complete(request, f"a flag of rank {rank} to be swapped")
+        self._complete(request, rank, f"a flag of rank {rank} to be swapped", word)
         return int(word[0])
 
     def get(self, rank: int, offset: int, out: np.ndarray) -> MPI.Request:
@@ -103,12 +106,18 @@ class Messages:
             return True
         try:
             status = MPI.Status()
-            while self._comm.Iprobe(MPI.ANY_SOURCE, _ORDERS, status):
+            while failures.probe(self._comm, _ORDERS, status):
                 words = np.empty(_WORDS, np.int64)
                 self._comm.Recv(words, status.source, _ORDERS)
                 self._orders.setdefault(status.source, deque()).append(words.tolist())
+            gone = failures.dead(self._comm)
             for rank, orders in self._orders.items():
-                self._obey(rank, orders)
+                if rank in gone:
+                    orders.clear()
+                    self._abandoned += self._going.pop(rank, ())
+                    continue
+                with suppress(failures.RankLost), failures.partner(self._comm, rank):
+                    self._obey(rank, orders)
             return any(self._orders.values()) or any(self._going.values())
         finally:
             self._serving.release()
@@ -117,7 +126,7 @@ class Messages:
         """Wait until everything sent has left, and give the communicator back (collective)."""
         for rank, orders in self._leaving.items():
             for request, _ in orders:
-                self._complete(request, f"a message to leave for rank {rank}")
+                self._complete(request, rank, f"a message to leave for rank {rank}")
         self._leaving.clear()
         waiting.barrier(self._comm, "the other ranks to close their windows", serve=self.serve)
         self._comm.Free()
@@ -145,8 +154,8 @@ class Messages:
         self._tag = self._tag % _TAGS + 1
         return self._tag
 
-    def _complete(self, request: MPI.Request, what: str) -> None:
-        waiting.until(request.Test, what, serve=self.serve, longest_nap=_NAP)
+    def _complete(self, request: MPI.Request, rank: int, what: str, memory: np.ndarray | None = None) -> None:
+        failures.complete(request, self._comm, rank, what, memory=memory, serve=self.serve, longest_nap=_NAP)
 
     def _obey(self, rank: int, orders: deque[list[int]]) -> None:
         """Carry out a rank's orders up to the first that must wait."""

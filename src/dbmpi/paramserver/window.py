@@ -17,6 +17,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
+from contextlib import suppress
 from functools import partial
 from typing import Literal
 
@@ -24,7 +25,7 @@ import numpy as np
 from mpi4py import MPI
 
 from dbmpi.paramserver.messages import Messages
-from dbmpi.runtime import waiting
+from dbmpi.runtime import failures, waiting
 from dbmpi.runtime.collective import Collective
 
 _LINE = 64
@@ -105,7 +106,7 @@ class Window(Collective):
             self._win.Lock_all(MPI.MODE_NOCHECK)
         self._open = True
         # Several threads of this rank may have transfers on the way; each has put what its own flag announces.
-        self._gets: dict[int, deque[tuple[int, MPI.Request]]] = {}
+        self._gets: dict[int, deque[tuple[int, MPI.Request, np.ndarray]]] = {}
         self._puts: dict[tuple[int, int], list[MPI.Request]] = {}
         self._stores: dict[int, deque[MPI.Request]] = {}
         self._storing = threading.Lock()
@@ -136,14 +137,20 @@ class Window(Collective):
             if self._messages is not None:
                 self.busy = self._messages.serve()
             else:
-                self._empty.Iprobe()
+                failures.probe(self._empty, MPI.ANY_TAG)
         if self._memory is not None:
             self._memory.Sync()
         if self._messages is None:
             self._win.Sync()
 
     def get(self, rank: int, offset: int, out: np.ndarray) -> None:
-        """Copy ``out.nbytes`` bytes from `offset` of a rank's memory into the contiguous array `out`."""
+        """Copy ``out.nbytes`` bytes from `offset` of a rank's memory into the contiguous array `out`.
+
+        Raises
+        ------
+        RankLost
+            If the rank has died and its memory is out of reach; that of a neighbour stays.
+        """
         self.begin_get(rank, offset, out)
         self.complete_gets()
 
@@ -156,15 +163,17 @@ class Window(Collective):
         gets = self._gets.setdefault(threading.get_ident(), deque())
         if len(gets) >= _MOST_GETS:
             self._complete_get(*gets.popleft())
-        if self._messages is not None:
-            gets.append((rank, self._messages.get(rank, offset, out)))
-        else:
-            gets.append((rank, self._win.Rget([out, MPI.BYTE], rank, [offset, out.nbytes, MPI.BYTE])))
+        with failures.partner(self._comm, rank):
+            if self._messages is not None:
+                request = self._messages.get(rank, offset, out)
+            else:
+                request = self._win.Rget([out, MPI.BYTE], rank, [offset, out.nbytes, MPI.BYTE])
+        gets.append((rank, request, out))
 
     def complete_gets(self) -> None:
         """Wait for all that this thread has begun to get."""
-        for rank, request in self._gets.pop(threading.get_ident(), ()):
-            self._complete_get(rank, request)
+        for rank, request, out in self._gets.pop(threading.get_ident(), ()):
+            self._complete_get(rank, request, out)
 
     def put(self, rank: int, offset: int, data: np.ndarray) -> None:
         """Copy the contiguous array `data` to `offset` of a rank's memory, which sees it before a flag stored next.
@@ -182,21 +191,23 @@ class Window(Collective):
         self._puts.setdefault((threading.get_ident(), rank), []).append(request)
 
     def load(self, rank: int, offset: int) -> int:
-        """Return the flag at `offset` of a rank's memory, atomically."""
+        """Return the flag at `offset` of a rank's memory, atomically; RankLost where :meth:`get` has it."""
         near = self._near.get(rank)
         if near is not None:
             self.sync()
             return int(near[offset : offset + 8].view(np.int64)[0])
-        if self._messages is not None:
-            return self._messages.load(rank, offset)
-        request, result = self._atomic(rank, offset, 0, MPI.NO_OP)
-        waiting.complete(request, f"a flag of rank {rank}")
+        with failures.partner(self._comm, rank):
+            if self._messages is not None:
+                return self._messages.load(rank, offset)
+            request, result = self._atomic(rank, offset, 0, MPI.NO_OP)
+        failures.complete(request, self._comm, rank, f"a flag of rank {rank}", memory=result)
         return int(result[0])
 
     def store(self, rank: int, offset: int, value: int) -> None:
         """Set the flag at `offset` of a rank's memory, atomically, after all earlier puts to that rank.
 
-        The rank may see it a while after the return, but sees several values of a flag in order.
+        The rank may see it a while after the return, but sees several values of a flag in order.  Where it has died
+        and is no neighbour nothing is done.
         """
         near = self._near.get(rank)
         if near is not None:
@@ -204,6 +215,11 @@ class Window(Collective):
             near[offset : offset + 8].view(np.int64)[0] = value
             self.sync()
             return
+        with suppress(failures.RankLost), failures.partner(self._comm, rank):
+            self._store_far(rank, offset, value)
+
+    def _store_far(self, rank: int, offset: int, value: int) -> None:
+        """Set a flag of a rank of another host."""
         if self._messages is not None:
             self._messages.store(rank, offset, value)
             return
@@ -240,6 +256,8 @@ class Window(Collective):
         if not self._open:
             return
         self._open = False
+        if failures.dead(self._comm):
+            return  # nothing can be done together with the dead: the memory goes when the process ends
         for rank, stores in self._stores.items():
             for request in stores:
                 waiting.complete(request, f"a flag to arrive at rank {rank}")
@@ -258,9 +276,10 @@ class Window(Collective):
         self._node.Free()
         self._empty.Free()
 
-    def _complete_get(self, rank: int, request: MPI.Request) -> None:
+    def _complete_get(self, rank: int, request: MPI.Request, out: np.ndarray) -> None:
         serve = None if self._messages is None else self._messages.serve
-        waiting.until(request.Test, f"data of rank {rank}", serve=serve, longest_nap=_NAP)
+        what = f"data of rank {rank}"
+        failures.complete(request, self._comm, rank, what, memory=out, serve=serve, longest_nap=_NAP)
 
     def _swap_near(self, rank: int, offset: int, expected: int, value: int) -> int:
         """Swap a word of a rank of this node; without shared memory that is this rank, which alone reaches it."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from dbmpi.runtime import waiting
+from dbmpi.runtime import failures, waiting
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -88,7 +88,7 @@ class Mailbox:
         from mpi4py import MPI
 
         status = MPI.Status()
-        if not self._comm.Iprobe(MPI.ANY_SOURCE, self._role, status):
+        if not failures.probe(self._comm, self._role, status):
             return None
         words = np.empty(_WORDS, np.int64)
         self._comm.Recv(words, status.source, self._role)

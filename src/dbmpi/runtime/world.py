@@ -6,6 +6,7 @@ code 2 and is printed once; SIGTERM and Ctrl-C ask for a clean end.
 
 from __future__ import annotations
 
+import atexit
 import os
 import shutil
 import signal
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, NoReturn
 import numpy as np
 
 from dbmpi.errors import KnownToAll, RunFailed, UserError
-from dbmpi.runtime import waiting
+from dbmpi.runtime import failures, waiting
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -53,6 +54,10 @@ def start() -> MPI.Intracomm:
             print(warning, file=sys.stderr, flush=True)
             time.sleep(_FOR_THE_LAUNCHER)  # there may be no other time
     try:
+        if failures.tolerated():
+            import mpi4py
+
+            mpi4py.rc.finalize = False  # see _end
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         raise UserError(
@@ -63,6 +68,8 @@ def start() -> MPI.Intracomm:
     check_world(MPI.COMM_WORLD.size)
     comm = MPI.COMM_WORLD.Dup()
     sys.excepthook = _abort_hook
+    if failures.tolerated():
+        atexit.register(_end, comm)
     return comm
 
 
@@ -92,7 +99,7 @@ def report_and_abort(error: BaseException) -> NoReturn:
     elif isinstance(error, UserError):
         text, code = f"dbmpi: {error}\n", 2
     elif isinstance(error, RunFailed):
-        text = f"dbmpi: {f'rank {rank}: ' if size > 1 else ''}{error}\n"
+        text = f"dbmpi: {f'rank {rank}: ' if size > 1 else ''}{error}\n" if str(error) else ""
     else:
         whose = f"rank {rank} failed and ends the job" if size > 1 else "failed"
         text = f"dbmpi: {whose}:\n{''.join(traceback.format_exception(error))}"
@@ -104,8 +111,27 @@ def report_and_abort(error: BaseException) -> NoReturn:
         raise SystemExit(code)
     # MPICH's launcher passes on what a rank has written when it gets round to it, and drops the rest at an abort.
     time.sleep(_FOR_THE_LAUNCHER)
-    MPI.COMM_WORLD.Abort(code)
+    # Where a rank has died already, Open MPI's Abort ends no other rank; they hear that this one is gone, too.
+    if not failures.dead(MPI.COMM_WORLD):
+        MPI.COMM_WORLD.Abort(code)
     os._exit(code)  # MPICH's Abort may return before the launcher has killed this rank
+
+
+def _end(comm: MPI.Intracomm) -> None:
+    """End MPI where ranks may have died: it does not end well then, and processes end without it.
+
+    Open MPI kills all that are left when a rank ends with an exit code other than 0, so the first rank, which has most
+    to say, is waited for.
+    """
+    from mpi4py import MPI
+
+    if MPI.Is_finalized():
+        return
+    if not failures.dead(comm):
+        MPI.Finalize()
+        return
+    sys.stdout.flush()
+    failures.depart(comm)
 
 
 def _abort_hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

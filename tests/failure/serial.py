@@ -1,0 +1,54 @@
+"""What a run of Sandblaster by gradient descent comes to with one replica that nothing happens to, in this process."""
+
+from __future__ import annotations
+
+import numpy as np
+from failure.jobs import BATCHES_PER_EPOCH as PORTIONS
+from failure.jobs import Jobs
+from parallel import tiny
+
+from dbmpi.config import Run
+from dbmpi.kernels import updates, vectors
+from dbmpi.optim import linesearch
+from dbmpi.optim.descent import Limits
+from dbmpi.optim.localspace import LocalSpace
+from dbmpi.optim.methods import gradient_descent
+
+SETTINGS = (
+    "optimizer.method=sandblaster",
+    "sandblaster.algorithm=gradient_descent",
+    "sandblaster.gtol=0.0",
+    "sandblaster.ftol=0.0",
+)
+
+
+def found_and_expected(jobs: Jobs) -> tuple[np.ndarray, np.ndarray]:
+    """Return the parameters in the last checkpoint, and those of the serial twin of that run."""
+    with jobs.checkpoint() as checkpoint:
+        found = np.empty(checkpoint.layout.size, np.float32)
+        checkpoint.read("parameters", 0, found)
+        run = Run.from_json(checkpoint.info.configuration)
+    data = {"train": jobs.directory / "train.h5", "test": jobs.directory / "test.h5"}
+    return found, serial(run.model_copy(update={"data": run.data.model_copy(update=data)}))
+
+
+def serial(run: Run) -> np.ndarray:
+    """Return the parameters after the same run in one loop over the portions, in their order."""
+    twin = tiny.Twin(run)
+    space = LocalSpace(twin.server.size, np.float32, vectors={"parameters": twin.server})
+    batches = [twin.batch(portion) for portion in range(PORTIONS)]
+    part, weighted = np.empty_like(twin.server), np.empty_like(twin.server)
+
+    def evaluate(point: str, gradient: str) -> float:
+        x, target, loss = space.array(point), space.writable(gradient), 0.0
+        target[:] = 0
+        for batch in batches:
+            outcome = twin.network.loss_and_gradient(x, batch, part)
+            vectors.combine(weighted, [outcome.samples / tiny.SAMPLES], [part])
+            updates.add(target, weighted)
+            loss += outcome.loss
+        return loss / tiny.SAMPLES
+
+    search = linesearch.named(run.sandblaster.line_search, run.sandblaster.step_length)
+    gradient_descent(space, evaluate, search=search, limits=Limits(0, 0, evaluations=round(run.optimizer.epochs)))
+    return twin.server

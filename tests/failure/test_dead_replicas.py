@@ -1,0 +1,69 @@
+"""Sandblaster with ranks that are killed, under an MPI that lets the others live."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+
+import numpy as np
+import pytest
+from failure.jobs import BATCHES_PER_EPOCH as PORTIONS
+from failure.jobs import FOR_EVER, SECONDS, Jobs, messages
+from failure.serial import SETTINGS, found_and_expected
+from harness.environment import launcher, mpi_environment
+
+FAULT_TOLERANCE = "--with-ft ulfm"
+pytestmark = pytest.mark.timeout(180)  # it may be the first to compile these kernels
+
+
+@pytest.fixture(autouse=True)
+def _fault_tolerance() -> None:
+    version = [launcher(), "--version"]
+    said = subprocess.run(version, env=mpi_environment(), capture_output=True, text=True, check=False).stdout
+    found = re.search(r"Open MPI\) (\d+)", said)
+    if found is None or int(found[1]) < 5:
+        pytest.skip("this MPI ends all ranks when one dies: only Open MPI 5 has mpirun --with-ft ulfm")
+
+
+def test_all_bits_are_the_same_where_two_of_three_replicas_die(jobs: Jobs) -> None:
+    settings = (*SETTINGS, "optimizer.epochs=300", "sandblaster.deterministic=true")
+    program = jobs.start(None, *settings, launcher=4, options=FAULT_TOLERANCE)
+    for rank in (2, 3):
+        assert jobs.wait_for_passes(program, 20), program.stdout + program.stderr
+        os.kill(program.ranks()[rank], signal.SIGKILL)
+    done = jobs.finish(program)
+    assert done.returncode == 0, done.transcript
+    np.testing.assert_array_equal(*found_and_expected(jobs))
+    assert "rank 2 on " in done.stdout
+    assert "and with it replica 2:" in done.stdout
+    passes = jobs.passes()
+    assert len(passes) == 300
+    for record in passes:
+        assert len(record["ledger"]) == sum(record["portions"].values()) == PORTIONS
+    assert next(record["lost"] for record in passes if record["lost"]) == [1]
+    assert passes[-1]["lost"] == [1, 2]
+    assert set(passes[-1]["ledger"]) == {0}
+
+
+def test_a_replica_of_two_partitions_is_lost_with_one_of_them_and_the_run_with_a_shard(jobs: Jobs) -> None:
+    settings = (*SETTINGS, f"optimizer.epochs={FOR_EVER}", "sandblaster.portions_per_push=2")
+    topology = ("topology.shards=1", "topology.replicas=2", "topology.partitions=2")
+    program = jobs.start(None, *settings, *topology, launcher=5, options=FAULT_TOLERANCE)
+    assert jobs.wait_for_passes(program, 10), program.stdout + program.stderr
+    os.kill(program.ranks()[3], signal.SIGKILL)  # the partition that speaks for its replica
+    assert jobs.wait_for_passes(program, 40), program.stdout + program.stderr
+    assert sorted(program.ranks()) == [0, 1, 2, 4]
+    passes = jobs.passes()
+    assert {len(record["ledger"]) for record in passes} == {PORTIONS}
+    assert passes[-1]["lost"] == [1]
+    assert set(passes[-1]["ledger"]) == {0}
+    os.kill(program.ranks()[0], signal.SIGKILL)
+    done = jobs.finish(program, SECONDS)
+    assert done.returncode == 1, done.transcript
+    said = messages(done)
+    assert len(said) == 1, done.transcript
+    assert "rank 0 on" in said[0]
+    assert "which holds shard 0, has died" in said[0]
+    assert "--set checkpoint.resume=auto" in said[0]
