@@ -13,12 +13,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dbmpi.errors import KnownToAll
 from dbmpi.runtime import waiting
+from dbmpi.runtime.collective import Collective
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     from mpi4py import MPI
 
     from dbmpi.paramserver.window import Window
@@ -38,7 +36,7 @@ class Shelf:
     """Elements for each sample."""
 
 
-class Group:
+class Group(Collective):
     """The workers of a replica.
 
     Parameters
@@ -181,16 +179,6 @@ class Group:
             self._window.free()
             self._window = None
             self._capacity = (0, 0)
-
-    def __enter__(self) -> Group:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        # After an exception that the other ranks do not know of, freeing would wait for them in vain.
-        if kind is None or issubclass(kind, KnownToAll):
-            self.free()
 
     @property
     def _others(self) -> list[int]:

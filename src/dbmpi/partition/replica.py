@@ -10,7 +10,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from types import TracebackType
 
 import numpy as np
 
@@ -29,11 +28,12 @@ from dbmpi.partition.placement import Placement
 from dbmpi.partition.plan import ExchangePlan, plan_exchanges
 from dbmpi.partition.stages import Clock, stage
 from dbmpi.partition.workspace import Workspace
+from dbmpi.runtime.collective import Collective
 
 _WORKSPACES = 2  # a batch and the shorter one at the end of an epoch
 
 
-class Replica:
+class Replica(Collective):
     """Loss and gradient of a network on one of the workers that compute it together.
 
     All workers of a replica call the same methods with the same batch (collective).  A context manager: at its end,
@@ -129,14 +129,9 @@ class Replica:
         """
         self._group.make_room(samples, self._dtype.itemsize)
 
-    def __enter__(self) -> Replica:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def free(self) -> None:
         """Give back what the workers share (collective)."""
-        self._group.__exit__(kind, error, trace)
+        self._group.free()
 
     def loss_and_gradient(
         self,
