@@ -126,14 +126,6 @@ def test_many_rows_are_summed_in_bands():
     np.testing.assert_array_equal(of_parameters["bias"], rows * columns * 20)
 
 
-def test_an_empty_box_needs_nothing_and_computes_nothing():
-    layer = Convolution("convolution", (2, 6, 6), 3, (2, 2))
-    box = Box((0, 5, 0), (3, 5, 5))
-    assert layer.input_box(box).empty
-    outputs, below, of_parameters = run(layer, np.ones((2, 6, 6, 4)), None, parameters_of(layer, np.float64), box)
-    assert outputs.size == below.size == of_parameters["weights"].size == of_parameters["bias"].size == 0
-
-
 def test_the_configuration_describes_it():
     section = config.Convolution(maps=4, field=(3, 2), stride=2, activation="relu", initial_scale=2.0)
     layer = Convolution.described(section, "convolution1", (3, 9, 8))

@@ -169,14 +169,6 @@ def test_without_an_input_gradient_the_rest_is_the_same():
         np.testing.assert_array_equal(values, expected[short])
 
 
-def test_an_empty_box_needs_nothing_and_computes_nothing():
-    layer = Local("local", (2, 6, 6), 3, (2, 2))
-    box = Box((0, 5, 0), (3, 5, 5))
-    assert layer.input_box(box).empty
-    outputs, below, of_parameters = run(layer, np.ones((2, 6, 6, 4)), None, parameters_of(layer, np.float64), box)
-    assert outputs.size == below.size == of_parameters["weights"].size == of_parameters["bias"].size == 0
-
-
 def test_arrays_with_gaps_are_refused_instead_of_copied():
     weights, bias, inputs = np.ones((3, 3, 2, 2, 2, 1)), np.ones((3, 3, 2)), np.ones((1, 4, 4, 4))
     with pytest.raises(ValueError, match=r"\(2, 3, 3, 4\).*rows without gaps"):
@@ -277,5 +269,5 @@ def test_a_field_larger_than_its_inputs_is_refused(shape):
 
 
 def test_inputs_without_rows_and_columns_are_refused():
-    with pytest.raises(UserError, match=r"layer 'local1'.*\(channels, height, width\).*\(784,\)"):
+    with pytest.raises(UserError, match=r"layer 'local1'.*\(maps, height, width\).*\(784,\)"):
         Local("local1", (784,), 8, (10, 10))

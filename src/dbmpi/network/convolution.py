@@ -28,5 +28,4 @@ class Convolution(FieldLayer):
     def tensor_box(self, tensor: str, output: Box) -> Box:
         """Return the filters of the maps in the box."""
         whole = Box.whole(self.tensors[tensor].shape)
-        stop = output.starts[0] if output.empty else output.stops[0]
-        return Box((output.starts[0], *whole.starts[1:]), (stop, *whole.stops[1:]))
+        return Box((output.starts[0], *whole.starts[1:]), (output.stops[0], *whole.stops[1:]))

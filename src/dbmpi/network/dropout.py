@@ -11,13 +11,12 @@ import numpy as np
 from dbmpi import config
 from dbmpi.errors import UserError
 from dbmpi.kernels.dropout import drop
-from dbmpi.network.layer import Arrays, Context
-from dbmpi.paramserver.layout import Tensor
+from dbmpi.network.layer import Arrays, Context, Parameterless
 from dbmpi.partition.boxes import Box
 
 
 @dataclass(frozen=True)
-class Dropout:
+class Dropout(Parameterless):
     """Each value is zero with probability `rate`, and otherwise divided by ``1 - rate``; off while evaluating.
 
     After Hinton et al., "Improving neural networks by preventing co-adaptation of feature detectors", 2012; scaled
@@ -48,19 +47,6 @@ class Dropout:
     def output_shape(self) -> tuple[int, ...]:
         """Shape of the outputs of one sample, that of the inputs."""
         return self.input_shape
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        """No parameters."""
-        return {}
-
-    def initial(self, tensor: str, out: np.ndarray, seed: int, number: int, start: int) -> None:
-        """Never called: there are no parameters."""
-        raise KeyError(tensor)
-
-    def tensor_box(self, tensor: str, output: Box) -> Box:
-        """Never called: there are no parameters."""
-        raise KeyError(tensor)
 
     def input_box(self, output: Box) -> Box:
         """Each output needs its own input."""

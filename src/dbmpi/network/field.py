@@ -9,8 +9,8 @@ from typing import ClassVar, Self
 import numpy as np
 
 from dbmpi import config
-from dbmpi.errors import UserError
 from dbmpi.kernels.filters import Filters
+from dbmpi.network import windows
 from dbmpi.network.initial import fill_uniform, weight_deviation
 from dbmpi.network.layer import Arrays, Context
 from dbmpi.paramserver.layout import Tensor
@@ -43,16 +43,7 @@ class FieldLayer:
     """Weight of the squared error of the inputs' estimate; if not 0, there is a ``decoder`` like the weights."""
 
     def __post_init__(self) -> None:
-        if len(self.input_shape) != 3:
-            raise UserError(
-                f"layer {self.name!r}: a field needs inputs of shape (channels, height, width), and those are of shape "
-                f"{self.input_shape}: it can follow a layer with maps, or images"
-            )
-        if any(window > length for window, length in zip(self.field, self.input_shape[1:], strict=True)):
-            raise UserError(
-                f"layer {self.name!r}: a field of shape {self.field} does not fit into inputs of shape "
-                f"{self.input_shape} (channels, height, width): make the field smaller, or the strides below it"
-            )
+        windows.check_windows(self.name, "a field", self.field, self.input_shape)
 
     @property
     def _shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -77,8 +68,7 @@ class FieldLayer:
     @cached_property
     def output_shape(self) -> tuple[int, ...]:
         """Shape of the outputs of one sample."""
-        space = zip(self.input_shape[1:], self.field, strict=True)
-        return (self.maps, *((length - window) // self.stride + 1 for length, window in space))
+        return (self.maps, *windows.count(self.input_shape, self.field, self.stride))
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
@@ -94,10 +84,7 @@ class FieldLayer:
 
     def input_box(self, output: Box) -> Box:
         """Return the rows and columns of the fields, of all channels."""
-        if output.empty:
-            return Box((0, 0, 0), (0, 0, 0))
-        stops = ((stop - 1) * self.stride + window for stop, window in zip(output.stops[1:], self.field, strict=True))
-        return Box((0, *(start * self.stride for start in output.starts[1:])), (self.input_shape[0], *stops))
+        return windows.seen(output, (0, self.input_shape[0]), self.field, self.stride)
 
     def flops(self, output: Box, samples: int, *, input_gradient: bool = True) -> int:
         """Return the floating-point operations of the filters in a forward and a backward pass."""
@@ -137,10 +124,9 @@ class FieldLayer:
         context: Context,
     ) -> None:
         """Compute a part of the outputs in a box: all of its maps at some places."""
-        if not part.empty:
-            rows, columns = ((one.start, one.stop) for one in part.slices(output)[1:])
-            weights, bias = parameters["weights"], parameters["bias"]
-            self._kernels.forward(weights, bias, inputs, outputs, self.stride, self.activation, (rows, columns))
+        rows, columns = ((one.start, one.stop) for one in part.slices(output)[1:])
+        weights, bias = parameters["weights"], parameters["bias"]
+        self._kernels.forward(weights, bias, inputs, outputs, self.stride, self.activation, (rows, columns))
 
     def backward(
         self,
@@ -154,8 +140,6 @@ class FieldLayer:
         context: Context,
     ) -> None:
         """Compute the gradients of a box (see the contract of a layer)."""
-        if output.empty:
-            return
         weights, bias = parameter_gradient["weights"], parameter_gradient["bias"]
         # The gradient before the activation is a by-product of the parameters'; without an activation it is there now.
         early = self.activation == "linear"

@@ -38,6 +38,8 @@ class Context:
 class Layer(Protocol):
     """A description of a layer; frozen, holds no arrays.
 
+    It is never asked for an empty box: who owns nothing of its outputs needs and computes nothing.
+
     Arrays of activations are ``(*box shape, samples)``, C-contiguous, float32 or float64; but see :func:`takes_parts`.
     """
 
@@ -109,6 +111,23 @@ class Layer(Protocol):
             parts of several boxes add up.  None where nobody needs it.
         """
         ...
+
+
+class Parameterless:
+    """What layers without parameters have in common."""
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """No parameters."""
+        return {}
+
+    def tensor_box(self, tensor: str, output: Box) -> Box:
+        """Never called: there are no parameters."""
+        raise KeyError(tensor)
+
+    def initial(self, tensor: str, out: np.ndarray, seed: int, number: int, start: int) -> None:
+        """Never called: there are no parameters."""
+        raise KeyError(tensor)
 
 
 @runtime_checkable

@@ -10,11 +10,10 @@ from typing import ClassVar
 import numpy as np
 
 from dbmpi import config
-from dbmpi.errors import UserError
 from dbmpi.kernels import normalisation as kernels
 from dbmpi.kernels.memory import rows_of
-from dbmpi.network.layer import Arrays, Context
-from dbmpi.paramserver.layout import Tensor
+from dbmpi.network.layer import Arrays, Context, Parameterless
+from dbmpi.network.windows import check_maps
 from dbmpi.partition.boxes import Box
 
 WIDTH = 0.25
@@ -22,7 +21,7 @@ WIDTH = 0.25
 
 
 @dataclass(frozen=True)
-class Normalisation:
+class Normalisation(Parameterless):
     """Subtractive, then divisive normalisation over a Gaussian window in all maps; no parameters.
 
     ``g[i, y, x] = h[i, y, x] - sum over j, u, v of w[u, v] h[j, y + u, x + v]`` and ``outputs[i, y, x] = g[i, y, x] /
@@ -48,11 +47,7 @@ class Normalisation:
     floor: float = 0.01
 
     def __post_init__(self) -> None:
-        if len(self.input_shape) != 3:
-            raise UserError(
-                f"layer {self.name!r}: local contrast normalisation needs inputs of shape (maps, height, width), and "
-                f"those are of shape {self.input_shape}: it can follow a layer with maps, or images"
-            )
+        check_maps(self.name, "local contrast normalisation", self.input_shape)
 
     @classmethod
     def described(cls, section: config.Normalisation, name: str, input_shape: tuple[int, ...]) -> Normalisation:
@@ -63,19 +58,6 @@ class Normalisation:
     def output_shape(self) -> tuple[int, ...]:
         """Shape of the outputs of one sample, that of the inputs."""
         return self.input_shape
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        """No parameters."""
-        return {}
-
-    def initial(self, tensor: str, out: np.ndarray, seed: int, number: int, start: int) -> None:
-        """Never called: there are no parameters."""
-        raise KeyError(tensor)
-
-    def tensor_box(self, tensor: str, output: Box) -> Box:
-        """Never called: there are no parameters."""
-        raise KeyError(tensor)
 
     def input_box(self, output: Box) -> Box:
         """Return all maps of the windows of the windows: a mean is subtracted from each value of a deviation."""

@@ -1,0 +1,42 @@
+"""Windows on the rows and columns of maps, valid borders: the fields of filters, and what pooling sums up.
+
+Shapes of inputs are ``(maps, height, width)``, those of windows ``(rows, columns)``; `stride` is the number of rows,
+and of columns, from one window to the next.
+"""
+
+from __future__ import annotations
+
+from dbmpi.errors import UserError
+from dbmpi.partition.boxes import Box
+
+
+def check_maps(layer: str, what: str, input_shape: tuple[int, ...]) -> None:
+    """Raise UserError if the inputs of the layer that is called `layer` have no rows and columns."""
+    if len(input_shape) != 3:
+        raise UserError(
+            f"layer {layer!r}: {what} needs inputs of shape (maps, height, width), and those are of shape "
+            f"{input_shape}: it can follow a layer with maps, or images"
+        )
+
+
+def check_windows(layer: str, what: str, size: tuple[int, int], input_shape: tuple[int, ...]) -> None:
+    """Raise UserError if the inputs have no rows and columns, or a window is larger than they are."""
+    check_maps(layer, what, input_shape)
+    if any(window > length for window, length in zip(size, input_shape[1:], strict=True)):
+        raise UserError(
+            f"layer {layer!r}: {what} of shape {size} does not fit into inputs of shape {input_shape} "
+            "(maps, height, width): make it smaller, or the strides below it"
+        )
+
+
+def count(input_shape: tuple[int, ...], size: tuple[int, int], stride: int) -> tuple[int, int]:
+    """Return the rows and columns of windows that inputs have."""
+    rows, columns = ((length - window) // stride + 1 for length, window in zip(input_shape[1:], size, strict=True))
+    return rows, columns
+
+
+def seen(output: Box, maps: tuple[int, int], size: tuple[int, int], stride: int) -> Box:
+    """Return what the windows of the outputs in a box hold of the inputs, in the maps from the first to the last."""
+    starts = (start * stride for start in output.starts[1:])
+    stops = ((stop - 1) * stride + window for stop, window in zip(output.stops[1:], size, strict=True))
+    return Box((maps[0], *starts), (maps[1], *stops))
