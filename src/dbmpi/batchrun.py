@@ -84,7 +84,8 @@ def learn(setup: Setup, stack: ExitStack) -> Learned:
     nbytes = setup.nbytes(comm.rank)
     shared = windows.missing(comm, nbytes) <= 0
     memories = windows.hosts(comm) if shared else np.arange(comm.size)
-    transport, notes = transport_between(comm, setup.run.server.transport, memories)
+    with together(comm, "choosing the transport"):
+        transport, notes = transport_between(comm, setup.run.server.transport, memories)
     window = stack.enter_context(Window.allocate(comm, nbytes, shared=shared, transport=transport))
     if transport == "p2p":
         # Replicas read and change words of one another and of the lead at any time, and messages need an answer.
@@ -392,8 +393,16 @@ def _coordinator(
 
 
 def _conclude(comm: MPI.Intracomm, coordinator: Coordinator | None, seconds: float) -> Learned:
-    """Tell everybody what came out: by messages, as nothing collective goes on where a rank has died."""
+    """Tell everybody what came out: by messages, as nothing collective goes on where a rank has died.
+
+    Nobody hears it before all have come here, and need nobody's memory any more.
+    """
+    word = np.zeros(1, np.int64)
     if coordinator is not None:
+        for rank in range(1, comm.size):
+            with suppress(RankLost), failures.partner(comm, rank):
+                request = comm.Irecv(word, rank, _CONCLUSION)
+                failures.complete(request, comm, rank, f"rank {rank} to come to the end", memory=word)
         learned = (coordinator.steps, coordinator.samples, coordinator.stopped_by)
         text = json.dumps([*learned, coordinator.test, str(coordinator.checkpoint)])
         data = np.frombuffer(text.encode(), np.uint8)
@@ -402,6 +411,7 @@ def _conclude(comm: MPI.Intracomm, coordinator: Coordinator | None, seconds: flo
                 request = comm.Isend([data, MPI.BYTE], rank, _CONCLUSION)
                 failures.complete(request, comm, rank, f"rank {rank} to hear the conclusion", memory=data)
     else:
+        failures.complete(comm.Isend(word, 0, _CONCLUSION), comm, 0, "the coordinator to hear of my end", memory=word)
         status = MPI.Status()
         waiting.until(lambda: comm.Iprobe(0, _CONCLUSION, status), "the coordinator to conclude")
         data = np.empty(status.Get_count(MPI.BYTE), np.uint8)

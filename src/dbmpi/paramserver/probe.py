@@ -9,8 +9,9 @@ from typing import Literal
 import numpy as np
 from mpi4py import MPI
 
+from dbmpi.errors import UserError
 from dbmpi.paramserver.window import Transport, Window
-from dbmpi.runtime import waiting
+from dbmpi.runtime import failures, waiting
 
 _BYTES = 1 << 20
 _ROUNDS = 4
@@ -56,7 +57,20 @@ def transport_between(
     -------
     tuple
         The transport, and what the user should know of it.
+
+    Raises
+    ------
+    UserError
+        On all ranks, if one-sided operations are wanted where ranks of several hosts may outlive others: such an
+        operation does not return in Open MPI where its target has died.
     """
+    if failures.tolerated() and len(set(memories.tolist())) > 1:
+        if wanted == "rma":
+            raise UserError(
+                'server.transport = "rma": with fault tolerance (--with-ft ulfm) a rank would wait for ever for one '
+                'that has died on another host; set server.transport = "p2p" or "auto", or start without it'
+            )
+        return "p2p", ()
     if wanted != "auto":
         return wanted, ()
     if len(set(memories.tolist())) == 1:

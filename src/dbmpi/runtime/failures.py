@@ -5,8 +5,9 @@ ulfm`` it tells them who is gone (User-Level Failure Mitigation), and everything
 on.  What it is asked for here is little: who has died, which is known locally, and that probes for messages from
 anybody go on.  Memory that a dead rank has shared with its host stays where it is.
 
-What does not go on was seen with Open MPI 5.0: a flush of a dead rank of another host does not return, and one
-``MPI_Finalize`` in thirty does not either.  Neither is called then.
+What does not go on was seen with Open MPI 5.0.  One-sided operations between hosts may not return when a rank has died,
+even towards another one, so such runs use messages.  One ``MPI_Finalize`` in thirty does not return, and an Abort does
+not end the other ranks; so neither is called then.
 
 Without fault tolerance nothing here asks MPI for anything, and nobody is ever dead.
 """
