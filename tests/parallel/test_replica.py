@@ -200,7 +200,7 @@ def random_cover(rng: np.random.Generator, shape: tuple[int, ...], parts: int) -
 
 @pytest.mark.parallel([1, 2, 3, 4, 6], timeout=300)  # the first one compiles
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, 2, 9])  # which together have all kinds of layers
 def test_random_networks_on_random_placements(comm, dtype, seed) -> None:
     rng = np.random.default_rng(seed)
     network = Network(config.NetworkSection(layers=image_layers(rng)), (2, 11, 12), seed=3, dtype=dtype)

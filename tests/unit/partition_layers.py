@@ -196,11 +196,12 @@ def speech_network(dense=SplitDense):
 
 
 def image_network(maps, classes=21_000):
-    """100x100x3; three stages of untied 10x10 filters, 5x5 pooling and 5x5 normalisation (paper, section 5)."""
+    """100x100x3; three stages of untied 10x10 filters, pooling and 5x5 normalisation, as in examples/images-*."""
     layers, shape = [], (3, 100, 100)
-    for stage, stride in enumerate((1, 1, 5), 1):
+    strides = {8: (1, 3, 1), 16: (1, 1, 6), 36: (1, 1, 3)}[maps]
+    for stage, (window, stride) in enumerate(zip((6, 5, 6), strides, strict=True), 1):
         layers.append(Filter(f"local{stage}", shape, maps, (10, 10)))
-        layers.append(Pooling(f"pool{stage}", layers[-1].output_shape, 5, stride))
+        layers.append(Pooling(f"pool{stage}", layers[-1].output_shape, window, stride))
         layers.append(Normalisation(f"normalise{stage}", layers[-1].output_shape, 5))
         shape = layers[-1].output_shape
     return [*layers, Dense("classes", shape, classes)]

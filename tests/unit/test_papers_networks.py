@@ -7,11 +7,13 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
+from unit import partition_layers
 
 from dbmpi import config
 from dbmpi.cli.main import main
 from dbmpi.network.network import Network
 from dbmpi.partition.placement import automatic, check
+from dbmpi.partition.plan import plan_exchanges
 
 PROJECT = Path(__file__).parents[2]
 DOCUMENTED = (PROJECT / "docs" / "networks.md").read_text(encoding="utf-8")
@@ -51,6 +53,19 @@ def test_the_image_networks_are_the_papers():
         assert {(layer.maps, layer.field) for layer in layers[:-1:3]} == {(maps, 10)}
         assert {layer.kind for layer in layers[1:-1:3]} == {"l2"}
         assert layers[-1].units == 21_000
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_plans_that_are_counted_are_of_these_networks(name):
+    """Tests of placements and plans replay stand-ins for their layers."""
+    layers, stand_ins = network(name).layers, partition_layers.NETWORKS[name]()
+    for layer, stand_in in zip(layers, stand_ins, strict=True):
+        assert layer.output_shape == stand_in.output_shape
+        assert sum(tensor.size for tensor in layer.tensors.values()) == sum(t.size for t in stand_in.tensors.values())
+    for partitions in (4, 144):
+        mine, theirs = (automatic(found, partitions) for found in (layers, stand_ins))
+        plans = zip(plan_exchanges(layers, mine), plan_exchanges(stand_ins, theirs), strict=True)
+        assert all(plan.values == other.values for plan, other in plans)
 
 
 @pytest.mark.parametrize(("name", "partitions"), [("speech", 8), ("images-8", 144), ("images-36", 36)])
