@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 
 from dbmpi import config
 from dbmpi.cli.main import main
+from dbmpi.network.dense import Dense
 from dbmpi.network.network import Network
 from dbmpi.partition.placement import automatic
 from dbmpi.partition.plan import plan_exchanges
@@ -49,6 +51,23 @@ def test_what_a_profile_says(comm) -> None:
     lines = table(found)
     assert [line.split()[0] for line in lines[:5]] == ["layer", "local1", "pooling2", "dense3", "all"]
     assert ("slowest rank" in lines[0]) == (comm.size > 1)
+
+
+@pytest.mark.parallel([2, 3], timeout=300)
+def test_the_slowest_rank_of_a_phase_is_named(comm, monkeypatch) -> None:
+    """One that sleeps in one layer's forward pass; in the exchange above it the others wait for it."""
+    network = Network(config.NetworkSection(layers=(config.Dense(units=6), config.Dense(units=5))), (4,), 1)
+    forward, late = Dense.forward, comm.size - 1
+
+    def slowly(self, *arguments) -> None:
+        if comm.rank == late and self.name == "dense1":
+            time.sleep(0.1)
+        forward(self, *arguments)
+
+    monkeypatch.setattr(Dense, "forward", slowly)
+    first, second = profile(network, automatic(network.layers, comm.size), 4, 3, comm).layers
+    assert (first.slowest[0], first.seconds[0] > 0.1) == (late, True)
+    assert (second.slowest[2] != late, second.seconds[2] > 0.05) == (True, True)
 
 
 def test_the_command(tmp_path, capsys) -> None:

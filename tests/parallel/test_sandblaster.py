@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from dbmpi.errors import UserError
 from dbmpi.kernels import updates, vectors
 from dbmpi.monitor.records import read_records
 from dbmpi.objective import Outcome
+from dbmpi.optim import saving
 from dbmpi.optim.board import Batch
 from dbmpi.optim.descent import Limits
 from dbmpi.optim.lbfgs import lbfgs
@@ -203,6 +205,24 @@ def test_downpour_and_sandblaster_go_on_from_one_another_with_batches_of_other_s
     last = train(run("downpour", 8, 5), comm)
     assert last.samples >= 2 * tiny.SAMPLES
     assert last.test.samples == tiny.TEST_SAMPLES
+
+
+@pytest.mark.parallel([3])
+def test_the_lead_holds_no_more_than_another_shard(comm, place, monkeypatch) -> None:
+    """Although the coordinator is on it, to whom a vector would be 4 MB: as much as both shards' parts together."""
+    monkeypatch.setattr(saving, "_PIECE", 1 << 12)  # the writer's buffer, bounded and no vector
+    layers = ({"units": 1000, "activation": "tanh"}, {"units": 1000}, {"units": tiny.CLASSES})
+    optimizer = {"method": "sandblaster", "batch_size": 6, "epochs": 4}
+    run = tiny.describe(
+        place, network={"layers": layers}, topology={"shards": 2}, optimizer=optimizer, sandblaster={"l2": 0.01}
+    )
+    tracemalloc.start()
+    train(run, comm)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    lead, shard, _ = comm.allgather(peak)
+    assert lead - shard < 400_000
+    assert shard > 8_000_000  # vectors are counted
 
 
 @pytest.mark.parallel([3])
