@@ -124,11 +124,11 @@ def test_backtracking_decreases_enough_and_never_lengthens(shift, first):
 def test_a_fixed_step_is_taken_whatever_it_gives():
     assert run(fixed, lambda a: a, lambda a: 1.0, 3.0)[0].step == 3.0
     assert run(fixed, lambda a: a, lambda a: 1.0, 3.0, step=0.25)[0].step == 0.25
-    with pytest.raises(LineSearchFailed, match="the loss is inf at the fixed step 3"):
+    with pytest.raises(LineSearchFailed, match="not finite from the fixed step 3 down to 3e-11"):
         run(fixed, lambda a: math.inf if a else 0.0, lambda a: -1.0, 3.0)
 
 
-@pytest.mark.parametrize("method", [strong_wolfe, backtracking])
+@pytest.mark.parametrize("method", [strong_wolfe, backtracking, fixed])
 @pytest.mark.parametrize("bad", [math.inf, math.nan, -math.inf])
 def test_a_search_comes_back_from_where_the_loss_is_not_finite(method, bad):
     def function(a):

@@ -60,14 +60,19 @@ def named(name: str, step_length: float) -> LineSearch:
 
 
 def fixed(loss: float, slope: float, first: float, *, step: float | None = None, factor: float = 1.0) -> Search:
-    """Take one step, `step` or else `factor` times `first`, whatever it gives: for losses that change with a batch."""
-    taken = factor * first if step is None else step
-    trial = Trial(taken, *(yield taken))
-    if not trial.finite:
-        raise LineSearchFailed(
-            f"the loss is {trial.loss} at the fixed step {taken:g}", [Trial(0.0, loss, slope), trial]
-        )
-    return trial
+    """Take one step, `step` or else `factor` times `first`, whatever it gives: for losses that change with a batch.
+
+    Only where the loss is not finite, it is shrunk.
+    """
+    given = taken = factor * first if step is None else step
+    known = [Trial(0.0, loss, slope)]
+    for _ in range(SHRINKS):
+        trial = Trial(taken, *(yield taken))
+        if trial.finite:
+            return trial
+        known.append(trial)
+        taken *= SHRINK
+    raise LineSearchFailed(f"the loss is not finite from the fixed step {given:g} down to {known[-1].step:g}", known)
 
 
 def backtracking(loss: float, slope: float, first: float, *, decrease: float = 1e-4, trials: int = 30) -> Search:
