@@ -70,6 +70,27 @@ def test_gradients_that_leave_by_layers_cannot_be_kept(file: Path, other: str) -
         load(file, ("server.gradients=layers", other))
 
 
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["l1=0.1", "algorithm=gradient_descent"], ["l1 = 0.1 needs sandblaster.algorithm = 'lbfgs', not 'gradient_"]),
+        (["l1=0.1", "batch_portions=4"], ["set sandblaster.batch_portions = 0"]),
+        (
+            ["batch_overlap=2", "batch_portions=3"],
+            ["batch_portions of at least 4, not 3", "batch_iterations = 1, not 10"],
+        ),
+        (["batch_overlap=2", "line_search=strong_wolfe"], ["line_search = 'fixed', not 'strong_wolfe'"]),
+        (["memory=-1"], ["sandblaster.memory: ", "(given: -1)"]),
+    ],
+)
+def test_settings_of_sandblaster_that_do_not_go_together(file: Path, overrides: list[str], words: list[str]) -> None:
+    given = ("optimizer.method=sandblaster", *(f"sandblaster.{override}" for override in overrides))
+    with pytest.raises(UserError) as refused:
+        load(file, given)
+    assert str(refused.value).startswith(f"{file}: sandblaster.")
+    assert all(word in str(refused.value) for word in words), refused.value
+
+
 def test_data_lie_beside_the_description_and_the_run_where_it_is_started(file: Path) -> None:
     file.write_text(SMALLEST.replace('"train.h5"', '"../data/train.h5"\ntest = "/elsewhere/test.h5"'))
     run = load(file, ("run.directory=here",))

@@ -109,6 +109,15 @@ def test_not_a_number_reaches_its_row_and_column_only():
     assert not np.isnan(np.delete(out, 20, axis=0)).any()
 
 
+@pytest.mark.parametrize("add", [False, True])
+def test_an_overflow_is_infinite_without_a_word(add, recwarn):
+    """Otherwise every rank of a run that diverges would print a warning of its own beside the one message."""
+    out = np.ones((2, 3), np.float32)
+    matmul.product(np.full((2, 4), 1e30, np.float32), np.full((4, 3), 1e30, np.float32), out, add)
+    assert np.isposinf(out).all()
+    assert not list(recwarn)
+
+
 def test_a_tiled_product_does_not_depend_on_the_other_rows_and_columns():
     a, b = _matrices(100, 300, 128, "CC", np.float32, 1)
     multiply = TiledProduct()

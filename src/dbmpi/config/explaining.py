@@ -35,7 +35,7 @@ def explain(error: ValidationError, model: type[BaseModel], source: str) -> str:
         else:
             message = problem["msg"].removeprefix("Value error, ")
             given = "" if problem["type"] == "value_error" else f" (given: {shown(problem['input'])})"
-            lines.append(f"{source}: {where}: {message}{given}")
+            lines.append(": ".join(part for part in (source, where, message) if part) + given)
     return "\n".join(lines)
 
 

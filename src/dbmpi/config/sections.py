@@ -276,28 +276,25 @@ class Run(Section):
                 "has learned, go on from its checkpoint with checkpoint.resume = 'auto'"
             )
         if sandblaster.batch_overlap:
-            fits = {
-                f"sandblaster.batch_portions = {sandblaster.batch_portions}, at least twice as many": (
-                    sandblaster.batch_portions >= 2 * sandblaster.batch_overlap
+            least = 2 * sandblaster.batch_overlap
+            needs = {
+                f"sandblaster.batch_portions of at least {least}, not {sandblaster.batch_portions}": (
+                    sandblaster.batch_portions >= least
                 ),
-                f"sandblaster.batch_iterations = {sandblaster.batch_iterations}, which must be 1": (
+                f"sandblaster.batch_iterations = 1, not {sandblaster.batch_iterations}": (
                     sandblaster.batch_iterations == 1
                 ),
-                f"sandblaster.line_search = {sandblaster.line_search!r}, which must be 'fixed'": (
+                f"sandblaster.line_search = 'fixed', not {sandblaster.line_search!r}": (
                     sandblaster.line_search == "fixed"
                 ),
-                f"sandblaster.algorithm = {sandblaster.algorithm!r}, which must be 'lbfgs'": (
-                    sandblaster.algorithm == "lbfgs"
-                ),
-                f"sandblaster.batch_growth = {sandblaster.batch_growth:g}, which must be 1": (
-                    sandblaster.batch_growth == 1
-                ),
+                f"sandblaster.algorithm = 'lbfgs', not {sandblaster.algorithm!r}": sandblaster.algorithm == "lbfgs",
+                f"sandblaster.batch_growth = 1, not {sandblaster.batch_growth:g}": sandblaster.batch_growth == 1,
             }
-            wrong = [text for text, sound in fits.items() if not sound]
+            wrong = [need for need, met in needs.items() if not met]
             if wrong:
                 raise ValueError(
-                    f"sandblaster.batch_overlap = {sandblaster.batch_overlap}: two batches in succession share so many "
-                    f"portions; that does not go with {wrong[0]}"
+                    f"sandblaster.batch_overlap = {sandblaster.batch_overlap}: batches that share portions need "
+                    + " and ".join(wrong)
                 )
         if self.optimizer.method == "sandblaster" and sandblaster.l1 and sandblaster.batch_portions:
             raise ValueError("sandblaster.l1 goes with batches of all samples only: set sandblaster.batch_portions = 0")

@@ -178,10 +178,11 @@ def _plain(a: np.ndarray, b: np.ndarray, out: np.ndarray) -> bool:
 
 
 def _numpy(a: np.ndarray, b: np.ndarray, out: np.ndarray, add: bool) -> None:
-    if add:
-        out += np.matmul(a, b)
-    else:
-        np.matmul(a, b, out=out)
+    with np.errstate(over="ignore", invalid="ignore"):  # as by the other providers: the loss tells, and once
+        if add:
+            out += np.matmul(a, b)
+        else:
+            np.matmul(a, b, out=out)
 
 
 def _onednn_product(a: np.ndarray, b: np.ndarray, out: np.ndarray, add: bool) -> None:
