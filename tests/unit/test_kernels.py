@@ -15,7 +15,9 @@ from scipy import special
 
 from dbmpi.kernels import activations, elementary, losses, updates
 from dbmpi.kernels.compile import kernel
+from dbmpi.kernels.fields import Blocks
 from dbmpi.kernels.memory import aligned_empty
+from dbmpi.kernels.vector_lanes import sum_along_rows
 from dbmpi.kernels.vector_tiles import CHAINS, multiply_add_chains
 
 DTYPES = [np.float32, np.float64]
@@ -119,6 +121,32 @@ def test_multiply_add_chains_computes_what_it_says(dtype):
 
 def _chains(start, rounds):
     return multiply_add_chains(start, rounds)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8, 17])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sums_along_rows_hold_each_element_once_and_nothing_else(rows, dtype):
+    """Of rows with gaps between them, in blocks of two heights; whole numbers, whose sums are exact in any order."""
+    blocks = Blocks.of(rows)
+    run = _row_sums(blocks.tile)
+    random = np.random.default_rng(rows)
+    for length in (1, 2, 7, 8, 9, 15, 16, 17, 33, 100):
+        for start, gap in ((0, 0), (3, 5)):
+            values = random.integers(-999, 1000, (rows, length)).astype(dtype)
+            a = np.full((rows, length + gap), np.nan, dtype)
+            a[:, :length] = values
+            out = np.full(start + rows + 20, 7, dtype)
+            before = np.full(start, np.nan, dtype)
+            run(blocks.numbers, np.concatenate((before, a.reshape(-1))), start, length + gap, length, out)
+            np.testing.assert_array_equal(out[start : start + rows], [sum(row) for row in values.tolist()])
+            assert (np.delete(out, slice(start, start + rows)) == 7).all()
+
+
+def _row_sums(tile):
+    def row_sums(blocks, a, start, stride, length, out):
+        sum_along_rows(tile, blocks, a, start, stride, length, out, start)
+
+    return kernel(row_sums)
 
 
 EXACT_ACTIVATIONS = {
