@@ -37,6 +37,8 @@ PEERS = ROOT / "benchmarks" / "peers"
 PEERS_PYTHON = ROOT / ".venv-peers" / "bin" / "python"
 THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
 
+_PATIENCE, _QUICK_PATIENCE = 200.0, 20.0
+"""Seconds for which a benchmark waits for cores of its own, altogether; and with ``--quick``."""
 _END = "end"
 """Tells a contestant that nothing is left to do."""
 
@@ -52,7 +54,10 @@ def options(description: str | None) -> argparse.Namespace:
     parser.add_argument(
         "--json", action="store_true", help="print machine, results and targets as JSON on the last line"
     )
-    return parser.parse_args()
+    found = parser.parse_args()
+    if found.quick:
+        cores.patience = _QUICK_PATIENCE
+    return found
 
 
 @dataclass
@@ -270,7 +275,7 @@ class Cores:
 
     def __init__(self) -> None:
         self.looks = self.shared = 0
-        self.patience = 200.0
+        self.patience = _PATIENCE
         self._best = float("inf")
         self._loops: list[subprocess.Popen[str]] = []
 
@@ -293,7 +298,7 @@ class Cores:
 
 
 def _whole_cores() -> list[int]:
-    """Return a processor of the system for each core that this process may use, where it may use both halves of one."""
+    """Return one processor of each core that this process may use: loops on both halves would slow each other down."""
     first: dict[str, int] = {}
     for core in sorted(os.sched_getaffinity(0)):
         halves = "".join(_lines(f"/sys/devices/system/cpu/cpu{core}/topology/thread_siblings_list"))

@@ -124,7 +124,7 @@ def play(notes: Path, words: list[str]) -> None:
     from dbmpi.optim.shard import Shard
     from dbmpi.optim.worker import Worker
 
-    train: Any = importlib.import_module("dbmpi.train")
+    train: Any = importlib.import_module("dbmpi.train")  # by its name in dbmpi it is the function
     began = float(os.environ[BEGAN])
     noted: dict[str, float] = {}
     whole, stepped, serve = train.train, Worker.stepped, Shard.serve
