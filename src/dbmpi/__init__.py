@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dbmpi.config import Run, load
     from dbmpi.errors import RunFailed, UserError
-    from dbmpi.train import Result, train
+    from dbmpi.result import Result
+    from dbmpi.train import train
 
 __version__ = "0.1.0"
 __all__ = ["Result", "Run", "RunFailed", "UserError", "__version__", "load", "train"]
@@ -20,7 +21,7 @@ _HOMES = {
     "load": "dbmpi.config",
     "RunFailed": "dbmpi.errors",
     "UserError": "dbmpi.errors",
-    "Result": "dbmpi.train",
+    "Result": "dbmpi.result",
     "train": "dbmpi.train",
 }
 
@@ -32,7 +33,6 @@ def __getattr__(name: str) -> Any:
     home = _HOMES[name]
     if home == "dbmpi.train":  # which loads MPI
         import_module("dbmpi.runtime.installation").prepare()
-    module = import_module(home)
-    # They stay here under their names: the import has just made `train` the module.
-    globals().update({other: getattr(module, other) for other, its in _HOMES.items() if its == home})
+    # It stays here under its name: the import has just made `train` the module.
+    globals()[name] = getattr(import_module(home), name)
     return globals()[name]

@@ -13,7 +13,6 @@ from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from mpi4py import MPI
@@ -40,6 +39,7 @@ from dbmpi.paramserver.client import Client
 from dbmpi.paramserver.layout import pieces
 from dbmpi.paramserver.probe import transport_between
 from dbmpi.paramserver.window import Window
+from dbmpi.result import Result
 from dbmpi.runtime import failures, orders, waiting
 from dbmpi.runtime.failures import RankLost, Watch
 from dbmpi.runtime.orders import Mailbox
@@ -63,19 +63,7 @@ _FOR_THE_LEAD = 1.25
 """Factor on the stall limit where a rank waits for the lead, which knows better who is to blame."""
 
 
-class Learned(NamedTuple):
-    """What a run came to: as :class:`dbmpi.train.Result`, on every rank."""
-
-    steps: int
-    samples: int
-    seconds: float
-    test: Outcome | None
-    stopped_by: int
-    staleness: float
-    checkpoint: Path
-
-
-def learn(setup: Setup, stack: ExitStack) -> Learned:
+def learn(setup: Setup, stack: ExitStack) -> Result:
     """Play this rank's roles until the run ends (collective)."""
     plan, comm = setup.plan, setup.comms.world
     setup.tests, setup.stretches  # noqa: B018 (collective: all ranks ask here)
@@ -392,7 +380,7 @@ def _coordinator(
     )
 
 
-def _conclude(comm: MPI.Intracomm, coordinator: Coordinator | None, seconds: float) -> Learned:
+def _conclude(comm: MPI.Intracomm, coordinator: Coordinator | None, seconds: float) -> Result:
     """Tell everybody what came out: by messages, as nothing collective goes on where a rank has died.
 
     Nobody hears it before all have come here, and need nobody's memory any more.
@@ -417,4 +405,4 @@ def _conclude(comm: MPI.Intracomm, coordinator: Coordinator | None, seconds: flo
         data = np.empty(status.Get_count(MPI.BYTE), np.uint8)
         comm.Recv([data, MPI.BYTE], 0, _CONCLUSION)
     steps, samples, stopped_by, test, path = json.loads(data.tobytes())
-    return Learned(steps, samples, seconds, None if test is None else Outcome(*test), stopped_by, 0.0, Path(path))
+    return Result(steps, samples, seconds, None if test is None else Outcome(*test), stopped_by, Path(path))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,6 +37,7 @@ from dbmpi.partition.products import agree_on_products
 from dbmpi.partition.replica import Replica
 from dbmpi.partition.trial import try_layer
 from dbmpi.partition.warmup import first_on_each_node, use_layers
+from dbmpi.result import Result
 from dbmpi.rundata import LOADING_SECONDS, RunData, open_data
 from dbmpi.runtime import waiting
 from dbmpi.runtime.failures import Watch
@@ -52,28 +52,6 @@ DTYPE = np.dtype(np.float32)
 """Of parameters and gradients."""
 _MOST_BATCHES = 2**62
 """Of a run: counts of steps and batches travel and are stored as 64-bit integers."""
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a run came to; the same on every rank, except for `checkpoint`."""
-
-    steps: int
-    """Steps of all replicas in this session."""
-    samples: int
-    """Samples behind them."""
-    seconds: float
-    """Time from the first step to the last."""
-    test: Outcome | None
-    """Outcome on the test data; None without test data or after a stop."""
-    stopped_by: int
-    """Number of the signal that ended the run early; 0 if it ran to its end."""
-    staleness: float
-    """Mean staleness of the pushes in this session."""
-    checkpoint: Path
-    """The last checkpoint."""
-    advice: str = ""
-    """What would make such a run faster, if the shards were the bottleneck."""
 
 
 def train(run: Run, comm: MPI.Intracomm | None = None, stop: StopSignal | None = None) -> Result:
@@ -330,7 +308,7 @@ class _Session:
             lambda role, number: self._recorder(role, number, session, started),
             self.watch,
         )
-        return Result(*batchrun.learn(setup, self._stack))
+        return batchrun.learn(setup, self._stack)
 
     def _conclude(self, worker: Worker | None, shard: Shard | None, lead: Lead | None, seconds: float) -> Result:
         """Evaluate the final parameters on all workers together, and tell everybody what came out."""
@@ -357,7 +335,7 @@ class _Session:
             test = Outcome(int(total[0]), float(total[1]), -1 if total[3] else int(total[2]))
             if lead is not None:
                 lead.evaluated(test, lead.epoch)
-        return Result(steps, samples, seconds, test, stopped_by, float(numbers[3]), Path(path), advice)
+        return Result(steps, samples, seconds, test, stopped_by, Path(path), float(numbers[3]), advice)
 
     def _advice(self, worker: Worker | None, shard: Shard | None) -> str:
         """Say whether the shards were what the workers waited for (collective)."""

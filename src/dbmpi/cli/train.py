@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
     from dbmpi.config import Run
+    from dbmpi.result import Result
     from dbmpi.runtime.signals import StopSignal
 
 SUMMARY = "train the network that a configuration describes (under mpirun or srun, or alone)"
@@ -69,10 +70,7 @@ def _described(arguments: argparse.Namespace, comm: MPI.Intracomm) -> Run:
     return config.Run.from_json(waiting.broadcast_text(comm, text, 0, "the configuration"))
 
 
-def _print(result: object, directory: Path) -> None:
-    from dbmpi.train import Result
-
-    assert isinstance(result, Result)
+def _print(result: Result, directory: Path) -> None:
     lines = []
     if result.test is not None:
         accuracy = result.test.accuracy
