@@ -5,7 +5,8 @@ target knows of every transfer, because it takes part in it: it receives what is
 what is asked for, and sees by :meth:`Messages.serve` that something is under way.
 
 What one rank asks of another is done in the order of asking: a store after all earlier puts, a load after all earlier
-gets; only puts may overlap, and gets.  A swap is carried out by the owner of the word, between two other orders.
+gets.  Puts may overlap one another, and so may gets, but nothing else may.  A swap is carried out by the owner of the
+word, between two other orders.
 """
 
 from __future__ import annotations
