@@ -139,7 +139,7 @@ def test_a_directory_that_cannot_be_written_to_is_told_before_the_run_begins(com
 @pytest.mark.parallel([2])
 def test_placements_that_cannot_be_are_told(comm, place) -> None:
     mistakes = [
-        ({"boxes": ("0:3", "4:7")}, ("layer 'dense1': 1 of 7 outputs belong to no partition", "[3:4]")),
+        ({"boxes": ("0:3", "4:7")}, ("layer 'dense1': 1 of 7 outputs belong to no partition", "[3:4]", "shape (7,)")),
         ({"boxes": ("0:4", "3:7")}, ("layer 'dense1'", "overlap in [3:4]")),
     ]
     topology = {"partitions": 2, "replicas": 1, "colocate": True}

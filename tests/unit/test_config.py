@@ -91,6 +91,13 @@ def test_settings_of_sandblaster_that_do_not_go_together(file: Path, overrides: 
     assert all(word in str(refused.value) for word in words), refused.value
 
 
+@pytest.mark.parametrize("given", ["0", '"x"', "2.5", "[0, 3]", "[3]", '[3, "a"]', "[1, 2, 3]"])
+def test_a_number_or_two_are_asked_for_once(file: Path, given: str) -> None:
+    message = refusal(file, f'network.layers=[{{type="local", maps=2, field={given}}}, {{units=2}}]')
+    assert message.startswith(f"{file}: network.layers.0.field: expected a whole number of at least 1, or two of them")
+    assert message.endswith(f"(given: {given})")
+
+
 def test_data_lie_beside_the_description_and_the_run_where_it_is_started(file: Path) -> None:
     file.write_text(SMALLEST.replace('"train.h5"', '"../data/train.h5"\ntest = "/elsewhere/test.h5"'))
     run = load(file, ("run.directory=here",))

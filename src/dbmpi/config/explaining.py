@@ -11,14 +11,22 @@ from pydantic import BaseModel, ValidationError
 from dbmpi.config.layers import LAYERS
 from dbmpi.config.values import shown
 
+_NUMBER, _PAIR = "constrained-int", "tuple[constrained-int"
+"""What pydantic puts behind the place of a key that takes a number or two, once for each."""
+
 
 def explain(error: ValidationError, model: type[BaseModel], source: str) -> str:
     """Turn a validation error into lines that name the place, what was given and what was expected."""
     lines = []
     for problem in error.errors():
         place = _without_tags(problem["loc"])
-        where = ".".join(str(part) for part in place)
-        if problem["type"] == "extra_forbidden":
+        if any(str(part).startswith(_PAIR) for part in place):
+            continue
+        where = ".".join(str(part) for part in place if part != _NUMBER)
+        if _NUMBER in place:
+            expected = "expected a whole number of at least 1, or two of them, [rows, columns]"
+            lines.append(f"{source}: {where}: {expected} (given: {shown(problem['input'])})")
+        elif problem["type"] == "extra_forbidden":
             known = _keys(model, place[:-1])
             near = difflib.get_close_matches(str(place[-1]), known, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"

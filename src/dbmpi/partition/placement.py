@@ -266,8 +266,8 @@ def _check_cover(layer: Layer, owned: Sequence[Box]) -> None:
     if left:
         some = [str(part) for part, _ in zip(index.missing(whole), range(3), strict=False)]
         raise UserError(
-            f"placement: layer {layer.name!r}: {left} of {whole.size} outputs belong to no partition, "
-            f"among them {' and '.join(some)}"
+            f"placement: layer {layer.name!r}: {left} of {whole.size} outputs belong to no partition, among them "
+            f"{' and '.join(some)}; the boxes of all partitions together must be the outputs of shape {whole.stops}"
         )
 
 
