@@ -151,5 +151,5 @@ class Jobs:
 
 
 def messages(done: Completed) -> list[str]:
-    """Return what dbmpi says about errors; launchers add words of their own."""
-    return [line for line in done.output.splitlines() if line.startswith("dbmpi")]
+    """Return what dbmpi says about errors; launchers add words of their own, and spaces without an end of line."""
+    return [line.strip() for line in done.output.splitlines() if line.strip().startswith("dbmpi")]

