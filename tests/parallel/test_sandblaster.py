@@ -131,6 +131,9 @@ def test_replicas_of_two_partitions(comm, place) -> None:
     run = describe(place, topology, deterministic=True, memory=3, gtol=0, ftol=0, epochs=6)
     result = train(run, comm)
     np.testing.assert_allclose(tiny.vectors(result.checkpoint)["parameters"], serial(run, 6), rtol=1e-3, atol=1e-4)
+    for record in [record for record in read_records(run.run.directory) if record["kind"] == "worker"]:
+        assert {"forward 1", "backward 1", "exchange 2"} <= set(record["layers"])
+        assert record["seconds"]["exchange"] > 0
     other = describe(place, topology, "other", epochs=6, portions_per_push=2)
     assert train(other, comm).test.samples == tiny.TEST_SAMPLES
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 
 class StalenessHistogram:
@@ -124,3 +124,30 @@ class _Activity:
         now = time.perf_counter()
         watch._seconds[watch._running.pop()] += now - watch._since
         watch._since = now
+
+
+class LayerTimes:
+    """How long each layer took in each phase since the last report."""
+
+    def __init__(self) -> None:
+        self._before: dict[str, float] = {}
+
+    def take(self, so_far: Mapping[str, Sequence[float]]) -> dict[str, float]:
+        """Return the time since the last call, e.g. of ``forward 1``; phases and layers without any are left out.
+
+        Parameters
+        ----------
+        so_far
+            Seconds by phase, for each layer, since the beginning.
+        """
+        total = {f"{phase} {number}": taken for phase, each in so_far.items() for number, taken in enumerate(each, 1)}
+        since = {name: taken - self._before.get(name, 0.0) for name, taken in total.items()}
+        self._before = total
+        return {name: taken for name, taken in since.items() if taken > 0}
+
+
+def set_exchange_apart(seconds: dict[str, float], layers: Mapping[str, float]) -> None:
+    """Of the time to compute, count as ``exchange`` what partitions of a replica spent on that, and on waiting."""
+    exchange = sum(taken for name, taken in layers.items() if name.startswith("exchange"))
+    seconds["exchange"] = min(exchange, seconds["compute"])
+    seconds["compute"] -= seconds["exchange"]

@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dbmpi.data.ahead import Ahead
+from dbmpi.monitor.measures import LayerTimes, set_exchange_apart
 from dbmpi.monitor.records import Recorder, Stopwatch, WorkerReport
 from dbmpi.objective import Batch as Samples
-from dbmpi.objective import Objective, Outcome
+from dbmpi.objective import Outcome
 from dbmpi.optim.board import Batch, Kind
 
 if TYPE_CHECKING:
     from dbmpi.data.source import Source
     from dbmpi.data.stream import Order
     from dbmpi.paramserver.client import Client
+    from dbmpi.partition.replica import Replica
 
 _ACTIVITIES = ("compute", "fetch", "push", "wait", "data")
 
@@ -42,7 +44,7 @@ class PortionWork:
 
     def __init__(
         self,
-        objective: Objective,
+        objective: Replica,
         client: Client,
         order: Order,
         train: Source,
@@ -60,7 +62,7 @@ class PortionWork:
         self._recorder, self._report_seconds = recorder, report_seconds
         self._replica, self._stride, self._partition = replica, stride, partition
         self._parameters = np.zeros(objective.size, np.float32)
-        self._stopwatch = Stopwatch()
+        self._stopwatch, self._layer_times = Stopwatch(), LayerTimes()
         self._steps = self._samples = 0
         self._place = 0
         self._recent = Outcome(0, 0.0, 0)
@@ -100,6 +102,9 @@ class PortionWork:
     def _report(self) -> None:
         now, recent = time.monotonic(), self._recent
         if recent.samples:
+            seconds, layers = self._stopwatch.take(_ACTIVITIES), self._layer_times.take(self._objective.seconds)
+            if self._objective.partitions > 1:
+                set_exchange_apart(seconds, layers)
             self._recorder.write(
                 WorkerReport(
                     step=self._steps,
@@ -110,7 +115,8 @@ class PortionWork:
                     samples_per_second=recent.samples / max(now - self._reported, 1e-9),
                     pushed_bytes=0,
                     fetched_bytes=self._client.fetched_bytes - self._fetched,
-                    seconds=self._stopwatch.take(_ACTIVITIES),
+                    seconds=seconds,
+                    layers=layers,
                     replica=self._replica,
                     partition=self._partition,
                 )

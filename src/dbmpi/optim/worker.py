@@ -14,6 +14,7 @@ from dbmpi.config import Run
 from dbmpi.data.source import Source
 from dbmpi.data.stream import Order
 from dbmpi.errors import RunFailed
+from dbmpi.monitor.measures import LayerTimes, set_exchange_apart
 from dbmpi.monitor.records import Recorder, Stopwatch, WorkerReport
 from dbmpi.objective import Batch, Objective, Outcome
 from dbmpi.optim.team import Decision, Team
@@ -98,7 +99,7 @@ class Worker:
         self._recent = Outcome(0, 0.0, 0)
         self._reported = time.monotonic()
         self._moved = (0, 0, 0, 0)
-        self._layers_reported: dict[str, float] = {}
+        self._layer_times = LayerTimes()
         self.waited = self.spent = 0.0
         self._next_evaluation = run.monitor.evaluate_epochs
 
@@ -273,22 +274,13 @@ class Worker:
 
     def _time_spent(self) -> tuple[dict[str, float], dict[str, float]]:
         """Return the time since the last report by activity, and by phase and layer."""
-        total = {
-            f"{phase} {number}": taken
-            for phase, layers in self._objective.seconds.items()
-            for number, taken in enumerate(layers, 1)
-        }
-        layers = {name: taken - self._layers_reported.get(name, 0.0) for name, taken in total.items()}
-        self._layers_reported = total
+        layers = self._layer_times.take(self._objective.seconds)
         seconds = self.stopwatch.take(_ACTIVITIES)
         self.waited += seconds["fetch"] + seconds["push"]
         self.spent += sum(seconds.values())
         if self._objective.partitions > 1:
-            # Of evaluations, too, which count as waiting.
-            exchange = sum(taken for name, taken in layers.items() if name.startswith("exchange"))
-            seconds["exchange"] = min(exchange, seconds["compute"])
-            seconds["compute"] -= seconds["exchange"]
-        return seconds, {name: taken for name, taken in layers.items() if taken > 0}
+            set_exchange_apart(seconds, layers)  # that of evaluations, too, which count as waiting
+        return seconds, layers
 
 
 def evaluate(
