@@ -24,9 +24,10 @@ from dbmpi.config.sections import SandblasterSection
 from dbmpi.errors import UserError
 from dbmpi.monitor.progress import Progress
 from dbmpi.objective import Outcome
-from dbmpi.optim import shardspace
+from dbmpi.optim import ownmethod, shardspace
 from dbmpi.optim.batches import Beginning, Samples
 from dbmpi.optim.board import MOST_PORTIONS, MOST_REPLICAS
+from dbmpi.optim.ownmethod import Method
 from dbmpi.optim.passes import Station
 from dbmpi.optim.portions import SAID, Portions
 from dbmpi.optim.portionwork import PortionWork
@@ -85,13 +86,15 @@ def learn(setup: Setup, stack: ExitStack) -> Result:
             space, carried, state = _shard(setup, window, number)
         if worker_number is not None:
             worker = _Worker(setup, window, worker_number, space)
+        kept = setup.run.sandblaster
+        method = ownmethod.load(kept.algorithm, setup.run.network.code) if kept.own and number == 0 else None
     shards = {rank: f", which holds shard {shard}," for shard, rank in enumerate(plan.shard_ranks)}
     setup.watch.do_without(set(range(comm.size)) - set(shards), shards)
     began = time.monotonic()
     if number == 0:
         assert space is not None
         step = worker.poll if worker is not None else lambda: False
-        coordinator = _coordinator(setup, window, space, carried, state, notes, step, stack)
+        coordinator = _coordinator(setup, window, space, carried, state, notes, step, method, stack)
         coordinator.run()
     mailbox = Mailbox(comm, orders.Role.WORKER)
     told = number == 0  # the coordinator has its own ear for signals
@@ -338,6 +341,7 @@ def _coordinator(
     state: State | None,
     notes: Sequence[str],
     serve: Callable[[], bool],
+    method: Method | None,
     stack: ExitStack,
 ) -> Coordinator:
     run, plan, begin, order = setup.run, setup.plan, setup.begin, setup.order
@@ -377,6 +381,7 @@ def _coordinator(
         stop=setup.stop,
         serve=serve,
         watch=setup.watch,
+        method=method,
     )
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 import tracemalloc
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ from dbmpi.config import Run
 from dbmpi.errors import UserError
 from dbmpi.kernels import updates, vectors
 from dbmpi.monitor.records import read_records
+from dbmpi.network import own
 from dbmpi.objective import Outcome
 from dbmpi.optim import saving
 from dbmpi.optim.board import Batch
@@ -31,6 +34,7 @@ from dbmpi.runtime import waiting
 from dbmpi.train import train
 
 PORTIONS = 7  # 40 samples in portions of 6
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def describe(
@@ -51,7 +55,7 @@ def describe(
     )
 
 
-def serial(run: Run, evaluations: int) -> np.ndarray:
+def serial(run: Run, evaluations: int, method: Callable[..., object] | None = None) -> np.ndarray:
     """Return the parameters after a serial run: one vector, one loop over the portions, in their order."""
     twin = tiny.Twin(run)
     space = LocalSpace(twin.server.size, np.float32, vectors={"parameters": twin.server})
@@ -70,7 +74,11 @@ def serial(run: Run, evaluations: int) -> np.ndarray:
 
     settings = run.sandblaster
     evaluate = with_l2(space, evaluate, settings.l2) if settings.l2 else evaluate
-    lbfgs(space, evaluate, memory=settings.memory, limits=Limits(settings.gtol, settings.ftol, evaluations=evaluations))
+    limits = Limits(settings.gtol, settings.ftol, evaluations=evaluations)
+    if method is None:
+        lbfgs(space, evaluate, memory=settings.memory, limits=limits)
+    else:
+        method(space, evaluate, limits=limits, callback=lambda progress: progress.evaluations >= evaluations)
     return twin.server
 
 
@@ -96,6 +104,21 @@ def test_in_order_all_bits_are_those_of_a_serial_run(comm, place) -> None:
         assert len(batches) == result.steps / PORTIONS
         assert {sum(record["portions"].values()) for record in batches} == {PORTIONS}
         assert {len(record["ledger"]) for record in batches} == {PORTIONS}
+
+
+@pytest.mark.parallel([1, 4])
+def test_a_method_of_ones_own_trains_a_network(comm, place) -> None:
+    name = "own_batch_method:barzilai_borwein"
+    run = describe(place, TOPOLOGIES[comm.size][0], algorithm=name, deterministic=True, gtol=0)
+    run = run.model_copy(update={"network": run.network.model_copy(update={"code": EXAMPLES})})
+    result = train(run, comm)
+    assert result.steps == 12 * PORTIONS
+    method = own.member(name, "the test", EXAMPLES)
+    np.testing.assert_array_equal(tiny.vectors(result.checkpoint)["parameters"], serial(run, 12, method))
+    for wrong, said in {"nothing": "defines no 'nothing'", "main": "it takes (", "FIRST": "that is a float"}.items():
+        other = run.sandblaster.model_copy(update={"algorithm": f"own_batch_method:{wrong}"})
+        with pytest.raises(UserError, match=re.escape(said) if comm.rank == 0 else "rank 0"):
+            train(run.model_copy(update={"sandblaster": other}), comm)
 
 
 @pytest.mark.parallel([3, 4])

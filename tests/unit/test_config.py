@@ -73,6 +73,8 @@ def test_gradients_that_leave_by_layers_cannot_be_kept(file: Path, other: str) -
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
+        (["algorithm=newton"], ["'newton' is no batch method", "lbfgs", "module:function"]),
+        (["algorithm=mine:method", "batch_portions=2"], ["'mine:method' goes with batches of all samples only"]),
         (["l1=0.1", "algorithm=gradient_descent"], ["l1 = 0.1 needs sandblaster.algorithm = 'lbfgs', not 'gradient_"]),
         (["l1=0.1", "batch_portions=4"], ["set sandblaster.batch_portions = 0"]),
         (

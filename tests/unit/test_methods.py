@@ -114,6 +114,9 @@ def test_the_method_of_the_example_runs_on_any_number_of_shards():
     results = []
     for parts in (1, 3):
         with Shards(np.zeros(50), cut_points(50, parts)) as shards:
-            results.append((*example.barzilai_borwein(shards.space, shards.evaluate(function)), len(shards.commands)))
+            limits = Limits(gtol=1e-8)
+            report = example.barzilai_borwein(shards.space, shards.evaluate(function), limits=limits)
+            assert report.reason == "gradient"
+            results.append((*report, len(shards.commands)))
             np.testing.assert_allclose(shards.gather("parameters"), solution, atol=1e-6)
     assert results[0] == results[1]

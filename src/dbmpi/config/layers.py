@@ -96,6 +96,10 @@ class Dropout(Section):
     """Probability that a value is dropped."""
 
 
+OWN = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*"
+"""How code of a user's own is named: ``module:name``."""
+
+
 class OwnLayer(Section):
     """A layer of your own: a class that fulfils the contract of a layer (see own-layers.md), with settings of its own.
 
@@ -104,7 +108,7 @@ class OwnLayer(Section):
 
     model_config = ConfigDict(extra="allow")
 
-    type: Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$", max_length=200)]
+    type: Annotated[str, Field(pattern=f"^{OWN}$", max_length=200)]
     """``module:Class``; the module is looked for in `network.code` first, then where Python finds modules."""
     name: Name | None = None
     """Name in checkpoints; by default the class and the place, e.g. ``maxout2``."""

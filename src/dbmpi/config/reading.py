@@ -53,7 +53,8 @@ def load(path: Path | str, overrides: tuple[str, ...] = ()) -> Run:
         run = Run.model_validate(table)
     except ValidationError as error:
         raise UserError(explain(error, Run, str(path))) from None
-    if run.network.code is None and any(isinstance(layer, OwnLayer) for layer in run.network.layers):
+    names_code = run.sandblaster.own or any(isinstance(layer, OwnLayer) for layer in run.network.layers)
+    if run.network.code is None and names_code:
         here = run.network.model_copy(update={"code": path.parent})
         return run.model_copy(update={"network": here})
     return run

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from dbmpi.config.explaining import explain
-from dbmpi.config.layers import AnyLayer, Dense, OwnLayer
+from dbmpi.config.layers import OWN, AnyLayer, Dense, OwnLayer
 from dbmpi.config.values import Count, Name, NotNegative, Positive, Section
 from dbmpi.errors import UserError
 
@@ -142,11 +143,15 @@ class OptimizerSection(Section):
     """One replica takes this many steps alone before the others are released."""
 
 
+ALGORITHMS = ("lbfgs", "conjugate_gradients", "gradient_descent")
+"""Batch methods that Sandblaster has."""
+
+
 class SandblasterSection(Section):
     """How ``optimizer.method = "sandblaster"`` works; the batch is cut into portions of ``optimizer.batch_size``."""
 
-    algorithm: Literal["lbfgs", "conjugate_gradients", "gradient_descent"] = "lbfgs"
-    """The batch method."""
+    algorithm: Annotated[str, Field(max_length=200)] = "lbfgs"
+    """``lbfgs``, ``conjugate_gradients``, ``gradient_descent``, or ``module:function``: one of your own."""
     memory: Annotated[int, Field(ge=0, le=1000, strict=True)] = 10
     """L-BFGS: pairs of steps and gradient differences that are kept on the shards."""
     line_search: Literal["strong_wolfe", "backtracking", "fixed"] = "strong_wolfe"
@@ -173,6 +178,19 @@ class SandblasterSection(Section):
     """Portions whose gradients a replica adds up before the shards take them."""
     deterministic: bool = False
     """Add up portions in their order, so that the result depends neither on timing nor on the number of replicas."""
+
+    @field_validator("algorithm")
+    @classmethod
+    def _algorithm_is_one(cls, name: str) -> str:
+        if name not in ALGORITHMS and not re.fullmatch(OWN, name):
+            known = ", ".join(ALGORITHMS)
+            raise ValueError(f"{name!r} is no batch method; known are {known}, and module:function for one of your own")
+        return name
+
+    @property
+    def own(self) -> bool:
+        """Whether the batch method is the user's own."""
+        return self.algorithm not in ALGORITHMS
 
 
 class ServerSection(Section):
@@ -269,6 +287,11 @@ class Run(Section):
             raise ValueError(
                 f"sandblaster.l1 = {sandblaster.l1:g} needs sandblaster.algorithm = 'lbfgs', not "
                 f"{sandblaster.algorithm!r}"
+            )
+        if sandblaster.own and sandblaster.batch_portions:
+            raise ValueError(
+                f"sandblaster.algorithm = {sandblaster.algorithm!r} goes with batches of all samples only: set "
+                "sandblaster.batch_portions = 0"
             )
         if self.optimizer.method == "sandblaster" and self.optimizer.warmstart:
             raise ValueError(

@@ -1,5 +1,7 @@
 """Layers of a user's own: from ``module:Class`` in a configuration to a layer that keeps the contract.
 
+(`member` serves batch methods of a user's own, too.)
+
 A configuration, or a checkpoint, only names a class.  Whoever makes a network says where such classes may come from;
 unless he does, none is loaded, as loading one runs the code of its file.
 """
@@ -42,7 +44,7 @@ def from_directory(directory: Path | None) -> Loader:
     """Look for modules in a directory first, then where Python finds modules: for a user's own configuration."""
 
     def load(kind: str, layer: str) -> Any:
-        return _member(kind, layer, directory)
+        return member(kind, f"layer {layer!r}", directory)
 
     return load
 
@@ -62,7 +64,7 @@ def from_files(files: Sequence[Path]) -> Loader:
             )
         if not suiting[0].is_file():
             raise UserError(f"--allow-code {suiting[0]}: no such file; expected the one that defines {kind!r}")
-        return _member(kind, layer, suiting[0].resolve().parents[len(module) - 1])
+        return member(kind, f"layer {layer!r}", suiting[0].resolve().parents[len(module) - 1])
 
     return load
 
@@ -120,23 +122,29 @@ def _where(error: Exception) -> str:
     return f"{type(error).__name__}: {error} ({last.filename}, line {last.lineno})"
 
 
-def _member(kind: str, layer: str, directory: Path | None) -> Any:
-    """Return what a module contains; looked for in the directory first."""
-    module, _, member = kind.partition(":")
+def member(kind: str, where: str, directory: Path | None) -> Any:
+    """Return what ``module:name`` names; looked for in the directory first.
+
+    Raises
+    ------
+    UserError
+        If it is not there or cannot be loaded; begins with `where` the user has named it.
+    """
+    module, _, name = kind.partition(":")
     try:
         loaded = _imported(module, directory)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-            raise UserError(f"layer {layer!r}: {module!r} cannot be loaded: {error}") from error
+            raise UserError(f"{where}: {module!r} cannot be loaded: {error}") from error
         place = f"{directory} has no {_file_of(kind)}, and Python finds" if directory is not None else "Python finds"
-        raise UserError(f"layer {layer!r}: {place} no module {module!r}") from None
+        raise UserError(f"{where}: {place} no module {module!r}") from None
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"layer {layer!r}: {module!r} cannot be loaded: {_where(error)}") from error
-    if not hasattr(loaded, member):
-        raise UserError(f"layer {layer!r}: {loaded.__file__} defines no {member!r}")
-    return getattr(loaded, member)
+        raise UserError(f"{where}: {module!r} cannot be loaded: {_where(error)}") from error
+    if not hasattr(loaded, name):
+        raise UserError(f"{where}: {loaded.__file__} defines no {name!r}")
+    return getattr(loaded, name)
 
 
 def _imported(module: str, directory: Path | None) -> ModuleType:

@@ -46,6 +46,7 @@ from dbmpi.runtime.failures import RESUMING
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from dbmpi.optim.ownmethod import Method
     from dbmpi.paramserver.layout import Layout
     from dbmpi.paramserver.window import Window
     from dbmpi.runtime.failures import Watch
@@ -75,6 +76,8 @@ class Coordinator:
         What else this rank has to do while it waits: the work of a replica, where there is one on this rank.
     watch
         Knows of ranks that have died.
+    method
+        The user's own batch method, if it is not one of ours.
 
     Attributes
     ----------
@@ -109,6 +112,7 @@ class Coordinator:
         stop: StopSignal,
         serve: Callable[[], bool],
         watch: Watch,
+        method: Method | None = None,
     ) -> None:
         self._comm, self._run, self._plan, self._layout, self._ranges = comm, run, plan, layout, ranges
         self._samples, self._beginning = samples, beginning
@@ -117,6 +121,7 @@ class Coordinator:
         self._mailbox, self._recorder, self._progress, self._stop = mailbox, recorder, progress, stop
         self._serve_others, self._watch = serve, watch
         self._mourned: set[int] = set()
+        self._method = method
         self._leaving: list[tuple[MPI.Request, np.ndarray]] = []
         self.space = RemoteSpace(self._submit, space.names)
         self._gradient = ""
@@ -148,7 +153,7 @@ class Coordinator:
                 )
         except _Interrupted:
             self._tested_at = -1
-            if self._trying:
+            if self._trying and ORIGIN in self.space.names:
                 self.space.copy(ORIGIN, POINT)  # the search had gone on from there, and will do so again
             self.steps, self.samples = self._counted
         self._save()
@@ -258,11 +263,14 @@ class Coordinator:
         batches = None if self._sampling.whole else self
         search = linesearch.named(settings.line_search, settings.step_length)
         space, told = self.space, self._after_iteration
+        method = self._method
         if settings.algorithm == "gradient_descent":
-            return gradient_descent(space, evaluate, search=search, limits=limits, callback=told, batches=batches)
-        if settings.algorithm == "conjugate_gradients":
-            search = exact_search if settings.line_search == "strong_wolfe" else search
-            return conjugate_gradients(space, evaluate, search=search, limits=limits, callback=told, batches=batches)
+            method = partial(gradient_descent, search=search, batches=batches)
+        elif settings.algorithm == "conjugate_gradients":
+            exact = exact_search if settings.line_search == "strong_wolfe" else search
+            method = partial(conjugate_gradients, search=exact, batches=batches)
+        if method is not None:
+            return method(space, evaluate, limits=limits, callback=told)
         history = self._history = History(space, settings.memory, _CAUTION)
         if state is not None:
             history.restore(state.arrays)
