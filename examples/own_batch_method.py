@@ -11,17 +11,19 @@ from dbmpi.optim.descent import Callback, Evaluate, Limits, Progress, Report, pr
 from dbmpi.optim.localspace import LocalSpace
 from dbmpi.optim.space import Space
 
-FIRST = 1e-3
-"""The first step, and one that is taken where the gradient has not grown along the last."""
+FIRST, SHORTEST = 1e-3, 1e-9
+"""The first step, and one that is taken where the gradient has not grown along the last; the shortest one."""
 
 
 def barzilai_borwein(space: Space, evaluate: Evaluate, *, limits: Limits, callback: Callback | None = None) -> Report:
     """Minimise from the vector "parameters".
 
-    The step is ``s.s / s.y`` for the last displacement s and the change y of the gradient (IMA J. Num. Anal. 8, 1988).
+    The step is ``s.s / s.y`` for the last displacement s and the change y of the gradient (IMA J. Num. Anal. 8, 1988);
+    a quarter of it where the loss would exceed the last ten (Raydan, SIAM J. Optim. 7, 1997).
     """
     prepare(space, "previous parameters", "gradient", "previous gradient", "y")
     loss, step, iteration, reason = evaluate("parameters", "gradient"), FIRST, 0, "gradient"
+    losses = [loss]
     while (largest := float(space.norms(["gradient"])[0])) > limits.gtol:
         if iteration >= limits.iterations:
             reason = "iterations"
@@ -29,6 +31,12 @@ def barzilai_borwein(space: Space, evaluate: Evaluate, *, limits: Limits, callba
         space.copy("gradient", "previous gradient")
         space.advance("parameters", "previous parameters", -step, "gradient")
         loss, iteration = evaluate("parameters", "gradient"), iteration + 1
+        if not loss <= max(losses[-10:]) and step > SHORTEST:  # too far: back to where it was
+            space.copy("previous parameters", "parameters")
+            space.copy("previous gradient", "gradient")
+            loss, step = losses[-1], step / 4
+            continue
+        losses.append(loss)
         if callback is not None and callback(Progress(iteration, iteration + 1, loss, largest, step)):
             reason = "callback"
             break
