@@ -46,6 +46,7 @@ LEVELS = {
     "dbmpi.optim": 4,
     "dbmpi.checkpoint.trained": 5,  # a checkpoint made a network again
     "dbmpi.batchsetup": 4.5,
+    "dbmpi.batchworker": 4.75,
     "dbmpi.beginning": 5,
     "dbmpi.batchrun": 5,
     "dbmpi.train": 6,

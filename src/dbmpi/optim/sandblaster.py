@@ -27,14 +27,13 @@ from dbmpi.errors import RunFailed
 from dbmpi.monitor.progress import Progress
 from dbmpi.monitor.records import BatchReport, EvaluationReport, Recorder
 from dbmpi.objective import Outcome
-from dbmpi.optim import descent, linesearch
+from dbmpi.optim import descent
 from dbmpi.optim.batches import REASONS, Beginning, Samples, sampling
 from dbmpi.optim.board import Board, Kind
 from dbmpi.optim.commands import Command, RemoteSpace, execute
-from dbmpi.optim.descent import ORIGIN, POINT, Limits, Report
-from dbmpi.optim.lbfgs import History, lbfgs
-from dbmpi.optim.methods import conjugate_gradients, exact_search, gradient_descent, owlqn, with_l2
-from dbmpi.optim.multibatch import multi_batch_lbfgs
+from dbmpi.optim.descent import ORIGIN, POINT, Report
+from dbmpi.optim.lbfgs import History
+from dbmpi.optim.minimising import minimise
 from dbmpi.optim.passes import Passes, Station
 from dbmpi.optim.resuming import capture
 from dbmpi.optim.saving import check_finite, save
@@ -256,38 +255,18 @@ class Coordinator:
             self._sampling.restore(state.place)
         if self._used_up:
             return None
-        evaluate: descent.Evaluate = self.evaluate
-        if settings.l2:
-            evaluate = with_l2(self.space, evaluate, settings.l2)
-        limits = Limits(settings.gtol, settings.ftol)
-        batches = None if self._sampling.whole else self
-        search = linesearch.named(settings.line_search, settings.step_length)
-        space, told = self.space, self._after_iteration
-        method = self._method
-        if settings.algorithm == "gradient_descent":
-            method = partial(gradient_descent, search=search, batches=batches)
-        elif settings.algorithm == "conjugate_gradients":
-            exact = exact_search if settings.line_search == "strong_wolfe" else search
-            method = partial(conjugate_gradients, search=exact, batches=batches)
-        if method is not None:
-            return method(space, evaluate, limits=limits, callback=told)
-        history = self._history = History(space, settings.memory, _CAUTION)
-        if state is not None:
-            history.restore(state.arrays)
-            self._trying = state.start is not None
-        if settings.l1:
-            return owlqn(space, evaluate, strength=settings.l1, limits=limits, callback=told, history=history)
-        if settings.batch_overlap:
-            length = settings.step_length
-            return multi_batch_lbfgs(space, self, history, step_length=length, limits=limits, callback=told)
-        return lbfgs(
-            space,
-            evaluate,
-            search=search,
-            limits=limits,
-            callback=told,
-            batches=batches,
-            history=history,
+        if settings.algorithm == "lbfgs":
+            self._history = History(self.space, settings.memory, _CAUTION)
+            if state is not None:
+                self._history.restore(state.arrays)
+                self._trying = state.start is not None
+        return minimise(
+            self,
+            settings,
+            whole=self._sampling.whole,
+            own=self._method,
+            callback=self._after_iteration,
+            history=self._history,
             start=None if state is None else state.start,
         )
 

@@ -105,7 +105,7 @@ def partner(comm: MPI.Comm, rank: int) -> Iterator[None]:
         raise RankLost(f"rank {rank} has died")
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # MPI's own, whose name is not known without importing it
         if told(error):
             raise RankLost(f"rank {rank} has died") from error
         raise
