@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from dbmpi.monitor.records import Record, read_records
 BATCHES_PER_EPOCH = -(-tiny.SAMPLES // 6)
 FOR_EVER = 10_000_000
 """Epochs that no test sees the end of."""
+_MESSAGE = re.compile(r"\s*\S?\s*(dbmpi\b.*)")
 SECONDS = 20.0
 """In which a job that cannot go on must be gone, on a busy machine too."""
 
@@ -126,6 +128,15 @@ class Jobs:
         program.wait_until(lambda: passes() > wanted or program.returncode is not None, seconds * timeout_scale())
         return passes() > wanted and program.returncode is None
 
+    def wait_for_output(self, program: Program, *words: str, seconds: float = 40.0) -> None:
+        """Wait until a running program has written all these words to standard output."""
+
+        def written() -> bool:
+            return all(word in program.stdout for word in words)
+
+        program.wait_until(lambda: written() or program.returncode is not None, seconds * timeout_scale())
+        assert written(), f"not written: {words}\n{program.stdout}{program.stderr}"
+
     def checkpoint(self) -> Checkpoint:
         """Open the last checkpoint."""
         return Checkpoint.open(self.run_directory)
@@ -151,5 +162,9 @@ class Jobs:
 
 
 def messages(done: Completed) -> list[str]:
-    """Return what dbmpi says about errors; launchers add words of their own, and spaces without an end of line."""
-    return [line.strip() for line in done.output.splitlines() if line.strip().startswith("dbmpi")]
+    """Return what dbmpi says about errors, apart from what launchers add.
+
+    That is lines of their own, and before ours spaces without an end of line, or a stray byte: Open MPI 5.0's mpirun
+    now and then writes one byte of its memory more than a text has.
+    """
+    return [found[1].rstrip("\0 ") for line in done.output.split("\n") if (found := _MESSAGE.match(line))]
