@@ -54,18 +54,20 @@ def main() -> None:
     report.finish()
 
 
+def contestants(threads: int, batch: int) -> tuple[common.Contestant, common.Contestant]:
+    """Start ours and PyTorch's."""
+    peer = (common.peers_python(), common.PEERS / "speech_step.py", str(threads), str(batch))
+    return (
+        common.Contestant((sys.executable, __file__, "--contestant", str(batch)), threads=threads),
+        common.Contestant(peer, threads=threads),
+    )
+
+
 def compare(report: common.Report, threads: int, batch: int, rounds: int) -> tuple[Any, ...]:
     """Time both in turn, show where our time goes, and return a row of the table."""
     with ExitStack() as stack:
-        ours = stack.enter_context(
-            common.Contestant((sys.executable, __file__, "--contestant", str(batch)), threads=threads)
-        )
-        peer = stack.enter_context(
-            common.Contestant(
-                (common.peers_python(), common.PEERS / "speech_step.py", str(threads), str(batch)), threads=threads
-            )
-        )
-        flops = ours.do("flops")["flops"]
+        ours, peer = (stack.enter_context(one) for one in contestants(threads, batch))
+        flops = ours.do("work")["flops"]
         rounds_of = common.in_turn(
             rounds, together=threads > 1, ours=ours.do, peer=peer.do, peak=lambda: ours.do("peak")
         )
@@ -152,7 +154,7 @@ def contestant(batch: int) -> None:
     common.serve(
         step=common.timed(step),
         parts=parts,
-        flops=lambda: {"flops": network.flops(batch)},
+        work=lambda: {"bytes": 2 * (parameters.nbytes + inputs.nbytes), "flops": network.flops(batch)},
         peak=common.fma_peak(),
         copy=common.copy_bandwidth(),
     )
