@@ -28,6 +28,8 @@ from dbmpi.objective import Outcome
 from dbmpi.optim import ownmethod, shardspace
 from dbmpi.optim.batches import Beginning, Samples
 from dbmpi.optim.board import MOST_PORTIONS, MOST_REPLICAS
+from dbmpi.optim.evaluation import Evaluator
+from dbmpi.optim.keeping import Keeper
 from dbmpi.optim.ownmethod import Method
 from dbmpi.optim.passes import Station
 from dbmpi.optim.resuming import State, read_state
@@ -38,6 +40,7 @@ from dbmpi.paramserver import window as windows
 from dbmpi.paramserver.layout import pieces
 from dbmpi.paramserver.probe import transport_between
 from dbmpi.paramserver.window import Window
+from dbmpi.partition.arrangement import Arrangement
 from dbmpi.result import Result
 from dbmpi.runtime import failures, orders, waiting
 from dbmpi.runtime.failures import RankLost
@@ -227,25 +230,42 @@ def _coordinator(
         ]
         for replica in range(plan.replicas)
     ]
-    return Coordinator(
+    evaluator = Evaluator(
+        setup.comms.world,
+        plan,
+        space,
+        setup.board(window),
+        window,
+        stations,
+        ordered=run.sandblaster.deterministic,
+        mailbox=Mailbox(setup.comms.world, orders.Role.SHARD),
+        stop=setup.stop,
+        watch=setup.watch,
+        say=progress.message,
+        serve=serve,
+    )
+    samples = Samples(order, setup.tests, setup.data.input_shape, setup.data.classes)
+    beginning = Beginning(begin.stream, begin.step, begin.samples, state)
+    keeper = Keeper(
         setup.comms.world,
         run,
         plan,
-        setup.network.layout,
-        setup.ranges,
-        Samples(order, setup.tests, setup.data.input_shape, setup.data.classes),
-        Beginning(begin.stream, begin.step, begin.samples, state),
-        space=space,
+        Arrangement(setup.network.layout, setup.ranges),
+        samples,
+        beginning,
+        lead=space,
         carried=carried,
-        board=setup.board(window),
-        window=window,
-        stations=stations,
-        mailbox=Mailbox(setup.comms.world, orders.Role.SHARD),
-        recorder=setup.recorder("shard", 0),
+        submit=evaluator.submit,
+    )
+    recorder = setup.recorder("shard", 0)
+    return Coordinator(
+        run,
+        samples,
+        beginning,
+        evaluator=evaluator,
+        keeper=keeper,
+        recorder=recorder,
         progress=progress,
-        stop=setup.stop,
-        serve=serve,
-        watch=setup.watch,
         method=method,
     )
 
@@ -262,7 +282,7 @@ def _conclude(comm: MPI.Intracomm, coordinator: Coordinator | None, seconds: flo
                 request = comm.Irecv(word, rank, _CONCLUSION)
                 failures.complete(request, comm, rank, f"rank {rank} to come to the end", memory=word)
         learned = (coordinator.steps, coordinator.samples, coordinator.stopped_by)
-        text = json.dumps([*learned, coordinator.test, str(coordinator.checkpoint)])
+        text = json.dumps([*learned, coordinator.test, str(coordinator.checkpoint), coordinator.lost])
         data = np.frombuffer(text.encode(), np.uint8)
         for rank in range(1, comm.size):
             with suppress(RankLost), failures.partner(comm, rank):
@@ -274,5 +294,6 @@ def _conclude(comm: MPI.Intracomm, coordinator: Coordinator | None, seconds: flo
         waiting.until(lambda: comm.Iprobe(0, _CONCLUSION, status), "the coordinator to conclude")
         data = np.empty(status.Get_count(MPI.BYTE), np.uint8)
         comm.Recv([data, MPI.BYTE], 0, _CONCLUSION)
-    steps, samples, stopped_by, test, path = json.loads(data.tobytes())
-    return Result(steps, samples, seconds, None if test is None else Outcome(*test), stopped_by, Path(path))
+    steps, samples, stopped_by, test, path, lost = json.loads(data.tobytes())
+    outcome = None if test is None else Outcome(*test)
+    return Result(steps, samples, seconds, outcome, stopped_by, Path(path), lost=tuple(lost))

@@ -28,3 +28,5 @@ class Result:
     """Mean staleness of the pushes in this session."""
     advice: str = ""
     """What would make such a run faster, if the shards were the bottleneck."""
+    lost: tuple[int, ...] = ()
+    """Replicas of Sandblaster that have died in this session."""

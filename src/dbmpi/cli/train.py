@@ -86,6 +86,8 @@ def _print(result: Result, directory: Path) -> None:
         ("checkpoint", str(result.checkpoint)),
         ("records", str(directory / "records")),
     ]
+    if result.lost:
+        lines.append(("lost replicas", ", ".join(map(str, result.lost))))
     if result.advice:
         lines.append(("advice", result.advice))
     for name, value in lines:

@@ -35,6 +35,10 @@ class Beginning:
     state: State | None = None
     """Of the batch method, if its vectors are on the shards."""
 
+    def place(self, portions: int) -> int:
+        """Return the place in the stream that is reached with so many portions of this session."""
+        return min(self.stream.frontier + portions, self.stream.total)
+
 
 @dataclass(frozen=True)
 class Samples:
