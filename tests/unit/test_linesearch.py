@@ -175,6 +175,7 @@ def test_wrong_gradients_are_doubted(wrong):
     assert "the loss changes by" in disagreement(trials)
 
 
-def test_changes_below_the_precision_of_a_loss_say_nothing():
-    trials = [Trial(a, 1e6 + (0.001 if a else 0), -1e-4) for a in (0.0, 0.1, 1.0)]
+@pytest.mark.parametrize(("level", "change", "slope"), [(1e6, 1e-3, -1e-4), (1e-9, 1e-15, -1e-8)])
+def test_changes_below_the_precision_of_a_loss_say_nothing(level, change, slope):
+    trials = [Trial(a, level + (change if a else 0), slope) for a in (0.0, 0.1, 1.0)]
     assert disagreement(trials) is None

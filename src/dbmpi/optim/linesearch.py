@@ -203,7 +203,8 @@ def disagreement(trials: Sequence[Trial], precision: float = 1e-7) -> str | None
     trials
         Trials along one line, the start included.
     precision
-        Relative error of a loss: smaller changes say nothing.
+        Error of a loss, relative to one, or to the loss where that is larger: smaller changes say nothing.  (A loss of
+        1e-9 is made of outputs of the size of one, and so is its gradient, by the precision of float32.)
 
     Returns
     -------
@@ -214,7 +215,7 @@ def disagreement(trials: Sequence[Trial], precision: float = 1e-7) -> str | None
     for a, b in pairwise(finite):
         distance = b.step - a.step
         steepest = max(abs(a.slope), abs(b.slope))
-        noise = precision * max(abs(a.loss), abs(b.loss))
+        noise = precision * max(abs(a.loss), abs(b.loss), 1.0)
         if abs(b.slope - a.slope) > 0.5 * steepest or distance * steepest < 10 * noise:
             continue
         found = (b.loss - a.loss) / distance
