@@ -18,6 +18,7 @@ from dbmpi.checkpoint.directory import checkpoint_path
 from dbmpi.checkpoint.statistics import Statistics
 from dbmpi.cli import inspect
 from dbmpi.errors import UserError
+from dbmpi.monitor.records import BatchReport, Recorder
 
 floats = st.floats(-100, 100, width=32) | st.sampled_from([math.nan, math.inf])
 
@@ -83,6 +84,18 @@ def test_a_run_directory(tmp_path, capsys):
     assert [brief["name"][-6:-3] for brief in found["checkpoints"]] == ["001", "020", "300"]
     assert found["newest"]["step"] == 300
     assert found["newest"]["configuration"]["run"] == {"seed": 1}
+
+
+def test_lost_replicas_of_a_run_are_named(tmp_path, capsys):
+    write(tmp_path, 3)
+    fields = {"loss": 1.0, "accuracy": None, "samples": 7, "portions": {}, "revoked": 0, "seconds": 1.0}
+    with Recorder(tmp_path, "shard", 0) as recorder:
+        for iteration, lost in enumerate(((), (1,), (1, 3))):
+            recorder.write(BatchReport(iteration=iteration, epoch=1.0, lost=lost, **fields))
+    named = "lost: replica 1 since iteration 1 of session 1; replica 3 since iteration 2 of session 1"
+    assert [line.strip() for line in show(capsys, tmp_path).splitlines() if "lost:" in line] == [named]
+    lost = json.loads(show(capsys, tmp_path, as_json=True))["lost"]
+    assert [(one["replica"], one["session"], one["iteration"]) for one in lost] == [(1, 1, 1), (3, 1, 2)]
 
 
 def test_a_checkpoint(tmp_path, capsys):

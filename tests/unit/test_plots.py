@@ -14,7 +14,7 @@ from dbmpi.cli import plot
 from dbmpi.errors import UserError
 from dbmpi.monitor import panels
 from dbmpi.monitor.history import History
-from dbmpi.monitor.plots import draw
+from dbmpi.monitor.plots import _headline, draw
 from dbmpi.monitor.records import read_records
 
 pytest.importorskip("matplotlib", reason="drawing needs the extra [plot]")
@@ -136,6 +136,39 @@ def test_throughput_adds_the_replicas_up(tmp_path, axes):
     training = ((x > 1.5) & (x <= 5.5)) | ((x > 1.5 + end) & (x <= 5.5 + end))
     np.testing.assert_allclose(total[training], 50 * BATCH)
     np.testing.assert_array_equal(total[~training], 0)
+
+
+def lose_replicas(directory: Path) -> None:
+    """Append passes of 9 portions: replica 2 dies in the first session and replica 1 in the second."""
+    lost = {1: [[], [2], [2]], 2: [[], [], [1]]}
+    with (directory / "records" / "shard-0.jsonl").open("a") as file:
+        for session, passes in lost.items():
+            for iteration, dead in enumerate(passes):
+                record = {"kind": "batch", "role": "shard", "number": 0, "session": session, "elapsed": 2.0 + iteration}
+                record |= {
+                    "time": 1e9 + 1000 * session + record["elapsed"],
+                    "iteration": iteration,
+                    "epoch": 0.5 * iteration,
+                }
+                record |= {"loss": 1.0, "accuracy": None, "samples": SAMPLES, "portions": {"0": 9}, "revoked": 0}
+                file.write(json.dumps(record | {"seconds": 1.0, "lost": dead}) + "\n")
+
+
+def test_lost_replicas_are_shown_where_they_were_lost(tmp_path, axes):
+    directory = make_run(tmp_path / "run", workers=3)
+    lose_replicas(directory)
+    history = History(read_records(directory))
+    assert [str(lost) for lost in history.lost] == [
+        "replica 2 since iteration 1 of session 1",
+        "replica 1 since iteration 2 of session 2",
+    ]
+    assert history.steps_per_epoch == 18
+    panels.throughput(axes, history)
+    (first,) = [line for line in axes.lines if line.get_label() == "lost: 1, 2"]
+    second = axes.lines[axes.lines.index(first) + 1]
+    assert [drawn.get_xdata()[0] for drawn in (first, second)] == [3.0, history.starts[2] + 4.0]
+    assert [drawn.get_color() for drawn in (first, second)] == [panels._REPLICAS[2], panels._REPLICAS[1]]
+    assert "2 replicas lost" in _headline("run", history)
 
 
 def test_staleness_bars_are_the_shares_of_the_pushes(tmp_path, axes):

@@ -16,6 +16,7 @@ from dbmpi.errors import UserError
 
 if TYPE_CHECKING:
     from dbmpi.checkpoint.reader import Checkpoint
+    from dbmpi.monitor.history import History
 
 SUMMARY = "show what a checkpoint, a run directory or a data file holds"
 
@@ -70,13 +71,14 @@ def describe(path: Path) -> dict[str, Any]:
     from dbmpi.checkpoint.reader import Checkpoint
 
     if path.is_dir():
-        place = directory.checkpoints_directory(path)
+        place, history = directory.checkpoints_directory(path), _history(path)
         with Checkpoint.open(path) as checkpoint:
             return {
                 "kind": "run",
                 "path": str(path),
                 "notice": checkpoint.notice,
                 "checkpoints": [_brief(candidate) for candidate in sorted(directory.checkpoints(place))],
+                "lost": [asdict(lost) for lost in history.lost] if history is not None else [],
                 "newest": _checkpoint(checkpoint),
             }
     if not path.exists():
@@ -85,6 +87,14 @@ def describe(path: Path) -> dict[str, Any]:
         with Checkpoint.open(path) as checkpoint:
             return _checkpoint(checkpoint)
     return _data(path)
+
+
+def _history(directory: Path) -> History | None:
+    """Return what the records of a run say, if it has any."""
+    from dbmpi.monitor.history import History
+    from dbmpi.monitor.records import read_records
+
+    return History(read_records(directory)) if any((directory / "records").glob("*.jsonl")) else None
 
 
 def _is_checkpoint(path: Path) -> bool:
@@ -208,6 +218,10 @@ def _run_lines(found: dict[str, Any]) -> Iterator[str]:
                 f"  {brief['name']}  {_time(brief['created'])}  step {brief['step']:,}  "
                 f"{brief['samples']:,} samples  {_size(brief['bytes'])}"
             )
+    if found["lost"]:
+        from dbmpi.monitor.history import LostReplica
+
+        yield f"  lost: {'; '.join(str(LostReplica(**lost)) for lost in found['lost'])}"
     yield ""
     yield from _checkpoint_lines(found["newest"])
 

@@ -43,6 +43,21 @@ class Summary:
     """How often the run was started."""
 
 
+@dataclass(frozen=True)
+class LostReplica:
+    """A replica that has died, and that its session went on without."""
+
+    replica: int
+    session: int
+    iteration: int
+    """Iterations of the session that were finished when it was first done without."""
+    seconds: float
+    """When that was, in seconds of the run."""
+
+    def __str__(self) -> str:
+        return f"replica {self.replica} since iteration {self.iteration:,} of session {self.session}"
+
+
 def summary(directory: Path) -> Summary:
     """Return the results of the run in `directory`, from its records.
 
@@ -110,6 +125,16 @@ class History:
         return self.starts[first["session"]] + _begin(first)
 
     @property
+    def lost(self) -> list[LostReplica]:
+        """Replicas that have died, in the order of time; one entry for each session."""
+        found: dict[tuple[int, int], LostReplica] = {}
+        for batch in self.batches:
+            for replica in batch["lost"]:
+                of = batch["session"], replica
+                found.setdefault(of, LostReplica(replica, of[0], batch["iteration"], self.seconds(batch)))
+        return list(found.values())
+
+    @property
     def replicas(self) -> dict[int, list[Record]]:
         """The reports that speak for each replica: those of its partition 0."""
         replicas: dict[int, list[Record]] = {}
@@ -170,8 +195,16 @@ class History:
         """Mini-batches of all replicas together in one epoch; 0 where too little is recorded to say.
 
         Replicas take the batches of the stream in turn, so that each goes through it in strides.  Of the first session:
-        a later one also fills the gaps that the first has left.
+        a later one also fills the gaps that the first has left.  Replicas of Sandblaster take what they can, and a pass
+        says what it was.
         """
+        passes = [
+            sum(after["portions"].values()) / (after["epoch"] - before["epoch"])
+            for before, after in pairwise(batch for batch in self.batches if batch["session"] == self.sessions[0])
+            if None not in (before["epoch"], after["epoch"]) and after["epoch"] > before["epoch"]
+        ]
+        if passes:
+            return round(float(median(passes)))
         steps = 0.0
         for own in self._by_session.get(self.sessions[0], {}).values() if self.sessions else ():
             strides = [

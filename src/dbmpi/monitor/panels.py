@@ -75,6 +75,12 @@ def throughput(axes: Axes, history: History) -> None:
     axes.yaxis.set_major_formatter(_thousands())
     axes.set(xlim=(0, 1.03 * history.duration or 1), ylim=(0, 1.45 * float(total.max()) or 1))
     _mark_sessions(axes, history, "seconds")
+    lost = history.lost
+    for place, one in enumerate(lost):
+        numbers = sorted({other.replica for other in lost})
+        label = f"lost: {', '.join(map(str, numbers))}" if len(numbers) <= 4 else f"{len(numbers)} are lost"
+        color = _REPLICAS[list(rates).index(one.replica)] if named and one.replica in rates else "black"
+        axes.axvline(one.seconds, color=color, ls="--", lw=1, label=None if place else label)
     axes.legend(ncols=2, loc="upper center")
 
 

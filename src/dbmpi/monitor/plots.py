@@ -77,6 +77,8 @@ def _headline(name: str, history: History) -> str:
         facts.append(f"{result.samples_per_second:,.0f} samples/s")
     if math.isfinite(result.mean_staleness):
         facts.append(f"mean staleness {result.mean_staleness:.2f}")
+    if lost := len(history.lost):
+        facts.append(f"{lost} replica{'s' if lost > 1 else ''} lost")
     return "   ·   ".join(facts)
 
 
