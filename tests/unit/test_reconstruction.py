@@ -5,8 +5,13 @@ import numpy as np
 import pytest
 
 from dbmpi import config
+from dbmpi.kernels import objectives
+from dbmpi.kernels.memory import rows_of
+from dbmpi.network.convolution import Convolution
+from dbmpi.network.local import Local
 from dbmpi.network.network import Network
 from dbmpi.objective import Batch
+from dbmpi.partition.boxes import Box
 from dbmpi.train import train
 
 
@@ -64,6 +69,36 @@ def test_the_gradient_is_that_of_finite_differences(activation, kind):
         direction = rng.standard_normal(parameters.size)
         there, here = (network.evaluate(parameters + step * direction, batch).mean_loss for step in (1e-5, -1e-5))
         assert (there - here) / 2e-5 == pytest.approx(gradient @ direction, rel=1e-6)
+
+
+@pytest.mark.parametrize(("kind", "filters"), [(Local, "ijmuvc"), (Convolution, "mcuv")])
+def test_what_comes_from_an_estimate_is_added(kind, filters):
+    """Over fields deeper than one pass, and two blocks of maps."""
+    layer, samples, rng = kind("layer", (9, 12, 13), 11, (10, 10), reconstruction=1.0), 37, np.random.default_rng(1)
+    parameters = {name: rng.normal(size=one.shape).astype(np.float32) for name, one in layer.tensors.items()}
+    of_parameters = {name: np.zeros_like(values) for name, values in parameters.items()}
+    outputs, gradient = (rng.normal(size=(*layer.output_shape, samples)).astype(np.float32) for _ in range(2))
+    of_estimate = rng.normal(size=(*layer.input_shape, samples)).astype(np.float32)
+    fields = np.lib.stride_tricks.sliding_window_view(of_estimate.astype(np.float64), layer.field, (1, 2))
+    added = np.einsum(f"{filters},cijbuv->mijb", parameters["decoder"], fields, optimize=True)
+    expected, before = gradient + added, outputs.copy()
+    layer.reconstruct_backward(Box.whole(layer.output_shape), parameters, outputs, of_estimate, of_parameters, gradient)
+    np.testing.assert_allclose(gradient, expected, atol=1e-5 * np.abs(expected).max(), rtol=0)
+    of_decoder = np.einsum(f"mijb,cijbuv->{filters}", before, fields, optimize=True)
+    np.testing.assert_allclose(of_parameters["decoder"], of_decoder, atol=1e-5 * np.abs(of_decoder).max(), rtol=0)
+    np.testing.assert_array_equal(outputs, before)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_terms_of_a_part_of_an_array_against_naive_twins(dtype):
+    rng = np.random.default_rng(1)
+    values = rng.normal(size=(4, 9, 8, 300)).astype(dtype)[1:, 2:7, 3:]
+    estimate = rng.normal(size=values.shape).astype(dtype)
+    assert objectives.total(*rows_of(values), values.shape) == pytest.approx(values.sum(dtype=np.float64), rel=1e-10)
+    difference = estimate - values
+    found = objectives.squared_error(estimate, *rows_of(values), 0.25)
+    assert found == pytest.approx((difference.astype(np.float64) ** 2).sum(), rel=1e-12)
+    np.testing.assert_array_equal(estimate, dtype(0.25) * difference)
 
 
 def test_a_run_learns_from_a_file_without_targets(tmp_path):

@@ -78,13 +78,31 @@ class Filters:
         places
             Which rows and columns of the outputs to write; by default all.
         """
+        self._multiply(weights, flat(bias), inputs, outputs, stride, activation, places)
+
+    def add_sums(self, weights: np.ndarray, inputs: np.ndarray, outputs: np.ndarray, stride: int) -> None:
+        """Add the sums of weights times field to `outputs`: as `forward`, without bias and activation."""
+        self._multiply(weights, None, inputs, outputs, stride, "linear", None)
+
+    def _multiply(
+        self,
+        weights: np.ndarray,
+        bias: np.ndarray | None,
+        inputs: np.ndarray,
+        outputs: np.ndarray,
+        stride: int,
+        activation: str,
+        places: Places | None,
+    ) -> None:
+        """Compute sums with a bias, or add them where there is none."""
         maps, rows, columns, samples = outputs.shape
         within = places or ((0, rows), (0, columns))
         field, blocks = field_of(self.order, self.field_shape(weights), inputs.shape), Blocks.of(maps)
         step, place, width = stride * samples, 0 if self.tied else maps, blocks.vectors * lanes(outputs.itemsize)
         beyond = field.beyond if samples > width else field.beyond[:0]
         _forward(blocks.tile, not self.tied)(
-            *(flat(weights), flat(bias), flat(inputs), *rows_of(outputs), field.places, beyond, blocks.numbers),
+            *(flat(weights), flat(weights)[:0] if bias is None else bias, flat(inputs), *rows_of(outputs)),
+            *(field.places, beyond, blocks.numbers, bias is None),
             *((step * inputs.shape[2], step), (columns * place, place), width, CODES[activation]),
             *((maps, samples), *within),
         )
@@ -137,6 +155,7 @@ def _forward(tile: tuple[int, int, int], ahead: bool) -> Kernel[..., None]:
         places: np.ndarray,
         beyond: np.ndarray,
         blocks: tuple[int, int],
+        add: bool,
         steps: tuple[int, int],
         filters: tuple[int, int],
         width: int,
@@ -163,7 +182,7 @@ def _forward(tile: tuple[int, int, int], ahead: bool) -> Kernel[..., None]:
                         # fmt: off
                         multiply_rows(
                             tile, blocks, w, filters_start * depth, depth, x, x_start, places, first, last,
-                            y, y_start, plane, filled, first > 0, bias, filters_start, ahead,
+                            y, y_start, plane, filled, add or first > 0, bias, filters_start, ahead,
                         )
                         # fmt: on
                 if code == LINEAR:

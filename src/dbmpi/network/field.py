@@ -165,12 +165,8 @@ class FieldLayer:
     ) -> None:
         """Compute the gradients of an estimate (see the contract of a reconstructing layer)."""
         decoder, of_decoder = parameters["decoder"], parameter_gradient["decoder"]
-        nothing = np.zeros_like(parameters["bias"])
-        from_estimate = np.empty_like(gradient)
-        self._kernels.forward(decoder, nothing, estimate_gradient, from_estimate, self.stride, "linear")
-        gradient += from_estimate
+        self._kernels.add_sums(decoder, estimate_gradient, gradient, self.stride)
         # For the decoder, outputs and the estimate's gradient have each other's part: a linear filter from one to the
         # other.  (The kernel changes its gradient for other activations only.)
-        self._kernels.parameter_gradient(
-            estimate_gradient, outputs, outputs, of_decoder, nothing, self.stride, "linear"
-        )
+        unused = np.empty_like(parameters["bias"])
+        self._kernels.parameter_gradient(estimate_gradient, outputs, outputs, of_decoder, unused, self.stride, "linear")

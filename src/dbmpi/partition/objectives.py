@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from dbmpi.kernels.memory import rows_of
+from dbmpi.kernels.objectives import squared_error, total
 from dbmpi.network.layer import Arrays, Layer, Reconstructing
 from dbmpi.partition.boxes import Box
 from dbmpi.partition.exchange import Exchange
@@ -68,7 +70,8 @@ class _Penalty:
         self.place, self._penalty = place, penalty
 
     def forward(self, parameters: Arrays, inputs: np.ndarray, work: Workspace) -> float:
-        return self._penalty * float(work.outputs[self.place].sum(dtype=np.float64))
+        outputs = _maps(work.outputs[self.place])
+        return self._penalty * float(total(*rows_of(outputs), outputs.shape))
 
     def backward(self, parameters: Arrays, parameter_gradient: Arrays, work: Workspace) -> None:
         gradient = work.gradient(self.place + 1)
@@ -94,12 +97,9 @@ class _Reconstruction:
         if not self._output.empty:
             self._layer.reconstruct(self._output, parameters, outputs, self._spread)
         exchange.add(self._spread, self._error)
-        error = self._error
-        error -= work.outputs[self.place - 1] if self.place > 0 else inputs[exchange.mine.slices()]
-        flat = error.reshape(-1)
-        squared = float(np.einsum("i,i->", flat, flat, dtype=np.float64))
-        error *= dtype.type(2 * self._layer.reconstruction / samples)
-        return self._layer.reconstruction * squared
+        below = _maps(work.outputs[self.place - 1] if self.place > 0 else inputs[exchange.mine.slices()])
+        weight = self._layer.reconstruction
+        return weight * float(squared_error(_maps(self._error), *rows_of(below), 2 * weight / samples))
 
     def backward(self, parameters: Arrays, parameter_gradient: Arrays, work: Workspace) -> None:
         self._exchange.fill(self._error, self._spread)
@@ -113,6 +113,13 @@ class _Reconstruction:
         if self.place > 0:
             gradient = work.gradient(self.place)
             gradient -= self._error
+
+
+def _maps(activations: np.ndarray) -> np.ndarray:
+    """Return activations of any shape as (maps, rows, columns, samples); a view where they have no gaps."""
+    if activations.ndim == 4:
+        return activations
+    return np.ascontiguousarray(activations).reshape(-1, 1, 1, activations.shape[-1])
 
 
 def _shared_out(layer: Layer, boxes: Sequence[Box]) -> tuple[Box, ...]:

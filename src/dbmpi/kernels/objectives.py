@@ -1,0 +1,55 @@
+"""Terms of a loss that need no targets, over arrays ``(maps, rows, columns, samples)``; sums are in float64.
+
+What a layer put out may be a part of a larger array: kernels take elements and steps as
+:func:`dbmpi.kernels.memory.rows_of` gives them.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import prange
+
+from dbmpi.kernels.compile import parallel_kernel
+
+
+@parallel_kernel
+def squared_error(estimate: np.ndarray, values: np.ndarray, steps: tuple[int, int], factor: float) -> float:
+    """Return ``sum (estimate - value)^2``; each estimate becomes ``factor * (estimate - value)``.
+
+    Parameters
+    ----------
+    estimate : array (maps, rows, columns, samples)
+    values, steps
+        What is estimated.
+    factor : float
+    """
+    maps, rows, columns, samples = estimate.shape
+    flat, length, scale = estimate.reshape(-1), columns * samples, estimate.dtype.type(factor)
+    sums = np.empty(maps * rows, np.float64)
+    for line in prange(maps * rows):
+        mine = flat[line * length : (line + 1) * length]
+        first = line // rows * steps[0] + line % rows * steps[1]
+        value = values[first : first + length]
+        total = 0.0
+        for i in range(length):
+            error = mine[i] - value[i]
+            total += np.float64(error) * np.float64(error)
+            mine[i] = error * scale
+        sums[line] = total
+    return float(sums.sum())
+
+
+@parallel_kernel
+def total(values: np.ndarray, steps: tuple[int, int], shape: tuple[int, int, int, int]) -> float:
+    """Return the sum of the values."""
+    maps, rows, columns, samples = shape
+    length = columns * samples
+    sums = np.empty(maps * rows, np.float64)
+    for line in prange(maps * rows):
+        first = line // rows * steps[0] + line % rows * steps[1]
+        value = values[first : first + length]
+        of_line = 0.0
+        for i in range(length):
+            of_line += np.float64(value[i])
+        sums[line] = of_line
+    return float(sums.sum())
