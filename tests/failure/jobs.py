@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,39 +104,46 @@ class Jobs:
 
     def wait_until_all_learn(self, program: Program, workers: int) -> None:
         """Wait until so many workers have reported."""
-        records = self.run_directory / "records"
+        self.wait_for_reports(program, *range(workers))
 
-        def reported() -> bool:
-            files = [records / f"worker-{number}.jsonl" for number in range(workers)]
-            return all(file.exists() and file.stat().st_size > 0 for file in files)
+    def wait_for_reports(self, program: Program, *workers: int, count: int = 1) -> None:
+        """Wait until each of these workers has reported so many times more; the run goes on after that."""
 
-        came = program.wait_until(lambda: reported() or program.returncode is not None, 40 * timeout_scale())
-        assert came, program.stdout + program.stderr
-        assert program.returncode is None, program.stdout + program.stderr
+        def reports() -> dict[int, int]:
+            files = {worker: self.run_directory / "records" / f"worker-{worker}.jsonl" for worker in workers}
+            return {worker: file.read_bytes().count(b"\n") if file.exists() else 0 for worker, file in files.items()}
 
-    def passes(self) -> list[Record]:
-        """Return the records of Sandblaster's passes over batches, so far."""
-        return [record for record in read_records(self.run_directory) if record["kind"] == "batch"]
+        before = reports()
+        self._wait(program, lambda: all(now >= before[worker] + count for worker, now in reports().items()))
 
-    def wait_for_passes(self, program: Program, count: int, seconds: float = 40.0) -> bool:
-        """Wait for so many further passes; return whether they came and the run goes on after them."""
+    def wait_for_checkpoint(self, program: Program, directory: str = "run") -> None:
+        """Wait until there is a checkpoint; the run goes on after it."""
+        self._wait(program, (self.directory / directory / "checkpoints" / "latest").exists)
+
+    def wait_for_output(self, program: Program, *words: str) -> None:
+        """Wait until a program has written all these words to standard output; it goes on after that."""
+        self._wait(program, lambda: all(word in program.stdout for word in words))
+
+    def wait_for_passes(self, program: Program, count: int) -> None:
+        """Wait for so many further passes over batches of Sandblaster; the run goes on after them."""
         path = self.run_directory / "records" / "shard-0.jsonl"
 
         def passes() -> int:
             return path.read_text().count('"kind": "batch"') if path.exists() else 0
 
         wanted = passes() + count
-        program.wait_until(lambda: passes() > wanted or program.returncode is not None, seconds * timeout_scale())
-        return passes() > wanted and program.returncode is None
+        self._wait(program, lambda: passes() > wanted)
 
-    def wait_for_output(self, program: Program, *words: str, seconds: float = 40.0) -> None:
-        """Wait until a running program has written all these words to standard output."""
+    def _wait(self, program: Program, condition: Callable[[], bool], seconds: float = 40.0) -> None:
+        """Wait for what a running program does; fail the test if it ends before, or right after."""
+        __tracebackhide__ = True
+        came = program.wait_until(lambda: program.returncode is not None or condition(), seconds * timeout_scale())
+        assert came, f"nothing for {seconds * timeout_scale():g} s\n{program.stdout}{program.stderr}"
+        assert program.returncode is None, f"it has ended: {program.returncode}\n{program.stdout}{program.stderr}"
 
-        def written() -> bool:
-            return all(word in program.stdout for word in words)
-
-        program.wait_until(lambda: written() or program.returncode is not None, seconds * timeout_scale())
-        assert written(), f"not written: {words}\n{program.stdout}{program.stderr}"
+    def passes(self) -> list[Record]:
+        """Return the records of Sandblaster's passes over batches, so far."""
+        return [record for record in read_records(self.run_directory) if record["kind"] == "batch"]
 
     def checkpoint(self) -> Checkpoint:
         """Open the last checkpoint."""

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 from failure.jobs import BATCHES_PER_EPOCH as PORTIONS
 from failure.jobs import Jobs
+from failure.plain_descent import descend
 from parallel import tiny
 
 from dbmpi.config import Run
 from dbmpi.kernels import updates, vectors
-from dbmpi.optim import linesearch
 from dbmpi.optim.descent import Limits
 from dbmpi.optim.localspace import LocalSpace
-from dbmpi.optim.methods import gradient_descent
 
 SETTINGS = (
     "optimizer.method=sandblaster",
-    "sandblaster.algorithm=gradient_descent",
-    "sandblaster.gtol=0.0",
-    "sandblaster.ftol=0.0",
+    "sandblaster.algorithm=plain_descent:descend",
+    f"network.code={Path(__file__).parent}",
 )
 
 
@@ -27,13 +27,13 @@ def found_and_expected(jobs: Jobs) -> tuple[np.ndarray, np.ndarray]:
     with jobs.checkpoint() as checkpoint:
         found = np.empty(checkpoint.layout.size, np.float32)
         checkpoint.read("parameters", 0, found)
-        run = Run.from_json(checkpoint.info.configuration)
+        run, evaluations = Run.from_json(checkpoint.info.configuration), checkpoint.info.step // PORTIONS
     data = {"train": jobs.directory / "train.h5", "test": jobs.directory / "test.h5"}
-    return found, serial(run.model_copy(update={"data": run.data.model_copy(update=data)}))
+    return found, serial(run.model_copy(update={"data": run.data.model_copy(update=data)}), evaluations)
 
 
-def serial(run: Run) -> np.ndarray:
-    """Return the parameters after the same run in one loop over the portions, in their order."""
+def serial(run: Run, evaluations: int) -> np.ndarray:
+    """Return the parameters after so many evaluations in one loop over the portions, in their order."""
     twin = tiny.Twin(run)
     space = LocalSpace(twin.server.size, np.float32, vectors={"parameters": twin.server})
     batches = [twin.batch(portion) for portion in range(PORTIONS)]
@@ -49,6 +49,5 @@ def serial(run: Run) -> np.ndarray:
             loss += outcome.loss
         return loss / tiny.SAMPLES
 
-    search = linesearch.named(run.sandblaster.line_search, run.sandblaster.step_length)
-    gradient_descent(space, evaluate, search=search, limits=Limits(0, 0, evaluations=round(run.optimizer.epochs)))
+    descend(space, evaluate, limits=Limits(), callback=lambda progress: progress.evaluations >= evaluations)
     return twin.server

@@ -8,34 +8,31 @@ import signal
 import numpy as np
 import pytest
 from failure.jobs import BATCHES_PER_EPOCH as PORTIONS
-from failure.jobs import Jobs
+from failure.jobs import FOR_EVER, Jobs
 from failure.serial import SETTINGS, found_and_expected
 
-KINDS = {
-    "in order": ["optimizer.epochs=300", "sandblaster.deterministic=true"],
-    "in bundles": ["optimizer.epochs=600", "sandblaster.portions_per_push=3"],
-}
+KINDS = {"in order": "sandblaster.deterministic=true", "in bundles": "sandblaster.portions_per_push=3"}
 
 
 @pytest.mark.timeout(180)  # it may be the first to compile these kernels
 @pytest.mark.parametrize("kind", KINDS)
 def test_batches_end_without_a_halted_replica_and_sums_are_exact(jobs: Jobs, kind: str) -> None:
-    program = jobs.start(4, *SETTINGS, *KINDS[kind])
-    halts = 0
-    for turn in range(3):
-        if not jobs.wait_for_passes(program, 20):
-            break
-        halted = program.ranks()[1 + turn]
-        os.kill(halted, signal.SIGSTOP)
-        halts += jobs.wait_for_passes(program, 5)  # others go on, several batches long
-        os.kill(halted, signal.SIGCONT)
+    program = jobs.start(4, *SETTINGS, KINDS[kind], f"optimizer.epochs={FOR_EVER}")
+    jobs.wait_for_passes(program, 5)
+    ranks = program.ranks()
+    for halted in (1, 2, 3):
+        os.kill(ranks[halted], signal.SIGSTOP)
+        jobs.wait_for_passes(program, 5)  # others go on, several batches long
+        os.kill(ranks[halted], signal.SIGCONT)
+        jobs.wait_for_passes(program, 20)
+    os.kill(ranks[0], signal.SIGTERM)
     done = jobs.finish(program)
-    assert done.returncode == 0, done.transcript
-    assert halts >= 2
+    assert done.returncode == 128 + signal.SIGTERM, done.transcript
+    found, expected = found_and_expected(jobs)
     if kind == "in order":
-        np.testing.assert_array_equal(*found_and_expected(jobs))
-    else:  # some sums depend on timing; with a portion twice, or never, the line search would find no decrease
-        assert jobs.passes()[-1]["loss"] < 1e-6
+        np.testing.assert_array_equal(found, expected)
+    else:  # the order of some sums depends on timing
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
     assert {sum(record["portions"].values()) for record in jobs.passes()} == {PORTIONS}
     assert {len(record["ledger"]) for record in jobs.passes()} == {PORTIONS}
     assert {len(record["portions"]) for record in jobs.passes()} <= {1, 2, 3}

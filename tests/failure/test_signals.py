@@ -64,8 +64,7 @@ def test_a_signal_to_the_launcher_ends_the_run_and_leaves_a_checkpoint(jobs: Job
     """Open MPI's mpirun gives its ranks half a second: what they cannot write then, the last checkpoint has."""
     program = jobs.start(3, ALWAYS, "checkpoint.every_seconds=0.2")
     jobs.wait_until_all_learn(program, 2)
-    latest = jobs.run_directory / "checkpoints" / "latest"
-    assert program.wait_until(latest.exists, 20 * timeout_scale())
+    jobs.wait_for_checkpoint(program)
     since = time.monotonic()
     program.signal(number)
     done = jobs.finish(program)
@@ -86,7 +85,7 @@ def test_a_second_interrupt_ends_the_job_at_once(jobs: Jobs) -> None:
     ranks = program.ranks()
     program.send([ranks[2]], signal.SIGSTOP)
     program.send([ranks[0]], signal.SIGINT)
-    assert program.wait_until(lambda: "SIGINT: the run ends" in program.stdout, 20 * timeout_scale())
+    jobs.wait_for_output(program, "SIGINT: the run ends")
     since = time.monotonic()
     program.send([ranks[0]], signal.SIGINT)
     done = jobs.finish(program)
