@@ -96,7 +96,9 @@ def test_settings_of_sandblaster_that_do_not_go_together(file: Path, overrides: 
 @pytest.mark.parametrize("given", ["0", '"x"', "2.5", "[0, 3]", "[3]", '[3, "a"]', "[1, 2, 3]"])
 def test_a_number_or_two_are_asked_for_once(file: Path, given: str) -> None:
     message = refusal(file, f'network.layers=[{{type="local", maps=2, field={given}}}, {{units=2}}]')
-    assert message.startswith(f"{file}: network.layers.0.field: expected a whole number of at least 1, or two of them")
+    assert message.startswith(
+        f"{file}: network.layers.0.field (layer 'local1'): expected a whole number of at least 1, or two of them"
+    )
     assert message.endswith(f"(given: {given})")
 
 
@@ -169,8 +171,26 @@ def test_a_key_like_no_other_is_told_them_all(file: Path) -> None:
 
 def test_misspelled_sections_and_keys_of_layers_are_told_the_right_one(file: Path) -> None:
     assert "did you mean 'optimizer'?" in refusal(file, "optimiser.epochs=1")
-    assert "unknown key 'network.layers.0.unit'; did you mean 'units'?" in refusal(file, "network.layers.0.unit=1")
+    assert "unknown key 'network.layers.0.unit' (layer 'dense1'); did you mean 'units'?" in refusal(
+        file, "network.layers.0.unit=1"
+    )
     assert "did you mean 'dense'?" in refusal(file, "network.layers.0.type=dens")
+    # The keys of its own type alone.
+    dropout = refusal(file, 'network.layers=[{type="dropout", rate=0.5, chance=0.5}, {units=2}]')
+    assert dropout.endswith("'network.layers.0.chance' (layer 'dropout1'); known are type, name, rate")
+    missing = refusal(file, 'network.layers=[{units=2}, {type="local", name="stage", field=3}, {units=2}]')
+    assert "'network.layers.1.maps' (layer 'stage') is missing: Number of maps" in missing
+    assert "did you mean 'boxes'?" in refusal(file, "placement.layers.dense1.box=[]")
+
+
+def test_what_is_expected_is_said_in_words_of_toml(file: Path) -> None:
+    for setting, expected in {
+        'network.layers=["dense"]': "network.layers.0: expected a [[network.layers]] table",
+        "network.layers=5": "network.layers: expected a list",
+        "placement.weights=5": "placement.weights: expected a list",
+        "placement.layers=5": "placement.layers: expected a table",
+    }.items():
+        assert expected in refusal(file, setting)
 
 
 @pytest.mark.parametrize(

@@ -131,6 +131,8 @@ def test_where_modules_are_looked_for(tmp_path, own):
     refused(lambda: Network(section(kind), (3,), 1, load=from_directory(None)), "Python finds no module")
     sys.path.append(str(tmp_path))
     Network(section(kind), (3,), 1, load=from_directory(None))
+    words = ("network.code", "absent", "expected the directory of somewhere.py")
+    refused(lambda: Network(section("somewhere:A"), (3,), 1, load=from_directory(tmp_path / "absent")), *words)
     (tmp_path / "json.py").write_text("")
     refused(lambda: Network(section("json:Scale"), (3,), 1, load=from_directory(tmp_path)), "another module 'json'")
     (tmp_path / f"{kind[:-6]}_package").mkdir()
@@ -145,6 +147,10 @@ BROKEN = {
     "another name": (lambda text: text.replace("Scale", "Other"), ("defines no 'Scale'",)),
     "no Python": (lambda text: "def", ("cannot be loaded: SyntaxError", "line 1")),
     "what it imports is missing": (lambda text: "import nothing_like_this", ("No module named 'nothing_like_this'",)),
+    "it ends Python": (lambda text: "import sys\nsys.exit()", ("SystemExit", "line 2")),
+    "a property fails": (lambda text: text.replace("self.output_shape = input_shape", "pass")
+                         + "\n    @property\n    def output_shape(self):\n        return self.shap\n",
+                         ("asked for its shapes", "no attribute 'shap'", ".py, line")),
     "it fails": (lambda text: "x = 1\n1 / 0", ("ZeroDivisionError", "line 2")),
     "a method is missing": (lambda text: text.replace("flops", "flop"), ("is no layer: it has no flops",)),
     "a method takes less": (lambda text: text.replace(", gradient, para", ", para"), (".backward takes",)),
@@ -172,6 +178,11 @@ FORWARD = 'outputs[:] = self.factor * parameters["weights"][..., None] * inputs'
 
 WRONG = {
     "inputs beyond": ("return output\n", "return Box((0, 0), (9, 9))\n", ("[0:9, 0:9]", "(4, 5)")),
+    "no box": ("return output\n", "return None\n", ("input_box returns NoneType", "expected a Box")),
+    "no box of a tensor": ("tensor, output):\n        return output", "tensor, output):\n        return 3",
+                           ("tensor_box returns int for 'weights'", "expected a Box")),
+    "no operations": ("return 3 * output.size * samples", "pass", ("flops returns NoneType", "expected a number")),
+    "ends Python": (FORWARD, "raise SystemExit", ("forward is called", "SystemExit")),
     "other axes": ("return output\n", "return Box((0,), (1,))\n", ("[0:1]", "(4, 5)")),
     "tensor beyond": ("tensor, output):\n        return output", "tensor, output):\n        return Box((0, 0), (9, 9))",
                       ("the part [0:9, 0:9] of 'weights'", "(4, 5)")),
@@ -204,6 +215,16 @@ def test_what_a_layer_computes_is_tried(own, tmp_path, case):
     described = config.OwnLayer(type=f"{own(SCALE.replace(right, wrong))}:Scale")
     layer = make(described, "own", (4, 5), from_directory(tmp_path))
     refused(lambda: try_layer(layer, FLOAT), "layer 'own'", *words)
+
+
+def test_a_kernel_that_does_not_compile_is_told_with_the_line_that_calls_it(own, tmp_path):
+    """And not with one of Numba's."""
+    kernel = "\nfrom numba import njit\n\n\n@njit\ndef fill(outputs):\n    outputs[:] = 'a'\n"
+    name = own(SCALE.replace(FORWARD, "fill(outputs)") + kernel)
+    layer = make(config.OwnLayer(type=f"{name}:Scale"), "own", (4, 5), from_directory(tmp_path))
+    line = 1 + (tmp_path / f"{name}.py").read_text().splitlines().index("        fill(outputs)")
+    told = refused(lambda: try_layer(layer, FLOAT), "layer 'own'", "TypingError", "outputs[:] = 'a'")
+    assert told.endswith(f"{name}.py, line {line})")
 
 
 PART = """

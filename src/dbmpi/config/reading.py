@@ -52,7 +52,7 @@ def load(path: Path | str, overrides: tuple[str, ...] = ()) -> Run:
     try:
         run = Run.model_validate(table)
     except ValidationError as error:
-        raise UserError(explain(error, Run, str(path))) from None
+        raise UserError(explain(error, Run, str(path), table)) from None
     names_code = run.sandblaster.own or any(isinstance(layer, OwnLayer) for layer in run.network.layers)
     if run.network.code is None and names_code:
         here = run.network.model_copy(update={"code": path.parent})

@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
+import sysconfig
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,6 +31,12 @@ Loader = Callable[[str, str], Any]
 
 _METHODS = ("input_box", "tensor_box", "flops", "initial", "forward", "backward")
 _ATTRIBUTES = ("name", "input_shape", "output_shape", "tensors")
+_NOT_THE_USERS = (
+    *map(sysconfig.get_path, ("stdlib", "platstdlib", "purelib", "platlib")),
+    str(Path(__file__).parents[1]),
+    "<frozen ",
+)
+"""How the names of files begin that are Python's, installed, or dbmpi's."""
 
 
 def refuse(kind: str, layer: str) -> Any:
@@ -112,13 +119,16 @@ def calling(layer: str, when: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a run that ended here, and without a word, would say that all is well
         raise UserError(f"layer {layer!r} fails when {when}: {_where(error)}") from error
 
 
-def _where(error: Exception) -> str:
-    """Say what was raised, and in which line of whose file."""
-    last = traceback.extract_tb(error.__traceback__)[-1]
+def _where(error: BaseException) -> str:
+    """Say what was raised, and in which line of whose file: the user's, though what he calls has raised it."""
+    if isinstance(error, SyntaxError):
+        return f"{type(error).__name__}: {error.msg} ({error.filename}, line {error.lineno})"
+    frames = traceback.extract_tb(error.__traceback__)
+    last = next((frame for frame in reversed(frames) if not frame.filename.startswith(_NOT_THE_USERS)), frames[-1])
     return f"{type(error).__name__}: {error} ({last.filename}, line {last.lineno})"
 
 
@@ -131,6 +141,8 @@ def member(kind: str, where: str, directory: Path | None) -> Any:
         If it is not there or cannot be loaded; begins with `where` the user has named it.
     """
     module, _, name = kind.partition(":")
+    if directory is not None and not directory.is_dir():
+        raise UserError(f"{where}: network.code = {str(directory)!r}: expected the directory of {_file_of(kind)}")
     try:
         loaded = _imported(module, directory)
     except ModuleNotFoundError as error:
@@ -140,7 +152,7 @@ def member(kind: str, where: str, directory: Path | None) -> Any:
         raise UserError(f"{where}: {place} no module {module!r}") from None
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"{where}: {module!r} cannot be loaded: {_where(error)}") from error
     if not hasattr(loaded, name):
         raise UserError(f"{where}: {loaded.__file__} defines no {name!r}")
@@ -199,7 +211,8 @@ def _check_class(found: Any, kind: str, name: str) -> None:
 
 def _check_description(layer: Any, kind: str, name: str, input_shape: tuple[int, ...]) -> None:
     """Check what a layer says of itself."""
-    missing = [attribute for attribute in _ATTRIBUTES if not hasattr(layer, attribute)]
+    # A property that is there and fails says why below.
+    missing = [a for a in _ATTRIBUTES if not hasattr(layer, a) and not hasattr(type(layer), a)]
     if missing:
         raise UserError(f"layer {name!r}: {kind} is no layer: it has no {', '.join(missing)}")
     if layer.name != name:
@@ -209,7 +222,7 @@ def _check_description(layer: Any, kind: str, name: str, input_shape: tuple[int,
     if not _is_shape(layer.output_shape):
         raise UserError(
             f"layer {name!r}: its output_shape is {layer.output_shape!r} for inputs of shape {input_shape}; "
-            "expected a tuple of integers that are at least 1"
+            "expected a tuple of integers, of Python's type int, that are at least 1"
         )
     if not isinstance(layer.tensors, Mapping):
         raise UserError(f"layer {name!r}: its tensors are {type(layer.tensors).__name__}; expected a dictionary")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dbmpi.errors import UserError
 from dbmpi.network.own import calling
@@ -26,7 +26,11 @@ def needed_box(layer: Layer, output: Box) -> Box:
     if output.empty:
         return Box(whole.starts, whole.starts)
     with calling(layer.name, f"asked what its outputs {output} need"):
-        need = layer.input_box(output)
+        need: Any = layer.input_box(output)
+    if not isinstance(need, Box):
+        raise UserError(
+            f"layer {layer.name!r}: input_box returns {type(need).__name__} for its outputs {output}; expected a Box"
+        )
     if len(need.starts) != len(whole.starts) or need.empty or not whole.holds(need):
         raise UserError(
             f"layer {layer.name!r}: for its outputs {output}, of shape {tuple(layer.output_shape)}, it asks for "

@@ -50,7 +50,7 @@ def try_layer(layer: Layer, dtype: np.dtype[np.floating]) -> None:
         outputs = _try_box(layer, box, dtype)
         one = Box(box.starts, tuple(start + 1 for start in box.starts))
         alone, within = _try_box(layer, one, dtype), outputs[one.slices(box)]
-        if not np.allclose(alone, within, rtol=_SAME, atol=_SAME * float(np.abs(outputs).max())):
+        if not _same(alone, within, outputs):
             raise UserError(
                 f"layer {layer.name!r} computes {alone.ravel()[0]} for its outputs {one} alone and "
                 f"{within.ravel()[0]} as a part of {box}: outputs must not depend on how they are cut"
@@ -90,7 +90,9 @@ def _try_box(layer: Layer, box: Box, dtype: np.dtype[np.floating]) -> np.ndarray
         for short in layer.tensors:
             _check_tensor_box(layer, short, box)
         held = {short: layer.tensor_box(short, box) for short in layer.tensors}
-        layer.flops(box, _SAMPLES, input_gradient=True)
+        flops: Any = layer.flops(box, _SAMPLES, input_gradient=True)
+    if not isinstance(flops, int | float | np.number):
+        raise UserError(f"layer {layer.name!r}: flops returns {type(flops).__name__}; expected a number of operations")
     # Positive, as there are functions that are defined for such numbers only; at each place always the same.
     inputs = _numbers(need, _SAMPLES, dtype)
     parameters = {short: _numbers(part, 0, dtype) for short, part in held.items()}
@@ -131,16 +133,27 @@ def _try_parts(layer: Layer, box: Box, parameters: Arrays, inputs: np.ndarray, o
         part = Box((box.starts[0], *places), (box.stops[0], *(place + 1 for place in places)))
         with calling(layer.name, f"forward_part is called for {part} of its outputs {box}"):
             cast(InParts, layer).forward_part(box, part, parameters, inputs, parts, Context(training=False))
-    if not np.allclose(parts, outputs, rtol=_SAME, atol=_SAME * float(np.abs(outputs).max())):
+    if not _same(parts, outputs, outputs):
         raise UserError(
             f"layer {layer.name!r}: forward_part computes other outputs for the places of {box} than forward, "
             f"{parts.dtype} {parts.shape}, or leaves some unwritten"
         )
 
 
+def _same(some: np.ndarray, others: np.ndarray, outputs: np.ndarray) -> bool:
+    """Return whether numbers are the same but for rounding, as is usual for `outputs`; infinite ones are allowed."""
+    largest = np.abs(outputs[np.isfinite(outputs)]).max(initial=0)
+    return np.allclose(some, others, rtol=_SAME, atol=_SAME * float(largest))
+
+
 def _check_tensor_box(layer: Layer, short: str, output: Box) -> None:
     shape = layer.tensors[short].shape
-    part = layer.tensor_box(short, output)
+    part: Any = layer.tensor_box(short, output)
+    if not isinstance(part, Box):
+        raise UserError(
+            f"layer {layer.name!r}: tensor_box returns {type(part).__name__} for {short!r} and its outputs {output}; "
+            "expected a Box"
+        )
     if len(part.starts) != len(shape) or part.empty or not Box.whole(shape).holds(part):
         raise UserError(
             f"layer {layer.name!r}: for its outputs {output}, of shape {tuple(layer.output_shape)}, it asks for the "
