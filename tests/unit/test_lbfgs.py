@@ -258,6 +258,17 @@ def test_losses_that_are_not_finite():
     np.testing.assert_allclose(x, 1, rtol=1e-3)
 
 
+@pytest.mark.parametrize("method", [lbfgs, conjugate_gradients])
+def test_a_loss_without_a_minimum_is_named(method):
+    space, evaluate, x = local_problem(lambda x: (float(-np.exp(x).sum()), -np.exp(x)), np.ones(3))
+    with (
+        np.errstate(over="ignore"),
+        pytest.raises(RunFailed, match=r"has no minimum.*fallen to -\d"),
+    ):
+        method(space, evaluate)
+    assert np.isfinite(x).all()
+
+
 def test_a_gradient_in_other_units_finds_the_minimum_all_the_same():
     # Too steep by less than what a sufficient decrease is a fraction of (1e-3): no line search fails.
     space, evaluate, _ = local_problem(lambda x: (float(x @ x), 50.0 * 2 * x), np.ones(4))

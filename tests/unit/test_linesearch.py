@@ -129,8 +129,8 @@ def test_a_fixed_step_is_taken_whatever_it_gives():
 
 
 @pytest.mark.parametrize("method", [strong_wolfe, backtracking, fixed])
-@pytest.mark.parametrize("bad", [math.inf, math.nan, -math.inf])
-def test_a_search_comes_back_from_where_the_loss_is_not_finite(method, bad):
+@pytest.mark.parametrize("bad", [math.inf, math.nan, -math.inf, -1.0])
+def test_a_search_comes_back_from_where_loss_or_gradient_are_not_finite(method, bad):
     def function(a):
         return (a - 1) ** 2 if a < 5 else bad
 

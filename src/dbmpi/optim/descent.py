@@ -19,6 +19,9 @@ POINT, ORIGIN = "parameters", "previous parameters"
 GRADIENT, OTHER_GRADIENT = "gradient", "other gradient"
 """Names of the vectors that every method uses.  The point is always in `POINT`; the two gradients take turns."""
 
+UNBOUNDED = 1e100
+"""A loss below minus this counts as one without a bound."""
+
 Reason = Literal["gradient", "loss", "precision", "iterations", "evaluations", "callback"]
 
 
@@ -332,6 +335,8 @@ def walk(
             return Step(length, value, math.nan, math.nan, math.nan, math.nan)
         own = [(after, line.direction), (line.direction, line.direction), (after, after)]
         slope, direction_square, square, *products, largest = space.dots(own + pairs(), [after]).tolist()
+        if not math.isfinite(square):  # a gradient that the next direction cannot be made of
+            slope = math.nan
         return Step(length, value, slope, direction_square, square, largest, tuple(products))
 
     trials = search(loss, line.slope, line.first)
@@ -367,7 +372,13 @@ def explain(failure: LineSearchFailed, fresh: bool) -> None:
     if doubt is not None:
         raise RunFailed(
             f"the line search failed: {failure}.  The likely cause is a wrong gradient: {doubt}.  Compare the "
-            "objective's gradient with finite differences."
+            "objective's gradient with finite differences, and see whether it gives the same loss twice at one point."
+        ) from failure
+    lowest = min((trial.loss for trial in failure.trials if trial.loss < -UNBOUNDED), default=0.0)
+    if lowest:
+        raise RunFailed(
+            f"the loss has no minimum, as it seems: it has fallen to {lowest:g}.  Look for a term with the wrong "
+            "sign, or add an L2 term that keeps the parameters small."
         ) from failure
     if fresh and not any(trial.finite for trial in failure.trials[1:]):
         raise RunFailed(

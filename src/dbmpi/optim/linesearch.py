@@ -95,8 +95,8 @@ def backtracking(loss: float, slope: float, first: float, *, decrease: float = 1
     for _ in range(trials):
         trial = Trial(step, *(yield step))
         known.append(trial)
-        if not math.isfinite(trial.loss):
-            if len(known) > SHRINKS and not any(math.isfinite(other.loss) for other in known[1:]):
+        if not trial.finite:  # the next direction needs the gradient, too
+            if len(known) > SHRINKS and not any(other.finite for other in known[1:]):
                 break
             step *= SHRINK
         elif trial.loss < loss and trial.loss <= loss + decrease * step * slope:
