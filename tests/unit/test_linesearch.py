@@ -141,6 +141,15 @@ def test_a_search_comes_back_from_where_loss_or_gradient_are_not_finite(method, 
 
 
 @pytest.mark.parametrize("method", [strong_wolfe, backtracking])
+def test_a_step_within_the_rounding_error_of_a_loss_counts_where_it_is_less_steep(method):
+    """As in the last step before a minimum; where it is as steep as before, there is a kink or a wrong gradient."""
+    trial, steps = run(method, lambda a: 1.0, lambda a: 1e-9 * (a - 1), 1.0)
+    assert (trial.step, steps) == (1.0, [1.0])
+    with pytest.raises(LineSearchFailed):
+        run(method, lambda a: 1.0, lambda a: -1.0, 1.0)
+
+
+@pytest.mark.parametrize("method", [strong_wolfe, backtracking])
 def test_a_loss_that_is_finite_nowhere_ends_the_search(method):
     with pytest.raises(LineSearchFailed, match=r"not finite|no decrease") as caught:
         run(method, lambda a: math.nan if a else 1.0, lambda a: math.nan if a else -1.0, 1.0)

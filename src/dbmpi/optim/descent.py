@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
 from dbmpi.errors import RunFailed
-from dbmpi.optim.linesearch import LineSearch, LineSearchFailed, Trial, disagreement
+from dbmpi.optim.linesearch import ROUNDING, LineSearch, LineSearchFailed, Trial, disagreement
 from dbmpi.optim.space import Space
 
 Evaluate = Callable[[str, str], float]
@@ -41,6 +41,11 @@ class Limits:
     def flat(self, largest: float, square: float) -> bool:
         """Return whether a gradient counts as zero: its largest magnitude is small, or too small to be squared."""
         return largest <= self.gtol or square == 0
+
+    def little(self, decrease: float, loss: float) -> bool:
+        """Return whether the decrease to a loss counts as none; an increase, with a fixed step, does not."""
+        scale = max(abs(loss), abs(loss + decrease), 1.0)
+        return -ROUNDING * scale <= decrease <= self.ftol * scale
 
 
 class Progress(NamedTuple):
@@ -246,7 +251,7 @@ def descend(  # noqa: PLR0912
         return Report(reason, loss, largest, iteration, counted.count)
 
     while True:
-        little = 0 <= decrease <= limits.ftol * max(abs(loss), abs(loss + decrease), 1.0)
+        little = limits.little(decrease, loss)
         stepped, decrease = not math.isnan(decrease), math.nan
         other_batch = batches is not None and stepped and batches.proceed()
         if not other_batch and (little or limits.flat(largest, square)):

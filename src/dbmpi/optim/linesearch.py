@@ -47,6 +47,8 @@ SHRINK = 0.1
 SHRINKS = 12
 """Trials in a row whose loss is not finite, after which a search ends; smaller steps hardly move a point."""
 LARGEST_STEP = 1e10
+ROUNDING = 2.0**-50
+"""Relative change of a loss that is its own rounding error."""
 
 
 def named(name: str, step_length: float) -> LineSearch:
@@ -99,7 +101,7 @@ def backtracking(loss: float, slope: float, first: float, *, decrease: float = 1
             if len(known) > SHRINKS and not any(other.finite for other in known[1:]):
                 break
             step *= SHRINK
-        elif trial.loss < loss and trial.loss <= loss + decrease * step * slope:
+        elif (trial.loss < loss and trial.loss <= loss + decrease * step * slope) or level(trial, loss, slope):
             return trial
         else:
             # phi(0), phi'(0) and phi(a): the minimum is at -phi'(0) a^2 / (2 (phi(a) - phi(0) - phi'(0) a))
@@ -159,7 +161,7 @@ def strong_wolfe(  # noqa: PLR0912
             step = low.step + SHRINK * (step - low.step)
             continue
         finite += 1
-        if sufficient(trial) and abs(trial.slope) <= -curvature * slope:
+        if level(trial, loss, slope, curvature) or (sufficient(trial) and abs(trial.slope) <= -curvature * slope):
             return trial
         if step >= largest and sufficient(trial) and trial.slope <= decrease * slope:
             return trial
@@ -190,6 +192,14 @@ def strong_wolfe(  # noqa: PLR0912
     if not any(trial.finite for trial in known[1:]):
         raise LineSearchFailed(f"the loss is not finite down to a step of {known[-1].step:g}", known)
     raise LineSearchFailed(f"no step between 0 and {known[1].step:g} decreases the loss enough", known)
+
+
+def level(trial: Trial, loss: float, slope: float, curvature: float = 0.9) -> bool:
+    """Return whether the loss is the same but for its rounding error, and a step has led on: it is less steep there.
+
+    The "approximate Wolfe condition" near a minimum: W. W. Hager and H. Zhang, SIAM J. Optim. 16(1), 2005.
+    """
+    return abs(trial.loss - loss) <= ROUNDING * abs(loss) and abs(trial.slope) <= -curvature * slope
 
 
 def disagreement(trials: Sequence[Trial], precision: float = 1e-7) -> str | None:
