@@ -1,6 +1,7 @@
 """DistBelief on MPI: Downpour SGD and Sandblaster over a sharded parameter server.
 
-The description of a run and its start are here: ``dbmpi.load(path)``, ``dbmpi.Run(...)``, ``dbmpi.train(run)``.
+The description of a run and its start are here: ``dbmpi.load(path)``, ``dbmpi.Run(...)``, ``dbmpi.train(run)``; and
+the batch methods for a function of one's own: ``dbmpi.minimize(objective, x)``.
 They are loaded when they are first used, so that importing dbmpi starts no MPI and takes no time.
 """
 
@@ -10,17 +11,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dbmpi.config import Run, load
     from dbmpi.errors import RunFailed, UserError
+    from dbmpi.optim.minimize import Minimum, minimize
     from dbmpi.result import Result
     from dbmpi.train import train
 
 __version__ = "0.1.0"
-__all__ = ["Result", "Run", "RunFailed", "UserError", "__version__", "load", "train"]
+__all__ = ["Minimum", "Result", "Run", "RunFailed", "UserError", "__version__", "load", "minimize", "train"]
 
 _HOMES = {
     "Run": "dbmpi.config",
     "load": "dbmpi.config",
     "RunFailed": "dbmpi.errors",
     "UserError": "dbmpi.errors",
+    "Minimum": "dbmpi.optim.minimize",
+    "minimize": "dbmpi.optim.minimize",
     "Result": "dbmpi.result",
     "train": "dbmpi.train",
 }
@@ -31,8 +35,10 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'dbmpi' has no attribute {name!r}")
     home = _HOMES[name]
-    if home == "dbmpi.train":  # which loads MPI
+    if home in ("dbmpi.train", "dbmpi.optim.minimize"):  # which load MPI
         import_module("dbmpi.runtime.installation").prepare()
+    if home == "dbmpi.optim.minimize":  # there is no command that would have done it
+        import_module("dbmpi.runtime.environment").prepare()
     # It stays here under its name: the import has just made `train` the module.
     globals()[name] = getattr(import_module(home), name)
     return globals()[name]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 
 from dbmpi.kernels import sums, vectors
@@ -11,10 +13,11 @@ from dbmpi.optim.localspace import LocalSpace
 from dbmpi.optim.owlqn import owlqn
 
 
-def use_kernels() -> None:
+@cache
+def use_kernels(dtype: str = "float32") -> None:
     """Call all kernels of vectors once, so that they are compiled or loaded before the clock runs."""
-    few = np.linspace(1, 2, 8, dtype=np.float32)
-    space = LocalSpace(8, vectors={POINT: few})
+    few = np.linspace(1, 2, 8, dtype=dtype)
+    space = LocalSpace(8, dtype, vectors={POINT: few})
 
     def evaluate(point: str, gradient: str) -> float:
         space.writable(gradient)[:] = space.array(point)

@@ -1,0 +1,389 @@
+"""Minimise a function of one's own on the ranks of a communicator: the batch methods, for whoever has no network.
+
+Each rank gives a term of the loss, for instance that of its own samples; what is minimised is the sum.  Vectors lie cut
+over the ranks, so that history and vector work are divided among them, and the scalars that a method decides by have
+the same bits on all of them.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numba
+import numpy as np
+from mpi4py import MPI
+
+from dbmpi.errors import UserError
+from dbmpi.optim import linesearch
+from dbmpi.optim.descent import POINT, Limits, Progress, prepare
+from dbmpi.optim.lbfgs import lbfgs
+from dbmpi.optim.localspace import LocalSpace
+from dbmpi.optim.methods import conjugate_gradients, exact_search, gradient_descent, owlqn, with_l2
+from dbmpi.optim.warming import use_kernels
+from dbmpi.paramserver.layout import cut
+from dbmpi.partition.warmup import first_on_each_node
+from dbmpi.runtime import threads, waiting
+from dbmpi.runtime.signals import StopSignal
+from dbmpi.runtime.world import ToldElsewhere, start, together
+
+if TYPE_CHECKING:
+    from dbmpi.optim.ownmethod import Method
+
+Objective = Callable[[np.ndarray], tuple[float, np.ndarray]]
+"""``objective(x)``: this rank's term of the loss at x, and its gradient, an array of the shape of x."""
+
+METHODS = ("lbfgs", "conjugate_gradients", "gradient_descent")
+LINE_SEARCHES = ("strong_wolfe", "backtracking")
+MESSAGES = {
+    "gradient": "the gradient is as small as gtol",
+    "loss": "the loss decreased by less than ftol",
+    "precision": "the loss can no longer be decreased at its own precision",
+    "iterations": "the limit of iterations was reached",
+    "evaluations": "the limit of evaluations was reached",
+    "callback": "the callback asked for the end",
+    "signal": "a signal asked for the end",
+}
+_EVERY = 2.0
+"""Seconds between two lines of progress."""
+
+
+class Minimum(NamedTuple):
+    """How a minimisation ended; the same on every rank, but for `x` where each has a part of its own."""
+
+    x: np.ndarray
+    """The point that was found: whole, or this rank's part, as `parameters` says."""
+    loss: float
+    """The sum of all ranks' losses there, with the terms of `l1` and `l2`."""
+    largest: float
+    """Largest magnitude of the gradient."""
+    iterations: int
+    evaluations: int
+    """Calls of the objective on each rank."""
+    reason: str
+    """``gradient``, ``loss`` (converged), ``precision``, ``iterations``, ``evaluations``, ``callback``, ``signal``."""
+
+    @property
+    def converged(self) -> bool:
+        """Whether a tolerance was reached."""
+        return self.reason in ("gradient", "loss")
+
+    @property
+    def message(self) -> str:
+        """The reason in words."""
+        return MESSAGES[self.reason]
+
+
+def minimize(
+    objective: Objective,
+    x: np.ndarray,
+    comm: MPI.Intracomm | None = None,
+    *,
+    parameters: Literal["whole", "cut"] = "whole",
+    method: str | Method = "lbfgs",
+    memory: int = 10,
+    line_search: str = "strong_wolfe",
+    l1: float = 0.0,
+    l2: float = 0.0,
+    gtol: float = Limits.gtol,
+    ftol: float = Limits.ftol,
+    iterations: int = Limits.iterations,
+    evaluations: int = Limits.evaluations,
+    callback: Callable[[Progress, np.ndarray], bool | None] | None = None,
+    progress: bool = False,
+) -> Minimum:
+    """Minimise the sum of all ranks' objectives (collective).
+
+    Parameters
+    ----------
+    objective
+        ``objective(x) -> (loss, gradient)``: this rank's term of the loss, and its gradient, of the shape of x, which
+        it cannot change.  A loss that is not finite makes the step shorter.
+    x
+        Where to start, of any shape; float32 or float64, in which all vectors are then kept (else float64).
+    comm
+        The ranks that work together; by default all that were started, or this process alone.
+    parameters
+        ``"whole"``: every rank's objective sees all parameters (`x` is the same on all ranks), and gives the gradient
+        of its term by all of them.  ``"cut"``: the parameters lie cut over the ranks as the objective likes; `x` is
+        this rank's part, and the gradient is that of the sum of all terms by these.  The objective then exchanges what
+        it needs by itself.
+    method
+        ``"lbfgs"``, ``"conjugate_gradients"``, ``"gradient_descent"``, or a function
+        ``(space, evaluate, *, limits, callback)`` of your own (docs/sandblaster.md).
+    memory
+        L-BFGS: pairs of the history.  They are cut over the ranks.
+    line_search
+        ``"strong_wolfe"`` or ``"backtracking"``.
+    l1, l2
+        Add ``l1 * sum |x|`` (by OWL-QN; L-BFGS only) and ``l2 / 2 * sum x^2`` to the loss, once.
+    gtol, ftol, iterations, evaluations
+        When to stop: :class:`~dbmpi.optim.descent.Limits`.
+    callback
+        Called on every rank after every iteration, with what it came to and the point; who returns True ends it.
+    progress
+        Let rank 0 write a line to standard error every two seconds.
+
+    Returns
+    -------
+    Minimum
+        The point, and why it ended.  SIGTERM and Ctrl-C end it after the iteration that is under way.
+
+    Raises
+    ------
+    UserError
+        On all ranks, for a mistake in the arguments or in what the objective returns.
+    RunFailed
+        On all ranks, where the loss is not finite at the start or all along a direction, or the gradient is wrong.
+    Exception
+        What the objective or the callback raises on a rank; the other ranks raise a UserError that tells of it.
+    """
+    own = (_everybody() if comm is None else comm).Dup()
+    try:
+        chosen = (parameters, method, memory, line_search, l1, l2, gtol, ftol, iterations, evaluations)
+        with together(own, "looking at the arguments"):
+            begin = _checked(x, chosen, callback)
+        _agree(own, begin, chosen, callback is not None)
+        run = _method(method, line_search, int(memory), l1)
+        with _fair_threads(), _signals() as stop:
+            problem = _Problem(own, objective, begin, parameters, callback, stop, progress)
+            evaluate = with_l2(problem.space, problem.evaluate, l2) if l2 else problem.evaluate
+            limits = Limits(gtol, ftol, iterations, evaluations)
+            report = run(problem.space, evaluate, limits=limits, callback=problem.told)
+            reason = "signal" if report.reason == "callback" and problem.signalled else report.reason
+            problem.show(report.loss, report.largest, report.iterations, f"; {MESSAGES[reason]}")
+            x = problem.point().copy()
+            return Minimum(x, report.loss, report.largest, report.iterations, problem.evaluations, reason)
+    finally:
+        own.Free()
+
+
+@cache
+def _everybody() -> MPI.Intracomm:
+    return start()
+
+
+def _checked(x: Any, chosen: tuple[Any, ...], callback: object) -> np.ndarray:
+    """Return a copy of the start, after a look at all arguments."""
+    parameters, method, memory, line_search, l1, l2, gtol, ftol, iterations, evaluations = chosen
+    names: dict[str, tuple[Any, tuple[str, ...]]] = {
+        "parameters": (parameters, ("whole", "cut")),
+        "line_search": (line_search, LINE_SEARCHES),
+    }
+    if not callable(method):
+        names["method"] = (method, METHODS)
+    for name, (given, known) in names.items():
+        if given not in known:
+            raise UserError(f"minimize: {name} = {given!r}: expected one of {', '.join(map(repr, known))}")
+    numbers = {"l1": l1, "l2": l2, "gtol": gtol, "ftol": ftol, "memory": memory}
+    for name, number in (numbers | {"iterations": iterations, "evaluations": evaluations}).items():
+        if not isinstance(number, (int, float, np.integer, np.floating)) or not 0 <= number < math.inf:
+            raise UserError(f"minimize: {name} = {number!r}: expected a number that is 0 or more")
+    if int(memory) != memory:
+        raise UserError(f"minimize: memory = {memory!r}: expected a whole number of pairs")
+    if l1 and method != "lbfgs":
+        raise UserError(f"minimize: l1 = {l1:g} needs method = 'lbfgs', not {method!r}")
+    if callback is not None and not callable(callback):
+        raise UserError(f"minimize: callback is a {type(callback).__name__}: expected a function (progress, x)")
+    begin = np.asarray(x)
+    if begin.dtype not in (np.float32, np.float64):
+        if begin.dtype.kind not in "fiu":
+            raise UserError(f"minimize: x has the dtype {begin.dtype}: expected float32 or float64")
+        begin = begin.astype(np.float64)
+    if not np.isfinite(begin).all():
+        raise UserError("minimize: x has elements that are not finite: expected a point where the loss is finite")
+    return begin.copy(order="C")
+
+
+def _agree(comm: MPI.Intracomm, begin: np.ndarray, chosen: tuple[Any, ...], calls: bool) -> None:
+    """See that all ranks were given the same; what they do would not fit together."""
+    parameters, method, *others = chosen
+    name = method if isinstance(method, str) else getattr(method, "__qualname__", "")
+    whole = parameters == "whole"
+    given: dict[str, bytes | memoryview] = {
+        "the same settings": f"{parameters} {name} {others} {calls}".encode(),
+        "a start of the same dtype": str(begin.dtype).encode(),
+        "a start of the same shape": str(begin.shape).encode() if whole else b"",
+        "the same start": begin.data if whole else b"",
+    }
+    sums = np.zeros((comm.size, len(given)))
+    sums[comm.rank] = [zlib.crc32(it) for it in given.values()]
+    sums = waiting.allreduce(comm, sums, MPI.SUM, "the other ranks' arguments")
+    with together(comm, "comparing the arguments"):
+        for what, column in zip(given, sums.T.tolist(), strict=True):
+            for other, value in enumerate(column):
+                if value != column[0]:
+                    hint = ": broadcast it, or seed all ranks alike" if what == "the same start" else ""
+                    raise UserError(f"minimize: ranks 0 and {other} were not given {what}{hint}")
+
+
+def _method(method: str | Method, line_search: str, memory: int, l1: float) -> Method | partial[Any]:
+    if callable(method):
+        return method
+    search = linesearch.named(line_search, 1.0)
+    if l1:
+        return partial(owlqn, strength=l1, memory=int(memory))
+    if method == "lbfgs":
+        return partial(lbfgs, search=search, memory=int(memory))
+    if method == "gradient_descent":
+        return partial(gradient_descent, search=search)
+    return partial(conjugate_gradients, search=exact_search if line_search == "strong_wolfe" else search)
+
+
+class _Problem:
+    """The vectors on this rank, and evaluations in which all ranks take part."""
+
+    def __init__(
+        self,
+        comm: MPI.Intracomm,
+        objective: Objective,
+        begin: np.ndarray,
+        parameters: str,
+        callback: Callable[[Progress, np.ndarray], bool | None] | None,
+        stop: StopSignal,
+        progress: bool,
+    ) -> None:
+        self._comm, self._objective, self._callback, self._stop = comm, objective, callback, stop
+        self._whole = begin if parameters == "whole" and comm.size > 1 else None
+        if self._whole is not None:
+            ranges = cut(begin.size, comm.size)
+            self._counts = [len(held) for held in ranges]
+            mine = ranges[comm.rank]
+            part = begin.reshape(-1)[mine.start : mine.stop].copy()
+        else:
+            part = begin.reshape(-1)
+        self._shape, self._dtype = begin.shape, begin.dtype
+        self.evaluations, self.signalled = 0, False
+        self.space = LocalSpace(part.size, begin.dtype, self._reduce, comm.rank, comm.size)
+        prepare(self.space, POINT)
+        self.space.writable(POINT)[:] = part
+        self._said = np.zeros((comm.size, 3))
+        self._progress = progress and comm.rank == 0
+        self._began = self._shown = time.monotonic()
+        if self._progress:
+            total = f"{begin.size} parameters" if parameters == "whole" else "parameters cut over the ranks"
+            self._say(f"{total}; ranks: {comm.size}, threads for vectors on each: {numba.get_num_threads()}")
+            if comm.size > 1:
+                self._say(threads.prepare().line)
+        if comm.size > 1:
+            first_on_each_node(comm, partial(use_kernels, begin.dtype.name))
+
+    def point(self, name: str = POINT) -> np.ndarray:
+        """Return what the objective is to see of a vector, not to be written (collective)."""
+        part = self.space.array(name)
+        if self._whole is None:
+            return part.reshape(self._shape)
+        flat = self._whole.reshape(-1)
+        waiting.complete(self._comm.Iallgatherv(part, [flat, self._counts]), "the other ranks' parameters")
+        view = self._whole.view()
+        view.flags.writeable = False
+        return view
+
+    def evaluate(self, point: str, gradient: str) -> float:
+        """Add up all ranks' losses and gradients."""
+        x = self.point(point)
+        self.evaluations += 1
+        its_gradient = x
+        with self._shared("objective") as mine:
+            mine[1], its_gradient = self._sound(self._objective(x))
+        losses, self.signalled = self._said[:, 1], bool(self._said[:, 2].any())
+        own = self.space.writable(gradient)
+        if self._whole is None:
+            own[:] = its_gradient.reshape(-1)
+        else:
+            sent = np.ascontiguousarray(its_gradient, self._dtype).reshape(-1)
+            request = self._comm.Ireduce_scatter(sent, own, self._counts, MPI.SUM)
+            waiting.complete(request, "the other ranks' gradients")
+        # In the order of ranks, and rounded once: an Allreduce promises neither.
+        return math.fsum(losses) if np.isfinite(losses).all() else float(np.sum(losses))
+
+    def told(self, progress: Progress) -> bool:
+        """Hear of an iteration; return whether anybody asks for the end."""
+        self.show(progress.loss, progress.largest, progress.iteration)
+        if self._callback is None:
+            return self.signalled
+        x = self.point()
+        with self._shared("callback") as mine:
+            mine[1] = bool(self._callback(progress, x))
+        return self.signalled or bool(self._said[:, 1].any())
+
+    def show(self, loss: float, largest: float, iteration: int, ended: str = "") -> None:
+        """Write a line where it is time for one."""
+        now = time.monotonic()
+        if self._progress and (ended or now - self._shown >= _EVERY):
+            self._shown = now
+            line = f"iteration {iteration}, {self.evaluations} evaluations, {now - self._began:.1f} s: loss {loss:.9g}"
+            self._say(f"{line}, gradient {largest:.3g}{ended}")
+
+    def _say(self, line: str) -> None:
+        with suppress(OSError):  # whoever reads our output may be gone
+            print(f"minimize: {line}", file=sys.stderr, flush=True)
+
+    def _reduce(self, values: np.ndarray) -> np.ndarray:
+        return waiting.allreduce(self._comm, values, MPI.SUM, "the other ranks' sums")
+
+    @contextmanager
+    def _shared(self, what: str) -> Iterator[np.ndarray]:
+        """Let all ranks hear two numbers that this one says in the block, or that it fails there.
+
+        What they all have said is then in `said`, a row for each rank: failed, number, number, signalled.
+        """
+        said, failure = np.zeros((self._comm.size, 3)), None
+        mine = said[self._comm.rank]
+        try:
+            yield mine
+        except BaseException as error:  # whatever it is, the other ranks wait for this one
+            failure = error
+            mine[0] = 1
+        mine[2] = self._stop.number != 0
+        self._said = waiting.allreduce(self._comm, said, MPI.SUM, f"the {what} of the other ranks")
+        failed = np.flatnonzero(self._said[:, 0])
+        if not failed.size:
+            return
+        first = int(failed[0])
+        text = f"the {what} failed on rank {first}: {type(failure).__name__}: {failure}"
+        text = waiting.broadcast_text(self._comm, text, first, f"why the {what} failed")
+        if first == self._comm.rank:
+            assert failure is not None
+            raise failure
+        raise ToldElsewhere(text) from failure
+
+    def _sound(self, result: Any) -> tuple[float, np.ndarray]:
+        """Return what the objective has returned, after a look at it."""
+        expected = "minimize: the objective must return (loss, gradient)"
+        if not isinstance(result, (tuple, list)) or len(result) != 2:
+            raise UserError(f"{expected}, not {type(result).__name__}")
+        loss, gradient = np.asarray(result[0]), np.asarray(result[1])
+        if loss.size != 1 or loss.dtype.kind not in "fiu":
+            raise UserError(f"{expected}: its loss is no number but has shape {loss.shape} and dtype {loss.dtype}")
+        if gradient.shape != self._shape or gradient.dtype.kind not in "fiu":
+            raise UserError(
+                f"{expected}: its gradient has shape {gradient.shape} and dtype {gradient.dtype}, where x has "
+                f"{self._shape} and {self._dtype}"
+            )
+        return float(loss.reshape(())), gradient
+
+
+def _signals() -> AbstractContextManager[StopSignal]:
+    main = threading.current_thread() is threading.main_thread()  # no other thread may catch signals
+    return StopSignal() if main else nullcontext(StopSignal())
+
+
+@contextmanager
+def _fair_threads() -> Iterator[None]:
+    """Let kernels use this rank's share of the cores: NumPy, and Numba's settings with it, may be older than dbmpi."""
+    before, node = numba.get_num_threads(), threads.prepare().node
+    if "NUMBA_NUM_THREADS" not in os.environ:
+        numba.set_num_threads(max(1, min(before, node.mine, node.cores // node.ranks)))
+    try:
+        yield
+    finally:
+        numba.set_num_threads(before)
