@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -26,6 +27,7 @@ from dbmpi.optim.room import gradient_size
 from dbmpi.optim.shard import Shard
 from dbmpi.optim.worker import Worker
 from dbmpi.paramserver import bottleneck
+from dbmpi.paramserver.memory import check_room
 from dbmpi.paramserver.rules import Rule, rule
 from dbmpi.paramserver.store import Store
 from dbmpi.partition import placement
@@ -164,6 +166,8 @@ class _Session:
                 targets=data.targets,
                 load=own.from_directory(run.network.code),
             )
+            memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+            check_room(network.layout, self._plan.shards, DTYPE.itemsize, memory)
             order = Order(data.samples, run.optimizer.batch_size, run.optimizer.epochs, run.run.seed)
             if order.batches > _MOST_BATCHES:
                 raise UserError(

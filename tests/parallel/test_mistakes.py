@@ -76,6 +76,10 @@ def test_a_mistake_is_raised_on_every_rank_and_told_by_one(comm, place) -> None:
             ("layer 'local1'", "(3, 7)", "(2, 5, 6)"),
             fresh | {"data": {"train": place / "images.h5", "test": None}, "network": local},
         ),
+        (
+            ("parameters", "'dense2/weights' of shape (7, 100000000000)", "GiB on each of", "of memory"),
+            fresh | {"network": {"layers": [{"units": 10**11}, *tiny.LAYERS]}},
+        ),
         (("set topology.",), fresh | {"topology": {"shards": 9}}),
         (("more than can be counted",), fresh | {"optimizer": {"epochs": 1e300}}),
         (("server.inbox_mib",), fresh | {"server": {"inbox_mib": 0.001}}),

@@ -70,10 +70,13 @@ def test_the_gradient_goes_to_the_first_maximum_in_the_order_of_the_window(dtype
 def test_not_a_number_is_passed_on_to_the_windows_that_hold_it(kind):
     inputs = np.zeros((1, 3, 4, 40), np.float32)
     inputs[0, 1, 1, 7] = np.nan
-    outputs, _, _ = run(Pooling("pool", (1, 3, 4), kind, (2, 2)), inputs)
+    outputs, input_gradient, _ = run(Pooling("pool", (1, 3, 4), kind, (2, 2)), inputs)
     lost = np.isnan(outputs)
     assert lost[0, :, :2, 7].all()
     assert lost.sum() == 4
+    if kind == "max":  # and its gradient comes back to it
+        assert input_gradient[0, 1, 1, 7] == 4
+        assert input_gradient.sum() == outputs.size
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -262,9 +262,10 @@ def _keep_larger(largest: np.ndarray, values: np.ndarray) -> None:
 
 @inlined
 def _hand_over(values: np.ndarray, largest: np.ndarray, gradient: np.ndarray, target: np.ndarray) -> None:
-    """Move the gradient to the target where a value is the largest: what comes after finds zero there."""
+    """Move the gradient to the target where a value is the largest, or NaN: what comes after finds zero there."""
     zero = gradient.dtype.type(0)
     for i in range(values.size):
-        found = values[i] == largest[i]
+        value = values[i]
+        found = (value == largest[i]) | (value != value)  # noqa: PLR0124 - NaN
         target[i] += gradient[i] if found else zero
         gradient[i] = zero if found else gradient[i]

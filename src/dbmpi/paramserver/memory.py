@@ -12,6 +12,7 @@ from bisect import bisect_left
 from dataclasses import dataclass
 
 from dbmpi.errors import UserError
+from dbmpi.paramserver.layout import Layout
 
 _WORD = 8
 _LINE = 64
@@ -127,6 +128,33 @@ def chunk_elements(inbox_bytes: float, chunk_bytes: float, clients: int, itemsiz
             f"server.inbox_mib to {need:.3g} or more and server.chunk_kib to {SMALLEST_CHUNK // 1024} or more"
         )
     return most // itemsize
+
+
+def check_room(layout: Layout, shards: int, itemsize: int, available: int) -> None:
+    """Refuse parameters of which a shard could not hold its part: a number too many in a description, as a rule.
+
+    Parameters
+    ----------
+    layout
+        The parameters.
+    shards
+        How many ranks share them.
+    itemsize, available : int
+        Bytes of a parameter, and of the memory of this rank's machine.
+
+    Raises
+    ------
+    UserError
+        If a shard's parameters alone need more; names the largest tensor.
+    """
+    held = -(-layout.size // shards) * itemsize
+    if held > available:
+        largest = max(layout.tensors, key=lambda tensor: tensor.size)
+        raise UserError(
+            f"the network has {layout.size:,} parameters, {largest.size:,} of them in {largest.name!r} of shape "
+            f"{largest.shape}: that is {held / 2**30:,.1f} GiB on each of {shards} shards, but there are "
+            f"{available / 2**30:,.1f} GiB of memory; make that layer smaller, or start more shards on more machines"
+        )
 
 
 def lines(nbytes: int) -> int:
