@@ -47,7 +47,7 @@ def launcher() -> str:
 def is_open_mpi() -> bool:
     """Return whether the launcher is Open MPI's, which needs options where there are more ranks than cores."""
     answer = subprocess.run(
-        [launcher(), "--version"], env=mpi_environment(), capture_output=True, text=True, timeout=30, check=False
+        [launcher(), "--version"], env=mpi_environment(), capture_output=True, text=True, check=False
     )
     return "open mpi" in (answer.stdout + answer.stderr).lower()
 

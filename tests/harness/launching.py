@@ -14,6 +14,9 @@ import pytest
 from harness.environment import command, mpi_environment, plain_environment, timeout_scale
 from harness.programs import Program
 
+PATIENCE = 5.0
+"""Seconds in which the processes of a program must be gone when its command has ended."""
+
 
 @dataclass(frozen=True)
 class Completed:
@@ -101,7 +104,7 @@ class Launch:
             program.dump_and_end()
             pytest.fail(f"still running after {limit:g} s: {' '.join(program.argv)}\n{program.stdout}{program.stderr}")
         seconds = program.seconds
-        program.wait_until(lambda: not program.processes(), 2.0)
+        program.wait_until(lambda: not program.processes(), PATIENCE * timeout_scale())
         left = tuple(program.end())
         assert program.returncode is not None
         return Completed(tuple(program.argv), program.returncode, program.stdout, program.stderr, seconds, left)

@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from harness.environment import rank_by_environment
+from harness.environment import rank_by_environment, timeout_scale
 
 MARK = "DBMPI_TEST_PROGRAM"
 _PROC = Path("/proc")
@@ -128,7 +128,7 @@ class Program:
         _send(others, signal.SIGSTOP)
         _send(ranks, signal.SIGABRT)
         _send(ranks, signal.SIGCONT)
-        self.wait_until(lambda: not ranks & set(self.processes()), 3.0)
+        self.wait_until(lambda: not ranks & set(self.processes()), 3.0 * timeout_scale())
         _send(others, signal.SIGCONT)
         self.wait_until(lambda: not self.processes(), 1.0)
         self.end()

@@ -145,8 +145,11 @@ class World:
         """Ask every rank for its stacks, and wait until they are written, for a while."""
         self._program.send((self._pids or self._program.ranks()).values(), rank.DUMP_SIGNAL)
         paths = [self._directory / f"rank-{r}.stacks" for r in range(self.size)]
-        self._program.wait_until(lambda: all(_text(path) for path in paths), 2.0)
-        time.sleep(0.2)  # until the last line is written, too
+        self._program.wait_until(lambda: all(_text(path) for path in paths), 2.0 * timeout_scale())
+        before, now = -1, 0
+        while before != now:  # until the last line is written, too
+            time.sleep(0.2)
+            before, now = now, sum(len(_text(path)) for path in paths)
 
     def _read(self) -> None:
         """Take in what the ranks have written since the last time."""

@@ -18,19 +18,19 @@ from dbmpi.train import train
 @pytest.mark.parallel([3])
 @pytest.mark.parametrize("slow", ["shard", "replicas"])
 def test_advice_at_the_end_of_a_run(comm, place, monkeypatch, slow) -> None:
-    """Two replicas push at every step: what the shard does in 10 ms, both wait for; and the other way round."""
+    """Two replicas push at every step: what the shard does in 25 ms, both wait for; and the other way round."""
     owner, name = (Adagrad, "apply") if slow == "shard" else (Replica, "loss_and_gradient")
     method = getattr(owner, name)
 
     def slowly(self, *arguments, **options):
-        time.sleep(0.01)
+        time.sleep(0.025)
         return method(self, *arguments, **options)
 
     monkeypatch.setattr(owner, name, slowly)
     run = tiny.describe(
         place,
         topology={"shards": 1},
-        optimizer={"rule": "adagrad", "learning_rate": 0.01, "batch_size": 6, "epochs": 6},
+        optimizer={"rule": "adagrad", "learning_rate": 0.01, "batch_size": 6, "epochs": 3},
     )
     result = train(run, comm)
     if slow == "replicas":
@@ -45,7 +45,7 @@ def test_advice_at_the_end_of_a_run(comm, place, monkeypatch, slow) -> None:
         assert record["queue"] >= 1
         if slow == "shard":  # nothing but sleep: far from the speed of a copy
             assert record["bandwidth"] < 0.1
-            assert spent >= 0.01
+            assert spent >= 0.025
     assert shards
 
 

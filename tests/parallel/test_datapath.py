@@ -158,7 +158,7 @@ def test_computing_goes_on_while_a_push_is_applied_and_a_fetch_is_under_way(comm
             waiting.complete(comm.Isend(np.ones(1), 0, 7), "the shard to wake up")
             path.close()
         else:
-            waiting.until(lambda: comm.Iprobe(1, 7), "two steps", seconds=30)
+            waiting.until(lambda: comm.Iprobe(1, 7), "two steps")
             comm.Recv(np.empty(1), 1, 7)
         bench.together()
         if bench.server is not None:

@@ -96,7 +96,7 @@ def test_the_coordinator_holds_no_vector(comm):
         space.create("parameters")
         status = MPI.Status()
         while True:
-            waiting.until(lambda: comm.Iprobe(0, 1, status), "a command", seconds=30)
+            waiting.until(lambda: comm.Iprobe(0, 1, status), "a command")
             data = np.empty(status.Get_count(MPI.BYTE), np.uint8)
             comm.Recv(data, 0, 1)
             if data.size == 0:
@@ -116,7 +116,7 @@ def test_the_coordinator_holds_no_vector(comm):
             if command.operation == "multiply":
                 return np.empty(0)
             status = MPI.Status()
-            waiting.until(lambda: comm.Iprobe(1, 2, status), "the numbers", seconds=30)
+            waiting.until(lambda: comm.Iprobe(1, 2, status), "the numbers")
             result = np.empty(status.Get_count(MPI.DOUBLE))
             comm.Recv(result, 1, 2)
             return result

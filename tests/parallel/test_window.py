@@ -34,7 +34,7 @@ def test_flags_arrive_while_a_message_waits_to_be_received(comm, way) -> None:
             for request in requests:
                 waiting.complete(request, "a message to be received")
         else:
-            waiting.until(lambda: comm.Iprobe(0, 1), "the message", seconds=10)
+            waiting.until(lambda: comm.Iprobe(0, 1), "the message")
             waiting.barrier(comm, "the messages to arrive")
             flag = window.local[FLAG : FLAG + 8].view(np.int64)
 
@@ -42,7 +42,7 @@ def test_flags_arrive_while_a_message_waits_to_be_received(comm, way) -> None:
                 window.sync()
                 return bool(flag[0] == 7)
 
-            waiting.until(arrived, "the flag", seconds=10)
+            waiting.until(arrived, "the flag")
             np.testing.assert_array_equal(window.local[DATA : DATA + words.nbytes].view(np.float64), words)
             comm.Recv(np.empty_like(words), 0, 1)
 
@@ -70,7 +70,7 @@ def test_a_flag_is_stored_while_its_owner_does_something_else(comm, way) -> None
                 seen.append(int(flag[0]))
                 return seen[-1] == 100
 
-            waiting.until(arrived, "the last value", seconds=10)
+            waiting.until(arrived, "the last value")
             assert seen == sorted(seen)
         waiting.barrier(comm, "the flags to arrive", serve=lambda: bool(window.sync()))
         for rank in range(1, comm.size):

@@ -49,7 +49,7 @@ def run_python(code: str, *arguments: object) -> subprocess.CompletedProcess:
     """Run a program, with everything in this file at hand, in a process of its own."""
     start = f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r})\nfrom unit.checkpoint_files import *\n"
     command = [sys.executable, "-c", start + textwrap.dedent(code), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def read_all(path: Path) -> None:

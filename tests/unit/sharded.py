@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import numpy as np
+from harness.environment import timeout_scale
 
 from dbmpi.optim.commands import Command, RemoteSpace, execute
 from dbmpi.optim.localspace import LocalSpace
@@ -21,7 +22,7 @@ class Shards:
         self.count = len(self.ranges)
         self.reductions = 0
         self.commands: list[bytes] = []
-        self._barrier = threading.Barrier(self.count, timeout=60)
+        self._barrier = threading.Barrier(self.count, timeout=60 * timeout_scale())
         self._slots: list[np.ndarray] = [np.empty(0)] * self.count
         self._threads = ThreadPoolExecutor(self.count)
         self.spaces = [

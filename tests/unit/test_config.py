@@ -389,7 +389,7 @@ def assert_read_or_refused(path: Path, overrides: tuple[str, ...] = ()) -> None:
     assert isinstance(read, Run)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(st.binary() | st.text().map(lambda text: text.encode("utf-8", "surrogatepass")))
 def test_garbage_gives_a_message_and_nothing_else(file: Path, content: bytes) -> None:
     file.write_bytes(content)
@@ -403,7 +403,7 @@ def test_tables_of_anything_give_a_message_and_nothing_else(file: Path, table: d
     assert_read_or_refused(file)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=300)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], max_examples=300)
 @given(
     path=st.lists(st.sampled_from([*KEYS, "0", "1", "-1"]) | st.text(max_size=4), max_size=5),
     value=values.map(toml) | st.text(max_size=20),

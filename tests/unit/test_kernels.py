@@ -372,7 +372,6 @@ def test_few_elements_are_left_to_one_thread(tmp_path):
         env=environment,
         stdout=subprocess.PIPE,
         text=True,
-        timeout=120,
         check=True,
     )
     assert done.stdout.splitlines() == ["{1.0} 2", "{2.0} 2", "True"]

@@ -190,6 +190,5 @@ def test_the_environment_names_the_provider(name):
         capture_output=True,
         text=True,
         check=True,
-        timeout=60,
     )
     assert result.stdout.strip() == name

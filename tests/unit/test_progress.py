@@ -299,7 +299,7 @@ print("rich" in sys.modules, file=sys.stderr)
 
 def run(mode, **options):
     return subprocess.run(
-        [sys.executable, "-c", PROGRAM, mode], stderr=subprocess.PIPE, text=True, timeout=60, check=False, **options
+        [sys.executable, "-c", PROGRAM, mode], stderr=subprocess.PIPE, text=True, check=False, **options
     )
 
 

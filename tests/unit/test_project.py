@@ -54,7 +54,6 @@ def tracked_files() -> list[Path]:
         cwd=PROJECT,
         capture_output=True,
         text=True,
-        timeout=30,
         check=True,
     ).stdout.split("\0")
     return [PROJECT / name for name in listed if name and (PROJECT / name).is_file()]

@@ -35,7 +35,9 @@ def read_naively(path, indices, scale):
     return inputs, targets
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(
     shape=st.lists(st.integers(1, 9), min_size=1, max_size=3),
     samples=st.integers(1, 300),

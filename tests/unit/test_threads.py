@@ -154,7 +154,7 @@ def fresh(program: str, **variables: str) -> str:
     ours = {*threads.VARIABLES, *threads.PATIENCE}
     kept = {name: value for name, value in os.environ.items() if name not in ours and "SLURM" not in name}
     done = subprocess.run(
-        [sys.executable, "-c", program], env=kept | variables, capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-c", program], env=kept | variables, capture_output=True, text=True, check=True
     )
     return done.stdout
 
@@ -206,7 +206,6 @@ subprocess.run([sys.executable, "-c", {program!r}], preexec_fn=lambda: os.sched_
             env=dict(os.environ) | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2"},
             capture_output=True,
             text=True,
-            timeout=60,
             check=True,
         )
         return [int(number) for number in done.stdout.split()]

@@ -145,5 +145,5 @@ def test_waiting_costs_little() -> None:
         "import time; from dbmpi.runtime import waiting; ends = time.monotonic() + 0.5; before = time.process_time();"
         "waiting.until(lambda: time.monotonic() > ends, 'the end'); print(time.process_time() - before)"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=50)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert float(done.stdout) < 0.15

@@ -417,7 +417,9 @@ def test_names_in_an_archive_are_not_paths(tmp_path):
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["in.tar", "out.h5", "work"]
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(data=st.data())
 def test_damaged_bytes_are_a_user_error_or_harmless(tmp_path, data):
     content = bytearray(
