@@ -64,11 +64,12 @@ def test_rows_longer_than_one_pass_are_summed_in_several(stride):
     check_against_local(layer, 67, np.float32, 1)
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_the_inputs_gradient_of_many_channels_is_gathered(dtype):
+@pytest.mark.parametrize(("dtype", "samples"), [(np.float32, 19), (np.float32, 61), (np.float64, 19)])
+def test_the_inputs_gradient_of_many_channels_is_gathered(dtype, samples):
+    """In blocks with two vectors of samples, and with four."""
     layer = Convolution("convolution", (11, 8, 9), 3, (3, 2))
     assert layer.input_shape[0] >= convolution._GATHERED
-    check_against_local(layer, 19, dtype, 1)
+    check_against_local(layer, samples, dtype, 1)
 
 
 def check_against_local(layer, samples, dtype, seed):

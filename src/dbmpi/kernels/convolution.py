@@ -41,7 +41,8 @@ class Tied(Filters):
         if stride > 1 or weights.shape[1] < _GATHERED:
             self._added_gradient(weights, gradient, result, stride)
             return
-        feeding, blocks = _feeding(weights.shape[2:], gradient.shape), Blocks.of(weights.shape[1])
+        feeding = _feeding(weights.shape[2:], gradient.shape)
+        blocks = Blocks.of_tied(weights.shape[1], gradient.shape[3], gradient.itemsize)
         sorted_weights = weights.transpose(1, 2, 0, 3)
         filters = [sorted_weights[..., left:right][..., ::-1].reshape(-1) for left, right in feeding.columns]
         contiguous(gradient, result)

@@ -8,12 +8,14 @@ from typing import NamedTuple
 import numpy as np
 
 from dbmpi.kernels.compile import inlined
-from dbmpi.kernels.vector import REGISTERS
+from dbmpi.kernels.vector import REGISTERS, lanes
 
 DEPTH = 384
 """Most rows of a field that are multiplied in one go: with two vectors each they fit into the first cache."""
 MAPS = 8 if REGISTERS == 32 else 4
 """Most maps in a block, whose sums stay in registers."""
+MAPS_OF_WIDE = 6
+"""And in one with four vectors of samples for each."""
 BY_ROWS = "uvc"
 """Axes of a filter whose elements in one row of the field lie together."""
 
@@ -24,6 +26,8 @@ class Blocks(NamedTuple):
     height: int
     tall: int
     short: int
+    vectors: int
+    """Vectors of samples that a block is multiplied by at a time, so that its sums do not wait for one another."""
 
     @classmethod
     def of(cls, maps: int, most: int = MAPS) -> Blocks:
@@ -31,7 +35,19 @@ class Blocks(NamedTuple):
         number = -(-maps // most)
         height = -(-maps // number)
         short = number * height - maps
-        return cls(height, number - short, short)
+        return cls(height, number - short, short, 2 if height > 4 or REGISTERS < 32 else 4)
+
+    @classmethod
+    def of_tied(cls, maps: int, samples: int, itemsize: int) -> Blocks:
+        """Cut the maps for filters that stay in the caches: what must be brought there are rows of samples.
+
+        Blocks of fewer maps with four vectors of samples take longer pieces of these, which is faster where samples
+        fill four vectors as well as two.  (With filters of its own at every place it is slower.)
+        """
+        blocks = cls.of(maps)
+        if REGISTERS < 32 or blocks.vectors == 4 or -(-samples // (2 * lanes(itemsize))) % 2 == 1:
+            return blocks
+        return cls.of(maps, MAPS_OF_WIDE)._replace(vectors=4)
 
     @property
     def heights(self) -> tuple[int, int]:
@@ -42,11 +58,6 @@ class Blocks(NamedTuple):
     def numbers(self) -> tuple[int, int]:
         """How many blocks of each height there are."""
         return self.tall, self.short
-
-    @property
-    def vectors(self) -> int:
-        """Vectors of samples that a block is multiplied by at a time, so that its sums do not wait for one another."""
-        return 2 if self.height > 4 or REGISTERS < 32 else 4
 
     @property
     def tile(self) -> tuple[int, int, int]:

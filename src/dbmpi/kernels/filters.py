@@ -97,7 +97,8 @@ class Filters:
         """Compute sums with a bias, or add them where there is none."""
         maps, rows, columns, samples = outputs.shape
         within = places or ((0, rows), (0, columns))
-        field, blocks = field_of(self.order, self.field_shape(weights), inputs.shape), Blocks.of(maps)
+        field = field_of(self.order, self.field_shape(weights), inputs.shape)
+        blocks = Blocks.of_tied(maps, samples, outputs.itemsize) if self.tied else Blocks.of(maps)
         step, place, width = stride * samples, 0 if self.tied else maps, blocks.vectors * lanes(outputs.itemsize)
         beyond = field.beyond if samples > width else field.beyond[:0]
         _forward(blocks.tile, not self.tied)(
