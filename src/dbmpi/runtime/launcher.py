@@ -42,6 +42,15 @@ _FORWARDED = ("COLUMNS", "LD_LIBRARY_PATH", "PYTHONPATH", *threads.VARIABLES)
 """Variables (and all ``DBMPI_*``) that ranks on other nodes need as well; hydra passes on everything by itself."""
 
 
+UNFINISHED = "DBMPI_UNFINISHED"
+"""Names a file that the first rank keeps while it runs, if it is on the host of `dbmpi launch`."""
+_HOST_LOST = (
+    "dbmpi launch: mpirun has ended without an error, but the first rank has not come to its end: mpirun ends all "
+    "ranks when it loses a host.  The last checkpoint is whole: the same command with --set checkpoint.resume=auto "
+    "goes on from there\n"
+)
+
+
 @dataclass(frozen=True)
 class Command:
     """What is to be executed: a command, and variables to be set for it."""
@@ -110,6 +119,8 @@ def run(mpi: Mpi, command: Command) -> int:
 
     Ctrl-C, SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 ask the ranks to end with a checkpoint; a Ctrl-C after that ends them
     at once.  What is ignored already, as SIGHUP is under nohup, stays ignored.
+
+    Open MPI's mpirun ends all ranks when it loses a host, and says 0; if the first rank was cut off then, it is 1.
     """
     end, kill = (STOP, signal.SIGTERM) if mpi.is_open_mpi else (signal.SIGTERM, signal.SIGKILL)
     asked: list[int] = []
@@ -132,6 +143,7 @@ def run(mpi: Mpi, command: Command) -> int:
         # Open MPI names the place of a session after mpirun's process id, and cannot start where one of the same id was
         # killed, perhaps long ago, before it could tidy up.
         environment.setdefault("PRTE_MCA_prte_tmpdir_base", sessions.name)
+        environment[UNFINISHED] = os.path.join(sessions.name, "unfinished")
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
     heeded = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, stop) for number in heeded}
@@ -146,6 +158,7 @@ def run(mpi: Mpi, command: Command) -> int:
         if asked:
             child.send_signal(kill if killed else end)
         code = child.wait()
+        cut_off = mpi.is_open_mpi and os.path.exists(environment[UNFINISHED])
     except OSError as error:
         raise UserError(f"{command.argv[0]}: cannot be executed: {error}") from None
     finally:
@@ -157,6 +170,9 @@ def run(mpi: Mpi, command: Command) -> int:
     # that were not ready to end in peace have died of it; hydra then gives the bare number of the signal.
     if asked and (killed or code in (end, 128 + end)):
         return 128 + asked[0]
+    if code == 0 and cut_off:
+        sys.stderr.write(_HOST_LOST)
+        return 1
     return code
 
 

