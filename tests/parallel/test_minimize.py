@@ -173,13 +173,15 @@ def test_ranks_that_were_not_given_the_same(comm):
         ({"memory": -1}, "memory = -1: expected"),
         ({"gtol": float("nan")}, "gtol = nan: expected"),
         ({"l1": 1.0, "method": "gradient_descent"}, "l1 = 1 needs method = 'lbfgs'"),
+        ({"method": lambda space, evaluate: None}, "minimize: method: it takes (space, evaluate); expected"),
+        ({"objective": 3}, "objective is a int: expected"),
         ({"x": np.zeros(2, complex)}, "dtype complex128: expected"),
         ({"x": np.full(2, np.inf)}, "not finite"),
     ],
 )
 def test_mistakes_are_named(comm, settings, message):
     with pytest.raises(UserError, match=re.escape(message)):
-        minimize(lambda x: (0.0, x), **{"x": np.zeros(2), "comm": comm} | settings)
+        minimize(**{"objective": lambda x: (0.0, x), "x": np.zeros(2), "comm": comm} | settings)
 
 
 @pytest.mark.parallel([1, 3])

@@ -23,7 +23,7 @@ import numpy as np
 from mpi4py import MPI
 
 from dbmpi.errors import UserError
-from dbmpi.optim import linesearch
+from dbmpi.optim import linesearch, ownmethod
 from dbmpi.optim.descent import POINT, Limits, Progress, prepare
 from dbmpi.optim.lbfgs import lbfgs
 from dbmpi.optim.localspace import LocalSpace
@@ -150,7 +150,7 @@ def minimize(
     try:
         chosen = (parameters, method, memory, line_search, l1, l2, gtol, ftol, iterations, evaluations)
         with together(own, "looking at the arguments"):
-            begin = _checked(x, chosen, callback)
+            begin = _checked(objective, x, chosen, callback)
         _agree(own, begin, chosen, callback is not None)
         run = _method(method, line_search, int(memory), l1)
         with _fair_threads(), _signals() as stop:
@@ -171,28 +171,30 @@ def _everybody() -> MPI.Intracomm:
     return start()
 
 
-def _checked(x: Any, chosen: tuple[Any, ...], callback: object) -> np.ndarray:
+def _checked(objective: Any, x: Any, chosen: tuple[Any, ...], callback: object) -> np.ndarray:
     """Return a copy of the start, after a look at all arguments."""
     parameters, method, memory, line_search, l1, l2, gtol, ftol, iterations, evaluations = chosen
     names: dict[str, tuple[Any, tuple[str, ...]]] = {
         "parameters": (parameters, ("whole", "cut")),
         "line_search": (line_search, LINE_SEARCHES),
     }
-    if not callable(method):
+    if callable(method):
+        ownmethod.checked(method, "minimize: method")
+    else:
         names["method"] = (method, METHODS)
     for name, (given, known) in names.items():
         if given not in known:
             raise UserError(f"minimize: {name} = {given!r}: expected one of {', '.join(map(repr, known))}")
     numbers = {"l1": l1, "l2": l2, "gtol": gtol, "ftol": ftol, "memory": memory}
     for name, number in (numbers | {"iterations": iterations, "evaluations": evaluations}).items():
-        if not isinstance(number, (int, float, np.integer, np.floating)) or not 0 <= number < math.inf:
+        sound = isinstance(number, (int, float, np.integer, np.floating)) and 0 <= number < math.inf
+        if not sound or (name == "memory" and int(number) != number):
             raise UserError(f"minimize: {name} = {number!r}: expected a number that is 0 or more")
-    if int(memory) != memory:
-        raise UserError(f"minimize: memory = {memory!r}: expected a whole number of pairs")
     if l1 and method != "lbfgs":
         raise UserError(f"minimize: l1 = {l1:g} needs method = 'lbfgs', not {method!r}")
-    if callback is not None and not callable(callback):
-        raise UserError(f"minimize: callback is a {type(callback).__name__}: expected a function (progress, x)")
+    for name, it, form in (("objective", objective, "(x)"), ("callback", callback, "(progress, x)")):
+        if not callable(it) and (name == "objective" or it is not None):
+            raise UserError(f"minimize: {name} is a {type(it).__name__}: expected a function {form}")
     begin = np.asarray(x)
     if begin.dtype not in (np.float32, np.float64):
         if begin.dtype.kind not in "fiu":
@@ -227,7 +229,7 @@ def _agree(comm: MPI.Intracomm, begin: np.ndarray, chosen: tuple[Any, ...], call
 
 def _method(method: str | Method, line_search: str, memory: int, l1: float) -> Method | partial[Any]:
     if callable(method):
-        return method
+        return ownmethod.checked(method, "minimize: method")
     search = linesearch.named(line_search, 1.0)
     if l1:
         return partial(owlqn, strength=l1, memory=int(memory))

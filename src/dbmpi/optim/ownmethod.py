@@ -33,7 +33,17 @@ def load(name: str, directory: Path | None) -> Method:
         If it is not there, cannot be loaded, or cannot be called like a batch method.
     """
     where = f"sandblaster.algorithm = {name!r}"
-    found = own.member(name, where, directory)
+    return checked(own.member(name, where, directory), where)
+
+
+def checked(found: Any, where: str) -> Method:
+    """Return a user's function as a method that says what is wrong with what it returns; `where` is for messages.
+
+    Raises
+    ------
+    UserError
+        If it cannot be called like a batch method.
+    """
     expected = "expected a function (space, evaluate, *, limits, callback)"
     if not callable(found):
         raise UserError(f"{where}: that is a {type(found).__name__}; {expected}")
