@@ -279,10 +279,10 @@ def learned(checkpoint: Path) -> set[int]:
 @pytest.mark.parallel([4, 6])
 @pytest.mark.parametrize("n_push", [1, 3])
 def test_another_topology_learns_every_remaining_batch_exactly_once(comm, place, loads, n_push) -> None:
-    """Stopped by a signal, so that the replicas are at different places; three sessions, three topologies."""
+    """Stopped by a signal, so that the replicas are at different places; three topologies, the last with partitions."""
     epochs, order = 20, Order(tiny.SAMPLES, 6, 20, 3)
     seen: Counter[int] = Counter()
-    topologies = [{"shards": 1}, {"shards": comm.size, "colocate": True}, {"shards": comm.size // 2}]
+    topologies = [{"shards": 1}, {"shards": comm.size, "colocate": True}, {"shards": 2, "partitions": 2}]
     for session, topology in enumerate(topologies):
         run = tiny.describe(place, topology=topology, optimizer={"epochs": epochs, "n_push": n_push, "warmstart": 5})
         stop_at = 10 * (comm.rank + 1)
@@ -294,7 +294,9 @@ def test_another_topology_learns_every_remaining_batch_exactly_once(comm, place,
 
         loads.before = stop
         result = train(run, comm)
-        now = loads.all(comm)
+        loaded, partitions = loads.all(comm), topology.get("partitions", 1)
+        assert all(times % partitions == 0 for times in loaded.values())
+        now = Counter({batch: times // partitions for batch, times in loaded.items()})
         assert result.steps == sum(now.values())
         seen += now
         assert set(seen) == learned(result.checkpoint)
