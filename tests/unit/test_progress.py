@@ -289,7 +289,7 @@ PROGRAM = """
 import sys
 from dbmpi.monitor.progress import Progress
 with Progress(100, sys.argv[1]) as shown:
-    shown.message("héllo ✓")
+    shown.message("h\\u00e9llo \\u2713")
     for step in range(101):
         shown.update(step, 1.0, 0.5, 1.0, 1.0)
         shown._shown_at = -1e9
