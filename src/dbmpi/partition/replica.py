@@ -189,7 +189,8 @@ class Replica(Collective):
             if objective is not None:
                 objective.backward(views[place], of_layer, work)
             # What is computed aside is added when it is whole.
-            context = replace(context, add=add and computed is part)
+            if context.add != (add and computed is part):
+                context = replace(context, add=not context.add)
             self._stages[place].backward(views[place], of_layer, work, context, self._clock, complete)
             if objective is not None:
                 objective.backward_below(work)
