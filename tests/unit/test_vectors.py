@@ -128,8 +128,9 @@ def test_sums_of_products_are_as_precise_as_they_say(size, kinds, seed, share):
         if levels == sums.COARSE and not all(kinds):
             continue
         limbs = sums.sum_products(arrays, pairs, bounds, levels)
-        for (i, j), its in zip(pairs, limbs, strict=True):
-            found, expected = sums.value(its, bounds[i], bounds[j]), exact(arrays[i], arrays[j])
+        values = sums.values(limbs, [(bounds[i], bounds[j]) for i, j in pairs])
+        for (i, j), found in zip(pairs, values, strict=True):
+            expected = exact(arrays[i], arrays[j])
             top = 2.0 ** (bounds[i] + bounds[j])
             error = abs(Fraction(found) - expected)
             if levels == sums.COARSE:
@@ -156,8 +157,8 @@ def test_sums_do_not_depend_on_cuts_or_order(size, cuts, seed, fine):
     ]
     random.shuffle(parts)
     total = np.sum(parts, axis=0)
-    for (i, j), ours, theirs in zip(pairs, whole, total, strict=True):
-        assert sums.value(ours, bounds[i], bounds[j]) == sums.value(theirs, bounds[i], bounds[j])
+    of_pairs = [(bounds[i], bounds[j]) for i, j in pairs]
+    assert sums.values(whole, of_pairs) == sums.values(total, of_pairs)
 
 
 def test_sums_are_exact_over_many_blocks():
@@ -169,10 +170,9 @@ def test_sums_are_exact_over_many_blocks():
     expected = [int(np.sum(arrays[i].astype(np.int64) * arrays[j].astype(np.int64))) for i, j in pairs]
     for levels in (sums.COARSE, sums.FINE):
         limbs = sums.sum_products(arrays, pairs, bounds, levels)
-        found = [sums.value(its, bounds[i], bounds[j]) for (i, j), its in zip(pairs, limbs, strict=True)]
-        assert found == expected
-    magnitudes = sums.sum_magnitudes(arrays[0], bounds[0])[0]
-    assert sums.value(magnitudes, bounds[0], 0) == np.abs(arrays[0].astype(np.int64)).sum()
+        assert sums.values(limbs, [(bounds[i], bounds[j]) for i, j in pairs]) == expected
+    magnitudes = sums.sum_magnitudes(arrays[0], bounds[0])
+    assert sums.values(magnitudes, [(bounds[0], 0)])[0] == np.abs(arrays[0].astype(np.int64)).sum()
 
 
 def test_sums_that_one_level_cannot_hold_are_doubtful():
@@ -181,10 +181,23 @@ def test_sums_that_one_level_cannot_hold_are_doubtful():
     y = (1 / x).astype(np.float32)
     bounds = bounds_of([x, y])
     coarse = sums.sum_products([x, y], [(0, 1), (0, 0)], bounds, sums.COARSE)
-    assert sums.doubtful(coarse[0], size)
-    assert not sums.doubtful(coarse[1], size)
+    assert sums.doubtful(coarse, size) == [True, False]
     fine = sums.sum_products([x, y], [(0, 1)], bounds, sums.FINE)
-    assert sums.value(fine[0], *bounds) == pytest.approx(math.fsum(x.astype(np.float64) * y), rel=1e-13)
+    assert sums.values(fine, [(bounds[0], bounds[1])])[0] == pytest.approx(
+        math.fsum(x.astype(np.float64) * y), rel=1e-13
+    )
+
+
+@given(
+    totals=st.lists(st.lists(st.integers(-(2**62), 2**62), min_size=4, max_size=4), min_size=1, max_size=5),
+    ranks=st.integers(1, 1000),
+)
+def test_limbs_hold_every_integer(totals, ranks):
+    """Beside Python's integers; a rank's sum in two levels has less than 2^155 grains, and so has that of all."""
+    totals = [[high >> 12, *others] for high, *others in totals]
+    limbs = ranks * sums._limbs(np.array(totals, np.int64))
+    expected = [ranks * ((((high << 32) + low) << 52) + (top << 32) + rest) for high, low, top, rest in totals]
+    assert sums._integers(limbs) == expected
 
 
 @pytest.mark.parametrize("scale", [1e-320, 1e-160, 1e150])
@@ -193,7 +206,7 @@ def test_sums_at_the_ends_of_double_precision(scale):
     bound = bounds_of([x])
     limbs = sums.sum_products([x], [(0, 0)], bound, sums.FINE)
     # Products below 2^-800 keep an absolute precision of 2^-903 only.
-    assert sums.value(limbs[0], bound[0], bound[0]) == pytest.approx(14 * scale**2, rel=1e-12, abs=1e-270)
+    assert sums.values(limbs, [(bound[0], bound[0])])[0] == pytest.approx(14 * scale**2, rel=1e-12, abs=1e-270)
 
 
 def test_a_bound_is_the_smallest_power_of_two():

@@ -76,7 +76,7 @@ def sum_products(
     Returns
     -------
     (pairs, LIMBS) float64 array
-        The sums over these parts of the vectors: add those of all parts, and give each to `value`.
+        The sums over these parts of the vectors: add those of all parts, and give them to `values`.
     """
     plan = _plan(tuple(pairs), tuple(vector.dtype.itemsize for vector in vectors), RIGHTS[levels])
     places, size = addresses(vectors), vectors[0].size
@@ -99,18 +99,20 @@ def sum_magnitudes(vector: np.ndarray, largest: int) -> np.ndarray:
     return _limbs(_magnitudes(vector, 3 * 2.0 ** _top(largest, 0)).sum(axis=0)[None])
 
 
-def value(limbs: np.ndarray, left: int, right: int) -> float:
-    """Return the sum that the added limbs hold, rounded once; `left` and `right` are the bounds of the pair."""
-    return math.ldexp(float(_integer(limbs)), _top(left, right) - 103)
+def values(limbs: np.ndarray, bounds: Sequence[Pair]) -> list[float]:
+    """Return the sums that rows of added limbs hold, each rounded once; `bounds` are those of the pairs."""
+    integers = _integers(limbs)
+    return [math.ldexp(float(sum_), _top(*pair) - 103) for sum_, pair in zip(integers, bounds, strict=True)]
 
 
-def doubtful(limbs: np.ndarray, size: int) -> bool:
-    """Return whether a sum of `size` products in one level may have fewer than 12 correct bits.
+def doubtful(limbs: np.ndarray, size: int) -> list[bool]:
+    """Return which sums of `size` products in one level may have fewer than 12 correct bits.
 
-    Its error is some ``2^-51 sqrt(n) |x| |y|`` at most, far below that of float32 vectors; but where vectors are scaled
-    against one another, the sum itself may be smaller still.
+    Their errors are some ``2^-51 sqrt(n) |x| |y|`` at most, far below that of float32 vectors; but where vectors are
+    scaled against one another, a sum itself may be smaller still.
     """
-    return abs(_integer(limbs) >> 52) < (1 << 12) * math.sqrt(size)
+    least = (1 << 12) * math.sqrt(size)
+    return [abs(sum_ >> 52) < least for sum_ in _integers(limbs)]
 
 
 def _top(left: int, right: int) -> int:
@@ -119,18 +121,48 @@ def _top(left: int, right: int) -> int:
 
 def _limbs(totals: np.ndarray) -> np.ndarray:
     """Write sums of two levels, each as a high and a low half, in limbs; all but the last are not negative."""
-    limbs = np.empty((len(totals), LIMBS))
-    for row, (high, low, fine_high, fine_low) in zip(limbs, totals.tolist(), strict=True):
-        number = (((high << 32) + low) << 52) + (fine_high << 32) + fine_low
+    limbs = np.zeros((len(totals), LIMBS), np.int64)
+    _place_halves(totals, limbs)
+    _carry(limbs)
+    return limbs.astype(np.float64)
+
+
+def _integers(limbs: np.ndarray) -> list[int]:
+    """Return the integers that rows of limbs hold, of which each may be a sum of many."""
+    carried = limbs.astype(np.int64)
+    _carry(carried)
+    # Now each limb has its 32 bits, and the last one the sign: together a number as processors write it.
+    rows = carried.astype(np.uint32).astype("<u4").tobytes()
+    size = LIMBS * LIMB // 8
+    return [int.from_bytes(rows[at : at + size], "little", signed=True) for at in range(0, len(rows), size)]
+
+
+@kernel
+def _place_halves(totals: np.ndarray, limbs: np.ndarray) -> None:
+    """Add the halves to the limbs that their bits belong to: ``high 2^84 + low 2^52 + fine high 2^32 + fine low``."""
+    for row in range(len(totals)):
+        _place(limbs[row], 0, totals[row, 3], 0)
+        _place(limbs[row], 1, totals[row, 2], 0)
+        _place(limbs[row], 1, totals[row, 1], 20)
+        _place(limbs[row], 2, totals[row, 0], 20)
+
+
+@kernel
+def _place(limbs: np.ndarray, first: int, number: int, shift: int) -> None:
+    """Add an int64, shifted left by less than a limb, from a limb on."""
+    low, high = (number & 0xFFFFFFFF) << shift, (number >> 32) << shift
+    limbs[first] += low & 0xFFFFFFFF
+    limbs[first + 1] += (low >> 32) + (high & 0xFFFFFFFF)
+    limbs[first + 2] += high >> 32
+
+
+@kernel
+def _carry(limbs: np.ndarray) -> None:
+    """Let every limb but the last be its 32 bits, and the next one hold what is more."""
+    for row in range(len(limbs)):
         for place in range(LIMBS - 1):
-            row[place] = number & ((1 << LIMB) - 1)
-            number >>= LIMB
-        row[-1] = number
-    return limbs
-
-
-def _integer(limbs: np.ndarray) -> int:
-    return sum(int(limb) << (LIMB * place) for place, limb in enumerate(limbs.tolist()))
+            limbs[row, place + 1] += limbs[row, place] >> 32
+            limbs[row, place] &= 0xFFFFFFFF
 
 
 class _Group(NamedTuple):

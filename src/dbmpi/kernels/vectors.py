@@ -28,7 +28,8 @@ def addresses(vectors: Sequence[np.ndarray]) -> np.ndarray:
     more to hand over than many a kernel takes to run.  Whoever passes addresses keeps the arrays alive, and answers
     for their types and lengths.
     """
-    return np.array([vector.ctypes.data for vector in vectors], np.int64)
+    # (Several times as fast as `ctypes.data`, of which an iteration with few parameters would take 50.)
+    return np.array([vector.__array_interface__["data"][0] for vector in vectors], np.int64)
 
 
 def combine(target: np.ndarray, coefficients: Sequence[float], sources: Sequence[np.ndarray]) -> float:

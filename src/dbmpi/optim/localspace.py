@@ -217,8 +217,7 @@ class LocalSpace:
             bounds = [sums.bound(largest[name]) for _, name in sound]
             own = [sums.sum_magnitudes(self._vectors[name], e) for (_, name), e in zip(sound, bounds, strict=True)]
             limbs = self._reduce(np.concatenate(own).reshape(-1)).reshape(-1, sums.LIMBS)
-            for (place, _), e, its in zip(sound, bounds, limbs, strict=True):
-                result[place] = sums.value(its, e, 0)
+            result[[place for place, _ in sound]] = sums.values(limbs, [(e, 0) for e in bounds])
         return result
 
     def _sum(
@@ -250,8 +249,9 @@ class LocalSpace:
         # Float32 vectors are summed at the cost of memory alone; what turns out to be too small beside the largest
         # products, e.g. of vectors that are scaled against one another, is summed again.
         single = {name: not exact and self._vectors[name].dtype == np.float32 for name in bounds}
-        coarse = [item for item in items if single[item[1][0]] and single[item[1][1]]]
-        fine = [item for item in items if item not in coarse]
+        coarse, fine = list[_Item](), list[_Item]()
+        for item in items:
+            (coarse if single[item[1][0]] and single[item[1][1]] else fine).append(item)
         own_largest = np.array([self._own(name) for name in unknown])
         magnitudes = np.zeros((self._shards, len(unknown)))
         magnitudes[self._shard] = own_largest
@@ -263,7 +263,8 @@ class LocalSpace:
             where = [place for place, (_, pair) in enumerate(its) if not beyond.intersection(pair)]
             if where:
                 names = list(dict.fromkeys(name for place in where for name in its[place][1]))
-                pairs = [(names.index(its[place][1][0]), names.index(its[place][1][1])) for place in where]
+                numbers = {name: number for number, name in enumerate(names)}
+                pairs = [(numbers[left], numbers[right]) for left, right in (its[place][1] for place in where)]
                 arrays = [self._vectors[name] for name in names]
                 limbs[where] = sums.sum_products(arrays, pairs, [bounds[name] for name in names], levels)
             own.append(limbs.reshape(-1))
@@ -276,13 +277,15 @@ class LocalSpace:
             for name, found in zip(unknown, largest.tolist(), strict=True)
             if found > 2.0 ** bounds[name] or sums.bound(found) < bounds[name] - LOOSE
         }
+        limbs = total[magnitudes.size :].reshape(-1, sums.LIMBS)
+        found = sums.values(limbs, [(bounds[left], bounds[right]) for _, (left, right) in coarse + fine])
+        doubtful = sums.doubtful(limbs[: len(coarse)], size) + [False] * len(fine)
         again = []
-        for item, limbs in zip(coarse + fine, total[magnitudes.size :].reshape(-1, sums.LIMBS), strict=True):
-            place, (left, right) = item
-            if wrong.intersection((left, right)) or (item in coarse and sums.doubtful(limbs, size)):
+        for item, value, doubted in zip(coarse + fine, found, doubtful, strict=True):
+            if doubted or (wrong and wrong.intersection(item[1])):
                 again.append(item)
             else:
-                result[place] = sums.value(limbs, bounds[left], bounds[right])
+                result[item[0]] = value
         return again
 
     def _unknown(self, names: Iterable[str]) -> list[str]:

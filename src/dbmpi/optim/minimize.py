@@ -264,7 +264,7 @@ class _Problem:
             part = begin.reshape(-1)
         self._shape, self._dtype = begin.shape, begin.dtype
         self.evaluations, self.signalled = 0, False
-        self.space = LocalSpace(part.size, begin.dtype, self._reduce, comm.rank, comm.size)
+        self.space = LocalSpace(part.size, begin.dtype, partial(_added, comm), comm.rank, comm.size)
         prepare(self.space, POINT)
         self.space.writable(POINT)[:] = part
         self._said = np.zeros((comm.size, 3))
@@ -329,9 +329,6 @@ class _Problem:
         with suppress(OSError):  # whoever reads our output may be gone
             print(f"minimize: {line}", file=sys.stderr, flush=True)
 
-    def _reduce(self, values: np.ndarray) -> np.ndarray:
-        return waiting.allreduce(self._comm, values, MPI.SUM, "the other ranks' sums")
-
     @contextmanager
     def _shared(self, what: str) -> Iterator[np.ndarray]:
         """Let all ranks hear two numbers that this one says in the block, or that it fails there.
@@ -372,6 +369,10 @@ class _Problem:
                 f"{self._shape} and {self._dtype}"
             )
         return float(loss.reshape(())), gradient
+
+
+def _added(comm: MPI.Intracomm, values: np.ndarray) -> np.ndarray:
+    return waiting.allreduce(comm, values, MPI.SUM, "the other ranks' sums")
 
 
 def _signals() -> AbstractContextManager[StopSignal]:
