@@ -282,6 +282,53 @@ def test_what_a_halted_replica_holds_is_handed_out_again():
     world.check(2, 16)
 
 
+@pytest.mark.parametrize("ordered", [False, True])
+def test_a_batch_ends_wherever_a_replica_is_halted_for_good(ordered):
+    """Also between claim and commit of what all others wait for, their slots full."""
+    for polls, portions in itertools.product(range(12), (3, 7, 20)):
+        world = World(polls, 3, per_bundle=2, ordered=ordered)
+        world.passes.begin(Kind.GRADIENT, portions, 0, portions * SAMPLES)
+        for work in world.works:
+            work.points[0] = 1
+        for _ in range(polls):
+            world.workers[0].poll()
+        for step in itertools.count():
+            assert step < 2000, world.passes.awaited()
+            world.clock.now += 0.1
+            for worker in world.workers[1:]:
+                worker.poll()
+            world.passes.poll()
+            world.take(0)
+            world.take(1)
+            if world.passes.finished:
+                break
+        while any(world.queues):
+            world.take(0)
+            world.take(1)
+        world.check(1, portions)
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+def test_replicas_that_are_slow_to_commit_are_not_revoked_for_ever(ordered):
+    """On a busy machine, by messages, a claim and its commit lie further apart than portions are long."""
+    world = World(1, 3, per_bundle=2, ordered=ordered)
+    for work in world.works:
+        work.points[0], work.seconds = 1, 0.0
+    world.passes.begin(Kind.GRADIENT, 6, 0, 6 * SAMPLES)
+    for step in itertools.count():
+        assert step < 100, world.passes.awaited()
+        for worker in world.workers:
+            worker.poll()
+        for _ in range(40):
+            world.clock.now += 0.01
+            world.passes.poll()
+        world.take(0)
+        world.take(1)
+        if world.passes.finished and not any(world.queues):
+            break
+    world.check(1, 6)
+
+
 @pytest.mark.parametrize("first", [2**20 - 3, 2**20, 5 * 2**20 - 1])
 def test_numbers_of_bundles_may_exceed_the_bits_of_a_claim(first):
     for seed in range(20):

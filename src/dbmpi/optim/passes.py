@@ -16,6 +16,8 @@ from dbmpi.runtime.failures import RankLost
 
 SHORTEST_PATIENCE = 0.05
 """Seconds without any commit before a bundle is revoked, at least."""
+_MOST_DOUBLINGS = 7
+"""Of that time, where nothing has come of it."""
 
 
 class Station(NamedTuple):
@@ -77,7 +79,7 @@ class Passes:
         self._queue: dict[int, tuple[int, int]] = {}
         """By portion, bundles that wait for their turn."""
         self._turn = 0
-        self._moved = 0.0
+        self._moved, self._tries = 0.0, 0
         self._slowest = 0.0
         """Seconds that a portion takes the slowest replica that has delivered any."""
         self.ledger: list[Entry] = []
@@ -89,7 +91,7 @@ class Passes:
         self._batch = Batch(self._batch.number + 1, kind, portions, first, samples, place)
         self._results, self._queue, self._turn = {}, {}, 0
         self.ledger, self.revoked = [], 0
-        self._moved = self._clock()
+        self._moved, self._tries = self._clock(), 0
         self._board.open(self._batch)
 
     @property
@@ -123,10 +125,19 @@ class Passes:
             moved = self._take_until(replica, opened) or moved
         if moved:
             self._moved = self._clock()
-        elif not self.finished and self._clock() - self._moved > max(SHORTEST_PATIENCE, 2 * self._slowest):
+        elif not self.finished and self._clock() - self._moved > self._patience:
             self._hand_out_again()
             self._moved = self._clock()
+            self._tries += 1
         return moved
+
+    @property
+    def _patience(self) -> float:
+        """Seconds without any commit before bundles are revoked: more after each time that nothing came of it.
+
+        Where messages are slow, a commit may be further from its claim than portions are long.
+        """
+        return max(SHORTEST_PATIENCE * 2 ** min(self._tries, _MOST_DOUBLINGS), 2 * self._slowest)
 
     def give_up(self, replica: int) -> None:
         """Expect nothing more of a replica, which has died: what it has not committed is handed out again at once."""
@@ -180,6 +191,7 @@ class Passes:
                 raise RunFailed(f"portion {result.portion} of batch {number} was delivered twice: a bug in dbmpi")
             self._results[result.portion] = result
             self.ledger.append(Entry(result.portion, replica, bundle))
+        self._tries = 0
         if not self._ordered:
             self._send(replica, bundle)
             return
@@ -202,11 +214,16 @@ class Passes:
                 self._words.store(station.rank, station.bundles.taken(taker, bundle), bundle + 1)
 
     def _hand_out_again(self) -> None:
-        """Revoke bundles that are not committed, where nothing else is left to do, and reopen what they hold."""
+        """Revoke bundles that are not committed and that all others wait for, and reopen what they hold."""
         claims = self._board.claims(self._batch, self._seen)
         missing = [portion for portion in range(self._batch.portions) if portion not in self._results]
-        if all(claims[portion][0] >= 0 for portion in missing):
-            for replica, bundle in sorted({claims[portion] for portion in missing}):
+        held = [portion for portion in missing if claims[portion][0] >= 0]
+        if self._ordered and self._turn in held:
+            awaited = [self._turn]  # slots may be full of what comes after it, and more not be drawn
+        else:
+            awaited = held if len(held) == len(missing) else []
+        if awaited:
+            for replica, bundle in sorted({claims[portion] for portion in awaited}):
                 if bundle >= self._seen[replica] and self._board.close_bundle(replica, bundle):
                     self._revoked.add((replica, bundle))
                     self.revoked += 1
