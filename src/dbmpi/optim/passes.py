@@ -137,7 +137,7 @@ class Passes:
 
         Where messages are slow, a commit may be further from its claim than portions are long.
         """
-        return max(SHORTEST_PATIENCE * 2 ** min(self._tries, _MOST_DOUBLINGS), 2 * self._slowest)
+        return max(SHORTEST_PATIENCE * 2.0 ** min(self._tries, _MOST_DOUBLINGS), 2 * self._slowest)
 
     def give_up(self, replica: int) -> None:
         """Expect nothing more of a replica, which has died: what it has not committed is handed out again at once."""
@@ -218,10 +218,11 @@ class Passes:
         claims = self._board.claims(self._batch, self._seen)
         missing = [portion for portion in range(self._batch.portions) if portion not in self._results]
         held = [portion for portion in missing if claims[portion][0] >= 0]
+        awaited: list[int] = []
         if self._ordered and self._turn in held:
             awaited = [self._turn]  # slots may be full of what comes after it, and more not be drawn
-        else:
-            awaited = held if len(held) == len(missing) else []
+        elif len(held) == len(missing):
+            awaited = held
         if awaited:
             for replica, bundle in sorted({claims[portion] for portion in awaited}):
                 if bundle >= self._seen[replica] and self._board.close_bundle(replica, bundle):
