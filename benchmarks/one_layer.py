@@ -164,13 +164,15 @@ def reconstruction(case: Case, batch: int) -> dict[str, common.Action]:
 
     from dbmpi import config
     from dbmpi.kernels.memory import aligned_empty
-    from dbmpi.network.network import Network
     from dbmpi.objective import Batch
+    from dbmpi.partition.whole import WholeNetwork
 
     kind = config.Local if case.kind.startswith("local") else config.Convolution
     filters = kind(maps=case.maps, field=case.size, stride=case.stride, reconstruction=1.0)
     pooling = config.Pooling(kind="l2", size=POOLS, penalty=PENALTY)
-    network = Network(config.NetworkSection(loss="reconstruction", layers=(filters, pooling)), tuple(case.inputs), 1)
+    network = WholeNetwork(
+        config.NetworkSection(loss="reconstruction", layers=(filters, pooling)), tuple(case.inputs), 1
+    )
     parameters, gradient = aligned_empty(network.size), aligned_empty(network.size)
     network.initial(0, parameters)
     inputs = aligned_empty((*case.inputs, batch))

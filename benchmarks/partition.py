@@ -92,6 +92,7 @@ def contestant(configuration: str, batch: int) -> None:
     from dbmpi.network.network import Network
     from dbmpi.objective import Batch
     from dbmpi.partition import placement
+    from dbmpi.partition.whole import make_replica
     from dbmpi.runtime import waiting, world
 
     comm = world.start()
@@ -99,7 +100,7 @@ def contestant(configuration: str, batch: int) -> None:
 
     run = load(Path(configuration))
     network = Network(run.network, INPUTS[Path(configuration).stem], seed=1)
-    replica = network.replica(placement.automatic(network.layers, comm.size), comm if comm.size > 1 else None)
+    replica = make_replica(network, placement.automatic(network.layers, comm.size), comm if comm.size > 1 else None)
     parameters, gradient = aligned_empty(replica.size), aligned_empty(replica.size)
     for run in replica.parameters.runs:
         network.initial(run.start, parameters[run.local : run.local + run.length])

@@ -104,14 +104,14 @@ def write_problem(folder: Path, configuration: Path) -> None:
     import numpy as np
 
     from dbmpi.config import load
-    from dbmpi.network.network import Network
+    from dbmpi.partition.whole import WholeNetwork
 
     run = load(configuration)
     with h5py.File(run.data.train) as file:
         inputs = file["inputs"][()].reshape(len(file["targets"]), -1).astype(np.float32)
         inputs *= np.float32(file["inputs"].attrs.get("scale", 1.0))
         targets = file["targets"][()].astype(np.int64)
-        network = Network(run.network, file["inputs"].shape[1:], run.run.seed)
+        network = WholeNetwork(run.network, file["inputs"].shape[1:], run.run.seed)
     parameters = np.empty(network.layout.size, np.float32)
     network.initial(0, parameters)
     tensors, place = {}, 0
@@ -165,13 +165,13 @@ def contestant(configuration: str) -> None:
     from dbmpi.config import load
     from dbmpi.data.source import Source
     from dbmpi.data.stream import Order
-    from dbmpi.network.network import Network
+    from dbmpi.partition.whole import WholeNetwork
     from dbmpi.runtime import waiting
 
     comm = MPI.COMM_WORLD
     run = load(Path(configuration))
     with Source.open(run.data.train, 4096) as source:
-        network = Network(run.network, source.input_shape, run.run.seed)
+        network = WholeNetwork(run.network, source.input_shape, run.run.seed)
         order = Order(source.samples, PORTION, 1, run.run.seed)
         share = range(comm.rank, order.batches, comm.size)
         samples = [source.batch(order.indices(number)) for number in share[:4]]

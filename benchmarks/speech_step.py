@@ -123,12 +123,12 @@ def contestant(batch: int) -> None:
     from dbmpi import config
     from dbmpi.kernels import matmul, updates
     from dbmpi.kernels.memory import aligned_empty
-    from dbmpi.network.network import Network
     from dbmpi.objective import Batch
+    from dbmpi.partition.whole import WholeNetwork
 
     hidden = [config.Dense(units=units, activation="sigmoid") for units in SIZES[1:-1]]
     section = config.NetworkSection(loss="softmax", layers=(*hidden, config.Dense(units=SIZES[-1])))
-    network = Network(section, (SIZES[0],), 1)
+    network = WholeNetwork(section, (SIZES[0],), 1)
     assert network.layout.size == PARAMETERS
     parameters, gradient = aligned_empty(PARAMETERS), aligned_empty(PARAMETERS)
     network.initial(0, parameters)

@@ -13,5 +13,9 @@ class KnownToAll(UserError):
     """A mistake that every rank has heard of: all leave at the same place, and none waits for another."""
 
 
+class ToldElsewhere(KnownToAll):
+    """A mistake of the user that another rank prints."""
+
+
 class RunFailed(RuntimeError):
     """A run that started well and cannot go on, e.g. because the loss is no longer finite (exit code 1)."""

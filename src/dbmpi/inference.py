@@ -18,6 +18,7 @@ from dbmpi.data.source import Source
 from dbmpi.errors import UserError
 from dbmpi.objective import Outcome
 from dbmpi.partition import placement
+from dbmpi.partition.whole import make_replica
 from dbmpi.runtime import waiting
 from dbmpi.runtime.collective import Collective
 
@@ -89,7 +90,7 @@ class Inference(Collective):
         self._place, self._partition = divmod(rank, self.partitions)
         if comm is not None:
             self._prepare(comm)
-        self._replica = self._stack.enter_context(network.replica(placed, self._replica_comm))
+        self._replica = self._stack.enter_context(make_replica(network, placed, self._replica_comm))
         with self.together("reading the parameters", _LONG):
             self._parameters = self.trained.parameters(self._replica.parameters.runs)
 

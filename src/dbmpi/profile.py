@@ -16,6 +16,7 @@ from dbmpi.kernels.vector_tiles import CHAINS, multiply_add_chains
 from dbmpi.objective import Batch
 from dbmpi.partition.boxes import Box
 from dbmpi.partition.plan import plan_exchanges
+from dbmpi.partition.whole import make_replica
 from dbmpi.runtime import waiting
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ def profile(
     UserError
         If the memory is not enough for parameters and gradient.
     """
-    with network.replica(placement, comm) as replica:
+    with make_replica(network, placement, comm) as replica:
         mine = np.append(_median_times(network, replica, samples, steps, comm), THREADS * multiply_add_peak())
     everybodys = _gather(comm, mine)
     times = everybodys[:, :-2].reshape(-1, len(PHASES), len(network.layers))

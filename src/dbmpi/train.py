@@ -39,6 +39,7 @@ from dbmpi.partition.products import agree_on_products
 from dbmpi.partition.replica import Replica
 from dbmpi.partition.trial import try_layer
 from dbmpi.partition.warmup import first_on_each_node, use_layers
+from dbmpi.partition.whole import make_replica
 from dbmpi.result import Result
 from dbmpi.rundata import LOADING_SECONDS, RunData, open_data
 from dbmpi.runtime import waiting
@@ -112,7 +113,7 @@ class _Session:
         applied_rule = rule(run.optimizer)
         replica = None
         if self._worker_number is not None:
-            replica = self._stack.enter_context(network.replica(placed, self._comms.replica))
+            replica = self._stack.enter_context(make_replica(network, placed, self._comms.replica))
             replica.prepare(run.optimizer.batch_size)
         if run.optimizer.method == "sandblaster":
             return self._sandblast(network, replica, order)

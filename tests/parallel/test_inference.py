@@ -17,9 +17,9 @@ from dbmpi.data.source import Source
 from dbmpi.errors import KnownToAll, UserError
 from dbmpi.inference import Inference
 from dbmpi.kernels import matmul
-from dbmpi.network.network import Network
 from dbmpi.objective import Batch
 from dbmpi.partition.products import agree_on_products
+from dbmpi.partition.whole import WholeNetwork
 from dbmpi.runtime import waiting
 
 SHAPE, CLASSES, SAMPLES = (2, 8, 8), 6, 41
@@ -46,7 +46,7 @@ def place(comm, shared_path) -> Path:
         random = np.random.default_rng(4)
         inputs, labels = random.normal(size=(SAMPLES, *SHAPE)), random.integers(0, CLASSES, SAMPLES)
         tiny.write_file(shared_path / "data.h5", inputs, labels, CLASSES)
-        network = Network(NETWORK, SHAPE, 1)
+        network = WholeNetwork(NETWORK, SHAPE, 1)
         configuration = f'{{"network": {NETWORK.model_dump_json()}, "placement": {PLACEMENT.model_dump_json()}}}'
         with CheckpointWriter(checkpoint_path(shared_path / "run", 5), network.layout) as writer:
             writer.write("parameters", 0, random.normal(0, 0.3, network.size).astype(np.float32))
@@ -57,9 +57,9 @@ def place(comm, shared_path) -> Path:
     return shared_path
 
 
-def whole(place: Path) -> tuple[Network, np.ndarray, Batch]:
+def whole(place: Path) -> tuple[WholeNetwork, np.ndarray, Batch]:
     with Checkpoint.open(place / "run") as checkpoint, Source.open(place / "data.h5", 100) as source:
-        return Network(NETWORK, SHAPE, 1), checkpoint.parameters(), source.batch(np.arange(SAMPLES))
+        return WholeNetwork(NETWORK, SHAPE, 1), checkpoint.parameters(), source.batch(np.arange(SAMPLES))
 
 
 @pytest.mark.parallel([1, 2, 3, 4, 6], timeout=300)
@@ -121,7 +121,7 @@ def test_the_default_is_the_cut_of_the_training_or_all_ranks(comm, place) -> Non
 
 @pytest.mark.parallel([1, 3])
 def test_all_ranks_use_the_first_ones_products(comm, monkeypatch) -> None:
-    large = Network(config.NetworkSection(layers=(config.Dense(units=400),)), (400,), 1).layers
+    large = WholeNetwork(config.NetworkSection(layers=(config.Dense(units=400),)), (400,), 1).layers
     monkeypatch.setattr(matmul._Choice, "name", "numpy" if comm.rank == 0 else "tiles")
     assert agree_on_products(comm, large, 10) is None
     assert matmul.provider() == ("numpy" if comm.rank == 0 else "tiles")

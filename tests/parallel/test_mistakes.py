@@ -16,9 +16,8 @@ from parallel import tiny
 
 from dbmpi.checkpoint.reader import Checkpoint
 from dbmpi.config import Run
-from dbmpi.errors import UserError
+from dbmpi.errors import ToldElsewhere, UserError
 from dbmpi.runtime import waiting
-from dbmpi.runtime.world import ToldElsewhere
 from dbmpi.train import train
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -6,23 +6,23 @@ import numpy as np
 import pytest
 
 from dbmpi import config
-from dbmpi.network.network import Network
 from dbmpi.objective import Batch
 from dbmpi.paramserver.layout import Tensor, cut
 from dbmpi.partition import placement
 from dbmpi.partition.boxes import Box
 from dbmpi.partition.placement import Placement
+from dbmpi.partition.whole import WholeNetwork, make_replica
 
 TOLERANCE = {np.float32: 1e-5, np.float64: 1e-12}
 
 
-def dense_network(loss: str, dtype: type, *units: int, activation: str = "tanh", inputs=(12,)) -> Network:
+def dense_network(loss: str, dtype: type, *units: int, activation: str = "tanh", inputs=(12,)) -> WholeNetwork:
     layers = [config.Dense(units=count, activation=activation) for count in units[:-1]]
     layers.append(config.Dense(units=units[-1]))
-    return Network(config.NetworkSection(loss=loss, layers=tuple(layers)), inputs, seed=3, dtype=dtype)
+    return WholeNetwork(config.NetworkSection(loss=loss, layers=tuple(layers)), inputs, seed=3, dtype=dtype)
 
 
-def by_units(network: Network, parts: int) -> Placement:
+def by_units(network: WholeNetwork, parts: int) -> Placement:
     boxes = tuple(
         tuple(Box((units.start,), (units.stop,)) for units in cut(layer.output_shape[0], parts))
         for layer in network.layers
@@ -30,7 +30,7 @@ def by_units(network: Network, parts: int) -> Placement:
     return Placement(boxes, ("outputs",) * len(boxes))
 
 
-def random_batch(network: Network, samples: int) -> Batch:
+def random_batch(network: WholeNetwork, samples: int) -> Batch:
     rng = np.random.default_rng(samples)
     inputs = rng.standard_normal((*network.input_shape, samples)).astype(network.dtype)
     return Batch(inputs, rng.integers(0, network.outputs, samples).astype(np.int32))
@@ -40,15 +40,15 @@ def relative(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.abs(a - b).max(initial=0) / max(np.abs(b).max(initial=0), 1e-30))
 
 
-def check(comm, network: Network, placed: Placement, samples: int, steps: int = 20, rate=0.1, shared=True) -> None:
+def check(comm, network: WholeNetwork, placed: Placement, samples: int, steps: int = 20, rate=0.1, shared=True) -> None:
     """Outputs, loss, gradient, and `steps` training steps, are the same as in one piece."""
     tolerance = TOLERANCE[network.dtype.type]
     whole = np.empty(network.layout.size, network.dtype)
     network.initial(0, whole)
-    replica = network.replica(placed, comm, shared=shared)
+    replica = make_replica(network, placed, comm, shared=shared)
     mine = replica.parameters.take(whole)
     batch = random_batch(network, samples)
-    expected = network._whole.outputs(whole, batch.inputs)
+    expected = network._replica.outputs(whole, batch.inputs)
     assert relative(replica.outputs(mine, batch.inputs), expected) <= tolerance
     assert replica.evaluate(mine, batch).mean_loss == pytest.approx(
         network.evaluate(whole, batch).mean_loss, rel=tolerance
@@ -93,7 +93,7 @@ def test_images_through_layers_of_many_kinds(comm, dtype, shape) -> None:
         config.Dropout(rate=0.5),
         config.Dense(units=4),
     )
-    network = Network(config.NetworkSection(layers=layers), shape, seed=3, dtype=dtype)
+    network = WholeNetwork(config.NetworkSection(layers=layers), shape, seed=3, dtype=dtype)
     check(comm, network, placement.automatic(network.layers, comm.size), samples=5)
 
 
@@ -133,14 +133,14 @@ class Gain:
 @pytest.mark.parallel([1, 2, 3])
 def test_a_layer_that_adds_to_gradients_that_several_workers_have(comm) -> None:
     section = config.NetworkSection.model_validate({"layers": [{"type": "m:Gain"}, {"type": "dense", "units": 4}]})
-    network = Network(section, (2, 6, 5), seed=3, dtype=np.float64, load=lambda kind, layer: Gain)
+    network = WholeNetwork(section, (2, 6, 5), seed=3, dtype=np.float64, load=lambda kind, layer: Gain)
     check(comm, network, placement.automatic(network.layers, comm.size), samples=3, steps=3)
 
 
 @pytest.mark.parallel([2, 3])
 def test_uneven_and_explicit_placements(comm) -> None:
     layers = (config.Normalisation(window=3), config.Pooling(size=2, stride=2), config.Dense(units=5))
-    network = Network(config.NetworkSection(layers=layers), (2, 8, 8), seed=3, dtype=np.float64)
+    network = WholeNetwork(config.NetworkSection(layers=layers), (2, 8, 8), seed=3, dtype=np.float64)
     uneven = placement.automatic(network.layers, comm.size, weights=[1.0, 3.0, 2.0][: comm.size])
     check(comm, network, uneven, samples=3, steps=3)
     rows = [f":, {part.start}:{part.stop}, :" for part in cut(4, comm.size)]
@@ -157,7 +157,7 @@ def test_more_partitions_than_units(comm) -> None:
 @pytest.mark.parallel([2, 3])
 def test_what_each_worker_pushes_covers_the_parameters_once(comm) -> None:
     network = dense_network("softmax", np.float32, 20, 7, 10)
-    replica = network.replica(by_units(network, comm.size), comm)
+    replica = make_replica(network, by_units(network, comm.size), comm)
     count = np.zeros(network.layout.size, np.int64)
     for run in replica.parameters.runs:
         if run.pushed:
@@ -203,7 +203,7 @@ def random_cover(rng: np.random.Generator, shape: tuple[int, ...], parts: int) -
 @pytest.mark.parametrize("seed", [0, 2, 9])  # which together have all kinds of layers
 def test_random_networks_on_random_placements(comm, dtype, seed) -> None:
     rng = np.random.default_rng(seed)
-    network = Network(config.NetworkSection(layers=image_layers(rng)), (2, 11, 12), seed=3, dtype=dtype)
+    network = WholeNetwork(config.NetworkSection(layers=image_layers(rng)), (2, 11, 12), seed=3, dtype=dtype)
     check(comm, network, placement.automatic(network.layers, comm.size), samples=5, rate=0.01)
     for _ in range(2):
         boxes = [random_cover(rng, layer.output_shape, comm.size) for layer in network.layers]
@@ -224,7 +224,7 @@ def test_dense_layers_split_by_inputs(comm, splits) -> None:
         check(comm, network, Placement(by_units(network, comm.size).boxes, splits), samples=4, shared=shared)
 
 
-def autoencoder(dtype: type, *, tied: bool = False) -> Network:
+def autoencoder(dtype: type, *, tied: bool = False) -> WholeNetwork:
     """Two stages of the nine-layer network of Le et al. 2012, small; the first on inputs that nobody owns."""
     kind = config.Convolution if tied else config.Local
     layers = (
@@ -234,7 +234,7 @@ def autoencoder(dtype: type, *, tied: bool = False) -> Network:
         kind(maps=2, field=2, stride=2, reconstruction=0.5, activation="tanh"),
         config.Pooling(kind="l2", size=2, penalty=0.2),
     )
-    return Network(config.NetworkSection(loss="reconstruction", layers=layers), (2, 11, 12), seed=3, dtype=dtype)
+    return WholeNetwork(config.NetworkSection(loss="reconstruction", layers=layers), (2, 11, 12), seed=3, dtype=dtype)
 
 
 @pytest.mark.parallel([1, 2, 3, 4, 6], timeout=300)  # the first one compiles

@@ -13,8 +13,8 @@ from dbmpi.checkpoint.reader import Checkpoint
 from dbmpi.config import Run
 from dbmpi.data.stream import Order
 from dbmpi.network import own
-from dbmpi.network.network import Network
 from dbmpi.objective import Batch, Outcome
+from dbmpi.partition.whole import WholeNetwork
 
 SAMPLES, TEST_SAMPLES, FEATURES, CLASSES = 40, 17, 6, 3
 LAYERS = ({"units": 7, "activation": "tanh"}, {"units": CLASSES})
@@ -73,7 +73,7 @@ class Twin:
             self.inputs, self.targets = file["inputs"][()], file["targets"][()]
             self.classes = file["targets"].attrs.get("classes")
         kind = "values" if self.classes is None else "classes"
-        self.network = Network(run.network, self.inputs.shape[1:], run.run.seed, targets=kind, load=load)
+        self.network = WholeNetwork(run.network, self.inputs.shape[1:], run.run.seed, targets=kind, load=load)
         settings = run.optimizer
         self.order = Order(len(self.inputs), settings.batch_size, settings.epochs, run.run.seed)
         self.server = np.empty(self.network.layout.size, np.float32)

@@ -42,7 +42,6 @@ LEVELS = {
     "dbmpi.paramserver": 3,
     "dbmpi.partition": 3,
     "dbmpi.checkpoint": 3,
-    "dbmpi.network.network": 4,  # a whole network is a replica of one partition: made of layers and of `partition`
     "dbmpi.optim": 4,
     "dbmpi.checkpoint.trained": 5,  # a checkpoint made a network again
     "dbmpi.batchsetup": 4.5,

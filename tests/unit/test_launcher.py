@@ -15,11 +15,10 @@ from harness.environment import THREADS, mpi_environment, timeout_scale
 from harness.programs import Program
 
 from dbmpi.cli import launch
-from dbmpi.errors import UserError
+from dbmpi.errors import ToldElsewhere, UserError
 from dbmpi.runtime import installation, launcher
 from dbmpi.runtime.installation import Mpi, find_mpi, protocol
 from dbmpi.runtime.launcher import Command, check_world, compose, launched
-from dbmpi.runtime.world import ToldElsewhere
 
 OPEN_MPI = Mpi("Open MPI v5.0.11", "/mpi/lib/libmpi.so.40", "/mpi/bin/mpirun")
 MPICH = Mpi("MPICH 5.0.2", "/mpi/lib/libmpi.so.12", "/mpi/bin/mpiexec.hydra")

@@ -13,9 +13,9 @@ from dbmpi.config import Dense, NetworkSection
 from dbmpi.errors import UserError
 from dbmpi.kernels import updates
 from dbmpi.network.initial import fill_uniform
-from dbmpi.network.network import Network
 from dbmpi.objective import Batch, Outcome
 from dbmpi.paramserver.layout import cut
+from dbmpi.partition.whole import WholeNetwork
 
 ACTIVATIONS = ["sigmoid", "tanh", "relu", "linear"]
 LOSSES = [
@@ -30,7 +30,7 @@ LOSSES = [
 def network(*units, activation="tanh", last="linear", loss="softmax", inputs=(7,), **options):
     layers = [Dense(units=number, activation=activation) for number in units[:-1]]
     layers.append(Dense(units=units[-1], activation=last))
-    return Network(NetworkSection(loss=loss, layers=tuple(layers)), inputs, 1, **options)
+    return WholeNetwork(NetworkSection(loss=loss, layers=tuple(layers)), inputs, 1, **options)
 
 
 def initial(net):
@@ -221,7 +221,7 @@ def test_steps_allocate_nothing_large_and_workspaces_are_few():
     batches = [random_batch(net, samples) for samples in (64, 17, 40)]
     for batch in batches:
         net.loss_and_gradient(parameters, batch, gradient)
-    assert list(net._whole._workspaces) == [17, 40]
+    assert list(net._replica._workspaces) == [17, 40]
     tracemalloc.start()
     try:
         for batch in (batches[2], batches[1]) * 5:
@@ -249,7 +249,7 @@ def test_initial_weights_have_the_announced_spread():
             Dense(units=200),
         )
     )
-    net = Network(section, (20, 25), 3)
+    net = WholeNetwork(section, (20, 25), 3)
     views = net.layout.views(initial(net))
     expected = {1: math.sqrt(1 / 500), 2: 0.5 * math.sqrt(2 / 400), 3: math.sqrt(1 / 300)}
     for number, deviation in expected.items():
@@ -260,7 +260,7 @@ def test_initial_weights_have_the_announced_spread():
         assert len(np.unique(weights)) > 0.9 * weights.size
         assert not views[f"dense{number}/bias"].any()
     other = np.empty(net.layout.size, np.float32)
-    Network(section, (20, 25), 4).initial(0, other)
+    WholeNetwork(section, (20, 25), 4).initial(0, other)
     assert (other != initial(net)).sum() > 0.99 * (other.size - 900)
 
 

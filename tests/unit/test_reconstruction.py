@@ -9,9 +9,9 @@ from dbmpi.kernels import objectives
 from dbmpi.kernels.memory import rows_of
 from dbmpi.network.convolution import Convolution
 from dbmpi.network.local import Local
-from dbmpi.network.network import Network
 from dbmpi.objective import Batch
 from dbmpi.partition.boxes import Box
+from dbmpi.partition.whole import WholeNetwork
 from dbmpi.train import train
 
 
@@ -26,7 +26,7 @@ def section(*, activation="linear", kind=config.Local, stride=1):
 
 
 def prepared(section, dtype=np.float64, samples=4):
-    network = Network(section, (2, 8, 7), seed=3, dtype=dtype)
+    network = WholeNetwork(section, (2, 8, 7), seed=3, dtype=dtype)
     parameters = np.empty(network.layout.size, dtype)
     network.initial(0, parameters)
     inputs = np.random.default_rng(1).standard_normal((2, 8, 7, samples)).astype(dtype)

@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import NoReturn
 
 import dbmpi
-from dbmpi.errors import RunFailed, UserError
+from dbmpi.errors import RunFailed, ToldElsewhere, UserError
 
 COMMANDS = ("train", "launch", "evaluate", "predict", "inspect", "plot", "bench", "data", "doctor")
 _MOMENT = 0.5
@@ -75,9 +75,7 @@ def _say(error: Exception) -> None:
 def _is_silent(error: Exception | None = None) -> bool:
     """Return whether another rank says what is wrong; if so, after a moment, as launchers kill all when one ends."""
     if "dbmpi.runtime.world" in sys.modules:
-        from dbmpi.runtime import world
-
-        silent = isinstance(error, world.ToldElsewhere)
+        silent = isinstance(error, ToldElsewhere)
     else:
         from dbmpi.runtime.launcher import launched
 

@@ -1,11 +1,10 @@
-"""A network: layers and a loss, from their description; and the whole of it as an objective in one process."""
+"""A network: layers and a loss, from their description; what computes it is :mod:`dbmpi.partition.replica`."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -20,22 +19,12 @@ from dbmpi.network.local import Local
 from dbmpi.network.losses import Loss, Targets
 from dbmpi.network.normalisation import Normalisation
 from dbmpi.network.pooling import Pooling
-from dbmpi.objective import Batch, Gradient, Outcome
 from dbmpi.paramserver.layout import Layout
 from dbmpi.partition.boxes import Box
-from dbmpi.partition.group import Group
-from dbmpi.partition.parameters import LocalParameters
-from dbmpi.partition.placement import Placement, automatic
-from dbmpi.partition.replica import Replica
-
-if TYPE_CHECKING:
-    from mpi4py import MPI
 
 
 class Network:
     """The network that a configuration describes, for inputs of one shape.
-
-    Implements :class:`dbmpi.objective.Objective`.  One object must not be used by two threads at once.
 
     Parameters
     ----------
@@ -123,76 +112,6 @@ class Network:
             layer, short = owners[number]
             position = self.layout.offsets[tensor.name] + first - start
             layer.initial(short, out[position : position + last - first], self.seed, number, first)
-
-    def replica(self, placement: Placement, comm: MPI.Intracomm | None = None, *, shared: bool = True) -> Replica:
-        """Return one worker's part of this network (collective over `comm`).
-
-        Parameters
-        ----------
-        placement
-            What each worker computes.
-        comm
-            The workers; None for one alone.
-        shared
-            Let workers of one node exchange through memory that they share; otherwise by messages.
-        """
-        group = Group(comm, shared=shared)
-        parameters = LocalParameters(self.layers, self.layout, placement, group, self.dtype)
-        return Replica(self.layers, self.loss, placement, parameters, self.dtype, self.seed, group)
-
-    def loss_and_gradient(
-        self,
-        parameters: np.ndarray,
-        batch: Batch,
-        gradient: Gradient,
-        on_gradient: Callable[[int], None] | None = None,
-        *,
-        step: int = 0,
-        add: bool = False,
-    ) -> Outcome:
-        """Return the outcome of the batch and write the gradient of its **mean** loss into `gradient`.
-
-        Parameters
-        ----------
-        parameters : (layout.size,) array of `dtype`
-        gradient : the same, or what gives room for a layer's part
-        batch : Batch
-            Inputs ``(*input_shape, samples)``; targets int32 ``(samples,)`` or ``(outputs, samples)``.
-        on_gradient : callable, optional
-            Called with each layer's number, from the last to the first, as soon as its part of `gradient` is complete
-            and its parameters are needed no more.
-        step : int
-            A number for masks that are drawn anew each step.
-        add : bool
-            Add to what is in `gradient`, instead of overwriting it.
-
-        Raises
-        ------
-        ValueError
-            If a shape or dtype does not fit.
-        UserError
-            If a class is not one of the outputs.
-        """
-        return self._whole.loss_and_gradient(parameters, batch, gradient, on_gradient, step=step, add=add)
-
-    def evaluate(self, parameters: np.ndarray, batch: Batch) -> Outcome:
-        """Return the outcome of the batch; raises as `loss_and_gradient` does."""
-        return self._whole.evaluate(parameters, batch)
-
-    def predict(self, parameters: np.ndarray, inputs: np.ndarray) -> np.ndarray:
-        """Return the predictions (outputs, samples) for inputs ``(*input_shape, samples)``.
-
-        They are probabilities for the losses ``softmax`` and ``logistic``; otherwise, the last layer's outputs.
-        """
-        predictions = self._whole.outputs(parameters, inputs)
-        if self.loss is not None:
-            self.loss.predict(predictions)
-        return predictions
-
-    @cached_property
-    def _whole(self) -> Replica:
-        """The network in one process: a replica of one partition."""
-        return self.replica(automatic(self.layers, 1))
 
 
 def _layer(described: config.BuiltInLayer, name: str, input_shape: tuple[int, ...]) -> Layer:

@@ -22,7 +22,7 @@ import numba
 import numpy as np
 from mpi4py import MPI
 
-from dbmpi.errors import UserError
+from dbmpi.errors import ToldElsewhere, UserError
 from dbmpi.optim import linesearch, ownmethod
 from dbmpi.optim.descent import POINT, Limits, Progress, prepare
 from dbmpi.optim.lbfgs import lbfgs
@@ -33,7 +33,7 @@ from dbmpi.paramserver.layout import cut
 from dbmpi.partition.warmup import first_on_each_node
 from dbmpi.runtime import threads, waiting
 from dbmpi.runtime.signals import StopSignal
-from dbmpi.runtime.world import ToldElsewhere, start, together
+from dbmpi.runtime.world import start, together
 
 if TYPE_CHECKING:
     from dbmpi.optim.ownmethod import Method

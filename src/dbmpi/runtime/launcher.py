@@ -31,7 +31,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import FrameType
 
-from dbmpi.errors import UserError
+from dbmpi.errors import ToldElsewhere, UserError
 from dbmpi.runtime import installation, slurm, threads
 from dbmpi.runtime.installation import Mpi
 
@@ -199,8 +199,6 @@ def check_world(size: int, environment: Mapping[str, str] | None = None, *, libr
     meant, by, rank = launched(environment)
     if meant <= 1:
         return
-    from dbmpi.runtime.world import ToldElsewhere
-
     if rank > 0:
         raise ToldElsewhere("the first rank reports that every rank is a world of its own")
     library = _library_version() if library is None else library

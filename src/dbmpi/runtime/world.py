@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 
-from dbmpi.errors import KnownToAll, RunFailed, UserError
+from dbmpi.errors import KnownToAll, RunFailed, ToldElsewhere, UserError
 from dbmpi.runtime import failures, waiting
 
 if TYPE_CHECKING:
@@ -31,10 +31,6 @@ if TYPE_CHECKING:
 
 _FOR_THE_LAUNCHER = 0.2
 """Seconds that the launcher is given to read a last message."""
-
-
-class ToldElsewhere(KnownToAll):
-    """A mistake of the user that another rank prints."""
 
 
 def start() -> MPI.Intracomm:
