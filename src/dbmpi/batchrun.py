@@ -158,9 +158,10 @@ def _shard(setup: Setup, window: Window, number: int) -> tuple[ShardSpace, list[
         setup.network.initial(held.start, parameters)
     else:
         with Checkpoint.open(setup.checkpoint) as checkpoint:
-            checkpoint.read("parameters", held.start, parameters)
+            checkpoint.load("parameters", held.start, parameters)
             version = max(checkpoint.info.shard_versions)
-            kept, state = setup.run.sandblaster, read_state(checkpoint.info.method)
+            kept = setup.run.sandblaster
+            state = read_state(checkpoint.info.method, checkpoint.vectors, checkpoint.path)
             # The history of another memory, or of parameters that Downpour has changed since, is of no use.
             if kept.algorithm != "lbfgs" or state is None or state.memory != kept.memory:
                 state = None
@@ -170,11 +171,9 @@ def _shard(setup: Setup, window: Window, number: int) -> tuple[ShardSpace, list[
                     continue
                 target = method if of_method else vectors
                 target[name] = np.empty(len(held), _DTYPE)
-                checkpoint.read(name, held.start, target[name])
+                checkpoint.load(name, held.start, target[name])
                 if not of_method:
                     carried.append(name)
-            if state is not None and not set(state.vectors) <= set(method):
-                state = None
             if state is not None and kept.model_copy(update=_MAY_CHANGE) != _settings(checkpoint).model_copy(
                 update=_MAY_CHANGE
             ):
@@ -220,6 +219,8 @@ def _coordinator(
     )
     for note in notes:
         progress.message(note)
+    for notice in begin.notices:
+        progress.warn(notice)
     if begin.step:
         kept = ", with the history of L-BFGS" if state is not None and state.pairs else ""
         progress.message(f"going on after {begin.step:,} steps{kept}")

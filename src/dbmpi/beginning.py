@@ -8,11 +8,13 @@ from typing import NamedTuple
 import numpy as np
 from mpi4py import MPI
 
+from dbmpi.checkpoint.directory import set_aside
 from dbmpi.checkpoint.previous import check_same_order, previous
 from dbmpi.checkpoint.reader import Checkpoint
 from dbmpi.checkpoint.schema import PARAMETERS
 from dbmpi.config import Run
 from dbmpi.data.stream import Order, Stream
+from dbmpi.errors import UserError
 from dbmpi.monitor.records import next_session
 from dbmpi.network.network import Network
 from dbmpi.optim.lead import Begin
@@ -20,6 +22,7 @@ from dbmpi.paramserver.layout import Layout
 from dbmpi.paramserver.rules import Rule, State, rule
 from dbmpi.paramserver.server import Server
 from dbmpi.partition.arrangement import Arrangement
+from dbmpi.rundata import LOADING_SECONDS
 from dbmpi.runtime import waiting
 from dbmpi.runtime.world import together
 
@@ -55,13 +58,11 @@ def find(run: Run, comm: MPI.Intracomm, replicas: int, layout: Layout, order: Or
     UserError
         On every rank, if the directory cannot be used or its checkpoint is that of another run.
     """
-    path = ""
+    path, notices = _find_checkpoint(run, comm)
     session = np.zeros(1, np.int64)
-    with together(comm, "preparing the run directory"):
+    with together(comm, "numbering the session"):
         if comm.rank == _LEAD:
-            path = str(previous(run) or "")
             session[0] = next_session(run.run.directory)
-    path = waiting.broadcast_text(comm, path, _LEAD, "the lead to look for a checkpoint")
     waiting.broadcast(comm, session, _LEAD, "the number of the session")
     warmstart = run.optimizer.warmstart
     if not path:
@@ -78,8 +79,44 @@ def find(run: Run, comm: MPI.Intracomm, replicas: int, layout: Layout, order: Or
             info.samples,
             info.done if len(info.done) == replicas and same_size else (),
             tuple(name for name in rule(run.optimizer).state_names if name not in checkpoint.vectors),
+            notices,
         )
     return Beginning(begin, Path(path), int(session[0]))
+
+
+def _find_checkpoint(run: Run, comm: MPI.Intracomm) -> tuple[str, tuple[str, ...]]:
+    """Return the newest checkpoint that is what was written, or nothing; on the lead, with what there is to say.
+
+    All ranks verify a part of it each.  Damaged ones are set aside when a good one is found: until then another start
+    would take the run for a new one.
+    """
+    damaged: list[Path] = []
+    notices: list[str] = []
+    while True:
+        path = ""
+        with together(comm, "preparing the run directory"):
+            if comm.rank == _LEAD and (found := previous(run, damaged)) is not None:
+                path = str(found.path)
+                notices += [found.notice] if found.notice else []
+        path = waiting.broadcast_text(comm, path, _LEAD, "the lead to look for a checkpoint")
+        problem = ""
+        if path:
+            try:
+                with Checkpoint.open(Path(path)) as checkpoint:
+                    checkpoint.verify(comm.rank, comm.size)
+            except UserError as error:
+                problem = str(error)
+        vote = np.array([comm.rank if problem else comm.size], np.int64)
+        what = "the other ranks to verify the checkpoint"
+        first = int(waiting.allreduce(comm, vote, MPI.MIN, what, seconds=LOADING_SECONDS)[0])
+        if first == comm.size:
+            break
+        notices.append(waiting.broadcast_text(comm, problem, first, what) + "; the run goes on from an earlier one")
+        damaged.append(Path(path))
+    if comm.rank == _LEAD and found is not None:
+        for other in (*damaged, *found.damaged):
+            set_aside(other)
+    return path, tuple(dict.fromkeys(notices))
 
 
 def fill(
@@ -114,7 +151,7 @@ def fill(
         state: State = applied_rule.init(server.parameters)
         for name, values in {PARAMETERS: server.parameters, **state}.items():
             for start, local, length in arrangement.pieces(held) if name in opened.vectors else ():
-                opened.read(name, start, values[local : local + length])
+                opened.load(name, start, values[local : local + length])
         versions = opened.info.shard_versions
     # Cut otherwise, the shards have no versions of their own to go on from.
     server.begin(state, max(versions))

@@ -19,3 +19,11 @@ class ToldElsewhere(KnownToAll):
 
 class RunFailed(RuntimeError):
     """A run that started well and cannot go on, e.g. because the loss is no longer finite (exit code 1)."""
+
+
+class DiskFailed(RunFailed):
+    """A file could not be written, because of its disk or directory: what was there before is whole."""
+
+
+class Damaged(UserError):
+    """A file that is torn, or not what was written."""

@@ -47,6 +47,11 @@ class NewFile:
         self._hdf5 = h5py.File(self._raw, "w", **options)
         return self._hdf5
 
+    @property
+    def descriptor(self) -> int:
+        """Of the file, to read back what :meth:`write_at` wrote."""
+        return self._raw.fileno()
+
     def write_at(self, offset: int, values: np.ndarray) -> None:
         """Write the contiguous `values` to the bytes from `offset`; OSError at once."""
         left = values.view(np.uint8).data

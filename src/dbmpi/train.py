@@ -207,6 +207,8 @@ class _Session:
         progress.message(f"{self._plan}; {layout.size:,} parameters; {data.samples:,} samples of {data.input_shape}")
         if placed.partitions > 1:
             progress.message(summarise(network.layers, placed, run.optimizer.batch_size))
+        for notice in begin.notices:
+            progress.warn(notice)
         if begin.step:
             progress.message(f"going on after {begin.step:,} steps, {len(begin.stream):,} batches are left")
         for note in store.notes:

@@ -6,6 +6,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import h5py
 import numpy as np
 
 from dbmpi.checkpoint.directory import checkpoint_path
@@ -17,21 +18,22 @@ from dbmpi.paramserver.layout import Layout, Tensor
 LAYOUT = Layout((Tensor("dense2/weights", (5, 7)), Tensor("dense2/bias", (5,)), Tensor("dense1/weights", (3, 5))))
 
 
-def make_info(**fields) -> CheckpointInfo:
+def make_info(step: int = 123, **fields) -> CheckpointInfo:
+    holes = (7, 118) if step > 118 else ()
     given = {
         "configuration": json.dumps({"run": {"seed": 1}, "note": "π and \n a new line"}),
-        "step": 123,
-        "samples": 15744,
+        "step": step,
+        "samples": 128 * step,
         "shard_versions": (120, 123),
         "shards": 2,
         "replicas": 3,
         "partitions": 1,
         "input_shape": (28, 28),
         "classes": 10,
-        "frontier": 120,
+        "frontier": step + len(holes),
         "total": 1000,
-        "holes": (7, 118),
-        "done": (40, 41, 42),
+        "holes": holes,
+        "done": (step // 3, step // 3, step - 2 * (step // 3)),
         "libraries": library_versions("MPICH Version: 4.3\nbuilt somewhere\0"),
     }
     return CheckpointInfo(**(given | fields))
@@ -43,6 +45,12 @@ def write(run: Path, step: int = 123, layout: Layout = LAYOUT, fill: float = 0.0
             values = np.arange(layout.size, dtype=np.float32) + np.float32(fill + 1000 * number)
             writer.write(vector, 0, values)
         return writer.commit(make_info(step=step, **fields))
+
+
+def as_version_1(file: h5py.File) -> None:
+    """Make an open checkpoint what the first version of the format was: without checksums."""
+    del file["checksums"]
+    file.attrs.modify("format_version", 1)
 
 
 def run_python(code: str, *arguments: object) -> subprocess.CompletedProcess:

@@ -1,10 +1,12 @@
 """Checkpoints: what is written is read back, whatever the ranges, and what was good stays good."""
 
+import binascii
 import json
 import os
 import shutil
 import signal
 import subprocess
+from contextlib import nullcontext
 from pathlib import Path
 
 import h5py
@@ -12,13 +14,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from unit.checkpoint_files import LAYOUT, make_info, run_python, write
+from unit.checkpoint_files import LAYOUT, as_version_1, make_info, run_python, write
 
-from dbmpi.checkpoint import directory
+from dbmpi.checkpoint import directory, retention, schema
 from dbmpi.checkpoint.directory import checkpoint_path
 from dbmpi.checkpoint.reader import Checkpoint
 from dbmpi.checkpoint.writer import CheckpointWriter, Coverage
-from dbmpi.errors import RunFailed, UserError
+from dbmpi.errors import Damaged, DiskFailed, RunFailed, UserError
 from dbmpi.paramserver.layout import Layout, Tensor, cut
 
 shapes = st.lists(st.integers(1, 6), max_size=4).map(tuple)
@@ -81,7 +83,7 @@ def test_the_description_survives(tmp_path):
 
 
 def test_empty_lists_and_texts_survive(tmp_path):
-    empty = {"shard_versions": (), "input_shape": (), "holes": (), "done": (), "configuration": "", "classes": 0}
+    empty = {"input_shape": (), "holes": (), "done": (), "configuration": "", "classes": 0}
     with Checkpoint.open(write(tmp_path, **empty)) as checkpoint:
         assert {name: getattr(checkpoint.info, name) for name in empty} == empty
 
@@ -206,6 +208,152 @@ def test_a_broken_latest_falls_back_and_says_so(tmp_path, damage):
         assert ("latest" if "latest" in damage else "step-000000002.h5") in checkpoint.notice
 
 
+def test_the_newest_whole_file_counts_whatever_latest_says(tmp_path):
+    """As a kill between the two leaves them."""
+    for step in (1, 2):
+        write(tmp_path, step)
+    latest = tmp_path / "checkpoints" / "latest"
+    latest.unlink()
+    latest.symlink_to("step-000000001.h5")
+    with Checkpoint.open(tmp_path) as checkpoint:
+        assert (checkpoint.info.step, checkpoint.notice) == (2, "")
+    with Checkpoint.open(latest) as checkpoint:  # who asks for this one gets it
+        assert checkpoint.info.step == 1
+
+
+def test_a_torn_checkpoint_does_not_count_among_those_to_keep(tmp_path):
+    for step in (1, 2, 3):
+        write(tmp_path, step)
+    checkpoint_path(tmp_path, 3).write_bytes(checkpoint_path(tmp_path, 3).read_bytes()[:-100])
+    assert "the last checkpoint is" in retention.kept(tmp_path / "checkpoints")
+    assert retention.kept(tmp_path / "checkpoints").endswith("step-000000002.h5")
+    with CheckpointWriter(checkpoint_path(tmp_path, 4), LAYOUT) as writer:
+        writer.write("parameters", 0, np.zeros(LAYOUT.size, np.float32))
+        writer.commit(make_info(step=4), keep=2)
+    assert [found.step for found in retention.whole(tmp_path / "checkpoints")] == [4, 2]
+    assert checkpoint_path(tmp_path, 3).exists()
+
+
+def test_a_clock_that_is_set_back_does_not_make_the_newest_old(tmp_path):
+    """As another host's may be, on which the run goes on."""
+    write(tmp_path, 2, created="2100-01-01T00:00:00.000000+00:00")
+    write(tmp_path, 3)
+    with Checkpoint.open(tmp_path) as checkpoint:
+        assert (checkpoint.info.step, checkpoint.info.created) == (3, "2100-01-01T00:00:00.000001+00:00")
+
+
+# Checksums
+
+
+def naive_sums(path: str, array: np.ndarray) -> list[int]:
+    """Return the checksums as the documentation of the format has them, by binascii instead of zlib."""
+    data, head = array.tobytes(), f"{path} {array.dtype.str} {array.shape}".encode()
+    return [binascii.crc32(head + data[place : place + 2**18]) for place in range(0, len(data), 2**18)]
+
+
+@pytest.mark.parametrize("order", ["forwards", "backwards", "twice"])
+def test_every_dataset_has_its_checksums(tmp_path, order):
+    layout = Layout((Tensor("a/long", (3, 50_000)), Tensor("b", (0,)), Tensor("a/short", (7,))))
+    values = np.random.default_rng(0).random(layout.size).astype(np.float32)
+    pieces = [slice(start, start + 10_007) for start in range(0, layout.size, 10_007)]
+    with CheckpointWriter(checkpoint_path(tmp_path, 1), layout) as writer:
+        if order == "twice":
+            writer.write("parameters", 0, values[::-1].copy())
+        for piece in pieces if order == "forwards" else pieces[::-1]:
+            writer.write("parameters", piece.start, values[piece])
+        path = writer.commit(make_info(step=1))
+    seen = []
+    with h5py.File(path) as file:
+
+        def compare(name, node):
+            if isinstance(node, h5py.Dataset) and not name.startswith("checksums/"):
+                seen.append(name)
+                assert file[f"checksums/{name}"][()].tolist() == naive_sums(name, np.array(node[()], node.dtype))
+
+        file.visititems(compare)
+        assert len(file["checksums/parameters/a/long"]) == 3
+    assert {"parameters/a/long", "parameters/b", "run/step", "run/configuration", "data/holes"} < set(seen)
+    with Checkpoint.open(path) as checkpoint:
+        checkpoint.verify()
+        np.testing.assert_array_equal(checkpoint.parameters(), values)
+
+
+@settings(max_examples=40, deadline=None)
+@given(bit=st.integers(0, 8 * 600_000 - 1), start=st.integers(0, 150_000), length=st.integers(1, 150_000))
+def test_a_flipped_bit_is_found_where_and_only_where_it_is_read(tmp_path_factory, bit, start, length):
+    run = tmp_path_factory.mktemp("run")
+    layout = Layout((Tensor("w", (150_000,)),))
+    with CheckpointWriter(checkpoint_path(run, 1), layout) as writer:
+        writer.write("parameters", 0, np.zeros(layout.size, np.float32))
+        path = writer.commit(make_info(step=1))
+    with h5py.File(path) as file:
+        offset = file["parameters/w"].id.get_offset()
+    whole = bytearray(path.read_bytes())
+    whole[offset + bit // 8] ^= 1 << bit % 8
+    path.write_bytes(whole)
+    out = np.empty(min(length, layout.size - start), np.float32)
+    block = bit // 8 // 2**18
+    read = range(4 * start // 2**18, (4 * (start + len(out)) - 1) // 2**18 + 1)
+    with Checkpoint.open(path) as checkpoint:
+        for _ in range(2):
+            if block in read:
+                with pytest.raises(Damaged, match=r"/parameters/w is damaged: its bytes"):
+                    checkpoint.read("parameters", start, out)
+            else:
+                checkpoint.read("parameters", start, out)
+        parts = [block not in range(3 * part // 2, 3 * (part + 1) // 2) for part in range(2)]
+        for part, sound in enumerate(parts):
+            with nullcontext() if sound else pytest.raises(Damaged):
+                checkpoint.verify(part, 2)
+
+
+@pytest.mark.parametrize(
+    ("vector", "value"), [("parameters", np.nan), ("parameters", -np.inf), ("accumulator", np.nan)]
+)
+def test_a_number_to_go_on_from_is_finite(tmp_path, vector, value):
+    path = write(tmp_path)
+    place = "parameters" if vector == "parameters" else "state/accumulator"
+    with h5py.File(path, "r+") as file:
+        as_version_1(file)
+        file[f"{place}/dense2/bias"][3] = value
+    out = np.empty(LAYOUT.size, np.float32)
+    with Checkpoint.open(path) as checkpoint:
+        checkpoint.read(vector, 0, out)  # for those who only look
+        with pytest.raises(UserError, match=rf"/{place}/dense2/bias holds {value} at \(3\)"):
+            checkpoint.load(vector, 0, out)
+        checkpoint.load(vector, 0, out[:30])
+
+
+CONTRADICTIONS = {
+    "frontier": 1001,
+    "holes": (118, 7),
+    "done": (40, 41),
+    "step": 100,
+    "samples": 5,
+    "shard_versions": (120,),
+    "shards": 0,
+    "replicas": 4,
+    "total": 2**62,
+    "input_shape": (28, -1),
+    "created": "yesterday",
+}
+
+
+@pytest.mark.parametrize("name", CONTRADICTIONS)
+def test_numbers_that_contradict_one_another_are_refused_by_name(tmp_path, name):
+    with pytest.raises(ValueError, match=name):
+        write(tmp_path / "written", **({"done": (41, 41, 41)} | {name: CONTRADICTIONS[name]}))
+    path = write(tmp_path)
+    place = (schema.TEXTS | schema.INTEGERS | schema.INTEGER_LISTS)[name]
+    value = CONTRADICTIONS[name]
+    with h5py.File(path, "r+") as file:
+        as_version_1(file)
+        del file[place]
+        file[place] = np.bytes_(value) if isinstance(value, str) else np.array(value, np.int64)
+    with pytest.raises(Damaged, match=rf"step-000000123\.h5: .*{name}"):
+        Checkpoint.open(path)
+
+
 def test_nothing_to_open(tmp_path):
     with pytest.raises(UserError, match="no checkpoint that can be read"):
         Checkpoint.open(tmp_path)
@@ -304,7 +452,7 @@ def test_no_room_is_found_out_before_writing(tmp_path):
 
 def test_a_directory_that_cannot_be_made(tmp_path):
     (tmp_path / "run").touch()
-    with pytest.raises(UserError, match="cannot be written here"):
+    with pytest.raises(DiskFailed, match=r"cannot be written here.*; there is no earlier checkpoint"):
         CheckpointWriter(checkpoint_path(tmp_path / "run", 1), LAYOUT)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from unit.checkpoint_files import LAYOUT, read_all, run_python, write
+from unit.checkpoint_files import LAYOUT, as_version_1, read_all, run_python, write
 
 from dbmpi.checkpoint.reader import Checkpoint
 from dbmpi.checkpoint.untrusted import Malformed, UntrustedFile
@@ -137,12 +137,12 @@ HARMS = {
     "configuration missing": (lambda file: file.pop("run/configuration"), "/run/configuration is missing"),
     "tensors missing": (lambda file: file.pop("parameters/dense1"), "/parameters/dense1/weights is missing"),
     "step as text": (lambda file: replace(file, "run/step", data=np.bytes_("one")), "/run/step: expected integers"),
-    "step negative": (lambda file: replace(file, "run/step", data=-4), "run/step is negative"),
+    "step negative": (lambda file: replace(file, "run/step", data=-4), "/run/step is -4, expected at least 0"),
     "step as list": (lambda file: replace(file, "run/step", data=[4, 5]), "/run/step: expected integers"),
     "group for array": (lambda file: file.create_group("data/holes/a"), "/data/holes: expected a dataset"),
     "later version": (
-        lambda file: file.attrs.modify("format_version", 2),
-        "format version 2, this dbmpi reads version 1",
+        lambda file: file.attrs.modify("format_version", 3),
+        "format version 3, this dbmpi reads versions 1 to 2",
     ),
     "data file": (lambda file: file.attrs.pop("format"), "is it a data file"),
     "large attribute": (lambda file: file.attrs.create("format", np.zeros(5000, "i1")), "short text"),
@@ -154,14 +154,18 @@ HARMS = {
 }
 
 
+@pytest.mark.parametrize("checksums", [False, True], ids=["version 1", "with checksums"])
 @pytest.mark.parametrize("harm", HARMS)
-def test_harm_is_refused(path, harm):
+def test_harm_is_refused(path, harm, checksums):
     change, message = HARMS[harm]
     with h5py.File(path, "r+") as file:
+        if not checksums:
+            as_version_1(file)
         if harm == "group for array":
             del file["data/holes"]
         change(file)
-    with pytest.raises(UserError, match=message) as raised:
+    # Where there is a checksum, a mistake may be found by that first.
+    with pytest.raises(UserError, match=f"{message}|checksums?[/:]" if checksums else message) as raised:
         read_all(path)
     assert str(path) in str(raised.value)
 

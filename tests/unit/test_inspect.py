@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
-from unit.checkpoint_files import LAYOUT, write
+from unit.checkpoint_files import LAYOUT, as_version_1, write
 
 from dbmpi.checkpoint import statistics
 from dbmpi.checkpoint.directory import checkpoint_path
@@ -71,8 +71,9 @@ def test_a_run_directory(tmp_path, capsys):
     assert "step-000000020.h5" in text
     for line in (
         "step         300",
-        "samples      15,744",
-        "stream       118 of 1,000 batches learned; missing before batch 120: 7, 118",
+        "samples      38,400",
+        "stream       300 of 1,000 batches learned; missing before batch 302: 7, 118",
+        "checksums    compared with all that was read",
         "topology     2 shards, 3 replicas of 1 partition",
         "inputs       28 x 28",
         "run.seed = 1",
@@ -98,9 +99,21 @@ def test_lost_replicas_of_a_run_are_named(tmp_path, capsys):
     assert [(one["replica"], one["session"], one["iteration"]) for one in lost] == [(1, 1, 1), (3, 1, 2)]
 
 
+def test_a_damaged_array_is_named_and_the_others_are_shown(tmp_path, capsys):
+    path = write(tmp_path)
+    with h5py.File(path, "r+") as file:
+        file["parameters/dense2/bias"][1] = 7.5
+    with pytest.raises(UserError, match="damaged: dense2/bias: some bytes are not those that were written"):
+        show(capsys, path)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["dense2/bias", "5", "float32", "damaged"] in lines
+    assert [line[-1] for line in lines if line[:1] == ["dense1/weights"]] == ["none"]
+
+
 def test_a_checkpoint(tmp_path, capsys):
     path = write(tmp_path)
     with h5py.File(path, "r+") as file:
+        as_version_1(file)
         file["parameters/dense2/bias"][1:3] = (np.nan, np.inf)
     found = json.loads(show(capsys, path, as_json=True))
     assert found["kind"] == "checkpoint"

@@ -15,8 +15,9 @@ import h5py
 import numpy as np
 from numpy.typing import DTypeLike
 
+from dbmpi.checkpoint import checksums
 from dbmpi.checkpoint.schema import HDF5_ERRORS
-from dbmpi.errors import RunFailed, UserError
+from dbmpi.errors import DiskFailed, UserError
 from dbmpi.newfile import NewFile
 
 
@@ -27,12 +28,14 @@ class ArrayFile:
     ----------
     path : Path
         The name that the file gets in :meth:`commit`.
+    with_checksums : bool
+        Whether checksums of all datasets are written, too; see :mod:`dbmpi.checkpoint.checksums`.
 
     Raises
     ------
     UserError
         If no file can be made there.
-    RunFailed
+    DiskFailed
         If the disk is full or fails, now or in any later call.  No file is then left behind, and one that had the
         name before is untouched.
 
@@ -43,8 +46,10 @@ class ArrayFile:
     file systems refuse locks.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, with_checksums: bool = False) -> None:
         self.path = path
+        self._summed = with_checksums
+        self._sums: dict[str, checksums.WrittenSums] = {}
         self._offsets: dict[str, tuple[int, np.dtype[Any]]] = {}
         self._bytes = 0
         self._new: NewFile | None = None
@@ -70,10 +75,12 @@ class ArrayFile:
             group = self._file.require_group(above) if above else self._file
             dataset = h5py.h5d.create(group.id, last.encode(), h5py.h5t.py_create(kind), space, dcpl=properties)
             self._offsets[name] = dataset.get_offset() or 0, kind  # None where there are no elements
+        if self._summed:
+            self._sums[name] = checksums.WrittenSums(name, kind, shape)
         self._bytes += math.prod(shape) * kind.itemsize
 
     def check_room(self) -> None:
-        """Raise RunFailed if the disk has no room for the arrays created so far."""
+        """Raise DiskFailed if the disk has no room for the arrays created so far."""
         with self._or_nothing():
             free = shutil.disk_usage(self.path.parent).free
             if free < self._bytes:
@@ -88,6 +95,8 @@ class ArrayFile:
         with self._or_nothing():
             new.check()
             new.write_at(offset + first * dtype.itemsize, values)
+        if self._summed:
+            self._sums[name].wrote(first * dtype.itemsize, values.view(np.uint8).data)
 
     def put(self, name: str, value: str | int | Sequence[int] | Sequence[bytes]) -> None:
         """Add a small dataset: a text, an integer, integers, or a non-empty list of texts (as UTF-8)."""
@@ -102,6 +111,10 @@ class ArrayFile:
             data, kind = np.asarray(value, dtype=np.int64), np.dtype(np.int64)
         with self._or_nothing():
             self._file.create_dataset(name, data=data, dtype=kind)
+        if self._summed:
+            stored = np.array(data, dtype=kind, order="C")
+            self._sums[name] = checksums.WrittenSums(name, stored.dtype, stored.shape)
+            self._sums[name].wrote(0, memoryview(stored.tobytes()))
 
     def set_attribute(self, name: str, value: str | int, of: str = "/") -> None:
         """Set an attribute of the file or of one of its members."""
@@ -116,6 +129,9 @@ class ArrayFile:
         """Bring the file to disk and give it its name."""
         new = self._require_open()
         with self._or_nothing():
+            for name, sums in self._sums.items():
+                found = sums.complete(new.descriptor, self._offsets.get(name, (0, None))[0])
+                self._file.create_dataset(f"{checksums.GROUP}/{name}", data=found)
             new.complete()
             new.commit()
         self._new = None
@@ -151,7 +167,7 @@ class ArrayFile:
 
     @contextmanager
     def _or_nothing(self) -> Iterator[None]:
-        """Leave no file behind on an error, and raise RunFailed for what the disk or HDF5 says."""
+        """Leave no file behind on an error, and raise DiskFailed for what the disk or HDF5 says."""
         try:
             yield
         except UserError:
@@ -159,7 +175,7 @@ class ArrayFile:
         except HDF5_ERRORS as error:
             self.abort()
             reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-            raise RunFailed(f"{self.path}: could not be written: {reason}") from error
+            raise DiskFailed(f"{self.path}: could not be written: {reason}") from error
         except BaseException:
             self.abort()
             raise

@@ -12,6 +12,7 @@ import os
 import re
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from dbmpi.newfile import sync, temporary_path
@@ -68,12 +69,6 @@ def read_latest(directory: Path) -> Path | None:
     return directory / name if _NAME.fullmatch(name) else None
 
 
-def kept(directory: Path) -> str:
-    """Say, where a run cannot write or go on, which checkpoint is left."""
-    latest = read_latest(directory)
-    return f"the last checkpoint is {latest}" if latest else "there is no earlier checkpoint"
-
-
 def replace_latest(path: Path) -> None:
     """Let ``latest`` name the file `path` beside it, at one stroke: a reader finds the old one or the new one."""
     pointer = path.with_name(LATEST)
@@ -90,13 +85,10 @@ def replace_latest(path: Path) -> None:
     sync(path.parent)
 
 
-def remove_older(newest: Path, keep: int) -> list[Path]:
-    """Delete the checkpoints beside `newest` but the `keep - 1` last written ones; return what was deleted."""
-    others = [path for path in checkpoints(newest.parent) if path.name != newest.name]
-    older = others[max(keep, 1) - 1 :]
-    for path in older:
-        path.unlink(missing_ok=True)
-    return older
+def set_aside(path: Path) -> None:
+    """Give a damaged checkpoint another name, so that it counts no more and can still be looked at."""
+    with suppress(OSError):  # it only counts on
+        path.replace(path.with_name(f"{path.name}.damaged"))
 
 
 def clean(directory: Path) -> list[Path]:

@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
+from typing import NamedTuple
 
 from dbmpi.checkpoint import directory
 from dbmpi.checkpoint.reader import Checkpoint
 from dbmpi.config import Run
 from dbmpi.data.stream import Order
-from dbmpi.errors import UserError
+from dbmpi.errors import Damaged, UserError
 
 
-def previous(run: Run) -> Path | None:
-    """Return the checkpoint to go on from; refuse to write into another run's directory."""
+class Previous(NamedTuple):
+    """The checkpoint to go on from."""
+
+    path: Path
+    notice: str
+    """Empty, or which newer ones cannot be read."""
+    damaged: tuple[Path, ...]
+    """Those of them that are torn, or not what was written."""
+
+
+def previous(run: Run, without: Collection[Path] = ()) -> Previous | None:
+    """Return the checkpoint to go on from, if there is any; refuse to write into another run's directory.
+
+    Those in `without` are not taken.
+    """
     place = run.run.directory
     try:
         for below in ("checkpoints", "records"):
@@ -34,8 +49,9 @@ def previous(run: Run) -> Path | None:
             f"{place}: already holds checkpoints, the newest {existing[0].name}, and nothing is overwritten; set "
             'checkpoint.resume = "auto" to go on from it, or run.directory to another place'
         )
-    with Checkpoint.open(place) as checkpoint:
-        return checkpoint.path
+    with Checkpoint.open(place, without) as checkpoint:
+        damaged = (path for path, error in checkpoint.unreadable.items() if isinstance(error, Damaged))
+        return Previous(checkpoint.path, checkpoint.notice, tuple(damaged))
 
 
 def check_same_order(run: Run, stored: str, order: Order, total: int, path: Path) -> Order:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import os
-from collections.abc import Sequence
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -14,10 +14,11 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from dbmpi.checkpoint import directory, schema
+from dbmpi.checkpoint.checksums import Mismatch, StoredArray
 from dbmpi.checkpoint.schema import HDF5_ERRORS
-from dbmpi.checkpoint.untrusted import Malformed, UntrustedFile
-from dbmpi.errors import UserError
-from dbmpi.paramserver.layout import Layout
+from dbmpi.checkpoint.untrusted import Foreign, Malformed, UntrustedFile
+from dbmpi.errors import Damaged, UserError
+from dbmpi.paramserver.layout import Layout, Tensor
 
 _DIFFERENCES_SHOWN = 6
 _CONVERTED_AT_ONCE = 2**20
@@ -33,7 +34,9 @@ class Checkpoint:
     path : Path
         The file.
     notice : str
-        Empty, or why this file was taken instead of the one that ``latest`` names.
+        Empty, or which files of the directory cannot be read, so that this one was taken.
+    unreadable : mapping of Path to UserError
+        These files.
     info : CheckpointInfo
         All but the arrays.
     layout : Layout
@@ -42,32 +45,44 @@ class Checkpoint:
         ``"parameters"`` and the names of the rule's state.
     dtype : dtype
         Of the arrays.
+    has_checksums : bool
+        Whether what is read is verified; the first version of the format had no checksums.
     """
 
     def __init__(self, path: Path, notice: str = "") -> None:
         self.path = path
         self.notice = notice
+        self.unreadable: Mapping[Path, UserError] = {}
         self._file = _open(path)
         try:
             checked = UntrustedFile(self._file, path.stat().st_size)
             self.info = checked.info()
             self.layout = checked.layout()
             self.vectors = checked.vectors()
-            self.dtype, self._offsets = checked.arrays(self.layout, self.vectors)
-            self._descriptor: int = self._file.id.get_vfd_handle()
+            self.dtype, self._arrays = checked.arrays(self.layout, self.vectors)
+            self.has_checksums = checked.verified
         except Malformed as error:
             self._file.close()
-            raise UserError(f"{path}: not a whole checkpoint: {error}") from None
+            kind = UserError if isinstance(error, Foreign) else Damaged
+            raise kind(f"{path}: not a whole checkpoint: {error}") from None
         except HDF5_ERRORS as error:
             self._file.close()
-            raise UserError(f"{path}: the checkpoint cannot be read: {_text(error)}") from None
+            raise Damaged(f"{path}: the checkpoint cannot be read: {_text(error)}") from None
 
     @classmethod
-    def open(cls, path: Path) -> Checkpoint:
-        """Open a file, or the latest checkpoint of a run directory or of a directory of checkpoints.
+    def open(cls, path: Path, without: Collection[Path] = ()) -> Checkpoint:
+        """Open a file, or the newest whole checkpoint of a run directory or of a directory of checkpoints.
 
         A checkpoint can be opened at any time, also while a run writes the next one: a file that has its name
         is whole and never changes.  That is also why no lock is taken, which many parallel file systems refuse.
+
+        Parameters
+        ----------
+        path
+            A file, ``latest``, or a directory; there the newest counts, whatever ``latest`` says, because a run may
+            have been killed between the two.
+        without
+            Files of a directory that are not to be taken.
 
         Raises
         ------
@@ -79,53 +94,81 @@ class Checkpoint:
                 return cls(directory.read_latest(path.parent) or path)
             return cls(path)
         place = directory.checkpoints_directory(path)
-        for _ in range(3):
-            latest = directory.read_latest(place)
-            if latest is None:
-                problem = f"{place / directory.LATEST} is missing or names no checkpoint"
-                break
-            try:
-                return cls(latest)
-            except UserError as error:
-                problem = str(error)
-            if latest == directory.read_latest(place):
-                break
-            # A run has replaced and deleted the file between the two looks: look again.
-        return cls._newest(place, problem)
-
-    @classmethod
-    def _newest(cls, place: Path, problem: str) -> Checkpoint:
-        readable = []
-        for candidate in directory.checkpoints(place):
-            with contextlib.suppress(UserError):
-                readable.append(cls(candidate))
-        if not readable:
+        found, unreadable = _open_all(cls, place, without)
+        latest = directory.read_latest(place)
+        problems = [str(error) for error in unreadable.values()]
+        if latest is None:
+            problems.append(f"{place / directory.LATEST} is missing or names no checkpoint")
+        elif not latest.exists():
+            problems.append(f"{latest}: no such checkpoint")
+        if not found:
             raise UserError(
-                f"{place}: no checkpoint that can be read; expected files like step-000000123.h5 ({problem})"
+                f"{place}: no checkpoint that can be read; expected files like step-000000123.h5 "
+                f"({'; '.join([*problems, *(f'{path} is not taken' for path in without)])})"
             )
-        newest = max(readable, key=lambda checkpoint: (checkpoint.info.created, checkpoint.info.step))
-        for checkpoint in readable:
+        newest = max(found, key=lambda checkpoint: (checkpoint.info.created, checkpoint.info.step))
+        for checkpoint in found:
             if checkpoint is not newest:
                 checkpoint.close()
-        newest.notice = f"{problem}; the newest checkpoint that can be read is {newest.path}"
+        if problems:
+            newest.notice = f"{'; '.join(problems)}; the newest checkpoint that can be read is {newest.path}"
+        newest.unreadable = unreadable
         return newest
 
     def read(self, vector: str, start: int, out: np.ndarray) -> None:
-        """Fill `out` (n,), contiguous, with the positions ``start ... start + n`` of a vector, in out's dtype."""
+        """Fill `out` (n,), contiguous, with the positions ``start ... start + n`` of a vector, in out's dtype.
+
+        Raises
+        ------
+        Damaged
+            If some of it is not what was written.
+        """
         stop = start + len(out)
         if out.ndim != 1 or not out.flags.c_contiguous or not out.flags.writeable:
             raise ValueError("expected a contiguous vector that can be written to")
         if start < 0 or stop > self.layout.size:
             raise ValueError(f"the range [{start}, {stop}) is not within the vector of {self.layout.size} elements")
         position = 0
-        try:
-            for tensor, first, last in self.layout.pieces(start, stop):
-                part = out[position : position + last - first]
-                offset = self._offsets[vector, tensor.name] + first * self.dtype.itemsize
-                _read_at(self._descriptor, offset, self.dtype, part)
-                position += last - first
-        except HDF5_ERRORS as error:
-            raise UserError(f"{self.path}: {vector!r} cannot be read: {_text(error)}") from error
+        for tensor, first, last in self.layout.pieces(start, stop):
+            part = out[position : position + last - first]
+            with self._naming(vector, tensor):
+                _fill(self._arrays[vector, tensor.name], first, self.dtype, part)
+            position += last - first
+
+    def load(self, vector: str, start: int, out: np.ndarray) -> None:
+        """Fill `out` as :meth:`read` does, with numbers to go on from: parameters are finite, and nothing is NaN.
+
+        Raises
+        ------
+        Damaged
+            If some of it is not what was written.
+        UserError
+            If some of it is no number to go on from.
+        """
+        self.read(vector, start, out)
+        lowest, highest = (float(np.min(out)), float(np.max(out))) if len(out) else (0.0, 0.0)
+        if math.isnan(lowest) or (vector == schema.PARAMETERS and math.isinf(highest - lowest)):
+            bad = np.isnan(out) if math.isnan(lowest) else ~np.isfinite(out)
+            at = start + int(np.argmax(bad))
+            tensor, first, _ = next(self.layout.pieces(at, at + 1))
+            index = ", ".join(str(int(place)) for place in np.unravel_index(first, tensor.shape))
+            raise UserError(
+                f"{self.path}: /{schema.group_of(vector)}/{tensor.name} holds {out[at - start]} at ({index}), and a "
+                "network cannot go on from that: use an earlier checkpoint, or train anew"
+            )
+
+    def verify(self, part: int = 0, parts: int = 1) -> None:
+        """Read one of `parts` equal parts of every array, and compare it with its checksums, if there are any.
+
+        Raises
+        ------
+        Damaged
+            If it is not what was written.
+        """
+        for vector in self.vectors:
+            for tensor in self.layout.tensors:
+                with self._naming(vector, tensor):
+                    self._arrays[vector, tensor.name].verify(part, parts)
 
     def parameters(self, dtype: DTypeLike = np.float32) -> np.ndarray:
         """Return all parameters as one flat vector (layout.size,)."""
@@ -157,6 +200,19 @@ class Checkpoint:
     ) -> None:
         self.close()
 
+    @contextlib.contextmanager
+    def _naming(self, vector: str, tensor: Tensor) -> Iterator[None]:
+        """Say which array of which file cannot be read."""
+        try:
+            yield
+        except Mismatch as error:
+            raise Damaged(
+                f"{self.path}: /{schema.group_of(vector)}/{tensor.name} is damaged: {error}; use another checkpoint"
+            ) from None
+        except OSError as error:
+            name = f"/{schema.group_of(vector)}/{tensor.name}"
+            raise Damaged(f"{self.path}: {name} cannot be read: {_text(error)}") from error
+
     def _difference(self, layout: Layout) -> str:
         here = {tensor.name: tensor.shape for tensor in self.layout.tensors}
         there = {tensor.name: tensor.shape for tensor in layout.tensors}
@@ -171,6 +227,30 @@ class Checkpoint:
         return "; ".join(lines[:_DIFFERENCES_SHOWN]) + (f"; and {more} more" if more > 0 else "")
 
 
+def _open_all(
+    kind: type[Checkpoint], place: Path, without: Collection[Path]
+) -> tuple[list[Checkpoint], dict[Path, UserError]]:
+    """Open all checkpoints in a directory; return them, and what is wrong with the others."""
+    found: list[Checkpoint] = []
+    for attempt in range(3):
+        unreadable, vanished = {}, False
+        for candidate in directory.checkpoints(place):
+            try:
+                if candidate not in without:
+                    found.append(kind(candidate))
+            except UserError as error:
+                if candidate.exists():
+                    unreadable[candidate] = error
+                else:
+                    vanished = True
+        # A run deletes an old checkpoint when there is a newer one, which the list may not have had yet.
+        if not vanished or attempt == 2:
+            break
+        while found:
+            found.pop().close()
+    return found, unreadable
+
+
 def _open(path: Path) -> Any:
     try:
         return h5py.File(path, "r", locking=False)
@@ -179,27 +259,22 @@ def _open(path: Path) -> Any:
     except PermissionError:
         raise UserError(f"{path}: the checkpoint may not be read by this user") from None
     except HDF5_ERRORS as error:
-        raise UserError(f"{path}: not a checkpoint, or a torn one: {_text(error)}") from None
+        raise Damaged(f"{path}: not a checkpoint, or a torn one: {_text(error)}") from None
 
 
-def _read_at(descriptor: int, offset: int, dtype: np.dtype[Any], out: np.ndarray) -> None:
-    """Fill the contiguous vector `out` (n,) from values of `dtype` at the bytes from `offset` of a file.
+def _fill(stored: StoredArray, first: int, dtype: np.dtype[Any], out: np.ndarray) -> None:
+    """Fill the contiguous vector `out` (n,) from the values of an array, of `dtype`, from the flat position `first` on.
 
     The arrays of a checkpoint are contiguous in C order, so a range of the flat vector is a range of bytes: without
     conversion it is read with one call of the operating system and without a copy.
     """
     if out.dtype == dtype:
-        left = out.view(np.uint8).data
-        while left:
-            count = os.preadv(descriptor, [left], offset)
-            if count == 0:
-                raise OSError("the file ends in the middle of an array")
-            left, offset = left[count:], offset + count
+        stored.read(first * dtype.itemsize, out.view(np.uint8).data)
         return
     buffer = np.empty(min(len(out), _CONVERTED_AT_ONCE), dtype)
     for start in range(0, len(out), _CONVERTED_AT_ONCE):
         part = out[start : start + _CONVERTED_AT_ONCE]
-        _read_at(descriptor, offset + start * dtype.itemsize, dtype, buffer[: len(part)])
+        stored.read((first + start) * dtype.itemsize, buffer[: len(part)].view(np.uint8).data)
         part[:] = buffer[: len(part)]
 
 

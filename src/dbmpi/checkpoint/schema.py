@@ -1,12 +1,13 @@
-"""What a checkpoint file holds and where: format version 1.
+"""What a checkpoint file holds and where: format version 2.
 
 ::
 
-    /                          attributes format = "dbmpi-checkpoint", format_version = 1
+    /                          attributes format = "dbmpi-checkpoint", format_version = 2
     /parameters/<tensor>       float32 or float64, in the tensor's shape, e.g. /parameters/dense1/weights
     /state/<vector>/<tensor>   state of the update rule, cut like the parameters, e.g. /state/accumulator/dense1/weights
     /run/...                   description of the run and what it has done
     /data/...                  position in the stream of batches
+    /checksums/<path>          of every dataset above, see dbmpi.checkpoint.checksums; version 1 had none
 
 Everything under ``/run`` and ``/data`` is a fixed-length UTF-8 string, an int64 scalar or an int64 list.
 The file has no variable-length types, references, filters or links, so that reading it can run no code
@@ -25,7 +26,9 @@ from importlib.metadata import PackageNotFoundError, version
 import dbmpi
 
 FORMAT = "dbmpi-checkpoint"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+WITH_CHECKSUMS = 2
+"""The first version in which everything has a checksum."""
 
 PARAMETERS = "parameters"
 """Name of the vector that every checkpoint holds, and of its group."""

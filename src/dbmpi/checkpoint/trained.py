@@ -15,7 +15,7 @@ from dbmpi.checkpoint.reader import Checkpoint
 from dbmpi.checkpoint.schema import PARAMETERS, CheckpointInfo
 from dbmpi.config import NetworkSection, PlacementSection, explain
 from dbmpi.data.source import Source
-from dbmpi.errors import UserError
+from dbmpi.errors import Damaged, UserError
 from dbmpi.network.losses import Targets
 from dbmpi.network.network import Network
 from dbmpi.network.own import from_files
@@ -44,7 +44,7 @@ class TrainedNetwork:
         """Return the vector, float32, that is made of runs of the whole parameters; only they are read."""
         out = np.empty(sum(run.length for run in runs), np.float32)
         for run in runs:
-            self.checkpoint.read(PARAMETERS, run.start, out[run.local : run.local + run.length])
+            self.checkpoint.load(PARAMETERS, run.start, out[run.local : run.local + run.length])
         return out
 
     def close(self) -> None:
@@ -110,6 +110,11 @@ def load(path: Path, code: Sequence[Path] = ()) -> TrainedNetwork:
         targets: Targets = "classes" if info.classes else "values"
         network = Network(section, info.input_shape, 0, targets=targets, load=from_files(code))
         checkpoint.expect(network.layout)
+        if info.classes > network.outputs:
+            raise Damaged(
+                f"{checkpoint.path}: /run/classes is {info.classes}, expected at most the {network.outputs} outputs of "
+                "its network"
+            )
     except BaseException:
         checkpoint.close()
         raise

@@ -9,7 +9,8 @@ from typing import Any
 import h5py
 import numpy as np
 
-from dbmpi.checkpoint import schema
+from dbmpi.checkpoint import checksums, consistency, schema
+from dbmpi.checkpoint.checksums import Mismatch, StoredArray
 from dbmpi.paramserver.layout import Layout, Tensor
 
 LARGEST_TEXT = 2**24
@@ -20,6 +21,10 @@ class Malformed(Exception):
     """What is wrong with the file."""
 
 
+class Foreign(Malformed):
+    """The file is whole, as far as can be seen, but none that can be read here."""
+
+
 class UntrustedFile:
     """Access to a file from anywhere: hard links and plain contiguous data only, never more bytes than the file has."""
 
@@ -28,42 +33,55 @@ class UntrustedFile:
         self._file_size = file_size
         form = self._attribute("format")
         if form != schema.FORMAT.encode():
-            raise Malformed(f"expected the attribute format = {schema.FORMAT!r}; is it a data file?")
+            raise Foreign(f"expected the attribute format = {schema.FORMAT!r}; is it a data file?")
         number = self._attribute("format_version")
-        if number != schema.FORMAT_VERSION:
-            raise Malformed(f"it has format version {number}, this dbmpi reads version {schema.FORMAT_VERSION}")
+        if number not in range(1, schema.FORMAT_VERSION + 1):
+            raise Foreign(f"it has format version {number}, this dbmpi reads versions 1 to {schema.FORMAT_VERSION}")
+        self.verified = bool(number >= schema.WITH_CHECKSUMS) or checksums.GROUP in file
+        """Whether everything has a checksum; files of version 1 have none."""
+        self._descriptor: int = file.id.get_vfd_handle()
 
     def info(self) -> schema.CheckpointInfo:
         """Return the description."""
         fields: dict[str, Any] = {name: self._text(place) for name, place in schema.TEXTS.items()}
         fields |= {name: self._integers(place, 0)[()].item() for name, place in schema.INTEGERS.items()}
         fields |= {name: tuple(self._integers(place, 1).tolist()) for name, place in schema.INTEGER_LISTS.items()}
-        present = {name: place for name, place in schema.OPTIONAL_TEXTS.items() if place in self._file}
+        present = {name: place for name, place in schema.OPTIONAL_TEXTS.items() if self._has(place)}
         fields |= {name: self._text(place) for name, place in present.items()}
         libraries = self._find(schema.LIBRARIES, h5py.Group)
         fields["libraries"] = {name: self._text(f"{schema.LIBRARIES}/{name}") for name in libraries}
-        negative = [name for name in schema.INTEGERS if fields[name] < 0]
-        if negative:
-            raise Malformed(f"{schema.INTEGERS[negative[0]]} is negative")
-        return schema.CheckpointInfo(**fields)
+        info = schema.CheckpointInfo(**fields)
+        try:
+            consistency.check(info)
+        except consistency.Contradiction as error:
+            raise Malformed(str(error)) from None
+        return info
 
     def layout(self) -> Layout:
         """Return the tensors of the parameters, in their order."""
         dataset = self._plain(schema.TENSORS)
         if dataset.dtype.kind != "S" or dataset.ndim != 1 or len(dataset) == 0:
             raise Malformed(f"{schema.TENSORS}: expected a list of names")
+        self._verify(schema.TENSORS, dataset)
         names = [name.decode() for name in dataset[()]]
         tensors = (Tensor(name, self._plain(f"{schema.PARAMETERS}/{name}").shape) for name in names)
         return Layout(tuple(tensors))
 
     def vectors(self) -> tuple[str, ...]:
         """Return the names of the vectors, the parameters first."""
-        state = self._find("state", h5py.Group) if "state" in self._file else ()
+        state = tuple(self._find("state", h5py.Group)) if "state" in self._file else ()
+        if self.verified:
+            place = f"{checksums.GROUP}/state"
+            summed = tuple(self._find(place, h5py.Group)) if place in self._file else ()
+            for name in {*summed}.symmetric_difference(state):
+                raise Malformed(f"/{place if name in state else 'state'}/{name} is missing")
         return (schema.PARAMETERS, *state)
 
-    def arrays(self, layout: Layout, vectors: Sequence[str]) -> tuple[np.dtype[Any], dict[tuple[str, str], int]]:
-        """Return the type of the arrays and where in the file each one starts."""
-        offsets, kinds, total = {}, set(), 0
+    def arrays(
+        self, layout: Layout, vectors: Sequence[str]
+    ) -> tuple[np.dtype[Any], dict[tuple[str, str], StoredArray]]:
+        """Return the type of the arrays and where in the file each one is."""
+        arrays, kinds, total = {}, set(), 0
         for vector in vectors:
             for tensor in layout.tensors:
                 place = f"{schema.group_of(vector)}/{tensor.name}"
@@ -75,14 +93,14 @@ class UntrustedFile:
                 if offset is None or offset + size > self._file_size:
                     raise Malformed(f"/{place} lies beyond the end of the file")
                 kinds.add(_element(place, dataset))
-                offsets[vector, tensor.name] = offset
+                arrays[vector, tensor.name] = self._stored(place, dataset)
                 total += size
         if len(kinds) > 1:
             raise Malformed("some of its arrays are float32 and some float64, expected only one of them")
         # Many names for the same bytes would make a small file fill the memory.
         if total > self._file_size:
             raise Malformed(f"its arrays have {total} bytes and the file has {self._file_size}")
-        return kinds.pop(), offsets
+        return kinds.pop(), arrays
 
     def _find(self, place: str, kind: type) -> Any:
         """Return an object of the file, going through hard links only: other links may lead to other files."""
@@ -97,7 +115,32 @@ class UntrustedFile:
             raise Malformed(f"/{place}: expected a {kind.__name__.lower()}, found a {type(node).__name__.lower()}")
         return node
 
-    def _plain(self, place: str) -> Any:
+    def _has(self, place: str) -> bool:
+        """Return whether a dataset is there, or at least its checksum, so that it should be."""
+        return place in self._file or (self.verified and f"{checksums.GROUP}/{place}" in self._file)
+
+    def _stored(self, place: str, dataset: Any) -> StoredArray:
+        """Return where a dataset that :meth:`_plain` returned is, with its checksums if the file has any."""
+        size = dataset.id.get_storage_size()
+        offset = dataset.id.get_offset() if size else 0
+        if not self.verified:
+            return StoredArray(self._descriptor, offset, size)
+        where = f"{checksums.GROUP}/{place}"
+        sums = self._plain(where, "u")
+        if sums.dtype != np.uint32 or sums.shape != (-(-size // checksums.BLOCK),):
+            raise Malformed(f"/{where}: expected uint32, one for each {checksums.BLOCK} bytes of /{place}")
+        return StoredArray(
+            self._descriptor, offset, size, checksums.start(place, dataset.dtype, dataset.shape), sums[()]
+        )
+
+    def _verify(self, place: str, dataset: Any) -> None:
+        """Compare all of a small dataset with its checksum."""
+        try:
+            self._stored(place, dataset).verify()
+        except Mismatch as error:
+            raise Malformed(f"/{place} does not fit its checksum: {error}") from None
+
+    def _plain(self, place: str, kinds: str = "fiS") -> Any:
         """Return a dataset whose elements all lie in this file as they are."""
         dataset = self._find(place, h5py.Dataset)
         properties = dataset.id.get_create_plist()
@@ -106,7 +149,7 @@ class UntrustedFile:
                 f"/{place} is stored in chunks, elsewhere or virtually; expected contiguous data "
                 "(h5repack -l CONTI -f NONE makes it so)"
             )
-        if dataset.shape is None or dataset.dtype.kind not in "fiS" or dataset.dtype.hasobject:
+        if dataset.shape is None or dataset.dtype.kind not in kinds or dataset.dtype.hasobject:
             raise Malformed(f"/{place}: expected numbers or text of fixed length, found {dataset.dtype}")
         stored, needed = dataset.id.get_storage_size(), math.prod(dataset.shape) * dataset.dtype.itemsize
         if stored != needed or needed > self._file_size:
@@ -127,12 +170,14 @@ class UntrustedFile:
         dataset = self._plain(place)
         if dataset.dtype.kind != "S" or dataset.shape != () or dataset.dtype.itemsize > LARGEST_TEXT:
             raise Malformed(f"/{place}: expected text of at most {LARGEST_TEXT} bytes")
+        self._verify(place, dataset)
         return bytes(dataset[()]).decode("utf-8")
 
     def _integers(self, place: str, dimensions: int) -> np.ndarray:
         dataset = self._plain(place)
         if dataset.dtype.kind != "i" or dataset.ndim != dimensions:
             raise Malformed(f"/{place}: expected integers with {dimensions} axes")
+        self._verify(place, dataset)
         return np.asarray(dataset[()], dtype=np.int64)
 
 

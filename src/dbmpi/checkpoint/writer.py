@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -13,9 +14,9 @@ import h5py
 import numpy as np
 from numpy.typing import DTypeLike
 
-from dbmpi.checkpoint import directory, schema
+from dbmpi.checkpoint import consistency, directory, retention, schema
 from dbmpi.checkpoint.arrayfile import ArrayFile
-from dbmpi.errors import RunFailed, UserError
+from dbmpi.errors import DiskFailed, UserError
 from dbmpi.paramserver.layout import Layout
 
 
@@ -36,11 +37,9 @@ class CheckpointWriter:
 
     Raises
     ------
-    UserError
-        If the directory cannot be written to.
-    RunFailed
-        If the disk has no room for the file.  This and every later failure leaves no file behind, and the
-        checkpoints that are there already untouched.
+    DiskFailed
+        If the directory cannot be written to, or the disk has no room for the file.  This and every later failure
+        leaves no file behind, and the checkpoints that are there already untouched.
     """
 
     def __init__(
@@ -54,12 +53,11 @@ class CheckpointWriter:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(
-                f"{path.parent}: checkpoints cannot be written here: {error.strerror}; "
-                "expected a directory that can be made and written to"
+            raise DiskFailed(
+                f"{path.parent}: checkpoints cannot be written here: {error.strerror}; {retention.kept(path.parent)}"
             ) from error
         with self._naming_the_last():
-            self._file = ArrayFile(path)
+            self._file = ArrayFile(path, with_checksums=True)
             self._file.set_attribute("format", schema.FORMAT)
             self._file.set_attribute("format_version", schema.FORMAT_VERSION)
             for vector in vectors:
@@ -90,13 +88,15 @@ class CheckpointWriter:
     def commit(self, info: schema.CheckpointInfo, keep: int | None = None) -> Path:
         """Give the file its name, let ``latest`` point to it, delete all but the `keep` last ones; return the path.
 
-        When this returns, the checkpoint is on disk; when the process dies before, ``latest`` is what it was.
+        When this returns, the checkpoint is on disk.  It counts as soon as it has its name, also where the process dies
+        before ``latest`` names it.
 
         Raises
         ------
         ValueError
-            If some elements have never been written; the file is then removed.
-        RunFailed
+            If some elements have never been written, or the description is none that could be read; the file is then
+            removed.
+        DiskFailed
             If the disk is full or fails.
         """
         for vector, written in self._written.items():
@@ -104,6 +104,16 @@ class CheckpointWriter:
             if missing is not None:
                 self.abort()
                 raise ValueError(f"{self.path}: elements [{missing[0]}, {missing[1]}) of {vector!r} were never written")
+        try:
+            consistency.check(info)
+        except consistency.Contradiction as error:
+            self.abort()
+            raise ValueError(f"{self.path}: {error}") from None
+        try:
+            others = retention.whole(self.path.parent)
+        except OSError:  # whatever is wrong there, the commit will say
+            others = []
+        info = replace(info, created=retention.later_than(others, info.created))
         with self._naming_the_last():
             # Written last, so that a file without a description is known to be partial.
             _write_info(self._file, self.layout, info)
@@ -111,9 +121,9 @@ class CheckpointWriter:
         try:
             directory.replace_latest(self.path)
             if keep is not None:
-                directory.remove_older(self.path, keep)
+                retention.remove_older(self.path, others, keep)
         except OSError as error:
-            raise RunFailed(f"{self.path}: is whole, but its directory could not be updated: {error}") from error
+            raise DiskFailed(f"{self.path}: is whole, but its directory could not be updated: {error}") from error
         return self.path
 
     def abort(self) -> None:
@@ -133,8 +143,8 @@ class CheckpointWriter:
         """Say, where a checkpoint fails, which one is left."""
         try:
             yield
-        except RunFailed as error:
-            raise RunFailed(f"{error}; {directory.kept(self.path.parent)}") from error
+        except (DiskFailed, UserError) as error:
+            raise DiskFailed(f"{error}; {retention.kept(self.path.parent)}") from error
 
 
 class Coverage:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from dbmpi.cli import configured
 from dbmpi.cli.inference import add_allow_code
-from dbmpi.errors import UserError
+from dbmpi.errors import Damaged, UserError
 
 if TYPE_CHECKING:
     from dbmpi.checkpoint.reader import Checkpoint
@@ -56,6 +56,13 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         for line in _lines(found):
             print(line)
+    shown = found.get("newest", found)
+    damaged = [array["name"] for array in shown["arrays"] if "damaged" in array]
+    if damaged:
+        raise UserError(
+            f"{shown['path']}: damaged: {', '.join(damaged)}: some bytes are not those that were written; use another "
+            "checkpoint"
+        )
     return 0
 
 
@@ -138,7 +145,10 @@ def _checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     arrays = []
     for vector in checkpoint.vectors:
         for tensor in checkpoint.layout.tensors:
-            numbers = statistics.as_dict(statistics.of_tensor(checkpoint, vector, tensor))
+            try:
+                numbers = statistics.as_dict(statistics.of_tensor(checkpoint, vector, tensor))
+            except Damaged as error:
+                numbers = {"not_read": "damaged", "damaged": str(error)}
             place = tensor.name if vector == "parameters" else f"{vector}: {tensor.name}"
             arrays.append({"name": place, "shape": tensor.shape, "dtype": str(checkpoint.dtype), **numbers})
     return {
@@ -146,6 +156,7 @@ def _checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         "path": str(checkpoint.path),
         "bytes": checkpoint.path.stat().st_size,
         "parameters": checkpoint.layout.size,
+        "verified": checkpoint.has_checksums,
         **info,
         "arrays": arrays,
     }
@@ -243,6 +254,7 @@ def _checkpoint_lines(found: dict[str, Any]) -> Iterator[str]:
         "inputs": _shape(found["input_shape"]),
         "targets": f"{found['classes']} classes" if found["classes"] else "values",
         "parameters": f"{found['parameters']:,}",
+        "checksums": "compared with all that was read" if found["verified"] else "none, as in the format's version 1",
         "libraries": ", ".join(f"{name} {text}" for name, text in found["libraries"].items()),
     }
     yield f"{_printable(found['path'])}  ({_size(found['bytes'])})"

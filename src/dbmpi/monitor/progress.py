@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Literal, TextIO
 
 from dbmpi.monitor.display import Bar, State, digits, line
@@ -112,6 +112,14 @@ class Progress:
                 from rich.text import Text
 
                 self._live.console.print(Text(text), soft_wrap=True)
+
+    def warn(self, text: str) -> None:
+        """Print what the user should know of: as :meth:`message` does, or else on standard error."""
+        if self._mode != "none":
+            self.message(f"warning: {text}")
+            return
+        with suppress(OSError, ValueError):  # nobody is there to read it
+            print(f"dbmpi: warning: {text}", file=sys.stderr, flush=True)
 
     def evaluation(self, epoch: float, loss: float, accuracy: float | None, samples: int | None = None) -> None:
         """Print the result of an evaluation on `samples` held-out samples."""

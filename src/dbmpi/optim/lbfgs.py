@@ -74,6 +74,36 @@ def lbfgs(
     return descend(space, evaluate, history, search, limits, callback, batches, start)
 
 
+_ARRAYS = ("slots", "sy", "yy", "sg", "yg", "scalars", "last")
+"""Of the state of a history."""
+
+
+def names_of(slot: int) -> tuple[str, str]:
+    """Return the names of the vectors of a slot."""
+    return _s(slot), _y(slot)
+
+
+def check_history(pairs: int, state: Mapping[str, np.ndarray]) -> list[int]:
+    """Return the slots in use of the state of a history, the oldest first.
+
+    Raises
+    ------
+    ValueError
+        If it is no state of a history with so many pairs at most.
+    """
+    if set(state) != set(_ARRAYS):
+        raise ValueError(f"this is not the state of a history: it has {', '.join(sorted(state)) or 'nothing'}")
+    slots, sy, yy, sg, yg, scalars, last = (np.array(state[name]) for name in _ARRAYS)
+    places = range(pairs + 1)
+    sound = sy.shape == yy.shape == (pairs + 1, pairs + 1) and last.shape in ((0,), (2,))
+    sound = sound and sg.shape == yg.shape == (pairs + 1,) and scalars.shape == (2,)
+    sound = sound and slots.ndim == 1 and len(set(slots.tolist())) == len(slots) <= pairs
+    sound = sound and all(slot in places and sy[slot, slot] > 0 and yy[slot, slot] > 0 for slot in slots.tolist())
+    if not sound or not all(np.isfinite(array).all() for array in (sy, yy, sg, yg, scalars, last)):
+        raise ValueError(f"this is not the state of a history of {pairs} pairs, or it is damaged")
+    return [int(slot) for slot in slots]
+
+
 class History:
     """Pairs of steps s and gradient differences y on the shards, and their dot products here.
 
@@ -146,17 +176,8 @@ class History:
         ValueError
             If it is no state of a history with as many pairs.
         """
-        names = ("slots", "sy", "yy", "sg", "yg", "scalars", "last")
-        pairs, places = self.memory, range(self.memory + 1)
-        if set(state) != set(names):
-            raise ValueError(f"this is not the state of a history: it has {', '.join(sorted(state)) or 'nothing'}")
-        slots, sy, yy, sg, yg, scalars, last = (np.array(state[name]) for name in names)
-        sound = sy.shape == yy.shape == (pairs + 1, pairs + 1) and last.shape in ((0,), (2,))
-        sound = sound and sg.shape == yg.shape == (pairs + 1,) and scalars.shape == (2,)
-        sound = sound and slots.ndim == 1 and len(set(slots.tolist())) == len(slots) <= pairs
-        sound = sound and all(slot in places and sy[slot, slot] > 0 and yy[slot, slot] > 0 for slot in slots.tolist())
-        if not sound or not all(np.isfinite(array).all() for array in (sy, yy, sg, yg, scalars, last)):
-            raise ValueError(f"this is not the state of a history of {pairs} pairs, or it is damaged")
+        check_history(self.memory, state)
+        slots, sy, yy, sg, yg, scalars, last = (np.array(state[name]) for name in _ARRAYS)
         self._slots, self._last = [int(slot) for slot in slots], (last[0], last[1]) if len(last) else None
         self._sy[:], self._yy[:], self._sg[:], self._yg[:] = sy, yy, sg, yg
         self._square, self._slope = scalars.tolist()

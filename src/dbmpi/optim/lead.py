@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from mpi4py import MPI
 
-from dbmpi.checkpoint.directory import checkpoint_path, kept
+from dbmpi.checkpoint.directory import checkpoint_path
+from dbmpi.checkpoint.retention import kept
 from dbmpi.checkpoint.schema import CheckpointInfo, library_versions
 from dbmpi.config import Run
 from dbmpi.data.stream import Stream
@@ -59,6 +60,8 @@ class Begin:
     """Steps of each replica in earlier sessions; empty if they had another number of replicas."""
     fresh: tuple[str, ...] = ()
     """State of the rule that the checkpoint does not have, because it was written under another rule."""
+    notices: tuple[str, ...] = ()
+    """On the lead: why this checkpoint, and which ones are damaged."""
 
 
 class Lead:

@@ -5,15 +5,26 @@ With it a run goes on to the last bit as if it had never ended, where portions a
 
 from __future__ import annotations
 
+import math
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from dbmpi.optim.descent import GRADIENT, OTHER_GRADIENT, Progress, Start
+from dbmpi.config import explain
+from dbmpi.errors import Damaged
+from dbmpi.optim.descent import GRADIENT, ORIGIN, OTHER_GRADIENT, POINT, Progress, Start
+from dbmpi.optim.lbfgs import check_history, names_of
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from dbmpi.optim.lbfgs import History
+
+_MOST = 2**62
+_POWERS = range(-1100, 1025)
+"""Of two, of a bound of float64 numbers."""
 
 Bounds = dict[str, tuple[int | None, float | None]]
 """What is known of the sizes of all vectors: :meth:`dbmpi.optim.localspace.LocalSpace.bounds`."""
@@ -101,13 +112,66 @@ def capture(history: History, position: Position, progress: Progress, bounds: Bo
     )
 
 
-def read_state(text: str) -> State | None:
-    """Read what :meth:`State.model_dump_json` wrote; None where it is no state, e.g. of another version."""
+def read_state(text: str, vectors: Collection[str], path: Path) -> State | None:
+    """Read what :meth:`State.model_dump_json` wrote; None where nothing was written.
+
+    Parameters
+    ----------
+    text
+        The method of a checkpoint.
+    vectors
+        Names of the vectors that the checkpoint has.
+    path
+        Its file.
+
+    Raises
+    ------
+    Damaged
+        If it is no state that a search can go on from.
+    """
     if not text:
         return None
     try:
         state = State.model_validate_json(text)
-    except ValidationError:
-        return None
-    sound = len(state.numbers) == 5 and state.gradient in (GRADIENT, OTHER_GRADIENT) and bool(state.bounds)
-    return state if (sound or not state.gradient) and len(state.position) in (0, 3) else None
+        _check(state, vectors)
+    except (ValueError, TypeError, OverflowError) as error:
+        reason = explain(error, State, "it") if isinstance(error, ValidationError) else str(error)
+        raise Damaged(
+            f"{path}: /run/method is not what a batch method can go on from: {reason}; use another checkpoint, or "
+            "begin the search anew with another sandblaster.algorithm"
+        ) from None
+    return state
+
+
+def _check(state: State, vectors: Collection[str]) -> None:
+    """Raise ValueError where the numbers contradict one another or the vectors that are there."""
+    missing = [name for name in state.vectors if name not in vectors]
+    if missing:
+        raise ValueError(f"it needs the vector {missing[0]!r}, which is missing")
+    slots = check_history(state.memory, state.arrays)
+    if state.pairs != [name for slot in slots for name in names_of(slot)]:
+        raise ValueError(f"its pairs are {state.pairs[:6]}, and its history has the slots {slots[:6]}")
+    if len(state.position) not in (0, 3) or any(not 0 <= number < _MOST for number in state.position):
+        raise ValueError(f"its position is {state.position[:6]}, expected three counts")
+    if state.batch_loss is not None and not math.isfinite(state.batch_loss):
+        raise ValueError(f"the loss of its batch is {state.batch_loss}")
+    _check_bounds(state, vectors)
+    if not state.gradient:
+        return
+    if state.gradient not in (GRADIENT, OTHER_GRADIENT) or len(state.numbers) != 5 or not state.bounds:
+        raise ValueError(f"its gradient is {state.gradient!r}, with {len(state.numbers)} numbers, expected 5")
+    loss, square, largest, _, iteration = state.numbers
+    finite = all(math.isfinite(number) for number in (loss, square, largest, iteration))
+    if not finite or min(square, largest) < 0 or not (0 <= iteration < _MOST and iteration == int(iteration)):
+        raise ValueError(f"its numbers are {state.numbers}, expected finite ones, and a count at the end")
+
+
+def _check_bounds(state: State, vectors: Collection[str]) -> None:
+    """Raise ValueError where a bound is of no vector of the method, or cannot be one."""
+    known = {*vectors, POINT, ORIGIN, GRADIENT, OTHER_GRADIENT}
+    known.update(name for slot in range(min(state.memory, len(state.bounds)) + 1) for name in names_of(slot))
+    for name, (power, largest) in state.bounds.items():
+        if name not in known:
+            raise ValueError(f"it has bounds of {name[:40]!r}, which is no vector of the method")
+        if (power is not None and power not in _POWERS) or (largest is not None and not largest >= 0):
+            raise ValueError(f"the bounds of {name!r} are {power} and {largest}")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dbmpi.checkpoint.directory import kept
+from dbmpi.checkpoint.retention import kept
 from dbmpi.checkpoint.schema import CheckpointInfo
 from dbmpi.checkpoint.writer import CheckpointWriter
 from dbmpi.errors import RunFailed

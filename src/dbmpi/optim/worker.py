@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 from mpi4py import MPI
 
-from dbmpi.checkpoint.directory import kept
+from dbmpi.checkpoint.retention import kept
 from dbmpi.config import Run
 from dbmpi.data.source import Source
 from dbmpi.data.stream import Order

@@ -1,0 +1,141 @@
+"""Checksums of what a checkpoint holds: a CRC-32 for every block of every dataset, so that any range can be verified.
+
+``/checksums/<path>`` belongs to ``/<path>``.  Its n-th number is the CRC-32 (that of zlib) of the text
+``<path> <dtype> <shape>``, e.g. ``parameters/dense1/bias <f4 (500,)``, followed by the n-th block of `BLOCK` bytes of
+the dataset, as they lie in the file.  Because of the text, arrays that have changed places or shapes differ, too.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from typing import Any
+
+import numpy as np
+
+GROUP = "checksums"
+BLOCK = 2**18
+"""Bytes that have a checksum of their own; the last block of an array is smaller."""
+
+
+class Mismatch(Exception):
+    """The first and last byte of a block that is not what was written."""
+
+
+class WrittenSums:
+    """The checksums of an array that is being written, in ranges of any order.
+
+    Parameters
+    ----------
+    path, dtype, shape
+        Of the dataset.
+    """
+
+    def __init__(self, path: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
+        self._start = start(path, dtype, shape)
+        self._nbytes = nbytes(dtype, shape)
+        blocks = -(-self._nbytes // BLOCK)
+        self._sums = np.zeros(blocks, np.uint32)
+        self._known = np.zeros(blocks, bool)
+
+    def wrote(self, offset: int, data: memoryview) -> None:
+        """Hear of the bytes that were written from `offset` of the array on."""
+        stop = offset + len(data)
+        if not len(data):
+            return
+        first, last = -(-offset // BLOCK), stop // BLOCK
+        if stop == self._nbytes:
+            last = len(self._sums)
+        # Of a block that is written in parts the sum is not known before all of them are there.
+        self._known[offset // BLOCK : -(-stop // BLOCK)] = False
+        for block in range(first, last):
+            here = block * BLOCK - offset
+            self._sums[block] = zlib.crc32(data[here : here + BLOCK], self._start)
+            self._known[block] = True
+
+    def complete(self, descriptor: int, offset: int) -> np.ndarray:
+        """Return all sums, when the array is complete at `offset` of an open file; blocks of parts are read back."""
+        buffer = memoryview(bytearray(min(BLOCK, self._nbytes)))
+        for block in np.flatnonzero(~self._known).tolist():
+            part = buffer[: self._nbytes - block * BLOCK]
+            read_at(descriptor, offset + block * BLOCK, part)
+            self._sums[block] = zlib.crc32(part, self._start)
+        self._known[:] = True
+        return self._sums
+
+
+class StoredArray:
+    """The bytes of a dataset in an open file; what is read of them is verified.
+
+    Parameters
+    ----------
+    descriptor, offset
+        Of the file, and where the dataset begins in it.
+    size
+        Bytes of the dataset.
+    begin, sums
+        What :func:`start` returns, and the sums of its blocks; None where the file has none.
+    """
+
+    def __init__(self, descriptor: int, offset: int, size: int, begin: int = 0, sums: np.ndarray | None = None) -> None:
+        self._descriptor, self._offset, self._size = descriptor, offset, size
+        self._start, self._sums = begin, sums
+        self._verified = np.full(0 if sums is None else len(sums), False)
+
+    def read(self, first: int, out: memoryview) -> None:
+        """Fill `out` with the bytes from `first` on; every block that they meet is verified once.
+
+        Raises
+        ------
+        Mismatch
+            If a block is not what was written.
+        OSError
+            If the file cannot be read.
+        """
+        stop = first + len(out)
+        read_at(self._descriptor, self._offset + first, out)
+        for block in range(first // BLOCK, -(-stop // BLOCK)) if self._sums is not None else ():
+            start, end = block * BLOCK, min((block + 1) * BLOCK, self._size)
+            if not self._verified[block]:
+                self._verify(block, out[start - first : end - first] if first <= start and end <= stop else None)
+
+    def verify(self, part: int = 0, parts: int = 1) -> None:
+        """Read and verify one of `parts` equal parts of the array; raises as :meth:`read` does."""
+        blocks = len(self._verified)
+        buffer = memoryview(bytearray(min(BLOCK, self._size)))
+        for block in range(blocks * part // parts, blocks * (part + 1) // parts):
+            if not self._verified[block]:
+                self._verify(block, None, buffer)
+
+    def _verify(self, block: int, data: memoryview | None, buffer: memoryview | None = None) -> None:
+        """Compare a block with its sum; it is read where `data` is None."""
+        assert self._sums is not None
+        start, end = block * BLOCK, min((block + 1) * BLOCK, self._size)
+        if data is None:
+            data = (memoryview(bytearray(end - start)) if buffer is None else buffer)[: end - start]
+            read_at(self._descriptor, self._offset + start, data)
+        if zlib.crc32(data, self._start) != self._sums[block]:
+            raise Mismatch(f"its bytes {start:,} to {end - 1:,} are not those that were written")
+        self._verified[block] = True
+
+
+def start(path: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> int:
+    """Return the CRC-32 that those of the blocks of a dataset go on from."""
+    return zlib.crc32(f"{path} {dtype.str} {shape}".encode())
+
+
+def nbytes(dtype: np.dtype[Any], shape: tuple[int, ...]) -> int:
+    """Return the bytes of an array."""
+    size = dtype.itemsize
+    for length in shape:
+        size *= int(length)
+    return size
+
+
+def read_at(descriptor: int, offset: int, out: memoryview) -> None:
+    """Fill `out` from the bytes at `offset` of a file."""
+    while out:
+        count = os.preadv(descriptor, [out], offset)
+        if count == 0:
+            raise OSError("the file ends in the middle of an array")
+        out, offset = out[count:], offset + count

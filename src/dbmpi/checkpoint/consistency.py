@@ -1,0 +1,54 @@
+"""Whether the numbers of a checkpoint agree with one another, whichever program wrote them."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from itertools import pairwise
+
+from dbmpi.checkpoint import schema
+
+_MOST = 2**62
+"""Counts are added to and stored as 64-bit integers."""
+_LAST_YEAR = 9000
+"""Moments are added to times, and there is no year 10000."""
+_PLACES = schema.INTEGERS | schema.INTEGER_LISTS | schema.TEXTS
+
+
+class Contradiction(Exception):
+    """Which field is wrong, what it holds, and what was expected."""
+
+
+def check(info: schema.CheckpointInfo) -> None:
+    """Raise Contradiction at the first field that no run can have written beside the others."""
+    for name in schema.INTEGERS:
+        least = 1 if name in ("shards", "replicas", "partitions") else 0
+        _expect(name, least <= getattr(info, name) < _MOST, getattr(info, name), f"at least {least}, and below 2^62")
+    for name in schema.INTEGER_LISTS:
+        least, numbers = (1 if name == "input_shape" else 0), getattr(info, name)
+        wrong = [number for number in numbers if not least <= number < _MOST]
+        _expect(name, not wrong, wrong[:1], f"numbers of at least {least}, and below 2^62")
+    frontier, learned = info.frontier, info.frontier - len(info.holes)
+    _expect("frontier", frontier <= info.total, frontier, f"at most {_where('total')} = {info.total}")
+    rising = all(left < right for left, right in pairwise((-1, *info.holes, frontier)))
+    _expect("holes", rising, info.holes, f"increasing numbers below {_where('frontier')} = {frontier}")
+    versions, done = info.shard_versions, info.done
+    _expect("shard_versions", len(versions) == info.shards, versions, f"one for each of {info.shards} shards")
+    _expect("done", len(done) in (0, info.replicas), done, f"one for each of {info.replicas} replicas, or none")
+    _expect("done", sum(done) <= learned, done, f"no more than the {learned} batches that are learned")
+    _expect("step", info.step >= sum(done), info.step, f"at least the {sum(done)} steps of {_where('done')}")
+    _expect("samples", info.samples >= info.step, info.samples, f"at least one for each of {info.step} steps")
+    try:
+        sound = datetime.fromisoformat(info.created).year <= _LAST_YEAR
+    except ValueError:
+        sound = False
+    _expect("created", sound, info.created[:40], "a time as ISO 8601")
+
+
+def _expect(name: str, sound: bool, found: object, expected: str) -> None:
+    if not sound:
+        text = str(found)
+        raise Contradiction(f"{_where(name)} is {text if len(text) <= 60 else text[:60] + '...'}, expected {expected}")
+
+
+def _where(name: str) -> str:
+    return f"/{_PLACES[name]}"

@@ -1,0 +1,57 @@
+"""Which checkpoints of a run are whole, which of them stay, and what is left where a run cannot write."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import NamedTuple
+
+from dbmpi.checkpoint import directory
+from dbmpi.checkpoint.reader import Checkpoint
+from dbmpi.errors import UserError
+
+
+class Whole(NamedTuple):
+    """A checkpoint that can be read; they sort by age."""
+
+    created: str
+    step: int
+    path: Path
+
+
+def whole(place: Path) -> list[Whole]:
+    """Return the checkpoints in a directory that can be read, the newest first."""
+    found = []
+    for path in directory.checkpoints(place) if place.is_dir() else ():
+        with suppress(UserError), Checkpoint.open(path) as checkpoint:
+            found.append(Whole(checkpoint.info.created, checkpoint.info.step, path))
+    return sorted(found, reverse=True)
+
+
+def kept(place: Path) -> str:
+    """Say, where a run cannot write or go on, which checkpoint is left."""
+    try:
+        found = whole(place)
+    except OSError as error:
+        return f"{place} cannot be read: {error.strerror}"
+    return f"the last checkpoint is {found[0].path}" if found else "there is no earlier checkpoint"
+
+
+def later_than(others: list[Whole], created: str) -> str:
+    """Return `created`, or a moment after the newest of the others: the clock of another host may have been fast."""
+    newest = max((other.created for other in others), default="")
+    if created > newest:
+        return created
+    return (datetime.fromisoformat(newest) + timedelta(microseconds=1)).isoformat(timespec="microseconds")
+
+
+def remove_older(newest: Path, others: list[Whole], keep: int) -> list[Path]:
+    """Delete the whole checkpoints beside `newest` but the `keep - 1` newest ones; return what was deleted.
+
+    A torn one counts for nothing, and stays: perhaps somebody wants to look at it.
+    """
+    older = [other.path for other in others if other.path.name != newest.name][max(keep, 1) - 1 :]
+    for path in older:
+        path.unlink(missing_ok=True)
+    return older
