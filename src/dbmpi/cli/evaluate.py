@@ -41,7 +41,8 @@ def run(arguments: argparse.Namespace) -> int:
                 outcome = network.evaluate(source, shown)
         if network.is_first:
             _print(arguments, trained, outcome)
-    return 0
+        broken = "" if outcome.are_numbers else "some outputs are NaN or infinite; such samples count as wrong"
+        return inference.verdict(network, broken)
 
 
 def _print(arguments: argparse.Namespace, trained: TrainedNetwork, outcome: Outcome) -> None:

@@ -81,6 +81,24 @@ def opened(arguments: argparse.Namespace) -> Iterator[Inference]:
         yield found
 
 
+def verdict(network: Inference, broken: str) -> int:
+    """Warn where numbers are not to be relied on, and return the exit code: 1 there, and otherwise 0 (collective).
+
+    Parameters
+    ----------
+    broken
+        What is wrong with the outputs and what was done about it; empty if all of them are numbers.
+    """
+    names = network.broken_parameters()
+    if names:
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        text = f"the parameters {names[0]!r}{more} in {network.trained.path} hold NaN or infinite numbers"
+        broken = f"{broken}; {text}" if broken else f"{text}: the result means nothing"
+    if broken and network.is_first:
+        sys.stderr.write(f"dbmpi: warning: {broken}\n")
+    return 1 if broken else 0
+
+
 @contextmanager
 def progress(source: Source, doing: str, shown: bool) -> Iterator[Callable[[int], object]]:
     """Show a progress bar on standard error if it is a terminal; give a function that hears of samples done."""

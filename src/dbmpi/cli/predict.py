@@ -10,6 +10,8 @@ from dbmpi.cli import inference
 from dbmpi.errors import UserError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from dbmpi.data.source import Source
     from dbmpi.inference import Inference
 
@@ -45,23 +47,27 @@ def run(arguments: argparse.Namespace) -> int:
                 trained.expect(source, targets=False)
                 if network.is_first:
                     source.validate(full=True)
+            broken = 0
             if network.is_first:
-                _write(arguments, network, source)
+                broken = _write(arguments, network, source)
             else:
                 for _ in network.predict(source):
                     pass
-    return 0
+            broken = network.largest(broken)
+        text = f"the outputs of {broken:,} of {source.samples:,} samples are NaN or infinite"
+        text += "; their class is -1" if trained.info.classes else ""
+        return inference.verdict(network, text if broken else "")
 
 
-def _write(arguments: argparse.Namespace, network: Inference, source: Source) -> None:
-    """Write the file, on the first rank, while all predict."""
+def _write(arguments: argparse.Namespace, network: Inference, source: Source) -> int:
+    """Write the file, while all ranks predict; return of how many samples the outputs are no numbers."""
     import numpy as np
 
     import dbmpi
     from dbmpi.checkpoint.arrayfile import ArrayFile
 
     trained = network.trained
-    units, classifies = trained.units, trained.info.classes > 0
+    units, classifies, broken = trained.units, trained.info.classes > 0, 0
     with ArrayFile(arguments.out) as out:
         out.set_attribute("format", FORMAT)
         out.set_attribute("format_version", 1)
@@ -76,11 +82,21 @@ def _write(arguments: argparse.Namespace, network: Inference, source: Source) ->
         with inference.progress(source, "predicting", True) as shown:
             for first, rows in network.predict(source):
                 out.write("outputs", first * units, rows.reshape(-1))
+                classes = _classes(rows)
+                broken += int((classes < 0).sum())
                 if classifies:
-                    out.write("classes", first, rows.argmax(axis=1).astype(np.int32))
+                    out.write("classes", first, classes)
                 shown(len(rows))
         out.commit()
     print(f"{arguments.out}: outputs {source.samples:,} x {units:,}" + (", classes" if classifies else ""))
+    return broken
+
+
+def _classes(outputs: np.ndarray) -> np.ndarray:
+    """Return the largest output of each sample, int32; -1 where one is NaN or the largest is infinite."""
+    import numpy as np
+
+    return np.where(np.isfinite(outputs.max(axis=1)), outputs.argmax(axis=1), -1).astype(np.int32)
 
 
 def _check_out(out: Path, read: Path, force: bool) -> None:

@@ -51,8 +51,15 @@ class Loss:
         return float(by_values[self.name](values, targets)), -1
 
     def predict(self, values: np.ndarray) -> None:
-        """Turn the last layer's outputs (outputs, samples) into predictions: probabilities, or themselves."""
+        """Turn the last layer's outputs (outputs, samples) into predictions: probabilities, or themselves.
+
+        All probabilities of a sample are NaN where one of its outputs is, or the largest one is infinite.
+        """
+        if self.name not in ("softmax", "logistic"):
+            return
+        broken = ~np.isfinite(values.max(axis=0))
         if self.name == "softmax":
             losses.softmax(values)
-        elif self.name == "logistic":
+        else:
             losses.logistic(values)
+        values[:, broken] = np.nan
