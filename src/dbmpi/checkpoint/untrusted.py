@@ -8,8 +8,10 @@ from typing import Any
 
 import h5py
 import numpy as np
+from pydantic import ValidationError
 
 from dbmpi.checkpoint import schema
+from dbmpi.data.meaning import Meaning
 from dbmpi.paramserver.layout import Layout, Tensor
 
 LARGEST_TEXT = 2**24
@@ -45,7 +47,27 @@ class UntrustedFile:
         negative = [name for name in schema.INTEGERS if fields[name] < 0]
         if negative:
             raise Malformed(f"{schema.INTEGERS[negative[0]]} is negative")
-        return schema.CheckpointInfo(**fields)
+        return schema.CheckpointInfo(**fields, meaning=self._meaning())
+
+    def _meaning(self) -> Meaning | None:
+        """Return what the samples stood for, if the file says so."""
+        if schema.MEANING not in self._file:
+            return None
+        found: dict[str, Any] = {}
+        for name in self._find(schema.MEANING, h5py.Group):
+            place = f"{schema.MEANING}/{name}"
+            dataset = self._plain(place)
+            if dataset.ndim > 1 or dataset.id.get_storage_size() > LARGEST_TEXT:
+                raise Malformed(f"/{place}: expected numbers or texts in one list of at most {LARGEST_TEXT} bytes")
+            values = dataset[()].tolist()
+            if dataset.dtype.kind == "S":
+                values = [text.decode() for text in values] if dataset.ndim else values.decode()
+            found[name] = tuple(values) if dataset.ndim else values
+        try:
+            return Meaning.model_validate(found)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise Malformed(f"/{schema.MEANING}/{'/'.join(map(str, first['loc']))}: {first['msg']}") from None
 
     def layout(self) -> Layout:
         """Return the tensors of the parameters, in their order."""
