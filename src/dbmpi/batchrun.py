@@ -217,7 +217,7 @@ def _coordinator(
     progress.message(
         f"{plan}; {setup.network.size:,} parameters; {order.samples:,} samples of {setup.data.input_shape}; Sandblaster"
     )
-    for note in notes:
+    for note in (*setup.data.notices, *notes):
         progress.message(note)
     for notice in begin.notices:
         progress.warn(notice)
@@ -245,7 +245,7 @@ def _coordinator(
         say=progress.message,
         serve=serve,
     )
-    samples = Samples(order, setup.tests, setup.data.input_shape, setup.data.classes)
+    samples = Samples(order, setup.tests, setup.data.input_shape, setup.data.classes, setup.data.meaning)
     beginning = Beginning(begin.stream, begin.step, begin.samples, state)
     keeper = Keeper(
         setup.comms.world,

@@ -13,6 +13,7 @@ from dbmpi.checkpoint.previous import check_same_order, previous
 from dbmpi.checkpoint.reader import Checkpoint
 from dbmpi.checkpoint.schema import PARAMETERS
 from dbmpi.config import Run
+from dbmpi.data.meaning import Meaning, check_same_data
 from dbmpi.data.stream import Order, Stream
 from dbmpi.errors import UserError
 from dbmpi.monitor.records import next_session
@@ -41,7 +42,9 @@ class Beginning(NamedTuple):
     """Which start of the run this is, from 1."""
 
 
-def find(run: Run, comm: MPI.Intracomm, replicas: int, layout: Layout, order: Order) -> Beginning:
+def find(
+    run: Run, comm: MPI.Intracomm, replicas: int, layout: Layout, order: Order, meaning: Meaning | None = None
+) -> Beginning:
     """Make the run directory, find the checkpoint to go on from, number the session (collective).
 
     Parameters
@@ -50,7 +53,7 @@ def find(run: Run, comm: MPI.Intracomm, replicas: int, layout: Layout, order: Or
         All ranks.
     replicas
         That will learn.
-    layout, order
+    layout, order, meaning
         Of the network's parameters and of the samples, which those of the checkpoint must be.
 
     Raises
@@ -71,6 +74,7 @@ def find(run: Run, comm: MPI.Intracomm, replicas: int, layout: Layout, order: Or
         checkpoint.expect(layout)
         info = checkpoint.info
         before = check_same_order(run, info.configuration, order, info.total, Path(path))
+        check_same_data(info.meaning, meaning, checkpoint=path, file=str(run.data.train))
         same_size = before.batch_size == order.batch_size
         begin = Begin(
             Stream(before.batches, info.frontier, info.holes).recut(before, order),

@@ -151,6 +151,31 @@ class Inference(Collective):
                 assert rows is not None
                 yield int(indices[0]), rows
 
+    def broken_parameters(self) -> tuple[str, ...]:
+        """Return the names of the tensors that hold NaN or infinite numbers, the same on every rank."""
+        layout = self.trained.network.layout
+        broken = np.zeros(len(layout.tensors), np.int64)
+        numbers = {tensor.name: number for number, tensor in enumerate(layout.tensors)}
+        for run in self._replica.parameters.runs:
+            position = run.local
+            for tensor, first, last in layout.pieces(run.start, run.start + run.length):
+                part = self._parameters[position : position + last - first]
+                broken[numbers[tensor.name]] |= not np.isfinite(part).all()
+                position += last - first
+        if self._comm is not None:
+            from mpi4py import MPI
+
+            broken = waiting.allreduce(self._comm, broken, MPI.MAX, "the parameters of the other ranks", seconds=_LONG)
+        return tuple(tensor.name for tensor, found in zip(layout.tensors, broken, strict=True) if found)
+
+    def largest(self, number: int) -> int:
+        """Return the largest of the numbers that the ranks give."""
+        if self._comm is None:
+            return number
+        from mpi4py import MPI
+
+        return int(waiting.allreduce(self._comm, np.array([number]), MPI.MAX, "the other ranks", seconds=_LONG)[0])
+
     def together(self, what: str, seconds: float | None = None) -> AbstractContextManager[None]:
         """Make a mistake of the user that one rank finds an error on all (collective)."""
         if self._comm is None:

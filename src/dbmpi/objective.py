@@ -6,6 +6,7 @@ know nothing else, so that they work for both.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
 
 if TYPE_CHECKING:
@@ -46,6 +47,11 @@ class Outcome(NamedTuple):
     def mean_loss(self) -> float:
         """Loss per sample."""
         return self.loss / max(self.samples, 1)
+
+    @property
+    def are_numbers(self) -> bool:
+        """Whether all outputs were numbers: with NaN among them, or an infinite largest one, the loss is not finite."""
+        return math.isfinite(self.loss)
 
     @property
     def accuracy(self) -> float | None:

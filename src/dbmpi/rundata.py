@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Literal
@@ -10,6 +11,7 @@ import numpy as np
 from mpi4py import MPI
 
 from dbmpi.config import Run
+from dbmpi.data.meaning import Meaning
 from dbmpi.data.source import Source
 from dbmpi.network.losses import Targets
 from dbmpi.runtime import waiting
@@ -36,6 +38,10 @@ class RunData:
     """Open on workers."""
     test: Source | None
     """Open on workers, if the run has such data."""
+    meaning: Meaning
+    """What the samples to learn from stand for."""
+    notices: tuple[str, ...] = ()
+    """What the user should know of the data."""
 
     @property
     def targets(self) -> Targets:
@@ -60,20 +66,25 @@ def open_data(run: Run, comm: MPI.Intracomm, plan: Plan, stack: ExitStack) -> Ru
         On every rank, if a file cannot be used.
     """
     train = test = None
+    said = ""
     with together(comm, "opening the data", seconds=LOADING_SECONDS):
         if plan.worker_of(comm.rank) is not None:
             memory = run.data.memory_mib
             targets: Literal["required", "optional"]
             targets = "optional" if run.network.loss == "reconstruction" else "required"
+            notices: tuple[str, ...] = ()
             train = stack.enter_context(Source.open(run.data.train, memory, targets))
             if run.data.test is not None:
                 test = stack.enter_context(Source.open(run.data.test, memory, targets))
-                test.expect_like(train)
+                notices = test.expect_like(train)
             train.load()
+            said = json.dumps([train.meaning.model_dump(), notices])
     numbers = np.zeros(3 + _MOST_AXES, np.int64)
     if train is not None:
         shape = train.input_shape
         numbers[: 3 + len(shape)] = (train.samples, train.classes or 0, len(shape), *shape)
     waiting.broadcast(comm, numbers, plan.worker_ranks[0], "the shapes of the data")
     samples, classes, axes, *rest = (int(number) for number in numbers)
-    return RunData(samples, tuple(rest[:axes]), classes, train, test)
+    said = waiting.broadcast_text(comm, said, plan.worker_ranks[0], "what the data stand for")
+    meaning, notices = json.loads(said)
+    return RunData(samples, tuple(rest[:axes]), classes, train, test, Meaning.model_validate(meaning), tuple(notices))

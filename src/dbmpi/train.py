@@ -124,7 +124,9 @@ class _Session:
             size = 0 if replica is None else gradient_size(run.server, replica.parameters.parts)
             store = Store(self._comm, plan, arrangement.ranges, run.server, DTYPE, size)
         self._stack.enter_context(store)
-        begin, checkpoint, session = beginning.find(run, self._comm, self._plan.replicas, network.layout, order)
+        begin, checkpoint, session = beginning.find(
+            run, self._comm, plan.replicas, network.layout, order, self._data.meaning
+        )
         batch_size = run.optimizer.batch_size
         agree_on_products(self._comm, network.layers, batch_size)
         first_on_each_node(self._comm, lambda: _use_kernels(network, applied_rule, self._data, batch_size))
@@ -211,7 +213,7 @@ class _Session:
             progress.warn(notice)
         if begin.step:
             progress.message(f"going on after {begin.step:,} steps, {len(begin.stream):,} batches are left")
-        for note in store.notes:
+        for note in (*data.notices, *store.notes):
             progress.message(note)
         for name in begin.fresh:
             progress.message(f"the checkpoint has no {name!r}: the rule {run.optimizer.rule!r} starts it afresh")
@@ -226,6 +228,7 @@ class _Session:
             progress=progress,
             input_shape=data.input_shape,
             classes=data.classes,
+            meaning=data.meaning,
             samples_per_epoch=data.samples,
             batches_per_epoch=order.batches_per_epoch,
         )
@@ -295,7 +298,9 @@ class _Session:
     def _sandblast(self, network: Network, replica: Replica | None, order: Order) -> Result:
         """Learn by Sandblaster instead of Downpour."""
         run = self._run
-        begin, checkpoint, session = beginning.find(run, self._comm, self._plan.replicas, network.layout, order)
+        begin, checkpoint, session = beginning.find(
+            run, self._comm, self._plan.replicas, network.layout, order, self._data.meaning
+        )
         batch_size, applied_rule = run.optimizer.batch_size, rule(run.optimizer)
         agree_on_products(self._comm, network.layers, batch_size)
         first_on_each_node(self._comm, lambda: _use_kernels(network, applied_rule, self._data, batch_size))

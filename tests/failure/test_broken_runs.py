@@ -49,6 +49,19 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_checkpoint(tr
     trained.assert_resumes()
 
 
+@pytest.mark.parametrize("n", [None, 2])
+def test_test_data_that_overflow_end_a_run_as_a_failure_with_its_checkpoint(jobs: Jobs, n: int | None) -> None:
+    with h5py.File(jobs.directory / "test.h5", "r+") as file:
+        file["inputs"][::4] = 3e38
+    layers = ["network.layers.0.activation=linear", "network.layers.0.initial_scale=100.0"]
+    done = jobs(n, *layers, "optimizer.learning_rate=1e-6")
+    assert_failed(done)
+    assert "warning: some outputs for the test data are NaN or infinite" in done.output, done.transcript
+    assert "test accuracy" in done.output, done.transcript
+    with jobs.checkpoint() as checkpoint:
+        assert checkpoint.info.frontier == checkpoint.info.total
+
+
 def test_parameters_that_are_not_finite_never_replace_a_checkpoint(trained: Jobs) -> None:
     """The last step overflows: no loss is computed any more that would show it."""
     with trained.checkpoint() as checkpoint:

@@ -152,6 +152,78 @@ def test_predict_values(tmp_path, capsys):
         assert "classes" not in file
 
 
+def spoil(run: Path, value: float, tensor="lower/weights", place=(1, 2)) -> None:
+    """Put a number into the parameters of a checkpoint."""
+    with h5py.File(os.path.realpath(run / "checkpoints" / "latest"), "r+") as file:
+        file[f"parameters/{tensor}"][place] = value
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("loss", ["softmax", "logistic", "squared"])
+def test_outputs_that_are_no_numbers_are_never_right(tmp_path, capsys, loss, value):
+    train(tmp_path / "run", loss=loss)
+    spoil(tmp_path / "run", value, "dense3/bias", 0)
+    make_data(tmp_path / "data.h5")
+    words = ("--data", str(tmp_path / "data.h5"))
+    assert main(["evaluate", str(tmp_path / "run"), *words]) == 1
+    output = capsys.readouterr()
+    assert "0.00 % (0 of 53)" in output.out
+    assert "outputs are NaN or infinite" in output.err
+    assert "'dense3/bias'" in output.err
+    assert main(["evaluate", str(tmp_path / "run"), *words, "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert (found["loss"], found["correct"]) == (None, 0)
+    assert main(["predict", str(tmp_path / "run"), *words, "--out", str(tmp_path / "out.h5")]) == 1
+    assert "of 53 of 53 samples are NaN or infinite; their class is -1" in capsys.readouterr().err
+    with h5py.File(tmp_path / "out.h5") as file:
+        assert (file["classes"][()] == -1).all()
+        assert not np.isfinite(file["outputs"][()]).all(axis=1).any()
+
+
+def test_only_the_samples_whose_outputs_are_no_numbers_are_wrong(tmp_path, capsys):
+    layers = [LAYERS[2] | {"name": "lower"}]
+    tensors = train(tmp_path / "run", layers=layers)
+    _, classes = make_data(tmp_path / "data.h5")
+    with h5py.File(tmp_path / "data.h5", "r+") as file:
+        file["inputs"][::3, 0, 0] = 3e38
+        inputs = file["inputs"][()].reshape(SAMPLES, -1)
+    tensors["lower/weights"] *= 1000
+    with h5py.File(os.path.realpath(tmp_path / "run" / "checkpoints" / "latest"), "r+") as file:
+        file["parameters/lower/weights"][...] = tensors["lower/weights"]
+    outputs = naive(tensors, inputs.astype(np.float64), layers)
+    broken = np.abs(outputs.max(axis=1)) > np.finfo(np.float32).max
+    expected = np.where(broken, -1, outputs.argmax(axis=1))
+    assert 0 < broken.sum() < SAMPLES
+    words = ("--data", str(tmp_path / "data.h5"))
+    assert main(["evaluate", str(tmp_path / "run"), *words, "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["correct"] == (expected == classes).sum()
+    assert main(["predict", str(tmp_path / "run"), *words, "--out", str(tmp_path / "out.h5")]) == 1
+    assert f"of {broken.sum()} of 53 samples" in capsys.readouterr().err
+    with h5py.File(tmp_path / "out.h5") as file:
+        np.testing.assert_array_equal(file["classes"][()], expected)
+
+
+def test_a_parameter_that_is_no_number_is_named_though_it_does_not_show(tmp_path, capsys):
+    train(tmp_path / "run")
+    spoil(tmp_path / "run", np.inf, "lower/bias", 0)  # tanh makes it 1
+    make_data(tmp_path / "data.h5")
+    assert main(["evaluate", str(tmp_path / "run"), "--data", str(tmp_path / "data.h5")]) == 1
+    assert "'lower/bias' in" in capsys.readouterr().err
+
+
+def test_values_that_are_no_numbers_are_warned_of(tmp_path, capsys):
+    train(tmp_path / "run", loss="squared", classes=0)
+    spoil(tmp_path / "run", np.nan)
+    make_data(tmp_path / "data.h5", targets="values")
+    words = ("--data", str(tmp_path / "data.h5"))
+    assert main(["evaluate", str(tmp_path / "run"), *words]) == 1
+    assert "'lower/weights'" in capsys.readouterr().err
+    assert main(["predict", str(tmp_path / "run"), *words, "--out", str(tmp_path / "out.h5")]) == 1
+    message = capsys.readouterr().err
+    assert "of 53 of 53 samples are NaN or infinite" in message
+    assert "class" not in message.replace("classes", "")
+
+
 def test_a_file_larger_than_the_memory_budget(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(inference, "MEMORY_MIB", 1)
     tensors = train(tmp_path / "run")

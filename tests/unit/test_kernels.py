@@ -275,6 +275,35 @@ def test_losses_of_bad_outputs_are_not_finite(name, bad):
     assert not np.isfinite(loss)
 
 
+def naive_prediction(outputs):
+    """Return the place of the largest output, or -1 where that is no finite number."""
+    if any(np.isnan(output) for output in outputs) or not np.isfinite(max(outputs)):
+        return -1
+    return list(outputs).index(max(outputs))
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("name", CLASS_LOSSES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_no_number_is_no_class(name, dtype, compiled):
+    @given(seed=st.integers(0, 2**32), units=st.integers(1, 5), samples=st.integers(1, 300 if compiled else 140))
+    def check(seed, units, samples):
+        random = np.random.default_rng(seed)
+        values = random.normal(size=(units, samples)).astype(dtype)
+        bad = random.uniform(size=values.shape) < 0.2
+        values[bad] = random.choice([np.nan, np.inf, -np.inf], bad.sum())
+        predicted = [naive_prediction(outputs) for outputs in values.T]
+        classes = np.array([max(place, 0) for place in predicted], np.int32)
+        expected = sum(place >= 0 for place in predicted)
+        loss, correct = _plain(getattr(losses, name), compiled)(values, classes)
+        assert correct == expected
+        assert np.isfinite(loss) or bad.any()
+        assert expected == samples or not np.isfinite(loss)
+
+    with np.errstate(all="ignore"):
+        check()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_predictions_against_scipy(dtype):
     values = np.random.default_rng(1).normal(size=(300, 130)).astype(dtype)

@@ -332,11 +332,14 @@ def test_a_test_file_must_suit_the_training_file(tmp_path):
     train = opened("train", INPUTS, LABELS, 3, [-1, 4, 9])
     opened("test", INPUTS[:2], LABELS[:2]).expect_like(train)
     opened("same", INPUTS[:2], LABELS[:2], 3, [-1, 4, 9]).expect_like(train)
+    fewer = opened("fewer", INPUTS, LABELS % 2, 2, [9, -1])
+    assert fewer.expect_like(train) == ()
+    np.testing.assert_array_equal(fewer.targets(np.arange(6)), np.array([2, 0])[LABELS % 2])
     for name, inputs, targets, classes, labels, message in [
         ("wide", np.zeros((6, 4)), LABELS, None, None, r"shape \(4,\), but those of .*train\.h5 have \(3,\)"),
         ("more", INPUTS, LABELS + 1, None, None, r"has 4 classes, but .*train\.h5 only 3"),
         ("values", INPUTS, np.zeros((6, 2)), None, None, r"are 2 values a sample, but .* are 3 classes"),
-        ("others", INPUTS, LABELS % 2, 2, [4, 9], r"stand for the labels 4, 9, .* for -1, 4, 9; .*--like"),
+        ("others", INPUTS, LABELS % 2, 2, [4, 7], r"stand for the labels 4, 7, .* for -1, 4, 9; 7 was never learned"),
     ]:
         with pytest.raises(UserError, match=message):
             opened(name, inputs, targets, classes, labels).expect_like(train)

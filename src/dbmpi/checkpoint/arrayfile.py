@@ -73,7 +73,8 @@ class ArrayFile:
         with self._or_nothing():
             above, _, last = name.rpartition("/")
             group = self._file.require_group(above) if above else self._file
-            dataset = h5py.h5d.create(group.id, last.encode(), h5py.h5t.py_create(kind), space, dcpl=properties)
+            stored = h5py.h5t.py_create(kind, logical=True)
+            dataset = h5py.h5d.create(group.id, last.encode(), stored, space, dcpl=properties)
             self._offsets[name] = dataset.get_offset() or 0, kind  # None where there are no elements
         if self._summed:
             self._sums[name] = checksums.WrittenSums(name, kind, shape)
@@ -98,8 +99,11 @@ class ArrayFile:
         if self._summed:
             self._sums[name].wrote(first * dtype.itemsize, values.view(np.uint8).data)
 
-    def put(self, name: str, value: str | int | Sequence[int] | Sequence[bytes]) -> None:
-        """Add a small dataset: a text, an integer, integers, or a non-empty list of texts (as UTF-8)."""
+    def put(self, name: str, value: str | float | Sequence[float] | Sequence[bytes]) -> None:
+        """Add a small dataset: a text, a number, numbers, or a non-empty list of texts (as UTF-8).
+
+        Numbers are stored as int64, or as float64 where they are a float, or a list that begins with one.
+        """
         self._require_open()
         data: Any
         if isinstance(value, str):
@@ -108,7 +112,9 @@ class ArrayFile:
             kind = _text_type(max(len(text) for text in value if isinstance(text, bytes)))
             data = np.array(value, dtype=kind)
         else:
-            data, kind = np.asarray(value, dtype=np.int64), np.dtype(np.int64)
+            first = value[0] if isinstance(value, Sequence) and value else value
+            kind = np.dtype(np.float64 if isinstance(first, float) else np.int64)
+            data = np.asarray(value, dtype=kind)
         with self._or_nothing():
             self._file.create_dataset(name, data=data, dtype=kind)
         if self._summed:

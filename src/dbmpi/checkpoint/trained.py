@@ -61,18 +61,27 @@ class TrainedNetwork:
         """Whether an evaluation needs targets: not where layers have objectives of their own."""
         return "optional" if self.network.loss is None else "required"
 
-    def expect(self, source: Source, *, targets: bool) -> None:
-        """Raise UserError unless samples of a data file, and where asked their targets, suit the network."""
+    def expect(self, source: Source, *, targets: bool) -> tuple[str, ...]:
+        """Raise UserError unless samples of a data file, and where asked their targets, suit the network.
+
+        Returns
+        -------
+        tuple of str
+            What the user should know.  The file's classes are from then on those of the training with the same labels.
+        """
         info = self.info
         if source.input_shape != info.input_shape:
             raise UserError(
                 f"{source.path}: samples have shape {source.input_shape}, but the network in {self.path} was trained "
                 f"on {info.input_shape}; expected the same"
             )
-        if not targets or self.network.loss is None:
-            return
-        if not source.has_targets:
+        targets = targets and self.network.loss is not None
+        if targets and not source.has_targets:
             raise UserError(f"{source.path}: has no dataset 'targets' to compare the outputs with")
+        learner = f"the network in {self.path}"
+        notices = source.mean_the_same(info.meaning, info.classes, learner=learner, targets=targets)
+        if not targets:
+            return notices
         if info.classes == 0:
             source.expect(self.units, self.section.loss)
         elif source.classes is None:
@@ -85,6 +94,7 @@ class TrainedNetwork:
                 f"{source.path}: has {source.classes} classes, but the network in {self.path} was trained on "
                 f"{info.classes}; expected no class that is not trained"
             )
+        return notices
 
 
 def load(path: Path, code: Sequence[Path] = ()) -> TrainedNetwork:

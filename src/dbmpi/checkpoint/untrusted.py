@@ -8,9 +8,11 @@ from typing import Any
 
 import h5py
 import numpy as np
+from pydantic import ValidationError
 
 from dbmpi.checkpoint import checksums, consistency, schema
 from dbmpi.checkpoint.checksums import Mismatch, StoredArray
+from dbmpi.data.meaning import Meaning
 from dbmpi.paramserver.layout import Layout, Tensor
 
 LARGEST_TEXT = 2**24
@@ -50,12 +52,33 @@ class UntrustedFile:
         fields |= {name: self._text(place) for name, place in present.items()}
         libraries = self._find(schema.LIBRARIES, h5py.Group)
         fields["libraries"] = {name: self._text(f"{schema.LIBRARIES}/{name}") for name in libraries}
-        info = schema.CheckpointInfo(**fields)
+        info = schema.CheckpointInfo(**fields, meaning=self._meaning())
         try:
             consistency.check(info)
         except consistency.Contradiction as error:
             raise Malformed(str(error)) from None
         return info
+
+    def _meaning(self) -> Meaning | None:
+        """Return what the samples stood for, if the file says so."""
+        if not self._has(schema.MEANING):
+            return None
+        found: dict[str, Any] = {}
+        for name in self._members(schema.MEANING):
+            place = f"{schema.MEANING}/{name}"
+            dataset = self._plain(place)
+            if dataset.ndim > 1 or dataset.id.get_storage_size() > LARGEST_TEXT:
+                raise Malformed(f"/{place}: expected numbers or texts in one list of at most {LARGEST_TEXT} bytes")
+            self._verify(place, dataset)
+            values = dataset[()].tolist()
+            if dataset.dtype.kind == "S":
+                values = [text.decode() for text in values] if dataset.ndim else values.decode()
+            found[name] = tuple(values) if dataset.ndim else values
+        try:
+            return Meaning.model_validate(found)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise Malformed(f"/{schema.MEANING}/{'/'.join(map(str, first['loc']))}: {first['msg']}") from None
 
     def layout(self) -> Layout:
         """Return the tensors of the parameters, in their order."""
@@ -69,13 +92,7 @@ class UntrustedFile:
 
     def vectors(self) -> tuple[str, ...]:
         """Return the names of the vectors, the parameters first."""
-        state = tuple(self._find("state", h5py.Group)) if "state" in self._file else ()
-        if self.verified:
-            place = f"{checksums.GROUP}/state"
-            summed = tuple(self._find(place, h5py.Group)) if place in self._file else ()
-            for name in {*summed}.symmetric_difference(state):
-                raise Malformed(f"/{place if name in state else 'state'}/{name} is missing")
-        return (schema.PARAMETERS, *state)
+        return (schema.PARAMETERS, *self._members("state"))
 
     def arrays(
         self, layout: Layout, vectors: Sequence[str]
@@ -118,6 +135,16 @@ class UntrustedFile:
     def _has(self, place: str) -> bool:
         """Return whether a dataset is there, or at least its checksum, so that it should be."""
         return place in self._file or (self.verified and f"{checksums.GROUP}/{place}" in self._file)
+
+    def _members(self, place: str) -> tuple[str, ...]:
+        """Return the names in a group, none if it is not there; refuse it if they are not those with checksums."""
+        names = tuple(self._find(place, h5py.Group)) if place in self._file else ()
+        if self.verified:
+            sums = f"{checksums.GROUP}/{place}"
+            summed = tuple(self._find(sums, h5py.Group)) if sums in self._file else ()
+            for name in {*summed}.symmetric_difference(names):
+                raise Malformed(f"/{sums if name in names else place}/{name} is missing")
+        return names
 
     def _stored(self, place: str, dataset: Any) -> StoredArray:
         """Return where a dataset that :meth:`_plain` returned is, with its checksums if the file has any."""

@@ -203,4 +203,8 @@ def _write_info(file: ArrayFile, layout: Layout, info: schema.CheckpointInfo) ->
             file.put(place, getattr(info, name))
     for library, text in {**info.libraries, "hdf5": h5py.version.hdf5_version}.items():
         file.put(f"{schema.LIBRARIES}/{library}", text)
+    for name, value in () if info.meaning is None else info.meaning:
+        if value not in ("", ()):
+            texts = isinstance(value, tuple) and isinstance(value[0], str)
+            file.put(f"{schema.MEANING}/{name}", [text.encode() for text in value] if texts else value)
     file.put(schema.TENSORS, [tensor.name.encode() for tensor in layout.tensors])

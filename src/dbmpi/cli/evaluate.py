@@ -34,14 +34,16 @@ def run(arguments: argparse.Namespace) -> int:
             source = Source.open(arguments.data, inference.MEMORY_MIB, trained.targets)
         with source:
             with network.together("looking at the data", inference.LONG):
-                trained.expect(source, targets=True)
+                notices = trained.expect(source, targets=True)
                 if network.is_first:
                     source.validate(full=True)
+            inference.say(network, notices)
             with inference.progress(source, "evaluating", network.is_first) as shown:
                 outcome = network.evaluate(source, shown)
         if network.is_first:
             _print(arguments, trained, outcome)
-    return 0
+        broken = "" if outcome.are_numbers else "some outputs are NaN or infinite; such samples count as wrong"
+        return inference.verdict(network, broken)
 
 
 def _print(arguments: argparse.Namespace, trained: TrainedNetwork, outcome: Outcome) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -79,6 +79,29 @@ def opened(arguments: argparse.Namespace) -> Iterator[Inference]:
         if found.is_first and found.trained.notice:
             sys.stderr.write(f"dbmpi: {found.trained.notice}\n")
         yield found
+
+
+def say(network: Inference, notices: Iterable[str]) -> None:
+    """Write lines for the user on standard error, once."""
+    if network.is_first:
+        sys.stderr.writelines(f"dbmpi: {notice}\n" for notice in notices)
+
+
+def verdict(network: Inference, broken: str) -> int:
+    """Warn where numbers are not to be relied on, and return the exit code: 1 there, and otherwise 0 (collective).
+
+    Parameters
+    ----------
+    broken
+        What is wrong with the outputs and what was done about it; empty if all of them are numbers.
+    """
+    names = network.broken_parameters()
+    if names:
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        text = f"the parameters {names[0]!r}{more} in {network.trained.path} hold NaN or infinite numbers"
+        broken = f"{broken}; {text}" if broken else f"{text}: the result means nothing"
+    say(network, [f"warning: {broken}"] if broken else ())
+    return 1 if broken else 0
 
 
 @contextmanager

@@ -140,6 +140,8 @@ def _checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     from dbmpi.checkpoint import statistics
 
     info = asdict(checkpoint.info)
+    if checkpoint.info.meaning is not None:
+        info["meaning"] = checkpoint.info.meaning.model_dump(exclude_defaults=True)
     with contextlib.suppress(ValueError, RecursionError):  # then it stays the text that it is
         info["configuration"] = json.loads(info["configuration"], parse_constant=str)
     arrays = []
@@ -260,6 +262,8 @@ def _checkpoint_lines(found: dict[str, Any]) -> Iterator[str]:
     yield f"{_printable(found['path'])}  ({_size(found['bytes'])})"
     for name, text in facts.items():
         yield f"  {name:<12} {_printable(text, 500)}"
+    for name, value in (found["meaning"] or {}).items():
+        yield f"  {name.replace('_', ' '):<12} {_printable(value)}"
     yield "  configuration"
     for key, value in _flat(found["configuration"]):
         yield f"    {_printable(key)} = {_printable(value)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,19 +11,27 @@ from dbmpi.cli import inference
 from dbmpi.errors import UserError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from dbmpi.data.source import Source
     from dbmpi.inference import Inference
 
 SUMMARY = "write the outputs of a checkpoint for a data file to an HDF5 file"
 
 FORMAT = "dbmpi-predictions"
+NO_LABEL = -(2**63)
+"""In place of a label that is a number, where a sample has no class; the attribute `_FillValue` says so."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
     inference.add_arguments(parser)
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="FILE.h5", help="HDF5 file to write: /outputs and, if any, /classes"
+        "--out",
+        type=Path,
+        required=True,
+        metavar="FILE.h5",
+        help="HDF5 file to write: /outputs and, if any, /classes and /labels",
     )
     parser.add_argument("--force", action="store_true", help="overwrite FILE.h5 if it exists")
 
@@ -42,26 +51,35 @@ def run(arguments: argparse.Namespace) -> int:
             source = Source.open(arguments.data, inference.MEMORY_MIB, targets="optional")
         with source:
             with network.together("looking at the data", inference.LONG):
-                trained.expect(source, targets=False)
+                notices = trained.expect(source, targets=False)
                 if network.is_first:
                     source.validate(full=True)
+            inference.say(network, notices)
+            broken = 0
             if network.is_first:
-                _write(arguments, network, source)
+                broken = _write(arguments, network, source)
             else:
                 for _ in network.predict(source):
                     pass
-    return 0
+            broken = network.largest(broken)
+        text = f"the outputs of {broken:,} of {source.samples:,} samples are NaN or infinite"
+        text += "; their class is -1" if trained.info.classes else ""
+        return inference.verdict(network, text if broken else "")
 
 
-def _write(arguments: argparse.Namespace, network: Inference, source: Source) -> None:
-    """Write the file, on the first rank, while all predict."""
+def _write(arguments: argparse.Namespace, network: Inference, source: Source) -> int:
+    """Write the file, while all ranks predict; return of how many samples the outputs are no numbers."""
     import numpy as np
 
     import dbmpi
     from dbmpi.checkpoint.arrayfile import ArrayFile
+    from dbmpi.data.meaning import Meaning
 
     trained = network.trained
-    units, classifies = trained.units, trained.info.classes > 0
+    units, classifies, broken = trained.units, trained.info.classes > 0, 0
+    loss, meaning = trained.network.loss, trained.info.meaning or Meaning()
+    labels = _labels(meaning.labels) if classifies and meaning.labels else None
+    kind, description = ("outputs", "outputs of the last layer") if loss is None else loss.predicts
     with ArrayFile(arguments.out) as out:
         out.set_attribute("format", FORMAT)
         out.set_attribute("format_version", 1)
@@ -72,15 +90,52 @@ def _write(arguments: argparse.Namespace, network: Inference, source: Source) ->
         out.create("outputs", (source.samples, units), np.float32)
         if classifies:
             out.create("classes", (source.samples,), np.int32)
+        out.set_attribute("kind", kind, "outputs")
+        out.set_attribute("description", description, "outputs")
+        if labels is not None:
+            out.create("labels", (source.samples,), labels.dtype)
+            if labels.dtype.kind == "i":
+                out.set_attribute("_FillValue", NO_LABEL, "labels")
+            out.put("class_labels", _plain(meaning.labels))
+        if meaning.target_names:
+            out.put("output_names", _plain(meaning.target_names))
         out.check_room()
         with inference.progress(source, "predicting", True) as shown:
             for first, rows in network.predict(source):
                 out.write("outputs", first * units, rows.reshape(-1))
+                classes = _classes(rows)
+                broken += int((classes < 0).sum())
                 if classifies:
-                    out.write("classes", first, rows.argmax(axis=1).astype(np.int32))
+                    out.write("classes", first, classes)
+                if labels is not None:
+                    out.write("labels", first, labels[classes])
                 shown(len(rows))
         out.commit()
-    print(f"{arguments.out}: outputs {source.samples:,} x {units:,}" + (", classes" if classifies else ""))
+    more = ", classes" * classifies + (", labels" if labels is not None else "")
+    print(f"{arguments.out}: {kind} {source.samples:,} x {units:,}{more}")
+    return broken
+
+
+def _labels(labels: Sequence[int | str]) -> np.ndarray:
+    """Return the label of each class, and behind the last one that of no class."""
+    import h5py
+    import numpy as np
+
+    if isinstance(labels[0], str):
+        texts = [str(label).encode() for label in labels]
+        return np.array([*texts, b""], h5py.string_dtype("utf-8", max(1, *map(len, texts))))
+    return np.array([*labels, NO_LABEL], np.int64)
+
+
+def _plain(labels: Sequence[int | str]) -> Sequence[int] | Sequence[bytes]:
+    return [label.encode() if isinstance(label, str) else label for label in labels]  # type: ignore[return-value]
+
+
+def _classes(outputs: np.ndarray) -> np.ndarray:
+    """Return the largest output of each sample, int32; -1 where one is NaN or the largest is infinite."""
+    import numpy as np
+
+    return np.where(np.isfinite(outputs.max(axis=1)), outputs.argmax(axis=1), -1).astype(np.int32)
 
 
 def _check_out(out: Path, read: Path, force: bool) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -10,7 +12,9 @@ import h5py
 import numpy as np
 
 from dbmpi.data import hdf5, validation
+from dbmpi.data.declared import declared
 from dbmpi.data.gather import gather, narrow
+from dbmpi.data.meaning import Meaning, agree
 from dbmpi.errors import UserError
 from dbmpi.objective import Batch
 
@@ -18,6 +22,8 @@ ROWS_AT_ONCE = 128
 """Rows of one selection: HDF5 slows down more than linearly with the number of scattered rows in a selection."""
 BLOCKS_CACHE = 64 << 20
 """Chunk cache (bytes) for reading a compressed file from its beginning to its end."""
+_LOOKED_AT_ROWS, _LOOKED_AT_BYTES = 64, 16 << 20
+"""Most that is read of a file to see what its samples are like, however large it is; two rows at least."""
 
 
 class Source:
@@ -36,6 +42,9 @@ class Source:
         self._classes = description.classes
         self._inputs: np.ndarray | None = None
         self._targets: np.ndarray | None = None
+        self._codes: np.ndarray | None = None
+        """For each class of the file the one that it is taken for; None where they are the same."""
+        self._declared: dict[str, Any] = {}
         self._scale = np.float32(description.scale)
         self._cache_bytes = 0
 
@@ -67,6 +76,9 @@ class Source:
             source._reopen_compressed()
             if description.has_targets and description.target_size is None and description.classes is None:
                 source._classes = source._count_classes()
+            inputs, targets_there = source._dataset("inputs"), description.has_targets
+            answers = source._dataset("targets") if targets_there else None
+            source._declared = declared(path, inputs.file, inputs, answers, source._classes)
         except BaseException:
             file.close()
             if source is not None:
@@ -142,10 +154,13 @@ class Source:
 
     def inputs(self, indices: np.ndarray) -> np.ndarray:
         """Return the inputs at `indices` as float32 ``(*features, samples)``, C-contiguous."""
-        indices = self._checked(indices)
         if self.resident:
             self.load()
-            assert self._inputs is not None
+        return self._inputs_at(self._checked(indices))
+
+    def _inputs_at(self, indices: np.ndarray) -> np.ndarray:
+        """Return inputs from memory or, where they are not there, from the file."""
+        if self._inputs is not None:
             flat = gather(self._inputs, indices, self._scale)
         else:
             rows, places = self._read_rows("inputs", indices)
@@ -154,12 +169,14 @@ class Source:
 
     def targets(self, indices: np.ndarray) -> np.ndarray:
         """Return the targets at `indices`: int32 ``(samples,)`` or float32 ``(outputs, samples)``, C-contiguous."""
-        indices = self._checked(indices)
         if not self.has_targets:
             raise UserError(f"{self.path}: has no dataset 'targets'")
         if self.resident:
             self.load()
-            assert self._targets is not None
+        return self._targets_at(self._checked(indices))
+
+    def _targets_at(self, indices: np.ndarray) -> np.ndarray:
+        if self._targets is not None:
             rows, places = self._targets, indices
         else:
             rows, places = self._read_rows("targets", indices)
@@ -168,7 +185,7 @@ class Source:
                 rows = rows.astype(np.int32)
         if self.target_size is None:
             labels: np.ndarray = rows[places]
-            return labels
+            return labels if self._codes is None else self._codes[labels]
         return gather(narrow(rows), places, np.float32(1))
 
     def load(self) -> None:
@@ -245,31 +262,75 @@ class Source:
                 f"{more}{self.classes}: set its units to {self.classes}{hint}"
             )
 
-    def expect_like(self, train: Source) -> None:
-        """Raise UserError unless this (test) file's samples suit a network trained on `train`."""
+    def expect_like(self, train: Source) -> tuple[str, ...]:
+        """Raise UserError unless this (test) file's samples suit a network trained on `train`; return notices.
+
+        Classes are from then on those of `train` with the same labels.
+        """
         if self.input_shape != train.input_shape:
             raise UserError(
                 f"{self.path}: samples have shape {self.input_shape}, but those of {train.path} have "
                 f"{train.input_shape}; expected the same"
             )
         if not self.has_targets:
-            return
+            return self.mean_the_same(train.meaning, 0, learner=str(train.path), targets=False)
         if self.target_size != train.target_size:
             raise UserError(
                 f"{self.path}: the targets are {self._kind()}, but those of {train.path} are {train._kind()}; "
                 f"expected the same"
             )
+        notices = self.mean_the_same(train.meaning, train.classes or 0, learner=str(train.path))
         if self.classes is not None and train.classes is not None and self.classes > train.classes:
             raise UserError(
                 f"{self.path}: has {self.classes} classes, but {train.path} only {train.classes}; "
                 f"expected no class that is not trained"
             )
-        ours, theirs = self.labels, train.labels
-        if ours is not None and theirs is not None and ours != theirs[: len(ours)]:
-            raise UserError(
-                f"{self.path}: its classes stand for the labels {_some(ours)}, but those of {train.path} for "
-                f"{_some(theirs)}; import it again with '--like {train.path}'"
-            )
+        return notices
+
+    @cached_property
+    def meaning(self) -> Meaning:
+        """What the samples stand for, with a look at some of the rows."""
+        row_bytes = 4 * self._description.features
+        count = max(2, min(_LOOKED_AT_ROWS, _LOOKED_AT_BYTES // row_bytes))
+        indices = np.unique(np.linspace(0, self.samples - 1, count).astype(np.int64))
+        inputs = self._inputs_at(indices)
+        digest = hashlib.sha256(f"{self.samples} samples of {self.input_shape}".encode())
+        digest.update(inputs.data)
+        if self.has_targets:
+            digest.update(self._targets_at(indices).data)
+        finite = inputs[np.isfinite(inputs)]
+        return Meaning(
+            scale=self._description.scale,
+            lowest=float(finite.min(initial=0)),
+            highest=float(finite.max(initial=0)),
+            digest=digest.hexdigest(),
+            **self._declared,
+        )
+
+    def mean_the_same(
+        self, learned: Meaning | None, classes: int, *, learner: str, targets: bool = True
+    ) -> tuple[str, ...]:
+        """Take the classes for those of the same labels that were learned, and return what the user should know.
+
+        Parameters
+        ----------
+        learned, classes
+            What was learned from, and its number of classes.
+        learner
+            What to call it in messages.
+        targets
+            Whether the targets are used.
+
+        Raises
+        ------
+        UserError
+            If the samples are other things than those that were learned from.
+        """
+        targets = targets and self.has_targets
+        both = (classes, self.classes) if targets and classes and self.classes else None
+        found = agree(learned, self.meaning, learner=learner, file=str(self.path), classes=both, targets=targets)
+        self._codes = None if found.codes is None else np.array(found.codes, np.int32)
+        return found.notices
 
     def _kind(self) -> str:
         return f"{self.classes} classes" if self.target_size is None else f"{self.target_size} values a sample"
@@ -325,7 +386,3 @@ class Source:
         if len(labels) and (int(labels.min()) < 0 or int(labels.max()) >= self._classes):
             self.validate(full=True)
             raise UserError(f"{self.path}: 'targets' holds labels outside 0 ... {self._classes - 1}")
-
-
-def _some(labels: tuple[Any, ...]) -> str:
-    return ", ".join(str(label) for label in labels[:6]) + (" ..." if len(labels) > 6 else "")

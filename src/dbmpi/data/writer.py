@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import numpy as np
 
 from dbmpi import __version__
 from dbmpi.data import hdf5
+from dbmpi.data.declared import INPUT_NAMES, TARGET_NAMES
 from dbmpi.errors import UserError
 from dbmpi.newfile import NewFile
 
@@ -107,6 +109,8 @@ class Writer:
         self._force = force
         self._largest_label = -1
         self._labels: Sequence[int] | None = None
+        self._digests = [hashlib.sha256(), hashlib.sha256()]
+        """Of all inputs and of all targets, as they are stored."""
         self._new: NewFile | None = None
         self.written: Written | None = None
         """Set when the file is whole."""
@@ -156,18 +160,33 @@ class Writer:
             self._check_finite(self.origin.targets, "targets", targets, place)
         start, self.samples = self.samples, self.samples + len(inputs)
         with self._writing():
-            for dataset, rows in ((self._inputs, inputs), (self._targets, targets)):
+            pairs = (self._inputs, inputs), (self._targets, targets)
+            for (dataset, rows), digest in zip(pairs, self._digests, strict=True):
+                stored = np.ascontiguousarray(rows, dataset.dtype)
                 dataset.resize(self.samples, axis=0)
-                dataset[start:] = rows.astype(dataset.dtype, copy=False)
+                dataset[start:] = stored
+                digest.update(stored.data)
 
     def number_labels(self, labels: Sequence[int], codes: np.ndarray) -> None:
         """Replace every class c written so far by ``codes[c]``, and record which `labels` the classes stand for."""
+        self._digests[1] = hashlib.sha256()
         with self._writing():
             for start in range(0, self.samples, hdf5.BLOCK_BYTES // 4):
                 rows = slice(start, start + hdf5.BLOCK_BYTES // 4)
-                self._targets[rows] = codes[self._targets[rows]]
+                numbered = codes[self._targets[rows]].astype(self._targets.dtype, copy=False)
+                self._targets[rows] = numbered
+                self._digests[1].update(numbered.data)
         self._labels = labels
         self._largest_label = max(int(codes.max(initial=-1)), len(labels) - 1)
+
+    def name_columns(self, inputs: Sequence[str], targets: Sequence[str] = ()) -> None:
+        """Store the names of the inputs, and of the values of a target."""
+        with self._writing():
+            for name, columns in ((INPUT_NAMES, inputs), (TARGET_NAMES, targets)):
+                texts = [column.encode() for column in columns]
+                if texts:
+                    kind = h5py.string_dtype("utf-8", max(1, *map(len, texts)))
+                    self._file.create_dataset(name, data=np.array(texts, kind), dtype=kind)
 
     def annotate(self, attributes: Mapping[str, object]) -> None:
         """Store attributes of the file beside those that every importer writes."""
@@ -235,6 +254,7 @@ class Writer:
                 format_version=hdf5.FORMAT_VERSION,
                 importer=self.origin.importer,
                 importer_version=__version__,
+                digest=f"sha256:{self._digest()}",
             )
             self._file.attrs.create("sources", list(names), dtype=h5py.string_dtype())
             self._new.complete()
@@ -242,6 +262,10 @@ class Writer:
             check_writable(self.out, self._force)
             self._new.commit()
             self.written = Written(self.out, self.samples, shape, self.out.stat().st_size)
+
+    def _digest(self) -> str:
+        parts = [digest.hexdigest() for digest in self._digests]
+        return hashlib.sha256(f"{self.shape.inputs} {' '.join(parts)}".encode()).hexdigest()
 
     def _abort(self) -> None:
         if self._new is not None:

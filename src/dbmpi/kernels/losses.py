@@ -2,8 +2,8 @@
 
 Each loss kernel replaces what the last layer computed by the gradient of the **mean** loss of the batch, and
 returns the **sum** of the samples' losses, in float64.  Kernels for classes also return how many samples' largest
-output is their class (the first, where several are as large).  Classes are not checked here: one that is not an
-output would write outside the array.
+output is their class (the first, where several are as large); a sample with an output that is NaN, or whose largest
+one is infinite, never is.  Classes are not checked here: one that is not an output would write outside the array.
 
 Samples are taken in blocks, so that the running values of a block stay in the first cache while the outputs pass by,
 and so that threads share nothing.
@@ -25,15 +25,19 @@ BLOCK = 128
 
 @inlined
 def _find_largest(values: np.ndarray, start: int, stop: int, largest: np.ndarray, place: np.ndarray) -> None:
-    """Find the largest value of each sample and the unit that has it."""
+    """Find the largest value of each sample and the unit that has it; NaN and -1 where a value is NaN."""
     largest[:] = values[0][start:stop]
     place[:] = 0
     for unit in range(1, values.shape[0]):
         row = values[unit][start:stop]
         for sample in range(row.size):
-            if row[sample] > largest[sample]:
-                largest[sample] = row[sample]
+            value = row[sample]
+            if (value > largest[sample]) | (value != value):  # noqa: PLR0124 - NaN
+                largest[sample] = value
                 place[sample] = unit
+    for sample in range(place.size):
+        if not math.isfinite(largest[sample]):
+            place[sample] = -1
 
 
 @inlined

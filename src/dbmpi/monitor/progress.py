@@ -129,6 +129,8 @@ class Progress:
         if samples is not None:
             parts.append(f"{samples:,} samples")
         self.message("   ".join(parts))
+        if not math.isfinite(loss):
+            self.message("warning: some outputs for the test data are NaN or infinite; such samples count as wrong")
 
     def finish(self) -> None:
         """Show the last state and leave it standing; a second call does nothing."""

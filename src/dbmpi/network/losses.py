@@ -50,9 +50,28 @@ class Loss:
         by_values = {"logistic": losses.logistic_values, "squared": losses.squared_values}
         return float(by_values[self.name](values, targets)), -1
 
+    @property
+    def predicts(self) -> tuple[str, str]:
+        """What :meth:`predict` gives: in a word, and in a sentence for people."""
+        if self.name == "softmax":
+            return "probabilities", "probability of each class; those of a sample add up to 1 (softmax)"
+        if self.name == "logistic":
+            what = "class" if self.targets == "classes" else "value"
+            return "independent probabilities", f"probability of each {what} for itself (logistic function)"
+        if self.targets == "classes":
+            return "scores", "score of each class, 1 for it and 0 for the others as learned; no probability"
+        return "values", "estimate of each value of the target"
+
     def predict(self, values: np.ndarray) -> None:
-        """Turn the last layer's outputs (outputs, samples) into predictions: probabilities, or themselves."""
+        """Turn the last layer's outputs (outputs, samples) into predictions: probabilities, or themselves.
+
+        All probabilities of a sample are NaN where one of its outputs is, or the largest one is infinite.
+        """
+        if self.name not in ("softmax", "logistic"):
+            return
+        broken = ~np.isfinite(values.max(axis=0))
         if self.name == "softmax":
             losses.softmax(values)
-        elif self.name == "logistic":
+        else:
             losses.logistic(values)
+        values[:, broken] = np.nan

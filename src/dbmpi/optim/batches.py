@@ -9,6 +9,7 @@ from dbmpi.optim.resuming import Position
 
 if TYPE_CHECKING:
     from dbmpi.config import Run
+    from dbmpi.data.meaning import Meaning
     from dbmpi.data.stream import Order, Stream
     from dbmpi.optim.descent import Reason
     from dbmpi.optim.resuming import State
@@ -49,6 +50,7 @@ class Samples:
     """Held-out samples; 0 without any."""
     input_shape: tuple[int, ...]
     classes: int
+    meaning: Meaning | None = None
 
     @property
     def test_portions(self) -> int:

@@ -100,6 +100,7 @@ class Keeper:
                 partitions=plan.partitions,
                 input_shape=self._samples.input_shape,
                 classes=self._samples.classes,
+                meaning=self._samples.meaning,
                 frontier=beginning.place(steps),
                 total=beginning.stream.total,
                 holes=beginning.stream.holes,

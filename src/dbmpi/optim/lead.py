@@ -21,6 +21,7 @@ from dbmpi.checkpoint.directory import checkpoint_path
 from dbmpi.checkpoint.retention import kept
 from dbmpi.checkpoint.schema import CheckpointInfo, library_versions
 from dbmpi.config import Run
+from dbmpi.data.meaning import Meaning
 from dbmpi.data.stream import Stream
 from dbmpi.errors import RunFailed
 from dbmpi.monitor.progress import Progress
@@ -94,6 +95,7 @@ class Lead:
         progress: Progress,
         input_shape: tuple[int, ...],
         classes: int,
+        meaning: Meaning,
         samples_per_epoch: int,
         batches_per_epoch: int,
     ) -> None:
@@ -108,6 +110,7 @@ class Lead:
         self._rate = Rate()
         self._input_shape = input_shape
         self._classes = classes
+        self._meaning = meaning
         self._samples_per_epoch = samples_per_epoch
         self._batches_per_epoch = batches_per_epoch
         self._states = [_State.RUNNING] * plan.replicas
@@ -263,6 +266,7 @@ class Lead:
                 partitions=self._plan.partitions,
                 input_shape=self._input_shape,
                 classes=self._classes,
+                meaning=self._meaning,
                 frontier=left.frontier,
                 total=left.total,
                 holes=left.holes,

@@ -94,6 +94,9 @@ def import_csv(
             first = Lines(first.numbers[1:], first.texts[1:])
         shape = Shape((len(table.inputs),), classes, len(targets) if kind == "values" else None)
         with Writer(out, shape, Origin("csv", file, file), force) as writer:
+            if table.names is not None:
+                answers = [table.names[column] for column in table.targets] if kind == "values" else []
+                writer.name_columns([table.names[column] for column in table.inputs], answers)
             for lines in chain([first], blocks):
                 if lines.texts:
                     _append(writer, table, lines, scale)
