@@ -21,6 +21,7 @@ from dbmpi.paramserver.rules import Rule, State, rule
 from dbmpi.paramserver.server import Server
 from dbmpi.partition.arrangement import Arrangement
 from dbmpi.runtime import waiting
+from dbmpi.runtime.endings import note_run
 from dbmpi.runtime.world import together
 
 _LEAD = 0
@@ -61,6 +62,7 @@ def find(run: Run, comm: MPI.Intracomm, replicas: int, layout: Layout, order: Or
         if comm.rank == _LEAD:
             path = str(previous(run) or "")
             session[0] = next_session(run.run.directory)
+            note_run(run.run.directory)
     path = waiting.broadcast_text(comm, path, _LEAD, "the lead to look for a checkpoint")
     waiting.broadcast(comm, session, _LEAD, "the number of the session")
     warmstart = run.optimizer.warmstart

@@ -1,4 +1,7 @@
-"""The errors that dbmpi raises on purpose."""
+"""The errors that dbmpi raises on purpose, and the exit codes that they end a job with."""
+
+DIED = 75
+"""Exit code where a rank's death has ended the run, and the same command would go on (EX_TEMPFAIL of sysexits.h)."""
 
 
 class UserError(ValueError):
@@ -15,3 +18,7 @@ class KnownToAll(UserError):
 
 class RunFailed(RuntimeError):
     """A run that started well and cannot go on, e.g. because the loss is no longer finite (exit code 1)."""
+
+
+class EndedByDeath(RunFailed):
+    """A run that cannot go on because a rank has died (exit code 75)."""
