@@ -25,6 +25,7 @@ from dbmpi.paramserver.server import Server
 from dbmpi.partition.arrangement import Arrangement
 from dbmpi.rundata import LOADING_SECONDS
 from dbmpi.runtime import waiting
+from dbmpi.runtime.endings import note_run
 from dbmpi.runtime.world import together
 
 _LEAD = 0
@@ -66,6 +67,7 @@ def find(
     with together(comm, "numbering the session"):
         if comm.rank == _LEAD:
             session[0] = next_session(run.run.directory)
+            note_run(run.run.directory)
     waiting.broadcast(comm, session, _LEAD, "the number of the session")
     warmstart = run.optimizer.warmstart
     if not path:

@@ -1,4 +1,7 @@
-"""The errors that dbmpi raises on purpose."""
+"""The errors that dbmpi raises on purpose, and the exit codes that they end a job with."""
+
+DIED = 75
+"""Exit code where a rank's death has ended the run, and the same command would go on (EX_TEMPFAIL of sysexits.h)."""
 
 
 class UserError(ValueError):
@@ -27,3 +30,7 @@ class DiskFailed(RunFailed):
 
 class Damaged(UserError):
     """A file that is torn, or not what was written."""
+
+
+class EndedByDeath(RunFailed):
+    """A run that cannot go on because a rank has died (exit code 75)."""

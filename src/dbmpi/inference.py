@@ -19,7 +19,7 @@ from dbmpi.errors import UserError
 from dbmpi.objective import Outcome
 from dbmpi.partition import placement
 from dbmpi.partition.whole import make_replica
-from dbmpi.runtime import waiting
+from dbmpi.runtime import guarded, pieces, waiting
 from dbmpi.runtime.collective import Collective
 
 if TYPE_CHECKING:
@@ -139,14 +139,14 @@ class Inference(Collective):
             if not self.is_first:
                 if mine is not None:
                     assert self._comm is not None
-                    waiting.complete(self._comm.Isend(mine, 0, _TAG), "the rank that writes", seconds=_LONG)
+                    waiting.complete(pieces.isend(self._comm, mine, 0, _TAG), "the rank that writes", seconds=_LONG)
                 continue
             for other, indices in enumerate(batches[first : first + self.replicas]):
                 rows = mine
                 if other > 0:
                     assert self._comm is not None
                     rows = np.empty((len(indices), self.trained.units), np.float32)
-                    request = self._comm.Irecv(rows, other * self.partitions, _TAG)
+                    request = pieces.irecv(self._comm, rows, other * self.partitions, _TAG)
                     waiting.complete(request, "the outputs of the other replicas", seconds=_LONG)
                 assert rows is not None
                 yield int(indices[0]), rows
@@ -191,13 +191,11 @@ class Inference(Collective):
 
     def _prepare(self, comm: MPI.Intracomm) -> None:
         """Make the replicas, choose products alike, and compile on one rank of each node."""
-        from mpi4py import MPI
-
         from dbmpi.partition.products import agree_on_products
         from dbmpi.partition.warmup import first_on_each_node, use_layers
 
-        self._replica_comm = MPI.Intracomm(comm.Split(self._place, self._partition))
-        self._stack.callback(self._replica_comm.Free)
+        self._replica_comm = guarded.split(comm, self._place, self._partition, "the other ranks to form replicas")
+        self._stack.callback(guarded.free, self._replica_comm)
         layers = self.trained.network.layers
         agree_on_products(comm, layers, self._batch_size)
         first_on_each_node(

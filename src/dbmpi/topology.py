@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from dbmpi.errors import UserError
+from dbmpi.runtime import guarded
 from dbmpi.runtime.collective import Collective
 
 if TYPE_CHECKING:
@@ -177,10 +178,13 @@ class Communicators(Collective):
             raise ValueError(f"the plan needs {plan.world} ranks, the communicator has {comm.size}")
         shard, worker = plan.shard_of(comm.rank), plan.worker_of(comm.rank)
         none = MPI.UNDEFINED
-        self.world = comm.Dup()
-        self.shards = MPI.Intracomm(comm.Split(none if shard is None else 0, shard or 0))
-        self.workers = MPI.Intracomm(comm.Split(none if worker is None else 0, worker or 0))
-        self.replica = MPI.Intracomm(comm.Split(none if worker is None else worker // plan.partitions, worker or 0))
+        self.world = guarded.duplicate(comm, "all ranks to begin the run")
+        self.shards = guarded.split(comm, none if shard is None else 0, shard or 0, "all ranks to set apart the shards")
+        self.workers = guarded.split(
+            comm, none if worker is None else 0, worker or 0, "all ranks to set apart the workers"
+        )
+        mine = none if worker is None else worker // plan.partitions
+        self.replica = guarded.split(comm, mine, worker or 0, "all ranks to set apart the replicas")
 
     def free(self) -> None:
         """Free the communicators (collective); a second call does nothing."""
@@ -193,5 +197,5 @@ class Communicators(Collective):
         for name in ("replica", "workers", "shards", "world"):
             comm = getattr(self, name)
             if comm != MPI.COMM_NULL:
-                comm.Free()
+                guarded.free(comm)
                 setattr(self, name, MPI.COMM_NULL)

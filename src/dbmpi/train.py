@@ -46,7 +46,7 @@ from dbmpi.runtime import waiting
 from dbmpi.runtime.failures import Watch
 from dbmpi.runtime.orders import Mailbox, Role
 from dbmpi.runtime.signals import StopSignal
-from dbmpi.runtime.world import together
+from dbmpi.runtime.world import end_all_on_failure, together
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -80,6 +80,7 @@ def train(run: Run, comm: MPI.Intracomm | None = None, stop: StopSignal | None =
         from dbmpi.runtime.world import start
 
         comm = start()
+    end_all_on_failure()
     with ExitStack() as stack:
         session = _Session(run, comm, stack, stop or stack.enter_context(StopSignal()))
         with session.watch:

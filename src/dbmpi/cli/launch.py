@@ -6,6 +6,9 @@ import argparse
 import os
 import shlex
 import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 
 SUMMARY = "start a command on several ranks, with the mpirun that belongs to this Python's MPI"
 
@@ -26,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Start the ranks, wait for their end, and return mpirun's exit code."""
+    """Start the ranks, wait for their end, and return the exit code that docs/running.md has for it."""
     from dbmpi.errors import UserError
     from dbmpi.runtime import installation, launcher, threads
 
@@ -62,4 +65,29 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         print(composed)
         return 0
-    return launcher.run(mpi, composed)
+    return launcher.run(mpi, composed, lambda directory: _say_how_to_go_on(arguments, command, directory))
+
+
+def _say_how_to_go_on(arguments: argparse.Namespace, command: Sequence[str], directory: Path | None) -> None:
+    """Say, where a rank's death has ended a run, from which checkpoint which command goes on."""
+    from dbmpi.checkpoint.reader import Checkpoint
+    from dbmpi.errors import UserError
+
+    found = None
+    if directory is not None:
+        with suppress(UserError), Checkpoint.open(directory) as checkpoint:
+            found = checkpoint.path
+    again = ["dbmpi", "launch", "-n", str(arguments.ranks)]
+    again += [f"--mpi-args={arguments.mpi_args}"] if arguments.mpi_args else []
+    again += [f"--mpirun={arguments.mpirun}"] if arguments.mpirun else []
+    again += ["--", *command]
+    resume = "checkpoint.resume=auto"
+    if command[0] == "train" and resume not in command and (found is not None or directory is None):
+        again += ["--set", resume]
+    if found is not None:
+        what = f"the newest whole checkpoint is {os.path.relpath(found)}; this goes on from it"
+    elif directory is None:
+        what = "this goes on from the newest whole checkpoint, if there is one"
+    else:
+        what = f"there is no whole checkpoint in {os.path.relpath(directory)}; this begins anew"
+    sys.stderr.write(f"dbmpi launch: a rank has died, and the run with it; {what}: {shlex.join(again)}\n")

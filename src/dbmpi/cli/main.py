@@ -1,6 +1,7 @@
 """The command line: finds the command, and turns errors into messages and exit codes.
 
-Exit codes: 0 done, 2 the user's mistake, 1 a failure; 128 + n after signal n, with a checkpoint.
+Exit codes: 0 done, 2 the user's mistake, 1 a failure; 128 + n after signal n, with a checkpoint; 75 where a death has
+ended the run and the same command would go on.
 A command is a module of this package with `SUMMARY`, `add_arguments` and `run`; it imports what it needs when it runs.
 """
 

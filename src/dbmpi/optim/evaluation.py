@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from mpi4py import MPI
 
-from dbmpi.errors import RunFailed
+from dbmpi.errors import EndedByDeath
 from dbmpi.optim.board import Board, Kind
 from dbmpi.optim.commands import Command, RemoteSpace, execute
 from dbmpi.optim.passes import Passes, Station
@@ -110,7 +110,7 @@ class Evaluator:
         ------
         Interrupted
             If a signal asks for the end.
-        RunFailed
+        EndedByDeath
             If nobody is left to compute it.
         """
         self._gradient = name
@@ -179,7 +179,7 @@ class Evaluator:
             self.passes.give_up(replica)
             left = plan.replicas - len(lost)
             if not left:
-                raise RunFailed(f"{self._watch.name(rank)} has died, and with it the last replica.  {RESUMING}")
+                raise EndedByDeath(f"{self._watch.name(rank)} has died, and with it the last replica.  {RESUMING}")
             self._say(
                 f"{self._watch.name(rank)} has died, and with it replica {replica}: what it had not delivered is "
                 f"handed out again, and the run goes on with {left} of {plan.replicas} replicas"
@@ -188,4 +188,4 @@ class Evaluator:
     def _stop_asked(self, number: int) -> None:
         if not self.stopped_by:
             self.stopped_by = number
-            self._say(f"{signal.Signals(number).name}: the run ends here, with a checkpoint")
+            self._say(f"{signal.Signals(number).name}: the run ends here")

@@ -139,7 +139,7 @@ class Lead:
         elif kind == Kind.STOP_ASKED and not self.stopped_by:
             self.stopped_by = values[0]
             name = signal.Signals(self.stopped_by).name
-            self._progress.message(f"{name}: the run ends after the current steps, with a checkpoint")
+            self._progress.message(f"{name}: the run ends after the current steps")
             self._tell_workers(Kind.STOP)
         elif kind == Kind.EVALUATION:
             loss = float(np.array([values[3]], np.int64).view(np.float64)[0])

@@ -31,9 +31,9 @@ from dbmpi.optim.methods import conjugate_gradients, exact_search, gradient_desc
 from dbmpi.optim.warming import use_kernels
 from dbmpi.paramserver.layout import cut
 from dbmpi.partition.warmup import first_on_each_node
-from dbmpi.runtime import threads, waiting
+from dbmpi.runtime import guarded, pieces, threads, waiting
 from dbmpi.runtime.signals import StopSignal
-from dbmpi.runtime.world import start, together
+from dbmpi.runtime.world import end_all_on_failure, start, together
 
 if TYPE_CHECKING:
     from dbmpi.optim.ownmethod import Method
@@ -146,7 +146,8 @@ def minimize(
     Exception
         What the objective or the callback raises on a rank; the other ranks raise a UserError that tells of it.
     """
-    own = (_everybody() if comm is None else comm).Dup()
+    end_all_on_failure()
+    own = guarded.duplicate(_everybody() if comm is None else comm, "all ranks of the communicator to call minimize")
     try:
         chosen = (parameters, method, memory, line_search, l1, l2, gtol, ftol, iterations, evaluations)
         with together(own, "looking at the arguments"):
@@ -163,7 +164,7 @@ def minimize(
             x = problem.point().copy()
             return Minimum(x, report.loss, report.largest, report.iterations, problem.evaluations, reason)
     finally:
-        own.Free()
+        guarded.free(own)
 
 
 @cache
@@ -284,7 +285,7 @@ class _Problem:
         if self._whole is None:
             return part.reshape(self._shape)
         flat = self._whole.reshape(-1)
-        waiting.complete(self._comm.Iallgatherv(part, [flat, self._counts]), "the other ranks' parameters")
+        waiting.complete(pieces.iallgatherv(self._comm, part, flat, self._counts), "the other ranks' parameters")
         view = self._whole.view()
         view.flags.writeable = False
         return view
@@ -302,7 +303,7 @@ class _Problem:
             own[:] = its_gradient.reshape(-1)
         else:
             sent = np.ascontiguousarray(its_gradient, self._dtype).reshape(-1)
-            request = self._comm.Ireduce_scatter(sent, own, self._counts, MPI.SUM)
+            request = pieces.ireduce_scatter(self._comm, sent, own, self._counts, MPI.SUM)
             waiting.complete(request, "the other ranks' gradients")
         # In the order of ranks, and rounded once: an Allreduce promises neither.
         return math.fsum(losses) if np.isfinite(losses).all() else float(np.sum(losses))

@@ -20,7 +20,7 @@ from enum import IntEnum
 import numpy as np
 from mpi4py import MPI
 
-from dbmpi.runtime import failures, waiting
+from dbmpi.runtime import failures, guarded, waiting
 
 _ORDERS = 0
 """Tag of orders; the data that belong to one have the tag that it names."""
@@ -56,7 +56,7 @@ class Messages:
     """
 
     def __init__(self, comm: MPI.Intracomm, local: np.ndarray, swap: Callable[[int, int, int], int]) -> None:
-        self._comm = comm.Dup()
+        self._comm = guarded.duplicate(comm, "the other ranks to open their windows")
         self._local = local
         self._swap = swap
         self._lock = threading.Lock()
@@ -130,7 +130,7 @@ class Messages:
                 self._complete(request, rank, f"a message to leave for rank {rank}")
         self._leaving.clear()
         waiting.barrier(self._comm, "the other ranks to close their windows", serve=self.serve)
-        self._comm.Free()
+        guarded.free(self._comm)
 
     def _ask(self, kind: _Kind, rank: int, offset: int, out: np.ndarray, value: int, expected: int = 0) -> MPI.Request:
         """Give an order that is answered; return what completes when the answer is in `out`."""

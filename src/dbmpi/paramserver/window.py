@@ -25,7 +25,7 @@ import numpy as np
 from mpi4py import MPI
 
 from dbmpi.paramserver.messages import Messages
-from dbmpi.runtime import failures, waiting
+from dbmpi.runtime import failures, guarded, pieces, waiting
 from dbmpi.runtime.collective import Collective
 
 _LINE = 64
@@ -36,6 +36,7 @@ _NAP = 1e-4
 _MOST_GETS = 64
 """Gets of one thread that are on the way at a time."""
 Transport = Literal["rma", "p2p"]
+_OPENING, _CLOSING = "the other ranks to open their windows", "the other ranks to close their windows"
 _HINTS = {"acc_single_intrinsic": "true", "which_accumulate_ops": "replace,no_op,cswap"}
 """What Open MPI and MPICH, in this order, may rely on to use a network's own atomics; others pass over it."""
 
@@ -66,8 +67,8 @@ class Window(Collective):
     def __init__(self, comm: MPI.Intracomm, nbytes: int, shared: bool, transport: Transport) -> None:
         self._comm = comm
         # To enter MPI by a probe.  A probe that finds a message does nothing else; here there is never one to find.
-        self._empty = comm.Dup()
-        self._node = MPI.Intracomm(comm.Split_type(MPI.COMM_TYPE_SHARED, comm.rank))
+        self._empty = guarded.duplicate(comm, _OPENING)
+        self._node = guarded.on_this_host(comm, _OPENING)
         self.shared = shared
         self.busy = False
         self.transport = transport
@@ -78,7 +79,8 @@ class Window(Collective):
         if shared:
             info = MPI.Info.Create()
             info.Set("alloc_shared_noncontig", "true")
-            self._memory = MPI.Win.Allocate_shared(size, 1, info, self._node)
+            with guarded.meeting(self._node, _OPENING):
+                self._memory = MPI.Win.Allocate_shared(size, 1, info, self._node)
             info.Free()
             ranks = np.empty(self._node.size, np.int64)
             request = self._node.Iallgather(np.array([comm.rank], np.int64), ranks)
@@ -87,7 +89,8 @@ class Window(Collective):
             for place, rank in enumerate(ranks):
                 self._near[int(rank)] = _bytes(self._memory.Shared_query(place)[0])
             self.local = self._near[comm.rank]
-            self._memory.Lock_all(MPI.MODE_NOCHECK)
+            with guarded.blocking(_OPENING):
+                self._memory.Lock_all(MPI.MODE_NOCHECK)
         else:
             self.local = np.zeros(size, np.uint8)
             self._near[comm.rank] = self.local
@@ -101,9 +104,10 @@ class Window(Collective):
             info = MPI.Info.Create()
             for key, hint in _HINTS.items():
                 info.Set(key, hint)
-            self._win = MPI.Win.Create(self.local, 1, info, comm)
+            with guarded.meeting(comm, _OPENING):
+                self._win = MPI.Win.Create(self.local, 1, info, comm)
+                self._win.Lock_all(MPI.MODE_NOCHECK)
             info.Free()
-            self._win.Lock_all(MPI.MODE_NOCHECK)
         self._open = True
         # Several threads of this rank may have transfers on the way; each has put what its own flag announces.
         self._gets: dict[int, deque[tuple[int, MPI.Request, np.ndarray]]] = {}
@@ -111,7 +115,7 @@ class Window(Collective):
         self._stores: dict[int, deque[MPI.Request]] = {}
         self._storing = threading.Lock()
         self.sync()
-        waiting.barrier(comm, "the other ranks to open their windows")
+        waiting.barrier(comm, _OPENING)
 
     @classmethod
     def allocate(cls, comm: MPI.Intracomm, nbytes: int, *, shared: bool = True, transport: Transport = "rma") -> Window:
@@ -161,14 +165,16 @@ class Window(Collective):
             np.copyto(out, near[offset : offset + out.nbytes].view(out.dtype).reshape(out.shape))
             return
         gets = self._gets.setdefault(threading.get_ident(), deque())
-        if len(gets) >= _MOST_GETS:
-            self._complete_get(*gets.popleft())
-        with failures.partner(self._comm, rank):
-            if self._messages is not None:
-                request = self._messages.get(rank, offset, out)
-            else:
-                request = self._win.Rget([out, MPI.BYTE], rank, [offset, out.nbytes, MPI.BYTE])
-        gets.append((rank, request, out))
+        for piece in pieces.divide(out):
+            if len(gets) >= _MOST_GETS:
+                self._complete_get(*gets.popleft())
+            with failures.partner(self._comm, rank):
+                if self._messages is not None:
+                    request = self._messages.get(rank, offset, piece)
+                else:
+                    request = self._win.Rget([piece, MPI.BYTE], rank, [offset, piece.nbytes, MPI.BYTE])
+            gets.append((rank, request, piece))
+            offset += piece.nbytes
 
     def complete_gets(self) -> None:
         """Wait for all that this thread has begun to get."""
@@ -184,11 +190,13 @@ class Window(Collective):
         if near is not None:
             np.copyto(near[offset : offset + data.nbytes].view(data.dtype).reshape(data.shape), data)
             return
-        if self._messages is not None:
-            self._messages.put(rank, offset, data)
-            return
-        request = self._win.Rput([data, MPI.BYTE], rank, [offset, data.nbytes, MPI.BYTE])
-        self._puts.setdefault((threading.get_ident(), rank), []).append(request)
+        for piece in pieces.divide(data):
+            if self._messages is not None:
+                self._messages.put(rank, offset, piece)
+            else:
+                request = self._win.Rput([piece, MPI.BYTE], rank, [offset, piece.nbytes, MPI.BYTE])
+                self._puts.setdefault((threading.get_ident(), rank), []).append(request)
+            offset += piece.nbytes
 
     def load(self, rank: int, offset: int) -> int:
         """Return the flag at `offset` of a rank's memory, atomically; RankLost where :meth:`get` has it."""
@@ -227,7 +235,8 @@ class Window(Collective):
         if pending is not None:
             for request in pending:
                 waiting.until(request.Test, f"data to leave for rank {rank}", longest_nap=_NAP)
-            self._win.Flush(rank)
+            with guarded.blocking(f"data to arrive at rank {rank}"):
+                self._win.Flush(rank)
         with self._storing:
             # They are carried out in order: to look at the first is enough, however many are on the way.
             earlier = self._stores.setdefault(rank, deque())
@@ -264,17 +273,18 @@ class Window(Collective):
         if self._messages is not None:
             self._messages.free()
         else:
-            waiting.barrier(self._comm, "the other ranks to close their windows")
-            self._win.Unlock_all()
-            self._win.Free()
+            with guarded.meeting(self._comm, _CLOSING):
+                self._win.Unlock_all()
+                self._win.Free()
         self._near.clear()
         self.local = np.empty(0, np.uint8)
         if self._memory is not None:
-            self._memory.Unlock_all()
-            self._memory.Free()
+            with guarded.meeting(self._node, _CLOSING):
+                self._memory.Unlock_all()
+                self._memory.Free()
             self._memory = None
-        self._node.Free()
-        self._empty.Free()
+        guarded.free(self._node)
+        guarded.free(self._empty)
 
     def _complete_get(self, rank: int, request: MPI.Request, out: np.ndarray) -> None:
         serve = None if self._messages is None else self._messages.serve
@@ -306,9 +316,9 @@ class Window(Collective):
 
 def hosts(comm: MPI.Intracomm) -> np.ndarray:
     """Return for each rank the lowest rank on its host, int64 (collective)."""
-    node = comm.Split_type(MPI.COMM_TYPE_SHARED, comm.rank)
+    node = guarded.on_this_host(comm, "the other ranks to say where they are")
     first = waiting.allreduce(node, np.array([comm.rank], np.int64), MPI.MIN, "the node's other ranks")
-    node.Free()
+    guarded.free(node)
     found = np.empty(comm.size, np.int64)
     waiting.complete(comm.Iallgather(first, found), "the other ranks to say where they are")
     return found
@@ -322,17 +332,18 @@ def missing(comm: MPI.Intracomm, nbytes: int) -> int:
     nbytes
         Of this rank's window.
     """
-    node = comm.Split_type(MPI.COMM_TYPE_SHARED, comm.rank)
+    node = guarded.on_this_host(comm, "the other ranks to plan windows")
     need = waiting.allreduce(node, np.array([aligned(nbytes)], np.int64), MPI.SUM, "the node's other ranks")
-    node.Free()
+    guarded.free(node)
     lacks = need - _shared_memory_free()
     return int(waiting.allreduce(comm, lacks, MPI.MAX, "the other ranks to plan windows")[0])
 
 
 def _swap(window: MPI.Win, target: int, offset: int, expected: int, value: int) -> int:
     new, compared, before = (np.array([word], np.int64) for word in (value, expected, 0))
-    window.Compare_and_swap([new, MPI.INT64_T], [compared, MPI.INT64_T], [before, MPI.INT64_T], target, offset)
-    window.Flush(target)
+    with guarded.blocking(f"a flag of rank {target} of its window to be swapped"):
+        window.Compare_and_swap([new, MPI.INT64_T], [compared, MPI.INT64_T], [before, MPI.INT64_T], target, offset)
+        window.Flush(target)
     return int(before[0])
 
 

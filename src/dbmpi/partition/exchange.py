@@ -8,17 +8,17 @@ collective: Allgatherv forward, Reduce_scatter in reverse.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from dbmpi.partition.boxes import Box
 from dbmpi.partition.group import Group
 from dbmpi.partition.plan import ExchangePlan, Message
-
-if TYPE_CHECKING:
-    from mpi4py import MPI
+from dbmpi.runtime import pieces
+from dbmpi.runtime.pieces import Operation
 
 _TAG = 7
 _FORWARD, _REVERSE = "activations of the other partitions", "gradients of the other partitions"
@@ -27,7 +27,7 @@ _FORWARD, _REVERSE = "activations of the other partitions", "gradients of the ot
 class Moving(NamedTuple):
     """A message under way; `box` is what arrives in `buffer`, None if it needs no unpacking or is sent."""
 
-    request: MPI.Request
+    request: Operation
     box: Box | None
     buffer: np.ndarray
 
@@ -95,7 +95,7 @@ class Exchange:
             assert self._group.comm is not None
             needed[self._own_part.slices(self.needed)] = owned
             counts = [count * owned.shape[-1] for count in self._counts]
-            return [Moving(self._group.comm.Iallgatherv(owned, [needed, counts]), None, needed)]
+            return [Moving(pieces.iallgatherv(self._group.comm, owned, needed, counts), None, needed)]
         elif self._moves:
             moving = self._post(owned, self.mine, self._sends, needed, self.needed, self._receives)
         if not self._own_part.empty and not np.may_share_memory(owned, needed):
@@ -126,7 +126,9 @@ class Exchange:
         elif self._counts:
             assert group.comm is not None
             counts = [count * owned.shape[-1] for count in self._counts]
-            return [Moving(group.comm.Ireduce_scatter(needed, owned, counts), None, owned)]
+            from mpi4py import MPI
+
+            return [Moving(pieces.ireduce_scatter(group.comm, needed, owned, counts, MPI.SUM), None, owned)]
         elif self._moves:
             moving = self._post(needed, self.needed, self._receives, None, self.mine, self._sends)
         if self._own_part != self.mine:
@@ -160,22 +162,22 @@ class Exchange:
         for other, box in receives:
             place = None if target is None else target[box.slices(wanted)]
             if place is not None and place.flags.c_contiguous:
-                moving.append(Moving(comm.Irecv(place, other, _TAG), None, place))
+                moving.append(Moving(pieces.irecv(comm, place, other, _TAG), None, place))
                 continue
             buffer = self._buffer("in", other, (*box.shape, source.shape[-1]), source.dtype)
-            moving.append(Moving(comm.Irecv(buffer, other, _TAG), box, buffer))
+            moving.append(Moving(pieces.irecv(comm, buffer, other, _TAG), box, buffer))
         for other, box in sends:
             part = source[box.slices(held)]
             if not part.flags.c_contiguous:
                 buffer = self._buffer("out", other, part.shape, part.dtype)
                 np.copyto(buffer, part)
                 part = buffer
-            moving.append(Moving(comm.Isend(part, other, _TAG), None, part))
+            moving.append(Moving(pieces.isend(comm, part, other, _TAG), None, part))
         return moving
 
     def _buffer(self, way: str, other: int, shape: tuple[int, ...], dtype: np.dtype[np.floating]) -> np.ndarray:
         """Return room for a message, kept from step to step."""
-        size = int(np.prod(shape))
+        size = math.prod(shape)
         kept = self._buffers.get((way, other))
         if kept is None or kept.size < size or kept.dtype != dtype:
             kept = self._buffers[way, other] = np.empty(size, dtype)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dbmpi.runtime import waiting
+from dbmpi.runtime import guarded, pieces, waiting
 from dbmpi.runtime.collective import Collective
 
 if TYPE_CHECKING:
@@ -64,17 +64,17 @@ class Group(Collective):
         if self.comm is not None and shared:
             from mpi4py import MPI
 
-            node = self.comm.Split_type(MPI.COMM_TYPE_SHARED)
+            node = guarded.on_this_host(self.comm, "the other partitions")
             smallest = waiting.allreduce(self.comm, np.array([node.size]), MPI.MIN, "the other partitions")
             self.near = int(smallest[0]) == self.size
-            node.Free()
+            guarded.free(node)
         self._shelves: list[Shelf] = []
         self._window: Window | None = None
         self._capacity = (0, 0)
         self._starts: list[int] = []
         self._filled: list[int] = []
 
-    def complete(self, request: MPI.Request, what: str) -> None:
+    def complete(self, request: pieces.Operation, what: str) -> None:
         """Wait for a non-blocking operation."""
         waiting.complete(request, what, serve=self.serve)
 
@@ -160,16 +160,17 @@ class Group(Collective):
         first, *others = members
         if self.rank != first:
             total = np.empty_like(values)
-            self.complete(self.comm.Isend(values, first, _TAG), what)
-            self.complete(self.comm.Irecv(total, first, _TAG), what)
+            self.complete(pieces.isend(self.comm, values, first, _TAG), what)
+            self.complete(pieces.irecv(self.comm, total, first, _TAG), what)
             return total
         buffers = [np.empty_like(values) for _ in others]
-        for request in [self.comm.Irecv(into, member, _TAG) for member, into in zip(others, buffers, strict=True)]:
+        coming = zip(others, buffers, strict=True)
+        for request in [pieces.irecv(self.comm, into, member, _TAG) for member, into in coming]:
             self.complete(request, what)
         total = values.copy()
         for buffer in buffers:
             total += buffer
-        for request in [self.comm.Isend(total, member, _TAG) for member in others]:
+        for request in [pieces.isend(self.comm, total, member, _TAG) for member in others]:
             self.complete(request, what)
         return total
 

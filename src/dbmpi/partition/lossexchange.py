@@ -14,6 +14,9 @@ from dbmpi.network.losses import Loss
 from dbmpi.paramserver.layout import cut
 from dbmpi.partition.boxes import Box
 from dbmpi.partition.group import Group
+from dbmpi.runtime import pieces
+
+_TAG = 8
 
 
 class LossExchange:
@@ -76,43 +79,34 @@ class LossExchange:
 
     def _turned_by_messages(self, values: np.ndarray, shares: Sequence[range]) -> np.ndarray:
         out = np.concatenate([values[:, share.start : share.stop].reshape(-1) for share in shares])
-        mine = len(shares[self._group.rank])
+        mine, samples = len(shares[self._group.rank]), values.shape[1]
         whole = np.empty((self._units, mine), values.dtype)
-        sends = [values.shape[0] * len(share) for share in shares]
-        self._all_to_all(out, sends, _starts(sends), whole, *self._rows(mine), "the outputs of the other partitions")
+        sends = _times(shares, values.shape[0])
+        receives = _times(self._owned, mine)
+        self._all_to_all(out, sends, whole, receives, samples, "the outputs of the other partitions")
         return whole
 
     def _turn_back_by_messages(self, whole: np.ndarray, values: np.ndarray, shares: Sequence[range]) -> None:
         back = np.empty(values.size, values.dtype)
-        receives = [values.shape[0] * len(share) for share in shares]
-        starts, mine = _starts(receives), len(shares[self._group.rank])
-        self._all_to_all(whole, *self._rows(mine), back, receives, starts, "the gradient of the other partitions")
-        for share, start, count in zip(shares, starts, receives, strict=True):
-            values[:, share.start : share.stop] = back[start : start + count].reshape(values.shape[0], len(share))
-
-    def _rows(self, share: int) -> tuple[list[int], list[int]]:
-        """Return how many values each worker's units make in a share of the samples, and where they start."""
-        return [len(units) * share for units in self._owned], [units.start * share for units in self._owned]
+        sends, receives = _times(self._owned, len(shares[self._group.rank])), _times(shares, values.shape[0])
+        self._all_to_all(whole, sends, back, receives, values.shape[1], "the gradient of the other partitions")
+        for share, its in zip(shares, receives, strict=True):
+            values[:, share.start : share.stop] = back[its.start : its.stop].reshape(values.shape[0], len(share))
 
     def _all_to_all(
         self,
         source: np.ndarray,
-        sends: list[int],
-        send_starts: list[int],
+        sends: Sequence[range],
         target: np.ndarray,
-        receives: list[int],
-        receive_starts: list[int],
+        receives: Sequence[range],
+        samples: int,
         what: str,
     ) -> None:
-        from mpi4py import MPI
-
-        assert self._group.comm is not None
-        kind = MPI._typedict[source.dtype.char]
-        request = self._group.comm.Ialltoallv(
-            [source, (sends, send_starts), kind], [target, (receives, receive_starts), kind]
-        )
-        self._group.complete(request, what)
+        comm, everything = self._group.comm, self._units * samples
+        assert comm is not None
+        self._group.complete(pieces.ialltoallv(comm, source, sends, target, receives, everything, _TAG), what)
 
 
-def _starts(counts: Sequence[int]) -> list[int]:
-    return [sum(counts[:place]) for place in range(len(counts))]
+def _times(ranges: Sequence[range], factor: int) -> list[range]:
+    """Return the ranges of values where each number of the given ones stands for so many."""
+    return [range(its.start * factor, its.stop * factor) for its in ranges]

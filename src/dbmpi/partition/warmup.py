@@ -9,7 +9,7 @@ import numpy as np
 
 from dbmpi.network.layer import Context
 from dbmpi.partition.boxes import Box
-from dbmpi.runtime import waiting
+from dbmpi.runtime import guarded, waiting
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -23,14 +23,12 @@ _COMPILING_SECONDS = 3600.0
 
 def first_on_each_node(comm: MPI.Intracomm, use_kernels: Callable[[], object]) -> None:
     """Compile on one rank of each node; the others then find the kernels in the cache (collective)."""
-    from mpi4py import MPI
-
-    node = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    node = guarded.on_this_host(comm, "the other ranks to compile the kernels")
     for turn in (0, 1):
         if (node.rank != 0) == bool(turn):
             use_kernels()
         waiting.complete(node.Ibarrier(), "the kernels to be compiled", seconds=_COMPILING_SECONDS)
-    node.Free()
+    guarded.free(node)
 
 
 def use_layers(layers: Sequence[Layer], samples: int, dtype: np.dtype[np.floating], *, backward: bool = True) -> None:

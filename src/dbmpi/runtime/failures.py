@@ -23,16 +23,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dbmpi.errors import RunFailed
+from dbmpi.errors import EndedByDeath, RunFailed
 from dbmpi.runtime import waiting
+from dbmpi.runtime.endings import outlived
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
 _abandoned: list[tuple[MPI.Request, np.ndarray | None]] = []
 """Transfers that never end, and where MPI may still write."""
-_SWITCH = "OMPI_MCA_mpi_ft_enable"
-"""What ``mpirun --with-ft ulfm`` sets for the ranks; under another launcher it may be set by hand."""
 _TAG = 30001
 """Of the message that another rank has said why the run ends."""
 _BETWEEN_LOOKS = 0.1
@@ -42,7 +41,7 @@ _FIRST_TO_SPEAK = 5.0
 """Seconds for which all but the lowest rank leave it to that one to say who has died."""
 
 
-RESUMING = "The last checkpoint is whole: the same command with --set checkpoint.resume=auto goes on from there"
+RESUMING = "The same command with --set checkpoint.resume=auto goes on from the last checkpoint, if there is one"
 
 
 class RankLost(RunFailed):
@@ -51,7 +50,7 @@ class RankLost(RunFailed):
 
 def tolerated(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether this job's MPI lets ranks live on when another one dies."""
-    return environment.get(_SWITCH, "").lower() in ("1", "true", "yes", "enabled")
+    return outlived(environment)
 
 
 _TOLERATED = tolerated()
@@ -82,6 +81,7 @@ def told(error: BaseException) -> bool:
     return isinstance(error, MPI.Exception) and error.Get_error_class() in (
         MPI.ERR_PROC_FAILED,
         MPI.ERR_PROC_FAILED_PENDING,
+        MPI.ERR_REVOKED,  # by Open MPI itself, when it notices the death in a collective
     )
 
 
@@ -207,7 +207,7 @@ class Watch:
             return False
         self._next = time.monotonic() + _BETWEEN_LOOKS
         if probe(self._comm, _TAG):
-            raise RunFailed("")  # why, another rank has said
+            raise EndedByDeath("")  # why, another rank has said
         if len(found := dead(self._comm)) > len(self.dead):
             self.dead = frozenset(found)
         missed = sorted(self.dead.difference(self._dispensable))
@@ -245,7 +245,7 @@ class Watch:
         for rank in set(range(self._comm.size)) - self.dead - {self._comm.rank}:
             with suppress(RankLost), partner(self._comm, rank):
                 _abandoned.append((self._comm.Isend(word, rank, _TAG), word))
-        raise RunFailed(f"{self.name(missed[0])} has died, and the run cannot go on without it.  {RESUMING}")
+        raise EndedByDeath(f"{self.name(missed[0])} has died, and the run cannot go on without it.  {RESUMING}")
 
 
 def _hosts(comm: MPI.Comm) -> list[str]:

@@ -29,25 +29,25 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 
-from dbmpi.errors import ToldElsewhere, UserError
-from dbmpi.runtime import installation, slurm, threads
+from dbmpi.errors import DIED, ToldElsewhere, UserError
+from dbmpi.runtime import installation, slurm, startwatch, threads
+from dbmpi.runtime.endings import UNFINISHED, documented, outlived, read_note
 from dbmpi.runtime.installation import Mpi
+from dbmpi.runtime.signals import HEEDED
 
 STOP = signal.SIGUSR2
-"""A rank that gets this signal, SIGTERM or SIGINT is to end with a checkpoint."""
+"""What Open MPI's mpirun passes on to the ranks, which heed it as all of `signals.HEEDED`."""
 
 _FORWARDED = ("COLUMNS", "LD_LIBRARY_PATH", "PYTHONPATH", *threads.VARIABLES)
 """Variables (and all ``DBMPI_*``) that ranks on other nodes need as well; hydra passes on everything by itself."""
 
 
-UNFINISHED = "DBMPI_UNFINISHED"
-"""Names a file that the first rank keeps while it runs, if it is on the host of `dbmpi launch`."""
 _HOST_LOST = (
     "dbmpi launch: mpirun has ended without an error, but the first rank has not come to its end: mpirun ends all "
-    "ranks when it loses a host.  The last checkpoint is whole: the same command with --set checkpoint.resume=auto "
-    "goes on from there\n"
+    "ranks when it loses a host\n"
 )
 
 
@@ -114,13 +114,16 @@ def compose(
     return Command((mpi.mpirun, *options, "-n", str(ranks), *mpi_arguments, sys.executable, *program), settings)
 
 
-def run(mpi: Mpi, command: Command) -> int:
-    """Run a command that :func:`compose` made until it ends, and return its exit code (128 + n after signal n).
+def run(mpi: Mpi, command: Command, died: Callable[[Path | None], object] = lambda directory: None) -> int:
+    """Run a command that :func:`compose` made until it ends, and return its exit code as docs/running.md has them.
 
-    Ctrl-C, SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 ask the ranks to end with a checkpoint; a Ctrl-C after that ends them
-    at once.  What is ignored already, as SIGHUP is under nohup, stays ignored.
+    The signals of `signals.HEEDED` ask the ranks to end with a checkpoint; a Ctrl-C after that ends them at once.  What
+    is ignored already, as SIGHUP is under nohup, stays ignored.
 
-    Open MPI's mpirun ends all ranks when it loses a host, and says 0; if the first rank was cut off then, it is 1.
+    Parameters
+    ----------
+    died
+        Called where a rank's death has ended the job, with the directory of its run, as far as is known.
     """
     end, kill = (STOP, signal.SIGTERM) if mpi.is_open_mpi else (signal.SIGTERM, signal.SIGKILL)
     asked: list[int] = []
@@ -137,15 +140,16 @@ def run(mpi: Mpi, command: Command) -> int:
         if child is not None and (killed or len(asked) == 1):
             child.send_signal(kill if killed else end)
 
+    ours = "dbmpi" in command.argv  # another program may end with any code
     environment = threads.without_prepared(os.environ) | dict(command.settings)
     sessions = tempfile.TemporaryDirectory(prefix="dbmpi-session-", ignore_cleanup_errors=True)
     if mpi.is_open_mpi:
         # Open MPI names the place of a session after mpirun's process id, and cannot start where one of the same id was
         # killed, perhaps long ago, before it could tidy up.
         environment.setdefault("PRTE_MCA_prte_tmpdir_base", sessions.name)
-        environment[UNFINISHED] = os.path.join(sessions.name, "unfinished")
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-    heeded = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    note = Path(sessions.name, "unfinished")
+    environment[UNFINISHED] = str(note)
+    heeded = [number for number in HEEDED if signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, stop) for number in heeded}
     try:
         child = subprocess.Popen(
@@ -157,8 +161,9 @@ def run(mpi: Mpi, command: Command) -> int:
         )
         if asked:
             child.send_signal(kill if killed else end)
-        code = child.wait()
-        cut_off = mpi.is_open_mpi and os.path.exists(environment[UNFINISHED])
+        tolerant = outlived(environment) or any(word.startswith("--with-ft") for word in command.argv)
+        code = startwatch.wait(child, note) if tolerant and ours else child.wait()
+        unfinished, directory = read_note(note)
     except OSError as error:
         raise UserError(f"{command.argv[0]}: cannot be executed: {error}") from None
     finally:
@@ -170,9 +175,11 @@ def run(mpi: Mpi, command: Command) -> int:
     # that were not ready to end in peace have died of it; hydra then gives the bare number of the signal.
     if asked and (killed or code in (end, 128 + end)):
         return 128 + asked[0]
-    if code == 0 and cut_off:
+    if code == 0 and unfinished:
         sys.stderr.write(_HOST_LOST)
-        return 1
+    code = documented(code, bare=ours and not mpi.is_open_mpi, unfinished=unfinished)
+    if code == DIED:
+        died(directory)
     return code
 
 

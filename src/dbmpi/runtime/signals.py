@@ -2,24 +2,45 @@
 
 from __future__ import annotations
 
+import os
 import signal
+from contextlib import suppress
+from pathlib import Path
 from types import FrameType
+
+HEEDED = tuple(
+    signal.Signals(number)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
+)
+"""What schedulers, launchers and users send to end a run; whatever of it reaches a rank, or `dbmpi launch`, does."""
 
 
 class StopSignal:
     """Notes signals instead of dying, so that the run can end with a checkpoint; a second Ctrl-C is final.
 
-    SIGTERM and Ctrl-C ask for the end, and so does SIGUSR2: Open MPI's mpirun relays that one to its ranks and lets
-    them take their time, while after SIGTERM it kills them within a second.
+    All of `HEEDED` ask for the end, unless they are ignored already, as SIGHUP is under nohup.  Open MPI's mpirun
+    relays SIGUSR1 and SIGUSR2 to its ranks and lets them take their time, while after SIGTERM it kills them within a
+    second.
+
+    MPICH's launcher sends SIGUSR1 to all ranks of its own accord when one has died and the others are to live
+    (``-disable-auto-cleanup``): so that one is no wish where a rank of this host has gone.
+
+    Attributes
+    ----------
+    number
+        Of the last signal; 0 without any.
     """
 
     def __init__(self) -> None:
         self.number = 0
         self._before: dict[int, object] = {}
+        self._neighbours: set[int] = set()
 
     def __enter__(self) -> StopSignal:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
-            self._before[number] = signal.signal(number, self._note)
+        self._neighbours = _of_the_same_hydra()
+        for number in HEEDED:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *details: object) -> None:
@@ -29,4 +50,23 @@ class StopSignal:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.number == number == signal.SIGINT:
             raise KeyboardInterrupt
+        if number == signal.SIGUSR1 and self._neighbours - _of_the_same_hydra():
+            return
         self.number = number
+
+
+def _of_the_same_hydra() -> set[int]:
+    """Return the ids of the living processes that the same daemon of MPICH's launcher has started on this host."""
+    parent = Path("/proc") / str(os.getppid())
+    with suppress(OSError, ValueError, IndexError):
+        if not (parent / "comm").read_text().startswith("hydra"):
+            return set()
+        children = " ".join(file.read_text() for file in parent.glob("task/*/children"))
+        return {int(child) for child in children.split() if _lives(child)}
+    return set()
+
+
+def _lives(process: str) -> bool:
+    with suppress(OSError):
+        return (Path("/proc") / process / "stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    return False

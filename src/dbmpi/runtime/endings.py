@@ -1,0 +1,64 @@
+"""How a job ended: what the codes of the launchers mean, and what the first rank has left for `dbmpi launch` to read.
+
+Seen with Open MPI 5.0 and MPICH 5.0: where a rank was killed by signal n, mpirun ends with 128 + n (with fault
+tolerance: with what the other ranks end with), mpiexec with n; where mpirun loses a host, it ends with 0.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from dbmpi.errors import DIED
+from dbmpi.runtime.signals import HEEDED
+
+UNFINISHED = "DBMPI_UNFINISHED"
+"""Names a file that the first rank keeps while it runs, if it is on the host of `dbmpi launch`."""
+_FAULT_TOLERANCE = "OMPI_MCA_mpi_ft_enable"
+"""What ``mpirun --with-ft ulfm`` sets for the ranks; under another launcher it may be set by hand."""
+_KILLED = {signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGQUIT}
+"""What ends a rank without its doing."""
+
+
+def outlived(environment: Mapping[str, str]) -> bool:
+    """Whether ranks are to live on when another one dies."""
+    return environment.get(_FAULT_TOLERANCE, "").lower() in ("1", "true", "yes", "enabled")
+
+
+def documented(code: int, *, bare: bool, unfinished: bool) -> int:
+    """Return what a launcher's exit code comes to in the one table of exit codes (docs/running.md).
+
+    Parameters
+    ----------
+    code
+        0 to 255; 128 + n where the launcher itself was killed.
+    bare
+        Whether n stands for signal n, and for nothing that a rank may end with.
+    unfinished
+        Whether the first rank has left its file behind.
+    """
+    if code in (0, 255):
+        return DIED if unfinished else code
+    number = code - 128 if code > 128 else code if bare and code > 2 else 0
+    if number in HEEDED:
+        return 128 + number
+    return DIED if number in _KILLED else code
+
+
+def note_run(directory: Path) -> None:
+    """Let `dbmpi launch` know where the run writes, so that it can name the checkpoint if a death ends it."""
+    note = Path(os.environ.get(UNFINISHED, ""))
+    with suppress(OSError):  # the first rank is on another host
+        if note.is_file():
+            note.write_text(str(directory.absolute()))
+
+
+def read_note(note: Path) -> tuple[bool, Path | None]:
+    """Return whether the first rank has left its file behind, and where its run writes, as far as is known."""
+    with suppress(OSError, UnicodeDecodeError):
+        text = note.read_text()
+        return True, Path(text) if text else None
+    return False, None

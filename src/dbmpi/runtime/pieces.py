@@ -1,0 +1,149 @@
+"""Transfers of any size, in pieces that every MPI can carry.
+
+An MPI counts in C integers, or says that it does not: Open MPI 5.0 has no transfer of 2 GiB or more, and its
+collectives place what they gather by C integers, too.  So nothing that grows with a model or with data is handed to MPI
+as one: functions of this module do what the communicator's method of that name does, piece by piece where it is large.
+
+All pieces are begun at once, in one order on all ranks, so that they can be mixed with other operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+LARGEST = 1 << 30
+"""Bytes of a transfer, at most."""
+
+
+class Operation(Protocol):
+    """Something that goes on, as ``MPI.Request`` does."""
+
+    def Test(self) -> bool:  # noqa: N802 (MPI's name)
+        """Return whether it is complete; must not be asked again then."""
+
+
+class Several:
+    """Operations that are complete when all are."""
+
+    def __init__(self, operations: Iterable[Operation]) -> None:
+        self._left = list(operations)
+
+    def Test(self) -> bool:  # noqa: N802
+        """Return whether all are complete."""
+        self._left = [operation for operation in self._left if not operation.Test()]
+        return not self._left
+
+
+def divide(values: np.ndarray) -> list[np.ndarray]:
+    """Return the pieces of a contiguous array, flat and in order: views of at most `LARGEST` bytes."""
+    if values.nbytes <= LARGEST:
+        return [values]
+    flat, step = _flat(values), max(LARGEST // values.itemsize, 1)
+    return [flat[start : start + step] for start in range(0, flat.size, step)]
+
+
+def isend(comm: MPI.Comm, values: np.ndarray, rank: int, tag: int) -> Operation:
+    """Begin to send; the receiver calls :func:`irecv` with as many elements."""
+    return _together(comm.Isend(piece, rank, tag) for piece in divide(values))
+
+
+def irecv(comm: MPI.Comm, values: np.ndarray, rank: int, tag: int) -> Operation:
+    """Begin to receive what :func:`isend` sends."""
+    return _together(comm.Irecv(piece, rank, tag) for piece in divide(values))
+
+
+def ibcast(comm: MPI.Comm, values: np.ndarray, root: int) -> Operation:
+    """Begin to fill `values` on all ranks with those of `root`."""
+    return _together(comm.Ibcast(piece, root) for piece in divide(values))
+
+
+def iallreduce(comm: MPI.Comm, values: np.ndarray, result: np.ndarray, operation: MPI.Op) -> Operation:
+    """Begin to reduce `values` over all ranks; `result` is another array of that size."""
+    both = zip(divide(values), divide(result), strict=True)
+    return _together(comm.Iallreduce(piece, into, operation) for piece, into in both)
+
+
+def iallgatherv(comm: MPI.Comm, part: np.ndarray, whole: np.ndarray, counts: Sequence[int]) -> Operation:
+    """Begin to gather everybody's `part`, of ``counts[rank]`` elements, in `whole` on all ranks."""
+    if whole.nbytes <= LARGEST:
+        return comm.Iallgatherv(part, [whole, counts])
+    parts = _parts(whole, counts)
+    parts[comm.rank][:] = part.reshape(-1)
+    return Several(ibcast(comm, its, owner) for owner, its in enumerate(parts))
+
+
+def ireduce_scatter(
+    comm: MPI.Comm, whole: np.ndarray, part: np.ndarray, counts: Sequence[int], operation: MPI.Op
+) -> Operation:
+    """Begin to reduce `whole` over all ranks; each gets its ``counts[rank]`` elements in `part`."""
+    if whole.nbytes <= LARGEST:
+        return comm.Ireduce_scatter(whole, part, counts, operation)
+    into = divide(part)
+    return Several(
+        comm.Ireduce(piece, into[number] if owner == comm.rank else None, operation, owner)
+        for owner, its in enumerate(_parts(whole, counts))
+        for number, piece in enumerate(divide(its))
+    )
+
+
+def ialltoallv(
+    comm: MPI.Comm,
+    source: np.ndarray,
+    sends: Sequence[range],
+    target: np.ndarray,
+    receives: Sequence[range],
+    everything: int,
+    tag: int,
+) -> Operation:
+    """Begin to send a part of `source` to each rank, and to receive one from each in `target`.
+
+    Parameters
+    ----------
+    sends, receives
+        Which elements are for each rank, and from it.
+    everything
+        Elements that all ranks send together, the same number on all of them: it decides how they travel.
+    tag
+        Of messages.
+    """
+    if everything * source.itemsize <= LARGEST:
+        here, there = (([len(its) for its in ranges], [its.start for its in ranges]) for ranges in (sends, receives))
+        kind = _kind(source)
+        return comm.Ialltoallv([source, here, kind], [target, there, kind])
+    outgoing, incoming = _flat(source), _flat(target)
+    received = [irecv(comm, incoming[its.start : its.stop], rank, tag) for rank, its in enumerate(receives)]
+    sent = [isend(comm, outgoing[its.start : its.stop], rank, tag) for rank, its in enumerate(sends)]
+    return Several(received + sent)
+
+
+def _flat(values: np.ndarray) -> np.ndarray:
+    if not values.flags.c_contiguous:
+        raise ValueError(f"given an array {values.shape} with strides {values.strides}, expected a contiguous one")
+    return values.reshape(-1)
+
+
+def _kind(values: np.ndarray) -> MPI.Datatype:
+    from mpi4py import MPI
+
+    return MPI._typedict[values.dtype.char]
+
+
+def _parts(whole: np.ndarray, counts: Sequence[int]) -> list[np.ndarray]:
+    """Return the part of each rank, flat."""
+    flat, parts, start = _flat(whole), [], 0
+    for count in counts:
+        parts.append(flat[start : start + count])
+        start += count
+    return parts
+
+
+def _together(operations: Iterable[Operation]) -> Operation:
+    """Return operations as one."""
+    begun = list(operations)
+    return begun[0] if len(begun) == 1 else Several(begun)
