@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,6 +16,7 @@ from dbmpi import batchrun, beginning, topology
 from dbmpi.config import Run
 from dbmpi.data.stream import Order
 from dbmpi.errors import UserError
+from dbmpi.kernels.announcing import announced
 from dbmpi.monitor.progress import Progress
 from dbmpi.monitor.records import Recorder
 from dbmpi.network import own
@@ -37,11 +39,12 @@ from dbmpi.partition.describe import summarise
 from dbmpi.partition.placement import Placement
 from dbmpi.partition.products import agree_on_products
 from dbmpi.partition.replica import Replica
+from dbmpi.partition.threadcount import fitted
 from dbmpi.partition.trial import try_layer
 from dbmpi.partition.warmup import first_on_each_node, use_layers
 from dbmpi.result import Result
 from dbmpi.rundata import LOADING_SECONDS, RunData, open_data
-from dbmpi.runtime import waiting
+from dbmpi.runtime import environment, waiting
 from dbmpi.runtime.failures import Watch
 from dbmpi.runtime.orders import Mailbox, Role
 from dbmpi.runtime.signals import StopSignal
@@ -101,12 +104,17 @@ class _Session:
         self._shard_number = plan.shard_of(comm.rank)
         self._worker_number = plan.worker_of(comm.rank)
         self._is_lead = self._shard_number == 0
+        self._is_first = comm.rank == 0
 
     def run(self) -> Result:
         """Set up, train, evaluate."""
         run, plan = self._run, self._plan
         self._data = open_data(run, self._comm, plan, self._stack)
+        say = Progress(0, run.monitor.progress).message if self._is_first else None
+        self._compiled = self._stack.enter_context(announced(say))
         network, order = self._plan_network()
+        chosen = fitted(network.layers, plan.partitions, run.optimizer.batch_size)
+        self._say_chosen(say, self._stack.enter_context(chosen))
         with together(self._comm, "placing the layers"):
             placed = placement.described(run.placement, network.layers, plan.partitions)
         applied_rule = rule(run.optimizer)
@@ -127,6 +135,7 @@ class _Session:
         batch_size = run.optimizer.batch_size
         agree_on_products(self._comm, network.layers, batch_size)
         first_on_each_node(self._comm, lambda: _use_kernels(network, applied_rule, self._data, batch_size))
+        self._compiled()
         stop = self._stop
 
         number = self._shard_number
@@ -154,6 +163,16 @@ class _Session:
         return self._conclude(worker, shard, lead, seconds)
 
     # Setting up
+
+    @staticmethod
+    def _say_chosen(say: Callable[[str], object] | None, remark: str) -> None:
+        """Say what was chosen for this machine and this network, and what is slower than it could be."""
+        if say is None:
+            return
+        prepared = environment.prepare()
+        say(f"{prepared}{f'; {remark}' if remark else ''}")
+        for loss in prepared.losses:
+            print(f"dbmpi: slower than it could be: {loss}", file=sys.stderr, flush=True)
 
     def _plan_network(self) -> tuple[Network, Order]:
         """Make the network for the data, and the order of its samples; look at the data and at a user's own layers."""
@@ -297,6 +316,7 @@ class _Session:
         agree_on_products(self._comm, network.layers, batch_size)
         first_on_each_node(self._comm, lambda: _use_kernels(network, applied_rule, self._data, batch_size))
         first_on_each_node(self._comm, batchrun.use_kernels)
+        self._compiled()
         started = time.time()
         setup = batchrun.Setup(
             run,
