@@ -14,6 +14,7 @@ from mpi4py import MPI
 
 from dbmpi import batchrun, beginning, topology
 from dbmpi.config import Run
+from dbmpi.data.gather import gather
 from dbmpi.data.stream import Order
 from dbmpi.errors import UserError
 from dbmpi.kernels.announcing import announced
@@ -384,3 +385,5 @@ def _use_kernels(network: Network, applied_rule: Rule, data: RunData, samples: i
     applied_rule.apply(few, few.copy(), applied_rule.init(few))
     updates.sgd(few, few.copy(), 0.1)
     updates.add(few, few.copy())
+    for kind in (np.float32, np.uint8):  # of rows; a shard without data may be the one that compiles
+        gather(np.zeros((1, 1), kind), np.zeros(1, np.int64), np.float32(1))
