@@ -2,11 +2,14 @@
 
 The description of a run and its start are here: ``dbmpi.load(path)``, ``dbmpi.Run(...)``, ``dbmpi.train(run)``; and
 the batch methods for a function of one's own: ``dbmpi.minimize(objective, x)``.
-They are loaded when they are first used, so that importing dbmpi starts no MPI and takes no time.
+They are loaded when they are first used, so that importing dbmpi starts no MPI and takes no time.  What comes before
+NumPy, Numba and MPI are loaded is prepared by itself, whatever a program uses of the package (`dbmpi.runtime.early`).
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from dbmpi.runtime import early
 
 if TYPE_CHECKING:
     from dbmpi.config import Run, load
@@ -14,6 +17,8 @@ if TYPE_CHECKING:
     from dbmpi.optim.minimize import Minimum, minimize
     from dbmpi.result import Result
     from dbmpi.train import train
+
+early.watch()
 
 __version__ = "0.1.0"
 __all__ = ["Minimum", "Result", "Run", "RunFailed", "UserError", "__version__", "load", "minimize", "train"]
@@ -35,10 +40,6 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'dbmpi' has no attribute {name!r}")
     home = _HOMES[name]
-    if home in ("dbmpi.train", "dbmpi.optim.minimize"):  # which load MPI
-        import_module("dbmpi.runtime.installation").prepare()
-    if home == "dbmpi.optim.minimize":  # there is no command that would have done it
-        import_module("dbmpi.runtime.environment").prepare()
     # It stays here under its name: the import has just made `train` the module.
     globals()[name] = getattr(import_module(home), name)
     return globals()[name]

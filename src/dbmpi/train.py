@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,8 +14,10 @@ from mpi4py import MPI
 
 from dbmpi import batchrun, beginning, topology
 from dbmpi.config import Run
+from dbmpi.data.gather import gather
 from dbmpi.data.stream import Order
 from dbmpi.errors import UserError
+from dbmpi.kernels.announcing import announced
 from dbmpi.monitor.progress import Progress
 from dbmpi.monitor.records import Recorder
 from dbmpi.network import own
@@ -37,12 +40,13 @@ from dbmpi.partition.describe import summarise
 from dbmpi.partition.placement import Placement
 from dbmpi.partition.products import agree_on_products
 from dbmpi.partition.replica import Replica
+from dbmpi.partition.threadcount import fitted
 from dbmpi.partition.trial import try_layer
 from dbmpi.partition.warmup import first_on_each_node, use_layers
 from dbmpi.partition.whole import make_replica
 from dbmpi.result import Result
 from dbmpi.rundata import LOADING_SECONDS, RunData, open_data
-from dbmpi.runtime import waiting
+from dbmpi.runtime import environment, waiting
 from dbmpi.runtime.failures import Watch
 from dbmpi.runtime.orders import Mailbox, Role
 from dbmpi.runtime.signals import StopSignal
@@ -103,12 +107,17 @@ class _Session:
         self._shard_number = plan.shard_of(comm.rank)
         self._worker_number = plan.worker_of(comm.rank)
         self._is_lead = self._shard_number == 0
+        self._is_first = comm.rank == 0
 
     def run(self) -> Result:
         """Set up, train, evaluate."""
         run, plan = self._run, self._plan
         self._data = open_data(run, self._comm, plan, self._stack)
+        say = Progress(0, run.monitor.progress).message if self._is_first else None
+        self._compiled = self._stack.enter_context(announced(say))
         network, order = self._plan_network()
+        chosen = fitted(network.layers, plan.partitions, run.optimizer.batch_size)
+        self._say_chosen(say, self._stack.enter_context(chosen))
         with together(self._comm, "placing the layers"):
             placed = placement.described(run.placement, network.layers, plan.partitions)
         applied_rule = rule(run.optimizer)
@@ -131,6 +140,7 @@ class _Session:
         batch_size = run.optimizer.batch_size
         agree_on_products(self._comm, network.layers, batch_size)
         first_on_each_node(self._comm, lambda: _use_kernels(network, applied_rule, self._data, batch_size))
+        self._compiled()
         stop = self._stop
 
         number = self._shard_number
@@ -158,6 +168,16 @@ class _Session:
         return self._conclude(worker, shard, lead, seconds)
 
     # Setting up
+
+    @staticmethod
+    def _say_chosen(say: Callable[[str], object] | None, remark: str) -> None:
+        """Say what was chosen for this machine and this network, and what is slower than it could be."""
+        if say is None:
+            return
+        prepared = environment.prepare()
+        say(f"{prepared}{f'; {remark}' if remark else ''}")
+        for loss in prepared.losses:
+            print(f"dbmpi: slower than it could be: {loss}", file=sys.stderr, flush=True)
 
     def _plan_network(self) -> tuple[Network, Order]:
         """Make the network for the data, and the order of its samples; look at the data and at a user's own layers."""
@@ -306,6 +326,7 @@ class _Session:
         agree_on_products(self._comm, network.layers, batch_size)
         first_on_each_node(self._comm, lambda: _use_kernels(network, applied_rule, self._data, batch_size))
         first_on_each_node(self._comm, batchrun.use_kernels)
+        self._compiled()
         started = time.time()
         setup = batchrun.Setup(
             run,
@@ -373,3 +394,5 @@ def _use_kernels(network: Network, applied_rule: Rule, data: RunData, samples: i
     applied_rule.apply(few, few.copy(), applied_rule.init(few))
     updates.sgd(few, few.copy(), 0.1)
     updates.add(few, few.copy())
+    for kind in (np.float32, np.uint8):  # of rows; a shard without data may be the one that compiles
+        gather(np.zeros((1, 1), kind), np.zeros(1, np.int64), np.float32(1))

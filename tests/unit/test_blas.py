@@ -8,13 +8,15 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dbmpi.runtime import blas, kernelcache
+from dbmpi.runtime import blas, kernelcache, openblas, threads
 from dbmpi.runtime.blas import KERNELS, Measurement, measure, runnable
 
 ALL_FLAGS = frozenset().union(*KERNELS.values())
@@ -30,7 +32,8 @@ def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(blas, "_prepared", None)
     monkeypatch.setattr(blas, "processor_flags", lambda: AVX512)
     monkeypatch.delenv(blas.VARIABLE, raising=False)
-    for name in [name for name in sys.modules if name.split(".")[0] == "numpy"]:
+    monkeypatch.setenv(threads.MARK, "{}")
+    for name in [name for name in sys.modules if name.split(".")[0] in ("numpy", "mpi4py")]:
         monkeypatch.delitem(sys.modules, name)
     return tmp_path
 
@@ -154,11 +157,40 @@ def test_leaves_other_processors_alone(node: Path, monkeypatch: pytest.MonkeyPat
     assert blas.VARIABLE not in os.environ
 
 
-def test_is_a_no_op_after_numpy(node: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "numpy", object())  # type: ignore[arg-type]
-    monkeypatch.setattr(blas, "probe", lambda *_: pytest.fail("nothing was to be probed"))
-    assert "NumPy was loaded before" in blas.prepare().line
+def test_after_numpy_it_says_what_is_lost(node: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "numpy", numpy)
+    monkeypatch.setattr(openblas, "loaded", lambda: [SimpleNamespace(core="Haswell")])
+    blas.remember(FOUND)
+    choice = blas.prepare()
     assert blas.VARIABLE not in os.environ
+    assert choice.kernel is None
+    (loss,) = choice.losses
+    assert "Haswell, 100 GFLOP/s a core, where SKYLAKEX would do 190: import dbmpi before numpy" in loss
+
+
+@pytest.mark.parametrize("found", [replace(FOUND, kernel=None, gflops=100.0), replace(FOUND, own_core="Zen")])
+def test_after_numpy_nothing_is_lost_where_its_kernel_is_the_best(
+    node: Path, monkeypatch: pytest.MonkeyPatch, found: Measurement
+) -> None:
+    monkeypatch.setitem(sys.modules, "numpy", numpy)
+    monkeypatch.setattr(openblas, "loaded", lambda: [SimpleNamespace(core="Haswell")])
+    blas.remember(found)
+    assert blas.prepare().losses == ()
+
+
+def test_does_not_start_processes_under_mpi(node: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mpi4py.MPI", object())  # type: ignore[arg-type]
+    monkeypatch.setattr(blas, "probe", lambda *_: pytest.fail("nothing was to be probed"))
+    assert "import dbmpi first" in blas.prepare().losses[0]
+    blas.remember(FOUND)
+    monkeypatch.setattr(blas, "_prepared", None)
+    assert blas.prepare().kernel == "SKYLAKEX"
+
+
+def test_a_blas_as_slow_as_none_is_named(node: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = {"numpy": "2", "openblas": False, "core": "", "configuration": "", "gflops": 1.5}
+    monkeypatch.setattr(blas, "probe", lambda *_: slow)
+    assert "1.5 GFLOP/s" in blas.prepare().losses[0]
 
 
 @pytest.mark.parametrize(

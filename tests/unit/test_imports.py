@@ -30,7 +30,7 @@ LEVELS = {
     "dbmpi.result": 2,
     "dbmpi.config": 1,
     "dbmpi.kernels": 1,
-    "dbmpi.runtime": 1,
+    "dbmpi.runtime": 0.5,
     "dbmpi.topology": 2,
     "dbmpi.paramserver.rules": 2,
     "dbmpi.paramserver.messages": 2,

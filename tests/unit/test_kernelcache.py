@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dbmpi.runtime import kernelcache
+from dbmpi.runtime import kernelcache, threads
 
 
 @pytest.fixture
@@ -23,6 +23,8 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     monkeypatch.setattr(tempfile, "tempdir", str(place))
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "missing"))
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("NUMBA_CACHE_DIR", "")
+    monkeypatch.setenv(threads.MARK, "{}")
     kernelcache._private_root.cache_clear()
     yield place
     kernelcache._private_root.cache_clear()
@@ -96,18 +98,49 @@ def test_a_place_where_others_may_rename_is_not_used(temporary: Path, tmp_path: 
     assert kernelcache.private_directory("numba") == own(tmp_path / "home" / ".cache") / "numba"
 
 
-def test_the_users_cache_directory_stays(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NUMBA_CACHE_DIR", "/somewhere/else")
-    assert kernelcache.prepare() == Path("/somewhere/else")
-    assert os.environ["NUMBA_CACHE_DIR"] == "/somewhere/else"
+def test_the_users_cache_directory_stays(temporary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = tmp_path / "somewhere" / "else"
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(theirs))
+    assert kernelcache.prepare() == theirs
+    assert os.environ["NUMBA_CACHE_DIR"] == str(theirs)
     assert not any(temporary.iterdir())
+    assert kernelcache.notes() == ()
+
+
+def test_a_cache_directory_that_cannot_be_written_is_replaced(
+    temporary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "file" / "cache"))  # not even root can
+    made = kernelcache.prepare()
+    assert made is not None
+    assert made.parent == own(temporary)
+    assert os.environ["NUMBA_CACHE_DIR"] == str(made)
+    assert str(tmp_path / "file" / "cache") in kernelcache.notes()[0]
+
+
+def test_where_nothing_can_be_written_it_says_so(
+    temporary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "gettempdir", fails)
+    monkeypatch.setenv("HOME", str(tmp_path / "file"))
+    assert kernelcache.private_directory("numba") is None
+    assert kernelcache.prepare() is None
+    assert not os.environ["NUMBA_CACHE_DIR"]
+    assert "set NUMBA_CACHE_DIR" in kernelcache.notes()[0]
+
+
+def fails() -> str:
+    raise FileNotFoundError("no usable temporary directory")
 
 
 def test_serial_and_threaded_kernels_are_kept_apart(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = set()
-    for threads in ("1", "2", "8"):
+    for number in ("1", "2", "8"):
         monkeypatch.setenv("NUMBA_CACHE_DIR", "")
-        monkeypatch.setenv("NUMBA_NUM_THREADS", threads)
+        monkeypatch.setenv("NUMBA_NUM_THREADS", number)
         found.add(kernelcache.prepare())
         assert Path(os.environ["NUMBA_CACHE_DIR"]) in found
     assert len(found) == 2

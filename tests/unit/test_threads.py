@@ -117,12 +117,6 @@ def test_nonsense_is_shown_and_left_alone() -> None:
     assert "OMP_NUM_THREADS=all" in decision.line
 
 
-def test_too_late_changes_nothing_and_says_so() -> None:
-    decision = decide({}, Node(2, 8, 8), numpy_is_loaded=True)
-    assert not decision.settings
-    assert "OPENBLAS_NUM_THREADS=4" in decision.line
-
-
 def test_hardware_threads_of_a_core_count_once(tmp_path: Path) -> None:
     for cpu, siblings in enumerate(["0,2", "1,3", "0,2", "1,3"]):
         topology = tmp_path / f"cpu{cpu}" / "topology"
@@ -173,15 +167,23 @@ assert not {*threads.VARIABLES, *threads.PATIENCE} & set(threads.without_prepare
     assert fresh(program, OMPI_COMM_WORLD_LOCAL_SIZE="100000").split() == ["1", "1", "1"]
 
 
-def test_is_a_no_op_after_numpy() -> None:
+def test_what_a_process_inherits_from_dbmpi_is_no_wish_of_the_user() -> None:
     program = """
-import numpy, os
+import os, subprocess, sys
 from dbmpi.runtime import threads
-line = threads.prepare().line
-assert not set(threads.VARIABLES) & set(os.environ), os.environ
-print(line)
+threads.prepare()
+if len(sys.argv) == 1:
+    several = os.environ | {"OMPI_COMM_WORLD_LOCAL_SIZE": "100000"}
+    program = "import os; from dbmpi.runtime import threads; chosen = threads.prepare(); " \
+        "print(chosen.threads, os.environ['OMP_NUM_THREADS'], chosen.given, 'set' in chosen.line)"
+    subprocess.run([sys.executable, "-c", program], env=several, check=True)
 """
-    assert "NumPy was loaded before" in fresh(program)
+    assert fresh(program).split() == ["1", "1", "{}", "False"]
+
+
+def test_a_mark_that_is_none_is_no_trouble() -> None:
+    for mark in ("", "[", "[1]", "1"):
+        assert threads.without_prepared({threads.MARK: mark, "OMP_NUM_THREADS": "3"}) == {"OMP_NUM_THREADS": "3"}
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux")

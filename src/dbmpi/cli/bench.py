@@ -47,10 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure and print."""
-    # Threads, BLAS kernel and kernel cache are chosen before NumPy and Numba are loaded.
     from dbmpi.runtime.environment import prepare
 
-    chosen = prepare()
+    chosen = str(prepare())
 
     from dbmpi.runtime.launcher import launched
 

@@ -24,8 +24,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Evaluate and print."""
-    inference.prepare()
-
     from dbmpi.data.source import Source
 
     with inference.opened(arguments) as network:

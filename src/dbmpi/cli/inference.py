@@ -53,13 +53,6 @@ def add_allow_code(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def prepare() -> None:
-    """Choose threads, BLAS kernel and kernel cache; must come before NumPy and Numba are loaded."""
-    from dbmpi.runtime.environment import prepare as prepare_environment
-
-    prepare_environment()
-
-
 @contextmanager
 def opened(arguments: argparse.Namespace) -> Iterator[Inference]:
     """Open the checkpoint on the ranks that were started, and say on standard error which one, if not as asked.

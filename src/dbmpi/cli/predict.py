@@ -38,8 +38,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Predict, write the file and say so."""
-    inference.prepare()
-
     from dbmpi.data.source import Source
 
     with inference.opened(arguments) as network:

@@ -39,17 +39,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _train(arguments: argparse.Namespace, stop: StopSignal) -> int:
-    # Threads, BLAS kernel and kernel cache are chosen before NumPy and Numba are loaded.
-    from dbmpi.runtime.environment import prepare
-
-    chosen = prepare()
-
     from dbmpi.runtime import world
 
     with world.ranks() as comm:
         described = _described(arguments, comm)
-        if comm.rank == 0:
-            print(chosen, flush=True)
         from dbmpi.train import train
 
         result = train(described, comm, stop)

@@ -13,25 +13,30 @@ compiler may do with the arithmetic:
 NaN and infinity keep their meaning in all of them.
 
 Threads cost time themselves: to wake them takes longer than what a tiny network's kernels do.  Calls on few elements
-therefore run on one thread, with the same result.
+therefore run on one thread, with the same result; and a process that is to use one thread alone (`limit_threads`) runs
+code that was compiled without threads.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from functools import cache
+from functools import cache, cached_property, update_wrapper
 from pathlib import Path
+from types import FunctionType
 from typing import Any, Generic, ParamSpec, Protocol, TypeVar, cast
 
 import numba
 import numpy as np
 
+from dbmpi.runtime import threads
+
 P = ParamSpec("P")
 R_co = TypeVar("R_co", covariant=True)
 
-THREADS: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
-"""Threads that kernels may use, fixed when Numba is imported (``NUMBA_NUM_THREADS``)."""
+# Where Numba was loaded before dbmpi, it has more threads than this rank should use.
+THREADS: int = min(numba.config.NUMBA_NUM_THREADS, threads.prepare().kernels)  # type: ignore[attr-defined]
+"""The most threads that kernels may use in this process."""
 
 SERIAL = 1 << 16
 """Elements, in all arrays of a call, up to which a kernel runs on one thread."""
@@ -78,38 +83,102 @@ def inlined(function: Callable[P, R_co]) -> Kernel[P, R_co]:
     return _compile(function, "inlined", fastmath={"contract"}, forceinline=True)
 
 
+class _Limit:
+    """How many threads kernels use at present."""
+
+    threads = THREADS
+    unkept = ""
+
+
+def limit_threads(number: int) -> int:
+    """Let kernels use at most so many threads from now on, and return how many they will use."""
+    _Limit.threads = max(1, min(number, THREADS))
+    return _Limit.threads
+
+
+def unkept() -> str:
+    """Return why compiled code could not be kept on disk; empty if it could."""
+    return _Limit.unkept
+
+
 def _compile(function: Callable[P, R_co], kind: str, parallel: bool = False, **options: Any) -> Kernel[P, R_co]:
     if parallel and THREADS > 1:
-        options["parallel"] = True
-        kind += "_threads"
+        return _Threaded(function, kind, options)
+    return _jitted(function, kind, options)
+
+
+def _jitted(function: Callable[P, R_co], kind: str, options: dict[str, Any]) -> Kernel[P, R_co]:
     # Numba's cache knows a function by its name and the age of its own file.  It would neither see that a function
     # of another file which was compiled into it has changed, nor that it was compiled with other options.  And
     # functions that one factory made, compiled in two processes, may have the same symbols for a third that loads both.
     function.__qualname__ = f"{function.__qualname__}{_variant(function)}_{kind}_{_digest()}"
-    compiled = cast(Kernel[P, R_co], numba.njit(cache=True, nogil=True, error_model="numpy", **options)(function))
-    return _Threaded(compiled) if options.get("parallel") else compiled
+    disabled, numba.config.DISABLE_JIT = numba.config.DISABLE_JIT, 0  # type: ignore[attr-defined]
+    try:  # some kernels hold LLVM's instructions, which Python cannot run: what is disabled is a user's own
+        compiled = numba.njit(nogil=True, error_model="numpy", **options)(function)
+    finally:
+        numba.config.DISABLE_JIT = disabled  # type: ignore[attr-defined]
+    _keep(compiled)
+    return cast(Kernel[P, R_co], compiled)
+
+
+def _keep(compiled: Any) -> None:
+    """Let a function's code be kept on disk, if it can be: where it cannot, it is compiled at each start."""
+    try:
+        compiled.enable_caching()
+    except (RuntimeError, OSError):  # no directory at all
+        return
+    save = compiled._cache.save_overload
+
+    def keep(*arguments: Any) -> None:
+        try:
+            save(*arguments)
+        except OSError as error:  # a disk that is full, or has become read-only
+            _Limit.unkept = str(error)
+
+    compiled._cache.save_overload = keep
 
 
 class _Threaded(Generic[P, R_co]):
     """A kernel that leaves the threads alone where there is little to do."""
 
-    def __init__(self, compiled: Kernel[P, R_co]) -> None:
-        self._compiled = compiled
-        self.py_func = compiled.py_func
+    def __init__(self, function: Callable[P, R_co], kind: str, options: dict[str, Any]) -> None:
+        self._alone_as = (_copy(function), kind, options)
+        self._compiled = _jitted(function, f"{kind}_threads", options | {"parallel": True})
+        self.py_func = self._compiled.py_func
+
+    @cached_property
+    def _alone(self) -> Kernel[P, R_co]:
+        """The same, compiled without threads."""
+        return _jitted(*self._alone_as)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co:
+        most = _Limit.threads
+        if most == 1:
+            return self._alone(*args, **kwargs)
         elements = 0
         for value in (*args, *kwargs.values()):
             if isinstance(value, np.ndarray):
                 elements += value.size
-        if elements > SERIAL:
+        before = numba.get_num_threads()  # of this thread of Python's
+        if elements <= SERIAL:
+            most = 1
+        if before <= most:
             return self._compiled(*args, **kwargs)
-        threads = numba.get_num_threads()  # of this thread of Python's
-        numba.set_num_threads(1)
+        numba.set_num_threads(most)
         try:
             return self._compiled(*args, **kwargs)
         finally:
-            numba.set_num_threads(threads)
+            numba.set_num_threads(before)
+
+
+def _copy(function: Callable[P, R_co]) -> Callable[P, R_co]:
+    """Return a function of the same code that can have another name."""
+    assert isinstance(function, FunctionType)
+    made = FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )
+    made.__kwdefaults__ = function.__kwdefaults__
+    return update_wrapper(made, function)
 
 
 def _variant(function: Callable[..., Any]) -> str:

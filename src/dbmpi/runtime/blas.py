@@ -16,11 +16,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dbmpi.runtime import kernelcache, threads
+from dbmpi.runtime import kernelcache, openblas, threads
 
 VARIABLE = "OPENBLAS_CORETYPE"
 """The environment variable by which OpenBLAS is told which kernels to use; read when it is loaded."""
@@ -37,6 +38,9 @@ KERNELS: Mapping[str, frozenset[str]] = {
 
 GAIN = 1.05
 """A kernel is taken only if it is faster than OpenBLAS's own choice by this factor; less may be noise."""
+
+_SLOW = 4.0
+"""1e9 operations a second and core: plain loops do less, and any library made for a processor of this century more."""
 
 _PROBE_SECONDS = 30.0
 _WAIT_SECONDS = 60.0
@@ -65,7 +69,7 @@ class Measurement:
     def line(self) -> str:
         """What was found, for people."""
         if not self.openblas:
-            return "BLAS: NumPy does not use OpenBLAS; left alone"
+            return f"BLAS: NumPy does not use OpenBLAS; left alone, {self.own_gflops:.0f} GFLOP/s a core"
         if self.kernel is None:
             return f"BLAS: OpenBLAS's own choice {self.own_core}, {self.own_gflops:.0f} GFLOP/s a core; none is faster"
         faster = self.gflops / self.own_gflops
@@ -83,6 +87,8 @@ class Choice:
     """The value of ``OPENBLAS_CORETYPE``, or None where OpenBLAS chooses."""
     line: str
     """For people, on one line."""
+    losses: tuple[str, ...] = ()
+    """What is slower than it could be, each on one line."""
 
     def __str__(self) -> str:
         return self.line
@@ -94,15 +100,16 @@ _prepared: Choice | None = None
 def prepare() -> Choice:
     """Choose the fastest kernel that this processor can run, by setting ``OPENBLAS_CORETYPE`` in this process.
 
-    The user's own setting stays; nothing is done where NumPy is loaded already, or does not use OpenBLAS, or on other
-    processors than x86.  The first process on a node probes for about a second, the others wait for its answer.  Starts
-    processes; call it before MPI starts.
+    The user's own setting stays; nothing can be done where NumPy is loaded already, or does not use OpenBLAS, or on
+    other processors than x86.  The first process on a node probes for about a second, the others wait for its answer.
+    Starts processes; call it before MPI starts.
     """
     global _prepared  # noqa: PLW0603 - the environment, too, belongs to the whole process
     if _prepared is None:
-        _prepared = _decide(os.environ)
-        if _prepared.kernel is not None and not os.environ.get(VARIABLE):
-            os.environ[VARIABLE] = _prepared.kernel
+        theirs = threads.without_prepared(os.environ)
+        _prepared = _decide(theirs)
+        if _prepared.kernel is not None and not theirs.get(VARIABLE):
+            threads.put({VARIABLE: _prepared.kernel})
     return _prepared
 
 
@@ -174,6 +181,8 @@ def probe(kernel: str | None, environment: Mapping[str, str], known: Sequence[st
 def remember(measurement: Measurement) -> None:
     """Keep a measurement for all processes on this node, whole or not at all."""
     file = _file()
+    if file is None:
+        return
     temporary = file.with_suffix(f".{os.getpid()}")
     try:
         temporary.write_text(json.dumps(asdict(measurement)), encoding="utf-8")
@@ -185,8 +194,11 @@ def remember(measurement: Measurement) -> None:
 
 def remembered() -> Measurement | None:
     """Return the measurement that was made on this node for this processor and this NumPy, or None."""
+    file = _file()
+    if file is None:
+        return None
     try:
-        found = Measurement(**json.loads(_file().read_text(encoding="utf-8")))
+        found = Measurement(**json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
     numbers = isinstance(found.gflops, float) and isinstance(found.own_gflops, float) and found.own_gflops > 0
@@ -199,23 +211,57 @@ def _decide(environment: Mapping[str, str]) -> Choice:
     flags = processor_flags()
     if given:
         return Choice(given, f"BLAS: {VARIABLE}={given} is set{_remark(given, flags)}")
-    if "numpy" in sys.modules:
-        return Choice(None, "BLAS: unchanged, as NumPy was loaded before dbmpi")
     if not flags:
         return Choice(None, "BLAS: left alone, as this is no x86 processor")
-    found = remembered()
-    if found is None:
-        with kernelcache.locked(_file().with_suffix(".lock"), _WAIT_SECONDS) as mine:
-            found = remembered()
-            if found is None and not mine:
-                return Choice(None, f"BLAS: OpenBLAS's own choice; a probe took longer than {_WAIT_SECONDS:.0f} s")
-            if found is None:
-                found = measure(flags, threads.without_prepared(environment))
-                if found is not None:
-                    remember(found)
-    if found is None:
-        return Choice(None, "BLAS: OpenBLAS's own choice; it could not be probed ('dbmpi doctor' shows why)")
-    return Choice(found.kernel, found.line)
+    found = _measured(flags, environment)
+    if isinstance(found, Choice):
+        return found
+    if "numpy" in sys.modules and found.openblas:
+        return _as_loaded(found)
+    return Choice(found.kernel, found.line, _slow(found))
+
+
+def _measured(flags: frozenset[str], environment: Mapping[str, str]) -> Measurement | Choice:
+    """Return what was measured on this node, by this process or before it; where that is not possible, what follows."""
+    found, file = remembered(), _file()
+    if found is not None:
+        return found
+    own = "BLAS: OpenBLAS's own choice"
+    if "mpi4py.MPI" in sys.modules:  # whose libraries need not like processes that are started
+        loss = "MPI was started before dbmpi, and BLAS kernels have not been compared on this node: import dbmpi first"
+        return Choice(None, own, (loss,))
+    lock = None if file is None else file.with_suffix(".lock")
+    with nullcontext(True) if lock is None else kernelcache.locked(lock, _WAIT_SECONDS) as mine:
+        found = remembered()
+        if found is None and not mine:
+            return Choice(None, f"{own}; a probe took longer than {_WAIT_SECONDS:.0f} s")
+        found = found or measure(flags, threads.without_prepared(environment))
+        if found is None:
+            return Choice(None, f"{own}; it could not be probed ('dbmpi doctor' shows why)")
+        remember(found)
+        return found
+
+
+def _as_loaded(found: Measurement) -> Choice:
+    """Say what OpenBLAS is doing that was loaded before it could be told."""
+    core = next((library.core for library in openblas.loaded()), found.own_core)
+    if found.kernel is None or core.lower() != found.own_core.lower():
+        return Choice(None, f"BLAS: OpenBLAS's {core}, as NumPy was loaded before dbmpi", _slow(found))
+    speed = f"{found.own_gflops:.0f} GFLOP/s a core, where {found.kernel} would do {found.gflops:.0f}"
+    return Choice(
+        None,
+        f"BLAS: OpenBLAS's own choice {core}, as NumPy was loaded before dbmpi",
+        (f"NumPy was loaded before dbmpi, so OpenBLAS uses its own choice {core}, {speed}: import dbmpi before numpy",),
+    )
+
+
+def _slow(found: Measurement) -> tuple[str, ...]:
+    if not found.gflops or found.gflops >= _SLOW:
+        return ()
+    return (
+        f"NumPy multiplies at {found.gflops:.1f} GFLOP/s a core, as slow as without a BLAS made for the processor: "
+        "install NumPy from its wheel (pip install --force-reinstall numpy), or with OpenBLAS or MKL",
+    )
 
 
 def _remark(given: str, flags: frozenset[str]) -> str:
@@ -229,8 +275,8 @@ def _remark(given: str, flags: frozenset[str]) -> str:
     return f"; the processor can run {' and '.join(wider)}, too: 'dbmpi doctor' compares them" if wider else ""
 
 
-def _file() -> Path:
-    """Return the file of the node's measurement: one for each processor, NumPy and BLAS library."""
+def _file() -> Path | None:
+    """Return the file of the node's measurement: one for each processor, NumPy and BLAS library; None without any."""
     spec = importlib.util.find_spec("numpy")
     parts = [kernelcache.cpu_description(), sys.executable, os.environ.get("LD_LIBRARY_PATH", "")]
     if spec is not None and spec.origin is not None:
@@ -242,4 +288,5 @@ def _file() -> Path:
             parts += sorted(entry.name for entry in libraries.iterdir())
     parts.append(os.path.realpath(Path(sys.prefix) / "lib" / "libcblas.so.3"))  # where Conda says which BLAS it is
     digest = hashlib.blake2b("\n".join(parts).encode(), digest_size=8).hexdigest()
-    return kernelcache.private_directory("blas") / f"{digest}.json"
+    place = kernelcache.private_directory("blas")
+    return None if place is None else place / f"{digest}.json"

@@ -31,8 +31,7 @@ for layer, module in (("tbb", "tbbpool"), ("omp", "omppool"), ("workqueue", "wor
     except ImportError:
         continue
     layers.append(layer)
-print(json.dumps({"version": numba.__version__, "threads": numba.config.NUMBA_NUM_THREADS, "layers": layers,
-                  "compiles": not numba.config.DISABLE_JIT}))
+print(json.dumps({"version": numba.__version__, "threads": numba.config.NUMBA_NUM_THREADS, "layers": layers}))
 """
 _H5PY = """
 import json, h5py, os, tempfile
@@ -124,21 +123,17 @@ def _numba(environment: Mapping[str, str]) -> Finding:
         return Finding("Numba", "broken", answer, "pip install --force-reinstall numba")
     layer = answer["layers"][0] if answer["layers"] else "none"
     text = f"{answer['version']}, threading layer {layer}"
-    if not answer["compiles"]:
-        return Finding(
-            "Numba", "note", f"{text}; compiles nothing", "unset NUMBA_DISABLE_JIT: kernels are 100 x slower"
-        )
     return Finding("Numba", "ok", text)
 
 
 def _kernel_cache() -> Finding:
-    given = os.environ.get("NUMBA_CACHE_DIR", "").strip()
+    given = threads.without_prepared(os.environ).get("NUMBA_CACHE_DIR", "").strip()
     if given and not os.access(_existing(Path(given)), os.W_OK | os.X_OK):
-        return Finding("kernel cache", "broken", f"NUMBA_CACHE_DIR={given} cannot be written", "unset NUMBA_CACHE_DIR")
-    try:
-        place = Path(given) if given else kernelcache.private_directory("try")
-    except UserError as error:
-        return Finding("kernel cache", "broken", str(error))
+        return Finding("kernel cache", "note", f"NUMBA_CACHE_DIR={given} cannot be written", "unset NUMBA_CACHE_DIR")
+    place = Path(given) if given else kernelcache.private_directory("try")
+    if place is None:
+        advice = "set NUMBA_CACHE_DIR to a directory that can be written: kernels are compiled at each start"
+        return Finding("kernel cache", "note", "no directory can be written", advice)
     if not given:
         place = place.parent
     return Finding("kernel cache", "ok", f"{place}, {shutil.disk_usage(_existing(place)).free / _GIB:.1f} GiB free")

@@ -25,36 +25,69 @@ from functools import cache
 from pathlib import Path
 
 from dbmpi import __version__
-from dbmpi.errors import UserError
+from dbmpi.runtime import threads
+
+VARIABLE = "NUMBA_CACHE_DIR"
+"""By which Numba is told where to keep compiled code."""
+
+_notes: list[str] = []
 
 
-def prepare() -> Path:
+def prepare() -> Path | None:
     """Let Numba keep its compiled code in a private directory of this node, and return it.
 
-    A ``NUMBA_CACHE_DIR`` of the user's stays as it is.  Serial and threaded kernels are kept apart, as are machines
-    (a node's directory may outlive the node in a cloud), Python environments and versions of dbmpi.
+    A ``NUMBA_CACHE_DIR`` of the user's stays as it is, if it can be written.  Serial and threaded kernels are kept
+    apart, as are machines (a node's directory may outlive the node in a cloud), Python environments and versions of
+    dbmpi.
+
+    Returns
+    -------
+    Path or None
+        None where nothing can be written anywhere: then kernels are compiled at each start (:func:`notes`).
     """
-    given = os.environ.get("NUMBA_CACHE_DIR", "").strip()
-    if given:
+    theirs = threads.without_prepared(os.environ)
+    given = theirs.get(VARIABLE, "").strip()
+    if given and _can_be_written(Path(given)):
         return Path(given)
     kind = "serial" if os.environ.get("NUMBA_NUM_THREADS", "").strip() == "1" else "threads"
     place = hashlib.blake2b("\n".join((cpu_description(), sys.prefix, sys.version)).encode(), digest_size=6).hexdigest()
     python = f"py{sys.version_info.major}{sys.version_info.minor}"
     directory = private_directory(f"numba-{__version__}-{python}-{place}-{kind}")
-    os.environ["NUMBA_CACHE_DIR"] = str(directory)
+    _notes.clear()
+    if directory is None:
+        tried = f"{VARIABLE}={given}, " if given else ""
+        _notes.append(
+            f"{tried}the temporary directory and the home directory cannot be written: kernels are compiled again at "
+            f"each start, on every rank; set {VARIABLE} to a directory that can be written"
+        )
+        return None
+    if given:
+        _notes.append(f"{VARIABLE}={given} cannot be written: compiled kernels are kept in {directory}")
+    threads.put({VARIABLE: str(directory)})
     return directory
 
 
-def private_directory(name: str) -> Path:
+def notes() -> tuple[str, ...]:
+    """Return what there is to say about the last :func:`prepare`, a line each."""
+    return tuple(_notes)
+
+
+def private_directory(name: str) -> Path | None:
     """Return the directory `name` in this user's private place on this node, made if missing (mode 0700).
 
     The place is ``dbmpi-<user id>`` in the temporary directory (``TMPDIR``); where somebody else has taken that name,
     the one in ``XDG_RUNTIME_DIR`` or in ``~/.cache``; and where all fail, a new directory that is deleted at the end
-    of the process.
+    of the process.  None where nothing can be written anywhere.
     """
-    place = _private_root() / name
+    root = _private_root()
+    if root is None:
+        return None
+    place = root / name
     if not _make_private(place):
-        place = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=_private_root()))
+        try:
+            place = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=root))
+        except OSError:
+            return None
     return place
 
 
@@ -93,21 +126,35 @@ def cpu_description() -> str:
 
 
 @cache
-def _private_root() -> Path:
+def _private_root() -> Path | None:
     """Return the user's private place on this node; see :func:`private_directory`."""
     name = f"dbmpi-{os.getuid()}"
     try:
         temporary = tempfile.gettempdir()
-    except FileNotFoundError as error:
-        raise UserError(
-            f"no directory for temporary files ({error}): set TMPDIR to one that you can write to"
-        ) from None
+    except FileNotFoundError:
+        temporary = None
     for base in (temporary, os.environ.get("XDG_RUNTIME_DIR"), os.path.expanduser("~/.cache")):
         if base and os.path.isabs(base) and _is_safe(Path(base)) and _make_private(Path(base) / name):
             return Path(base) / name
-    made = tempfile.mkdtemp(prefix=f"{name}-")
+    if temporary is None:
+        return None
+    try:
+        made = tempfile.mkdtemp(prefix=f"{name}-")
+    except OSError:
+        return None
     atexit.register(shutil.rmtree, made, ignore_errors=True)
     return Path(made)
+
+
+def _can_be_written(directory: Path) -> bool:
+    """Return whether files can be made in a directory, or it can be made."""
+    with contextlib.suppress(OSError):
+        directory.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryFile(dir=directory):
+            return True
+    except OSError:
+        return False
 
 
 def _is_safe(base: Path) -> bool:

@@ -8,10 +8,10 @@ comes first in a program.
 
 from __future__ import annotations
 
+import json
 import os
-import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from dbmpi.runtime import slurm
@@ -70,7 +70,17 @@ class Preparation:
     """Whether the user's own settings ask for more threads than there are cores."""
     line: str
     """All of this for people, on one line."""
+    given: Mapping[str, str] = field(default_factory=dict)
+    """Those of `VARIABLES` that the user has set."""
 
+    @property
+    def kernels(self) -> int:
+        """Threads that compiled kernels may use."""
+        return _number(self.given.get("NUMBA_NUM_THREADS")) or self.threads
+
+
+MARK = "DBMPI_PREPARED"
+"""Holds what dbmpi has set in the environment, as JSON: programs that inherit it are no user's wish."""
 
 _prepared: Preparation | None = None
 
@@ -78,24 +88,50 @@ _prepared: Preparation | None = None
 def prepare() -> Preparation:
     """Set the environment of this process so that the threads of all ranks fit the node.
 
-    A second call returns what the first one decided.  Nothing is changed where NumPy has been loaded before, because
-    that would come too late; `line` says so.
+    A second call returns what the first one decided.  What has read the environment before, as it was loaded before,
+    is left to :mod:`dbmpi.runtime.late`.
     """
     global _prepared  # noqa: PLW0603 - the environment, too, belongs to the whole process
     if _prepared is None:
-        decision = decide(os.environ, this_node(os.environ), numpy_is_loaded="numpy" in sys.modules)
-        os.environ.update(decision.settings)
+        theirs = without_prepared(os.environ)
+        decision = decide(theirs, this_node(theirs))
+        put(decision.settings)
         _prepared = decision
     return _prepared
 
 
+def put(settings: Mapping[str, str]) -> None:
+    """Set variables of this process's environment, and mark them as set by dbmpi."""
+    marked = json.dumps(_marked(os.environ) | dict(settings))
+    os.environ.update(settings)
+    os.environ[MARK] = marked
+
+
+def unset(*names: str) -> dict[str, str]:
+    """Take variables that dbmpi has set out of this process's environment again, and return them."""
+    ours = _marked(os.environ)
+    gone = {name: ours.pop(name) for name in names if name in ours and os.environ.get(name) == ours[name]}
+    for name in gone:
+        del os.environ[name]
+    os.environ[MARK] = json.dumps(ours)
+    return gone
+
+
 def without_prepared(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return an environment without what :func:`prepare` has set, for programs that this process starts."""
-    mine = _prepared.settings if _prepared is not None else {}
-    return {name: value for name, value in environment.items() if mine.get(name) != value}
+    """Return an environment without what dbmpi has set in it (:func:`put`), here or in a process before this one."""
+    ours = _marked(environment)
+    return {name: value for name, value in environment.items() if name != MARK and ours.get(name) != value}
 
 
-def decide(environment: Mapping[str, str], node: Node, *, numpy_is_loaded: bool = False) -> Preparation:
+def _marked(environment: Mapping[str, str]) -> dict[str, str]:
+    try:
+        found = json.loads(environment.get(MARK, "{}"))
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def decide(environment: Mapping[str, str], node: Node) -> Preparation:
     """Decide on threads; changes nothing.
 
     The number is ``SLURM_CPUS_PER_TASK``, or else cores / ranks of the node, but at least 1 and at most what this rank
@@ -113,8 +149,6 @@ def decide(environment: Mapping[str, str], node: Node, *, numpy_is_loaded: bool 
     asked = _number(given.get("OMP_NUM_THREADS"))
     if asked is not None:
         threads, source = asked, f"OMP_NUM_THREADS={asked} is set" + (f"; {_shares(node)}" if asked != share else "")
-    if numpy_is_loaded:
-        return Preparation(threads, node, {}, False, _too_late(given, share, node))
 
     numbers = {name: _number(value) or 0 for name, value in given.items()}
     too_many = [name for name, number in numbers.items() if number > share]
@@ -129,7 +163,7 @@ def decide(environment: Mapping[str, str], node: Node, *, numpy_is_loaded: bool 
         )
     settings = {name: str(threads) for name in VARIABLES if name not in given}
     settings |= {name: value for name, value in PATIENCE.items() if not environment.get(name, "").strip()}
-    return Preparation(threads, node, settings, bool(too_many), line)
+    return Preparation(threads, node, settings, bool(too_many), line, given)
 
 
 def this_node(environment: Mapping[str, str]) -> Node:
@@ -206,16 +240,6 @@ def _shares(node: Node) -> str:
         bound = _count(node.mine, "core")
         return f"{node.ranks} ranks share {cores}, but the launcher bound this one to {bound}: --bind-to none frees it"
     return f"{node.ranks} ranks share {cores}"
-
-
-def _too_late(given: Mapping[str, str], share: int, node: Node) -> str:
-    """Say that NumPy was loaded before this module had its turn."""
-    blas = given.get("OPENBLAS_NUM_THREADS", given.get("OMP_NUM_THREADS"))
-    if blas is None:
-        advice = f"set OPENBLAS_NUM_THREADS={share} before Python starts ({_shares(node)})"
-    else:
-        advice = f"BLAS was given {blas} a rank ({_shares(node)})"
-    return f"threads: unchanged, as NumPy was loaded before dbmpi; {advice}"
 
 
 def _count(number: int, noun: str) -> str:

@@ -1,0 +1,71 @@
+"""Saying that kernels are being compiled: the first start on a machine takes much longer than others."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from numba.core import event
+
+from dbmpi.kernels import compile as compiling
+
+EVERY = 3.0
+"""Seconds between two lines."""
+
+
+@contextmanager
+def announced(say: Callable[[str], object] | None) -> Iterator[Callable[[], object]]:
+    """Let `say` hear of kernels that are compiled in the block, from the first one on; of those found on disk nothing.
+
+    Parameters
+    ----------
+    say
+        Takes a line of text; None: nothing is said.
+
+    Yields
+    ------
+    callable
+        To be called when all kernels are there: it says how many were compiled, if any were.
+    """
+    if say is None:
+        yield lambda: None
+        return
+    listener = _Listener(say)
+    with event.install_listener("numba:compile", listener):
+        yield listener.finish
+
+
+class _Listener(event.Listener):
+    def __init__(self, say: Callable[[str], object]) -> None:
+        self._say = say
+        self._kernels = self._depth = 0
+        self._began = self._said = 0.0
+
+    def on_start(self, event: Any) -> None:
+        """Hear that a function begins to be compiled: a kernel, or one that it calls."""
+        now = time.monotonic()
+        if self._kernels == self._depth == 0:
+            self._began = self._said = now
+            self._say("compiling kernels for this processor, which takes up to a minute, the first time on a machine")
+        elif now - self._said >= EVERY:
+            self._said = now
+            self._say(f"compiling kernels: {self._kernels} done, {now - self._began:.0f} s")
+        self._depth += 1
+
+    def on_end(self, event: Any) -> None:
+        """Hear that it is done."""
+        self._depth -= 1
+        self._kernels += self._depth == 0
+
+    def finish(self) -> None:
+        """Say how many there were."""
+        if not self._kernels:
+            return
+        kept = "later starts find them"
+        if compiling.unkept():
+            kept = f"later starts will compile them again, as they cannot be kept: {compiling.unkept()}"
+        seconds = time.monotonic() - self._began
+        self._say(f"compiled {self._kernels} kernel{'s' if self._kernels > 1 else ''} in {seconds:.0f} s; {kept}")
+        self._kernels = 0

@@ -1,0 +1,215 @@
+"""Every way into the package prepares the process, at the right moment, and costs nothing before."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dbmpi.runtime import threads
+
+_OURS = {*threads.VARIABLES, *threads.PATIENCE, threads.MARK, "NUMBA_CACHE_DIR", "OPENBLAS_CORETYPE"}
+_SHOW = """
+import json, os, sys
+from dbmpi.runtime import environment, openblas, threads
+import numba
+print(json.dumps({
+    "prepared": environment._prepared is not None,
+    "threads": os.environ.get("OMP_NUM_THREADS"),
+    "numba": numba.config.NUMBA_NUM_THREADS,
+    "cache": numba.config.CACHE_DIR,
+    "blas": [library.threads for library in openblas.loaded()],
+    "losses": environment.prepare().losses,
+    "line": environment.prepare().line,
+    "bytecode": sys.pycache_prefix,
+}))
+"""
+
+
+def python(program: str, tmp_path: Path, **variables: str) -> str:
+    """Run a program in a process to which nothing has been done."""
+    kept = {name: value for name, value in os.environ.items() if name not in _OURS and "SLURM" not in name}
+    kept |= {"TMPDIR": str(tmp_path), "OMPI_COMM_WORLD_LOCAL_SIZE": "100000"}  # a thread for each of so many ranks
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=kept | variables, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def shown(program: str, tmp_path: Path, **variables: str) -> dict[str, object]:
+    found: dict[str, object] = json.loads(python(program + _SHOW, tmp_path, **variables).splitlines()[-1])
+    return found
+
+
+@pytest.fixture(scope="module")
+def node(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A node on which BLAS kernels have been compared already."""
+    place = tmp_path_factory.mktemp("node")
+    python("import dbmpi.runtime.blas as blas; blas.prepare()", place)
+    return place
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "import dbmpi; import numpy",
+        "import dbmpi; import mpi4py",
+        "from dbmpi import load; import numpy",
+        "from dbmpi import train",
+        "from dbmpi import minimize",
+        "import dbmpi.train",
+        "import dbmpi.inference",
+        "from dbmpi.optim.lbfgs import lbfgs",
+        "from dbmpi.kernels import matmul",
+        "from dbmpi.paramserver import rules",
+        "from dbmpi.runtime import world",
+        "from dbmpi.data.source import Source",
+        "import dbmpi.cli.main; import dbmpi.inference",
+    ],
+)
+def test_every_way_in_prepares_before_numpy(program: str, node: Path) -> None:
+    found = shown(program, node)
+    assert found["prepared"]
+    assert found["threads"] == "1"
+    assert found["numba"] == 1
+    assert str(found["cache"]).startswith(str(node))
+    assert set(found["blas"]) <= {1}  # type: ignore[call-overload]
+    assert "loaded before" not in found["line"]  # type: ignore[operator]
+    assert not [loss for loss in found["losses"] if "loaded before" in loss]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("way", ["dbmpi.train", "dbmpi.optim.minimize", "dbmpi.inference", "dbmpi.kernels.vectors"])
+@pytest.mark.parametrize("before", ["numpy", "numpy, numba", "scipy.linalg, numba"])
+def test_numpy_and_numba_loaded_before_are_adapted(way: str, before: str, node: Path) -> None:
+    found = shown(f"import {before}\nimport {way}", node)
+    assert found["prepared"]
+    assert set(found["blas"]) <= {1}  # type: ignore[call-overload]
+    assert str(found["cache"]).startswith(str(node))
+    assert "NumPy was loaded before dbmpi" in found["line"]  # type: ignore[operator]
+
+
+def test_numba_with_threads_that_run_already_still_compiles(node: Path) -> None:
+    """Numba refuses to compile once it sees another NUMBA_NUM_THREADS in the environment."""
+    program = """
+import numba, numpy as np
+numba.config.NUMBA_NUM_THREADS
+numba.set_num_threads(1)
+from dbmpi.kernels import compile, vectors
+assert compile.THREADS == 1
+x = np.ones(100_000, np.float32)
+assert vectors.largest_magnitude(x) == 1
+later = numba.njit(lambda x: x + 1)
+assert later(1) == 2
+"""
+    found = shown(program, node)
+    assert "NUMBA_NUM_THREADS" not in os.environ or found["prepared"]
+
+
+def test_what_the_user_has_set_for_numpy_stays(node: Path) -> None:
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("needs two cores")
+    found = shown("import numpy\nimport dbmpi.train", node, OPENBLAS_NUM_THREADS="2")
+    assert set(found["blas"]) == {2}  # type: ignore[call-overload]
+
+
+def test_threads_that_spin_are_named(node: Path) -> None:
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("needs two cores")
+    variables = {"OPENBLAS_NUM_THREADS": "2", "OMP_NUM_THREADS": "2"}
+    found = shown("import numpy\nimport dbmpi.train", node, **variables)
+    assert any("spin" in loss and "import dbmpi before numpy" in loss for loss in found["losses"])  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"), [("NUMBA_OPT", "0", "optimised"), ("NUMBA_BOUNDSCHECK", "1", "every index")]
+)
+def test_settings_for_finding_mistakes_are_named(name: str, value: str, said: str, node: Path) -> None:
+    found = shown("import dbmpi.train", node, **{name: value})
+    assert any(f"{name}={value}" in loss and said in loss for loss in found["losses"])  # type: ignore[attr-defined]
+
+
+def test_kernels_are_compiled_even_where_numba_is_told_not_to(node: Path) -> None:
+    program = """
+import numba, numpy as np
+from dbmpi.kernels import updates
+theirs = numba.njit(lambda x: x)
+assert not hasattr(theirs, "py_func"), "what the user wanted for code of their own"
+x = np.ones(3, np.float32)
+updates.add(x, x.copy())
+assert x.tolist() == [2, 2, 2] and updates.add.signatures
+"""
+    python(program, node, NUMBA_DISABLE_JIT="1", OMP_NUM_THREADS="1")
+
+
+def test_importing_it_does_nothing(tmp_path: Path) -> None:
+    program = """
+import os, sys
+before = dict(os.environ)
+import dbmpi, dbmpi.cli.main
+from dbmpi.runtime import early
+assert dict(os.environ) == before
+assert "dbmpi.runtime.environment" not in sys.modules
+assert early._finder in sys.meta_path
+import numpy
+assert early._finder not in sys.meta_path
+"""
+    python(program, tmp_path)
+
+
+def test_kernels_work_where_nothing_can_be_kept(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    nowhere = str(tmp_path / "file" / "nowhere")
+    program = f"""
+import tempfile
+tempfile.tempdir = None
+tempfile._candidate_tempdir_list = lambda: []
+import dbmpi
+from numba.core import caching
+caching.InTreeCacheLocator.from_function = classmethod(lambda *_: None)  # an installation that is not ours
+from dbmpi.runtime import environment
+from dbmpi.kernels import updates
+import numpy as np
+x = np.ones(3, np.float32)
+updates.add(x, x.copy())
+assert x.tolist() == [2, 2, 2]
+(loss,) = [loss for loss in environment.prepare().losses if "compiled again" in loss]
+assert {nowhere!r} in loss
+"""
+    python(program, tmp_path, NUMBA_CACHE_DIR=nowhere, HOME=nowhere, XDG_RUNTIME_DIR=nowhere)
+
+
+def test_kernels_work_where_the_disk_is_full(tmp_path: Path) -> None:
+    program = """
+import numpy as np
+from dbmpi.kernels import compile, updates
+from numba.core import caching
+def full(self, *args): raise OSError(28, "No space left on device")
+caching.IndexDataCacheFile.save = full
+x = np.ones(3, np.float32)
+updates.add(x, x.copy())
+assert x.tolist() == [2, 2, 2] and "No space left" in compile.unkept()
+"""
+    python(program, tmp_path)
+
+
+def test_bytecode_is_kept_where_the_installation_has_none(node: Path, tmp_path: Path) -> None:
+    lone = tmp_path / "site"
+    (lone / "numba").mkdir(parents=True)
+    (lone / "numba" / "__init__.py").write_text("")
+    program = f"""
+import sys
+sys.path.insert(0, {str(lone)!r})
+from dbmpi.runtime import bytecode
+print(bytecode.prepare(), sys.dont_write_bytecode)
+"""
+    place, switched_off = python(program, node, PYTHONDONTWRITEBYTECODE="1").split()
+    assert place.startswith(str(node))
+    assert switched_off == "False"
+    assert python(program, node, PYTHONDONTWRITEBYTECODE="").split()[0] == "None", "Python writes it by itself"
+    prefix = {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPYCACHEPREFIX": str(tmp_path)}
+    assert python(program, node, **prefix).split() == ["None", "True"]
