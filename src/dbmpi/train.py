@@ -45,6 +45,7 @@ from dbmpi.runtime import waiting
 from dbmpi.runtime.failures import Watch
 from dbmpi.runtime.orders import Mailbox, Role
 from dbmpi.runtime.signals import StopSignal
+from dbmpi.runtime.silentends import aloud
 from dbmpi.runtime.world import together
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def train(run: Run, comm: MPI.Intracomm | None = None, stop: StopSignal | None =
         from dbmpi.runtime.world import start
 
         comm = start()
-    with ExitStack() as stack:
+    with aloud(comm), ExitStack() as stack:
         session = _Session(run, comm, stack, stop or stack.enter_context(StopSignal()))
         with session.watch:
             return session.run()

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, NoReturn
 import numpy as np
 
 from dbmpi.errors import KnownToAll, RunFailed, UserError
-from dbmpi.runtime import failures, waiting
+from dbmpi.runtime import failures, silentends, streams, waiting
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 _FOR_THE_LAUNCHER = 0.2
 """Seconds that the launcher is given to read a last message."""
+_FOR_THE_FIRST = 0.5
+"""Seconds that the first rank is given to end the job, if it was interrupted as well."""
 
 
 class ToldElsewhere(KnownToAll):
@@ -49,6 +51,7 @@ def start() -> MPI.Intracomm:
     """
     from dbmpi.runtime import installation
 
+    streams.open_closed()
     installation.prepare()
     with suppress(OSError):  # no /dev/shm
         warning = installation.mpich_shortage(os.environ, shutil.disk_usage("/dev/shm").free)
@@ -94,7 +97,8 @@ def ranks() -> Iterator[MPI.Intracomm]:
     """Start MPI for the block (see :func:`start`), and end all ranks where an exception of this one alone leaves it."""
     comm = start()
     try:
-        yield comm
+        with silentends.aloud(comm):
+            yield comm
     except KnownToAll:
         raise
     except BaseException as error:  # whatever it is, the other ranks wait for this one
@@ -112,6 +116,10 @@ def report_and_abort(error: BaseException) -> NoReturn:
     text, code = "", 1
     if isinstance(error, KeyboardInterrupt):
         code = 128 + signal.SIGINT
+        if size > 1:
+            text = f"dbmpi: rank {rank} was interrupted (KeyboardInterrupt) and ends the job\n"
+            # A Ctrl-C may have reached all ranks: one of them says so.
+            time.sleep(_FOR_THE_FIRST if rank else 0.0)
     elif isinstance(error, UserError):
         text, code = f"dbmpi: {error}\n", 2
     elif failures.told(error):
