@@ -76,6 +76,8 @@ def train(run: Run, comm: MPI.Intracomm | None = None, stop: StopSignal | None =
     RunFailed
         If the run cannot go on, e.g. because the loss is not finite.
     """
+    if not isinstance(run, Run):
+        raise UserError(f"train: expected a description of a run, e.g. dbmpi.load('CONFIG.toml'), not {run!r:.80}")
     if comm is None:
         from dbmpi.runtime.world import start
 

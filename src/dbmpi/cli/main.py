@@ -19,7 +19,7 @@ import dbmpi
 from dbmpi.errors import RunFailed, UserError
 from dbmpi.runtime import streams
 
-COMMANDS = ("train", "launch", "evaluate", "predict", "inspect", "plot", "bench", "data", "doctor")
+COMMANDS = ("train", "launch", "evaluate", "predict", "inspect", "plot", "bench", "data", "example", "doctor")
 _MOMENT = 0.5
 """Seconds."""
 
