@@ -40,6 +40,13 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'dbmpi' has no attribute {name!r}")
     home = _HOMES[name]
+    if home in ("dbmpi.train", "dbmpi.optim.minimize"):
+        import_module("dbmpi.runtime.missingmpi").load()
     # It stays here under its name: the import has just made `train` the module.
     globals()[name] = getattr(import_module(home), name)
     return globals()[name]
+
+
+def __dir__() -> list[str]:
+    """List the public names, also those that are not loaded yet."""
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

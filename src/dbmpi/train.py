@@ -50,6 +50,7 @@ from dbmpi.runtime import environment, waiting
 from dbmpi.runtime.failures import Watch
 from dbmpi.runtime.orders import Mailbox, Role
 from dbmpi.runtime.signals import StopSignal
+from dbmpi.runtime.silentends import aloud
 from dbmpi.runtime.world import end_all_on_failure, together
 
 if TYPE_CHECKING:
@@ -80,12 +81,14 @@ def train(run: Run, comm: MPI.Intracomm | None = None, stop: StopSignal | None =
     RunFailed
         If the run cannot go on, e.g. because the loss is not finite.
     """
+    if not isinstance(run, Run):
+        raise UserError(f"train: expected a description of a run, e.g. dbmpi.load('CONFIG.toml'), not {run!r:.80}")
     if comm is None:
         from dbmpi.runtime.world import start
 
         comm = start()
     end_all_on_failure()
-    with ExitStack() as stack:
+    with aloud(comm), ExitStack() as stack:
         session = _Session(run, comm, stack, stop or stack.enter_context(StopSignal()))
         with session.watch:
             return session.run()

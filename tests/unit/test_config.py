@@ -145,6 +145,32 @@ def test_a_description_is_frozen(file: Path) -> None:
 # What is wrong
 
 
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({}, "Run: 'data' is missing: a [data] table"),
+        (
+            {"optimizer": {"learning_rat": 1.0}},
+            "Run: unknown key 'optimizer.learning_rat'; did you mean 'learning_rate'?",
+        ),
+        ({"network": {"layers": [{"units": 0}]}}, "Run: network.layers.0.units (layer 'dense1'): "),
+        ({"optimizer": {"method": "sandblaster", "warmstart": 3}}, "Run: optimizer.warmstart is for the method"),
+        ({"nothing": 3}, "Run: unknown key 'nothing'"),
+    ],
+)
+def test_mistakes_in_python_are_told_as_those_in_a_file(values: dict[str, Any], told: str) -> None:
+    whole = {"data": {"train": "train.h5"}, "network": {"layers": [{"units": 3}]}}
+    with pytest.raises(UserError) as raised:
+        Run(**(whole | values if values else {}))
+    assert told in str(raised.value)
+    assert "pydantic" not in str(raised.value)
+
+
+def test_a_mistake_in_a_part_made_in_python_is_told_once() -> None:
+    with pytest.raises(UserError, match=r"^Dense: units: .*\(given: 0\)$"):
+        Run(data={"train": "x.h5"}, network=config.NetworkSection(layers=(config.Dense(units=0),)))
+
+
 def fields() -> list[tuple[str, str]]:
     """Return every section and key of the description."""
     return [

@@ -232,6 +232,11 @@ def test_importing_dbmpi_loads_nothing_heavy():
     assert loaded_by("import dbmpi")[0] == set()
 
 
+def test_the_public_names_are_listed_before_they_are_loaded():
+    program = "import dbmpi; print(set(dbmpi.__all__) <= set(dir(dbmpi)), 'import_module' in dir(dbmpi))"
+    assert loaded_by(program) == (set(), "True False\n")
+
+
 def test_training_from_python_finds_mpi_prepared_and_may_be_repeated():
     """The module `dbmpi.train` does not take the place of the function, and no MPI complains of its settings."""
     program = "import dbmpi; print(dbmpi.train is dbmpi.train, callable(dbmpi.train))"

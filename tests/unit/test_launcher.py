@@ -135,6 +135,12 @@ def test_open_mpis_command() -> None:
     assert not {"OMPI_ALLOW_RUN_AS_ROOT", "OMPI_MCA_mpi_yield_when_idle"} & set(settings)
 
 
+@pytest.mark.parametrize(("version", "known"), [("Open MPI v5.0.11", True), ("Open MPI v4.1.4", False)])
+def test_an_option_that_open_mpi_4_does_not_know(version: str, known: bool) -> None:
+    command = compose(Mpi(version, "", "mpirun"), 2, TRAIN, environment={}, columns=80, user=1000)
+    assert ("--stream-buffering" in command.argv) == known
+
+
 def test_hydras_command() -> None:
     command = compose(MPICH, 3, TRAIN, environment={}, columns=90, user=0)
     assert command.argv == ("/mpi/bin/mpiexec.hydra", "-n", "3", sys.executable, *TRAIN)

@@ -1,4 +1,4 @@
-"""``dbmpi launch``: start a command on several ranks with the mpirun that belongs to this Python."""
+"""``dbmpi launch``: start a command or any program on several ranks with the mpirun that belongs to this Python."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-SUMMARY = "start a command on several ranks, with the mpirun that belongs to this Python's MPI"
+SUMMARY = "start a command or a program of yours on several ranks, with the mpirun that belongs to this Python's MPI"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
-    parser.usage = "dbmpi launch [-h] -n N [--mpi-args ARGS] [--mpirun PATH] [--dry-run] -- train CONFIG.toml ..."
+    parser.usage = "dbmpi launch [-h] -n N [--mpi-args ARGS] [--mpirun PATH] [--dry-run] -- COMMAND ..."
     parser.add_argument("-n", type=int, required=True, metavar="N", dest="ranks", help="number of ranks")
     parser.add_argument(
         "--mpi-args",
@@ -25,13 +25,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--mpirun", metavar="PATH", help="the launcher to use (default: found by itself)")
     parser.add_argument("--dry-run", action="store_true", help="print the command instead of executing it")
-    parser.add_argument("command", nargs=argparse.REMAINDER, help="what to run, e.g. train CONFIG.toml")
+    parser.add_argument(
+        "command",
+        nargs=argparse.REMAINDER,
+        help="what to run: a command of dbmpi, e.g. train CONFIG.toml, or any program, e.g. python mine.py or ./mine",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Start the ranks, wait for their end, and return the exit code that docs/running.md has for it."""
     from dbmpi.errors import UserError
-    from dbmpi.runtime import installation, launcher, threads
+    from dbmpi.runtime import installation, launcher, ownprogram, threads
 
     command = list(arguments.command)
     if command and command[0] == "--":
@@ -49,6 +53,12 @@ def run(arguments: argparse.Namespace) -> int:
     except ValueError as error:
         raise UserError(f"--mpi-args {arguments.mpi_args!r}: {error}") from None
 
+    from dbmpi.cli.main import COMMANDS
+
+    if command[0] in COMMANDS or command[0].startswith("-"):
+        program = ["-m", "dbmpi", *command]
+    else:
+        program = ["-m", "dbmpi.runtime.ownprogram", *ownprogram.resolve(command, COMMANDS)]
     mpi = installation.find_mpi(arguments.mpirun)
     columns = None
     if sys.stdout.isatty():
@@ -56,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
     composed = launcher.compose(
         mpi,
         arguments.ranks,
-        ("-m", "dbmpi", *command),
+        program,
         mpi_arguments=mpi_arguments,
         environment=threads.without_prepared(os.environ),
         columns=columns,

@@ -18,19 +18,23 @@ from typing import NoReturn
 
 import dbmpi
 from dbmpi.errors import RunFailed, ToldElsewhere, UserError
+from dbmpi.runtime import streams
 
-COMMANDS = ("train", "launch", "evaluate", "predict", "inspect", "plot", "bench", "data", "doctor")
+COMMANDS = ("train", "launch", "evaluate", "predict", "inspect", "plot", "bench", "data", "example", "doctor")
 _MOMENT = 0.5
 """Seconds."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return the exit code."""
+    streams.open_closed()
     words = sys.argv[1:] if arguments is None else list(arguments)
     parser = _parser(words)
     parsed = parser.parse_args(words)
     try:
-        return int(parsed.run(parsed))
+        code = int(parsed.run(parsed))
+        sys.stdout.flush()  # Python itself would be too late to say that it failed
+        return code
     except (UserError, RunFailed) as error:
         _say(error)
         return 2 if isinstance(error, UserError) else 1

