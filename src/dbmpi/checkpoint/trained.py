@@ -72,7 +72,7 @@ class TrainedNetwork:
         if not targets or self.network.loss is None:
             return
         if not source.has_targets:
-            raise UserError(f"{source.path}: has no dataset 'targets' to compare the outputs with")
+            raise UserError(f"{source.path}: has no dataset {source.names['targets']!r} to compare the outputs with")
         if info.classes == 0:
             source.expect(self.units, self.section.loss)
         elif source.classes is None:

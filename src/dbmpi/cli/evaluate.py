@@ -31,8 +31,12 @@ def run(arguments: argparse.Namespace) -> int:
     with inference.opened(arguments) as network:
         trained = network.trained
         with network.together("opening the data"):
-            source = Source.open(arguments.data, inference.MEMORY_MIB, trained.targets)
+            source = Source.open(
+                arguments.data, inference.MEMORY_MIB, trained.targets, reading=inference.reading(trained, arguments)
+            )
         with source:
+            if network.is_first:
+                inference.tell(source)
             with network.together("looking at the data", inference.LONG):
                 trained.expect(source, targets=True)
                 if network.is_first:

@@ -39,8 +39,12 @@ def run(arguments: argparse.Namespace) -> int:
             if network.is_first:
                 _check_out(arguments.out, arguments.data, arguments.force)
                 _check_out(arguments.out, trained.path, arguments.force)
-            source = Source.open(arguments.data, inference.MEMORY_MIB, targets="optional")
+            source = Source.open(
+                arguments.data, inference.MEMORY_MIB, targets="optional", reading=inference.reading(trained, arguments)
+            )
         with source:
+            if network.is_first:
+                inference.tell(source)
             with network.together("looking at the data", inference.LONG):
                 trained.expect(source, targets=False)
                 if network.is_first:
