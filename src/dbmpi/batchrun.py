@@ -23,6 +23,7 @@ from dbmpi.checkpoint.reader import Checkpoint
 from dbmpi.config import Run
 from dbmpi.config.sections import SandblasterSection
 from dbmpi.errors import UserError
+from dbmpi.monitor import verdict
 from dbmpi.monitor.progress import Progress
 from dbmpi.objective import Outcome
 from dbmpi.optim import ownmethod, shardspace
@@ -42,6 +43,7 @@ from dbmpi.paramserver.probe import transport_between
 from dbmpi.paramserver.window import Window
 from dbmpi.partition.arrangement import Arrangement
 from dbmpi.result import Result
+from dbmpi.rundata import network_notes
 from dbmpi.runtime import failures, orders, waiting
 from dbmpi.runtime.failures import RankLost
 from dbmpi.runtime.orders import Mailbox
@@ -61,6 +63,8 @@ _MAY_CHANGE: dict[str, object] = {
 """Settings, set to anything, under which a search goes on from where it stands."""
 _CONCLUSION = 5
 """Tag of what the lead tells everybody in the end."""
+_STEPS_OF_AN_ITERATION = 10
+"""Steps of Downpour that an iteration is worth when it is judged whether a run was long enough to learn anything."""
 _FOR_THE_LEAD = 1.25
 """Factor on the stall limit where a rank waits for the lead, which knows better who is to blame."""
 
@@ -112,7 +116,7 @@ def learn(setup: Setup, stack: ExitStack) -> Result:
         return (worker.poll() if worker is not None else False) or moved
 
     waiting.until(ended, "the coordinator's next batch", serve=serve, seconds=_FOR_THE_LEAD * waiting.STALL_SECONDS)
-    return _conclude(comm, coordinator, time.monotonic() - began)
+    return _conclude(setup, coordinator, time.monotonic() - began)
 
 
 def _look(window: Window) -> bool:
@@ -217,7 +221,7 @@ def _coordinator(
     progress.message(
         f"{plan}; {setup.network.size:,} parameters; {order.samples:,} samples of {setup.data.input_shape}; Sandblaster"
     )
-    for note in (*setup.data.notices, *notes):
+    for note in (*setup.data.notes, *network_notes(run.network, setup.data.input_shape, run.data.channels), *notes):
         progress.message(note)
     for notice in begin.notices:
         progress.warn(notice)
@@ -271,19 +275,20 @@ def _coordinator(
     )
 
 
-def _conclude(comm: MPI.Intracomm, coordinator: Coordinator | None, seconds: float) -> Result:
+def _conclude(setup: Setup, coordinator: Coordinator | None, seconds: float) -> Result:
     """Tell everybody what came out: by messages, as nothing collective goes on where a rank has died.
 
     Nobody hears it before all have come here, and need nobody's memory any more.
     """
-    word = np.zeros(1, np.int64)
+    comm, word = setup.comms.world, np.zeros(1, np.int64)
     if coordinator is not None:
         for rank in range(1, comm.size):
             with suppress(RankLost), failures.partner(comm, rank):
                 request = comm.Irecv(word, rank, _CONCLUSION)
                 failures.complete(request, comm, rank, f"rank {rank} to come to the end", memory=word)
         learned = (coordinator.steps, coordinator.samples, coordinator.stopped_by)
-        text = json.dumps([*learned, coordinator.test, str(coordinator.checkpoint), coordinator.lost])
+        losses = (coordinator.best, coordinator.iterations)
+        text = json.dumps([*learned, coordinator.test, str(coordinator.checkpoint), coordinator.lost, *losses])
         data = np.frombuffer(text.encode(), np.uint8)
         for rank in range(1, comm.size):
             with suppress(RankLost), failures.partner(comm, rank):
@@ -295,6 +300,14 @@ def _conclude(comm: MPI.Intracomm, coordinator: Coordinator | None, seconds: flo
         waiting.until(lambda: comm.Iprobe(0, _CONCLUSION, status), "the coordinator to conclude")
         data = np.empty(status.Get_count(MPI.BYTE), np.uint8)
         comm.Recv([data, MPI.BYTE], 0, _CONCLUSION)
-    steps, samples, stopped_by, test, path, lost = json.loads(data.tobytes())
+    steps, samples, stopped_by, test, path, lost, best, iterations = json.loads(data.tobytes())
     outcome = None if test is None else Outcome(*test)
-    return Result(steps, samples, seconds, outcome, stopped_by, Path(path), lost=tuple(lost))
+    warning = verdict.warning(
+        setup.data.guessing,
+        best,
+        outcome,
+        steps=iterations * _STEPS_OF_AN_ITERATION,
+        epochs=samples / setup.order.samples,
+        remedy="another sandblaster.algorithm or sandblaster.line_search",
+    )
+    return Result(steps, samples, seconds, outcome, stopped_by, Path(path), warning=warning, lost=tuple(lost))

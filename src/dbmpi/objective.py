@@ -22,6 +22,9 @@ class Batch(NamedTuple):
     """float32 of shape ``(*features, samples)``, C-contiguous."""
     targets: np.ndarray
     """int32 ``(samples,)`` for classes, or float32 ``(outputs, samples)`` for values."""
+    weights: np.ndarray | None = None
+    """float32 ``(samples,)``: by which the loss of each sample is multiplied; None: all count alike.  The mean over all
+    samples of the data is to be 1, so that the mean loss of many batches is the weighted mean."""
 
     @property
     def samples(self) -> int:
@@ -34,7 +37,7 @@ class Outcome(NamedTuple):
 
     samples: int
     loss: float
-    """Sum of the losses of the samples, in float64."""
+    """Sum of the losses of the samples, each times its weight, in float64."""
     correct: int
     """Samples whose largest output is their class; -1 where the targets are no classes."""
 

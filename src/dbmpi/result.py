@@ -28,5 +28,7 @@ class Result:
     """Mean staleness of the pushes in this session."""
     advice: str = ""
     """What would make such a run faster, if the shards were the bottleneck."""
+    warning: str = ""
+    """What is wrong with the losses that the run ended with, if they make no sense (:mod:`dbmpi.monitor.verdict`)."""
     lost: tuple[int, ...] = ()
     """Replicas of Sandblaster that have died in this session."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Literal
@@ -10,8 +11,10 @@ from typing import Literal
 import numpy as np
 from mpi4py import MPI
 
-from dbmpi.config import Run
+from dbmpi.config import NetworkSection, Run
+from dbmpi.data.guessing import loss_of_guessing
 from dbmpi.data.meaning import Meaning
+from dbmpi.data.reading import Reading
 from dbmpi.data.source import Source
 from dbmpi.network.losses import Targets
 from dbmpi.runtime import waiting
@@ -20,6 +23,9 @@ from dbmpi.topology import Plan
 
 LOADING_SECONDS = 86400.0
 """How long the ranks wait for each other's data: reading a large file takes what it takes."""
+_OF_MAPS = ("local", "convolution", "pooling", "normalisation")
+"""Types of layers to which the first axis of a sample is that of channels, or maps."""
+_FEW_CHANNELS = 4
 _MOST_AXES = 32
 """Of an HDF5 dataset."""
 
@@ -40,8 +46,10 @@ class RunData:
     """Open on workers, if the run has such data."""
     meaning: Meaning
     """What the samples to learn from stand for."""
-    notices: tuple[str, ...] = ()
-    """What the user should know of the data."""
+    notes: tuple[str, ...] = ()
+    """Lines to show: what in the files was taken for what."""
+    guessing: float = math.nan
+    """Mean loss of the best answer that is always the same (:mod:`dbmpi.data.guessing`); NaN where it is not known."""
 
     @property
     def targets(self) -> Targets:
@@ -66,25 +74,48 @@ def open_data(run: Run, comm: MPI.Intracomm, plan: Plan, stack: ExitStack) -> Ru
         On every rank, if a file cannot be used.
     """
     train = test = None
-    said = ""
+    found = ""
     with together(comm, "opening the data", seconds=LOADING_SECONDS):
         if plan.worker_of(comm.rank) is not None:
             memory = run.data.memory_mib
             targets: Literal["required", "optional"]
             targets = "optional" if run.network.loss == "reconstruction" else "required"
-            notices: tuple[str, ...] = ()
-            train = stack.enter_context(Source.open(run.data.train, memory, targets))
+            reading = Reading.of(run.data, run.network)
+            train = stack.enter_context(Source.open(run.data.train, memory, targets, reading))
+            notes = [*train.notes]
             if run.data.test is not None:
-                test = stack.enter_context(Source.open(run.data.test, memory, targets))
-                notices = test.expect_like(train)
+                held_out = reading.held_out(train.classes, train.labels)
+                test = stack.enter_context(Source.open(run.data.test, memory, targets, held_out))
+                notes += [*test.notes, *test.expect_like(train)]
             train.load()
-            said = json.dumps([train.meaning.model_dump(), notices])
+            if comm.rank == plan.worker_ranks[0]:
+                found = json.dumps([train.meaning.model_dump(), notes, loss_of_guessing(train, run.network.loss)])
     numbers = np.zeros(3 + _MOST_AXES, np.int64)
     if train is not None:
         shape = train.input_shape
         numbers[: 3 + len(shape)] = (train.samples, train.classes or 0, len(shape), *shape)
     waiting.broadcast(comm, numbers, plan.worker_ranks[0], "the shapes of the data")
     samples, classes, axes, *rest = (int(number) for number in numbers)
-    said = waiting.broadcast_text(comm, said, plan.worker_ranks[0], "what the data stand for")
-    meaning, notices = json.loads(said)
-    return RunData(samples, tuple(rest[:axes]), classes, train, test, Meaning.model_validate(meaning), tuple(notices))
+    text = waiting.broadcast_text(comm, found, plan.worker_ranks[0], "how the data were understood")
+    said, notes, guessing = json.loads(text)
+    meaning = Meaning.model_validate(said)
+    return RunData(samples, tuple(rest[:axes]), classes, train, test, meaning, tuple(notes), float(guessing))
+
+
+def network_notes(network: NetworkSection, input_shape: tuple[int, ...], channels: str) -> list[str]:
+    """Return a hint where a sample seems to have its channels last, and the first layer takes them for first."""
+    first = next((layer for layer in network.layers if layer.type != "dropout"), None)
+    if first is None or first.type not in _OF_MAPS or len(input_shape) != 3:
+        return []
+    maps, rows, columns = input_shape
+    if channels == "first" and columns <= _FEW_CHANNELS < min(maps, rows):
+        return [
+            f"samples of shape {input_shape} are taken for {maps} channels of {rows} x {columns}; if they are "
+            f"images of {maps} x {rows} with {columns} channels, set data.channels = 'last'"
+        ]
+    if channels == "last" and rows <= _FEW_CHANNELS < min(maps, columns):
+        return [
+            f"with data.channels = 'last', samples are taken for {maps} channels of {rows} x {columns}; if they are "
+            f"images of {rows} channels of {columns} x {maps}, leave data.channels out"
+        ]
+    return []

@@ -18,6 +18,7 @@ from dbmpi.data.gather import gather
 from dbmpi.data.stream import Order
 from dbmpi.errors import UserError
 from dbmpi.kernels.announcing import announced
+from dbmpi.monitor import verdict
 from dbmpi.monitor.progress import Progress
 from dbmpi.monitor.records import Recorder
 from dbmpi.network import own
@@ -45,7 +46,7 @@ from dbmpi.partition.trial import try_layer
 from dbmpi.partition.warmup import first_on_each_node, use_layers
 from dbmpi.partition.whole import make_replica
 from dbmpi.result import Result
-from dbmpi.rundata import LOADING_SECONDS, RunData, open_data
+from dbmpi.rundata import LOADING_SECONDS, RunData, network_notes, open_data
 from dbmpi.runtime import environment, waiting
 from dbmpi.runtime.failures import Watch
 from dbmpi.runtime.orders import Mailbox, Role
@@ -237,7 +238,7 @@ class _Session:
             progress.warn(notice)
         if begin.step:
             progress.message(f"going on after {begin.step:,} steps, {len(begin.stream):,} batches are left")
-        for note in (*data.notices, *store.notes):
+        for note in (*data.notes, *network_notes(run.network, data.input_shape, run.data.channels), *store.notes):
             progress.message(note)
         for name in begin.fresh:
             progress.message(f"the checkpoint has no {name!r}: the rule {run.optimizer.rule!r} starts it afresh")
@@ -349,10 +350,10 @@ class _Session:
 
     def _conclude(self, worker: Worker | None, shard: Shard | None, lead: Lead | None, seconds: float) -> Result:
         """Evaluate the final parameters on all workers together, and tell everybody what came out."""
-        numbers = np.zeros(4)
+        numbers = np.zeros(5)
         path = ""
         if lead is not None:
-            numbers[:] = (lead.steps, lead.samples, lead.stopped_by, lead.staleness.mean)
+            numbers[:] = (lead.steps, lead.samples, lead.stopped_by, lead.staleness.mean, lead.recent.mean_loss)
             path = str(lead.checkpoint)
         waiting.broadcast(self._comm, numbers, 0, "the lead to conclude")
         path = waiting.broadcast_text(self._comm, path, 0, "the lead to conclude")
@@ -372,7 +373,15 @@ class _Session:
             test = Outcome(int(total[0]), float(total[1]), -1 if total[3] else int(total[2]))
             if lead is not None:
                 lead.evaluated(test, lead.epoch)
-        return Result(steps, samples, seconds, test, stopped_by, Path(path), float(numbers[3]), advice)
+        warning = verdict.warning(
+            self._data.guessing,
+            float(numbers[4]),
+            test,
+            steps=steps,
+            epochs=samples / self._data.samples,
+            remedy=f"another optimizer.learning_rate ({self._run.optimizer.learning_rate:g})",
+        )
+        return Result(steps, samples, seconds, test, stopped_by, Path(path), float(numbers[3]), advice, warning)
 
     def _advice(self, worker: Worker | None, shard: Shard | None) -> str:
         """Say whether the shards were what the workers waited for (collective)."""

@@ -212,6 +212,18 @@ CLASS_LOSSES = {
     "logistic_classes": lambda z, classes: naive_logistic(z, np.eye(len(z))[:, classes]),
     "squared_classes": lambda y, classes: naive_squared(y, np.eye(len(y))[:, classes]),
 }
+
+
+def weighted(naive, values, targets, weights):
+    """Sample by sample: each loss and gradient times the weight of its sample."""
+    total, gradient = 0.0, np.zeros(values.shape)
+    for sample, weight in enumerate(weights):
+        loss, slope = naive(values[:, sample : sample + 1].astype(np.float64), targets[..., sample : sample + 1])
+        total += float(weight) * loss
+        gradient[:, sample : sample + 1] = float(weight) * slope
+    return total, gradient
+
+
 VALUE_LOSSES = {"logistic_values": naive_logistic, "squared_values": naive_squared}
 
 
@@ -224,9 +236,10 @@ def test_losses_of_classes_against_naive_twins(name, dtype, compiled):
         random = np.random.default_rng(seed)
         values = (4 * random.normal(size=shape)).astype(dtype)
         classes = random.integers(0, shape[0], shape[1]).astype(np.int32)
-        expected_loss, expected_gradient = CLASS_LOSSES[name](values.astype(np.float64), classes)
+        weights = random.choice([0, 0.5, 1, 3], shape[1]).astype(dtype) if seed % 2 else np.ones(shape[1], dtype)
+        expected_loss, expected_gradient = weighted(CLASS_LOSSES[name], values, classes, weights)
         expected_correct = (values.argmax(axis=0) == classes).sum()
-        loss, correct = _plain(getattr(losses, name), compiled)(values, classes)
+        loss, correct = _plain(getattr(losses, name), compiled)(values, classes, weights)
         assert loss == pytest.approx(expected_loss, rel=1e-6 if dtype == np.float32 else 1e-13, abs=1e-12)
         assert correct == expected_correct
         tolerance = 20 * np.finfo(dtype).eps / shape[1]
@@ -244,8 +257,9 @@ def test_losses_of_values_against_naive_twins(name, dtype, compiled):
         random = np.random.default_rng(seed)
         values = (4 * random.normal(size=shape)).astype(dtype)
         targets = random.uniform(size=shape).astype(dtype)
-        expected_loss, gradient = VALUE_LOSSES[name](values.astype(np.float64), targets.astype(np.float64))
-        loss = _plain(getattr(losses, name), compiled)(values, targets)
+        weights = random.choice([0, 0.5, 1, 3], shape[1]).astype(dtype) if seed % 2 else np.ones(shape[1], dtype)
+        expected_loss, gradient = weighted(VALUE_LOSSES[name], values, targets.astype(np.float64), weights)
+        loss = _plain(getattr(losses, name), compiled)(values, targets, weights)
         assert loss == pytest.approx(expected_loss, rel=1e-6 if dtype == np.float32 else 1e-13, abs=1e-7)
         tolerance = 20 * np.finfo(dtype).eps / shape[1]
         np.testing.assert_allclose(values, gradient / shape[1], rtol=10 * np.finfo(dtype).eps, atol=tolerance)
@@ -256,12 +270,12 @@ def test_losses_of_values_against_naive_twins(name, dtype, compiled):
 def test_of_equal_outputs_the_first_is_the_prediction():
     classes = np.array([0, 1, 2, 0], np.int32)
     for name in CLASS_LOSSES:
-        assert getattr(losses, name)(np.zeros((3, 4), np.float32), classes)[1] == 2
+        assert getattr(losses, name)(np.zeros((3, 4), np.float32), classes, np.ones(4, np.float32))[1] == 2
 
 
 def test_softmax_of_huge_logits_is_exact():
     values = np.array([[1e4, -1e4, 3e38], [0, 0, -3e38], [-1e4, 1e4, 0]], np.float32)
-    loss, correct = losses.softmax_cross_entropy(values, np.array([0, 0, 0], np.int32))
+    loss, correct = losses.softmax_cross_entropy(values, np.array([0, 0, 0], np.int32), np.ones(3, np.float32))
     assert (loss, correct) == (2e4, 2)
     np.testing.assert_array_equal(values * 3, [[0, -1, 0], [0, 0, 0], [0, 1, 0]])
 
@@ -271,7 +285,7 @@ def test_softmax_of_huge_logits_is_exact():
 def test_losses_of_bad_outputs_are_not_finite(name, bad):
     values = np.ones((5, 3), np.float32)
     values[3, 1] = bad
-    loss, _ = getattr(losses, name)(values, np.array([0, 1, 2], np.int32))
+    loss, _ = getattr(losses, name)(values, np.array([0, 1, 2], np.int32), np.ones(3, np.float32))
     assert not np.isfinite(loss)
 
 

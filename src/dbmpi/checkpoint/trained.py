@@ -77,7 +77,7 @@ class TrainedNetwork:
             )
         targets = targets and self.network.loss is not None
         if targets and not source.has_targets:
-            raise UserError(f"{source.path}: has no dataset 'targets' to compare the outputs with")
+            raise UserError(f"{source.path}: has no dataset {source.names['targets']!r} to compare the outputs with")
         learner = f"the network in {self.path}"
         notices = source.mean_the_same(info.meaning, info.classes, learner=learner, targets=targets)
         if not targets:

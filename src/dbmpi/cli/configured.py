@@ -35,6 +35,7 @@ def make_network(run: Run, input_shape: tuple[int, ...] | None, load: Loader) ->
 
     targets = False
     if input_shape is None:
+        from dbmpi.data.reading import Reading
         from dbmpi.data.source import Source
 
         if not run.data.train.exists():
@@ -42,7 +43,8 @@ def make_network(run: Run, input_shape: tuple[int, ...] | None, load: Loader) ->
                 f"{run.data.train}: there are no data that would tell the shape of the inputs; give it, e.g. "
                 "--input-shape 3,100,100"
             )
-        with Source.open(run.data.train, run.data.memory_mib, "optional") as source:
+        reading = Reading.of(run.data, run.network)
+        with Source.open(run.data.train, run.data.memory_mib, "optional", reading) as source:
             input_shape = source.input_shape
             targets = source.has_targets and source.classes is None
     return Network(run.network, input_shape, run.run.seed, targets="values" if targets else "classes", load=load)

@@ -29,13 +29,15 @@ def run(arguments: argparse.Namespace) -> int:
     with inference.opened(arguments) as network:
         trained = network.trained
         with network.together("opening the data"):
-            source = Source.open(arguments.data, inference.MEMORY_MIB, trained.targets)
+            source = Source.open(
+                arguments.data, inference.MEMORY_MIB, trained.targets, reading=inference.reading(trained, arguments)
+            )
         with source:
             with network.together("looking at the data", inference.LONG):
                 notices = trained.expect(source, targets=True)
                 if network.is_first:
                     source.validate(full=True)
-            inference.say(network, notices)
+            inference.say(network, (*source.notes, *notices))
             with inference.progress(source, "evaluating", network.is_first) as shown:
                 outcome = network.evaluate(source, shown)
         if network.is_first:

@@ -11,13 +11,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dbmpi.cli.configured import count
+from dbmpi.errors import UserError
 
 if TYPE_CHECKING:
+    from dbmpi.checkpoint.trained import TrainedNetwork
+    from dbmpi.data.reading import Reading
     from dbmpi.data.source import Source
     from dbmpi.inference import Inference
 
 MEMORY_MIB = 1024
 """A data file up to this size (MiB, as float32) is read at once, a larger one batch by batch."""
+_READ_AS = ("inputs", "targets", "channels", "missing")
+"""Settings of the training data that hold for other data, too."""
 LONG = 86400.0
 """Seconds to wait for a rank that looks at all of the data."""
 
@@ -38,7 +43,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="ranks that compute one replica together, under mpirun; samples are shared by the replicas "
         "(default: as in training if the ranks are a multiple of that, else all)",
     )
+    for option, what in (("--inputs", "inputs"), ("--targets", "targets")):
+        parser.add_argument(
+            option, metavar="NAME", help=f"name of the dataset with the {what} (default: that of the training)"
+        )
+    parser.add_argument(
+        "--missing",
+        type=float,
+        metavar="NUMBER",
+        help="number to take where an input is missing (default: as in training)",
+    )
     add_allow_code(parser)
+
+
+def reading(network: TrainedNetwork, arguments: argparse.Namespace) -> Reading:
+    """Return how a data file is to be read: as the training data were, but for what is asked for."""
+    import json
+
+    from pydantic import ValidationError
+
+    from dbmpi.config import DataSection, explain
+    from dbmpi.data.reading import Reading
+
+    trained_on = json.loads(network.info.configuration).get("data", {})
+    kept = {key: trained_on[key] for key in _READ_AS if key in trained_on} if isinstance(trained_on, dict) else {}
+    asked = {key: value for key in ("inputs", "targets", "missing") if (value := getattr(arguments, key)) is not None}
+    try:
+        data = DataSection.model_validate({"train": arguments.data, **kept, **asked})
+    except ValidationError as error:
+        raise UserError(explain(error, DataSection, str(network.path))) from None
+    labels = None if network.info.meaning is None else network.info.meaning.labels or None
+    return Reading.of(data, network.section).held_out(network.info.classes or None, labels)
 
 
 def add_allow_code(parser: argparse.ArgumentParser) -> None:

@@ -46,13 +46,15 @@ def run(arguments: argparse.Namespace) -> int:
             if network.is_first:
                 _check_out(arguments.out, arguments.data, arguments.force)
                 _check_out(arguments.out, trained.path, arguments.force)
-            source = Source.open(arguments.data, inference.MEMORY_MIB, targets="optional")
+            source = Source.open(
+                arguments.data, inference.MEMORY_MIB, targets="optional", reading=inference.reading(trained, arguments)
+            )
         with source:
             with network.together("looking at the data", inference.LONG):
                 notices = trained.expect(source, targets=False)
                 if network.is_first:
                     source.validate(full=True)
-            inference.say(network, notices)
+            inference.say(network, (*source.notes, *notices))
             broken = 0
             if network.is_first:
                 broken = _write(arguments, network, source)

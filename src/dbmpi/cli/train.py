@@ -86,5 +86,7 @@ def _print(result: Result, directory: Path) -> None:
         lines.append(("lost replicas", ", ".join(map(str, result.lost))))
     if result.advice:
         lines.append(("advice", result.advice))
+    if result.warning:
+        lines.append(("warning", result.warning))
     for name, value in lines:
         print(f"{name:>14}  {value}", flush=True)

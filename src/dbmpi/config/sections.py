@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from dbmpi.config.explaining import explain
 from dbmpi.config.layers import OWN, AnyLayer, Dense, OwnLayer
-from dbmpi.config.values import Count, Name, NotNegative, Positive, Section
+from dbmpi.config.values import Count, DatasetName, Name, NotNegative, Positive, Section
 from dbmpi.errors import UserError
 
 
@@ -32,14 +32,29 @@ class DataSection(Section):
     """HDF5 file with the held-out samples, for the accuracy that is reported."""
     memory_mib: Count = 4096
     """A file up to this size (MiB, as float32) is kept in each worker's memory; a larger one is read batch by batch."""
+    inputs: DatasetName = "inputs"
+    """Name of the dataset with the inputs in both files, e.g. ``X`` or ``/entry/data/x``."""
+    targets: DatasetName = "targets"
+    """Name of the dataset with the targets."""
+    weights: DatasetName | None = None
+    """Name of a dataset with a weight for each training sample: the loss that is learned is the weighted mean."""
+    channels: Literal["first", "last"] = "first"
+    """Where the channels of an image are in the file: ``last`` takes (rows, columns, channels) for (channels, rows,
+    columns)."""
+    missing: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    """Number to take where an input is NaN or marked as missing; by default such data are refused."""
 
 
 class NetworkSection(Section):
     """The model: layers from the input upwards, and the loss on top of the last one."""
 
     loss: Literal["softmax", "logistic", "squared", "reconstruction"] = "softmax"
-    """``softmax``: cross-entropy over classes; ``logistic``: one-vs-all; ``squared``: half the squared distance;
+    """``softmax``: cross-entropy over classes; ``logistic``: one-vs-all, or several labels of 0 and 1 a sample;
+    ``squared``: half the squared distance;
     ``reconstruction``: no targets, but what layers say of themselves: their `reconstruction` and `penalty`."""
+    class_weights: Literal["balanced"] | Annotated[tuple[NotNegative, ...], Field(min_length=1)] | None = None
+    """Weight of each class in the loss that is learned, in the order of the classes; ``balanced``: in inverse
+    proportion to the number of its samples."""
     layers: tuple[AnyLayer, ...]
     """The layers, each a ``[[network.layers]]`` table."""
     code: Path | None = None
@@ -278,6 +293,13 @@ class Run(Section):
                 "not the replica's to change: set optimizer.n_fetch = 1 and optimizer.local_rate = 0, or server.fetch "
                 '= "copied"'
             )
+        return self
+
+    @model_validator(mode="after")
+    def _weights_fit(self) -> Run:
+        weights = "data.weights" if self.data.weights else "network.class_weights" if self.network.class_weights else ""
+        if weights and self.network.loss == "reconstruction":
+            raise ValueError(f"{weights} goes with losses that have targets, not with 'reconstruction': leave it out")
         return self
 
     @model_validator(mode="after")

@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from dbmpi.errors import UserError
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_\-]*$", max_length=64)]
+DatasetName = Annotated[str, Field(pattern=r"^[^\x00]*[^/\x00][^\x00]*$", max_length=200)]
 # Strict: in a file that has types, true is no 1 and "5" is no 5.
 Count = Annotated[int, Field(ge=1, strict=True)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)]

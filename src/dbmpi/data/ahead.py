@@ -40,7 +40,7 @@ class Ahead:
                 return expected[1].result()
             expected[1].cancel()
         batch = self._source.batch(self._order.indices(number))
-        nbytes = batch.inputs.nbytes + batch.targets.nbytes
+        nbytes = sum(array.nbytes for array in batch if array is not None)
         if nbytes <= self._keep_bytes:
             self._kept[number] = batch
             self._keep_bytes -= nbytes

@@ -17,12 +17,10 @@ MOST = 1 << 16
 """Names or numbers of one kind; what declares more is not looked at."""
 
 
-def declared(
-    path: Path, file: h5py.File, inputs: h5py.Dataset, targets: h5py.Dataset | None, classes: int | None
-) -> dict[str, Any]:
+def declared(path: Path, file: h5py.File, inputs: h5py.Dataset, targets: h5py.Dataset | None) -> dict[str, Any]:
     """Return fields of :class:`dbmpi.data.meaning.Meaning` by name; what the file does not say is missing.
 
-    Labels count where there is one for each class, and names where there is one for each input, or value.
+    Names count where there is one for each input, or value.
 
     Raises
     ------
@@ -42,19 +40,7 @@ def declared(
             found["content"] = _text(digest)
         if targets is not None and targets.ndim > 1:
             found["target_names"] = _names(file, TARGET_NAMES, targets.shape[1])
-        if targets is not None and classes is not None:
-            labels = _labels(targets)
-            found["labels"] = labels if len(labels) == classes and len(set(labels)) == classes else ()
     return {name: value for name, value in found.items() if value}
-
-
-def _labels(targets: h5py.Dataset) -> tuple[int, ...] | tuple[str, ...]:
-    labels = np.asarray(_small(targets, "labels", ()))
-    if labels.ndim != 1:
-        return ()
-    if labels.dtype.kind in "iu" and labels.max(initial=0) < 2**63:
-        return tuple(labels.tolist())
-    return tuple(map(_text, labels)) if labels.dtype.kind in "OSU" and len(labels) else ()
 
 
 def _numbers(file: h5py.File, name: str) -> tuple[float, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -11,17 +12,19 @@ from typing import Any, Literal
 import h5py
 import numpy as np
 
-from dbmpi.data import hdf5, validation
+from dbmpi.data import describing, hdf5
 from dbmpi.data.declared import declared
 from dbmpi.data.gather import gather, narrow
 from dbmpi.data.meaning import Meaning, agree
+from dbmpi.data.reading import Label, Reading
+from dbmpi.data.stored import Stored
 from dbmpi.errors import UserError
 from dbmpi.objective import Batch
 
 ROWS_AT_ONCE = 128
 """Rows of one selection: HDF5 slows down more than linearly with the number of scattered rows in a selection."""
-BLOCKS_CACHE = 64 << 20
-"""Chunk cache (bytes) for reading a compressed file from its beginning to its end."""
+ANSWERS_AT_ONCE = 1 << 20
+"""Targets of a block that already lie in memory."""
 _LOOKED_AT_ROWS, _LOOKED_AT_BYTES = 64, 16 << 20
 """Most that is read of a file to see what its samples are like, however large it is; two rows at least."""
 
@@ -33,23 +36,61 @@ class Source:
     stay uint8 there.  From a larger one, the rows of each batch are read when it is asked for.
     """
 
-    def __init__(self, path: Path, file: h5py.File, description: hdf5.Description, memory_bytes: int) -> None:
+    def __init__(
+        self, path: Path, file: h5py.File, description: describing.Description, memory_bytes: int, reading: Reading
+    ) -> None:
         """Use :meth:`open`."""
         self.path = path
         self._file: h5py.File | None = file
         self._description = description
         self._memory_bytes = memory_bytes
-        self._classes = description.classes
+        self._stored_inputs, self._answer, self._weighing = description.inputs, description.targets, description.weights
         self._inputs: np.ndarray | None = None
         self._targets: np.ndarray | None = None
+        self._weights: np.ndarray | None = None
         self._codes: np.ndarray | None = None
         """For each class of the file the one that it is taken for; None where they are the same."""
         self._declared: dict[str, Any] = {}
-        self._scale = np.float32(description.scale)
+        self._factor = np.float32(description.inputs.factor)
         self._cache_bytes = 0
+        self.samples: int = description.samples
+        """Number of samples."""
+        self.input_shape: tuple[int, ...] = description.input_shape
+        """Shape of one sample."""
+        self.has_targets: bool = description.targets is not None
+        """Whether the file has targets; otherwise only :meth:`inputs` can be asked for."""
+        self.names: dict[str, str] = {"inputs": reading.inputs, "targets": reading.targets}
+        """What the user calls the datasets: ``inputs``, ``targets``, and if there are any, ``weights``."""
+        self.scale: float = description.inputs.meaning.scale
+        """Factor on every stored input."""
+        self.offset: float = description.inputs.meaning.offset
+        """What is added to every stored input after that."""
+        self.missing: float | None = reading.missing
+        """Number that is taken where an input is missing; None where nothing may be missing."""
+        self.channels: str = reading.channels
+        """Where in the file's samples the channels are: ``first`` or ``last``."""
+        self.classes: int | None = None
+        """Number of classes, or None where the targets are values or missing."""
+        self.target_size: int | None = None
+        """Number of values of a target, or None where the targets are classes or missing."""
+        self.labels: tuple[Label, ...] | None = None
+        """What the classes are called in the user's own data, in their order; None where they are just numbers."""
+        self.notes: tuple[str, ...] = description.notes
+        """What was taken for what, where the user may not expect it; lines to show."""
+        if self._answer is not None:
+            self.classes, self.target_size = self._answer.classes, self._answer.size
+            self.labels = self._answer.labels
+        if reading.weights is not None:
+            self.names["weights"] = reading.weights
 
     @classmethod
-    def open(cls, path: Path, memory_mib: int, targets: Literal["required", "optional"] = "required") -> Source:
+    def open(
+        cls,
+        path: Path,
+        memory_mib: int,
+        targets: Literal["required", "optional"] = "required",
+        reading: Reading | None = None,
+    ) -> Source:
         """Open a data file and check everything but its values (see :meth:`validate`).
 
         Parameters
@@ -60,30 +101,21 @@ class Source:
             A file up to this size (MiB, as float32) is kept in memory.
         targets
             Whether the file must have targets; to predict, inputs are enough.
+        reading
+            How it is to be read; by default the format of ``docs/data.md``.
 
         Raises
         ------
         UserError
             If the file is missing, incomplete, or not a data file.
         """
-        path = Path(path)
-        file = hdf5.open_file(path)
-        source = None
-        try:
-            memory_bytes = memory_mib << 20
-            description = hdf5.describe(path, file, memory_bytes, targets == "required")
-            source = cls(path, file, description, memory_bytes)
-            source._reopen_compressed()
-            if description.has_targets and description.target_size is None and description.classes is None:
-                source._classes = source._count_classes()
-            inputs, targets_there = source._dataset("inputs"), description.has_targets
-            answers = source._dataset("targets") if targets_there else None
-            source._declared = declared(path, inputs.file, inputs, answers, source._classes)
-        except BaseException:
-            file.close()
-            if source is not None:
-                source.close()
-            raise
+        path, reading, memory_bytes = Path(path), Reading() if reading is None else reading, memory_mib << 20
+        with describing.opened(path, reading, memory_bytes) as (file, cache_bytes):
+            description = describing.describe(path, file, memory_bytes, reading, targets == "required")
+            source = cls(path, file, description, memory_bytes, reading)
+            source._cache_bytes = cache_bytes
+            answers = None if description.targets is None else description.targets.stored.dataset
+            source._declared = declared(path, file, description.inputs.dataset, answers)
         return source
 
     def close(self) -> None:
@@ -98,36 +130,6 @@ class Source:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    @property
-    def samples(self) -> int:
-        """Number of samples."""
-        return self._description.samples
-
-    @property
-    def input_shape(self) -> tuple[int, ...]:
-        """Shape of one sample."""
-        return self._description.input_shape
-
-    @property
-    def classes(self) -> int | None:
-        """Number of classes, or None where the targets are values or missing."""
-        return self._classes
-
-    @property
-    def target_size(self) -> int | None:
-        """Number of values of a target, or None where the targets are classes or missing."""
-        return self._description.target_size
-
-    @property
-    def labels(self) -> tuple[int, ...] | None:
-        """Labels of the original file in the order of the classes, where an importer had to number them."""
-        return self._description.labels
-
-    @property
-    def has_targets(self) -> bool:
-        """Whether the file has targets; otherwise only :meth:`inputs` can be asked for."""
-        return self._description.has_targets
 
     @property
     def resident(self) -> bool:
@@ -150,7 +152,8 @@ class Source:
             If the file cannot be read any more, or a label is not one of the classes.
         """
         targets = self.targets(indices) if self.has_targets else np.zeros(len(indices), np.int32)
-        return Batch(self.inputs(indices), targets)
+        weights = None if self._weighing is None else self._weights_of(indices, targets)
+        return Batch(self.inputs(indices), targets, weights)
 
     def inputs(self, indices: np.ndarray) -> np.ndarray:
         """Return the inputs at `indices` as float32 ``(*features, samples)``, C-contiguous."""
@@ -161,16 +164,16 @@ class Source:
     def _inputs_at(self, indices: np.ndarray) -> np.ndarray:
         """Return inputs from memory or, where they are not there, from the file."""
         if self._inputs is not None:
-            flat = gather(self._inputs, indices, self._scale)
+            flat = gather(self._inputs, indices, self._factor)
         else:
-            rows, places = self._read_rows("inputs", indices)
-            flat = gather(narrow(rows.reshape(len(rows), -1)), places, self._scale)
+            rows, places = self._read_rows(self._stored_inputs, indices)
+            flat = gather(self._narrowed(rows), places, self._factor)
         return flat.reshape(*self.input_shape, len(indices))
 
     def targets(self, indices: np.ndarray) -> np.ndarray:
         """Return the targets at `indices`: int32 ``(samples,)`` or float32 ``(outputs, samples)``, C-contiguous."""
-        if not self.has_targets:
-            raise UserError(f"{self.path}: has no dataset 'targets'")
+        if self._answer is None:
+            raise UserError(f"{self.path}: has no dataset {self.names['targets']!r}")
         if self.resident:
             self.load()
         return self._targets_at(self._checked(indices))
@@ -179,39 +182,52 @@ class Source:
         if self._targets is not None:
             rows, places = self._targets, indices
         else:
-            rows, places = self._read_rows("targets", indices)
-            if self.target_size is None:
-                self._check_labels(rows)
-                rows = rows.astype(np.int32)
+            assert self._answer is not None
+            rows, places = self._read_rows(self._answer.stored, indices)
+            rows = self._answer.decoded(rows)
         if self.target_size is None:
             labels: np.ndarray = rows[places]
             return labels if self._codes is None else self._codes[labels]
-        return gather(narrow(rows), places, np.float32(1))
+        return gather(rows, places, np.float32(1))
 
     def load(self) -> None:
         """Read the file into memory and close it, if it is resident and has not been read yet."""
         if self._inputs is not None or not self.resident:
             return
-        dataset = self._dataset("inputs")
-        stored = np.uint8 if dataset.dtype == np.uint8 else np.float32
-        inputs = np.empty((self.samples, self._description.features), stored)
-        for start, rows in hdf5.blocks(self.path, dataset):
-            inputs[start : start + len(rows)] = narrow(rows.reshape(len(rows), -1))
-        if self.has_targets:
-            targets = self._dataset("targets")
-            if self.target_size is None:
-                labels = np.empty(self.samples, np.int32)
-                for start, rows in hdf5.blocks(self.path, targets):
-                    self._check_labels(rows)
-                    labels[start : start + len(rows)] = rows
-                self._targets = labels
-            else:
-                values = np.empty((self.samples, self.target_size), np.float32)
-                for start, rows in hdf5.blocks(self.path, targets):
-                    values[start : start + len(rows)] = narrow(rows)
-                self._targets = values
+        self._check_open()
+        stored = self._stored_inputs
+        inputs = np.empty((self.samples, self._description.features), np.uint8 if stored.bytes_kept else np.float32)
+        for start, rows in stored.blocks():
+            inputs[start : start + len(rows)] = self._narrowed(rows)
+        if self._answer is not None:
+            kind = np.int32 if self.target_size is None else np.float32
+            targets = np.empty((self.samples, *self._answer.row_shape), kind)
+            for start, rows in self._answer.blocks():
+                targets[start : start + len(rows)] = rows
+            if self._weighing is not None:
+                self._weights = self._weighing.of_slice(slice(0, self.samples), targets)
+            self._targets = targets
         self._inputs = inputs
         self._close_file()
+
+    def answers(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield targets and weights of all samples in blocks: int32 ``(samples,)`` or float32 ``(samples, outputs)``.
+
+        The weights, float32, are 1 where all samples count alike.
+        """
+        if self._targets is not None:
+            weights = np.ones(self.samples, np.float32) if self._weights is None else self._weights
+            for start in range(0, self.samples, ANSWERS_AT_ONCE):
+                part = slice(start, start + ANSWERS_AT_ONCE)
+                yield self._targets[part], weights[part]
+            return
+        self._check_open()
+        assert self._answer is not None
+        for start, targets in self._answer.blocks():
+            weights = np.ones(len(targets), np.float32)
+            if self._weighing is not None:
+                weights = self._weighing.of_slice(slice(start, start + len(targets)), targets)
+            yield targets, weights
 
     def validate(self, full: bool) -> None:
         """Scan the values, a block at a time: all of them, or with ``full=False`` only the first block.
@@ -221,42 +237,43 @@ class Source:
         Raises
         ------
         UserError
-            If inputs or values are NaN or infinite (also as float32), or labels are not classes.
+            If inputs or values are missing, NaN or infinite (also as float32), or labels are not classes.
         """
         file = hdf5.open_file(self.path, self._cache_bytes)
         try:
-            validation.scan_finite(self.path, hdf5.find(self.path, file, "inputs"), full)
-            if not self.has_targets:
-                return
-            targets = hdf5.find(self.path, file, "targets")
-            if self.target_size is None:
-                validation.scan_labels(self.path, targets, self._classes, full)
-            else:
-                validation.scan_finite(self.path, targets, full)
+            with hdf5.damage(self.path, "its structure"):
+                inputs = self._stored_inputs.reopened(file)
+                answer = None if self._answer is None else self._answer.reopened(file)
+            inputs.scan(full)
+            if answer is not None:
+                answer.scan(full)
         finally:
             file.close()
 
     def expect(self, outputs: int, loss: str) -> None:
         """Raise UserError unless a last layer of `outputs` units with this loss fits the targets.
 
-        ``softmax`` needs one output a class; ``logistic`` (one-vs-all) at least that many; ``squared`` one output
-        a value, or one a class, which is then compared with the class as a one-hot vector.
+        ``softmax`` needs one output a class; ``logistic`` (one-vs-all) at least that many, or one a value between 0
+        and 1; ``squared`` one output a value, or one a class, which is then compared with the one-hot vector of the
+        class.
         """
         given = f"the network's last layer has {outputs} outputs"
         if self.target_size is not None:
-            if loss != "squared":
+            if loss not in ("squared", "logistic"):
                 raise UserError(
                     f"{self.path}: the targets are {self.target_size} values a sample, but the loss {loss!r} needs "
-                    f"classes; use the loss 'squared', or integer targets of shape (samples,)"
+                    f"classes; use the loss 'squared', 'logistic' for several labels of 0 and 1 a sample, or integer "
+                    f"targets of shape (samples,)"
                 )
             if outputs != self.target_size:
+                hint = "; for classes store them as integers of shape (samples,)" if self.target_size == 1 else ""
                 raise UserError(
                     f"{self.path}: the targets are {self.target_size} values a sample, but {given}; "
-                    f"set its units to {self.target_size}"
+                    f"set its units to {self.target_size}{hint}"
                 )
         elif self.classes is not None and (outputs < self.classes or (outputs > self.classes and loss != "logistic")):
             more = "at least " if loss == "logistic" else ""
-            hint = "" if outputs < self.classes else ", or set the attribute 'classes' of 'targets'"
+            hint = "" if outputs < self.classes else f", or set the attribute 'classes' of {self.names['targets']!r}"
             raise UserError(
                 f"{self.path}: the targets are {self.classes} classes, but {given}; the loss {loss!r} needs "
                 f"{more}{self.classes}: set its units to {self.classes}{hint}"
@@ -299,13 +316,9 @@ class Source:
         if self.has_targets:
             digest.update(self._targets_at(indices).data)
         finite = inputs[np.isfinite(inputs)]
-        return Meaning(
-            scale=self._description.scale,
-            lowest=float(finite.min(initial=0)),
-            highest=float(finite.max(initial=0)),
-            digest=digest.hexdigest(),
-            **self._declared,
-        )
+        found = {"lowest": float(finite.min(initial=0)), "highest": float(finite.max(initial=0))}
+        said = {"scale": self.scale, "labels": self.labels or (), "digest": digest.hexdigest()}
+        return Meaning.model_validate({**found, **said, **self._declared})
 
     def mean_the_same(
         self, learned: Meaning | None, classes: int, *, learner: str, targets: bool = True
@@ -341,48 +354,38 @@ class Source:
             raise IndexError(f"indices must be one-dimensional and lie in 0 ... {self.samples - 1}")
         return indices
 
-    def _dataset(self, name: str) -> h5py.Dataset:
+    def _check_open(self) -> None:
         if self._file is None:
             raise ValueError(f"{self.path}: the source is closed")
-        return self._file[name]
 
     def _close_file(self) -> None:
         if self._file is not None:
             self._file.close()
             self._file = None
 
-    def _reopen_compressed(self) -> None:
-        """Open a compressed file again with a chunk cache, so that a chunk is not unpacked for every row."""
-        if hdf5.compressed(self._dataset("inputs")):
-            self._cache_bytes = BLOCKS_CACHE if self.resident else self._memory_bytes // 2
-            self._close_file()
-            self._file = hdf5.open_file(self.path, self._cache_bytes)
+    def _narrowed(self, rows: np.ndarray) -> np.ndarray:
+        """Return stored rows of inputs as they are kept in memory, ``(samples, features)``."""
+        return narrow(self._stored_inputs.decoded(rows).reshape(len(rows), -1))
 
-    def _read_rows(self, name: str, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return rows that contain those at `indices`, and where in them each index is."""
-        dataset = self._dataset(name)
+    def _read_rows(self, stored: Stored, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return stored rows that contain those at `indices`, and where in them each index is."""
+        self._check_open()
         wanted, places = np.unique(indices, return_inverse=True)
-        rows = np.empty((len(wanted), *dataset.shape[1:]), dataset.dtype)
+        rows = np.empty((len(wanted), *stored.shape[1:]), stored.kind)
         for start in range(0, len(wanted), ROWS_AT_ONCE):
             part = wanted[start : start + ROWS_AT_ONCE]
-            rows[start : start + len(part)] = hdf5.read(self.path, dataset, part)
+            rows[start : start + len(part)] = stored.read(part)
         return rows, places
 
-    def _count_classes(self) -> int:
-        """Return the largest label plus one, for a file without the attribute `classes`."""
-        targets = self._dataset("targets")
-        largest = max(int(rows.max()) for _, rows in hdf5.blocks(self.path, targets))
-        if largest > hdf5.LARGEST_LABEL:
-            raise UserError(
-                f"{self.path}: 'targets' holds the label {largest}; expected labels from 0 to the number of classes - 1"
-            )
-        if largest < 0:
-            validation.scan_labels(self.path, targets, None, full=True)
-        return largest + 1
-
-    def _check_labels(self, labels: np.ndarray) -> None:
-        """Raise UserError for labels out of range: kernels use them as an index without looking."""
-        assert self._classes is not None
-        if len(labels) and (int(labels.min()) < 0 or int(labels.max()) >= self._classes):
-            self.validate(full=True)
-            raise UserError(f"{self.path}: 'targets' holds labels outside 0 ... {self._classes - 1}")
+    def _weights_of(self, indices: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        """Return the weights of samples, float32 ``(samples,)``."""
+        assert self._weighing is not None
+        if self._weights is not None or self.resident:
+            self.load()
+            assert self._weights is not None
+            kept: np.ndarray = self._weights[indices]
+            return kept
+        if self._weighing.stored is None:
+            return self._weighing.of(None, targets)
+        rows, places = self._read_rows(self._weighing.stored, self._checked(indices))
+        return self._weighing.of(rows[places], targets)

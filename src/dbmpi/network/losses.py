@@ -24,12 +24,12 @@ class Loss:
     def __init__(self, name: str, targets: Targets) -> None:
         if name == "softmax" and targets == "values":
             raise UserError(
-                "network.loss = 'softmax' needs classes, but the data have values as targets; "
-                "use 'logistic' for values between 0 and 1, or 'squared'"
+                "network.loss = 'softmax' needs classes, but the data have values as targets; use 'logistic' for "
+                "several labels of 0 and 1 a sample, or 'squared' for other values"
             )
         self.name, self.targets = name, targets
 
-    def apply(self, values: np.ndarray, targets: np.ndarray) -> tuple[float, int]:
+    def apply(self, values: np.ndarray, targets: np.ndarray, weights: np.ndarray | None = None) -> tuple[float, int]:
         """Return the sum of the losses and the number of correct samples (-1 for values).
 
         Parameters
@@ -38,17 +38,21 @@ class Loss:
             Outputs of the last layer; becomes the gradient of the mean loss.
         targets : array
             int32 (samples,) of classes, or (outputs, samples) of the dtype of `values`.
+        weights : (samples,) array, optional
+            By which each sample's loss is multiplied, of the dtype of `values`; correct samples are counted as ever.
         """
+        if weights is None:
+            weights = np.ones(values.shape[1], values.dtype)
         if self.targets == "classes":
             by_classes = {
                 "softmax": losses.softmax_cross_entropy,
                 "logistic": losses.logistic_classes,
                 "squared": losses.squared_classes,
             }
-            loss, correct = by_classes[self.name](values, targets)
+            loss, correct = by_classes[self.name](values, targets, weights)
             return float(loss), int(correct)
         by_values = {"logistic": losses.logistic_values, "squared": losses.squared_values}
-        return float(by_values[self.name](values, targets)), -1
+        return float(by_values[self.name](values, targets, weights)), -1
 
     @property
     def predicts(self) -> tuple[str, str]:

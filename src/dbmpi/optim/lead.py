@@ -27,6 +27,7 @@ from dbmpi.errors import RunFailed
 from dbmpi.monitor.progress import Progress
 from dbmpi.monitor.rate import Rate
 from dbmpi.monitor.records import EvaluationReport, Recorder, StalenessHistogram
+from dbmpi.monitor.verdict import Recent
 from dbmpi.objective import Outcome
 from dbmpi.optim.saving import finite, save
 from dbmpi.paramserver.server import Tally
@@ -80,6 +81,8 @@ class Lead:
         What all replicas have taken and learned from in this session, as far as it is applied.
     staleness
         Of all pushes of this session that shard 0 has applied.
+    recent
+        The losses of the last samples learned from.
     """
 
     def __init__(
@@ -123,6 +126,7 @@ class Lead:
         self.steps = 0
         self.samples = 0
         self.staleness = StalenessHistogram()
+        self.recent = Recent(samples_per_epoch)
         self.ended = False
         self.stopped_by = 0
         self.checkpoint: Path | None = None
@@ -185,6 +189,7 @@ class Lead:
         outcome = tally.outcome
         self.steps += tally.steps
         self.samples += outcome.samples
+        self.recent.add(outcome)
         self.staleness.merge(tally.staleness)
         self._rate.add(outcome.samples, seconds)
         if outcome.samples:

@@ -7,6 +7,7 @@ of the shards by commands, which send back nothing but scalars, and has its batc
 
 from __future__ import annotations
 
+import math
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -50,6 +51,8 @@ class Coordinator:
     ----------
     steps, samples
         Portions, and samples behind them, that counted in this session.
+    best
+        The least mean loss of the training samples that an evaluation came to; NaN before the first one.
     test
         The outcome on the held-out samples at the end; None without any, or after a stop.
     """
@@ -82,6 +85,7 @@ class Coordinator:
         self._tested_at = -1
         self._next_test = run.monitor.evaluate_epochs
         self.steps = self.samples = 0
+        self.best = math.nan
         self.test: Outcome | None = None
 
     def run(self) -> None:
@@ -106,6 +110,11 @@ class Coordinator:
         if self.stopped_by or self._tested_at != self.steps:
             self.test = None
         self._evaluator.end()
+
+    @property
+    def iterations(self) -> int:
+        """Iterations finished in this session."""
+        return self._iterations
 
     @property
     def stopped_by(self) -> int:
@@ -178,6 +187,7 @@ class Coordinator:
         outcome = passes.outcome
         self.steps += len(portions)
         self.samples += outcome.samples
+        self.best = min(outcome.mean_loss, self.best)  # NaN is above nothing
         self._recorder.write(
             BatchReport(
                 iteration=self._iterations,

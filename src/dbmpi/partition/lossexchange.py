@@ -31,7 +31,9 @@ class LossExchange:
             self._gradients = group.shelf(fixed=self._units, each=-(-self._units // group.size))
         self._sums = group.shelf(fixed=6)  # three of float64, in elements that may be float32
 
-    def apply(self, loss: Loss, values: np.ndarray, targets: np.ndarray) -> tuple[float, int]:
+    def apply(
+        self, loss: Loss, values: np.ndarray, targets: np.ndarray, weights: np.ndarray | None = None
+    ) -> tuple[float, int]:
         """Return loss and correct samples of all samples, the same on every worker.
 
         `values`, this worker's outputs (units, samples), become its part of the gradient of the mean loss.
@@ -44,7 +46,8 @@ class LossExchange:
         sums = np.zeros(3)
         if len(mine):
             part = np.ascontiguousarray(targets[..., mine.start : mine.stop])
-            value, correct = loss.apply(whole, part)
+            of_part = None if weights is None else np.ascontiguousarray(weights[mine.start : mine.stop])
+            value, correct = loss.apply(whole, part, of_part)
             sums[:] = (value, max(correct, 0), correct < 0)
             # The kernel divides by the samples it sees.
             whole *= whole.dtype.type(len(mine) / samples)

@@ -231,7 +231,7 @@ class Replica(Collective):
         if self._loss is not None:
             flat = values.reshape(-1, values.shape[-1])
             apply = self._loss.apply if self._turned is None else partial(self._turned.apply, self._loss)
-            loss, correct = apply(flat, batch.targets)
+            loss, correct = apply(flat, batch.targets, batch.weights)
         if self._objectives and self._group.size > 1:
             everybody, what = range(self._group.size), "the objectives of the other partitions"
             terms = float(self._group.sum(self._terms, np.array([terms]), everybody, what)[0])
@@ -243,6 +243,10 @@ class Replica(Collective):
         targets, samples, outputs = batch.targets, batch.samples, self._layers[-1].output_shape[0]
         if self._loss is None:
             return batch
+        if batch.weights is not None:
+            if batch.weights.shape != (samples,):
+                raise ValueError(f"weights: given {_description(batch.weights)}, expected ({samples},)")
+            batch = batch._replace(weights=np.ascontiguousarray(batch.weights, self._dtype))
         if self._loss.targets == "values":
             if targets.shape != (outputs, samples):
                 raise ValueError(f"targets: given {_description(targets)}, expected ({outputs}, {samples})")

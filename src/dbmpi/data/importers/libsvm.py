@@ -210,11 +210,11 @@ def _like(like: Path, kind: Literal["classes", "values"]) -> tuple[int, Labels]:
     with Source.open(like, memory_mib=LARGEST_SAMPLE_BYTES >> 20) as source:
         if len(source.input_shape) != 1:
             raise UserError(f"{like}: its samples have shape {source.input_shape}; expected a file made from LIBSVM")
-        if kind == "classes" and source.labels is None:
+        if kind == "classes" and not all(isinstance(label, int) for label in source.labels or ("",)):
             raise UserError(
                 f"{like}: does not say which labels its classes stand for; expected a file made from LIBSVM"
             )
-        codes = {label: code for code, label in enumerate(source.labels or ())}
+        codes = {label: code for code, label in enumerate(source.labels or ()) if isinstance(label, int)}
         return source.input_shape[0], Labels(codes, like)
 
 

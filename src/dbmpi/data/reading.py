@@ -1,0 +1,57 @@
+"""How a data file is to be read: the names of its datasets, and what the user says of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from dbmpi.config import DataSection, NetworkSection
+
+_WANTED: dict[str, Literal["classes", "probabilities", "any"]] = {"softmax": "classes", "logistic": "probabilities"}
+"""Of losses."""
+Label = int | str
+"""What a class is called in the user's own data."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a data file is to be read; by default the format of ``docs/data.md``."""
+
+    inputs: str = "inputs"
+    targets: str = "targets"
+    weights: str | None = None
+    """Name of the dataset with a weight for each sample; None: all samples count alike."""
+    channels: Literal["first", "last"] = "first"
+    """Where in a sample of several axes the channels are; those that come last are moved to the front."""
+    missing: float | None = None
+    """Number to take where an input is missing; None: such files are refused."""
+    wanted: Literal["classes", "probabilities", "any"] = "any"
+    """``classes``: whole floating numbers and one-hot rows are taken for classes, too; ``probabilities``: values must
+    lie between 0 and 1."""
+    labels: tuple[Label, ...] | None = None
+    """Label of each class, of the data that a network has learned from; None: find out."""
+    class_weights: Literal["balanced"] | Sequence[float] | None = None
+    """Weight of each class, or in inverse proportion to its number of samples."""
+
+    @classmethod
+    def of(cls, data: DataSection, network: NetworkSection) -> Reading:
+        """Return how the training data of a run are to be read."""
+        return cls(
+            inputs=data.inputs,
+            targets=data.targets,
+            weights=data.weights,
+            channels=data.channels,
+            missing=data.missing,
+            wanted=_WANTED.get(network.loss, "any"),
+            class_weights=network.class_weights,
+        )
+
+    def held_out(self, classes: int | None, labels: tuple[Label, ...] | None) -> Reading:
+        """Return how data are to be read on which a network is judged or used that has learned from such classes.
+
+        Labels then stand for the classes that were learned.  Weights shape what is learned and are left out.
+        """
+        if labels is None and classes:
+            labels = tuple(range(classes))
+        return replace(self, weights=None, class_weights=None, labels=labels)

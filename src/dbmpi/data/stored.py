@@ -1,0 +1,198 @@
+"""A dataset as rows, one a sample, whatever the order of its axes in the file and whatever its numbers stand for."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from dbmpi.data import hdf5
+from dbmpi.data.conventions import Meaning
+from dbmpi.data.gather import narrow
+from dbmpi.errors import UserError
+
+_TEXT_BYTES = 256 << 20
+"""Texts of any length are read so few at a time that they take no more than this, were each as long as the file."""
+_FEWEST_TEXTS = 16
+
+
+class Stored:
+    """Rows of a dataset.
+
+    Parameters
+    ----------
+    dataset
+        Lies in the file itself.
+    name
+        As the user calls it.
+    meaning
+        What its numbers stand for.
+    channels_last
+        Whether the last axis of a row is to become its first.
+    replacement
+        Value of what is missing; NaN where it is to be an error.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        dataset: h5py.Dataset,
+        name: str,
+        meaning: Meaning,
+        *,
+        channels_last: bool = False,
+        replacement: float | None = None,
+    ) -> None:
+        self.path, self.dataset, self.name, self.meaning = path, dataset, name, meaning
+        self._replacement = replacement
+        self._shape = tuple(int(length) for length in dataset.shape)
+        self._axis = len(self._shape) - 1 if meaning.reversed_axes else 0
+        self._channels_last = channels_last and dataset.ndim > 2
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape with the sample first."""
+        shape = self._shape[::-1] if self.meaning.reversed_axes else self._shape
+        if self._axis_moved:
+            return (shape[1], shape[0])
+        return (shape[0], shape[-1], *shape[1:-1]) if self._channels_last else shape
+
+    @property
+    def _axis_moved(self) -> bool:
+        """Whether the samples of a matrix are its last axis, for the user too: a row vector."""
+        return self._axis != (len(self._shape) - 1 if self.meaning.reversed_axes else 0)
+
+    @property
+    def kind(self) -> np.dtype[Any]:
+        """Type of the stored numbers."""
+        return self.meaning.kind
+
+    @property
+    def samples(self) -> int:
+        """Number of rows."""
+        return self.shape[0]
+
+    @property
+    def bytes_kept(self) -> bool:
+        """Whether rows are kept as bytes, to be multiplied by the factor when they are used."""
+        return self.kind == np.uint8 and self.meaning.plain
+
+    @property
+    def factor(self) -> float:
+        """What is left to multiply with after :meth:`decoded`."""
+        return self.meaning.scale if self.bytes_kept else 1.0
+
+    def as_column(self) -> None:
+        """Take a matrix of one row for one of one column."""
+        self._axis = 1 - self._axis
+
+    def reopened(self, file: h5py.File) -> Stored:
+        """Return the same dataset of the same file, opened again."""
+        again = copy.copy(self)
+        again.dataset = file[self.dataset.name]
+        return again
+
+    def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield ``(first sample, stored rows)`` over the whole dataset, about hdf5.BLOCK_BYTES at a time."""
+        rows = self._rows_at_once()
+        chunk = self.dataset.chunks[self._axis] if self.dataset.chunks else 0
+        if chunk and rows > chunk:
+            rows -= rows % chunk
+        for start in range(0, self.samples, rows):
+            yield start, self.read(slice(start, start + rows))
+
+    def read(self, rows: slice | np.ndarray) -> np.ndarray:
+        """Return stored rows: a range, or some in increasing order."""
+        values = hdf5.read(self.path, self.dataset, (*(slice(None),) * self._axis, rows))
+        if values.dtype != self.kind and self.kind.kind in "iufb":
+            # Another byte order, bits that are truth values, or integers whose sign is said elsewhere.
+            values = np.ascontiguousarray(values.astype(values.dtype.newbyteorder("="), copy=False)).view(self.kind)
+        if self._axis_moved:
+            return values.T if self._axis else values
+        if self.meaning.reversed_axes:
+            values = values.T
+        return np.moveaxis(values, -1, 1) if self._channels_last else values
+
+    def missing(self, rows: np.ndarray) -> np.ndarray | None:
+        """Return where in stored rows there is no value; None where nothing is missing for sure."""
+        meaning = self.meaning
+        if meaning.plain and self._replacement is None:
+            return None
+        wrong = np.zeros(rows.shape, bool)
+        for mark in meaning.missing:
+            wrong |= rows == mark
+        if rows.dtype.kind == "f" and (self._replacement is not None or any(map(math.isnan, meaning.missing))):
+            wrong |= np.isnan(rows)
+        if meaning.least is not None:
+            wrong |= rows < meaning.least
+        if meaning.most is not None:
+            wrong |= rows > meaning.most
+        return wrong
+
+    def decoded(self, rows: np.ndarray) -> np.ndarray:
+        """Return values of stored rows: bytes that are kept as such, else float32 with the factor applied.
+
+        What is missing is NaN, or what was given in its place.
+        """
+        if self.bytes_kept:
+            return rows
+        meaning, values = self.meaning, rows
+        wrong = self.missing(rows)
+        if meaning.scale != 1 or meaning.offset != 0:
+            values = rows * np.float64(meaning.scale) + meaning.offset
+        values = narrow(values.astype(np.float32) if values.dtype.kind in "iub" else values)
+        if wrong is not None and wrong.any():
+            values = values.copy() if values is rows else values
+            values[wrong] = np.nan if self._replacement is None else self._replacement
+        return values
+
+    def scan(self, full: bool) -> None:
+        """Raise UserError where a value is missing, NaN, infinite or too large for float32; see ``validate``."""
+        bad = absent = 0
+        first, why = -1, ""
+        for start, rows in self.blocks():
+            wrong = None if self._replacement is not None else self.missing(rows)
+            if wrong is not None and wrong.any():
+                places = np.flatnonzero(wrong.reshape(len(rows), -1).any(axis=1))
+                if not absent:
+                    first, where = start + int(places[0]), np.argwhere(wrong[places[0]])[0].tolist()
+                    why = f"value {where} of sample {first} is missing: it is {rows[places[0]][tuple(where)]}"
+                absent += len(places)
+            elif not absent:
+                places = hdf5.not_finite(self.decoded(rows))
+                if len(places) and not bad:
+                    first = start + int(places[0])
+                bad += len(places)
+            if not full:
+                break
+        if absent:
+            raise UserError(
+                f"{self.path}: dataset {self.name!r}: {why}, which {self._marks()}; {absent} of {self.samples} samples "
+                f"lack values; leave them out, or set data.missing to the number to take instead, e.g. 0.0"
+            )
+        if bad:
+            raise UserError(
+                f"{self.path}: dataset {self.name!r}: sample {first} holds NaN, infinity or a number too large for "
+                f"float32; {bad} of {self.samples} samples do; expected finite numbers (data.missing is taken instead "
+                f"of NaN, if it is set)"
+            )
+
+    def _marks(self) -> str:
+        meaning, said = self.meaning, []
+        if meaning.missing:
+            said.append(f"marks gaps ({', '.join(f'{mark:g}' for mark in meaning.missing[:4])})")
+        if meaning.least is not None or meaning.most is not None:
+            said.append(f"is outside of the valid range {meaning.least} ... {meaning.most}")
+        return " or ".join(said)
+
+    def _rows_at_once(self) -> int:
+        features = max(1, math.prod(self.shape[1:]))
+        if self.kind.hasobject:
+            file_bytes = max(1, self.path.stat().st_size)
+            return max(_FEWEST_TEXTS, min(1 << 16, _TEXT_BYTES // file_bytes) // features)
+        return max(1, hdf5.BLOCK_BYTES // (features * self.kind.itemsize))

@@ -1,0 +1,329 @@
+"""What a network is to answer: classes or values, from a dataset as users and tools write it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import h5py
+import numpy as np
+
+from dbmpi.data import hdf5, numbering
+from dbmpi.data.numbering import MOST_LABELS, Numbering
+from dbmpi.data.reading import Label, Reading
+from dbmpi.data.stored import Stored
+from dbmpi.errors import UserError
+
+_EXPECTED = (
+    "integers (samples,) or text for classes, or numbers (samples, outputs) for values, or for the loss 'softmax' "
+    "one-hot rows"
+)
+
+
+class Targets:
+    """The dataset of the targets, with what its rows stand for.
+
+    Parameters
+    ----------
+    stored
+        The dataset.
+    reading
+        What is wanted.
+    samples
+        How many there must be.
+
+    Raises
+    ------
+    UserError
+        If it cannot be taken for classes or values.
+    """
+
+    classes: int | None = None
+    """Number of classes; None for values."""
+    size: int | None = None
+    """Number of values of a sample; None for classes."""
+    labels: tuple[Label, ...] | None = None
+    """Label of each class, where they are not just their numbers."""
+    note: str = ""
+    """What was taken for what, where that is not plain."""
+
+    def __init__(self, stored: Stored, reading: Reading, samples: int) -> None:
+        self.stored, self._reading = stored, reading
+        self._numbering: Numbering | None = None
+        self._one_hot = False
+        self._text = _text(stored.dataset)
+        self._shaped(samples)
+        given = _given_classes(stored)
+        written = _labels(stored, given)
+        if self.size is not None:
+            return
+        if self._one_hot:
+            self.classes = stored.shape[1]
+            self.note = f"{stored.name!r} holds one-hot rows: they are taken for {self.classes} classes"
+        elif self._text:
+            self._number([*self._distinct()])
+        elif (names := h5py.check_enum_dtype(stored.dataset.dtype)) and stored.kind != np.bool_:
+            self._enumerated(names)
+        elif given is not None:
+            self.classes, self.labels = given, written
+        else:
+            self._count()
+
+    def reopened(self, file: h5py.File) -> Targets:
+        """Return the same of the same file, opened again."""
+        again = copy.copy(self)
+        again.stored = self.stored.reopened(file)
+        return again
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """Shape of one decoded target."""
+        return () if self.size is None else (self.size,)
+
+    def decoded(self, rows: np.ndarray) -> np.ndarray:
+        """Return classes, int32 ``(samples,)``, or values, float32 ``(samples, size)``, of stored rows.
+
+        Raises
+        ------
+        UserError
+            If a row is no class: kernels use classes as an index without looking.
+        """
+        if self.size is not None:
+            values = self.stored.decoded(rows).reshape(len(rows), -1)
+            return values.astype(np.float32, copy=False) * np.float32(self.stored.factor)
+        codes, wrong = self._codes(rows)
+        if len(wrong):
+            self.scan(full=True)
+            raise UserError(f"{self.stored.path}: {self.stored.name!r} holds labels outside 0 ... {self.classes}")
+        return codes
+
+    def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield ``(first sample, decoded rows)`` over all samples."""
+        for start, rows in self.stored.blocks():
+            yield start, self.decoded(rows)
+
+    def scan(self, full: bool) -> None:
+        """Raise UserError where a target is missing, no class, or not finite."""
+        if self.size is not None:
+            self.stored.scan(full)
+            if self._reading.wanted == "probabilities":
+                self._scan_probabilities(full)
+            return
+        bad, first, label = 0, -1, ""
+        for start, rows in self.stored.blocks():
+            _, wrong = self._codes(rows)
+            if len(wrong) and not bad:
+                first, label = start + int(wrong[0]), _shown(rows[wrong[0]])
+            bad += len(wrong)
+            if not full:
+                break
+        if bad:
+            if self._one_hot:
+                expected = "one 1 and otherwise 0; for several labels a sample use the loss 'logistic'"
+            elif self.labels is not None and self._numbering is not None:
+                expected = f"one of the labels {numbering.some(self.labels)}"
+            else:
+                expected = f"whole numbers from 0 to {self.classes and self.classes - 1}"
+            raise UserError(
+                f"{self.stored.path}: dataset {self.stored.name!r}: label {label} of sample {first} is not a class; "
+                f"{bad} of {self.stored.samples} labels are not; expected {expected}"
+            )
+
+    def _scan_probabilities(self, full: bool) -> None:
+        for start, rows in self.blocks():
+            wrong = np.flatnonzero(((rows < 0) | (rows > 1)).any(axis=1))
+            if len(wrong):
+                raise UserError(
+                    f"{self.stored.path}: dataset {self.stored.name!r}: sample {start + int(wrong[0])} holds "
+                    f"{_shown(rows[wrong[0]])}, but the loss 'logistic' takes values between 0 and 1; for classes "
+                    f"store integers (samples,), and for other values use the loss 'squared'"
+                )
+            if not full:
+                return
+
+    # What the dataset is
+
+    def _shaped(self, samples: int) -> None:
+        """Find out what is meant from type and shape."""
+        stored = self.stored
+        if stored.dataset.ndim == 2 and stored.shape[0] == 1 != samples == stored.shape[1]:
+            stored.as_column()
+        kind, shape = stored.kind, stored.shape
+        numbers, column = kind.kind in "iufb", len(shape) == 1 or shape[1:] == (1,)
+        if not (numbers or self._text) or not 1 <= len(shape) <= 2 or (self._text and not column):
+            raise UserError(
+                f"{stored.path}: dataset {stored.name!r} is {stored.dataset.dtype} of shape {shape}; expected "
+                f"{_EXPECTED}"
+            )
+        if shape[1:] == (0,):
+            raise UserError(
+                f"{stored.path}: dataset {stored.name!r} has shape {shape}; expected at least one value a sample"
+            )
+        classes = self._reading.wanted == "classes"
+        if column and (kind.kind in "iub" or self._text or (classes and kind.kind == "f")):
+            return
+        if classes and not column:
+            self._one_hot = True
+        else:
+            self.size = shape[1] if len(shape) == 2 else 1
+
+    def _number(self, labels: list[Any]) -> None:
+        """Give the classes the order of their labels, or that of another file."""
+        given = self._reading.labels
+        self._numbering = Numbering(labels if given is None else given)
+        self.labels, self.classes = self._numbering.labels, len(self._numbering.labels)
+        self.note = f"{self.stored.name!r}: {numbering.note(self.labels)}"
+
+    def _enumerated(self, names: dict[str, int]) -> None:
+        """Take the names of an enumeration for labels."""
+        by_value = {value: name for name, value in sorted(names.items(), key=lambda item: item[1])}
+        given = self._reading.labels
+        labels = list(by_value.values()) if given is None else list(given)
+        self._numbering = Numbering(by_value)
+        known = [labels.index(name) if name in labels else -1 for name in by_value.values()]
+        self._renumbered = np.array([*known, -1], np.int32)
+        self.labels, self.classes = tuple(labels), len(labels)
+        self.note = f"{self.stored.name!r}: {numbering.note(self.labels)}"
+
+    def _count(self) -> None:
+        """Count the classes of integers that no attribute says anything of."""
+        if self.stored.meaning.truth:
+            self.classes = 2
+            return
+        least, most = self._extremes()
+        given = self._reading.labels
+        if given is not None and given != tuple(range(len(given))):
+            self._number([])
+        elif given is not None or least == 0:
+            self.classes = max(most + 1, 1)
+        elif most > hdf5.LARGEST_LABEL:
+            raise UserError(
+                f"{self.stored.path}: {self.stored.name!r} holds the label {most}; expected labels from 0 to the "
+                f"number of classes - 1"
+            )
+        else:
+            distinct = [*self._distinct()]
+            try:
+                labels = numbering.numbered(distinct)
+            except ValueError:
+                self.classes = max(most + 1, 1)
+                return  # the scan will name it
+            assert labels is not None
+            self._number(list(labels))
+        if self.classes is not None and self.classes > hdf5.LARGEST_LABEL + 1:
+            raise UserError(
+                f"{self.stored.path}: {self.stored.name!r} holds the label {most}; expected labels from 0 to the "
+                f"number of classes - 1"
+            )
+
+    def _extremes(self) -> tuple[int, int]:
+        least, most = [], []
+        for start, rows in self.stored.blocks():
+            whole = self._whole(start, rows)
+            least.append(int(whole.min()))
+            most.append(int(whole.max()))
+        return min(least), max(most)
+
+    def _distinct(self) -> list[Any]:
+        """Return all labels that occur, in order."""
+        found: set[Any] = set()
+        for start, rows in self.stored.blocks():
+            labels = self._words(start, rows) if self._text else self._whole(start, rows)
+            found.update(np.unique(labels).tolist())
+            if len(found) > MOST_LABELS:
+                raise UserError(
+                    f"{self.stored.path}: {self.stored.name!r} holds more than {MOST_LABELS} different labels; "
+                    f"expected classes; number them from 0, or store floating numbers (samples, outputs) for values"
+                )
+        return sorted(found)
+
+    # What rows stand for
+
+    def _codes(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the classes of stored rows, and the places of those that are none."""
+        if self._one_hot:
+            flat = rows.reshape(len(rows), -1)
+            wrong = np.flatnonzero(~((flat == 1).sum(axis=1) == 1) | ((flat != 0).sum(axis=1) != 1))
+            return flat.argmax(axis=1).astype(np.int32), wrong
+        labels = self._words(0, rows) if self._text else rows.reshape(-1)
+        if self._numbering is not None:
+            codes = self._numbering.codes(labels)
+            if self.labels != self._numbering.labels:
+                codes = self._renumbered[codes]
+            return codes, np.flatnonzero(codes < 0)
+        wrong = (labels < 0) | (labels >= self.classes) | (labels != np.rint(labels) if labels.dtype.kind == "f" else 0)
+        return labels.astype(np.int32), np.flatnonzero(wrong)
+
+    def _whole(self, start: int, rows: np.ndarray) -> np.ndarray:
+        """Return labels that are numbers as integers."""
+        flat, stored = rows.reshape(-1), self.stored
+        absent = stored.missing(flat)
+        if absent is not None and absent.any():
+            place = int(np.flatnonzero(absent)[0])
+            raise UserError(
+                f"{stored.path}: dataset {stored.name!r}: the label of sample {start + place} is missing: it is "
+                f"{flat[place]}, which marks gaps; leave such samples out"
+            )
+        if flat.dtype.kind != "f":
+            return flat
+        with np.errstate(invalid="ignore"):
+            wrong = np.flatnonzero(~((flat == np.rint(flat)) & (np.abs(flat) < 2.0**53)))
+        if len(wrong):
+            raise UserError(
+                f"{stored.path}: dataset {stored.name!r}: label {flat[wrong[0]]} of sample {start + int(wrong[0])} is "
+                f"not a class; expected whole numbers; for values use the loss 'squared', or 'logistic' for values "
+                f"between 0 and 1"
+            )
+        return flat.astype(np.int64)
+
+    def _words(self, start: int, rows: np.ndarray) -> np.ndarray:
+        """Return labels that are text, without spaces around them."""
+        distinct, where = np.unique(rows.reshape(-1), return_inverse=True)
+        words = []
+        for word in distinct.tolist():
+            text = word.decode("utf-8", "replace") if isinstance(word, bytes) else str(word)
+            words.append(text.strip("\0 \t\r\n"))
+        if "" in words:
+            place = int(np.flatnonzero(where == words.index(""))[0])
+            raise UserError(
+                f"{self.stored.path}: dataset {self.stored.name!r}: sample {start + place} has an empty label; leave "
+                f"such samples out"
+            )
+        found = np.empty(len(words), object)
+        found[:] = words
+        return found[where.reshape(-1)]
+
+
+def _text(dataset: h5py.Dataset) -> bool:
+    return h5py.check_string_dtype(dataset.dtype) is not None
+
+
+def _given_classes(stored: Stored) -> int | None:
+    """Return the attribute `classes`."""
+    if "classes" not in stored.dataset.attrs:
+        return None
+    classes = hdf5.number(stored.path, stored.dataset, "classes", 0)
+    if not (classes == int(classes) and 1 <= classes <= hdf5.LARGEST_LABEL + 1):
+        raise UserError(
+            f"{stored.path}: attribute 'classes' of {stored.name!r} is {classes}; expected a whole number above 0"
+        )
+    return int(classes)
+
+
+def _labels(stored: Stored, classes: int | None) -> tuple[Label, ...] | None:
+    """Return the attribute `labels` that an importer wrote, or None."""
+    value = hdf5.attribute(stored.path, stored.dataset, "labels")
+    array = np.asarray(value)
+    if value is None or classes is None or array.dtype.kind not in "iuS" or array.shape != (classes,):
+        return None
+    if array.dtype.kind == "S":
+        return tuple(label.decode("utf-8", "replace") for label in array.tolist())
+    return tuple(array.tolist())
+
+
+def _shown(row: Any) -> str:
+    text = row.tolist() if isinstance(row, np.ndarray | np.generic) else row
+    if isinstance(text, list) and len(text) == 1:
+        text = text[0]
+    return repr(text.decode("utf-8", "replace")) if isinstance(text, bytes) else str(text)[:60]

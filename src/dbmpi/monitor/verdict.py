@@ -1,0 +1,85 @@
+"""Whether what a run came to makes sense: a loss that is no better than guessing, or beyond all reason."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+
+from dbmpi.objective import Outcome
+
+_FEWEST_STEPS = 100
+"""A run of fewer steps may just have begun to learn."""
+_FEWEST_EPOCHS = 1.0
+_NO_BETTER = 0.99
+"""Share of the loss of guessing above which a loss is as good as that."""
+_ABSURD = 100.0
+"""Multiple of the loss of guessing that no network that learns stays at."""
+_BEYOND_REASON = 1e6
+"""The same after however few steps."""
+_PARTS = 10
+
+
+class Recent:
+    """The mean loss of the training samples of about the last epoch.
+
+    Parameters
+    ----------
+    samples
+        Of an epoch.
+    """
+
+    def __init__(self, samples: int) -> None:
+        self._part_samples = max(1, samples // _PARTS)
+        self._parts: deque[Outcome] = deque(maxlen=_PARTS)
+
+    def add(self, outcome: Outcome) -> None:
+        """Count samples that were learned from."""
+        if self._parts and self._parts[-1].samples < self._part_samples:
+            outcome = self._parts.pop().plus(outcome)
+        if outcome.samples:
+            self._parts.append(outcome)
+
+    @property
+    def mean_loss(self) -> float:
+        """NaN where nothing was learned."""
+        samples = sum(part.samples for part in self._parts)
+        return sum(part.loss for part in self._parts) / samples if samples else math.nan
+
+
+def warning(guessing: float, loss: float, test: Outcome | None, *, steps: int, epochs: float, remedy: str) -> str:
+    """Return what is to be said of the losses that a run ended with; empty where they make sense.
+
+    Parameters
+    ----------
+    guessing
+        Mean loss of the best answer that is always the same; NaN where it is not known.
+    loss
+        Mean loss of training samples at the end of the run; NaN where it is not known.
+    test
+        Outcome on held-out samples.
+    steps, epochs
+        That were learned.
+    remedy
+        What may help with the optimizer, e.g. ``"another optimizer.learning_rate"``.
+    """
+    if not guessing > 1e-12:
+        return ""
+    long = steps >= _FEWEST_STEPS and epochs >= _FEWEST_EPOCHS
+    same = f"that of always giving the same answer ({guessing:.4g})"
+    look = f"try {remedy}, and inputs and targets of a size of about 1"
+    if loss > _BEYOND_REASON * guessing or (long and loss > _ABSURD * guessing):
+        return (
+            f"the loss at the end, {loss:.4g}, is far above {same}: nothing useful was learned; look for extreme "
+            f"values in the data, e.g. marks of missing ones, and {look}"
+        )
+    if test is not None and test.samples and test.mean_loss > _ABSURD * max(guessing, loss):
+        return (
+            f"the test loss, {test.mean_loss:.4g}, is far above {same} and above the training loss ({loss:.4g}): are "
+            f"the test data scaled and ordered as the training data are?"
+        )
+    if long and loss > _NO_BETTER * guessing:
+        return (
+            f"the loss at the end, {loss:.4g}, is no better than {same}: {look}; and look whether inputs and targets "
+            f"belong together, sample by sample"
+        )
+    return ""
