@@ -35,9 +35,8 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'dbmpi' has no attribute {name!r}")
     home = _HOMES[name]
-    if home in ("dbmpi.train", "dbmpi.optim.minimize"):  # which load MPI
+    if home in ("dbmpi.train", "dbmpi.optim.minimize"):  # which load MPI and NumPy, with no command to prepare them
         import_module("dbmpi.runtime.installation").prepare()
-    if home == "dbmpi.optim.minimize":  # there is no command that would have done it
         import_module("dbmpi.runtime.environment").prepare()
     # It stays here under its name: the import has just made `train` the module.
     globals()[name] = getattr(import_module(home), name)
