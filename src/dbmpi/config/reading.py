@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,36 @@ from dbmpi.config.sections import Run
 from dbmpi.errors import UserError
 
 
-def load(path: Path | str, overrides: tuple[str, ...] = ()) -> Run:
-    """Read a run from a TOML file and apply ``section.key=value`` overrides.
+def load(path: Path | str, overrides: Sequence[str] = ()) -> Run:
+    """Read the description of a run from a TOML file.
 
-    Relative paths of the ``[data]`` section, and that of `network.code`, are taken from the directory of the file, so
-    that a configuration, its data and its layers can be moved together; the run directory is relative to the current
+    Relative paths in ``[data]`` and ``network.code`` are resolved against the directory of the file, so that a
+    configuration, its data and its layers can be moved together.  ``run.directory`` stays relative to the current
     directory.
+
+    Parameters
+    ----------
+    path : path-like
+        The TOML file.
+    overrides : sequence of str, optional
+        Settings that replace those of the file, each as ``"section.key=value"`` with a TOML value.
+
+    Returns
+    -------
+    Run
+        The validated description, with all defaults filled in.
 
     Raises
     ------
     UserError
         If the file cannot be read, is not TOML, or does not describe a run.
+
+    Examples
+    --------
+    >>> import dbmpi
+    >>> run = dbmpi.load("examples/digits.toml", ["optimizer.epochs=5"])
+    >>> run.optimizer.epochs
+    5.0
     """
     path = Path(path)
     try:

@@ -257,18 +257,32 @@ class MonitorSection(Section):
 
 
 class Run(Section):
-    """The whole description of a run."""
+    """The complete description of a run: immutable, and validated when it is made.
+
+    Each argument is a section of the same name as in a TOML file; `data` and `network` are required.  A mistake raises
+    pydantic's ``ValidationError``, a ValueError.
+    """
 
     run: RunSection = RunSection()
+    """Directory of the run, and its seed."""
     data: DataSection
+    """Files with the training and test samples."""
     network: NetworkSection
+    """Layers and loss."""
     topology: TopologySection = TopologySection()
+    """How many ranks are shards, replicas, and partitions of a replica."""
     placement: PlacementSection = PlacementSection()
+    """How layers are cut over the partitions."""
     optimizer: OptimizerSection = OptimizerSection()
+    """Downpour or Sandblaster, and settings of both."""
     sandblaster: SandblasterSection = SandblasterSection()
+    """Settings of the batch methods."""
     server: ServerSection = ServerSection()
+    """How gradients and parameters travel between workers and shards."""
     checkpoint: CheckpointSection = CheckpointSection()
+    """When checkpoints are written, and whether the run resumes from one."""
     monitor: MonitorSection = MonitorSection()
+    """What is reported during the run."""
 
     @model_validator(mode="after")
     def _steps_fit_the_server(self) -> Run:

@@ -58,19 +58,21 @@ _EVERY = 2.0
 
 
 class Minimum(NamedTuple):
-    """How a minimisation ended; the same on every rank, but for `x` where each has a part of its own."""
+    """The result of :func:`dbmpi.minimize`; the same on every rank, except for `x` with ``parameters="cut"``."""
 
     x: np.ndarray
-    """The point that was found: whole, or this rank's part, as `parameters` says."""
+    """The solution, of the shape of the start: all parameters, or this rank's part with ``parameters="cut"``."""
     loss: float
-    """The sum of all ranks' losses there, with the terms of `l1` and `l2`."""
+    """The sum of all ranks' losses at `x`, including the terms of `l1` and `l2`."""
     largest: float
-    """Largest magnitude of the gradient."""
+    """Largest magnitude of the gradient's elements at `x`."""
     iterations: int
+    """Iterations of the method."""
     evaluations: int
     """Calls of the objective on each rank."""
     reason: str
-    """``gradient``, ``loss`` (converged), ``precision``, ``iterations``, ``evaluations``, ``callback``, ``signal``."""
+    """Why it ended: ``gradient`` or ``loss`` (converged), ``precision``, ``iterations``, ``evaluations``, ``callback``
+    or ``signal``."""
 
     @property
     def converged(self) -> bool:
@@ -103,50 +105,69 @@ def minimize(
 ) -> Minimum:
     """Minimise the sum of all ranks' objectives (collective).
 
+    Vectors and the history of L-BFGS are divided among the ranks.  SIGTERM and Ctrl-C end the call after the current
+    iteration, with the point reached so far.
+
     Parameters
     ----------
-    objective
-        ``objective(x) -> (loss, gradient)``: this rank's term of the loss, and its gradient, of the shape of x, which
-        it cannot change.  A loss that is not finite makes the step shorter.
-    x
-        Where to start, of any shape; float32 or float64, in which all vectors are then kept (else float64).
-    comm
-        The ranks that work together; by default all that were started, or this process alone.
-    parameters
-        ``"whole"``: every rank's objective sees all parameters (`x` is the same on all ranks), and gives the gradient
-        of its term by all of them.  ``"cut"``: the parameters lie cut over the ranks as the objective likes; `x` is
-        this rank's part, and the gradient is that of the sum of all terms by these.  The objective then exchanges what
-        it needs by itself.
-    method
+    objective : callable
+        ``objective(x) -> (loss, gradient)``: this rank's term of the loss, a number, and its gradient, an array of the
+        shape of `x`.  `x` is read-only.  If the loss is not finite, a shorter step is tried.
+    x : array_like
+        Where to start, of any shape.  All vectors have its dtype, float32 or float64; other numbers become float64.
+    comm : MPI.Intracomm, optional
+        The ranks to use.  By default all ranks that were started, or this process alone.
+    parameters : {"whole", "cut"}
+        With ``"whole"`` the objective of each rank takes all parameters, `x` is the same on all ranks, and the
+        gradient is that of this rank's term.  With ``"cut"`` each rank has a part of the parameters: `x` is this
+        part, and the gradient is that of the sum of all terms with respect to it.  The objective then exchanges
+        parameters of other ranks itself.
+    method : str or callable
         ``"lbfgs"``, ``"conjugate_gradients"``, ``"gradient_descent"``, or a function
         ``(space, evaluate, *, limits, callback)`` of your own (docs/sandblaster.md).
-    memory
-        L-BFGS: pairs of the history.  They are cut over the ranks.
-    line_search
-        ``"strong_wolfe"`` or ``"backtracking"``.
-    l1, l2
-        Add ``l1 * sum |x|`` (by OWL-QN; L-BFGS only) and ``l2 / 2 * sum x^2`` to the loss, once.
-    gtol, ftol, iterations, evaluations
-        When to stop: :class:`~dbmpi.optim.descent.Limits`.
-    callback
-        Called on every rank after every iteration, with what it came to and the point; who returns True ends it.
-    progress
-        Let rank 0 write a line to standard error every two seconds.
+    memory : int
+        Number of pairs in the history of L-BFGS.
+    line_search : {"strong_wolfe", "backtracking"}
+        How the length of a step is found.
+    l1, l2 : float
+        Add ``l1 * sum |x|`` (OWL-QN; L-BFGS only) and ``l2 / 2 * sum x^2`` to the loss, once, not once per rank.
+    gtol : float
+        Stop when no element of the gradient is larger in magnitude.
+    ftol : float
+        Stop when an iteration decreases the loss by no more than this times the larger of 1 and the loss's magnitude.
+    iterations, evaluations : int
+        Stop after this many iterations; begin none after this many evaluations of the objective.
+    callback : callable, optional
+        ``callback(progress, x)``, called on all ranks after each iteration; if it returns True on any rank, all stop.
+        `progress` has the fields `iteration`, `evaluations`, `loss`, `largest` (of the gradient) and `step`.
+    progress : bool
+        Whether rank 0 writes a line to standard error every two seconds.
 
     Returns
     -------
     Minimum
-        The point, and why it ended.  SIGTERM and Ctrl-C end it after the iteration that is under way.
+        The solution, its loss, and the reason for stopping.
 
     Raises
     ------
     UserError
         On all ranks, for a mistake in the arguments or in what the objective returns.
     RunFailed
-        On all ranks, where the loss is not finite at the start or all along a direction, or the gradient is wrong.
+        On all ranks, if the loss is not finite at the start or all along a direction, or if the gradient is wrong.
     Exception
-        What the objective or the callback raises on a rank, but RunFailed for SystemExit where there are several ranks;
-        the other ranks raise a UserError that tells of it.
+        An exception of the objective or the callback is raised again on its rank, except that SystemExit becomes
+        RunFailed where there are several ranks; the other ranks raise a UserError that names the rank and the cause.
+
+    Examples
+    --------
+    >>> from dbmpi import minimize
+    >>> import numpy as np
+    >>> target = np.array([1.0, 2.0])
+    >>> found = minimize(lambda x: (float(((x - target) ** 2).sum()), 2 * (x - target)), np.zeros(2))
+    >>> found.x
+    array([1., 2.])
+    >>> found.message
+    'the gradient is as small as gtol'
     """
     end_all_on_failure()
     own = guarded.duplicate(_everybody() if comm is None else comm, "all ranks of the communicator to call minimize")
