@@ -148,7 +148,7 @@ def test_a_description_is_frozen(file: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "told"),
     [
-        ({}, "Run: 'data' is missing: a [data] table"),
+        ({}, "Run: 'data' is missing: "),
         (
             {"optimizer": {"learning_rat": 1.0}},
             "Run: unknown key 'optimizer.learning_rat'; did you mean 'learning_rate'?",

@@ -10,7 +10,7 @@ import h5py
 import numpy as np
 import pytest
 from scipy import special
-from unit.checkpoint_files import make_info
+from unit.checkpoint_files import as_version_1, make_info
 
 from dbmpi.checkpoint.directory import checkpoint_path
 from dbmpi.checkpoint.writer import CheckpointWriter
@@ -153,8 +153,9 @@ def test_predict_values(tmp_path, capsys):
 
 
 def spoil(run: Path, value: float, tensor="lower/weights", place=(1, 2)) -> None:
-    """Put a number into the parameters of a checkpoint."""
+    """Put a number into the parameters of a checkpoint that has no checksums."""
     with h5py.File(os.path.realpath(run / "checkpoints" / "latest"), "r+") as file:
+        as_version_1(file)
         file[f"parameters/{tensor}"][place] = value
 
 
@@ -189,6 +190,7 @@ def test_only_the_samples_whose_outputs_are_no_numbers_are_wrong(tmp_path, capsy
         inputs = file["inputs"][()].reshape(SAMPLES, -1)
     tensors["lower/weights"] *= 1000
     with h5py.File(os.path.realpath(tmp_path / "run" / "checkpoints" / "latest"), "r+") as file:
+        as_version_1(file)
         file["parameters/lower/weights"][...] = tensors["lower/weights"]
     outputs = naive(tensors, inputs.astype(np.float64), layers)
     broken = np.abs(outputs.max(axis=1)) > np.finfo(np.float32).max
@@ -272,7 +274,7 @@ def test_wrong_data_is_named(tmp_path, capsys):
     make_data(data, targets=None)
     assert "no dataset 'targets'" in refused(capsys, *evaluate)
     make_data(data, targets="values")
-    assert "trained on 5 classes" in refused(capsys, *evaluate)
+    assert "is not a class" in refused(capsys, *evaluate)
     make_data(data, classes=6)
     assert "has 6 classes" in refused(capsys, *evaluate)
     make_data(data)

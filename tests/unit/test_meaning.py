@@ -135,6 +135,7 @@ def test_a_sample_without_a_class_has_no_label(tmp_path, capsys):
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
         learned(tmp_path, labels)
         with h5py.File(os.path.realpath(tmp_path / "run" / "checkpoints" / "latest"), "r+") as file:
+            checkpoint_files.as_version_1(file)
             file["parameters/dense3/bias"][0] = np.nan
         words = ("predict", tmp_path / "run", "--data", tmp_path / "train.h5", "--out", tmp_path / "out.h5", "--force")
         assert main([str(word) for word in words]) == 1

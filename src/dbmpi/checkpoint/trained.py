@@ -44,7 +44,7 @@ class TrainedNetwork:
         """Return the vector, float32, that is made of runs of the whole parameters; only they are read."""
         out = np.empty(sum(run.length for run in runs), np.float32)
         for run in runs:
-            self.checkpoint.load(PARAMETERS, run.start, out[run.local : run.local + run.length])
+            self.checkpoint.read(PARAMETERS, run.start, out[run.local : run.local + run.length])
         return out
 
     def close(self) -> None:

@@ -312,14 +312,16 @@ def _given_classes(stored: Stored) -> int | None:
 
 
 def _labels(stored: Stored, classes: int | None) -> tuple[Label, ...] | None:
-    """Return the attribute `labels` that an importer wrote, or None."""
+    """Return the attribute `labels`, if it has another label for each class; or None."""
     value = hdf5.attribute(stored.path, stored.dataset, "labels")
     array = np.asarray(value)
-    if value is None or classes is None or array.dtype.kind not in "iuS" or array.shape != (classes,):
+    if value is None or classes is None or array.dtype.kind not in "iuSOU" or array.shape != (classes,):
         return None
-    if array.dtype.kind == "S":
-        return tuple(label.decode("utf-8", "replace") for label in array.tolist())
-    return tuple(array.tolist())
+    labels = [label.decode("utf-8", "replace") if isinstance(label, bytes) else label for label in array.tolist()]
+    kinds = {type(label) for label in labels}
+    if len(set(labels)) < classes or kinds not in ({int}, {str}) or (kinds == {int} and max(labels) >= 2**63):
+        return None
+    return tuple(labels)
 
 
 def _shown(row: Any) -> str:
