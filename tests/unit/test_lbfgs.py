@@ -16,7 +16,7 @@ from dbmpi.optim.batches import Sampling
 from dbmpi.optim.descent import Limits, Line, Progress
 from dbmpi.optim.lbfgs import History, lbfgs, two_loop
 from dbmpi.optim.linesearch import fixed
-from dbmpi.optim.methods import conjugate_gradients, owlqn, with_l2
+from dbmpi.optim.methods import conjugate_gradients, gradient_descent, owlqn, with_l2
 from dbmpi.optim.multibatch import multi_batch_lbfgs
 from dbmpi.optim.resuming import Position, capture, read_state
 
@@ -81,10 +81,26 @@ def test_rosenbrock_beside_scipy(size):
 
 
 def test_iterates_are_those_of_scipy():
-    ours, theirs = [], []
-    space, evaluate, x = local_problem(rosenbrock, [-1.2, 1.0])
-    lbfgs(space, evaluate, callback=lambda progress: ours.append(x.copy()))
-    optimize.minimize(rosenbrock, [-1.2, 1.0], jac=True, method="L-BFGS-B", callback=lambda v: theirs.append(v.copy()))
+    """In the units in which our first step has a length of 1, as theirs has in any."""
+    ours, theirs, tried = [], [], []
+    start = np.array([-1.2, 1.0])
+    limits = Limits(gtol=1e-7, ftol=0)
+
+    def function(x):
+        tried.append(x.copy())
+        return rosenbrock(x)
+
+    space, evaluate, x = local_problem(function, start)
+    lbfgs(space, evaluate, callback=lambda progress: ours.append(x.copy()), limits=limits)
+    unit = np.linalg.norm(tried[1] - tried[0])
+    optimize.minimize(
+        lambda z: (rosenbrock(unit * z)[0], unit * rosenbrock(unit * z)[1]),
+        start / unit,
+        jac=True,
+        method="L-BFGS-B",
+        callback=lambda z: theirs.append(unit * z),
+        options={"gtol": 1e-7 * unit, "ftol": 0},
+    )
     assert len(ours) == len(theirs)
     np.testing.assert_allclose(ours[:20], theirs[:20], rtol=1e-6)
 
@@ -139,8 +155,9 @@ def test_all_bits_are_the_same_for_any_number_of_shards(dtype):
                 shards.space, shards.evaluate(rosenbrock), limits=Limits(0, 0, iterations=25), callback=told.append
             )
             assert max(map(len, shards.commands)) < 4096
-            # One reduction for every evaluation; at the start, two more to learn how large the vectors are.
-            assert shards.reductions <= report.evaluations + 3
+            # One reduction for every evaluation; at the start, two more to learn how large the vectors are, and one for
+            # the first step.
+            assert shards.reductions <= report.evaluations + 4
             results.append((report, told, shards.gather("parameters").tobytes()))
     assert all(result == results[0] for result in results[1:])
 
@@ -258,15 +275,70 @@ def test_losses_that_are_not_finite():
     np.testing.assert_allclose(x, 1, rtol=1e-3)
 
 
-@pytest.mark.parametrize("method", [lbfgs, conjugate_gradients])
-def test_a_loss_without_a_minimum_is_named(method):
-    space, evaluate, x = local_problem(lambda x: (float(-np.exp(x).sum()), -np.exp(x)), np.ones(3))
-    with (
-        np.errstate(over="ignore"),
-        pytest.raises(RunFailed, match=r"has no minimum.*fallen to -\d"),
-    ):
-        method(space, evaluate)
+BOTTOMLESS = {
+    "exponential": lambda x: (float(-np.exp(x).sum()), -np.exp(x)),
+    "exponential from zero": lambda x: (float(-np.expm1(x - 1).sum()), -np.exp(x - 1)),
+    "cubic": lambda x: (float(-(x**3).sum()), -3 * x**2),
+    "linear": lambda x: (float(3 * x.sum()), np.full(3, 3.0)),
+    "saddle": lambda x: (float(x[0] ** 2 - x[1] ** 2), np.array([2 * x[0], -2 * x[1], 0])),
+}
+
+
+@pytest.mark.parametrize("unit", [1e-12, 1.0, 1e12])
+@pytest.mark.parametrize("function", BOTTOMLESS)
+@pytest.mark.parametrize("method", [lbfgs, gradient_descent, conjugate_gradients])
+def test_a_loss_without_a_minimum_is_named(method, function, unit):
+    scaled = lambda x: tuple(unit * part for part in BOTTOMLESS[function](x))  # noqa: E731
+    space, evaluate, x = local_problem(scaled, np.ones(3))
+    with np.errstate(over="ignore", invalid="ignore"):
+        report = method(space, evaluate, limits=Limits(gtol=1e-5 * unit, iterations=200))
+    assert (report.reason, report.converged) == ("unbounded", False)
     assert np.isfinite(x).all()
+
+
+@pytest.mark.parametrize("method", [lbfgs, gradient_descent, conjugate_gradients])
+@pytest.mark.parametrize("distance", [1e6, 1e12])
+def test_a_minimum_that_is_far_away_is_one(method, distance):
+    space, evaluate, x = local_problem(
+        lambda x: (float((x / distance - 1) @ (x / distance - 1)), 2 * (x / distance - 1) / distance), np.ones(3)
+    )
+    assert method(space, evaluate, limits=Limits(gtol=1e-9 / distance, ftol=0)).converged
+    np.testing.assert_allclose(x, distance, rtol=1e-8)
+
+
+@pytest.mark.parametrize("method", [lbfgs, gradient_descent, conjugate_gradients])
+@pytest.mark.parametrize("wall", [1e10, 1e15, 1e20, 1e25, 1e100, 1e300, np.inf, np.nan])
+def test_what_an_objective_says_outside_of_its_domain_is_walked_around(method, wall):
+    function = lambda x: (float(-np.log(x).sum() + x.sum()), 1 - 1 / x) if x.min() > 0 else (wall, 0 * x)  # noqa: E731
+    for first in (1e-3, 30.0):
+        space, evaluate, x = local_problem(function, [first, 2, 0.5])
+        assert method(space, evaluate, limits=Limits(gtol=1e-5, ftol=0)).converged
+        np.testing.assert_allclose(x, 1, rtol=1e-4)
+
+
+def test_a_gradient_that_is_no_number_is_told_from_an_infinite_one():
+    for value, told in ((np.nan, "nan"), (np.inf, "inf")):
+        space, evaluate, _ = local_problem(lambda x, value=value: (1.0, np.array([1, value, 2])), np.ones(3))
+        with pytest.raises(RunFailed, match=f"gradient has elements that are {told}"):
+            lbfgs(space, evaluate)
+
+
+def test_rounding_errors_are_not_taken_for_a_wrong_gradient():
+    """A right gradient, and a loss of which few digits are right: it ends for want of precision."""
+    function, _ = quadratic(12, 20)
+    for digits in (3, 5, 7):
+        for seed in range(10):
+            random = np.random.default_rng(seed)
+            noisy = lambda x: (function(x)[0] * (1 + 10.0**-digits * random.uniform(-1, 1)), function(x)[1])  # noqa: B023, E731
+            space, evaluate, _ = local_problem(noisy, np.zeros(12))
+            assert lbfgs(space, evaluate, limits=Limits(0, 0)).reason == "precision"
+
+
+def test_a_kink_is_not_taken_for_a_wrong_gradient():
+    function = lambda x: (float(np.abs(x).sum()), np.where(x >= 0, 1.0, -1.0))  # noqa: E731
+    for method in (lbfgs, gradient_descent, conjugate_gradients):
+        space, evaluate, _ = local_problem(function, [0.0, 0.0, 0.0])
+        assert method(space, evaluate, limits=Limits(0, 0)).reason == "precision"
 
 
 def test_a_gradient_in_other_units_finds_the_minimum_all_the_same():

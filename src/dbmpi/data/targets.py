@@ -319,7 +319,9 @@ def _labels(stored: Stored, classes: int | None) -> tuple[Label, ...] | None:
         return None
     labels = [label.decode("utf-8", "replace") if isinstance(label, bytes) else label for label in array.tolist()]
     kinds = {type(label) for label in labels}
-    if len(set(labels)) < classes or kinds not in ({int}, {str}) or (kinds == {int} and max(labels) >= 2**63):
+    if len(set(labels)) < classes or kinds not in ({int}, {str}):
+        return None
+    if array.dtype.kind == "u" and array.max() >= 2**63:
         return None
     return tuple(labels)
 

@@ -38,7 +38,7 @@ def combine(target: np.ndarray, coefficients: Sequence[float], sources: Sequence
     Returns
     -------
     float
-        Largest magnitude of the result; infinite where an element is not finite.
+        Largest magnitude of the result; not finite where an element is not.
     """
     if len(sources) == 1:
         largest = _scale(target, coefficients[0], sources[0])
@@ -50,7 +50,7 @@ def combine(target: np.ndarray, coefficients: Sequence[float], sources: Sequence
 
 
 def largest_magnitude(vector: np.ndarray) -> float:
-    """Return the largest magnitude of the elements; infinite where one is not finite."""
+    """Return the largest magnitude of the elements; not a number where one is none."""
     return float(_largest_magnitude(vector).max(initial=0.0))
 
 
@@ -225,5 +225,4 @@ def _magnitude_bits(number: float) -> np.int64:
 
 @kernel
 def _from_bits(bits: np.int64) -> float:
-    number = np.int64(bits).view(np.float64)
-    return number if number <= np.inf else np.inf
+    return np.int64(bits).view(np.float64)

@@ -18,6 +18,7 @@ REASONS: dict[Reason, str] = {
     "gradient": "the gradient is as small as sandblaster.gtol asks",
     "loss": "the loss decreases less than sandblaster.ftol asks",
     "precision": "the loss cannot be decreased any further at its precision",
+    "unbounded": "the loss falls without a bound",
     "iterations": "all iterations are done",
     "evaluations": "all epochs are done",
     "callback": "it was asked to end",

@@ -8,21 +8,22 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
 from dbmpi.errors import RunFailed
-from dbmpi.optim.linesearch import ROUNDING, LineSearch, LineSearchFailed, Trial, disagreement
+from dbmpi.optim.linesearch import FURTHEST, ROUNDING, LineSearch, LineSearchFailed
 from dbmpi.optim.space import Space
+from dbmpi.optim.walking import ORIGIN, POINT, Evaluate, Line, Step, explain, prober, scaled, walk
 
-Evaluate = Callable[[str, str], float]
-"""``evaluate(point, gradient)``: pass over the batch at the vector named `point`, leave the gradient of the mean loss
-in the vector named `gradient`, and return the mean loss."""
+__all__ = ["GRADIENT", "ORIGIN", "OTHER_GRADIENT", "POINT", "Evaluate", "Limits", "Line", "Report", "Step", "descend"]
 
-POINT, ORIGIN = "parameters", "previous parameters"
 GRADIENT, OTHER_GRADIENT = "gradient", "other gradient"
-"""Names of the vectors that every method uses.  The point is always in `POINT`; the two gradients take turns."""
+"""Names of the vectors that every method uses, beside `POINT` and `ORIGIN`; the two gradients take turns."""
 
-UNBOUNDED = 1e100
-"""A loss below minus this counts as one without a bound."""
+UNBOUNDED = 1e30
+"""A loss below minus so many times its size at the start, where the gradient grows, has no bound."""
 
-Reason = Literal["gradient", "loss", "precision", "iterations", "evaluations", "callback"]
+STEEP = 0.5
+"""A slope that is still this fraction of what it was, after the longest of steps, promises no minimum."""
+
+Reason = Literal["gradient", "loss", "precision", "unbounded", "iterations", "evaluations", "callback"]
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,9 @@ class Limits:
     """When to stop; the names and defaults of the first two are those of SciPy's L-BFGS-B."""
 
     gtol: float = 1e-5
-    """Largest magnitude of the gradient at which the point counts as a minimum."""
+    """Largest magnitude of the gradient at which the point counts as a minimum, in the units of the loss and of x."""
     ftol: float = 2.2e-9
-    """Decrease of the loss in an iteration, relative to the loss or to 1, at which the loss counts as minimal."""
+    """Decrease of the loss in an iteration, relative to the loss, at which the loss counts as minimal."""
     iterations: int = 15_000
     """Largest number of iterations."""
     evaluations: int = 15_000
@@ -44,7 +45,7 @@ class Limits:
 
     def little(self, decrease: float, loss: float) -> bool:
         """Return whether the decrease to a loss counts as none; an increase, with a fixed step, does not."""
-        scale = max(abs(loss), abs(loss + decrease), 1.0)
+        scale = max(abs(loss), abs(loss + decrease))
         return -ROUNDING * scale <= decrease <= self.ftol * scale
 
 
@@ -74,7 +75,8 @@ class Report(NamedTuple):
     """How a run ended; the point is in the vector `POINT`."""
 
     reason: Reason
-    """``gradient``, ``loss``: converged; ``precision``: the loss can no longer be decreased at its own precision."""
+    """``gradient``, ``loss``: converged; ``precision``: the loss can no longer be decreased at its own precision;
+    ``unbounded``: it falls without a bound."""
     loss: float
     largest: float
     """Largest magnitude of the gradient."""
@@ -112,32 +114,6 @@ class Batches(Protocol):
     def exhausted(self) -> bool:
         """Hear that the loss of this batch is minimal; return whether there is another one to go on with."""
         ...
-
-
-class Step(NamedTuple):
-    """A step that was tried, and the products that were computed on the way."""
-
-    length: float
-    """Multiple of the direction."""
-    loss: float
-    slope: float
-    """Product of the direction and the new gradient."""
-    direction_square: float
-    gradient_square: float
-    largest: float
-    """Largest magnitude of the new gradient."""
-    products: tuple[float, ...] = ()
-    """The products that the method asked for."""
-
-
-class Line(NamedTuple):
-    """A direction to search along."""
-
-    direction: str
-    slope: float
-    """Product of the direction and the gradient."""
-    first: float
-    """Step to try first."""
 
 
 class Directions(Protocol):
@@ -179,6 +155,25 @@ class Directions(Protocol):
         ...
 
 
+class Depth(NamedTuple):
+    """Where a run began: size of the loss, or of its first promised decrease, and largest magnitude of the gradient."""
+
+    loss: float
+    largest: float
+
+    def bottomless(self, loss: float, largest: float) -> bool:
+        """Return whether a loss has no bound: it has fallen very far, and the gradient has not become smaller."""
+        return largest >= self.largest and loss < -UNBOUNDED * self.loss < 0
+
+
+class TooSteep(RunFailed):
+    """The squares of a gradient are beyond what numbers can hold, although it is finite itself."""
+
+    def __init__(self, largest: float) -> None:
+        super().__init__(f"the gradient has elements up to {largest:g}: minimise a small multiple of the loss")
+        self.largest = largest
+
+
 class Evaluations:
     """Counts evaluations, and refuses a start from where the loss is not finite."""
 
@@ -196,12 +191,14 @@ class Evaluations:
         Raises
         ------
         RunFailed
-            Where one of them is not finite.
+            Where one of them is not finite; `TooSteep` where that is the square alone.
         """
         loss = self(point, gradient)
         square, largest = space.dots([(gradient, gradient)], [gradient]).tolist()
         if not (math.isfinite(loss) and math.isfinite(square)):
-            what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient has elements up to {largest}"
+            if math.isfinite(loss) and math.isfinite(largest):
+                raise TooSteep(largest)
+            what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient has elements that are {largest}"
             raise RunFailed(
                 f"the {what} at the point where the search for a minimum starts: start from other parameters"
             )
@@ -215,7 +212,7 @@ def prepare(space: Space, *names: str) -> None:
             space.create(name)
 
 
-def descend(  # noqa: PLR0912
+def descend(  # noqa: PLR0912, PLR0915
     space: Space,
     evaluate: Evaluate,
     directions: Directions,
@@ -232,7 +229,8 @@ def descend(  # noqa: PLR0912
     Raises
     ------
     RunFailed
-        Where the loss is not finite at the start or anywhere along a direction, or the gradient contradicts the loss.
+        Where the loss is not finite at the start or anywhere along a direction, or the gradient contradicts the loss;
+        the point is then the one where the direction begins.
     """
     limits = limits or Limits()
     prepare(space, ORIGIN, GRADIENT, OTHER_GRADIENT)
@@ -240,18 +238,23 @@ def descend(  # noqa: PLR0912
     gradient, other, iteration = GRADIENT, OTHER_GRADIENT, 0
     decrease = math.nan
     """Of the step just taken; not a number where there was none."""
+    far = 0
+    """Steps in succession that went as far as a search goes, and found no end."""
     if start is None:
         loss, square, largest = counted.start(space, POINT, gradient)
         directions.measure(gradient, square)
     else:
         gradient, loss, square, largest, decrease, iteration = start
         other = OTHER_GRADIENT if gradient == GRADIENT else GRADIENT
+    begun, gain = Depth(abs(loss), largest), decrease
 
     def report(reason: Reason) -> Report:
+        if reason in ("loss", "precision") and begun.bottomless(loss, largest):
+            reason = "unbounded"
         return Report(reason, loss, largest, iteration, counted.count)
 
     while True:
-        little = limits.little(decrease, loss)
+        little = limits.little(decrease, loss) and not far
         stepped, decrease = not math.isnan(decrease), math.nan
         other_batch = batches is not None and stepped and batches.proceed()
         if not other_batch and (little or limits.flat(largest, square)):
@@ -271,6 +274,7 @@ def descend(  # noqa: PLR0912
         if not line.slope < 0 and not directions.fresh:
             directions.forget()
             line = directions.choose(gradient)
+        line = scaled(space, line, loss, gain)
 
         def pairs(before: str = gradient, after: str = other) -> list[tuple[str, str]]:
             return directions.products(after, after, before)
@@ -278,7 +282,8 @@ def descend(  # noqa: PLR0912
         try:
             step = walk(space, counted, search, line, other, loss, pairs)
         except LineSearchFailed as failure:
-            explain(failure, directions.fresh)
+            if directions.fresh and not begun.bottomless(loss, largest):
+                explain(failure, prober(space, counted, line.direction, other))
             if not directions.fresh:
                 directions.forget()
             elif batches is None or not batches.exhausted():
@@ -289,104 +294,14 @@ def descend(  # noqa: PLR0912
             continue
         iteration += 1
         gradient, other = other, gradient
+        assert line.first is not None
+        far = far + 1 if step.length >= FURTHEST * line.first and step.slope <= STEEP * line.slope else 0
         decrease, loss, square, largest = loss - step.loss, step.loss, step.gradient_square, step.largest
+        gain = decrease if decrease > 0 else gain
+        begun = begun if begun.loss else begun._replace(loss=-line.slope * line.first)
         directions.learn(step, gradient)
         told = Progress(iteration, counted.count, loss, largest, step.length, square, gradient, decrease)
         if callback is not None and callback(told):
             return report("callback")
-
-
-def first_step(square: float, last: tuple[float, float] | None = None) -> float:
-    """Return the first step to try along a direction that has no scale of its own.
-
-    At first one of length 1, as L-BFGS-B takes it; later the one that promises the same decrease as the last
-    step did: Nocedal and Wright, equation 3.60.
-
-    Parameters
-    ----------
-    square
-        Square of the gradient; along a direction other than steepest descent, minus the slope.
-    last
-        Length of the last step, and slope where it began.
-    """
-    if last is None:
-        return 1 / math.sqrt(square)
-    length, slope = last
-    return length * -slope / square
-
-
-def walk(
-    space: Space,
-    evaluate: Evaluate,
-    search: LineSearch,
-    line: Line,
-    after: str,
-    loss: float,
-    pairs: Callable[[], list[tuple[str, str]]],
-) -> Step:
-    """Search along a line from `POINT`; the gradient at the new point goes to `after`.
-
-    Where no step is found, the point is as before, and LineSearchFailed is raised.
-
-    Parameters
-    ----------
-    pairs
-        Names the products that a trial is to be measured by, beside those of the search.
-    """
-
-    def there(length: float) -> Step:
-        value = evaluate(POINT, after)
-        if not math.isfinite(value):
-            return Step(length, value, math.nan, math.nan, math.nan, math.nan)
-        own = [(after, line.direction), (line.direction, line.direction), (after, after)]
-        slope, direction_square, square, *products, largest = space.dots(own + pairs(), [after]).tolist()
-        if not math.isfinite(square):  # a gradient that the next direction cannot be made of
-            slope = math.nan
-        return Step(length, value, slope, direction_square, square, largest, tuple(products))
-
-    trials = search(loss, line.slope, line.first)
-    length = next(trials)
-    space.advance(POINT, ORIGIN, length, line.direction)
-    try:
-        while True:
-            step = there(length)
-            length = trials.send((step.loss, step.slope))
-            space.combine(POINT, [(1.0, ORIGIN), (length, line.direction)])
-    except StopIteration as end:
-        accepted: Trial = end.value
-    except LineSearchFailed:
-        space.copy(ORIGIN, POINT)
-        raise
-    if accepted.step != step.length:  # an earlier trial was the best one
-        space.combine(POINT, [(1.0, ORIGIN), (accepted.step, line.direction)])
-        step = there(accepted.step)
-    return step
-
-
-def explain(failure: LineSearchFailed, fresh: bool) -> None:
-    """Raise a RunFailed where a failed search has a cause that another direction would not cure.
-
-    Parameters
-    ----------
-    failure
-        What the search raised.
-    fresh
-        Whether the direction was that of steepest descent.
-    """
-    doubt = disagreement(failure.trials)
-    if doubt is not None:
-        raise RunFailed(
-            f"the line search failed: {failure}.  The likely cause is a wrong gradient: {doubt}.  Compare the "
-            "objective's gradient with finite differences, and see whether it gives the same loss twice at one point."
-        ) from failure
-    lowest = min((trial.loss for trial in failure.trials if trial.loss < -UNBOUNDED), default=0.0)
-    if lowest:
-        raise RunFailed(
-            f"the loss has no minimum, as it seems: it has fallen to {lowest:g}.  Look for a term with the wrong "
-            "sign, or add an L2 term that keeps the parameters small."
-        ) from failure
-    if fresh and not any(trial.finite for trial in failure.trials[1:]):
-        raise RunFailed(
-            f"the line search failed: {failure}, although the loss is {failure.trials[0].loss:g} where it starts.  The "
-            "parameters are as they were there; look for values out of range in the data or the objective."
-        ) from failure
+        if far == 2:
+            return report("unbounded")

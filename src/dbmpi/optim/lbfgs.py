@@ -18,12 +18,12 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from dbmpi.optim.descent import Batches, Callback, Evaluate, Limits, Line, Report, Start, Step, descend, first_step
+from dbmpi.optim.descent import Batches, Callback, Evaluate, Limits, Line, Report, Start, Step, descend
 from dbmpi.optim.linesearch import LineSearch, strong_wolfe
 from dbmpi.optim.space import Space
 
-PERPENDICULAR = 1e-10
-"""Cosine of the angle between s and y below which a pair is rounding error."""
+CAUTION = 1e-10
+"""Cosine of the angle between s and y below which the curvature of a pair is rounding error, or noise."""
 LOST_DIGITS = 1e-6
 """A slope that is this small beside the terms of its sum is computed anew."""
 
@@ -33,7 +33,7 @@ def lbfgs(
     evaluate: Evaluate,
     *,
     memory: int = 10,
-    caution: float = 1e-10,
+    caution: float = CAUTION,
     history_dtype: str | None = None,
     search: LineSearch = strong_wolfe,
     limits: Limits | None = None,
@@ -51,7 +51,8 @@ def lbfgs(
     memory
         Pairs of the history; 0 makes it gradient descent.
     caution
-        A pair is learned only if ``y.s >= caution |s|^2`` (Berahas, Nocedal, Takac 2016).
+        A pair is learned only if ``y.s > caution |s| |y|``.  (Berahas, Nocedal, Takac 2016, ask for
+        ``y.s >= caution |s|^2``, which depends on the units of the loss and of x.)
     history_dtype
         "float32" to keep the history in half the memory of float64 vectors.
     search
@@ -117,12 +118,12 @@ class History:
     memory
         Largest number of pairs.
     caution
-        A pair is learned only if ``y.s >= caution |s|^2``.
+        A pair is learned only if ``y.s > caution |s| |y|``.
     dtype
         "float32" or "float64" of the vectors, or None for that of the space.
     """
 
-    def __init__(self, space: Space, memory: int = 10, caution: float = 0.0, dtype: str | None = None) -> None:
+    def __init__(self, space: Space, memory: int = 10, caution: float = CAUTION, dtype: str | None = None) -> None:
         if memory < 0:
             raise ValueError(f"the history has {memory} pairs: give 0 or more")
         self._space, self.memory, self.caution = space, memory, caution
@@ -138,7 +139,6 @@ class History:
         self._square = 0.0
         self._slope = 0.0
         self._candidate: list[int] = []
-        self._last: tuple[float, float] | None = None
 
     @property
     def fresh(self) -> bool:
@@ -153,7 +153,6 @@ class History:
     def forget(self) -> None:
         """Unlearn all pairs."""
         self._slots.clear()
-        self._last = None
 
     def state(self) -> dict[str, np.ndarray]:
         """Return the numbers that are to be saved with the vectors of `pairs`."""
@@ -165,7 +164,7 @@ class History:
             "sg": self._sg.copy(),
             "yg": self._yg.copy(),
             "scalars": scalars,
-            "last": np.array(self._last or ()),
+            "last": np.zeros(0),  # of earlier versions
         }
 
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
@@ -176,9 +175,8 @@ class History:
         ValueError
             If it is no state of a history with as many pairs.
         """
-        check_history(self.memory, state)
-        slots, sy, yy, sg, yg, scalars, last = (np.array(state[name]) for name in _ARRAYS)
-        self._slots, self._last = [int(slot) for slot in slots], (last[0], last[1]) if len(last) else None
+        self._slots = check_history(self.memory, state)
+        sy, yy, sg, yg, scalars = (np.array(state[name]) for name in _ARRAYS[1:-1])
         self._sy[:], self._yy[:], self._sg[:], self._yg[:] = sy, yy, sg, yg
         self._square, self._slope = scalars.tolist()
 
@@ -196,7 +194,7 @@ class History:
         if not self._slots:
             self._space.combine(name, [(-1.0, gradient)])
             self._slope = -self._square
-            return Line(name, self._slope, first_step(self._square, self._last))
+            return Line(name, self._slope, None)
         chosen = np.ix_(self._slots, self._slots)
         of_s, of_y, of_g = coefficients(
             self._sy[chosen], self._yy[chosen], self._sg[self._slots], self._yg[self._slots]
@@ -227,7 +225,6 @@ class History:
         """Make a pair of the step and the difference of the gradients."""
         self._square = step.gradient_square
         if not self.memory:
-            self._last = step.length, self._slope
             return
         slots, new = self._candidate, self._candidate[-1]
         s_y, y_y, s_g, y_g = np.reshape(step.products, (4, len(slots)))
@@ -236,7 +233,7 @@ class History:
             s_y[-1] *= step.length
             s_g[-1] *= step.length
         curvature, square = s_y[-1], step.length**2 * step.direction_square
-        if not (curvature >= self.caution * square and curvature > PERPENDICULAR * np.sqrt(square * y_y[-1])):
+        if not curvature > self.caution * np.sqrt(square) * np.sqrt(y_y[-1]):
             self.skipped += 1
             self.measure(gradient, step.gradient_square)
             return

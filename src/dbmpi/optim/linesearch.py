@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator, Sequence
 from functools import partial
-from itertools import pairwise
 from typing import NamedTuple
 
 
@@ -46,9 +45,14 @@ SHRINK = 0.1
 """Factor on the step after a loss that is not finite."""
 SHRINKS = 12
 """Trials in a row whose loss is not finite, after which a search ends; smaller steps hardly move a point."""
-LARGEST_STEP = 1e10
+FURTHEST = 1e10
+"""Longest step, as a multiple of the first one."""
+WALL = 2.0**40
+"""A loss that rises by so many times what the slope promises is as good as infinite: nothing follows from its size."""
 ROUNDING = 2.0**-50
 """Relative change of a loss that is its own rounding error."""
+FLAT = 1e-3
+"""Relative change of a loss that is no rounding error, with whatever precision it was computed."""
 
 
 def named(name: str, step_length: float) -> LineSearch:
@@ -97,8 +101,8 @@ def backtracking(loss: float, slope: float, first: float, *, decrease: float = 1
     for _ in range(trials):
         trial = Trial(step, *(yield step))
         known.append(trial)
-        if not trial.finite:  # the next direction needs the gradient, too
-            if len(known) > SHRINKS and not any(other.finite for other in known[1:]):
+        if beyond(trial, known[0]):  # the next direction needs the gradient, too
+            if len(known) > SHRINKS and all(beyond(other, known[0]) for other in known[1:]):
                 break
             step *= SHRINK
         elif (trial.loss < loss and trial.loss <= loss + decrease * step * slope) or level(trial, loss, slope):
@@ -118,7 +122,7 @@ def strong_wolfe(  # noqa: PLR0912
     decrease: float = 1e-3,
     curvature: float = 0.9,
     width: float = 0.1,
-    largest: float = LARGEST_STEP,
+    furthest: float = FURTHEST,
     trials: int = 20,
 ) -> Search:
     """Find a step that satisfies the strong Wolfe conditions, by the algorithm of More and Thuente.
@@ -136,8 +140,8 @@ def strong_wolfe(  # noqa: PLR0912
         The two constants, ``0 < decrease < curvature < 1``.
     width
         The search ends with the best step so far when the interval is as narrow as this fraction of the step.
-    largest
-        Largest step.
+    furthest
+        Largest step, as a multiple of the first one.
     trials
         Largest number of trials with a finite loss.
     """
@@ -145,8 +149,9 @@ def strong_wolfe(  # noqa: PLR0912
     known, finite = [start], 0
     low = high = start
     bracketed, first_stage = False, True
+    largest = furthest * first
     span, last_span = largest, 2 * largest
-    step, lowest, highest = min(first, largest), 0.0, 5 * first
+    step, lowest, highest = first, 0.0, 5 * first
 
     def sufficient(trial: Trial) -> bool:
         # A step so small that the loss stays the same to its last digit is none.
@@ -155,10 +160,12 @@ def strong_wolfe(  # noqa: PLR0912
     while finite < trials and (finite or len(known) <= SHRINKS) and len(known) <= 3 * trials:
         trial = Trial(step, *(yield step))
         known.append(trial)
-        if not trial.finite:
+        if beyond(trial, start):
             # Somewhere between the best step and this one the loss ceases to be defined.
             largest = min(largest, (low.step + step) / 2)
             step = low.step + SHRINK * (step - low.step)
+            if step == low.step:
+                break
             continue
         finite += 1
         if level(trial, loss, slope, curvature) or (sufficient(trial) and abs(trial.slope) <= -curvature * slope):
@@ -189,7 +196,7 @@ def strong_wolfe(  # noqa: PLR0912
     best = min(known, key=lambda trial: trial.loss if trial.finite else math.inf)
     if best is not start and sufficient(best):
         return best
-    if not any(trial.finite for trial in known[1:]):
+    if not finite:
         raise LineSearchFailed(f"the loss is not finite down to a step of {known[-1].step:g}", known)
     raise LineSearchFailed(f"no step between 0 and {known[1].step:g} decreases the loss enough", known)
 
@@ -202,40 +209,71 @@ def level(trial: Trial, loss: float, slope: float, curvature: float = 0.9) -> bo
     return abs(trial.loss - loss) <= ROUNDING * abs(loss) and abs(trial.slope) <= -curvature * slope
 
 
-def disagreement(trials: Sequence[Trial], precision: float = 1e-7) -> str | None:
-    """Say where losses and slopes of a line contradict one another, which means that the gradient is wrong.
+def beyond(trial: Trial, start: Trial) -> bool:
+    """Return whether a trial lies outside of where the loss is defined: nothing can be interpolated from it.
 
-    Between two steps so close that the slope hardly changes, the loss changes by slope times distance (the mean value
-    theorem).  Only values that are known already are compared.
+    Objectives mark this by infinity or by a large number.  From a rise of the loss by R times what the slope at the
+    start promises, a parabola has its minimum at the fraction 1 / 2R of the way; beyond `WALL` that moves few points.
+    """
+    return not trial.finite or trial.loss - start.loss > WALL * abs(start.slope) * trial.step
+
+
+def disagreement(trials: Sequence[Trial], probe: Callable[[float], float] | None = None) -> str | None:
+    """Say where the losses along a line contradict the slope at its start, which means that the gradient is wrong.
+
+    The difference quotients of three steps, each at most half of the one before, must agree with one another, on both
+    sides of the start, and not with the slope.  Where they do not agree, they are rounding errors, or the line bends;
+    where both sides differ, there is a kink.  So nothing needs to be known of the size or the precision of the loss.
 
     Parameters
     ----------
     trials
         Trials along one line, the start included.
-    precision
-        Error of a loss, relative to one, or to the loss where that is larger: smaller changes say nothing.  (A loss of
-        1e-9 is made of outputs of the size of one, and so is its gradient, by the precision of float32.)
+    probe
+        Returns the loss at a step, here on the other side of the start.  Only called where the gradient is in doubt.
 
     Returns
     -------
     str or None
         What was found; None where nothing contradicts the gradient.
     """
-    finite = sorted({trial.step: trial for trial in trials if trial.finite}.values())
-    for a, b in pairwise(finite):
-        distance = b.step - a.step
-        steepest = max(abs(a.slope), abs(b.slope))
-        noise = precision * max(abs(a.loss), abs(b.loss), 1.0)
-        if abs(b.slope - a.slope) > 0.5 * steepest or distance * steepest < 10 * noise:
+    start = next(trial for trial in trials if trial.step == 0)
+    ladder: list[Trial] = []
+    for trial in sorted((trial for trial in trials if trial.finite and trial.step > 0), key=lambda trial: trial.step):
+        if not ladder or trial.step >= 2 * ladder[-1].step:
+            ladder.append(trial)
+    for three in zip(ladder, ladder[1:], ladder[2:], strict=False):
+        steepness = abs(start.slope)
+        if any(abs(trial.slope - start.slope) > 0.2 * steepness for trial in three):
+            break  # by the gradient, too, the line bends here
+        found = _quotients(start.loss, [(trial.step, trial.loss) for trial in three])
+        if found is None:
             continue
-        found = (b.loss - a.loss) / distance
-        outside = max(found - max(a.slope, b.slope), min(a.slope, b.slope) - found)
-        if outside > 0.2 * steepest + noise / distance:
-            return (
-                f"between the steps {a.step:g} and {b.step:g} the loss changes by {found:g} per unit of step, "
-                f"where the gradient says {a.slope:g} to {b.slope:g}"
-            )
+        if abs(found - start.slope) <= 0.3 * steepness:
+            return None
+        # Where the loss does not change at all, it should have, by much more than it can be rounded.
+        if found == 0 and steepness * three[0].step < FLAT * abs(start.loss):
+            continue
+        if probe is not None:
+            behind = _quotients(start.loss, [(-trial.step, probe(-trial.step)) for trial in three])
+            if behind is None or abs(behind - found) > 0.1 * abs(found):
+                return None
+        return (
+            f"between the steps {three[0].step:g} and {three[-1].step:g} the loss changes by {found:g} per unit of "
+            f"step, where the gradient says {start.slope:g}"
+        )
     return None
+
+
+def _quotients(loss: float, points: Sequence[tuple[float, float]]) -> float | None:
+    """Return the difference quotient of several (step, loss); None where they are rounding errors or do not agree."""
+    changes = [value - loss for _, value in points]
+    if not any(changes):
+        return 0.0
+    quotients = [change / step for change, (step, _) in zip(changes, points, strict=True)]
+    noise = 100 * ROUNDING * abs(loss)
+    agree = max(quotients) - min(quotients) <= 0.05 * max(map(abs, quotients))
+    return quotients[0] if agree and all(abs(change) > noise for change in changes) else None
 
 
 def _tilted(trial: Trial, tilt: float) -> Trial:

@@ -190,7 +190,8 @@ class LocalSpace:
         """Return the dot products of all pairs, then the largest magnitudes of the vectors in `maxima`."""
         names = list(dict.fromkeys([name for pair in pairs for name in pair] + list(maxima)))
         unknown = self._unknown(names)
-        if any(name not in self._expected for name in unknown):
+        # An expectation beyond what can be summed is of no use.
+        if any(self._expected.get(name, sums.HIGHEST) > sums.HIGHEST // 2 for name in unknown):
             self._measure(unknown)
             unknown = []
         bounds = {name: self._expected[name] for name in unknown}
@@ -256,7 +257,7 @@ class LocalSpace:
         magnitudes = np.zeros((self._shards, len(unknown)))
         magnitudes[self._shard] = own_largest
         # This part's sums would overflow where its elements exceed the expectation; what the others say is then moot.
-        beyond = {name for name, size in zip(unknown, own_largest, strict=True) if size > 2.0 ** bounds[name]}
+        beyond = {name for name, size in zip(unknown, own_largest, strict=True) if not size <= 2.0 ** bounds[name]}
         own = [np.array([float(self._size)]), magnitudes.reshape(-1)]
         for its, levels in ((coarse, sums.COARSE), (fine, sums.FINE)):
             limbs = np.zeros((len(its), sums.LIMBS))
@@ -275,7 +276,7 @@ class LocalSpace:
         wrong = {
             name
             for name, found in zip(unknown, largest.tolist(), strict=True)
-            if found > 2.0 ** bounds[name] or sums.bound(found) < bounds[name] - LOOSE
+            if not found <= 2.0 ** bounds[name] or sums.bound(found) < bounds[name] - LOOSE
         }
         limbs = total[magnitudes.size :].reshape(-1, sums.LIMBS)
         found = sums.values(limbs, [(bounds[left], bounds[right]) for _, (left, right) in coarse + fine])

@@ -13,7 +13,6 @@ from dbmpi.optim.descent import (
     Report,
     Step,
     descend,
-    first_step,
     prepare,
 )
 from dbmpi.optim.lbfgs import History
@@ -79,7 +78,6 @@ class _PolakRibiere:
     def __init__(self, space: Space) -> None:
         self._space = space
         self._square = self._beta = self._slope = self._product = 0.0
-        self._last: tuple[float, float] | None = None
         prepare(space, self.name)
 
     @property
@@ -101,7 +99,7 @@ class _PolakRibiere:
             self._beta, self._slope = 0.0, -self._square
         terms = [(-1.0, gradient), (self._beta, self.name)]
         self._space.combine(self.name, terms if self._beta else terms[:1])
-        return Line(self.name, self._slope, first_step(-self._slope, self._last))
+        return Line(self.name, self._slope, None)
 
     def products(self, gradient: str, after: str, before: str) -> list[tuple[str, str]]:
         return [(gradient, after), (gradient, before)]
@@ -110,4 +108,3 @@ class _PolakRibiere:
         new, old = step.products
         self._beta = max(0.0, (new - old) / self._square)
         self._square, self._product = step.gradient_square, step.slope
-        self._last = step.length, self._slope

@@ -12,7 +12,6 @@ import os
 import sys
 import threading
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cache, partial
@@ -24,7 +23,8 @@ from mpi4py import MPI
 
 from dbmpi.errors import ToldElsewhere, UserError
 from dbmpi.optim import linesearch, ownmethod
-from dbmpi.optim.descent import POINT, Limits, Progress, prepare
+from dbmpi.optim.arguments import agree, checked
+from dbmpi.optim.descent import POINT, Limits, Progress, TooSteep, prepare
 from dbmpi.optim.lbfgs import lbfgs
 from dbmpi.optim.localspace import LocalSpace
 from dbmpi.optim.methods import conjugate_gradients, exact_search, gradient_descent, owlqn, with_l2
@@ -42,17 +42,18 @@ if TYPE_CHECKING:
 Objective = Callable[[np.ndarray], tuple[float, np.ndarray]]
 """``objective(x)``: this rank's term of the loss at x, and its gradient, an array of the shape of x."""
 
-METHODS = ("lbfgs", "conjugate_gradients", "gradient_descent")
-LINE_SEARCHES = ("strong_wolfe", "backtracking")
 MESSAGES = {
     "gradient": "the gradient is as small as gtol",
     "loss": "the loss decreased by less than ftol",
     "precision": "the loss can no longer be decreased at its own precision",
+    "unbounded": "the loss falls without a bound: look for a term with the wrong sign, or add an L2 term",
     "iterations": "the limit of iterations was reached",
     "evaluations": "the limit of evaluations was reached",
     "callback": "the callback asked for the end",
     "signal": "a signal asked for the end",
 }
+_UNKEPT = 2
+"""References to an array that nobody has kept: our own, and that of the call that counts them."""
 _EVERY = 2.0
 """Seconds between two lines of progress."""
 
@@ -71,8 +72,8 @@ class Minimum(NamedTuple):
     evaluations: int
     """Calls of the objective on each rank."""
     reason: str
-    """Why it ended: ``gradient`` or ``loss`` (converged), ``precision``, ``iterations``, ``evaluations``, ``callback``
-    or ``signal``."""
+    """Why it ended: ``gradient`` or ``loss`` (converged), ``precision``, ``unbounded``, ``iterations``,
+    ``evaluations``, ``callback`` or ``signal``."""
 
     @property
     def converged(self) -> bool:
@@ -112,7 +113,8 @@ def minimize(
     ----------
     objective : callable
         ``objective(x) -> (loss, gradient)``: this rank's term of the loss, a number, and its gradient, an array of the
-        shape of `x`.  `x` is read-only.  If the loss is not finite, a shorter step is tried.
+        shape of `x`.  `x` is read-only and may be kept.  If the loss is not finite, or very large, a shorter step is
+        tried.
     x : array_like
         Where to start, of any shape.  All vectors have its dtype, float32 or float64; other numbers become float64.
     comm : MPI.Intracomm, optional
@@ -132,9 +134,10 @@ def minimize(
     l1, l2 : float
         Add ``l1 * sum |x|`` (OWL-QN; L-BFGS only) and ``l2 / 2 * sum x^2`` to the loss, once, not once per rank.
     gtol : float
-        Stop when no element of the gradient is larger in magnitude.
+        Stop when no element of the gradient is larger in magnitude.  It has the units of the gradient; nothing else
+        depends on units.
     ftol : float
-        Stop when an iteration decreases the loss by no more than this times the larger of 1 and the loss's magnitude.
+        Stop when an iteration decreases the loss by no more than this times the magnitude of the loss.
     iterations, evaluations : int
         Stop after this many iterations; begin none after this many evaluations of the objective.
     callback : callable, optional
@@ -174,18 +177,26 @@ def minimize(
     try:
         chosen = (parameters, method, memory, line_search, l1, l2, gtol, ftol, iterations, evaluations)
         with together(own, "looking at the arguments"):
-            begin = _checked(objective, x, chosen, callback)
-        _agree(own, begin, chosen, callback is not None)
-        run = _method(method, line_search, int(memory), l1)
+            begin = checked(objective, x, chosen, callback)
+        agree(own, begin, chosen, callback is not None)
         with aloud(own), _fair_threads(), _signals() as stop:
             problem = _Problem(own, objective, begin, parameters, callback, stop, progress)
-            evaluate = with_l2(problem.space, problem.evaluate, l2) if l2 else problem.evaluate
-            limits = Limits(gtol, ftol, iterations, evaluations)
-            report = run(problem.space, evaluate, limits=limits, callback=problem.told)
+            while True:
+                unit = problem.unit
+                run = _method(method, line_search, int(memory), l1 * unit)
+                evaluate = with_l2(problem.space, problem.evaluate, l2 * unit) if l2 else problem.evaluate
+                limits = Limits(gtol * unit, ftol, iterations, evaluations)
+                try:
+                    report = run(problem.space, evaluate, limits=limits, callback=problem.told)
+                    break
+                except TooSteep as steep:  # a gradient of 1e200 has no square: the same loss in larger units
+                    if unit != 1:
+                        raise
+                    problem.unit = 2.0 ** -math.frexp(steep.largest)[1]
             reason = "signal" if report.reason == "callback" and problem.signalled else report.reason
-            problem.show(report.loss, report.largest, report.iterations, f"; {MESSAGES[reason]}")
-            x = problem.point().copy()
-            return Minimum(x, report.loss, report.largest, report.iterations, problem.evaluations, reason)
+            loss, largest = report.loss / unit, report.largest / unit
+            problem.show(loss, largest, report.iterations, f"; {MESSAGES[reason]}")
+            return Minimum(problem.point().copy(), loss, largest, report.iterations, problem.evaluations, reason)
     finally:
         guarded.free(own)
 
@@ -193,62 +204,6 @@ def minimize(
 @cache
 def _everybody() -> MPI.Intracomm:
     return start()
-
-
-def _checked(objective: Any, x: Any, chosen: tuple[Any, ...], callback: object) -> np.ndarray:
-    """Return a copy of the start, after a look at all arguments."""
-    parameters, method, memory, line_search, l1, l2, gtol, ftol, iterations, evaluations = chosen
-    names: dict[str, tuple[Any, tuple[str, ...]]] = {
-        "parameters": (parameters, ("whole", "cut")),
-        "line_search": (line_search, LINE_SEARCHES),
-    }
-    if callable(method):
-        ownmethod.checked(method, "minimize: method")
-    else:
-        names["method"] = (method, METHODS)
-    for name, (given, known) in names.items():
-        if given not in known:
-            raise UserError(f"minimize: {name} = {given!r}: expected one of {', '.join(map(repr, known))}")
-    numbers = {"l1": l1, "l2": l2, "gtol": gtol, "ftol": ftol, "memory": memory}
-    for name, number in (numbers | {"iterations": iterations, "evaluations": evaluations}).items():
-        sound = isinstance(number, (int, float, np.integer, np.floating)) and 0 <= number < math.inf
-        if not sound or (name == "memory" and int(number) != number):
-            raise UserError(f"minimize: {name} = {number!r}: expected a number that is 0 or more")
-    if l1 and method != "lbfgs":
-        raise UserError(f"minimize: l1 = {l1:g} needs method = 'lbfgs', not {method!r}")
-    for name, it, form in (("objective", objective, "(x)"), ("callback", callback, "(progress, x)")):
-        if not callable(it) and (name == "objective" or it is not None):
-            raise UserError(f"minimize: {name} is a {type(it).__name__}: expected a function {form}")
-    begin = np.asarray(x)
-    if begin.dtype not in (np.float32, np.float64):
-        if begin.dtype.kind not in "fiu":
-            raise UserError(f"minimize: x has the dtype {begin.dtype}: expected float32 or float64")
-        begin = begin.astype(np.float64)
-    if not np.isfinite(begin).all():
-        raise UserError("minimize: x has elements that are not finite: expected a point where the loss is finite")
-    return begin.copy(order="C")
-
-
-def _agree(comm: MPI.Intracomm, begin: np.ndarray, chosen: tuple[Any, ...], calls: bool) -> None:
-    """See that all ranks were given the same; what they do would not fit together."""
-    parameters, method, *others = chosen
-    name = method if isinstance(method, str) else getattr(method, "__qualname__", "")
-    whole = parameters == "whole"
-    given: dict[str, bytes | memoryview] = {
-        "the same settings": f"{parameters} {name} {others} {calls}".encode(),
-        "a start of the same dtype": str(begin.dtype).encode(),
-        "a start of the same shape": str(begin.shape).encode() if whole else b"",
-        "the same start": begin.data if whole else b"",
-    }
-    sums = np.zeros((comm.size, len(given)))
-    sums[comm.rank] = [zlib.crc32(it) for it in given.values()]
-    sums = waiting.allreduce(comm, sums, MPI.SUM, "the other ranks' arguments")
-    with together(comm, "comparing the arguments"):
-        for what, column in zip(given, sums.T.tolist(), strict=True):
-            for other, value in enumerate(column):
-                if value != column[0]:
-                    hint = ": broadcast it, or seed all ranks alike" if what == "the same start" else ""
-                    raise UserError(f"minimize: ranks 0 and {other} were not given {what}{hint}")
 
 
 def _method(method: str | Method, line_search: str, memory: int, l1: float) -> Method | partial[Any]:
@@ -278,8 +233,13 @@ class _Problem:
         progress: bool,
     ) -> None:
         self._comm, self._objective, self._callback, self._stop = comm, objective, callback, stop
-        self._whole = begin if parameters == "whole" and comm.size > 1 else None
-        if self._whole is not None:
+        self._whole = parameters == "whole" and comm.size > 1
+        self._shown_x = np.empty(0, begin.dtype)
+        """Owns the memory of what was handed out last."""
+        self._size = begin.size
+        self.unit = 1.0
+        """Factor of the loss and its gradient as the method sees them."""
+        if self._whole:
             ranges = cut(begin.size, comm.size)
             self._counts = [len(held) for held in ranges]
             mine = ranges[comm.rank]
@@ -303,13 +263,19 @@ class _Problem:
             first_on_each_node(comm, partial(use_kernels, begin.dtype.name))
 
     def point(self, name: str = POINT) -> np.ndarray:
-        """Return what the objective is to see of a vector, not to be written (collective)."""
+        """Return what the objective is to see of a vector, not to be written (collective).
+
+        It stays as it is as long as somebody keeps it, or a view of it: only what nobody has kept is written anew.
+        """
         part = self.space.array(name)
-        if self._whole is None:
-            return part.reshape(self._shape)
-        flat = self._whole.reshape(-1)
-        waiting.complete(pieces.iallgatherv(self._comm, part, flat, self._counts), "the other ranks' parameters")
-        view = self._whole.view()
+        if sys.getrefcount(self._shown_x) > _UNKEPT or self._shown_x.size != self._size:
+            self._shown_x = np.empty(self._size, self._dtype)
+        if self._whole:
+            request = pieces.iallgatherv(self._comm, part, self._shown_x, self._counts)
+            waiting.complete(request, "the other ranks' parameters")
+        else:
+            np.copyto(self._shown_x, part)
+        view = self._shown_x.reshape(self._shape)
         view.flags.writeable = False
         return view
 
@@ -317,22 +283,34 @@ class _Problem:
         """Add up all ranks' losses and gradients."""
         x = self.point(point)
         self.evaluations += 1
-        its_gradient = x
+        its_gradient = np.empty(0)
         with self._shared("objective") as mine:
             mine[1], its_gradient = self._sound(self._objective(x))
+        del x  # which is not ours to keep
         losses, self.signalled = self._said[:, 1], bool(self._said[:, 2].any())
         own = self.space.writable(gradient)
-        if self._whole is None:
+        if self.unit != 1:
+            losses, its_gradient = self.unit * losses, self.unit * its_gradient
+        if not self._whole:
             own[:] = its_gradient.reshape(-1)
         else:
             sent = np.ascontiguousarray(its_gradient, self._dtype).reshape(-1)
             request = pieces.ireduce_scatter(self._comm, sent, own, self._counts, MPI.SUM)
             waiting.complete(request, "the other ranks' gradients")
         # In the order of ranks, and rounded once: an Allreduce promises neither.
-        return math.fsum(losses) if np.isfinite(losses).all() else float(np.sum(losses))
+        try:
+            return math.fsum(losses) if np.isfinite(losses).all() else float(np.sum(losses))
+        except OverflowError:
+            return math.inf
 
     def told(self, progress: Progress) -> bool:
         """Hear of an iteration; return whether anybody asks for the end."""
+        if self.unit != 1:
+            loss, largest, square, decrease = (
+                value / self.unit for value in (progress.loss, progress.largest, progress.square, progress.decrease)
+            )
+            square /= self.unit
+            progress = progress._replace(loss=loss, largest=largest, square=square, decrease=decrease)
         self.show(progress.loss, progress.largest, progress.iteration)
         if self._callback is None:
             return self.signalled

@@ -17,6 +17,7 @@ from dbmpi.optim.descent import GRADIENT, ORIGIN, POINT, Callback, Limits, Progr
 from dbmpi.optim.lbfgs import History
 from dbmpi.optim.linesearch import SHRINK, SHRINKS
 from dbmpi.optim.space import Space
+from dbmpi.optim.walking import scaled
 
 SHARED, NEXT, BEFORE = "shared gradient", "next shared gradient", "shared gradient before"
 """Gradients over what the batch shares with the last one and with the next one; the latter before the step."""
@@ -69,7 +70,8 @@ def multi_batch_lbfgs(
     loss = batches.evaluate_parts(POINT, GRADIENT, SHARED, NEXT)
     square, largest = space.dots([(GRADIENT, GRADIENT)], [GRADIENT]).tolist()
     if not (math.isfinite(loss) and math.isfinite(square)):
-        raise RunFailed(f"the loss is {loss} where the search for a minimum starts: start from other parameters")
+        what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient has elements that are {largest}"
+        raise RunFailed(f"the {what} where the search for a minimum starts: start from other parameters")
     history.measure(GRADIENT, square)
 
     def report(reason: Reason) -> Report:
@@ -84,6 +86,8 @@ def multi_batch_lbfgs(
         if not line.slope < 0 and not history.fresh:
             history.forget()
             line = history.choose(GRADIENT)
+        line = scaled(space, line, loss)
+        assert line.first is not None
         length = step_length * line.first
         space.copy(NEXT, BEFORE)
         space.advance(POINT, ORIGIN, length, line.direction)

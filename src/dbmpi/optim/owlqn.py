@@ -17,6 +17,7 @@ from dbmpi.optim.descent import (
     OTHER_GRADIENT,
     POINT,
     Callback,
+    Depth,
     Evaluate,
     Evaluations,
     Limits,
@@ -25,12 +26,12 @@ from dbmpi.optim.descent import (
     Reason,
     Report,
     Step,
-    explain,
     prepare,
 )
-from dbmpi.optim.lbfgs import History
+from dbmpi.optim.lbfgs import CAUTION, History
 from dbmpi.optim.linesearch import SHRINK, LineSearchFailed, Trial
 from dbmpi.optim.space import Space
+from dbmpi.optim.walking import explain, prober, scaled
 
 PSEUDO, DISPLACEMENT = "pseudo-gradient", "displacement"
 """Names of the vectors that only this method uses."""
@@ -42,7 +43,7 @@ def owlqn(
     *,
     strength: float,
     memory: int = 10,
-    caution: float = 1e-10,
+    caution: float = CAUTION,
     limits: Limits | None = None,
     callback: Callback | None = None,
     history: History | None = None,
@@ -73,9 +74,15 @@ def owlqn(
     here = _Place(smooth, strength * float(space.norms([POINT], "one")[0]))
     square, largest = _pseudo_gradient(space, gradient, strength)
     history.measure(PSEUDO, square)
-    iteration = 0
+    iteration, gain = 0, math.nan
+    begun = Depth(abs(here.loss), largest)
+
+    def with_l1(point: str, gradient: str) -> float:
+        return counted(point, gradient) + strength * float(space.norms([point], "one")[0])
 
     def report(reason: Reason) -> Report:
+        if reason in ("loss", "precision") and begun.bottomless(here.loss, largest):
+            reason = "unbounded"
         return Report(reason, here.loss, largest, iteration, counted.count)
 
     while not limits.flat(largest, square):
@@ -83,20 +90,22 @@ def owlqn(
             return report("iterations")
         if counted.count >= limits.evaluations:
             return report("evaluations")
-        line = history.choose(PSEUDO)
+        line = scaled(space, history.choose(PSEUDO), here.loss, gain)
         space.align(line.direction, PSEUDO)
         try:
             length, there, displacement_square = _walk(space, counted, line, other, here, strength)
         except LineSearchFailed as failure:
-            explain(failure, history.fresh)
             if history.fresh:
+                if not begun.bottomless(here.loss, largest):
+                    explain(failure, prober(space, with_l1, line.direction, other))
                 return report("precision")
             history.forget()
             continue
         iteration += 1
         gradient, other = other, gradient
-        decrease, scale = here.loss - there.loss, max(abs(here.loss), abs(there.loss), 1.0)
-        here = there
+        decrease, here = here.loss - there.loss, there
+        gain = decrease if decrease > 0 else gain
+        begun = begun if begun.loss else begun._replace(loss=abs(decrease))
         square, largest = _pseudo_gradient(space, gradient, strength)
         # The pair is the displacement and the change of the smooth gradient; the next direction needs the products
         # with the pseudo-gradient.
@@ -106,7 +115,7 @@ def owlqn(
         history.learn(step, PSEUDO)
         if callback is not None and callback(Progress(iteration, counted.count, here.loss, largest, length)):
             return report("callback")
-        if decrease <= limits.ftol * scale:
+        if limits.little(decrease, here.loss):
             return report("gradient" if limits.flat(largest, square) else "loss")
     return report("gradient")
 
@@ -146,6 +155,7 @@ def _walk(
     known = [Trial(0.0, here.loss, slope)]
     if not slope < 0:
         raise LineSearchFailed("the direction does not descend", known)
+    assert line.first is not None
     length = line.first
     space.copy(POINT, ORIGIN)
     while len(known) <= trials:

@@ -28,9 +28,6 @@ if TYPE_CHECKING:
 
     from dbmpi.optim.ownmethod import Method
 
-_CAUTION = 1e-10
-"""A pair is learned only if ``y.s`` is this fraction of ``|s|^2``."""
-
 _LONGEST_LEDGER = 8192
 """Portions of which a line of the records can tell who computed them."""
 
@@ -217,7 +214,7 @@ class Coordinator:
         if self._used_up:
             return None
         if settings.algorithm == "lbfgs":
-            self._history = History(self.space, settings.memory, _CAUTION)
+            self._history = History(self.space, settings.memory)
             if state is not None:
                 self._history.restore(state.arrays)
                 self._trying = state.start is not None

@@ -60,7 +60,10 @@ class Space(Protocol):
         ...
 
     def norms(self, names: Sequence[str], order: Order = "max") -> np.ndarray:
-        """Return the largest magnitude of every vector, or with ``order="one"`` the sum of its magnitudes."""
+        """Return the largest magnitude of every vector, or with ``order="one"`` the sum of its magnitudes.
+
+        Not a number where an element is none.
+        """
         ...
 
     def pseudo_gradient(self, point: str, gradient: str, strength: float, target: str) -> None:
