@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Literal
@@ -10,11 +11,13 @@ from typing import Literal
 import numpy as np
 from mpi4py import MPI
 
+from dbmpi import limits
 from dbmpi.config import Run
 from dbmpi.data.meaning import Meaning
 from dbmpi.data.source import Source
 from dbmpi.network.losses import Targets
 from dbmpi.runtime import waiting
+from dbmpi.runtime.threads import ranks_on_node
 from dbmpi.runtime.world import together
 from dbmpi.topology import Plan
 
@@ -77,8 +80,13 @@ def open_data(run: Run, comm: MPI.Intracomm, plan: Plan, stack: ExitStack) -> Ru
             if run.data.test is not None:
                 test = stack.enter_context(Source.open(run.data.test, memory, targets))
                 notices = test.expect_like(train)
-            train.load()
+            here = min(ranks_on_node(os.environ), plan.workers)
+            limits.check_resident(sum(source.resident_bytes for source in (train, test) if source), here)
             said = json.dumps([train.meaning.model_dump(), notices])
+    # Not before all have looked how much memory there is.
+    with together(comm, "loading the data", seconds=LOADING_SECONDS):
+        if train is not None:
+            train.load()
     numbers = np.zeros(3 + _MOST_AXES, np.int64)
     if train is not None:
         shape = train.input_shape

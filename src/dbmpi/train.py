@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from mpi4py import MPI
 
-from dbmpi import batchrun, beginning, topology
+from dbmpi import batchrun, beginning, limits, topology
 from dbmpi.config import Run
 from dbmpi.data.stream import Order
 from dbmpi.errors import UserError
@@ -41,10 +42,11 @@ from dbmpi.partition.trial import try_layer
 from dbmpi.partition.warmup import first_on_each_node, use_layers
 from dbmpi.result import Result
 from dbmpi.rundata import LOADING_SECONDS, RunData, open_data
-from dbmpi.runtime import waiting
+from dbmpi.runtime import capacity, waiting
 from dbmpi.runtime.failures import Watch
 from dbmpi.runtime.orders import Mailbox, Role
 from dbmpi.runtime.signals import StopSignal
+from dbmpi.runtime.threads import ranks_on_node
 from dbmpi.runtime.world import together
 
 if TYPE_CHECKING:
@@ -104,8 +106,11 @@ class _Session:
 
     def run(self) -> Result:
         """Set up, train, evaluate."""
-        run, plan = self._run, self._plan
-        self._data = open_data(run, self._comm, plan, self._stack)
+        plan = self._plan
+        self._data = open_data(self._run, self._comm, plan, self._stack)
+        self._run, notices = limits.fitted(self._run, self._data.samples)
+        self._data = replace(self._data, notices=self._data.notices + notices)
+        run = self._run
         network, order = self._plan_network()
         with together(self._comm, "placing the layers"):
             placed = placement.described(run.placement, network.layers, plan.partitions)
@@ -168,8 +173,15 @@ class _Session:
                 targets=data.targets,
                 load=own.from_directory(run.network.code),
             )
-            memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-            check_room(network.layout, self._plan.shards, DTYPE.itemsize, memory)
+            check_room(network.layout, self._plan.shards, DTYPE.itemsize, capacity.available())
+            if self._worker_number is not None:
+                limits.check_activations(
+                    network.activations,
+                    run.optimizer.batch_size,
+                    setting="optimizer.batch_size",
+                    partitions=self._plan.partitions,
+                    workers=min(ranks_on_node(os.environ), self._plan.workers),
+                )
             order = Order(data.samples, run.optimizer.batch_size, run.optimizer.epochs, run.run.seed)
             if order.batches > _MOST_BATCHES:
                 raise UserError(

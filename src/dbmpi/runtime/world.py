@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, NoReturn
 import numpy as np
 
 from dbmpi.errors import KnownToAll, RunFailed, UserError
-from dbmpi.runtime import failures, waiting
+from dbmpi.runtime import capacity, failures, waiting
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -119,6 +119,8 @@ def report_and_abort(error: BaseException) -> NoReturn:
         if rank == min({*range(size)}.difference(lost)):
             ranks = f"ranks {', '.join(map(str, lost))} have" if len(lost) > 1 else f"rank {lost[0]} has"
             text = f"dbmpi: {ranks} died, and the others cannot go on\n"
+    elif isinstance(error, MemoryError):
+        text = f"dbmpi: {f'rank {rank}: ' if size > 1 else ''}{capacity.explain(error)}\n"
     elif isinstance(error, RunFailed):
         text = f"dbmpi: {f'rank {rank}: ' if size > 1 else ''}{error}\n" if str(error) else ""
     else:
