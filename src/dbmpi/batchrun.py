@@ -7,6 +7,7 @@ On the lead's rank the coordinator runs, and polls the others while it waits.
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from mpi4py import MPI
 
+from dbmpi import limits
 from dbmpi.batchsetup import Setup
 from dbmpi.batchworker import Worker
 from dbmpi.checkpoint.reader import Checkpoint
@@ -47,6 +49,7 @@ from dbmpi.rundata import network_notes
 from dbmpi.runtime import failures, orders, waiting
 from dbmpi.runtime.failures import RankLost
 from dbmpi.runtime.orders import Mailbox
+from dbmpi.runtime.threads import ranks_on_node
 from dbmpi.runtime.world import together
 
 __all__ = ["Setup", "learn", "use_kernels"]
@@ -143,6 +146,9 @@ def _check(setup: Setup) -> None:
             f"optimizer.batch_size = {setup.run.optimizer.batch_size}: that makes {setup.capacity:,} portions, and "
             f"Sandblaster can tell {MOST_PORTIONS:,} apart; set it to more"
         )
+    if setup.run.sandblaster.algorithm == "lbfgs" and setup.plan.shard_of(setup.comms.world.rank) is not None:
+        elements, shards = max(map(len, setup.ranges)), min(ranks_on_node(os.environ), setup.plan.shards)
+        limits.check_history(setup.run.sandblaster.memory, setup.order.batches // portions, elements, shards)
     if setup.plan.replicas > MOST_REPLICAS:
         raise UserError(
             f"{setup.plan.replicas} replicas are more than {MOST_REPLICAS}, which Sandblaster can tell apart"

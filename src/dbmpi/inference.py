@@ -6,6 +6,7 @@ its part of the parameters, read from the checkpoint run by run.  The cut need n
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dbmpi import limits
 from dbmpi.checkpoint import trained
 from dbmpi.data.source import Source
 from dbmpi.errors import UserError
@@ -21,6 +23,7 @@ from dbmpi.partition import placement
 from dbmpi.partition.whole import make_replica
 from dbmpi.runtime import guarded, pieces, waiting
 from dbmpi.runtime.collective import Collective
+from dbmpi.runtime.threads import ranks_on_node
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -99,7 +102,7 @@ class Inference(Collective):
 
         Batches are added up in their order, so that the sum does not depend on who computed them.
         """
-        batches = self._batches(source.samples)
+        batches = self._begin(source)
         found = np.zeros((len(batches), 4))
         for number in range(self._place, len(batches), self.replicas):
             outcome = self._replica.evaluate(self._parameters, source.batch(batches[number]))
@@ -126,7 +129,7 @@ class Inference(Collective):
         int, (samples, outputs) array
             The number of the first sample, and the predictions as float32.
         """
-        batches = self._batches(source.samples)
+        batches = self._begin(source)
         for first in range(0, len(batches), self.replicas):
             number = first + self._place
             mine = None
@@ -190,21 +193,34 @@ class Inference(Collective):
         self.trained.close()
 
     def _prepare(self, comm: MPI.Intracomm) -> None:
-        """Make the replicas, choose products alike, and compile on one rank of each node."""
+        """Make the replicas."""
+        self._replica_comm = guarded.split(comm, self._place, self._partition, "the other ranks to form replicas")
+        self._stack.callback(guarded.free, self._replica_comm)
+
+    def _compile(self, comm: MPI.Intracomm, samples: int) -> None:
+        """Choose products for batches of so many samples alike, and compile on one rank of each node."""
         from dbmpi.partition.products import agree_on_products
         from dbmpi.partition.warmup import first_on_each_node, use_layers
 
-        self._replica_comm = guarded.split(comm, self._place, self._partition, "the other ranks to form replicas")
-        self._stack.callback(guarded.free, self._replica_comm)
         layers = self.trained.network.layers
-        agree_on_products(comm, layers, self._batch_size)
-        first_on_each_node(
-            comm, lambda: use_layers(layers, self._batch_size, self.trained.network.dtype, backward=False)
-        )
+        agree_on_products(comm, layers, samples)
+        first_on_each_node(comm, lambda: use_layers(layers, samples, self.trained.network.dtype, backward=False))
 
-    def _batches(self, samples: int) -> list[np.ndarray]:
-        starts = range(0, samples, self._batch_size)
-        return [np.arange(start, min(start + self._batch_size, samples)) for start in starts]
+    def _begin(self, source: Source) -> list[np.ndarray]:
+        """Return the samples of each batch, once the batches are known to fit and what they need is compiled."""
+        trained, size = self.trained, min(self._batch_size, source.samples)
+        with self.together("planning the batches"):
+            limits.check_activations(
+                trained.network.activations,
+                size,
+                setting="--batch-size",
+                partitions=self.partitions,
+                workers=1 if self._comm is None else ranks_on_node(os.environ),
+                learning=False,
+            )
+        if self._comm is not None:
+            self._compile(self._comm, size)
+        return [np.arange(start, min(start + size, source.samples)) for start in range(0, source.samples, size)]
 
 
 def _partitions(ranks: int, asked: int | None, trained_with: int) -> int:

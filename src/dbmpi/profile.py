@@ -148,7 +148,7 @@ def _median_times(
         targets = random.random((network.outputs, samples)).astype(network.dtype)
     batch = Batch(inputs.astype(network.dtype, copy=False), targets)
 
-    taken = np.zeros((steps, len(PHASES) * len(network.layers) + 1))
+    taken: list[np.ndarray] = []
     for step in range(-1, steps):
         before = np.array([replica.seconds[phase] for phase in PHASES])
         if comm is not None:
@@ -156,8 +156,9 @@ def _median_times(
         began = time.perf_counter()
         replica.loss_and_gradient(parameters, batch, gradient, step=step + 1)
         if step >= 0:
-            taken[step, -1] = time.perf_counter() - began
-            taken[step, :-1] = (np.array([replica.seconds[phase] for phase in PHASES]) - before).ravel()
+            seconds = time.perf_counter() - began
+            of_layers = np.array([replica.seconds[phase] for phase in PHASES]) - before
+            taken.append(np.append(of_layers.ravel(), seconds))
     medians: np.ndarray = np.median(taken, axis=0)
     return medians
 

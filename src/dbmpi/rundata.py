@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Literal
@@ -11,6 +12,7 @@ from typing import Literal
 import numpy as np
 from mpi4py import MPI
 
+from dbmpi import limits
 from dbmpi.config import NetworkSection, Run
 from dbmpi.data.guessing import loss_of_guessing
 from dbmpi.data.meaning import Meaning
@@ -18,6 +20,7 @@ from dbmpi.data.reading import Reading
 from dbmpi.data.source import Source
 from dbmpi.network.losses import Targets
 from dbmpi.runtime import waiting
+from dbmpi.runtime.threads import ranks_on_node
 from dbmpi.runtime.world import together
 from dbmpi.topology import Plan
 
@@ -87,6 +90,11 @@ def open_data(run: Run, comm: MPI.Intracomm, plan: Plan, stack: ExitStack) -> Ru
                 held_out = reading.held_out(train.classes, train.labels)
                 test = stack.enter_context(Source.open(run.data.test, memory, targets, held_out))
                 notes += [*test.notes, *test.expect_like(train)]
+            here = min(ranks_on_node(os.environ), plan.workers)
+            limits.check_resident(sum(source.resident_bytes for source in (train, test) if source), here)
+    # Not before all have looked how much memory there is.
+    with together(comm, "loading the data", seconds=LOADING_SECONDS):
+        if train is not None:
             train.load()
             if comm.rank == plan.worker_ranks[0]:
                 found = json.dumps([train.meaning.model_dump(), notes, loss_of_guessing(train, run.network.loss)])

@@ -6,13 +6,14 @@ import os
 import sys
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from mpi4py import MPI
 
-from dbmpi import batchrun, beginning, topology
+from dbmpi import batchrun, beginning, limits, topology
 from dbmpi.config import Run
 from dbmpi.data.gather import gather
 from dbmpi.data.stream import Order
@@ -47,11 +48,12 @@ from dbmpi.partition.warmup import first_on_each_node, use_layers
 from dbmpi.partition.whole import make_replica
 from dbmpi.result import Result
 from dbmpi.rundata import LOADING_SECONDS, RunData, network_notes, open_data
-from dbmpi.runtime import environment, waiting
+from dbmpi.runtime import capacity, environment, waiting
 from dbmpi.runtime.failures import Watch
 from dbmpi.runtime.orders import Mailbox, Role
 from dbmpi.runtime.signals import StopSignal
 from dbmpi.runtime.silentends import aloud
+from dbmpi.runtime.threads import ranks_on_node
 from dbmpi.runtime.world import end_all_on_failure, together
 
 if TYPE_CHECKING:
@@ -131,8 +133,11 @@ class _Session:
 
     def run(self) -> Result:
         """Set up, train, evaluate."""
-        run, plan = self._run, self._plan
-        self._data = open_data(run, self._comm, plan, self._stack)
+        plan = self._plan
+        self._data = open_data(self._run, self._comm, plan, self._stack)
+        self._run, notices = limits.fitted(self._run, self._data.samples)
+        self._data = replace(self._data, notes=self._data.notes + notices)
+        run = self._run
         say = Progress(0, run.monitor.progress).message if self._is_first else None
         self._compiled = self._stack.enter_context(announced(say))
         network, order = self._plan_network()
@@ -210,8 +215,15 @@ class _Session:
                 targets=data.targets,
                 load=own.from_directory(run.network.code),
             )
-            memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-            check_room(network.layout, self._plan.shards, DTYPE.itemsize, memory)
+            check_room(network.layout, self._plan.shards, DTYPE.itemsize, capacity.available())
+            if self._worker_number is not None:
+                limits.check_activations(
+                    network.activations,
+                    run.optimizer.batch_size,
+                    setting="optimizer.batch_size",
+                    partitions=self._plan.partitions,
+                    workers=min(ranks_on_node(os.environ), self._plan.workers),
+                )
             order = Order(data.samples, run.optimizer.batch_size, run.optimizer.epochs, run.run.seed)
             if order.batches > _MOST_BATCHES:
                 raise UserError(

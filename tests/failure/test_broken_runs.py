@@ -62,6 +62,20 @@ def test_test_data_that_overflow_end_a_run_as_a_failure_with_its_checkpoint(jobs
         assert checkpoint.info.frontier == checkpoint.info.total
 
 
+@pytest.mark.parametrize("n", [None, 3])
+def test_memory_that_is_not_there_ends_a_run_with_a_sentence(jobs: Jobs, n: int | None) -> None:
+    (jobs.directory / "greedy.py").write_text(
+        "import sys, numpy\n"
+        "from dbmpi.data.source import Source\n"
+        "Source.batch = lambda self, indices: numpy.empty(2**55)\n"
+        "from dbmpi.cli.main import main\n"
+        "sys.exit(main(['train', 'config.toml']))\n"
+    )
+    done = jobs.launch(n, [sys.executable, "greedy.py"], cwd=jobs.directory)
+    assert_failed(done, r"out of memory: Unable to allocate 256. PiB .* are available here")
+    assert "Traceback" not in done.output, done.transcript
+
+
 def test_parameters_that_are_not_finite_never_replace_a_checkpoint(trained: Jobs) -> None:
     """The last step overflows: no loss is computed any more that would show it."""
     with trained.checkpoint() as checkpoint:

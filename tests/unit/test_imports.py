@@ -37,6 +37,7 @@ LEVELS = {
     "dbmpi.paramserver.window": 2.5,
     "dbmpi.network": 2,
     "dbmpi.data": 2,
+    "dbmpi.limits": 2,
     "dbmpi.rundata": 3,
     "dbmpi.monitor": 2,
     "dbmpi.paramserver": 3,

@@ -71,7 +71,7 @@ def check_same_order(run: Run, stored: str, order: Order, total: int, path: Path
     """
     before = Run.from_json(stored)
     same_size = "sandblaster" not in (before.optimizer.method, run.optimizer.method)
-    sizes = (before.optimizer.batch_size, run.optimizer.batch_size)
+    sizes = (min(before.optimizer.batch_size, order.samples), order.batch_size)
     pairs = {
         "optimizer.batch_size": sizes if same_size else (0, 0),
         "run.seed": (before.run.seed, run.run.seed),
@@ -83,7 +83,7 @@ def check_same_order(run: Run, stored: str, order: Order, total: int, path: Path
                 f"{path}: was written with {key} = {then}, the run to go on has {now}; "
                 f"set it back, or start anew in another run.directory"
             )
-    earlier = Order(order.samples, before.optimizer.batch_size, before.optimizer.epochs, order.seed)
+    earlier = Order(order.samples, min(before.optimizer.batch_size, order.samples), before.optimizer.epochs, order.seed)
     then = earlier.batches
     if then != total:
         raise UserError(

@@ -64,10 +64,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _network(arguments: argparse.Namespace, comm: MPI.Intracomm | None, chosen: str) -> None:
+    from dbmpi import limits
     from dbmpi.network.own import from_directory
     from dbmpi.partition import placement
     from dbmpi.partition.describe import describe
     from dbmpi.profile import profile, table
+    from dbmpi.runtime.threads import ranks_on_node
 
     ranks, speaks = (1, True) if comm is None else (comm.size, comm.rank == 0)
     with nullcontext() if comm is None else _together(comm):
@@ -77,6 +79,9 @@ def _network(arguments: argparse.Namespace, comm: MPI.Intracomm | None, chosen: 
         # As in training, this is the user's own file.
         network = configured.make_network(run, arguments.input_shape, from_directory(run.network.code))
         placed = placement.described(run.placement, network.layers, ranks)
+        setting = "--batch" if arguments.batch else "optimizer.batch_size"
+        here = min(ranks_on_node(os.environ), ranks)
+        limits.check_activations(network.activations, samples, setting=setting, partitions=ranks, workers=here)
     if comm is not None:
         from dbmpi.partition.products import agree_on_products
 

@@ -38,6 +38,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (UserError, RunFailed) as error:
         _say(error)
         return 2 if isinstance(error, UserError) else 1
+    except MemoryError as error:
+        from dbmpi.runtime import capacity
+
+        _say(RunFailed(capacity.explain(error)))
+        return 1
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:

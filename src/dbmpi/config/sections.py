@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from dbmpi.config.explaining import explain
 from dbmpi.config.layers import OWN, AnyLayer, Dense, OwnLayer
-from dbmpi.config.values import Count, DatasetName, Name, NotNegative, Positive, Section
+from dbmpi.config.values import Count, CountOrNone, DatasetName, Name, NotNegative, Positive, Section
 from dbmpi.errors import UserError
 
 
@@ -145,7 +145,7 @@ class OptimizerSection(Section):
     epsilon: NotNegative = 1e-10
     """Adagrad: added to the root of the sum, so that a gradient of zero gives a step of zero and not 0/0."""
     batch_size: Count = 128
-    """Samples of one step of one replica."""
+    """Samples of one step of one replica; more than there are to learn from is taken as all of them."""
     epochs: Positive = 10.0
     """How often the training samples are passed through, all replicas together."""
     n_push: Count = 1
@@ -154,7 +154,7 @@ class OptimizerSection(Section):
     """Fetch the parameters every this many steps."""
     local_rate: NotNegative = 0.0
     """Rate alpha of the replica's own steps between two fetches (algorithm 1.1); 0 takes none."""
-    warmstart: Annotated[int, Field(ge=0, strict=True)] = 0
+    warmstart: CountOrNone = 0
     """One replica takes this many steps alone before the others are released."""
 
 
@@ -181,16 +181,16 @@ class SandblasterSection(Section):
     """Largest magnitude of the gradient at which the run ends."""
     ftol: NotNegative = 2.2e-9
     """Relative decrease of the loss in an iteration at which the run ends."""
-    batch_portions: Annotated[int, Field(ge=0, strict=True)] = 0
-    """Portions of a batch; 0 takes all training samples."""
+    batch_portions: CountOrNone = 0
+    """Portions of a batch; 0, or more than there are, takes all training samples."""
     batch_iterations: Count = 10
     """Iterations on the same batch, where it is not all samples; the next ones take the next samples."""
-    batch_growth: Annotated[float, Field(ge=1.0, strict=True)] = 1.0
+    batch_growth: Annotated[float, Field(ge=1.0, allow_inf_nan=False, strict=True)] = 1.0
     """Factor by which such a batch grows when progress stalls, up to all samples; 1 for never."""
-    batch_overlap: Annotated[int, Field(ge=0, strict=True)] = 0
+    batch_overlap: CountOrNone = 0
     """Portions that each batch shares with the next one, for multi-batch L-BFGS: another batch in every iteration."""
     portions_per_push: Count = 4
-    """Portions whose gradients a replica adds up before the shards take them."""
+    """Portions whose gradients a replica adds up before the shards take them; at most those of the largest batch."""
     deterministic: bool = False
     """Add up portions in their order, so that the result depends neither on timing nor on the number of replicas."""
 

@@ -17,6 +17,7 @@ import h5py
 import numpy as np
 
 from dbmpi.errors import UserError
+from dbmpi.runtime import capacity
 
 FORMAT = "dbmpi-data"
 FORMAT_VERSION = 1
@@ -64,7 +65,9 @@ def damage(path: Path, what: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (OSError, RuntimeError, KeyError, ValueError, TypeError, MemoryError) as error:
+    except MemoryError as error:
+        raise UserError(f"{path}: {what} cannot be read: {capacity.explain(error)}") from error
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
         raise UserError(f"{path}: {what} cannot be read (damaged file?): {error}") from error
 
 

@@ -137,6 +137,14 @@ class Source:
         return self._description.float32_bytes <= self._memory_bytes
 
     @property
+    def resident_bytes(self) -> int:
+        """What the samples take in memory once they are loaded; 0 where they are not kept there."""
+        if not self.resident:
+            return 0
+        stored = 1 if self._declared.get("elements") == "bytes" else 4
+        return self.samples * (self._description.features * stored + 4 * (self.target_size or 1))
+
+    @property
     def spare_bytes(self) -> int:
         """What the file, as float32, leaves of the memory budget, in bytes; 0 where it is not kept in memory."""
         return max(self._memory_bytes - self._description.float32_bytes, 0)

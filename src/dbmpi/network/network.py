@@ -96,6 +96,11 @@ class Network:
         """Number of outputs of the last layer."""
         return math.prod(self.layers[-1].output_shape)
 
+    @property
+    def activations(self) -> tuple[int, ...]:
+        """Numbers in one sample of the inputs, and of each layer's outputs."""
+        return math.prod(self.input_shape), *(math.prod(layer.output_shape) for layer in self.layers)
+
     def flops(self, samples: int) -> int:
         """Return the floating-point operations of the matrix products of one gradient; all else is left out."""
         return sum(

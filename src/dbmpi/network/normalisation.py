@@ -181,7 +181,7 @@ def _taps(
 
     `transposed` are those of the gradient: what a place gets from the places whose windows hold it.
     """
-    radius = window // 2
+    radius = min(window // 2, length - 1)  # nothing lies farther away
     offsets = np.arange(-radius, radius + 1)
     gaussian = np.exp(-0.5 * (offsets / (WIDTH * window)) ** 2)
     places = np.arange(length)[:, np.newaxis] + offsets

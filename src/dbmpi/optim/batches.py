@@ -141,7 +141,7 @@ class Sampling:
         self._here = 0
         self._first += self._portions - self._overlap
         if growth > 1:
-            self._portions = min(max(self._portions + 1, round(growth * self._portions)), self._most)
+            self._portions = round(min(max(self._portions + 1, growth * self._portions), self._most))
         # The stream ends with the epochs; and all samples are the portions of one epoch.
         if self.whole or self._first + self._portions > self._order.batches:
             self._first = 0

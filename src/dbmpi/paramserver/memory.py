@@ -22,6 +22,7 @@ HEADERS = 64
 """Chunks read in place that a client may have posted to one shard; each costs a header and no more."""
 SLOTS = 4
 """Chunks that a client may have on the way to one shard through its inbox."""
+_MOST_BYTES = 2**62
 SMALLEST_CHUNK = 4096
 """Bytes below which sending a gradient in chunks costs more than it saves."""
 
@@ -119,7 +120,7 @@ def chunk_elements(inbox_bytes: float, chunk_bytes: float, clients: int, itemsiz
     UserError
         If that leaves less than 4 KiB for a chunk.
     """
-    most = int(min(chunk_bytes, inbox_bytes / (max(clients, 1) * SLOTS)))
+    most = int(min(chunk_bytes, inbox_bytes / (max(clients, 1) * SLOTS), _MOST_BYTES))
     if most < SMALLEST_CHUNK:
         need = max(clients, 1) * SLOTS * SMALLEST_CHUNK / 2**20
         raise UserError(

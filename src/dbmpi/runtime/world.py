@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, NoReturn
 import numpy as np
 
 from dbmpi.errors import DIED, EndedByDeath, KnownToAll, RunFailed, ToldElsewhere, UserError
-from dbmpi.runtime import failures, guarded, missingmpi, silentends, streams, waiting
+from dbmpi.runtime import capacity, failures, guarded, missingmpi, silentends, streams, waiting
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -149,6 +149,8 @@ def report_and_abort(error: BaseException) -> NoReturn:
         if rank == min({*range(size)}.difference(lost)):
             ranks = f"ranks {', '.join(map(str, lost))} have" if len(lost) > 1 else f"rank {lost[0]} has"
             text = f"dbmpi: {ranks} died, and the others cannot go on\n"
+    elif isinstance(error, MemoryError):
+        text = f"dbmpi: {f'rank {rank}: ' if size > 1 else ''}{capacity.explain(error)}\n"
     elif isinstance(error, RunFailed):
         code = DIED if isinstance(error, (EndedByDeath, failures.RankLost)) else 1
         text = f"dbmpi: {f'rank {rank}: ' if size > 1 else ''}{error}\n" if str(error) else ""
