@@ -342,6 +342,7 @@ def test_npy_equals_the_arrays(tmp_path, monkeypatch, *, samples, shape, kind, o
     inputs = np.asarray((random.random((samples, *shape)) * 200).astype(kind), order=order)
     values = random.random((samples, 3)) if target == "values" else random.random(samples)
     targets = random.integers(0, 5, samples) if target == "classes" else values
+    targets[0] = 0  # so that integers are numbers of classes
     np.save(tmp_path / "inputs.npy", inputs)
     np.save(tmp_path / "targets.npy", targets)
     import_npy(tmp_path / "inputs.npy", tmp_path / "targets.npy", tmp_path / "out.h5", scale=0.5, force=True)
@@ -379,11 +380,28 @@ def test_npy_that_is_torn_or_wrong(tmp_path):
     refused(r"flat\.npy: has shape \(6,\); expected", import_npy, saved("flat", np.zeros(6)), targets, out)
     refused(r"scalar\.npy: holds an array of shape \(\)", import_npy, saved("scalar", np.zeros(())), targets, out)
     refused(r"has 6 samples, but .*short\.npy 5", import_npy, inputs, saved("short", np.arange(5)), out)
-    refused(r"column\.npy: is int64 of shape \(6, 1\)", import_npy, inputs, saved("column", np.zeros((6, 1), int)), out)
+    refused(
+        r"cube\.npy: is int64 of shape \(6, 1, 1\)", import_npy, inputs, saved("cube", np.zeros((6, 1, 1), int)), out
+    )
     refused("sample 4: the label 4 is not", import_npy, inputs, targets, out, classes=4)
     refused("goes with whole numbers only", import_npy, inputs, saved("values", np.zeros(6)), out, classes=4)
     nan = saved("nan", np.array([[0, 0], [0, np.inf]] * 3))
     refused(r"nan\.npy: sample 1: the inputs hold NaN", import_npy, nan, targets, out)
+
+
+def test_npy_targets_of_any_clear_shape(tmp_path):
+    np.save(tmp_path / "inputs.npy", np.zeros((6, 2)))
+    labels = np.array([3, 1, 2, 1, 3, 2])
+    for targets, expected, named in [
+        (labels[:, None], labels - 1, (1, 2, 3)),
+        (labels > 1, labels > 1, None),
+        (np.eye(4, dtype=int)[labels], np.eye(4)[labels], None),
+    ]:
+        np.save(tmp_path / "targets.npy", targets)
+        import_npy(tmp_path / "inputs.npy", tmp_path / "targets.npy", tmp_path / "out.h5", force=True)
+        np.testing.assert_array_equal(contents(tmp_path / "out.h5")[1], expected)
+        with Source.open(tmp_path / "out.h5", 1) as source:
+            assert source.labels == named
 
 
 # --- LIBSVM ---

@@ -185,7 +185,7 @@ def _has_header(path: Path, number: int, rows: list[list[str]], columns: list[st
     if all(numeric) or not any(numeric):
         return not any(numeric)
     names = [field.strip() for field in rows[0]]
-    if any(column in names for column in columns):
+    if any(column in names for column in columns if not is_number(column)):
         return True
     counted = [float(field) for field in rows[0] if is_number(field)]
     like_the_second = len(rows) == 2 and numeric == [is_number(field) for field in rows[1]]
