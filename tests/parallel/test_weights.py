@@ -100,6 +100,7 @@ def test_a_loss_that_makes_no_sense_is_named_at_the_end(comm, place, method) -> 
             place,
             run={"directory": place / name, "seed": 3},
             data={"train": place / train_file, "test": place / test_file},
+            network={"layers": ({"units": tiny.CLASSES},)},
             topology={"shards": 1},
             optimizer={"method": method, "batch_size": 8, "epochs": epochs, "learning_rate": 0.05},
             sandblaster={"gtol": 0.0, "ftol": 0.0, "algorithm": "gradient_descent"},
