@@ -192,7 +192,10 @@ def test_csv_equals_the_numbers(tmp_path, monkeypatch, *, rows, target, delimite
     import_csv(path, tmp_path / "out.h5", targets=[target], delimiter=delimiter, scale=0.5, force=True)
     inputs, targets = contents(tmp_path / "out.h5")
     np.testing.assert_array_equal(inputs, (np.array([row[:3] for row in rows]) * 0.5).astype(np.float32))
-    np.testing.assert_array_equal(targets, [row[3] for row in rows])
+    labels = [row[3] for row in rows]
+    distinct = sorted(set(labels))
+    expected = labels if distinct[0] == 0 else [distinct.index(label) for label in labels]
+    np.testing.assert_array_equal(targets, expected)
 
 
 def test_csv_values_headers_and_columns(tmp_path):
@@ -217,17 +220,30 @@ def test_csv_values_headers_and_columns(tmp_path):
         ("a,b\n", {}, r"table\.csv: holds no samples"),
         ("a,b\n1,2\n3\n", {}, r"line 3 has 1 columns; expected 2"),
         ("a,b\n1,2\n\n3,4,5\n", {}, r"line 4 has 3 columns; expected 2"),
-        ("a,b\n1,2\nx,4\n", {}, r"line 3, column 0 \(a\): 'x' is not a number"),
-        ("1,2\n1,\n", {}, r"line 2, column 1: is empty; expected a number"),
-        ("1,2\nnan,3\n", {}, r"line 2: the inputs hold NaN"),
-        ("1,2\n1e39,3\n", {}, r"line 2: the inputs hold .* too large for float32"),
+        ("a,b\n1,2\nx,4\n", {}, r"line 3, column 1 \(a\): 'x' is not a number; .* --drop a to leave"),
+        ("1,2\n1,\n", {}, r"line 2, column 2: a value is missing; fill it in, or leave the line out"),
+        ("1,2\nnan,3\n", {}, r"line 2, column 1: a value is missing \('nan'\); .* the column \(--drop 0\) out"),
+        ("a,b,c\n1,2,0\n3,N/A,1\n", {}, r"line 3, column 2 \(b\): a value is missing \('N/A'\); .*--drop b"),
+        ("a,b,c\n1,2,x\n3,?,y\n", {}, r"line 3, column 2 \(b\): a value is missing \('\?'\); .*--drop b"),
+        ("a,b,c\n1,2,x\n3,4,\n", {}, r"line 3, column 3 \(c\): the label is missing; leave the line out"),
+        ("a,b,c\n1,2,x\n3,4\n", {}, r"line 3 has 2 columns; expected 3"),
+        ("a,b,c\n1,2,0\n3,4,1,5\n", {"drop": ["b"]}, r"line 3 has 4 columns; expected 3"),
+        ("1,2\n1e39,3\n", {}, r"line 2, column 1: 1e39 is infinite or too large for float32"),
         ("1,0\n1,0.5\n", {}, r"line 2: the target 0.5 is not a class; .* --values"),
-        ("1,0\n1,nan\n", {}, r"line 2: the target nan is not a class"),
-        ("1,0\n1,-1\n", {}, r"line 2: the label -1 is not a class"),
+        ("1,0\n1,nan\n", {}, r"line 2, column 2: a value is missing \('nan'\)"),
+        ("1,0\n1,dog\n", {}, r"line 2, column 2: 'dog' is not a number"),
+        ("1,0\n1,-1\n", {}, r"line 2: the label -1 is not a class; .* if it marks samples without a label"),
+        ("1,0\n1,-2\n", {}, r"line 2: the label -2 is not a class"),
         ("1,0\n1,1e30\n", {}, r"line 2: the label \d+ is not a class"),
-        ("1,0\n1,inf\n", {"kind": "values"}, r"line 2: the targets hold NaN, infinity"),
+        ("1,0\n1,inf\n", {"kind": "values"}, r"line 2, column 2: inf is infinite or too large"),
         ("1,abc\n2,3\n", {}, r"line 1 holds numbers and text \('abc'\): say --header"),
-        ("1,abc\n2,3\n", {"header": "no"}, r"line 1, column 1: 'abc' is not a number"),
+        ("1,2,abc\n3,4,xyz\n", {}, r"line 1 holds numbers and text \('abc'\): say --header"),
+        ("abc,1\n2,3\n", {"header": "no"}, r"line 1, column 1: 'abc' is not a number"),
+        ("5,a\n6,b\n7,c\n", {"classes": 2}, r"line 3: the label 'c' is one more than 2 classes; the others are a, b"),
+        ("5,a\n6,b\n", {"classes": 3}, r"--classes 3 was given, but there are 2 labels: a, b"),
+        ("a,b\n1,2\n", {"drop": ["c"]}, r"has no column 'c'"),
+        ("a,b\n1,2\n", {"drop": ["b"]}, r"column 1 is a target and to be dropped"),
+        ("a,b\n1,2\n", {"drop": ["a"]}, r"all are targets or dropped"),
         ("a,b\n1,2\n", {"targets": ["c"]}, r"has no column 'c'; its columns are a, b"),
         ("1,2\n", {"targets": ["c"]}, r"has no column 'c'; it has no header"),
         ("1,2\n", {"targets": ["2"]}, r"has no column 2; expected 0 to 1"),
@@ -245,6 +261,59 @@ def test_csv_faults_name_the_line(tmp_path, text, options, message):
     path = tmp_path / "table.csv"
     path.write_bytes(text.encode("latin-1"))
     refused(message, import_csv, path, tmp_path / "out.h5", **options)
+
+
+@pytest.mark.parametrize("header", [True, False])
+@pytest.mark.parametrize("labels", [["setosa", "virginica", "versicolor"], ["1", "2", "3"], ["-1", "1"], ["7", "5"]])
+def test_csv_numbers_labels_and_drops_columns(tmp_path, monkeypatch, capsys, header, labels):
+    """Text, and numbers that do not begin at 0, in the order of the labels; a test file has those of the training."""
+    monkeypatch.setattr(reading, "BLOCK_BYTES", 30)
+    random = np.random.default_rng(2)
+    inputs, chosen = random.normal(size=(40, 2)).round(3), random.integers(0, len(labels), 40)
+    chosen[: len(labels)] = range(len(labels))
+    rows = [
+        f"{x},id {number},{y},{labels[place]}"
+        for number, ((x, y), place) in enumerate(zip(inputs, chosen, strict=True))
+    ]
+    text = "\n".join((["length,name,width,species"] if header else []) + rows) + "\n"
+    path, out = tmp_path / "flowers.csv", tmp_path / "flowers.h5"
+    path.write_text(text)
+    run("import", "csv", path, "--drop", "name" if header else "1", "--out", out)
+    ordered = sorted(labels) if not labels[0].lstrip("-").isdigit() else sorted(map(int, labels))
+    assert f"{len(labels)} classes (labels {', '.join(map(str, ordered))})" in capsys.readouterr().out
+    with Source.open(out, 1) as source:
+        assert (source.classes, source.labels) == (len(labels), tuple(ordered))
+    found, classes = contents(out)
+    np.testing.assert_array_equal(found, inputs.astype(np.float32))
+    np.testing.assert_array_equal([str(ordered[code]) for code in classes], [labels[place] for place in chosen])
+    # A test file that lacks a label
+    path.write_text("\n".join(["length,name,width,species", *(row for row in rows if row.endswith(f",{labels[0]}"))]))
+    run("import", "csv", path, "--drop", "1", "--like", out, "--out", tmp_path / "test.h5")
+    with Source.open(tmp_path / "test.h5", 1) as test, Source.open(out, 1) as train:
+        test.expect_like(train)
+        assert set(test.targets(np.arange(test.samples)).tolist()) == {ordered.index(type(ordered[0])(labels[0]))}
+    path.write_text("length,name,width,species\n1,a,2,77\n")
+    refused("label", import_csv, path, tmp_path / "no.h5", drop=["name"], like=out)
+
+
+def test_csv_labels_from_0_are_classes_as_they_are(tmp_path):
+    path, out = tmp_path / "table.csv", tmp_path / "out.h5"
+    path.write_text("5,0\n6,3\n")
+    import_csv(path, out)
+    with Source.open(out, 1) as source:
+        assert (source.classes, source.labels) == (4, None)
+    path.write_text("5,1\n6,3\n")
+    import_csv(path, out, classes=4, force=True)
+    assert contents(out)[1].tolist() == [1, 3]
+    import_csv(path, tmp_path / "like.h5", like=out)
+    assert contents(tmp_path / "like.h5")[1].tolist() == [1, 3]
+
+
+def test_a_first_line_of_numbers_and_a_label_is_a_sample(tmp_path):
+    path, out = tmp_path / "iris.data", tmp_path / "out.h5"
+    path.write_text("5.1,3.5,Iris-setosa\n7.0,3.2,Iris-versicolor\n")
+    import_csv(path, out)
+    assert contents(out)[0].tolist() == np.float32([[5.1, 3.5], [7.0, 3.2]]).tolist()
 
 
 def test_a_line_without_an_end_is_not_swallowed(tmp_path, monkeypatch):
@@ -273,6 +342,7 @@ def test_npy_equals_the_arrays(tmp_path, monkeypatch, *, samples, shape, kind, o
     inputs = np.asarray((random.random((samples, *shape)) * 200).astype(kind), order=order)
     values = random.random((samples, 3)) if target == "values" else random.random(samples)
     targets = random.integers(0, 5, samples) if target == "classes" else values
+    targets[0] = 0  # so that integers are numbers of classes
     np.save(tmp_path / "inputs.npy", inputs)
     np.save(tmp_path / "targets.npy", targets)
     import_npy(tmp_path / "inputs.npy", tmp_path / "targets.npy", tmp_path / "out.h5", scale=0.5, force=True)
@@ -310,11 +380,28 @@ def test_npy_that_is_torn_or_wrong(tmp_path):
     refused(r"flat\.npy: has shape \(6,\); expected", import_npy, saved("flat", np.zeros(6)), targets, out)
     refused(r"scalar\.npy: holds an array of shape \(\)", import_npy, saved("scalar", np.zeros(())), targets, out)
     refused(r"has 6 samples, but .*short\.npy 5", import_npy, inputs, saved("short", np.arange(5)), out)
-    refused(r"column\.npy: is int64 of shape \(6, 1\)", import_npy, inputs, saved("column", np.zeros((6, 1), int)), out)
+    refused(
+        r"cube\.npy: is int64 of shape \(6, 1, 1\)", import_npy, inputs, saved("cube", np.zeros((6, 1, 1), int)), out
+    )
     refused("sample 4: the label 4 is not", import_npy, inputs, targets, out, classes=4)
     refused("goes with whole numbers only", import_npy, inputs, saved("values", np.zeros(6)), out, classes=4)
     nan = saved("nan", np.array([[0, 0], [0, np.inf]] * 3))
     refused(r"nan\.npy: sample 1: the inputs hold NaN", import_npy, nan, targets, out)
+
+
+def test_npy_targets_of_any_clear_shape(tmp_path):
+    np.save(tmp_path / "inputs.npy", np.zeros((6, 2)))
+    labels = np.array([3, 1, 2, 1, 3, 2])
+    for targets, expected, named in [
+        (labels[:, None], labels - 1, (1, 2, 3)),
+        (labels > 1, labels > 1, None),
+        (np.eye(4, dtype=int)[labels], np.eye(4)[labels], None),
+    ]:
+        np.save(tmp_path / "targets.npy", targets)
+        import_npy(tmp_path / "inputs.npy", tmp_path / "targets.npy", tmp_path / "out.h5", force=True)
+        np.testing.assert_array_equal(contents(tmp_path / "out.h5")[1], expected)
+        with Source.open(tmp_path / "out.h5", 1) as source:
+            assert source.labels == named
 
 
 # --- LIBSVM ---

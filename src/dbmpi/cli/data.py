@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     csv = _add(
         kinds,
         "csv",
-        "tables of numbers, one sample a line, plain or gzip",
+        "tables, one sample a line, plain or gzip; all but the target are numbers",
         _run_csv,
         ("file", {"type": Path, "metavar": "FILE", "help": "the table"}),
         _OUT,
@@ -57,6 +57,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                 "dest": "targets",
                 "help": "column of the target, by name or number (0 is the first, -1 the last, which is the default); "
                 "repeat it for several values",
+            },
+        ),
+        (
+            "--drop",
+            {
+                "action": "append",
+                "metavar": "COLUMN",
+                "default": [],
+                "help": "column to leave out, likewise; may be repeated",
+            },
+        ),
+        (
+            "--like",
+            {
+                "type": Path,
+                "metavar": "TRAIN.h5",
+                "help": "use the labels and the number of inputs of this data file: for a test file",
             },
         ),
         (
@@ -72,7 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     _add_kind(
         csv,
-        "the target is a class, a whole number from 0 (default); N classes, or the largest label plus one",
+        "the target is a class: a whole number or text (default); N classes, numbered from 0 if they are numbers",
         "the targets are values",
     )
     _add(
@@ -90,7 +107,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                 "type": Path,
                 "required": True,
                 "metavar": "FILE",
-                "help": "integers (samples,) for classes, or floating (samples, outputs) for values",
+                "help": "integers or booleans (samples,) for classes, or numbers (samples, outputs) for values",
             },
         ),
         _OUT,
@@ -229,6 +246,8 @@ def _run_csv(arguments: argparse.Namespace, progress: Progress) -> Any:
         arguments.file,
         arguments.out,
         targets=arguments.targets or ("-1",),
+        drop=arguments.drop,
+        like=arguments.like,
         kind="values" if arguments.values else "classes",
         classes=arguments.classes,
         header=arguments.header,

@@ -28,7 +28,7 @@ def loss_of_guessing(source: Source, loss: str) -> float:
             sums += np.bincount(targets, weights, minlength=size)
             continue
         values = targets.astype(np.float64)
-        shift = values[0] if shift is None else shift  # so that nothing large cancels
+        shift = values[0].copy() if shift is None else shift  # so that nothing large cancels
         values -= shift
         sums += weights @ values
         squares += weights @ (values * values)

@@ -50,6 +50,7 @@ class Stored:
     ) -> None:
         self.path, self.dataset, self.name, self.meaning = path, dataset, name, meaning
         self._replacement = replacement
+        self._place = dataset.name
         self._shape = tuple(int(length) for length in dataset.shape)
         self._axis = len(self._shape) - 1 if meaning.reversed_axes else 0
         self._channels_last = channels_last and dataset.ndim > 2
@@ -94,7 +95,7 @@ class Stored:
     def reopened(self, file: h5py.File) -> Stored:
         """Return the same dataset of the same file, opened again."""
         again = copy.copy(self)
-        again.dataset = file[self.dataset.name]
+        again.dataset = file[self._place]
         return again
 
     def blocks(self) -> Iterator[tuple[int, np.ndarray]]:

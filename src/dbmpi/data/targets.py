@@ -164,8 +164,10 @@ class Targets:
         if column and (kind.kind in "iub" or self._text or (classes and kind.kind == "f")):
             return
         if classes and not column:
-            self._one_hot = True
-        else:
+            # Where the first rows are none, they are values, which the loss then refuses.
+            _, rows = next(stored.blocks(), (0, np.zeros((0, shape[1]))))
+            self._one_hot = not len(_not_one_hot(rows))
+        if not self._one_hot:
             self.size = shape[1] if len(shape) == 2 else 1
 
     def _number(self, labels: list[Any]) -> None:
@@ -243,9 +245,7 @@ class Targets:
     def _codes(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the classes of stored rows, and the places of those that are none."""
         if self._one_hot:
-            flat = rows.reshape(len(rows), -1)
-            wrong = np.flatnonzero(~((flat == 1).sum(axis=1) == 1) | ((flat != 0).sum(axis=1) != 1))
-            return flat.argmax(axis=1).astype(np.int32), wrong
+            return rows.argmax(axis=1).astype(np.int32), _not_one_hot(rows)
         labels = self._words(0, rows) if self._text else rows.reshape(-1)
         if self._numbering is not None:
             codes = self._numbering.codes(labels)
@@ -297,6 +297,11 @@ class Targets:
 
 def _text(dataset: h5py.Dataset) -> bool:
     return h5py.check_string_dtype(dataset.dtype) is not None
+
+
+def _not_one_hot(rows: np.ndarray) -> np.ndarray:
+    """Return the places of the rows that are anything but one 1 and otherwise 0."""
+    return np.flatnonzero(((rows == 1).sum(axis=1) != 1) | ((rows != 0).sum(axis=1) != 1))
 
 
 def _given_classes(stored: Stored) -> int | None:

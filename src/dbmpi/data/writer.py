@@ -14,8 +14,9 @@ import h5py
 import numpy as np
 
 from dbmpi import __version__
-from dbmpi.data import hdf5
+from dbmpi.data import hdf5, numbering
 from dbmpi.data.declared import INPUT_NAMES, TARGET_NAMES
+from dbmpi.data.reading import Label
 from dbmpi.errors import UserError
 from dbmpi.newfile import NewFile
 
@@ -24,6 +25,9 @@ CHUNK_BYTES = 256 << 10
 TARGET_CHUNK_BYTES = 64 << 10
 LARGEST_SAMPLE_BYTES = 256 << 20
 """No sample is larger than this (as float32); what declares more is taken for damaged."""
+
+LARGEST_LABELS_BYTES = 60_000
+"""Of an attribute: HDF5 allows 64 KiB."""
 
 Where = Callable[[int], str]
 """From a row of the block that is being written to its place in the original file, e.g. ``"line 17"``."""
@@ -67,11 +71,15 @@ class Written:
     samples: int
     shape: Shape
     file_bytes: int
+    labels: Sequence[Label] | None = None
+    """What the classes are called, where they are not just numbers."""
 
     def __str__(self) -> str:
         kind = "float32" if self.shape.scale is None else "uint8"
         size = self.shape.target_size
         targets = f"{self.shape.classes} classes" if size is None else f"{size} value{'s' * (size > 1)} a sample"
+        if self.labels is not None:
+            targets += f" (labels {numbering.some(self.labels)})"
         features = " x ".join(str(length) for length in self.shape.inputs)
         return (
             f"{self.path}: {self.samples} samples of {features} ({kind}), {targets}, {self.file_bytes / 2**20:.1f} MiB"
@@ -108,9 +116,12 @@ class Writer:
         self.samples = 0
         self._force = force
         self._largest_label = -1
-        self._labels: Sequence[int] | None = None
         self._digests = [hashlib.sha256(), hashlib.sha256()]
         """Of all inputs and of all targets, as they are stored."""
+        self._least_label = 0
+        self._labels: Sequence[Label] | None = None
+        self._negative = ""
+        """Where the first label below 0 is."""
         self._new: NewFile | None = None
         self.written: Written | None = None
         """Set when the file is whole."""
@@ -167,16 +178,10 @@ class Writer:
                 dataset[start:] = stored
                 digest.update(stored.data)
 
-    def number_labels(self, labels: Sequence[int], codes: np.ndarray) -> None:
+    def number_labels(self, labels: Sequence[Label], codes: np.ndarray) -> None:
         """Replace every class c written so far by ``codes[c]``, and record which `labels` the classes stand for."""
-        self._digests[1] = hashlib.sha256()
-        with self._writing():
-            for start in range(0, self.samples, hdf5.BLOCK_BYTES // 4):
-                rows = slice(start, start + hdf5.BLOCK_BYTES // 4)
-                numbered = codes[self._targets[rows]].astype(self._targets.dtype, copy=False)
-                self._targets[rows] = numbered
-                self._digests[1].update(numbered.data)
-        self._labels = labels
+        self._renumber(lambda classes: codes[classes])
+        self._record(labels)
         self._largest_label = max(int(codes.max(initial=-1)), len(labels) - 1)
 
     def name_columns(self, inputs: Sequence[str], targets: Sequence[str] = ()) -> None:
@@ -227,27 +232,78 @@ class Writer:
         if not len(labels):
             return
         largest = hdf5.LARGEST_LABEL if self.shape.classes is None else self.shape.classes - 1
-        wrong = np.flatnonzero((labels < 0) | (labels > largest))
+        # Without a number of classes, -1 may be one of two labels: that is seen at the end.
+        least = -1 if self.shape.classes is None else 0
+        wrong = np.flatnonzero((labels < least) | (labels > largest))
         if len(wrong):
             row = int(wrong[0])
             raise UserError(
                 f"{self.origin.targets}: {place(row)}: the label {labels[row]} is not a class; expected whole numbers "
                 f"from 0 to {largest}"
             )
+        lowest = int(labels.min())
+        if lowest < 0 and not self._negative:
+            self._negative = place(int(labels.argmin()))
+        self._least_label = lowest if self.samples == 0 else min(self._least_label, lowest)
         self._largest_label = max(self._largest_label, int(labels.max()))
+
+    def _number_raw_labels(self) -> None:
+        """Give labels that do not begin at 0 the numbers of classes."""
+        distinct: set[int] = set()
+        with self._writing():
+            for start in range(0, self.samples, hdf5.BLOCK_BYTES // 4):
+                distinct.update(np.unique(self._targets[start : start + hdf5.BLOCK_BYTES // 4]).tolist())
+        if len(distinct) > numbering.MOST_LABELS:
+            raise UserError(
+                f"{self.origin.targets}: holds {len(distinct)} different labels from {min(distinct)}; expected "
+                f"classes; number them from 0"
+            )
+        try:
+            labels = numbering.numbered(sorted(distinct))
+        except ValueError:
+            raise UserError(
+                f"{self.origin.targets}: {self._negative}: the label -1 is not a class; expected whole numbers from 0; "
+                f"if it marks samples without a label, leave them out"
+            ) from None
+        if labels is not None:
+            self._renumber(numbering.Numbering(labels).codes)
+            self._record(labels)
+            self._largest_label = len(labels) - 1
+
+    def _renumber(self, classes: Callable[[np.ndarray], np.ndarray]) -> None:
+        self._digests[1] = hashlib.sha256()
+        with self._writing():
+            for start in range(0, self.samples, hdf5.BLOCK_BYTES // 4):
+                rows = slice(start, start + hdf5.BLOCK_BYTES // 4)
+                numbered = classes(self._targets[rows]).astype(self._targets.dtype, copy=False)
+                self._targets[rows] = numbered
+                self._digests[1].update(numbered.data)
+
+    def _record(self, labels: Sequence[Label]) -> None:
+        widest = max((len(label.encode()) if isinstance(label, str) else 8 for label in labels), default=0)
+        if len(labels) * widest > LARGEST_LABELS_BYTES:
+            raise UserError(
+                f"{self.origin.targets}: its {len(labels)} labels take more than {LARGEST_LABELS_BYTES} bytes, which "
+                f"cannot be kept; number the classes from 0"
+            )
+        self._labels = labels
 
     def _finish(self) -> None:
         if self.samples == 0:
             raise UserError(f"{self.origin.inputs}: holds no samples; expected at least one")
         assert self._new is not None
         shape = self.shape
+        if shape.target_size is None and shape.classes is None and self._labels is None and self._least_label != 0:
+            self._number_raw_labels()
         with self._writing():
             if shape.target_size is None:
                 classes = shape.classes or self._largest_label + 1
                 shape = Shape(shape.inputs, classes, None, shape.scale)
                 self._targets.attrs["classes"] = classes
                 if self._labels is not None:
-                    self._targets.attrs["labels"] = np.asarray(self._labels, np.int64)
+                    text = isinstance(self._labels[0], str)
+                    encoded = [str(label).encode() for label in self._labels] if text else self._labels
+                    self._targets.attrs["labels"] = np.array(encoded, None if text else np.int64)
             names = dict.fromkeys(Path(source).name for source in (self.origin.inputs, self.origin.targets))
             self._file.attrs.update(
                 format=hdf5.FORMAT,
@@ -261,7 +317,7 @@ class Writer:
             # Somebody else may have written the file in the meantime.
             check_writable(self.out, self._force)
             self._new.commit()
-            self.written = Written(self.out, self.samples, shape, self.out.stat().st_size)
+            self.written = Written(self.out, self.samples, shape, self.out.stat().st_size, self._labels)
 
     def _digest(self) -> str:
         parts = [digest.hexdigest() for digest in self._digests]

@@ -1,39 +1,20 @@
-"""CSV files of numbers, plain or gzip: one sample a line, one or more of the columns the target."""
+"""CSV files, plain or gzip: one sample a line, one or more of the columns the target, the others numbers."""
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import chain
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
+from dbmpi.data import numbering
+from dbmpi.data.importers.csvtable import Header, Table, find_table
 from dbmpi.data.importers.reading import InputFile, Lines, Progress, line_blocks, no_progress
-from dbmpi.data.writer import Origin, Shape, Writer, Written, check_writable
+from dbmpi.data.numbering import MOST_LABELS, Numbering
+from dbmpi.data.source import Source
+from dbmpi.data.writer import LARGEST_SAMPLE_BYTES, Origin, Shape, Writer, Written, check_writable
 from dbmpi.errors import UserError
-
-Header = Literal["auto", "yes", "no"]
-
-
-@dataclass(frozen=True)
-class Table:
-    """The columns of a CSV file."""
-
-    path: Path
-    delimiter: str
-    width: int
-    names: tuple[str, ...] | None
-    """Names of the columns if the file has a header."""
-    targets: tuple[int, ...]
-    """Columns of the targets."""
-
-    @property
-    def inputs(self) -> list[int]:
-        """Columns of the inputs: all the others."""
-        return [column for column in range(self.width) if column not in self.targets]
 
 
 def import_csv(
@@ -41,15 +22,20 @@ def import_csv(
     out: Path,
     *,
     targets: Sequence[str] = ("-1",),
+    drop: Sequence[str] = (),
     kind: Literal["classes", "values"] = "classes",
     classes: int | None = None,
+    like: Path | None = None,
     header: Header = "auto",
     delimiter: str = ",",
     scale: float = 1.0,
     force: bool = False,
     progress: Progress = no_progress,
 ) -> Written:
-    """Write a data file from a table of numbers.
+    """Write a data file from a table.
+
+    Labels that are text, or numbers that do not begin at 0, are numbered in increasing order and recorded in the
+    attribute `labels`.
 
     Parameters
     ----------
@@ -59,10 +45,14 @@ def import_csv(
         Data file to write; inputs are float32 ``(samples, columns)``.
     targets
         Columns of the targets, by name or by number counted from 0, or from the last column (-1) backwards.
+    drop
+        Columns to leave out, likewise.
     kind
-        Whether the target is a class (whole numbers from 0) or values.
+        Whether the target is a class (whole numbers, or text) or values.
     classes
-        Number of classes; by default the largest label plus one.
+        Number of classes, whose labels are then numbers from 0, or text; by default what the file holds.
+    like
+        A data file whose labels and number of inputs are to be used: the training file, for a test file.
     header
         Whether the first line holds the names of the columns; ``auto`` takes it for names if none of it is a number.
     delimiter
@@ -77,125 +67,137 @@ def import_csv(
     Raises
     ------
     UserError
-        If the table is ragged, holds anything but finite numbers, or a target is no column of it.
+        If the table is ragged, lacks a value, inputs are not finite numbers, a column does not exist, or a label is not
+        one of `like`.
     """
     if len(delimiter) != 1 or delimiter in '"\r\n':
         raise UserError(f"the delimiter {delimiter!r} is impossible; expected one character, e.g. ',' or ';'")
     if kind == "classes" and len(targets) != 1:
         raise UserError(f"{len(targets)} target columns were given, but a class is one column; for values say --values")
+    if like is not None and (kind == "values" or classes is not None):
+        raise UserError(f"--like {like} says which classes there are; leave out --classes and --values")
     check_writable(out, force, (file,))
     with InputFile(file) as text:
-        blocks = line_blocks(text)
+        blocks = _blocks(text)
         first = next(blocks, None)
         if first is None:
             raise UserError(f"{file}: is empty; expected lines of numbers")
-        table = _table(file, first, targets, header, delimiter)
+        table = find_table(file, first, targets, drop, kind == "classes", header, delimiter)
         if table.names is not None:
             first = Lines(first.numbers[1:], first.texts[1:])
-        shape = Shape((len(table.inputs),), classes, len(targets) if kind == "values" else None)
+        labels = _Labels(table, classes, like)
+        shape = Shape((len(table.inputs),), labels.classes, len(targets) if kind == "values" else None)
         with Writer(out, shape, Origin("csv", file, file), force) as writer:
             if table.names is not None:
                 answers = [table.names[column] for column in table.targets] if kind == "values" else []
                 writer.name_columns([table.names[column] for column in table.inputs], answers)
-            for lines in chain([first], blocks):
-                if lines.texts:
-                    _append(writer, table, lines, scale)
+            while first is not None:
+                if first.texts:
+                    _append(writer, table, labels, first, scale)
                 progress(text.position, text.file_bytes)
+                first = next(blocks, None)
+            labels.conclude(writer)
     assert writer.written is not None
     return writer.written
 
 
-def _append(writer: Writer, table: Table, lines: Lines, scale: float) -> None:
-    rows = _numbers(table, lines)
-    targets = rows[:, table.targets]
+def _blocks(text: InputFile) -> Iterator[Lines]:
+    """Yield the lines in blocks; the first one has two, if there are so many, from which the columns can be told."""
+    blocks = line_blocks(text)
+    first = next(blocks, None)
+    if first is not None and len(first.texts) < 2:
+        more = next(blocks, Lines([], []))
+        first = Lines([*first.numbers, *more.numbers], [*first.texts, *more.texts])
+    if first is not None:
+        yield first
+    yield from blocks
+
+
+class _Labels:
+    """Classes for the labels of a column, in the order in which they come, or as another file has them."""
+
+    def __init__(self, table: Table, classes: int | None, like: Path | None) -> None:
+        self._table, self._asked, self._like = table, classes, like
+        self._codes: dict[str, int] = {}
+        self._given: Numbering | None = None
+        self.classes = None if table.text else classes
+        if like is None:
+            return
+        with Source.open(like, LARGEST_SAMPLE_BYTES >> 20, "required") as source:
+            if source.classes is None or source.input_shape != (len(table.inputs),):
+                raise UserError(
+                    f"{like}: has samples of shape {source.input_shape} and {source.classes or 'no'} classes, but "
+                    f"{table.path} has {len(table.inputs)} columns of inputs; expected a file made from such a table"
+                )
+            self.classes, labels = source.classes, source.labels
+            if table.text != isinstance((labels or (0,))[0], str):
+                raise UserError(
+                    f"{like}: its labels are {numbering.some(labels or range(source.classes))}, but those of "
+                    f"{table.path} are {'text' if table.text else 'numbers'}; expected labels of one kind"
+                )
+            if labels is not None:
+                self._given = Numbering(labels)
+
+    def numbers(self, labels: np.ndarray, lines: Lines) -> np.ndarray:
+        """Return classes for labels, whole numbers or text."""
+        if self._given is not None:
+            codes = self._given.codes(labels)
+            if (codes < 0).any():
+                row = int(np.flatnonzero(codes < 0)[0])
+                raise UserError(
+                    f"{self._table.path}: line {lines.numbers[row]}: the label {labels[row]} does not occur in "
+                    f"{self._like}; expected {numbering.some(self._given.labels)}"
+                )
+            return codes
+        if not self._table.text:
+            return labels
+        codes = np.array([self._codes.setdefault(label, len(self._codes)) for label in labels.tolist()], np.int32)
+        most = MOST_LABELS if self._asked is None else self._asked
+        if len(self._codes) > most:
+            row = int(np.flatnonzero(codes >= most)[0])
+            raise UserError(
+                f"{self._table.path}: line {lines.numbers[row]}: the label {labels[row]!r} is one more than {most} "
+                f"classes; the others are {numbering.some([*self._codes])}"
+            )
+        return codes
+
+    def conclude(self, writer: Writer) -> None:
+        """Bring text labels in order, and record which classes stand for what."""
+        if self._given is not None:
+            writer.number_labels(self._given.labels, np.arange(len(self._given.labels), dtype=np.int32))
+        elif self._codes:
+            ordered = sorted(self._codes)
+            if self._asked is not None and len(ordered) < self._asked:
+                raise UserError(
+                    f"{self._table.path}: --classes {self._asked} was given, but there are {len(ordered)} labels: "
+                    f"{numbering.some(ordered)}; leave --classes out, or say --like TRAIN.h5 for a test file"
+                )
+            codes = np.empty(len(ordered), np.int32)
+            for code, label in enumerate(ordered):
+                codes[self._codes[label]] = code
+            writer.number_labels(ordered, codes)
+
+
+def _append(writer: Writer, table: Table, labels: _Labels, lines: Lines, scale: float) -> None:
+    inputs, answers, words = table.read(lines)
+    inputs *= scale
+    table.check_finite(lines, inputs, table.inputs)
 
     def where(row: int) -> str:
         return f"line {lines.numbers[row]}"
 
-    if writer.shape.target_size is None:
-        labels = targets[:, 0]
-        wrong = np.flatnonzero(labels != np.rint(labels))
+    if writer.shape.target_size is not None:
+        table.check_finite(lines, answers, table.targets)
+        writer.append(inputs, answers, where)
+        return
+    if words is None:
+        found = answers[:, 0]
+        table.check_finite(lines, answers, table.targets)
+        wrong = np.flatnonzero(found != np.rint(found))
         if len(wrong):
             raise UserError(
-                f"{table.path}: {where(int(wrong[0]))}: the target {labels[wrong[0]]:g} is not a class; expected whole "
-                f"numbers from 0 (for values say --values)"
+                f"{table.path}: {where(int(wrong[0]))}: the target {found[wrong[0]]:g} is not a class; expected whole "
+                f"numbers or text (for values say --values)"
             )
-        targets = np.clip(labels, -1, 2**53).astype(np.int64)
-    writer.append(rows[:, table.inputs] * scale, targets, where)
-
-
-def _numbers(table: Table, lines: Lines) -> np.ndarray:
-    """Return a block of lines as float64 ``(lines, columns)``."""
-    try:
-        rows = np.loadtxt(lines.texts, np.float64, comments=None, delimiter=table.delimiter, ndmin=2, quotechar='"')
-    except ValueError as error:
-        raise UserError(_fault(table, lines) or f"{table.path}: line {lines.numbers[0]} ff.: {error}") from None
-    if rows.shape != (len(lines.texts), table.width):
-        raise UserError(_fault(table, lines) or f"{table.path}: line {lines.numbers[0]} ff.: a quotation is not closed")
-    return rows
-
-
-def _fault(table: Table, lines: Lines) -> str | None:
-    """Describe the first fault of lines that could not be read as numbers, slowly."""
-    for number, text in zip(lines.numbers, lines.texts, strict=True):
-        fields = _fields(table.path, number, text, table.delimiter)
-        if len(fields) != table.width:
-            return f"{table.path}: line {number} has {len(fields)} columns; expected {table.width} as in the first line"
-        for column, field in enumerate(fields):
-            if not _is_number(field):
-                name = f" ({table.names[column]})" if table.names else ""
-                given = f"{field[:40]!r} is not a number" if field.strip() else "is empty"
-                return f"{table.path}: line {number}, column {column}{name}: {given}; expected a number"
-    return None
-
-
-def _table(path: Path, first: Lines, targets: Sequence[str], header: Header, delimiter: str) -> Table:
-    """Find out what the columns are, from the first line."""
-    fields = _fields(path, first.numbers[0], first.texts[0], delimiter)
-    numeric = [_is_number(field) for field in fields]
-    if header == "auto" and any(numeric) and not all(numeric):
-        raise UserError(
-            f"{path}: line {first.numbers[0]} holds numbers and text ({fields[numeric.index(False)][:40]!r}): say "
-            f"--header yes if it names the columns, --header no if it is a sample"
-        )
-    named = header == "yes" or (header == "auto" and not any(numeric))
-    names = tuple(name.strip() for name in fields) if named else None
-    columns = tuple(_column(path, target, names, len(fields)) for target in targets)
-    if len(set(columns)) < len(columns):
-        raise UserError(f"{path}: a target column was given twice: {', '.join(targets)}")
-    if len(columns) == len(fields):
-        hint = "" if len(fields) > 1 else f"; is {delimiter!r} the delimiter?"
-        raise UserError(f"{path}: has {len(fields)} columns and all are targets; expected some inputs{hint}")
-    return Table(path, delimiter, len(fields), names, columns)
-
-
-def _column(path: Path, target: str, names: tuple[str, ...] | None, width: int) -> int:
-    if names is not None and names.count(target) > 1:
-        raise UserError(f"{path}: {names.count(target)} columns are called {target!r}; give the number of the column")
-    if names is not None and target in names:
-        return names.index(target)
-    try:
-        number = int(target)
-    except ValueError:
-        known = (
-            f"its columns are {', '.join(names[:12])}{' ...' if width > 12 else ''}" if names else "it has no header"
-        )
-        raise UserError(f"{path}: has no column {target!r}; {known}") from None
-    if not -width <= number < width:
-        raise UserError(f"{path}: has no column {number}; expected 0 to {width - 1}, or -1 for the last")
-    return number % width
-
-
-def _fields(path: Path, number: int, text: str, delimiter: str) -> list[str]:
-    try:
-        return next(csv.reader([text], delimiter=delimiter))
-    except csv.Error as error:
-        raise UserError(f"{path}: line {number}: {error}") from None
-
-
-def _is_number(field: str) -> bool:
-    try:
-        float(field)
-    except ValueError:
-        return False
-    return True
+        words = np.clip(found, -(2.0**53), 2.0**53).astype(np.int64)
+    writer.append(inputs, labels.numbers(words, lines), where)

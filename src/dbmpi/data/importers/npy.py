@@ -26,7 +26,7 @@ def import_npy(
     """Write a data file from two arrays whose first axis is the sample.
 
     Inputs of bytes stay bytes and are multiplied by `scale` when they are used; other numbers become float32.
-    Integer targets ``(samples,)`` are classes; floating ones, ``(samples, outputs)`` or ``(samples,)``, are values.
+    Integer and boolean targets ``(samples,)`` or ``(samples, 1)`` are classes; all others are values.
 
     Raises
     ------
@@ -39,8 +39,10 @@ def import_npy(
         raise UserError(f"{inputs}: has shape {rows.shape}; expected (samples, features ...)")
     if answers.ndim == 1 and answers.dtype.kind == "f":
         answers = answers[:, None]
-    size = None if answers.dtype.kind in "iu" else int(answers.shape[-1])
-    if answers.ndim != (1 if size is None else 2) or answers.dtype.kind not in "iuf" or size == 0:
+    elif answers.ndim == 2 and answers.shape[1] == 1 and answers.dtype.kind in "iub":
+        answers = answers[:, 0]
+    size = int(answers.shape[1]) if answers.ndim == 2 else None
+    if answers.ndim not in (1, 2) or size == 0:
         raise UserError(
             f"{targets}: is {answers.dtype} of shape {answers.shape}; expected (samples,) integers for classes, or "
             f"(samples, outputs) floating numbers for values"
@@ -56,7 +58,10 @@ def import_npy(
             block = np.asarray(rows[start:stop])
             if block.dtype.kind in "bi" or block.dtype in (np.uint16, np.uint32, np.uint64, np.float16):
                 block = block.astype(np.float32)
-            writer.append(block, np.asarray(answers[start:stop]))
+            targets_of_block = np.asarray(answers[start:stop])
+            if size is not None or targets_of_block.dtype == np.bool_:
+                targets_of_block = targets_of_block.astype(np.int8 if size is None else np.float64)
+            writer.append(block, targets_of_block)
             progress(stop, len(rows))
     assert writer.written is not None
     return writer.written

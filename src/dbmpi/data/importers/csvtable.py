@@ -1,0 +1,214 @@
+"""The columns of a CSV file: which are inputs, targets or left out, and what their fields hold."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from dbmpi.data.importers.reading import Lines
+from dbmpi.errors import UserError
+
+Header = Literal["auto", "yes", "no"]
+_MISSING = frozenset({"", "na", "n/a", "nan", "null", "none", "nil", "missing", "?", "-", "."})
+"""What tables hold, in any case, where there is no value."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """The columns of a CSV file, numbered from 0."""
+
+    path: Path
+    delimiter: str
+    width: int
+    names: tuple[str, ...] | None
+    """Names of the columns if the file has a header."""
+    targets: tuple[int, ...]
+    """Columns of the targets."""
+    dropped: tuple[int, ...]
+    """Columns that are left out."""
+    text: bool
+    """Whether the target is text."""
+
+    @property
+    def inputs(self) -> list[int]:
+        """Columns of the inputs: all the others."""
+        return [column for column in range(self.width) if column not in (*self.targets, *self.dropped)]
+
+    def read(self, lines: Lines) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """Return inputs and targets of a block of lines, float64 ``(lines, columns)``, or labels that are text.
+
+        Raises
+        ------
+        UserError
+            Naming the line and the column, both counted from 1, of what is missing or no number.
+        """
+        if not (self.text or self.dropped):
+            rows = self._numbers(lines)
+            return rows[:, self.inputs], rows[:, self.targets], None
+        fields = [self._fields(number, text) for number, text in zip(lines.numbers, lines.texts, strict=True)]
+        if any(len(row) != self.width for row in fields):
+            raise UserError(self._fault(lines) or "")
+        try:
+            inputs = np.array([[float(row[column]) for column in self.inputs] for row in fields])
+            numbers = () if self.text else self.targets
+            targets = np.array([[float(row[column]) for column in numbers] for row in fields])
+        except ValueError:
+            raise UserError(self._fault(lines) or f"{self.path}: line {lines.numbers[0]} ff. cannot be read") from None
+        if not self.text:
+            return inputs, targets, None
+        words = np.empty(len(fields), object)
+        words[:] = [row[self.targets[0]].strip() for row in fields]
+        if "" in words.tolist():
+            row = words.tolist().index("")
+            raise UserError(
+                f"{self._place(lines.numbers[row], self.targets[0])}: the label is missing; leave the line out"
+            )
+        return inputs, targets, words
+
+    def check_finite(self, lines: Lines, values: np.ndarray, columns: Sequence[int]) -> None:
+        """Raise UserError where values are missing (NaN), infinite or too large for float32, naming the first."""
+        with np.errstate(over="ignore"):
+            wrong = np.argwhere(~np.isfinite(values.astype(np.float32)))
+        if len(wrong):
+            row, column = wrong[0].tolist()
+            text = self._fields(lines.numbers[row], lines.texts[row])[columns[column]]
+            raise UserError(self._complaint(lines.numbers[row], columns[column], text))
+
+    def _numbers(self, lines: Lines) -> np.ndarray:
+        """Return a block of lines of nothing but numbers as float64 ``(lines, columns)``."""
+        begin = f"{self.path}: line {lines.numbers[0]} ff."
+        try:
+            rows = np.loadtxt(lines.texts, np.float64, comments=None, delimiter=self.delimiter, ndmin=2, quotechar='"')
+        except ValueError as error:
+            raise UserError(self._fault(lines) or f"{begin}: {error}") from None
+        if rows.shape != (len(lines.texts), self.width):
+            raise UserError(self._fault(lines) or f"{begin}: a quotation is not closed")
+        return rows
+
+    def _fault(self, lines: Lines) -> str | None:
+        """Describe the first fault of lines that could not be read as numbers, slowly."""
+        for number, text in zip(lines.numbers, lines.texts, strict=True):
+            fields = self._fields(number, text)
+            if len(fields) != self.width:
+                return (
+                    f"{self.path}: line {number} has {len(fields)} columns; expected {self.width} as in the first line"
+                )
+            for column, field in enumerate(fields):
+                skipped = column in self.dropped or (self.text and column in self.targets)
+                if not skipped and not is_number(field):
+                    return self._complaint(number, column, field)
+        return None
+
+    def _complaint(self, line: int, column: int, field: str) -> str:
+        place, shown = self._place(line, column), field.strip()[:40]
+        name = self.names[column] if self.names else str(column)
+        if shown.lower() in _MISSING:
+            way_on = (
+                "leave the line out" if column in self.targets else f"leave the line or the column (--drop {name}) out"
+            )
+            return f"{place}: a value is missing{f' ({shown!r})' if shown else ''}; fill it in, or {way_on}"
+        if is_number(field):
+            return f"{place}: {shown} is infinite or too large for float32; expected finite numbers"
+        hint = "" if column in self.targets else f", or --drop {name} to leave the column out"
+        return f"{place}: {shown!r} is not a number; expected a number{hint}"
+
+    def _place(self, line: int, column: int) -> str:
+        name = f" ({self.names[column]})" if self.names else ""
+        return f"{self.path}: line {line}, column {column + 1}{name}"
+
+    def _fields(self, number: int, text: str) -> list[str]:
+        return fields_of(self.path, number, text, self.delimiter)
+
+
+def find_table(
+    path: Path,
+    first: Lines,
+    targets: Sequence[str],
+    drop: Sequence[str],
+    classes: bool,
+    header: Header,
+    delimiter: str,
+) -> Table:
+    """Find out what the columns are, from the first two lines."""
+    rows = [fields_of(path, *line, delimiter) for line in zip(first.numbers[:2], first.texts[:2], strict=True)]
+    named = _has_header(path, first.numbers[0], rows, [*targets, *drop], header)
+    names = tuple(name.strip() for name in rows[0]) if named else None
+    width = len(rows[0])
+    columns = tuple(_column(path, target, names, width) for target in targets)
+    if len(set(columns)) < len(columns):
+        raise UserError(f"{path}: a target column was given twice: {', '.join(targets)}")
+    dropped = tuple(_column(path, one, names, width) for one in drop)
+    both = set(columns) & set(dropped)
+    if both:
+        raise UserError(f"{path}: column {min(both)} is a target and to be dropped; give another --target")
+    if len({*columns, *dropped}) == width:
+        hint = "" if width > 1 else f"; is {delimiter!r} the delimiter?"
+        raise UserError(f"{path}: has {width} columns and all are targets or dropped; expected some inputs{hint}")
+    samples = rows[1:] if named else rows
+    answer = samples[0][columns[0]] if samples and len(samples[0]) == width else "0"
+    text = classes and not is_number(answer)
+    return Table(path, delimiter, width, names, columns, dropped, text)
+
+
+def is_number(field: str) -> bool:
+    """Return whether a field holds a number; NaN and infinity are some, too."""
+    try:
+        float(field)
+    except ValueError:
+        return False
+    return True
+
+
+def fields_of(path: Path, number: int, text: str, delimiter: str) -> list[str]:
+    """Return the fields of a line."""
+    try:
+        return next(csv.reader([text], delimiter=delimiter))
+    except csv.Error as error:
+        raise UserError(f"{path}: line {number}: {error}") from None
+
+
+def _has_header(path: Path, number: int, rows: list[list[str]], columns: list[str], header: Header) -> bool:
+    """Return whether the first line names the columns.
+
+    It does if none of it is a number.  If some of it is, it may still be a sample whose label is text, or which has a
+    column of text to be dropped: if the second line has numbers and text in the same columns, and the numbers of the
+    first are not just counted.
+    """
+    if header != "auto":
+        return header == "yes"
+    numeric = [is_number(field) for field in rows[0]]
+    if all(numeric) or not any(numeric):
+        return not any(numeric)
+    names = [field.strip() for field in rows[0]]
+    if any(column in names for column in columns if not is_number(column)):
+        return True
+    counted = [float(field) for field in rows[0] if is_number(field)]
+    like_the_second = len(rows) == 2 and numeric == [is_number(field) for field in rows[1]]
+    if like_the_second and counted not in (list(range(len(counted))), list(range(1, len(counted) + 1))):
+        return False
+    raise UserError(
+        f"{path}: line {number} holds numbers and text ({rows[0][numeric.index(False)][:40]!r}): say --header yes if "
+        f"it names the columns, --header no if it is a sample"
+    )
+
+
+def _column(path: Path, target: str, names: tuple[str, ...] | None, width: int) -> int:
+    if names is not None and names.count(target) > 1:
+        raise UserError(f"{path}: {names.count(target)} columns are called {target!r}; give the number of the column")
+    if names is not None and target in names:
+        return names.index(target)
+    try:
+        number = int(target)
+    except ValueError:
+        known = (
+            f"its columns are {', '.join(names[:12])}{' ...' if width > 12 else ''}" if names else "it has no header"
+        )
+        raise UserError(f"{path}: has no column {target!r}; {known}") from None
+    if not -width <= number < width:
+        raise UserError(f"{path}: has no column {number}; expected 0 to {width - 1}, or -1 for the last")
+    return number % width
