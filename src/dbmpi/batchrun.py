@@ -42,7 +42,7 @@ from dbmpi.paramserver.probe import transport_between
 from dbmpi.paramserver.window import Window
 from dbmpi.partition.arrangement import Arrangement
 from dbmpi.result import Result
-from dbmpi.runtime import failures, orders, waiting
+from dbmpi.runtime import failures, guarded, orders, waiting
 from dbmpi.runtime.failures import RankLost
 from dbmpi.runtime.orders import Mailbox
 from dbmpi.runtime.world import together
@@ -293,7 +293,8 @@ def _conclude(comm: MPI.Intracomm, coordinator: Coordinator | None, seconds: flo
         status = MPI.Status()
         waiting.until(lambda: comm.Iprobe(0, _CONCLUSION, status), "the coordinator to conclude")
         data = np.empty(status.Get_count(MPI.BYTE), np.uint8)
-        comm.Recv([data, MPI.BYTE], 0, _CONCLUSION)
+        with guarded.blocking("the rest of the coordinator's conclusion"):
+            comm.Recv([data, MPI.BYTE], 0, _CONCLUSION)
     steps, samples, stopped_by, test, path, lost = json.loads(data.tobytes())
     outcome = None if test is None else Outcome(*test)
     return Result(steps, samples, seconds, outcome, stopped_by, Path(path), lost=tuple(lost))

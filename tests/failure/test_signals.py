@@ -169,14 +169,20 @@ def test_a_rank_that_dies_while_mpi_starts_ends_the_job(jobs: Jobs) -> None:
 
 
 def test_what_mpichs_launcher_sends_when_a_rank_has_died_is_no_wish(jobs: Jobs) -> None:
-    """It tells the others by SIGUSR1, where they are to live on; from anybody else that asks for the end."""
+    """It tells the others by SIGUSR1, where they are to live on; from anybody else that asks for the end.
+
+    Every other time (MPICH 5.0) it kills them all the same, which says nothing.
+    """
     if is_open_mpi():
         pytest.skip("only MPICH's launcher does so")
     (jobs.directory / "program.py").write_text(NOTED)
     argv = [launcher(), "-disable-auto-cleanup", "-n", "3", sys.executable, "program.py"]
-    done = jobs.finish(jobs.launch.start(None, argv, env={"PYTHONUNBUFFERED": "1"}, cwd=jobs.directory))
-    assert "rank 0: told 0 asked 10" in done.stdout, done.transcript
-    assert "rank 2: told 0 asked 10" in done.stdout, done.transcript
+    for _ in range(15):
+        done = jobs.finish(jobs.launch.start(None, argv, cwd=jobs.directory))
+        if (jobs.directory / "told-0").exists() and (jobs.directory / "told-2").exists():
+            break
+    for rank in (0, 2):
+        assert (jobs.directory / f"told-{rank}").read_text() == "0, asked 10", done.transcript
 
 
 DYING = """
@@ -204,7 +210,7 @@ with signals.StopSignal() as stop:
     told = stop.number
     with signals.StopSignal() as stop:  # which knows no other neighbours than those that are left
         os.kill(os.getpid(), signal.SIGUSR1)
-        print(f"rank {rank}: told {told} asked {stop.number}", flush=True)
+        Path(f"told-{rank}").write_text(f"{told}, asked {stop.number}")
 time.sleep(0.5)
 os._exit(0)
 """
