@@ -146,7 +146,8 @@ def minimize(
     Exception
         What the objective or the callback raises on a rank; the other ranks raise a UserError that tells of it.
     """
-    end_all_on_failure()
+    if comm is not None and comm.size > 1:
+        end_all_on_failure()
     own = guarded.duplicate(_everybody() if comm is None else comm, "all ranks of the communicator to call minimize")
     try:
         chosen = (parameters, method, memory, line_search, l1, l2, gtol, ftol, iterations, evaluations)
