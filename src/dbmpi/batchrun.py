@@ -46,7 +46,7 @@ from dbmpi.paramserver.window import Window
 from dbmpi.partition.arrangement import Arrangement
 from dbmpi.result import Result
 from dbmpi.rundata import network_notes
-from dbmpi.runtime import failures, orders, waiting
+from dbmpi.runtime import failures, guarded, orders, waiting
 from dbmpi.runtime.failures import RankLost
 from dbmpi.runtime.orders import Mailbox
 from dbmpi.runtime.threads import ranks_on_node
@@ -305,7 +305,8 @@ def _conclude(setup: Setup, coordinator: Coordinator | None, seconds: float) -> 
         status = MPI.Status()
         waiting.until(lambda: comm.Iprobe(0, _CONCLUSION, status), "the coordinator to conclude")
         data = np.empty(status.Get_count(MPI.BYTE), np.uint8)
-        comm.Recv([data, MPI.BYTE], 0, _CONCLUSION)
+        with guarded.blocking("the rest of the coordinator's conclusion"):
+            comm.Recv([data, MPI.BYTE], 0, _CONCLUSION)
     steps, samples, stopped_by, test, path, lost, best, iterations = json.loads(data.tobytes())
     outcome = None if test is None else Outcome(*test)
     warning = verdict.warning(

@@ -106,7 +106,8 @@ def train(run: Run, comm: MPI.Intracomm | None = None, stop: StopSignal | None =
         from dbmpi.runtime.world import start
 
         comm = start()
-    end_all_on_failure()
+    elif comm.size > 1:
+        end_all_on_failure()
     with aloud(comm), ExitStack() as stack:
         session = _Session(run, comm, stack, stop or stack.enter_context(StopSignal()))
         with session.watch:

@@ -1,14 +1,21 @@
-"""Ctrl-C, SIGTERM and SIGUSR2, to the launcher and to single ranks: a checkpoint that resumes, and 128 + n."""
+"""All signals that ask for the end, to the launcher and to single ranks: a checkpoint that resumes, and 128 + n.
+
+And the signals that kill: the launcher says with one code of what the job has died, and how it goes on.
+"""
 
 from __future__ import annotations
 
+import shlex
 import signal
+import sys
 import time
 
 import pytest
 from failure.jobs import FOR_EVER, SECONDS, Jobs
-from harness.environment import is_open_mpi, timeout_scale
+from harness.environment import is_open_mpi, launcher, timeout_scale
 from harness.launching import Completed
+
+from dbmpi.runtime.signals import HEEDED
 
 ALWAYS = f"optimizer.epochs={FOR_EVER}"
 
@@ -23,8 +30,17 @@ def assert_ended_by(done: Completed, number: int, name: str, since: float) -> No
 
 @pytest.mark.parametrize(
     ("rank", "number"),
-    [(0, signal.SIGTERM), (1, signal.SIGINT), (2, signal.SIGTERM), (2, signal.SIGUSR2)],
-    ids=["lead", "worker", "other worker", "SIGUSR2"],
+    [
+        (0, signal.SIGTERM),
+        (1, signal.SIGINT),
+        (2, signal.SIGTERM),
+        (2, signal.SIGUSR2),
+        (1, signal.SIGUSR1),
+        (0, signal.SIGUSR1),
+        (0, signal.SIGXCPU),
+        (1, signal.SIGHUP),
+    ],
+    ids=lambda value: value.name if isinstance(value, signal.Signals) else f"rank {value}",
 )
 def test_a_signal_to_one_rank_ends_the_run_with_a_checkpoint(jobs: Jobs, rank: int, number: signal.Signals) -> None:
     program = jobs.start(3, ALWAYS)
@@ -37,7 +53,7 @@ def test_a_signal_to_one_rank_ends_the_run_with_a_checkpoint(jobs: Jobs, rank: i
         jobs.assert_resumes()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_to_a_run_without_a_launcher_ends_it_with_a_checkpoint(jobs: Jobs, number: signal.Signals) -> None:
     program = jobs.start(None, ALWAYS)
     jobs.wait_until_all_learn(program, 1)
@@ -47,7 +63,7 @@ def test_a_signal_to_a_run_without_a_launcher_ends_it_with_a_checkpoint(jobs: Jo
     jobs.assert_whole()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", HEEDED)
 def test_a_signal_to_dbmpi_launch_ends_the_run_with_a_checkpoint(jobs: Jobs, number: signal.Signals) -> None:
     """Under any MPI: what reaches the ranks is what lets them end in peace."""
     program = jobs.start(None, ALWAYS, launcher=3)
@@ -92,3 +108,110 @@ def test_a_second_interrupt_ends_the_job_at_once(jobs: Jobs) -> None:
     assert done.returncode == 130, done.transcript
     assert "Traceback" not in done.output, done.transcript
     assert time.monotonic() - since < SECONDS * timeout_scale()
+
+
+# Signals that kill
+
+
+@pytest.mark.parametrize(
+    ("rank", "number", "options"),
+    [
+        (0, signal.SIGKILL, ""),
+        (1, signal.SIGKILL, ""),
+        (2, signal.SIGSEGV, ""),
+        (0, signal.SIGKILL, "--with-ft ulfm"),
+        (1, signal.SIGKILL, "--with-ft ulfm"),
+    ],
+    ids=lambda value: value.name if isinstance(value, signal.Signals) else str(value),
+)
+def test_launch_says_how_a_run_goes_on_that_a_death_has_ended(
+    jobs: Jobs, rank: int, number: signal.Signals, options: str
+) -> None:
+    """One exit code, and a command that can be pasted: under any MPI, with its fault tolerance and without."""
+    if options and not is_open_mpi():
+        pytest.skip("Open MPI's option")
+    program = jobs.start(None, ALWAYS, "checkpoint.every_seconds=0.2", launcher=3, options=options)
+    jobs.wait_until_all_learn(program, 2)
+    jobs.wait_for_checkpoint(program)
+    since = time.monotonic()
+    program.signal(number, rank)
+    done = jobs.finish(program)
+    assert done.returncode == 75, done.transcript
+    assert time.monotonic() - since < SECONDS * timeout_scale(), done.transcript
+    # Not by lines: mpirun may have written a byte or two before it.
+    _, *said = done.stderr.split("dbmpi launch: a rank has died")
+    assert len(said) == 1, done.transcript
+    assert "with a checkpoint" not in done.output, done.transcript
+    with jobs.checkpoint() as checkpoint:
+        step = checkpoint.info.step
+        assert f"the newest whole checkpoint is run/checkpoints/{checkpoint.path.name}; " in said[0]
+    words = shlex.split(said[0][said[0].index("dbmpi launch -n") :].splitlines()[0])
+    assert words[-2:] == ["--set", "checkpoint.resume=auto"]
+    again = jobs.launch.start(None, [sys.executable, "-m", *words], cwd=jobs.directory)
+    jobs.wait_for_output(again, f"going on after {step:,} steps")
+    again.signal(signal.SIGTERM)
+    assert jobs.finish(again).returncode == 128 + signal.SIGTERM
+
+
+def test_a_rank_that_dies_while_mpi_starts_ends_the_job(jobs: Jobs) -> None:
+    """The others are inside MPI_Init, where they would wait for it as long as for one that is late."""
+    if not is_open_mpi():
+        pytest.skip("MPICH ends all ranks when one dies")
+    dying = (
+        "import os, signal\nif os.environ.get('OMPI_COMM_WORLD_RANK') == '1': os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    (jobs.directory / "sitecustomize.py").write_text(dying)
+    env = {"PYTHONPATH": str(jobs.directory)}
+    program = jobs.start(None, ALWAYS, launcher=3, options="--with-ft ulfm", env=env)
+    done = jobs.finish(program)
+    assert done.returncode == 75, done.transcript
+    assert done.seconds < SECONDS * timeout_scale(), done.transcript
+    assert "dbmpi launch: a rank has died while MPI started" in done.stderr, done.transcript
+
+
+def test_what_mpichs_launcher_sends_when_a_rank_has_died_is_no_wish(jobs: Jobs) -> None:
+    """It tells the others by SIGUSR1, where they are to live on; from anybody else that asks for the end.
+
+    Every other time (MPICH 5.0) it kills them all the same, which says nothing.
+    """
+    if is_open_mpi():
+        pytest.skip("only MPICH's launcher does so")
+    (jobs.directory / "program.py").write_text(NOTED)
+    argv = [launcher(), "-disable-auto-cleanup", "-n", "3", sys.executable, "program.py"]
+    for _ in range(15):
+        done = jobs.finish(jobs.launch.start(None, argv, cwd=jobs.directory))
+        if (jobs.directory / "told-0").exists() and (jobs.directory / "told-2").exists():
+            break
+    for rank in (0, 2):
+        assert (jobs.directory / f"told-{rank}").read_text() == "0, asked 10", done.transcript
+
+
+DYING = """
+import os, signal
+if os.environ.get("OMPI_COMM_WORLD_RANK") == "1":
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+NOTED = """
+import os, signal, time
+from pathlib import Path
+from mpi4py import MPI
+from dbmpi.runtime import signals
+
+rank, came = MPI.COMM_WORLD.rank, []
+MPI.COMM_WORLD.Barrier()
+with signals.StopSignal() as stop:
+    # Before the handler: what comes is seen, whatever is made of it.
+    note = signal.getsignal(signal.SIGUSR1)
+    signal.signal(signal.SIGUSR1, lambda number, frame: (came.append(number), note(number, frame)))
+    MPI.COMM_WORLD.Barrier()
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    while not came:
+        time.sleep(0.01)
+    told = stop.number
+    with signals.StopSignal() as stop:  # which knows no other neighbours than those that are left
+        os.kill(os.getpid(), signal.SIGUSR1)
+        Path(f"told-{rank}").write_text(f"{told}, asked {stop.number}")
+time.sleep(0.5)
+os._exit(0)
+"""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from mpi4py import MPI
+from parallel import tiny
+from parallel.test_sandblaster import serial
 
 from dbmpi.network.losses import Loss
 from dbmpi.paramserver.window import Window
@@ -12,6 +14,7 @@ from dbmpi.partition.boxes import Box
 from dbmpi.partition.group import Group
 from dbmpi.partition.lossexchange import LossExchange
 from dbmpi.runtime import pieces, waiting
+from dbmpi.train import train
 
 SIZES = [1 << 30, 40, 8]
 """Bytes of a piece: all in one, and some numbers or one at a time."""
@@ -110,6 +113,32 @@ def test_outputs_that_turn_to_samples_in_pieces(comm, largest, order) -> None:
     found = LossExchange(Group(comm, shared=False), owned).apply(loss, mine, targets)
     assert found == (pytest.approx(float(total)), correct)
     np.testing.assert_allclose(mine, expected[box.starts[0] : box.stops[0]], rtol=1e-6)
+
+
+@pytest.mark.parallel([3])
+@pytest.mark.parametrize("transport", ["rma", "p2p"])
+@pytest.mark.parametrize("method", ["downpour", "sandblaster"])
+def test_a_run_between_hosts_in_pieces_is_that_in_one_process(
+    comm, shared_path, monkeypatch, transport, method
+) -> None:
+    """Fetches, pushes, bundles, texts and vectors of a checkpoint in pieces of three numbers: all bits are the same."""
+    monkeypatch.setattr(pieces, "LARGEST", 24)
+    if comm.rank == 0:
+        tiny.write_data(shared_path)
+    waiting.barrier(comm, "the data")
+    optimizer = {"learning_rate": 0.1, "batch_size": 6, "epochs": 3}
+    if method == "sandblaster":
+        optimizer = {"method": method, "batch_size": 6, "epochs": 4}
+    run = tiny.describe(
+        shared_path,
+        topology={"shards": 2, "replicas": 1},
+        server={"transport": transport},
+        optimizer=optimizer,
+        sandblaster={"deterministic": True, "gtol": 0, "ftol": 0},
+    )
+    found = tiny.vectors(train(run, tiny.Hosts(comm)).checkpoint)["parameters"]
+    expected = tiny.Twin(run).learn() if method == "downpour" else serial(run, 4)
+    np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parallel([3])

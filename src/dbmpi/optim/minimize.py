@@ -172,7 +172,8 @@ def minimize(
     >>> found.message
     'the gradient is as small as gtol'
     """
-    end_all_on_failure()
+    if comm is not None and comm.size > 1:
+        end_all_on_failure()
     own = guarded.duplicate(_everybody() if comm is None else comm, "all ranks of the communicator to call minimize")
     try:
         chosen = (parameters, method, memory, line_search, l1, l2, gtol, ftol, iterations, evaluations)

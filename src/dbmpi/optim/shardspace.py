@@ -13,7 +13,7 @@ from dbmpi.optim.board import Bundles
 from dbmpi.optim.commands import Command, execute
 from dbmpi.optim.localspace import LocalSpace
 from dbmpi.optim.saving import hand_over
-from dbmpi.runtime import waiting
+from dbmpi.runtime import guarded, waiting
 from dbmpi.runtime.failures import RankLost
 
 if TYPE_CHECKING:
@@ -104,7 +104,8 @@ class ShardSpace(LocalSpace):
         if self.ended or not self._comm.Iprobe(0, COMMANDS, status):
             return False
         data = np.empty(status.Get_count(MPI.BYTE), np.uint8)
-        self._comm.Recv([data, MPI.BYTE], 0, COMMANDS)
+        with guarded.blocking("the rest of a command of the coordinator"):
+            self._comm.Recv([data, MPI.BYTE], 0, COMMANDS)
         execute(self, Command.decode(data.tobytes()))
         return True
 

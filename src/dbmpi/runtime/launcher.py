@@ -10,6 +10,7 @@ sent to             Open MPI's mpirun                                      MPICH
 ==================  =====================================================  ==========================================
 SIGINT or SIGTERM   ranks: SIGCONT, 0.25 s later SIGTERM, 0.25 s later     is passed on to the ranks, which may take
                     SIGKILL; no setting changes that                       their time; a second SIGINT kills them
+SIGUSR1             is passed on to the ranks, which may take their time   the same
 SIGUSR2             is passed on to the ranks, which may take their time   kills mpiexec and with it the ranks
 SIGKILL             the ranks go on without it                             kills the ranks
 ==================  =====================================================  ==========================================

@@ -14,6 +14,9 @@ HEEDED = tuple(
 )
 """What schedulers, launchers and users send to end a run; whatever of it reaches a rank, or `dbmpi launch`, does."""
 
+_EXITING = 4
+"""Linux's PF_EXITING, of the flags in /proc/PID/stat."""
+
 
 class StopSignal:
     """Notes signals instead of dying, so that the run can end with a checkpoint; a second Ctrl-C is final.
@@ -67,6 +70,8 @@ def _of_the_same_hydra() -> set[int]:
 
 
 def _lives(process: str) -> bool:
-    with suppress(OSError):
-        return (Path("/proc") / process / "stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    """Whether a process is there and not about to go: its end is known by its closed connections before it has gone."""
+    with suppress(OSError, ValueError, IndexError):
+        fields = (Path("/proc") / process / "stat").read_text().rpartition(")")[2].split()
+        return fields[0] not in "ZX" and not int(fields[6]) & _EXITING
     return False
