@@ -227,7 +227,8 @@ class _Session:
         if placed.partitions > 1:
             progress.message(summarise(network.layers, placed, run.optimizer.batch_size))
         if begin.step:
-            progress.message(f"going on after {begin.step:,} steps, {len(begin.stream):,} batches are left")
+            left = f", {len(begin.stream):,} batches are left"
+            progress.message(begin.gone_on(run.optimizer.epochs, left))
         for note in store.notes:
             progress.message(note)
         for name in begin.fresh:
