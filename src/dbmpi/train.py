@@ -266,7 +266,8 @@ class _Session:
         for notice in begin.notices:
             progress.warn(notice)
         if begin.step:
-            progress.message(f"going on after {begin.step:,} steps, {len(begin.stream):,} batches are left")
+            left = f", {len(begin.stream):,} batches are left"
+            progress.message(begin.gone_on(run.optimizer.epochs, left))
         for note in (*data.notes, *network_notes(run.network, data.input_shape, run.data.channels), *store.notes):
             progress.message(note)
         for name in begin.fresh:

@@ -89,16 +89,15 @@ def test_settings_of_sandblaster_that_do_not_go_together(file: Path, overrides: 
     given = ("optimizer.method=sandblaster", *(f"sandblaster.{override}" for override in overrides))
     with pytest.raises(UserError) as refused:
         load(file, given)
-    assert str(refused.value).startswith(f"{file}: sandblaster.")
+    assert "--set sandblaster." in str(refused.value)
     assert all(word in str(refused.value) for word in words), refused.value
 
 
 @pytest.mark.parametrize("given", ["0", '"x"', "2.5", "[0, 3]", "[3]", '[3, "a"]', "[1, 2, 3]"])
 def test_a_number_or_two_are_asked_for_once(file: Path, given: str) -> None:
     message = refusal(file, f'network.layers=[{{type="local", maps=2, field={given}}}, {{units=2}}]')
-    assert message.startswith(
-        f"{file}: network.layers.0.field (layer 'local1'): expected a whole number of at least 1, or two of them"
-    )
+    assert message.startswith("--set network.layers=[")
+    assert ("network.layers.0.field (layer 'local1'): expected a whole number of at least 1, or two of them") in message
     assert message.endswith(f"(given: {given})")
 
 
@@ -187,7 +186,7 @@ def test_a_misspelled_key_is_told_the_right_one(file: Path, section: str, key: s
         message = refusal(file, f"{section}.{wrong}=1")
         assert f"unknown key '{section}.{wrong}'" in message
         assert f"did you mean '{key}'?" in message or wrong.isupper()
-        assert str(file) in message
+        assert message.startswith(f"--set {section}.{wrong}=1: ")
 
 
 def test_a_key_like_no_other_is_told_them_all(file: Path) -> None:
@@ -266,7 +265,7 @@ def test_what_is_expected_is_said_in_words_of_toml(file: Path) -> None:
 def test_a_wrong_value_is_told_with_its_place(file: Path, key: str, values: list[str]) -> None:
     for value in values:
         message = refusal(file, f"{key}={value}")
-        assert message.startswith(f"{file}: ")
+        assert f"--set {key}={value}"[:80] in message
         assert key in message
         assert len(message) < 1000
 

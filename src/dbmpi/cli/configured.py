@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -66,6 +67,30 @@ def placement_table(arguments: argparse.Namespace) -> str:
     return f"{head}; batches of {run.optimizer.batch_size}\n\n" + describe.describe(
         network.layers, placed, run.optimizer.batch_size
     )
+
+
+def refuse_configuration(path: Path, command: str, expected: str, instead: str = "") -> None:
+    """Raise UserError where a configuration was given to a command that is for something else.
+
+    Parameters
+    ----------
+    command
+        Which would do with the run of the configuration.
+    expected
+        By the command.
+    instead
+        What can be done with a configuration.
+    """
+    from dbmpi import config
+    from dbmpi.config.reading import is_configuration
+    from dbmpi.errors import UserError
+
+    if not is_configuration(path):
+        return
+    run = ""
+    with suppress(UserError):
+        run = f"; what came of it: dbmpi {command} {config.load(path).run.directory}"
+    raise UserError(f"{path}: is a configuration, expected {expected}{run}{instead}")
 
 
 def count(text: str) -> int:

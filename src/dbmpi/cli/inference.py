@@ -10,7 +10,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dbmpi.cli.configured import count
+from dbmpi.cli.configured import count, refuse_configuration
 from dbmpi.errors import UserError
 
 if TYPE_CHECKING:
@@ -94,6 +94,9 @@ def opened(arguments: argparse.Namespace) -> Iterator[Inference]:
 
     Without a launcher no MPI is loaded.
     """
+    command = arguments.run.__module__.rpartition(".")[2]
+    refuse_configuration(arguments.checkpoint, command, "a checkpoint or a run directory")
+
     from dbmpi.inference import Inference
     from dbmpi.runtime import world
     from dbmpi.runtime.launcher import launched

@@ -47,6 +47,12 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.placement:
         print(configured.placement_table(arguments))
         return 0
+    configured.refuse_configuration(
+        arguments.path,
+        "inspect",
+        "a checkpoint, a run directory or a data file",
+        f"; how its network is cut: dbmpi inspect --placement {arguments.path}",
+    )
     from rich.console import Console
 
     with Console(stderr=True).status("reading"):

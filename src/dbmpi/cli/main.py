@@ -8,6 +8,7 @@ A command is a module of this package with `SUMMARY`, `add_arguments` and `run`;
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import os
 import sys
@@ -18,9 +19,11 @@ from typing import NoReturn
 
 import dbmpi
 from dbmpi.errors import RunFailed, ToldElsewhere, UserError
-from dbmpi.runtime import streams
+from dbmpi.runtime import early, streams
 
 COMMANDS = ("train", "launch", "evaluate", "predict", "inspect", "plot", "bench", "data", "example", "doctor")
+COMPUTING = ("train", "evaluate", "predict", "bench")
+"""Those that are worth comparing BLAS kernels for, which takes some seconds, the first time on a node."""
 _MOMENT = 0.5
 """Seconds."""
 
@@ -30,7 +33,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     streams.open_closed()
     words = sys.argv[1:] if arguments is None else list(arguments)
     parser = _parser(words)
-    parsed = parser.parse_args(words)
+    if not words:
+        parser.error("no command; e.g. dbmpi train CONFIG.toml, or dbmpi doctor; dbmpi --help lists all")
+    parsed, unknown = parser.parse_known_args(words)
+    if unknown:
+        parser.error(_unknown(parser, words, unknown))
+    if parsed.run.__module__.rpartition(".")[2] not in COMPUTING:
+        early.leave()
     try:
         code = int(parsed.run(parsed))
         sys.stdout.flush()  # Python itself would be too late to say that it failed
@@ -67,12 +76,38 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose complaint comes once, not from every rank."""
+    """A parser whose complaint is one line that comes once, not from every rank."""
 
     def error(self, message: str) -> NoReturn:
-        if _is_silent():
-            sys.exit(2)
-        super().error(message)
+        if not _is_silent():
+            hint = "" if "--help" in message else f"; see {self.prog} --help"
+            sys.stderr.write(f"{self.prog}: {message}{hint}\n")
+        sys.exit(2)
+
+    def _check_value(self, action: argparse.Action, value: object) -> None:
+        if action.choices is None or value in action.choices:
+            return
+        known = [str(choice) for choice in action.choices]
+        kind = {"COMMAND": "command", "ACTION": "action"}.get(str(action.metavar), "choice")
+        near = _nearest(str(value), known)
+        self.error(f"{str(value)!r} is no {kind}; {near or 'known are ' + ', '.join(known)}")
+
+
+def _unknown(parser: argparse.ArgumentParser, words: Sequence[str], unknown: Sequence[str]) -> str:
+    """Say which arguments a command does not have, and which one may have been meant."""
+    known: list[str] = []
+    for word in words:
+        choices = next((action.choices for action in parser._actions if isinstance(action.choices, dict)), {})
+        if word in choices:
+            parser = choices[word]
+            known = list(parser._option_string_actions)
+    near = _nearest(unknown[0].partition("=")[0], known)
+    return f"{parser.prog.removeprefix('dbmpi ')} has no argument {unknown[0]}{f'; {near}' if near else ''}"
+
+
+def _nearest(word: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"did you mean {near[0]}?" if near else ""
 
 
 def _say(error: Exception) -> None:

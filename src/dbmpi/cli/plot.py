@@ -6,6 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from dbmpi.cli import configured
+
 SUMMARY = "draw loss, accuracy, throughput, staleness and where the time goes, from a run's records"
 
 
@@ -17,6 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Draw, and print the paths of the pictures, the one of everything first."""
+    configured.refuse_configuration(arguments.directory, "plot", "the directory of a run")
+
     from dbmpi.monitor.history import History
     from dbmpi.monitor.plots import draw_history
     from dbmpi.monitor.records import read_records

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -75,10 +76,14 @@ def _print(result: Result, directory: Path) -> None:
             lines.append(
                 ("test accuracy", f"{100 * accuracy:.2f} %  ({result.test.correct:,} of {result.test.samples:,})")
             )
+    if result.steps:
+        lines += [
+            ("steps", f"{result.steps:,} in {result.seconds:.1f} s"),
+            ("samples/s", f"{result.samples / max(result.seconds, 1e-9):,.0f}"),
+        ]
+        if math.isfinite(result.staleness):
+            lines.append(("mean staleness", f"{result.staleness:.2f}"))
     lines += [
-        ("steps", f"{result.steps:,} in {result.seconds:.1f} s"),
-        ("samples/s", f"{result.samples / max(result.seconds, 1e-9):,.0f}"),
-        ("mean staleness", f"{result.staleness:.2f}"),
         ("checkpoint", str(result.checkpoint)),
         ("records", str(directory / "records")),
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable, Sequence
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
@@ -22,10 +23,16 @@ _EXPECTED = {
 """For types of problems what was expected, in the words of TOML."""
 
 
-def explain(error: ValidationError, model: type[BaseModel], source: str, table: Any = None) -> str:
+def explain(
+    error: ValidationError,
+    model: type[BaseModel],
+    origin: str | Callable[[Sequence[int | str]], str],
+    table: Any = None,
+) -> str:
     """Turn a validation error into lines that name the place, what was given and what was expected.
 
-    Layers are counted from 0; if the `table` that does not fit is given, lines say what they are called, too.
+    `origin` is where the description comes from, or a function that tells it of a place.  Layers are counted from 0; if
+    the `table` that does not fit is given, lines say what they are called, too.
     """
     lines = []
     for problem in error.errors():
@@ -33,6 +40,7 @@ def explain(error: ValidationError, model: type[BaseModel], source: str, table: 
         if any(str(part).startswith(_PAIR) for part in place):
             continue
         where = ".".join(str(part) for part in place if part != _NUMBER)
+        source = origin if isinstance(origin, str) else origin([part for part in place if part != _NUMBER])
         called = _called(table, place)
         if _NUMBER in place:
             expected = "expected a whole number of at least 1, or two of them, [rows, columns]"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,9 @@ from dbmpi.config.explaining import explain
 from dbmpi.config.layers import OwnLayer
 from dbmpi.config.sections import Run
 from dbmpi.errors import UserError
+
+_SHOWN = 80
+"""Letters of an override in a message."""
 
 
 def load(path: Path | str, overrides: Sequence[str] = ()) -> Run:
@@ -48,17 +53,7 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Run:
     5.0
     """
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-        table = tomllib.loads(text)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such configuration file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as a configuration: {error}") from None
-    except RecursionError:
-        raise UserError(f"{path}: not valid TOML that can be read: its values are nested too deeply") from None
-    except ValueError as error:  # TOMLDecodeError, or a number of too many digits
-        raise UserError(f"{path}: not valid TOML: {error}") from None
+    table = _read(path)
     data = table.get("data")
     if isinstance(data, dict):
         for key in ("train", "test"):
@@ -67,12 +62,13 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Run:
     network = table.get("network")
     if isinstance(network, dict) and isinstance(network.get("code"), str):
         network["code"] = os.path.normpath(path.parent / network["code"])
+    written = copy.deepcopy(table)
     for override in overrides:
         _apply(table, override)
     try:
         run = Run.model_validate(table)
     except ValidationError as error:
-        raise UserError(explain(error, Run, str(path), table)) from None
+        raise UserError(explain(error, Run, partial(_origin, path, written, overrides), table)) from None
     names_code = run.sandblaster.own or any(isinstance(layer, OwnLayer) for layer in run.network.layers)
     if run.network.code is None and names_code:
         here = run.network.model_copy(update={"code": path.parent})
@@ -80,12 +76,87 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Run:
     return run
 
 
+def _read(path: Path) -> dict[str, Any]:
+    """Read a file of TOML."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such configuration file") from None
+    except IsADirectoryError:
+        raise UserError(
+            f"{path}: is a directory, expected a configuration, CONFIG.toml; a run goes on with its own configuration "
+            "and --set checkpoint.resume=auto"
+        ) from None
+    except UnicodeDecodeError:
+        raise UserError(
+            f"{path}: cannot be read as a configuration, which is a text; data are named in it, [data] train = ..."
+        ) from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read as a configuration: {error}") from None
+    except RecursionError:
+        raise UserError(f"{path}: not valid TOML that can be read: its values are nested too deeply") from None
+    except ValueError as error:  # TOMLDecodeError, or a number of too many digits
+        raise UserError(f"{path}: not valid TOML: {error}") from None
+
+
+def is_configuration(path: Path) -> bool:
+    """Return whether a file is one that :func:`load` is for, well written or not."""
+    if path.suffix == ".toml":
+        return path.is_file()
+    try:
+        with path.open("rb") as file:
+            head = file.read(1 << 16)
+        return not {"data", "network", "optimizer"}.isdisjoint(tomllib.loads(head.decode("utf-8")))
+    except (OSError, ValueError, RecursionError):
+        return False
+
+
+def _origin(path: Path, written: Mapping[str, Any], overrides: Sequence[str], place: Sequence[int | str]) -> str:
+    """Return whether it is the file or an override that says what is at a place, in the user's words."""
+    parts = [str(part) for part in place]
+    for override in reversed(overrides):
+        keys = override.partition("=")[0].strip().split(".")
+        if parts[: len(keys)] == keys or (keys[: len(parts)] == parts and parts and not _contains(written, parts)):
+            return _shortened(override)
+    return f"{path} with {' '.join(map(_shortened, overrides))}" if overrides and len(parts) < 2 else str(path)
+
+
+def _shortened(override: str) -> str:
+    return f"--set {override}" if len(override) <= _SHOWN else f"--set {override[:_SHOWN]}..."
+
+
+def _contains(table: Any, parts: Sequence[str]) -> bool:
+    """Return whether there is something at a place of what was written."""
+    for part in parts:
+        if isinstance(table, list) and part.isdecimal() and int(part) < len(table):
+            table = table[int(part)]
+        elif isinstance(table, dict) and part in table:
+            table = table[part]
+        else:
+            return False
+    return True
+
+
+def _sections_with(key: str) -> list[str]:
+    """Return the places of a key, for a user who has named no section."""
+    found = []
+    for name, field in Run.model_fields.items():
+        fields = getattr(field.annotation, "model_fields", {})
+        if key in fields:
+            found.append(f"{name}.{key}")
+    return found
+
+
 def _apply(table: dict[str, Any], override: str) -> None:
     """Set one ``section.key=value`` in the table; the value is TOML, or else a plain string."""
     target, equals, text = override.partition("=")
     keys = target.strip().split(".")
     if not equals or len(keys) < 2 or not all(keys):
-        raise UserError(f"--set {override}: expected section.key=value, e.g. --set optimizer.epochs=5")
+        meant = [f"--set {name}={text or '...'}" for name in _sections_with(keys[-1])]
+        hint = f"did you mean {' or '.join(meant)}?" if meant else "e.g. --set optimizer.epochs=5"
+        raise UserError(f"--set {override}: expected section.key=value; {hint}")
+    if not text.strip():
+        raise UserError(f"--set {override}: expected a value behind '='; an empty text is {target.strip()}='\"\"'")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except (ValueError, RecursionError):

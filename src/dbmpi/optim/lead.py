@@ -65,6 +65,15 @@ class Begin:
     notices: tuple[str, ...] = ()
     """On the lead: why this checkpoint, and which ones are damaged."""
 
+    def gone_on(self, epochs: float, kept: str = "") -> str:
+        """Say from where a run goes on, with `kept` beside the parameters, or that it has nothing left to learn."""
+        if len(self.stream):
+            return f"going on after {self.step:,} steps{kept}"
+        return (
+            f"already done: all of {epochs:g} epochs was learned in {self.step:,} steps; to go on raise "
+            f"optimizer.epochs, e.g. --set optimizer.epochs={2 * epochs:g}"
+        )
+
 
 class Lead:
     """Keeps the order of a run.
