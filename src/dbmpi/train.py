@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,6 +46,7 @@ from dbmpi.rundata import LOADING_SECONDS, RunData, open_data
 from dbmpi.runtime import waiting
 from dbmpi.runtime.failures import Watch
 from dbmpi.runtime.orders import Mailbox, Role
+from dbmpi.runtime.runlock import locked
 from dbmpi.runtime.signals import StopSignal
 from dbmpi.runtime.world import together
 
@@ -109,6 +112,10 @@ class _Session:
         network, order = self._plan_network()
         with together(self._comm, "placing the layers"):
             placed = placement.described(run.placement, network.layers, plan.partitions)
+        with together(self._comm, "locking the run directory", seconds=LOADING_SECONDS):
+            if self._is_lead:
+                say = partial(print, "dbmpi:", file=sys.stderr, flush=True)
+                self._stack.enter_context(locked(run.run.directory, say))
         applied_rule = rule(run.optimizer)
         replica = None
         if self._worker_number is not None:
