@@ -267,6 +267,8 @@ def _coordinator(
         lead=space,
         carried=carried,
         submit=evaluator.submit,
+        warn=progress.warn,
+        serve=evaluator.serve,
     )
     recorder = setup.recorder("shard", 0)
     return Coordinator(

@@ -7,6 +7,7 @@ import sys
 import time
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,6 +52,7 @@ from dbmpi.rundata import LOADING_SECONDS, RunData, network_notes, open_data
 from dbmpi.runtime import capacity, environment, waiting
 from dbmpi.runtime.failures import Watch
 from dbmpi.runtime.orders import Mailbox, Role
+from dbmpi.runtime.runlock import locked
 from dbmpi.runtime.signals import StopSignal
 from dbmpi.runtime.silentends import aloud
 from dbmpi.runtime.threads import ranks_on_node
@@ -146,6 +148,10 @@ class _Session:
         self._say_chosen(say, self._stack.enter_context(chosen))
         with together(self._comm, "placing the layers"):
             placed = placement.described(run.placement, network.layers, plan.partitions)
+        with together(self._comm, "locking the run directory", seconds=LOADING_SECONDS):
+            if self._is_lead:
+                tell = partial(print, "dbmpi:", file=sys.stderr, flush=True)
+                self._stack.enter_context(locked(run.run.directory, tell))
         applied_rule = rule(run.optimizer)
         replica = None
         if self._worker_number is not None:

@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
-import h5py
 import numpy as np
 import pytest
 from failure.jobs import FOR_EVER, SECONDS, Jobs, messages
@@ -242,37 +237,3 @@ def test_a_rank_that_stands_still_for_good_ends_the_job(jobs: Jobs, rank: int, t
     done = sabotaged(jobs, "halt", rank, target, "optimizer.epochs=30", env={"DBMPI_STALL_SECONDS": "3"})
     assert_failed(done, told)
     assert "Traceback" not in done.output, done.transcript
-
-
-# Disks
-
-
-@pytest.fixture
-def small_disk(jobs: Jobs) -> Iterator[Path]:
-    """A file system of some hundred kilobytes."""
-    place = jobs.directory / "disk"
-    place.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(place)]
-    if os.geteuid() != 0 or shutil.which("mount") is None:
-        pytest.skip("needs root, to mount a small file system")
-    if subprocess.run(command, capture_output=True, check=False).returncode:
-        pytest.skip("mounting is not allowed here")
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=True)
-
-
-def test_a_full_disk_keeps_the_last_checkpoint(jobs: Jobs, small_disk: Path) -> None:
-    program = jobs.start(3, "run.directory=disk/run", "checkpoint.keep=1", OFTEN, ALWAYS)
-    jobs.wait_for_checkpoint(program, "disk/run")
-    subprocess.run(["dd", "if=/dev/zero", f"of={small_disk / 'ballast'}"], capture_output=True, check=False)
-    done = jobs.finish(program)
-    # Found out before a checkpoint is written, or in the middle of one.
-    full = r"(are needed and .* are free|could not be written: .*); the last checkpoint is disk/run/checkpoints/step-"
-    assert_failed(done, full)
-    assert "Traceback" not in done.output, done.transcript
-    (small_disk / "ballast").unlink()
-    with h5py.File(small_disk / "run" / "checkpoints" / "latest", "r") as file:
-        step = int(file["run/step"][()])
-    done = jobs(None, "run.directory=disk/run", f"optimizer.epochs={step // 7 + 2}")
-    assert done.returncode == 0, done.transcript
-    assert f"going on after {step:,} steps" in done.stdout

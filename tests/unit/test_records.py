@@ -4,6 +4,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import time
 from pathlib import Path
 
@@ -257,10 +258,43 @@ def test_a_full_disk_costs_records_and_not_the_run(tmp_path):
             recorder.write(worker_report(3))  # says it once
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        recorder.write(worker_report(4))
+        with pytest.warns(RuntimeWarning, match="2 records were lost; they are written again"):
+            recorder.write(worker_report(4))
     found = read_records(tmp_path)
     assert [r["step"] for r in found] == [1, 4]
     assert found.skipped == 1
+
+
+@pytest.mark.parametrize("how", ["removed", "moved", "replaced"])
+def test_records_that_are_removed_under_way_are_begun_anew(tmp_path, how):
+    run = tmp_path / "run"
+    with Recorder(run, "worker", 0) as recorder:
+        recorder.write(worker_report(1))
+        run.rename(tmp_path / "other")
+        if how == "removed":
+            shutil.rmtree(tmp_path / "other")
+        if how == "replaced":
+            Recorder(run, "worker", 0).close()
+        with pytest.warns(RuntimeWarning, match="removed or moved"):
+            recorder.write(worker_report(2))
+        recorder.write(worker_report(3))  # says it once
+    assert [record["step"] for record in read_records(run)] == [2, 3]
+    if how != "removed":
+        assert [record["step"] for record in read_records(tmp_path / "other")] == [1]
+
+
+def test_records_that_cannot_be_begun_anew_do_not_end_the_run(tmp_path):
+    run = tmp_path / "run"
+    with Recorder(run, "worker", 0) as recorder:
+        shutil.rmtree(run)
+        run.touch()  # no directory can be made here
+        with pytest.warns(RuntimeWarning, match="records are being lost: (Not a directory|File exists)"):
+            recorder.write(worker_report(1))
+        run.unlink()
+        with pytest.warns(RuntimeWarning, match=r"removed or moved|1 records were lost") as told:
+            recorder.write(worker_report(2))
+        assert len(told) == 2
+    assert [record["step"] for record in read_records(run)] == [2]
 
 
 def test_a_closed_recorder_says_so(tmp_path):

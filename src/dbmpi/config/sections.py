@@ -241,6 +241,8 @@ class CheckpointSection(Section):
     """Time between two checkpoints; 0 writes only the last one."""
     keep: Count = 2
     """How many checkpoints stay; older ones are deleted after a newer one is whole."""
+    retry_seconds: NotNegative = 300.0
+    """How long the last checkpoint of a run is tried again where the disk does not take it."""
     resume: Literal["auto", "never"] = "never"
     """``auto``: go on from the latest checkpoint of the run directory, if there is one."""
 

@@ -9,6 +9,7 @@ next line.  Any tool that reads JSON lines reads the files (numbers that are not
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -16,6 +17,7 @@ import re
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -45,13 +47,15 @@ Record = dict[str, Any]
 LONGEST_LINE = 1 << 20
 """Bytes; a longer line is none of ours and is skipped, so that a stray file cannot fill the memory."""
 _TAIL = 1 << 16
+_COMMON = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENOENT, errno.EACCES)
+"""Errors of a directory that all ranks write to."""
 
 
 class Recorder:
     """Appends the reports of one rank's role to its file.
 
     A disk that fills up later costs records, not the run: the first failure is warned about, and every later report
-    is tried again.
+    is tried again.  Where the file has been removed or moved, or its directory, it is made anew.
 
     Parameters
     ----------
@@ -79,8 +83,7 @@ class Recorder:
         self.role, self.number = role, number
         self.path = directory / "records" / f"{role}-{number}.jsonl"
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+            self._descriptor = self._open()
             tail = _tail(self._descriptor)
         except OSError as error:
             raise UserError(
@@ -91,7 +94,9 @@ class Recorder:
         # A clock that is set while the run goes on must not bend the curves: only the start is read from it.
         self._zero = time.monotonic() - (0.0 if started is None else time.time() - started)
         self._torn = bool(tail) and not tail.endswith(b"\n")
-        self._closed = self._warned = False
+        self._closed = self._removed = False
+        self.lost = 0
+        """Reports that could not be written."""
 
     def write(self, report: Report) -> None:
         """Append one line."""
@@ -108,18 +113,50 @@ class Recorder:
         for field in dataclasses.fields(report):
             record[field.name] = _jsonable(getattr(report, field.name))
         line = json.dumps(record, allow_nan=False).encode() + b"\n"
+        try:
+            self._renew()
+            self._append(line)
+        except OSError as error:
+            self.lost += 1
+            if self.lost == 1:
+                self._warn(f"records are being lost: {error.strerror}", error.errno)
+        else:
+            if self.lost:
+                self._warn(f"{self.lost} records were lost; they are written again", errno.ENOSPC)
+            self.lost = 0
+
+    def _append(self, line: bytes) -> None:
         if self._torn:
             line = b"\n" + line
+        written = os.write(self._descriptor, line)
+        self._torn = written < len(line)
+        if self._torn:  # a full disk takes what fits; the rest of the line says why
+            os.write(self._descriptor, line[written:])
+            self._torn = False
+
+    def _open(self) -> int:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        return os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+
+    def _renew(self) -> None:
+        """Make the file anew if there is none, or another one, under its name: what is written would be gone."""
         try:
-            written = os.write(self._descriptor, line)
-            self._torn = written < len(line)
-            if self._torn:  # a full disk takes what fits; the rest of the line says why
-                os.write(self._descriptor, line[written:])
-                self._torn = False
-        except OSError as error:
-            if not self._warned:
-                warnings.warn(f"{self.path}: records are being lost: {error.strerror}", RuntimeWarning, stacklevel=2)
-            self._warned = True
+            here = os.fstat(self._descriptor)
+            if os.path.samestat(here, self.path.stat()):
+                return
+        except OSError:  # also of a file that another host has removed
+            pass
+        before, self._descriptor, self._torn = self._descriptor, self._open(), False
+        with suppress(OSError):  # as one that another host has removed
+            os.close(before)
+        if not self._removed:
+            self._warn("the records were removed or moved while the run goes on; they are begun anew", errno.ENOENT)
+        self._removed = True
+
+    def _warn(self, text: str, number: int | None) -> None:
+        """Warn; of what meets all ranks alike only the first of a role does."""
+        if self.number == 0 or number not in _COMMON:
+            warnings.warn(f"{self.path}: {text}", RuntimeWarning, stacklevel=3)
 
     def close(self) -> None:
         """Close the file; a second call does nothing."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
@@ -13,6 +12,8 @@ from mpi4py import MPI
 from dbmpi.checkpoint.directory import checkpoint_path
 from dbmpi.checkpoint.schema import CheckpointInfo, library_versions
 from dbmpi.config import Run
+from dbmpi.errors import DiskFailed
+from dbmpi.optim.attempts import Attempts
 from dbmpi.optim.batches import Beginning, Samples
 from dbmpi.optim.commands import Command
 from dbmpi.optim.descent import POINT, Progress
@@ -21,6 +22,7 @@ from dbmpi.optim.resuming import Position, capture
 from dbmpi.optim.saving import check_finite, save
 from dbmpi.optim.shardspace import ShardSpace
 from dbmpi.partition.arrangement import Arrangement
+from dbmpi.runtime import waiting
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -39,6 +41,10 @@ class Keeper:
         The lead's own shard, and the names of its vectors that are kept for another optimizer.
     submit
         Lets all shards carry out a command.
+    warn
+        Tells the user a line.
+    serve
+        What this rank has to do while it waits.
 
     Attributes
     ----------
@@ -58,20 +64,23 @@ class Keeper:
         lead: ShardSpace,
         carried: Sequence[str],
         submit: Callable[[Command], np.ndarray],
+        warn: Callable[[str], None],
+        serve: Callable[[], bool],
     ) -> None:
         self._comm, self._run, self._plan, self._arrangement = comm, run, plan, arrangement
         self._samples, self._beginning = samples, beginning
         self._lead, self._carried, self._submit = lead, tuple(carried), submit
         self._state = beginning.state
         """Where the method stood after its last iteration."""
-        self._written = time.monotonic()
+        # The other ranks wait meanwhile, and hear little of it.
+        patience = min(run.checkpoint.retry_seconds, waiting.STALL_SECONDS / 2)
+        self._attempts, self._serve = Attempts(run.checkpoint, patience, warn), serve
         self.last: Path | None = None
 
     @property
     def due(self) -> bool:
         """Whether it is time for a checkpoint."""
-        seconds = self._run.checkpoint.every_seconds
-        return seconds > 0 and time.monotonic() - self._written >= seconds
+        return self._attempts.due
 
     def note(self, history: History, position: Position, progress: Progress) -> None:
         """Note where L-BFGS stands after an iteration."""
@@ -80,11 +89,37 @@ class Keeper:
         bounds = None if settings.l1 or settings.batch_overlap else self._lead.bounds()
         self._state = capture(history, position, progress, bounds)
 
-    def write(self, steps: int, samples: int) -> None:
+    def write(self, steps: int, samples: int, *, last: bool = False) -> None:
         """Write the parameters, the history, and what the shards carry along, into a checkpoint.
 
-        `steps` and `samples` are portions, and samples behind them, that counted in this session.
+        Where the disk does not take it the run goes on without; unless it is the last one, which is tried for a while.
+
+        Parameters
+        ----------
+        steps, samples
+            Portions, and samples behind them, that counted in this session.
+        last
+            Whether nothing is learned after it.
+
+        Raises
+        ------
+        RunFailed
+            If some parameters are not finite, or the last checkpoint cannot be written.
         """
+        while True:
+            try:
+                self._write(steps, samples)
+            except DiskFailed as error:
+                if not last:
+                    self._attempts.fail(error)
+                    return
+                self._attempts.fail_at_the_end(error)
+                waiting.until(lambda: self._attempts.ready_at_the_end, "the disk", serve=self._serve, longest_nap=0.1)
+            else:
+                self._attempts.succeed()
+                return
+
+    def _write(self, steps: int, samples: int) -> None:
         plan, beginning, state = self._plan, self._beginning, self._state
         names = (POINT, *self._carried, *(state.vectors if state is not None else ()))
         self._submit(Command("hand_over", names, ()))
@@ -119,4 +154,3 @@ class Keeper:
             keep=self._run.checkpoint.keep,
             check=partial(check_finite, self._run.run.directory),
         )
-        self._written = time.monotonic()

@@ -23,12 +23,13 @@ from dbmpi.checkpoint.schema import CheckpointInfo, library_versions
 from dbmpi.config import Run
 from dbmpi.data.meaning import Meaning
 from dbmpi.data.stream import Stream
-from dbmpi.errors import RunFailed
+from dbmpi.errors import DiskFailed, RunFailed
 from dbmpi.monitor.progress import Progress
 from dbmpi.monitor.rate import Rate
 from dbmpi.monitor.records import EvaluationReport, Recorder, StalenessHistogram
 from dbmpi.monitor.verdict import Recent
 from dbmpi.objective import Outcome
+from dbmpi.optim.attempts import Attempts
 from dbmpi.optim.saving import finite, save
 from dbmpi.paramserver.server import Tally
 from dbmpi.partition.arrangement import Arrangement
@@ -130,7 +131,7 @@ class Lead:
         self._pausing = False
         self._version = 0
         self._said_alive = time.monotonic()
-        self._checkpointed = time.monotonic()
+        self._attempts = Attempts(run.checkpoint, run.checkpoint.retry_seconds, progress.warn)
         self._saved_version: int | None = None
         self.steps = 0
         self.samples = 0
@@ -170,12 +171,7 @@ class Lead:
             self._version = shard.version
             self._say_alive()
         if all(state == _State.FINISHED for state in self._states):
-            self._write_checkpoint(shard)
-            self._tell_workers(Kind.END)
-            for rank in self._plan.shard_ranks:
-                self._mailbox.send(rank, Role.SHARD, Kind.END)
-            self.ended = True
-            return True
+            return self._end(shard)
         if self._pausing:
             if any(state == _State.RUNNING for state in self._states):
                 return False
@@ -184,10 +180,8 @@ class Lead:
             self._states = [_State.RUNNING if s == _State.PAUSED else s for s in self._states]
             self._tell_workers(Kind.GO)
             return True
-        every = self._run.checkpoint.every_seconds
-        due = every and time.monotonic() - self._checkpointed >= every
-        # What has been written need not be written again; and nobody is to pause for ever where `every` is tiny.
-        if due and not self.stopped_by and shard.version != self._saved_version:
+        # What has been written need not be written again; and nobody is to pause for ever where the time is tiny.
+        if self._attempts.due and not self.stopped_by and shard.version != self._saved_version:
             self._pausing = True
             self._tell_workers(Kind.PAUSE)
             return True
@@ -259,8 +253,33 @@ class Lead:
             for rank in self._plan.shard_ranks[1:]:
                 self._mailbox.send(rank, Role.SHARD, Kind.ALIVE)
 
-    def _write_checkpoint(self, shard: Shard) -> None:
-        """Write the state of all shards, which are at rest, into one file."""
+    def _end(self, shard: Shard) -> bool:
+        """Write the last checkpoint, and let all end; return whether anything was done."""
+        failed = self._attempts.failed
+        if not self._write_checkpoint(shard, last=True):
+            return self._attempts.failed != failed
+        self._tell_workers(Kind.END)
+        for rank in self._plan.shard_ranks:
+            self._mailbox.send(rank, Role.SHARD, Kind.END)
+        self.ended = True
+        return True
+
+    def _write_checkpoint(self, shard: Shard, *, last: bool = False) -> bool:
+        """Write the state of all shards, which are at rest; return whether the disk has taken it."""
+        if last and not self._attempts.ready_at_the_end:
+            self._say_alive()
+            return False
+        try:
+            self._write(shard)
+        except DiskFailed as error:
+            (self._attempts.fail_at_the_end if last else self._attempts.fail)(error)
+            return False
+        self._attempts.succeed()
+        self._saved_version = shard.version
+        return True
+
+    def _write(self, shard: Shard) -> None:
+        """Write one file."""
         shard.report()
         begin, replicas, vectors = self._begin, self._plan.replicas, shard.vectors()
         steps = begin.step + self.steps
@@ -300,8 +319,6 @@ class Lead:
             check=self._check_finite,
             alive=self._say_alive,
         )
-        self._checkpointed = time.monotonic()
-        self._saved_version = shard.version
 
     def _check_finite(self, name: str, values: np.ndarray) -> None:
         """Do not put useless parameters in the place of the last good ones."""

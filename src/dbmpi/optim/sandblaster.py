@@ -100,7 +100,7 @@ class Coordinator:
             if self._trying and ORIGIN in self.space.names:
                 self.space.copy(ORIGIN, POINT)  # the search had gone on from there, and will do so again
             self.steps, self.samples = self._counted
-        self._keeper.write(self.steps, self.samples)
+        self._keeper.write(self.steps, self.samples, last=True)
         if self._samples.tests and not self.stopped_by and self._tested_at != self.steps:
             with suppress(Interrupted):
                 self._evaluate_test()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,9 +13,9 @@ import numpy as np
 from dbmpi.checkpoint.retention import kept
 from dbmpi.checkpoint.schema import CheckpointInfo
 from dbmpi.checkpoint.writer import CheckpointWriter
-from dbmpi.errors import RunFailed
+from dbmpi.errors import DiskFailed, RunFailed
 from dbmpi.partition.arrangement import Arrangement
-from dbmpi.runtime import waiting
+from dbmpi.runtime import runlock, waiting
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -53,15 +54,31 @@ def save(
         Called with the name and each piece of a vector before it is written; raises where it is not to be kept.
     alive
         Called now and then.
+
+    Raises
+    ------
+    RunFailed
+        If another run has taken the directory over.
+    DiskFailed
+        If the file cannot be written; what the other shards hand over is then received all the same.
     """
     versions = [version] * len(shard_ranks)
     dtype, ranges = vectors["parameters"].dtype, arrangement.ranges
-    with CheckpointWriter(path, arrangement.layout, tuple(vectors), dtype) as writer:
+    failure: DiskFailed | None = None
+    with ExitStack() as stack:
+        try:
+            writer = stack.enter_context(CheckpointWriter(path, arrangement.layout, tuple(vectors), dtype))
+        except DiskFailed as error:
+            failure = error
 
         def write(name: str, held: range, values: np.ndarray) -> None:
+            nonlocal failure
             check(name, values)
-            for start, local, length in arrangement.pieces(held):
-                writer.write(name, start, values[local : local + length])
+            try:
+                for start, local, length in arrangement.pieces(held) if failure is None else ():
+                    writer.write(name, start, values[local : local + length])
+            except DiskFailed as error:
+                failure = error
             alive()
 
         for name, values in vectors.items():
@@ -70,6 +87,9 @@ def save(
             versions[other], pieces = collect(comm, rank, ranges[other], tuple(vectors), dtype)
             for name, start, values in pieces:
                 write(name, range(start, start + len(values)), values)
+        if failure is not None:
+            raise failure
+        runlock.confirm(path.parent.parent)
         return writer.commit(describe(tuple(versions)), keep)
 
 
