@@ -66,8 +66,8 @@ _MAY_CHANGE: dict[str, object] = {
 """Settings, set to anything, under which a search goes on from where it stands."""
 _CONCLUSION = 5
 """Tag of what the lead tells everybody in the end."""
-_STEPS_OF_AN_ITERATION = 10
-"""Steps of Downpour that an iteration is worth when it is judged whether a run was long enough to learn anything."""
+_FEWEST_ITERATIONS = 10
+"""Fewer may be too few to learn anything, unless the method ended by itself."""
 _FOR_THE_LEAD = 1.25
 """Factor on the stall limit where a rank waits for the lead, which knows better who is to blame."""
 
@@ -295,7 +295,8 @@ def _conclude(setup: Setup, coordinator: Coordinator | None, seconds: float) -> 
                 request = comm.Irecv(word, rank, _CONCLUSION)
                 failures.complete(request, comm, rank, f"rank {rank} to come to the end", memory=word)
         learned = (coordinator.steps, coordinator.samples, coordinator.stopped_by)
-        losses = (coordinator.best, coordinator.iterations)
+        enough = coordinator.converged or coordinator.iterations >= _FEWEST_ITERATIONS
+        losses = (coordinator.best, enough)
         text = json.dumps([*learned, coordinator.test, str(coordinator.checkpoint), coordinator.lost, *losses])
         data = np.frombuffer(text.encode(), np.uint8)
         for rank in range(1, comm.size):
@@ -309,14 +310,13 @@ def _conclude(setup: Setup, coordinator: Coordinator | None, seconds: float) -> 
         data = np.empty(status.Get_count(MPI.BYTE), np.uint8)
         with guarded.blocking("the rest of the coordinator's conclusion"):
             comm.Recv([data, MPI.BYTE], 0, _CONCLUSION)
-    steps, samples, stopped_by, test, path, lost, best, iterations = json.loads(data.tobytes())
+    steps, samples, stopped_by, test, path, lost, best, enough = json.loads(data.tobytes())
     outcome = None if test is None else Outcome(*test)
     warning = verdict.warning(
         setup.data.guessing,
         best,
         outcome,
-        steps=iterations * _STEPS_OF_AN_ITERATION,
-        epochs=samples / setup.order.samples,
+        enough=enough,
         remedy="another sandblaster.algorithm or sandblaster.line_search",
     )
     return Result(steps, samples, seconds, outcome, stopped_by, Path(path), warning=warning, lost=tuple(lost))

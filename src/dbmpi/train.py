@@ -63,6 +63,8 @@ if TYPE_CHECKING:
 
 DTYPE = np.dtype(np.float32)
 """Of parameters and gradients."""
+_FEWEST_STEPS = 100
+"""Fewer, or less than an epoch, may be too few to learn anything."""
 _MOST_BATCHES = 2**62
 """Of a run: counts of steps and batches travel and are stored as 64-bit integers."""
 
@@ -413,8 +415,7 @@ class _Session:
             self._data.guessing,
             float(numbers[4]),
             test,
-            steps=steps,
-            epochs=samples / self._data.samples,
+            enough=steps >= _FEWEST_STEPS and samples >= self._data.samples,
             remedy=f"another optimizer.learning_rate ({self._run.optimizer.learning_rate:g})",
         )
         return Result(steps, samples, seconds, test, stopped_by, Path(path), float(numbers[3]), advice, warning)

@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 
+import h5py
 import numpy as np
 import pytest
 from failure.jobs import FOR_EVER, SECONDS, Jobs, messages

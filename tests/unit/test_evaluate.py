@@ -285,6 +285,41 @@ def test_wrong_data_is_named(tmp_path, capsys):
     assert not (tmp_path / "out.h5").exists()
 
 
+def test_data_are_read_as_those_of_the_training_were(tmp_path, capsys):
+    """Names, channels and gaps are in the configuration; the command line may name others."""
+    data = {"train": "gone.h5", "inputs": "/entry/x", "targets": "y", "channels": "last", "missing": 0.5}
+    described = {"network": {"loss": "softmax", "layers": LAYERS}, "data": data, "of a later version": True}
+    tensors = train(tmp_path / "run", configuration=json.dumps(described))
+    random = np.random.default_rng(4)
+    inputs, labels = random.normal(size=(SAMPLES, 3, 4)).astype(np.float32), random.integers(0, 5, SAMPLES)
+    inputs[7, 1, 2] = np.nan
+    with h5py.File(tmp_path / "data.h5", "w") as file:
+        file["entry/x"] = file["moved"] = inputs
+        file["y"] = np.eye(5)[labels]
+        file["classes"] = labels
+    command = ("evaluate", tmp_path / "run", "--data", tmp_path / "data.h5", "--json")
+
+    def expected(missing):
+        whole = np.moveaxis(np.nan_to_num(inputs, nan=missing), -1, 1).reshape(SAMPLES, -1)
+        outputs = naive(tensors, whole)
+        return -special.log_softmax(outputs, axis=1)[np.arange(SAMPLES), labels].mean()
+
+    for extra, missing in [
+        ((), 0.5),
+        (("--inputs", "moved", "--targets", "classes"), 0.5),
+        (("--missing", "-2"), -2.0),
+    ]:
+        assert json.loads(run(capsys, *command, *extra))["loss"] == pytest.approx(expected(missing), rel=1e-5)
+    assert "has no dataset 'z'" in refused(capsys, *command, "--targets", "z")
+    out = tmp_path / "out.h5"
+    run(capsys, "predict", tmp_path / "run", "--data", tmp_path / "data.h5", "--inputs", "moved", "--out", out)
+    with h5py.File(out) as file:
+        whole = np.moveaxis(np.nan_to_num(inputs, nan=0.5), -1, 1).reshape(SAMPLES, -1)
+        np.testing.assert_allclose(
+            file["outputs"], special.softmax(naive(tensors, whole), axis=1), rtol=1e-4, atol=1e-6
+        )
+
+
 def test_wrong_checkpoints_are_named(tmp_path, capsys):
     data = tmp_path / "data.h5"
     make_data(data)

@@ -31,21 +31,7 @@ def find(path: Path, file: h5py.File, name: str, setting: str = "") -> h5py.Data
         If there is no such dataset, or the way there or its values leave the file.
     """
     with damage(path, f"dataset {name!r}"):
-        place = _resolved(path, file, name, setting)
-    if isinstance(place, h5py.Group):
-        sparse = any(key in place.attrs for key in ("MATLAB_sparse", "h5sparse_format")) or _sparse(place)
-        kind = "a sparse matrix; store it densely" if sparse else f"a group that holds {_members(place)}"
-        raise UserError(f"{path}: {name!r} is {kind}; expected a dataset{_way_on(setting, place)}")
-    if not isinstance(place, h5py.Dataset):
-        raise UserError(f"{path}: {name!r} is a {type(place).__name__.lower()}; expected a dataset")
-    with damage(path, f"dataset {name!r}"):
-        elsewhere = "is virtual" if place.is_virtual else "has external storage" if place.external else ""
-    if elsewhere:
-        raise UserError(
-            f"{path}: dataset {name!r} {elsewhere}: its values lie in other files, which are not followed; copy them "
-            f"into one file, e.g. with h5py: new[{name!r}] = old[{name!r}][...]"
-        )
-    return place
+        return _found(path, _resolved(path, file, name, setting), name, setting)
 
 
 def holds(path: Path, file: h5py.File, name: str) -> bool:
@@ -58,6 +44,23 @@ def holds(path: Path, file: h5py.File, name: str) -> bool:
         except UserError:
             return True
         return True
+
+
+def _found(path: Path, place: Any, name: str, setting: str) -> h5py.Dataset:
+    """Return what was found, if it is a dataset whose values lie in the file."""
+    if isinstance(place, h5py.Group):
+        sparse = any(key in place.attrs for key in ("MATLAB_sparse", "h5sparse_format")) or _sparse(place)
+        kind = "a sparse matrix; store it densely" if sparse else f"a group that holds {_members(place)}"
+        raise UserError(f"{path}: {name!r} is {kind}; expected a dataset{_way_on(setting, place)}")
+    if not isinstance(place, h5py.Dataset):
+        raise UserError(f"{path}: {name!r} is a {type(place).__name__.lower()}; expected a dataset")
+    elsewhere = "is virtual" if place.is_virtual else "has external storage" if place.external else ""
+    if elsewhere:
+        raise UserError(
+            f"{path}: dataset {name!r} {elsewhere}: its values lie in other files, which are not followed; copy them "
+            f"into one file, e.g. with h5py: new[{name!r}] = old[{name!r}][...]"
+        )
+    return place
 
 
 class _Missing(UserError):
@@ -83,7 +86,7 @@ def _resolved(path: Path, file: h5py.File, name: str, setting: str) -> Any:
             if target.startswith("/"):
                 place, walked = file, []
             todo = [step for step in target.split("/") if step not in ("", ".")] + todo
-            if not walked and not holds_member(place, todo):
+            if not walked and not _holds_member(place, todo):
                 raise UserError(
                     f"{path}: {name!r} is a link to {target!r}, where there is nothing; found {_members(file)}"
                     f"{_way_on(setting, file)}"
@@ -100,7 +103,7 @@ def _resolved(path: Path, file: h5py.File, name: str, setting: str) -> Any:
     return place
 
 
-def holds_member(place: Any, steps: list[str]) -> bool:
+def _holds_member(place: Any, steps: list[str]) -> bool:
     """Return whether the first step leads anywhere."""
     return not steps or (isinstance(place, h5py.Group) and place.get(steps[0], getlink=True) is not None)
 
@@ -127,10 +130,7 @@ def _datasets(group: h5py.Group) -> list[str]:
             looked_at += 1
             if looked_at > _MOST_LOOKED_AT:
                 break
-            try:
-                member = here[key] if isinstance(here.get(key, getlink=True), h5py.HardLink) else None
-            except (OSError, RuntimeError, KeyError, ValueError, TypeError):
-                continue
+            member = here[key] if isinstance(here.get(key, getlink=True), h5py.HardLink) else None
             if isinstance(member, h5py.Group):
                 todo.append(member)
             elif isinstance(member, h5py.Dataset) and member.attrs.get("CLASS") != b"DIMENSION_SCALE":

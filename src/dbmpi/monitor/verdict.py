@@ -7,15 +7,12 @@ from collections import deque
 
 from dbmpi.objective import Outcome
 
-_FEWEST_STEPS = 100
-"""A run of fewer steps may just have begun to learn."""
-_FEWEST_EPOCHS = 1.0
 _NO_BETTER = 0.99
 """Share of the loss of guessing above which a loss is as good as that."""
 _ABSURD = 100.0
 """Multiple of the loss of guessing that no network that learns stays at."""
 _BEYOND_REASON = 1e6
-"""The same after however few steps."""
+"""The same however short the run was."""
 _PARTS = 10
 
 
@@ -46,7 +43,7 @@ class Recent:
         return sum(part.loss for part in self._parts) / samples if samples else math.nan
 
 
-def warning(guessing: float, loss: float, test: Outcome | None, *, steps: int, epochs: float, remedy: str) -> str:
+def warning(guessing: float, loss: float, test: Outcome | None, *, enough: bool, remedy: str) -> str:
     """Return what is to be said of the losses that a run ended with; empty where they make sense.
 
     Parameters
@@ -57,17 +54,16 @@ def warning(guessing: float, loss: float, test: Outcome | None, *, steps: int, e
         Mean loss of training samples at the end of the run; NaN where it is not known.
     test
         Outcome on held-out samples.
-    steps, epochs
-        That were learned.
+    enough
+        Whether the run was long enough to learn something; otherwise it may just have begun.
     remedy
         What may help with the optimizer, e.g. ``"another optimizer.learning_rate"``.
     """
     if not guessing > 1e-12:
         return ""
-    long = steps >= _FEWEST_STEPS and epochs >= _FEWEST_EPOCHS
     same = f"that of always giving the same answer ({guessing:.4g})"
     look = f"try {remedy}, and inputs and targets of a size of about 1"
-    if loss > _BEYOND_REASON * guessing or (long and loss > _ABSURD * guessing):
+    if loss > _BEYOND_REASON * guessing or (enough and loss > _ABSURD * guessing):
         return (
             f"the loss at the end, {loss:.4g}, is far above {same}: nothing useful was learned; look for extreme "
             f"values in the data, e.g. marks of missing ones, and {look}"
@@ -77,7 +73,7 @@ def warning(guessing: float, loss: float, test: Outcome | None, *, steps: int, e
             f"the test loss, {test.mean_loss:.4g}, is far above {same} and above the training loss ({loss:.4g}): are "
             f"the test data scaled and ordered as the training data are?"
         )
-    if long and loss > _NO_BETTER * guessing:
+    if enough and loss > _NO_BETTER * guessing:
         return (
             f"the loss at the end, {loss:.4g}, is no better than {same}: {look}; and look whether inputs and targets "
             f"belong together, sample by sample"

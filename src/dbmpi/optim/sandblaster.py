@@ -50,6 +50,8 @@ class Coordinator:
         Portions, and samples behind them, that counted in this session.
     best
         The least mean loss of the training samples that an evaluation came to; NaN before the first one.
+    converged
+        Whether the method ended by itself.
     test
         The outcome on the held-out samples at the end; None without any, or after a stop.
     """
@@ -83,6 +85,7 @@ class Coordinator:
         self._next_test = run.monitor.evaluate_epochs
         self.steps = self.samples = 0
         self.best = math.nan
+        self.converged = False
         self.test: Outcome | None = None
 
     def run(self) -> None:
@@ -90,6 +93,7 @@ class Coordinator:
         try:
             report = self._minimise()
             if report is not None:
+                self.converged = report.reason in ("gradient", "loss", "precision")
                 self._progress.message(
                     f"{report.iterations:,} iterations, {report.evaluations:,} evaluations: "
                     f"{REASONS['evaluations' if self._used_up else report.reason]}"
