@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, NoReturn
 import numpy as np
 
 from dbmpi.errors import DIED, EndedByDeath, KnownToAll, RunFailed, UserError
-from dbmpi.runtime import failures, guarded, waiting
+from dbmpi.runtime import failures, guarded, signals, waiting
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -96,6 +96,7 @@ def _wait_for_all_ranks_to_start_mpi() -> ModuleType:
         from mpi4py import MPI
     finally:
         faulthandler.cancel_dump_traceback_later()
+    signals.reinstall()
     return MPI
 
 
