@@ -92,12 +92,14 @@ def _say_how_to_go_on(arguments: argparse.Namespace, command: Sequence[str], dir
     again += [f"--mpirun={arguments.mpirun}"] if arguments.mpirun else []
     again += ["--", *command]
     resume = "checkpoint.resume=auto"
-    if command[0] == "train" and resume not in command and (found is not None or directory is None):
+    trains = command[0] == "train"
+    if trains and resume not in command and (found is not None or directory is None):
         again += ["--set", resume]
     if found is not None:
-        what = f"the newest whole checkpoint is {os.path.relpath(found)}; this goes on from it"
-    elif directory is None:
-        what = "this goes on from the newest whole checkpoint, if there is one"
-    else:
+        how = "" if trains else "with checkpoint.resume = 'auto' "
+        what = f"the newest whole checkpoint is {os.path.relpath(found)}; {how}this goes on from it"
+    elif directory is not None:
         what = f"there is no whole checkpoint in {os.path.relpath(directory)}; this begins anew"
+    else:
+        what = "this goes on from the newest whole checkpoint, if there is one" if trains else "this begins anew"
     sys.stderr.write(f"dbmpi launch: a rank has died, and the run with it; {what}: {shlex.join(again)}\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
@@ -56,6 +57,15 @@ class StopSignal:
         if number == signal.SIGUSR1 and self._neighbours - _of_the_same_hydra():
             return
         self.number = number
+
+
+def reinstall() -> None:
+    """Put Python's handlers back where a library that has been loaded has set its own: UCX takes SIGHUP for itself."""
+    if threading.current_thread() is threading.main_thread():  # no other thread may
+        for number in HEEDED:
+            handler = signal.getsignal(number)
+            if callable(handler):
+                signal.signal(number, handler)
 
 
 def _of_the_same_hydra() -> set[int]:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, NoReturn
 import numpy as np
 
 from dbmpi.errors import DIED, EndedByDeath, KnownToAll, RunFailed, ToldElsewhere, UserError
-from dbmpi.runtime import capacity, failures, guarded, missingmpi, silentends, streams, waiting
+from dbmpi.runtime import capacity, failures, guarded, missingmpi, signals, silentends, streams, waiting
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -93,6 +93,7 @@ def _wait_for_all_ranks_to_start_mpi() -> ModuleType:
         from mpi4py import MPI
     finally:
         faulthandler.cancel_dump_traceback_later()
+    signals.reinstall()
     return MPI
 
 
