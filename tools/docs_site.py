@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 PROJECT = Path(__file__).parent.parent
 FROM_ROOT = ("CONTRIBUTING.md", "CHANGELOG.md")
 LINK = re.compile(r"(?<=\]\()(?P<target>[^)#\s:]+)(?P<anchor>#[^)\s]*)?(?=\))")
+CODE = re.compile(r"`[^`]+`")
 LANGUAGES = {".py": "python", ".toml": "toml", ".sbatch": "bash", ".sh": "bash"}
 
 
@@ -59,7 +60,17 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return target + (match["anchor"] or "")
 
     markdown = LINK.sub(linked, markdown)
-    return re.sub(r"^::: dbmpi\.(\w+)$", lambda match: f"::: {documented.home(match[1])}", markdown, flags=re.MULTILINE)
+    # In a row of a table, Python-Markdown keeps the backslash of a \\| that is code.
+    markdown = re.sub(
+        r"^\|.*\|$", lambda row: CODE.sub(lambda m: m[0].replace(r"\|", "|"), row[0]), markdown, flags=re.M
+    )
+    return re.sub(r"^::: dbmpi\.(\w+)$", _rendered, markdown, flags=re.MULTILINE)
+
+
+def _rendered(match: re.Match[str]) -> str:
+    """Return what renders a public name from where it is defined, under its public name."""
+    name = match[1]
+    return f"::: {documented.home(name)}\n    options:\n      heading: dbmpi.{name}\n      toc_label: dbmpi.{name}"
 
 
 def _path(page: str, target: str) -> str:

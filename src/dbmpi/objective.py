@@ -33,7 +33,7 @@ class Batch(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """Sums over the samples of one or several batches; outcomes add up with :meth:`plus`."""
+    """Sums over the samples of one or several batches; `plus` adds two outcomes."""
 
     samples: int
     """Number of samples."""

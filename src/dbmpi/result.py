@@ -19,7 +19,7 @@ class Result:
     seconds: float
     """Time from the first step to the last, in seconds."""
     test: Outcome | None
-    """On the test data, with `mean_loss` and `accuracy`; None without test data, or if a signal ended the run."""
+    """Outcome on the test data, with `mean_loss` and `accuracy`; None without test data or after a signal."""
     stopped_by: int
     """Number of the signal that ended the run early; 0 if it ran to its end."""
     checkpoint: Path

@@ -99,7 +99,8 @@ def train(run: Run, comm: MPI.Intracomm | None = None, stop: StopSignal | None =
     Examples
     --------
     >>> import dbmpi
-    >>> run = dbmpi.load("examples/digits.toml", ["optimizer.epochs=2", "monitor.progress=none"])
+    >>> overrides = ["optimizer.epochs=2", "monitor.progress=none"]
+    >>> run = dbmpi.load("examples/digits.toml", overrides)
     >>> result = dbmpi.train(run)
     >>> result.test.samples
     359

@@ -30,7 +30,7 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Run:
 
     Parameters
     ----------
-    path : path-like
+    path : pathlib.Path or str
         The TOML file.
     overrides : sequence of str, optional
         Settings that replace those of the file, each as ``"section.key=value"`` with a TOML value.

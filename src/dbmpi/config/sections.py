@@ -367,7 +367,7 @@ class Run(Section):
 
     @classmethod
     def from_json(cls, text: str) -> Run:
-        """Read what :meth:`to_json` wrote; raises UserError where it does not describe a run."""
+        """Read what `to_json` wrote; raises UserError if it does not describe a run."""
         try:
             return cls.model_validate_json(text)
         except ValidationError as error:

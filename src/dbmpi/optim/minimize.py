@@ -59,7 +59,7 @@ _EVERY = 2.0
 
 
 class Minimum(NamedTuple):
-    """The result of :func:`dbmpi.minimize`; the same on every rank, except for `x` with ``parameters="cut"``."""
+    """The result of ``dbmpi.minimize``; the same on every rank, except for `x` with ``parameters="cut"``."""
 
     x: np.ndarray
     """The solution, of the shape of the start: all parameters, or this rank's part with ``parameters="cut"``."""
@@ -165,8 +165,10 @@ def minimize(
     --------
     >>> from dbmpi import minimize
     >>> import numpy as np
-    >>> target = np.array([1.0, 2.0])
-    >>> found = minimize(lambda x: (float(((x - target) ** 2).sum()), 2 * (x - target)), np.zeros(2))
+    >>> def objective(x):
+    ...     difference = x - [1.0, 2.0]
+    ...     return difference @ difference, 2 * difference
+    >>> found = minimize(objective, np.zeros(2))
     >>> found.x
     array([1., 2.])
     >>> found.message
