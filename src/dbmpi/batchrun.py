@@ -12,6 +12,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
@@ -37,6 +38,7 @@ from dbmpi.optim.ownmethod import Method
 from dbmpi.optim.passes import Station
 from dbmpi.optim.resuming import State, read_state
 from dbmpi.optim.sandblaster import Coordinator
+from dbmpi.optim.session import Session
 from dbmpi.optim.shardspace import ShardSpace
 from dbmpi.optim.warming import use_kernels
 from dbmpi.paramserver import window as windows
@@ -52,7 +54,7 @@ from dbmpi.runtime.orders import Mailbox
 from dbmpi.runtime.threads import ranks_on_node
 from dbmpi.runtime.world import together
 
-__all__ = ["Setup", "learn", "use_kernels"]
+__all__ = ["learn"]
 
 _DTYPE = np.dtype(np.float32)
 _MAY_CHANGE: dict[str, object] = {
@@ -72,8 +74,10 @@ _FOR_THE_LEAD = 1.25
 """Factor on the stall limit where a rank waits for the lead, which knows better who is to blame."""
 
 
-def learn(setup: Setup, stack: ExitStack) -> Result:
+def learn(session: Session, stack: ExitStack) -> Result:
     """Play this rank's roles until the run ends (collective)."""
+    session.compile_kernels(use_kernels)
+    setup = Setup(**{field.name: getattr(session, field.name) for field in fields(session)})
     plan, comm = setup.plan, setup.comms.world
     setup.tests, setup.stretches  # noqa: B018 (collective: all ranks ask here)
     with together(comm, "planning the batches"):

@@ -2,49 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 
-from dbmpi.config import Run
-from dbmpi.data.stream import Order
-from dbmpi.monitor.records import Recorder
-from dbmpi.network.network import Network
 from dbmpi.optim.board import Board, Bundles
-from dbmpi.optim.lead import Begin
+from dbmpi.optim.session import DTYPE, Session
 from dbmpi.paramserver.layout import Run as Stretch
 from dbmpi.paramserver.layout import cut
 from dbmpi.paramserver.memory import Memory
 from dbmpi.paramserver.window import Window
-from dbmpi.partition.replica import Replica
-from dbmpi.rundata import RunData
 from dbmpi.runtime import waiting
-from dbmpi.runtime.failures import Watch
-from dbmpi.runtime.signals import StopSignal
-from dbmpi.topology import Communicators, Plan
-
-DTYPE = np.dtype(np.float32)
 
 
-@dataclass(frozen=True)
-class Setup:
+@dataclass(frozen=True, kw_only=True)
+class Setup(Session):
     """What a rank knows when its roles are put together."""
-
-    run: Run
-    plan: Plan
-    comms: Communicators
-    network: Network
-    replica: Replica | None
-    order: Order
-    begin: Begin
-    checkpoint: Path | None
-    data: RunData
-    stop: StopSignal
-    recorder: Callable[[str, int], Recorder]
-    watch: Watch
 
     @cached_property
     def per_bundle(self) -> int:

@@ -8,50 +8,29 @@ import time
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 from mpi4py import MPI
 
-from dbmpi import batchrun, beginning, limits, topology
+from dbmpi import batchrun, beginning, downpourrun, limits, topology
 from dbmpi.config import Run
-from dbmpi.data.gather import gather
 from dbmpi.data.stream import Order
 from dbmpi.errors import UserError
 from dbmpi.kernels.announcing import announced
-from dbmpi.monitor import verdict
 from dbmpi.monitor.progress import Progress
 from dbmpi.monitor.records import Recorder
 from dbmpi.network import own
 from dbmpi.network.network import Network
-from dbmpi.objective import Outcome
-from dbmpi.optim.datapath import Blocking, DataPath, Layerwise, Overlapped
-from dbmpi.optim.downpour import downpour
-from dbmpi.optim.lead import Begin, Lead
-from dbmpi.optim.room import gradient_size
-from dbmpi.optim.shard import Shard
-from dbmpi.optim.worker import Worker
-from dbmpi.paramserver import bottleneck
+from dbmpi.optim.session import DTYPE, Session
 from dbmpi.paramserver.memory import check_room
-from dbmpi.paramserver.rules import Rule, rule
-from dbmpi.paramserver.store import Store
 from dbmpi.partition import placement
-from dbmpi.partition.arrangement import Arrangement
-from dbmpi.partition.arrangement import described as arranged
-from dbmpi.partition.describe import summarise
-from dbmpi.partition.placement import Placement
-from dbmpi.partition.products import agree_on_products
-from dbmpi.partition.replica import Replica
 from dbmpi.partition.threadcount import fitted
 from dbmpi.partition.trial import try_layer
-from dbmpi.partition.warmup import first_on_each_node, use_layers
 from dbmpi.partition.whole import make_replica
 from dbmpi.result import Result
-from dbmpi.rundata import LOADING_SECONDS, RunData, network_notes, open_data
-from dbmpi.runtime import capacity, environment, waiting
+from dbmpi.rundata import LOADING_SECONDS, open_data
+from dbmpi.runtime import capacity, environment
 from dbmpi.runtime.failures import Watch
-from dbmpi.runtime.orders import Mailbox, Role
 from dbmpi.runtime.runlock import locked
 from dbmpi.runtime.signals import StopSignal
 from dbmpi.runtime.silentends import aloud
@@ -61,10 +40,6 @@ from dbmpi.runtime.world import end_all_on_failure, together
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-DTYPE = np.dtype(np.float32)
-"""Of parameters and gradients."""
-_FEWEST_STEPS = 100
-"""Fewer, or less than an epoch, may be too few to learn anything."""
 _MOST_BATCHES = 2**62
 """Of a run: counts of steps and batches travel and are stored as 64-bit integers."""
 
@@ -145,7 +120,7 @@ class _Session:
         self._data = replace(self._data, notes=self._data.notes + notices)
         run = self._run
         say = Progress(0, run.monitor.progress).message if self._is_first else None
-        self._compiled = self._stack.enter_context(announced(say))
+        compiled = self._stack.enter_context(announced(say))
         network, order = self._plan_network()
         chosen = fitted(network.layers, plan.partitions, run.optimizer.batch_size)
         self._say_chosen(say, self._stack.enter_context(chosen))
@@ -155,52 +130,32 @@ class _Session:
             if self._is_lead:
                 tell = partial(print, "dbmpi:", file=sys.stderr, flush=True)
                 self._stack.enter_context(locked(run.run.directory, tell))
-        applied_rule = rule(run.optimizer)
         replica = None
         if self._worker_number is not None:
             replica = self._stack.enter_context(make_replica(network, placed, self._comms.replica))
             replica.prepare(run.optimizer.batch_size)
-        if run.optimizer.method == "sandblaster":
-            return self._sandblast(network, replica, order)
-        # Before the lead's clock runs, and before the windows take their memory.
-        bandwidth = 0.0 if self._shard_number is None else bottleneck.copy_bandwidth()
-        with together(self._comm, "planning the shards' memory"):
-            arrangement = arranged(run.server, network.layers, network.layout, placed, plan.shards)
-            size = 0 if replica is None else gradient_size(run.server, replica.parameters.parts)
-            store = Store(self._comm, plan, arrangement.ranges, run.server, DTYPE, size)
-        self._stack.enter_context(store)
-        begin, checkpoint, session = beginning.find(
+        begin, checkpoint, number = beginning.find(
             run, self._comm, plan.replicas, network.layout, order, self._data.meaning
         )
-        batch_size = run.optimizer.batch_size
-        agree_on_products(self._comm, network.layers, batch_size)
-        first_on_each_node(self._comm, lambda: _use_kernels(network, applied_rule, self._data, batch_size))
-        self._compiled()
-        stop = self._stop
-
-        number = self._shard_number
         started = time.time()
-        shard = lead = None
-        with together(self._comm, "preparing the shards", seconds=LOADING_SECONDS):
-            if number is not None:
-                recorder = self._recorder("shard", number, session, started)
-                held = store.ranges[number]
-                served = store.server(applied_rule)
-                beginning.fill(served, arrangement, held, network, checkpoint, applied_rule)
-                mailbox = Mailbox(self._comm, Role.SHARD)
-                if self._is_lead:
-                    lead = self._lead(network, arrangement, placed, store, begin, mailbox, recorder, order)
-                every = run.monitor.report_seconds
-                shard = Shard(self._comm, served, held, mailbox, recorder, stop, every, bandwidth, lead)
-
-        began = time.monotonic()
-        worker = None
-        if replica is not None:
-            worker = self._work(replica, arrangement, store, begin, order, session, started, stop, shard)
-        if shard is not None:
-            shard.serve()
-        seconds = time.monotonic() - began
-        return self._conclude(worker, shard, lead, seconds)
+        session = Session(
+            run=run,
+            plan=plan,
+            comms=self._comms,
+            network=network,
+            placement=placed,
+            replica=replica,
+            order=order,
+            begin=begin,
+            checkpoint=checkpoint,
+            data=self._data,
+            stop=self._stop,
+            recorder=lambda role, its_number: self._recorder(role, its_number, number, started),
+            watch=self.watch,
+            compiled=compiled,
+        )
+        learn = batchrun.learn if run.optimizer.method == "sandblaster" else downpourrun.learn
+        return learn(session, self._stack)
 
     # Setting up
 
@@ -252,197 +207,3 @@ class _Session:
     def _recorder(self, role: str, number: int, session: int, started: float) -> Recorder:
         recorder = Recorder(self._run.run.directory, role, number, session=session, started=started)
         return self._stack.enter_context(recorder)
-
-    def _lead(
-        self,
-        network: Network,
-        arrangement: Arrangement,
-        placed: Placement,
-        store: Store,
-        begin: Begin,
-        mailbox: Mailbox,
-        recorder: Recorder,
-        order: Order,
-    ) -> Lead:
-        run, layout = self._run, network.layout
-        data = self._data
-        total = round(data.samples * run.optimizer.epochs)
-        progress = Progress(total, run.monitor.progress, epochs=run.optimizer.epochs)
-        self._stack.enter_context(progress)
-        progress.message(f"{self._plan}; {layout.size:,} parameters; {data.samples:,} samples of {data.input_shape}")
-        if placed.partitions > 1:
-            progress.message(summarise(network.layers, placed, run.optimizer.batch_size))
-        for notice in begin.notices:
-            progress.warn(notice)
-        if begin.step:
-            left = f", {len(begin.stream):,} batches are left"
-            progress.message(begin.gone_on(run.optimizer.epochs, left))
-        for note in (*data.notes, *network_notes(run.network, data.input_shape, run.data.channels), *store.notes):
-            progress.message(note)
-        for name in begin.fresh:
-            progress.message(f"the checkpoint has no {name!r}: the rule {run.optimizer.rule!r} starts it afresh")
-        return Lead(
-            self._comm,
-            run,
-            self._plan,
-            arrangement,
-            begin,
-            mailbox=mailbox,
-            recorder=recorder,
-            progress=progress,
-            input_shape=data.input_shape,
-            classes=data.classes,
-            meaning=data.meaning,
-            samples_per_epoch=data.samples,
-            batches_per_epoch=order.batches_per_epoch,
-        )
-
-    # Training
-
-    def _work(
-        self,
-        replica: Replica,
-        arrangement: Arrangement,
-        store: Store,
-        begin: Begin,
-        order: Order,
-        session: int,
-        started: float,
-        stop: StopSignal,
-        shard: Shard | None,
-    ) -> Worker:
-        """Train as a worker; return when the lead has ended training."""
-        run, plan, number = self._run, self._plan, self._worker_number
-        assert number is not None
-        assert self._data.train is not None
-        serve: Callable[[], bool] | None = None if shard is None else shard.poll
-        place = number // plan.partitions
-        client = store.client(replica.parameters.runs_in(arrangement), serve)
-        worker = Worker(
-            run,
-            place,
-            objective=replica,
-            client=client,
-            mailbox=Mailbox(self._comm, Role.WORKER),
-            lead=plan.shard_ranks[0],
-            order=order,
-            train=self._data.train,
-            test=self._data.test,
-            recorder=self._recorder("worker", number, session, started),
-            stop=stop,
-            serve=serve,
-            released=place == 0 or not begin.warmstart,
-            warm_steps=begin.warmstart if place == 0 else 0,
-            partitions=self._comms.replica,
-        )
-        replica.serve_while_waiting(worker.obey)
-        path: DataPath
-        apart = run.optimizer.local_rate > 0 and run.optimizer.n_push > 1
-        parts = replica.parameters.parts
-        if run.server.gradients == "layers":
-            pushing = worker.stopwatch("push")
-            path = Layerwise(client, replica.size, DTYPE, parts, worker.obey, overlap=store.overlap, pushing=pushing)
-        elif store.overlap:
-            path = Overlapped(client, replica.size, DTYPE, parts, worker.obey, apart=apart)
-        else:
-            path = Blocking(client, replica.size, DTYPE, apart=apart)
-        downpour(
-            replica,
-            path,
-            begin.stream.dealt(place, plan.replicas, begin.warmstart),
-            worker,
-            n_fetch=run.optimizer.n_fetch,
-            n_push=run.optimizer.n_push,
-            local_rate=run.optimizer.local_rate,
-            first_step=begin.done[place] if begin.done else 0,
-        )
-        worker.finish()
-        return worker
-
-    def _sandblast(self, network: Network, replica: Replica | None, order: Order) -> Result:
-        """Learn by Sandblaster instead of Downpour."""
-        run = self._run
-        begin, checkpoint, session = beginning.find(
-            run, self._comm, self._plan.replicas, network.layout, order, self._data.meaning
-        )
-        batch_size, applied_rule = run.optimizer.batch_size, rule(run.optimizer)
-        agree_on_products(self._comm, network.layers, batch_size)
-        first_on_each_node(self._comm, lambda: _use_kernels(network, applied_rule, self._data, batch_size))
-        first_on_each_node(self._comm, batchrun.use_kernels)
-        self._compiled()
-        started = time.time()
-        setup = batchrun.Setup(
-            run,
-            self._plan,
-            self._comms,
-            network,
-            replica,
-            order,
-            begin,
-            checkpoint,
-            self._data,
-            self._stop,
-            lambda role, number: self._recorder(role, number, session, started),
-            self.watch,
-        )
-        return batchrun.learn(setup, self._stack)
-
-    def _conclude(self, worker: Worker | None, shard: Shard | None, lead: Lead | None, seconds: float) -> Result:
-        """Evaluate the final parameters on all workers together, and tell everybody what came out."""
-        numbers = np.zeros(5)
-        path = ""
-        if lead is not None:
-            numbers[:] = (lead.steps, lead.samples, lead.stopped_by, lead.staleness.mean, lead.recent.mean_loss)
-            path = str(lead.checkpoint)
-        waiting.broadcast(self._comm, numbers, 0, "the lead to conclude")
-        path = waiting.broadcast_text(self._comm, path, 0, "the lead to conclude")
-        steps, samples, stopped_by = (int(number) for number in numbers[:3])
-        advice = self._advice(worker, shard)
-        test = None
-        if not stopped_by and self._run.data.test is not None:
-            mine = Outcome(0, 0.0, 0)
-            if worker is not None and self._data.test is not None:
-                place, partition = divmod(self._worker_number or 0, self._plan.partitions)
-                mine = worker.evaluate(self._data.test, place, self._plan.replicas)
-                if partition > 0:
-                    mine = Outcome(0, 0.0, 0)  # the first partition counts it
-            serve = worker.obey if worker is not None else shard.poll if shard is not None else None
-            sums = np.array([mine.samples, mine.loss, max(mine.correct, 0), mine.correct < 0], np.float64)
-            total = waiting.allreduce(self._comm, sums, MPI.SUM, "the evaluation of the other workers", serve=serve)
-            test = Outcome(int(total[0]), float(total[1]), -1 if total[3] else int(total[2]))
-            if lead is not None:
-                lead.evaluated(test, lead.epoch)
-        warning = verdict.warning(
-            self._data.guessing,
-            float(numbers[4]),
-            test,
-            enough=steps >= _FEWEST_STEPS and samples >= self._data.samples,
-            remedy=f"another optimizer.learning_rate ({self._run.optimizer.learning_rate:g})",
-        )
-        return Result(steps, samples, seconds, test, stopped_by, Path(path), float(numbers[3]), advice, warning)
-
-    def _advice(self, worker: Worker | None, shard: Shard | None) -> str:
-        """Say whether the shards were what the workers waited for (collective)."""
-        applying = np.array([0.0 if shard is None else shard.applying])
-        times = np.zeros(2) if worker is None else np.array([worker.waited, worker.spent])
-        what = "the other ranks to say what they waited for"
-        busiest = waiting.allreduce(self._comm, applying, MPI.MAX, what)
-        waited, spent = waiting.allreduce(self._comm, times, MPI.SUM, what)
-        line: str = bottleneck.advice(float(busiest[0]), float(waited / max(spent, 1e-9)))
-        return line
-
-
-def _use_kernels(network: Network, applied_rule: Rule, data: RunData, samples: int) -> None:
-    """Call everything compiled once, on little data, so that it is compiled or loaded before the clock runs."""
-    from dbmpi.kernels import updates
-
-    use_layers(network.layers, samples, DTYPE)
-    values = np.zeros((network.outputs, 1), DTYPE)
-    if network.loss is not None:
-        network.loss.apply(values, np.zeros(1, np.int32) if data.classes else np.zeros_like(values))
-    few = np.zeros(1, DTYPE)
-    applied_rule.apply(few, few.copy(), applied_rule.init(few))
-    updates.sgd(few, few.copy(), 0.1)
-    updates.add(few, few.copy())
-    for kind in (np.float32, np.uint8):  # of rows; a shard without data may be the one that compiles
-        gather(np.zeros((1, 1), kind), np.zeros(1, np.int64), np.float32(1))
