@@ -12,7 +12,6 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
@@ -38,7 +37,7 @@ from dbmpi.optim.ownmethod import Method
 from dbmpi.optim.passes import Station
 from dbmpi.optim.resuming import State, read_state
 from dbmpi.optim.sandblaster import Coordinator
-from dbmpi.optim.session import Session
+from dbmpi.optim.session import DTYPE, Session
 from dbmpi.optim.shardspace import ShardSpace
 from dbmpi.optim.warming import use_kernels
 from dbmpi.paramserver import window as windows
@@ -56,7 +55,6 @@ from dbmpi.runtime.world import together
 
 __all__ = ["learn"]
 
-_DTYPE = np.dtype(np.float32)
 _MAY_CHANGE: dict[str, object] = {
     "gtol": 0.0,
     "ftol": 0.0,
@@ -77,7 +75,7 @@ _FOR_THE_LEAD = 1.25
 def learn(session: Session, stack: ExitStack) -> Result:
     """Play this rank's roles until the run ends (collective)."""
     session.compile_kernels(use_kernels)
-    setup = Setup(**{field.name: getattr(session, field.name) for field in fields(session)})
+    setup = Setup(**vars(session))
     plan, comm = setup.plan, setup.comms.world
     setup.tests, setup.stretches  # noqa: B018 (collective: all ranks ask here)
     with together(comm, "planning the batches"):
@@ -162,7 +160,7 @@ def _check(setup: Setup) -> None:
 def _shard(setup: Setup, window: Window, number: int) -> tuple[ShardSpace, list[str], State | None]:
     """Fill a shard; return its space, the names of what it carries along, and where a batch method stood."""
     plan, held, memory = setup.plan, setup.ranges[number], setup.memories[number]
-    parameters = window.local[memory.parameters :][: len(held) * _DTYPE.itemsize].view(_DTYPE)
+    parameters = window.local[memory.parameters :][: len(held) * DTYPE.itemsize].view(DTYPE)
     vectors = {"parameters": parameters}
     carried: list[str] = []
     state: State | None = None
@@ -184,7 +182,7 @@ def _shard(setup: Setup, window: Window, number: int) -> tuple[ShardSpace, list[
                 if of_method and (state is None or name not in state.vectors):
                     continue
                 target = method if of_method else vectors
-                target[name] = np.empty(len(held), _DTYPE)
+                target[name] = np.empty(len(held), DTYPE)
                 checkpoint.load(name, held.start, target[name])
                 if not of_method:
                     carried.append(name)

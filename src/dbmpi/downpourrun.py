@@ -78,9 +78,8 @@ def _lead(
     total = round(data.samples * run.optimizer.epochs)
     progress = Progress(total, run.monitor.progress, epochs=run.optimizer.epochs)
     stack.enter_context(progress)
-    progress.message(
-        f"{session.plan}; {network.layout.size:,} parameters; {data.samples:,} samples of {data.input_shape}"
-    )
+    size = f"{network.layout.size:,} parameters; {data.samples:,} samples of {data.input_shape}"
+    progress.message(f"{session.plan}; {size}")
     if session.plan.partitions > 1:
         progress.message(summarise(network.layers, session.placement, run.optimizer.batch_size))
     for notice in begin.notices:

@@ -49,6 +49,7 @@ LEVELS = {
     "dbmpi.batchworker": 4.75,
     "dbmpi.beginning": 5,
     "dbmpi.batchrun": 5,
+    "dbmpi.downpourrun": 5,
     "dbmpi.train": 6,
     "dbmpi.inference": 6,
     "dbmpi.profile": 6,

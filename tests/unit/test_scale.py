@@ -25,9 +25,10 @@ from unit.counted_mpi import Comm, Counted, Mpi
 from unit.partition_layers import NETWORKS
 
 import dbmpi
-from dbmpi import batchrun, topology
+from dbmpi import batchrun, downpourrun, topology
 from dbmpi.optim import shard
 from dbmpi.optim.sandblaster import Coordinator
+from dbmpi.optim.session import Session
 from dbmpi.paramserver import bottleneck, window
 from dbmpi.paramserver.layout import Layout
 from dbmpi.partition.arrangement import aligned
@@ -101,12 +102,12 @@ class Starter:
         def started(*_: object, **__: object) -> None:
             raise Started
 
-        monkeypatch.setattr(TRAIN, "downpour", started)
+        monkeypatch.setattr(downpourrun, "downpour", started)
         monkeypatch.setattr(shard.Shard, "serve", started)
         monkeypatch.setattr(Coordinator, "run", started)
         monkeypatch.setattr(batchrun, "waiting", SimpleNamespace(until=started, STALL_SECONDS=1.0))
         # What does not depend on the world, or on this machine alone.
-        monkeypatch.setattr(TRAIN, "_use_kernels", lambda *_: None)
+        monkeypatch.setattr(Session, "_use_kernels", lambda *_: None)
         monkeypatch.setattr(batchrun, "use_kernels", lambda: None)
         monkeypatch.setattr(bottleneck, "copy_bandwidth", lambda: 1e10)
         monkeypatch.setattr(window, "_shared_memory_free", lambda: 1 << 40)
