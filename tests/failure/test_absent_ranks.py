@@ -7,7 +7,7 @@ import sys
 import pytest
 from failure.jobs import SECONDS, Jobs, messages
 from failure.test_broken_runs import sabotaged
-from harness.environment import timeout_scale
+from harness.environment import is_open_mpi, timeout_scale
 from harness.launching import Completed
 
 LIMIT = 3 * timeout_scale()
@@ -82,7 +82,8 @@ def test_a_rank_that_never_starts_mpi_ends_the_job(jobs: Jobs) -> None:
     """The others are inside MPI, where nothing of Python runs; Python's fault handler says where they are."""
     (jobs.directory / "program.py").write_text(NO_MPI)
     done = jobs.finish(jobs.launch.start(3, [sys.executable, "program.py"], STALL, jobs.directory))
-    assert done.returncode == 1, done.transcript
+    # MPICH's launcher counts that it has killed the one that never came.
+    assert done.returncode == 1 if is_open_mpi() else done.returncode in (1, 9), done.transcript
     assert "in _wait_for_all_ranks_to_start_mpi" in done.stderr, done.transcript
 
 

@@ -119,6 +119,7 @@ def test_a_second_interrupt_ends_the_job_at_once(jobs: Jobs) -> None:
         (0, signal.SIGKILL, ""),
         (1, signal.SIGKILL, ""),
         (2, signal.SIGSEGV, ""),
+        (1, signal.SIGABRT, ""),
         (0, signal.SIGKILL, "--with-ft ulfm"),
         (1, signal.SIGKILL, "--with-ft ulfm"),
     ],

@@ -29,9 +29,8 @@ def test_a_death_is_one_code_under_each_mpi(number: signal.Signals) -> None:
     )
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU])
-def test_ranks_that_were_not_ready_to_heed_a_signal_have_ended_by_it(number: signal.Signals) -> None:
-    assert documented(number, **HYDRA) == documented(128 + number, **OPEN_MPI) == 128 + number
+def test_hydra_adds_up_what_ranks_died_of_and_what_it_killed_others_by() -> None:
+    assert documented(signal.SIGABRT | signal.SIGKILL, **HYDRA) == DIED
 
 
 def test_codes_of_a_users_own_program_stay() -> None:

@@ -1,7 +1,8 @@
 """How a job ended: what the codes of the launchers mean, and what the first rank has left for `dbmpi launch` to read.
 
 Seen with Open MPI 5.0 and MPICH 5.0: where a rank was killed by signal n, mpirun ends with 128 + n (with fault
-tolerance: with what the other ranks end with), mpiexec with n; where mpirun loses a host, it ends with 0.
+tolerance: with what the other ranks end with); where mpirun loses a host, it ends with 0.  mpiexec ends with n and the
+numbers of the signals by which it has then killed others, bit by bit: with 15 after 6 (SIGABRT) and 9 (SIGKILL).
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from contextlib import suppress
 from pathlib import Path
 
 from dbmpi.errors import DIED
-from dbmpi.runtime.signals import HEEDED
 
 UNFINISHED = "DBMPI_UNFINISHED"
 """Names a file that the first rank keeps while it runs, if it is on the host of `dbmpi launch`."""
@@ -21,6 +21,7 @@ _FAULT_TOLERANCE = "OMPI_MCA_mpi_ft_enable"
 """What ``mpirun --with-ft ulfm`` sets for the ranks; under another launcher it may be set by hand."""
 _KILLED = {signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGQUIT}
 """What ends a rank without its doing."""
+_LAST_SIGNAL = 64
 
 
 def outlived(environment: Mapping[str, str]) -> bool:
@@ -36,16 +37,15 @@ def documented(code: int, *, bare: bool, unfinished: bool) -> int:
     code
         0 to 255; 128 + n where the launcher itself was killed.
     bare
-        Whether n stands for signal n, and for nothing that a rank may end with.
+        Whether n stands for signals, and for nothing that a rank may end with.
     unfinished
         Whether the first rank has left its file behind.
     """
     if code in (0, 255):
         return DIED if unfinished else code
-    number = code - 128 if code > 128 else code if bare and code > 2 else 0
-    if number in HEEDED:
-        return 128 + number
-    return DIED if number in _KILLED else code
+    if bare and 2 < code <= _LAST_SIGNAL:
+        return DIED
+    return DIED if code - 128 in _KILLED else code
 
 
 def note_run(directory: Path) -> None:

@@ -7,6 +7,7 @@ until the first one has started MPI.
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import time
@@ -27,32 +28,31 @@ def wait(child: subprocess.Popen[bytes], started: Path) -> int:
     started
         The file that the first rank makes then, if it is on this host; otherwise nothing is looked at.
     """
-    seen: dict[int, bool] = {}
-    missed = 0.0
+    complete = time.monotonic()
     while not started.exists():
         with suppress(subprocess.TimeoutExpired):
             return child.wait(_BETWEEN_LOOKS)
-        living = _ranks(child.pid)
-        seen |= living
-        if not any(seen.values()) or len(living) == len(seen):
-            missed = time.monotonic()
-        elif time.monotonic() - missed > _GRACE and not started.exists():
+        if not _some_are_missing(child.pid):
+            complete = time.monotonic()
+        elif time.monotonic() - complete > _GRACE and not started.exists():
             sys.stderr.write("dbmpi launch: a rank has died while MPI started, and the others would wait for it\n")
             child.terminate()
             child.wait()
-            return 128 + 9
+            return 128 + signal.SIGKILL
     return child.wait()
 
 
-def _ranks(mpirun: int) -> dict[int, bool]:
-    """Return the processes that mpirun has started on this host and that live, and whether each is the first rank."""
-    found = {}
+def _some_are_missing(mpirun: int) -> bool:
+    """Whether fewer ranks live on this host than mpirun has started here, if the first one is among them."""
+    living, expected, first = 0, 0, False
     with suppress(OSError):
         children = " ".join(file.read_text() for file in (_PROC / str(mpirun)).glob("task/*/children"))
-        for child in map(int, children.split()):
-            with suppress(OSError):
-                variables = (_PROC / str(child) / "environ").read_bytes().split(b"\0")
-                rank = next((word for word in variables if word.startswith(b"OMPI_COMM_WORLD_RANK=")), b"")
-                if rank:
-                    found[child] = rank == b"OMPI_COMM_WORLD_RANK=0"
-    return found
+        for child in children.split():
+            with suppress(OSError, KeyError, ValueError):
+                text = (_PROC / child / "environ").read_bytes().decode(errors="replace")
+                variables = dict(line.split("=", 1) for line in text.split("\0") if "=" in line)
+                expected = int(variables["OMPI_COMM_WORLD_LOCAL_SIZE"])
+                living += 1
+                # The ranks of a host are counted from 0 in their order: only that of the first has one that agrees.
+                first |= variables["OMPI_COMM_WORLD_RANK"] == variables["OMPI_COMM_WORLD_LOCAL_RANK"]
+    return first and living < expected
