@@ -173,6 +173,19 @@ assert not {*threads.VARIABLES, *threads.PATIENCE} & set(threads.without_prepare
     assert fresh(program, OMPI_COMM_WORLD_LOCAL_SIZE="100000").split() == ["1", "1", "1"]
 
 
+@pytest.mark.parametrize("name", ["train", "minimize"])
+def test_public_functions_prepare_when_they_are_imported(name: str) -> None:
+    program = f"""
+import os, sys
+import dbmpi
+assert "numpy" not in sys.modules
+from dbmpi import {name}
+import numba
+print(os.environ["OPENBLAS_NUM_THREADS"], numba.config.NUMBA_NUM_THREADS)
+"""
+    assert fresh(program, OMPI_COMM_WORLD_LOCAL_SIZE="100000").split() == ["1", "1"]
+
+
 def test_is_a_no_op_after_numpy() -> None:
     program = """
 import numpy, os
