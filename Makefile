@@ -38,8 +38,9 @@ lint: .venv/.installed-lint
 	.venv/bin/python -m ruff format --check
 	.venv/bin/python -m mypy
 
+# No --quiet: it would keep warnings from --strict.
 docs: .venv-docs/.installed
-	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --strict
 
 bench-peers: .venv-peers/.installed
 	@echo "PyTorch for the benchmarks: .venv-peers/bin/python"

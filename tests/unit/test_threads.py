@@ -167,6 +167,19 @@ assert not {*threads.VARIABLES, *threads.PATIENCE} & set(threads.without_prepare
     assert fresh(program, OMPI_COMM_WORLD_LOCAL_SIZE="100000").split() == ["1", "1", "1"]
 
 
+@pytest.mark.parametrize("name", ["train", "minimize"])
+def test_public_functions_prepare_when_they_are_imported(name: str) -> None:
+    program = f"""
+import os, sys
+import dbmpi
+assert "numpy" not in sys.modules
+from dbmpi import {name}
+import numba
+print(os.environ["OPENBLAS_NUM_THREADS"], numba.config.NUMBA_NUM_THREADS)
+"""
+    assert fresh(program, OMPI_COMM_WORLD_LOCAL_SIZE="100000").split() == ["1", "1"]
+
+
 def test_what_a_process_inherits_from_dbmpi_is_no_wish_of_the_user() -> None:
     program = """
 import os, subprocess, sys
