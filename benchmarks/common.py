@@ -386,11 +386,9 @@ def free_port() -> int:
 
 def prepare_runtime() -> None:
     """Settle threads, BLAS kernel and the cache of compiled code as every run does; before NumPy is imported."""
-    from dbmpi.runtime import blas, kernelcache, threads
+    from dbmpi.runtime import environment
 
-    for line in (threads.prepare().line, blas.prepare().line):
-        print(line, file=sys.stderr)
-    kernelcache.prepare()
+    print(environment.prepare(), file=sys.stderr)
 
 
 def fma_peak() -> Callable[[], Mapping[str, Any]]:

@@ -62,6 +62,38 @@ def test_boxes_cover_an_array_once(shape, elements):
     assert (count == 1).all()
 
 
+@given(
+    sides=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 5)), min_size=1, max_size=4),
+    elements=st.integers(1, 60),
+)
+def test_boxes_of_whole_chunks_cover_an_array_once(sides, elements):
+    shape, chunks = zip(*sides, strict=True)
+    count = np.zeros(shape, int)
+    for box in statistics._in_chunks(shape, chunks, elements):
+        assert count[box].size <= max(elements, math.prod(chunks))
+        for part, chunk, length in zip(box, chunks, shape, strict=True):
+            assert part.start % chunk == 0
+            assert part.stop % chunk == 0 or part.stop == length, "a chunk that is cut is read twice"
+        count[box] += 1
+    assert (count == 1).all()
+
+
+@pytest.mark.parametrize("chunks", [None, (3, 5, 2), (1, 1, 1), (17, 9, 4), True])
+@pytest.mark.parametrize("dtype", ["f4", ">f4", "f8", "f2", "i2", "u1", "?"])
+def test_a_file_has_the_statistics_of_its_array(tmp_path, monkeypatch, chunks, dtype):
+    monkeypatch.setattr(statistics, "PIECE", 50)
+    values = (100 * np.random.default_rng(1).random((17, 9, 4))).astype(dtype)
+    if values.dtype.kind == "f":
+        values[3, 2, 1] = np.nan
+    with h5py.File(tmp_path / "data.h5", "w") as file:
+        found = statistics.of_dataset(file.create_dataset("x", data=values, chunks=chunks))
+    finite = values[np.isfinite(values)].astype(np.float64)
+    assert (found.count, found.non_finite) == (values.size, values.size - finite.size)
+    assert (found.minimum, found.maximum) == (finite.min(), finite.max())
+    assert found.mean == pytest.approx(finite.mean(), rel=1e-12)
+    assert found.deviation == pytest.approx(finite.std(), rel=1e-12)
+
+
 def test_a_run_directory(tmp_path, capsys):
     for step in (1, 20, 300):
         write(tmp_path, step)

@@ -432,7 +432,7 @@ def test_doctor_finds_what_is_broken(tmp_path: Path) -> None:
     found = {line[8:24].strip(): line for line in lines}
     assert found["h5py"].startswith("broken")
     assert "libhdf5.so" in found["h5py"]
-    assert found["Numba"].startswith("note")
+    assert found["Numba"].startswith("ok"), "kernels are compiled all the same"
     assert "OMP_NUM_THREADS" in found["cores"]
     assert found["cores"].startswith("note")
     assert last == "broken: h5py"

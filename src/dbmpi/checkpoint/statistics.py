@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -12,8 +13,10 @@ import numpy as np
 from dbmpi.checkpoint.reader import Checkpoint
 from dbmpi.paramserver.layout import Tensor
 
-BLOCK = 2**18
+BLOCK = 2**16
 """Elements looked at together: their float64 copies stay in the caches."""
+PIECE = 2**22
+"""Elements read at a time, in whole chunks: a call of HDF5 costs as much as some thousand elements."""
 LARGEST_CHUNK = 2**28
 """Bytes; a larger chunk of a data file is not read."""
 
@@ -36,6 +39,7 @@ class Statistics:
         self.maximum = math.nan
         self.mean = math.nan
         self._squares = 0.0
+        self._scratch = np.empty(0)
 
     @property
     def deviation(self) -> float:
@@ -56,23 +60,28 @@ class Statistics:
     def _add_block(self, block: np.ndarray) -> None:
         before = self._finite
         self.count += len(block)
-        if block.dtype.kind == "f":
-            finite = np.isfinite(block)
-            if not finite.all():
-                block = block[finite]
-                self.non_finite += len(finite) - len(block)
         if len(block) == 0:
             return
-        values = block.astype(np.float64)
+        least, most = float(block.min()), float(block.max())
+        if not (math.isfinite(least) and math.isfinite(most)):  # NaN goes through both
+            finite = block[np.isfinite(block)]
+            self.non_finite += len(block) - len(finite)
+            if len(finite) == 0:
+                return
+            block, least, most = finite, float(finite.min()), float(finite.max())
+        if len(self._scratch) < len(block):
+            self._scratch = np.empty(len(block))
+        values = self._scratch[: len(block)]
+        np.copyto(values, block)
         mean = float(values.mean())
         values -= mean
-        squares = float(values @ values)
+        squares = float(np.square(values, out=values).sum())  # BLAS would start threads for it, which spin afterwards
         if before == 0:
-            self.minimum, self.maximum = float(block.min()), float(block.max())
+            self.minimum, self.maximum = least, most
             self.mean, self._squares = mean, squares
             return
-        self.minimum = min(self.minimum, float(block.min()))
-        self.maximum = max(self.maximum, float(block.max()))
+        self.minimum = min(self.minimum, least)
+        self.maximum = max(self.maximum, most)
         # Two sets of values together (Chan, Golub, LeVeque: Updating formulae, 1979):
         # S = S1 + S2 + (m2 - m1)^2 n1 n2 / (n1 + n2),  m = m1 + (m2 - m1) n2 / (n1 + n2)
         difference = mean - self.mean
@@ -85,7 +94,7 @@ def of_tensor(checkpoint: Checkpoint, vector: str, tensor: Tensor) -> Statistics
     """Return the statistics of one tensor of a checkpoint."""
     statistics = Statistics()
     start = checkpoint.layout.offsets[tensor.name]
-    buffer = np.empty(min(tensor.size, 16 * BLOCK), checkpoint.dtype)
+    buffer = np.empty(min(tensor.size, PIECE), checkpoint.dtype)
     for first in range(0, tensor.size, max(len(buffer), 1)):
         part = buffer[: tensor.size - first]
         checkpoint.read(vector, start + first, part)
@@ -101,18 +110,25 @@ def of_dataset(dataset: h5py.Dataset) -> Statistics | str:
         return "the values lie in other files, which are not followed"
     if dataset.chunks is None:
         complete = dataset.id.get_storage_size() == dataset.nbytes
-        places = _boxes(dataset.shape, 16 * BLOCK)
+        places = _boxes(dataset.shape, PIECE)
     else:
         if math.prod(dataset.chunks) * dataset.dtype.itemsize > LARGEST_CHUNK:
             return f"its chunks are larger than {LARGEST_CHUNK // 2**20} MiB"
         chunks = math.prod(-(-length // chunk) for length, chunk in zip(dataset.shape, dataset.chunks, strict=True))
         complete = dataset.id.get_num_chunks() == chunks
-        places = dataset.iter_chunks() if chunks else iter(())
+        places = _in_chunks(dataset.shape, dataset.chunks, PIECE) if chunks else iter(())
     if not complete:
         return "not all of it was written"
     statistics = Statistics()
+    buffer = np.empty(0, dataset.dtype)
     for place in places:
-        statistics.add(np.asarray(dataset[place]))
+        shape = tuple(part.stop - part.start for part in place)
+        size = math.prod(shape)
+        if len(buffer) < size:
+            buffer = np.empty(size, dataset.dtype)
+        if size:
+            dataset.read_direct(buffer[:size].reshape(shape), place)
+        statistics.add(buffer[:size])
     return statistics
 
 
@@ -130,6 +146,19 @@ def _boxes(shape: tuple[int, ...], elements: int) -> Iterator[tuple[slice, ...]]
     rows = elements // row
     for start in range(0, shape[0], rows):
         yield slice(start, min(start + rows, shape[0])), *(slice(0, length) for length in shape[1:])
+
+
+def _in_chunks(shape: tuple[int, ...], chunks: tuple[int, ...], elements: int) -> Iterator[tuple[slice, ...]]:
+    """Cut an array that is stored in chunks into boxes of whole ones, each of at most so many elements or one chunk."""
+    box = list(chunks)
+    for axis in reversed(range(len(shape))):
+        fitting = max(1, elements // math.prod(box))
+        box[axis] = min(-(-shape[axis] // chunks[axis]), fitting) * chunks[axis]
+    steps = [range(0, length, step) for length, step in zip(shape, box, strict=True)]
+    for corner in itertools.product(*steps):
+        yield tuple(
+            slice(start, min(start + step, length)) for start, step, length in zip(corner, box, shape, strict=True)
+        )
 
 
 def as_dict(found: Statistics | str) -> dict[str, Any]:
