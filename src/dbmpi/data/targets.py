@@ -320,11 +320,14 @@ def _labels(stored: Stored, classes: int | None) -> tuple[Label, ...] | None:
     """Return the attribute `labels` that an importer wrote, or None."""
     value = hdf5.attribute(stored.path, stored.dataset, "labels")
     array = np.asarray(value)
-    if value is None or classes is None or array.dtype.kind not in "iuS" or array.shape != (classes,):
+    if value is None or classes is None or array.shape != (classes,):
         return None
-    if array.dtype.kind == "S":
-        return tuple(label.decode("utf-8", "replace") for label in array.tolist())
-    return tuple(array.tolist())
+    labels: tuple[Label, ...] = ()
+    if array.dtype.kind in "iu" and int(array.max()) < 2**63:
+        labels = tuple(array.tolist())
+    elif array.dtype.kind in "OSU":
+        labels = tuple(x.decode("utf-8", "replace") if isinstance(x, bytes) else str(x) for x in array.tolist())
+    return labels if len(set(labels)) == classes else None
 
 
 def _shown(row: Any) -> str:
