@@ -104,6 +104,28 @@ def test_labels_that_were_not_learned_are_named(tmp_path):
         opened(write(tmp_path / "half.h5", np.where(ALL == 3, 0.5, CODES)), wanted="classes")
 
 
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        ([7, 5, -3], (7, 5, -3)),
+        (np.array(["x", "y", "z"], object), ("x", "y", "z")),
+        (np.array([b"x", b"y", b"z"]), ("x", "y", "z")),
+        ([7, 5, 7], None),
+        ([7, 5], None),
+        ([1.5, 2, 3], None),
+        (np.array([2**63, 1, 2], "u8"), None),
+    ],
+)
+def test_labels_of_the_classes_are_those_of_an_attribute(tmp_path, labels, expected):
+    path = write(tmp_path / "data.h5", CODES)
+    with h5py.File(path, "a") as file:
+        file["targets"].attrs["classes"] = 3
+        file["targets"].attrs["labels"] = labels
+    with opened(path) as source:
+        assert source.labels == expected
+        np.testing.assert_array_equal(source.targets(ALL), CODES)
+
+
 def test_several_labels_a_sample_are_values_for_logistic(tmp_path):
     several = RANDOM.integers(0, 2, (COUNT, 3))
     for kind in ("f4", "f8", "i8", "u1", "?"):

@@ -194,6 +194,10 @@ class Targets:
             self.classes = 2
             return
         least, most = self._extremes()
+        named = _labels(self.stored, None)
+        if named is not None and least >= 0 and most < len(named):
+            self.classes, self.labels = len(named), named
+            return
         given = self._reading.labels
         if given is not None and given != tuple(range(len(given))):
             self._number([])
@@ -317,18 +321,17 @@ def _given_classes(stored: Stored) -> int | None:
 
 
 def _labels(stored: Stored, classes: int | None) -> tuple[Label, ...] | None:
-    """Return the attribute `labels`, if it has another label for each class; or None."""
+    """Return the attribute `labels`, or None where it is not one label for each class, of however many."""
     value = hdf5.attribute(stored.path, stored.dataset, "labels")
     array = np.asarray(value)
-    if value is None or classes is None or array.dtype.kind not in "iuSOU" or array.shape != (classes,):
+    if value is None or array.ndim != 1 or len(array) != (classes or len(array) or -1):
         return None
-    labels = [label.decode("utf-8", "replace") if isinstance(label, bytes) else label for label in array.tolist()]
-    kinds = {type(label) for label in labels}
-    if len(set(labels)) < classes or kinds not in ({int}, {str}):
-        return None
-    if array.dtype.kind == "u" and array.max() >= 2**63:
-        return None
-    return tuple(labels)
+    labels: tuple[Label, ...] = ()
+    if array.dtype.kind in "iu" and int(array.max()) < 2**63:
+        labels = tuple(array.tolist())
+    elif array.dtype.kind in "OSU":
+        labels = tuple(x.decode("utf-8", "replace") if isinstance(x, bytes) else str(x) for x in array.tolist())
+    return labels if len(set(labels)) == len(array) else None
 
 
 def _shown(row: Any) -> str:
