@@ -9,20 +9,22 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import h5py
 import pytest
 from failure.jobs import FOR_EVER, Jobs, messages
 
+from dbmpi.checkpoint.directory import step_of
 from dbmpi.checkpoint.reader import Checkpoint
 from dbmpi.monitor.records import read_records
 
 OFTEN = "checkpoint.every_seconds=0.1"
 ALWAYS = f"optimizer.epochs={FOR_EVER}"
 RUN = "run.directory=disk/run"
+SANDBLASTER = "method=sandblaster", "algorithm=gradient_descent", "gtol=0", "ftol=0"
 METHODS = {
-    "downpour": (),
-    "sandblaster": ("optimizer.method=sandblaster", "sandblaster.algorithm=gradient_descent", "sandblaster.gtol=0",
-                    "sandblaster.ftol=0"),
-}  # fmt: skip
+    "downpour": ["topology.shards=2"],
+    "sandblaster": ["topology.shards=2", f"optimizer.{SANDBLASTER[0]}", *(f"sandblaster.{x}" for x in SANDBLASTER[1:])],
+}
 
 
 class Disk:
@@ -139,3 +141,40 @@ def test_a_run_directory_that_is_removed_is_made_anew(jobs: Jobs) -> None:
     assert "the records were removed or moved while the run goes on" in done.output, done.transcript
     jobs.assert_whole()
     assert {record["role"] for record in read_records(jobs.run_directory)} == {"worker", "shard"}
+
+
+@pytest.mark.parametrize("n", [None, 3])
+@pytest.mark.parametrize("damage", ["torn", "one bit", "one bit of all"])
+def test_a_run_names_a_damaged_checkpoint_and_goes_on_from_another(trained: Jobs, n: int | None, damage: str) -> None:
+    with trained.checkpoint() as checkpoint:
+        first = checkpoint.path
+    done = trained(n, "optimizer.epochs=4")
+    assert done.returncode == 0, done.transcript
+    with trained.checkpoint() as checkpoint:
+        last = checkpoint.path
+    for path in [last, first] if damage == "one bit of all" else [last]:
+        data = bytearray(path.read_bytes())
+        if damage == "torn":
+            del data[-100:]
+        else:
+            with h5py.File(path) as file:
+                data[file["parameters/dense1/bias"].id.get_offset() + 3] ^= 0x40
+        path.write_bytes(data)
+    done = trained(n, "optimizer.epochs=6")
+    if damage == "one bit of all":
+        assert done.returncode == 2, done.transcript
+        (told,) = messages(done)
+        assert "no checkpoint that can be read" in told
+        assert sorted(path.suffix for path in last.parent.iterdir()) == ["", ".h5", ".h5"]
+        return
+    assert done.returncode == 0, done.transcript
+    place = "" if damage == "torn" else "/parameters/dense1/bias is damaged"
+    (told,) = [line for line in done.stdout.splitlines() if line.startswith("warning: ")]
+    assert last.name in told, done.transcript
+    assert place in told, done.transcript
+    assert f"going on after {step_of(first):,} steps" in done.stdout, done.transcript
+    names = {path.name for path in last.parent.iterdir()}
+    assert {f"{last.name}.damaged", first.name} < names
+    assert last.name not in names
+    with trained.checkpoint() as checkpoint:
+        assert checkpoint.info.step == checkpoint.info.total  # each batch once

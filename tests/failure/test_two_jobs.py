@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -48,3 +49,19 @@ def test_a_mistake_releases_the_directory(trained: Jobs) -> None:
     done = trained(2, "checkpoint.resume=never")
     assert done.returncode == 2, done.transcript
     assert locks(trained) == []
+
+
+def test_a_job_that_has_lost_its_directory_writes_nothing_any_more(jobs: Jobs) -> None:
+    """As one that was halted for long finds it."""
+    program = jobs.start(3, OFTEN, ALWAYS)
+    jobs.wait_until_all_learn(program, 2)
+    jobs.wait_for_checkpoint(program)
+    other = {"host": "elsewhere", "process": 77, "since": "2026-01-02", "token": "theirs", "renewals": "0"}
+    (jobs.run_directory / "in-use.2.json").write_text(json.dumps(other))
+    done = jobs.finish(program)
+    assert done.returncode == 1, done.transcript
+    (told,) = messages(done)
+    assert "run: has been taken over by process 77 on elsewhere since 2026-01-02" in told
+    assert "Traceback" not in done.output, done.transcript
+    assert "in-use.2.json" in locks(jobs)
+    assert not list((jobs.run_directory / "checkpoints").glob(".*.tmp"))

@@ -11,7 +11,7 @@ from scipy.special import expit
 from unit.sharded import Shards, cut_points, local_problem
 
 from dbmpi.data.stream import Order
-from dbmpi.errors import RunFailed
+from dbmpi.errors import Damaged, RunFailed
 from dbmpi.optim.batches import Sampling
 from dbmpi.optim.descent import Limits, Line, Progress
 from dbmpi.optim.lbfgs import History, lbfgs, two_loop
@@ -177,7 +177,7 @@ def test_what_a_checkpoint_keeps_goes_on_as_if_nothing_had_happened(dtype, ended
         return progress.iteration == ended
 
     before = lbfgs(first, evaluate, history=history, callback=keep, limits=Limits(0, 0))
-    state = read_state(texts[-1])
+    state = read_state(texts[-1], first.names, Path("file.h5"))
     second, evaluate, rest = local_problem(rosenbrock, half, dtype)
     for name in state.vectors:
         second.create(name)
@@ -202,9 +202,24 @@ def test_a_damaged_state_is_refused():
     text = capture(
         history, Position(3, 4, 1, 0.5), Progress(1, 2, 0.5, 0.1, 1.0, 0.2), space.bounds()
     ).model_dump_json()
-    assert read_state(text).place == Position(3, 4, 1, 0.5)
-    for damaged in ("", "{}", text[:-1], text.replace('"memory":5', '"memory":"5"'), text.replace("[3,4,1]", "[3]")):
-        assert read_state(damaged) is None
+    assert read_state(text, space.names, Path("file.h5")).place == Position(3, 4, 1, 0.5)
+    assert read_state("", space.names, Path("file.h5")) is None
+    for change, reason in {
+        "{}": "memory",
+        text[:-1]: "JSON",
+        text.replace('"memory":5', '"memory":"5"'): "memory",
+        text.replace('"memory":5', '"memory":6'): "history of 6 pairs",
+        text.replace("[3,4,1]", "[3]"): "position",
+        text.replace("[3,4,1]", "[3,-4,1]"): "position",
+        text.replace('"pairs":["s', '"pairs":["y'): "pairs|missing",
+        text.replace('"gradient":"', '"gradient":"no '): "missing",
+        text.replace('"numbers":[0.5', '"numbers":[NaN'): "numbers",
+        text.replace('"bounds":{', '"bounds":{"x":[1,1.0],'): "bounds of 'x'",
+        text.replace('"previous parameters":[null', '"previous parameters":[5000'): "bounds of 'previous parameters'",
+    }.items():
+        assert change != text
+        with pytest.raises(Damaged, match=rf"^file\.h5: /run/method is not .*({reason})"):
+            read_state(change, space.names, Path("file.h5"))
 
 
 def test_no_memory_is_gradient_descent():

@@ -136,6 +136,7 @@ def read_state(text: str, vectors: Collection[str], path: Path) -> State | None:
         _check(state, vectors)
     except (ValueError, TypeError, OverflowError) as error:
         reason = explain(error, State, "it") if isinstance(error, ValidationError) else str(error)
+        reason = "; ".join(reason.splitlines())
         raise Damaged(
             f"{path}: /run/method is not what a batch method can go on from: {reason}; use another checkpoint, or "
             "begin the search anew with another sandblaster.algorithm"
