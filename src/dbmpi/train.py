@@ -14,7 +14,7 @@ from mpi4py import MPI
 from dbmpi import batchrun, beginning, topology
 from dbmpi.config import Run
 from dbmpi.data.stream import Order
-from dbmpi.errors import UserError
+from dbmpi.errors import RunFailed, UserError
 from dbmpi.monitor.progress import Progress
 from dbmpi.monitor.records import Recorder
 from dbmpi.network import own
@@ -276,16 +276,22 @@ class _Session:
             path = Overlapped(client, replica.size, DTYPE, parts, worker.obey, apart=apart)
         else:
             path = Blocking(client, replica.size, DTYPE, apart=apart)
-        downpour(
-            replica,
-            path,
-            begin.stream.dealt(place, plan.replicas, begin.warmstart),
-            worker,
-            n_fetch=run.optimizer.n_fetch,
-            n_push=run.optimizer.n_push,
-            local_rate=run.optimizer.local_rate,
-            first_step=begin.done[place] if begin.done else 0,
-        )
+        try:
+            downpour(
+                replica,
+                path,
+                begin.stream.dealt(place, plan.replicas, begin.warmstart),
+                worker,
+                n_fetch=run.optimizer.n_fetch,
+                n_push=run.optimizer.n_push,
+                local_rate=run.optimizer.local_rate,
+                first_step=begin.done[place] if begin.done else 0,
+            )
+        except RunFailed:  # a loss that is not finite, or nobody to wait for: there is nothing good to be kept
+            raise
+        except Exception:
+            worker.give_up()
+            raise
         worker.finish()
         return worker
 
