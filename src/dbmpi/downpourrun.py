@@ -11,6 +11,7 @@ import numpy as np
 from mpi4py import MPI
 
 from dbmpi import beginning
+from dbmpi.errors import RunFailed
 from dbmpi.monitor import verdict
 from dbmpi.monitor.progress import Progress
 from dbmpi.monitor.records import Recorder
@@ -135,16 +136,22 @@ def _work(session: Session, replica: Replica, store: Store, arrangement: Arrange
     )
     replica.serve_while_waiting(worker.obey)
     path = _data_path(session, replica, store, client, worker)
-    downpour(
-        replica,
-        path,
-        begin.stream.dealt(place, plan.replicas, begin.warmstart),
-        worker,
-        n_fetch=run.optimizer.n_fetch,
-        n_push=run.optimizer.n_push,
-        local_rate=run.optimizer.local_rate,
-        first_step=begin.done[place] if begin.done else 0,
-    )
+    try:
+        downpour(
+            replica,
+            path,
+            begin.stream.dealt(place, plan.replicas, begin.warmstart),
+            worker,
+            n_fetch=run.optimizer.n_fetch,
+            n_push=run.optimizer.n_push,
+            local_rate=run.optimizer.local_rate,
+            first_step=begin.done[place] if begin.done else 0,
+        )
+    except RunFailed:  # a loss that is not finite, or a rank that cannot be waited for: there is nothing good to keep
+        raise
+    except Exception:
+        worker.give_up()
+        raise
     worker.finish()
     return worker
 

@@ -164,6 +164,17 @@ def test_an_exception_of_one_rank_ends_the_job_with_its_traceback(
     assert "ZeroDivisionError: sabotage" in done.stderr
 
 
+def test_what_was_learned_is_written_before_a_worker_fails(jobs: Jobs) -> None:
+    """Although no checkpoint was due."""
+    target = "dbmpi.optim.worker Worker load 10"
+    done = sabotaged(jobs, "raise", 2, target, "checkpoint.every_seconds=0", ALWAYS)
+    assert_failed(done, "rank 2 failed and ends the job:", "replica 1 has failed: a checkpoint is written")
+    with jobs.checkpoint() as checkpoint:
+        assert checkpoint.info.step >= 10
+        assert np.isfinite(checkpoint.parameters()).all()
+    jobs.assert_resumes()
+
+
 def test_a_crash_of_one_rank_ends_the_job_with_its_stack(jobs: Jobs) -> None:
     program = jobs.start(3, ALWAYS, OFTEN)
     jobs.wait_until_all_learn(program, 2)

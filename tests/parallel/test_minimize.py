@@ -134,6 +134,79 @@ def test_what_one_rank_raises_all_ranks_hear_of(comm):
         minimize(mine(comm), np.zeros(SHAPE), comm, callback=callback)
 
 
+@pytest.mark.parallel([1, 2, 3])
+@pytest.mark.parametrize("parameters", ["whole", "cut"])
+def test_what_is_handed_out_is_never_written_to(comm, parameters):
+    """Who keeps it, or a part of it, keeps what it was; and memory that nobody keeps is used again."""
+    seen, copies, told, told_copies, places = [], [], [], [], set()
+
+    def objective(x):
+        places.add(x.__array_interface__["data"][0])
+        return float(x @ x), 2 * x * np.linspace(0.1, 1, x.size)
+
+    def keeping(x):
+        seen.append(x[:2])
+        copies.append(x[:2].copy())
+        with pytest.raises(ValueError, match="read-only"):
+            x[0] = 1
+        return objective(x)
+
+    def callback(progress, x):
+        told.append(x)
+        told_copies.append(x.copy())
+
+    start = np.linspace(1, 2, 7)
+    settings = {"parameters": parameters, "iterations": 6, "gtol": 0, "ftol": 0}
+    minimize(keeping, start, comm, callback=callback, **settings)
+    np.testing.assert_array_equal(seen, copies)
+    np.testing.assert_array_equal(told, told_copies)
+    assert len({x.tobytes() for x in copies}) == len(copies) >= 6
+    places.clear()
+    minimize(objective, start, comm, **settings)
+    assert len(places) == 1
+
+
+@pytest.mark.parallel([1, 2, 3])
+@pytest.mark.parametrize("method", ["lbfgs", "conjugate_gradients", "gradient_descent"])
+def test_large_numbers_outside_of_the_domain_on_several_ranks(comm, method):
+    """Whose sum is more than a number can hold."""
+
+    def objective(x):
+        return (1.7e308, 0 * x) if x.min() <= 0 else (float(x.sum() - np.log(x).sum()), 1 - 1 / x)
+
+    found = minimize(objective, np.array([1e-3, 30.0]), comm, method=method, ftol=0)
+    assert found.converged
+    np.testing.assert_allclose(found.x, 1, rtol=1e-3)
+
+
+@pytest.mark.parallel([1, 2])
+@pytest.mark.parametrize("settings", [{}, {"method": "conjugate_gradients"}, {"l1": 1e199}, {"l2": 1e199}], ids=str)
+def test_a_gradient_without_a_square_is_minimised_all_the_same(comm, settings):
+    """As the same loss is in other units."""
+    told, unit = [], 2.0**660
+
+    def scaled(unit):
+        return lambda x: (unit * float((x - 2) @ (x - 2)) / comm.size, 2 * unit * (x - 2) / comm.size)
+
+    def watch(progress, x):
+        told.append((progress.loss, progress.largest))
+
+    found = minimize(scaled(unit), np.ones(3), comm, gtol=1e-6 * unit, ftol=0, callback=watch, **settings)
+    small = {name: value / unit if isinstance(value, float) else value for name, value in settings.items()}
+    other = minimize(scaled(1.0), np.ones(3), comm, gtol=1e-6, ftol=0, **small)
+    assert (found.reason, found.iterations) == (other.reason, other.iterations)
+    np.testing.assert_array_equal(found.x, other.x)
+    assert (found.loss, found.largest) == (unit * other.loss, unit * other.largest) == told[-1]
+
+
+@pytest.mark.parallel([1, 2])
+@pytest.mark.parametrize("method", ["lbfgs", "conjugate_gradients", "gradient_descent"])
+def test_a_loss_without_a_minimum_has_not_converged(comm, method):
+    found = minimize(lambda x: (float(-(x**3).sum()), -3 * x**2), np.ones(2), comm, method=method)
+    assert (found.converged, found.reason) == (False, "unbounded")
+    assert "without a bound" in found.message
+
+
 @pytest.mark.parallel([1, 2])
 @pytest.mark.parametrize(
     ("result", "message"),
@@ -143,7 +216,8 @@ def test_what_one_rank_raises_all_ranks_hear_of(comm):
         ((1.0, np.zeros(SHAPE, complex)), "dtype complex128"),
         ((np.zeros(3), np.zeros(SHAPE)), r"its loss is no number but has shape \(3,\)"),
         ((np.nan, np.zeros(SHAPE)), "loss is nan at the point where the search"),
-        ((1.0, np.full(SHAPE, np.inf)), "gradient has elements up to inf"),
+        ((1.0, np.full(SHAPE, np.nan)), "gradient has elements that are nan"),
+        ((1.0, np.full(SHAPE, np.inf)), "gradient has elements that are inf"),
     ],
 )
 def test_what_an_objective_must_not_return(comm, result, message):

@@ -17,7 +17,7 @@ from parallel import tiny
 
 from dbmpi.checkpoint.reader import Checkpoint
 from dbmpi.config import Run
-from dbmpi.errors import UserError
+from dbmpi.errors import RunFailed, UserError
 from dbmpi.kernels import updates, vectors
 from dbmpi.monitor.records import read_records
 from dbmpi.network import own
@@ -25,11 +25,13 @@ from dbmpi.objective import Outcome
 from dbmpi.optim import saving
 from dbmpi.optim.board import Batch, Board, Kind
 from dbmpi.optim.descent import Limits
+from dbmpi.optim.keeping import Keeper
 from dbmpi.optim.lbfgs import lbfgs
 from dbmpi.optim.localspace import LocalSpace
 from dbmpi.optim.methods import with_l2
 from dbmpi.optim.passes import Passes
 from dbmpi.optim.portionwork import PortionWork
+from dbmpi.optim.sandblaster import Coordinator
 from dbmpi.runtime import waiting
 from dbmpi.train import train
 
@@ -274,6 +276,77 @@ def test_all_methods_decrease_the_loss(comm, place, settings) -> None:
     before, after = (twin.test(x).mean_loss for x in (twin.server, parameters))
     assert after < 0.6 * before
     assert (np.count_nonzero(parameters == 0) > 10) == ("l1" in settings)
+
+
+@pytest.mark.parallel([1, 3])
+def test_dropout_draws_other_masks_with_other_batches(comm, place, monkeypatch) -> None:
+    """Of all samples, too; and what is tried along one line sees the same masks."""
+    dropped = ({"units": 7, "activation": "tanh"}, {"type": "dropout", "rate": 0.3}, {"units": tiny.CLASSES})
+    optimizer = {"method": "sandblaster", "batch_size": 6, "epochs": 20}
+    settings = {"batch_iterations": 2, "gtol": 0, "ftol": 0}
+    topology = {} if comm.size == 1 else {"shards": 1}
+    parts = {"network": {"layers": dropped}, "optimizer": optimizer, "topology": topology}
+    run = tiny.describe(place, sandblaster=settings, **parts)
+    batches, begin = [], Passes.begin
+
+    def noted(self: Passes, kind: Kind, portions: int, first: int, *others: int) -> None:
+        if kind == Kind.GRADIENT:
+            batches.append((first, portions))
+        begin(self, kind, portions, first, *others)
+
+    monkeypatch.setattr(Passes, "begin", noted)
+    train(run, comm)
+    if comm.rank == 0:
+        assert {portions for _, portions in batches} == {PORTIONS}
+        firsts = [first for first, _ in batches]
+        assert firsts == sorted(firsts)
+        assert set(firsts) >= {0, PORTIONS, 2 * PORTIONS}
+        assert min(Counter(first for first in firsts if first < firsts[-1]).values()) >= 3  # the first, two iterations
+    with pytest.raises(UserError, match="dropout makes another one with each mask"):
+        tiny.describe(place, sandblaster={"l1": 0.1}, **parts)
+
+
+@pytest.mark.parallel([3])
+def test_what_was_learned_is_written_before_a_failure_ends_the_run(comm, place, monkeypatch) -> None:
+    """A method that fails after some iterations, and a loss that has no minimum."""
+    evaluate, calls = Coordinator.evaluate, []
+
+    def failing(self: Coordinator, point: str, gradient: str) -> float:
+        calls.append(1)
+        if len(calls) == 6:
+            raise RunFailed("the sixth evaluation fails")
+        return evaluate(self, point, gradient)
+
+    monkeypatch.setattr(Coordinator, "evaluate", failing)
+    ended = []
+    run = describe(place, {"shards": 2, "replicas": 1}, gtol=0, ftol=0)
+    keep = Keeper.write
+
+    def kept(self: Keeper, steps: int, samples: int) -> None:
+        keep(self, steps, samples)
+        ended.append(steps)
+        monkeypatch.setattr(Coordinator, "evaluate", evaluate)
+
+    monkeypatch.setattr(Keeper, "write", kept)
+    if comm.rank == 0:
+        raised = []
+        coordinate = Coordinator.run
+
+        def running(self: Coordinator) -> None:
+            try:
+                coordinate(self)
+            except RunFailed as failure:
+                raised.append(str(failure))
+                self._evaluator.end()  # the others of a test are to end, too
+
+        monkeypatch.setattr(Coordinator, "run", running)
+    result = train(run, comm)
+    if comm.rank == 0:
+        assert "the sixth evaluation fails  What was learned before is in " in raised[0]
+        assert str(result.checkpoint) in raised[0]
+        assert ended == [result.steps]
+        assert 0 < result.steps < 6 * PORTIONS
+        assert np.isfinite(tiny.vectors(result.checkpoint)["parameters"]).all()
 
 
 @pytest.mark.parallel([4])

@@ -365,10 +365,42 @@ def test_updates_of_a_cut_vector_are_the_same(size):
     np.testing.assert_array_equal(whole, parts)
 
 
-def test_adagrad_without_a_gradient_takes_no_step():
+@pytest.mark.parametrize("epsilon", [0.0, 1e-30, 1e-10])
+def test_adagrad_without_a_gradient_takes_no_step(epsilon):
     p, g, s = np.ones(3, np.float32), np.zeros(3, np.float32), np.zeros(3, np.float32)
-    updates.adagrad(p, g, s, 0.1, 1e-10)
+    updates.adagrad(p, g, s, 0.1, epsilon)
     np.testing.assert_array_equal(p, 1)
+    np.testing.assert_array_equal(s, 0)
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 1e-25, 1e-10])
+@pytest.mark.parametrize("size", [1, 5000, 300_000])
+def test_adagrad_takes_gradients_of_any_size(size, epsilon):
+    """Beside its formula in double precision, which holds the squares of all float32 numbers."""
+    random = np.random.default_rng(size)
+    p, s = np.zeros((2, size), np.float32)
+    exact, sums = np.zeros((2, size))
+    usual = random.normal(size=size).astype(np.float32)
+    sizes = np.exp(random.uniform(np.log(1e-37), np.log(3e38), (4, size)))
+    for step in range(12):
+        # Of a gradient that stays, or is anything; most of a vector is as it usually is.
+        strange = (random.random(size) < 0.3) | (size == 1)
+        g = np.where(strange, sizes[step % 4] * random.choice([-1, 0, 1], size), usual).astype(np.float32)
+        updates.adagrad(p, g, s, 0.1, epsilon)
+        wide = g.astype(np.float64)
+        sums += wide * wide
+        with np.errstate(invalid="ignore"):
+            exact -= np.nan_to_num(0.1 * wide / (np.sqrt(sums) + np.float32(epsilon)), nan=0.0)
+    np.testing.assert_allclose(p, exact, rtol=2e-5, atol=2e-6)
+    assert np.isfinite(s).all()
+
+
+@pytest.mark.parametrize("gradient", [1e-30, 1e-20, 1.0, 1e19, 2e19, 3e38])
+def test_steps_of_adagrad_do_not_depend_on_the_size_of_a_gradient_that_stays(gradient):
+    p, s, g = np.zeros(1, np.float32), np.zeros(1, np.float32), np.array([gradient], np.float32)
+    for _ in range(3):
+        updates.adagrad(p, g, s, 0.1, 0.0)
+    assert p[0] == pytest.approx(-0.1 * (1 + 2**-0.5 + 3**-0.5), rel=1e-6)
 
 
 @given(

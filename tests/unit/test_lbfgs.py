@@ -482,6 +482,25 @@ def test_a_batch_stays_for_its_iterations_and_grows_only_where_progress_stalls()
     assert (sampling.portions, sampling.exhausted(), sampling.proceed()) == (range(10), False, False)
 
 
+def test_all_samples_with_masks_that_are_drawn_change_after_some_iterations():
+    sampling = Sampling(Order(100, 10, 30, 0), 0, 3, drawn=True)
+    assert not sampling.whole
+    seen = []
+    for _ in range(7):
+        seen.append((sampling.portions, sampling.proceed()))
+    first, second, third = range(10), range(10, 20), range(20, 30)
+    assert seen == [
+        (first, False), (first, False), (first, True), (second, False), (second, False), (second, True), (third, False)
+    ]  # fmt: skip
+    assert not sampling.exhausted()
+    grown = Sampling(Order(100, 10, 30, 0), 6, 1, 2.0, drawn=True)
+    assert grown.exhausted()
+    assert grown.portions == range(6, 16)
+    assert not grown.exhausted()
+    assert grown.proceed()
+    assert grown.portions == range(16, 26)
+
+
 def test_steps_into_the_infinite_are_shrunk_and_then_refused():
     space, batches, _, _ = partial_problem(9, overlap=3)
     evaluate, counts = batches.evaluate, []

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from dbmpi.config.explaining import explain
-from dbmpi.config.layers import OWN, AnyLayer, Dense, OwnLayer
+from dbmpi.config.layers import OWN, AnyLayer, Dense, Dropout, OwnLayer
 from dbmpi.config.values import Count, CountOrNone, DatasetName, Name, NotNegative, Positive, Section
 from dbmpi.errors import UserError
 
@@ -59,6 +59,11 @@ class NetworkSection(Section):
     """The layers, each a ``[[network.layers]]`` table."""
     code: Path | None = None
     """Directory in which modules of your own layers are looked for first; by default that of the configuration."""
+
+    @property
+    def drops(self) -> bool:
+        """Whether a layer drops values at random."""
+        return any(isinstance(layer, Dropout) and layer.rate > 0 for layer in self.layers)
 
     @model_validator(mode="after")
     def _layers_fit(self) -> NetworkSection:
@@ -143,7 +148,7 @@ class OptimizerSection(Section):
     initial_accumulator: NotNegative = 0.0
     """Adagrad: what the sum of squared gradients starts from."""
     epsilon: NotNegative = 1e-10
-    """Adagrad: added to the root of the sum, so that a gradient of zero gives a step of zero and not 0/0."""
+    """Adagrad: added to the root of the sum: steps of gradients that are much smaller become smaller."""
     batch_size: Count = 128
     """Samples of one step of one replica; more than there are to learn from is taken as all of them."""
     epochs: Positive = 10.0
@@ -184,7 +189,8 @@ class SandblasterSection(Section):
     batch_portions: CountOrNone = 0
     """Portions of a batch; 0, or more than there are, takes all training samples."""
     batch_iterations: Count = 10
-    """Iterations on the same batch, where it is not all samples; the next ones take the next samples."""
+    """Iterations on the same batch, where it is not all samples; the next ones take the next samples.  With dropout
+    also of a batch of all samples: iterations with the same masks."""
     batch_growth: Annotated[float, Field(ge=1.0, allow_inf_nan=False, strict=True)] = 1.0
     """Factor by which such a batch grows when progress stalls, up to all samples; 1 for never."""
     batch_overlap: CountOrNone = 0
@@ -330,6 +336,12 @@ class Run(Section):
             raise ValueError(
                 f"sandblaster.algorithm = {sandblaster.algorithm!r} goes with batches of all samples only: set "
                 "sandblaster.batch_portions = 0"
+            )
+        if self.optimizer.method == "sandblaster" and self.network.drops and (sandblaster.own or sandblaster.l1):
+            which = f"algorithm = {sandblaster.algorithm!r}" if sandblaster.own else f"l1 = {sandblaster.l1:g}"
+            raise ValueError(
+                f"sandblaster.{which} minimises one function, and dropout makes another one with each mask: leave the "
+                "dropout layers away, or take another method"
             )
         if self.optimizer.method == "sandblaster" and self.optimizer.warmstart:
             raise ValueError(

@@ -10,7 +10,21 @@ from __future__ import annotations
 import numpy as np
 from numba import prange
 
-from dbmpi.kernels.compile import exact_parallel_kernel
+from dbmpi.kernels.compile import exact_parallel_kernel, kernel
+
+BLOCK = 2048
+"""Elements that are updated at a time, and looked at again where there was one that float32 is not made for."""
+SMALLEST, LARGEST = 2.0**-100, 2.0**100
+"""Sums of squares between these are kept as they are, in float32."""
+FOLD = 2.0**32
+"""Other sums are kept as minus their roots, times this where they are small and divided by it where they are large:
+the former are above -1, the latter below."""
+NEGLIGIBLE = 2.0**-12
+"""A root that is smaller than this fraction of epsilon hardly changes a step: its sum needs few digits."""
+_TINY = float(np.finfo(np.float32).tiny)
+_SIGN = np.uint32(1 << 31)
+_TO_SIGN = np.uint32((1 << 31) - int(np.float32(LARGEST).view(np.uint32)))
+"""What lifts the bits of `LARGEST`, and of all that is larger or no number, to the sign."""
 
 
 @exact_parallel_kernel
@@ -26,12 +40,75 @@ def adagrad(parameters: np.ndarray, gradient: np.ndarray, accumulator: np.ndarra
     """Take a step of Adagrad (paper, section 4.1): the sum of squares includes the gradient itself.
 
     ``accumulator += gradient^2;  parameters -= rate * gradient / (sqrt(accumulator) + epsilon)``
+
+    Where both are 0, the parameter stays.  A sum that float32 cannot hold, because gradients are large, or smaller than
+    1e-15 where so small ones matter, is kept as minus its root: see `FOLD`.
     """
     step, floor = parameters.dtype.type(rate), parameters.dtype.type(epsilon)
-    for i in prange(parameters.size):
-        total = accumulator[i] + gradient[i] * gradient[i]
-        accumulator[i] = total
-        parameters[i] -= step * gradient[i] / (np.sqrt(total) + floor)
+    zero, least, infinite = parameters.dtype.type(0), parameters.dtype.type(_TINY), parameters.dtype.type(np.inf)
+    single = parameters.itemsize == 4
+    small_matter = single and floor * NEGLIGIBLE < np.sqrt(SMALLEST)
+    for number in prange(-(-parameters.size // BLOCK)):
+        start, stop = number * BLOCK, min(number * BLOCK + BLOCK, parameters.size)
+        w, g, sums = parameters[start:stop], gradient[start:stop], accumulator[start:stop]
+        if small_matter and _below(g, sums):
+            _adagrad_any(w, g, sums, step, floor, True)
+            continue
+        high = np.uint32(0)
+        # What is kept as a root stays as it is here, and its parameter, too.  All this hides behind root and division.
+        for i in range(w.size):
+            before, total = sums[i], sums[i] + g[i] * g[i]
+            divisor = max(np.sqrt(total) + floor, least)
+            divisor = divisor if before >= zero else infinite
+            total = total if before >= zero else before
+            bits = np.float32(total).view(np.uint32)
+            high = np.uint32(high | bits | np.uint32(bits + _TO_SIGN))
+            sums[i] = total
+            w[i] -= step * g[i] / divisor
+        if single and high >= _SIGN:
+            _adagrad_any(w, g, sums, step, floor, False)
+
+
+@kernel
+def _below(g: np.ndarray, sums: np.ndarray) -> bool:
+    """Return whether a sum becomes too small, and not zero."""
+    found = False
+    for i in range(g.size):
+        found |= sums[i] + g[i] * g[i] < SMALLEST and (g[i] != 0 or sums[i] != 0)
+    return found
+
+
+@kernel
+def _adagrad_any(w: np.ndarray, g: np.ndarray, sums: np.ndarray, step: float, floor: float, anew: bool) -> None:
+    """Take a step in double precision where sums of squares are beyond what float32 can hold.
+
+    Of all elements, or else of those that have not taken it: their sums are kept as roots, or overflowed.  (What a
+    gradient was added to was below `LARGEST` then, which is nothing beside its square.)
+    """
+    for i in range(w.size):
+        gradient, kept = np.float64(g[i]), np.float64(sums[i])
+        stepped = not anew and 0 <= kept < np.inf
+        if stepped:
+            total = kept
+        elif kept == np.inf:
+            total = gradient * gradient
+        else:
+            total = (kept if kept >= 0 else _square(kept)) + gradient * gradient
+        root = np.sqrt(total)
+        if root > 0 and not stepped:
+            w[i] = np.float64(w[i]) - np.float64(step) * (gradient / (root + np.float64(floor)))
+        if total >= LARGEST:
+            sums[i] = -root / FOLD
+        elif anew and 0 < total < SMALLEST:
+            sums[i] = -root * FOLD
+        else:
+            sums[i] = total
+
+
+@kernel
+def _square(kept: float) -> float:
+    root = -kept * FOLD if kept < -1 else -kept / FOLD
+    return root * root
 
 
 @exact_parallel_kernel

@@ -79,12 +79,24 @@ class Sampling:
         Factor by which the batch grows when progress stalls; 1 for never.
     overlap
         Portions that two batches share.
+    drawn
+        Whether a loss also depends on what is drawn at random for each portion of the stream, as dropout does: batches
+        of all samples then change, too, to the same samples in the next epoch of the stream.
     """
 
-    def __init__(self, order: Order, portions: int, iterations: int = 1, growth: float = 1.0, overlap: int = 0) -> None:
+    def __init__(
+        self,
+        order: Order,
+        portions: int,
+        iterations: int = 1,
+        growth: float = 1.0,
+        overlap: int = 0,
+        drawn: bool = False,
+    ) -> None:
         self._order, self._most = order, order.batches_per_epoch
         self._iterations, self._growth, self._overlap = iterations, growth, overlap
         self._portions = min(portions or self._most, self._most)
+        self._drawn = drawn
         self._first = self._here = 0
         self._before: float | None = None
         self._began: float | None = None
@@ -97,8 +109,8 @@ class Sampling:
 
     @property
     def whole(self) -> bool:
-        """Whether the batch is all samples."""
-        return self._portions == self._most
+        """Whether the batch is all samples, and stays as it is."""
+        return self._portions == self._most and not self._drawn
 
     @property
     def position(self) -> Position:
@@ -131,7 +143,7 @@ class Sampling:
 
     def exhausted(self) -> bool:
         """Grow, if the loss of this part of the samples is minimal; return whether there is more."""
-        if self.whole or self._growth == 1:
+        if self._portions == self._most or self._growth == 1:
             return False
         self._before = self._began = None
         self._go_on(self._growth)
@@ -150,4 +162,6 @@ class Sampling:
 def sampling(run: Run, order: Order, overlap: int = 0) -> Sampling:
     """Return the first batch of a run."""
     settings = run.sandblaster
-    return Sampling(order, settings.batch_portions, settings.batch_iterations, settings.batch_growth, overlap)
+    return Sampling(
+        order, settings.batch_portions, settings.batch_iterations, settings.batch_growth, overlap, run.network.drops
+    )

@@ -155,6 +155,11 @@ class Lead:
             name = signal.Signals(self.stopped_by).name
             self._progress.message(f"{name}: the run ends after the current steps")
             self._tell_workers(Kind.STOP)
+        elif kind == Kind.FAILED:
+            replica = self._replica(message.source)
+            self._learned[replica], self._states[replica] = values[0], _State.FINISHED
+            self._progress.message(f"replica {replica} has failed: a checkpoint is written, and the run ends")
+            self._tell_workers(Kind.STOP)
         elif kind == Kind.EVALUATION:
             loss = float(np.array([values[3]], np.int64).view(np.float64)[0])
             self.evaluated(Outcome(values[1], loss, values[2]), values[0] / self._batches_per_epoch)

@@ -12,6 +12,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from dbmpi.config import Run
+from dbmpi.errors import RunFailed
 from dbmpi.monitor.progress import Progress
 from dbmpi.monitor.records import BatchReport, EvaluationReport, Recorder
 from dbmpi.objective import Outcome
@@ -89,7 +90,13 @@ class Coordinator:
         self.test: Outcome | None = None
 
     def run(self) -> None:
-        """Learn until the method or the epochs are at their end, or a signal comes; write a checkpoint, and test."""
+        """Learn until the method or the epochs are at their end, or a signal comes; write a checkpoint, and test.
+
+        Raises
+        ------
+        RunFailed
+            Where the method fails, or finds that there is no minimum: after a checkpoint of what it had learned.
+        """
         try:
             report = self._minimise()
             if report is not None:
@@ -99,11 +106,23 @@ class Coordinator:
                     f"{REASONS['evaluations' if self._used_up else report.reason]}"
                     f"   loss {report.loss:.7g}   gradient {report.largest:.3g}"
                 )
+                if report.reason == "unbounded":
+                    raise RunFailed(
+                        f"the loss has no minimum, as it seems: it has fallen to {report.loss:g}.  Look for a term "
+                        "with the wrong sign, or set sandblaster.l2, which keeps the parameters small."
+                    )
         except Interrupted:
-            self._tested_at = -1
-            if self._trying and ORIGIN in self.space.names:
-                self.space.copy(ORIGIN, POINT)  # the search had gone on from there, and will do so again
-            self.steps, self.samples = self._counted
+            self._go_back()
+        except Exception as failure:
+            self._go_back()
+            if self.steps == 0:
+                raise
+            self._keeper.write(self.steps, self.samples, last=True)
+            said = f"what was learned before is in {self.checkpoint}"
+            if isinstance(failure, RunFailed):
+                raise RunFailed(f"{failure}  {said[0].upper()}{said[1:]}.") from failure
+            self._progress.message(said)
+            raise
         self._keeper.write(self.steps, self.samples, last=True)
         if self._samples.tests and not self.stopped_by and self._tested_at != self.steps:
             with suppress(Interrupted):
@@ -210,6 +229,13 @@ class Coordinator:
         return outcome.mean_loss
 
     # Helpers
+
+    def _go_back(self) -> None:
+        """Go back to where the last iteration ended."""
+        self._tested_at = -1
+        if self._trying and ORIGIN in self.space.names:
+            self.space.copy(ORIGIN, POINT)  # the search had gone on from there, and will do so again
+        self.steps, self.samples = self._counted
 
     def _minimise(self) -> Report | None:
         settings, state = self._run.sandblaster, self._beginning.state

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 import numpy as np
 from mpi4py import MPI
@@ -157,6 +158,13 @@ class Worker:
         self._say(Kind.FINISHED, self._learned)
         self._wait_for_lead(lambda: self._ended, "the end of training", longest_nap=0.01)
         return self._learned
+
+    def give_up(self) -> None:
+        """Before this worker fails, let the lead write a checkpoint of what has been learned; return when it has."""
+        with suppress(RunFailed):
+            self._client.settle()
+            self._mailbox.send(self._lead, Role.SHARD, Kind.FAILED, self._learned)
+            self._wait_for_lead(lambda: self._ended, "the lead to write a last checkpoint", longest_nap=0.01)
 
     def evaluate(self, source: Source, part: int, parts: int) -> Outcome:
         """Return the outcome of one of `parts` shares of a source at the shards' present parameters.

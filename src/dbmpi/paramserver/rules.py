@@ -63,7 +63,8 @@ class Adagrad:
 
     The sum includes the current gradient.  The paper has neither `initial_accumulator` nor `epsilon`; with 0 and
     1e-10, the defaults, the first step is its ``learning_rate * sign(dw)``, and 0 where the gradient is 0 (the
-    paper's formula is 0/0 there).
+    paper's formula is 0/0 there), also with an `epsilon` of 0.  Gradients may be of any size that float32 holds; how
+    their squares are kept is told in :mod:`dbmpi.kernels.updates`.
     """
 
     learning_rate: float

@@ -54,6 +54,8 @@ class Kind(IntEnum):
     """Worker to lead: batches of the stream passed, samples tested, correct, and the bits of the loss."""
     ALIVE = 12
     """Worker to lead: at work, though nothing is pushed.  Lead to everybody: the run moves, keep waiting."""
+    FAILED = 13
+    """Worker to lead: I cannot take another step; how many of my batches are learned.  Then as after a STOP_ASKED."""
 
 
 class Message(NamedTuple):
