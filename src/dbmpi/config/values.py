@@ -10,21 +10,14 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from dbmpi.errors import UserError
 
 MOST = 2**53
-"""The largest number of anything: each up to here is a float, too, and products of a few of them fit 128 bits."""
+"""The largest number of anything: up to here each is a float, too."""
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_\-]*$", max_length=64)]
 DatasetName = Annotated[str, Field(pattern=r"^[^\x00]*[^/\x00][^\x00]*$", max_length=200)]
 
-
-def _counted(value: int) -> int:
-    if value > MOST:
-        raise ValueError(f"is more than can be counted; expected at most {MOST:,}")
-    return value
-
-
 # Strict: in a file that has types, true is no 1 and "5" is no 5.
-Count = Annotated[int, Field(ge=1, strict=True), AfterValidator(_counted)]
-CountOrNone = Annotated[int, Field(ge=0, strict=True), AfterValidator(_counted)]
+Count = Annotated[int, Field(ge=1, le=MOST, strict=True)]
+CountOrNone = Annotated[int, Field(ge=0, le=MOST, strict=True)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False, strict=True)]
 
@@ -35,7 +28,7 @@ def _odd(value: int) -> int:
     return value
 
 
-Odd = Annotated[Count, AfterValidator(_odd)]
+Odd = Annotated[int, Field(ge=1, le=MOST, strict=True), AfterValidator(_odd)]
 
 
 class Section(BaseModel):
