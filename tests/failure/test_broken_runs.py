@@ -168,7 +168,7 @@ def test_what_was_learned_is_written_before_a_worker_fails(jobs: Jobs) -> None:
     """Although no checkpoint was due."""
     target = "dbmpi.optim.worker Worker load 10"
     done = sabotaged(jobs, "raise", 2, target, "checkpoint.every_seconds=0", ALWAYS)
-    assert_failed(done, "rank 2 failed and ends the job:", "replica 1 has failed: a checkpoint is written")
+    assert_failed(done, "rank 2 failed and ends the job:")
     with jobs.checkpoint() as checkpoint:
         assert checkpoint.info.step >= 10
         assert np.isfinite(checkpoint.parameters()).all()

@@ -302,7 +302,7 @@ def test_dropout_draws_other_masks_with_other_batches(comm, place, monkeypatch) 
         assert firsts == sorted(firsts)
         assert set(firsts) >= {0, PORTIONS, 2 * PORTIONS}
         assert min(Counter(first for first in firsts if first < firsts[-1]).values()) >= 3  # the first, two iterations
-    with pytest.raises(UserError, match="dropout makes another one with each mask"):
+    with pytest.raises(ValueError, match="dropout makes another one with each mask"):
         tiny.describe(place, sandblaster={"l1": 0.1}, **parts)
 
 
