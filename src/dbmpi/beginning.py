@@ -11,18 +11,14 @@ from mpi4py import MPI
 from dbmpi.checkpoint.directory import set_aside
 from dbmpi.checkpoint.previous import check_same_order, previous
 from dbmpi.checkpoint.reader import Checkpoint
-from dbmpi.checkpoint.schema import PARAMETERS
 from dbmpi.config import Run
 from dbmpi.data.meaning import Meaning, check_same_data
 from dbmpi.data.stream import Order, Stream
 from dbmpi.errors import UserError
 from dbmpi.monitor.records import next_session
-from dbmpi.network.network import Network
 from dbmpi.optim.lead import Begin
 from dbmpi.paramserver.layout import Layout
-from dbmpi.paramserver.rules import Rule, State, rule
-from dbmpi.paramserver.server import Server
-from dbmpi.partition.arrangement import Arrangement
+from dbmpi.paramserver.rules import rule
 from dbmpi.rundata import LOADING_SECONDS
 from dbmpi.runtime import waiting
 from dbmpi.runtime.endings import note_run
@@ -123,41 +119,3 @@ def _find_checkpoint(run: Run, comm: MPI.Intracomm) -> tuple[str, tuple[str, ...
         for other in (*damaged, *found.damaged):
             set_aside(other)
     return path, tuple(dict.fromkeys(notices))
-
-
-def fill(
-    server: Server,
-    arrangement: Arrangement,
-    held: range,
-    network: Network,
-    checkpoint: Path | None,
-    applied_rule: Rule,
-) -> None:
-    """Give a shard its first parameters and state.
-
-    Parameters
-    ----------
-    server
-        To be filled; it serves from now on.
-    arrangement, held
-        The order of the shards' vector, and the range of it that is this shard's.
-    network
-        Makes fresh parameters.
-    checkpoint
-        Holds others, if there are any.
-    applied_rule
-        Makes the state that a checkpoint lacks.
-    """
-    if checkpoint is None:
-        for start, local, length in arrangement.pieces(held):
-            network.initial(start, server.parameters[local : local + length])
-        server.begin(None)
-        return
-    with Checkpoint.open(checkpoint) as opened:
-        state: State = applied_rule.init(server.parameters)
-        for name, values in {PARAMETERS: server.parameters, **state}.items():
-            for start, local, length in arrangement.pieces(held) if name in opened.vectors else ():
-                opened.load(name, start, values[local : local + length])
-        versions = opened.info.shard_versions
-    # Cut otherwise, the shards have no versions of their own to go on from.
-    server.begin(state, max(versions))

@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 from mpi4py import MPI
 
-from dbmpi import beginning
+from dbmpi.checkpoint.reader import Checkpoint
+from dbmpi.checkpoint.schema import PARAMETERS
 from dbmpi.errors import RunFailed
 from dbmpi.monitor import verdict
 from dbmpi.monitor.progress import Progress
 from dbmpi.monitor.records import Recorder
+from dbmpi.network.network import Network
 from dbmpi.objective import Outcome
 from dbmpi.optim.datapath import Blocking, DataPath, Layerwise, Overlapped
 from dbmpi.optim.downpour import downpour
@@ -25,7 +27,8 @@ from dbmpi.optim.shard import Shard
 from dbmpi.optim.worker import Worker
 from dbmpi.paramserver import bottleneck
 from dbmpi.paramserver.client import Client
-from dbmpi.paramserver.rules import rule
+from dbmpi.paramserver.rules import Rule, State, rule
+from dbmpi.paramserver.server import Server
 from dbmpi.paramserver.store import Store
 from dbmpi.partition.arrangement import Arrangement
 from dbmpi.partition.arrangement import described as arranged
@@ -58,7 +61,7 @@ def learn(session: Session, stack: ExitStack) -> Result:
         if number is not None:
             recorder, mailbox = session.recorder("shard", number), Mailbox(comm, Role.SHARD)
             held, served = store.ranges[number], store.server(applied_rule)
-            beginning.fill(served, arrangement, held, network, session.checkpoint, applied_rule)
+            _fill(served, arrangement, held, network, session.checkpoint, applied_rule)
             if number == 0:
                 lead = _lead(session, store, arrangement, mailbox, recorder, stack)
             every = run.monitor.report_seconds
@@ -215,3 +218,41 @@ def _advice(comm: MPI.Intracomm, worker: Worker | None, shard: Shard | None) -> 
     waited, spent = waiting.allreduce(comm, times, MPI.SUM, what)
     line: str = bottleneck.advice(float(busiest[0]), float(waited / max(spent, 1e-9)))
     return line
+
+
+def _fill(
+    server: Server,
+    arrangement: Arrangement,
+    held: range,
+    network: Network,
+    checkpoint: Path | None,
+    applied_rule: Rule,
+) -> None:
+    """Give a shard its first parameters and state.
+
+    Parameters
+    ----------
+    server
+        To be filled; it serves from now on.
+    arrangement, held
+        The order of the shards' vector, and the range of it that is this shard's.
+    network
+        Makes fresh parameters.
+    checkpoint
+        Holds others, if there are any.
+    applied_rule
+        Makes the state that a checkpoint lacks.
+    """
+    if checkpoint is None:
+        for start, local, length in arrangement.pieces(held):
+            network.initial(start, server.parameters[local : local + length])
+        server.begin(None)
+        return
+    with Checkpoint.open(checkpoint) as opened:
+        state: State = applied_rule.init(server.parameters)
+        for name, values in {PARAMETERS: server.parameters, **state}.items():
+            for start, local, length in arrangement.pieces(held) if name in opened.vectors else ():
+                opened.load(name, start, values[local : local + length])
+        versions = opened.info.shard_versions
+    # Cut otherwise, the shards have no versions of their own to go on from.
+    server.begin(state, max(versions))
