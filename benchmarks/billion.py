@@ -113,10 +113,10 @@ def account(configuration: Path) -> dict[str, float]:
     import numpy as np
 
     from dbmpi.config import load
-    from dbmpi.network.network import Network
-    from dbmpi.optim.room import room_size
-    from dbmpi.partition.placement import automatic
-    from dbmpi.partition.tensors import tensor_boxes
+    from dbmpi.downpour.room import room_size
+    from dbmpi.network.description import Network
+    from dbmpi.replica.placement import automatic
+    from dbmpi.replica.tensors import tensor_boxes
 
     network = Network(load(configuration).network, (3, 100, 100), 1)
     placed = automatic(network.layers, PARTITIONS)

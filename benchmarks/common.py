@@ -202,7 +202,7 @@ def serve_together(comm: Any, **actions: Action) -> None:
     """Be a contestant of several ranks: rank 0 reads and answers, all do what it reads."""
     import numpy as np
 
-    from dbmpi.runtime import waiting
+    from dbmpi.mpi import waiting
 
     names = list(actions)
     number = np.zeros(1, np.int64)
@@ -386,14 +386,14 @@ def free_port() -> int:
 
 def prepare_runtime() -> None:
     """Settle threads, BLAS kernel and the cache of compiled code as every run does; before NumPy is imported."""
-    from dbmpi.runtime import environment
+    from dbmpi.machine import environment
 
     print(environment.prepare(), file=sys.stderr)
 
 
 def fma_peak() -> Callable[[], Mapping[str, Any]]:
     """Return an action that measures the float32 multiply-add peak of one core, in operations a second."""
-    from dbmpi.profile import multiply_add_peak
+    from dbmpi.runs.profile import multiply_add_peak
 
     return lambda: {"flops": multiply_add_peak()}
 

@@ -127,16 +127,16 @@ def contestant(which: str, way: str, period: int, steps: int, replicas: int, sha
     import numpy as np
 
     from dbmpi import config
+    from dbmpi.downpour.algorithm import downpour
+    from dbmpi.downpour.datapath import Blocking, DataPath, Overlapped
+    from dbmpi.index.layout import cut
     from dbmpi.monitor.records import Stopwatch
-    from dbmpi.network.network import Network
+    from dbmpi.mpi import waiting, world
+    from dbmpi.mpi.topology import Plan
+    from dbmpi.network.description import Network
     from dbmpi.objective import Batch, Outcome
-    from dbmpi.optim.datapath import Blocking, DataPath, Overlapped
-    from dbmpi.optim.downpour import downpour
-    from dbmpi.paramserver.layout import cut
     from dbmpi.paramserver.rules import Sgd
     from dbmpi.paramserver.store import Store
-    from dbmpi.runtime import waiting, world
-    from dbmpi.topology import Plan
 
     comm, dtype = world.start(), np.dtype(np.float32)
     plan, sizes = Plan(shards, replicas), {"speech": SPEECH, "small": SMALL}[which]

@@ -131,12 +131,12 @@ def contestant(transport: str, repeats: int) -> None:
     import numpy as np
 
     from dbmpi.config import ServerSection
+    from dbmpi.index.layout import cut
+    from dbmpi.mpi import waiting, world
+    from dbmpi.mpi.topology import Plan
     from dbmpi.objective import Outcome
-    from dbmpi.paramserver.layout import cut
     from dbmpi.paramserver.rules import Sgd
     from dbmpi.paramserver.store import Store
-    from dbmpi.runtime import waiting, world
-    from dbmpi.topology import Plan
 
     comm, dtype = world.start(), np.dtype(np.float32)
     plan = Plan(shards=1, replicas=1)

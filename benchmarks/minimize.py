@@ -65,7 +65,7 @@ def contestant(method: str, case: str) -> None:
     common.prepare_runtime()
     import numpy as np
 
-    from dbmpi.runtime import waiting, world
+    from dbmpi.mpi import waiting, world
 
     comm = world.start()
     samples, parameters, iterations = CASES[case]

@@ -101,9 +101,9 @@ def passes(case: Case, batch: int) -> dict[str, common.Action]:
     """Return the forward and the backward pass of a layer, and both."""
     import numpy as np
 
+    from dbmpi.index.boxes import Box
     from dbmpi.kernels.memory import aligned_empty
     from dbmpi.network.layer import Context
-    from dbmpi.partition.boxes import Box
 
     layer = case._replace(inputs=tuple(case.inputs)).layer()
     box, context, random = Box.whole(layer.output_shape), Context(), np.random.default_rng(1)
@@ -165,7 +165,7 @@ def reconstruction(case: Case, batch: int) -> dict[str, common.Action]:
     from dbmpi import config
     from dbmpi.kernels.memory import aligned_empty
     from dbmpi.objective import Batch
-    from dbmpi.partition.whole import WholeNetwork
+    from dbmpi.replica.whole import WholeNetwork
 
     kind = config.Local if case.kind.startswith("local") else config.Convolution
     filters = kind(maps=case.maps, field=case.size, stride=case.stride, reconstruction=1.0)

@@ -76,12 +76,12 @@ def contestant(way: str) -> None:
     import numpy as np
 
     from dbmpi.config import ServerSection
+    from dbmpi.index.layout import cut
+    from dbmpi.mpi import waiting, world
+    from dbmpi.mpi.topology import Plan
     from dbmpi.objective import Outcome
-    from dbmpi.paramserver.layout import cut
     from dbmpi.paramserver.rules import Adagrad, Rule, Sgd, State
     from dbmpi.paramserver.store import Store
-    from dbmpi.runtime import waiting, world
-    from dbmpi.topology import Plan
 
     class Either:
         """The rule that was named last."""

@@ -89,11 +89,11 @@ def contestant(configuration: str, batch: int) -> None:
     from dbmpi.config import load
     from dbmpi.kernels import updates
     from dbmpi.kernels.memory import aligned_empty
-    from dbmpi.network.network import Network
+    from dbmpi.mpi import waiting, world
+    from dbmpi.network.description import Network
     from dbmpi.objective import Batch
-    from dbmpi.partition import placement
-    from dbmpi.partition.whole import make_replica
-    from dbmpi.runtime import waiting, world
+    from dbmpi.replica import placement
+    from dbmpi.replica.whole import make_replica
 
     comm = world.start()
     from mpi4py import MPI

@@ -33,7 +33,7 @@ def main() -> None:
         return
     if sys.argv[1:2] == ["--shard"]:
         common.prepare_runtime()
-        from dbmpi.runtime import world
+        from dbmpi.mpi import world
 
         contestant(int(sys.argv[2]), world.start())
         return
@@ -105,12 +105,12 @@ def contestant(size: int, comm: Any = None) -> None:
     """Take one iteration, or make one copy, for each line of standard input; under mpirun, as one shard of several."""
     import numpy as np
 
+    from dbmpi.index.layout import cut
     from dbmpi.kernels import vectors
-    from dbmpi.optim.descent import Limits
-    from dbmpi.optim.lbfgs import History, lbfgs
-    from dbmpi.optim.localspace import LocalSpace, alone
-    from dbmpi.paramserver.layout import cut
-    from dbmpi.runtime import waiting
+    from dbmpi.methods.descent import Limits
+    from dbmpi.methods.lbfgs import History, lbfgs
+    from dbmpi.methods.local_space import LocalSpace, alone
+    from dbmpi.mpi import waiting
 
     rank, ranks = (0, 1) if comm is None else (comm.rank, comm.size)
     held = cut(size, ranks)[rank]

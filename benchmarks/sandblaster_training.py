@@ -104,7 +104,7 @@ def write_problem(folder: Path, configuration: Path) -> None:
     import numpy as np
 
     from dbmpi.config import load
-    from dbmpi.partition.whole import WholeNetwork
+    from dbmpi.replica.whole import WholeNetwork
 
     run = load(configuration)
     with h5py.File(run.data.train) as file:
@@ -165,8 +165,8 @@ def contestant(configuration: str) -> None:
     from dbmpi.config import load
     from dbmpi.data.source import Source
     from dbmpi.data.stream import Order
-    from dbmpi.partition.whole import WholeNetwork
-    from dbmpi.runtime import waiting
+    from dbmpi.mpi import waiting
+    from dbmpi.replica.whole import WholeNetwork
 
     comm = MPI.COMM_WORLD
     run = load(Path(configuration))

@@ -58,10 +58,10 @@ def iterations(method: str, problem: Problem, of_x: float, of_f: float) -> int:
     """Return the iterations that a method takes."""
     import numpy as np
 
-    from dbmpi.optim import methods
-    from dbmpi.optim.descent import Limits
-    from dbmpi.optim.lbfgs import lbfgs
-    from dbmpi.optim.localspace import LocalSpace
+    from dbmpi.methods import gradients
+    from dbmpi.methods.descent import Limits
+    from dbmpi.methods.lbfgs import lbfgs
+    from dbmpi.methods.local_space import LocalSpace
 
     function = problem.in_units(of_x, of_f)
     x = of_x * problem.start
@@ -73,7 +73,7 @@ def iterations(method: str, problem: Problem, of_x: float, of_f: float) -> int:
 
     limits = Limits(GTOL * of_f / of_x, 0, MOST if method == "lbfgs" else MOST // 10)
     settings: dict[str, Any] = {"strength": 1e-2 * of_f / of_x} if method == "owlqn" else {}
-    chosen = lbfgs if method == "lbfgs" else getattr(methods, method)
+    chosen = lbfgs if method == "lbfgs" else getattr(gradients, method)
     return max(int(chosen(space, evaluate, limits=limits, **settings).iterations), 1)
 
 

@@ -57,11 +57,11 @@ def contestant(place: Path) -> None:
 
     from dbmpi import config
     from dbmpi.monitor.records import read_records
+    from dbmpi.mpi import waiting, world
     from dbmpi.objective import Outcome
-    from dbmpi.optim.board import Batch
-    from dbmpi.optim.portionwork import PortionWork
-    from dbmpi.runtime import waiting, world
-    from dbmpi.train import train
+    from dbmpi.runs.training import train
+    from dbmpi.sandblaster.board import Batch
+    from dbmpi.sandblaster.work import PortionWork
 
     comm = world.start()
     if comm.rank == 0:

@@ -124,7 +124,7 @@ def contestant(batch: int) -> None:
     from dbmpi.kernels import matmul, updates
     from dbmpi.kernels.memory import aligned_empty
     from dbmpi.objective import Batch
-    from dbmpi.partition.whole import WholeNetwork
+    from dbmpi.replica.whole import WholeNetwork
 
     hidden = [config.Dense(units=units, activation="sigmoid") for units in SIZES[1:-1]]
     section = config.NetworkSection(loss="softmax", layers=(*hidden, config.Dense(units=SIZES[-1])))

@@ -116,15 +116,15 @@ def start(folder: Path, ranks: int, shards: int, colocate: bool) -> list[dict[st
 
 def play(notes: Path, words: list[str]) -> None:
     """Be a rank of `dbmpi train`, and note when it has loaded all, and when it has taken its first step."""
-    from dbmpi.runtime.environment import prepare
+    from dbmpi.machine.environment import prepare
 
     prepare()  # as the command does, before NumPy is loaded
 
     from dbmpi.cli import main as program
-    from dbmpi.optim.shard import Shard
-    from dbmpi.optim.worker import Worker
+    from dbmpi.downpour.shard import Shard
+    from dbmpi.downpour.worker import Worker
 
-    train: Any = importlib.import_module("dbmpi.train")  # by its name in dbmpi it is the function
+    train: Any = importlib.import_module("dbmpi.runs.training")
     began = float(os.environ[BEGAN])
     noted: dict[str, float] = {}
     whole, stepped, serve = train.train, Worker.stepped, Shard.serve

@@ -7,9 +7,9 @@ Run it with ``python examples/own_batch_method.py``, or let it train a network: 
 
 import numpy as np
 
-from dbmpi.optim.descent import Callback, Evaluate, Limits, Progress, Report, prepare
-from dbmpi.optim.localspace import LocalSpace
-from dbmpi.optim.space import Space
+from dbmpi.methods.descent import Callback, Evaluate, Limits, Progress, Report, prepare
+from dbmpi.methods.local_space import LocalSpace
+from dbmpi.methods.space import Space
 
 FIRST, SHORTEST = 1e-3, 1e-9
 """The first step, and one that is taken where the gradient has not grown along the last; the shortest one."""

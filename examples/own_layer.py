@@ -24,10 +24,10 @@ import numpy as np
 from numba import njit, prange
 
 from dbmpi.errors import UserError
+from dbmpi.index.boxes import Box
+from dbmpi.index.layout import Tensor
 from dbmpi.network.initial import fill_uniform
 from dbmpi.network.layer import Arrays, Context
-from dbmpi.paramserver.layout import Tensor
-from dbmpi.partition.boxes import Box
 
 
 @dataclass(frozen=True)

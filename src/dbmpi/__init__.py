@@ -3,20 +3,20 @@
 The description of a run and its start are here: ``dbmpi.load(path)``, ``dbmpi.Run(...)``, ``dbmpi.train(run)``; and
 the batch methods for a function of one's own: ``dbmpi.minimize(objective, x)``.
 They are loaded when they are first used, so that importing dbmpi starts no MPI and takes no time.  What comes before
-NumPy, Numba and MPI are loaded is prepared by itself, whatever a program uses of the package (`dbmpi.runtime.early`).
+NumPy, Numba and MPI are loaded is prepared by itself, whatever a program uses of the package (`dbmpi.machine.early`).
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from dbmpi.runtime import early
+from dbmpi.machine import early
 
 if TYPE_CHECKING:
+    from dbmpi._minimize import Minimum, minimize
     from dbmpi.config import Run, load
     from dbmpi.errors import RunFailed, UserError
-    from dbmpi.optim.minimize import Minimum, minimize
     from dbmpi.result import Result
-    from dbmpi.train import train
+    from dbmpi.runs.training import train
 
 early.watch()
 
@@ -28,10 +28,10 @@ _HOMES = {
     "load": "dbmpi.config",
     "RunFailed": "dbmpi.errors",
     "UserError": "dbmpi.errors",
-    "Minimum": "dbmpi.optim.minimize",
-    "minimize": "dbmpi.optim.minimize",
+    "Minimum": "dbmpi._minimize",
+    "minimize": "dbmpi._minimize",
     "Result": "dbmpi.result",
-    "train": "dbmpi.train",
+    "train": "dbmpi.runs.training",
 }
 
 
@@ -40,9 +40,8 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'dbmpi' has no attribute {name!r}")
     home = _HOMES[name]
-    if home in ("dbmpi.train", "dbmpi.optim.minimize"):
-        import_module("dbmpi.runtime.missingmpi").load()
-    # It stays here under its name: the import has just made `train` the module.
+    if home in ("dbmpi.runs.training", "dbmpi._minimize"):
+        import_module("dbmpi.mpi.load").load()
     globals()[name] = getattr(import_module(home), name)
     return globals()[name]
 

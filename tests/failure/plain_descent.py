@@ -6,8 +6,8 @@ another order of the same sums has differently.
 
 from __future__ import annotations
 
-from dbmpi.optim.descent import ORIGIN, POINT, Callback, Evaluate, Limits, Progress, Report, prepare
-from dbmpi.optim.space import Space
+from dbmpi.methods.descent import ORIGIN, POINT, Callback, Evaluate, Limits, Progress, Report, prepare
+from dbmpi.methods.space import Space
 
 STEP = 0.1
 

@@ -12,8 +12,8 @@ from parallel import tiny
 
 from dbmpi.config import Run
 from dbmpi.kernels import updates, vectors
-from dbmpi.optim.descent import Limits
-from dbmpi.optim.localspace import LocalSpace
+from dbmpi.methods.descent import Limits
+from dbmpi.methods.local_space import LocalSpace
 
 SETTINGS = (
     "optimizer.method=sandblaster",

@@ -34,12 +34,12 @@ NO_MPI = """
 import os, time
 if "1" in (os.environ.get("OMPI_COMM_WORLD_RANK"), os.environ.get("PMI_RANK")):
     time.sleep(3600)
-from dbmpi.runtime import world
+from dbmpi.mpi import world
 world.start()
 """
 BETWEEN = """
 import time
-from dbmpi.runtime import guarded, waiting, world
+from dbmpi.mpi import blocking as guarded, waiting, world
 comm = world.start()
 if comm.rank == 1:
     waiting.barrier(comm, "the others")
@@ -90,11 +90,11 @@ def test_a_rank_that_never_starts_mpi_ends_the_job(jobs: Jobs) -> None:
 @pytest.mark.parametrize(
     ("target", "awaited"),
     [
-        ("dbmpi.topology Communicators __init__ 0", "all ranks to begin the run"),
-        ("dbmpi.topology guarded split 1", "all ranks to set apart the workers"),
+        ("dbmpi.mpi.topology Communicators __init__ 0", "all ranks to begin the run"),
+        ("dbmpi.mpi.topology blocking split 1", "all ranks to set apart the workers"),
         ("dbmpi.paramserver.store Window allocate 0", "the other ranks to plan windows"),
-        ("dbmpi.paramserver.window Window __init__ 0", "the other ranks to open their windows"),
-        ("dbmpi.paramserver.window Window free 0", "the other ranks to close their windows"),
+        ("dbmpi.mpi.window Window __init__ 0", "the other ranks to open their windows"),
+        ("dbmpi.mpi.window Window free 0", "the other ranks to close their windows"),
     ],
     ids=["a duplicate", "a split", "before a window", "a window", "the end of a window"],
 )

@@ -147,10 +147,10 @@ def sabotaged(
     ("rank", "target", "epochs"),
     [
         (2, "dbmpi.data.source Source load 0", ALWAYS),
-        (0, "dbmpi.optim.lead Lead __init__ 0", ALWAYS),
-        (2, "dbmpi.optim.worker Worker load 10", ALWAYS),
+        (0, "dbmpi.downpour.lead Lead __init__ 0", ALWAYS),
+        (2, "dbmpi.downpour.worker Worker load 10", ALWAYS),
         (0, "dbmpi.checkpoint.writer CheckpointWriter commit 1", ALWAYS),
-        (1, "dbmpi.optim.worker Worker evaluate 0", "optimizer.epochs=2"),
+        (1, "dbmpi.downpour.worker Worker evaluate 0", "optimizer.epochs=2"),
     ],
     ids=["opening data", "preparing shards", "a step", "a checkpoint", "the last evaluation"],
 )
@@ -166,7 +166,7 @@ def test_an_exception_of_one_rank_ends_the_job_with_its_traceback(
 
 def test_what_was_learned_is_written_before_a_worker_fails(jobs: Jobs) -> None:
     """Although no checkpoint was due."""
-    target = "dbmpi.optim.worker Worker load 10"
+    target = "dbmpi.downpour.worker Worker load 10"
     done = sabotaged(jobs, "raise", 2, target, "checkpoint.every_seconds=0", ALWAYS)
     assert_failed(done, "rank 2 failed and ends the job:")
     with jobs.checkpoint() as checkpoint:
@@ -238,7 +238,7 @@ def test_a_job_that_is_halted_as_a_whole_goes_on(jobs: Jobs) -> None:
         ),
         (
             2,
-            "dbmpi.optim.worker Worker load 10",
+            "dbmpi.downpour.worker Worker load 10",
             r"rank 0: stalled: nothing moved for 3 s while waiting for replica 1 on rank 2 to push or to finish",
         ),
     ],

@@ -9,7 +9,7 @@ import pytest
 from failure.jobs import Jobs
 from harness.launching import Completed
 
-from dbmpi.runtime import streams
+from dbmpi.machine import streams
 
 CLOSED = [">&-", "2>&-", "<&-", ">&- 2>&- <&-"]
 
@@ -44,7 +44,7 @@ def test_closed_streams_lead_nowhere(tmp_path, launch) -> None:
     """What is opened next has another number, and what is started finds streams, too."""
     program = (
         "import os, subprocess, sys\n"
-        "from dbmpi.runtime.streams import open_closed\n"
+        "from dbmpi.machine.streams import open_closed\n"
         "open_closed(); open_closed()\n"
         "print('x', flush=True); sys.stderr.write('y'); assert sys.stdin.read() == ''\n"
         "file = open(sys.argv[1], 'w')\n"

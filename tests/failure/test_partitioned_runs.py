@@ -15,7 +15,7 @@ from harness.launching import Completed
 from parallel import tiny
 
 from dbmpi.data.source import Source
-from dbmpi.inference import Inference
+from dbmpi.runs.inference import Inference
 
 pytestmark = pytest.mark.timeout(180)  # several programs one after the other; the first one may have to compile
 EXAMPLES = Path(__file__).parents[2] / "examples"

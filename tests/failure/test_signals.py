@@ -15,7 +15,7 @@ from failure.jobs import FOR_EVER, SECONDS, Jobs
 from harness.environment import is_open_mpi, launcher, timeout_scale
 from harness.launching import Completed
 
-from dbmpi.runtime.signals import HEEDED
+from dbmpi.machine.signals import HEEDED
 
 ALWAYS = f"optimizer.epochs={FOR_EVER}"
 
@@ -196,7 +196,7 @@ NOTED = """
 import os, signal, time
 from pathlib import Path
 from mpi4py import MPI
-from dbmpi.runtime import signals
+from dbmpi.machine import signals
 
 rank, came = MPI.COMM_WORLD.rank, []
 MPI.COMM_WORLD.Barrier()

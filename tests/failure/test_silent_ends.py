@@ -15,7 +15,7 @@ import os, sys
 import numpy as np
 from mpi4py import MPI
 from dbmpi import minimize
-from dbmpi.optim.methods import gradient_descent
+from dbmpi.methods.gradients import gradient_descent
 
 def at(place):
     if MPI.COMM_WORLD.rank == 1 and place == sys.argv[1]:

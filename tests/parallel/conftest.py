@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from parallel import tiny
 
-from dbmpi.runtime import waiting
+from dbmpi.mpi import waiting
 
 
 @pytest.fixture

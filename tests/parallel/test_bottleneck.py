@@ -11,8 +11,8 @@ from parallel import tiny
 from dbmpi.monitor.records import read_records
 from dbmpi.paramserver import bottleneck
 from dbmpi.paramserver.rules import Adagrad
-from dbmpi.partition.replica import Replica
-from dbmpi.train import train
+from dbmpi.replica.replica import Replica
+from dbmpi.runs.training import train
 
 
 @pytest.mark.parallel([3])

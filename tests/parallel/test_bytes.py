@@ -7,11 +7,11 @@ from parallel import tiny
 
 from dbmpi.config import Run
 from dbmpi.monitor.records import read_records
-from dbmpi.network.network import Network
-from dbmpi.partition.placement import automatic
-from dbmpi.partition.tensors import tensor_boxes
-from dbmpi.runtime import waiting
-from dbmpi.train import train
+from dbmpi.mpi import waiting
+from dbmpi.network.description import Network
+from dbmpi.replica.placement import automatic
+from dbmpi.replica.tensors import tensor_boxes
+from dbmpi.runs.training import train
 
 PARTITIONS_AND_SHARDS = {2: (1, 1), 3: (2, 1), 4: (1, 3), 5: (2, 3)}
 """By the number of ranks."""

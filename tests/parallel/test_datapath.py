@@ -9,14 +9,14 @@ import pytest
 from parallel import tiny
 from parallel.test_paramserver import WAYS, parameter_server
 
+from dbmpi.downpour import room
+from dbmpi.downpour.algorithm import downpour
+from dbmpi.downpour.datapath import Blocking, Layerwise, Overlapped
 from dbmpi.monitor.records import Stopwatch
+from dbmpi.mpi import waiting
+from dbmpi.mpi.window import Window
 from dbmpi.objective import Batch, Outcome
-from dbmpi.optim import room
-from dbmpi.optim.datapath import Blocking, Layerwise, Overlapped
-from dbmpi.optim.downpour import downpour
-from dbmpi.paramserver.window import Window
-from dbmpi.runtime import waiting
-from dbmpi.train import train
+from dbmpi.runs.training import train
 
 FLOAT = np.dtype(np.float32)
 LAYERS = (300, 0, 7, 1000, 93)

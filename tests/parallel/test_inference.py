@@ -15,12 +15,12 @@ from dbmpi.checkpoint.reader import Checkpoint
 from dbmpi.checkpoint.writer import CheckpointWriter
 from dbmpi.data.source import Source
 from dbmpi.errors import KnownToAll, UserError
-from dbmpi.inference import Inference
 from dbmpi.kernels import matmul
+from dbmpi.mpi import waiting
 from dbmpi.objective import Batch
-from dbmpi.partition.products import agree_on_products
-from dbmpi.partition.whole import WholeNetwork
-from dbmpi.runtime import waiting
+from dbmpi.replica.products import agree_on_products
+from dbmpi.replica.whole import WholeNetwork
+from dbmpi.runs.inference import Inference
 
 SHAPE, CLASSES, SAMPLES = (2, 8, 8), 6, 41
 NETWORK = config.NetworkSection(

@@ -17,8 +17,9 @@ from dbmpi import config
 from dbmpi.checkpoint.reader import Checkpoint
 from dbmpi.config import Run
 from dbmpi.errors import UserError
-from dbmpi.runtime import capacity, waiting
-from dbmpi.train import train
+from dbmpi.machine import capacity
+from dbmpi.mpi import waiting
+from dbmpi.runs.training import train
 
 HUGE = (10**9, 2**53)
 SPARE_MIB = 300

@@ -14,8 +14,8 @@ from dbmpi.checkpoint.reader import Checkpoint
 from dbmpi.config import Run
 from dbmpi.data.source import Source
 from dbmpi.errors import KnownToAll, UserError
-from dbmpi.runtime import waiting
-from dbmpi.train import train
+from dbmpi.mpi import waiting
+from dbmpi.runs.training import train
 
 LABELS = (-1, 4, 9)
 

@@ -11,11 +11,11 @@ import pytest
 from mpi4py import MPI
 from scipy import optimize
 
+from dbmpi._minimize import minimize
 from dbmpi.errors import RunFailed, UserError
-from dbmpi.optim.methods import gradient_descent
-from dbmpi.optim.minimize import minimize
-from dbmpi.paramserver.layout import cut
-from dbmpi.runtime import waiting
+from dbmpi.index.layout import cut
+from dbmpi.methods.gradients import gradient_descent
+from dbmpi.mpi import waiting
 
 SAMPLES, SHAPE = 240, (3, 4)
 DOCS = Path(__file__).parents[2] / "docs" / "sandblaster.md"

@@ -17,8 +17,8 @@ from parallel import tiny
 from dbmpi.checkpoint.reader import Checkpoint
 from dbmpi.config import Run
 from dbmpi.errors import ToldElsewhere, UserError
-from dbmpi.runtime import waiting
-from dbmpi.train import train
+from dbmpi.mpi import waiting
+from dbmpi.runs.training import train
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 Changes = dict[str, dict[str, object]]

@@ -20,8 +20,8 @@ from dbmpi.cli import inspect
 from dbmpi.config import Run
 from dbmpi.data.source import Source
 from dbmpi.errors import RunFailed, UserError
-from dbmpi.inference import Inference
-from dbmpi.train import train
+from dbmpi.runs.inference import Inference
+from dbmpi.runs.training import train
 
 COUNT = int(os.environ.get("DBMPI_TEST_MUTATIONS", "40"))
 METHODS = {

@@ -12,10 +12,10 @@ from parallel import tiny
 from dbmpi.checkpoint.reader import Checkpoint
 from dbmpi.config import Run
 from dbmpi.data.source import Source
-from dbmpi.inference import Inference
+from dbmpi.mpi import waiting
 from dbmpi.objective import Outcome
-from dbmpi.runtime import waiting
-from dbmpi.train import train
+from dbmpi.runs.inference import Inference
+from dbmpi.runs.training import train
 
 HUGE = 3e38
 """Times the weights of the first layer, an input of this size overflows."""

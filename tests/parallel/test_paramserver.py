@@ -11,15 +11,14 @@ import pytest
 
 from dbmpi.config import ServerSection
 from dbmpi.errors import UserError
+from dbmpi.index.layout import Run, cut
+from dbmpi.mpi import waiting, window
+from dbmpi.mpi.topology import Communicators, Plan
 from dbmpi.objective import Outcome
 from dbmpi.paramserver import client as client_module
-from dbmpi.paramserver import window
-from dbmpi.paramserver.layout import Run, cut
 from dbmpi.paramserver.rules import Adagrad, Rule, Sgd
 from dbmpi.paramserver.server import Server
 from dbmpi.paramserver.store import Store
-from dbmpi.runtime import waiting
-from dbmpi.topology import Communicators, Plan
 
 FLOAT = np.dtype(np.float32)
 NOTHING = Outcome(1, 0.0, 0)

@@ -10,11 +10,11 @@ from parallel import tiny
 
 from dbmpi.checkpoint.reader import Checkpoint
 from dbmpi.monitor.records import read_records
-from dbmpi.network.network import Network
+from dbmpi.network.description import Network
 from dbmpi.network.own import from_directory
-from dbmpi.partition import placement
-from dbmpi.partition.tensors import worker_layout
-from dbmpi.train import train
+from dbmpi.replica import placement
+from dbmpi.replica.tensors import worker_layout
+from dbmpi.runs.training import train
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 ONCE = {"align": "partition", "fetch": "shared", "gradients": "layers"}

@@ -8,13 +8,13 @@ from mpi4py import MPI
 from parallel import tiny
 from parallel.test_sandblaster import serial
 
+from dbmpi.index.boxes import Box
+from dbmpi.mpi import pieces, waiting
+from dbmpi.mpi.window import Window
 from dbmpi.network.losses import Loss
-from dbmpi.paramserver.window import Window
-from dbmpi.partition.boxes import Box
-from dbmpi.partition.group import Group
-from dbmpi.partition.lossexchange import LossExchange
-from dbmpi.runtime import pieces, waiting
-from dbmpi.train import train
+from dbmpi.replica.group import Group
+from dbmpi.replica.loss import LossExchange
+from dbmpi.runs.training import train
 
 SIZES = [1 << 30, 40, 8]
 """Bytes of a piece: all in one, and some numbers or one at a time."""

@@ -10,10 +10,10 @@ import pytest
 from dbmpi import config
 from dbmpi.cli.main import main
 from dbmpi.network.dense import Dense
-from dbmpi.network.network import Network
-from dbmpi.partition.placement import automatic
-from dbmpi.partition.plan import plan_exchanges
-from dbmpi.profile import profile, table
+from dbmpi.network.description import Network
+from dbmpi.replica.placement import automatic
+from dbmpi.replica.plan import plan_exchanges
+from dbmpi.runs.profile import profile, table
 
 CONFIGURATION = """
 data.train = "absent.h5"

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from dbmpi import config
+from dbmpi.index.boxes import Box
+from dbmpi.index.layout import Tensor, cut
 from dbmpi.objective import Batch
-from dbmpi.paramserver.layout import Tensor, cut
-from dbmpi.partition import placement
-from dbmpi.partition.boxes import Box
-from dbmpi.partition.placement import Placement
-from dbmpi.partition.whole import WholeNetwork, make_replica
+from dbmpi.replica import placement
+from dbmpi.replica.placement import Placement
+from dbmpi.replica.whole import WholeNetwork, make_replica
 
 TOLERANCE = {np.float32: 1e-5, np.float64: 1e-12}
 

@@ -15,25 +15,25 @@ import numpy as np
 import pytest
 from parallel import tiny
 
+from dbmpi.checkpoint import collect
 from dbmpi.checkpoint.reader import Checkpoint
 from dbmpi.config import Run
 from dbmpi.errors import RunFailed, UserError
 from dbmpi.kernels import updates, vectors
+from dbmpi.methods.descent import Limits
+from dbmpi.methods.gradients import with_l2
+from dbmpi.methods.lbfgs import lbfgs
+from dbmpi.methods.local_space import LocalSpace
 from dbmpi.monitor.records import read_records
+from dbmpi.mpi import waiting
 from dbmpi.network import own
 from dbmpi.objective import Outcome
-from dbmpi.optim import saving
-from dbmpi.optim.board import Batch, Board, Kind
-from dbmpi.optim.descent import Limits
-from dbmpi.optim.keeping import Keeper
-from dbmpi.optim.lbfgs import lbfgs
-from dbmpi.optim.localspace import LocalSpace
-from dbmpi.optim.methods import with_l2
-from dbmpi.optim.passes import Passes
-from dbmpi.optim.portionwork import PortionWork
-from dbmpi.optim.sandblaster import Coordinator
-from dbmpi.runtime import waiting
-from dbmpi.train import train
+from dbmpi.runs.training import train
+from dbmpi.sandblaster.board import Batch, Board, Kind
+from dbmpi.sandblaster.checkpoints import Keeper
+from dbmpi.sandblaster.coordinator import Coordinator
+from dbmpi.sandblaster.passes import Passes
+from dbmpi.sandblaster.work import PortionWork
 
 PORTIONS = 7  # 40 samples in portions of 6
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -238,7 +238,7 @@ def test_downpour_and_sandblaster_go_on_from_one_another_with_batches_of_other_s
 @pytest.mark.parallel([3])
 def test_the_lead_holds_no_more_than_another_shard(comm, place, monkeypatch) -> None:
     """Although the coordinator is on it, to whom a vector would be 4 MB: as much as both shards' parts together."""
-    monkeypatch.setattr(saving, "_PIECE", 1 << 12)  # the writer's buffer, bounded and no vector
+    monkeypatch.setattr(collect, "_PIECE", 1 << 12)  # the writer's buffer, bounded and no vector
     layers = ({"units": 1000, "activation": "tanh"}, {"units": 1000}, {"units": tiny.CLASSES})
     optimizer = {"method": "sandblaster", "batch_size": 6, "epochs": 4}
     run = tiny.describe(

@@ -7,13 +7,13 @@ import pytest
 from mpi4py import MPI
 from scipy import optimize
 
-from dbmpi.optim.commands import Command, RemoteSpace, execute
-from dbmpi.optim.descent import Limits
-from dbmpi.optim.lbfgs import History, lbfgs, two_loop
-from dbmpi.optim.localspace import LocalSpace
-from dbmpi.optim.methods import conjugate_gradients, owlqn
-from dbmpi.paramserver.layout import cut
-from dbmpi.runtime import waiting
+from dbmpi.index.layout import cut
+from dbmpi.methods.descent import Limits
+from dbmpi.methods.gradients import conjugate_gradients, owlqn
+from dbmpi.methods.lbfgs import History, lbfgs, two_loop
+from dbmpi.methods.local_space import LocalSpace
+from dbmpi.mpi import waiting
+from dbmpi.sandblaster.commands import Command, RemoteSpace, execute
 
 SIZE = 5003
 

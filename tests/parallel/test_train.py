@@ -18,12 +18,12 @@ from dbmpi.checkpoint.reader import Checkpoint
 from dbmpi.checkpoint.writer import CheckpointWriter
 from dbmpi.config import Run
 from dbmpi.data.stream import Order, Stream
+from dbmpi.downpour import room
+from dbmpi.downpour.worker import Worker
 from dbmpi.monitor.records import read_records
-from dbmpi.optim import room
-from dbmpi.optim.worker import Worker
+from dbmpi.mpi import waiting
 from dbmpi.paramserver.client import Client
-from dbmpi.runtime import waiting
-from dbmpi.train import train
+from dbmpi.runs.training import train
 
 ALL = 10**9
 

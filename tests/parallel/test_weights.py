@@ -9,7 +9,7 @@ from parallel import tiny
 from parallel.test_replica import by_units, dense_network, random_batch, relative
 
 from dbmpi.checkpoint.reader import Checkpoint
-from dbmpi.train import train
+from dbmpi.runs.training import train
 
 OFTEN = np.array([0, 1, 3, 1, 2] * 8)
 

@@ -7,9 +7,9 @@ import pytest
 from mpi4py import MPI
 from parallel import tiny
 
-from dbmpi.paramserver import probe
-from dbmpi.paramserver.window import Window
-from dbmpi.runtime import waiting
+from dbmpi.mpi import transport as mpi_transport
+from dbmpi.mpi import waiting
+from dbmpi.mpi.window import Window
 
 FLAG, DATA = 0, 64
 WAYS = {
@@ -109,17 +109,17 @@ def test_many_gets_are_on_the_way_at_a_time(comm, way) -> None:
 @pytest.mark.parallel([2, 3])
 def test_the_probe_measures_both_transports_and_takes_the_faster(comm, monkeypatch) -> None:
     hosts = np.array([0, *[1] * (comm.size - 1)])  # as if rank 0 were alone on its host
-    chosen, line = probe.choose(comm, hosts)
+    chosen, line = mpi_transport.choose(comm, hosts)
     assert comm.allgather((chosen, line)) == [(chosen, line)] * comm.size
     assert f"transport = {chosen!r} (ranks 0 and 1: rma: get " in line
 
-    def measured(comm, transport, target, origin) -> probe.Speed:
+    def measured(comm, transport, target, origin) -> mpi_transport.Speed:
         assert (target, origin) == (0, 1)
-        return probe.Speed(1e9, 1e9 if transport == faster else 1e6, 1e-5)
+        return mpi_transport.Speed(1e9, 1e9 if transport == faster else 1e6, 1e-5)
 
-    monkeypatch.setattr(probe, "measure", measured)
-    for faster in probe.TRANSPORTS:
-        assert probe.choose(comm, hosts)[0] == faster
+    monkeypatch.setattr(mpi_transport, "measure", measured)
+    for faster in mpi_transport.TRANSPORTS:
+        assert mpi_transport.choose(comm, hosts)[0] == faster
 
 
 @pytest.mark.parallel([1, 2, 4])

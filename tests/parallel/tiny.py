@@ -14,7 +14,7 @@ from dbmpi.config import Run
 from dbmpi.data.stream import Order
 from dbmpi.network import own
 from dbmpi.objective import Batch, Outcome
-from dbmpi.partition.whole import WholeNetwork
+from dbmpi.replica.whole import WholeNetwork
 
 SAMPLES, TEST_SAMPLES, FEATURES, CLASSES = 40, 17, 6, 3
 LAYERS = ({"units": 7, "activation": "tanh"}, {"units": CLASSES})

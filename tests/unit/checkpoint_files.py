@@ -13,7 +13,7 @@ from dbmpi.checkpoint.directory import checkpoint_path
 from dbmpi.checkpoint.reader import Checkpoint
 from dbmpi.checkpoint.schema import CheckpointInfo, library_versions
 from dbmpi.checkpoint.writer import CheckpointWriter
-from dbmpi.paramserver.layout import Layout, Tensor
+from dbmpi.index.layout import Layout, Tensor
 
 LAYOUT = Layout((Tensor("dense2/weights", (5, 7)), Tensor("dense2/bias", (5,)), Tensor("dense1/weights", (3, 5))))
 

@@ -5,8 +5,8 @@ from itertools import pairwise, product
 import numpy as np
 from hypothesis import strategies as st
 
+from dbmpi.index.boxes import Box
 from dbmpi.network.layer import Context, takes_parts
-from dbmpi.partition.boxes import Box
 
 CONTEXT = Context(training=True, seed=5, step=3)
 PRECISION = {np.dtype(np.float32): 1e-5, np.dtype(np.float64): 1e-12}

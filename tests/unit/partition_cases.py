@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import strategies as st
 from unit.partition_layers import Dense, Elementwise, Filter, Normalisation, Pooling, SplitDense
 
-from dbmpi.partition.boxes import Box
-from dbmpi.partition.placement import Placement, can_split_by_inputs
+from dbmpi.index.boxes import Box
+from dbmpi.replica.placement import Placement, can_split_by_inputs
 
 
 def shares():

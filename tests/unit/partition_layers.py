@@ -8,8 +8,8 @@ from functools import cached_property
 from itertools import pairwise, product
 from typing import ClassVar
 
-from dbmpi.paramserver.layout import Layout, Tensor
-from dbmpi.partition.boxes import Box
+from dbmpi.index.boxes import Box
+from dbmpi.index.layout import Layout, Tensor
 
 
 @dataclass(frozen=True)

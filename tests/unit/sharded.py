@@ -9,8 +9,8 @@ from itertools import pairwise
 import numpy as np
 from harness.environment import timeout_scale
 
-from dbmpi.optim.commands import Command, RemoteSpace, execute
-from dbmpi.optim.localspace import LocalSpace
+from dbmpi.methods.local_space import LocalSpace
+from dbmpi.sandblaster.commands import Command, RemoteSpace, execute
 
 
 class Shards:

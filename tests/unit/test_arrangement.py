@@ -11,11 +11,11 @@ from unit.partition_layers import Dense, Filter, SplitDense, layout_of
 
 from dbmpi.config import ServerSection
 from dbmpi.errors import UserError
-from dbmpi.paramserver.layout import pieces
-from dbmpi.partition.arrangement import aligned, described, equal
-from dbmpi.partition.group import Group
-from dbmpi.partition.parameters import LocalParameters
-from dbmpi.partition.placement import automatic
+from dbmpi.index.layout import pieces
+from dbmpi.replica.arrangement import aligned, described, equal
+from dbmpi.replica.group import Group
+from dbmpi.replica.parameters import LocalParameters
+from dbmpi.replica.placement import automatic
 
 
 class Seat(Group):

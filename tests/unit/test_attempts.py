@@ -2,9 +2,9 @@
 
 import pytest
 
+from dbmpi.checkpoint.attempts import Attempts
 from dbmpi.config import CheckpointSection
 from dbmpi.errors import DiskFailed, RunFailed
-from dbmpi.optim.attempts import Attempts
 
 FULL = DiskFailed("step-5.h5: could not be written: No space left on device; the last checkpoint is step-4.h5")
 

@@ -16,8 +16,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dbmpi.runtime import blas, kernelcache, openblas, threads
-from dbmpi.runtime.blas import KERNELS, Measurement, measure, runnable
+from dbmpi.machine import blas, kernel_cache, openblas, threads
+from dbmpi.machine.blas import KERNELS, Measurement, measure, runnable
 
 ALL_FLAGS = frozenset().union(*KERNELS.values())
 AVX2 = KERNELS["HASWELL"]
@@ -28,7 +28,7 @@ FOUND = Measurement(True, "Haswell", 100.0, "SKYLAKEX", 190.0, "2.4.6", "OpenBLA
 @pytest.fixture
 def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A node where nothing has been measured, on which this process has not decided yet."""
-    monkeypatch.setattr(kernelcache, "_private_root", lambda: tmp_path)
+    monkeypatch.setattr(kernel_cache, "_private_root", lambda: tmp_path)
     monkeypatch.setattr(blas, "_prepared", None)
     monkeypatch.setattr(blas, "processor_flags", lambda: AVX512)
     monkeypatch.delenv(blas.VARIABLE, raising=False)
@@ -244,7 +244,7 @@ def test_only_one_process_probes(node: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_does_not_wait_for_ever_for_another_process(node: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blas, "_WAIT_SECONDS", 0.1)
     monkeypatch.setattr(blas, "probe", lambda *_: pytest.fail("nothing was to be probed"))
-    with kernelcache.locked(blas._file().with_suffix(".lock"), 5) as mine:
+    with kernel_cache.locked(blas._file().with_suffix(".lock"), 5) as mine:
         assert mine
         choice = blas.prepare()
     assert choice.kernel is None
@@ -295,7 +295,7 @@ def test_a_probe_that_hangs_is_no_answer(tmp_path: Path, monkeypatch: pytest.Mon
 def test_numpy_is_not_imported_by_choosing(tmp_path: Path) -> None:
     program = """
 import os, sys
-from dbmpi.runtime import blas
+from dbmpi.machine import blas
 choice = blas.prepare()
 assert "numpy" not in sys.modules
 assert choice.kernel is None or os.environ[blas.VARIABLE] == choice.kernel

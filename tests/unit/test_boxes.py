@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from unit.partition_layers import indices
 
-from dbmpi.partition.boxes import Box
-from dbmpi.partition.grid import Grid, cut_axes, proportional
-from dbmpi.partition.index import Index
+from dbmpi.index.boxes import Box
+from dbmpi.index.lookup import Index
+from dbmpi.replica.grid import Grid, cut_axes, proportional
 
 
 @st.composite

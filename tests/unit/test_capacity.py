@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from unit.test_evaluate import SAMPLES, make_data, refused, run, train
 
-from dbmpi import limits
 from dbmpi.cli.main import main
+from dbmpi.data import limits
 from dbmpi.data.source import Source
-from dbmpi.runtime import capacity
+from dbmpi.machine import capacity
 
 CONFIG = """
 [data]
@@ -51,7 +51,7 @@ def test_the_least_of_what_limits_a_process_is_available(tmp_path, monkeypatch):
 
 def test_limits_of_the_process_count():
     code = (
-        "import resource; from dbmpi.runtime import capacity\n"
+        "import resource; from dbmpi.machine import capacity\n"
         f"resource.setrlimit(resource.RLIMIT_AS, ({2**33}, resource.RLIM_INFINITY))\n"
         "print(capacity.available())"
     )

@@ -21,7 +21,7 @@ from dbmpi.checkpoint.directory import checkpoint_path
 from dbmpi.checkpoint.reader import Checkpoint
 from dbmpi.checkpoint.writer import CheckpointWriter, Coverage
 from dbmpi.errors import Damaged, DiskFailed, RunFailed, UserError
-from dbmpi.paramserver.layout import Layout, Tensor, cut
+from dbmpi.index.layout import Layout, Tensor, cut
 
 shapes = st.lists(st.integers(1, 6), max_size=4).map(tuple)
 

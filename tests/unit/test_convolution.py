@@ -10,10 +10,10 @@ from unit.test_local import FUNCTIONS, MAPS, assert_close
 
 from dbmpi import config
 from dbmpi.errors import UserError
+from dbmpi.index.boxes import Box
 from dbmpi.kernels import convolution
 from dbmpi.network.convolution import Convolution
 from dbmpi.network.local import Local
-from dbmpi.partition.boxes import Box
 
 pytestmark = pytest.mark.timeout(240)  # kernels are compiled for every number of maps
 

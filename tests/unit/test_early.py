@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from dbmpi.runtime import threads
+from dbmpi.machine import threads
 
 _OURS = {*threads.VARIABLES, *threads.PATIENCE, threads.MARK, "NUMBA_CACHE_DIR", "OPENBLAS_CORETYPE"}
 _SHOW = """
 import json, os, sys
-from dbmpi.runtime import environment, openblas, threads
+from dbmpi.machine import environment, openblas, threads
 import numba
 print(json.dumps({
     "prepared": environment._prepared is not None,
@@ -50,7 +50,7 @@ def shown(program: str, tmp_path: Path, **variables: str) -> dict[str, object]:
 def node(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A node on which BLAS kernels have been compared already."""
     place = tmp_path_factory.mktemp("node")
-    python("import dbmpi.runtime.blas as blas; blas.prepare()", place)
+    python("import dbmpi.machine.blas as blas; blas.prepare()", place)
     return place
 
 
@@ -62,14 +62,14 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "from dbmpi import load; import numpy",
         "from dbmpi import train",
         "from dbmpi import minimize",
-        "import dbmpi.train",
-        "import dbmpi.inference",
-        "from dbmpi.optim.lbfgs import lbfgs",
+        "import dbmpi.runs.training",
+        "import dbmpi.runs.inference",
+        "from dbmpi.methods.lbfgs import lbfgs",
         "from dbmpi.kernels import matmul",
         "from dbmpi.paramserver import rules",
-        "from dbmpi.runtime import world",
+        "from dbmpi.mpi import world",
         "from dbmpi.data.source import Source",
-        "import dbmpi.cli.main; import dbmpi.inference",
+        "import dbmpi.cli.main; import dbmpi.runs.inference",
     ],
 )
 def test_every_way_in_prepares_before_numpy(program: str, node: Path) -> None:
@@ -83,7 +83,9 @@ def test_every_way_in_prepares_before_numpy(program: str, node: Path) -> None:
     assert not [loss for loss in found["losses"] if "loaded before" in loss]  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("way", ["dbmpi.train", "dbmpi.optim.minimize", "dbmpi.inference", "dbmpi.kernels.vectors"])
+@pytest.mark.parametrize(
+    "way", ["dbmpi.runs.training", "dbmpi._minimize", "dbmpi.runs.inference", "dbmpi.kernels.vectors"]
+)
 @pytest.mark.parametrize("before", ["numpy", "numpy, numba", "scipy.linalg, numba"])
 def test_numpy_and_numba_loaded_before_are_adapted(way: str, before: str, node: Path) -> None:
     found = shown(f"import {before}\nimport {way}", node)
@@ -113,7 +115,7 @@ assert later(1) == 2
 def test_what_the_user_has_set_for_numpy_stays(node: Path) -> None:
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("needs two cores")
-    found = shown("import numpy\nimport dbmpi.train", node, OPENBLAS_NUM_THREADS="2")
+    found = shown("import numpy\nimport dbmpi.runs.training", node, OPENBLAS_NUM_THREADS="2")
     assert set(found["blas"]) == {2}  # type: ignore[call-overload]
 
 
@@ -121,7 +123,7 @@ def test_threads_that_spin_are_named(node: Path) -> None:
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("needs two cores")
     variables = {"OPENBLAS_NUM_THREADS": "2", "OMP_NUM_THREADS": "2"}
-    found = shown("import numpy\nimport dbmpi.train", node, **variables)
+    found = shown("import numpy\nimport dbmpi.runs.training", node, **variables)
     assert any("spin" in loss and "import dbmpi before numpy" in loss for loss in found["losses"])  # type: ignore[attr-defined]
 
 
@@ -129,7 +131,7 @@ def test_threads_that_spin_are_named(node: Path) -> None:
     ("name", "value", "said"), [("NUMBA_OPT", "0", "optimised"), ("NUMBA_BOUNDSCHECK", "1", "every index")]
 )
 def test_settings_for_finding_mistakes_are_named(name: str, value: str, said: str, node: Path) -> None:
-    found = shown("import dbmpi.train", node, **{name: value})
+    found = shown("import dbmpi.runs.training", node, **{name: value})
     assert any(f"{name}={value}" in loss and said in loss for loss in found["losses"])  # type: ignore[attr-defined]
 
 
@@ -151,9 +153,9 @@ def test_importing_it_does_nothing(tmp_path: Path) -> None:
 import os, sys
 before = dict(os.environ)
 import dbmpi, dbmpi.cli.main
-from dbmpi.runtime import early
+from dbmpi.machine import early
 assert dict(os.environ) == before
-assert "dbmpi.runtime.environment" not in sys.modules
+assert "dbmpi.machine.environment" not in sys.modules
 assert early._finder in sys.meta_path
 import numpy
 assert early._finder not in sys.meta_path
@@ -171,7 +173,7 @@ tempfile._candidate_tempdir_list = lambda: []
 import dbmpi
 from numba.core import caching
 caching.InTreeCacheLocator.from_function = classmethod(lambda *_: None)  # an installation that is not ours
-from dbmpi.runtime import environment
+from dbmpi.machine import environment
 from dbmpi.kernels import updates
 import numpy as np
 x = np.ones(3, np.float32)
@@ -204,7 +206,7 @@ def test_bytecode_is_kept_where_the_installation_has_none(node: Path, tmp_path: 
     program = f"""
 import sys
 sys.path.insert(0, {str(lone)!r})
-from dbmpi.runtime import bytecode
+from dbmpi.machine import bytecode
 print(bytecode.prepare(), sys.dont_write_bytecode)
 """
     place, switched_off = python(program, node, PYTHONDONTWRITEBYTECODE="1").split()

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from dbmpi.errors import DIED
-from dbmpi.runtime import endings
-from dbmpi.runtime.endings import documented, note_run, read_note
-from dbmpi.runtime.signals import HEEDED, StopSignal
+from dbmpi.machine import endings
+from dbmpi.machine.endings import documented, note_run, read_note
+from dbmpi.machine.signals import HEEDED, StopSignal
 
 HYDRA, OPEN_MPI = {"bare": True, "unfinished": False}, {"bare": False, "unfinished": False}
 

@@ -17,7 +17,7 @@ from dbmpi.checkpoint.writer import CheckpointWriter
 from dbmpi.cli import inference
 from dbmpi.cli.main import main
 from dbmpi.data.source import Source
-from dbmpi.paramserver.layout import Layout, Tensor
+from dbmpi.index.layout import Layout, Tensor
 
 ACTIVATIONS = {
     "sigmoid": special.expit,

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from unit.partition_cases import covers, networks, random_placements, shares
 from unit.partition_layers import NETWORKS, Dense, Elementwise, Filter, SplitDense, indices
 
-from dbmpi.partition.boxes import Box
-from dbmpi.partition.describe import describe
-from dbmpi.partition.placement import Placement, automatic, can_split_by_inputs, explicit, values_moved
-from dbmpi.partition.plan import ExchangePlan, interior, plan_exchanges
+from dbmpi.index.boxes import Box
+from dbmpi.replica.describe import describe
+from dbmpi.replica.placement import Placement, automatic, can_split_by_inputs, explicit, values_moved
+from dbmpi.replica.plan import ExchangePlan, interior, plan_exchanges
 
 
 def by_elements(layer, output, needed, owned):

@@ -9,8 +9,8 @@ import pytest
 from dbmpi.cli.main import main
 from dbmpi.config import load
 from dbmpi.data.stream import Stream
+from dbmpi.downpour.lead import Begin
 from dbmpi.errors import UserError
-from dbmpi.optim.lead import Begin
 
 CONFIG = """
 [run]

@@ -20,55 +20,37 @@ MODULES = {
     for path in sorted(SOURCE.glob("dbmpi/**/*.py"))
 }
 
-# docs/architecture.md, "Import direction": a module imports from lower levels, and from its own package.
-LEVELS = {
-    "dbmpi.errors": 0,
-    "dbmpi.paramserver.layout": 0,
-    "dbmpi.partition.boxes": 0,
-    "dbmpi.newfile": 0,
-    "dbmpi.objective": 1,
-    "dbmpi.result": 2,
-    "dbmpi.config": 1,
-    "dbmpi.kernels": 1,
-    "dbmpi.runtime": 0.5,
-    "dbmpi.topology": 2,
-    "dbmpi.paramserver.rules": 2,
-    "dbmpi.paramserver.messages": 2,
-    "dbmpi.paramserver.window": 2.5,
-    "dbmpi.network": 2,
-    "dbmpi.data": 2,
-    "dbmpi.limits": 2,
-    "dbmpi.rundata": 3,
-    "dbmpi.monitor": 2,
-    "dbmpi.paramserver": 3,
-    "dbmpi.partition": 3,
-    "dbmpi.checkpoint": 3,
-    "dbmpi.optim": 4,
-    "dbmpi.checkpoint.trained": 5,  # a checkpoint made a network again
-    "dbmpi.batchsetup": 4.5,
-    "dbmpi.batchworker": 4.75,
-    "dbmpi.beginning": 5,
-    "dbmpi.batchrun": 5,
-    "dbmpi.downpourrun": 5,
-    "dbmpi.train": 6,
-    "dbmpi.inference": 6,
-    "dbmpi.profile": 6,
-    "dbmpi.cli": 7,
-    "dbmpi.__main__": 8,
-    "dbmpi": 8,
-}
+# docs/architecture.md, "Import direction": a module imports from its own folder and from the rows above its own.
+ORDER = (
+    ("index", "errors", "objective"),
+    ("config", "machine", "monitor", "result"),
+    ("kernels",),
+    ("mpi", "network"),
+    ("methods", "paramserver", "replica"),
+    ("checkpoint", "_arguments"),
+    ("data", "_minimize"),
+    ("downpour",),
+    ("sandblaster",),
+    ("runs",),
+    ("cli",),
+    ("__main__",),
+)
+ROWS = {folder: row for row, folders in enumerate(ORDER) for folder in folders}
 WITHOUT_MPI = (
-    "dbmpi.config",
+    "dbmpi.index",
     "dbmpi.errors",
-    "dbmpi.newfile",
     "dbmpi.objective",
-    "dbmpi.network",
+    "dbmpi.config",
     "dbmpi.kernels",
-    "dbmpi.data",
-    "dbmpi.partition.boxes",
-    "dbmpi.paramserver.layout",
+    "dbmpi.machine",
+    "dbmpi.network",
+    "dbmpi.methods",
     "dbmpi.paramserver.rules",
     "dbmpi.checkpoint.schema",
+    "dbmpi.checkpoint.new_file",
+    "dbmpi.data.importers",
+    "dbmpi.data.source",
+    "dbmpi.data.stream",
 )
 HEAVY = ("numpy", "mpi4py", "numba", "h5py", "scipy", "matplotlib", "pydantic", "rich", "sklearn")
 PICKLING = {
@@ -98,16 +80,13 @@ def imports(name: str, tree: ast.Module) -> Iterator[tuple[int, str]]:
                 yield node.lineno, full if full in MODULES else origin
 
 
-def unit(name: str) -> str:
-    """Return the entry of LEVELS that a module belongs to."""
-    while name not in LEVELS:
-        name = name.rpartition(".")[0]
-    return name
+def folder(name: str) -> str:
+    """Return the folder, or the file of the top level, that a module belongs to."""
+    return name.split(".")[1]
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if name != "dbmpi"])
-def test_every_module_has_its_place(name):
-    assert unit(name) != "dbmpi", f"{name} is in no row of LEVELS: say where it stands, here and in the architecture"
+def test_every_folder_has_its_row():
+    assert {folder(name) for name in MODULES if name != "dbmpi"} == set(ROWS)
 
 
 def test_imports_go_one_way():
@@ -115,10 +94,9 @@ def test_imports_go_one_way():
     for name, tree in trees():
         for line, imported in imports(name, tree):
             # The root holds the version; what else it offers is loaded late.
-            if imported.partition(".")[0] != "dbmpi" or imported == "dbmpi":
+            if name == "dbmpi" or imported.partition(".")[0] != "dbmpi" or imported == "dbmpi":
                 continue
-            offered = MODULES[name].name == "__init__.py" and imported.startswith(f"{name}.")
-            if unit(imported) != unit(name) and LEVELS[unit(imported)] >= LEVELS[unit(name)] and not offered:
+            if folder(imported) != folder(name) and ROWS[folder(imported)] >= ROWS[folder(name)]:
                 wrong.append(f"{name}:{line} imports {imported}")
     assert wrong == []
 
@@ -161,17 +139,17 @@ def uses(*, attributes: set[str] = frozenset(), names: set[str] = frozenset()) -
 
 
 def test_one_module_names_the_world():
-    assert uses(attributes={"COMM_WORLD", "COMM_SELF"}) == {"dbmpi.runtime.world"}
+    assert uses(attributes={"COMM_WORLD", "COMM_SELF"}) == {"dbmpi.mpi.world"}
 
 
 def test_one_module_touches_windows():
-    assert uses(attributes={"Win"}) == {"dbmpi.paramserver.window"}
+    assert uses(attributes={"Win"}) == {"dbmpi.mpi.window"}
 
 
 def test_few_modules_write_instructions():
     names = {name for name, path in MODULES.items() if re.search(r"(?m)^\s*(from|import) llvmlite", path.read_text())}
-    few = ("vector", "vector_lanes", "vector_rows", "vector_streams", "vector_tiles")
-    assert names <= {f"dbmpi.kernels.{module}" for module in few}
+    assert names
+    assert {name.rpartition(".")[0] for name in names} == {"dbmpi.kernels.llvm"}
 
 
 def test_nothing_unpickles_evaluates_or_starts_a_shell():

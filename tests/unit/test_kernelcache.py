@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dbmpi.runtime import kernelcache, threads
+from dbmpi.machine import kernel_cache, threads
 
 
 @pytest.fixture
@@ -25,9 +25,9 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("NUMBA_CACHE_DIR", "")
     monkeypatch.setenv(threads.MARK, "{}")
-    kernelcache._private_root.cache_clear()
+    kernel_cache._private_root.cache_clear()
     yield place
-    kernelcache._private_root.cache_clear()
+    kernel_cache._private_root.cache_clear()
 
 
 def own(place: Path) -> Path:
@@ -42,18 +42,18 @@ def is_private(path: Path) -> bool:
 def test_is_made_for_us_alone(temporary: Path) -> None:
     umask = os.umask(0)
     try:
-        made = kernelcache.private_directory("numba")
+        made = kernel_cache.private_directory("numba")
     finally:
         os.umask(umask)
     assert made == own(temporary) / "numba"
     assert stat.S_IMODE(made.stat().st_mode) == stat.S_IMODE(made.parent.stat().st_mode) == 0o700
-    assert kernelcache.private_directory("numba") == made
+    assert kernel_cache.private_directory("numba") == made
 
 
 def test_a_directory_that_others_can_write_is_not_used(temporary: Path) -> None:
     own(temporary).mkdir()
     own(temporary).chmod(0o770)
-    made = kernelcache.private_directory("numba")
+    made = kernel_cache.private_directory("numba")
     assert own(temporary) not in made.parents
     assert is_private(made)
     assert is_private(made.parent)
@@ -63,7 +63,7 @@ def test_a_link_is_not_followed(temporary: Path, tmp_path: Path) -> None:
     trap = tmp_path / "trap"
     trap.mkdir(mode=0o700)
     own(temporary).symlink_to(trap)
-    made = kernelcache.private_directory("numba")
+    made = kernel_cache.private_directory("numba")
     assert trap not in made.resolve().parents
     assert not any(trap.iterdir())
 
@@ -73,7 +73,7 @@ def test_a_link_inside_is_not_followed(temporary: Path, tmp_path: Path) -> None:
     trap.mkdir(mode=0o700)
     own(temporary).mkdir(mode=0o700)
     (own(temporary) / "numba").symlink_to(trap)
-    made = kernelcache.private_directory("numba")
+    made = kernel_cache.private_directory("numba")
     assert made.parent == own(temporary)
     assert not made.is_symlink()
     assert made.resolve() != trap
@@ -83,28 +83,28 @@ def test_a_link_inside_is_not_followed(temporary: Path, tmp_path: Path) -> None:
 def test_a_directory_of_somebody_else_is_not_used(temporary: Path) -> None:
     own(temporary).mkdir(mode=0o700)
     os.chown(own(temporary), 12345, 12345)
-    made = kernelcache.private_directory("numba")
+    made = kernel_cache.private_directory("numba")
     assert own(temporary) not in made.parents
 
 
 def test_a_file_in_the_way_is_not_used(temporary: Path) -> None:
     own(temporary).write_text("")
-    assert is_private(kernelcache.private_directory("numba"))
+    assert is_private(kernel_cache.private_directory("numba"))
 
 
 def test_a_place_where_others_may_rename_is_not_used(temporary: Path, tmp_path: Path) -> None:
     temporary.chmod(0o777)  # not sticky
     (tmp_path / "home" / ".cache").mkdir(parents=True)
-    assert kernelcache.private_directory("numba") == own(tmp_path / "home" / ".cache") / "numba"
+    assert kernel_cache.private_directory("numba") == own(tmp_path / "home" / ".cache") / "numba"
 
 
 def test_the_users_cache_directory_stays(temporary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     theirs = tmp_path / "somewhere" / "else"
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(theirs))
-    assert kernelcache.prepare() == theirs
+    assert kernel_cache.prepare() == theirs
     assert os.environ["NUMBA_CACHE_DIR"] == str(theirs)
     assert not any(temporary.iterdir())
-    assert kernelcache.notes() == ()
+    assert kernel_cache.notes() == ()
 
 
 def test_a_cache_directory_that_cannot_be_written_is_replaced(
@@ -112,11 +112,11 @@ def test_a_cache_directory_that_cannot_be_written_is_replaced(
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "file" / "cache"))  # not even root can
-    made = kernelcache.prepare()
+    made = kernel_cache.prepare()
     assert made is not None
     assert made.parent == own(temporary)
     assert os.environ["NUMBA_CACHE_DIR"] == str(made)
-    assert str(tmp_path / "file" / "cache") in kernelcache.notes()[0]
+    assert str(tmp_path / "file" / "cache") in kernel_cache.notes()[0]
 
 
 def test_where_nothing_can_be_written_it_says_so(
@@ -126,10 +126,10 @@ def test_where_nothing_can_be_written_it_says_so(
     monkeypatch.setattr(tempfile, "tempdir", None)
     monkeypatch.setattr(tempfile, "gettempdir", fails)
     monkeypatch.setenv("HOME", str(tmp_path / "file"))
-    assert kernelcache.private_directory("numba") is None
-    assert kernelcache.prepare() is None
+    assert kernel_cache.private_directory("numba") is None
+    assert kernel_cache.prepare() is None
     assert not os.environ["NUMBA_CACHE_DIR"]
-    assert "set NUMBA_CACHE_DIR" in kernelcache.notes()[0]
+    assert "set NUMBA_CACHE_DIR" in kernel_cache.notes()[0]
 
 
 def fails() -> str:
@@ -141,7 +141,7 @@ def test_serial_and_threaded_kernels_are_kept_apart(temporary: Path, monkeypatch
     for number in ("1", "2", "8"):
         monkeypatch.setenv("NUMBA_CACHE_DIR", "")
         monkeypatch.setenv("NUMBA_NUM_THREADS", number)
-        found.add(kernelcache.prepare())
+        found.add(kernel_cache.prepare())
         assert Path(os.environ["NUMBA_CACHE_DIR"]) in found
     assert len(found) == 2
     assert all(is_private(path) for path in found)
@@ -152,7 +152,7 @@ def test_numba_keeps_its_code_there(tmp_path: Path) -> None:
         "import numba\n@numba.njit(cache=True)\ndef twice(x):\n    return x + x\n", encoding="utf-8"
     )
     program = """
-from dbmpi.runtime import kernelcache
+from dbmpi.machine import kernel_cache as kernelcache
 place = kernelcache.prepare()
 import kernel
 assert kernel.twice(2) == 4
@@ -174,7 +174,7 @@ print(place, hits, sum(1 for file in place.rglob("*.nbi")))
 HOLDER = """
 import sys, time
 from pathlib import Path
-from dbmpi.runtime import kernelcache
+from dbmpi.machine import kernel_cache as kernelcache
 with kernelcache.locked(Path(sys.argv[1]), 5) as mine:
     print(mine, flush=True)
     time.sleep(60)
@@ -188,12 +188,12 @@ def test_lock_waits_no_longer_than_told_and_dies_with_its_holder(tmp_path: Path)
         assert holder.stdout is not None
         assert holder.stdout.readline().strip() == "True"
         begin = time.monotonic()
-        with kernelcache.locked(lock, 0.2) as mine:
+        with kernel_cache.locked(lock, 0.2) as mine:
             assert not mine
         assert time.monotonic() - begin >= 0.2
         assert holder.poll() is None
         holder.kill()
-        with kernelcache.locked(lock, 30) as mine:
+        with kernel_cache.locked(lock, 30) as mine:
             assert mine
     finally:
         holder.kill()
@@ -201,13 +201,13 @@ def test_lock_waits_no_longer_than_told_and_dies_with_its_holder(tmp_path: Path)
 
 
 def test_where_nothing_can_be_locked_nobody_waits(tmp_path: Path) -> None:
-    with kernelcache.locked(tmp_path / "missing" / "lock", 30) as mine:
+    with kernel_cache.locked(tmp_path / "missing" / "lock", 30) as mine:
         assert mine
 
 
 def test_processors_are_told_apart() -> None:
-    text = kernelcache.cpu_description()
-    assert text == kernelcache.cpu_description()
+    text = kernel_cache.cpu_description()
+    assert text == kernel_cache.cpu_description()
     assert "machine: " in text
     if Path("/proc/cpuinfo").exists() and "flags" in Path("/proc/cpuinfo").read_text():
         assert "flags: " in text

@@ -16,9 +16,9 @@ from scipy import special
 from dbmpi.kernels import activations, elementary, losses, updates
 from dbmpi.kernels.compile import kernel
 from dbmpi.kernels.fields import Blocks
+from dbmpi.kernels.llvm.lanes import sum_along_rows
+from dbmpi.kernels.llvm.tiles import CHAINS, multiply_add_chains
 from dbmpi.kernels.memory import aligned_empty
-from dbmpi.kernels.vector_lanes import sum_along_rows
-from dbmpi.kernels.vector_tiles import CHAINS, multiply_add_chains
 
 DTYPES = [np.float32, np.float64]
 SHAPES = st.tuples(st.integers(1, 40), st.integers(1, 300))

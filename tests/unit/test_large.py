@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
+from dbmpi.index.layout import Run, cut
 from dbmpi.kernels import sums, vectors
+from dbmpi.mpi import pieces
+from dbmpi.mpi.window import Window
 from dbmpi.network.initial import fill_uniform
 from dbmpi.paramserver.client import Client
-from dbmpi.paramserver.layout import Run, cut
 from dbmpi.paramserver.memory import Memory
 from dbmpi.paramserver.server import LAST, Header
-from dbmpi.paramserver.window import Window
-from dbmpi.runtime import pieces
 
 MANY = 2**31 + 11
 """Elements; of float32, 8 GiB."""

@@ -16,9 +16,9 @@ from harness.programs import Program
 
 from dbmpi.cli import launch
 from dbmpi.errors import ToldElsewhere, UserError
-from dbmpi.runtime import installation, launcher
-from dbmpi.runtime.installation import Mpi, find_mpi, protocol
-from dbmpi.runtime.launcher import Command, check_world, compose, launched
+from dbmpi.machine import launcher, mpi_library
+from dbmpi.machine.launcher import Command, check_world, compose, launched
+from dbmpi.machine.mpi_library import Mpi, find_mpi, protocol
 
 OPEN_MPI = Mpi("Open MPI v5.0.11", "/mpi/lib/libmpi.so.40", "/mpi/bin/mpirun")
 MPICH = Mpi("MPICH 5.0.2", "/mpi/lib/libmpi.so.12", "/mpi/bin/mpiexec.hydra")
@@ -47,7 +47,7 @@ ONE_OF_HYDRA = HYDRA | {"PMI_SIZE": "1", "MPI_LOCALNRANKS": "1"}
     ],
 )
 def test_warns_of_a_shared_memory_in_which_mpich_may_crash(environment, mebibytes, warned) -> None:
-    warning = installation.mpich_shortage(environment, mebibytes * 2**20)
+    warning = mpi_library.mpich_shortage(environment, mebibytes * 2**20)
     assert ("--shm-size" in warning) == warned
 
 
@@ -163,10 +163,10 @@ def test_the_users_binding_takes_the_place_of_ours(own: list[str]) -> None:
 
 
 def test_ucx_is_left_out_only_where_there_is_no_adapter(tmp_path: Path) -> None:
-    assert installation.openmpi_settings(tmp_path / "missing") == {"OMPI_MCA_osc": "^ucx"}
-    assert installation.openmpi_settings(tmp_path) == {"OMPI_MCA_osc": "^ucx"}
+    assert mpi_library.openmpi_settings(tmp_path / "missing") == {"OMPI_MCA_osc": "^ucx"}
+    assert mpi_library.openmpi_settings(tmp_path) == {"OMPI_MCA_osc": "^ucx"}
     (tmp_path / "mlx5_0").mkdir()
-    assert installation.openmpi_settings(tmp_path) == {}
+    assert mpi_library.openmpi_settings(tmp_path) == {}
 
 
 def test_the_command_can_be_pasted_into_a_shell() -> None:
@@ -188,7 +188,7 @@ def program(path: Path, text: str) -> Path:
 def open_mpi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A Python whose MPI is an Open MPI in tmp_path/mpi, with an empty PATH."""
     library = tmp_path / "mpi" / "lib" / "libmpi.so.40"
-    monkeypatch.setattr(installation, "_loaded_library", lambda: ("Open MPI v5.0", str(library)))
+    monkeypatch.setattr(mpi_library, "_loaded_library", lambda: ("Open MPI v5.0", str(library)))
     monkeypatch.setenv("PATH", str(tmp_path / "path"))
     monkeypatch.setattr(sys, "executable", str(tmp_path / "venv" / "bin" / "python"))
     return tmp_path
@@ -309,7 +309,7 @@ os._exit(128 + got[0])
 """
 START = """
 import os, sys
-from dbmpi.runtime import installation, launcher
+from dbmpi.machine import mpi_library as installation, launcher
 mpi = installation.find_mpi()
 command = launcher.compose(mpi, 2, ("-c", sys.argv[1], *sys.argv[2:]), environment=os.environ, cores=1)
 sys.exit(launcher.run(mpi, command))
@@ -447,7 +447,7 @@ def test_doctor_under_the_launcher_looks_at_the_world() -> None:
 
 def test_ranks_that_are_no_world_are_told_so() -> None:
     """A launcher that says it started three ranks, to a Python whose MPI hears nothing of it."""
-    program = "from dbmpi.runtime import world; world.start()"
+    program = "from dbmpi.mpi import world; world.start()"
     done = subprocess.run(
         [sys.executable, "-c", program],
         env=mpi_environment() | STEP,
@@ -463,10 +463,10 @@ def test_the_check_of_two_ranks_notices_wrong_data(monkeypatch: pytest.MonkeyPat
     """The exchange behind `doctor` must be able to fail: a window that loses what is put into it."""
     from mpi4py import MPI
 
-    from dbmpi.paramserver import check
-    from dbmpi.paramserver.window import Window
+    from dbmpi.mpi import selftest
+    from dbmpi.mpi.window import Window
 
-    assert check.exchange(MPI.COMM_SELF, True)[0]
-    assert check.exchange(MPI.COMM_SELF, False)[0]
+    assert selftest.exchange(MPI.COMM_SELF, True)[0]
+    assert selftest.exchange(MPI.COMM_SELF, False)[0]
     monkeypatch.setattr(Window, "put", lambda *_: None)
-    assert not check.exchange(MPI.COMM_SELF, True)[0]
+    assert not selftest.exchange(MPI.COMM_SELF, True)[0]

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dbmpi.paramserver.layout import Layout, Tensor, cut
+from dbmpi.index.layout import Layout, Tensor, cut
 
 shapes = st.lists(st.lists(st.integers(0, 5), max_size=3).map(tuple), max_size=6)
 

@@ -12,13 +12,13 @@ from unit.sharded import Shards, cut_points, local_problem
 
 from dbmpi.data.stream import Order
 from dbmpi.errors import Damaged, RunFailed
-from dbmpi.optim.batches import Sampling
-from dbmpi.optim.descent import Limits, Line, Progress
-from dbmpi.optim.lbfgs import History, lbfgs, two_loop
-from dbmpi.optim.linesearch import fixed
-from dbmpi.optim.methods import conjugate_gradients, gradient_descent, owlqn, with_l2
-from dbmpi.optim.multibatch import multi_batch_lbfgs
-from dbmpi.optim.resuming import Position, capture, read_state
+from dbmpi.methods.descent import Limits, Line, Progress
+from dbmpi.methods.gradients import conjugate_gradients, gradient_descent, owlqn, with_l2
+from dbmpi.methods.lbfgs import History, lbfgs, two_loop
+from dbmpi.methods.linesearch import fixed
+from dbmpi.methods.multibatch import multi_batch_lbfgs
+from dbmpi.sandblaster.batches import Sampling
+from dbmpi.sandblaster.state import Position, capture, read_state
 
 
 def rosenbrock(x):

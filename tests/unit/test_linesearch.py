@@ -8,7 +8,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from dbmpi.optim.linesearch import LineSearchFailed, Trial, backtracking, disagreement, fixed, strong_wolfe
+from dbmpi.methods.linesearch import LineSearchFailed, Trial, backtracking, disagreement, fixed, strong_wolfe
 
 
 def drive(search, function, slope):

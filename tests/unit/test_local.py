@@ -14,10 +14,10 @@ from unit.layer_checks import CONTEXT, check_cuts, check_gradients, parameters_o
 
 from dbmpi import config
 from dbmpi.errors import UserError
+from dbmpi.index.boxes import Box
 from dbmpi.kernels import fields
 from dbmpi.kernels.local import Untied
 from dbmpi.network.local import Local
-from dbmpi.partition.boxes import Box
 
 pytestmark = pytest.mark.timeout(240)  # kernels are compiled for every number of maps
 

@@ -14,11 +14,11 @@ import pytest
 from unit import checkpoint_files
 from unit.test_evaluate import INPUT_SHAPE, SAMPLES, make_data, naive, refused, run, train
 
+from dbmpi.checkpoint.meaning import Agreement, Meaning, agree, check_same_data
 from dbmpi.checkpoint.reader import Checkpoint
 from dbmpi.cli.main import main
 from dbmpi.data.importers.csv import import_csv
 from dbmpi.data.importers.libsvm import import_libsvm
-from dbmpi.data.meaning import Agreement, Meaning, agree, check_same_data
 from dbmpi.data.source import Source
 from dbmpi.errors import UserError
 

@@ -11,8 +11,8 @@ from unit.sharded import Shards, cut_points, local_problem
 from unit.test_lbfgs import quadratic, rosenbrock
 
 from dbmpi.errors import RunFailed
-from dbmpi.optim.descent import Limits
-from dbmpi.optim.methods import conjugate_gradients, gradient_descent, owlqn, with_l2
+from dbmpi.methods.descent import Limits
+from dbmpi.methods.gradients import conjugate_gradients, gradient_descent, owlqn, with_l2
 
 TIGHT = Limits(gtol=1e-7, ftol=0)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from harness.environment import plain_environment, timeout_scale
 
-from dbmpi.runtime.missingmpi import explain
+from dbmpi.machine.missing_mpi import explain
 
 NONE = "cannot load MPI library\nlibmpi.so: cannot open shared object file: No such file or directory"
 

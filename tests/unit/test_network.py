@@ -11,11 +11,11 @@ from scipy import special
 
 from dbmpi.config import Dense, NetworkSection
 from dbmpi.errors import UserError
+from dbmpi.index.layout import cut
 from dbmpi.kernels import updates
 from dbmpi.network.initial import fill_uniform
 from dbmpi.objective import Batch, Outcome
-from dbmpi.paramserver.layout import cut
-from dbmpi.partition.whole import WholeNetwork
+from dbmpi.replica.whole import WholeNetwork
 
 ACTIVATIONS = ["sigmoid", "tanh", "relu", "linear"]
 LOSSES = [

@@ -10,8 +10,8 @@ from unit.layer_checks import check_cuts, check_gradients, run
 
 from dbmpi import config
 from dbmpi.errors import UserError
+from dbmpi.index.boxes import Box
 from dbmpi.network.normalisation import Normalisation
-from dbmpi.partition.boxes import Box
 
 FLOORS = st.sampled_from([0.01, 0.8, 100.0])
 SHAPES = st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 9))

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dbmpi.runtime.orders import Kind, Mailbox, Message, Role
+from dbmpi.mpi.mailbox import Kind, Mailbox, Message, Role
 
 int64 = st.integers(-(2**63), 2**63 - 1)
 

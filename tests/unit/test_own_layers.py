@@ -15,19 +15,19 @@ from dbmpi.checkpoint.directory import checkpoint_path
 from dbmpi.checkpoint.writer import CheckpointWriter
 from dbmpi.cli.main import main
 from dbmpi.errors import UserError
-from dbmpi.network.network import Network
+from dbmpi.network.description import Network
 from dbmpi.network.own import from_directory, from_files, make
-from dbmpi.partition import placement
-from dbmpi.partition.plan import plan_exchanges
-from dbmpi.partition.tensors import tensor_parts
-from dbmpi.partition.trial import try_layer
+from dbmpi.replica import placement
+from dbmpi.replica.plan import plan_exchanges
+from dbmpi.replica.tensors import tensor_parts
+from dbmpi.replica.trial import try_layer
 
 FLOAT = np.dtype(np.float32)
 
 # One weight and one output for each input; %s stand for what tests change.
 SCALE = """
-from dbmpi.paramserver.layout import Tensor
-from dbmpi.partition.boxes import Box
+from dbmpi.index.layout import Tensor
+from dbmpi.index.boxes import Box
 
 
 class Scale:

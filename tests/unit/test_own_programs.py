@@ -10,7 +10,7 @@ import pytest
 
 from dbmpi.cli.main import COMMANDS
 from dbmpi.errors import UserError
-from dbmpi.runtime.ownprogram import resolve
+from dbmpi.machine.own_program import resolve
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ from unit import partition_layers
 
 from dbmpi import config
 from dbmpi.cli.main import main
-from dbmpi.network.network import Network
-from dbmpi.partition.placement import automatic, check
-from dbmpi.partition.plan import plan_exchanges
+from dbmpi.network.description import Network
+from dbmpi.replica.placement import automatic, check
+from dbmpi.replica.plan import plan_exchanges
 
 PROJECT = Path(__file__).parents[2]
 DOCUMENTED = (PROJECT / "docs" / "networks.md").read_text(encoding="utf-8")

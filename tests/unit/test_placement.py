@@ -11,9 +11,9 @@ from unit.partition_layers import NETWORKS, Dense, Elementwise, Filter, Normalis
 
 from dbmpi.config import PlacementSection
 from dbmpi.errors import UserError
-from dbmpi.partition.boxes import Box
-from dbmpi.partition.placement import Placement, automatic, check, described, explicit, needed_inputs, values_moved
-from dbmpi.partition.reach import Reach
+from dbmpi.index.boxes import Box
+from dbmpi.replica.placement import Placement, automatic, check, described, explicit, needed_inputs, values_moved
+from dbmpi.replica.reach import Reach
 
 
 def times_owned(layer, owned):

@@ -7,11 +7,11 @@ import itertools
 import numpy as np
 import pytest
 
+from dbmpi.mpi.failures import RankLost
 from dbmpi.objective import Outcome
-from dbmpi.optim.board import Batch, Board, Bundles, Kind, Result, pack, unpack
-from dbmpi.optim.passes import Passes, Station
-from dbmpi.optim.portions import Portions
-from dbmpi.runtime.failures import RankLost
+from dbmpi.sandblaster.board import Batch, Board, Bundles, Kind, Result, pack, unpack
+from dbmpi.sandblaster.passes import Passes, Station
+from dbmpi.sandblaster.replica import Portions
 
 SIZE, SHARDS = 7, 2
 SAMPLES = 8  # of a portion, of which there are powers of two: shares are exact

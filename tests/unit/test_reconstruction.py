@@ -5,14 +5,14 @@ import numpy as np
 import pytest
 
 from dbmpi import config
-from dbmpi.kernels import objectives
+from dbmpi.index.boxes import Box
+from dbmpi.kernels import reconstruction
 from dbmpi.kernels.memory import rows_of
 from dbmpi.network.convolution import Convolution
 from dbmpi.network.local import Local
 from dbmpi.objective import Batch
-from dbmpi.partition.boxes import Box
-from dbmpi.partition.whole import WholeNetwork
-from dbmpi.train import train
+from dbmpi.replica.whole import WholeNetwork
+from dbmpi.runs.training import train
 
 
 def section(*, activation="linear", kind=config.Local, stride=1):
@@ -94,9 +94,11 @@ def test_terms_of_a_part_of_an_array_against_naive_twins(dtype):
     rng = np.random.default_rng(1)
     values = rng.normal(size=(4, 9, 8, 300)).astype(dtype)[1:, 2:7, 3:]
     estimate = rng.normal(size=values.shape).astype(dtype)
-    assert objectives.total(*rows_of(values), values.shape) == pytest.approx(values.sum(dtype=np.float64), rel=1e-10)
+    assert reconstruction.total(*rows_of(values), values.shape) == pytest.approx(
+        values.sum(dtype=np.float64), rel=1e-10
+    )
     difference = estimate - values
-    found = objectives.squared_error(estimate, *rows_of(values), 0.25)
+    found = reconstruction.squared_error(estimate, *rows_of(values), 0.25)
     assert found == pytest.approx((difference.astype(np.float64) ** 2).sum(), rel=1e-12)
     np.testing.assert_array_equal(estimate, dtype(0.25) * difference)
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dbmpi.config import ServerSection
-from dbmpi.optim import room
+from dbmpi.downpour import room
 
 
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=12), st.integers(0, 100))

@@ -13,14 +13,16 @@ from pathlib import Path
 
 import pytest
 
+from dbmpi.checkpoint import run_lock
+from dbmpi.checkpoint.run_lock import RunLock, locked
 from dbmpi.errors import RunFailed, UserError
-from dbmpi.runtime import processes, runlock, waiting
-from dbmpi.runtime.runlock import RunLock, locked
+from dbmpi.machine import processes
+from dbmpi.mpi import waiting
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from dbmpi.runtime.runlock import locked
+from dbmpi.checkpoint.run_lock import locked
 with locked(Path(sys.argv[1]), print):
     print("held", flush=True)
     time.sleep(1000)
@@ -57,7 +59,7 @@ def test_a_directory_is_made_locked_and_released(tmp_path):
         assert locks(run) == ["in-use.1.json"]
         content = json.loads(lock.path.read_text())
         assert (content["process"], content["host"]) == (os.getpid(), os.uname().nodename)
-        runlock.confirm(run)
+        run_lock.confirm(run)
     assert locks(run) == []
     with pytest.raises(ZeroDivisionError), locked(run, silent):
         raise ZeroDivisionError
@@ -65,7 +67,7 @@ def test_a_directory_is_made_locked_and_released(tmp_path):
 
 
 def test_a_living_process_is_named_and_what_to_do(tmp_path, monkeypatch):
-    monkeypatch.setattr(runlock, "_ENDING", 0.2)
+    monkeypatch.setattr(run_lock, "_ENDING", 0.2)
     holder = hold(tmp_path)
     try:
         with pytest.raises(UserError) as raised:
@@ -119,7 +121,7 @@ def test_a_lease_that_is_renewed_is_respected(tmp_path):
 def test_a_lock_from_long_ago_needs_not_be_watched(tmp_path, fields):
     """By the clock of the file system; another start of this machine is another host."""
     path = leave(tmp_path, **fields)
-    then = time.time() - 2 * runlock._LONG_AGO
+    then = time.time() - 2 * run_lock._LONG_AGO
     os.utime(path, (then, then))
     with locked(tmp_path, silent):
         assert locks(tmp_path) == ["in-use.2.json"]
@@ -141,7 +143,7 @@ def test_of_many_that_take_over_one_succeeds(tmp_path, links):
 import os, sys, time
 from pathlib import Path
 from dbmpi.errors import UserError
-from dbmpi.runtime import runlock
+from dbmpi.checkpoint import run_lock as runlock
 runlock._ENDING = 0.05
 if not {links}:
     def refuse(*names):
@@ -176,7 +178,7 @@ def test_a_run_that_was_halted_notices_that_it_was_taken_over(tmp_path, released
         leave(tmp_path, 2, released=released)
         lock.path.unlink()
         with pytest.raises(RunFailed, match="taken over by process 77 on elsewhere"):
-            runlock.confirm(tmp_path)
+            run_lock.confirm(tmp_path)
         lock.renew()
         assert locks(tmp_path) == ["in-use.2.json"]
         with pytest.raises(RunFailed, match="taken over"):
@@ -195,7 +197,7 @@ def test_a_lock_that_is_removed_with_its_directory_is_made_anew(tmp_path):
 
 
 def test_the_lease_is_renewed_while_the_holder_does_something_else(tmp_path, monkeypatch):
-    monkeypatch.setattr(runlock, "RENEWAL", 0.01)
+    monkeypatch.setattr(run_lock, "RENEWAL", 0.01)
     with locked(tmp_path, silent) as lock:
         seen = set()
         while len(seen) < 3:
@@ -203,7 +205,7 @@ def test_the_lease_is_renewed_while_the_holder_does_something_else(tmp_path, mon
 
 
 def test_a_holder_that_is_halted_lives(tmp_path, monkeypatch):
-    monkeypatch.setattr(runlock, "_ENDING", 0.1)
+    monkeypatch.setattr(run_lock, "_ENDING", 0.1)
     holder = hold(tmp_path)
     os.kill(holder.pid, signal.SIGSTOP)
     try:

@@ -25,22 +25,24 @@ from unit.counted_mpi import Comm, Counted, Mpi
 from unit.partition_layers import NETWORKS
 
 import dbmpi
-from dbmpi import batchrun, downpourrun, topology
-from dbmpi.optim import shard
-from dbmpi.optim.sandblaster import Coordinator
-from dbmpi.optim.session import Session
-from dbmpi.paramserver import bottleneck, window
-from dbmpi.paramserver.layout import Layout
-from dbmpi.partition.arrangement import aligned
-from dbmpi.partition.exchange import Exchange
-from dbmpi.partition.group import Group
-from dbmpi.partition.parameters import LocalParameters
-from dbmpi.partition.placement import automatic
-from dbmpi.partition.plan import plan_exchanges
-from dbmpi.runtime.orders import Kind, Mailbox, Role
-from dbmpi.runtime.signals import StopSignal
+from dbmpi.downpour import run as downpour_run
+from dbmpi.downpour import shard
+from dbmpi.downpour.session import Session
+from dbmpi.index.layout import Layout
+from dbmpi.machine.signals import StopSignal
+from dbmpi.mpi import topology, window
+from dbmpi.mpi.mailbox import Kind, Mailbox, Role
+from dbmpi.paramserver import bottleneck
+from dbmpi.replica.arrangement import aligned
+from dbmpi.replica.exchange import Exchange
+from dbmpi.replica.group import Group
+from dbmpi.replica.parameters import LocalParameters
+from dbmpi.replica.placement import automatic
+from dbmpi.replica.plan import plan_exchanges
+from dbmpi.sandblaster import run
+from dbmpi.sandblaster.coordinator import Coordinator
 
-TRAIN = import_module("dbmpi.train")  # by its name in dbmpi it is the function
+TRAIN = import_module("dbmpi.runs.training")
 WORLDS = (8, 64, 512)
 HOST = 4
 """Ranks of a host."""
@@ -102,13 +104,13 @@ class Starter:
         def started(*_: object, **__: object) -> None:
             raise Started
 
-        monkeypatch.setattr(downpourrun, "downpour", started)
+        monkeypatch.setattr(downpour_run, "downpour", started)
         monkeypatch.setattr(shard.Shard, "serve", started)
         monkeypatch.setattr(Coordinator, "run", started)
-        monkeypatch.setattr(batchrun, "waiting", SimpleNamespace(until=started, STALL_SECONDS=1.0))
+        monkeypatch.setattr(run, "waiting", SimpleNamespace(until=started, STALL_SECONDS=1.0))
         # What does not depend on the world, or on this machine alone.
         monkeypatch.setattr(Session, "_use_kernels", lambda *_: None)
-        monkeypatch.setattr(batchrun, "use_kernels", lambda: None)
+        monkeypatch.setattr(run, "use_kernels", lambda: None)
         monkeypatch.setattr(bottleneck, "copy_bandwidth", lambda: 1e10)
         monkeypatch.setattr(window, "_shared_memory_free", lambda: 1 << 40)
 

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from unit.sharded import Shards, cut_points
 
-from dbmpi.optim import commands
-from dbmpi.optim.commands import OPERATIONS, Command, RemoteSpace, execute
-from dbmpi.optim.localspace import LocalSpace
+from dbmpi.methods.local_space import LocalSpace
+from dbmpi.sandblaster import commands
+from dbmpi.sandblaster.commands import OPERATIONS, Command, RemoteSpace, execute
 
 DTYPES = [np.float32, np.float64]
 PARTS = [1, 2, 3, 5]

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dbmpi.errors import UserError
+from dbmpi.mpi.topology import Plan
 from dbmpi.paramserver.memory import HEADER_WORDS, Memory
 from dbmpi.paramserver.store import _check_common
-from dbmpi.topology import Plan
 
 
 @given(st.data())

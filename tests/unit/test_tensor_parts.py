@@ -10,9 +10,9 @@ from unit.partition_cases import networks, random_placements, shares
 from unit.partition_layers import NETWORKS, Dense, Filter, SplitDense, indices, layout_of
 
 from dbmpi.errors import UserError
-from dbmpi.partition.boxes import Box
-from dbmpi.partition.placement import automatic, explicit
-from dbmpi.partition.tensors import pushed_runs, tensor_boxes, tensor_parts, tensor_runs, worker_layout
+from dbmpi.index.boxes import Box
+from dbmpi.replica.placement import automatic, explicit
+from dbmpi.replica.tensors import pushed_runs, tensor_boxes, tensor_parts, tensor_runs, worker_layout
 
 
 def positions(runs):

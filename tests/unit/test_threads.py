@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dbmpi.runtime import slurm, threads
-from dbmpi.runtime.threads import Node, decide, ranks_on_node
+from dbmpi.machine import slurm, threads
+from dbmpi.machine.threads import Node, decide, ranks_on_node
 
 # As Slurm 22.05 and the launchers of Open MPI 5 and MPICH 5 set them.
 BATCH_BODY = {
@@ -156,7 +156,7 @@ def fresh(program: str, **variables: str) -> str:
 def test_numpy_and_numba_obey() -> None:
     program = """
 import sys
-from dbmpi.runtime import threads
+from dbmpi.machine import threads
 assert "numpy" not in sys.modules
 first = threads.prepare()
 assert threads.prepare() is first, "a second call sees its own settings as the user's"
@@ -183,11 +183,11 @@ print(os.environ["OPENBLAS_NUM_THREADS"], numba.config.NUMBA_NUM_THREADS)
 def test_what_a_process_inherits_from_dbmpi_is_no_wish_of_the_user() -> None:
     program = """
 import os, subprocess, sys
-from dbmpi.runtime import threads
+from dbmpi.machine import threads
 threads.prepare()
 if len(sys.argv) == 1:
     several = os.environ | {"OMPI_COMM_WORLD_LOCAL_SIZE": "100000"}
-    program = "import os; from dbmpi.runtime import threads; chosen = threads.prepare(); " \
+    program = "import os; from dbmpi.machine import threads; chosen = threads.prepare(); " \
         "print(chosen.threads, os.environ['OMP_NUM_THREADS'], chosen.given, 'set' in chosen.line)"
     subprocess.run([sys.executable, "-c", program], env=several, check=True)
 """
@@ -202,7 +202,7 @@ def test_a_mark_that_is_none_is_no_trouble() -> None:
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux")
 def test_tells_a_binding_by_the_launcher_from_a_share_of_the_job(tmp_path: Path) -> None:
     """A rank on one core under a daemon on two may not use the other; if both are on one, there is only one."""
-    program = "import os; from dbmpi.runtime import threads; n = threads.this_node(os.environ); print(n.cores, n.mine)"
+    program = "import os; from dbmpi.machine import threads; n = threads.this_node(os.environ); print(n.cores, n.mine)"
     cpus = sorted(os.sched_getaffinity(0))[:2]
     if threads.physical_cores(cpus) < 2:
         pytest.skip("needs two cores")

@@ -10,7 +10,7 @@ import pytest
 
 from dbmpi.config import TopologySection
 from dbmpi.errors import UserError
-from dbmpi.topology import Plan, plan
+from dbmpi.mpi.topology import Plan, plan
 
 LARGEST = 12
 GIVEN = (None, 1, 2, 3, 4, 5, 7, 13)

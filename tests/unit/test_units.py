@@ -11,10 +11,10 @@ from scipy import optimize
 from unit.sharded import local_problem
 
 from dbmpi.errors import RunFailed
-from dbmpi.optim import linesearch
-from dbmpi.optim.descent import Limits
-from dbmpi.optim.lbfgs import lbfgs
-from dbmpi.optim.methods import conjugate_gradients, gradient_descent, owlqn
+from dbmpi.methods import linesearch
+from dbmpi.methods.descent import Limits
+from dbmpi.methods.gradients import conjugate_gradients, gradient_descent, owlqn
+from dbmpi.methods.lbfgs import lbfgs
 
 _SPEC = importlib.util.spec_from_file_location(
     "standard_problems", Path(__file__).parents[2] / "benchmarks" / "standard_problems.py"

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from dbmpi import config
+from dbmpi.data.run_data import network_notes
 from dbmpi.monitor.verdict import Recent, warning
 from dbmpi.objective import Outcome
-from dbmpi.rundata import network_notes
 
 GUESSING = math.log(10)
 

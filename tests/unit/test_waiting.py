@@ -10,7 +10,7 @@ import time
 import pytest
 
 from dbmpi.errors import RunFailed, UserError
-from dbmpi.runtime import waiting
+from dbmpi.mpi import waiting
 
 
 class Clock:
@@ -142,7 +142,7 @@ def test_the_limit_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatch)
 def test_waiting_costs_little() -> None:
     """Half a second of waiting uses a small part of a core; a loop that spins would use all of it."""
     program = (
-        "import time; from dbmpi.runtime import waiting; ends = time.monotonic() + 0.5; before = time.process_time();"
+        "import time; from dbmpi.mpi import waiting; ends = time.monotonic() + 0.5; before = time.process_time();"
         "waiting.until(lambda: time.monotonic() > ends, 'the end'); print(time.process_time() - before)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

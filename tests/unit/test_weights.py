@@ -6,11 +6,11 @@ import pytest
 
 from dbmpi import config
 from dbmpi.config import DataSection, NetworkSection
-from dbmpi.data.guessing import loss_of_guessing
+from dbmpi.data.guess import loss_of_guessing
 from dbmpi.data.reading import Reading
 from dbmpi.data.source import Source
 from dbmpi.errors import UserError
-from dbmpi.network.network import Network
+from dbmpi.network.description import Network
 from dbmpi.objective import Batch
 
 RANDOM = np.random.default_rng(8)

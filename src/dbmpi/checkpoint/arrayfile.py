@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from dbmpi.checkpoint import checksums
+from dbmpi.checkpoint.new_file import NewFile
 from dbmpi.checkpoint.schema import HDF5_ERRORS
 from dbmpi.errors import DiskFailed, UserError
-from dbmpi.newfile import NewFile
 
 
 class ArrayFile:

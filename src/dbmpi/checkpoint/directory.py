@@ -15,7 +15,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from dbmpi.newfile import sync, temporary_path
+from dbmpi.checkpoint.new_file import sync, temporary_path
 
 LATEST = "latest"
 ABANDONED_SECONDS = 600.0

@@ -18,7 +18,7 @@ from dbmpi.checkpoint.checksums import Mismatch, StoredArray
 from dbmpi.checkpoint.schema import HDF5_ERRORS
 from dbmpi.checkpoint.untrusted import Foreign, Malformed, UntrustedFile
 from dbmpi.errors import Damaged, UserError
-from dbmpi.paramserver.layout import Layout, Tensor
+from dbmpi.index.layout import Layout, Tensor
 
 _DIFFERENCES_SHOWN = 6
 _CONVERTED_AT_ONCE = 2**20

@@ -7,7 +7,7 @@
     /state/<vector>/<tensor>   state of the update rule, cut like the parameters, e.g. /state/accumulator/dense1/weights
     /run/...                   description of the run and what it has done
     /data/...                  position in the stream of batches
-    /meaning/...               what the samples stood for, where that was noted (dbmpi/data/meaning.py)
+    /meaning/...               what the samples stood for, where that was noted (dbmpi/checkpoint/meaning.py)
     /checksums/<path>          of every dataset above, see dbmpi.checkpoint.checksums; version 1 had none
 
 Everything under ``/run`` and ``/data`` is a fixed-length UTF-8 string, an int64 scalar or an int64 list; under
@@ -26,7 +26,7 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 
 import dbmpi
-from dbmpi.data.meaning import Meaning
+from dbmpi.checkpoint.meaning import Meaning
 
 FORMAT = "dbmpi-checkpoint"
 FORMAT_VERSION = 2
@@ -41,7 +41,7 @@ LIBRARIES = "run/libraries"
 """Group with one string, the version, for every library."""
 
 MEANING = "meaning"
-"""Group with a dataset for each field of :class:`dbmpi.data.meaning.Meaning` that is not empty."""
+"""Group with a dataset for each field of :class:`dbmpi.checkpoint.meaning.Meaning` that is not empty."""
 
 OPTIONAL_TEXTS = {"method": "run/method"}
 """Fields that are stored as `TEXTS` are, where they are not empty."""
@@ -130,7 +130,7 @@ class CheckpointInfo:
     done: tuple[int, ...] = ()
     """Batches learned, per replica of the run that wrote the file."""
     method: str = ""
-    """Where a batch method stands, as JSON text (:class:`dbmpi.optim.resuming.State`); empty after Downpour."""
+    """Where a batch method stands, as JSON text (:class:`dbmpi.sandblaster.state.State`); empty after Downpour."""
     meaning: Meaning | None = None
     """What the samples stood for; None in files of earlier versions."""
     libraries: Mapping[str, str] = field(default_factory=library_versions)

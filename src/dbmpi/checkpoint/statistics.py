@@ -11,7 +11,7 @@ import h5py
 import numpy as np
 
 from dbmpi.checkpoint.reader import Checkpoint
-from dbmpi.paramserver.layout import Tensor
+from dbmpi.index.layout import Tensor
 
 BLOCK = 2**16
 """Elements looked at together: their float64 copies stay in the caches."""

@@ -12,8 +12,8 @@ from pydantic import ValidationError
 
 from dbmpi.checkpoint import checksums, consistency, schema
 from dbmpi.checkpoint.checksums import Mismatch, StoredArray
-from dbmpi.data.meaning import Meaning
-from dbmpi.paramserver.layout import Layout, Tensor
+from dbmpi.checkpoint.meaning import Meaning
+from dbmpi.index.layout import Layout, Tensor
 
 LARGEST_TEXT = 2**24
 """Bytes; a description of a run has a few thousand."""

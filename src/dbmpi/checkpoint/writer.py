@@ -17,7 +17,7 @@ from numpy.typing import DTypeLike
 from dbmpi.checkpoint import consistency, directory, retention, schema
 from dbmpi.checkpoint.arrayfile import ArrayFile
 from dbmpi.errors import DiskFailed, UserError
-from dbmpi.paramserver.layout import Layout
+from dbmpi.index.layout import Layout
 
 
 class CheckpointWriter:

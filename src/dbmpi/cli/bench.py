@@ -47,16 +47,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure and print."""
-    from dbmpi.runtime.environment import prepare
+    from dbmpi.machine.environment import prepare
 
     chosen = str(prepare())
 
-    from dbmpi.runtime.launcher import launched
+    from dbmpi.machine.launcher import launched
 
     if launched(os.environ)[0] <= 1:
         arguments.measure(arguments, None, chosen)
         return 0
-    from dbmpi.runtime import world
+    from dbmpi.mpi import world
 
     with world.ranks() as comm:
         arguments.measure(arguments, comm, chosen)
@@ -64,12 +64,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _network(arguments: argparse.Namespace, comm: MPI.Intracomm | None, chosen: str) -> None:
-    from dbmpi import limits
+    from dbmpi.data import limits
+    from dbmpi.machine.threads import ranks_on_node
     from dbmpi.network.own import from_directory
-    from dbmpi.partition import placement
-    from dbmpi.partition.describe import describe
-    from dbmpi.profile import profile, table
-    from dbmpi.runtime.threads import ranks_on_node
+    from dbmpi.replica import placement
+    from dbmpi.replica.describe import describe
+    from dbmpi.runs.profile import profile, table
 
     ranks, speaks = (1, True) if comm is None else (comm.size, comm.rank == 0)
     with nullcontext() if comm is None else _together(comm):
@@ -83,7 +83,7 @@ def _network(arguments: argparse.Namespace, comm: MPI.Intracomm | None, chosen: 
         here = min(ranks_on_node(os.environ), ranks)
         limits.check_activations(network.activations, samples, setting=setting, partitions=ranks, workers=here)
     if comm is not None:
-        from dbmpi.partition.products import agree_on_products
+        from dbmpi.replica.products import agree_on_products
 
         agree_on_products(comm, network.layers, samples)
     if speaks and not arguments.json:
@@ -113,6 +113,6 @@ def _check_partitions(run: Run, ranks: int) -> None:
 
 
 def _together(comm: MPI.Intracomm) -> AbstractContextManager[None]:
-    from dbmpi.runtime.world import together
+    from dbmpi.mpi.world import together
 
     return together(comm, "reading the configuration")

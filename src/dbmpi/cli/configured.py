@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dbmpi.config import Run
-    from dbmpi.network.network import Network
+    from dbmpi.network.description import Network
     from dbmpi.network.own import Loader
 
 
@@ -32,7 +32,7 @@ def make_network(run: Run, input_shape: tuple[int, ...] | None, load: Loader) ->
         If it does not fit the inputs, or neither a shape is given nor the data are there.
     """
     from dbmpi.errors import UserError
-    from dbmpi.network.network import Network
+    from dbmpi.network.description import Network
 
     targets = False
     if input_shape is None:
@@ -57,7 +57,7 @@ def placement_table(arguments: argparse.Namespace) -> str:
     Code of a user's own layers is not run unless he names the file: the configuration may be anybody's.
     """
     from dbmpi.network.own import from_files
-    from dbmpi.partition import describe, placement
+    from dbmpi.replica import describe, placement
 
     run = read(arguments.path, [])
     network = make_network(run, arguments.input_shape, from_files(arguments.allow_code))

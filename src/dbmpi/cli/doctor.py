@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from dbmpi.runtime.diagnosis import Finding
+    from dbmpi.machine.doctor import Finding
 
 SUMMARY = "look at Python, BLAS, Numba, HDF5, MPI and the machine, and say what would trip a run up"
 
@@ -30,21 +30,21 @@ def run(arguments: argparse.Namespace) -> int:
     Under mpirun or srun only the world is looked at: that the ranks which were started are one world, and how its
     hosts reach each other's memory.
     """
-    from dbmpi.runtime import launcher
-    from dbmpi.runtime.diagnosis import diagnose
+    from dbmpi.machine import launcher
+    from dbmpi.machine.doctor import diagnose
 
     ranks, by, _ = launcher.launched(os.environ)
     if ranks > 1:
-        from dbmpi.runtime import world
+        from dbmpi.mpi import world
 
         comm = world.start()
         if comm.rank == 0:
             print(f"{by} started one world of {comm.size} ranks; run doctor by itself to look at the rest")
-        from dbmpi.paramserver import probe, window
+        from dbmpi.mpi import transport, window
 
         hosts = window.hosts(comm)
         if len(set(hosts.tolist())) > 1:
-            _, line = probe.choose(comm, hosts)
+            _, line = transport.choose(comm, hosts)
             if comm.rank == 0:
                 print(line)
         return 0

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from dbmpi.cli import inference
 
 if TYPE_CHECKING:
-    from dbmpi.checkpoint.trained import TrainedNetwork
     from dbmpi.objective import Outcome
+    from dbmpi.runs.trained import TrainedNetwork
 
 SUMMARY = "compute the loss and accuracy of a checkpoint on a data file"
 

@@ -14,10 +14,10 @@ from dbmpi.cli.configured import count, refuse_configuration
 from dbmpi.errors import UserError
 
 if TYPE_CHECKING:
-    from dbmpi.checkpoint.trained import TrainedNetwork
     from dbmpi.data.reading import Reading
     from dbmpi.data.source import Source
-    from dbmpi.inference import Inference
+    from dbmpi.runs.inference import Inference
+    from dbmpi.runs.trained import TrainedNetwork
 
 MEMORY_MIB = 1024
 """A data file up to this size (MiB, as float32) is read at once, a larger one batch by batch."""
@@ -97,9 +97,9 @@ def opened(arguments: argparse.Namespace) -> Iterator[Inference]:
     command = arguments.run.__module__.rpartition(".")[2]
     refuse_configuration(arguments.checkpoint, command, "a checkpoint or a run directory")
 
-    from dbmpi.inference import Inference
-    from dbmpi.runtime import world
-    from dbmpi.runtime.launcher import launched
+    from dbmpi.machine.launcher import launched
+    from dbmpi.mpi import world
+    from dbmpi.runs.inference import Inference
 
     with (
         world.ranks() if launched(os.environ)[0] > 1 else nullcontext() as comm,

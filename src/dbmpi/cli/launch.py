@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Start the ranks, wait for their end, and return the exit code that docs/running.md has for it."""
     from dbmpi.errors import UserError
-    from dbmpi.runtime import installation, launcher, ownprogram, threads
+    from dbmpi.machine import launcher, mpi_library, own_program, threads
 
     command = list(arguments.command)
     if command and command[0] == "--":
@@ -58,8 +58,8 @@ def run(arguments: argparse.Namespace) -> int:
     if command[0] in COMMANDS or command[0].startswith("-"):
         program = ["-m", "dbmpi", *command]
     else:
-        program = ["-m", "dbmpi.runtime.ownprogram", *ownprogram.resolve(command, COMMANDS)]
-    mpi = installation.find_mpi(arguments.mpirun)
+        program = ["-m", "dbmpi.machine.own_program", *own_program.resolve(command, COMMANDS)]
+    mpi = mpi_library.find_mpi(arguments.mpirun)
     columns = None
     if sys.stdout.isatty():
         columns = os.get_terminal_size(sys.stdout.fileno()).columns or 80

@@ -19,7 +19,7 @@ from typing import NoReturn
 
 import dbmpi
 from dbmpi.errors import RunFailed, ToldElsewhere, UserError
-from dbmpi.runtime import early, streams
+from dbmpi.machine import early, streams
 
 COMMANDS = ("train", "launch", "evaluate", "predict", "inspect", "plot", "bench", "data", "example", "doctor")
 COMPUTING = ("train", "evaluate", "predict", "bench")
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _say(error)
         return 2 if isinstance(error, UserError) else 1
     except MemoryError as error:
-        from dbmpi.runtime import capacity
+        from dbmpi.machine import capacity
 
         _say(RunFailed(capacity.explain(error)))
         return 1
@@ -119,10 +119,10 @@ def _say(error: Exception) -> None:
 
 def _is_silent(error: Exception | None = None) -> bool:
     """Return whether another rank says what is wrong; if so, after a moment, as launchers kill all when one ends."""
-    if "dbmpi.runtime.world" in sys.modules:
+    if "dbmpi.mpi.world" in sys.modules:
         silent = isinstance(error, ToldElsewhere)
     else:
-        from dbmpi.runtime.launcher import launched
+        from dbmpi.machine.launcher import launched
 
         silent = launched(os.environ)[2] > 0
     if silent:

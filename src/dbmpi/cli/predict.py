@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from dbmpi.data.source import Source
-    from dbmpi.inference import Inference
+    from dbmpi.runs.inference import Inference
 
 SUMMARY = "write the outputs of a checkpoint for a data file to an HDF5 file"
 
@@ -73,7 +73,7 @@ def _write(arguments: argparse.Namespace, network: Inference, source: Source) ->
 
     import dbmpi
     from dbmpi.checkpoint.arrayfile import ArrayFile
-    from dbmpi.data.meaning import Meaning
+    from dbmpi.checkpoint.meaning import Meaning
 
     trained = network.trained
     units, classifies, broken = trained.units, trained.info.classes > 0, 0

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
     from dbmpi.config import Run
+    from dbmpi.machine.signals import StopSignal
     from dbmpi.result import Result
-    from dbmpi.runtime.signals import StopSignal
 
 SUMMARY = "train the network that a configuration describes (under mpirun or srun, or alone)"
 
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Train and print what came out."""
-    from dbmpi.runtime.signals import StopSignal
+    from dbmpi.machine.signals import StopSignal
 
     # A signal that comes while libraries are loaded and kernels are compiled ends the run, too, and not the process.
     with StopSignal() as stop:
@@ -40,11 +40,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _train(arguments: argparse.Namespace, stop: StopSignal) -> int:
-    from dbmpi.runtime import world
+    from dbmpi.mpi import world
 
     with world.ranks() as comm:
         described = _described(arguments, comm)
-        from dbmpi.train import train
+        from dbmpi.runs.training import train
 
         result = train(described, comm, stop)
     if comm.rank == 0:
@@ -58,7 +58,7 @@ def _train(arguments: argparse.Namespace, stop: StopSignal) -> int:
 def _described(arguments: argparse.Namespace, comm: MPI.Intracomm) -> Run:
     """Read the configuration on one rank, so that all have the same, and a mistake in it is told once."""
     from dbmpi import config
-    from dbmpi.runtime import waiting, world
+    from dbmpi.mpi import waiting, world
 
     text = ""
     with world.together(comm, "reading the configuration"):

@@ -5,7 +5,6 @@ A run is described by frozen, validated objects.  They are read from TOML with :
 checkpoint.  Nothing here imports MPI or NumPy.
 """
 
-from dbmpi.config.explaining import explain
 from dbmpi.config.layers import (
     LAYERS,
     AnyLayer,
@@ -18,6 +17,7 @@ from dbmpi.config.layers import (
     OwnLayer,
     Pooling,
 )
+from dbmpi.config.messages import explain
 from dbmpi.config.reading import load
 from dbmpi.config.sections import (
     CheckpointSection,

@@ -12,8 +12,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from dbmpi.config.explaining import explain
 from dbmpi.config.layers import OwnLayer
+from dbmpi.config.messages import explain
 from dbmpi.config.sections import Run
 from dbmpi.errors import UserError
 

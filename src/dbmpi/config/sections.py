@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from dbmpi.config.explaining import explain
 from dbmpi.config.layers import OWN, AnyLayer, Dense, Dropout, OwnLayer
+from dbmpi.config.messages import explain
 from dbmpi.config.values import Count, CountOrNone, DatasetName, Name, NotNegative, Positive, Section
 from dbmpi.errors import UserError
 

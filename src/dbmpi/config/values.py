@@ -41,7 +41,7 @@ class Section(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            from dbmpi.config.explaining import explain
+            from dbmpi.config.messages import explain
 
             raise UserError(explain(error, type(self), type(self).__name__, values)) from None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from dbmpi.kernels.gathering import gather_rows
+from dbmpi.kernels.gather import gather_rows
 
 
 def gather(rows: np.ndarray, indices: np.ndarray, scale: np.float32) -> np.ndarray:

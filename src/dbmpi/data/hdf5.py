@@ -17,7 +17,7 @@ import h5py
 import numpy as np
 
 from dbmpi.errors import UserError
-from dbmpi.runtime import capacity
+from dbmpi.machine import capacity
 
 FORMAT = "dbmpi-data"
 FORMAT_VERSION = 1

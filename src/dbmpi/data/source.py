@@ -12,12 +12,13 @@ from typing import Any, Literal
 import h5py
 import numpy as np
 
-from dbmpi.data import describing, hdf5
-from dbmpi.data.declared import declared
+from dbmpi.checkpoint.meaning import Meaning, agree
+from dbmpi.data import description as data_description
+from dbmpi.data import hdf5
+from dbmpi.data.attributes import declared
 from dbmpi.data.gather import gather, narrow
-from dbmpi.data.meaning import Meaning, agree
 from dbmpi.data.reading import Label, Reading
-from dbmpi.data.stored import Stored
+from dbmpi.data.rows import Stored
 from dbmpi.errors import UserError
 from dbmpi.objective import Batch
 
@@ -37,7 +38,12 @@ class Source:
     """
 
     def __init__(
-        self, path: Path, file: h5py.File, description: describing.Description, memory_bytes: int, reading: Reading
+        self,
+        path: Path,
+        file: h5py.File,
+        description: data_description.Description,
+        memory_bytes: int,
+        reading: Reading,
     ) -> None:
         """Use :meth:`open`."""
         self.path = path
@@ -110,8 +116,8 @@ class Source:
             If the file is missing, incomplete, or not a data file.
         """
         path, reading, memory_bytes = Path(path), Reading() if reading is None else reading, memory_mib << 20
-        with describing.opened(path, reading, memory_bytes) as (file, cache_bytes):
-            description = describing.describe(path, file, memory_bytes, reading, targets == "required")
+        with data_description.opened(path, reading, memory_bytes) as (file, cache_bytes):
+            description = data_description.describe(path, file, memory_bytes, reading, targets == "required")
             source = cls(path, file, description, memory_bytes, reading)
             source._cache_bytes = cache_bytes
             answers = None if description.targets is None else description.targets.stored.dataset

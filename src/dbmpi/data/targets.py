@@ -9,10 +9,11 @@ from typing import Any
 import h5py
 import numpy as np
 
-from dbmpi.data import hdf5, numbering
-from dbmpi.data.numbering import MOST_LABELS, Numbering
+from dbmpi.data import hdf5
+from dbmpi.data import labels as data_labels
+from dbmpi.data.labels import MOST_LABELS, Numbering
 from dbmpi.data.reading import Label, Reading
-from dbmpi.data.stored import Stored
+from dbmpi.data.rows import Stored
 from dbmpi.errors import UserError
 
 _EXPECTED = (
@@ -122,7 +123,7 @@ class Targets:
             if self._one_hot:
                 expected = "one 1 and otherwise 0; for several labels a sample use the loss 'logistic'"
             elif self.labels is not None and self._numbering is not None:
-                expected = f"one of the labels {numbering.some(self.labels)}"
+                expected = f"one of the labels {data_labels.some(self.labels)}"
             else:
                 expected = f"whole numbers from 0 to {self.classes and self.classes - 1}"
             raise UserError(
@@ -175,7 +176,7 @@ class Targets:
         given = self._reading.labels
         self._numbering = Numbering(labels if given is None else given)
         self.labels, self.classes = self._numbering.labels, len(self._numbering.labels)
-        self.note = f"{self.stored.name!r}: {numbering.note(self.labels)}"
+        self.note = f"{self.stored.name!r}: {data_labels.note(self.labels)}"
 
     def _enumerated(self, names: dict[str, int]) -> None:
         """Take the names of an enumeration for labels."""
@@ -186,7 +187,7 @@ class Targets:
         known = [labels.index(name) if name in labels else -1 for name in by_value.values()]
         self._renumbered = np.array([*known, -1], np.int32)
         self.labels, self.classes = tuple(labels), len(labels)
-        self.note = f"{self.stored.name!r}: {numbering.note(self.labels)}"
+        self.note = f"{self.stored.name!r}: {data_labels.note(self.labels)}"
 
     def _count(self) -> None:
         """Count the classes of integers that no attribute says anything of."""
@@ -211,7 +212,7 @@ class Targets:
         else:
             distinct = [*self._distinct()]
             try:
-                labels = numbering.numbered(distinct)
+                labels = data_labels.numbered(distinct)
             except ValueError:
                 self.classes = max(most + 1, 1)
                 return  # the scan will name it

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from dbmpi.data.reading import Reading
-from dbmpi.data.stored import Stored
+from dbmpi.data.rows import Stored
 from dbmpi.data.targets import Targets
 from dbmpi.errors import UserError
 

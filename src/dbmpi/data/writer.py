@@ -14,11 +14,12 @@ import h5py
 import numpy as np
 
 from dbmpi import __version__
-from dbmpi.data import hdf5, numbering
-from dbmpi.data.declared import INPUT_NAMES, TARGET_NAMES
+from dbmpi.checkpoint.new_file import NewFile
+from dbmpi.data import hdf5
+from dbmpi.data import labels as data_labels
+from dbmpi.data.attributes import INPUT_NAMES, TARGET_NAMES
 from dbmpi.data.reading import Label
 from dbmpi.errors import UserError
-from dbmpi.newfile import NewFile
 
 CHUNK_BYTES = 256 << 10
 """Chunk of the inputs: large enough to read a file quickly from its beginning to its end."""
@@ -79,7 +80,7 @@ class Written:
         size = self.shape.target_size
         targets = f"{self.shape.classes} classes" if size is None else f"{size} value{'s' * (size > 1)} a sample"
         if self.labels is not None:
-            targets += f" (labels {numbering.some(self.labels)})"
+            targets += f" (labels {data_labels.some(self.labels)})"
         features = " x ".join(str(length) for length in self.shape.inputs)
         return (
             f"{self.path}: {self.samples} samples of {features} ({kind}), {targets}, {self.file_bytes / 2**20:.1f} MiB"
@@ -253,20 +254,20 @@ class Writer:
         with self._writing():
             for start in range(0, self.samples, hdf5.BLOCK_BYTES // 4):
                 distinct.update(np.unique(self._targets[start : start + hdf5.BLOCK_BYTES // 4]).tolist())
-        if len(distinct) > numbering.MOST_LABELS:
+        if len(distinct) > data_labels.MOST_LABELS:
             raise UserError(
                 f"{self.origin.targets}: holds {len(distinct)} different labels from {min(distinct)}; expected "
                 f"classes; number them from 0"
             )
         try:
-            labels = numbering.numbered(sorted(distinct))
+            labels = data_labels.numbered(sorted(distinct))
         except ValueError:
             raise UserError(
                 f"{self.origin.targets}: {self._negative}: the label -1 is not a class; expected whole numbers from 0; "
                 f"if it marks samples without a label, leave them out"
             ) from None
         if labels is not None:
-            self._renumber(numbering.Numbering(labels).codes)
+            self._renumber(data_labels.Numbering(labels).codes)
             self._record(labels)
             self._largest_label = len(labels) - 1
 

@@ -29,7 +29,7 @@ from typing import Any, Generic, ParamSpec, Protocol, TypeVar, cast
 import numba
 import numpy as np
 
-from dbmpi.runtime import threads
+from dbmpi.machine import threads
 
 P = ParamSpec("P")
 R_co = TypeVar("R_co", covariant=True)

@@ -15,9 +15,9 @@ from dbmpi.kernels.activations import ACTIVATIONS
 from dbmpi.kernels.compile import THREADS, Kernel, parallel_kernel
 from dbmpi.kernels.fields import Blocks, bands_of, contiguous, field_of, flat, piece_of
 from dbmpi.kernels.filters import Filters
-from dbmpi.kernels.vector import REGISTERS, lanes
-from dbmpi.kernels.vector_lanes import multiply_along_rows
-from dbmpi.kernels.vector_rows import add_to_rows, multiply_rows
+from dbmpi.kernels.llvm.lanes import multiply_along_rows
+from dbmpi.kernels.llvm.rows import add_to_rows, multiply_rows
+from dbmpi.kernels.llvm.writer import REGISTERS, lanes
 
 BANDS = 16
 """Most bands of rows whose sums for the weights are kept apart until the end, whatever the number of threads."""

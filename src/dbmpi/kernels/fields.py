@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dbmpi.kernels.compile import inlined
-from dbmpi.kernels.vector import REGISTERS, lanes
+from dbmpi.kernels.llvm.writer import REGISTERS, lanes
 
 DEPTH = 384
 """Most rows of a field that are multiplied in one go: with two vectors each they fit into the first cache."""

@@ -25,9 +25,9 @@ from numba import prange
 from dbmpi.kernels.compile import Kernel, inlined, parallel_kernel
 from dbmpi.kernels.elementary import sigmoid, tanh
 from dbmpi.kernels.fields import Blocks, field_of, flat, piece_of
+from dbmpi.kernels.llvm.rows import multiply_rows, prefetch
+from dbmpi.kernels.llvm.writer import lanes
 from dbmpi.kernels.memory import rows_of
-from dbmpi.kernels.vector import lanes
-from dbmpi.kernels.vector_rows import multiply_rows, prefetch
 
 CODES = {"linear": 0, "sigmoid": 1, "tanh": 2, "relu": 3}
 """How kernels know the activations."""

@@ -15,10 +15,10 @@ from numba import prange
 from dbmpi.kernels.compile import THREADS, Kernel, inlined, parallel_kernel
 from dbmpi.kernels.fields import BY_ROWS, MAPS, Blocks, bands_of, contiguous, field_of, flat
 from dbmpi.kernels.filters import CODES, LINEAR, RELU, SIGMOID, TANH, Filters
+from dbmpi.kernels.llvm.lanes import sum_along_rows, transpose_block
+from dbmpi.kernels.llvm.rows import add_maps_to_rows, multiply_rows, prefetch
+from dbmpi.kernels.llvm.writer import REGISTERS, lanes
 from dbmpi.kernels.memory import rows_of
-from dbmpi.kernels.vector import REGISTERS, lanes
-from dbmpi.kernels.vector_lanes import sum_along_rows, transpose_block
-from dbmpi.kernels.vector_rows import add_maps_to_rows, multiply_rows, prefetch
 
 ROWS, ROWS_OF_FEW_MAPS = 6, 8 if REGISTERS == 32 else 6
 """Most rows of a field in a block whose sums stay in registers while the maps are added: found by trying.

@@ -27,8 +27,8 @@ import numpy as np
 from numba import prange
 
 from dbmpi.kernels.compile import Kernel, exact_parallel_kernel, kernel
-from dbmpi.kernels.vector import REGISTERS
-from dbmpi.kernels.vector_streams import LANES, add_products
+from dbmpi.kernels.llvm.streams import LANES, add_products
+from dbmpi.kernels.llvm.writer import REGISTERS
 from dbmpi.kernels.vectors import addresses
 
 Pair = tuple[int, int]

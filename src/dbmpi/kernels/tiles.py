@@ -17,9 +17,9 @@ import numpy as np
 from numba import prange
 
 from dbmpi.kernels.compile import THREADS, Kernel, inlined, parallel_kernel
+from dbmpi.kernels.llvm.tiles import SHAPES, multiply_tile
+from dbmpi.kernels.llvm.writer import lanes
 from dbmpi.kernels.memory import aligned_empty
-from dbmpi.kernels.vector import lanes
-from dbmpi.kernels.vector_tiles import SHAPES, multiply_tile
 
 DEPTH = 128
 """Products summed in registers before a tile is added to `out`: a panel of this depth fits into the first cache."""

@@ -13,7 +13,7 @@ import numpy as np
 from numba import prange
 
 from dbmpi.kernels.compile import exact_parallel_kernel, kernel
-from dbmpi.kernels.vector_streams import add_multiples
+from dbmpi.kernels.llvm.streams import add_multiples
 
 BLOCK = 1 << 14
 """Elements that a thread takes at a time, of every vector: their total stays in a cache."""
@@ -22,7 +22,7 @@ GROUP = 7
 
 
 def addresses(vectors: Sequence[np.ndarray]) -> np.ndarray:
-    """Return where the vectors lie in memory, as int64, for :mod:`dbmpi.kernels.vector_streams`.
+    """Return where the vectors lie in memory, as int64, for :mod:`dbmpi.kernels.llvm.streams`.
 
     A kernel that takes its vectors as arguments is compiled anew for every number of them; and a list of arrays costs
     more to hand over than many a kernel takes to run.  Whoever passes addresses keeps the arrays alive, and answers

@@ -10,12 +10,12 @@ from typing import ClassVar
 import numpy as np
 
 from dbmpi import config
+from dbmpi.index.boxes import Box
+from dbmpi.index.layout import Tensor
 from dbmpi.kernels.activations import ACTIVATIONS
 from dbmpi.kernels.matmul import product
 from dbmpi.network.initial import fill_uniform, weight_deviation
 from dbmpi.network.layer import Arrays, Context
-from dbmpi.paramserver.layout import Tensor
-from dbmpi.partition.boxes import Box
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ import numpy as np
 
 from dbmpi import config
 from dbmpi.errors import UserError
+from dbmpi.index.boxes import Box
 from dbmpi.kernels.dropout import drop
 from dbmpi.network.layer import Arrays, Context, Parameterless
-from dbmpi.partition.boxes import Box
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,12 @@ from typing import ClassVar, Self
 import numpy as np
 
 from dbmpi import config
+from dbmpi.index.boxes import Box
+from dbmpi.index.layout import Tensor
 from dbmpi.kernels.filters import Filters
 from dbmpi.network import windows
 from dbmpi.network.initial import fill_uniform, weight_deviation
 from dbmpi.network.layer import Arrays, Context
-from dbmpi.paramserver.layout import Tensor
-from dbmpi.partition.boxes import Box
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from dbmpi.paramserver.layout import Tensor
-from dbmpi.partition.boxes import Box
+from dbmpi.index.boxes import Box
+from dbmpi.index.layout import Tensor
 
 Arrays = Mapping[str, np.ndarray]
 """A layer's tensors by their short names, e.g. ``weights`` and ``bias``: the boxes that an output box needs."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from dbmpi.index.boxes import Box
 from dbmpi.kernels.filters import Filters
 from dbmpi.kernels.local import Untied
 from dbmpi.network.field import FieldLayer
-from dbmpi.partition.boxes import Box
 
 
 @dataclass(frozen=True)

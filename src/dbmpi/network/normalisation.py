@@ -10,11 +10,11 @@ from typing import ClassVar
 import numpy as np
 
 from dbmpi import config
+from dbmpi.index.boxes import Box
 from dbmpi.kernels import normalisation as kernels
 from dbmpi.kernels.memory import rows_of
 from dbmpi.network.layer import Arrays, Context, Parameterless
 from dbmpi.network.windows import check_maps
-from dbmpi.partition.boxes import Box
 
 WIDTH = 0.25
 """Standard deviation of the Gaussian window as a part of its size; the papers give none, Torch took a quarter."""

@@ -23,8 +23,8 @@ from typing import Any
 
 from dbmpi import config
 from dbmpi.errors import UserError
+from dbmpi.index.layout import Tensor
 from dbmpi.network.layer import Layer
-from dbmpi.paramserver.layout import Tensor
 
 Loader = Callable[[str, str], Any]
 """Returns what ``module:Class``, the first argument, names; the second is the layer's name, for messages."""

@@ -9,11 +9,11 @@ from typing import ClassVar
 import numpy as np
 
 from dbmpi import config
+from dbmpi.index.boxes import Box
 from dbmpi.kernels import pooling
 from dbmpi.kernels.memory import rows_of
 from dbmpi.network import windows
 from dbmpi.network.layer import Arrays, Context, Parameterless
-from dbmpi.partition.boxes import Box
 
 EPSILON = 1e-8
 """Added to the sum of squares in L2 pooling, so that the root has a derivative where all inputs are zero."""

@@ -7,7 +7,7 @@ and of columns, from one window to the next.
 from __future__ import annotations
 
 from dbmpi.errors import UserError
-from dbmpi.partition.boxes import Box
+from dbmpi.index.boxes import Box
 
 
 def check_maps(layer: str, what: str, input_shape: tuple[int, ...]) -> None:

@@ -11,12 +11,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dbmpi.index.layout import Run, pieces
+from dbmpi.mpi import waiting
+from dbmpi.mpi.window import Window
 from dbmpi.objective import Outcome
-from dbmpi.paramserver.layout import Run, pieces
 from dbmpi.paramserver.memory import Memory
 from dbmpi.paramserver.server import LAST, MORE, REPORT, Header
-from dbmpi.paramserver.window import Window
-from dbmpi.runtime import waiting
 
 LEAD = 0
 """The shard that keeps the run's order."""

@@ -12,7 +12,7 @@ from bisect import bisect_left
 from dataclasses import dataclass
 
 from dbmpi.errors import UserError
-from dbmpi.paramserver.layout import Layout
+from dbmpi.index.layout import Layout
 
 _WORD = 8
 _LINE = 64

@@ -14,10 +14,10 @@ from typing import NamedTuple
 import numpy as np
 
 from dbmpi.monitor.records import StalenessHistogram
+from dbmpi.mpi.window import Window
 from dbmpi.objective import Outcome
 from dbmpi.paramserver.memory import HEADER_WORDS, Memory
 from dbmpi.paramserver.rules import Rule, State
-from dbmpi.paramserver.window import Window
 
 MORE, LAST, REPORT = 0, 1, 2
 _LONGEST_TRANSFER = 10.0

@@ -10,18 +10,18 @@ from mpi4py import MPI
 
 from dbmpi.config import ServerSection
 from dbmpi.errors import UserError
-from dbmpi.paramserver import window as windows
+from dbmpi.index.layout import Run
+from dbmpi.mpi import window as windows
+from dbmpi.mpi.collective import Collective
+from dbmpi.mpi.transport import transport_between
+from dbmpi.mpi.window import Window
 from dbmpi.paramserver.client import Client
-from dbmpi.paramserver.layout import Run
 from dbmpi.paramserver.memory import Memory, chunk_elements, lines
-from dbmpi.paramserver.probe import transport_between
 from dbmpi.paramserver.rules import Rule
 from dbmpi.paramserver.server import Server
-from dbmpi.paramserver.window import Window
-from dbmpi.runtime.collective import Collective
 
 if TYPE_CHECKING:
-    from dbmpi.topology import Plan
+    from dbmpi.mpi.topology import Plan
 
 
 class Store(Collective):

@@ -8,10 +8,10 @@ from typing import Literal
 
 import numpy as np
 
-from dbmpi.data import numbering
-from dbmpi.data.importers.csvtable import Header, Table, find_table
+from dbmpi.data import labels as data_labels
+from dbmpi.data.importers.csv_table import Header, Table, find_table
 from dbmpi.data.importers.reading import InputFile, Lines, Progress, line_blocks, no_progress
-from dbmpi.data.numbering import MOST_LABELS, Numbering
+from dbmpi.data.labels import MOST_LABELS, Numbering
 from dbmpi.data.source import Source
 from dbmpi.data.writer import LARGEST_SAMPLE_BYTES, Origin, Shape, Writer, Written, check_writable
 from dbmpi.errors import UserError
@@ -132,7 +132,7 @@ class _Labels:
             self.classes, labels = source.classes, source.labels
             if table.text != isinstance((labels or (0,))[0], str):
                 raise UserError(
-                    f"{like}: its labels are {numbering.some(labels or range(source.classes))}, but those of "
+                    f"{like}: its labels are {data_labels.some(labels or range(source.classes))}, but those of "
                     f"{table.path} are {'text' if table.text else 'numbers'}; expected labels of one kind"
                 )
             if labels is not None:
@@ -146,7 +146,7 @@ class _Labels:
                 row = int(np.flatnonzero(codes < 0)[0])
                 raise UserError(
                     f"{self._table.path}: line {lines.numbers[row]}: the label {labels[row]} does not occur in "
-                    f"{self._like}; expected {numbering.some(self._given.labels)}"
+                    f"{self._like}; expected {data_labels.some(self._given.labels)}"
                 )
             return codes
         if not self._table.text:
@@ -157,7 +157,7 @@ class _Labels:
             row = int(np.flatnonzero(codes >= most)[0])
             raise UserError(
                 f"{self._table.path}: line {lines.numbers[row]}: the label {labels[row]!r} is one more than {most} "
-                f"classes; the others are {numbering.some([*self._codes])}"
+                f"classes; the others are {data_labels.some([*self._codes])}"
             )
         return codes
 
@@ -170,7 +170,7 @@ class _Labels:
             if self._asked is not None and len(ordered) < self._asked:
                 raise UserError(
                     f"{self._table.path}: --classes {self._asked} was given, but there are {len(ordered)} labels: "
-                    f"{numbering.some(ordered)}; leave --classes out, or say --like TRAIN.h5 for a test file"
+                    f"{data_labels.some(ordered)}; leave --classes out, or say --like TRAIN.h5 for a test file"
                 )
             codes = np.empty(len(ordered), np.int32)
             for code, label in enumerate(ordered):

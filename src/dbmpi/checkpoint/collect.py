@@ -1,0 +1,147 @@
+"""How the shards' vectors come into one checkpoint: the lead collects them piece by piece, and writes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dbmpi.checkpoint import run_lock
+from dbmpi.checkpoint.retention import kept
+from dbmpi.checkpoint.schema import CheckpointInfo
+from dbmpi.checkpoint.writer import CheckpointWriter
+from dbmpi.errors import DiskFailed, RunFailed
+from dbmpi.mpi import waiting
+from dbmpi.replica.arrangement import Arrangement
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+_DATA = 3
+"""Tag of the vectors' pieces."""
+_PIECE = 1 << 22
+"""Elements of a vector that are sent at once."""
+_LEAD_RANK = 0
+
+
+def save(
+    comm: MPI.Intracomm,
+    shard_ranks: Sequence[int],
+    path: Path,
+    arrangement: Arrangement,
+    vectors: Mapping[str, np.ndarray],
+    version: int,
+    describe: Callable[[tuple[int, ...]], CheckpointInfo],
+    *,
+    keep: int,
+    check: Callable[[str, np.ndarray], None],
+    alive: Callable[[], None] = lambda: None,
+) -> Path:
+    """Write a checkpoint on the lead, while all other shards call :func:`hand_over`; return its path.
+
+    Parameters
+    ----------
+    arrangement
+        In which order the shards hold the vectors; the checkpoint has that of the layout.
+    vectors, version
+        The lead's own part, and its version.
+    describe
+        Makes the description from the versions of all shards.
+    check
+        Called with the name and each piece of a vector before it is written; raises where it is not to be kept.
+    alive
+        Called now and then.
+
+    Raises
+    ------
+    RunFailed
+        If another run has taken the directory over.
+    DiskFailed
+        If the file cannot be written; what the other shards hand over is then received all the same.
+    """
+    versions = [version] * len(shard_ranks)
+    dtype, ranges = vectors["parameters"].dtype, arrangement.ranges
+    failure: DiskFailed | None = None
+    with ExitStack() as stack:
+        try:
+            writer = stack.enter_context(CheckpointWriter(path, arrangement.layout, tuple(vectors), dtype))
+        except DiskFailed as error:
+            failure = error
+
+        def write(name: str, held: range, values: np.ndarray) -> None:
+            nonlocal failure
+            check(name, values)
+            try:
+                for start, local, length in arrangement.pieces(held) if failure is None else ():
+                    writer.write(name, start, values[local : local + length])
+            except DiskFailed as error:
+                failure = error
+            alive()
+
+        for name, values in vectors.items():
+            write(name, ranges[0], values)
+        for other, rank in enumerate(shard_ranks[1:], 1):
+            versions[other], pieces = collect(comm, rank, ranges[other], tuple(vectors), dtype)
+            for name, start, values in pieces:
+                write(name, range(start, start + len(values)), values)
+        if failure is not None:
+            raise failure
+        run_lock.confirm(path.parent.parent)
+        return writer.commit(describe(tuple(versions)), keep)
+
+
+def hand_over(comm: MPI.Intracomm, version: int, vectors: Iterable[np.ndarray]) -> None:
+    """Send a shard's version and its part of the vectors to the lead, piece by piece."""
+    word = np.array([version], np.int64)
+    waiting.complete(comm.Isend(word, _LEAD_RANK, _DATA), "the lead to take a checkpoint")
+    for vector in vectors:
+        for start in range(0, vector.size, _PIECE):
+            piece = vector[start : start + _PIECE]
+            waiting.complete(comm.Isend(piece, _LEAD_RANK, _DATA), "the lead to take a checkpoint")
+
+
+def collect(
+    comm: MPI.Intracomm, rank: int, held: range, names: tuple[str, ...], dtype: np.dtype[np.floating]
+) -> tuple[int, Iterator[tuple[str, int, np.ndarray]]]:
+    """Receive what the shard on a rank hands over: its version, and the pieces of its vectors.
+
+    Returns
+    -------
+    version
+        The shard's version.
+    pieces
+        ``(vector, start, values)`` with the start in the shards' order; `values` is only valid until the next
+        piece.
+    """
+    version = np.empty(1, np.int64)
+    waiting.complete(comm.Irecv(version, rank, _DATA), f"the shard on rank {rank} to hand over its vectors")
+
+    def pieces() -> Iterator[tuple[str, int, np.ndarray]]:
+        buffer = np.empty(min(_PIECE, len(held)), dtype)
+        for name in names:
+            for start in range(held.start, held.stop, _PIECE):
+                piece = buffer[: min(_PIECE, held.stop - start)]
+                waiting.complete(comm.Irecv(piece, rank, _DATA), f"{name} of the shard on rank {rank}")
+                yield name, start, piece
+
+    return int(version[0]), pieces()
+
+
+def finite(values: np.ndarray) -> bool:
+    """Return whether all of some float32 are finite: then and only then is their sum in float64; it needs no memory."""
+    return math.isfinite(float(np.sum(values, dtype=np.float64)))
+
+
+def check_finite(directory: Path, name: str, values: np.ndarray) -> None:
+    """Raise RunFailed where a piece of the parameters is not finite: no checkpoint is made of them.
+
+    `directory` is that of the run.
+    """
+    if name == "parameters" and not finite(values):
+        raise RunFailed(
+            f"some parameters are NaN or infinite; no checkpoint is written; {kept(directory / 'checkpoints')}"
+        )

@@ -1,0 +1,192 @@
+"""What a data file holds, and whether a given HDF5 file is one.
+
+The format is two datasets whose first axis is the sample: inputs, and targets that are classes or values.
+``docs/data.md`` describes it for users, with what is understood of other tools' conventions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+
+from dbmpi.data import hdf5
+from dbmpi.data.conventions import meaning
+from dbmpi.data.filters import check_filters
+from dbmpi.data.links import find, holds
+from dbmpi.data.reading import Reading
+from dbmpi.data.rows import Stored
+from dbmpi.data.targets import Targets
+from dbmpi.data.weights import Weights, check_weights
+from dbmpi.errors import UserError
+
+BLOCKS_CACHE = 64 << 20
+"""Chunk cache (bytes) for reading a compressed file from its beginning to its end."""
+_KINDS = {
+    "c": "complex numbers; store the real and the imaginary parts as features of their own",
+    "S": "text; only numbers can be inputs",
+    "O": "text, references, or rows of different lengths; store an array of numbers of one shape for all samples",
+    "V": "a table of columns; store the numbers as one array, e.g. with h5py: "
+    "file['x'] = numpy.stack([table[column] for column in table.dtype.names], axis=1)",
+}
+"""Types that inputs cannot have, and what to do."""
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a data file declares about itself, and its datasets."""
+
+    inputs: Stored
+    targets: Targets | None
+    weights: Weights | None
+    notes: tuple[str, ...]
+    """What was taken for what, where the user may not expect it."""
+
+    @property
+    def samples(self) -> int:
+        """Number of samples."""
+        return self.inputs.samples
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one sample."""
+        return self.inputs.shape[1:]
+
+    @property
+    def features(self) -> int:
+        """Number of inputs of one sample."""
+        return math.prod(self.input_shape)
+
+    @property
+    def target_values(self) -> int:
+        """Numbers of one target."""
+        return 1 if self.targets is None else self.targets.size or 1
+
+    @property
+    def float32_bytes(self) -> int:
+        """Size of all samples as float32."""
+        return self.samples * (self.features + self.target_values) * 4
+
+
+@contextlib.contextmanager
+def opened(path: Path, reading: Reading, memory_bytes: int) -> Iterator[tuple[h5py.File, int]]:
+    """Open a file and give it with the size of its chunk cache; it is closed only after an exception.
+
+    A compressed file has a cache, so that a chunk is not unpacked for every row.
+    """
+    file, cache_bytes = hdf5.open_file(path), 0
+    try:
+        hdf5.check_version(path, file)
+        inputs = find(path, file, reading.inputs, "data.inputs")
+        with hdf5.damage(path, f"dataset {reading.inputs!r}"):
+            compressed, elements = hdf5.compressed(inputs), math.prod(inputs.shape or (0,))
+        if compressed:
+            cache_bytes = BLOCKS_CACHE if elements * 4 <= memory_bytes else memory_bytes // 2
+            file.close()
+            file = hdf5.open_file(path, cache_bytes)
+        yield file, cache_bytes
+    except BaseException:
+        file.close()
+        raise
+
+
+def describe(path: Path, file: h5py.File, memory_bytes: int, reading: Reading, targets_required: bool) -> Description:
+    """Check ranks, types, sizes and attributes of an open data file; of values, only labels and weights are read.
+
+    Raises
+    ------
+    UserError
+        If the file is not a data file, is incomplete, or one sample or chunk would not fit `memory_bytes`.
+    """
+    with hdf5.damage(path, "its structure"):
+        inputs = _inputs(path, file, reading)
+        answers = None
+        if targets_required or holds(path, file, reading.targets):
+            answers = _stored(path, file, reading.targets, "data.targets")
+            _check_lengths(inputs, answers)
+        weighing = None if reading.weights is None else _stored(path, file, reading.weights, "data.weights")
+        _check_size(inputs, answers, memory_bytes)
+        for stored in (inputs, answers, weighing):
+            if stored is not None:
+                check_filters(path, stored.name, stored.dataset)
+                hdf5.check_storage(path, stored.dataset, memory_bytes)
+        targets = None if answers is None else Targets(answers, reading, inputs.samples)
+        if targets is not None and targets.stored.samples != inputs.samples:
+            raise _lengths(inputs, targets.stored)
+        if weighing is not None:
+            check_weights(weighing, inputs.samples)
+        weights = None
+        if weighing is not None or reading.class_weights is not None:
+            weights = Weights(weighing, reading, targets)
+    notes = [note for stored in (inputs, answers) if stored is not None for note in stored.meaning.notes]
+    if targets is not None and targets.note:
+        notes.append(targets.note)
+    return Description(inputs, targets, weights, tuple(f"{path}: {note}" for note in notes))
+
+
+def _stored(path: Path, file: h5py.File, name: str, setting: str) -> Stored:
+    dataset = find(path, file, name, setting)
+    if not dataset.shape:
+        raise UserError(
+            f"{path}: dataset {name!r} has shape {dataset.shape}; expected one value or row for each sample"
+        )
+    return Stored(path, dataset, name, meaning(path, name, dataset))
+
+
+def _inputs(path: Path, file: h5py.File, reading: Reading) -> Stored:
+    name = reading.inputs
+    dataset = find(path, file, name, "data.inputs")
+    kind = dataset.dtype
+    if kind.kind not in "iufb":
+        why = _KINDS.get(kind.kind, "of a type that holds no numbers")
+        if kind.subdtype is not None:
+            why = f"arrays in each element; store them as axes, e.g. with h5py: file['x'] = file[{name!r}][...]"
+        raise UserError(f"{path}: dataset {name!r} is {str(kind)[:80]}; expected numbers, but these are {why}")
+    if dataset.shape is None or dataset.ndim < 2:
+        hint = ", e.g. reshape(-1, 1) for samples of one feature" if dataset.shape else ""
+        raise UserError(f"{path}: dataset {name!r} has shape {dataset.shape}; expected (samples, features ...){hint}")
+    if 0 in dataset.shape:
+        raise UserError(f"{path}: dataset {name!r} has shape {dataset.shape}; expected at least one sample and feature")
+    meant = meaning(path, name, dataset, inputs=True)
+    last = reading.channels == "last"
+    return Stored(path, dataset, name, meant, channels_last=last, replacement=reading.missing)
+
+
+def _check_size(inputs: Stored, targets: Stored | None, memory_bytes: int) -> None:
+    features, values = math.prod(inputs.shape[1:]), 1 if targets is None else math.prod(targets.shape[1:])
+    sample_bytes = (features + max(values, 1)) * 4
+    if sample_bytes > memory_bytes:
+        raise UserError(
+            f"{inputs.path}: one sample of shape {inputs.shape[1:]} takes {sample_bytes / 2**20:.0f} MiB, but "
+            f"data.memory_mib allows {memory_bytes / 2**20:.0f}; raise it if this is meant"
+        )
+
+
+def _check_lengths(inputs: Stored, targets: Stored) -> None:
+    """Raise UserError where no axis of the targets has the number of samples."""
+    if inputs.samples not in targets.shape:
+        raise _lengths(inputs, targets)
+
+
+def _lengths(inputs: Stored, targets: Stored) -> UserError:
+    """Return the error for different numbers of samples, with a hint where another axis matches."""
+    text = (
+        f"{inputs.path}: {inputs.name!r} has {inputs.samples} samples, but {targets.name!r} has {targets.samples}; "
+        f"expected the same number"
+    )
+    for stored, samples in ((inputs, targets.samples), (targets, inputs.samples)):
+        if samples > 1 and samples in stored.shape[1:]:
+            axis = stored.shape.index(samples, 1)
+            transposed = f"numpy.moveaxis(x, {axis}, 0)"
+            text += (
+                f".  Axis {axis} of {stored.name!r}, whose shape is {stored.shape}, has {samples}: if that is the "
+                f"sample, store it as the first axis, e.g. {transposed}"
+            )
+            if stored.meaning.reversed_axes:
+                text += f", or in MATLAB permute(x, [{axis + 1} ...])"
+            break
+    return UserError(text)

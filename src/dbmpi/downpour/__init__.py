@@ -1,0 +1,1 @@
+"""Downpour SGD (section 4.1 of the paper)."""

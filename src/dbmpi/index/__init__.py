@@ -1,0 +1,1 @@
+"""Boxes, layouts and what meets what: pure integers, which import nothing of dbmpi."""

@@ -1,0 +1,1 @@
+"""The node, before NumPy and MPI are loaded: threads, BLAS, caches, launchers.  The standard library alone."""

@@ -1,0 +1,266 @@
+"""What a machine offers and where it would trip a run up: one finding after another."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import dbmpi
+from dbmpi.errors import UserError
+from dbmpi.machine import blas, kernel_cache, launcher, mpi_library, threads
+
+_GIB = 2**30
+_SECONDS = 90.0
+"""Limit on each program that is tried; the first import from a network file system may take long."""
+
+_NUMBA = """
+import json, numba
+from importlib import import_module
+layers = []
+for layer, module in (("tbb", "tbbpool"), ("omp", "omppool"), ("workqueue", "workqueue")):
+    try:
+        import_module("numba.np.ufunc." + module)
+    except ImportError:
+        continue
+    layers.append(layer)
+print(json.dumps({"version": numba.__version__, "threads": numba.config.NUMBA_NUM_THREADS, "layers": layers}))
+"""
+_H5PY = """
+import json, h5py, os, tempfile
+with tempfile.TemporaryDirectory() as directory:
+    name = os.path.join(directory, "try.h5")
+    with h5py.File(name, "w") as file:
+        file["x"] = [1.0, 2.0]
+    with h5py.File(name, "r") as file:
+        assert file["x"][1] == 2.0
+print(json.dumps({"version": h5py.__version__, "hdf5": h5py.version.hdf5_version}))
+"""
+_MPI4PY = "import json, mpi4py; print(json.dumps({'version': mpi4py.__version__}))"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at."""
+
+    what: str
+    status: Literal["ok", "note", "broken"]
+    """``note``: works, but there is something to know; ``broken``: a run will fail."""
+    found: str
+    advice: str = ""
+
+
+def diagnose() -> Iterator[Finding]:
+    """Look at one thing after the other; takes some ten seconds in all."""
+    environment = threads.without_prepared(os.environ)
+    yield _python()
+    yield _cores(environment)
+    yield _blas(environment)
+    yield _numba(environment)
+    yield _kernel_cache()
+    yield _h5py(environment)
+    yield _shared_memory()
+    yield from _mpi(environment)
+
+
+def _python() -> Finding:
+    where = Path(dbmpi.__file__).parent
+    return Finding(
+        "Python", "ok", f"{platform.python_version()} ({sys.executable}); dbmpi {dbmpi.__version__} ({where})"
+    )
+
+
+def _cores(environment: Mapping[str, str]) -> Finding:
+    node = threads.this_node(environment)
+    decision = threads.decide(environment, node)
+    quota = threads.cpu_quota()
+    details = [f"{os.cpu_count()} processors in the machine"]
+    if hasattr(os, "sched_getaffinity"):
+        details.append(f"{len(os.sched_getaffinity(0))} for this process")
+    if quota is not None:
+        details.append(f"a quota of {quota:g} cores")
+    text = f"{node.cores} ({', '.join(details)}); {decision.line}"
+    if decision.oversubscribed:
+        return Finding("cores", "note", text, "unset the variables that the warning names: dbmpi fits threads to ranks")
+    given = environment.get("OMP_NUM_THREADS")
+    if given is not None and decision.threads < node.cores // node.ranks:
+        return Finding("cores", "note", text, f"OMP_NUM_THREADS={given} leaves cores unused; unset it if not meant so")
+    return Finding("cores", "ok", text)
+
+
+def _blas(environment: Mapping[str, str]) -> Finding:
+    given = environment.get(blas.VARIABLE, "").strip()
+    measured = blas.measure(blas.processor_flags(), environment)
+    if measured is None:
+        return Finding("NumPy", "broken", "cannot be imported or cannot multiply", "try: python -c 'import numpy'")
+    blas.remember(measured)
+    text = f"{measured.numpy}; {measured.line}"
+    if not given or not measured.openblas:
+        return Finding("NumPy", "ok", text)
+    forced = blas.probe(given, environment)
+    if forced is None:
+        fix = f"unset {blas.VARIABLE}: this processor lacks what its kernels need"
+        return Finding("NumPy", "broken", f"{text}; fails with {blas.VARIABLE}={given}, which is set", fix)
+    speed = float(forced.get("gflops") or 0.0)
+    text += f"; {blas.VARIABLE}={given} is set: {forced.get('core')}, {speed:.0f} GFLOP/s a core"
+    if measured.gflops > blas.GAIN * speed:
+        return Finding(
+            "NumPy", "note", text, f"unset {blas.VARIABLE}: products become {measured.gflops / speed:.1f} x as fast"
+        )
+    return Finding("NumPy", "ok", text)
+
+
+def _numba(environment: Mapping[str, str]) -> Finding:
+    answer = _ask(_NUMBA, environment)
+    if isinstance(answer, str):
+        return Finding("Numba", "broken", answer, "pip install --force-reinstall numba")
+    layer = answer["layers"][0] if answer["layers"] else "none"
+    text = f"{answer['version']}, threading layer {layer}"
+    return Finding("Numba", "ok", text)
+
+
+def _kernel_cache() -> Finding:
+    given = threads.without_prepared(os.environ).get("NUMBA_CACHE_DIR", "").strip()
+    if given and not os.access(_existing(Path(given)), os.W_OK | os.X_OK):
+        return Finding("kernel cache", "note", f"NUMBA_CACHE_DIR={given} cannot be written", "unset NUMBA_CACHE_DIR")
+    place = Path(given) if given else kernel_cache.private_directory("try")
+    if place is None:
+        advice = "set NUMBA_CACHE_DIR to a directory that can be written: kernels are compiled at each start"
+        return Finding("kernel cache", "note", "no directory can be written", advice)
+    if not given:
+        place = place.parent
+    return Finding("kernel cache", "ok", f"{place}, {shutil.disk_usage(_existing(place)).free / _GIB:.1f} GiB free")
+
+
+def _existing(path: Path) -> Path:
+    """Return the path, or the nearest folder above it that exists."""
+    return next((folder for folder in (path, *path.parents) if folder.exists()), Path("/"))
+
+
+def _h5py(environment: Mapping[str, str]) -> Finding:
+    answer = _ask(_H5PY, environment)
+    if isinstance(answer, str):
+        return Finding("h5py", "broken", answer, "pip install --force-reinstall h5py")
+    return Finding("h5py", "ok", f"{answer['version']}, HDF5 {answer['hdf5']}")
+
+
+def _shared_memory() -> Finding:
+    place = "/dev/shm"
+    try:
+        free = shutil.disk_usage(place).free
+    except OSError:
+        return Finding("shared memory", "note", f"no {place}", "ranks of a node exchange data by Put and Get instead")
+    text = f"{place}, {free / _GIB:.1f} GiB free"
+    if free < _GIB:
+        fix = "large models will use Put and Get instead; in a container: docker run --shm-size=8g"
+        return Finding("shared memory", "note", text, fix)
+    return Finding("shared memory", "ok", text)
+
+
+def _mpi(environment: Mapping[str, str]) -> Iterator[Finding]:
+    answer = _ask(_MPI4PY, environment)
+    if isinstance(answer, str):
+        yield Finding("mpi4py", "broken", answer, "pip install --force-reinstall mpi4py")
+        return
+    try:
+        mpi = mpi_library.find_mpi()
+    except UserError as error:
+        yield Finding("MPI", "broken", f"mpi4py {answer['version']}; {error}")
+        return
+    yield Finding("MPI", "ok", f"mpi4py {answer['version']}, {mpi.version} ({mpi.library}), launcher {mpi.mpirun}")
+    yield _two_ranks(mpi, environment)
+    yield from _srun(mpi)
+
+
+def _two_ranks(mpi: mpi_library.Mpi, environment: Mapping[str, str]) -> Finding:
+    """Let two ranks exchange data in the ways that a run does."""
+    what = "two ranks"
+    command = launcher.compose(mpi, 2, ("-m", "dbmpi.mpi.selftest"), environment=environment)
+    advice = f"try by hand: {command}"
+    settings = dict(environment) | dict(command.settings)
+    try:
+        done = _run(list(command.argv), settings)
+    except subprocess.TimeoutExpired:
+        return Finding(what, "broken", f"not done after {_SECONDS:.0f} s", advice)
+    try:
+        answer = json.loads(done.stdout.strip().splitlines()[-1])
+        shared, rma, p2p = answer["shared"], answer["rma"], answer["p2p"]
+        level = answer["thread_level"]
+    except (ValueError, IndexError, KeyError, TypeError):
+        return Finding(what, "broken", f"failed with exit code {done.returncode}: {_last_line(done.stderr)}", advice)
+    if not (shared["correct"] and rma["correct"] and p2p["correct"]):
+        return Finding(what, "broken", "the data that arrived was not what had been sent", advice)
+    way = f"shared memory {shared['put_gb_per_s']:.1f} GB/s" if shared["shared"] else "no shared memory"
+    text = f"start, {way}, Put, Get, flags and messages work; thread level {level}"
+    if level != "multiple":
+        return Finding(what, "note", text, "an MPI with thread level 'multiple' can transfer while it computes")
+    return Finding(what, "ok", text)
+
+
+def _srun(mpi: mpi_library.Mpi) -> Iterator[Finding]:
+    """Say how srun would have to be called, where there is one."""
+    srun = shutil.which("srun")
+    if srun is None:
+        return
+    try:
+        done = _run([srun, "--mpi=list"], os.environ)
+    except subprocess.TimeoutExpired:
+        return
+    if done.returncode != 0:
+        return  # Slurm is installed here, but not set up
+    offered = set((done.stdout + done.stderr).replace(",", " ").split())
+    wanted = "pmix" if mpi.is_open_mpi else "pmi2"
+    if any(word.startswith(wanted) for word in offered):
+        yield Finding("srun", "ok", f"start ranks with srun --mpi={wanted}, or with dbmpi launch")
+    else:
+        text = f"has no {wanted}, which {mpi.version} needs"
+        yield Finding("srun", "note", text, "use dbmpi launch in the allocation instead of srun")
+
+
+def _ask(program: str, environment: Mapping[str, str]) -> dict[str, Any] | str:
+    """Run a program that prints JSON in a Python of its own; return its answer, or what went wrong."""
+    try:
+        done = _run([sys.executable, "-c", program], environment)
+    except subprocess.TimeoutExpired:
+        return f"not loaded after {_SECONDS:.0f} s"
+    try:
+        answer = json.loads(done.stdout)
+    except ValueError:
+        return _last_line(done.stderr) or f"ended with code {done.returncode}"
+    return answer if isinstance(answer, dict) else "no answer"
+
+
+def _run(argv: list[str], environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+    """Run a program with a limit on its time; mpirun is asked to end first, so that it ends its ranks."""
+    process = subprocess.Popen(
+        argv,
+        env=dict(environment),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+    )
+    try:
+        out, err = process.communicate(timeout=_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        try:
+            process.communicate(timeout=10.0)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+        raise
+    return subprocess.CompletedProcess(argv, process.returncode, out, err)
+
+
+def _last_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip(" -\t")]
+    return lines[-1][:300] if lines else ""

@@ -1,0 +1,43 @@
+"""The last moment at which threads, BLAS kernel and caches can be chosen: just before NumPy, Numba or MPI is loaded.
+
+These libraries read the environment once, when they are loaded.  Importing :mod:`dbmpi` puts a finder in front of
+Python's own that does nothing but wait for the first of them, and then has everything prepared.  So every way in comes
+to the same speed: a command, a function of the package, or any of its modules; in whatever order a program imports
+them after dbmpi.  Where NumPy was loaded before dbmpi, it waits for what of dbmpi computes or starts MPI, and what
+is still possible is done then (:mod:`dbmpi.machine.late`).
+
+It imports nothing, as it is loaded with the package itself.
+"""
+
+from __future__ import annotations
+
+import sys
+
+AWAITED = frozenset({"numpy", "numba", "mpi4py", "dbmpi.kernels", "dbmpi.mpi.world"})
+"""Modules before which the process is prepared: the libraries, and what comes to work where they are loaded already."""
+
+
+class _Finder:
+    """Finds no module; sees which one is looked for."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+        """Prepare the process before the first module of `AWAITED` is loaded."""
+        if name in AWAITED:
+            from dbmpi.machine import environment
+
+            environment.prepare()
+
+
+_finder = _Finder()
+
+
+def watch() -> None:
+    """Prepare this process when it is time to; without effect the second time."""
+    if _finder not in sys.meta_path:
+        sys.meta_path.insert(0, _finder)
+
+
+def leave() -> None:
+    """Watch no longer: all is prepared, or nothing here is worth it."""
+    if _finder in sys.meta_path:
+        sys.meta_path.remove(_finder)

@@ -1,0 +1,258 @@
+"""Starting a world of ranks: which mpirun belongs to this Python's MPI, what to tell it, and how to stop it.
+
+An mpirun of another MPI starts N worlds of one rank each, without a word; :func:`check_world` notices that from within.
+
+What the launchers do when a run is to end decides whether it can still write a checkpoint.  Seen with Open MPI 5.0 and
+MPICH 5.0:
+
+==================  =====================================================  ==========================================
+sent to             Open MPI's mpirun                                      MPICH's mpiexec (hydra)
+==================  =====================================================  ==========================================
+SIGINT or SIGTERM   ranks: SIGCONT, 0.25 s later SIGTERM, 0.25 s later     is passed on to the ranks, which may take
+                    SIGKILL; no setting changes that                       their time; a second SIGINT kills them
+SIGUSR1             is passed on to the ranks, which may take their time   the same
+SIGUSR2             is passed on to the ranks, which may take their time   kills mpiexec and with it the ranks
+SIGKILL             the ranks go on without it                             kills the ranks
+==================  =====================================================  ==========================================
+
+So `dbmpi launch` stays as the parent of mpirun, keeps Ctrl-C away from it by a process group of its own, and sends what
+lets the ranks end in peace: SIGUSR2 to the one, SIGTERM to the other.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from dbmpi.errors import DIED, ToldElsewhere, UserError
+from dbmpi.machine import mpi_library, slurm, start_watch, threads
+from dbmpi.machine.endings import UNFINISHED, documented, outlived, read_note
+from dbmpi.machine.mpi_library import Mpi
+from dbmpi.machine.signals import HEEDED
+
+STOP = signal.SIGUSR2
+"""What Open MPI's mpirun passes on to the ranks, which heed it as all of `signals.HEEDED`."""
+
+_FORWARDED = ("COLUMNS", "LD_LIBRARY_PATH", "PYTHONPATH", *threads.VARIABLES)
+"""Variables (and all ``DBMPI_*``) that ranks on other nodes need as well; hydra passes on everything by itself."""
+
+
+_HOST_LOST = (
+    "dbmpi launch: mpirun has ended without an error, but the first rank has not come to its end: mpirun ends all "
+    "ranks when it loses a host\n"
+)
+
+
+@dataclass(frozen=True)
+class Command:
+    """What is to be executed: a command, and variables to be set for it."""
+
+    argv: tuple[str, ...]
+    settings: Mapping[str, str]
+
+    def __str__(self) -> str:
+        settings = [f"{name}={shlex.quote(value)}" for name, value in self.settings.items()]
+        return " ".join([*(["env", *settings] if settings else []), shlex.join(self.argv)])
+
+
+def compose(
+    mpi: Mpi,
+    ranks: int,
+    program: Sequence[str],
+    *,
+    mpi_arguments: Sequence[str] = (),
+    environment: Mapping[str, str],
+    columns: int | None = None,
+    cores: int | None = None,
+    user: int | None = None,
+) -> Command:
+    """Compose the command that runs a program of this Python on `ranks` ranks; executes nothing.
+
+    Parameters
+    ----------
+    program
+        Arguments for Python, e.g. ``("-m", "dbmpi", "train", "CONFIG.toml")``.
+    mpi_arguments
+        The user's own options for mpirun.
+    environment
+        Variables as they are; what the user has set in them stays.
+    columns
+        Width of the terminal, where the output goes to one: the ranks then draw a progress bar through mpirun's pipe.
+    cores
+        Cores of this node, to know whether the ranks are more.
+    user
+        Number of the user, by default the one who runs this; Open MPI wants root (0) to confirm.
+    """
+    # A rank cannot judge by itself: Open MPI gives it a terminal of its own, even if mpirun writes to a file.
+    settings = {"DBMPI_PROGRESS": "lines"}
+    if columns is not None:
+        settings = {"DBMPI_PROGRESS": "bar", "COLUMNS": str(columns)}
+    options: list[str] = []
+    if mpi.is_open_mpi:
+        options = ["--oversubscribe"]
+        if not any(word.startswith(("--bind-to", "-bind-to")) or "PE=" in word.upper() for word in mpi_arguments):
+            options += ["--bind-to", "none"]  # it may be said only once, and PE=N says it too
+        if columns is not None and not mpi.version.startswith("Open MPI v4."):  # which does not know it
+            options += ["--stream-buffering", "0"]  # else mpirun holds back the bar, a line without an end
+        if (os.getuid() if user is None else user) == 0:
+            settings |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+        settings |= mpi_library.openmpi_settings()
+        if cores is not None and ranks > cores:
+            settings["OMPI_MCA_mpi_yield_when_idle"] = "1"
+    settings = {name: value for name, value in settings.items() if name == "COLUMNS" or name not in environment}
+    if mpi.is_open_mpi:
+        names = [name for name in (*environment, *settings) if name.startswith("DBMPI_") or name in _FORWARDED]
+        options += [word for name in sorted(set(names)) for word in ("-x", name)]
+    return Command((mpi.mpirun, *options, "-n", str(ranks), *mpi_arguments, sys.executable, *program), settings)
+
+
+def run(mpi: Mpi, command: Command, died: Callable[[Path | None], object] = lambda directory: None) -> int:
+    """Run a command that :func:`compose` made until it ends, and return its exit code as docs/running.md has them.
+
+    The signals of `signals.HEEDED` ask the ranks to end with a checkpoint; a Ctrl-C after that ends them at once.  What
+    is ignored already, as SIGHUP is under nohup, stays ignored.
+
+    Parameters
+    ----------
+    died
+        Called where a rank's death has ended the job, with the directory of its run, as far as is known.
+    """
+    end, kill = (STOP, signal.SIGTERM) if mpi.is_open_mpi else (signal.SIGTERM, signal.SIGKILL)
+    asked: list[int] = []
+    killed = False
+    child: subprocess.Popen[bytes] | None = None
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal killed
+        asked.append(number)
+        if len(asked) == 1:
+            os.write(2, b"dbmpi launch: asked the ranks to end with a checkpoint; Ctrl-C ends them at once\n")
+        elif number == signal.SIGINT:
+            killed = True
+        if child is not None and (killed or len(asked) == 1):
+            child.send_signal(kill if killed else end)
+
+    ours = "dbmpi" in command.argv  # another program may end with any code
+    environment = threads.without_prepared(os.environ) | dict(command.settings)
+    sessions = tempfile.TemporaryDirectory(prefix="dbmpi-session-", ignore_cleanup_errors=True)
+    if mpi.is_open_mpi:
+        # Open MPI names the place of a session after mpirun's process id, and cannot start where one of the same id was
+        # killed, perhaps long ago, before it could tidy up.
+        environment.setdefault("PRTE_MCA_prte_tmpdir_base", sessions.name)
+    note = Path(sessions.name, "unfinished")
+    environment[UNFINISHED] = str(note)
+    heeded = [number for number in HEEDED if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, stop) for number in heeded}
+    try:
+        child = subprocess.Popen(
+            command.argv,
+            env=environment,
+            stdin=subprocess.DEVNULL,  # mpirun is not in the terminal's foreground group: reading would stop it
+            process_group=0,
+            preexec_fn=_sent_with_our_death(kill),  # noqa: PLW1509 - no threads here
+        )
+        if asked:
+            child.send_signal(kill if killed else end)
+        tolerant = outlived(environment) or any(word.startswith("--with-ft") for word in command.argv)
+        code = start_watch.wait(child, note) if tolerant and ours else child.wait()
+        unfinished, directory = read_note(note)
+    except OSError as error:
+        raise UserError(f"{command.argv[0]}: cannot be executed: {error}") from None
+    finally:
+        sessions.cleanup()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    code = 128 - code if code < 0 else code
+    # The ranks know of the stop by the signal that reached them; our caller, by the one that was sent to us.  Ranks
+    # that were not ready to end in peace have died of it; hydra then gives the bare number of the signal.
+    if asked and (killed or code in (end, 128 + end)):
+        return 128 + asked[0]
+    if code == 0 and unfinished:
+        sys.stderr.write(_HOST_LOST)
+    code = documented(code, bare=ours and not mpi.is_open_mpi, unfinished=unfinished)
+    if code == DIED:
+        died(directory)
+    return code
+
+
+def check_world(size: int, environment: Mapping[str, str] | None = None, *, library: str | None = None) -> None:
+    """Refuse to go on if several ranks were started but each became a world of its own.
+
+    Parameters
+    ----------
+    size
+        Number of ranks of the world.
+    environment
+        By default that of this process.
+    library
+        What MPI says of itself, for the message; by default that of this process.
+
+    Raises
+    ------
+    UserError
+        With the fix; on ranks other than the first as `ToldElsewhere`.  ``DBMPI_ALONE=1`` says that it is meant so.
+    """
+    environment = os.environ if environment is None else environment
+    if size > 1 or environment.get("DBMPI_ALONE", "") not in ("", "0"):
+        return
+    meant, by, rank = launched(environment)
+    if meant <= 1:
+        return
+    if rank > 0:
+        raise ToldElsewhere("the first rank reports that every rank is a world of its own")
+    library = _library_version() if library is None else library
+    if by == "srun":
+        kind = {"openmpi": "pmix", "hydra": "pmi2"}.get(mpi_library.protocol(library), "pmix")
+        fix = f"try srun --mpi={kind} (srun --mpi=list shows what there is), or dbmpi launch in place of srun"
+    else:
+        fix = f"use the launcher of the same MPI: dbmpi launch -n {meant} -- train CONFIG.toml"
+    raise UserError(
+        f"{by} started {meant} ranks, but each of them is a world of its own"
+        f"{f' under {library}' if library else ''}: {fix}; if that is meant, set DBMPI_ALONE=1"
+    )
+
+
+def launched(environment: Mapping[str, str]) -> tuple[int, str, int]:
+    """Return how many ranks a launcher says it started, the launcher's name, and which one this is.
+
+    Without a launcher ``(1, "", 0)``.  The innermost launcher counts, as mpirun's and hydra's daemons may be tasks of
+    Slurm themselves.
+    """
+    found = [
+        ("OMPI_COMM_WORLD_SIZE", "mpirun of Open MPI", "OMPI_COMM_WORLD_RANK"),
+        ("MV2_COMM_WORLD_SIZE", "mpirun of MVAPICH", "MV2_COMM_WORLD_RANK"),
+    ]
+    if "MPI_LOCALNRANKS" in environment or not slurm.inside_step(environment):
+        found.append(("PMI_SIZE", "mpiexec of MPICH's kind", "PMI_RANK"))
+    for size, name, rank in found:
+        if environment.get(size, "").isdecimal():
+            return int(environment[size]), name, _integer(environment.get(rank))
+    tasks = slurm.tasks(environment)
+    return (1, "", 0) if tasks is None else (tasks, "srun", _integer(environment.get("SLURM_PROCID")))
+
+
+def _integer(text: str | None) -> int:
+    return int(text) if text is not None and text.isdecimal() else 0
+
+
+def _library_version() -> str:
+    module = sys.modules.get("mpi4py.MPI")
+    return "" if module is None else mpi_library.first_line(str(module.Get_library_version()))
+
+
+def _sent_with_our_death(number: signal.Signals) -> Callable[[], object] | None:
+    """Return what a child calls before it executes, so that even SIGKILL for us does not leave ranks behind."""
+    try:
+        prctl = ctypes.CDLL(None).prctl
+    except (OSError, AttributeError):
+        return None  # not Linux
+    return lambda: prctl(1, int(number))  # PR_SET_PDEATHSIG

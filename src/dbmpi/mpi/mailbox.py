@@ -1,0 +1,103 @@
+"""Small orders between ranks, as messages of a kind and a few integers.
+
+A rank has two mailboxes: one for its role as a shard, one for its role as a worker.  Receiving never waits; what is
+sent is kept until it has left.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from enum import IntEnum
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from dbmpi.mpi import failures, waiting
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+_WORDS = 8
+
+
+class Role(IntEnum):
+    """Whom a message is for; its number is the message's tag."""
+
+    SHARD = 1
+    WORKER = 2
+
+
+class Kind(IntEnum):
+    """What a message says."""
+
+    PAUSE = 1
+    """Lead to worker: come to rest before the next step and say PAUSED."""
+    GO = 2
+    """Lead to worker: go on after a pause."""
+    STOP = 3
+    """Lead to worker: take no further step and say FINISHED."""
+    END = 4
+    """Lead to everybody: training is over."""
+    CHECKPOINT = 5
+    """Lead to shard: send me your vectors."""
+    PAUSED = 6
+    """Worker to lead: at rest; how many of my batches are learned."""
+    FINISHED = 7
+    """Worker to lead: my last step is taken and applied; how many of my batches are learned."""
+    WARM = 8
+    """Worker to lead: the warmstart is over, release the others."""
+    STOP_ASKED = 9
+    """Anybody to lead: a signal asks for the end."""
+    RELEASE = 10
+    """Lead to worker: the warmstart is over, begin."""
+    EVALUATION = 11
+    """Worker to lead: batches of the stream passed, samples tested, correct, and the bits of the loss."""
+    ALIVE = 12
+    """Worker to lead: at work, though nothing is pushed.  Lead to everybody: the run moves, keep waiting."""
+    FAILED = 13
+    """Worker to lead: I cannot take another step; how many of my batches are learned.  Then as after a STOP_ASKED."""
+
+
+class Message(NamedTuple):
+    """A message as it arrived."""
+
+    kind: Kind
+    source: int
+    values: tuple[int, ...]
+
+
+class Mailbox:
+    """One role's messages on a communicator of dbmpi's own."""
+
+    def __init__(self, comm: MPI.Intracomm, role: Role) -> None:
+        self._comm = comm
+        self._role = role
+        self._leaving: deque[tuple[MPI.Request, np.ndarray]] = deque()
+
+    def send(self, rank: int, role: Role, kind: Kind, *values: int) -> None:
+        """Send a message; returns at once."""
+        words = np.zeros(_WORDS, np.int64)
+        words[: 1 + len(values)] = (kind, *values)
+        # Two looks for each message: the list gets shorter, and an order to everybody does not look at all for each.
+        for _ in range(min(2, len(self._leaving))):
+            earlier = self._leaving.popleft()
+            if not earlier[0].Test():
+                self._leaving.append(earlier)
+        self._leaving.append((self._comm.Isend(words, rank, role), words))
+
+    def receive(self) -> Message | None:
+        """Return the next message for this role, if one has arrived."""
+        from mpi4py import MPI
+
+        status = MPI.Status()
+        if not failures.probe(self._comm, self._role, status):
+            return None
+        words = np.empty(_WORDS, np.int64)
+        self._comm.Recv(words, status.source, self._role)
+        return Message(Kind(int(words[0])), status.source, tuple(int(word) for word in words[1:]))
+
+    def close(self) -> None:
+        """Wait until everything sent has left."""
+        for request, _ in self._leaving:
+            waiting.complete(request, "a message to leave")
+        self._leaving.clear()

@@ -1,0 +1,203 @@
+"""Which rank plays which role, and the communicators by role.
+
+The plan is pure arithmetic, computable for any world without MPI; the communicators are made from it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from dbmpi.errors import UserError
+from dbmpi.mpi import blocking
+from dbmpi.mpi.collective import Collective
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+    from dbmpi.config import TopologySection
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A world cut by role: `shards` shards, `replicas` replicas of `partitions` workers each.
+
+    Workers are numbered replica by replica: worker ``w`` is partition ``w % partitions`` of replica ``w //
+    partitions``. Shards are spread evenly over the ranks, so that with several nodes no node has all of them.  Shard
+    0 is always on rank 0.
+    """
+
+    shards: int
+    replicas: int
+    partitions: int = 1
+    colocate: bool = False
+
+    @property
+    def workers(self) -> int:
+        """Number of ranks that compute."""
+        return self.replicas * self.partitions
+
+    @property
+    def world(self) -> int:
+        """Number of ranks that the plan needs."""
+        return self.workers if self.colocate else self.workers + self.shards
+
+    @cached_property
+    def shard_ranks(self) -> tuple[int, ...]:
+        """World rank of each shard."""
+        return tuple(shard * self.world // self.shards for shard in range(self.shards))
+
+    @cached_property
+    def worker_ranks(self) -> tuple[int, ...]:
+        """World rank of each worker."""
+        if self.colocate:
+            return tuple(range(self.world))
+        taken = set(self.shard_ranks)
+        return tuple(rank for rank in range(self.world) if rank not in taken)
+
+    def shard_of(self, rank: int) -> int | None:
+        """Return the number of the shard on a rank, if it has one."""
+        return self._shards_at.get(rank)
+
+    def worker_of(self, rank: int) -> int | None:
+        """Return the number of the worker on a rank, if it has one."""
+        return self._workers_at.get(rank)
+
+    @cached_property
+    def _shards_at(self) -> dict[int, int]:
+        return {rank: shard for shard, rank in enumerate(self.shard_ranks)}
+
+    @cached_property
+    def _workers_at(self) -> dict[int, int]:
+        return {rank: worker for worker, rank in enumerate(self.worker_ranks)}
+
+    def __str__(self) -> str:
+        where = "on the workers' ranks" if self.colocate else "on separate ranks"
+        shards, replicas = _count(self.shards, "shard"), _count(self.replicas, "replica")
+        return f"{_count(self.world, 'rank')}: {shards} {where}, {replicas} of {_count(self.partitions, 'partition')}"
+
+
+def plan(section: TopologySection, world: int) -> Plan:
+    """Fit the ``[topology]`` section to a world of `world` ranks.
+
+    A number that is left out follows from the others; ``shards`` and ``partitions`` default to 1 where ``replicas``
+    can follow.  A world of one rank plays all roles.
+
+    Raises
+    ------
+    UserError
+        If the numbers and the world do not fit; the message says which numbers would.
+    """
+    result = _filled_in(section, world)
+    problem = _problem(result, world)
+    if problem:
+        raise UserError(f"{problem}.  {_advice(section, world)}")
+    return result
+
+
+def _filled_in(section: TopologySection, world: int) -> Plan:
+    """Let the numbers that are left out follow from the others; the plan may not fit."""
+    partitions, shards, replicas = section.partitions, section.shards, section.replicas
+    colocate = section.colocate or (world == 1 and (partitions or 1) == (replicas or 1) == 1)
+    if replicas is None:
+        partitions, shards = partitions or 1, shards or 1
+        replicas = max(1, (world - (0 if colocate else shards)) // partitions)
+    elif partitions is None and shards is not None:
+        partitions = max(1, (world - (0 if colocate else shards)) // replicas)
+    elif shards is None:
+        partitions = partitions or 1
+        shards = 1 if colocate else max(1, world - replicas * partitions)
+    assert shards is not None
+    assert partitions is not None
+    return Plan(shards, replicas, partitions, colocate)
+
+
+def _problem(plan: Plan, world: int) -> str:
+    """Say why a plan does not fit a world; empty if it does."""
+    if plan.world != world:
+        return f"the topology does not fit the world: {_count(world, 'rank')} started, but {_sum(plan)}"
+    if plan.colocate and plan.shards > plan.workers:
+        return (
+            f"{_count(plan.shards, 'shard')} cannot be colocated with {_count(plan.workers, 'worker')}: "
+            "at most one shard a rank"
+        )
+    return ""
+
+
+def _advice(section: TopologySection, world: int) -> str:
+    """Say what would fit, changing as little as can be: every way out has been tried."""
+    numbers = range(world, 0, -1)
+    changes: list[dict[str, int | bool]] = [
+        {name: number} for name in ("replicas", "shards", "partitions") for number in numbers
+    ]
+    changes += [{"replicas": number, "partitions": 1} for number in numbers]
+    changes.append({"shards": 1, "replicas": max(world - 1, 1), "partitions": 1, "colocate": world == 1})
+    fits = next(change for change in changes if _fits(section.model_copy(update=change), world))
+    settings = " and ".join(f"topology.{name} = {str(value).lower()}" for name, value in fits.items())
+    # What the numbers add up to, and worlds near this one: a mistyped number of shards must not make a list as long.
+    near = range(1, 2 * world + 64)
+    others = sorted({_filled_in(section, world).world, *near}, key=lambda ranks: abs(ranks - world))
+    ranks = next((other for other in others if _fits(section, other)), None)
+    return f"Set {settings}" if ranks is None else f"Start {_count(ranks, 'rank')}, or set {settings}"
+
+
+def _fits(section: TopologySection, world: int) -> bool:
+    return not _problem(_filled_in(section, world), world)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _sum(plan: Plan) -> str:
+    work = f"{_count(plan.replicas, 'replica')} x {_count(plan.partitions, 'partition')}"
+    shards = "" if plan.colocate else f" + {_count(plan.shards, 'shard')}"
+    return f"{work}{shards} need {plan.world}"
+
+
+class Communicators(Collective):
+    """The communicators of one plan; made and freed by all ranks together.
+
+    Attributes
+    ----------
+    world
+        All ranks, for the library's own messages and windows.
+    shards
+        The shards in order; MPI.COMM_NULL elsewhere.
+    workers
+        The workers in order; MPI.COMM_NULL elsewhere.
+    replica
+        The partitions of this worker's replica in order; MPI.COMM_NULL elsewhere.
+    """
+
+    def __init__(self, comm: MPI.Intracomm, plan: Plan) -> None:
+        from mpi4py import MPI
+
+        if comm.size != plan.world:
+            raise ValueError(f"the plan needs {plan.world} ranks, the communicator has {comm.size}")
+        shard, worker = plan.shard_of(comm.rank), plan.worker_of(comm.rank)
+        none = MPI.UNDEFINED
+        self.world = blocking.duplicate(comm, "all ranks to begin the run")
+        self.shards = blocking.split(
+            comm, none if shard is None else 0, shard or 0, "all ranks to set apart the shards"
+        )
+        self.workers = blocking.split(
+            comm, none if worker is None else 0, worker or 0, "all ranks to set apart the workers"
+        )
+        mine = none if worker is None else worker // plan.partitions
+        self.replica = blocking.split(comm, mine, worker or 0, "all ranks to set apart the replicas")
+
+    def free(self) -> None:
+        """Free the communicators (collective); a second call does nothing."""
+        from mpi4py import MPI
+
+        from dbmpi.mpi import failures
+
+        if self.world != MPI.COMM_NULL and failures.dead(self.world):
+            return  # nobody can do anything together with the dead
+        for name in ("replica", "workers", "shards", "world"):
+            comm = getattr(self, name)
+            if comm != MPI.COMM_NULL:
+                blocking.free(comm)
+                setattr(self, name, MPI.COMM_NULL)

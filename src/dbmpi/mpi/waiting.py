@@ -1,0 +1,186 @@
+"""How a rank waits: it polls, serves whoever it must serve meanwhile, naps, and gives up in the end.
+
+A rank that blocks inside MPI spins and takes a core from a rank that computes; and it cannot notice that a peer is
+gone.  So nothing in dbmpi blocks: collectives are started and tested, flags are looked at, and between two looks the
+rank yields the core, then naps, each time a quarter longer up to `longest`.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dbmpi.errors import RunFailed, UserError
+from dbmpi.mpi import pieces
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+
+def stall_seconds() -> float:
+    """Return how long a wait may last in which nothing moves: 600 s, or what ``DBMPI_STALL_SECONDS`` says.
+
+    Raises
+    ------
+    UserError
+        If the variable holds no positive number.
+    """
+    text = os.environ.get("DBMPI_STALL_SECONDS", "600")
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not seconds > 0:
+        raise UserError(f"DBMPI_STALL_SECONDS={text}: expected a positive number of seconds, e.g. 600")
+    return seconds
+
+
+_in_every_wait: list[Callable[[], bool]] = []
+STALL_SECONDS = stall_seconds()
+"""A wait in which nothing moves for this long ends the run."""
+_LONGEST_LOOK = 1.0
+"""Seconds that count between two looks, at most."""
+_YIELDING = 1e-4
+"""Seconds for which a wait only yields."""
+
+
+class Backoff:
+    """Yields for a tenth of a millisecond, then naps that grow by a quarter from `shortest` to `longest` seconds.
+
+    A nap is then about a fifth of the time since something happened: what comes after T seconds is delayed by T / 5 at
+    most.  (Several in a row matter where an MPI needs the napping rank's help for every step of a transfer.)  With the
+    longest nap of one millisecond, an idle rank looks about 900 times a second, which costs some 1 to 2 % of a core.
+
+    At first it only yields, as even a nap of no length takes Linux some 70 us: partitions of a model wait for each
+    other dozens of times in a step, mostly for less than that.  Once only, as a thread that does so leaves others of
+    its process little of Python's time.
+    """
+
+    def __init__(self, shortest: float = 20e-6, longest: float = 1e-3) -> None:
+        self._shortest = shortest
+        self._longest = longest
+        self._next = 0.0
+        self._yields_until = time.monotonic() + _YIELDING
+
+    def reset(self) -> None:
+        """Make the next nap the shortest one: something happened."""
+        self._next = 0.0
+
+    def nap(self) -> None:
+        """Yield the core, and nap a quarter longer than the last time."""
+        if self._yields_until and time.monotonic() < self._yields_until:
+            os.sched_yield()
+            return
+        self._yields_until = 0.0
+        time.sleep(self._next)
+        self._next = min(max(1.25 * self._next, self._shortest), self._longest)
+
+
+@contextmanager
+def serving(serve: Callable[[], bool]) -> Iterator[None]:
+    """Call `serve` in every wait of this process, whoever waits and for what; it returns whether something goes on.
+
+    For what others may want of this rank at any time, so that two who wait for each other's answers come on.  While
+    something goes on this rank does not nap; a sign of life it is not.  `serve` must not wait.
+    """
+    _in_every_wait.append(serve)
+    try:
+        yield
+    finally:
+        _in_every_wait.remove(serve)
+
+
+def until(
+    condition: Callable[[], bool],
+    what: str | Callable[[], str],
+    *,
+    serve: Callable[[], bool] | None = None,
+    seconds: float | None = None,
+    longest_nap: float = 1e-3,
+) -> None:
+    """Wait until `condition()` holds.
+
+    Parameters
+    ----------
+    condition
+        Asked again and again; must not block.
+    what
+        What is waited for, for the message if it never comes; a function is asked when it is needed.
+    serve
+        Called between two looks; returns whether it did something, which also counts as a sign of life.
+    seconds
+        Give up after this long without a sign of life; by default ``STALL_SECONDS``.
+    longest_nap
+        Upper limit of the naps, in seconds.
+
+    Raises
+    ------
+    RunFailed
+        If nothing moved for `seconds`.
+    """
+    limit = STALL_SECONDS if seconds is None else seconds
+    backoff = Backoff(longest=longest_nap)
+    waited, looked = 0.0, time.monotonic()
+    while not condition():
+        for others in _in_every_wait:
+            if others():
+                backoff.reset()
+        now = time.monotonic()
+        # A process that was suspended, perhaps with the whole job, has not waited all that time.
+        waited, looked = waited + min(now - looked, _LONGEST_LOOK), now
+        if serve is not None and serve():
+            waited = 0.0
+            backoff.reset()
+        elif waited > limit:
+            awaited = what if isinstance(what, str) else what()
+            raise RunFailed(f"stalled: nothing moved for {limit:g} s while waiting for {awaited}")
+        else:
+            backoff.nap()
+
+
+def complete(
+    request: pieces.Operation, what: str, *, serve: Callable[[], bool] | None = None, seconds: float | None = None
+) -> None:
+    """Wait for a non-blocking operation by testing it."""
+    until(request.Test, what, serve=serve, seconds=seconds)
+
+
+def barrier(comm: MPI.Comm, what: str, *, serve: Callable[[], bool] | None = None) -> None:
+    """Wait until every rank of `comm` has come here."""
+    complete(comm.Ibarrier(), what, serve=serve)
+
+
+def allreduce(
+    comm: MPI.Comm,
+    values: np.ndarray,
+    operation: MPI.Op,
+    what: str,
+    *,
+    serve: Callable[[], bool] | None = None,
+    seconds: float | None = None,
+) -> np.ndarray:
+    """Return `values` reduced over all ranks of `comm`; a new array of the same shape and dtype."""
+    result = np.empty_like(values)
+    complete(pieces.iallreduce(comm, values, result, operation), what, serve=serve, seconds=seconds)
+    return result
+
+
+def broadcast(comm: MPI.Comm, values: np.ndarray, root: int, what: str) -> None:
+    """Fill `values` on every rank of `comm` with those of `root`."""
+    complete(pieces.ibcast(comm, values, root), what)
+
+
+def broadcast_text(comm: MPI.Comm, text: str, root: int, what: str) -> str:
+    """Return the text of `root` on every rank of `comm`."""
+    data = np.frombuffer(text.encode(), np.uint8).copy()
+    length = np.array([data.size], np.int64)
+    broadcast(comm, length, root, what)
+    if comm.rank != root:
+        data = np.empty(int(length[0]), np.uint8)
+    broadcast(comm, data, root, what)
+    return data.tobytes().decode()

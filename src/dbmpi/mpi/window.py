@@ -1,0 +1,360 @@
+"""Memory that every rank of a communicator can read and write: the only file that touches ``MPI.Win``.
+
+Between ranks of one node the memory is shared, and a transfer is a plain copy.  Between nodes the same memory is
+reached with Put and Get.  Flags are 64-bit words, written after the data they announce.
+
+The separate and the unified memory models of MPI (MPI 4.1, section 12.4) are both served: who looks at his own memory
+calls :meth:`Window.sync` first, who stores into a neighbour's shared memory calls it between the data and the flag.
+
+Over networks without remote direct memory access an MPI carries out Put, Get and atomics with the help of the target,
+when that enters MPI.  The target may be a worker in the middle of a long gradient, or a shard at a nap; so flags are
+stored without waiting for it, transfers to one rank travel together, and a wait tests for its end.  Where that is too
+slow, :mod:`dbmpi.mpi.transfers` does the same by messages.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from contextlib import suppress
+from functools import partial
+from typing import Literal
+
+import numpy as np
+from mpi4py import MPI
+
+from dbmpi.mpi import blocking, failures, pieces, waiting
+from dbmpi.mpi.collective import Collective
+from dbmpi.mpi.transfers import Messages
+
+_LINE = 64
+"""Bytes of a cache line: regions begin at multiples, so that two ranks' words never share one."""
+
+_NAP = 1e-4
+"""Longest nap, in seconds, of who waits for data from another host: MPI moves them when he looks."""
+_MOST_GETS = 64
+"""Gets of one thread that are on the way at a time."""
+Transport = Literal["rma", "p2p"]
+_OPENING, _CLOSING = "the other ranks to open their windows", "the other ranks to close their windows"
+_HINTS = {"acc_single_intrinsic": "true", "which_accumulate_ops": "replace,no_op,cswap"}
+"""What Open MPI and MPICH, in this order, may rely on to use a network's own atomics; others pass over it."""
+
+
+def aligned(nbytes: int) -> int:
+    """Round up to whole cache lines."""
+    return -(-nbytes // _LINE) * _LINE
+
+
+class Window(Collective):
+    """A piece of memory on each rank of `comm`, open to all of them.
+
+    Use :meth:`allocate`; free with :meth:`free` or as a context manager (both collective).  Where an exception of one
+    rank alone ends the block, nothing is freed: the job is about to end.
+
+    Attributes
+    ----------
+    local
+        This rank's memory, uint8, zero at first.
+    shared
+        Whether ranks of one node reach each other's memory directly.
+    transport
+        How ranks reach memory that they do not share.
+    busy
+        Whether the last :meth:`sync` has seen another rank's transfer under way; only messages tell.
+    """
+
+    def __init__(self, comm: MPI.Intracomm, nbytes: int, shared: bool, transport: Transport) -> None:
+        self._comm = comm
+        # To enter MPI by a probe.  A probe that finds a message does nothing else; here there is never one to find.
+        self._empty = blocking.duplicate(comm, _OPENING)
+        self._node = blocking.on_this_host(comm, _OPENING)
+        self.shared = shared
+        self.busy = False
+        self.transport = transport
+        self._memory: MPI.Win | None = None
+        self._near: dict[int, np.ndarray] = {}
+        self._node_rank: dict[int, int] = {}
+        size = max(aligned(nbytes), _LINE)
+        if shared:
+            info = MPI.Info.Create()
+            info.Set("alloc_shared_noncontig", "true")
+            with blocking.meeting(self._node, _OPENING):
+                self._memory = MPI.Win.Allocate_shared(size, 1, info, self._node)
+            info.Free()
+            ranks = np.empty(self._node.size, np.int64)
+            request = self._node.Iallgather(np.array([comm.rank], np.int64), ranks)
+            waiting.complete(request, "the node's other ranks")
+            self._node_rank = {int(rank): place for place, rank in enumerate(ranks)}
+            for place, rank in enumerate(ranks):
+                self._near[int(rank)] = _bytes(self._memory.Shared_query(place)[0])
+            self.local = self._near[comm.rank]
+            with blocking.blocking(_OPENING):
+                self._memory.Lock_all(MPI.MODE_NOCHECK)
+        else:
+            self.local = np.zeros(size, np.uint8)
+            self._near[comm.rank] = self.local
+        self.local.fill(0)
+        self._messages: Messages | None = None
+        self._win = MPI.WIN_NULL
+        self._swapping = threading.Lock()
+        if transport == "p2p":
+            self._messages = Messages(comm, self.local, partial(self._swap_near, comm.rank))
+        else:
+            info = MPI.Info.Create()
+            for key, hint in _HINTS.items():
+                info.Set(key, hint)
+            with blocking.meeting(comm, _OPENING):
+                self._win = MPI.Win.Create(self.local, 1, info, comm)
+                self._win.Lock_all(MPI.MODE_NOCHECK)
+            info.Free()
+        self._open = True
+        # Several threads of this rank may have transfers on the way; each has put what its own flag announces.
+        self._gets: dict[int, deque[tuple[int, MPI.Request, np.ndarray]]] = {}
+        self._puts: dict[tuple[int, int], list[MPI.Request]] = {}
+        self._stores: dict[int, deque[MPI.Request]] = {}
+        self._storing = threading.Lock()
+        self.sync()
+        waiting.barrier(comm, _OPENING)
+
+    @classmethod
+    def allocate(cls, comm: MPI.Intracomm, nbytes: int, *, shared: bool = True, transport: Transport = "rma") -> Window:
+        """Open `nbytes` bytes of this rank to all of `comm` (collective; every rank may give another number).
+
+        Where the node's ``/dev/shm`` is too small for what its ranks ask for (a common default in containers), or
+        with ``shared=False``, the memory is private and even neighbours use Put and Get.  With the transport "p2p"
+        these are two-sided messages.
+        """
+        return cls(comm, nbytes, shared and missing(comm, nbytes) <= 0, transport)
+
+    def near(self, rank: int) -> np.ndarray | None:
+        """Return the memory of a rank of this node, to be used in place, or None if it is on another node."""
+        return self._near.get(rank)
+
+    def sync(self) -> None:
+        """Make what others stored visible here, and what was stored here visible to others (a memory barrier).
+
+        Also lets MPI serve the operations of other nodes, which may need this rank's help; so whoever waits for a
+        flag must call it.
+        """
+        if len(self._near) < self._comm.size:
+            if self._messages is not None:
+                self.busy = self._messages.serve()
+            else:
+                failures.probe(self._empty, MPI.ANY_TAG)
+        if self._memory is not None:
+            self._memory.Sync()
+        if self._messages is None:
+            self._win.Sync()
+
+    def get(self, rank: int, offset: int, out: np.ndarray) -> None:
+        """Copy ``out.nbytes`` bytes from `offset` of a rank's memory into the contiguous array `out`.
+
+        Raises
+        ------
+        RankLost
+            If the rank has died and its memory is out of reach; that of a neighbour stays.
+        """
+        self.begin_get(rank, offset, out)
+        self.complete_gets()
+
+    def begin_get(self, rank: int, offset: int, out: np.ndarray) -> None:
+        """Begin what :meth:`get` does; `out` is complete after this thread's next :meth:`complete_gets`."""
+        near = self._near.get(rank)
+        if near is not None:
+            np.copyto(out, near[offset : offset + out.nbytes].view(out.dtype).reshape(out.shape))
+            return
+        gets = self._gets.setdefault(threading.get_ident(), deque())
+        for piece in pieces.divide(out):
+            if len(gets) >= _MOST_GETS:
+                self._complete_get(*gets.popleft())
+            with failures.partner(self._comm, rank):
+                if self._messages is not None:
+                    request = self._messages.get(rank, offset, piece)
+                else:
+                    request = self._win.Rget([piece, MPI.BYTE], rank, [offset, piece.nbytes, MPI.BYTE])
+            gets.append((rank, request, piece))
+            offset += piece.nbytes
+
+    def complete_gets(self) -> None:
+        """Wait for all that this thread has begun to get."""
+        for rank, request, out in self._gets.pop(threading.get_ident(), ()):
+            self._complete_get(rank, request, out)
+
+    def put(self, rank: int, offset: int, data: np.ndarray) -> None:
+        """Copy the contiguous array `data` to `offset` of a rank's memory, which sees it before a flag stored next.
+
+        `data` must stay as it is until that flag has been stored.
+        """
+        near = self._near.get(rank)
+        if near is not None:
+            np.copyto(near[offset : offset + data.nbytes].view(data.dtype).reshape(data.shape), data)
+            return
+        for piece in pieces.divide(data):
+            if self._messages is not None:
+                self._messages.put(rank, offset, piece)
+            else:
+                request = self._win.Rput([piece, MPI.BYTE], rank, [offset, piece.nbytes, MPI.BYTE])
+                self._puts.setdefault((threading.get_ident(), rank), []).append(request)
+            offset += piece.nbytes
+
+    def load(self, rank: int, offset: int) -> int:
+        """Return the flag at `offset` of a rank's memory, atomically; RankLost where :meth:`get` has it."""
+        near = self._near.get(rank)
+        if near is not None:
+            self.sync()
+            return int(near[offset : offset + 8].view(np.int64)[0])
+        with failures.partner(self._comm, rank):
+            if self._messages is not None:
+                return self._messages.load(rank, offset)
+            request, result = self._atomic(rank, offset, 0, MPI.NO_OP)
+        failures.complete(request, self._comm, rank, f"a flag of rank {rank}", memory=result)
+        return int(result[0])
+
+    def store(self, rank: int, offset: int, value: int) -> None:
+        """Set the flag at `offset` of a rank's memory, atomically, after all earlier puts to that rank.
+
+        The rank may see it a while after the return, but sees several values of a flag in order.  Where it has died
+        and is no neighbour nothing is done.
+        """
+        near = self._near.get(rank)
+        if near is not None:
+            self.sync()
+            near[offset : offset + 8].view(np.int64)[0] = value
+            self.sync()
+            return
+        with suppress(failures.RankLost), failures.partner(self._comm, rank):
+            self._store_far(rank, offset, value)
+
+    def _store_far(self, rank: int, offset: int, value: int) -> None:
+        """Set a flag of a rank of another host."""
+        if self._messages is not None:
+            self._messages.store(rank, offset, value)
+            return
+        pending = self._puts.pop((threading.get_ident(), rank), None)
+        if pending is not None:
+            for request in pending:
+                waiting.until(request.Test, f"data to leave for rank {rank}", longest_nap=_NAP)
+            with blocking.blocking(f"data to arrive at rank {rank}"):
+                self._win.Flush(rank)
+        with self._storing:
+            # They are carried out in order: to look at the first is enough, however many are on the way.
+            earlier = self._stores.setdefault(rank, deque())
+            while earlier and earlier[0].Test():
+                earlier.popleft()
+            earlier.append(self._atomic(rank, offset, value, MPI.REPLACE)[0])
+
+    def compare_and_swap(self, rank: int, offset: int, expected: int, value: int) -> int:
+        """Set the word at `offset` of a rank's memory if it is `expected`, atomically; return what it was before.
+
+        It does not wait for earlier puts.  Within one node nobody's help is needed.  Between nodes this waits until the
+        target looks: inside MPI, where the network has no atomics of its own; with the transport "p2p" while this rank
+        serves others.
+        """
+        self.sync()
+        if self._messages is None and len(self._near) < self._comm.size:
+            # All must use the same way to a word: the shared window's atomics know nothing of the other window's.
+            return _swap(self._win, rank, offset, expected, value)
+        if rank not in self._near:
+            assert self._messages is not None
+            return self._messages.compare_and_swap(rank, offset, expected, value)
+        return self._swap_near(rank, offset, expected, value)
+
+    def free(self) -> None:
+        """Give the memory back (collective); a second call does nothing."""
+        if not self._open:
+            return
+        self._open = False
+        if failures.dead(self._comm):
+            return  # nothing can be done together with the dead: the memory goes when the process ends
+        for rank, stores in self._stores.items():
+            for request in stores:
+                waiting.complete(request, f"a flag to arrive at rank {rank}")
+        if self._messages is not None:
+            self._messages.free()
+        else:
+            with blocking.meeting(self._comm, _CLOSING):
+                self._win.Unlock_all()
+                self._win.Free()
+        self._near.clear()
+        self.local = np.empty(0, np.uint8)
+        if self._memory is not None:
+            with blocking.meeting(self._node, _CLOSING):
+                self._memory.Unlock_all()
+                self._memory.Free()
+            self._memory = None
+        blocking.free(self._node)
+        blocking.free(self._empty)
+
+    def _complete_get(self, rank: int, request: MPI.Request, out: np.ndarray) -> None:
+        serve = None if self._messages is None else self._messages.serve
+        what = f"data of rank {rank}"
+        failures.complete(request, self._comm, rank, what, memory=out, serve=serve, longest_nap=_NAP)
+
+    def _swap_near(self, rank: int, offset: int, expected: int, value: int) -> int:
+        """Swap a word of a rank of this node; without shared memory that is this rank, which alone reaches it."""
+        if self._memory is not None:
+            return _swap(self._memory, self._node_rank[rank], offset, expected, value)
+        with self._swapping:
+            word = self.local[offset : offset + 8].view(np.int64)
+            before = int(word[0])
+            if before == expected:
+                word[0] = value
+            return before
+
+    def _atomic(self, rank: int, offset: int, value: int, operation: MPI.Op) -> tuple[MPI.Request, np.ndarray]:
+        """Begin an atomic operation on a flag; its request completes when it has been carried out at the target.
+
+        An Accumulate would need a flush to know that, and a flush blocks.  Operations of one rank on one flag keep
+        their order (MPI 4.1, section 12.7.2).
+        """
+        word, before = np.array([value], np.int64), np.empty(1, np.int64)
+        target = [offset, 1, MPI.INT64_T]
+        request = self._win.Rget_accumulate([word, MPI.INT64_T], [before, MPI.INT64_T], rank, target, operation)
+        return request, before
+
+
+def hosts(comm: MPI.Intracomm) -> np.ndarray:
+    """Return for each rank the lowest rank on its host, int64 (collective)."""
+    node = blocking.on_this_host(comm, "the other ranks to say where they are")
+    first = waiting.allreduce(node, np.array([comm.rank], np.int64), MPI.MIN, "the node's other ranks")
+    blocking.free(node)
+    found = np.empty(comm.size, np.int64)
+    waiting.complete(comm.Iallgather(first, found), "the other ranks to say where they are")
+    return found
+
+
+def missing(comm: MPI.Intracomm, nbytes: int) -> int:
+    """Return how many bytes the fullest node's ``/dev/shm`` lacks for shared windows (collective); 0 or less: none.
+
+    Parameters
+    ----------
+    nbytes
+        Of this rank's window.
+    """
+    node = blocking.on_this_host(comm, "the other ranks to plan windows")
+    need = waiting.allreduce(node, np.array([aligned(nbytes)], np.int64), MPI.SUM, "the node's other ranks")
+    blocking.free(node)
+    lacks = need - _shared_memory_free()
+    return int(waiting.allreduce(comm, lacks, MPI.MAX, "the other ranks to plan windows")[0])
+
+
+def _swap(window: MPI.Win, target: int, offset: int, expected: int, value: int) -> int:
+    new, compared, before = (np.array([word], np.int64) for word in (value, expected, 0))
+    with blocking.blocking(f"a flag of rank {target} of its window to be swapped"):
+        window.Compare_and_swap([new, MPI.INT64_T], [compared, MPI.INT64_T], [before, MPI.INT64_T], target, offset)
+        window.Flush(target)
+    return int(before[0])
+
+
+def _bytes(memory: MPI.buffer) -> np.ndarray:
+    return np.asarray(memory, np.uint8)
+
+
+def _shared_memory_free() -> int:
+    """Bytes that shared memory can still take on this node, with a tenth left for others."""
+    try:
+        room = os.statvfs("/dev/shm")
+    except OSError:
+        return 0
+    return room.f_bavail * room.f_frsize * 9 // 10

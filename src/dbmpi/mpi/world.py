@@ -1,0 +1,237 @@
+"""MPI's start and end: the only place that names the world.
+
+One rank's exception ends the whole job with that rank's traceback; a mistake of the user ends every rank with exit
+code 2 and is printed once; SIGTERM and Ctrl-C ask for a clean end.
+"""
+
+from __future__ import annotations
+
+import atexit
+import faulthandler
+import os
+import shutil
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import ModuleType, TracebackType
+from typing import TYPE_CHECKING, NoReturn
+
+import numpy as np
+
+from dbmpi.errors import DIED, EndedByDeath, KnownToAll, RunFailed, ToldElsewhere, UserError
+from dbmpi.machine import capacity, missing_mpi, signals, streams
+from dbmpi.mpi import blocking, failures, silent_ends, waiting
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+
+_FOR_THE_LAUNCHER = 0.2
+"""Seconds that the launcher is given to read a last message."""
+_FOR_THE_FIRST = 0.5
+"""Seconds that the first rank is given to end the job, if it was interrupted as well."""
+
+
+_EVERYBODY = (
+    "all ranks that were started to call dbmpi: each of them must, or those that do must be given as a communicator of "
+    "their own"
+)
+
+
+def start() -> MPI.Intracomm:
+    """Start MPI and return a communicator of all ranks that belongs to dbmpi alone (collective).
+
+    From here on an exception that nobody catches aborts the job instead of leaving the other ranks waiting.
+
+    Raises
+    ------
+    UserError
+        If the environment shows that several ranks were meant and every one became a world of its own.
+    """
+    from dbmpi.machine import mpi_library
+
+    streams.open_closed()
+    mpi_library.prepare()
+    with suppress(OSError):  # no /dev/shm
+        warning = mpi_library.mpich_shortage(os.environ, shutil.disk_usage("/dev/shm").free)
+        if warning:
+            print(warning, file=sys.stderr, flush=True)
+            time.sleep(_FOR_THE_LAUNCHER)  # there may be no other time
+    try:
+        if failures.tolerated():
+            import mpi4py
+
+            mpi4py.rc.finalize = False  # see _end
+        MPI = _wait_for_all_ranks_to_start_mpi()
+    except (ImportError, RuntimeError) as error:
+        raise UserError(missing_mpi.explain(str(error))) from None
+    from dbmpi.machine.endings import UNFINISHED
+    from dbmpi.machine.launcher import check_world
+
+    check_world(MPI.COMM_WORLD.size)
+    if MPI.COMM_WORLD.rank == 0 and (note := os.environ.get(UNFINISHED)):
+        _leave_until_the_end(Path(note))
+    end_all_on_failure()
+    comm = blocking.duplicate(MPI.COMM_WORLD, _EVERYBODY)
+    if failures.tolerated():
+        atexit.register(_end, comm)
+    return comm
+
+
+def _wait_for_all_ranks_to_start_mpi() -> ModuleType:
+    """Return ``mpi4py.MPI``, which starts MPI when it is loaded first: with all ranks, and without end.
+
+    Nothing in Python runs meanwhile, so that Python's fault handler is what ends a wait in vain.  It says no more than
+    where that was, for which this function has its name.
+    """
+    if "mpi4py.MPI" not in sys.modules:
+        faulthandler.dump_traceback_later(waiting.STALL_SECONDS, exit=True)
+    try:
+        from mpi4py import MPI
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+    signals.reinstall()
+    return MPI
+
+
+def end_all_on_failure() -> None:
+    """From now on an exception that nobody catches ends all ranks, which may wait for this one inside MPI."""
+    sys.excepthook = _abort_hook
+
+
+def _leave_until_the_end(note: Path) -> None:
+    """Keep a file until this process ends by itself, if the launcher is on this host."""
+    with suppress(OSError):  # it is on another one
+        note.touch()
+        atexit.register(note.unlink, missing_ok=True)
+
+
+@contextmanager
+def ranks() -> Iterator[MPI.Intracomm]:
+    """Start MPI for the block (see :func:`start`), and end all ranks where an exception of this one alone leaves it."""
+    try:
+        comm = start()
+    except UserError:
+        raise
+    except Exception as error:
+        report_and_abort(error)
+    try:
+        with silent_ends.aloud(comm):
+            yield comm
+    except KnownToAll:
+        raise
+    except BaseException as error:  # whatever it is, the other ranks wait for this one
+        report_and_abort(error)
+
+
+def report_and_abort(error: BaseException) -> NoReturn:
+    """Print what happened on this rank, with a traceback unless the message says it all, and end all ranks.
+
+    Never returns: it raises SystemExit where this process is the only rank.
+    """
+    from mpi4py import MPI
+
+    rank, size = MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size
+    text, code = "", 1
+    if isinstance(error, KeyboardInterrupt):
+        code = 128 + signal.SIGINT
+        if size > 1:
+            text = f"dbmpi: rank {rank} was interrupted (KeyboardInterrupt) and ends the job\n"
+            # A Ctrl-C may have reached all ranks: one of them says so.
+            time.sleep(_FOR_THE_FIRST if rank else 0.0)
+    elif isinstance(error, UserError):
+        text, code = f"dbmpi: {error}\n", 2
+    elif failures.told(error):
+        lost = failures.dead(MPI.COMM_WORLD)
+        code = DIED
+        if rank == min({*range(size)}.difference(lost)):
+            ranks = f"ranks {', '.join(map(str, lost))} have" if len(lost) > 1 else f"rank {lost[0]} has"
+            text = f"dbmpi: {ranks} died, and the others cannot go on\n"
+    elif isinstance(error, MemoryError):
+        text = f"dbmpi: {f'rank {rank}: ' if size > 1 else ''}{capacity.explain(error)}\n"
+    elif isinstance(error, RunFailed):
+        code = DIED if isinstance(error, (EndedByDeath, failures.RankLost)) else 1
+        text = f"dbmpi: {f'rank {rank}: ' if size > 1 else ''}{error}\n" if str(error) else ""
+    else:
+        whose = f"rank {rank} failed and ends the job" if size > 1 else "failed"
+        text = f"dbmpi: {whose}:\n{''.join(traceback.format_exception(error))}"
+    with suppress(OSError):  # whoever reads our output may be gone
+        sys.stdout.flush()
+        sys.stderr.write(text)
+        sys.stderr.flush()
+    if size == 1:
+        raise SystemExit(code)
+    # MPICH's launcher passes on what a rank has written when it gets round to it, and drops the rest at an abort.
+    time.sleep(_FOR_THE_LAUNCHER)
+    # Where a rank has died already, Open MPI's Abort ends no other rank; they hear that this one is gone, too.
+    if not failures.dead(MPI.COMM_WORLD):
+        MPI.COMM_WORLD.Abort(code)
+    os._exit(code)  # MPICH's Abort may return before the launcher has killed this rank
+
+
+def abort_from_thread(error: Exception) -> NoReturn:
+    """Do the same in a thread of its own, while another one is blocked inside MPI, which may allow no second call."""
+    from mpi4py import MPI
+
+    if MPI.Query_thread() == MPI.THREAD_MULTIPLE and MPI.COMM_WORLD.size > 1:
+        report_and_abort(error)
+    with suppress(OSError):
+        sys.stderr.write(f"dbmpi: {error}\n")
+        sys.stderr.flush()
+    os._exit(1)
+
+
+def _end(comm: MPI.Intracomm) -> None:
+    """End MPI where ranks may have died: it does not end well then, and processes end without it.
+
+    Open MPI kills all that are left when a rank ends with an exit code other than 0, so the first rank, which has most
+    to say, is waited for.
+    """
+    from mpi4py import MPI
+
+    if MPI.Is_finalized():
+        return
+    if not failures.dead(comm):
+        MPI.Finalize()
+        return
+    sys.stdout.flush()
+    failures.depart(comm)
+
+
+def _abort_hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    # The rank that has the message ends all; if another one did, it could come first.
+    if not isinstance(error, ToldElsewhere):
+        report_and_abort(error)
+
+
+@contextmanager
+def together(comm: MPI.Comm, what: str, *, seconds: float | None = None) -> Iterator[None]:
+    """Make a mistake of the user that one rank found an error on all ranks (collective).
+
+    If any rank raises UserError inside the block, every rank leaves it with one: the lowest such rank with its own,
+    which is to be printed and is now a KnownToAll, all others with ToldElsewhere.  Any other exception goes on at once:
+    the other ranks do not hear of it.
+
+    Parameters
+    ----------
+    seconds
+        How long to wait for the slowest rank, where that may rightly take longer than the stall limit.
+    """
+    from mpi4py import MPI
+
+    mine: UserError | None = None
+    try:
+        yield
+    except UserError as error:
+        mine = error
+    vote = np.array([comm.rank if mine is not None else comm.size], np.int64)
+    first = int(waiting.allreduce(comm, vote, MPI.MIN, f"the other ranks after {what}", seconds=seconds)[0])
+    if first == comm.size:
+        return
+    if mine is not None and first == comm.rank:
+        raise KnownToAll(str(mine)) from mine
+    raise ToldElsewhere(f"rank {first} reports a mistake")

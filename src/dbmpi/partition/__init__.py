@@ -1,1 +1,0 @@
-"""Cutting one model over several ranks: boxes, placement, exchange, replica."""

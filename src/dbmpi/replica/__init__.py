@@ -1,0 +1,1 @@
+"""One model over some ranks (section 3 of the paper): placement, plans, exchanges."""

@@ -1,0 +1,282 @@
+"""What moves between workers: planned once for a placement, without MPI, for any number of workers.
+
+Forward, every worker gets the inputs that its outputs need and that others own; each value reaches each
+destination once.  Backward runs the same plan in reverse and adds.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from dbmpi.index.boxes import Box
+from dbmpi.index.lookup import Index
+from dbmpi.replica.placement import Placement, Split, check, needed_inputs
+from dbmpi.replica.reach import needed_box
+
+if TYPE_CHECKING:
+    from dbmpi.network.layer import Layer
+
+Kind = Literal["none", "gather", "messages"]
+
+
+class Message(NamedTuple):
+    """A box that goes to, or comes from, another worker."""
+
+    worker: int
+    box: Box
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that each worker sends and receives."""
+
+    sent: tuple[int, ...]
+    received: tuple[int, ...]
+
+    @property
+    def total(self) -> int:
+        """Bytes that all workers receive together."""
+        return sum(self.received)
+
+    @property
+    def reversed(self) -> Traffic:
+        """What the same plan moves in reverse."""
+        return Traffic(self.received, self.sent)
+
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(
+            tuple(a + b for a, b in zip(self.sent, other.sent, strict=True)),
+            tuple(a + b for a, b in zip(self.received, other.received, strict=True)),
+        )
+
+
+@dataclass(frozen=True)
+class ExchangePlan:
+    """The plan of one exchange: from the boxes that workers own of an array to those that they need.
+
+    Run forward, it fills the needed boxes; in reverse, it adds parts for the needed boxes up in the owned ones.
+    What a worker sends and receives is worked out when it is asked for, so that a plan for thousands of workers costs
+    no more than their boxes and, on each of them, its own messages.
+    """
+
+    shape: tuple[int, ...]
+    """Of the array, for one sample."""
+    owned: tuple[Box, ...]
+    needed: tuple[Box, ...]
+
+    @cached_property
+    def kind(self) -> Kind:
+        """How it can run.
+
+        ``none``: all that is needed is owned.  ``gather``: each of the `members` needs everything, and others neither
+        own nor need anything: it can run as Allgatherv, and in reverse as Reduce_scatter.  ``messages``: all else.
+        """
+        if all(have.holds(need) for have, need in zip(self.owned, self.needed, strict=True)):
+            return "none"
+        whole = Box.whole(self.shape)
+        return "gather" if all(self.needed[worker] == whole for worker in self.members) else "messages"
+
+    @cached_property
+    def members(self) -> tuple[int, ...]:
+        """The workers that own or need anything."""
+        pairs = enumerate(zip(self.owned, self.needed, strict=True))
+        return tuple(worker for worker, (have, need) in pairs if not (have.empty and need.empty))
+
+    @cached_property
+    def in_order(self) -> bool:
+        """Whether owned boxes are runs of the flat array in the order of the workers: a gather needs no unpacking."""
+        position = 0
+        for box in self.owned:
+            if not box.empty:
+                first = next(box.runs(self.shape))
+                if first.start != position or len(first) != box.size:
+                    return False
+                position = first.stop
+        return True
+
+    def local(self, worker: int) -> Box:
+        """Return what the worker needs and owns itself."""
+        return self.owned[worker].meet(self.needed[worker])
+
+    def receives(self, worker: int) -> tuple[Message, ...]:
+        """Return what comes from whom, one message for each source, in the order of the workers."""
+        if self.kind == "none":
+            return ()
+        need = self.needed[worker]
+        return tuple(Message(o, self.owned[o].meet(need)) for o in self._owners.meeting(need) if o != worker)
+
+    def sends(self, worker: int) -> tuple[Message, ...]:
+        """Return what goes to whom, one message for each destination, in the order of the workers."""
+        if self.kind == "none":
+            return ()
+        have = self.owned[worker]
+        return tuple(Message(n, self.needed[n].meet(have)) for n in self._needers.meeting(have) if n != worker)
+
+    def offered(self, worker: int) -> dict[Box, int]:
+        """Return what others need of the worker's own, each box once, and where it begins if all are laid in a row.
+
+        Workers with the same needs are looked at together: for all workers, this costs no more than the boxes found.
+        """
+        have, places, position = self.owned[worker], dict[Box, int](), 0
+        for number in self._distinct_needs.meeting(have):
+            need, who = self._needs[number]
+            box = need.meet(have)
+            if who != (worker,) and box not in places:
+                places[box] = position
+                position += box.size
+        return places
+
+    def returned(self, worker: int, owner: int) -> int:
+        """Return where what a worker gives back to an owner begins, if all for others is laid in a row by owners."""
+        need = self.needed[worker]
+        if need not in self._returned:
+            position, starts = 0, dict[int, int]()
+            for other in self._owners.meeting(need):
+                starts[other] = position
+                position += self.owned[other].common(need)
+            self._returned[need] = starts
+        return self._returned[need][owner] - (self.owned[worker].common(need) if worker < owner else 0)
+
+    def received(self, worker: int) -> int:
+        """Return the values a sample that the worker receives."""
+        return self.needed[worker].size - self.owned[worker].common(self.needed[worker])
+
+    @cached_property
+    def values(self) -> int:
+        """Values a sample that all workers receive together."""
+        return sum(self.received(worker) for worker in range(len(self.owned)))
+
+    def traffic(self, samples: int, itemsize: int) -> Traffic:
+        """Return the bytes that move forward; what moves in reverse is its `reversed`."""
+        workers = range(len(self.owned))
+        sent = [0] * len(workers)
+        if self.kind != "none":
+            # What many need is counted once for all of them, themselves included, and these are taken off again.
+            for need, times in Counter(self.needed).items():
+                for owner in self._owners.meeting(need):
+                    sent[owner] += times * self.owned[owner].common(need)
+            sent = [values - self.owned[worker].common(self.needed[worker]) for worker, values in enumerate(sent)]
+        size = samples * itemsize
+        received = (self.received(worker) for worker in workers)
+        return Traffic(tuple(size * values for values in sent), tuple(size * values for values in received))
+
+    @cached_property
+    def _owners(self) -> Index:
+        return Index(self.owned)
+
+    @cached_property
+    def _needers(self) -> Index:
+        return Index(self.needed)
+
+    @cached_property
+    def _needs(self) -> tuple[tuple[Box, tuple[int, ...]], ...]:
+        """Every box that is needed, once, and the first two workers that need it."""
+        found: dict[Box, tuple[int, ...]] = {}
+        for worker, need in enumerate(self.needed):
+            found[need] = (*found.get(need, ()), worker)[:2]
+        return tuple(found.items())
+
+    @cached_property
+    def _distinct_needs(self) -> Index:
+        return Index([need for need, _ in self._needs])
+
+    @cached_property
+    def _returned(self) -> dict[Box, dict[int, int]]:
+        return {}
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What moves for one layer.
+
+    Split by outputs, `inputs` runs before the layer's forward pass, and in reverse after its backward pass.
+
+    Split by inputs, a worker makes of the inputs that it owns a part of *all* outputs.  `outputs` runs in reverse after
+    that: parts are added up in each worker's own units, which then get bias and activation.  Backward, it runs forward
+    and gives every worker the whole gradient before the activation; the gradient for the inputs is then complete.
+    """
+
+    layer: str
+    split: Split
+    inputs: ExchangePlan
+    outputs: ExchangePlan | None = None
+
+    def traffic(self, samples: int, itemsize: int, *, backward: bool = False) -> Traffic:
+        """Return the bytes that move in the forward, or the backward, pass."""
+        traffic = self.inputs.traffic(samples, itemsize)
+        if self.outputs is not None:
+            traffic = traffic + self.outputs.traffic(samples, itemsize).reversed
+        return traffic.reversed if backward else traffic
+
+    @property
+    def values(self) -> int:
+        """Values a sample that move forward, and again backward, all workers together."""
+        return self.inputs.values + (0 if self.outputs is None else self.outputs.values)
+
+
+def plan_exchanges(layers: Sequence[Layer], placement: Placement) -> tuple[LayerPlan, ...]:
+    """Plan what moves for each layer.
+
+    Raises
+    ------
+    UserError
+        If the placement does not fit the layers.
+    """
+    check(layers, placement)
+    needed = needed_inputs(layers, placement)
+    plans = []
+    for place, (layer, split) in enumerate(zip(layers, placement.splits, strict=True)):
+        # Every worker reads the network's inputs itself, as if it owned what it needs.
+        below = placement.boxes[place - 1] if place > 0 else needed[0]
+        outputs = None
+        if split == "inputs":
+            whole = Box.whole(layer.output_shape)
+            nothing = Box(whole.starts, whole.starts)
+            parts = tuple(nothing if box.empty else whole for box in below)
+            outputs = ExchangePlan(layer.output_shape, placement.boxes[place], parts)
+        plans.append(LayerPlan(layer.name, split, ExchangePlan(layer.input_shape, below, needed[place]), outputs))
+    return tuple(plans)
+
+
+def interior(layer: Layer, output: Box, owned: Box) -> tuple[Box, tuple[Box, ...]]:
+    """Divide a box of outputs into what owned inputs are enough for, and the rest, which must wait for others.
+
+    Parameters
+    ----------
+    layer
+        The layer.
+    output
+        The outputs that a worker computes; not empty.
+    owned
+        The inputs that it owns.
+
+    Returns
+    -------
+    interior, rest
+        The largest such box, which may be empty, and boxes that hold the other outputs.
+    """
+    starts, stops = list(output.starts), list(output.stops)
+    for axis, (low, high) in enumerate(zip(owned.starts, owned.stops, strict=True)):
+        if len(owned.starts) != len(starts):
+            break
+
+        def slab(y: int, axis: int = axis) -> tuple[int, int]:
+            box = Box(
+                (*output.starts[:axis], y, *output.starts[axis + 1 :]),
+                (*output.stops[:axis], y + 1, *output.stops[axis + 1 :]),
+            )
+            need = needed_box(layer, box)
+            return need.starts[axis], need.stops[axis]
+
+        while starts[axis] < stops[axis] and slab(starts[axis])[0] < low:
+            starts[axis] += 1
+        while starts[axis] < stops[axis] and slab(stops[axis] - 1)[1] > high:
+            stops[axis] -= 1
+    inside = Box(tuple(starts), tuple(stops))
+    if inside.empty or not owned.holds(needed_box(layer, inside)):
+        return Box(output.starts, output.starts), (output,)
+    return inside, output.minus(inside)

@@ -1,0 +1,158 @@
+"""Which parts of the parameters each worker needs, which are needed by several, and who pushes their gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+
+from dbmpi.errors import UserError
+from dbmpi.index.boxes import Box
+from dbmpi.index.layout import Layout, Tensor
+from dbmpi.index.lookup import Index
+from dbmpi.network.layer import SplitByInputs
+from dbmpi.network.own import calling
+from dbmpi.replica.placement import Placement
+
+if TYPE_CHECKING:
+    from dbmpi.network.layer import Layer
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a tensor that the same workers need.
+
+    If they are several, each has a gradient for it, and the sum counts; `owner` pushes it.
+    """
+
+    tensor: Tensor
+    box: Box
+    workers: tuple[int, ...]
+    owner: int
+
+    @property
+    def shared(self) -> bool:
+        """Whether several workers need it."""
+        return len(self.workers) > 1
+
+
+def tensor_boxes(layers: Sequence[Layer], placement: Placement, worker: int) -> dict[str, Box]:
+    """Return by the tensor's full name which box of it the worker needs; in the order of the layout, some empty."""
+    return {
+        tensor.name: _needed(layer, short, tensor, placement, place, worker)
+        for place, layer in enumerate(layers)
+        for short, tensor in layer.tensors.items()
+    }
+
+
+def worker_layout(layers: Sequence[Layer], placement: Placement, worker: int) -> Layout:
+    """Return the layout of the worker's own vector: the boxes of `tensor_boxes` one behind the other.
+
+    It is made of the elements of `tensor_runs` in their order.
+    """
+    return Layout(tuple(Tensor(name, box.shape) for name, box in tensor_boxes(layers, placement, worker).items()))
+
+
+def tensor_runs(layers: Sequence[Layer], layout: Layout, placement: Placement, worker: int) -> list[range]:
+    """Return the positions of the whole flat vector that the worker needs: sorted, disjoint, merged."""
+    boxes = tensor_boxes(layers, placement, worker)
+    return _merged(layout, boxes.items())
+
+
+def tensor_parts(layers: Sequence[Layer], placement: Placement) -> tuple[Part, ...]:
+    """Return disjoint parts that hold every element of a tensor that anybody needs, with who needs and who pushes it.
+
+    Owners are chosen so that pushes are about equally large; the same on every rank.
+    """
+    found: list[tuple[Tensor, Box, tuple[int, ...]]] = []
+    for place, layer in enumerate(layers):
+        for short, tensor in layer.tensors.items():
+            workers: dict[Box, list[int]] = {}
+            for worker in range(placement.partitions):
+                box = _needed(layer, short, tensor, placement, place, worker)
+                if not box.empty:
+                    workers.setdefault(box, []).append(worker)
+            found += ((tensor, box, who) for box, who in _disjoint(workers))
+    pushed = [0] * placement.partitions
+    for _, box, who in found:
+        if len(who) == 1:
+            pushed[who[0]] += box.size
+    parts = []
+    for tensor, box, who in found:
+        owner = who[0] if len(who) == 1 else min(who, key=lambda worker: (pushed[worker], worker))
+        if len(who) > 1:
+            pushed[owner] += box.size
+        parts.append(Part(tensor, box, who, owner))
+    return tuple(parts)
+
+
+def pushed_runs(layout: Layout, parts: Sequence[Part], worker: int) -> list[range]:
+    """Return the positions of the whole flat vector whose gradient the worker pushes: sorted, disjoint, merged.
+
+    Over all workers these are the positions that anybody needs, each once.
+    """
+    return _merged(layout, ((part.tensor.name, part.box) for part in parts if part.owner == worker))
+
+
+def _needed(layer: Layer, short: str, tensor: Tensor, placement: Placement, place: int, worker: int) -> Box:
+    """Return the part of a tensor that a worker needs."""
+    output = placement.boxes[place][worker]
+    whole = Box.whole(tensor.shape)
+    if placement.splits[place] == "inputs":
+        inputs = placement.boxes[place - 1][worker]
+        if inputs.empty and output.empty:
+            return Box(whole.starts, whole.starts)
+        need = cast(SplitByInputs, layer).partial_tensor_box(short, inputs, output)
+    elif output.empty:
+        return Box(whole.starts, whole.starts)
+    else:
+        with calling(layer.name, f"asked what its outputs {output} need of {short!r}"):
+            need = layer.tensor_box(short, output)
+    if len(need.starts) != len(whole.starts) or not whole.holds(need):
+        raise UserError(
+            f"layer {layer.name!r}: for its outputs {output}, of shape {tuple(layer.output_shape)}, it asks for "
+            f"the part {need} of {short!r}, which has shape {tensor.shape}; expected a box within it"
+        )
+    return need
+
+
+def _merged(layout: Layout, boxes: Iterable[tuple[str, Box]]) -> list[range]:
+    """Return the positions in the flat vector of disjoint boxes of tensors."""
+    shapes = {tensor.name: tensor.shape for tensor in layout.tensors}
+    runs = sorted(
+        (layout.offsets[name] + run.start, layout.offsets[name] + run.stop)
+        for name, box in boxes
+        for run in box.runs(shapes[name])
+    )
+    merged: list[range] = []
+    for start, stop in runs:
+        if merged and merged[-1].stop == start:
+            merged[-1] = range(merged[-1].start, stop)
+        else:
+            merged.append(range(start, stop))
+    return merged
+
+
+def _disjoint(workers: dict[Box, list[int]]) -> list[tuple[Box, tuple[int, ...]]]:
+    """Cut boxes where they overlap, so that all elements of a part are needed by the same workers."""
+    boxes = list(workers)
+    index = Index(boxes)
+    alone: list[Box] = []
+    overlapping: list[Box] = []
+    for number, box in enumerate(boxes):
+        (alone if index.meeting(box) == [number] else overlapping).append(box)
+    parts: list[tuple[Box, tuple[int, ...]]] = [(box, tuple(workers[box])) for box in alone]
+    divided: list[tuple[Box, tuple[int, ...]]] = []
+    for box in overlapping:
+        new, kept = [box], []
+        for part, who in divided:
+            common = part.meet(box)
+            if common.empty:
+                kept.append((part, who))
+                continue
+            kept.append((common, tuple(sorted((*who, *workers[box])))))
+            kept += ((rest, who) for rest in part.minus(common))
+            new = [rest for piece in new for rest in piece.minus(common)]
+        divided = kept + [(rest, tuple(workers[box])) for rest in new]
+    # In the order of the tensor, so that the list does not depend on how it was found.
+    return sorted(parts + divided, key=lambda part: (part[0].starts, part[0].stops))

@@ -1,0 +1,1 @@
+"""A run from its description, and what is done with a trained network."""

@@ -1,0 +1,236 @@
+"""Evaluating a trained network and predicting with it: alone, or on ranks that cut it and share the samples.
+
+The ranks are replicas of so many partitions.  Batches are dealt to the replicas in turn, and every partition holds just
+its part of the parameters, read from the checkpoint run by run.  The cut need not be that of the run that trained.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dbmpi.data import limits
+from dbmpi.data.source import Source
+from dbmpi.errors import UserError
+from dbmpi.machine.threads import ranks_on_node
+from dbmpi.mpi import blocking, pieces, waiting
+from dbmpi.mpi.collective import Collective
+from dbmpi.objective import Outcome
+from dbmpi.replica import placement
+from dbmpi.replica.whole import make_replica
+from dbmpi.runs import trained
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+_LONG = 86400.0
+"""Seconds to wait for ranks that compute or read: they take what it takes."""
+_TAG = 11
+
+
+class Inference(Collective):
+    """The network of a checkpoint on all ranks of a communicator (all methods are collective).
+
+    Parameters
+    ----------
+    path
+        A checkpoint, or the directory of a run.
+    comm
+        The ranks; None for this process alone.
+    partitions
+        Ranks that compute one replica together; by default as many as in training if the ranks are a multiple of
+        that, and otherwise all: then none holds more than it had to.
+    code
+        Files from which classes of a user's own layers may be loaded.
+    batch_size
+        Samples that are computed together.
+
+    Raises
+    ------
+    UserError
+        If there is no such checkpoint, it cannot be used, or ranks and partitions do not fit.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        comm: MPI.Intracomm | None = None,
+        partitions: int | None = None,
+        code: Sequence[Path] = (),
+        batch_size: int = 1024,
+    ) -> None:
+        self._comm = comm
+        self._batch_size = batch_size
+        self._stack = ExitStack()
+        self._replica_comm: MPI.Intracomm | None = None
+        rank, ranks = (0, 1) if comm is None else (comm.rank, comm.size)
+        self.is_first = rank == 0
+        """Whether this rank is the one that speaks and writes."""
+        # The first rank decides which checkpoint is the latest, as another one may appear any time.
+        with self.together("opening the checkpoint"):
+            if self.is_first:
+                self.trained = trained.load(path, code)
+        if comm is not None:
+            same = Path(
+                waiting.broadcast_text(comm, str(self.trained.path) if self.is_first else "", 0, "the checkpoint")
+            )
+            with self.together("opening the checkpoint on all ranks"):
+                if not self.is_first:
+                    self.trained = trained.load(same, code)
+        network = self.trained.network
+        with self.together("placing the layers"):
+            self.partitions = _partitions(ranks, partitions, self.trained.info.partitions)
+            if self.partitions == self.trained.info.partitions:
+                placed = placement.described(self.trained.placement, network.layers, self.partitions)
+            else:
+                placed = placement.automatic(network.layers, self.partitions)
+        self.replicas = ranks // self.partitions
+        self._place, self._partition = divmod(rank, self.partitions)
+        if comm is not None:
+            self._prepare(comm)
+        self._replica = self._stack.enter_context(make_replica(network, placed, self._replica_comm))
+        with self.together("reading the parameters", _LONG):
+            self._parameters = self.trained.parameters(self._replica.parameters.runs)
+
+    def evaluate(self, source: Source, shown: Callable[[int], object] | None = None) -> Outcome:
+        """Return the outcome of all samples, the same on every rank; `shown` hears of samples that are done.
+
+        Batches are added up in their order, so that the sum does not depend on who computed them.
+        """
+        batches = self._begin(source)
+        found = np.zeros((len(batches), 4))
+        for number in range(self._place, len(batches), self.replicas):
+            outcome = self._replica.evaluate(self._parameters, source.batch(batches[number]))
+            if self._partition == 0:
+                found[number] = (outcome.samples, outcome.loss, max(outcome.correct, 0), outcome.correct < 0)
+            if shown is not None:
+                shown(len(batches[number]) * self.replicas)
+        if self._comm is not None:
+            from mpi4py import MPI
+
+            found = waiting.allreduce(self._comm, found, MPI.SUM, "the other replicas", seconds=_LONG)
+        total = Outcome(0, 0.0, 0)
+        for samples, loss, correct, no_classes in found:
+            total = total.plus(Outcome(int(samples), float(loss), -1 if no_classes else int(correct)))
+        return total
+
+    def predict(self, source: Source) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield predictions on the first rank, batch by batch in order, and nothing on the others.
+
+        Every rank has to go through the iterator to its end.
+
+        Yields
+        ------
+        int, (samples, outputs) array
+            The number of the first sample, and the predictions as float32.
+        """
+        batches = self._begin(source)
+        for first in range(0, len(batches), self.replicas):
+            number = first + self._place
+            mine = None
+            if number < len(batches):
+                outputs = self._replica.outputs(self._parameters, source.inputs(batches[number]))
+                if self._partition == 0:
+                    if self.trained.network.loss is not None:
+                        self.trained.network.loss.predict(outputs)
+                    mine = np.ascontiguousarray(outputs.T, np.float32)
+            if not self.is_first:
+                if mine is not None:
+                    assert self._comm is not None
+                    waiting.complete(pieces.isend(self._comm, mine, 0, _TAG), "the rank that writes", seconds=_LONG)
+                continue
+            for other, indices in enumerate(batches[first : first + self.replicas]):
+                rows = mine
+                if other > 0:
+                    assert self._comm is not None
+                    rows = np.empty((len(indices), self.trained.units), np.float32)
+                    request = pieces.irecv(self._comm, rows, other * self.partitions, _TAG)
+                    waiting.complete(request, "the outputs of the other replicas", seconds=_LONG)
+                assert rows is not None
+                yield int(indices[0]), rows
+
+    def broken_parameters(self) -> tuple[str, ...]:
+        """Return the names of the tensors that hold NaN or infinite numbers, the same on every rank."""
+        layout = self.trained.network.layout
+        broken = np.zeros(len(layout.tensors), np.int64)
+        numbers = {tensor.name: number for number, tensor in enumerate(layout.tensors)}
+        for run in self._replica.parameters.runs:
+            position = run.local
+            for tensor, first, last in layout.pieces(run.start, run.start + run.length):
+                part = self._parameters[position : position + last - first]
+                broken[numbers[tensor.name]] |= not np.isfinite(part).all()
+                position += last - first
+        if self._comm is not None:
+            from mpi4py import MPI
+
+            broken = waiting.allreduce(self._comm, broken, MPI.MAX, "the parameters of the other ranks", seconds=_LONG)
+        return tuple(tensor.name for tensor, found in zip(layout.tensors, broken, strict=True) if found)
+
+    def largest(self, number: int) -> int:
+        """Return the largest of the numbers that the ranks give."""
+        if self._comm is None:
+            return number
+        from mpi4py import MPI
+
+        return int(waiting.allreduce(self._comm, np.array([number]), MPI.MAX, "the other ranks", seconds=_LONG)[0])
+
+    def together(self, what: str, seconds: float | None = None) -> AbstractContextManager[None]:
+        """Make a mistake of the user that one rank finds an error on all (collective)."""
+        if self._comm is None:
+            return nullcontext()
+        from dbmpi.mpi.world import together
+
+        return together(self._comm, what, seconds=seconds)
+
+    def free(self) -> None:
+        """Close the checkpoint and free what was made; without effect the second time."""
+        self._stack.close()
+        self.trained.close()
+
+    def _prepare(self, comm: MPI.Intracomm) -> None:
+        """Make the replicas."""
+        self._replica_comm = blocking.split(comm, self._place, self._partition, "the other ranks to form replicas")
+        self._stack.callback(blocking.free, self._replica_comm)
+
+    def _compile(self, comm: MPI.Intracomm, samples: int) -> None:
+        """Choose products for batches of so many samples alike, and compile on one rank of each node."""
+        from dbmpi.replica.products import agree_on_products
+        from dbmpi.replica.warmup import first_on_each_node, use_layers
+
+        layers = self.trained.network.layers
+        agree_on_products(comm, layers, samples)
+        first_on_each_node(comm, lambda: use_layers(layers, samples, self.trained.network.dtype, backward=False))
+
+    def _begin(self, source: Source) -> list[np.ndarray]:
+        """Return the samples of each batch, once the batches are known to fit and what they need is compiled."""
+        trained, size = self.trained, min(self._batch_size, source.samples)
+        with self.together("planning the batches"):
+            limits.check_activations(
+                trained.network.activations,
+                size,
+                setting="--batch-size",
+                partitions=self.partitions,
+                workers=1 if self._comm is None else ranks_on_node(os.environ),
+                learning=False,
+            )
+        if self._comm is not None:
+            self._compile(self._comm, size)
+        return [np.arange(start, min(start + size, source.samples)) for start in range(0, source.samples, size)]
+
+
+def _partitions(ranks: int, asked: int | None, trained_with: int) -> int:
+    """Return how many ranks compute one replica."""
+    if asked is None:
+        return trained_with if trained_with and ranks % trained_with == 0 else ranks
+    if ranks % asked:
+        fitting = ", ".join(str(number) for number in range(1, ranks + 1) if ranks % number == 0)
+        raise UserError(
+            f"--partitions {asked}: {ranks} rank{'s' if ranks > 1 else ''} cannot be replicas of {asked} each; start "
+            f"a multiple of {asked} ranks, or use one of {fitting}"
+        )
+    return asked

@@ -1,0 +1,149 @@
+"""A trained network from its checkpoint, to evaluate it and to predict with it; parameters are read when asked for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from pydantic import ValidationError
+
+from dbmpi.checkpoint.reader import Checkpoint
+from dbmpi.checkpoint.schema import PARAMETERS, CheckpointInfo
+from dbmpi.config import NetworkSection, PlacementSection, explain
+from dbmpi.data.source import Source
+from dbmpi.errors import Damaged, UserError
+from dbmpi.index.layout import Run
+from dbmpi.network.description import Network
+from dbmpi.network.losses import Targets
+from dbmpi.network.own import from_files
+
+
+@dataclass(frozen=True)
+class TrainedNetwork:
+    """A network as a checkpoint describes it, and the open checkpoint."""
+
+    checkpoint: Checkpoint
+    notice: str
+    """Empty, or why this checkpoint was taken instead of the latest one."""
+    info: CheckpointInfo
+    section: NetworkSection
+    placement: PlacementSection
+    """How it was to be cut over the partitions of the training."""
+    network: Network
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self.checkpoint.path
+
+    def parameters(self, runs: Sequence[Run]) -> np.ndarray:
+        """Return the vector, float32, that is made of runs of the whole parameters; only they are read."""
+        out = np.empty(sum(run.length for run in runs), np.float32)
+        for run in runs:
+            self.checkpoint.read(PARAMETERS, run.start, out[run.local : run.local + run.length])
+        return out
+
+    def close(self) -> None:
+        """Close the checkpoint; without effect the second time."""
+        self.checkpoint.close()
+
+    @property
+    def units(self) -> int:
+        """Number of outputs."""
+        return self.network.outputs
+
+    @property
+    def targets(self) -> Literal["required", "optional"]:
+        """Whether an evaluation needs targets: not where layers have objectives of their own."""
+        return "optional" if self.network.loss is None else "required"
+
+    def expect(self, source: Source, *, targets: bool) -> tuple[str, ...]:
+        """Raise UserError unless samples of a data file, and where asked their targets, suit the network.
+
+        Returns
+        -------
+        tuple of str
+            What the user should know.  The file's classes are from then on those of the training with the same labels.
+        """
+        info = self.info
+        if source.input_shape != info.input_shape:
+            raise UserError(
+                f"{source.path}: samples have shape {source.input_shape}, but the network in {self.path} was trained "
+                f"on {info.input_shape}; expected the same"
+            )
+        targets = targets and self.network.loss is not None
+        if targets and not source.has_targets:
+            raise UserError(f"{source.path}: has no dataset {source.names['targets']!r} to compare the outputs with")
+        learner = f"the network in {self.path}"
+        notices = source.mean_the_same(info.meaning, info.classes, learner=learner, targets=targets)
+        if not targets:
+            return notices
+        if info.classes == 0:
+            source.expect(self.units, self.section.loss)
+        elif source.classes is None:
+            raise UserError(
+                f"{source.path}: the targets are {source.target_size} values a sample, but the network in {self.path} "
+                f"was trained on {info.classes} classes; expected integers from 0 to {info.classes - 1}"
+            )
+        elif source.classes > info.classes:
+            raise UserError(
+                f"{source.path}: has {source.classes} classes, but the network in {self.path} was trained on "
+                f"{info.classes}; expected no class that is not trained"
+            )
+        return notices
+
+
+def load(path: Path, code: Sequence[Path] = ()) -> TrainedNetwork:
+    """Read the network of a checkpoint, or of the latest checkpoint of a run directory.
+
+    Parameters
+    ----------
+    path
+        The checkpoint, or the directory.
+    code
+        Files from which classes of a user's own layers may be loaded; a checkpoint that needs others is refused.
+
+    Raises
+    ------
+    UserError
+        If there is no whole checkpoint, or it does not describe a network that its arrays fit.
+    """
+    checkpoint = Checkpoint.open(path)
+    try:
+        info = checkpoint.info
+        section, placement = _sections(checkpoint.path, info.configuration)
+        # The seed is only for initial weights.
+        targets: Targets = "classes" if info.classes else "values"
+        network = Network(section, info.input_shape, 0, targets=targets, load=from_files(code))
+        checkpoint.expect(network.layout)
+        if info.classes > network.outputs:
+            raise Damaged(
+                f"{checkpoint.path}: /run/classes is {info.classes}, expected at most the {network.outputs} outputs of "
+                "its network"
+            )
+    except BaseException:
+        checkpoint.close()
+        raise
+    return TrainedNetwork(checkpoint, checkpoint.notice, info, section, placement, network)
+
+
+def _sections(path: Path, configuration: str) -> tuple[NetworkSection, PlacementSection]:
+    """Return the description of the network, and how it was cut: the rest may be of another version of dbmpi."""
+    try:
+        described = json.loads(configuration)
+        network, placement = described["network"], described.get("placement", {})
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise UserError(
+            f"{path}: the run was not described with a [network]; evaluate it with the program that trained it"
+        ) from None
+    section: type[NetworkSection | PlacementSection] = NetworkSection
+    try:
+        found = NetworkSection.model_validate(network)
+        section = PlacementSection
+        return found, PlacementSection.model_validate(placement)
+    except ValidationError as error:
+        raise UserError(explain(error, section, str(path))) from None

@@ -1,0 +1,1 @@
+"""Sandblaster (section 4.2 of the paper)."""

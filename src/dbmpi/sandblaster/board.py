@@ -1,0 +1,343 @@
+"""The board of a batch: which portions there are, who has won which, and which results count.
+
+The board is a few words in the lead's window.  Replicas draw portions from it by atomics of their own: nothing on the
+lead's rank has to run for that.  A portion goes through three steps:
+
+1. It is *drawn*.  A replica has a stretch of the batch, the same one in every pass, and draws it in sequence; then it
+   draws the last ones of whoever has most left.  When all are drawn, those without a result are drawn again, as backup
+   copies.  Drawing is a hint, and nothing more: what counts is the next step.
+2. The first replica that has its gradient *wins* it, by a compare-and-swap of the portion's word, and only then adds
+   the gradient to its bundle, the sum over the portions that it has won lately.
+3. Every few portions the bundle is *committed*, by a compare-and-swap of the replica's word, which holds the number of
+   its open bundle.  The lead may *revoke* an open bundle by the same operation: then the late commit fails, the bundle
+   is thrown away, and its portions are handed out again.  One of both comes first: each portion counts exactly once.
+   The bundles of a replica that has died are closed in the same way for ever.
+
+Everything here is integers; what the bundles hold lies in the windows of the replicas (`Bundles`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+_WORD = 8
+_LINE = 64
+_BATCH_SHIFT, _OWNER_SHIFT = 32, 20
+_LOW = (1 << _OWNER_SHIFT) - 1
+_PLACE = (1 << _BATCH_SHIFT) - 1
+_TAG_SHIFT, _FRONT_SHIFT = 48, 24
+_TAG, _TAKEN = (1 << 15) - 1, (1 << _FRONT_SHIFT) - 1
+"""What says of a stretch: the last bits of the batch's number, portions drawn from its front, and from its end."""
+
+MOST_PORTIONS = _TAKEN
+MOST_REPLICAS = (1 << (_BATCH_SHIFT - _OWNER_SHIFT)) - 2
+
+
+class Kind(IntEnum):
+    """What is to be done with the portions of a batch."""
+
+    GRADIENT = 0
+    TEST = 1
+    """The loss on held-out samples, without a gradient."""
+
+
+class Words(Protocol):
+    """The operations on windows that the protocol needs: those of :class:`dbmpi.mpi.window.Window`."""
+
+    def load(self, rank: int, offset: int) -> int:
+        """Return a word."""
+        ...
+
+    def store(self, rank: int, offset: int, value: int) -> None:
+        """Set a word, after all earlier puts to that rank."""
+        ...
+
+    def compare_and_swap(self, rank: int, offset: int, expected: int, value: int) -> int:
+        """Set a word if it is as expected; return what it was."""
+        ...
+
+    def get(self, rank: int, offset: int, out: np.ndarray) -> None:
+        """Copy memory of a rank."""
+        ...
+
+    def sync(self) -> None:
+        """Make stores visible."""
+        ...
+
+
+class Batch(NamedTuple):
+    """What the replicas are told of a batch."""
+
+    number: int
+    """Counts from 1."""
+    kind: Kind
+    portions: int
+    first: int
+    """Number of the first portion's samples in the stream."""
+    samples: int
+    """Of the whole batch."""
+    place: int = 0
+    """Portions of all batches up to its end, for reports."""
+
+
+END = -1
+"""Number of the batch after the last one."""
+RETIRED = -1
+"""In place of the number of its open bundle: the replica has been given up, and can commit nothing any more."""
+
+
+@dataclass(frozen=True)
+class Board:
+    """Reads and writes the words of the board.
+
+    Parameters
+    ----------
+    words
+        The window.
+    rank
+        The lead's.
+    offset
+        Where the board begins in its window.
+    replicas, capacity
+        Numbers of replicas, and of portions of the largest batch.
+    ordered
+        Whether all replicas draw from one stretch, so that portions are done about in their order.
+    """
+
+    words: Words
+    rank: int
+    offset: int
+    replicas: int
+    capacity: int
+    ordered: bool = False
+
+    @staticmethod
+    def nbytes(replicas: int, capacity: int) -> int:
+        """Return the bytes of a board."""
+        return _LINE + (2 * replicas + capacity) * _WORD
+
+    # What the lead does
+
+    def open(self, batch: Batch) -> None:
+        """Offer a batch; all portions of the one before have been won."""
+        for portion in range(batch.portions):
+            self.words.store(self.rank, self._portion(portion), batch.number << _BATCH_SHIFT)
+        for place, word in enumerate(batch[1:], 1):
+            self.words.store(self.rank, self.offset + place * _WORD, int(word))
+        for stretch in range(self._stretches):
+            self.words.store(self.rank, self._drawn(stretch), (batch.number & _TAG) << _TAG_SHIFT)
+        self.words.store(self.rank, self.offset, batch.number)
+
+    def end(self) -> None:
+        """Offer no further batch."""
+        self.words.store(self.rank, self.offset, END)
+
+    def claims(self, batch: Batch, seen: Sequence[int]) -> list[tuple[int, int]]:
+        """Return who has won each portion: replica and bundle, or -1 and 0.
+
+        A claim holds the last bits of the bundle's number; the rest is that of the replicas' latest bundles, `seen`.
+        """
+        found = self._words_at(self._portion(0), batch.portions)
+        owners = ((found & _PLACE) >> _OWNER_SHIFT) - 1
+        claims = zip(owners.tolist(), (found & _LOW).tolist(), strict=True)
+        half = (_LOW + 1) // 2
+        return [
+            (owner, seen[owner] + ((low - seen[owner] + half) & _LOW) - half) if owner >= 0 else (-1, 0)
+            for owner, low in claims
+        ]
+
+    def open_bundles(self) -> list[int]:
+        """Return for every replica the number of the bundle that it may commit, at one look."""
+        found: list[int] = self._words_at(self._bundle(0), self.replicas).tolist()
+        return found
+
+    def reopen(self, batch: Batch, portion: int, replica: int, bundle: int) -> bool:
+        """Hand out a portion again that was won in a bundle which does not count."""
+        claimed, unclaimed = _claim(batch.number, replica, bundle), batch.number << _BATCH_SHIFT
+        return self.words.compare_and_swap(self.rank, self._portion(portion), claimed, unclaimed) == claimed
+
+    def retire(self, replica: int) -> int:
+        """Let a replica commit nothing any more; return the number of the bundle that was open."""
+        while True:
+            opened = self.open_bundle(replica)
+            if opened == RETIRED or self.words.compare_and_swap(self.rank, self._bundle(replica), opened, RETIRED) == (
+                opened
+            ):
+                return opened
+
+    # What a replica does
+
+    def read(self) -> Batch | None:
+        """Return the batch that is offered; None before the first one.  At the end its number is `END`."""
+        number = self.words.load(self.rank, self.offset)
+        if number <= 0:
+            return Batch(END, Kind.GRADIENT, 0, 0, 0) if number == END else None
+        words = np.empty(len(Batch._fields), np.int64)
+        self.words.get(self.rank, self.offset, words)
+        _, kind, *others = words.tolist()
+        if self.words.load(self.rank, self.offset) != number:
+            return None  # the next one is being put up
+        return Batch(number, Kind(kind), *others)
+
+    def number(self) -> int:
+        """Return the number of the batch that is offered."""
+        return self.words.load(self.rank, self.offset)
+
+    def draw(self, batch: Batch, replica: int) -> int | None:
+        """Return a portion that nobody has drawn yet; None if there is none, or the batch is over."""
+        count, tag = self._stretches, batch.number & _TAG
+        bounds = np.arange(count + 1) * batch.portions // count
+        own = replica % count
+        while True:
+            word = self.words.load(self.rank, self._drawn(own))
+            front, back = word >> _FRONT_SHIFT & _TAKEN, word & _TAKEN
+            if word >> _TAG_SHIFT != tag:
+                return None
+            if front + back == bounds[own + 1] - bounds[own]:
+                break
+            if self.words.compare_and_swap(self.rank, self._drawn(own), word, word + (1 << _FRONT_SHIFT)) == word:
+                return int(bounds[own]) + front
+        while True:
+            words = self._words_at(self._drawn(0), count)
+            left = np.diff(bounds) - (words >> _FRONT_SHIFT & _TAKEN) - (words & _TAKEN)
+            left[words >> _TAG_SHIFT != tag] = 0
+            most = int(np.argmax(left))
+            if left[most] == 0:
+                return None
+            word = int(words[most])
+            if self.words.compare_and_swap(self.rank, self._drawn(most), word, word + 1) == word:
+                return int(bounds[most + 1]) - 1 - (word & _TAKEN)
+
+    def outstanding(self, batch: Batch) -> list[int]:
+        """Return the portions that nobody has won."""
+        found = self._words_at(self._portion(0), batch.portions)
+        return np.flatnonzero(found == batch.number << _BATCH_SHIFT).tolist()
+
+    def win(self, batch: Batch, portion: int, replica: int, bundle: int) -> bool:
+        """Claim a portion for the open bundle of a replica; only the first of several succeeds."""
+        unclaimed = batch.number << _BATCH_SHIFT
+        claimed = _claim(batch.number, replica, bundle)
+        return self.words.compare_and_swap(self.rank, self._portion(portion), unclaimed, claimed) == unclaimed
+
+    # What both do
+
+    def open_bundle(self, replica: int) -> int:
+        """Return the number of the bundle that a replica may commit."""
+        return self.words.load(self.rank, self._bundle(replica))
+
+    def close_bundle(self, replica: int, bundle: int) -> bool:
+        """Commit a bundle, as its replica, or revoke it, as the lead; only the first of both succeeds."""
+        return self.words.compare_and_swap(self.rank, self._bundle(replica), bundle, bundle + 1) == bundle
+
+    @property
+    def _stretches(self) -> int:
+        return 1 if self.ordered else self.replicas
+
+    def _drawn(self, stretch: int) -> int:
+        return self.offset + _LINE + stretch * _WORD
+
+    def _bundle(self, replica: int) -> int:
+        return self.offset + _LINE + (self.replicas + replica) * _WORD
+
+    def _portion(self, portion: int) -> int:
+        return self.offset + _LINE + (2 * self.replicas + portion) * _WORD
+
+    def _words_at(self, offset: int, count: int) -> np.ndarray:
+        found = np.empty(count, np.int64)
+        self.words.sync()
+        self.words.get(self.rank, offset, found)
+        return found
+
+
+def _claim(number: int, replica: int, bundle: int) -> int:
+    return number << _BATCH_SHIFT | (replica + 1) << _OWNER_SHIFT | (bundle & _LOW)
+
+
+class Result(NamedTuple):
+    """What a replica writes down of a portion that it has won."""
+
+    portion: int
+    samples: int
+    correct: int
+    loss: float
+    """Sum over the samples."""
+
+
+_HEAD = 3
+SLOTS = 2
+"""Bundles of a worker: one is filled while the shards take in the other."""
+
+
+@dataclass(frozen=True)
+class Bundles:
+    """Where the bundles of a worker lie in its window.
+
+    A bundle is a list of results, which partition 0 keeps, and the sum of the gradients of these portions, each
+    multiplied by its share of the batch's samples.  Behind the bundles lie words in which every shard, and the lead for
+    the list, say which bundles they have taken: one more than the last one in that slot.
+    """
+
+    offset: int
+    """Where they begin."""
+    elements: int
+    """Of this worker's parameters."""
+    results: int
+    """Most portions of a bundle."""
+    shards: int
+    itemsize: int = 4
+
+    def list_of(self, bundle: int) -> int:
+        """Where the list of a bundle lies: batch, length, microseconds, and four words for each result."""
+        return self.offset + bundle % SLOTS * self._slot_bytes
+
+    def gradient_of(self, bundle: int) -> int:
+        """Where the gradient of a bundle lies."""
+        return self.list_of(bundle) + _lines(self.list_words * _WORD)
+
+    def taken(self, taker: int, bundle: int) -> int:
+        """Word of a shard, or of the lead as the last one, for the slot of a bundle: up to which one it is free."""
+        return self.offset + SLOTS * self._slot_bytes + (taker * SLOTS + bundle % SLOTS) * _WORD
+
+    @property
+    def list_words(self) -> int:
+        """Words of a list."""
+        return _HEAD + 4 * self.results
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all."""
+        return _lines(self.taken(self.shards + 1, 0) - self.offset)
+
+    @property
+    def _slot_bytes(self) -> int:
+        return _lines(self.list_words * _WORD) + _lines(self.elements * self.itemsize)
+
+
+def pack(words: np.ndarray, batch: int, seconds: float, results: list[Result]) -> None:
+    """Write the list of a bundle into int64 `words`; `seconds` is the mean time that a portion takes this replica."""
+    words[:_HEAD] = batch, len(results), round(1e6 * seconds)
+    for place, result in enumerate(results):
+        row = words[_HEAD + 4 * place :][:4]
+        row[:3] = result[:3]
+        row[3:].view(np.float64)[0] = result.loss
+
+
+def unpack(words: np.ndarray) -> tuple[int, float, list[Result]]:
+    """Read what :func:`pack` wrote."""
+    batch, count, microseconds = words[:_HEAD].tolist()
+    rows = words[_HEAD : _HEAD + 4 * count].reshape(count, 4)
+    losses = rows[:, 3].copy().view(np.float64).tolist()
+    results = [
+        Result(portion, samples, correct, loss)
+        for (portion, samples, correct), loss in zip(rows[:, :3].tolist(), losses, strict=True)
+    ]
+    return batch, 1e-6 * microseconds, results
+
+
+def _lines(nbytes: int) -> int:
+    return -(-nbytes // _LINE) * _LINE

@@ -1,0 +1,296 @@
+"""Sandblaster: the coordinator of distributed batch optimisation (paper, section 4.2 and algorithm 1.2).
+
+The coordinator runs a batch method, such as L-BFGS, on the lead's rank.  It holds no vector: the method works on those
+of the shards by commands, which send back nothing but scalars, and has its batches evaluated by the replicas (see
+:mod:`dbmpi.sandblaster.evaluation`).  Between two iterations the coordinator tests, and has checkpoints written.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from dbmpi.config import Run
+from dbmpi.errors import RunFailed
+from dbmpi.methods import descent
+from dbmpi.methods.descent import ORIGIN, POINT, Report
+from dbmpi.methods.lbfgs import History
+from dbmpi.methods.select import minimise
+from dbmpi.monitor.progress import Progress
+from dbmpi.monitor.records import BatchReport, EvaluationReport, Recorder
+from dbmpi.objective import Outcome
+from dbmpi.sandblaster.batches import REASONS, Beginning, Samples, sampling
+from dbmpi.sandblaster.checkpoints import Keeper
+from dbmpi.sandblaster.evaluation import Evaluator, Interrupted
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from dbmpi.methods.own import Method
+
+_LONGEST_LEDGER = 8192
+"""Portions of which a line of the records can tell who computed them."""
+
+
+class Coordinator:
+    """Runs a batch method over shards and replicas, on the lead's rank.
+
+    Parameters
+    ----------
+    evaluator
+        Evaluates losses and gradients.
+    keeper
+        Writes checkpoints.
+    method
+        The user's own batch method, if it is not one of ours.
+
+    Attributes
+    ----------
+    steps, samples
+        Portions, and samples behind them, that counted in this session.
+    best
+        The least mean loss of the training samples that an evaluation came to; NaN before the first one.
+    converged
+        Whether the method ended by itself.
+    test
+        The outcome on the held-out samples at the end; None without any, or after a stop.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        samples: Samples,
+        beginning: Beginning,
+        *,
+        evaluator: Evaluator,
+        keeper: Keeper,
+        recorder: Recorder,
+        progress: Progress,
+        method: Method | None = None,
+    ) -> None:
+        self._run, self._samples, self._beginning = run, samples, beginning
+        self._evaluator, self._keeper = evaluator, keeper
+        self.space = evaluator.space
+        self._recorder, self._progress = recorder, progress
+        self._method = method
+        self._sampling = sampling(run, samples.order, run.sandblaster.batch_overlap)
+        self._left = beginning.stream.total - beginning.stream.frontier
+        self._counted = 0, 0
+        """Portions and samples that had counted after the last iteration."""
+        self._history: History | None = None
+        self._iterations = 0
+        self._trying = self._moved = False
+        """Whether the point is one that is only tried; whether the batch has changed since."""
+        self._tested_at = -1
+        self._next_test = run.monitor.evaluate_epochs
+        self.steps = self.samples = 0
+        self.best = math.nan
+        self.converged = False
+        self.test: Outcome | None = None
+
+    def run(self) -> None:
+        """Learn until the method or the epochs are at their end, or a signal comes; write a checkpoint, and test.
+
+        Raises
+        ------
+        RunFailed
+            Where the method fails, or finds that there is no minimum: after a checkpoint of what it had learned.
+        """
+        try:
+            report = self._minimise()
+            if report is not None:
+                self.converged = report.reason in ("gradient", "loss", "precision")
+                self._progress.message(
+                    f"{report.iterations:,} iterations, {report.evaluations:,} evaluations: "
+                    f"{REASONS['evaluations' if self._used_up else report.reason]}"
+                    f"   loss {report.loss:.7g}   gradient {report.largest:.3g}"
+                )
+                if report.reason == "unbounded":
+                    raise RunFailed(
+                        f"the loss has no minimum, as it seems: it has fallen to {report.loss:g}.  Look for a term "
+                        "with the wrong sign, or set sandblaster.l2, which keeps the parameters small."
+                    )
+        except Interrupted:
+            self._go_back()
+        except Exception as failure:
+            self._go_back()
+            if self.steps == 0:
+                raise
+            self._keeper.write(self.steps, self.samples, last=True)
+            said = f"what was learned before is in {self.checkpoint}"
+            if isinstance(failure, RunFailed):
+                raise RunFailed(f"{failure}  {said[0].upper()}{said[1:]}.") from failure
+            self._progress.message(said)
+            raise
+        self._keeper.write(self.steps, self.samples, last=True)
+        if self._samples.tests and not self.stopped_by and self._tested_at != self.steps:
+            with suppress(Interrupted):
+                self._evaluate_test()
+        if self.stopped_by or self._tested_at != self.steps:
+            self.test = None
+        self._evaluator.end()
+
+    @property
+    def iterations(self) -> int:
+        """Iterations finished in this session."""
+        return self._iterations
+
+    @property
+    def stopped_by(self) -> int:
+        """Number of the signal that ended the run early; 0 if it ran to its end."""
+        return self._evaluator.stopped_by
+
+    @property
+    def lost(self) -> list[int]:
+        """Replicas that have died."""
+        return sorted(self._evaluator.passes.lost)
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The last checkpoint written."""
+        return self._keeper.last
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the training samples, over all sessions."""
+        return (self._beginning.samples + self.samples) / self._samples.order.samples
+
+    # What a batch method calls
+
+    def evaluate(self, point: str, gradient: str) -> float:
+        """Pass over the batch: return the mean loss at the parameters, and leave its gradient on the shards."""
+        if self._moved:
+            self._moved = self._trying = False  # the same point on other samples
+        loss = self._evaluate(self._sampling.portions, point, gradient)
+        self._trying = True
+        self._sampling.evaluated(loss)
+        return loss
+
+    def evaluate_parts(self, point: str, gradient: str, shared: str, following: str) -> float:
+        """Pass over the batch in three parts: what the last batch has, too, the rest, and what the next one will have.
+
+        See :class:`dbmpi.methods.multibatch.SharingBatches`.
+        """
+        portions, overlap = self._sampling.portions, self._run.sandblaster.batch_overlap
+        inner = portions[overlap : len(portions) - overlap]
+        parts = [(portions[:overlap], shared), (portions[len(portions) - overlap :], following), (inner, gradient)]
+        total, loss, terms = self._samples.of(portions), 0.0, []
+        for part, name in parts if inner else parts[:-1]:
+            share = self._samples.of(part) / total
+            loss += share * self._evaluate(part, point, name)
+            terms.append((share, name))
+        self._trying = True
+        self.space.combine(gradient, terms)
+        if strength := self._run.sandblaster.l2:
+            for name in (gradient, shared, following):
+                self.space.axpy(strength, point, name)
+            loss += strength / 2 * float(self.space.dots([(point, point)])[0])
+        return loss
+
+    def proceed(self) -> bool:
+        """Go on to the next batch, when it is time."""
+        moved = self._sampling.proceed()
+        self._moved = moved and not self._run.sandblaster.batch_overlap
+        return moved
+
+    def exhausted(self) -> bool:
+        """Go on with a larger batch, if there is any."""
+        self._moved = self._sampling.exhausted()
+        return self._moved
+
+    def _evaluate(self, portions: range, point: str, gradient: str) -> float:
+        assert point == POINT, f"replicas fetch {POINT!r}, and not {point!r}"
+        count, place = self._samples.of(portions), self._beginning.place(self.steps + len(portions))
+        seconds = self._evaluator.gradient(gradient, portions, count, place)
+        passes = self._evaluator.passes
+        outcome = passes.outcome
+        self.steps += len(portions)
+        self.samples += outcome.samples
+        self.best = min(outcome.mean_loss, self.best)  # NaN is above nothing
+        self._recorder.write(
+            BatchReport(
+                iteration=self._iterations,
+                epoch=self.epoch,
+                loss=outcome.mean_loss,
+                accuracy=outcome.accuracy,
+                samples=outcome.samples,
+                portions=passes.shares,
+                ledger=passes.contributors if len(portions) <= _LONGEST_LEDGER else None,
+                revoked=passes.revoked,
+                seconds=seconds,
+                lost=self.lost,
+            )
+        )
+        total = round(self._samples.order.samples * self._run.optimizer.epochs)
+        shown = min(self._beginning.samples + self.samples, total)
+        rate = outcome.samples / max(seconds, 1e-9)
+        self._progress.update(shown, outcome.mean_loss, outcome.accuracy, rate, None)
+        return outcome.mean_loss
+
+    # Helpers
+
+    def _go_back(self) -> None:
+        """Go back to where the last iteration ended."""
+        self._tested_at = -1
+        if self._trying and ORIGIN in self.space.names:
+            self.space.copy(ORIGIN, POINT)  # the search had gone on from there, and will do so again
+        self.steps, self.samples = self._counted
+
+    def _minimise(self) -> Report | None:
+        settings, state = self._run.sandblaster, self._beginning.state
+        if state is not None:
+            self._sampling.restore(state.place)
+        if self._used_up:
+            return None
+        if settings.algorithm == "lbfgs":
+            self._history = History(self.space, settings.memory)
+            if state is not None:
+                self._history.restore(state.arrays)
+                self._trying = state.start is not None
+        return minimise(
+            self,
+            settings,
+            whole=self._sampling.whole,
+            own=self._method,
+            callback=self._after_iteration,
+            history=self._history,
+            start=None if state is None else state.start,
+        )
+
+    @property
+    def _used_up(self) -> bool:
+        """Whether the epochs have no room for another batch."""
+        return self._left - self.steps < len(self._sampling.portions)
+
+    def _after_iteration(self, progress: descent.Progress) -> bool:
+        """Write a checkpoint and test, when it is time; return whether the run is to end."""
+        self._iterations, self._trying = progress.iteration, False
+        self._counted = self.steps, self.samples
+        if self._history is not None:
+            self._keeper.note(self._history, self._sampling.position, progress)
+        self._evaluator.serve()
+        every = self._run.monitor.evaluate_epochs
+        if every and self._samples.tests and self.epoch >= self._next_test and not self.stopped_by:
+            self._next_test = (self.epoch // every + 1) * every
+            self._evaluate_test()
+        if self._keeper.due and not self.stopped_by:
+            self._keeper.write(self.steps, self.samples)
+        self._trying = True  # what comes next is
+        return bool(self.stopped_by) or self._used_up
+
+    def _evaluate_test(self) -> None:
+        """Record and show the outcome on the held-out samples at the present parameters."""
+        self._evaluator.test(self._samples.test_portions, self._samples.tests, self._beginning.place(self.steps))
+        self.test = outcome = self._evaluator.passes.outcome
+        self._tested_at = self.steps
+        self._recorder.write(
+            EvaluationReport(
+                step=self.steps,
+                epoch=self.epoch,
+                loss=outcome.mean_loss,
+                accuracy=outcome.accuracy,
+                samples=outcome.samples,
+            )
+        )
+        self._progress.evaluation(self.epoch, outcome.mean_loss, outcome.accuracy, outcome.samples)

@@ -1,0 +1,135 @@
+"""A shard of a Sandblaster run: executes the coordinator's commands on its part of the vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from mpi4py import MPI
+
+from dbmpi.checkpoint.collect import hand_over
+from dbmpi.kernels import updates
+from dbmpi.methods.local_space import LocalSpace
+from dbmpi.mpi import blocking, waiting
+from dbmpi.mpi.failures import RankLost
+from dbmpi.sandblaster.board import Bundles
+from dbmpi.sandblaster.commands import Command, execute
+
+if TYPE_CHECKING:
+    from dbmpi.index.layout import Run
+    from dbmpi.mpi.window import Window
+
+COMMANDS = 4
+"""Tag of commands."""
+
+
+class Source(NamedTuple):
+    """What a shard takes of the bundles of one worker."""
+
+    rank: int
+    bundles: Bundles
+    pieces: Sequence[Run]
+    """With starts within the shard; nothing of others is taken."""
+
+
+class ShardSpace(LocalSpace):
+    """The vectors of one shard, float32, and where gradients come from.
+
+    Parameters
+    ----------
+    comm, shards
+        The communicator of all ranks, and that of the shards.
+    window
+        This rank's window.
+    sources
+        For every replica, its workers.
+    version
+        Of the parameters, for checkpoints.
+    vectors
+        The parameters, and what is carried along unchanged.
+    """
+
+    def __init__(
+        self,
+        comm: MPI.Intracomm,
+        shards: MPI.Intracomm,
+        window: Window,
+        sources: Sequence[Sequence[Source]],
+        version: int,
+        vectors: Mapping[str, np.ndarray],
+    ) -> None:
+        size = len(vectors["parameters"])
+        self._comm, self._others, self._window, self._sources = comm, shards, window, sources
+        super().__init__(size, np.float32, self._sum_over_shards, shards.rank, shards.size, vectors)
+        self.version = version
+        self.ended = False
+        self.accrued_bytes = 0
+        self._missed = 0
+
+    def accrue(self, name: str, replica: int, bundle: int) -> None:
+        """Add the gradient that a replica has committed to a vector.
+
+        The worker has no part in it: its memory is read, even while it computes or is halted, and where it has died on
+        this host.  Where it cannot be read any more the next :meth:`meet` tells.
+        """
+        target = self.writable(name)
+        try:
+            for source in self._sources[replica]:
+                self._accrue(target, source, bundle)
+        except RankLost:
+            self._missed += 1
+
+    def meet(self) -> np.ndarray:
+        """Wait until all shards have come here; what was written before is then visible in their windows.
+
+        Returns how many bundles some shard could not read since the last time, because their worker has died.
+        """
+        self._window.sync()
+        missed, self._missed = self._missed, 0
+        return self._sum_over_shards(np.array([float(missed)]))
+
+    def hand_over(self, names: Sequence[str]) -> None:
+        """Send vectors to the lead, for a checkpoint."""
+        if self._others.rank > 0:
+            hand_over(self._comm, self.version, [self.array(name) for name in names])
+
+    def end(self) -> None:
+        """Hear that the run is over."""
+        self.ended = True
+
+    def poll(self) -> bool:
+        """Execute the next command, if one has arrived: what all shards but the lead's do."""
+        status = MPI.Status()
+        if self.ended or not self._comm.Iprobe(0, COMMANDS, status):
+            return False
+        data = np.empty(status.Get_count(MPI.BYTE), np.uint8)
+        with blocking.blocking("the rest of a command of the coordinator"):
+            self._comm.Recv([data, MPI.BYTE], 0, COMMANDS)
+        execute(self, Command.decode(data.tobytes()))
+        return True
+
+    def _accrue(self, target: np.ndarray, source: Source, bundle: int) -> None:
+        """Add what a shard takes of one worker's bundle."""
+        rank, bundles, pieces = source
+        place = bundles.gradient_of(bundle)
+        pushed = [piece for piece in pieces if piece.pushed]
+        near = self._window.near(rank)
+        if near is not None:
+            self._window.sync()
+        for start, local, length, _ in pushed:
+            offset = place + 4 * local
+            if near is not None:
+                part = near[offset : offset + 4 * length].view(np.float32)
+            else:
+                part = np.empty(length, np.float32)
+                self._window.get(rank, offset, part)
+            updates.add(target[start : start + length], part)
+            self.accrued_bytes += part.nbytes
+        if pushed:
+            self._window.store(rank, bundles.taken(self._others.rank, bundle), bundle + 1)
+
+    def _sum_over_shards(self, values: np.ndarray) -> np.ndarray:
+        if self._others.size == 1:
+            return values
+        return waiting.allreduce(self._others, values, MPI.SUM, "the other shards to carry out a command")
