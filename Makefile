@@ -2,6 +2,7 @@
 # make test          all tests, on the Open MPI wheel
 # make test-mpich    all tests, on the MPICH wheel
 # make test-cluster  the tests that start a Slurm and several hosts, on both MPIs; needs root
+# make test-families dbmpi with Debian's MPICH and Open MPI and with Intel MPI, each unpacked into a temporary folder
 # make lint          style, format and types
 # make docs          the site of docs/ in build/site; a warning is an error
 # make bench-peers   an environment with PyTorch, for the benchmarks that measure beside it
@@ -15,7 +16,7 @@ PYTEST_ARGS ?=
 PIP = -m pip --disable-pip-version-check install --quiet
 PROJECT = pyproject.toml setup.cfg
 
-.PHONY: demo test test-mpich test-cluster lint docs bench-peers clean distclean
+.PHONY: demo test test-mpich test-cluster test-families lint docs bench-peers clean distclean
 # Two pips in one environment would get into each other's way.
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
@@ -32,6 +33,9 @@ test-mpich: .venv-mpich/.installed-test
 test-cluster: .venv/.installed-test .venv-mpich/.installed-test
 	DBMPI_CLUSTER_TESTS=1 .venv/bin/python -m pytest tests/cluster $(PYTEST_ARGS)
 	DBMPI_CLUSTER_TESTS=1 .venv-mpich/bin/python -m pytest tests/cluster $(PYTEST_ARGS)
+
+test-families: .venv/.installed-test
+	DBMPI_FAMILY_TESTS=1 .venv/bin/python -m pytest tests/families $(PYTEST_ARGS)
 
 lint: .venv/.installed-lint
 	.venv/bin/python -m ruff check

@@ -36,7 +36,7 @@ def main() -> None:
 
 def train(folder: Path, data: dict[str, Path], name: str, epochs: int | None) -> list[tuple[float, float, float]]:
     """Train once; return epoch, test loss and accuracy (NaN without labels) of every evaluation."""
-    from dbmpi.monitor.history import History
+    from dbmpi.monitor.history import RunHistory
     from dbmpi.monitor.records import read_records
 
     run = folder / name
@@ -47,7 +47,7 @@ def train(folder: Path, data: dict[str, Path], name: str, epochs: int | None) ->
     dbmpi("launch", "-n", RANKS, "--", "train", common.ROOT / "examples" / f"{name}.toml", *overrides)
     return [
         (one["epoch"], one["loss"], one.get("accuracy") or float("nan"))
-        for one in History(read_records(run)).evaluations
+        for one in RunHistory(read_records(run)).evaluations
     ]
 
 

@@ -168,12 +168,12 @@ def curve(run: Path, train_file: Path) -> Curve:
     """Return the evaluations of the last session of a run, behind that of the warmstart."""
     import h5py
 
-    from dbmpi.monitor.history import History
+    from dbmpi.monitor.history import RunHistory
     from dbmpi.monitor.records import read_records
 
     with h5py.File(train_file) as file:
         samples = len(file["targets"])
-    history = History(read_records(run))
+    history = RunHistory(read_records(run))
     first, last = history.sessions[0], history.sessions[-1]
     warm = [record for record in history.evaluations if record["session"] == first][-1]
     reports = [own for own in history.workers.values() for own in [[r for r in own if r["session"] == last]] if own]

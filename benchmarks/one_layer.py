@@ -63,25 +63,25 @@ class Case(NamedTuple):
 
     def layer(self) -> Layer:
         """Return our layer."""
-        from dbmpi.network.convolution import Convolution
-        from dbmpi.network.dense import Dense
-        from dbmpi.network.dropout import Dropout
-        from dbmpi.network.local import Local
-        from dbmpi.network.normalisation import Normalisation
-        from dbmpi.network.pooling import Pooling
+        from dbmpi.network.convolution import ConvolutionLayer
+        from dbmpi.network.dense import DenseLayer
+        from dbmpi.network.dropout import DropoutLayer
+        from dbmpi.network.local import LocalLayer
+        from dbmpi.network.normalisation import NormalisationLayer
+        from dbmpi.network.pooling import PoolingLayer
 
         if self.kind == "dense":
-            return Dense(self.kind, self.inputs, self.maps, self.activation)
+            return DenseLayer(self.kind, self.inputs, self.maps, self.activation)
         if self.kind == "dropout":
-            return Dropout(self.kind, self.inputs, 0.5)
+            return DropoutLayer(self.kind, self.inputs, 0.5)
         if self.kind == "normalisation":
-            return Normalisation(self.kind, self.inputs, self.size)
+            return NormalisationLayer(self.kind, self.inputs, self.size)
         window = (self.size, self.size)
         if self.kind == "local":
-            return Local(self.kind, self.inputs, self.maps, window, self.stride, self.activation)
+            return LocalLayer(self.kind, self.inputs, self.maps, window, self.stride, self.activation)
         if self.kind == "convolution":
-            return Convolution(self.kind, self.inputs, self.maps, window, self.stride, self.activation)
-        return Pooling(self.kind, self.inputs, self.kind, window, self.stride)
+            return ConvolutionLayer(self.kind, self.inputs, self.maps, window, self.stride, self.activation)
+        return PoolingLayer(self.kind, self.inputs, self.kind, window, self.stride)
 
 
 def main() -> None:

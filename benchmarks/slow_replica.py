@@ -60,7 +60,7 @@ def contestant(place: Path) -> None:
     from dbmpi.mpi import waiting, world
     from dbmpi.objective import Outcome
     from dbmpi.runs.training import train
-    from dbmpi.sandblaster.board import Batch
+    from dbmpi.sandblaster.board import PostedBatch
     from dbmpi.sandblaster.work import PortionWork
 
     comm = world.start()
@@ -73,7 +73,7 @@ def contestant(place: Path) -> None:
     waiting.barrier(comm, "the data")
     compute, taken = PortionWork.compute, list[tuple[bool, float]]()
 
-    def slowly(self: PortionWork, batch: Batch, portion: int, gradient: np.ndarray) -> Outcome:
+    def slowly(self: PortionWork, batch: PostedBatch, portion: int, gradient: np.ndarray) -> Outcome:
         began, slow = time.perf_counter(), self._replica == 0
         time.sleep(SLEEP * (SLOWER if slow else 1))
         outcome = compute(self, batch, portion, gradient)

@@ -11,7 +11,7 @@ import pytest
 
 from dbmpi.config import ServerSection
 from dbmpi.errors import UserError
-from dbmpi.index.layout import Run, cut
+from dbmpi.index.layout import Stretch, cut
 from dbmpi.mpi import waiting, window
 from dbmpi.mpi.topology import Communicators, Plan
 from dbmpi.objective import Outcome
@@ -187,7 +187,7 @@ def test_partitions_of_one_replica_do_not_make_each_other_stale(comm) -> None:
             server.begin(None)
         else:
             place = half * ((comm.rank - 1) % 2)
-            client = store.client([Run(place, 0, half, pushed=True)])
+            client = store.client([Stretch(place, 0, half, pushed=True)])
         bench = Served(store, server, comm)
         for _ in range(2):
             bench.together()

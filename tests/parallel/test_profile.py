@@ -9,7 +9,7 @@ import pytest
 
 from dbmpi import config
 from dbmpi.cli.main import main
-from dbmpi.network.dense import Dense
+from dbmpi.network.dense import DenseLayer
 from dbmpi.network.description import Network
 from dbmpi.replica.placement import automatic
 from dbmpi.replica.plan import plan_exchanges
@@ -57,14 +57,14 @@ def test_what_a_profile_says(comm) -> None:
 def test_the_slowest_rank_of_a_phase_is_named(comm, monkeypatch) -> None:
     """One that sleeps in one layer's forward pass; in the exchange above it the others wait for it."""
     network = Network(config.NetworkSection(layers=(config.Dense(units=6), config.Dense(units=5))), (4,), 1)
-    forward, late = Dense.forward, comm.size - 1
+    forward, late = DenseLayer.forward, comm.size - 1
 
     def slowly(self, *arguments) -> None:
         if comm.rank == late and self.name == "dense1":
             time.sleep(0.1)
         forward(self, *arguments)
 
-    monkeypatch.setattr(Dense, "forward", slowly)
+    monkeypatch.setattr(DenseLayer, "forward", slowly)
     first, second = profile(network, automatic(network.layers, comm.size), 4, 3, comm).layers
     assert (first.slowest[0], first.seconds[0] > 0.1) == (late, True)
     assert (second.slowest[2] != late, second.seconds[2] > 0.05) == (True, True)

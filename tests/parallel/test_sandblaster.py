@@ -29,7 +29,7 @@ from dbmpi.mpi import waiting
 from dbmpi.network import own
 from dbmpi.objective import Outcome
 from dbmpi.runs.training import train
-from dbmpi.sandblaster.board import Batch, Board, Kind
+from dbmpi.sandblaster.board import Board, PassKind, PostedBatch
 from dbmpi.sandblaster.checkpoints import Keeper
 from dbmpi.sandblaster.coordinator import Coordinator
 from dbmpi.sandblaster.passes import Passes
@@ -195,9 +195,9 @@ def test_a_run_that_was_stopped_goes_on_to_the_last_bit(comm, place, monkeypatch
     calls, allow = [], [0]
     submit = Passes.begin
 
-    def stopping(self: Passes, kind: Kind, *arguments: int) -> None:
+    def stopping(self: Passes, kind: PassKind, *arguments: int) -> None:
         calls.append(0)
-        if len(calls) == allow[0] or (kind == Kind.TEST and not allow[0]):
+        if len(calls) == allow[0] or (kind == PassKind.TEST and not allow[0]):
             os.kill(os.getpid(), signal.SIGTERM)
         submit(self, kind, *arguments)
 
@@ -289,8 +289,8 @@ def test_dropout_draws_other_masks_with_other_batches(comm, place, monkeypatch) 
     run = tiny.describe(place, sandblaster=settings, **parts)
     batches, begin = [], Passes.begin
 
-    def noted(self: Passes, kind: Kind, portions: int, first: int, *others: int) -> None:
-        if kind == Kind.GRADIENT:
+    def noted(self: Passes, kind: PassKind, portions: int, first: int, *others: int) -> None:
+        if kind == PassKind.GRADIENT:
             batches.append((first, portions))
         begin(self, kind, portions, first, *others)
 
@@ -360,7 +360,7 @@ def test_a_slow_replica_gets_fewer_portions(comm, shared_path, monkeypatch) -> N
     def total() -> int:
         return computed.stat().st_size if computed.exists() else 0
 
-    def slowly(self: PortionWork, batch: Batch, portion: int, gradient: np.ndarray) -> Outcome:
+    def slowly(self: PortionWork, batch: PostedBatch, portion: int, gradient: np.ndarray) -> Outcome:
         """By the count of what the others compute, and not by a clock, which also counts what else the cores do."""
         if self._replica == 0:
             wanted = total() + 20

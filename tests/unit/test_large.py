@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from dbmpi.index.layout import Run, cut
+from dbmpi.index.layout import Stretch, cut
 from dbmpi.kernels import sums, vectors
 from dbmpi.mpi import pieces
 from dbmpi.mpi.window import Window
@@ -143,8 +143,8 @@ def test_a_client_of_many_parameters_knows_where_they_lie():
         complete_gets=lambda: None,
     )
     # The last elements of each shard, and the first.
-    runs = [Run(held.stop - 3, 3 * shard, 3, True) for shard, held in enumerate(ranges)]
-    runs.append(Run(0, 9, 2, True))
+    runs = [Stretch(held.stop - 3, 3 * shard, 3, True) for shard, held in enumerate(ranges)]
+    runs.append(Stretch(0, 9, 2, True))
     client = Client(window, memories, (4, 5, 6), ranges, 0, runs=runs)
     assert client.copy(np.zeros(11, np.float32)) == [2**40] * 3
     expected = [(4 + shard, memories[shard].parameters + 4 * (MANY - 3), 3) for shard in range(3)]

@@ -17,7 +17,7 @@ from harness.programs import Program
 from dbmpi.cli import launch
 from dbmpi.errors import ToldElsewhere, UserError
 from dbmpi.machine import launcher, mpi_library
-from dbmpi.machine.launcher import Command, check_world, compose, launched
+from dbmpi.machine.launcher import LaunchCommand, check_world, compose, launched
 from dbmpi.machine.mpi_library import Mpi, find_mpi, protocol
 
 OPEN_MPI = Mpi("Open MPI v5.0.11", "/mpi/lib/libmpi.so.40", "/mpi/bin/mpirun")
@@ -270,7 +270,7 @@ def test_a_session_of_open_mpi_has_a_place_of_its_own(tmp_path: Path, monkeypatc
     fake.chmod(0o755)
     name = "PRTE_MCA_prte_tmpdir_base"
     monkeypatch.delenv(name, raising=False) if given is None else monkeypatch.setenv(name, given)
-    code = launcher.run(Mpi("Open MPI v5.0.11", "", str(fake)), Command((str(fake),), {}))
+    code = launcher.run(Mpi("Open MPI v5.0.11", "", str(fake)), LaunchCommand((str(fake),), {}))
     place = Path(found.read_text().strip())
     if given is None:
         assert code == 0
@@ -285,7 +285,7 @@ def test_an_mpirun_that_has_cut_its_ranks_off_is_not_believed(tmp_path: Path, ca
     fake = tmp_path / "mpirun"
     fake.write_text(f'#!/bin/sh\ntouch "$DBMPI_UNFINISHED"\n{last}\n')
     fake.chmod(0o755)
-    assert launcher.run(Mpi("Open MPI v5.0.11", "", str(fake)), Command((str(fake),), {})) == code
+    assert launcher.run(Mpi("Open MPI v5.0.11", "", str(fake)), LaunchCommand((str(fake),), {})) == code
     assert ("the first rank has not come to its end" in capfd.readouterr().err) == (code == 75)
 
 

@@ -17,7 +17,7 @@ from dbmpi.errors import UserError
 from dbmpi.index.boxes import Box
 from dbmpi.kernels import fields
 from dbmpi.kernels.local import Untied
-from dbmpi.network.local import Local
+from dbmpi.network.local import LocalLayer
 
 pytestmark = pytest.mark.timeout(240)  # kernels are compiled for every number of maps
 
@@ -37,7 +37,7 @@ def layers(draw, maps=MAPS, activations=tuple(FUNCTIONS)):
     field = (draw(st.integers(1, 4)), draw(st.integers(1, 4)))
     shape = (draw(st.integers(1, 5)), *(window + draw(st.integers(0, 6)) for window in field))
     stride = draw(st.integers(1, 5))
-    return Local("local", shape, draw(st.sampled_from(maps)), field, stride, draw(st.sampled_from(activations)))
+    return LocalLayer("local", shape, draw(st.sampled_from(maps)), field, stride, draw(st.sampled_from(activations)))
 
 
 def naive(layer, inputs, parameters, gradient):
@@ -111,7 +111,7 @@ def test_outputs_do_not_depend_on_the_box_or_the_batch_by_a_bit(layer, samples, 
 
 
 def test_a_field_deeper_than_one_pass_is_summed_in_several():
-    layer = Local("local", (9, 12, 13), 11, (10, 10))
+    layer = LocalLayer("local", (9, 12, 13), 11, (10, 10))
     assert layer.inputs > 2 * fields.DEPTH
     random = np.random.default_rng(1)
     inputs = random.normal(size=(*layer.input_shape, 37)).astype(np.float32)
@@ -124,7 +124,7 @@ def test_a_field_deeper_than_one_pass_is_summed_in_several():
 
 
 def test_nothing_is_written_beyond_the_results():
-    layer = Local("local", (2, 7, 9), 11, (3, 2))
+    layer = LocalLayer("local", (2, 7, 9), 11, (3, 2))
     samples = 21
     guarded = {}
 
@@ -147,7 +147,7 @@ def test_nothing_is_written_beyond_the_results():
 
 
 def test_not_a_number_reaches_the_fields_that_see_it_only():
-    layer = Local("local", (2, 6, 6), 3, (2, 2))
+    layer = LocalLayer("local", (2, 6, 6), 3, (2, 2))
     inputs = np.ones((*layer.input_shape, 20), np.float32)
     inputs[1, 3, 3, 4] = np.nan
     outputs, _, of_parameters = run(layer, inputs, None, parameters_of(layer, np.float32))
@@ -158,7 +158,7 @@ def test_not_a_number_reaches_the_fields_that_see_it_only():
 
 
 def test_without_an_input_gradient_the_rest_is_the_same():
-    layer = Local("local", (2, 6, 6), 3, (2, 2), activation="tanh")
+    layer = LocalLayer("local", (2, 6, 6), 3, (2, 2), activation="tanh")
     inputs = np.random.default_rng(1).normal(size=(2, 6, 6, 9))
     parameters = parameters_of(layer, np.float64)
     box = Box.whole(layer.output_shape)
@@ -232,18 +232,18 @@ def test_results_do_not_depend_on_the_number_of_threads():
 
 def test_the_configuration_describes_it():
     section = config.Local(maps=4, field=(3, 2), stride=2, activation="relu", initial_scale=2.0)
-    layer = Local.described(section, "local1", (3, 9, 8))
-    assert layer == Local("local1", (3, 9, 8), 4, (3, 2), 2, "relu", 2.0)
+    layer = LocalLayer.described(section, "local1", (3, 9, 8))
+    assert layer == LocalLayer("local1", (3, 9, 8), 4, (3, 2), 2, "relu", 2.0)
     assert layer.output_shape == (4, 4, 4)
     assert {short: tensor.shape for short, tensor in layer.tensors.items()} == {
         "weights": (4, 4, 4, 3, 2, 3),
         "bias": (4, 4, 4),
     }
-    assert Local.described(config.Local(maps=1, field=5), "local2", (1, 5, 5)).field == (5, 5)
+    assert LocalLayer.described(config.Local(maps=1, field=5), "local2", (1, 5, 5)).field == (5, 5)
 
 
 def test_initial_weights_are_those_of_their_place_and_biases_zero():
-    layer = Local("local", (3, 9, 8), 4, (3, 2), activation="relu", initial_scale=0.5)
+    layer = LocalLayer("local", (3, 9, 8), 4, (3, 2), activation="relu", initial_scale=0.5)
     whole = np.empty(layer.tensors["weights"].size, np.float32)
     layer.initial("weights", whole, 7, 2, 0)
     part = np.empty(100, np.float32)
@@ -256,7 +256,7 @@ def test_initial_weights_are_those_of_their_place_and_biases_zero():
 
 
 def test_operations_are_counted():
-    layer = Local("local", (3, 100, 100), 8, (10, 10))
+    layer = LocalLayer("local", (3, 100, 100), 8, (10, 10))
     whole = Box.whole(layer.output_shape)
     assert layer.flops(whole, 32) == 6 * 8 * 91 * 91 * 300 * 32
     assert layer.flops(whole, 32, input_gradient=False) == 4 * 8 * 91 * 91 * 300 * 32
@@ -265,9 +265,9 @@ def test_operations_are_counted():
 @pytest.mark.parametrize("shape", [(3, 9, 20), (3, 20, 9)])
 def test_a_field_larger_than_its_inputs_is_refused(shape):
     with pytest.raises(UserError, match=r"layer 'third'.*field of shape \(10, 10\).*" + re.escape(str(shape))):
-        Local("third", shape, 8, (10, 10))
+        LocalLayer("third", shape, 8, (10, 10))
 
 
 def test_inputs_without_rows_and_columns_are_refused():
     with pytest.raises(UserError, match=r"layer 'local1'.*\(maps, height, width\).*\(784,\)"):
-        Local("local1", (784,), 8, (10, 10))
+        LocalLayer("local1", (784,), 8, (10, 10))

@@ -11,11 +11,11 @@ from unit.layer_checks import check_cuts, check_gradients, run
 from dbmpi import config
 from dbmpi.errors import UserError
 from dbmpi.index.boxes import Box
-from dbmpi.network.normalisation import Normalisation
+from dbmpi.network.normalisation import NormalisationLayer
 
 FLOORS = st.sampled_from([0.01, 0.8, 100.0])
 SHAPES = st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 9))
-LAYERS = st.builds(Normalisation, st.just("lcn"), SHAPES, st.sampled_from([1, 3, 5]), FLOORS)
+LAYERS = st.builds(NormalisationLayer, st.just("lcn"), SHAPES, st.sampled_from([1, 3, 5]), FLOORS)
 
 
 def normalised(inputs, window, floor):
@@ -58,7 +58,7 @@ def test_pieces_make_the_whole(layer, dtype, data):
 
 @pytest.mark.parametrize("window", [1, 3, 5, 7])
 def test_the_inputs_asked_for_are_those_that_outputs_depend_on(window):
-    layer = Normalisation("lcn", (2, 15, 14), window, 1e-6)
+    layer = NormalisationLayer("lcn", (2, 15, 14), window, 1e-6)
     inputs = np.random.default_rng(1).normal(size=(2, 15, 14, 1))
     for place in ((0, 7, 7), (1, 0, 0), (0, 14, 3)):
         box = Box(place, tuple(index + 1 for index in place))
@@ -75,24 +75,24 @@ def test_the_inputs_asked_for_are_those_that_outputs_depend_on(window):
 
 
 def test_constant_inputs_give_zero_up_to_the_borders():
-    outputs, _, _ = run(Normalisation("lcn", (3, 8, 7), 5, 0.01), np.full((3, 8, 7, 2), 5.0))
+    outputs, _, _ = run(NormalisationLayer("lcn", (3, 8, 7), 5, 0.01), np.full((3, 8, 7, 2), 5.0))
     np.testing.assert_allclose(outputs, 0, atol=1e-10)
 
 
 def test_local_deviation_becomes_one():
     inputs = 30 * np.random.default_rng(1).normal(size=(4, 40, 40, 2)) + np.linspace(0, 500, 40)[:, None, None]
-    outputs, _, _ = run(Normalisation("lcn", (4, 40, 40)), inputs)
+    outputs, _, _ = run(NormalisationLayer("lcn", (4, 40, 40)), inputs)
     assert outputs[:, 5:-5].std() == pytest.approx(1, abs=0.05)
     assert abs(outputs[:, 5:-5].mean()) < 0.01
 
 
 def test_a_layer_is_made_of_its_description():
     section = config.Normalisation(window=7, floor=0.1)
-    assert Normalisation.described(section, "n", (4, 9, 9)) == Normalisation("n", (4, 9, 9), 7, 0.1)
+    assert NormalisationLayer.described(section, "n", (4, 9, 9)) == NormalisationLayer("n", (4, 9, 9), 7, 0.1)
     with pytest.raises(ValueError, match="odd"):
         config.Normalisation(window=4)
 
 
 def test_inputs_without_rows_and_columns_are_refused():
     with pytest.raises(UserError, match=r"'flat'.*\(100,\)"):
-        Normalisation("flat", (100,))
+        NormalisationLayer("flat", (100,))

@@ -298,16 +298,19 @@ def test_the_stand_ins_ask_for_what_real_layers_ask_for(data):
     field, window = data.draw(st.integers(1, 3)), data.draw(st.sampled_from([1, 3, 5]))
     stride = data.draw(st.integers(1, field))
     for real, stand_in in [
-        (pooling.Pooling("a", shape, "l2", (field, field), stride), Pooling("a", shape, field, stride)),
-        (normalisation.Normalisation("a", shape, window), Normalisation("a", shape, window)),
-        (dropout.Dropout("a", shape, 0.5), Elementwise("a", shape)),
-        (dense.Dense("a", shape, 5, "linear"), Dense("a", shape, 5)),
-        (local.Local("a", shape, 2, (field, 2), stride), Filter("a", shape, 2, (field, 2), stride)),
-        (convolution.Convolution("a", shape, 2, (field, 2), stride), Filter("a", shape, 2, (field, 2), stride, True)),
+        (pooling.PoolingLayer("a", shape, "l2", (field, field), stride), Pooling("a", shape, field, stride)),
+        (normalisation.NormalisationLayer("a", shape, window), Normalisation("a", shape, window)),
+        (dropout.DropoutLayer("a", shape, 0.5), Elementwise("a", shape)),
+        (dense.DenseLayer("a", shape, 5, "linear"), Dense("a", shape, 5)),
+        (local.LocalLayer("a", shape, 2, (field, 2), stride), Filter("a", shape, 2, (field, 2), stride)),
+        (
+            convolution.ConvolutionLayer("a", shape, 2, (field, 2), stride),
+            Filter("a", shape, 2, (field, 2), stride, True),
+        ),
     ]:
         assert real.output_shape == stand_in.output_shape
         mine, theirs = dict(real.tensors), dict(stand_in.tensors)
-        untied = isinstance(real, local.Local)  # has its tensors' axes in another order
+        untied = isinstance(real, local.LocalLayer)  # has its tensors' axes in another order
         assert {name: tensor.size for name, tensor in mine.items()} == {name: one.size for name, one in theirs.items()}
         assert untied or mine == theirs
         pairs = [sorted((data.draw(st.integers(0, n - 1)), data.draw(st.integers(1, n)))) for n in real.output_shape]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from dbmpi.cli import plot
 from dbmpi.errors import UserError
 from dbmpi.monitor import panels
-from dbmpi.monitor.history import History
+from dbmpi.monitor.history import RunHistory
 from dbmpi.monitor.plots import _headline, draw
 from dbmpi.monitor.records import read_records
 
@@ -93,7 +93,7 @@ def test_every_picture_is_written_and_is_a_picture(tmp_path):
 
 
 def test_loss_over_steps_leaves_out_what_was_taken_again(tmp_path, axes):
-    history = History(read_records(make_run(tmp_path / "run")))
+    history = RunHistory(read_records(make_run(tmp_path / "run")))
     assert history.steps_per_epoch == SAMPLES // BATCH
     panels.loss(axes, history, "steps")
     x, y = line(axes, "each report")
@@ -110,7 +110,7 @@ def test_loss_over_steps_leaves_out_what_was_taken_again(tmp_path, axes):
 
 
 def test_loss_over_seconds_shows_all_that_was_done(tmp_path, axes):
-    history = History(read_records(make_run(tmp_path / "run")))
+    history = RunHistory(read_records(make_run(tmp_path / "run")))
     panels.accuracy(axes, history, "seconds")
     x, y = line(axes, "each report")
     end = 4 + 1.5 + 0.2  # of session 1: its last evaluation
@@ -123,12 +123,12 @@ def test_a_loss_of_many_decades_is_drawn_on_a_logarithmic_scale(tmp_path, axes):
     directory = make_run(tmp_path / "run", sessions=1)
     path = directory / "records" / "worker-0.jsonl"
     path.write_text(path.read_text().replace('"loss": 1.25', '"loss": 0.0001'))
-    panels.loss(axes, History(read_records(directory)), "seconds")
+    panels.loss(axes, RunHistory(read_records(directory)), "seconds")
     assert axes.get_yscale() == "log"
 
 
 def test_throughput_adds_the_replicas_up(tmp_path, axes):
-    history = History(read_records(make_run(tmp_path / "run", workers=3)))
+    history = RunHistory(read_records(make_run(tmp_path / "run", workers=3)))
     panels.throughput(axes, history)
     x, total = line(axes, "all replicas")
     np.testing.assert_allclose(total, sum(line(axes, f"replica {number}")[1] for number in range(3)))
@@ -157,7 +157,7 @@ def lose_replicas(directory: Path) -> None:
 def test_lost_replicas_are_shown_where_they_were_lost(tmp_path, axes):
     directory = make_run(tmp_path / "run", workers=3)
     lose_replicas(directory)
-    history = History(read_records(directory))
+    history = RunHistory(read_records(directory))
     assert [str(lost) for lost in history.lost] == [
         "replica 2 since iteration 1 of session 1",
         "replica 1 since iteration 2 of session 2",
@@ -172,7 +172,7 @@ def test_lost_replicas_are_shown_where_they_were_lost(tmp_path, axes):
 
 
 def test_staleness_bars_are_the_shares_of_the_pushes(tmp_path, axes):
-    history = History(read_records(make_run(tmp_path / "run", shards=2)))
+    history = RunHistory(read_records(make_run(tmp_path / "run", shards=2)))
     panels.staleness(axes, history)
     heights = [bar.get_height() for bar in axes.patches]
     np.testing.assert_allclose(heights, [0, 90, 0, 10])
@@ -186,7 +186,7 @@ def test_any_staleness_fits_into_few_bars(counts):
     from matplotlib.figure import Figure
 
     record = {"kind": "shard", "number": 0, "session": 1, "elapsed": 1.0}
-    history = History([record | {"staleness_histogram": {str(value): count for value, count in counts.items()}}])
+    history = RunHistory([record | {"staleness_histogram": {str(value): count for value, count in counts.items()}}])
     axes = Figure().subplots()
     panels.staleness(axes, history)
     bars = [(bar.get_x(), bar.get_x() + bar.get_width(), bar.get_height()) for bar in axes.patches]
@@ -196,7 +196,7 @@ def test_any_staleness_fits_into_few_bars(counts):
 
 
 def test_where_the_time_goes_is_in_per_cent_of_each_rank(tmp_path, axes):
-    history = History(read_records(make_run(tmp_path / "run", workers=2)))
+    history = RunHistory(read_records(make_run(tmp_path / "run", workers=2)))
     panels.time_spent(axes, history, "worker")
     bars = {container.get_label(): [bar.get_width() for bar in container] for container in axes.containers}
     assert list(bars) == ["compute", "data", "fetch", "push", "wait"]

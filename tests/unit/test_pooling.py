@@ -9,7 +9,7 @@ from unit.layer_checks import check_cuts, check_gradients, run
 
 from dbmpi import config
 from dbmpi.errors import UserError
-from dbmpi.network.pooling import EPSILON, Pooling
+from dbmpi.network.pooling import EPSILON, PoolingLayer
 
 KINDS = ("l2", "average", "max")
 
@@ -18,7 +18,7 @@ KINDS = ("l2", "average", "max")
 def layers(draw):
     size = (draw(st.integers(1, 4)), draw(st.integers(1, 4)))
     shape = (draw(st.integers(1, 3)), *(window + draw(st.integers(0, 6)) for window in size))
-    return Pooling("pool", shape, draw(st.sampled_from(KINDS)), size, draw(st.integers(1, 5)))
+    return PoolingLayer("pool", shape, draw(st.sampled_from(KINDS)), size, draw(st.integers(1, 5)))
 
 
 def scipy_pooling(layer, inputs):
@@ -59,7 +59,7 @@ def test_pieces_make_the_whole(layer, dtype, data):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_the_gradient_goes_to_the_first_maximum_in_the_order_of_the_window(dtype):
-    layer = Pooling("pool", (1, 2, 3), "max", (2, 2))
+    layer = PoolingLayer("pool", (1, 2, 3), "max", (2, 2))
     inputs = np.array([[[0, 5, 5], [5, 5, 1]]], dtype)[..., np.newaxis]
     outputs, input_gradient, _ = run(layer, inputs, np.array([[[1, 10]]], dtype)[..., np.newaxis])
     np.testing.assert_array_equal(outputs[0, 0, :, 0], [5, 5])
@@ -70,7 +70,7 @@ def test_the_gradient_goes_to_the_first_maximum_in_the_order_of_the_window(dtype
 def test_not_a_number_is_passed_on_to_the_windows_that_hold_it(kind):
     inputs = np.zeros((1, 3, 4, 40), np.float32)
     inputs[0, 1, 1, 7] = np.nan
-    outputs, input_gradient, _ = run(Pooling("pool", (1, 3, 4), kind, (2, 2)), inputs)
+    outputs, input_gradient, _ = run(PoolingLayer("pool", (1, 3, 4), kind, (2, 2)), inputs)
     lost = np.isnan(outputs)
     assert lost[0, :, :2, 7].all()
     assert lost.sum() == 4
@@ -81,20 +81,24 @@ def test_not_a_number_is_passed_on_to_the_windows_that_hold_it(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_are_finite_where_all_inputs_are_zero(kind):
-    layer = Pooling("pool", (2, 4, 4), kind, (3, 3))
+    layer = PoolingLayer("pool", (2, 4, 4), kind, (3, 3))
     _, input_gradient, _ = run(layer, np.zeros((2, 4, 4, 3)))
     assert np.isfinite(input_gradient).all()
 
 
 def test_a_layer_is_made_of_its_description():
-    assert Pooling.described(config.Pooling(size=3, kind="max", stride=2), "p", (4, 9, 9)).output_shape == (4, 4, 4)
-    layer = Pooling.described(config.Pooling(size=(5, 2)), "p", (4, 9, 9))
-    assert layer == Pooling("p", (4, 9, 9), "l2", (5, 2), 1)
+    assert PoolingLayer.described(config.Pooling(size=3, kind="max", stride=2), "p", (4, 9, 9)).output_shape == (
+        4,
+        4,
+        4,
+    )
+    layer = PoolingLayer.described(config.Pooling(size=(5, 2)), "p", (4, 9, 9))
+    assert layer == PoolingLayer("p", (4, 9, 9), "l2", (5, 2), 1)
     assert not layer.tensors
 
 
 def test_what_does_not_fit_is_refused_with_its_name_and_both_shapes():
     with pytest.raises(UserError, match=r"'small'.*\(3, 3\).*\(8, 2, 5\)"):
-        Pooling("small", (8, 2, 5), "l2", (3, 3))
+        PoolingLayer("small", (8, 2, 5), "l2", (3, 3))
     with pytest.raises(UserError, match=r"'flat'.*\(100,\)"):
-        Pooling("flat", (100,), "l2", (3, 3))
+        PoolingLayer("flat", (100,), "l2", (3, 3))

@@ -9,7 +9,7 @@ import pytest
 
 from dbmpi.mpi.failures import RankLost
 from dbmpi.objective import Outcome
-from dbmpi.sandblaster.board import Batch, Board, Bundles, Kind, Result, pack, unpack
+from dbmpi.sandblaster.board import Board, Bundles, PassKind, PortionResult, PostedBatch, pack, unpack
 from dbmpi.sandblaster.passes import Passes, Station
 from dbmpi.sandblaster.replica import Portions
 
@@ -80,7 +80,7 @@ class Work:
 
     def compute(self, batch, portion, gradient):
         self.clock.now += self.seconds
-        if batch.kind == Kind.GRADIENT:
+        if batch.kind == PassKind.GRADIENT:
             gradient[:] = self.point * batch.portions * np.arange(1, SIZE + 1) * (batch.first + portion + 1)
         return Outcome(SAMPLES, float(self.point * portion), portion % SAMPLES)
 
@@ -136,7 +136,7 @@ class World:
         if self.random.random() < 0.5:
             self.memory.gone.add(1 + replica)
 
-    def run(self, point, portions, first=0, kind=Kind.GRADIENT, halting=0.0, dying=0.0):
+    def run(self, point, portions, first=0, kind=PassKind.GRADIENT, halting=0.0, dying=0.0):
         """Run a batch, everybody taking steps in random order; halt, wake and kill workers with a probability.
 
         Where a shard could not read what counts, all begins anew, as with the coordinator; returns how often it did.
@@ -226,7 +226,7 @@ def test_each_portion_counts_once_where_replicas_die(ordered):
 
 def test_an_even_run_in_step_makes_no_copies():
     world = World(0, 2, per_bundle=4)
-    world.passes.begin(Kind.GRADIENT, 16, 0, 16 * SAMPLES)
+    world.passes.begin(PassKind.GRADIENT, 16, 0, 16 * SAMPLES)
     for work in world.works:
         work.points[0], work.seconds = 1, 0.0
     for _ in range(200):
@@ -245,7 +245,7 @@ def test_an_even_run_in_step_makes_no_copies():
 
 def test_who_is_done_with_its_stretch_draws_the_last_ones_of_who_has_most_left():
     world = World(0, 3)
-    board, batch = world.board, Batch(7, Kind.GRADIENT, 11, 0, 88)
+    board, batch = world.board, PostedBatch(7, PassKind.GRADIENT, 11, 0, 88)
     board.open(batch)
     assert [board.draw(batch, 0) for _ in range(3)] == [0, 1, 2]
     assert [board.draw(batch, 1) for _ in range(2)] == [3, 4]
@@ -258,7 +258,7 @@ def test_who_is_done_with_its_stretch_draws_the_last_ones_of_who_has_most_left()
 
 def test_what_a_halted_replica_holds_is_handed_out_again():
     world = World(0, 2, per_bundle=4)
-    world.passes.begin(Kind.GRADIENT, 8, 0, 8 * SAMPLES)
+    world.passes.begin(PassKind.GRADIENT, 8, 0, 8 * SAMPLES)
     for work in world.works:
         work.points[0] = 1
     first, second = world.workers
@@ -287,7 +287,7 @@ def test_a_batch_ends_wherever_a_replica_is_halted_for_good(ordered):
     """Also between claim and commit of what all others wait for, their slots full."""
     for polls, portions in itertools.product(range(12), (3, 7, 20)):
         world = World(polls, 3, per_bundle=2, ordered=ordered)
-        world.passes.begin(Kind.GRADIENT, portions, 0, portions * SAMPLES)
+        world.passes.begin(PassKind.GRADIENT, portions, 0, portions * SAMPLES)
         for work in world.works:
             work.points[0] = 1
         for _ in range(polls):
@@ -314,7 +314,7 @@ def test_replicas_that_are_slow_to_commit_are_not_revoked_for_ever(ordered):
     world = World(1, 3, per_bundle=2, ordered=ordered)
     for work in world.works:
         work.points[0], work.seconds = 1, 0.0
-    world.passes.begin(Kind.GRADIENT, 6, 0, 6 * SAMPLES)
+    world.passes.begin(PassKind.GRADIENT, 6, 0, 6 * SAMPLES)
     for step in itertools.count():
         assert step < 100, world.passes.awaited()
         for worker in world.workers:
@@ -361,7 +361,7 @@ def test_in_order_the_bits_do_not_depend_on_the_schedule():
 def test_a_batch_of_held_out_samples_sends_no_gradients():
     world = World(3, 3)
     world.run(1, 16)
-    world.run(1, 20, kind=Kind.TEST)
+    world.run(1, 20, kind=PassKind.TEST)
     assert not world.accrued.any()
     assert world.passes.outcome.loss == 190
     world.run(2, 16)
@@ -369,7 +369,7 @@ def test_a_batch_of_held_out_samples_sends_no_gradients():
 
 
 def test_lists_of_results_survive_the_journey():
-    results = [Result(3, 8, -1, 0.1), Result(2**40, 1, 5, float("nan"))]
+    results = [PortionResult(3, 8, -1, 0.1), PortionResult(2**40, 1, 5, float("nan"))]
     words = np.zeros(Bundles(0, 1, 3, 1).list_words, np.int64)
     pack(words, 77, 0.25, results)
     batch, seconds, found = unpack(words)

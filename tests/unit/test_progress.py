@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dbmpi.monitor import display, progress
-from dbmpi.monitor.progress import Progress
+from dbmpi.monitor.progress import RunProgress
 
 
 class Clock:
@@ -51,7 +51,7 @@ def frames(output: str) -> list[str]:
 
 def test_lines_come_at_once_and_then_every_five_seconds(clock):
     stream = Text()
-    shown = Progress(1000, "lines", stream, epochs=10)
+    shown = RunProgress(1000, "lines", stream, epochs=10)
     for second in range(13):
         clock.now += 1
         shown.update(second * 80, 0.231, 0.931, 12345.4, 1.94)
@@ -68,7 +68,7 @@ def test_lines_come_at_once_and_then_every_five_seconds(clock):
 
 def test_what_is_unknown_is_left_out(clock):
     stream = Text()
-    with Progress(200, "lines", stream) as shown:
+    with RunProgress(200, "lines", stream) as shown:
         clock.now += 3
         shown.update(50, math.nan, math.nan, 0.0, math.nan)
     assert stream.getvalue() == "   0:03   25 %  loss    nan  0 samples/s\n"
@@ -76,10 +76,10 @@ def test_what_is_unknown_is_left_out(clock):
 
 def test_a_finish_without_news_adds_nothing(clock):
     stream = Text()
-    with Progress(200, "lines", stream) as shown:
+    with RunProgress(200, "lines", stream) as shown:
         shown.update(200, 0.5, None, 10.0, None)
     assert stream.getvalue().count("\n") == 1
-    with Progress(200, "lines", stream):
+    with RunProgress(200, "lines", stream):
         pass
     assert stream.getvalue().count("\n") == 1
 
@@ -87,7 +87,7 @@ def test_a_finish_without_news_adds_nothing(clock):
 def test_messages_and_evaluations_are_lines_in_every_mode_but_none(clock):
     for mode, count in (("lines", 2), ("bar", 2), ("none", 0)):
         stream = Text()
-        shown = Progress(100, mode, stream)
+        shown = RunProgress(100, mode, stream)
         shown.message("[bold]begins[/bold] :smile:")  # no markup: it is a user's text
         shown.evaluation(3.0, 0.1234, 0.961, 10000)
         assert (
@@ -103,7 +103,7 @@ def test_messages_stand_above_the_bar_whole(clock, monkeypatch):
     monkeypatch.setenv("COLUMNS", "40")
     stream = Text()
     text = "a checkpoint was written to [a]/very/long/path/" + "x" * 60
-    with Progress(1000, "bar", stream) as shown:
+    with RunProgress(1000, "bar", stream) as shown:
         shown.update(100, 1.0, None, 10.0, None)
         shown.message(text)
         clock.now += 1
@@ -120,7 +120,7 @@ def test_messages_stand_above_the_bar_whole(clock, monkeypatch):
 
 def test_the_bar_is_drawn_no_more_than_ten_times_a_second(clock, monkeypatch):
     stream = Text()
-    shown = Progress(1000, "bar", stream)
+    shown = RunProgress(1000, "bar", stream)
     for _ in range(1000):
         clock.now += 0.001
         shown.update(1, 1.0, None, 1.0, None)
@@ -141,7 +141,7 @@ def test_the_bar_fits_into_every_terminal(*, columns, samples, loss, accuracy, r
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COLUMNS", str(columns))
         patch.setenv("LINES", "2")
-        with Progress(10**9, "bar", stream, epochs=epochs) as shown:
+        with RunProgress(10**9, "bar", stream, epochs=epochs) as shown:
             shown.update(samples, loss, accuracy, rate, staleness)
     drawn = frames(stream.getvalue())
     assert drawn[-1].strip()
@@ -152,7 +152,7 @@ def test_the_bar_fits_into_every_terminal(*, columns, samples, loss, accuracy, r
 def test_a_terminal_of_eighty_columns_shows_everything(clock, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     stream = Text()
-    with Progress(600_000, "bar", stream, epochs=10) as shown:
+    with RunProgress(600_000, "bar", stream, epochs=10) as shown:
         shown.update(195_000, 0.231, 0.9312, 12_345.0, 1.94)
     last = frames(stream.getvalue())[-1]
     assert re.fullmatch(r"epoch  3\.2/10 ━{3}╺━+  loss 0\.2310  acc 93\.1%  12\.3k/s  stale 1\.9  0:32 left", last), (
@@ -162,7 +162,7 @@ def test_a_terminal_of_eighty_columns_shows_everything(clock, monkeypatch):
 
 
 def test_more_room_never_shows_less():
-    state = display.State(1000, 10, 300, 0.5, 0.9, 1234.0, 1.5, 10.0)
+    state = display.DisplayState(1000, 10, 300, 0.5, 0.9, 1234.0, 1.5, 10.0)
     previous = 0
     for columns in range(1, 200):
         facts = len(display._fit(state, columns)[2])
@@ -208,7 +208,7 @@ def test_losses_keep_to_their_columns(value, text):
 
 @pytest.mark.parametrize(("epochs", "text"), [(10, "epoch  2.5/10"), (0.5, "epoch   0.1/0.5"), (400, "epoch 100/400")])
 def test_the_place_in_the_run(epochs, text):
-    assert display.State(1000, epochs, 250).place == text
+    assert display.DisplayState(1000, epochs, 250).place == text
 
 
 @pytest.mark.parametrize(
@@ -245,7 +245,7 @@ class Deaf(Text):
 @pytest.mark.parametrize("error", [BrokenPipeError(32, "gone"), OSError(5, "terminal gone"), OSError(28, "disk full")])
 def test_a_reader_that_goes_away_does_not_stop_the_run(clock, mode, writes, error):
     stream = Deaf(error, writes)
-    with Progress(100, mode, stream) as shown:
+    with RunProgress(100, mode, stream) as shown:
         for step in range(10):
             clock.now += 6
             shown.update(step, 1.0, None, 1.0, None)
@@ -257,32 +257,32 @@ def test_a_reader_that_goes_away_does_not_stop_the_run(clock, mode, writes, erro
 @pytest.mark.parametrize("mode", ["bar", "lines"])
 def test_a_stream_closed_meanwhile_does_not_stop_the_run(clock, mode):
     stream = Text()
-    shown = Progress(100, mode, stream)
+    shown = RunProgress(100, mode, stream)
     shown.update(1, 1.0, None, 1.0, None)
     stream.close()
     clock.now += 6
     shown.update(2, 1.0, None, 1.0, None)
     shown.message("nobody")
     shown.finish()
-    assert Progress(100, mode, stream).mode == "none"
+    assert RunProgress(100, mode, stream).mode == "none"
 
 
 def test_the_mode_follows_the_terminal_and_the_environment(monkeypatch):
     leader, follower = pty.openpty()
     with os.fdopen(leader, "rb"), os.fdopen(follower, "w") as terminal:
-        assert Progress(1, "auto", terminal).mode == "bar"
-        assert Progress(1, "auto", Text()).mode == "lines"
+        assert RunProgress(1, "auto", terminal).mode == "bar"
+        assert RunProgress(1, "auto", Text()).mode == "lines"
         monkeypatch.setenv("PMIX_RANK", "0")  # Open MPI's own terminal, behind which there may be a file
-        assert Progress(1, "auto", terminal).mode == "lines"
+        assert RunProgress(1, "auto", terminal).mode == "lines"
         monkeypatch.setenv("DBMPI_PROGRESS", "bar")
-        assert Progress(1, "auto", Text()).mode == "bar"
-        assert Progress(1, "lines", Text()).mode == "lines"
+        assert RunProgress(1, "auto", Text()).mode == "bar"
+        assert RunProgress(1, "lines", Text()).mode == "lines"
         monkeypatch.setenv("DBMPI_PROGRESS", "nonsense")
-        assert Progress(1, "auto", Text()).mode == "lines"
+        assert RunProgress(1, "auto", Text()).mode == "lines"
         monkeypatch.delenv("DBMPI_PROGRESS")
         monkeypatch.delenv("PMIX_RANK")
         monkeypatch.setenv("TERM", "dumb")
-        assert Progress(1, "auto", terminal).mode == "lines"
+        assert RunProgress(1, "auto", terminal).mode == "lines"
 
 
 PROGRAM = """

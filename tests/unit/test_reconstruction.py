@@ -8,8 +8,8 @@ from dbmpi import config
 from dbmpi.index.boxes import Box
 from dbmpi.kernels import reconstruction
 from dbmpi.kernels.memory import rows_of
-from dbmpi.network.convolution import Convolution
-from dbmpi.network.local import Local
+from dbmpi.network.convolution import ConvolutionLayer
+from dbmpi.network.local import LocalLayer
 from dbmpi.objective import Batch
 from dbmpi.replica.whole import WholeNetwork
 from dbmpi.runs.training import train
@@ -71,7 +71,7 @@ def test_the_gradient_is_that_of_finite_differences(activation, kind):
         assert (there - here) / 2e-5 == pytest.approx(gradient @ direction, rel=1e-6)
 
 
-@pytest.mark.parametrize(("kind", "filters"), [(Local, "ijmuvc"), (Convolution, "mcuv")])
+@pytest.mark.parametrize(("kind", "filters"), [(LocalLayer, "ijmuvc"), (ConvolutionLayer, "mcuv")])
 def test_what_comes_from_an_estimate_is_added(kind, filters):
     """Over fields deeper than one pass, and two blocks of maps."""
     layer, samples, rng = kind("layer", (9, 12, 13), 11, (10, 10), reconstruction=1.0), 37, np.random.default_rng(1)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from dbmpi.errors import UserError
 from dbmpi.monitor import records
-from dbmpi.monitor.history import History, summary
+from dbmpi.monitor.history import RunHistory, summary
 from dbmpi.monitor.records import (
     EvaluationReport,
     Recorder,
@@ -428,14 +428,14 @@ def test_the_summary_counts_all_sessions(tmp_path):
 
 def test_the_clock_of_the_run_stands_still_between_sessions(tmp_path):
     run_of_two_sessions(tmp_path)
-    history = History(read_records(tmp_path))
+    history = RunHistory(read_records(tmp_path))
     assert history.starts == {1: 0.0, 2: 14.5}
     assert [history.seconds(r) for r in history.workers[0]] == [6.0, 10.0, 14.0, 19.5, 23.5]
 
 
 def test_the_steps_of_a_session_go_on_from_its_checkpoint(tmp_path):
     run_of_two_sessions(tmp_path)
-    history = History(read_records(tmp_path))
+    history = RunHistory(read_records(tmp_path))
     assert history.steps_per_epoch == 40
     assert history.begins == {1: 0, 2: 12}
     assert [history.steps(1, elapsed) for elapsed in (0, 2, 3, 10, 14, 99)] == [0, 0, 2, 16, 24, 24]
@@ -450,14 +450,14 @@ def test_a_push_may_stand_for_several_steps(tmp_path):
             worker.write(worker_report(100))
         with Recorder(tmp_path, "shard", 0, session=session) as shard:  # 5 steps a push; session 2 begins at 10 pushes
             shard.write(shard_report(StalenessHistogram(), version=version, pushes=20))
-    assert History(read_records(tmp_path)).begins == {1: 0, 2: 50, 3: 55}
+    assert RunHistory(read_records(tmp_path)).begins == {1: 0, 2: 50, 3: 55}
 
 
 def test_partitions_speak_for_their_replica_once(tmp_path):
     for number in range(4):
         with Recorder(tmp_path, "worker", number, session=1) as recorder:
             recorder.write(worker_report(5, replica=number // 2, partition=number % 2))
-    history = History(read_records(tmp_path))
+    history = RunHistory(read_records(tmp_path))
     assert list(history.replicas) == [0, 1]
     assert list(history.workers) == [0, 1, 2, 3]
     assert history.summary().steps == 10

@@ -31,7 +31,7 @@ from dbmpi.downpour.session import Session
 from dbmpi.index.layout import Layout
 from dbmpi.machine.signals import StopSignal
 from dbmpi.mpi import topology, window
-from dbmpi.mpi.mailbox import Kind, Mailbox, Role
+from dbmpi.mpi.mailbox import Mailbox, MessageKind, Role
 from dbmpi.paramserver import bottleneck
 from dbmpi.replica.arrangement import aligned
 from dbmpi.replica.exchange import Exchange
@@ -226,7 +226,7 @@ def test_an_order_to_all_ranks_looks_at_each_message_a_few_times():
     counted = Counted(0, 512, HOST, [], {})
     mailbox = Mailbox(Never(counted, range(512)), Role.SHARD)
     for rank in range(512):
-        mailbox.send(rank, Role.WORKER, Kind.END)
+        mailbox.send(rank, Role.WORKER, MessageKind.END)
     assert counted.calls["Isend"] == 512
     assert looks <= 2 * 512
     mailbox.close()

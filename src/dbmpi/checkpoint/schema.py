@@ -130,7 +130,7 @@ class CheckpointInfo:
     done: tuple[int, ...] = ()
     """Batches learned, per replica of the run that wrote the file."""
     method: str = ""
-    """Where a batch method stands, as JSON text (:class:`dbmpi.sandblaster.state.State`); empty after Downpour."""
+    """State of a batch method as JSON text (:class:`dbmpi.sandblaster.state.MethodState`); empty after Downpour."""
     meaning: Meaning | None = None
     """What the samples stood for; None in files of earlier versions."""
     libraries: Mapping[str, str] = field(default_factory=library_versions)

@@ -16,7 +16,7 @@ from dbmpi.errors import Damaged, UserError
 
 if TYPE_CHECKING:
     from dbmpi.checkpoint.reader import Checkpoint
-    from dbmpi.monitor.history import History
+    from dbmpi.monitor.history import RunHistory
 
 SUMMARY = "show what a checkpoint, a run directory or a data file holds"
 
@@ -102,12 +102,12 @@ def describe(path: Path) -> dict[str, Any]:
     return _data(path)
 
 
-def _history(directory: Path) -> History | None:
+def _history(directory: Path) -> RunHistory | None:
     """Return what the records of a run say, if it has any."""
-    from dbmpi.monitor.history import History
+    from dbmpi.monitor.history import RunHistory
     from dbmpi.monitor.records import read_records
 
-    return History(read_records(directory)) if any((directory / "records").glob("*.jsonl")) else None
+    return RunHistory(read_records(directory)) if any((directory / "records").glob("*.jsonl")) else None
 
 
 def _is_checkpoint(path: Path) -> bool:

@@ -21,7 +21,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Draw, and print the paths of the pictures, the one of everything first."""
     configured.refuse_configuration(arguments.directory, "plot", "the directory of a run")
 
-    from dbmpi.monitor.history import History
+    from dbmpi.monitor.history import RunHistory
     from dbmpi.monitor.plots import draw_history
     from dbmpi.monitor.records import read_records
 
@@ -29,6 +29,6 @@ def run(arguments: argparse.Namespace) -> int:
     if records.skipped:
         print(f"{arguments.directory}: skipped {records.skipped} lines that are torn or no records", file=sys.stderr)
     out = arguments.out or arguments.directory / "plots"
-    for path in draw_history(History(records), arguments.directory.resolve().name, out):
+    for path in draw_history(RunHistory(records), arguments.directory.resolve().name, out):
         print(path)
     return 0

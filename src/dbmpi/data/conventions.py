@@ -25,7 +25,7 @@ _MATLAB_NUMBERS = {name.strip() for name in _MATLAB_NUMBERS}
 
 
 @dataclass(frozen=True)
-class Meaning:
+class Convention:
     """How stored numbers become values: ``value = stored * scale + offset``, unless they are missing."""
 
     kind: np.dtype[Any]
@@ -50,7 +50,7 @@ class Meaning:
         return self.offset == 0 and not self.missing and self.least is None and self.most is None
 
 
-def meaning(path: Path, name: str, dataset: h5py.Dataset, *, inputs: bool = False) -> Meaning:
+def meaning(path: Path, name: str, dataset: h5py.Dataset, *, inputs: bool = False) -> Convention:
     """Return what the numbers of a dataset stand for.
 
     Parameters
@@ -77,12 +77,12 @@ def meaning(path: Path, name: str, dataset: h5py.Dataset, *, inputs: bool = Fals
             f"of the file, {dataset.shape}"
         )
     if kind.kind not in "iuf" or truth:
-        return Meaning(kind, truth=truth, reversed_axes=bool(matlab), notes=tuple(notes))
+        return Convention(kind, truth=truth, reversed_axes=bool(matlab), notes=tuple(notes))
     kind = _signedness(path, name, dataset, kind)
     scale, offset = _factor(path, name, dataset, kind, inputs)
     least, most = _valid(path, name, dataset, kind)
     missing = _missing(path, name, dataset, kind)
-    return Meaning(kind, scale, offset, missing, least, most, bool(matlab), notes=tuple(notes))
+    return Convention(kind, scale, offset, missing, least, most, bool(matlab), notes=tuple(notes))
 
 
 def _matlab_class(path: Path, name: str, dataset: h5py.Dataset) -> str:

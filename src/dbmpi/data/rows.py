@@ -12,7 +12,7 @@ import h5py
 import numpy as np
 
 from dbmpi.data import hdf5
-from dbmpi.data.conventions import Meaning
+from dbmpi.data.conventions import Convention
 from dbmpi.data.gather import narrow
 from dbmpi.errors import UserError
 
@@ -43,7 +43,7 @@ class Stored:
         path: Path,
         dataset: h5py.Dataset,
         name: str,
-        meaning: Meaning,
+        meaning: Convention,
         *,
         channels_last: bool = False,
         replacement: float | None = None,

@@ -87,7 +87,7 @@ class Written:
         )
 
 
-class Writer:
+class DataWriter:
     """A data file in the making, used as a context manager.
 
     The file appears under its name, whole and on disk, when the context ends without an exception; otherwise nothing
@@ -133,7 +133,7 @@ class Writer:
         rows = max(1, hdf5.BLOCK_BYTES // (math.prod(self.shape.inputs) * 4))
         return max(rows - rows % self._chunk_rows, 1)
 
-    def __enter__(self) -> Writer:
+    def __enter__(self) -> DataWriter:
         check_writable(self.out, self._force, (self.origin.inputs, self.origin.targets))
         check_sample_size(self.origin.inputs, self.shape.inputs)
         try:

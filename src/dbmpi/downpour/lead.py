@@ -26,12 +26,12 @@ from dbmpi.checkpoint.schema import CheckpointInfo, library_versions
 from dbmpi.config import Run
 from dbmpi.data.stream import Stream
 from dbmpi.errors import DiskFailed, RunFailed
-from dbmpi.monitor.progress import Progress
+from dbmpi.monitor.progress import RunProgress
 from dbmpi.monitor.rate import Rate
 from dbmpi.monitor.records import EvaluationReport, Recorder, StalenessHistogram
 from dbmpi.monitor.verdict import Recent
 from dbmpi.mpi import waiting
-from dbmpi.mpi.mailbox import Kind, Mailbox, Message, Role
+from dbmpi.mpi.mailbox import Mailbox, Message, MessageKind, Role
 from dbmpi.mpi.topology import Plan
 from dbmpi.objective import Outcome
 from dbmpi.paramserver.server import Tally
@@ -48,7 +48,7 @@ class _State(Enum):
 
 
 @dataclass(frozen=True)
-class Begin:
+class StartingPoint:
     """Where a session begins: at zero, or where the checkpoint that it goes on from was taken."""
 
     stream: Stream
@@ -101,11 +101,11 @@ class Lead:
         run: Run,
         plan: Plan,
         arrangement: Arrangement,
-        begin: Begin,
+        begin: StartingPoint,
         *,
         mailbox: Mailbox,
         recorder: Recorder,
-        progress: Progress,
+        progress: RunProgress,
         input_shape: tuple[int, ...],
         classes: int,
         meaning: Meaning,
@@ -144,26 +144,26 @@ class Lead:
     def hear(self, message: Message) -> None:
         """Take in what a worker or another shard says."""
         kind, values = message.kind, message.values
-        if kind in (Kind.PAUSED, Kind.FINISHED):
+        if kind in (MessageKind.PAUSED, MessageKind.FINISHED):
             replica = self._replica(message.source)
             self._learned[replica] = values[0]
-            self._states[replica] = _State.PAUSED if kind == Kind.PAUSED else _State.FINISHED
-        elif kind == Kind.WARM:
-            self._tell_workers(Kind.RELEASE)
-        elif kind == Kind.STOP_ASKED and not self.stopped_by:
+            self._states[replica] = _State.PAUSED if kind == MessageKind.PAUSED else _State.FINISHED
+        elif kind == MessageKind.WARM:
+            self._tell_workers(MessageKind.RELEASE)
+        elif kind == MessageKind.STOP_ASKED and not self.stopped_by:
             self.stopped_by = values[0]
             name = signal.Signals(self.stopped_by).name
             self._progress.message(f"{name}: the run ends after the current steps")
-            self._tell_workers(Kind.STOP)
-        elif kind == Kind.FAILED:
+            self._tell_workers(MessageKind.STOP)
+        elif kind == MessageKind.FAILED:
             replica = self._replica(message.source)
             self._learned[replica], self._states[replica] = values[0], _State.FINISHED
             self._progress.message(f"replica {replica} has failed: a checkpoint is written, and the run ends")
-            self._tell_workers(Kind.STOP)
-        elif kind == Kind.EVALUATION:
+            self._tell_workers(MessageKind.STOP)
+        elif kind == MessageKind.EVALUATION:
             loss = float(np.array([values[3]], np.int64).view(np.float64)[0])
             self.evaluated(Outcome(values[1], loss, values[2]), values[0] / self._batches_per_epoch)
-        elif kind == Kind.ALIVE:
+        elif kind == MessageKind.ALIVE:
             self._say_alive()
 
     def look(self, shard: Shard) -> bool:
@@ -183,12 +183,12 @@ class Lead:
             self._write_checkpoint(shard)
             self._pausing = False
             self._states = [_State.RUNNING if s == _State.PAUSED else s for s in self._states]
-            self._tell_workers(Kind.GO)
+            self._tell_workers(MessageKind.GO)
             return True
         # What has been written need not be written again; and nobody is to pause for ever where the time is tiny.
         if self._attempts.due and not self.stopped_by and shard.version != self._saved_version:
             self._pausing = True
-            self._tell_workers(Kind.PAUSE)
+            self._tell_workers(MessageKind.PAUSE)
             return True
         return False
 
@@ -241,10 +241,10 @@ class Lead:
         assert worker is not None
         return worker // self._plan.partitions
 
-    def _tell_workers(self, kind: Kind) -> None:
+    def _tell_workers(self, kind: MessageKind) -> None:
         """Send an order to all replicas that can still obey: to their first workers, and to all what concerns all."""
         for replica, state in enumerate(self._states):
-            everybody = kind in (Kind.END, Kind.ALIVE)
+            everybody = kind in (MessageKind.END, MessageKind.ALIVE)
             if state != _State.FINISHED or everybody:
                 first = replica * self._plan.partitions
                 for worker in range(first, first + (self._plan.partitions if everybody else 1)):
@@ -254,18 +254,18 @@ class Lead:
         """Let all who wait know that the run moves, in time before they give it up."""
         if time.monotonic() - self._said_alive >= waiting.STALL_SECONDS / 4:
             self._said_alive = time.monotonic()
-            self._tell_workers(Kind.ALIVE)
+            self._tell_workers(MessageKind.ALIVE)
             for rank in self._plan.shard_ranks[1:]:
-                self._mailbox.send(rank, Role.SHARD, Kind.ALIVE)
+                self._mailbox.send(rank, Role.SHARD, MessageKind.ALIVE)
 
     def _end(self, shard: Shard) -> bool:
         """Write the last checkpoint, and let all end; return whether anything was done."""
         failed = self._attempts.failed
         if not self._write_checkpoint(shard, last=True):
             return self._attempts.failed != failed
-        self._tell_workers(Kind.END)
+        self._tell_workers(MessageKind.END)
         for rank in self._plan.shard_ranks:
-            self._mailbox.send(rank, Role.SHARD, Kind.END)
+            self._mailbox.send(rank, Role.SHARD, MessageKind.END)
         self.ended = True
         return True
 
@@ -291,7 +291,7 @@ class Lead:
         left = begin.stream.after(self._learned, begin.warmstart)
         earlier = begin.done or (0,) * replicas
         for rank in self._plan.shard_ranks[1:]:
-            self._mailbox.send(rank, Role.SHARD, Kind.CHECKPOINT)
+            self._mailbox.send(rank, Role.SHARD, MessageKind.CHECKPOINT)
 
         def describe(versions: tuple[int, ...]) -> CheckpointInfo:
             return CheckpointInfo(

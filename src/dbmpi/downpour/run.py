@@ -22,7 +22,7 @@ from dbmpi.downpour.shard import Shard
 from dbmpi.downpour.worker import Worker
 from dbmpi.errors import RunFailed
 from dbmpi.monitor import verdict
-from dbmpi.monitor.progress import Progress
+from dbmpi.monitor.progress import RunProgress
 from dbmpi.monitor.records import Recorder
 from dbmpi.mpi import waiting
 from dbmpi.mpi.mailbox import Mailbox, Role
@@ -80,7 +80,7 @@ def _lead(
     """Return what leads the run, with a progress line that has said how it begins."""
     run, network, data, begin = session.run, session.network, session.data, session.begin
     total = round(data.samples * run.optimizer.epochs)
-    progress = Progress(total, run.monitor.progress, epochs=run.optimizer.epochs)
+    progress = RunProgress(total, run.monitor.progress, epochs=run.optimizer.epochs)
     stack.enter_context(progress)
     size = f"{network.layout.size:,} parameters; {data.samples:,} samples of {data.input_shape}"
     progress.message(f"{session.plan}; {size}")

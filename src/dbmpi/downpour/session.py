@@ -12,7 +12,7 @@ from dbmpi.config import Run
 from dbmpi.data.gather import gather
 from dbmpi.data.run_data import RunData
 from dbmpi.data.stream import Order
-from dbmpi.downpour.lead import Begin
+from dbmpi.downpour.lead import StartingPoint
 from dbmpi.kernels import updates
 from dbmpi.machine.signals import StopSignal
 from dbmpi.monitor.records import Recorder
@@ -41,7 +41,7 @@ class Session:
     replica: Replica | None
     """This rank's part of one, if it is a worker."""
     order: Order
-    begin: Begin
+    begin: StartingPoint
     checkpoint: Path | None
     """Where the parameters are; None if they are fresh."""
     data: RunData

@@ -12,7 +12,7 @@ from dbmpi.checkpoint.collect import hand_over
 from dbmpi.machine.signals import StopSignal
 from dbmpi.monitor.records import Recorder, ShardReport
 from dbmpi.mpi import waiting
-from dbmpi.mpi.mailbox import Kind, Mailbox, Role
+from dbmpi.mpi.mailbox import Mailbox, MessageKind, Role
 from dbmpi.paramserver.bottleneck import moved_bytes
 from dbmpi.paramserver.server import Server
 
@@ -74,15 +74,15 @@ class Shard:
         moved = self._server.poll()
         while (message := self._mailbox.receive()) is not None:
             moved = True
-            if message.kind == Kind.END:
+            if message.kind == MessageKind.END:
                 self.ended = True
-            elif message.kind == Kind.CHECKPOINT:
+            elif message.kind == MessageKind.CHECKPOINT:
                 hand_over(self._comm, self._server.version, self.vectors().values())
             elif self._lead is not None:
                 self._lead.hear(message)
         if self._stop.number and not self._stop_told:
             self._stop_told = True
-            self._mailbox.send(_LEAD_RANK, Role.SHARD, Kind.STOP_ASKED, self._stop.number)
+            self._mailbox.send(_LEAD_RANK, Role.SHARD, MessageKind.STOP_ASKED, self._stop.number)
         if moved:
             self._busy += time.perf_counter() - began
         if time.monotonic() - self._reported >= self._report_seconds:

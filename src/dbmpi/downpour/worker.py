@@ -20,7 +20,7 @@ from dbmpi.machine.signals import StopSignal
 from dbmpi.monitor.measures import LayerTimes, set_exchange_apart
 from dbmpi.monitor.records import Recorder, Stopwatch, WorkerReport
 from dbmpi.mpi import waiting
-from dbmpi.mpi.mailbox import Kind, Mailbox, Role
+from dbmpi.mpi.mailbox import Mailbox, MessageKind, Role
 from dbmpi.objective import Batch, Objective, Outcome
 from dbmpi.paramserver.client import Client
 from dbmpi.replica.replica import Replica
@@ -140,7 +140,7 @@ class Worker:
         if self._warm_steps and self._learned >= self._warm_steps:
             self._warm_steps = 0
             self._client.settle()
-            self._say(Kind.WARM)
+            self._say(MessageKind.WARM)
         if time.monotonic() - self._reported >= self._run.monitor.report_seconds:
             self._report()
         every = self._run.monitor.evaluate_epochs
@@ -155,7 +155,7 @@ class Worker:
     def finish(self) -> int:
         """Say that all is pushed and applied, and stay until the lead ends training; return the batches learned."""
         self._report()
-        self._say(Kind.FINISHED, self._learned)
+        self._say(MessageKind.FINISHED, self._learned)
         self._wait_for_lead(lambda: self._ended, "the end of training", longest_nap=0.01)
         return self._learned
 
@@ -163,7 +163,7 @@ class Worker:
         """Before this worker fails, let the lead write a checkpoint of what has been learned; return when it has."""
         with suppress(RunFailed):
             self._client.settle()
-            self._mailbox.send(self._lead, Role.SHARD, Kind.FAILED, self._learned)
+            self._mailbox.send(self._lead, Role.SHARD, MessageKind.FAILED, self._learned)
             self._wait_for_lead(lambda: self._ended, "the lead to write a last checkpoint", longest_nap=0.01)
 
     def evaluate(self, source: Source, part: int, parts: int) -> Outcome:
@@ -184,18 +184,18 @@ class Worker:
         moved = self._serve() if self._serve is not None else False
         if self._stop.number and not self._stop_told:
             self._stop_told = True
-            self._mailbox.send(self._lead, Role.SHARD, Kind.STOP_ASKED, self._stop.number)
+            self._mailbox.send(self._lead, Role.SHARD, MessageKind.STOP_ASKED, self._stop.number)
         while (message := self._mailbox.receive()) is not None:
             moved = True
-            if message.kind == Kind.PAUSE:
+            if message.kind == MessageKind.PAUSE:
                 self._paused = self._asked_to_pause = True
-            elif message.kind == Kind.GO:
+            elif message.kind == MessageKind.GO:
                 self._paused = False
-            elif message.kind == Kind.RELEASE:
+            elif message.kind == MessageKind.RELEASE:
                 self._released = True
-            elif message.kind == Kind.STOP:
+            elif message.kind == MessageKind.STOP:
                 self._stopping = True
-            elif message.kind == Kind.END:
+            elif message.kind == MessageKind.END:
                 self._ended = True
         return moved
 
@@ -223,14 +223,14 @@ class Worker:
         """Come to rest, say so, and wait until the lead lets this replica go on."""
         self._client.settle()
         self._asked_to_pause = False
-        self._say(Kind.PAUSED, self._learned)
+        self._say(MessageKind.PAUSED, self._learned)
         if self._team.speaks:
             # The next pause may come at one look with the end of this one, and wants an answer of its own.
             self._wait_for_lead(
                 lambda: not self._paused or self._stopping or self._asked_to_pause, "the lead to write a checkpoint"
             )
 
-    def _say(self, kind: Kind, *values: int) -> None:
+    def _say(self, kind: MessageKind, *values: int) -> None:
         """Tell the lead something that holds for all partitions of the replica, when it does."""
         self._team.gather()
         if self._team.speaks:
@@ -244,7 +244,7 @@ class Worker:
         """Obey, and let the others know now and then that this rank is at work though it pushes nothing."""
         if time.monotonic() - self._alive >= waiting.STALL_SECONDS / 4:
             self._alive = time.monotonic()
-            self._mailbox.send(self._lead, Role.SHARD, Kind.ALIVE)
+            self._mailbox.send(self._lead, Role.SHARD, MessageKind.ALIVE)
         return self.obey()
 
     def _evaluate_now(self) -> None:
@@ -252,7 +252,7 @@ class Worker:
         with self.stopwatch("wait"):
             outcome = self.evaluate(self._test, 0, 1)
         bits = int(np.array([outcome.loss]).view(np.int64)[0])
-        self._say(Kind.EVALUATION, self._batch + 1, outcome.samples, outcome.correct, bits)
+        self._say(MessageKind.EVALUATION, self._batch + 1, outcome.samples, outcome.correct, bits)
 
     def _report(self) -> None:
         now = time.monotonic()

@@ -30,7 +30,7 @@ class Tensor:
         return math.prod(self.shape)
 
 
-class Run(NamedTuple):
+class Stretch(NamedTuple):
     """Consecutive elements that lie at `start` in the whole vector and at `local` in a worker's own."""
 
     start: int
@@ -99,12 +99,12 @@ def cut(size: int, parts: int) -> tuple[range, ...]:
     return tuple(range(starts[part], starts[part + 1]) for part in range(parts))
 
 
-def pieces(runs: Sequence[Run], ranges: Sequence[range]) -> list[list[Run]]:
+def pieces(runs: Sequence[Stretch], ranges: Sequence[range]) -> list[list[Stretch]]:
     """Return for each shard the pieces of the runs that it holds; their `start` counts from its first element.
 
     Runs that lie one behind the other in both vectors make one piece: every piece costs a transfer and a flag.
     """
-    found: list[list[Run]] = [[] for _ in ranges]
+    found: list[list[Stretch]] = [[] for _ in ranges]
     stops = [held.stop for held in ranges]
     for run in runs:
         shard = bisect_right(stops, run.start)
@@ -114,17 +114,17 @@ def pieces(runs: Sequence[Run], ranges: Sequence[range]) -> list[list[Run]]:
             stop = min(run.start + run.length, held.stop)
             if position < stop:
                 local = run.local + position - run.start
-                _append(found[shard], Run(position - held.start, local, stop - position, run.pushed))
+                _append(found[shard], Stretch(position - held.start, local, stop - position, run.pushed))
                 position = stop
             shard += 1
     return found
 
 
-def _append(found: list[Run], piece: Run) -> None:
+def _append(found: list[Stretch], piece: Stretch) -> None:
     """Add a piece, to the end of the last one if it follows that."""
     if found:
         start, local, length, pushed = found[-1]
         if (start + length, local + length, pushed) == (piece.start, piece.local, piece.pushed):
-            found[-1] = Run(start, local, length + piece.length, pushed)
+            found[-1] = Stretch(start, local, length + piece.length, pushed)
             return
     found.append(piece)

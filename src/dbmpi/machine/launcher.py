@@ -53,7 +53,7 @@ _HOST_LOST = (
 
 
 @dataclass(frozen=True)
-class Command:
+class LaunchCommand:
     """What is to be executed: a command, and variables to be set for it."""
 
     argv: tuple[str, ...]
@@ -74,7 +74,7 @@ def compose(
     columns: int | None = None,
     cores: int | None = None,
     user: int | None = None,
-) -> Command:
+) -> LaunchCommand:
     """Compose the command that runs a program of this Python on `ranks` ranks; executes nothing.
 
     Parameters
@@ -112,10 +112,10 @@ def compose(
     if mpi.is_open_mpi:
         names = [name for name in (*environment, *settings) if name.startswith("DBMPI_") or name in _FORWARDED]
         options += [word for name in sorted(set(names)) for word in ("-x", name)]
-    return Command((mpi.mpirun, *options, "-n", str(ranks), *mpi_arguments, sys.executable, *program), settings)
+    return LaunchCommand((mpi.mpirun, *options, "-n", str(ranks), *mpi_arguments, sys.executable, *program), settings)
 
 
-def run(mpi: Mpi, command: Command, died: Callable[[Path | None], object] = lambda directory: None) -> int:
+def run(mpi: Mpi, command: LaunchCommand, died: Callable[[Path | None], object] = lambda directory: None) -> int:
     """Run a command that :func:`compose` made until it ends, and return its exit code as docs/running.md has them.
 
     The signals of `signals.HEEDED` ask the ranks to end with a checkpoint; a Ctrl-C after that ends them at once.  What

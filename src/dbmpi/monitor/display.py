@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class State:
+class DisplayState:
     """What is shown; see :meth:`Progress.update`."""
 
     total: int
@@ -40,7 +40,7 @@ class State:
         return f"epoch {self.epochs * self.fraction:{len(total) + 2 * decimals}.{decimals}f}/{total}"
 
 
-def line(state: State) -> str:
+def line(state: DisplayState) -> str:
     """Return the state as plain text of at most 80 columns in all usual cases."""
     parts = [f"{_duration(state.elapsed):>7}", state.place, f"loss {digits(state.loss)}"]
     if state.accuracy is not None:
@@ -54,7 +54,7 @@ def line(state: State) -> str:
 class Bar:
     """The bar as Rich draws it: one line, so that another rank's output can never be drawn over."""
 
-    def __init__(self, state: Callable[[], State]) -> None:
+    def __init__(self, state: Callable[[], DisplayState]) -> None:
         self._state = state
 
     def __rich_console__(self, console: object, options: object) -> Iterator[object]:
@@ -79,7 +79,7 @@ class Bar:
         yield text
 
 
-def _fit(state: State, columns: int) -> tuple[str, int, list[tuple[str, str]]]:
+def _fit(state: DisplayState, columns: int) -> tuple[str, int, list[tuple[str, str]]]:
     """Return the place, the bar's width and the facts (label, value) that fit into a line of `columns`.
 
     Words are written out where there is room; with less, facts go from the last to the first, then the bar.

@@ -66,10 +66,10 @@ def summary(directory: Path) -> Summary:
     UserError
         If there are no records, see :func:`dbmpi.monitor.records.read_records`.
     """
-    return History(read_records(directory)).summary()
+    return RunHistory(read_records(directory)).summary()
 
 
-class History:
+class RunHistory:
     """The records of a run, sorted by who wrote them, on one clock that stands still between two sessions.
 
     Parameters

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dbmpi.monitor.history import History
+from dbmpi.monitor.history import RunHistory
 from dbmpi.monitor.records import Record
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ MOST_BARS = 12
 """Ranks of a role that have a bar each; more are put together."""
 
 
-def loss(axes: Axes, history: History, by: str) -> None:
+def loss(axes: Axes, history: RunHistory, by: str) -> None:
     """Draw the loss of training and testing; `by` is ``steps`` or ``seconds``."""
     lowest, highest = _curves(axes, history, "loss", by, 1.0)
     axes.set(title=f"loss over {by}", ylabel="loss per sample")
@@ -49,7 +49,7 @@ def loss(axes: Axes, history: History, by: str) -> None:
             axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def accuracy(axes: Axes, history: History, by: str) -> None:
+def accuracy(axes: Axes, history: RunHistory, by: str) -> None:
     """Draw the accuracy of training and testing, in per cent; `by` is ``steps`` or ``seconds``."""
     lowest, highest = _curves(axes, history, "accuracy", by, 100.0)
     axes.set(title=f"accuracy over {by}", ylabel="correctly classified (%)")
@@ -57,7 +57,7 @@ def accuracy(axes: Axes, history: History, by: str) -> None:
         axes.set_ylim(max(0.0, lowest - 3), min(101.0, highest + 3))
 
 
-def throughput(axes: Axes, history: History) -> None:
+def throughput(axes: Axes, history: RunHistory) -> None:
     """Draw the samples per second of each replica, and their sum."""
     replicas = history.replicas
     axes.set(title="throughput", xlabel="training time (s)", ylabel="samples per second")
@@ -84,7 +84,7 @@ def throughput(axes: Axes, history: History) -> None:
     axes.legend(ncols=2, loc="upper center")
 
 
-def staleness(axes: Axes, history: History) -> None:
+def staleness(axes: Axes, history: RunHistory) -> None:
     """Draw how many pushes were applied how many versions after the parameters they were computed from."""
     histogram = history.staleness
     axes.set(title="staleness of pushes", xlabel="versions between fetch and apply", ylabel="pushes (%)")
@@ -111,7 +111,7 @@ def staleness(axes: Axes, history: History) -> None:
     axes.legend(title="\n".join(facts), title_fontsize=9, loc="upper right")
 
 
-def time_spent(axes: Axes, history: History, role: str) -> None:
+def time_spent(axes: Axes, history: RunHistory, role: str) -> None:
     """Draw where the time of each rank of a role goes, as stacked bars; `role` is ``worker`` or ``shard``."""
     ranks = history.workers if role == "worker" else history.shards
     axes.set(title=f"where the time of {role}s goes", xlabel="recorded time (%)")
@@ -148,7 +148,7 @@ def time_spent(axes: Axes, history: History, role: str) -> None:
     axes.legend(ncols=len(activities), loc="lower center", bbox_to_anchor=(0.5, 1.0), borderaxespad=0.2)
 
 
-def _curves(axes: Axes, history: History, key: str, by: str, factor: float) -> tuple[float, float]:
+def _curves(axes: Axes, history: RunHistory, key: str, by: str, factor: float) -> tuple[float, float]:
     """Draw a quantity of training (every report light, their running mean) and of testing; return its range."""
     x, y, weights = _training_points(history, key, by)
     test = [
@@ -180,7 +180,7 @@ def _curves(axes: Axes, history: History, key: str, by: str, factor: float) -> t
     return float(values.min()), float(values.max())
 
 
-def _training_points(history: History, key: str, by: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _training_points(history: RunHistory, key: str, by: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return x, y and the samples behind y of all replicas' reports, sorted by x.
 
     A report's mean stands in the middle of what it is about.
@@ -198,12 +198,12 @@ def _training_points(history: History, key: str, by: str) -> tuple[np.ndarray, n
     return x, y, weights
 
 
-def _counts(history: History, record: Record, by: str) -> bool:
+def _counts(history: RunHistory, record: Record, by: str) -> bool:
     """Whether a record is drawn: work that was taken again after a resume cost seconds, but counts as no steps."""
     return by == "seconds" or history.kept(record)
 
 
-def _place(history: History, session: int, seconds: float, by: str) -> float:
+def _place(history: RunHistory, session: int, seconds: float, by: str) -> float:
     """Return where on the axis a time, in seconds of the run, of a session lies."""
     return seconds if by == "seconds" else history.steps(session, seconds - history.starts[session])
 
@@ -236,7 +236,7 @@ def _running_means(weights: np.ndarray, *rows: np.ndarray) -> list[np.ndarray]:
     return [windows(row * weights) / windows(weights) for row in rows]
 
 
-def _rate(history: History, reports: list[Record], grid: np.ndarray) -> np.ndarray:
+def _rate(history: RunHistory, reports: list[Record], grid: np.ndarray) -> np.ndarray:
     """Return a replica's samples per second at the times of `grid`: each report speaks for the time before it."""
     rate = np.zeros_like(grid)
     for report, previous in _with_previous(reports):
@@ -270,7 +270,7 @@ def _grouped(role: str, ranks: dict[int, dict[str, float]]) -> tuple[list[str], 
     return labels, bars
 
 
-def _mark_sessions(axes: Axes, history: History, by: str) -> None:
+def _mark_sessions(axes: Axes, history: RunHistory, by: str) -> None:
     """Mark where the run went on from a checkpoint."""
     label: str | None = "resumed"
     for session in history.sessions[1:]:

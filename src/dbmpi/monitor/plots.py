@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dbmpi.errors import UserError
-from dbmpi.monitor.history import History
+from dbmpi.monitor.history import RunHistory
 from dbmpi.monitor.panels import MOST_BARS, accuracy, loss, staleness, throughput, time_spent
 from dbmpi.monitor.records import read_records
 
@@ -37,10 +37,10 @@ def draw(directory: Path, out: Path | None = None) -> list[Path]:
     UserError
         If there are no records, Matplotlib is missing, or `out` cannot be written.
     """
-    return draw_history(History(read_records(directory)), directory.resolve().name, out or directory / "plots")
+    return draw_history(RunHistory(read_records(directory)), directory.resolve().name, out or directory / "plots")
 
 
-def draw_history(history: History, name: str, out: Path) -> list[Path]:
+def draw_history(history: RunHistory, name: str, out: Path) -> list[Path]:
     """Draw a history that has been read already, under the run's `name`; as :func:`draw`."""
     figure_of, style = _matplotlib()
     try:
@@ -64,7 +64,7 @@ def draw_history(history: History, name: str, out: Path) -> list[Path]:
     return written
 
 
-def _headline(name: str, history: History) -> str:
+def _headline(name: str, history: RunHistory) -> str:
     """Return the title of the picture of everything: what came out."""
     result = history.summary()
     facts = [name]
@@ -82,7 +82,7 @@ def _headline(name: str, history: History) -> str:
     return "   ·   ".join(facts)
 
 
-def _everything(figure: Figure, history: History) -> None:
+def _everything(figure: Figure, history: RunHistory) -> None:
     figure.set_size_inches(13.5, 10)
     above, below = figure.subfigures(2, 1, height_ratios=(3.2, 1.15), hspace=0.02, squeeze=False)[:, 0]
     panels = above.subplots(2, 3)
@@ -95,29 +95,29 @@ def _everything(figure: Figure, history: History) -> None:
     _times(below, history)
 
 
-def _losses(figure: Figure, history: History) -> None:
+def _losses(figure: Figure, history: RunHistory) -> None:
     _pair(figure, history, loss)
 
 
-def _accuracies(figure: Figure, history: History) -> None:
+def _accuracies(figure: Figure, history: RunHistory) -> None:
     _pair(figure, history, accuracy)
 
 
-def _pair(figure: Figure, history: History, panel: Callable[[Axes, History, str], None]) -> None:
+def _pair(figure: Figure, history: RunHistory, panel: Callable[[Axes, RunHistory, str], None]) -> None:
     figure.set_size_inches(10, 4.3)
     for axes, by in zip(figure.subplots(1, 2), ("steps", "seconds"), strict=True):
         panel(axes, history, by)
 
 
-def _one(panel: Callable[[Axes, History], None]) -> Callable[[Figure, History], None]:
-    def make(figure: Figure, history: History) -> None:
+def _one(panel: Callable[[Axes, RunHistory], None]) -> Callable[[Figure, RunHistory], None]:
+    def make(figure: Figure, history: RunHistory) -> None:
         figure.set_size_inches(7, 4.5)
         panel(figure.subplots(), history)
 
     return make
 
 
-def _times(figure: Any, history: History) -> None:
+def _times(figure: Any, history: RunHistory) -> None:
     """Draw both roles side by side, on a figure or a part of one."""
     if hasattr(figure, "set_size_inches"):
         bars = min(MOST_BARS, max(len(history.workers), len(history.shards), 1))

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Literal, TextIO
 
-from dbmpi.monitor.display import Bar, State, digits, line
+from dbmpi.monitor.display import Bar, DisplayState, digits, line
 
 if TYPE_CHECKING:
     from rich.live import Live
@@ -27,7 +27,7 @@ _LINE_SECONDS = 5.0
 _DRAW_SECONDS = 0.1
 
 
-class Progress:
+class RunProgress:
     """Shows the progress of one run; a context manager that ends in :meth:`finish`.
 
     Never in the way of the run: when the terminal or the pipe is gone, it falls silent.
@@ -50,7 +50,7 @@ class Progress:
     ) -> None:
         self._stream = sys.stdout if stream is None else stream
         self._mode = _choose(mode, self._stream)
-        self._state = State(total_samples, epochs)
+        self._state = DisplayState(total_samples, epochs)
         self._live: Live | None = None
         self._shown_at = -math.inf
         self._shown = self._state
@@ -85,7 +85,7 @@ class Progress:
         if self._mode == "none":
             return
         now = time.monotonic()
-        self._state = State(
+        self._state = DisplayState(
             self._state.total,
             self._state.epochs,
             samples,
@@ -141,7 +141,7 @@ class Progress:
                 self._live.stop()
         self._live, self._mode = None, "none"
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> RunProgress:
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -187,7 +187,7 @@ def _choose(mode: Mode, stream: TextIO | None) -> Mode:
     return mode
 
 
-def _open_live(stream: TextIO, state: Callable[[], State]) -> Live:
+def _open_live(stream: TextIO, state: Callable[[], DisplayState]) -> Live:
     """Start a live display of the bar; without a thread, for it is drawn from the updates."""
     from rich.console import Console
     from rich.live import Live

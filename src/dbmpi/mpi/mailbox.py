@@ -27,7 +27,7 @@ class Role(IntEnum):
     WORKER = 2
 
 
-class Kind(IntEnum):
+class MessageKind(IntEnum):
     """What a message says."""
 
     PAUSE = 1
@@ -61,7 +61,7 @@ class Kind(IntEnum):
 class Message(NamedTuple):
     """A message as it arrived."""
 
-    kind: Kind
+    kind: MessageKind
     source: int
     values: tuple[int, ...]
 
@@ -74,7 +74,7 @@ class Mailbox:
         self._role = role
         self._leaving: deque[tuple[MPI.Request, np.ndarray]] = deque()
 
-    def send(self, rank: int, role: Role, kind: Kind, *values: int) -> None:
+    def send(self, rank: int, role: Role, kind: MessageKind, *values: int) -> None:
         """Send a message; returns at once."""
         words = np.zeros(_WORDS, np.int64)
         words[: 1 + len(values)] = (kind, *values)
@@ -94,7 +94,7 @@ class Mailbox:
             return None
         words = np.empty(_WORDS, np.int64)
         self._comm.Recv(words, status.source, self._role)
-        return Message(Kind(int(words[0])), status.source, tuple(int(word) for word in words[1:]))
+        return Message(MessageKind(int(words[0])), status.source, tuple(int(word) for word in words[1:]))
 
     def close(self) -> None:
         """Wait until everything sent has left."""

@@ -12,7 +12,7 @@ from dbmpi.network.field import FieldLayer
 
 
 @dataclass(frozen=True)
-class Convolution(FieldLayer):
+class ConvolutionLayer(FieldLayer):
     """A convolution (a correlation, as everywhere in the field); valid borders.
 
     Weights are ``(maps, channels, field rows, field columns)`` and biases ``(maps,)``.  Boxes of different places share

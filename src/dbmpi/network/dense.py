@@ -19,7 +19,7 @@ from dbmpi.network.layer import Arrays, Context
 
 
 @dataclass(frozen=True)
-class Dense:
+class DenseLayer:
     """A fully connected layer: ``y = activation(W x + b)`` with W of shape (units, inputs)."""
 
     name: str
@@ -30,7 +30,7 @@ class Dense:
     accruing: ClassVar[bool] = True
 
     @classmethod
-    def described(cls, section: config.Dense, name: str, input_shape: tuple[int, ...]) -> Dense:
+    def described(cls, section: config.Dense, name: str, input_shape: tuple[int, ...]) -> DenseLayer:
         """Make the layer that a configuration describes."""
         return cls(name, input_shape, section.units, section.activation, section.initial_scale)
 

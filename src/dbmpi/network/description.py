@@ -13,14 +13,14 @@ from dbmpi.errors import UserError
 from dbmpi.index.boxes import Box
 from dbmpi.index.layout import Layout
 from dbmpi.network import own
-from dbmpi.network.convolution import Convolution
-from dbmpi.network.dense import Dense
-from dbmpi.network.dropout import Dropout
+from dbmpi.network.convolution import ConvolutionLayer
+from dbmpi.network.dense import DenseLayer
+from dbmpi.network.dropout import DropoutLayer
 from dbmpi.network.layer import Layer
-from dbmpi.network.local import Local
+from dbmpi.network.local import LocalLayer
 from dbmpi.network.losses import Loss, Targets
-from dbmpi.network.normalisation import Normalisation
-from dbmpi.network.pooling import Pooling
+from dbmpi.network.normalisation import NormalisationLayer
+from dbmpi.network.pooling import PoolingLayer
 
 
 class Network:
@@ -123,17 +123,17 @@ def _layer(described: config.BuiltInLayer, name: str, input_shape: tuple[int, ..
     """Return the layer that a section describes."""
     match described:
         case config.Dense():
-            return Dense.described(described, name, input_shape)
+            return DenseLayer.described(described, name, input_shape)
         case config.Local():
-            return Local.described(described, name, input_shape)
+            return LocalLayer.described(described, name, input_shape)
         case config.Convolution():
-            return Convolution.described(described, name, input_shape)
+            return ConvolutionLayer.described(described, name, input_shape)
         case config.Pooling():
-            return Pooling.described(described, name, input_shape)
+            return PoolingLayer.described(described, name, input_shape)
         case config.Normalisation():
-            return Normalisation.described(described, name, input_shape)
+            return NormalisationLayer.described(described, name, input_shape)
         case config.Dropout():
-            return Dropout.described(described, name, input_shape)
+            return DropoutLayer.described(described, name, input_shape)
 
 
 def _with_maps(section: config.NetworkSection, shape: tuple[int, ...]) -> tuple[int, ...]:

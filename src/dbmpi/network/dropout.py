@@ -16,7 +16,7 @@ from dbmpi.network.layer import Arrays, Context, Parameterless
 
 
 @dataclass(frozen=True)
-class Dropout(Parameterless):
+class DropoutLayer(Parameterless):
     """Each value is zero with probability `rate`, and otherwise divided by ``1 - rate``; off while evaluating.
 
     After Hinton et al., "Improving neural networks by preventing co-adaptation of feature detectors", 2012; scaled
@@ -39,7 +39,7 @@ class Dropout(Parameterless):
             raise UserError(f"layer {self.name!r}: the rate of dropout is {self.rate}, but must be in 0 <= rate < 1")
 
     @classmethod
-    def described(cls, section: config.Dropout, name: str, input_shape: tuple[int, ...]) -> Dropout:
+    def described(cls, section: config.Dropout, name: str, input_shape: tuple[int, ...]) -> DropoutLayer:
         """Make the layer that a configuration describes."""
         return cls(name, input_shape, section.rate)
 

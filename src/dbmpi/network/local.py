@@ -12,7 +12,7 @@ from dbmpi.network.field import FieldLayer
 
 
 @dataclass(frozen=True)
-class Local(FieldLayer):
+class LocalLayer(FieldLayer):
     """A locally connected layer, whose filters are not shared (Le et al., ICML 2012; the image networks of the paper).
 
     Weights are ``(rows, columns, maps, field rows, field columns, channels)`` and biases ``(rows, columns, maps)``: the

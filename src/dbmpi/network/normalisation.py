@@ -21,7 +21,7 @@ WIDTH = 0.25
 
 
 @dataclass(frozen=True)
-class Normalisation(Parameterless):
+class NormalisationLayer(Parameterless):
     """Subtractive, then divisive normalisation over a Gaussian window in all maps; no parameters.
 
     ``g[i, y, x] = h[i, y, x] - sum over j, u, v of w[u, v] h[j, y + u, x + v]`` and ``outputs[i, y, x] = g[i, y, x] /
@@ -50,7 +50,7 @@ class Normalisation(Parameterless):
         check_maps(self.name, "local contrast normalisation", self.input_shape)
 
     @classmethod
-    def described(cls, section: config.Normalisation, name: str, input_shape: tuple[int, ...]) -> Normalisation:
+    def described(cls, section: config.Normalisation, name: str, input_shape: tuple[int, ...]) -> NormalisationLayer:
         """Make the layer that a configuration describes."""
         return cls(name, input_shape, section.window, section.floor)
 

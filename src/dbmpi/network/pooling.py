@@ -20,7 +20,7 @@ EPSILON = 1e-8
 
 
 @dataclass(frozen=True)
-class Pooling(Parameterless):
+class PoolingLayer(Parameterless):
     """Pooling without parameters, valid borders; windows overlap where the stride is less than their size.
 
     ``l2``: ``sqrt(epsilon + sum of squares)`` (Le et al., "Building high-level features using large scale unsupervised
@@ -50,7 +50,7 @@ class Pooling(Parameterless):
         windows.check_windows(self.name, "a window", self.size, self.input_shape)
 
     @classmethod
-    def described(cls, section: config.Pooling, name: str, input_shape: tuple[int, ...]) -> Pooling:
+    def described(cls, section: config.Pooling, name: str, input_shape: tuple[int, ...]) -> PoolingLayer:
         """Make the layer that a configuration describes."""
         size = section.size if isinstance(section.size, tuple) else (section.size, section.size)
         return cls(name, input_shape, section.kind, size, section.stride, section.penalty)

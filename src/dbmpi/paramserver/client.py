@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dbmpi.index.layout import Run, pieces
+from dbmpi.index.layout import Stretch, pieces
 from dbmpi.mpi import waiting
 from dbmpi.mpi.window import Window
 from dbmpi.objective import Outcome
@@ -79,7 +79,7 @@ class Client:
         gradients: Sequence[np.ndarray] = (),
         parameters: np.ndarray | None = None,
         serve: Callable[[], bool] | None = None,
-        runs: Sequence[Run] | None = None,
+        runs: Sequence[Stretch] | None = None,
         counts: bool = True,
         consistent: bool = False,
     ) -> None:
@@ -97,7 +97,7 @@ class Client:
         self._partition = number % memories[0].partitions
         self._serve = serve
         self._counts = counts
-        whole = [Run(0, 0, ranges[-1].stop, pushed=True)]
+        whole = [Stretch(0, 0, ranges[-1].stop, pushed=True)]
         self._runs = whole if runs is None else runs
         self._ranges = ranges
         self._pieces = pieces(self._runs, ranges)
@@ -108,7 +108,7 @@ class Client:
         self.far = any(not memories[shard].reads(number) for shard in holders)
         distant = [shard for shard in holders if window.near(ranks[shard]) is None]
         self._unheard = distant if window.transport == "rma" else []
-        self._parts: list[list[list[Run]]] = []
+        self._parts: list[list[list[Stretch]]] = []
         self._starts: list[int] = []
         self._final: list[int | None] = [None] * len(ranks)
         self._sending = threading.Lock()
@@ -181,7 +181,7 @@ class Client:
             for run in self._runs[first : bisect_left(starts, part.stop)]:
                 start, stop = max(run.local, part.start), min(run.local + run.length, part.stop)
                 if start < stop:
-                    clipped.append(Run(run.start + start - run.local, start, stop - start, run.pushed))
+                    clipped.append(Stretch(run.start + start - run.local, start, stop - start, run.pushed))
             self._parts.append(pieces(clipped, self._ranges))
         self._starts = [part.start for part in parts]
         for number in reversed(range(len(parts))):
@@ -326,7 +326,7 @@ class Client:
         self._queued[shard] += 1
 
     def _enqueue_pieces(
-        self, shard: int, found: list[Run], gradient: np.ndarray, told: _Told, *, last: bool, origin: int = 0
+        self, shard: int, found: list[Stretch], gradient: np.ndarray, told: _Told, *, last: bool, origin: int = 0
     ) -> None:
         """Cut pieces of the gradient into chunks with their headers, and put them in line for a shard."""
         memory = self._memories[shard]

@@ -10,7 +10,7 @@ from mpi4py import MPI
 
 from dbmpi.config import ServerSection
 from dbmpi.errors import UserError
-from dbmpi.index.layout import Run
+from dbmpi.index.layout import Stretch
 from dbmpi.mpi import window as windows
 from dbmpi.mpi.collective import Collective
 from dbmpi.mpi.transport import transport_between
@@ -125,7 +125,7 @@ class Store(Collective):
             parameters = self._vector(self.window.local, memory.parameters, len(held))
         return Server(self.window, memory, self._shard, self._plan.worker_ranks, rule, parameters, self._consistent)
 
-    def client(self, runs: Sequence[Run] | None = None, serve: Callable[[], bool] | None = None) -> Client:
+    def client(self, runs: Sequence[Stretch] | None = None, serve: Callable[[], bool] | None = None) -> Client:
         """Return the client of this rank's worker.
 
         Parameters
@@ -225,7 +225,7 @@ def _check_common(plan: Plan, hosts: np.ndarray, align: Literal["equal", "partit
         )
 
 
-def _own(whole: np.ndarray, runs: Sequence[Run] | None) -> np.ndarray:
+def _own(whole: np.ndarray, runs: Sequence[Stretch] | None) -> np.ndarray:
     """Return a worker's own vector, a piece of the whole."""
     if runs is None:
         return whole

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from dbmpi.errors import UserError
 from dbmpi.index.boxes import Box
-from dbmpi.index.layout import Layout, Run, cut
+from dbmpi.index.layout import Layout, Stretch, cut
 from dbmpi.replica.tensors import Part, tensor_parts
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class Arrangement:
                     yield Piece(offset + run.start + start - position, start - held.start, stop - start)
                 position += len(run)
 
-    def runs(self, worker: int, held: Mapping[str, tuple[Box, int]]) -> tuple[Run, ...]:
+    def runs(self, worker: int, held: Mapping[str, tuple[Box, int]]) -> tuple[Stretch, ...]:
         """Return where a worker's own vector lies in the shards' order, in the order of its vector.
 
         Parameters
@@ -85,7 +85,7 @@ class Arrangement:
                 box, local = held[part.tensor.name]
                 within = Box(*(tuple(map(int.__sub__, ends, box.starts)) for ends in (part.box.starts, part.box.stops)))
                 for run in within.runs(box.shape):
-                    found.append(Run(position, local + run.start, len(run), part.owner == worker))
+                    found.append(Stretch(position, local + run.start, len(run), part.owner == worker))
                     position += len(run)
         return tuple(sorted(found, key=lambda run: run.local))
 

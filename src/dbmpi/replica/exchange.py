@@ -18,7 +18,7 @@ from dbmpi.index.boxes import Box
 from dbmpi.mpi import pieces
 from dbmpi.mpi.pieces import Operation
 from dbmpi.replica.group import Group
-from dbmpi.replica.plan import ExchangePlan, Message
+from dbmpi.replica.plan import ExchangePlan, Move
 
 _TAG = 7
 _FORWARD, _REVERSE = "activations of the other partitions", "gradients of the other partitions"
@@ -150,10 +150,10 @@ class Exchange:
         self,
         source: np.ndarray,
         held: Box,
-        sends: Sequence[Message],
+        sends: Sequence[Move],
         target: np.ndarray | None,
         wanted: Box,
-        receives: Sequence[Message],
+        receives: Sequence[Move],
     ) -> list[Moving]:
         """Post all messages, receives first; those that are contiguous in `source` and `target` are not packed."""
         comm = self._group.comm

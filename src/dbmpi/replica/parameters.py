@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dbmpi.index.boxes import Box
-from dbmpi.index.layout import Layout, Run
+from dbmpi.index.layout import Layout, Stretch
 from dbmpi.network.layer import Arrays, Layer
 from dbmpi.replica.arrangement import Arrangement
 from dbmpi.replica.group import Group, Shelf
@@ -70,7 +70,7 @@ class LocalParameters:
         self._layers: list[list[_Held]] = []
         self._shared: list[list[tuple[Part, _Held, Shelf]]] = []
         self._held: dict[str, tuple[Box, int]] = {}
-        runs: list[Run] = []
+        runs: list[Stretch] = []
         ends = [0]
         position = 0
         pushed = pushed_runs(layout, parts, worker)
@@ -86,7 +86,7 @@ class LocalParameters:
                 for run in mine.box.runs(tensor.shape):
                     offset = layout.offsets[tensor.name]
                     for piece, push in _divided(range(offset + run.start, offset + run.stop), pushed):
-                        runs.append(Run(piece.start, position, len(piece), push))
+                        runs.append(Stretch(piece.start, position, len(piece), push))
                         position += len(piece)
             self._layers.append(held)
             self._shared.append(shared)
@@ -95,7 +95,7 @@ class LocalParameters:
         self.runs = tuple(runs)
         self.parts = tuple(range(start, stop) for start, stop in pairwise(ends))
 
-    def runs_in(self, arrangement: Arrangement) -> tuple[Run, ...]:
+    def runs_in(self, arrangement: Arrangement) -> tuple[Stretch, ...]:
         """Return :attr:`runs` as they lie in the shards' order."""
         if not arrangement.parts:
             return self.runs

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 Kind = Literal["none", "gather", "messages"]
 
 
-class Message(NamedTuple):
+class Move(NamedTuple):
     """A box that goes to, or comes from, another worker."""
 
     worker: int
@@ -102,19 +102,19 @@ class ExchangePlan:
         """Return what the worker needs and owns itself."""
         return self.owned[worker].meet(self.needed[worker])
 
-    def receives(self, worker: int) -> tuple[Message, ...]:
+    def receives(self, worker: int) -> tuple[Move, ...]:
         """Return what comes from whom, one message for each source, in the order of the workers."""
         if self.kind == "none":
             return ()
         need = self.needed[worker]
-        return tuple(Message(o, self.owned[o].meet(need)) for o in self._owners.meeting(need) if o != worker)
+        return tuple(Move(o, self.owned[o].meet(need)) for o in self._owners.meeting(need) if o != worker)
 
-    def sends(self, worker: int) -> tuple[Message, ...]:
+    def sends(self, worker: int) -> tuple[Move, ...]:
         """Return what goes to whom, one message for each destination, in the order of the workers."""
         if self.kind == "none":
             return ()
         have = self.owned[worker]
-        return tuple(Message(n, self.needed[n].meet(have)) for n in self._needers.meeting(have) if n != worker)
+        return tuple(Move(n, self.needed[n].meet(have)) for n in self._needers.meeting(have) if n != worker)
 
     def offered(self, worker: int) -> dict[Box, int]:
         """Return what others need of the worker's own, each box once, and where it begins if all are laid in a row.

@@ -11,7 +11,7 @@ from dbmpi.index.boxes import Box
 from dbmpi.kernels import matmul
 from dbmpi.mpi import waiting
 from dbmpi.mpi.world import together
-from dbmpi.network.dense import Dense
+from dbmpi.network.dense import DenseLayer
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -63,6 +63,6 @@ def agree_on_products(comm: MPI.Intracomm, layers: Sequence[Layer], samples: int
 
 def _products(layer: Layer, samples: int) -> int:
     """Return the multiplications of a layer's largest matrix product."""
-    if not isinstance(layer, Dense):
+    if not isinstance(layer, DenseLayer):
         return 0
     return layer.flops(Box.whole(layer.output_shape), samples, input_gradient=False) // 4

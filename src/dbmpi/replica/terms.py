@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from dbmpi.replica.workspace import Workspace
 
 
-class Objective(Protocol):
+class Term(Protocol):
     """A term of the loss that depends on a layer's outputs, and perhaps its inputs, on one worker."""
 
     place: int
@@ -47,9 +47,9 @@ class Objective(Protocol):
         ...
 
 
-def objectives(layers: Sequence[Layer], placement: Placement, group: Group) -> dict[int, Objective]:
+def objectives(layers: Sequence[Layer], placement: Placement, group: Group) -> dict[int, Term]:
     """Return the terms of a network on one worker, by the number of the layer."""
-    found: dict[int, Objective] = {}
+    found: dict[int, Term] = {}
     for place, layer in enumerate(layers):
         penalty = getattr(layer, "penalty", 0.0)
         if isinstance(layer, Reconstructing) and layer.reconstruction > 0:

@@ -14,7 +14,7 @@ from dbmpi.checkpoint.reader import Checkpoint
 from dbmpi.config import Run
 from dbmpi.data.run_data import LOADING_SECONDS
 from dbmpi.data.stream import Order, Stream
-from dbmpi.downpour.lead import Begin
+from dbmpi.downpour.lead import StartingPoint
 from dbmpi.errors import UserError
 from dbmpi.index.layout import Layout
 from dbmpi.machine.endings import note_run
@@ -28,10 +28,10 @@ _LEAD = 0
 """The rank of shard 0, which looks at the run directory for all."""
 
 
-class Beginning(NamedTuple):
+class Start(NamedTuple):
     """What all ranks know of where they begin."""
 
-    begin: Begin
+    begin: StartingPoint
     """What has been learned, and what is left."""
     checkpoint: Path | None
     """Where the parameters are; None: they are fresh."""
@@ -41,7 +41,7 @@ class Beginning(NamedTuple):
 
 def find(
     run: Run, comm: MPI.Intracomm, replicas: int, layout: Layout, order: Order, meaning: Meaning | None = None
-) -> Beginning:
+) -> Start:
     """Make the run directory, find the checkpoint to go on from, number the session (collective).
 
     Parameters
@@ -67,14 +67,14 @@ def find(
     waiting.broadcast(comm, session, _LEAD, "the number of the session")
     warmstart = run.optimizer.warmstart
     if not path:
-        return Beginning(Begin(Stream(order.batches), warmstart), None, int(session[0]))
+        return Start(StartingPoint(Stream(order.batches), warmstart), None, int(session[0]))
     with together(comm, "reading the checkpoint"), Checkpoint.open(Path(path)) as checkpoint:
         checkpoint.expect(layout)
         info = checkpoint.info
         before = check_same_order(run, info.configuration, order, info.total, Path(path))
         check_same_data(info.meaning, meaning, checkpoint=path, file=str(run.data.train))
         same_size = before.batch_size == order.batch_size
-        begin = Begin(
+        begin = StartingPoint(
             Stream(before.batches, info.frontier, info.holes).recut(before, order),
             max(0, warmstart - info.step),
             info.step,
@@ -83,7 +83,7 @@ def find(
             tuple(name for name in rule(run.optimizer).state_names if name not in checkpoint.vectors),
             notices,
         )
-    return Beginning(begin, Path(path), int(session[0]))
+    return Start(begin, Path(path), int(session[0]))
 
 
 def _find_checkpoint(run: Run, comm: MPI.Intracomm) -> tuple[str, tuple[str, ...]]:

@@ -16,7 +16,7 @@ from dbmpi.checkpoint.schema import PARAMETERS, CheckpointInfo
 from dbmpi.config import NetworkSection, PlacementSection, explain
 from dbmpi.data.source import Source
 from dbmpi.errors import Damaged, UserError
-from dbmpi.index.layout import Run
+from dbmpi.index.layout import Stretch
 from dbmpi.network.description import Network
 from dbmpi.network.losses import Targets
 from dbmpi.network.own import from_files
@@ -40,7 +40,7 @@ class TrainedNetwork:
         """The file."""
         return self.checkpoint.path
 
-    def parameters(self, runs: Sequence[Run]) -> np.ndarray:
+    def parameters(self, runs: Sequence[Stretch]) -> np.ndarray:
         """Return the vector, float32, that is made of runs of the whole parameters; only they are read."""
         out = np.empty(sum(run.length for run in runs), np.float32)
         for run in runs:

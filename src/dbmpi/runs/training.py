@@ -24,7 +24,7 @@ from dbmpi.kernels.announce import announced
 from dbmpi.machine import capacity, environment
 from dbmpi.machine.signals import StopSignal
 from dbmpi.machine.threads import ranks_on_node
-from dbmpi.monitor.progress import Progress
+from dbmpi.monitor.progress import RunProgress
 from dbmpi.monitor.records import Recorder
 from dbmpi.mpi import topology
 from dbmpi.mpi.failures import Watch
@@ -123,7 +123,7 @@ class _Session:
         self._run, notices = limits.fitted(self._run, self._data.samples)
         self._data = replace(self._data, notes=self._data.notes + notices)
         run = self._run
-        say = Progress(0, run.monitor.progress).message if self._is_first else None
+        say = RunProgress(0, run.monitor.progress).message if self._is_first else None
         compiled = self._stack.enter_context(announced(say))
         network, order = self._plan_network()
         chosen = fitted(network.layers, plan.partitions, run.optimizer.batch_size)

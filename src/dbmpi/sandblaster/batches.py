@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from dbmpi.config import Run
     from dbmpi.data.stream import Order, Stream
     from dbmpi.methods.descent import Reason
-    from dbmpi.sandblaster.state import State
+    from dbmpi.sandblaster.state import MethodState
 
 REASONS: dict[Reason, str] = {
     "gradient": "the gradient is as small as sandblaster.gtol asks",
@@ -27,14 +27,14 @@ REASONS: dict[Reason, str] = {
 
 
 @dataclass(frozen=True)
-class Beginning:
+class BatchStart:
     """Where a session begins."""
 
     stream: Stream
     step: int = 0
     """Portions, or steps of Downpour, in earlier sessions."""
     samples: int = 0
-    state: State | None = None
+    state: MethodState | None = None
     """Of the batch method, if its vectors are on the shards."""
 
     def place(self, portions: int) -> int:

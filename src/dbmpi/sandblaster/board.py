@@ -38,7 +38,7 @@ MOST_PORTIONS = _TAKEN
 MOST_REPLICAS = (1 << (_BATCH_SHIFT - _OWNER_SHIFT)) - 2
 
 
-class Kind(IntEnum):
+class PassKind(IntEnum):
     """What is to be done with the portions of a batch."""
 
     GRADIENT = 0
@@ -70,12 +70,12 @@ class Words(Protocol):
         ...
 
 
-class Batch(NamedTuple):
+class PostedBatch(NamedTuple):
     """What the replicas are told of a batch."""
 
     number: int
     """Counts from 1."""
-    kind: Kind
+    kind: PassKind
     portions: int
     first: int
     """Number of the first portion's samples in the stream."""
@@ -123,7 +123,7 @@ class Board:
 
     # What the lead does
 
-    def open(self, batch: Batch) -> None:
+    def open(self, batch: PostedBatch) -> None:
         """Offer a batch; all portions of the one before have been won."""
         for portion in range(batch.portions):
             self.words.store(self.rank, self._portion(portion), batch.number << _BATCH_SHIFT)
@@ -137,7 +137,7 @@ class Board:
         """Offer no further batch."""
         self.words.store(self.rank, self.offset, END)
 
-    def claims(self, batch: Batch, seen: Sequence[int]) -> list[tuple[int, int]]:
+    def claims(self, batch: PostedBatch, seen: Sequence[int]) -> list[tuple[int, int]]:
         """Return who has won each portion: replica and bundle, or -1 and 0.
 
         A claim holds the last bits of the bundle's number; the rest is that of the replicas' latest bundles, `seen`.
@@ -156,7 +156,7 @@ class Board:
         found: list[int] = self._words_at(self._bundle(0), self.replicas).tolist()
         return found
 
-    def reopen(self, batch: Batch, portion: int, replica: int, bundle: int) -> bool:
+    def reopen(self, batch: PostedBatch, portion: int, replica: int, bundle: int) -> bool:
         """Hand out a portion again that was won in a bundle which does not count."""
         claimed, unclaimed = _claim(batch.number, replica, bundle), batch.number << _BATCH_SHIFT
         return self.words.compare_and_swap(self.rank, self._portion(portion), claimed, unclaimed) == claimed
@@ -172,23 +172,23 @@ class Board:
 
     # What a replica does
 
-    def read(self) -> Batch | None:
+    def read(self) -> PostedBatch | None:
         """Return the batch that is offered; None before the first one.  At the end its number is `END`."""
         number = self.words.load(self.rank, self.offset)
         if number <= 0:
-            return Batch(END, Kind.GRADIENT, 0, 0, 0) if number == END else None
-        words = np.empty(len(Batch._fields), np.int64)
+            return PostedBatch(END, PassKind.GRADIENT, 0, 0, 0) if number == END else None
+        words = np.empty(len(PostedBatch._fields), np.int64)
         self.words.get(self.rank, self.offset, words)
         _, kind, *others = words.tolist()
         if self.words.load(self.rank, self.offset) != number:
             return None  # the next one is being put up
-        return Batch(number, Kind(kind), *others)
+        return PostedBatch(number, PassKind(kind), *others)
 
     def number(self) -> int:
         """Return the number of the batch that is offered."""
         return self.words.load(self.rank, self.offset)
 
-    def draw(self, batch: Batch, replica: int) -> int | None:
+    def draw(self, batch: PostedBatch, replica: int) -> int | None:
         """Return a portion that nobody has drawn yet; None if there is none, or the batch is over."""
         count, tag = self._stretches, batch.number & _TAG
         bounds = np.arange(count + 1) * batch.portions // count
@@ -213,12 +213,12 @@ class Board:
             if self.words.compare_and_swap(self.rank, self._drawn(most), word, word + 1) == word:
                 return int(bounds[most + 1]) - 1 - (word & _TAKEN)
 
-    def outstanding(self, batch: Batch) -> list[int]:
+    def outstanding(self, batch: PostedBatch) -> list[int]:
         """Return the portions that nobody has won."""
         found = self._words_at(self._portion(0), batch.portions)
         return np.flatnonzero(found == batch.number << _BATCH_SHIFT).tolist()
 
-    def win(self, batch: Batch, portion: int, replica: int, bundle: int) -> bool:
+    def win(self, batch: PostedBatch, portion: int, replica: int, bundle: int) -> bool:
         """Claim a portion for the open bundle of a replica; only the first of several succeeds."""
         unclaimed = batch.number << _BATCH_SHIFT
         claimed = _claim(batch.number, replica, bundle)
@@ -258,7 +258,7 @@ def _claim(number: int, replica: int, bundle: int) -> int:
     return number << _BATCH_SHIFT | (replica + 1) << _OWNER_SHIFT | (bundle & _LOW)
 
 
-class Result(NamedTuple):
+class PortionResult(NamedTuple):
     """What a replica writes down of a portion that it has won."""
 
     portion: int
@@ -318,7 +318,7 @@ class Bundles:
         return _lines(self.list_words * _WORD) + _lines(self.elements * self.itemsize)
 
 
-def pack(words: np.ndarray, batch: int, seconds: float, results: list[Result]) -> None:
+def pack(words: np.ndarray, batch: int, seconds: float, results: list[PortionResult]) -> None:
     """Write the list of a bundle into int64 `words`; `seconds` is the mean time that a portion takes this replica."""
     words[:_HEAD] = batch, len(results), round(1e6 * seconds)
     for place, result in enumerate(results):
@@ -327,13 +327,13 @@ def pack(words: np.ndarray, batch: int, seconds: float, results: list[Result]) -
         row[3:].view(np.float64)[0] = result.loss
 
 
-def unpack(words: np.ndarray) -> tuple[int, float, list[Result]]:
+def unpack(words: np.ndarray) -> tuple[int, float, list[PortionResult]]:
     """Read what :func:`pack` wrote."""
     batch, count, microseconds = words[:_HEAD].tolist()
     rows = words[_HEAD : _HEAD + 4 * count].reshape(count, 4)
     losses = rows[:, 3].copy().view(np.float64).tolist()
     results = [
-        Result(portion, samples, correct, loss)
+        PortionResult(portion, samples, correct, loss)
         for (portion, samples, correct), loss in zip(rows[:, :3].tolist(), losses, strict=True)
     ]
     return batch, 1e-6 * microseconds, results

@@ -19,7 +19,7 @@ from dbmpi.methods.descent import POINT, Progress
 from dbmpi.methods.lbfgs import History
 from dbmpi.mpi import waiting
 from dbmpi.replica.arrangement import Arrangement
-from dbmpi.sandblaster.batches import Beginning, Samples
+from dbmpi.sandblaster.batches import BatchStart, Samples
 from dbmpi.sandblaster.commands import Command
 from dbmpi.sandblaster.shard import ShardSpace
 from dbmpi.sandblaster.state import Position, capture
@@ -59,7 +59,7 @@ class Keeper:
         plan: Plan,
         arrangement: Arrangement,
         samples: Samples,
-        beginning: Beginning,
+        beginning: BatchStart,
         *,
         lead: ShardSpace,
         carried: Sequence[str],

@@ -17,10 +17,10 @@ from dbmpi.methods import descent
 from dbmpi.methods.descent import ORIGIN, POINT, Report
 from dbmpi.methods.lbfgs import History
 from dbmpi.methods.select import minimise
-from dbmpi.monitor.progress import Progress
+from dbmpi.monitor.progress import RunProgress
 from dbmpi.monitor.records import BatchReport, EvaluationReport, Recorder
 from dbmpi.objective import Outcome
-from dbmpi.sandblaster.batches import REASONS, Beginning, Samples, sampling
+from dbmpi.sandblaster.batches import REASONS, BatchStart, Samples, sampling
 from dbmpi.sandblaster.checkpoints import Keeper
 from dbmpi.sandblaster.evaluation import Evaluator, Interrupted
 
@@ -61,12 +61,12 @@ class Coordinator:
         self,
         run: Run,
         samples: Samples,
-        beginning: Beginning,
+        beginning: BatchStart,
         *,
         evaluator: Evaluator,
         keeper: Keeper,
         recorder: Recorder,
-        progress: Progress,
+        progress: RunProgress,
         method: Method | None = None,
     ) -> None:
         self._run, self._samples, self._beginning = run, samples, beginning

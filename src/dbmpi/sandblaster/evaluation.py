@@ -24,7 +24,7 @@ from dbmpi.errors import EndedByDeath
 from dbmpi.mpi import mailbox as mpi_mailbox
 from dbmpi.mpi import waiting
 from dbmpi.mpi.failures import RESUMING
-from dbmpi.sandblaster.board import Board, Kind
+from dbmpi.sandblaster.board import Board, PassKind
 from dbmpi.sandblaster.commands import Command, RemoteSpace, execute
 from dbmpi.sandblaster.passes import Passes, Station
 from dbmpi.sandblaster.shard import COMMANDS, ShardSpace
@@ -105,7 +105,7 @@ class Evaluator:
         samples
             Of these portions.
         place
-            In the stream, see :class:`~dbmpi.sandblaster.board.Batch`.
+            In the stream, see :class:`~dbmpi.sandblaster.board.PostedBatch`.
 
         Raises
         ------
@@ -117,14 +117,14 @@ class Evaluator:
         self._gradient = name
         while True:
             self.space.create(name)
-            seconds = self._pass(Kind.GRADIENT, len(portions), portions.start, samples, place)
+            seconds = self._pass(PassKind.GRADIENT, len(portions), portions.start, samples, place)
             if not (self._watch.on and self.submit(Command("meet", (), ())).any()):
                 return seconds
             self._say("what a dead replica had delivered is out of reach: the evaluation begins anew")
 
     def test(self, portions: int, samples: int, place: int) -> None:
         """Evaluate the held-out samples; raises as :meth:`gradient` does."""
-        self._pass(Kind.TEST, portions, 0, samples, place)
+        self._pass(PassKind.TEST, portions, 0, samples, place)
 
     def submit(self, command: Command) -> np.ndarray:
         """Let all shards carry out a command; return what the lead's shard says, which is what they all say."""
@@ -141,7 +141,7 @@ class Evaluator:
             self._mourn()
         moved = self.passes.poll()
         while (message := self._mailbox.receive()) is not None:
-            if message.kind == mpi_mailbox.Kind.STOP_ASKED:
+            if message.kind == mpi_mailbox.MessageKind.STOP_ASKED:
                 self._stop_asked(message.values[0])
         if self._stop.number:
             self._stop_asked(self._stop.number)
@@ -156,7 +156,7 @@ class Evaluator:
 
     # Helpers
 
-    def _pass(self, kind: Kind, portions: int, first: int, samples: int, place: int) -> float:
+    def _pass(self, kind: PassKind, portions: int, first: int, samples: int, place: int) -> float:
         """Let the replicas work through a batch; return the seconds it took."""
         self.submit(Command("meet", (), ()))
         began = time.monotonic()

@@ -12,7 +12,7 @@ import numpy as np
 from dbmpi.errors import RunFailed
 from dbmpi.mpi.failures import RankLost
 from dbmpi.objective import Outcome
-from dbmpi.sandblaster.board import Batch, Board, Bundles, Kind, Result, Words, unpack
+from dbmpi.sandblaster.board import Board, Bundles, PassKind, PortionResult, PostedBatch, Words, unpack
 
 SHORTEST_PATIENCE = 0.05
 """Seconds without any commit before a bundle is revoked, at least."""
@@ -71,11 +71,11 @@ class Passes:
     ) -> None:
         self._board, self._words, self._stations = board, words, stations
         self._deliver, self._ordered, self._clock = deliver, ordered, clock
-        self._batch = Batch(0, Kind.GRADIENT, 0, 0, 0)
+        self._batch = PostedBatch(0, PassKind.GRADIENT, 0, 0, 0)
         self._seen = [0] * len(stations)
         """For every replica, the first bundle that has not been looked at."""
         self._revoked: set[tuple[int, int]] = set()
-        self._results: dict[int, Result] = {}
+        self._results: dict[int, PortionResult] = {}
         self._queue: dict[int, tuple[int, int]] = {}
         """By portion, bundles that wait for their turn."""
         self._turn = 0
@@ -86,9 +86,9 @@ class Passes:
         self.revoked = 0
         self.lost: set[int] = set()
 
-    def begin(self, kind: Kind, portions: int, first: int, samples: int, place: int = 0) -> None:
-        """Offer a batch to the replicas; see :class:`~dbmpi.sandblaster.board.Batch`."""
-        self._batch = Batch(self._batch.number + 1, kind, portions, first, samples, place)
+    def begin(self, kind: PassKind, portions: int, first: int, samples: int, place: int = 0) -> None:
+        """Offer a batch to the replicas; see :class:`~dbmpi.sandblaster.board.PostedBatch`."""
+        self._batch = PostedBatch(self._batch.number + 1, kind, portions, first, samples, place)
         self._results, self._queue, self._turn = {}, {}, 0
         self.ledger, self.revoked = [], 0
         self._moved, self._tries = self._clock(), 0
@@ -202,7 +202,7 @@ class Passes:
 
     def _send(self, replica: int, bundle: int) -> None:
         """Let the shards have a bundle; its list is needed no more."""
-        if self._batch.kind == Kind.GRADIENT:
+        if self._batch.kind == PassKind.GRADIENT:
             self._deliver(replica, bundle)
         station = self._stations[replica][0]
         self._words.store(station.rank, station.bundles.taken(station.bundles.shards, bundle), bundle + 1)

@@ -11,7 +11,7 @@ import numpy as np
 
 from dbmpi.kernels import vectors
 from dbmpi.objective import Outcome
-from dbmpi.sandblaster.board import END, SLOTS, Batch, Board, Bundles, Kind, Result, pack
+from dbmpi.sandblaster.board import END, SLOTS, Board, Bundles, PassKind, PortionResult, PostedBatch, pack
 
 if TYPE_CHECKING:
     from dbmpi.mpi.window import Window
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class Work(Protocol):
     """What is computed: loss and gradient of portions at the parameters that the shards hold."""
 
-    def begin(self, batch: Batch) -> None:
+    def begin(self, batch: PostedBatch) -> None:
         """Get the parameters for a batch."""
         ...
 
@@ -28,7 +28,7 @@ class Work(Protocol):
         """Hear that there is no further batch."""
         ...
 
-    def compute(self, batch: Batch, portion: int, gradient: np.ndarray) -> Outcome:
+    def compute(self, batch: PostedBatch, portion: int, gradient: np.ndarray) -> Outcome:
         """Return the outcome of a portion; for a batch of kind GRADIENT, write the gradient of its mean loss."""
         ...
 
@@ -118,11 +118,11 @@ class Portions:
         self._taken = [_words(window, bundles, taker) for taker in takers]
         self._read = _words(window, bundles, bundles.shards) if self._speaks else None
         self._gradient = np.zeros(bundles.elements, np.float32)
-        self._batch = Batch(0, Kind.GRADIENT, 0, 0, 0)
+        self._batch = PostedBatch(0, PassKind.GRADIENT, 0, 0, 0)
         self._bundle, self._sums = 0, 0
         self._committed, self._delivered = [-1] * SLOTS, [-1] * SLOTS
         """The bundle in each slot that was committed last, or -1: of all, and of those with a gradient."""
-        self._results: list[Result] = []
+        self._results: list[PortionResult] = []
         self._portion, self._outcome = 0, Outcome(0, 0.0, 0)
         self._undecided = False
         """Whether a portion has been computed that is neither won nor lost."""
@@ -147,7 +147,7 @@ class Portions:
         action, *numbers = said
         if action == _Action.FETCH:
             number, kind, *others = numbers[:6]
-            self._batch, self._bundle = Batch(number, Kind(kind), *others), numbers[6]
+            self._batch, self._bundle = PostedBatch(number, PassKind(kind), *others), numbers[6]
             self._sums, self._results = 0, []
             self._work.begin(self._batch)
         elif action == _Action.COMPUTE:
@@ -159,7 +159,7 @@ class Portions:
         elif action == _Action.BUNDLE:
             if numbers[1]:
                 self._committed[self._bundle % SLOTS] = self._bundle
-                if self._batch.kind == Kind.GRADIENT:
+                if self._batch.kind == PassKind.GRADIENT:
                     self._delivered[self._bundle % SLOTS] = self._bundle
             self._bundle, self._sums, self._results = numbers[0], 0, []
         else:
@@ -197,7 +197,7 @@ class Portions:
         if self._undecided:
             self._undecided = False
             if board.win(batch, self._portion, self._replica, self._bundle):
-                self._results.append(Result(self._portion, *self._outcome_words()))
+                self._results.append(PortionResult(self._portion, *self._outcome_words()))
                 return [_Action.KEEP]
             self.lost += 1
         if self._sums >= self._per_bundle:
@@ -245,7 +245,7 @@ class Portions:
         if self._sums == 0:
             self._wait(self._slot_free)
         self._sums += 1
-        if self._batch.kind == Kind.TEST:
+        if self._batch.kind == PassKind.TEST:
             return
         place = self._bundles.gradient_of(self._bundle)
         target = self._window.local[place : place + self._gradient.nbytes].view(np.float32)

@@ -31,7 +31,7 @@ from dbmpi.methods import own
 from dbmpi.methods.own import Method
 from dbmpi.methods.warm import use_kernels
 from dbmpi.monitor import verdict
-from dbmpi.monitor.progress import Progress
+from dbmpi.monitor.progress import RunProgress
 from dbmpi.mpi import blocking, failures, waiting
 from dbmpi.mpi import mailbox as mpi_mailbox
 from dbmpi.mpi import window as windows
@@ -44,7 +44,7 @@ from dbmpi.objective import Outcome
 from dbmpi.replica.arrangement import Arrangement
 from dbmpi.result import Result
 from dbmpi.sandblaster import shard as sandblaster_shard
-from dbmpi.sandblaster.batches import Beginning, Samples
+from dbmpi.sandblaster.batches import BatchStart, Samples
 from dbmpi.sandblaster.board import MOST_PORTIONS, MOST_REPLICAS
 from dbmpi.sandblaster.checkpoints import Keeper
 from dbmpi.sandblaster.coordinator import Coordinator
@@ -52,8 +52,8 @@ from dbmpi.sandblaster.evaluation import Evaluator
 from dbmpi.sandblaster.passes import Station
 from dbmpi.sandblaster.setup import Setup
 from dbmpi.sandblaster.shard import ShardSpace
-from dbmpi.sandblaster.state import State, read_state
-from dbmpi.sandblaster.worker import Worker
+from dbmpi.sandblaster.state import MethodState, read_state
+from dbmpi.sandblaster.worker import BatchWorker
 
 __all__ = ["learn"]
 
@@ -97,7 +97,7 @@ def learn(session: Session, stack: ExitStack) -> Result:
         if number is not None:
             space, carried, state = _shard(setup, window, number)
         if worker_number is not None:
-            worker = Worker(setup, window, worker_number, space)
+            worker = BatchWorker(setup, window, worker_number, space)
         kept = setup.run.sandblaster
         method = own.load(kept.algorithm, setup.run.network.code) if kept.own and number == 0 else None
     shards = {rank: f", which holds shard {shard}," for shard, rank in enumerate(plan.shard_ranks)}
@@ -118,7 +118,7 @@ def learn(session: Session, stack: ExitStack) -> Result:
         nonlocal told
         if setup.stop.number and not told:
             told = True
-            mailbox.send(0, mpi_mailbox.Role.SHARD, mpi_mailbox.Kind.STOP_ASKED, setup.stop.number)
+            mailbox.send(0, mpi_mailbox.Role.SHARD, mpi_mailbox.MessageKind.STOP_ASKED, setup.stop.number)
         moved = space.poll() if number and space is not None else False
         return (worker.poll() if worker is not None else False) or moved
 
@@ -159,13 +159,13 @@ def _check(setup: Setup) -> None:
         )
 
 
-def _shard(setup: Setup, window: Window, number: int) -> tuple[ShardSpace, list[str], State | None]:
+def _shard(setup: Setup, window: Window, number: int) -> tuple[ShardSpace, list[str], MethodState | None]:
     """Fill a shard; return its space, the names of what it carries along, and where a batch method stood."""
     plan, held, memory = setup.plan, setup.ranges[number], setup.memories[number]
     parameters = window.local[memory.parameters :][: len(held) * DTYPE.itemsize].view(DTYPE)
     vectors = {"parameters": parameters}
     carried: list[str] = []
-    state: State | None = None
+    state: MethodState | None = None
     version = 0
     method: dict[str, np.ndarray] = {}
     if setup.checkpoint is None:
@@ -196,7 +196,7 @@ def _shard(setup: Setup, window: Window, number: int) -> tuple[ShardSpace, list[
     here = [pieces(runs, setup.ranges)[number] for runs in setup.stretches]
     sources = [
         [
-            sandblaster_shard.Source(plan.worker_ranks[worker], setup.bundles(worker), pushed)
+            sandblaster_shard.BundleSource(plan.worker_ranks[worker], setup.bundles(worker), pushed)
             for worker, pushed in enumerate(here, replica * plan.partitions)
         ]
         for replica in range(plan.replicas)
@@ -219,7 +219,7 @@ def _coordinator(
     window: Window,
     space: ShardSpace,
     carried: list[str],
-    state: State | None,
+    state: MethodState | None,
     notes: Sequence[str],
     serve: Callable[[], bool],
     method: Method | None,
@@ -227,7 +227,7 @@ def _coordinator(
 ) -> Coordinator:
     run, plan, begin, order = setup.run, setup.plan, setup.begin, setup.order
     total = round(order.samples * run.optimizer.epochs)
-    progress = stack.enter_context(Progress(total, run.monitor.progress, epochs=run.optimizer.epochs))
+    progress = stack.enter_context(RunProgress(total, run.monitor.progress, epochs=run.optimizer.epochs))
     progress.message(
         f"{plan}; {setup.network.size:,} parameters; {order.samples:,} samples of {setup.data.input_shape}; Sandblaster"
     )
@@ -260,7 +260,7 @@ def _coordinator(
         serve=serve,
     )
     samples = Samples(order, setup.tests, setup.data.input_shape, setup.data.classes, setup.data.meaning)
-    beginning = Beginning(begin.stream, begin.step, begin.samples, state)
+    beginning = BatchStart(begin.stream, begin.step, begin.samples, state)
     keeper = Keeper(
         setup.comms.world,
         run,

@@ -8,8 +8,7 @@ from functools import cached_property
 import numpy as np
 
 from dbmpi.downpour.session import DTYPE, Session
-from dbmpi.index.layout import Run as Stretch
-from dbmpi.index.layout import cut
+from dbmpi.index.layout import Stretch, cut
 from dbmpi.mpi import waiting
 from dbmpi.mpi.window import Window
 from dbmpi.paramserver.memory import Memory

@@ -17,19 +17,19 @@ from dbmpi.sandblaster.board import Bundles
 from dbmpi.sandblaster.commands import Command, execute
 
 if TYPE_CHECKING:
-    from dbmpi.index.layout import Run
+    from dbmpi.index.layout import Stretch
     from dbmpi.mpi.window import Window
 
 COMMANDS = 4
 """Tag of commands."""
 
 
-class Source(NamedTuple):
+class BundleSource(NamedTuple):
     """What a shard takes of the bundles of one worker."""
 
     rank: int
     bundles: Bundles
-    pieces: Sequence[Run]
+    pieces: Sequence[Stretch]
     """With starts within the shard; nothing of others is taken."""
 
 
@@ -55,7 +55,7 @@ class ShardSpace(LocalSpace):
         comm: MPI.Intracomm,
         shards: MPI.Intracomm,
         window: Window,
-        sources: Sequence[Sequence[Source]],
+        sources: Sequence[Sequence[BundleSource]],
         version: int,
         vectors: Mapping[str, np.ndarray],
     ) -> None:
@@ -109,7 +109,7 @@ class ShardSpace(LocalSpace):
         execute(self, Command.decode(data.tobytes()))
         return True
 
-    def _accrue(self, target: np.ndarray, source: Source, bundle: int) -> None:
+    def _accrue(self, target: np.ndarray, source: BundleSource, bundle: int) -> None:
         """Add what a shard takes of one worker's bundle."""
         rank, bundles, pieces = source
         place = bundles.gradient_of(bundle)

@@ -43,7 +43,7 @@ class Position(NamedTuple):
     """Mean loss where the batch before began, or this one."""
 
 
-class State(BaseModel):
+class MethodState(BaseModel):
     """Numbers of a batch method and of its batches.
 
     What they mean depends on the settings that stand beside them in the checkpoint; a history of another memory is of
@@ -96,13 +96,13 @@ class State(BaseModel):
         return Position(first, portions, iterations, self.batch_loss)
 
 
-def capture(history: History, position: Position, progress: Progress, bounds: Bounds | None) -> State:
+def capture(history: History, position: Position, progress: Progress, bounds: Bounds | None) -> MethodState:
     """Return where a search stands; without `bounds` it will begin anew from there, with its history."""
     here: dict[str, Any] = {}
     if bounds is not None:
         numbers = [progress.loss, progress.square, progress.largest, progress.decrease, float(progress.iteration)]
         here = {"gradient": progress.gradient, "numbers": numbers, "bounds": bounds}
-    return State(
+    return MethodState(
         memory=history.memory,
         history={name: array.tolist() for name, array in history.state().items()},
         pairs=[name for pair in history.pairs for name in pair],
@@ -112,7 +112,7 @@ def capture(history: History, position: Position, progress: Progress, bounds: Bo
     )
 
 
-def read_state(text: str, vectors: Collection[str], path: Path) -> State | None:
+def read_state(text: str, vectors: Collection[str], path: Path) -> MethodState | None:
     """Read what :meth:`State.model_dump_json` wrote; None where nothing was written.
 
     Parameters
@@ -132,10 +132,10 @@ def read_state(text: str, vectors: Collection[str], path: Path) -> State | None:
     if not text:
         return None
     try:
-        state = State.model_validate_json(text)
+        state = MethodState.model_validate_json(text)
         _check(state, vectors)
     except (ValueError, TypeError, OverflowError) as error:
-        reason = explain(error, State, "it") if isinstance(error, ValidationError) else str(error)
+        reason = explain(error, MethodState, "it") if isinstance(error, ValidationError) else str(error)
         reason = "; ".join(reason.splitlines())
         raise Damaged(
             f"{path}: /run/method is not what a batch method can go on from: {reason}; use another checkpoint, or "
@@ -144,7 +144,7 @@ def read_state(text: str, vectors: Collection[str], path: Path) -> State | None:
     return state
 
 
-def _check(state: State, vectors: Collection[str]) -> None:
+def _check(state: MethodState, vectors: Collection[str]) -> None:
     """Raise ValueError where the numbers contradict one another or the vectors that are there."""
     missing = [name for name in state.vectors if name not in vectors]
     if missing:
@@ -167,7 +167,7 @@ def _check(state: State, vectors: Collection[str]) -> None:
         raise ValueError(f"its numbers are {state.numbers}, expected finite ones, and a count at the end")
 
 
-def _check_bounds(state: State, vectors: Collection[str]) -> None:
+def _check_bounds(state: MethodState, vectors: Collection[str]) -> None:
     """Raise ValueError where a bound is of no vector of the method, or cannot be one."""
     known = {*vectors, POINT, ORIGIN, GRADIENT, OTHER_GRADIENT}
     known.update(name for slot in range(min(state.memory, len(state.bounds)) + 1) for name in names_of(slot))

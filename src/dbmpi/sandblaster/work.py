@@ -12,7 +12,7 @@ from dbmpi.monitor.measures import LayerTimes, set_exchange_apart
 from dbmpi.monitor.records import Recorder, Stopwatch, WorkerReport
 from dbmpi.objective import Batch as Samples
 from dbmpi.objective import Outcome
-from dbmpi.sandblaster.board import Batch, Kind
+from dbmpi.sandblaster.board import PassKind, PostedBatch
 
 if TYPE_CHECKING:
     from dbmpi.data.source import Source
@@ -68,7 +68,7 @@ class PortionWork:
         self._recent = Outcome(0, 0.0, 0)
         self._reported, self._fetched = time.monotonic(), 0
 
-    def begin(self, batch: Batch) -> None:
+    def begin(self, batch: PostedBatch) -> None:
         """Fetch the parameters, once for all portions of a batch."""
         if time.monotonic() - self._reported >= self._report_seconds:
             self._report()
@@ -81,9 +81,9 @@ class PortionWork:
         self._train.close()
         self._report()
 
-    def compute(self, batch: Batch, portion: int, gradient: np.ndarray) -> Outcome:
+    def compute(self, batch: PostedBatch, portion: int, gradient: np.ndarray) -> Outcome:
         """Return the outcome of a portion; of training samples also write the gradient."""
-        if batch.kind == Kind.TEST:
+        if batch.kind == PassKind.TEST:
             assert self._test is not None
             start = portion * self._order.batch_size
             indices = np.arange(start, min(start + self._order.batch_size, self._test.samples))

@@ -18,7 +18,7 @@ from dbmpi.sandblaster.shard import ShardSpace
 from dbmpi.sandblaster.work import PortionWork
 
 
-class Worker:
+class BatchWorker:
     """A worker of a replica that takes no further part when another one of its replica has died."""
 
     def __init__(self, setup: Setup, window: Window, number: int, space: ShardSpace | None) -> None:

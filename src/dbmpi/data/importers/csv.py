@@ -9,11 +9,11 @@ from typing import Literal
 import numpy as np
 
 from dbmpi.data import labels as data_labels
-from dbmpi.data.importers.csv_table import Header, Table, find_table
+from dbmpi.data.importers.csv_table import CsvTable, Header, find_table
 from dbmpi.data.importers.reading import InputFile, Lines, Progress, line_blocks, no_progress
 from dbmpi.data.labels import MOST_LABELS, Numbering
 from dbmpi.data.source import Source
-from dbmpi.data.writer import LARGEST_SAMPLE_BYTES, Origin, Shape, Writer, Written, check_writable
+from dbmpi.data.writer import LARGEST_SAMPLE_BYTES, DataWriter, Origin, Shape, Written, check_writable
 from dbmpi.errors import UserError
 
 
@@ -87,7 +87,7 @@ def import_csv(
             first = Lines(first.numbers[1:], first.texts[1:])
         labels = _Labels(table, classes, like)
         shape = Shape((len(table.inputs),), labels.classes, len(targets) if kind == "values" else None)
-        with Writer(out, shape, Origin("csv", file, file), force) as writer:
+        with DataWriter(out, shape, Origin("csv", file, file), force) as writer:
             if table.names is not None:
                 answers = [table.names[column] for column in table.targets] if kind == "values" else []
                 writer.name_columns([table.names[column] for column in table.inputs], answers)
@@ -116,7 +116,7 @@ def _blocks(text: InputFile) -> Iterator[Lines]:
 class _Labels:
     """Classes for the labels of a column, in the order in which they come, or as another file has them."""
 
-    def __init__(self, table: Table, classes: int | None, like: Path | None) -> None:
+    def __init__(self, table: CsvTable, classes: int | None, like: Path | None) -> None:
         self._table, self._asked, self._like = table, classes, like
         self._codes: dict[str, int] = {}
         self._given: Numbering | None = None
@@ -161,7 +161,7 @@ class _Labels:
             )
         return codes
 
-    def conclude(self, writer: Writer) -> None:
+    def conclude(self, writer: DataWriter) -> None:
         """Bring text labels in order, and record which classes stand for what."""
         if self._given is not None:
             writer.number_labels(self._given.labels, np.arange(len(self._given.labels), dtype=np.int32))
@@ -178,7 +178,7 @@ class _Labels:
             writer.number_labels(ordered, codes)
 
 
-def _append(writer: Writer, table: Table, labels: _Labels, lines: Lines, scale: float) -> None:
+def _append(writer: DataWriter, table: CsvTable, labels: _Labels, lines: Lines, scale: float) -> None:
     inputs, answers, words = table.read(lines)
     inputs *= scale
     table.check_finite(lines, inputs, table.inputs)

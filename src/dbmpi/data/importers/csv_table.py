@@ -19,7 +19,7 @@ _MISSING = frozenset({"", "na", "n/a", "nan", "null", "none", "nil", "missing", 
 
 
 @dataclass(frozen=True)
-class Table:
+class CsvTable:
     """The columns of a CSV file, numbered from 0."""
 
     path: Path
@@ -133,7 +133,7 @@ def find_table(
     classes: bool,
     header: Header,
     delimiter: str,
-) -> Table:
+) -> CsvTable:
     """Find out what the columns are, from the first two lines."""
     rows = [fields_of(path, *line, delimiter) for line in zip(first.numbers[:2], first.texts[:2], strict=True)]
     named = _has_header(path, first.numbers[0], rows, [*targets, *drop], header)
@@ -152,7 +152,7 @@ def find_table(
     samples = rows[1:] if named else rows
     answer = samples[0][columns[0]] if samples and len(samples[0]) == width else "0"
     text = classes and not is_number(answer)
-    return Table(path, delimiter, width, names, columns, dropped, text)
+    return CsvTable(path, delimiter, width, names, columns, dropped, text)
 
 
 def is_number(field: str) -> bool:

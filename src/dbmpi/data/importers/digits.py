@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from dbmpi.data.importers.reading import Progress, no_progress
-from dbmpi.data.writer import Origin, Shape, Writer, Written, check_writable
+from dbmpi.data.writer import DataWriter, Origin, Shape, Written, check_writable
 from dbmpi.errors import UserError
 
 NAME = "scikit-learn digits"
@@ -42,7 +42,7 @@ def import_digits(directory: Path, *, force: bool = False, progress: Progress = 
     held_out = _held_out(labels)
     written = []
     for half, rows in (("train", ~held_out), ("test", held_out)):
-        with Writer(paths[half], Shape((8, 8), classes=10), Origin("digits", NAME, NAME), force) as writer:
+        with DataWriter(paths[half], Shape((8, 8), classes=10), Origin("digits", NAME, NAME), force) as writer:
             writer.append(images[rows], labels[rows])
         assert writer.written is not None
         written.append(writer.written)

@@ -15,14 +15,14 @@ import numpy as np
 
 from dbmpi.data.hdf5 import BYTE_SCALE
 from dbmpi.data.importers.reading import InputFile, Progress, no_progress
-from dbmpi.data.writer import Origin, Shape, Writer, Written, check_sample_size, check_writable
+from dbmpi.data.writer import DataWriter, Origin, Shape, Written, check_sample_size, check_writable
 from dbmpi.errors import UserError
 
 TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 
 
 @dataclass(frozen=True)
-class Header:
+class IdxHeader:
     """What an IDX file declares."""
 
     kind: np.dtype[Any]
@@ -59,7 +59,7 @@ def import_idx(
         _check_pair(images, labels, image, label)
         bytes_kept = image.kind == np.uint8
         shape = Shape(image.shape[1:], classes, None, scale if bytes_kept else None)
-        with Writer(out, shape, Origin("idx", images, labels), force) as writer:
+        with DataWriter(out, shape, Origin("idx", images, labels), force) as writer:
             samples = image.shape[0]
             for start in range(0, samples, writer.block_rows):
                 rows = min(writer.block_rows, samples - start)
@@ -80,7 +80,7 @@ def import_idx(
     return writer.written
 
 
-def read_header(file: InputFile) -> Header:
+def read_header(file: InputFile) -> IdxHeader:
     """Read and check the header of an IDX file, against the size of the file before anything is allocated."""
     magic = file.exactly(4, "the IDX header")
     if magic[:2] != b"\0\0" or magic[2] not in TYPES or magic[3] == 0:
@@ -89,7 +89,7 @@ def read_header(file: InputFile) -> Header:
             f"expected e.g. 00 00 08 03 for images or 00 00 08 01 for labels"
         )
     lengths = np.frombuffer(file.exactly(4 * magic[3], "the IDX header"), ">u4")
-    header = Header(np.dtype(TYPES[magic[2]]), tuple(int(length) for length in lengths))
+    header = IdxHeader(np.dtype(TYPES[magic[2]]), tuple(int(length) for length in lengths))
     end = file.offset + header.shape[0] * header.row_bytes
     if end > file.most_bytes or (not file.compressed and end != file.file_bytes):
         raise UserError(
@@ -99,7 +99,7 @@ def read_header(file: InputFile) -> Header:
     return header
 
 
-def _check_pair(images: Path, labels: Path, image: Header, label: Header) -> None:
+def _check_pair(images: Path, labels: Path, image: IdxHeader, label: IdxHeader) -> None:
     if len(image.shape) < 2:
         raise UserError(
             f"{images}: holds elements of shape {image.shape}; expected images: did you mix up the two files?"

@@ -12,7 +12,7 @@ import numpy as np
 
 from dbmpi.data.importers.reading import InputFile, Progress, line_blocks, no_progress
 from dbmpi.data.source import Source
-from dbmpi.data.writer import LARGEST_SAMPLE_BYTES, Origin, Shape, Writer, Written, check_writable
+from dbmpi.data.writer import LARGEST_SAMPLE_BYTES, DataWriter, Origin, Shape, Written, check_writable
 from dbmpi.errors import UserError
 
 MOST_LABELS = 65_536
@@ -99,7 +99,7 @@ def import_libsvm(
         passes = 2
         features = _count_features(file, first_index, progress)
     shape = Shape((features,), None, None if kind == "classes" else 1)
-    with InputFile(file) as text, Writer(out, shape, Origin("libsvm", file, file), force) as writer:
+    with InputFile(file) as text, DataWriter(out, shape, Origin("libsvm", file, file), force) as writer:
         block = np.zeros((writer.block_rows, features))
         targets = np.zeros(writer.block_rows, np.int64 if kind == "classes" else np.float64)
         numbers: list[int] = []

@@ -9,7 +9,7 @@ import numpy as np
 
 from dbmpi.data.hdf5 import BYTE_SCALE
 from dbmpi.data.importers.reading import Progress, no_progress
-from dbmpi.data.writer import Origin, Shape, Writer, Written, check_writable
+from dbmpi.data.writer import DataWriter, Origin, Shape, Written, check_writable
 from dbmpi.errors import UserError
 
 
@@ -52,7 +52,7 @@ def import_npy(
     if size is not None and classes is not None:
         raise UserError(f"{targets}: holds {answers.dtype} values; the number of classes goes with whole numbers only")
     shape = Shape(rows.shape[1:], classes, size, scale if rows.dtype == np.uint8 else None)
-    with Writer(out, shape, Origin("npy", inputs, targets), force) as writer:
+    with DataWriter(out, shape, Origin("npy", inputs, targets), force) as writer:
         for start in range(0, len(rows), writer.block_rows):
             stop = min(start + writer.block_rows, len(rows))
             block = np.asarray(rows[start:stop])

@@ -75,7 +75,7 @@ class FileNames:
 
 
 @dataclass
-class Table:
+class TranscriptTable:
     """Transcripts from a table with the columns file and label, and if wanted start and end (seconds), and speaker."""
 
     path: Path
@@ -84,7 +84,7 @@ class Table:
     found: set[str] = field(default_factory=set)
 
     @classmethod
-    def read(cls, path: Path) -> Table:
+    def read(cls, path: Path) -> TranscriptTable:
         """Read a CSV file whose first line names the columns.
 
         Raises

@@ -14,9 +14,9 @@ from dbmpi.data import hdf5
 from dbmpi.data.importers.mel import HOP_SECONDS, WINDOW_SECONDS, LogMel
 from dbmpi.data.importers.reading import Progress, no_progress
 from dbmpi.data.importers.recordings import HIGHEST_RATE, LOWEST_RATE, decoded, recordings
-from dbmpi.data.importers.transcript import FileNames, Table, Transcript
+from dbmpi.data.importers.transcript import FileNames, Transcript, TranscriptTable
 from dbmpi.data.source import Source
-from dbmpi.data.writer import LARGEST_SAMPLE_BYTES, Origin, Shape, Writer, Written, check_writable
+from dbmpi.data.writer import LARGEST_SAMPLE_BYTES, DataWriter, Origin, Shape, Written, check_writable
 from dbmpi.errors import UserError
 
 FILTERS = 40
@@ -86,7 +86,7 @@ def import_wav(
         check_writable(each, force, [path for path in (source, table, like) if path is not None])
     if not source.exists():
         raise UserError(f"{source}: no such file or directory; expected WAV files, a directory of them, or a tar")
-    transcripts = FileNames() if table is None else Table.read(table)
+    transcripts = FileNames() if table is None else TranscriptTable.read(table)
     work = _Import(source, transcripts, frozenset(test_speakers), rate, resample=rate is not None)
     if like is None:
         scaling = work.measure(context or CONTEXT, states or (STATES if table is None else 1), progress)
@@ -98,7 +98,7 @@ def import_wav(
     shape = Shape((scaling.context, FILTERS), found if classes is None else classes)
     origin = Origin("wav", source, source if table is None else table)
     with contextlib.ExitStack() as stack:
-        writers = [stack.enter_context(Writer(each, shape, origin, force)) for each in outs]
+        writers = [stack.enter_context(DataWriter(each, shape, origin, force)) for each in outs]
         for writer in writers:
             writer.annotate(scaling.attributes())
         work.write(scaling, writers, progress, 0 if like else 1)
@@ -173,7 +173,7 @@ class _Import:
     """One source, read once to measure it and once to write it."""
 
     source: Path
-    transcripts: FileNames | Table
+    transcripts: FileNames | TranscriptTable
     test_speakers: frozenset[str]
     rate: int | None
     """Samples a second; that of the first recording unless it is given."""
@@ -197,7 +197,7 @@ class _Import:
             )
         return Scaling(self.rate, context, states, moments.mean, moments.deviation())
 
-    def write(self, scaling: Scaling, writers: list[Writer], progress: Progress, done: int) -> None:
+    def write(self, scaling: Scaling, writers: list[DataWriter], progress: Progress, done: int) -> None:
         """Write all frames: to the second writer those of test speakers."""
         for frames in self._frames(scaling.states, progress, done, done + 1):
             writer = writers[int(frames.test)]
