@@ -103,7 +103,7 @@ def passes(case: Case, batch: int) -> dict[str, common.Action]:
 
     from dbmpi.index.boxes import Box
     from dbmpi.kernels.memory import aligned_empty
-    from dbmpi.network.layer import Context
+    from dbmpi.network.layer import Backward, Context, Forward
 
     layer = case._replace(inputs=tuple(case.inputs)).layer()
     box, context, random = Box.whole(layer.output_shape), Context(), np.random.default_rng(1)
@@ -115,11 +115,13 @@ def passes(case: Case, batch: int) -> dict[str, common.Action]:
     for values in parameters.values():
         values[...] = 0.01 * random.standard_normal(values.shape, np.float32)
 
+    task = Backward(box, parameters, below, above, context, above_gradient, parameter_gradient, below_gradient)
+
     def forward() -> None:
-        layer.forward(box, parameters, below, above, context)
+        layer.forward(Forward(box, parameters, below, above, context))
 
     def backward() -> None:
-        layer.backward(box, parameters, below, above, above_gradient, parameter_gradient, below_gradient, context)
+        layer.backward(task)
 
     def step() -> None:
         forward()

@@ -27,7 +27,7 @@ from dbmpi.errors import UserError
 from dbmpi.index.boxes import Box
 from dbmpi.index.layout import Tensor
 from dbmpi.network.initial import fill_uniform
-from dbmpi.network.layer import Arrays, Context
+from dbmpi.network.layer import Backward, Forward
 
 
 @dataclass(frozen=True)
@@ -84,32 +84,20 @@ class Maxout:
         backward = 4 if input_gradient else 2
         return (2 * self.pieces + backward) * output.size * math.prod(self.input_shape) * samples
 
-    def forward(
-        self, output: Box, parameters: Arrays, inputs: np.ndarray, outputs: np.ndarray, context: Context
-    ) -> None:
-        """Compute the outputs of the units in the box; `parameters` are theirs alone."""
-        largest_piece(parameters["weights"], parameters["bias"], _rows(inputs), outputs)
+    def forward(self, task: Forward) -> None:
+        """Compute the outputs of the units in the box; ``task.parameters`` are theirs alone."""
+        largest_piece(task.parameters["weights"], task.parameters["bias"], _rows(task.inputs), task.outputs)
 
-    def backward(
-        self,
-        output: Box,
-        parameters: Arrays,
-        inputs: np.ndarray,
-        outputs: np.ndarray,
-        gradient: np.ndarray,
-        parameter_gradient: Arrays,
-        input_gradient: np.ndarray | None,
-        context: Context,
-    ) -> None:
+    def backward(self, task: Backward) -> None:
         """Compute the gradients: overwrite them with the part that comes from the units in the box."""
-        weights, bias = parameters["weights"], parameters["bias"]
-        share = np.zeros((*bias.shape, outputs.shape[1]), outputs.dtype)  # of each piece in its unit's gradient
-        gradient_of_pieces(weights, bias, _rows(inputs), gradient, share)
-        np.sum(share, axis=2, out=parameter_gradient["bias"])
+        weights, bias, inputs = task.parameters["weights"], task.parameters["bias"], _rows(task.inputs)
+        share = np.zeros((*bias.shape, inputs.shape[1]), inputs.dtype)  # of each piece in its unit's gradient
+        gradient_of_pieces(weights, bias, inputs, task.gradient, share)
+        np.sum(share, axis=2, out=task.parameter_gradient["bias"])
         pieces = share.reshape(-1, share.shape[2])
-        if input_gradient is not None:
-            np.matmul(weights.reshape(len(pieces), -1).T, pieces, out=_rows(input_gradient))
-        np.matmul(pieces, _rows(inputs).T, out=parameter_gradient["weights"].reshape(len(pieces), -1))
+        if task.input_gradient is not None:
+            np.matmul(weights.reshape(len(pieces), -1).T, pieces, out=_rows(task.input_gradient))
+        np.matmul(pieces, inputs.T, out=task.parameter_gradient["weights"].reshape(len(pieces), -1))
 
 
 def _rows(activations: np.ndarray) -> np.ndarray:

@@ -148,7 +148,7 @@ def test_shards_that_follow_partitions_learn_the_same_and_move_the_least(comm, p
                 assert {mine["fetched_bytes"] for mine in moved(common.run.directory).values()} == {0}
                 learned.append(tiny.vectors(common.run.directory))
             network = Network(run.network, (tiny.FEATURES,), run.run.seed)
-            placed = placement.described(run.placement, network.layers, partitions)
+            placed = placement.from_config(run.placement, network.layers, partitions)
             for partition, mine in found.items() if align == "partition" else ():
                 own = worker_layout(network.layers, placed, partition).size
                 assert mine["pushed_bytes"] == mine["fetched_bytes"] == 4 * own * mine["step"]

@@ -8,6 +8,7 @@ import pytest
 from dbmpi import config
 from dbmpi.index.boxes import Box
 from dbmpi.index.layout import Tensor, cut
+from dbmpi.network.layer import Backward, Forward
 from dbmpi.objective import Batch
 from dbmpi.replica import placement
 from dbmpi.replica.placement import Placement
@@ -118,16 +119,14 @@ class Gain:
     def initial(self, tensor: str, out: np.ndarray, seed: int, number: int, start: int) -> None:
         out[:] = 0.5
 
-    def forward(self, output, parameters, inputs, outputs, context) -> None:
-        np.multiply(parameters["factor"], inputs, out=outputs)
+    def forward(self, task: Forward) -> None:
+        np.multiply(task.parameters["factor"], task.inputs, out=task.outputs)
 
-    def backward(
-        self, output, parameters, inputs, outputs, gradient, parameter_gradient, input_gradient, context
-    ) -> None:
-        before = parameter_gradient["factor"] if context.add else 0
-        parameter_gradient["factor"][:] = before + (gradient * inputs).sum()
-        if input_gradient is not None:
-            np.multiply(parameters["factor"], gradient, out=input_gradient)
+    def backward(self, task: Backward) -> None:
+        before = task.parameter_gradient["factor"] if task.add else 0
+        task.parameter_gradient["factor"][:] = before + (task.gradient * task.inputs).sum()
+        if task.input_gradient is not None:
+            np.multiply(task.parameters["factor"], task.gradient, out=task.input_gradient)
 
 
 @pytest.mark.parallel([1, 2, 3])

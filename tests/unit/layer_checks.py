@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from dbmpi.index.boxes import Box
-from dbmpi.network.layer import Context, takes_parts
+from dbmpi.network.layer import Backward, Context, Forward, takes_parts
 
 CONTEXT = Context(training=True, seed=5, step=3)
 PRECISION = {np.dtype(np.float32): 1e-5, np.dtype(np.float64): 1e-12}
@@ -33,11 +33,11 @@ def run(layer, inputs, gradient=None, parameters=None, box=None, context=CONTEXT
     }
     before = [array.copy() for array in (mine, *parts.values())]
     outputs, passed = (around(layer, (*box.shape, inputs.shape[-1]), inputs.dtype) for _ in range(2))
-    layer.forward(box, parts, mine, outputs, context)
+    layer.forward(Forward(box, parts, mine, outputs, context))
     passed[...] = 1 if gradient is None else gradient
     input_gradient = np.full_like(mine, np.nan)
     parameter_gradient = {short: np.full_like(values, np.nan) for short, values in parts.items()}
-    layer.backward(box, parts, mine, outputs, passed, parameter_gradient, input_gradient, context)
+    layer.backward(Backward(box, parts, mine, outputs, context, passed, parameter_gradient, input_gradient))
     for array, copy in zip((mine, *parts.values()), before, strict=True):
         np.testing.assert_array_equal(array, copy)  # what a layer is given to read it does not change
     for array in (outputs, passed):
@@ -65,8 +65,8 @@ def check_gradients(layer, samples, seed, spread=1.0, tolerance=1e-6):
 
     def loss(moved):
         outputs = np.empty(weights.shape)
-        context, values = CONTEXT, dict(zip(parameters, moved[1:], strict=True))
-        layer.forward(Box.whole(layer.output_shape), values, np.ascontiguousarray(moved[0][needed]), outputs, context)
+        values, seen = dict(zip(parameters, moved[1:], strict=True)), np.ascontiguousarray(moved[0][needed])
+        layer.forward(Forward(Box.whole(layer.output_shape), values, seen, outputs, CONTEXT))
         return float((outputs * weights).sum())
 
     points = [inputs, *parameters.values()]

@@ -129,7 +129,7 @@ def test_many_rows_are_summed_in_bands():
 
 def test_the_configuration_describes_it():
     section = config.Convolution(maps=4, field=(3, 2), stride=2, activation="relu", initial_scale=2.0)
-    layer = ConvolutionLayer.described(section, "convolution1", (3, 9, 8))
+    layer = ConvolutionLayer.from_config(section, "convolution1", (3, 9, 8))
     assert layer == ConvolutionLayer("convolution1", (3, 9, 8), 4, (3, 2), 2, "relu", 2.0)
     assert layer.output_shape == (4, 4, 4)
     assert {short: tensor.shape for short, tensor in layer.tensors.items()} == {

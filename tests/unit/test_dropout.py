@@ -108,6 +108,6 @@ def test_evaluation_drops_nothing():
 
 
 def test_a_layer_is_made_of_its_description():
-    assert DropoutLayer.described(config.Dropout(rate=0.3), "d", (4, 9)) == DropoutLayer("d", (4, 9), 0.3)
+    assert DropoutLayer.from_config(config.Dropout(rate=0.3), "d", (4, 9)) == DropoutLayer("d", (4, 9), 0.3)
     with pytest.raises(UserError, match=r"'d'.*1\.0"):
         DropoutLayer("d", (4,), 1.0)

@@ -17,6 +17,7 @@ from dbmpi.errors import UserError
 from dbmpi.index.boxes import Box
 from dbmpi.kernels import fields
 from dbmpi.kernels.local import Untied
+from dbmpi.network.layer import Backward, Forward
 from dbmpi.network.local import LocalLayer
 
 pytestmark = pytest.mark.timeout(240)  # kernels are compiled for every number of maps
@@ -139,8 +140,8 @@ def test_nothing_is_written_beyond_the_results():
     below = array("below", inputs.shape)
     parameters = parameters_of(layer, np.float32)
     results = {short: array(short, values.shape) for short, values in parameters.items()}
-    layer.forward(box, parameters, inputs, outputs, CONTEXT)
-    layer.backward(box, parameters, inputs, outputs, gradient, results, below, CONTEXT)
+    layer.forward(Forward(box, parameters, inputs, outputs, CONTEXT))
+    layer.backward(Backward(box, parameters, inputs, outputs, CONTEXT, gradient, results, below))
     for memory in guarded.values():
         assert (memory[:64] == 7).all()
         assert (memory[-64:] == 7).all()
@@ -164,7 +165,7 @@ def test_without_an_input_gradient_the_rest_is_the_same():
     box = Box.whole(layer.output_shape)
     outputs, _, expected = run(layer, inputs, None, parameters)
     found = {short: np.full_like(values, np.nan) for short, values in parameters.items()}
-    layer.backward(box, parameters, inputs, outputs, np.ones_like(outputs), found, None, CONTEXT)
+    layer.backward(Backward(box, parameters, inputs, outputs, CONTEXT, np.ones_like(outputs), found, None))
     for short, values in found.items():
         np.testing.assert_array_equal(values, expected[short])
 
@@ -232,14 +233,14 @@ def test_results_do_not_depend_on_the_number_of_threads():
 
 def test_the_configuration_describes_it():
     section = config.Local(maps=4, field=(3, 2), stride=2, activation="relu", initial_scale=2.0)
-    layer = LocalLayer.described(section, "local1", (3, 9, 8))
+    layer = LocalLayer.from_config(section, "local1", (3, 9, 8))
     assert layer == LocalLayer("local1", (3, 9, 8), 4, (3, 2), 2, "relu", 2.0)
     assert layer.output_shape == (4, 4, 4)
     assert {short: tensor.shape for short, tensor in layer.tensors.items()} == {
         "weights": (4, 4, 4, 3, 2, 3),
         "bias": (4, 4, 4),
     }
-    assert LocalLayer.described(config.Local(maps=1, field=5), "local2", (1, 5, 5)).field == (5, 5)
+    assert LocalLayer.from_config(config.Local(maps=1, field=5), "local2", (1, 5, 5)).field == (5, 5)
 
 
 def test_initial_weights_are_those_of_their_place_and_biases_zero():

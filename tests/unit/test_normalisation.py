@@ -88,7 +88,7 @@ def test_local_deviation_becomes_one():
 
 def test_a_layer_is_made_of_its_description():
     section = config.Normalisation(window=7, floor=0.1)
-    assert NormalisationLayer.described(section, "n", (4, 9, 9)) == NormalisationLayer("n", (4, 9, 9), 7, 0.1)
+    assert NormalisationLayer.from_config(section, "n", (4, 9, 9)) == NormalisationLayer("n", (4, 9, 9), 7, 0.1)
     with pytest.raises(ValueError, match="odd"):
         config.Normalisation(window=4)
 

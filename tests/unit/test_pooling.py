@@ -87,12 +87,12 @@ def test_gradients_are_finite_where_all_inputs_are_zero(kind):
 
 
 def test_a_layer_is_made_of_its_description():
-    assert PoolingLayer.described(config.Pooling(size=3, kind="max", stride=2), "p", (4, 9, 9)).output_shape == (
+    assert PoolingLayer.from_config(config.Pooling(size=3, kind="max", stride=2), "p", (4, 9, 9)).output_shape == (
         4,
         4,
         4,
     )
-    layer = PoolingLayer.described(config.Pooling(size=(5, 2)), "p", (4, 9, 9))
+    layer = PoolingLayer.from_config(config.Pooling(size=(5, 2)), "p", (4, 9, 9))
     assert layer == PoolingLayer("p", (4, 9, 9), "l2", (5, 2), 1)
     assert not layer.tensors
 

@@ -78,7 +78,7 @@ def _network(arguments: argparse.Namespace, comm: MPI.Intracomm | None, chosen: 
         _check_partitions(run, ranks)
         # As in training, this is the user's own file.
         network = configured.make_network(run, arguments.input_shape, from_directory(run.network.code))
-        placed = placement.described(run.placement, network.layers, ranks)
+        placed = placement.from_config(run.placement, network.layers, ranks)
         setting = "--batch" if arguments.batch else "optimizer.batch_size"
         here = min(ranks_on_node(os.environ), ranks)
         limits.check_activations(network.activations, samples, setting=setting, partitions=ranks, workers=here)

@@ -62,7 +62,7 @@ def placement_table(arguments: argparse.Namespace) -> str:
     run = read(arguments.path, [])
     network = make_network(run, arguments.input_shape, from_files(arguments.allow_code))
     partitions = arguments.partitions or run.topology.partitions or 1
-    placed = placement.described(run.placement, network.layers, partitions)
+    placed = placement.from_config(run.placement, network.layers, partitions)
     head = f"{network.size:,} parameters over {partitions} partition{'s' if partitions > 1 else ''}"
     return f"{head}; batches of {run.optimizer.batch_size}\n\n" + describe.describe(
         network.layers, placed, run.optimizer.batch_size

@@ -35,7 +35,7 @@ from dbmpi.paramserver.rules import Rule, State, rule
 from dbmpi.paramserver.server import Server
 from dbmpi.paramserver.store import Store
 from dbmpi.replica.arrangement import Arrangement
-from dbmpi.replica.arrangement import described as arranged
+from dbmpi.replica.arrangement import from_config as arranged
 from dbmpi.replica.describe import summarise
 from dbmpi.replica.replica import Replica
 from dbmpi.result import Result

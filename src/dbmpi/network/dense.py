@@ -15,7 +15,7 @@ from dbmpi.index.layout import Tensor
 from dbmpi.kernels.activations import ACTIVATIONS
 from dbmpi.kernels.matmul import product
 from dbmpi.network.initial import fill_uniform, weight_deviation
-from dbmpi.network.layer import Arrays, Context
+from dbmpi.network.layer import Arrays, Backward, Forward
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class DenseLayer:
     accruing: ClassVar[bool] = True
 
     @classmethod
-    def described(cls, section: config.Dense, name: str, input_shape: tuple[int, ...]) -> DenseLayer:
+    def from_config(cls, section: config.Dense, name: str, input_shape: tuple[int, ...]) -> DenseLayer:
         """Make the layer that a configuration describes."""
         return cls(name, input_shape, section.units, section.activation, section.initial_scale)
 
@@ -83,27 +83,15 @@ class DenseLayer:
         """Return the floating-point operations of the matrix products of a forward and a backward pass."""
         return (6 if input_gradient else 4) * output.size * self.inputs * samples
 
-    def forward(
-        self, output: Box, parameters: Arrays, inputs: np.ndarray, outputs: np.ndarray, context: Context
-    ) -> None:
+    def forward(self, task: Forward) -> None:
         """Compute the outputs (units in the box, samples) of inputs ``(*input shape, samples)``."""
-        self.partial_forward(parameters, inputs, outputs)
-        self.finish_forward(parameters, outputs)
+        self.partial_forward(task.parameters, task.inputs, task.outputs)
+        self.finish_forward(task.parameters, task.outputs)
 
-    def backward(
-        self,
-        output: Box,
-        parameters: Arrays,
-        inputs: np.ndarray,
-        outputs: np.ndarray,
-        gradient: np.ndarray,
-        parameter_gradient: Arrays,
-        input_gradient: np.ndarray | None,
-        context: Context,
-    ) -> None:
+    def backward(self, task: Backward) -> None:
         """Compute the gradients of a loss from its gradient for the outputs (see the contract of a layer)."""
-        self.begin_backward(outputs, gradient, parameter_gradient, context)
-        self.partial_backward(parameters, inputs, gradient, parameter_gradient, input_gradient, context)
+        self.begin_backward(task)
+        self.partial_backward(task)
 
     # Split by inputs (see the contract of such a layer)
 
@@ -121,31 +109,21 @@ class DenseLayer:
         """Turn sums over all inputs into outputs."""
         ACTIVATIONS[self.activation].forward(outputs, parameters["bias"])
 
-    def begin_backward(
-        self, outputs: np.ndarray, gradient: np.ndarray, parameter_gradient: Arrays, context: Context
-    ) -> None:
+    def begin_backward(self, task: Backward) -> None:
         """Turn the gradient for the outputs into that for the sums."""
-        bias = parameter_gradient["bias"]
-        of_this_pass = np.empty_like(bias) if context.add else bias
-        ACTIVATIONS[self.activation].backward(outputs, gradient, of_this_pass)
-        if context.add:
+        bias = task.parameter_gradient["bias"]
+        of_this_pass = np.empty_like(bias) if task.add else bias
+        ACTIVATIONS[self.activation].backward(task.outputs, task.gradient, of_this_pass)
+        if task.add:
             bias += of_this_pass
 
-    def partial_backward(
-        self,
-        parameters: Arrays,
-        inputs: np.ndarray,
-        gradient: np.ndarray,
-        parameter_gradient: Arrays,
-        input_gradient: np.ndarray | None,
-        context: Context,
-    ) -> None:
+    def partial_backward(self, task: Backward) -> None:
         """Compute the gradients for weights and inputs from that for the sums."""
-        # The parameters' gradient comes last: who learns that it is complete may change the parameters at once.
-        if input_gradient is not None:
-            product(parameters["weights"].T, gradient, _rows(input_gradient))
-            context.inputs_done()
-        product(gradient, _rows(inputs).T, parameter_gradient["weights"], context.add)
+        # The parameters' gradient comes last: once it is complete, the parameters may be changed at once.
+        if task.input_gradient is not None:
+            product(task.parameters["weights"].T, task.gradient, _rows(task.input_gradient))
+            task.inputs_done()
+        product(task.gradient, _rows(task.inputs).T, task.parameter_gradient["weights"], task.add)
 
 
 def _rows(activations: np.ndarray) -> np.ndarray:

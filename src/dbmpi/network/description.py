@@ -123,17 +123,17 @@ def _layer(described: config.BuiltInLayer, name: str, input_shape: tuple[int, ..
     """Return the layer that a section describes."""
     match described:
         case config.Dense():
-            return DenseLayer.described(described, name, input_shape)
+            return DenseLayer.from_config(described, name, input_shape)
         case config.Local():
-            return LocalLayer.described(described, name, input_shape)
+            return LocalLayer.from_config(described, name, input_shape)
         case config.Convolution():
-            return ConvolutionLayer.described(described, name, input_shape)
+            return ConvolutionLayer.from_config(described, name, input_shape)
         case config.Pooling():
-            return PoolingLayer.described(described, name, input_shape)
+            return PoolingLayer.from_config(described, name, input_shape)
         case config.Normalisation():
-            return NormalisationLayer.described(described, name, input_shape)
+            return NormalisationLayer.from_config(described, name, input_shape)
         case config.Dropout():
-            return DropoutLayer.described(described, name, input_shape)
+            return DropoutLayer.from_config(described, name, input_shape)
 
 
 def _with_maps(section: config.NetworkSection, shape: tuple[int, ...]) -> tuple[int, ...]:

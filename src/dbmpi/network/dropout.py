@@ -12,7 +12,7 @@ from dbmpi import config
 from dbmpi.errors import UserError
 from dbmpi.index.boxes import Box
 from dbmpi.kernels.dropout import drop
-from dbmpi.network.layer import Arrays, Context, Parameterless
+from dbmpi.network.layer import Backward, Context, Forward, Parameterless
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class DropoutLayer(Parameterless):
             raise UserError(f"layer {self.name!r}: the rate of dropout is {self.rate}, but must be in 0 <= rate < 1")
 
     @classmethod
-    def described(cls, section: config.Dropout, name: str, input_shape: tuple[int, ...]) -> DropoutLayer:
+    def from_config(cls, section: config.Dropout, name: str, input_shape: tuple[int, ...]) -> DropoutLayer:
         """Make the layer that a configuration describes."""
         return cls(name, input_shape, section.rate)
 
@@ -56,26 +56,14 @@ class DropoutLayer(Parameterless):
         """Return the operations: one product for each value, forward and backward."""
         return (2 if input_gradient else 1) * output.size * samples
 
-    def forward(
-        self, output: Box, parameters: Arrays, inputs: np.ndarray, outputs: np.ndarray, context: Context
-    ) -> None:
+    def forward(self, task: Forward) -> None:
         """Compute the outputs in a box (see the contract of a layer)."""
-        self._apply(output, inputs, outputs, context)
+        self._apply(task.output, task.inputs, task.outputs, task.context)
 
-    def backward(
-        self,
-        output: Box,
-        parameters: Arrays,
-        inputs: np.ndarray,
-        outputs: np.ndarray,
-        gradient: np.ndarray,
-        parameter_gradient: Arrays,
-        input_gradient: np.ndarray | None,
-        context: Context,
-    ) -> None:
+    def backward(self, task: Backward) -> None:
         """Compute the inputs' gradient with the mask of the forward pass (see the contract of a layer)."""
-        if input_gradient is not None:
-            self._apply(output, gradient, input_gradient, context)
+        if task.input_gradient is not None:
+            self._apply(task.output, task.gradient, task.input_gradient, task.context)
 
     def _apply(self, output: Box, values: np.ndarray, result: np.ndarray, context: Context) -> None:
         threshold = round(self.rate * 2**32)

@@ -14,7 +14,7 @@ from dbmpi.index.layout import Tensor
 from dbmpi.kernels.filters import Filters
 from dbmpi.network import windows
 from dbmpi.network.initial import fill_uniform, weight_deviation
-from dbmpi.network.layer import Arrays, Context
+from dbmpi.network.layer import Arrays, Backward, Forward
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class FieldLayer:
         raise NotImplementedError
 
     @classmethod
-    def described(cls, section: config.Local | config.Convolution, name: str, input_shape: tuple[int, ...]) -> Self:
+    def from_config(cls, section: config.Local | config.Convolution, name: str, input_shape: tuple[int, ...]) -> Self:
         """Make the layer that a configuration describes."""
         field = section.field if isinstance(section.field, tuple) else (section.field, section.field)
         return cls(
@@ -108,47 +108,30 @@ class FieldLayer:
             deviation = self.initial_scale * weight_deviation(self.inputs, self.activation)
             fill_uniform(out, seed, number, start, deviation)
 
-    def forward(
-        self, output: Box, parameters: Arrays, inputs: np.ndarray, outputs: np.ndarray, context: Context
-    ) -> None:
+    def forward(self, task: Forward) -> None:
         """Compute the outputs in a box (see the contract of a layer)."""
-        self.forward_part(output, output, parameters, inputs, outputs, context)
+        self.forward_part(task, task.output)
 
-    def forward_part(
-        self,
-        output: Box,
-        part: Box,
-        parameters: Arrays,
-        inputs: np.ndarray,
-        outputs: np.ndarray,
-        context: Context,
-    ) -> None:
-        """Compute a part of the outputs in a box: all of its maps at some places."""
-        rows, columns = ((one.start, one.stop) for one in part.slices(output)[1:])
-        weights, bias = parameters["weights"], parameters["bias"]
-        self._kernels.forward(weights, bias, inputs, outputs, self.stride, self.activation, (rows, columns))
+    def forward_part(self, task: Forward, part: Box) -> None:
+        """Compute a part of the outputs in a box: all of its maps at some positions."""
+        rows, columns = ((one.start, one.stop) for one in part.slices(task.output)[1:])
+        weights, bias = task.parameters["weights"], task.parameters["bias"]
+        self._kernels.forward(weights, bias, task.inputs, task.outputs, self.stride, self.activation, (rows, columns))
 
-    def backward(
-        self,
-        output: Box,
-        parameters: Arrays,
-        inputs: np.ndarray,
-        outputs: np.ndarray,
-        gradient: np.ndarray,
-        parameter_gradient: Arrays,
-        input_gradient: np.ndarray | None,
-        context: Context,
-    ) -> None:
+    def backward(self, task: Backward) -> None:
         """Compute the gradients of a box (see the contract of a layer)."""
-        weights, bias = parameter_gradient["weights"], parameter_gradient["bias"]
+        gradient = task.gradient
+        weights, bias = task.parameter_gradient["weights"], task.parameter_gradient["bias"]
         # The gradient before the activation is a by-product of the parameters'; without an activation it is there now.
         early = self.activation == "linear"
-        if early and input_gradient is not None:
-            self._kernels.input_gradient(parameters["weights"], gradient, input_gradient, self.stride)
-            context.inputs_done()
-        self._kernels.parameter_gradient(inputs, outputs, gradient, weights, bias, self.stride, self.activation)
-        if not early and input_gradient is not None:
-            self._kernels.input_gradient(parameters["weights"], gradient, input_gradient, self.stride)
+        if early and task.input_gradient is not None:
+            self._kernels.input_gradient(task.parameters["weights"], gradient, task.input_gradient, self.stride)
+            task.inputs_done()
+        self._kernels.parameter_gradient(
+            task.inputs, task.outputs, gradient, weights, bias, self.stride, self.activation
+        )
+        if not early and task.input_gradient is not None:
+            self._kernels.input_gradient(task.parameters["weights"], gradient, task.input_gradient, self.stride)
 
     def reconstruct(self, output: Box, parameters: Arrays, outputs: np.ndarray, estimate: np.ndarray) -> None:
         """Estimate the inputs: every output times its filter of the decoder, added up where fields overlap."""

@@ -7,7 +7,7 @@ layer can be cut in any way, and a new layer is parallel for free.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -21,7 +21,7 @@ Arrays = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Context:
-    """What a layer may know of the pass it is part of."""
+    """What a layer may know of the step that it is part of."""
 
     training: bool = True
     """False while evaluating: dropout is off."""
@@ -29,18 +29,51 @@ class Context:
     """Seed of the run."""
     step: int = 0
     """A number that differs from step to step and from replica to replica, for masks that are drawn anew."""
+
+
+@dataclass(slots=True)
+class Forward:
+    """A forward pass of a layer for the outputs in a box.
+
+    Arrays of activations are ``(*box shape, samples)``, C-contiguous, float32 or float64; but see :func:`takes_parts`.
+    """
+
+    output: Box
+    """The outputs to compute; never empty."""
+    parameters: Arrays
+    """Of each tensor the part in ``tensor_box(name, output)``."""
+    inputs: np.ndarray
+    """The inputs in ``input_box(output)``."""
+    outputs: np.ndarray
+    """Of the box; a forward pass writes them, a backward pass may read them."""
+    context: Context
+
+
+def _nothing() -> None:
+    """Do nothing."""
+
+
+@dataclass(slots=True)
+class Backward(Forward):
+    """A backward pass of a layer for the outputs in a box, after the forward pass of the same box."""
+
+    gradient: np.ndarray
+    """For the outputs in the box; may be overwritten."""
+    parameter_gradient: Arrays
+    """Overwritten with the gradient for `parameters`: the part that comes from this box."""
+    input_gradient: np.ndarray | None
+    """Overwritten with the gradient for `inputs`, the part that comes from this box; the parts of several boxes add up.
+    None where no other layer needs it."""
     add: bool = False
-    """Whether a layer that :func:`accrues` adds to the gradient of its parameters, instead of overwriting it."""
-    inputs_done: Callable[[], None] = field(default=lambda: None, compare=False)
-    """A backward pass may call it as soon as `input_gradient` is complete and it has more to do: others wait for it."""
+    """Whether a layer that :func:`accrues` adds to `parameter_gradient`, instead of overwriting it."""
+    inputs_done: Callable[[], None] = _nothing
+    """May be called as soon as `input_gradient` is complete, if there is more to do: other ranks wait for it."""
 
 
 class Layer(Protocol):
     """A description of a layer; frozen, holds no arrays.
 
-    It is never asked for an empty box: who owns nothing of its outputs needs and computes nothing.
-
-    Arrays of activations are ``(*box shape, samples)``, C-contiguous, float32 or float64; but see :func:`takes_parts`.
+    It is never asked for an empty box: a worker that owns none of its outputs needs and computes nothing.
     """
 
     @property
@@ -79,37 +112,12 @@ class Layer(Protocol):
         """Fill `out` with the initial values of a whole flattened tensor from position `start` on."""
         ...
 
-    def forward(
-        self, output: Box, parameters: Arrays, inputs: np.ndarray, outputs: np.ndarray, context: Context
-    ) -> None:
-        """Compute the outputs in a box from the inputs in ``input_box(output)``."""
+    def forward(self, task: Forward) -> None:
+        """Write ``task.outputs``."""
         ...
 
-    def backward(
-        self,
-        output: Box,
-        parameters: Arrays,
-        inputs: np.ndarray,
-        outputs: np.ndarray,
-        gradient: np.ndarray,
-        parameter_gradient: Arrays,
-        input_gradient: np.ndarray | None,
-        context: Context,
-    ) -> None:
-        """Compute gradients from the gradient for the outputs in a box.
-
-        Parameters
-        ----------
-        output, parameters, inputs, outputs, context
-            As in `forward`, after it.
-        gradient
-            For the outputs in the box; may be overwritten.
-        parameter_gradient
-            Overwritten with the gradient for `parameters`: the part that comes from this box.
-        input_gradient
-            Overwritten with the gradient for the inputs in ``input_box(output)``, the part that comes from this box;
-            parts of several boxes add up.  None where nobody needs it.
-        """
+    def backward(self, task: Backward) -> None:
+        """Write ``task.parameter_gradient`` and, where there is one, ``task.input_gradient``."""
         ...
 
 
@@ -134,16 +142,8 @@ class Parameterless:
 class InParts(Protocol):
     """What a layer of maps offers, beyond `Layer`, if it can compute some outputs before all inputs are there."""
 
-    def forward_part(
-        self,
-        output: Box,
-        part: Box,
-        parameters: Arrays,
-        inputs: np.ndarray,
-        outputs: np.ndarray,
-        context: Context,
-    ) -> None:
-        """Do of `forward` for the outputs in a box what is in a part of it: all of its maps at some places."""
+    def forward_part(self, task: Forward, part: Box) -> None:
+        """Do of a forward pass what is in a part of its box: all of its maps at some positions."""
         ...
 
 
@@ -167,22 +167,12 @@ class SplitByInputs(Protocol):
         """Turn the complete sums of the outputs that a worker owns into these outputs, in place."""
         ...
 
-    def begin_backward(
-        self, outputs: np.ndarray, gradient: np.ndarray, parameter_gradient: Arrays, context: Context
-    ) -> None:
+    def begin_backward(self, task: Backward) -> None:
         """Turn the gradient for owned outputs into that for their sums, in place; complete what follows from it."""
         ...
 
-    def partial_backward(
-        self,
-        parameters: Arrays,
-        inputs: np.ndarray,
-        gradient: np.ndarray,
-        parameter_gradient: Arrays,
-        input_gradient: np.ndarray | None,
-        context: Context,
-    ) -> None:
-        """Compute the gradients for some inputs, and for the parameters with them, from that for all sums."""
+    def partial_backward(self, task: Backward) -> None:
+        """Compute the gradients for some inputs and their parameters from ``task.gradient``, that for all sums."""
         ...
 
 
@@ -228,7 +218,7 @@ class Reconstructing(Protocol):
 
 
 def accrues(layer: Layer) -> bool:
-    """Whether a layer's class says ``accruing = True``: it adds to the gradient of its parameters if a context says so.
+    """Whether a layer's class says ``accruing = True``: it adds to the gradient of its parameters if a task says so.
 
     That saves a pass over memory where the gradients of several steps are added up.  A class must say it itself: one
     that is derived from it may compute otherwise.

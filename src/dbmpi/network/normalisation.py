@@ -13,7 +13,7 @@ from dbmpi import config
 from dbmpi.index.boxes import Box
 from dbmpi.kernels import normalisation as kernels
 from dbmpi.kernels.memory import rows_of
-from dbmpi.network.layer import Arrays, Context, Parameterless
+from dbmpi.network.layer import Backward, Forward, Parameterless
 from dbmpi.network.windows import check_maps
 
 WIDTH = 0.25
@@ -50,7 +50,7 @@ class NormalisationLayer(Parameterless):
         check_maps(self.name, "local contrast normalisation", self.input_shape)
 
     @classmethod
-    def described(cls, section: config.Normalisation, name: str, input_shape: tuple[int, ...]) -> NormalisationLayer:
+    def from_config(cls, section: config.Normalisation, name: str, input_shape: tuple[int, ...]) -> NormalisationLayer:
         """Make the layer that a configuration describes."""
         return cls(name, input_shape, section.window, section.floor)
 
@@ -71,13 +71,12 @@ class NormalisationLayer(Parameterless):
         backward = 8 * maps + 6 * some + 4 * smoothing + 6  # the statistics are computed again
         return (forward + (backward if input_gradient else 0)) * height * width * samples
 
-    def forward(
-        self, output: Box, parameters: Arrays, inputs: np.ndarray, outputs: np.ndarray, context: Context
-    ) -> None:
+    def forward(self, task: Forward) -> None:
         """Compute the outputs in a box (see the contract of a layer)."""
-        _, mean, divisor = self._statistics(output, inputs)
+        output, outputs = task.output, task.outputs
+        _, mean, divisor = self._statistics(output, task.inputs)
         kernels.normalise(
-            inputs,
+            task.inputs,
             _place(output, self._around(output, 2)),
             mean,
             _space(output, self._around(output, 1)),
@@ -85,20 +84,11 @@ class NormalisationLayer(Parameterless):
             *(len(outputs), *rows_of(outputs)),
         )
 
-    def backward(
-        self,
-        output: Box,
-        parameters: Arrays,
-        inputs: np.ndarray,
-        outputs: np.ndarray,
-        gradient: np.ndarray,
-        parameter_gradient: Arrays,
-        input_gradient: np.ndarray | None,
-        context: Context,
-    ) -> None:
+    def backward(self, task: Backward) -> None:
         """Compute the inputs' gradient (see the contract of a layer)."""
-        if input_gradient is None:
+        if task.input_gradient is None:
             return
+        output, inputs, outputs, gradient = task.output, task.inputs, task.outputs, task.gradient
         near, far = self._around(output, 1), self._around(output, 2)
         total, mean, divisor = self._statistics(output, inputs)
         squares, divided = np.empty_like(divisor), np.empty_like(divisor)
@@ -114,7 +104,7 @@ class NormalisationLayer(Parameterless):
         of_mean = self._smoothed(centred, near, far, transposed=True)
         kernels.input_gradient(
             *(inputs, mean, _space(near, far), of_squares, of_mean),
-            *(*rows_of_gradient, gradient.shape[:3], _place(output, far), input_gradient),
+            *(*rows_of_gradient, gradient.shape[:3], _place(output, far), task.input_gradient),
         )
 
     def _around(self, output: Box, times: int) -> Box:

@@ -6,14 +6,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
 
-import numpy as np
-
 from dbmpi import config
 from dbmpi.index.boxes import Box
 from dbmpi.kernels import pooling
 from dbmpi.kernels.memory import rows_of
 from dbmpi.network import windows
-from dbmpi.network.layer import Arrays, Context, Parameterless
+from dbmpi.network.layer import Backward, Forward, Parameterless
 
 EPSILON = 1e-8
 """Added to the sum of squares in L2 pooling, so that the root has a derivative where all inputs are zero."""
@@ -50,7 +48,7 @@ class PoolingLayer(Parameterless):
         windows.check_windows(self.name, "a window", self.size, self.input_shape)
 
     @classmethod
-    def described(cls, section: config.Pooling, name: str, input_shape: tuple[int, ...]) -> PoolingLayer:
+    def from_config(cls, section: config.Pooling, name: str, input_shape: tuple[int, ...]) -> PoolingLayer:
         """Make the layer that a configuration describes."""
         size = section.size if isinstance(section.size, tuple) else (section.size, section.size)
         return cls(name, input_shape, section.kind, size, section.stride, section.penalty)
@@ -69,11 +67,10 @@ class PoolingLayer(Parameterless):
         an_input = 2 if self.kind == "l2" else 1
         return (2 if input_gradient else 1) * an_input * self.size[0] * self.size[1] * output.size * samples
 
-    def forward(
-        self, output: Box, parameters: Arrays, inputs: np.ndarray, outputs: np.ndarray, context: Context
-    ) -> None:
+    def forward(self, task: Forward) -> None:
         """Compute the outputs in a box (see the contract of a layer)."""
-        window, shape, (elements, steps) = (*self.size, self.stride), outputs.shape, rows_of(outputs)
+        inputs, window = task.inputs, (*self.size, self.stride)
+        shape, (elements, steps) = task.outputs.shape, rows_of(task.outputs)
         if self.kind == "l2":
             pooling.l2_forward(inputs, *window, EPSILON, shape, elements, steps)
         elif self.kind == "average":
@@ -81,20 +78,11 @@ class PoolingLayer(Parameterless):
         else:
             pooling.max_forward(inputs, *window, shape, elements, steps)
 
-    def backward(
-        self,
-        output: Box,
-        parameters: Arrays,
-        inputs: np.ndarray,
-        outputs: np.ndarray,
-        gradient: np.ndarray,
-        parameter_gradient: Arrays,
-        input_gradient: np.ndarray | None,
-        context: Context,
-    ) -> None:
+    def backward(self, task: Backward) -> None:
         """Compute the inputs' gradient (see the contract of a layer)."""
-        if input_gradient is None:
+        if task.input_gradient is None:
             return
+        inputs, outputs, gradient, input_gradient = task.inputs, task.outputs, task.gradient, task.input_gradient
         window, shape = (*self.size, self.stride), outputs.shape
         if self.kind == "l2":
             pooling.l2_backward(inputs, shape, *rows_of(outputs), *rows_of(gradient), *window, input_gradient)

@@ -94,7 +94,7 @@ class Arrangement:
         return (0, *accumulate(part.box.size for part in self.parts))[: len(self.parts)]
 
 
-def described(
+def from_config(
     section: ServerSection, layers: Sequence[Layer], layout: Layout, placement: Placement, shards: int
 ) -> Arrangement:
     """Return the arrangement that a configuration asks for.

@@ -116,7 +116,7 @@ def explicit(
     return placement
 
 
-def described(section: PlacementSection, layers: Sequence[Layer], partitions: int) -> Placement:
+def from_config(section: PlacementSection, layers: Sequence[Layer], partitions: int) -> Placement:
     """Place layers as a configuration says.
 
     Raises

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -161,7 +160,7 @@ class Replica(Collective):
         views = self.parameters.views(parameters, "parameters")
         room = gradient if callable(gradient) else self.parameters.cut(gradient, "gradient").__getitem__
         batch = self._checked(batch)
-        context = Context(True, self._seed, step, add)
+        context = Context(True, self._seed, step)
         aside = self._aside if add else ()
         work = self._workspace(batch.samples)
         terms = self._forward(views, batch.inputs, work, context)
@@ -176,22 +175,18 @@ class Replica(Collective):
             part = room(place)
             self._clock.start()  # a layer may have waited for its room
             computed = self._room(part.size) if place in aside else part
-
-            def complete(place: int = place, part: np.ndarray = part, computed: np.ndarray = computed) -> None:
-                self.parameters.add_up(place, computed)
-                if computed is not part:
-                    updates.add(part, computed)
-                if on_gradient is not None:
-                    on_gradient(place)
-
             of_layer = self.parameters.tensors(place, computed)
             objective = self._objectives.get(place)
             if objective is not None:
                 objective.backward(views[place], of_layer, work)
-            # What is computed aside is added when it is whole.
-            if context.add != (add and computed is part):
-                context = replace(context, add=not context.add)
-            self._stages[place].backward(views[place], of_layer, work, context, self._clock, complete)
+            one = self._stages[place]
+            one.backward(views[place], of_layer, work, context, self._clock, add=add and computed is part)
+            self.parameters.add_up(place, computed)
+            if computed is not part:  # what is computed aside is added when it is whole
+                updates.add(part, computed)
+            if on_gradient is not None:
+                on_gradient(place)
+            one.finish_backward(work, self._clock)
             if objective is not None:
                 objective.backward_below(work)
         return outcome

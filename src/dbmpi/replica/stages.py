@@ -7,17 +7,19 @@ worker making of its own inputs a part of the sums behind all outputs.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Protocol, cast
 
 from dbmpi.index.boxes import Box
-from dbmpi.network.layer import Arrays, Context, InParts, Layer, SplitByInputs
+from dbmpi.network.layer import Arrays, Backward, Context, Forward, InParts, Layer, SplitByInputs
 from dbmpi.replica.exchange import Exchange, Moving
 from dbmpi.replica.group import Group
 from dbmpi.replica.plan import LayerPlan, interior
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from dbmpi.replica.workspace import Workspace
 
 
@@ -55,19 +57,24 @@ class Stage(Protocol):
         work: Workspace,
         context: Context,
         clock: Clock,
-        complete: Callable[[], None],
+        *,
+        add: bool,
     ) -> None:
-        """Compute the gradients for this worker's parameters and for its outputs of the layer below.
+        """Compute the gradient for this worker's parameters, and start to move that for the outputs of the layer below.
 
-        `complete` is called when the parameters' gradient is there and they themselves are needed no more.
+        Afterwards the parameters are needed no more.  With `add` the gradient is added to what is there.
         """
+        ...
+
+    def finish_backward(self, work: Workspace, clock: Clock) -> None:
+        """Complete the gradient for this worker's outputs of the layer below."""
         ...
 
 
 def stage(place: int, layer: Layer, output: Box, plan: LayerPlan, group: Group) -> Stage:
     """Return the stage of a worker that owns the outputs in a box of layer number `place`."""
     if plan.outputs is not None:
-        return _ByInputs(place, layer, Exchange(group, plan.outputs))
+        return _ByInputs(place, layer, output, Exchange(group, plan.outputs))
     return _ByOutputs(place, layer, output, Exchange(group, plan.inputs))
 
 
@@ -82,6 +89,7 @@ class _ByOutputs:
         self.exchange = exchange
         self._inside: Box | None = None
         self._rest: tuple[Box, ...] = ()
+        self._moving: list[Moving] | None = None
         if place > 0 and isinstance(layer, InParts) and not output.empty and not exchange.in_place:
             inside, rest = interior(layer, output, exchange.mine)
             if rest and not inside.empty:
@@ -90,22 +98,22 @@ class _ByOutputs:
     def forward(self, parameters: Arrays, work: Workspace, context: Context, clock: Clock) -> None:
         place, moving = self._place, None
         inputs, outputs = work.inputs[place], work.outputs[place]
-        moves = place > 0 and not self.exchange.in_place
-        if moves:
+        task = Forward(self._output, parameters, inputs, outputs, context)
+        if place > 0 and not self.exchange.in_place:
             moving = self.exchange.start_fill(work.outputs[place - 1], inputs)
             clock.lap("exchange", place)
         if self._inside is not None:
             layer = cast(InParts, self._layer)
-            layer.forward_part(self._output, self._inside, parameters, inputs, outputs, context)
+            layer.forward_part(task, self._inside)
             clock.lap("forward", place)
         if moving is not None:
             self.exchange.finish_fill(moving, inputs)
             clock.lap("exchange", place)
         if self._inside is not None:
             for part in self._rest:
-                layer.forward_part(self._output, part, parameters, inputs, outputs, context)
+                layer.forward_part(task, part)
         elif not self._output.empty:
-            self._layer.forward(self._output, parameters, inputs, outputs, context)
+            self._layer.forward(task)
         clock.lap("forward", place)
 
     def backward(
@@ -115,45 +123,45 @@ class _ByOutputs:
         work: Workspace,
         context: Context,
         clock: Clock,
-        complete: Callable[[], None],
+        *,
+        add: bool,
     ) -> None:
         place = self._place
         below = work.input_gradient(place) if place > 0 else None
-        moves = below is not None and not self.exchange.in_place
-        moving: list[Moving] | None = None
-
-        def start() -> None:
-            nonlocal moving
-            if moves and moving is None:
-                assert below is not None
-                clock.lap("backward", place)
-                moving = self.exchange.start_add(below, work.gradient(place))
-                clock.lap("exchange", place)
-
+        self._moving = None
+        start = partial(self._start_adding, below, work, clock)
         if not self._output.empty:
+            inputs, outputs, gradient = work.inputs[place], work.outputs[place], work.gradient(place + 1)
             self._layer.backward(
-                self._output,
-                parameters,
-                work.inputs[place],
-                work.outputs[place],
-                work.gradient(place + 1),
-                parameter_gradient,
-                below,
-                replace(context, inputs_done=start),
+                Backward(
+                    *(self._output, parameters, inputs, outputs, context),
+                    *(gradient, parameter_gradient, below, add, start),
+                )
             )
         elif below is not None:
             below.fill(0)
         start()
         clock.lap("backward", place)
-        complete()
-        if moving is not None:
-            self.exchange.finish_add(moving, work.gradient(place))
-        clock.lap("exchange", place)
+
+    def finish_backward(self, work: Workspace, clock: Clock) -> None:
+        if self._moving is not None:
+            self.exchange.finish_add(self._moving, work.gradient(self._place))
+        clock.lap("exchange", self._place)
+
+    def _start_adding(self, below: np.ndarray | None, work: Workspace, clock: Clock) -> None:
+        """Let the gradient for the inputs travel; without effect where it does already, or nothing travels."""
+        if below is None or self.exchange.in_place or self._moving is not None:
+            return
+        clock.lap("backward", self._place)
+        self._moving = self.exchange.start_add(below, work.gradient(self._place))
+        clock.lap("exchange", self._place)
 
 
 class _ByInputs:
-    def __init__(self, place: int, layer: Layer, exchange: Exchange) -> None:
-        self._place, self._layer = place, cast(SplitByInputs, layer)
+    """Computes for its own inputs a part of the sums behind all outputs."""
+
+    def __init__(self, place: int, layer: Layer, output: Box, exchange: Exchange) -> None:
+        self._place, self._layer, self._output = place, cast(SplitByInputs, layer), output
         self.exchange = exchange
 
     def forward(self, parameters: Arrays, work: Workspace, context: Context, clock: Clock) -> None:
@@ -175,18 +183,21 @@ class _ByInputs:
         work: Workspace,
         context: Context,
         clock: Clock,
-        complete: Callable[[], None],
+        *,
+        add: bool,
     ) -> None:
         place = self._place
+        inputs, outputs, below = work.inputs[place], work.outputs[place], work.input_gradient(place)
         gradient, of_sums = work.gradient(place + 1), work.sums(place)
+        task = Backward(self._output, parameters, inputs, outputs, context, gradient, parameter_gradient, below, add)
         if gradient.size:
-            self._layer.begin_backward(work.outputs[place], gradient, parameter_gradient, context)
+            self._layer.begin_backward(task)
         clock.lap("backward", place)
         self.exchange.fill(gradient, of_sums)
         clock.lap("exchange", place)
         if of_sums.size:
-            below = work.input_gradient(place)
-            self._layer.partial_backward(parameters, work.inputs[place], of_sums, parameter_gradient, below, context)
+            self._layer.partial_backward(replace(task, gradient=of_sums))
         clock.lap("backward", place)
-        complete()
-        clock.lap("exchange", place)
+
+    def finish_backward(self, work: Workspace, clock: Clock) -> None:
+        clock.lap("exchange", self._place)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
 from typing import TYPE_CHECKING, Any, cast
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from dbmpi.errors import UserError
 from dbmpi.index.boxes import Box
-from dbmpi.network.layer import Arrays, Context, InParts, takes_parts
+from dbmpi.network.layer import Backward, Context, Forward, InParts, takes_parts
 from dbmpi.network.own import calling
 from dbmpi.replica.reach import needed_box
 
@@ -100,10 +101,11 @@ def _try_box(layer: Layer, box: Box, dtype: np.dtype[np.floating]) -> np.ndarray
     before = [array.copy() for array in read]
     outputs = _unwritten(layer, box, dtype)
     shapes = f"for inputs of shape {inputs.shape} and outputs of shape {outputs.shape}"
+    task = Forward(box, parameters, inputs, outputs, context)
     with calling(layer.name, f"forward is called {shapes}"):
-        returned: Any = layer.forward(box, parameters, inputs, outputs, context)  # type: ignore[func-returns-value]
+        returned: Any = layer.forward(task)  # type: ignore[func-returns-value]
     if isinstance(layer, InParts):
-        _try_parts(layer, box, parameters, inputs, outputs)
+        _try_parts(layer, task)
     _check_returned(layer, "forward", "outputs", outputs, returned)
     _check_written(layer, "forward", "outputs", outputs)
     for input_gradient in (None, np.full_like(inputs, np.nan)):
@@ -114,7 +116,7 @@ def _try_box(layer: Layer, box: Box, dtype: np.dtype[np.floating]) -> np.ndarray
         gradient[...] = 1
         with calling(layer.name, f"backward is called {shapes}"):
             returned = layer.backward(  # type: ignore[func-returns-value]
-                box, parameters, inputs, outputs.copy(), gradient, of_parameters, input_gradient, context
+                Backward(box, parameters, inputs, outputs.copy(), context, gradient, of_parameters, input_gradient)
             )
         if input_gradient is not None:
             _check_returned(layer, "backward", "input_gradient", input_gradient, returned)
@@ -126,13 +128,15 @@ def _try_box(layer: Layer, box: Box, dtype: np.dtype[np.floating]) -> np.ndarray
     return outputs
 
 
-def _try_parts(layer: Layer, box: Box, parameters: Arrays, inputs: np.ndarray, outputs: np.ndarray) -> None:
-    """Check that outputs computed place by place are those computed together."""
+def _try_parts(layer: Layer, task: Forward) -> None:
+    """Check that outputs computed position by position are those that `task` has computed together."""
+    box, outputs = task.output, task.outputs
     parts = np.full_like(outputs, np.nan)
+    apart = replace(task, outputs=parts)
     for places in product(*(range(start, stop) for start, stop in zip(box.starts[1:], box.stops[1:], strict=True))):
         part = Box((box.starts[0], *places), (box.stops[0], *(place + 1 for place in places)))
         with calling(layer.name, f"forward_part is called for {part} of its outputs {box}"):
-            cast(InParts, layer).forward_part(box, part, parameters, inputs, parts, Context(training=False))
+            cast(InParts, layer).forward_part(apart, part)
     if not _same(parts, outputs, outputs):
         raise UserError(
             f"layer {layer.name!r}: forward_part computes other outputs for the places of {box} than forward, "

@@ -9,7 +9,7 @@ import numpy as np
 
 from dbmpi.index.boxes import Box
 from dbmpi.mpi import blocking, waiting
-from dbmpi.network.layer import Context
+from dbmpi.network.layer import Backward, Context, Forward
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -42,7 +42,8 @@ def use_layers(layers: Sequence[Layer], samples: int, dtype: np.dtype[np.floatin
         tensors = {name: np.zeros(layer.tensor_box(name, output).shape, dtype) for name in layer.tensors}
         inputs = np.zeros((*layer.input_box(output).shape, samples), dtype)
         outputs = np.zeros((*output.shape, samples), dtype)
-        layer.forward(output, tensors, inputs, outputs, context)
+        layer.forward(Forward(output, tensors, inputs, outputs, context))
         if backward:
             gradients = {name: np.zeros_like(values) for name, values in tensors.items()}
-            layer.backward(output, tensors, inputs, outputs, outputs.copy(), gradients, np.empty_like(inputs), context)
+            below = np.empty_like(inputs)
+            layer.backward(Backward(output, tensors, inputs, outputs, context, outputs.copy(), gradients, below))

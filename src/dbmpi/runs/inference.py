@@ -86,7 +86,7 @@ class Inference(Collective):
         with self.together("placing the layers"):
             self.partitions = _partitions(ranks, partitions, self.trained.info.partitions)
             if self.partitions == self.trained.info.partitions:
-                placed = placement.described(self.trained.placement, network.layers, self.partitions)
+                placed = placement.from_config(self.trained.placement, network.layers, self.partitions)
             else:
                 placed = placement.automatic(network.layers, self.partitions)
         self.replicas = ranks // self.partitions

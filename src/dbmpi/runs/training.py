@@ -129,7 +129,7 @@ class _Session:
         chosen = fitted(network.layers, plan.partitions, run.optimizer.batch_size)
         self._say_chosen(say, self._stack.enter_context(chosen))
         with together(self._comm, "placing the layers"):
-            placed = placement.described(run.placement, network.layers, plan.partitions)
+            placed = placement.from_config(run.placement, network.layers, plan.partitions)
         with together(self._comm, "locking the run directory", seconds=LOADING_SECONDS):
             if self._is_lead:
                 tell = partial(print, "dbmpi:", file=sys.stderr, flush=True)
