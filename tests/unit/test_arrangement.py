@@ -12,7 +12,7 @@ from unit.partition_layers import Dense, Filter, SplitDense, layout_of
 from dbmpi.config import ServerSection
 from dbmpi.errors import UserError
 from dbmpi.index.layout import pieces
-from dbmpi.replica.arrangement import aligned, described, equal
+from dbmpi.replica.arrangement import aligned, equal, from_config
 from dbmpi.replica.group import Group
 from dbmpi.replica.parameters import LocalParameters
 from dbmpi.replica.placement import automatic
@@ -98,5 +98,5 @@ def test_weights_that_lie_with_one_of_several_cannot_be_computed_on_in_place():
     layers = [Filter("tied", (1, 9, 9), 2, (3, 3), tied=True), Filter("untied", (2, 7, 7), 2, (3, 3))]
     section = ServerSection(align="partition", fetch="shared")
     with pytest.raises(UserError, match=r'tied/weights.*set server\.fetch = "copied"'):
-        described(section, layers, layout_of(layers), automatic(layers, 4), 2)
-    described(section, layers[1:], layout_of(layers[1:]), automatic(layers[1:], 4), 2)
+        from_config(section, layers, layout_of(layers), automatic(layers, 4), 2)
+    from_config(section, layers[1:], layout_of(layers[1:]), automatic(layers[1:], 4), 2)

@@ -12,7 +12,7 @@ from unit.partition_layers import NETWORKS, Dense, Elementwise, Filter, Normalis
 from dbmpi.config import PlacementSection
 from dbmpi.errors import UserError
 from dbmpi.index.boxes import Box
-from dbmpi.replica.placement import Placement, automatic, check, described, explicit, needed_inputs, values_moved
+from dbmpi.replica.placement import Placement, automatic, check, explicit, from_config, needed_inputs, values_moved
 from dbmpi.replica.reach import Reach
 
 
@@ -328,12 +328,12 @@ def chain():
 
 def test_a_placement_by_the_configuration():
     layers = chain()
-    assert described(PlacementSection(), layers, 3) == automatic(layers, 3)
-    assert described(PlacementSection(weights=(1, 2, 4)), layers, 3) == automatic(layers, 3, (1, 2, 4))
+    assert from_config(PlacementSection(), layers, 3) == automatic(layers, 3)
+    assert from_config(PlacementSection(weights=(1, 2, 4)), layers, 3) == automatic(layers, 3, (1, 2, 4))
     section = {"weights": [1, 3], "layers": {"lower": {"boxes": ["0:1", ":7"], "split": "outputs"}}}
     section["layers"]["lower"]["boxes"][1] = "1:"
     section["layers"]["upper"] = {"split": "inputs"}
-    placement = described(PlacementSection.model_validate(section), layers, 2)
+    placement = from_config(PlacementSection.model_validate(section), layers, 2)
     assert placement.boxes[0] == (Box((0,), (1,)), Box((1,), (7,)))
     assert placement.boxes[1] == automatic(layers, 2, (1, 3)).boxes[1]
     assert placement.splits == ("outputs", "inputs")
@@ -352,4 +352,4 @@ def test_a_placement_by_the_configuration():
 )
 def test_a_configuration_that_cannot_be_is_refused(section, words):
     with pytest.raises(UserError, match=words):
-        described(PlacementSection.model_validate(section), chain(), 2)
+        from_config(PlacementSection.model_validate(section), chain(), 2)
