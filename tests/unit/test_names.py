@@ -9,9 +9,9 @@ from pathlib import Path
 
 SOURCE = Path(__file__).parents[2] / "src" / "dbmpi"
 FILES = sorted(
-    path for path in SOURCE.glob("**/*.py") if not {"examples", "slurm"} & set(path.relative_to(SOURCE).parts)
+    path for path in SOURCE.glob("**/*.py") if path.relative_to(SOURCE).parts[0] not in ("examples", "slurm")
 )
-NOUNS = {"pooling", "reading", "training", "waiting"}
+NOUNS = {"blocking", "meaning", "pooling", "reading", "training", "waiting"}
 """Names of files that end like a gerund and are the field's nouns."""
 
 
@@ -40,3 +40,13 @@ def test_files_are_named_by_nouns() -> None:
     wrong = {path.stem for path in FILES if re.search(r"(ing|utils?|helpers?|misc|common)$", path.stem)}
     assert wrong - NOUNS == set()
     assert {path.stem for path in FILES} >= NOUNS
+
+
+def test_tags_are_in_one_register() -> None:
+    wrong = [
+        f"{path.name}:{number}"
+        for path in FILES
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if re.match(r"_?[A-Z_]*TAGS? *=", line)
+    ]
+    assert wrong == []

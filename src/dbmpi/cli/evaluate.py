@@ -25,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Evaluate and print."""
     from dbmpi.data.source import Source
+    from dbmpi.mpi import waiting
 
     with inference.opened(arguments) as network:
         trained = network.trained
@@ -33,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
                 arguments.data, inference.MEMORY_MIB, trained.targets, reading=inference.reading(trained, arguments)
             )
         with source:
-            with network.together("looking at the data", inference.LONG):
+            with network.together("looking at the data", waiting.LONG_SECONDS):
                 notices = trained.expect(source, targets=True)
                 if network.is_first:
                     source.validate(full=True)

@@ -23,8 +23,6 @@ MEMORY_MIB = 1024
 """A data file up to this size (MiB, as float32) is read at once, a larger one batch by batch."""
 _READ_AS = ("inputs", "targets", "channels", "missing")
 """Settings of the training data that hold for other data, too."""
-LONG = 86400.0
-"""Seconds to wait for a rank that looks at all of the data."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

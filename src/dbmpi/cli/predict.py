@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Predict, write the file and say so."""
     from dbmpi.data.source import Source
+    from dbmpi.mpi import waiting
 
     with inference.opened(arguments) as network:
         trained = network.trained
@@ -50,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
                 arguments.data, inference.MEMORY_MIB, targets="optional", reading=inference.reading(trained, arguments)
             )
         with source:
-            with network.together("looking at the data", inference.LONG):
+            with network.together("looking at the data", waiting.LONG_SECONDS):
                 notices = trained.expect(source, targets=False)
                 if network.is_first:
                     source.validate(full=True)

@@ -24,8 +24,6 @@ from dbmpi.mpi.topology import Plan
 from dbmpi.mpi.world import together
 from dbmpi.network.losses import Targets
 
-LOADING_SECONDS = 86400.0
-"""How long the ranks wait for each other's data: reading a large file takes what it takes."""
 _OF_MAPS = ("local", "convolution", "pooling", "normalisation")
 """Types of layers to which the first axis of a sample is that of channels, or maps."""
 _FEW_CHANNELS = 4
@@ -78,7 +76,7 @@ def open_data(run: Run, comm: MPI.Intracomm, plan: Plan, stack: ExitStack) -> Ru
     """
     train = test = None
     found = ""
-    with together(comm, "opening the data", seconds=LOADING_SECONDS):
+    with together(comm, "opening the data", seconds=waiting.LONG_SECONDS):
         if plan.worker_of(comm.rank) is not None:
             memory = run.data.memory_mib
             targets: Literal["required", "optional"]
@@ -93,7 +91,7 @@ def open_data(run: Run, comm: MPI.Intracomm, plan: Plan, stack: ExitStack) -> Ru
             here = min(ranks_on_node(os.environ), plan.workers)
             limits.check_resident(sum(source.resident_bytes for source in (train, test) if source), here)
     # Not before all have looked how much memory there is.
-    with together(comm, "loading the data", seconds=LOADING_SECONDS):
+    with together(comm, "loading the data", seconds=waiting.LONG_SECONDS):
         if train is not None:
             train.load()
             if comm.rank == plan.worker_ranks[0]:

@@ -12,7 +12,7 @@ from mpi4py import MPI
 
 from dbmpi.checkpoint.reader import Checkpoint
 from dbmpi.checkpoint.schema import PARAMETERS
-from dbmpi.data.run_data import LOADING_SECONDS, network_notes
+from dbmpi.data.run_data import network_notes
 from dbmpi.downpour.algorithm import downpour
 from dbmpi.downpour.datapath import Blocking, DataPath, Layerwise, Overlapped
 from dbmpi.downpour.lead import Lead
@@ -57,7 +57,7 @@ def learn(session: Session, stack: ExitStack) -> Result:
     stack.enter_context(store)
     session.compile_kernels()
     shard = lead = worker = None
-    with together(comm, "preparing the shards", seconds=LOADING_SECONDS):
+    with together(comm, "preparing the shards", seconds=waiting.LONG_SECONDS):
         if number is not None:
             recorder, mailbox = session.recorder("shard", number), Mailbox(comm, Role.SHARD)
             held, served = store.ranges[number], store.server(applied_rule)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from dbmpi.kernels.compile import kernel
+from dbmpi.kernels.memory import CACHE_LINE
 
 ROWS = 64
 """Rows of a block: they stay in the first caches while they are transposed."""
-_CACHE_LINE = 64
 
 
 @kernel
@@ -29,7 +29,7 @@ def gather_rows(rows: np.ndarray, indices: np.ndarray, scale: float, result: np.
     """
     features, samples = result.shape
     factor = np.float32(scale)
-    line = _CACHE_LINE // rows.itemsize
+    line = CACHE_LINE // rows.itemsize
     buffer = np.empty((min(ROWS, samples), (-(-features // line) | 1) * line), rows.dtype)
     for start in range(0, samples, ROWS):
         count = min(ROWS, samples - start)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-ALIGNMENT = 64
+CACHE_LINE = 64
 """Bytes of a cache line, and of the widest vector: a vector that crosses a line costs two accesses."""
 PAGE = 4096
 """Bytes after which lines share their places in the first cache again."""
@@ -28,9 +28,9 @@ def aligned_empty(shape: int | tuple[int, ...], dtype: Any = np.float32, line: i
     """
     wanted = np.dtype(dtype)
     size = int(np.prod(shape, dtype=np.int64))
-    period = ALIGNMENT if line is None else PAGE
+    period = CACHE_LINE if line is None else PAGE
     memory = np.empty(size * wanted.itemsize + period, np.uint8)
-    start = ((line or 0) * ALIGNMENT - memory.ctypes.data) % period
+    start = ((line or 0) * CACHE_LINE - memory.ctypes.data) % period
     aligned: np.ndarray = memory[start : start + size * wanted.itemsize].view(wanted).reshape(shape)
     return aligned
 

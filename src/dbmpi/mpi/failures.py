@@ -26,14 +26,13 @@ import numpy as np
 from dbmpi.errors import EndedByDeath, RunFailed
 from dbmpi.machine.endings import outlived
 from dbmpi.mpi import waiting
+from dbmpi.mpi.tags import Tag
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
 _abandoned: list[tuple[MPI.Request, np.ndarray | None]] = []
 """Transfers that never end, and where MPI may still write."""
-_TAG = 30001
-"""Of the message that another rank has said why the run ends."""
 _BETWEEN_LOOKS = 0.1
 _NAME = 64
 """Bytes of a host's name, at most."""
@@ -155,7 +154,9 @@ def depart(comm: MPI.Comm) -> None:
     with suppress(RunFailed):  # whatever is wrong now, the end is near
         for rank in range(1, comm.size) if comm.rank == 0 else (0,):
             with suppress(RankLost), partner(comm, rank):
-                request = comm.Isend(word, rank, _TAG + 1) if comm.rank == 0 else comm.Irecv(word, rank, _TAG + 1)
+                request = (
+                    comm.Isend(word, rank, Tag.DEPARTURE) if comm.rank == 0 else comm.Irecv(word, rank, Tag.DEPARTURE)
+                )
                 complete(request, comm, rank, "the first rank to end", memory=word)
 
 
@@ -206,7 +207,7 @@ class Watch:
         if not self.on or (time.monotonic() < self._next and not now):
             return False
         self._next = time.monotonic() + _BETWEEN_LOOKS
-        if probe(self._comm, _TAG):
+        if probe(self._comm, Tag.DEATHS):
             raise EndedByDeath("")  # why, another rank has said
         if len(found := dead(self._comm)) > len(self.dead):
             self.dead = frozenset(found)
@@ -244,7 +245,7 @@ class Watch:
         word = np.zeros(1, np.int64)
         for rank in set(range(self._comm.size)) - self.dead - {self._comm.rank}:
             with suppress(RankLost), partner(self._comm, rank):
-                _abandoned.append((self._comm.Isend(word, rank, _TAG), word))
+                _abandoned.append((self._comm.Isend(word, rank, Tag.DEATHS), word))
         raise EndedByDeath(f"{self.name(missed[0])} has died, and the run cannot go on without it.  {RESUMING}")
 
 

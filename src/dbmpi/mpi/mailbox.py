@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from dbmpi.mpi import failures, waiting
+from dbmpi.mpi.tags import Tag
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -23,8 +24,8 @@ _WORDS = 8
 class Role(IntEnum):
     """Whom a message is for; its number is the message's tag."""
 
-    SHARD = 1
-    WORKER = 2
+    SHARD = Tag.SHARD
+    WORKER = Tag.WORKER
 
 
 class MessageKind(IntEnum):

@@ -21,10 +21,10 @@ import numpy as np
 from mpi4py import MPI
 
 from dbmpi.mpi import blocking, failures, waiting
+from dbmpi.mpi.tags import Tag
 
 _ORDERS = 0
 """Tag of orders; the data that belong to one have the tag that it names."""
-_TAGS = 30000
 _NAP = 1e-4
 """Longest nap, in seconds, of who waits for data: MPI moves them when he looks."""
 
@@ -152,7 +152,7 @@ class Messages:
         return tag
 
     def _next_tag(self) -> int:
-        self._tag = self._tag % _TAGS + 1
+        self._tag = self._tag % Tag.LAST_TRANSFER + 1
         return self._tag
 
     def _complete(self, request: MPI.Request, rank: int, what: str, memory: np.ndarray | None = None) -> None:

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 
+LONG_SECONDS = 86400.0
+"""How long ranks wait for what depends on the size of the data: reading a large file takes as long as it does."""
+
+
 def stall_seconds() -> float:
     """Return how long a wait may last in which nothing moves: 600 s, or what ``DBMPI_STALL_SECONDS`` says.
 

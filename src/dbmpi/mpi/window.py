@@ -24,11 +24,11 @@ from typing import Literal
 import numpy as np
 from mpi4py import MPI
 
+from dbmpi.kernels.memory import CACHE_LINE
 from dbmpi.mpi import blocking, failures, pieces, waiting
 from dbmpi.mpi.collective import Collective
 from dbmpi.mpi.transfers import Messages
 
-_LINE = 64
 """Bytes of a cache line: regions begin at multiples, so that two ranks' words never share one."""
 
 _NAP = 1e-4
@@ -43,7 +43,7 @@ _HINTS = {"acc_single_intrinsic": "true", "which_accumulate_ops": "replace,no_op
 
 def aligned(nbytes: int) -> int:
     """Round up to whole cache lines."""
-    return -(-nbytes // _LINE) * _LINE
+    return -(-nbytes // CACHE_LINE) * CACHE_LINE
 
 
 class Window(Collective):
@@ -75,7 +75,7 @@ class Window(Collective):
         self._memory: MPI.Win | None = None
         self._near: dict[int, np.ndarray] = {}
         self._node_rank: dict[int, int] = {}
-        size = max(aligned(nbytes), _LINE)
+        size = max(aligned(nbytes), CACHE_LINE)
         if shared:
             info = MPI.Info.Create()
             info.Set("alloc_shared_noncontig", "true")

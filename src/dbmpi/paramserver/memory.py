@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 from dbmpi.errors import UserError
 from dbmpi.index.layout import Layout
+from dbmpi.kernels.memory import CACHE_LINE
 
 _WORD = 8
-_LINE = 64
 HEADER_WORDS = 16
 """64-bit words of a header, two cache lines."""
 HEADERS = 64
@@ -70,7 +70,7 @@ class Memory:
     @property
     def parameters(self) -> int:
         """Where a shard's parameters begin."""
-        return self.sequence + _LINE
+        return self.sequence + CACHE_LINE
 
     def reads(self, client: int) -> bool:
         """Whether the shard reads the client's gradients where they lie."""
@@ -160,4 +160,4 @@ def check_room(layout: Layout, shards: int, itemsize: int, available: int) -> No
 
 def lines(nbytes: int) -> int:
     """Round up to whole cache lines."""
-    return -(-nbytes // _LINE) * _LINE
+    return -(-nbytes // CACHE_LINE) * CACHE_LINE

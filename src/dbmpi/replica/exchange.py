@@ -17,10 +17,10 @@ import numpy as np
 from dbmpi.index.boxes import Box
 from dbmpi.mpi import pieces
 from dbmpi.mpi.pieces import Operation
+from dbmpi.mpi.tags import Tag
 from dbmpi.replica.group import Group
 from dbmpi.replica.plan import ExchangePlan, Move
 
-_TAG = 7
 _FORWARD, _REVERSE = "activations of the other partitions", "gradients of the other partitions"
 
 
@@ -162,17 +162,17 @@ class Exchange:
         for other, box in receives:
             place = None if target is None else target[box.slices(wanted)]
             if place is not None and place.flags.c_contiguous:
-                moving.append(Moving(pieces.irecv(comm, place, other, _TAG), None, place))
+                moving.append(Moving(pieces.irecv(comm, place, other, Tag.EXCHANGE), None, place))
                 continue
             buffer = self._buffer("in", other, (*box.shape, source.shape[-1]), source.dtype)
-            moving.append(Moving(pieces.irecv(comm, buffer, other, _TAG), box, buffer))
+            moving.append(Moving(pieces.irecv(comm, buffer, other, Tag.EXCHANGE), box, buffer))
         for other, box in sends:
             part = source[box.slices(held)]
             if not part.flags.c_contiguous:
                 buffer = self._buffer("out", other, part.shape, part.dtype)
                 np.copyto(buffer, part)
                 part = buffer
-            moving.append(Moving(pieces.isend(comm, part, other, _TAG), None, part))
+            moving.append(Moving(pieces.isend(comm, part, other, Tag.EXCHANGE), None, part))
         return moving
 
     def _buffer(self, way: str, other: int, shape: tuple[int, ...], dtype: np.dtype[np.floating]) -> np.ndarray:

@@ -13,16 +13,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dbmpi.kernels.memory import CACHE_LINE
 from dbmpi.mpi import blocking, pieces, waiting
 from dbmpi.mpi.collective import Collective
+from dbmpi.mpi.tags import Tag
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
     from dbmpi.mpi.window import Window
-
-_LINE = 64  # bytes of a cache line
-_TAG = 9
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ class Group(Collective):
         assert self.comm is not None
         if self._window is not None:
             self._window.free()
-        position = len(self._shelves) * (1 + self.size) * _LINE
+        position = len(self._shelves) * (1 + self.size) * CACHE_LINE
         self._starts = []
         for shelf in self._shelves:
             self._starts.append(position)
@@ -160,17 +159,17 @@ class Group(Collective):
         first, *others = members
         if self.rank != first:
             total = np.empty_like(values)
-            self.complete(pieces.isend(self.comm, values, first, _TAG), what)
-            self.complete(pieces.irecv(self.comm, total, first, _TAG), what)
+            self.complete(pieces.isend(self.comm, values, first, Tag.SUMS), what)
+            self.complete(pieces.irecv(self.comm, total, first, Tag.SUMS), what)
             return total
         buffers = [np.empty_like(values) for _ in others]
         coming = zip(others, buffers, strict=True)
-        for request in [pieces.irecv(self.comm, into, member, _TAG) for member, into in coming]:
+        for request in [pieces.irecv(self.comm, into, member, Tag.SUMS) for member, into in coming]:
             self.complete(request, what)
         total = values.copy()
         for buffer in buffers:
             total += buffer
-        for request in [pieces.isend(self.comm, total, member, _TAG) for member in others]:
+        for request in [pieces.isend(self.comm, total, member, Tag.SUMS) for member in others]:
             self.complete(request, what)
         return total
 
@@ -192,7 +191,7 @@ class Group(Collective):
 
     def _flag(self, shelf: Shelf, place: int) -> int:
         """Return where a flag lies: first that of the owner, then one for each worker that takes."""
-        return (shelf.number * (1 + self.size) + place) * _LINE
+        return (shelf.number * (1 + self.size) + place) * CACHE_LINE
 
     def _on(self, worker: int, shelf: Shelf, elements: int, dtype: np.dtype[np.floating]) -> np.ndarray:
         memory = self._open.near(worker)

@@ -13,10 +13,9 @@ import numpy as np
 from dbmpi.index.boxes import Box
 from dbmpi.index.layout import cut
 from dbmpi.mpi import pieces
+from dbmpi.mpi.tags import Tag
 from dbmpi.network.losses import Loss
 from dbmpi.replica.group import Group
-
-_TAG = 8
 
 
 class LossExchange:
@@ -107,7 +106,7 @@ class LossExchange:
     ) -> None:
         comm, everything = self._group.comm, self._units * samples
         assert comm is not None
-        self._group.complete(pieces.ialltoallv(comm, source, sends, target, receives, everything, _TAG), what)
+        self._group.complete(pieces.ialltoallv(comm, source, sends, target, receives, everything, Tag.LOSS), what)
 
 
 def _times(ranges: Sequence[range], factor: int) -> list[range]:

@@ -20,6 +20,7 @@ from dbmpi.errors import UserError
 from dbmpi.machine.threads import ranks_on_node
 from dbmpi.mpi import blocking, pieces, waiting
 from dbmpi.mpi.collective import Collective
+from dbmpi.mpi.tags import Tag
 from dbmpi.objective import Outcome
 from dbmpi.replica import placement
 from dbmpi.replica.whole import make_replica
@@ -27,10 +28,6 @@ from dbmpi.runs import trained
 
 if TYPE_CHECKING:
     from mpi4py import MPI
-
-_LONG = 86400.0
-"""Seconds to wait for ranks that compute or read: they take what it takes."""
-_TAG = 11
 
 
 class Inference(Collective):
@@ -94,7 +91,7 @@ class Inference(Collective):
         if comm is not None:
             self._prepare(comm)
         self._replica = self._stack.enter_context(make_replica(network, placed, self._replica_comm))
-        with self.together("reading the parameters", _LONG):
+        with self.together("reading the parameters", waiting.LONG_SECONDS):
             self._parameters = self.trained.parameters(self._replica.parameters.runs)
 
     def evaluate(self, source: Source, shown: Callable[[int], object] | None = None) -> Outcome:
@@ -113,7 +110,7 @@ class Inference(Collective):
         if self._comm is not None:
             from mpi4py import MPI
 
-            found = waiting.allreduce(self._comm, found, MPI.SUM, "the other replicas", seconds=_LONG)
+            found = waiting.allreduce(self._comm, found, MPI.SUM, "the other replicas", seconds=waiting.LONG_SECONDS)
         total = Outcome(0, 0.0, 0)
         for samples, loss, correct, no_classes in found:
             total = total.plus(Outcome(int(samples), float(loss), -1 if no_classes else int(correct)))
@@ -142,15 +139,19 @@ class Inference(Collective):
             if not self.is_first:
                 if mine is not None:
                     assert self._comm is not None
-                    waiting.complete(pieces.isend(self._comm, mine, 0, _TAG), "the rank that writes", seconds=_LONG)
+                    waiting.complete(
+                        pieces.isend(self._comm, mine, 0, Tag.PREDICTIONS),
+                        "the rank that writes",
+                        seconds=waiting.LONG_SECONDS,
+                    )
                 continue
             for other, indices in enumerate(batches[first : first + self.replicas]):
                 rows = mine
                 if other > 0:
                     assert self._comm is not None
                     rows = np.empty((len(indices), self.trained.units), np.float32)
-                    request = pieces.irecv(self._comm, rows, other * self.partitions, _TAG)
-                    waiting.complete(request, "the outputs of the other replicas", seconds=_LONG)
+                    request = pieces.irecv(self._comm, rows, other * self.partitions, Tag.PREDICTIONS)
+                    waiting.complete(request, "the outputs of the other replicas", seconds=waiting.LONG_SECONDS)
                 assert rows is not None
                 yield int(indices[0]), rows
 
@@ -168,7 +169,9 @@ class Inference(Collective):
         if self._comm is not None:
             from mpi4py import MPI
 
-            broken = waiting.allreduce(self._comm, broken, MPI.MAX, "the parameters of the other ranks", seconds=_LONG)
+            broken = waiting.allreduce(
+                self._comm, broken, MPI.MAX, "the parameters of the other ranks", seconds=waiting.LONG_SECONDS
+            )
         return tuple(tensor.name for tensor, found in zip(layout.tensors, broken, strict=True) if found)
 
     def largest(self, number: int) -> int:
@@ -177,7 +180,11 @@ class Inference(Collective):
             return number
         from mpi4py import MPI
 
-        return int(waiting.allreduce(self._comm, np.array([number]), MPI.MAX, "the other ranks", seconds=_LONG)[0])
+        return int(
+            waiting.allreduce(self._comm, np.array([number]), MPI.MAX, "the other ranks", seconds=waiting.LONG_SECONDS)[
+                0
+            ]
+        )
 
     def together(self, what: str, seconds: float | None = None) -> AbstractContextManager[None]:
         """Make a mistake of the user that one rank finds an error on all (collective)."""

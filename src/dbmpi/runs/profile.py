@@ -30,7 +30,6 @@ PHASES = ("forward", "backward", "exchange")
 _ROUNDS = 2_000_000
 _BLOCK = 1 << 20
 _HOST_BYTES = 64
-_LONG = 86400.0
 
 
 @dataclass(frozen=True)
@@ -237,5 +236,7 @@ def _gather(comm: MPI.Intracomm | None, mine: np.ndarray) -> np.ndarray:
     if comm is None:
         return mine[np.newaxis]
     everybodys = np.empty((comm.size, mine.size), mine.dtype)
-    waiting.complete(comm.Iallgather(mine, everybodys), "what the other ranks have measured", seconds=_LONG)
+    waiting.complete(
+        comm.Iallgather(mine, everybodys), "what the other ranks have measured", seconds=waiting.LONG_SECONDS
+    )
     return everybodys

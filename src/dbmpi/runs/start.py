@@ -12,7 +12,6 @@ from dbmpi.checkpoint.directory import set_aside
 from dbmpi.checkpoint.meaning import Meaning, check_same_data
 from dbmpi.checkpoint.reader import Checkpoint
 from dbmpi.config import Run
-from dbmpi.data.run_data import LOADING_SECONDS
 from dbmpi.data.stream import Order, Stream
 from dbmpi.downpour.lead import StartingPoint
 from dbmpi.errors import UserError
@@ -28,7 +27,7 @@ _LEAD = 0
 """The rank of shard 0, which looks at the run directory for all."""
 
 
-class Start(NamedTuple):
+class RunStart(NamedTuple):
     """What all ranks know of where they begin."""
 
     begin: StartingPoint
@@ -41,7 +40,7 @@ class Start(NamedTuple):
 
 def find(
     run: Run, comm: MPI.Intracomm, replicas: int, layout: Layout, order: Order, meaning: Meaning | None = None
-) -> Start:
+) -> RunStart:
     """Make the run directory, find the checkpoint to go on from, number the session (collective).
 
     Parameters
@@ -67,7 +66,7 @@ def find(
     waiting.broadcast(comm, session, _LEAD, "the number of the session")
     warmstart = run.optimizer.warmstart
     if not path:
-        return Start(StartingPoint(Stream(order.batches), warmstart), None, int(session[0]))
+        return RunStart(StartingPoint(Stream(order.batches), warmstart), None, int(session[0]))
     with together(comm, "reading the checkpoint"), Checkpoint.open(Path(path)) as checkpoint:
         checkpoint.expect(layout)
         info = checkpoint.info
@@ -83,7 +82,7 @@ def find(
             tuple(name for name in rule(run.optimizer).state_names if name not in checkpoint.vectors),
             notices,
         )
-    return Start(begin, Path(path), int(session[0]))
+    return RunStart(begin, Path(path), int(session[0]))
 
 
 def _find_checkpoint(run: Run, comm: MPI.Intracomm) -> tuple[str, tuple[str, ...]]:
@@ -110,7 +109,7 @@ def _find_checkpoint(run: Run, comm: MPI.Intracomm) -> tuple[str, tuple[str, ...
                 problem = str(error)
         vote = np.array([comm.rank if problem else comm.size], np.int64)
         what = "the other ranks to verify the checkpoint"
-        first = int(waiting.allreduce(comm, vote, MPI.MIN, what, seconds=LOADING_SECONDS)[0])
+        first = int(waiting.allreduce(comm, vote, MPI.MIN, what, seconds=waiting.LONG_SECONDS)[0])
         if first == comm.size:
             break
         notices.append(waiting.broadcast_text(comm, problem, first, what) + "; the run goes on from an earlier one")

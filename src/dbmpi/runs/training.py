@@ -15,7 +15,7 @@ from mpi4py import MPI
 from dbmpi.checkpoint.run_lock import locked
 from dbmpi.config import Run
 from dbmpi.data import limits
-from dbmpi.data.run_data import LOADING_SECONDS, open_data
+from dbmpi.data.run_data import open_data
 from dbmpi.data.stream import Order
 from dbmpi.downpour import run as downpour_run
 from dbmpi.downpour.session import DTYPE, Session
@@ -26,7 +26,7 @@ from dbmpi.machine.signals import StopSignal
 from dbmpi.machine.threads import ranks_on_node
 from dbmpi.monitor.progress import RunProgress
 from dbmpi.monitor.records import Recorder
-from dbmpi.mpi import topology
+from dbmpi.mpi import topology, waiting
 from dbmpi.mpi.failures import Watch
 from dbmpi.mpi.silent_ends import aloud
 from dbmpi.mpi.world import end_all_on_failure, together
@@ -130,7 +130,7 @@ class _Session:
         self._say_chosen(say, self._stack.enter_context(chosen))
         with together(self._comm, "placing the layers"):
             placed = placement.from_config(run.placement, network.layers, plan.partitions)
-        with together(self._comm, "locking the run directory", seconds=LOADING_SECONDS):
+        with together(self._comm, "locking the run directory", seconds=waiting.LONG_SECONDS):
             if self._is_lead:
                 tell = partial(print, "dbmpi:", file=sys.stderr, flush=True)
                 self._stack.enter_context(locked(run.run.directory, tell))
@@ -199,11 +199,11 @@ class _Session:
                     f"optimizer.epochs = {run.optimizer.epochs:g}: that is {order.batches:.3g} batches of "
                     f"{run.optimizer.batch_size}, more than can be counted; lower optimizer.epochs"
                 )
-        with together(self._comm, "looking at the data", seconds=LOADING_SECONDS):
+        with together(self._comm, "looking at the data", seconds=waiting.LONG_SECONDS):
             data.validate(network.outputs, run.network.loss, fully=self._worker_number == 0)
         if network.own_layers:
             # The first rank alone: one compilation is enough, and one report.
-            with together(self._comm, "trying your own layers", seconds=LOADING_SECONDS):
+            with together(self._comm, "trying your own layers", seconds=waiting.LONG_SECONDS):
                 for layer in network.own_layers if self._comm.rank == 0 else ():
                     try_layer(layer, DTYPE)
         return network, order

@@ -25,8 +25,9 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from dbmpi.kernels.memory import CACHE_LINE
+
 _WORD = 8
-_LINE = 64
 _BATCH_SHIFT, _OWNER_SHIFT = 32, 20
 _LOW = (1 << _OWNER_SHIFT) - 1
 _PLACE = (1 << _BATCH_SHIFT) - 1
@@ -119,7 +120,7 @@ class Board:
     @staticmethod
     def nbytes(replicas: int, capacity: int) -> int:
         """Return the bytes of a board."""
-        return _LINE + (2 * replicas + capacity) * _WORD
+        return CACHE_LINE + (2 * replicas + capacity) * _WORD
 
     # What the lead does
 
@@ -239,13 +240,13 @@ class Board:
         return 1 if self.ordered else self.replicas
 
     def _drawn(self, stretch: int) -> int:
-        return self.offset + _LINE + stretch * _WORD
+        return self.offset + CACHE_LINE + stretch * _WORD
 
     def _bundle(self, replica: int) -> int:
-        return self.offset + _LINE + (self.replicas + replica) * _WORD
+        return self.offset + CACHE_LINE + (self.replicas + replica) * _WORD
 
     def _portion(self, portion: int) -> int:
-        return self.offset + _LINE + (2 * self.replicas + portion) * _WORD
+        return self.offset + CACHE_LINE + (2 * self.replicas + portion) * _WORD
 
     def _words_at(self, offset: int, count: int) -> np.ndarray:
         found = np.empty(count, np.int64)
@@ -340,4 +341,4 @@ def unpack(words: np.ndarray) -> tuple[int, float, list[PortionResult]]:
 
 
 def _lines(nbytes: int) -> int:
-    return -(-nbytes // _LINE) * _LINE
+    return -(-nbytes // CACHE_LINE) * CACHE_LINE

@@ -37,6 +37,7 @@ from dbmpi.mpi import mailbox as mpi_mailbox
 from dbmpi.mpi import window as windows
 from dbmpi.mpi.failures import RankLost
 from dbmpi.mpi.mailbox import Mailbox
+from dbmpi.mpi.tags import Tag
 from dbmpi.mpi.transport import transport_between
 from dbmpi.mpi.window import Window
 from dbmpi.mpi.world import together
@@ -66,8 +67,6 @@ _MAY_CHANGE: dict[str, object] = {
     "deterministic": False,
 }
 """Settings, set to anything, under which a search goes on from where it stands."""
-_CONCLUSION = 5
-"""Tag of what the lead tells everybody in the end."""
 _FEWEST_ITERATIONS = 10
 """Fewer may be too few to learn anything, unless the method ended by itself."""
 _FOR_THE_LEAD = 1.25
@@ -93,7 +92,7 @@ def learn(session: Session, stack: ExitStack) -> Result:
         stack.enter_context(waiting.serving(partial(_look, window)))
     number, worker_number = plan.shard_of(comm.rank), plan.worker_of(comm.rank)
     space = coordinator = worker = None
-    with together(comm, "preparing the shards", seconds=86400.0):
+    with together(comm, "preparing the shards", seconds=waiting.LONG_SECONDS):
         if number is not None:
             space, carried, state = _shard(setup, window, number)
         if worker_number is not None:
@@ -296,7 +295,7 @@ def _conclude(setup: Setup, coordinator: Coordinator | None, seconds: float) -> 
     if coordinator is not None:
         for rank in range(1, comm.size):
             with suppress(RankLost), failures.partner(comm, rank):
-                request = comm.Irecv(word, rank, _CONCLUSION)
+                request = comm.Irecv(word, rank, Tag.CONCLUSION)
                 failures.complete(request, comm, rank, f"rank {rank} to come to the end", memory=word)
         learned = (coordinator.steps, coordinator.samples, coordinator.stopped_by)
         enough = coordinator.converged or coordinator.iterations >= _FEWEST_ITERATIONS
@@ -305,15 +304,17 @@ def _conclude(setup: Setup, coordinator: Coordinator | None, seconds: float) -> 
         data = np.frombuffer(text.encode(), np.uint8)
         for rank in range(1, comm.size):
             with suppress(RankLost), failures.partner(comm, rank):
-                request = comm.Isend([data, MPI.BYTE], rank, _CONCLUSION)
+                request = comm.Isend([data, MPI.BYTE], rank, Tag.CONCLUSION)
                 failures.complete(request, comm, rank, f"rank {rank} to hear the conclusion", memory=data)
     else:
-        failures.complete(comm.Isend(word, 0, _CONCLUSION), comm, 0, "the coordinator to hear of my end", memory=word)
+        failures.complete(
+            comm.Isend(word, 0, Tag.CONCLUSION), comm, 0, "the coordinator to hear of my end", memory=word
+        )
         status = MPI.Status()
-        waiting.until(lambda: comm.Iprobe(0, _CONCLUSION, status), "the coordinator to conclude")
+        waiting.until(lambda: comm.Iprobe(0, Tag.CONCLUSION, status), "the coordinator to conclude")
         data = np.empty(status.Get_count(MPI.BYTE), np.uint8)
         with blocking.blocking("the rest of the coordinator's conclusion"):
-            comm.Recv([data, MPI.BYTE], 0, _CONCLUSION)
+            comm.Recv([data, MPI.BYTE], 0, Tag.CONCLUSION)
     steps, samples, stopped_by, test, path, lost, best, enough = json.loads(data.tobytes())
     outcome = None if test is None else Outcome(*test)
     warning = verdict.warning(

@@ -14,7 +14,6 @@ from typing import Any
 from numba import types
 
 from dbmpi.kernels.llvm.writer import (
-    CACHE_LINE,
     Arguments,
     MaskedWriter,
     Writer,
@@ -23,6 +22,7 @@ from dbmpi.kernels.llvm.writer import (
     literals,
     signature_of,
 )
+from dbmpi.kernels.memory import CACHE_LINE
 
 
 @instructions

@@ -14,7 +14,8 @@ from typing import Any
 from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
 
-from dbmpi.kernels.llvm.writer import CACHE_LINE, Arguments, Writer, instructions, lanes
+from dbmpi.kernels.llvm.writer import Arguments, Writer, instructions, lanes
+from dbmpi.kernels.memory import CACHE_LINE
 
 AHEAD = 32 * CACHE_LINE
 """Bytes that are asked for in advance: 1 to 3 KB are equally good, where pages of many vectors are on their way."""

@@ -9,7 +9,6 @@ from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
 
 from dbmpi.kernels.llvm.writer import (
-    CACHE_LINE,
     REGISTERS,
     VECTOR_BYTES,
     Arguments,
@@ -18,6 +17,7 @@ from dbmpi.kernels.llvm.writer import (
     instructions,
     signature_of,
 )
+from dbmpi.kernels.memory import CACHE_LINE
 
 SHAPES = ((6, 4), (12, 2), (24, 1)) if REGISTERS == 32 else ((6, 2), (12, 1))
 """Rows and vectors of a tile, the widest first: its sums, a row of its factors and one more fill the registers."""

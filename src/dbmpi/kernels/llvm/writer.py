@@ -35,8 +35,6 @@ def _vector_bytes() -> tuple[int, int]:
 
 VECTOR_BYTES, REGISTERS = _vector_bytes()
 
-CACHE_LINE = 64
-
 
 def lanes(itemsize: int) -> int:
     """Return how many elements of `itemsize` bytes a vector holds."""

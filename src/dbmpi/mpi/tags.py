@@ -1,0 +1,30 @@
+"""Tags of all messages, so that no two kinds of message on one communicator share one."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class Tag(IntEnum):
+    """What a message belongs to."""
+
+    SHARD = 1
+    """Orders for the role of a shard (:class:`dbmpi.mpi.mailbox.Role`)."""
+    WORKER = 2
+    """Orders for the role of a worker."""
+    CONCLUSION = 5
+    """What the lead of a run by Sandblaster tells every rank in the end."""
+    EXCHANGE = 7
+    """Activations and their gradients between partitions."""
+    LOSS = 8
+    """Outputs that change from a cut by units to one by samples."""
+    SUMS = 9
+    """Gradients of parameters that several partitions have."""
+    PREDICTIONS = 11
+    """Outputs for the rank that writes them."""
+    LAST_TRANSFER = 30000
+    """The largest tag of transfers, which number theirs from 1 on a communicator of their own."""
+    DEATHS = 30001
+    """That another rank has said why the run ends."""
+    DEPARTURE = 30002
+    """That the first rank ends, of a world in which others have died."""
