@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from parallel import tiny
 from pydantic import BaseModel
+from unit.checkpoint_files import as_version_1
 
 from dbmpi import config
 from dbmpi.checkpoint.reader import Checkpoint
@@ -182,6 +183,7 @@ def test_checkpoints_of_larger_batches_than_the_data_are_gone_on_from(comm, plac
 
     with h5py.File(result.checkpoint, "r+") as file:
         stored = file["run/configuration"][()].decode().replace('"batch_size":40', '"batch_size":99')
+        as_version_1(file)
         del file["run/configuration"]
         file["run/configuration"] = np.bytes_(stored.encode())
     with Checkpoint.open(result.checkpoint) as checkpoint:

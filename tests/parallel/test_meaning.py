@@ -65,6 +65,7 @@ def test_test_data_with_fewer_labels_are_translated(comm, place, method) -> None
     alter(comm, place / "train.h5", label)
     expected = {}
     for name in ("all", "fewer"):
+        waiting.barrier(comm, "the other ranks to have read the file")
         alter(comm, place / "test.h5", label if name == "all" else leave_one_out)
         result = train(describe(place, method, run={"directory": place / name}), comm)
         with Checkpoint.open(result.checkpoint) as checkpoint, Source.open(place / "test.h5", 10) as source:
@@ -106,8 +107,8 @@ def test_a_run_goes_on_from_the_same_data_only(comm, place, method) -> None:
     waiting.barrier(comm, "the copy")
     result = train(go_on(3), comm)
     assert result.steps == 7
-    before = tiny.snapshot(place / "run")
     alter(comm, moved, change)
+    before = tiny.snapshot(place / "run")
     message = refused(comm, go_on(4))
     assert "has learned from other data with as many samples as" in message
     assert "set data.train back" in message

@@ -157,7 +157,7 @@ def test_placements_that_cannot_be_are_told(comm, place) -> None:
 @pytest.mark.parallel([3])
 def test_own_layers_that_cannot_be_are_told(comm, place) -> None:
     source = (EXAMPLES / "own_layer.py").read_text()
-    wrong = source.replace("largest_piece(parameters", "return outputs.astype(float)[:1]; largest_piece(parameters")
+    wrong = source.replace("largest_piece(task", "return task.outputs.astype(float)[:1]; largest_piece(task")
     assert wrong != source
     if comm.rank == 0:
         (place / "no_layer.py").write_text("import dbmpi\nclass Layer:\n    pass\n")

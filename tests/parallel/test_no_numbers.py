@@ -8,6 +8,7 @@ import h5py
 import numpy as np
 import pytest
 from parallel import tiny
+from unit.checkpoint_files import as_version_1
 
 from dbmpi.checkpoint.reader import Checkpoint
 from dbmpi.config import Run
@@ -79,6 +80,7 @@ def test_a_checkpoint_with_a_parameter_that_is_none(comm, place, value) -> None:
     result = train(run, comm)
     if comm.rank == 0:
         with h5py.File(result.checkpoint, "r+") as file:
+            as_version_1(file)
             file["parameters/dense2/weights"][1, 2] = value
     waiting.barrier(comm, "the damage")
     for partitions in [number for number in range(1, comm.size + 1) if comm.size % number == 0]:

@@ -322,8 +322,8 @@ def test_what_was_learned_is_written_before_a_failure_ends_the_run(comm, place, 
     run = describe(place, {"shards": 2, "replicas": 1}, gtol=0, ftol=0)
     keep = Keeper.write
 
-    def kept(self: Keeper, steps: int, samples: int) -> None:
-        keep(self, steps, samples)
+    def kept(self: Keeper, steps: int, samples: int, **more: bool) -> None:
+        keep(self, steps, samples, **more)
         ended.append(steps)
         monkeypatch.setattr(Coordinator, "evaluate", evaluate)
 

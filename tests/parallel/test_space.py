@@ -67,7 +67,9 @@ def test_iterates_have_the_same_bits_on_ranks_as_in_one_process(comm, method, dt
     part = alone.parameters[ours.held.start : ours.held.stop]
     assert part.tobytes() == ours.parameters.tobytes()
     if method == "lbfgs":
-        assert ours.reductions <= told[0][-1].evaluations + 3  # one for every evaluation, and three to begin with
+        # One for every evaluation; to begin with two for each of gradient and point, whose sizes are not known yet; and
+        # another one where numbers have become larger than was expected.
+        assert ours.reductions <= told[0][-1].evaluations + 5
     alone.comm.Free()
 
 
