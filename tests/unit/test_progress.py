@@ -287,8 +287,8 @@ def test_the_mode_follows_the_terminal_and_the_environment(monkeypatch):
 
 PROGRAM = """
 import sys
-from dbmpi.monitor.progress import Progress
-with Progress(100, sys.argv[1]) as shown:
+from dbmpi.monitor.progress import RunProgress
+with RunProgress(100, sys.argv[1]) as shown:
     shown.message("h\\u00e9llo \\u2713")
     for step in range(101):
         shown.update(step, 1.0, 0.5, 1.0, 1.0)
