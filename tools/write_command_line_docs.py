@@ -20,8 +20,9 @@ HEAD = """# Command line
 | exit code | meaning |
 |---|---|
 | 0 | done |
-| 1 | a failure: a rank failed or died, a loss is not finite, a write failed |
+| 1 | a failure: a loss is not finite, a rank failed, nothing could be written |
 | 2 | a mistake in the arguments, the configuration, the data or the launch |
+| 75 | a rank or host has died, and the run with it; the same command goes on from the last checkpoint |
 | 128 + n | ended by signal n, after writing a checkpoint |
 
 *This page is written by `tools/write_command_line_docs.py` from the parsers of `dbmpi.cli`.*

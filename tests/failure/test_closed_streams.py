@@ -33,6 +33,13 @@ def test_commands(trained: Jobs, redirections: str) -> None:
     assert (trained.directory / "p.h5").stat().st_size > 0
 
 
+def test_a_full_disk_of_the_output_is_one_line(trained: Jobs) -> None:
+    for words in (("inspect", "run"), ("evaluate", "run", "--data", "test.h5"), ("example",)):
+        done = closed(trained, ">/dev/full", *words)
+        assert done.returncode == 1, done.transcript
+        assert "dbmpi: standard output: cannot be written: No space left on device" in done.stderr
+
+
 @pytest.mark.parametrize("redirections", [">&-", ">&- 2>&- <&-"])
 def test_launch(jobs: Jobs, redirections: str) -> None:
     done = closed(jobs, redirections, "launch", "-n", "2", "--", "train", "config.toml")

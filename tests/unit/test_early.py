@@ -127,6 +127,31 @@ def test_threads_that_spin_are_named(node: Path) -> None:
     assert any("spin" in loss and "import dbmpi before numpy" in loss for loss in found["losses"])  # type: ignore[attr-defined]
 
 
+def test_libraries_that_a_prepared_process_has_started_are_left_as_they_are(node: Path) -> None:
+    """As of a program of a user's own under `dbmpi launch`, which loads them before dbmpi."""
+    program = """
+import numba, numpy as np
+@numba.njit(parallel=True)
+def total(values):
+    found = 0.0
+    for place in numba.prange(len(values)):
+        found += values[place]
+    return found
+assert total(np.ones(10)) == 10
+from dbmpi.kernels import vectors
+assert vectors.largest_magnitude(np.ones(100_000, np.float32)) == 1
+assert numba.njit(lambda x: x + 1)(1) == 2
+"""
+    for ranks in ("100000", "1"):
+        start = f"""
+import os, sys
+from dbmpi.machine import own_program
+own_program.main([sys.executable, "-c", {program + _SHOW!r}])
+"""
+        found = json.loads(python(start, node, OMPI_COMM_WORLD_LOCAL_SIZE=ranks).splitlines()[-1])
+        assert not [loss for loss in found["losses"] if "spin" in loss]
+
+
 @pytest.mark.parametrize(
     ("name", "value", "said"), [("NUMBA_OPT", "0", "optimised"), ("NUMBA_BOUNDSCHECK", "1", "every index")]
 )

@@ -274,7 +274,7 @@ def test_wrong_data_is_named(tmp_path, capsys):
     make_data(data, targets=None)
     assert "no dataset 'targets'" in refused(capsys, *evaluate)
     make_data(data, targets="values")
-    assert "is not a class" in refused(capsys, *evaluate)
+    assert "the targets are 5 values a sample" in refused(capsys, *evaluate)
     make_data(data, classes=6)
     assert "has 6 classes" in refused(capsys, *evaluate)
     make_data(data)

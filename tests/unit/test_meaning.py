@@ -104,6 +104,23 @@ def test_a_test_file_with_fewer_labels_is_evaluated_by_their_names(tmp_path, cap
     assert ", ".join(map(str, labels)) in message
 
 
+def test_numbers_of_classes_where_texts_were_learned(tmp_path, capsys):
+    """Numbers are no texts, so that they can only be those of the classes, as without any labels."""
+    tensors, _ = learned(tmp_path, NAMES)
+    inputs, classes = make_data(tmp_path / "test.h5")
+    with h5py.File(tmp_path / "test.h5", "r+") as file:
+        del file["targets"].attrs["classes"]
+    assert main(["evaluate", str(tmp_path / "run"), "--data", str(tmp_path / "test.h5"), "--json"]) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out)["correct"] == int((naive(tensors, inputs).argmax(axis=1) == classes).sum())
+    assert "does not say which labels its classes stand for; they are taken for cat, dog, emu, fox, gnu" in said.err
+    with h5py.File(tmp_path / "test.h5", "r+") as file:
+        file["targets"][0] = 5
+    assert "6 classes" in refused(capsys, "evaluate", tmp_path / "run", "--data", tmp_path / "test.h5")
+    learned(tmp_path, (1, 2, 3, 4, 5))
+    assert "label 0 of sample" in refused(capsys, "evaluate", tmp_path / "run", "--data", tmp_path / "test.h5")
+
+
 def test_a_file_of_libsvm_imported_without_like(tmp_path, capsys):
     (tmp_path / "train").write_text("".join(f"{label} 1:{label} 12:1\n" for label in (4, 0, 2, 1, 3)))
     (tmp_path / "test").write_text("3 1:3 12:1\n1 1:1 12:1\n3 1:3 12:1\n")
@@ -145,6 +162,21 @@ def test_a_sample_without_a_class_has_no_label(tmp_path, capsys):
     capsys.readouterr()
 
 
+@pytest.mark.parametrize("labels", [(7, 8), NAMES[:2]])
+def test_outputs_without_a_class_have_no_label(tmp_path, capsys, labels):
+    make_data(tmp_path / "data.h5", classes=2)
+    said = meaning(declare(tmp_path / "data.h5", labels))
+    tensors = train(tmp_path / "run", loss="logistic", classes=2, meaning=said)
+    inputs, _ = make_data(tmp_path / "data.h5", classes=2)
+    best = naive(tensors, inputs).argmax(axis=1)
+    assert {2, 3} <= set(best.tolist())
+    run(capsys, "predict", tmp_path / "run", "--data", tmp_path / "data.h5", "--out", tmp_path / "out.h5")
+    with h5py.File(tmp_path / "out.h5") as file:
+        written = file["labels"].asstr()[()] if labels[0] == "cat" else file["labels"][()]
+        none = "" if labels[0] == "cat" else file["labels"].attrs["_FillValue"]
+        assert written.tolist() == [labels[place] if place < 2 else none for place in best]
+
+
 @pytest.mark.parametrize(
     ("loss", "classes", "kind"),
     [("logistic", 5, "independent probabilities"), ("squared", 5, "scores"), ("squared", 0, "values")],
@@ -173,6 +205,22 @@ def test_bytes_of_another_scale_are_refused(tmp_path, capsys):
         assert "times 0.00392156863" in message
         assert "by 0.0078125" in message
     assert not (tmp_path / "out.h5").exists()
+
+
+def test_packed_bytes_have_a_scale_of_each_file(tmp_path, capsys):
+    """As netCDF packs: what counts are the values."""
+    values = np.round(PIXELS / 255, 2)
+    for name, scale, offset in (("train", 0.01, 0.0), ("test", 0.005, -0.1)):
+        make_data(tmp_path / f"{name}.h5")
+        declare(tmp_path / f"{name}.h5", inputs=np.rint((values - offset) / scale).astype(np.uint8))
+        with h5py.File(tmp_path / f"{name}.h5", "r+") as file:
+            file["inputs"].attrs.update(scale_factor=scale, **({"add_offset": offset} if offset else {}))
+    train(tmp_path / "run", meaning=meaning(tmp_path / "train.h5"))
+    losses = [
+        json.loads(run(capsys, "evaluate", tmp_path / "run", "--data", tmp_path / f"{name}.h5", "--json"))["loss"]
+        for name in ("train", "test")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 @pytest.mark.parametrize("scale", [1 / 255, 1.0])
@@ -309,6 +357,27 @@ def test_an_importers_digest_is_that_of_all_rows(tmp_path):
     assert other.digest == first.digest
     with pytest.raises(UserError, match="other data"):
         check_same_data(first, other, checkpoint="C", file="F")
+
+
+def test_labels_and_names_that_a_checkpoint_cannot_hold(tmp_path):
+    """In a checkpoint texts are as long as the longest, and what is longer than can be read must not be written."""
+    labels = [f"{number}" for number in range(17000)]
+    with h5py.File(tmp_path / "data.h5", "w") as file:
+        file["inputs"] = np.ones((17000, 1), "i1")
+        file["targets"] = np.array(labels, "S")
+    assert len(meaning(tmp_path / "data.h5").labels) == 17000
+    with h5py.File(tmp_path / "data.h5", "r+") as file:
+        del file["targets"]
+        file["targets"] = np.array([*labels[1:], "x" * 999], "S")
+    with pytest.raises(
+        UserError, match=r"17000 labels of up to 999 bytes; expected at most 16 MiB.*number the classes"
+    ):
+        meaning(tmp_path / "data.h5")
+    with h5py.File(tmp_path / "wide.h5", "w") as file:
+        file["inputs"] = np.ones((1, 17000), "i1")
+        file["targets"] = [0]
+        file["input_names"] = np.array([*labels[1:], "x" * 999], "S")
+    assert meaning(tmp_path / "wide.h5").input_names == ()
 
 
 # In checkpoints

@@ -117,6 +117,19 @@ def test_a_lease_that_is_renewed_is_respected(tmp_path):
     assert locks(tmp_path) == ["in-use.1.json"]
 
 
+def test_a_lock_that_is_released_while_it_is_watched_is_followed(tmp_path, monkeypatch):
+    """By a process that goes on with something else."""
+    monkeypatch.setattr(run_lock, "_ENDING", 60)
+    content = run_lock._mine()
+    path = leave(tmp_path, 2, **content | {"renewals": "000000000007"})
+    releasing = threading.Timer(0.3, lambda: leave(tmp_path, 2, **content | {"released": True}))
+    releasing.start()
+    lock = RunLock.acquire(tmp_path, silent)
+    releasing.join()
+    assert lock.path.name == "in-use.3.json"
+    assert not path.exists()
+
+
 @pytest.mark.parametrize("fields", [{}, {"host": os.uname().nodename, "system": f"{os.uname().nodename} other boot"}])
 def test_a_lock_from_long_ago_needs_not_be_watched(tmp_path, fields):
     """By the clock of the file system; another start of this machine is another host."""

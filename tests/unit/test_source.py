@@ -98,6 +98,19 @@ def test_residence_follows_the_budget(tmp_path):
         small.batch(np.arange(3))  # is in memory
 
 
+@pytest.mark.parametrize(
+    ("kind", "attributes"),
+    [("u1", {}), ("u1", {"scale": 2.0}), ("u1", {"add_offset": 1.0}), ("i1", {"_Unsigned": "true"}), ("f8", {})],
+)
+def test_what_is_said_to_be_kept_is_what_is_kept(tmp_path, kind, attributes):
+    path = write(tmp_path / "data.h5", np.ones((30, 7), kind), np.zeros(30, int))
+    with h5py.File(path, "r+") as file:
+        file["inputs"].attrs.update(attributes)
+    with Source.open(path, 1) as source:
+        source.load()
+        assert source.resident_bytes == source._inputs.nbytes + source._targets.nbytes
+
+
 def test_a_batch_of_no_samples_and_indices_out_of_range(tmp_path):
     path = write(tmp_path / "data.h5", np.zeros((4, 3), np.float32), np.zeros(4, int))
     with Source.open(path, 1) as source:

@@ -27,9 +27,9 @@ class Meaning(BaseModel):
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
     elements: str = ""
-    """``bytes`` or ``floats``: what is stored of the inputs."""
+    """What is stored of the inputs: ``bytes``, of one scale for all files, ``floats``, ``integers`` or ``numbers``."""
     scale: float = 1.0
-    """Factor on every byte when it is used."""
+    """Factor on everything stored when it is used."""
     lowest: float = 0.0
     highest: float = 0.0
     """Range of the inputs as they are used, in a sample of the rows."""
@@ -78,7 +78,7 @@ def agree(
     Parameters
     ----------
     learned
-        Of the training data; None where nobody has noted it.
+        Of the training data; None where it was not noted.
     learner, file
         What to call both in messages.
     classes

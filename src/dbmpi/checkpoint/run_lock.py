@@ -232,6 +232,7 @@ def _refuse_living(path: Path, holder: dict[str, Any], say: Callable[[str], obje
         found = _read(path)
         if (
             found is None
+            or found["released"]
             or found["token"] != holder["token"]
             or (here and not processes.lives(holder["process"], holder["started"]))
         ):

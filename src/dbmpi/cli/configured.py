@@ -54,7 +54,7 @@ def make_network(run: Run, input_shape: tuple[int, ...] | None, load: Loader) ->
 def placement_table(arguments: argparse.Namespace) -> str:
     """Return a table of how the network of a configuration is cut, for ``dbmpi inspect --placement``.
 
-    Code of a user's own layers is not run unless he names the file: the configuration may be anybody's.
+    Code of a user's own layers is not run unless the file is named: the configuration may be anybody's.
     """
     from dbmpi.network.own import from_files
     from dbmpi.replica import describe, placement

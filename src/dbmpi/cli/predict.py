@@ -79,7 +79,7 @@ def _write(arguments: argparse.Namespace, network: Inference, source: Source) ->
     trained = network.trained
     units, classifies, broken = trained.units, trained.info.classes > 0, 0
     loss, meaning = trained.network.loss, trained.info.meaning or Meaning()
-    labels = _labels(meaning.labels) if classifies and meaning.labels else None
+    labels = _labels(meaning.labels, units) if classifies and meaning.labels else None
     kind, description = ("outputs", "outputs of the last layer") if loss is None else loss.predicts
     with ArrayFile(arguments.out) as out:
         out.set_attribute("format", FORMAT)
@@ -117,15 +117,16 @@ def _write(arguments: argparse.Namespace, network: Inference, source: Source) ->
     return broken
 
 
-def _labels(labels: Sequence[int | str]) -> np.ndarray:
-    """Return the label of each class, and behind the last one that of no class."""
+def _labels(labels: Sequence[int | str], units: int) -> np.ndarray:
+    """Return the label of each output, and behind the last one that of no class, which outputs without a class have."""
     import h5py
     import numpy as np
 
+    without = units + 1 - len(labels)
     if isinstance(labels[0], str):
         texts = [str(label).encode() for label in labels]
-        return np.array([*texts, b""], h5py.string_dtype("utf-8", max(1, *map(len, texts))))
-    return np.array([*labels, NO_LABEL], np.int64)
+        return np.array([*texts, *[b""] * without], h5py.string_dtype("utf-8", max(1, *map(len, texts))))
+    return np.array([*labels, *[NO_LABEL] * without], np.int64)
 
 
 def _plain(labels: Sequence[int | str]) -> Sequence[int] | Sequence[bytes]:

@@ -13,7 +13,7 @@ class Ahead:
     """Reads one batch in advance, on a thread of its own, where batches come from a file.
 
     What lies in memory is only gathered: that takes the core from the computation itself, and is done when needed.
-    Batches that come again and again may be kept as they are handed out; whoever gets one must not change it.
+    Batches that come again and again may be kept as they are handed out, and must not be changed.
 
     Parameters
     ----------

@@ -8,6 +8,7 @@ from typing import Any
 import h5py
 import numpy as np
 
+from dbmpi.checkpoint.untrusted import LARGEST_TEXT
 from dbmpi.data import hdf5
 
 INPUT_NAMES, TARGET_NAMES = "input_names", "target_names"
@@ -29,7 +30,7 @@ def declared(path: Path, file: h5py.File, inputs: h5py.Dataset, targets: h5py.Da
     """
     with hdf5.damage(path, "what it says of its samples"):
         found: dict[str, Any] = {
-            "elements": "bytes" if inputs.dtype == np.uint8 else _ELEMENTS.get(inputs.dtype.kind, "numbers"),
+            "elements": "bytes" if _bytes(inputs) else _ELEMENTS.get(inputs.dtype.kind, "numbers"),
             "axes": _axes(inputs),
             "mean": _numbers(file, "mean"),
             "deviation": _numbers(file, "deviation"),
@@ -41,6 +42,11 @@ def declared(path: Path, file: h5py.File, inputs: h5py.Dataset, targets: h5py.Da
         if targets is not None and targets.ndim > 1:
             found["target_names"] = _names(file, TARGET_NAMES, targets.shape[1])
     return {name: value for name, value in found.items() if value}
+
+
+def _bytes(inputs: h5py.Dataset) -> bool:
+    """Whether the inputs are bytes with one scale for all files; where they are packed, each file has its own."""
+    return inputs.dtype == np.uint8 and not {"scale_factor", "add_offset"} & set(inputs.attrs)
 
 
 def _numbers(file: h5py.File, name: str) -> tuple[float, ...]:
@@ -65,7 +71,7 @@ def _names(file: h5py.File, name: str, count: int) -> tuple[str, ...]:
     dataset = file[name]
     if not isinstance(dataset, h5py.Dataset) or dataset.shape != (count,) or dataset.dtype.kind != "S":
         return ()
-    if dataset.dtype.itemsize * count > dataset.id.get_storage_size():
+    if dataset.dtype.itemsize * count > min(dataset.id.get_storage_size(), LARGEST_TEXT):
         return ()
     return tuple(map(_text, dataset[()]))
 

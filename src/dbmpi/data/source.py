@@ -126,7 +126,7 @@ class Source:
 
     def close(self) -> None:
         """Close the file and release the memory; may be called again."""
-        self._inputs = self._targets = None
+        self._inputs = self._targets = self._weights = None
         self._close_file()
 
     def __enter__(self) -> Source:
@@ -147,8 +147,8 @@ class Source:
         """What the samples take in memory once they are loaded; 0 where they are not kept there."""
         if not self.resident:
             return 0
-        stored = 1 if self._declared.get("elements") == "bytes" else 4
-        return self.samples * (self._description.features * stored + 4 * (self.target_size or 1))
+        each = 1 if self._stored_inputs.bytes_kept else 4
+        return self.samples * (self._description.features * each + 4 * (self.target_size or 1))
 
     @property
     def spare_bytes(self) -> int:

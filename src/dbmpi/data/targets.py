@@ -9,6 +9,7 @@ from typing import Any
 import h5py
 import numpy as np
 
+from dbmpi.checkpoint.untrusted import LARGEST_TEXT
 from dbmpi.data import hdf5
 from dbmpi.data import labels as data_labels
 from dbmpi.data.labels import MOST_LABELS, Numbering
@@ -70,6 +71,7 @@ class Targets:
             self.classes, self.labels = given, written
         else:
             self._count()
+        self._check_room_for_labels()
 
     def reopened(self, file: h5py.File) -> Targets:
         """Return the same of the same file, opened again."""
@@ -171,6 +173,16 @@ class Targets:
         if not self._one_hot:
             self.size = shape[1] if len(shape) == 2 else 1
 
+    def _check_room_for_labels(self) -> None:
+        """Raise UserError where the labels are more than a checkpoint can hold: texts, each as long as the longest."""
+        labels = self.labels or ()
+        longest = max((len(label.encode()) for label in labels if isinstance(label, str)), default=0)
+        if len(labels) * longest > LARGEST_TEXT:
+            raise UserError(
+                f"{self.stored.path}: {self.stored.name!r} has {len(labels)} labels of up to {longest} bytes; expected "
+                f"at most {LARGEST_TEXT >> 20} MiB, were all as long; shorten them, or number the classes from 0"
+            )
+
     def _number(self, labels: list[Any]) -> None:
         """Give the classes the order of their labels, or that of another file."""
         given = self._reading.labels
@@ -200,7 +212,8 @@ class Targets:
             self.classes, self.labels = len(named), named
             return
         given = self._reading.labels
-        if given is not None and given != tuple(range(len(given))):
+        # Numbers are no texts: where those were learned, they number the classes.
+        if given is not None and not isinstance(given[0], str) and given != tuple(range(len(given))):
             self._number([])
         elif given is not None or least == 0:
             self.classes = max(most + 1, 1)

@@ -49,11 +49,12 @@ def prepare() -> Prepared:
     with _lock:
         if _prepared is None:
             early.leave()
-            _prepared = _prepare(threads.without_prepared(os.environ))
+            _prepared = _prepare(dict(os.environ))
         return _prepared
 
 
-def _prepare(theirs: Mapping[str, str]) -> Prepared:
+def _prepare(inherited: Mapping[str, str]) -> Prepared:
+    theirs = threads.without_prepared(inherited)
     losses = [f"{name}={theirs[name]}: {cost}; unset it" for name, cost in _SLOW.items() if _is_on(theirs.get(name))]
     if (level := theirs.get("NUMBA_OPT", "")).isdecimal() and int(level) < 3:
         losses.append(f"NUMBA_OPT={level}: kernels are hardly optimised; unset it")
@@ -66,7 +67,7 @@ def _prepare(theirs: Mapping[str, str]) -> Prepared:
     chosen = blas.prepare()
     mpi_library.prepare()
     if not early_enough or "numba" in sys.modules:
-        losses += late.adapt(preparation, theirs)
+        losses += late.adapt(preparation, theirs, inherited)
     losses += chosen.losses
     return Prepared(f"{preparation.line}; {chosen}", tuple(losses))
 

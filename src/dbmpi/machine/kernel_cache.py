@@ -180,9 +180,9 @@ def _make_private(directory: Path) -> bool:
 
 
 def _lock(descriptor: int, seconds: float) -> bool:
-    """Try to lock until it works or `seconds` are over, with naps."""
+    """Try to lock until it works or `seconds` are over, and sleep in between."""
     deadline = time.monotonic() + seconds
-    nap = 0.005
+    pause = 0.005
     while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -193,5 +193,5 @@ def _lock(descriptor: int, seconds: float) -> bool:
             return True  # a file system without locks
         else:
             return True
-        time.sleep(nap)
-        nap = min(2 * nap, 0.1)
+        time.sleep(pause)
+        pause = min(2 * pause, 0.1)

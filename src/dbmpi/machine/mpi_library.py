@@ -93,7 +93,7 @@ def first_line(version: str) -> str:
 
 
 def openmpi_settings(devices: Path = Path("/sys/class/infiniband")) -> dict[str, str]:
-    """Return what Open MPI is to be told on a machine like this, as environment variables.
+    """Return the settings that Open MPI needs on a machine like this, as environment variables.
 
     Its one-sided component ``ucx`` prints an error in every rank where there is no network adapter that UCX can drive.
     """
@@ -105,7 +105,7 @@ def openmpi_settings(devices: Path = Path("/sys/class/infiniband")) -> dict[str,
 
 
 def prepare() -> None:
-    """Tell Open MPI what it is to be told, unless the user has; must come before MPI is loaded."""
+    """Set what Open MPI needs and the user has not set; must come before MPI is loaded."""
     for name, value in openmpi_settings().items():
         os.environ.setdefault(name, value)  # other MPIs do not look at it
 

@@ -11,12 +11,10 @@ from typing import Literal
 import numpy as np
 
 from dbmpi.data.importers.reading import InputFile, Progress, line_blocks, no_progress
+from dbmpi.data.labels import MOST_LABELS, some
 from dbmpi.data.source import Source
 from dbmpi.data.writer import LARGEST_SAMPLE_BYTES, DataWriter, Origin, Shape, Written, check_writable
 from dbmpi.errors import UserError
-
-MOST_LABELS = 65_536
-"""A file with more different labels is taken for a regression."""
 
 PROGRESS_LINES = 4096
 
@@ -38,7 +36,7 @@ class Labels:
         if code is None:
             if self.given is not None:
                 raise UserError(
-                    f"{place}: the label {label:g} does not occur in {self.given}; expected {_some(self.codes)}"
+                    f"{place}: the label {label:g} does not occur in {self.given}; expected {some([*self.codes])}"
                 )
             if len(self.codes) == MOST_LABELS:
                 raise UserError(
@@ -216,7 +214,3 @@ def _like(like: Path, kind: Literal["classes", "values"]) -> tuple[int, Labels]:
             )
         codes = {label: code for code, label in enumerate(source.labels or ()) if isinstance(label, int)}
         return source.input_shape[0], Labels(codes, like)
-
-
-def _some(labels: dict[int, int]) -> str:
-    return ", ".join(str(label) for label in list(labels)[:8]) + (" ..." if len(labels) > 8 else "")
