@@ -27,25 +27,41 @@ _OPEN_MPI = (
     *(
         name + text
         for name in (b"prterun ", b"mpirun ")
-        for text in (b"detected that one or more processes exited", b"noticed that ", b"has exited due to process rank ")
+        for text in (
+            b"detected that one or more processes exited",
+            b"noticed that ",
+            b"has exited due to process rank ",
+        )
     ),
     b"Primary job  terminated normally, but ",
 )
 _BAD = b"=   BAD TERMINATION OF ONE OF YOUR APPLICATION PROCESSES\n"
-_HYDRA = tuple(b"\n" + b"=" * width + b"\n" + _BAD for width in (83, 82, 79, 75))
-_BEGINNINGS = (*(_RULE + words for words in _OPEN_MPI), *_HYDRA)
+_BEGINNINGS = (*(_RULE + words for words in _OPEN_MPI), b"=" * 83 + b"\n" + _BAD)
 
-_WHOLE = re.compile(
-    rb"(?:-{74}\n(?:"
-    + b"|".join(map(re.escape, _OPEN_MPI))
-    + rb")(?:(?!-{74}\n)[\s\S]){1,%d}-{74}\n" % _LONGEST
-    + rb"|\n={75,83}\n"
-    + re.escape(_BAD)
-    + rb"(?:=   [^\n]*\n){1,20}={75,83}\n"
-    + rb"(?:YOUR APPLICATION TERMINATED WITH THE EXIT STRING[^\n]*\n(?:This typically[^\n]*\nPlease see[^\n]*\n)?)?"
-    + rb"|\[[\w.-]{1,64}:\d{1,10}\] PMIX ERROR: PMIX_ERR_UNREACH in file [^\n]{1,300}\n)"
+_TAIL = rb"YOUR APPLICATION TERMINATED WITH THE EXIT STRING[^\n]*\nThis typically[^\n]*\nPlease see[^\n]*\n|(?=[^Y])"
+"""What follows on that of MPICH where a signal was the reason."""
+
+
+def _texts(tail: bytes) -> re.Pattern[bytes]:
+    return re.compile(
+        rb"-{74}\n(?:"
+        + b"|".join(map(re.escape, _OPEN_MPI))
+        + rb")(?:(?!-{74}\n)[\s\S]){1,%d}-{74}\n" % _LONGEST
+        + rb"|={83}\n"
+        + re.escape(_BAD)
+        + rb"(?:=   [^\n]*\n){1,20}={83}\n(?:"
+        + tail
+        + rb")|Abort\(\d+\) on node \d+ \(rank \d+ in comm \d+\): application called MPI_Abort\([^\n]{1,80}\n"
+        + rb"|\[[\w.-]{1,64}:\d{1,10}\] PMIX ERROR: PMIX_ERR_UNREACH in file [^\n]{1,300}\n"
+    )
+
+
+_TEXT, _LAST_TEXT = _texts(_TAIL), _texts(_TAIL + b"|")
+_LINE = re.compile(
+    rb"(?<![^\n\r\0])(?:\[(?:[\w.-]{1,64}(?::\d{0,10}(?:\](?: PMIX[^\n]{0,340}|[ PMI]{0,4}))?)?)?"
+    rb"|A|Ab|Abo|Abor|Abort(?:\(\d{0,10}(?:\)[^\n]{0,200})?)?)\Z"
 )
-_ERROR_LINE = re.compile(rb"(?:\A|(?<=\n))\[(?:[\w.-]{0,64}(?::\d{0,10}(?:\](?: PMIX[^\n]{0,340})?)?)?)?\Z")
+"""The beginning of a text of one line."""
 
 
 class Sieve:
@@ -60,6 +76,7 @@ class Sieve:
     def __init__(self, said: Callable[[], bool]) -> None:
         self._said = said
         self._held = b""
+        self._last = b""
 
     @property
     def holds(self) -> bool:
@@ -68,33 +85,37 @@ class Sieve:
 
     def __call__(self, data: bytes) -> bytes:
         """Return what can be passed on, now that `data` has come."""
-        data = self._drop(self._held + data)
-        start = min(_begun(data), len(data))
+        data = self._drop(self._held + data, _TEXT)
+        start = max(0, _begun(self._last + data) - len(self._last))
         if len(data) - start > 2 * _LONGEST:
             start = len(data)
         self._held = data[start:]
-        return data[:start]
+        return self._passed(data[:start])
 
     def flush(self) -> bytes:
         """Return what is held back: nothing more has come of it."""
         data, self._held = self._held, b""
-        return _WHOLE.sub(b"", data) if self._said() else data
+        return self._passed(self._drop(data, _LAST_TEXT))
 
-    def _drop(self, data: bytes) -> bytes:
-        return _WHOLE.sub(b"", data) if _WHOLE.search(data) and self._said() else data
+    def _passed(self, data: bytes) -> bytes:
+        self._last = data[-1:] or self._last
+        return data
+
+    def _drop(self, data: bytes, text: re.Pattern[bytes]) -> bytes:
+        return text.sub(b"", data) if text.search(data) and self._said() else data
 
 
 def _begun(data: bytes) -> int:
-    """Return where a text begins of which the end has not come."""
+    """Return where a text begins of which the end has not come; the byte before is there, too, if there was one."""
     starts = [len(data)]
-    after = max((found.end() for found in _WHOLE.finditer(data)), default=0)  # not dropped: dbmpi has said nothing
+    after = max((found.end() for found in _TEXT.finditer(data)), default=0)  # not dropped: dbmpi has said nothing
     for beginning in _BEGINNINGS:
-        if (found := data.find(beginning, after)) >= 0:
-            starts.append(found)
+        if (start := data.find(beginning, after)) >= 0:
+            starts.append(start)
         longest = min(len(beginning), len(data) - after)
         length = next((n for n in range(longest, 0, -1) if data.endswith(beginning[:n])), 0)
         starts.append(len(data) - length)
-    if found := _ERROR_LINE.search(data, after):
+    if found := _LINE.search(data, after):
         starts.append(found.start())
     return min(starts)
 

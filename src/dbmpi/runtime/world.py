@@ -23,7 +23,18 @@ from typing import TYPE_CHECKING, NoReturn
 import numpy as np
 
 from dbmpi.errors import DIED, EndedByDeath, KnownToAll, RunFailed, ToldElsewhere, UserError
-from dbmpi.runtime import capacity, endings, failures, guarded, leftovers, missingmpi, signals, silentends, streams, waiting
+from dbmpi.runtime import (
+    capacity,
+    endings,
+    failures,
+    guarded,
+    leftovers,
+    missingmpi,
+    signals,
+    silentends,
+    streams,
+    waiting,
+)
 
 if TYPE_CHECKING:
     from mpi4py import MPI
