@@ -1,4 +1,4 @@
-"""What a user sees of a failure under `dbmpi launch`: dbmpi's message alone, and where there is none, the launcher's."""
+"""What a user sees of a failure under `dbmpi launch`: dbmpi's message alone; where there is none, the launcher's."""
 
 from __future__ import annotations
 
