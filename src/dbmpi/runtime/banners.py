@@ -136,6 +136,9 @@ class Outputs:
     ----------
     stdout, stderr
         What the launcher is to be given; None is our own.
+    kept
+        Files that it is to keep open: if we are killed, it could not end its ranks while writing to a pipe without a
+        reader.
     """
 
     def __init__(self, open_mpi: bool, said: Callable[[], bool]) -> None:
@@ -148,6 +151,7 @@ class Outputs:
         elif not open_mpi:
             self._ends[1] = os.pipe()
             self.stdout = self._ends[1][1]
+        self.kept = tuple(source for source, _ in self._ends.values())
         self._threads: list[threading.Thread] = []
         self._ended = threading.Event()
 
@@ -182,19 +186,15 @@ class Outputs:
                 _write(target, sieve(data) if data else sieve.flush())
                 if not data:
                     return
-        except BrokenPipeError:
-            pass  # the reader is gone, of which the launcher hears by the end of this pipe
         finally:
             os.close(source)
 
 
 def _write(target: int, data: bytes) -> None:
-    """Write everything, or what fits where the disk is full."""
+    """Write everything; where the reader is gone or the disk full, it is lost, and the job goes on."""
     while data:
         try:
             data = data[os.write(target, data) :]
-        except BrokenPipeError:
-            raise
         except BlockingIOError:
             select.select([], [target], [], _MOMENT)
         except OSError as error:

@@ -160,6 +160,7 @@ def run(mpi: Mpi, command: Command, died: Callable[[Path | None], object] = lamb
             stdin=subprocess.DEVNULL,  # mpirun is not in the terminal's foreground group: reading would stop it
             stdout=outputs.stdout,
             stderr=outputs.stderr,
+            pass_fds=outputs.kept,
             process_group=0,
             preexec_fn=_sent_with_our_death(kill),  # noqa: PLW1509 - no threads here
         )
