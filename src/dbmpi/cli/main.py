@@ -20,7 +20,7 @@ from typing import NoReturn
 
 import dbmpi
 from dbmpi.errors import RunFailed, ToldElsewhere, UserError
-from dbmpi.machine import early, streams
+from dbmpi.machine import early, endings, streams
 
 COMMANDS = ("train", "launch", "evaluate", "predict", "inspect", "plot", "bench", "data", "example", "doctor")
 COMPUTING = ("train", "evaluate", "predict", "bench")
@@ -92,6 +92,7 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         if not _is_silent():
+            endings.note_message()
             hint = "" if "--help" in message else f"; see {self.prog} --help"
             sys.stderr.write(f"{self.prog}: {message}{hint}\n")
         sys.exit(2)
@@ -125,6 +126,7 @@ def _nearest(word: str, known: Sequence[str]) -> str:
 def _say(error: Exception) -> None:
     """Print a message once: on the rank that has something to say, and where all have the same, on the first."""
     if not _is_silent(error):
+        endings.note_message()
         sys.stderr.write(f"dbmpi: {error}\n")
         sys.stderr.flush()
 

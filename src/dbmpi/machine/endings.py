@@ -56,6 +56,23 @@ def note_run(directory: Path) -> None:
             note.write_text(str(directory.absolute()))
 
 
+def note_message() -> None:
+    """Let `dbmpi launch` know that this rank has said what is wrong, so that it leaves out what mpirun adds to that."""
+    note = os.environ.get(UNFINISHED)
+    if note:
+        with suppress(OSError):  # it is on another host
+            _said(Path(note)).touch()
+
+
+def has_said(note: Path) -> bool:
+    """Whether a rank has called :func:`note_message`."""
+    return _said(note).exists()
+
+
+def _said(note: Path) -> Path:
+    return note.with_name("said")
+
+
 def read_note(note: Path) -> tuple[bool, Path | None]:
     """Return whether the first rank has left its file behind, and where its run writes, as far as is known."""
     with suppress(OSError, UnicodeDecodeError):

@@ -34,8 +34,8 @@ from pathlib import Path
 from types import FrameType
 
 from dbmpi.errors import DIED, ToldElsewhere, UserError
-from dbmpi.machine import mpi_library, slurm, start_watch, threads
-from dbmpi.machine.endings import UNFINISHED, documented, outlived, read_note
+from dbmpi.machine import banners, mpi_library, slurm, start_watch, threads
+from dbmpi.machine.endings import UNFINISHED, documented, has_said, outlived, read_note
 from dbmpi.machine.mpi_library import Mpi
 from dbmpi.machine.signals import HEEDED
 
@@ -150,6 +150,7 @@ def run(mpi: Mpi, command: LaunchCommand, died: Callable[[Path | None], object] 
         environment.setdefault("PRTE_MCA_prte_tmpdir_base", sessions.name)
     note = Path(sessions.name, "unfinished")
     environment[UNFINISHED] = str(note)
+    outputs = banners.Outputs(mpi.is_open_mpi, lambda: bool(asked) or has_said(note))
     heeded = [number for number in HEEDED if signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, stop) for number in heeded}
     try:
@@ -157,9 +158,13 @@ def run(mpi: Mpi, command: LaunchCommand, died: Callable[[Path | None], object] 
             command.argv,
             env=environment,
             stdin=subprocess.DEVNULL,  # mpirun is not in the terminal's foreground group: reading would stop it
+            stdout=outputs.stdout,
+            stderr=outputs.stderr,
+            pass_fds=outputs.kept,
             process_group=0,
             preexec_fn=_sent_with_our_death(kill),  # noqa: PLW1509 - no threads here
         )
+        outputs.start()
         if asked:
             child.send_signal(kill if killed else end)
         tolerant = outlived(environment) or any(word.startswith("--with-ft") for word in command.argv)
@@ -168,6 +173,7 @@ def run(mpi: Mpi, command: LaunchCommand, died: Callable[[Path | None], object] 
     except OSError as error:
         raise UserError(f"{command.argv[0]}: cannot be executed: {error}") from None
     finally:
+        outputs.finish()
         sessions.cleanup()
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -70,7 +70,7 @@ def resolve(words: Sequence[str], commands: Collection[str]) -> list[str]:
 
 def main(words: Sequence[str]) -> int:
     """Prepare this process, and become the program; return only if that fails."""
-    from dbmpi.machine import environment, launcher, mpi_library
+    from dbmpi.machine import endings, environment, launcher, mpi_library
 
     mpi_library.prepare()
     environment.prepare()
@@ -81,6 +81,7 @@ def main(words: Sequence[str]) -> int:
         if launcher.launched(os.environ)[2] > 0:
             time.sleep(_MOMENT)
         else:
+            endings.note_message()
             no_script = error.errno == errno.ENOEXEC
             hint = "; the first line of a script names its interpreter, e.g. #!/bin/sh" if no_script else ""
             print(f"dbmpi: launch: {words[0]} cannot be executed: {error.strerror}{hint}", file=sys.stderr, flush=True)

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, NoReturn
 import numpy as np
 
 from dbmpi.errors import DIED, EndedByDeath, KnownToAll, RunFailed, ToldElsewhere, UserError
-from dbmpi.machine import capacity, missing_mpi, signals, streams
+from dbmpi.machine import capacity, endings, leftovers, missing_mpi, signals, streams
 from dbmpi.mpi import blocking, failures, silent_ends, waiting
 
 if TYPE_CHECKING:
@@ -69,11 +69,12 @@ def start() -> MPI.Intracomm:
         MPI = _wait_for_all_ranks_to_start_mpi()
     except (ImportError, RuntimeError) as error:
         raise UserError(missing_mpi.explain(str(error))) from None
-    from dbmpi.machine.endings import UNFINISHED
     from dbmpi.machine.launcher import check_world
 
+    if MPI.COMM_WORLD.size == 1:
+        leftovers.remove(os.environ)
     check_world(MPI.COMM_WORLD.size)
-    if MPI.COMM_WORLD.rank == 0 and (note := os.environ.get(UNFINISHED)):
+    if MPI.COMM_WORLD.rank == 0 and (note := os.environ.get(endings.UNFINISHED)):
         _leave_until_the_end(Path(note))
     end_all_on_failure()
     comm = blocking.duplicate(MPI.COMM_WORLD, _EVERYBODY)
@@ -159,6 +160,8 @@ def report_and_abort(error: BaseException) -> NoReturn:
     else:
         whose = f"rank {rank} failed and ends the job" if size > 1 else "failed"
         text = f"dbmpi: {whose}:\n{''.join(traceback.format_exception(error))}"
+    if text:
+        endings.note_message()
     with suppress(OSError):  # whoever reads our output may be gone
         sys.stdout.flush()
         sys.stderr.write(text)
@@ -179,6 +182,7 @@ def abort_from_thread(error: Exception) -> NoReturn:
 
     if MPI.Query_thread() == MPI.THREAD_MULTIPLE and MPI.COMM_WORLD.size > 1:
         report_and_abort(error)
+    endings.note_message()
     with suppress(OSError):
         sys.stderr.write(f"dbmpi: {error}\n")
         sys.stderr.flush()
