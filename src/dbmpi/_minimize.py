@@ -24,6 +24,7 @@ from mpi4py import MPI
 from dbmpi._arguments import agree, checked
 from dbmpi.errors import ToldElsewhere, UserError
 from dbmpi.index.layout import cut
+from dbmpi.kernels.announce import announced, stderr_line
 from dbmpi.machine import threads
 from dbmpi.machine.signals import StopSignal
 from dbmpi.methods import linesearch
@@ -184,7 +185,8 @@ def minimize(
         with together(own, "looking at the arguments"):
             begin = checked(objective, x, chosen, callback)
         agree(own, begin, chosen, callback is not None)
-        with aloud(own), _fair_threads(), _signals() as stop:
+        say = partial(stderr_line, "minimize") if own.rank == 0 else None
+        with aloud(own), _fair_threads(), _signals() as stop, announced(say) as compiled:
             problem = _Problem(own, objective, begin, parameters, callback, stop, progress)
             while True:
                 unit = problem.unit
@@ -198,6 +200,7 @@ def minimize(
                     if unit != 1:
                         raise
                     problem.unit = 2.0 ** -math.frexp(steep.largest)[1]
+            compiled()
             reason = "signal" if report.reason == "callback" and problem.signalled else report.reason
             loss, largest = report.loss / unit, report.largest / unit
             problem.show(loss, largest, report.iterations, f"; {MESSAGES[reason]}")

@@ -94,52 +94,73 @@ def test_parameters_that_are_not_finite_never_replace_a_checkpoint(trained: Jobs
         assert checkpoint.info == before
 
 
-def test_data_that_vanish_while_training_end_the_job(jobs: Jobs) -> None:
+BATCH_METHOD = [
+    "optimizer.method=sandblaster",
+    "sandblaster.algorithm=gradient_descent",
+    "sandblaster.gtol=0",
+    "sandblaster.ftol=0",
+]
+
+
+@pytest.mark.parametrize("method", [[], [*BATCH_METHOD, "sandblaster.batch_portions=100"]], ids=["downpour", "batches"])
+def test_data_that_vanish_while_training_end_the_job(jobs: Jobs, method: list[str]) -> None:
     """Read batch by batch, from a file that somebody cuts off; found by a worker alone, in the middle of a step."""
     rng = np.random.default_rng(0)
     inputs = rng.normal(size=(60_000, tiny.FEATURES))
     tiny.write_file(jobs.directory / "train.h5", inputs, rng.integers(0, tiny.CLASSES, len(inputs)))
-    program = jobs.start(3, "data.memory_mib=1", ALWAYS, OFTEN)
+    program = jobs.start(3, "data.memory_mib=1", ALWAYS, *method)
     jobs.wait_until_all_learn(program, 2)
+    if method:
+        jobs.wait_for_passes(program, 10)
     os.truncate(jobs.directory / "train.h5", 10_000)
     done = jobs.finish(program)
     assert_failed(done, "train.h5: has become shorter while it was read", code=2)
     assert "Traceback" not in done.output, done.transcript
+    with jobs.checkpoint() as checkpoint:
+        assert checkpoint.info.step > 0
 
 
 SABOTAGE = """
 import importlib, os, signal, sys
 
-kind, rank, module, owner, name, count = sys.argv[1:7]
-owner = getattr(importlib.import_module(module), owner)
-method = getattr(owner, name)
 
+def sabotage(kind, module, owner, name, count):
+    owner, count = getattr(importlib.import_module(module), owner), int(count)
+    method = getattr(owner, name)
 
-def broken(*arguments, **named):
-    global count
-    count = int(count) - 1
-    if count < 0 and kind == "raise":
-        raise ZeroDivisionError("sabotage")
-    if count < 0:
-        os.kill(os.getpid(), signal.SIGSTOP)
-    return method(*arguments, **named)
+    def broken(*arguments, **named):
+        nonlocal count
+        count -= 1
+        if count < 0 and kind == "raise":
+            raise ZeroDivisionError("sabotage")
+        if count < 0:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return method(*arguments, **named)
 
-
-if rank == os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK")):
     setattr(owner, name, broken)
+
+
+command = sys.argv.index("train")
+for kind, rank, *target in zip(*[iter(sys.argv[1:command])] * 6):
+    if rank == os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK")):
+        sabotage(kind, *target)
 from dbmpi.cli.main import main
 
-sys.exit(main(sys.argv[7:]))
+sys.exit(main(sys.argv[command:]))
 """
 
 
 def sabotaged(
-    jobs: Jobs, kind: str, rank: int, target: str, *settings: str, env: dict[str, str] | None = None
+    jobs: Jobs, kind: str, rank: int, target: str, *settings: str, env: dict[str, str] | None = None, also: str = ""
 ) -> Completed:
-    """Run to the end with three ranks, one of which raises, or halts, at its n-th call of a method."""
+    """Run to the end with three ranks, one of which raises, or halts, at its n-th call of a method.
+
+    `also` is another one: kind, rank and target.
+    """
     (jobs.directory / "sabotage.py").write_text(SABOTAGE)
     words = [word for setting in settings for word in ("--set", setting)]
-    argv = [sys.executable, "sabotage.py", kind, str(rank), *target.split(), "train", "config.toml", *words]
+    ways = [kind, str(rank), *target.split(), *also.split()]
+    argv = [sys.executable, "sabotage.py", *ways, "train", "config.toml", *words]
     return jobs.finish(jobs.launch.start(3, argv, env, jobs.directory))
 
 
@@ -173,6 +194,46 @@ def test_what_was_learned_is_written_before_a_worker_fails(jobs: Jobs) -> None:
         assert checkpoint.info.step >= 10
         assert np.isfinite(checkpoint.parameters()).all()
     jobs.assert_resumes()
+
+
+@pytest.mark.parametrize(
+    "topology",
+    [
+        ["topology.shards=1"],
+        ["topology.shards=3", "topology.colocate=true"],
+        ["topology.shards=1", "topology.partitions=2"],
+        ["server.transport=p2p"],
+    ],
+    ids=["apart", "colocated", "partitions", "messages"],
+)
+def test_what_a_batch_method_has_learned_is_written_before_a_worker_fails(jobs: Jobs, topology: list[str]) -> None:
+    target = "dbmpi.sandblaster.work PortionWork compute 40"
+    done = sabotaged(jobs, "raise", 2, target, ALWAYS, *BATCH_METHOD, *topology)
+    assert_failed(done, "rank 2 failed and ends the job:")
+    assert done.output.count("Traceback (most recent call last)") == 1, done.transcript
+    assert re.search("replica [012] has failed: a checkpoint is written, and the run ends", done.stdout)
+    with jobs.checkpoint() as checkpoint:
+        assert checkpoint.info.step > 0
+        assert np.isfinite(checkpoint.parameters()).all()
+    jobs.assert_resumes()
+
+
+def test_a_worker_that_fails_ends_the_job_where_a_shard_does_not_answer(jobs: Jobs) -> None:
+    """No checkpoint can be written then, and the job says both."""
+    done = sabotaged(
+        jobs,
+        "raise",
+        2,
+        "dbmpi.sandblaster.work PortionWork compute 40",
+        ALWAYS,
+        "topology.shards=2",
+        *BATCH_METHOD,
+        env={"DBMPI_STALL_SECONDS": "3"},
+        also="halt 1 dbmpi.sandblaster.shard ShardSpace hand_over 0",
+    )
+    assert_failed(done, "rank 2 failed and ends the job:")
+    assert re.search("no checkpoint could be written: stalled: .* the shard on rank 1 to hand over", done.output)
+    assert done.output.count("Traceback (most recent call last)") == 1, done.transcript
 
 
 def test_a_crash_of_one_rank_ends_the_job_with_its_stack(jobs: Jobs) -> None:

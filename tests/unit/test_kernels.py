@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from numba.core.codegen import get_host_cpu_features
 from scipy import special
 
-from dbmpi.kernels import activations, elementary, losses, updates
+from dbmpi.kernels import activations, elementary, losses, reconstruction, updates
 from dbmpi.kernels.compile import kernel
 from dbmpi.kernels.fields import Blocks
 from dbmpi.kernels.llvm.lanes import sum_along_rows
@@ -265,6 +265,23 @@ def test_losses_of_values_against_naive_twins(name, dtype, compiled):
         np.testing.assert_allclose(values, gradient / shape[1], rtol=10 * np.finfo(dtype).eps, atol=tolerance)
 
     check()
+
+
+@pytest.mark.parametrize("magnitude", range(-30, 31, 10))
+def test_squared_losses_hold_from_the_smallest_to_the_largest_outputs(magnitude):
+    random = np.random.default_rng(8)
+    values, targets = ((10.0**magnitude * random.normal(size=(3, 5))).astype(np.float32) for _ in range(2))
+    classes, ones = np.array([0, 2, 1, 1, 0], np.int32), np.ones(5, np.float32)
+    steps = (values.size, values.size)
+    for wanted, found in (
+        (targets, lambda y: losses.squared_values(y, targets, ones)),
+        (np.eye(3)[:, classes], lambda y: losses.squared_classes(y, classes, ones)[0]),
+        (targets, lambda y: reconstruction.squared_error(y[None, None], targets.reshape(-1), steps, 0.2) / 2),
+    ):
+        loss, gradient = naive_squared(values.astype(np.float64), wanted.astype(np.float64))
+        computed = values.copy()
+        assert found(computed) == pytest.approx(loss, rel=1e-5)
+        np.testing.assert_allclose(computed, gradient / 5, rtol=1e-5, atol=1e-6 * np.abs(gradient).max())
 
 
 def test_of_equal_outputs_the_first_is_the_prediction():

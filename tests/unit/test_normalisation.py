@@ -96,3 +96,50 @@ def test_a_layer_is_made_of_its_description():
 def test_inputs_without_rows_and_columns_are_refused():
     with pytest.raises(UserError, match=r"'flat'.*\(100,\)"):
         NormalisationLayer("flat", (100,))
+
+
+def naive_gradient(layer, inputs, gradient):
+    """Return the inputs' gradient by the transposed matrix of each step, in float64, for one sample."""
+    shape, size = layer.input_shape, int(np.prod(layer.input_shape))
+    single = gaussian(layer.window, layer.window / 4)
+    weights, radius = np.outer(single, single), layer.window // 2
+    mean = np.zeros((*shape[1:], *shape))
+    for row, column in np.ndindex(shape[1:]):
+        for v, u in np.ndindex(weights.shape):
+            y, x = row + v - radius, column + u - radius
+            if 0 <= y < shape[1] and 0 <= x < shape[2]:
+                mean[row, column, :, y, x] = weights[v, u]
+        mean[row, column] /= mean[row, column].sum()
+    mean = np.tile(mean.reshape(-1, size), (shape[0], 1))
+    centre = np.eye(size) - mean
+    centred = centre @ inputs.reshape(-1)
+    root = np.sqrt(mean @ centred**2)
+    divisor = np.maximum(root, layer.floor)
+    quotient = gradient.reshape(-1) / divisor
+    of_squares = np.where(root > layer.floor, -quotient * (centred / divisor) / divisor, 0.0)
+    return (centre.T @ (quotient + centred * (mean.T @ of_squares))).reshape(shape)
+
+
+@pytest.mark.parametrize("magnitude", range(-30, 31, 5))
+@pytest.mark.parametrize("floor", [0.01, 1e-28])
+def test_it_holds_from_the_smallest_to_the_largest_inputs(magnitude, floor):
+    """Squares of float32 overflow from 1.9e19 on and vanish below 1e-22, where the outputs are as large as ever."""
+    layer, random = NormalisationLayer("lcn", (2, 5, 6), 3, floor), np.random.default_rng(3)
+    scales = np.array([10.0**magnitude, 1.0])
+    inputs = (random.normal(size=(2, 5, 6, 2)) * scales).astype(np.float32)
+    gradient = random.normal(size=inputs.shape).astype(np.float32)
+    outputs, input_gradient, _ = run(layer, inputs, gradient)
+    np.testing.assert_allclose(outputs, normalised(inputs.astype(np.float64), 3, floor), rtol=1e-5, atol=1e-28)
+    for sample in range(2):
+        expected = naive_gradient(layer, inputs[..., sample].astype(np.float64), gradient[..., sample])
+        largest = np.abs(expected).max()
+        np.testing.assert_allclose(input_gradient[..., sample] / largest, expected / largest, rtol=1e-5, atol=3e-6)
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+def test_what_is_not_finite_shows(value):
+    inputs = np.random.default_rng(1).normal(size=(1, 5, 5, 2)).astype(np.float32)
+    inputs[0, 2, 2, 1] = value
+    outputs, _, _ = run(NormalisationLayer("lcn", (1, 5, 5), 3), inputs)
+    assert np.isfinite(outputs[..., 0]).all()
+    assert not np.isfinite(outputs[..., 1]).any()

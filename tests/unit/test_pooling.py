@@ -9,6 +9,7 @@ from unit.layer_checks import check_cuts, check_gradients, run
 
 from dbmpi import config
 from dbmpi.errors import UserError
+from dbmpi.index.boxes import Box
 from dbmpi.network.pooling import EPSILON, PoolingLayer
 
 KINDS = ("l2", "average", "max")
@@ -102,3 +103,49 @@ def test_what_does_not_fit_is_refused_with_its_name_and_both_shapes():
         PoolingLayer("small", (8, 2, 5), "l2", (3, 3))
     with pytest.raises(UserError, match=r"'flat'.*\(100,\)"):
         PoolingLayer("flat", (100,), "l2", (3, 3))
+
+
+def naive_l2(layer, inputs, gradient):
+    """Return outputs and inputs' gradient of L2 pooling, one window after another, in float64."""
+    (rows, columns), stride = layer.size, layer.stride
+    outputs, input_gradient = np.empty((*layer.output_shape, inputs.shape[-1])), np.zeros(inputs.shape)
+    for place, row, column in np.ndindex(layer.output_shape):
+        window = np.s_[place, row * stride : row * stride + rows, column * stride : column * stride + columns]
+        outputs[place, row, column] = np.sqrt(EPSILON + (inputs[window] ** 2).sum(axis=(0, 1)))
+        input_gradient[window] += inputs[window] * (gradient[place, row, column] / outputs[place, row, column])
+    return outputs, input_gradient
+
+
+@pytest.mark.parametrize("magnitude", range(-30, 31, 5))
+@pytest.mark.parametrize(("size", "stride"), [((2, 3), 2), ((3, 1), 1), ((1, 1), 2)])
+def test_l2_pooling_holds_from_the_smallest_to_the_largest_inputs(magnitude, size, stride):
+    """Squares of float32 overflow from 1.9e19 on, and their root does not."""
+    layer, random = PoolingLayer("pool", (2, 7, 8), "l2", size, stride), np.random.default_rng(4)
+    inputs = random.normal(size=(2, 7, 8, 3)) * np.array([10.0**magnitude, 1.0, 1e-3])
+    inputs, gradient = (values.astype(np.float32) for values in (inputs, random.normal(size=(*layer.output_shape, 3))))
+    outputs, input_gradient, _ = run(layer, inputs, gradient)
+    expected = naive_l2(layer, inputs.astype(np.float64), gradient.astype(np.float64))
+    np.testing.assert_allclose(outputs, expected[0], rtol=1e-6)
+    needed = expected[1][layer.input_box(Box.whole(layer.output_shape)).slices()]
+    largest = np.abs(needed).max(axis=(0, 1, 2))
+    np.testing.assert_allclose(input_gradient / largest, needed / largest, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("place", [0, 6])
+def test_one_large_input_among_small_ones_is_found_wherever_it_is(place):
+    layer = PoolingLayer("pool", (1, 7, 7), "l2", (3, 3), 2)
+    inputs = np.ones((1, 7, 7, 2), np.float32)
+    inputs[0, place, 3, 1] = 1e25
+    outputs, input_gradient, _ = run(layer, inputs)
+    expected = naive_l2(layer, inputs.astype(np.float64), np.ones(outputs.shape))
+    np.testing.assert_allclose(outputs, expected[0], rtol=1e-6)
+    np.testing.assert_allclose(input_gradient, expected[1], rtol=1e-6)
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan, 3e38])
+def test_what_has_no_finite_root_shows(value):
+    inputs = np.ones((1, 2, 2, 2), np.float32)
+    inputs[..., 1] = value
+    outputs, _, _ = run(PoolingLayer("pool", (1, 2, 2), "l2", (2, 2), 1), inputs)
+    assert np.isfinite(outputs[..., 0]).all()
+    assert not np.isfinite(outputs[..., 1]).any()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from numba.core import event
@@ -37,6 +38,17 @@ def announced(say: Callable[[str], object] | None) -> Iterator[Callable[[], obje
         yield listener.finish
 
 
+def stderr_line(name: str, line: str) -> None:
+    """Write a line on standard error, if anybody still reads it."""
+    with suppress(OSError):
+        print(f"{name}: {line}", file=sys.stderr, flush=True)
+
+
+def _is_foreign(event: Any) -> bool:
+    """Whether a function is no kernel of ours: an objective, for instance, or what one calls."""
+    return not event.data["dispatcher"].py_func.__module__.startswith("dbmpi.")
+
+
 class _Listener(event.Listener):
     def __init__(self, say: Callable[[str], object]) -> None:
         self._say = say
@@ -45,6 +57,8 @@ class _Listener(event.Listener):
 
     def on_start(self, event: Any) -> None:
         """Hear that a function begins to be compiled: a kernel, or one that it calls."""
+        if _is_foreign(event):
+            return
         now = time.monotonic()
         if self._kernels == self._depth == 0:
             self._began = self._said = now
@@ -56,6 +70,8 @@ class _Listener(event.Listener):
 
     def on_end(self, event: Any) -> None:
         """Hear that it is done."""
+        if _is_foreign(event):
+            return
         self._depth -= 1
         self._kernels += self._depth == 0
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,8 @@ CACHE_LINE = 64
 """Bytes of a cache line, and of the widest vector: a vector that crosses a line costs two accesses."""
 PAGE = 4096
 """Bytes after which lines share their places in the first cache again."""
+SAFE = 1e12
+"""Float32 from its inverse to it may be squared, or divided by twice, and what comes of it be rounded as ever."""
 
 
 def aligned_empty(shape: int | tuple[int, ...], dtype: Any = np.float32, line: int | None = None) -> np.ndarray:
@@ -33,6 +37,15 @@ def aligned_empty(shape: int | tuple[int, ...], dtype: Any = np.float32, line: i
     start = ((line or 0) * CACHE_LINE - memory.ctypes.data) % period
     aligned: np.ndarray = memory[start : start + size * wanted.itemsize].view(wanted).reshape(shape)
     return aligned
+
+
+@contextmanager
+def widened(target: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield room for what is computed in float64; afterwards it is rounded into `target`."""
+    wide = np.empty(target.shape, np.float64)
+    yield wide
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        target[...] = wide
 
 
 def rows_of(array: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:

@@ -14,6 +14,7 @@ import numpy as np
 from numba import prange
 
 from dbmpi.kernels.compile import inlined, parallel_kernel
+from dbmpi.kernels.memory import SAFE
 
 
 @parallel_kernel
@@ -89,14 +90,30 @@ def sum_centred_squares(
 
 
 @parallel_kernel
-def deviation(variance: np.ndarray, floor: float) -> None:
-    """Replace a variance by its root, or by `floor` where that is larger; NaN stays NaN."""
-    least = variance.dtype.type(floor)
-    for row in prange(variance.shape[0]):
+def deviation(variance: np.ndarray, floor: float) -> bool:
+    """Replace a variance by its root, or by `floor` where that is larger; NaN stays NaN.
+
+    Infinity becomes NaN, so that what is divided by it is not silently zero.
+
+    Returns
+    -------
+    bool
+        Whether all of them, but for NaN, are `SAFE`.
+    """
+    least, small, large = variance.dtype.type(floor), variance.dtype.type(1 / SAFE), variance.dtype.type(SAFE)
+    nothing, infinite = variance.dtype.type(np.nan), variance.dtype.type(np.inf)
+    rows = variance.shape[0]
+    unsafe = np.zeros(rows, np.uint8)
+    for row in prange(rows):
         values = variance[row].reshape(-1)
+        found = np.uint8(0)
         for i in range(values.size):
             root = np.sqrt(values[i])
-            values[i] = least if root < least else root
+            root = least if root < least else root
+            values[i] = nothing if root == infinite else root
+            found |= np.uint8((root > large) | (root < small))
+        unsafe[row] = found
+    return not unsafe.any()
 
 
 @parallel_kernel

@@ -11,10 +11,13 @@ elements and steps as :func:`dbmpi.kernels.memory.rows_of` gives them.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numba import prange
 
 from dbmpi.kernels.compile import inlined, parallel_kernel
+from dbmpi.kernels.memory import SAFE
 
 Shape = tuple[int, int, int, int]
 Steps = tuple[int, int]
@@ -30,7 +33,7 @@ def l2_forward(
     shape: Shape,
     outputs: np.ndarray,
     steps: Steps,
-) -> None:
+) -> bool:
     """Compute the root of `epsilon` plus the sum of squares of each window.
 
     Parameters
@@ -41,9 +44,16 @@ def l2_forward(
     epsilon : float
     shape, outputs, steps
         The outputs.
+
+    Returns
+    -------
+    bool
+        Whether all outputs, but for NaN, are at most `SAFE`; perhaps False where some are not far below.
     """
     maps, height, width, samples = shape
     square = inputs.reshape(maps, inputs.shape[1], inputs.shape[2] * samples)
+    unsafe, apart = np.zeros(maps * height, np.uint8), max(1, rows // stride)
+    large = inputs.dtype.type(SAFE / math.sqrt(rows * columns))
     for line in prange(maps * height):
         place, row = line // height, line % height
         sums = np.zeros(square.shape[2], inputs.dtype)
@@ -57,6 +67,10 @@ def l2_forward(
                 _add(output, sums[right * samples : (right + 1) * samples])
             for sample in range(samples):
                 output[sample] = np.sqrt(output[sample])
+        # Windows that lie side by side hold all inputs.
+        if row % apart == 0 or row == height - 1:
+            unsafe[line] = _any_above(outputs[first : first + width * samples], large)
+    return not unsafe.any()
 
 
 @parallel_kernel
@@ -114,7 +128,7 @@ def l2_backward(
     columns: int,
     stride: int,
     input_gradient: np.ndarray,
-) -> None:
+) -> bool:
     """Compute the inputs' gradient: input times the sum of gradient over output, of the windows that hold it.
 
     Parameters
@@ -127,8 +141,22 @@ def l2_backward(
         As for `l2_forward`.
     input_gradient
         Overwritten.
+
+    Returns
+    -------
+    bool
+        False where float32 may not do, and nothing has been computed: some outputs are above `SAFE`, or not far below.
     """
     maps, out_height, width, samples = shape
+    unsafe, apart = np.zeros(maps * out_height, np.uint8), max(1, rows // stride)
+    large = inputs.dtype.type(SAFE / math.sqrt(rows * columns))
+    for line in prange(maps * out_height):
+        place, row = line // out_height, line % out_height
+        below = outputs[place * output_steps[0] + row * output_steps[1] :][: width * samples]
+        if row % apart == 0 or row == out_height - 1:
+            unsafe[line] = _any_above(below, large)
+    if inputs.itemsize == 4 and unsafe.any():
+        return False
     for line in prange(maps * out_height):
         place, row = line // out_height, line % out_height
         above = gradient[place * steps[0] + row * steps[1] :][: width * samples]
@@ -144,6 +172,7 @@ def l2_backward(
             factor, result = inputs[place, row, column], target[column]
             for sample in range(result.size):
                 result[sample] *= factor[sample]
+    return True
 
 
 @parallel_kernel
@@ -251,6 +280,14 @@ def _add(total: np.ndarray, values: np.ndarray) -> None:
 def _add_squares(total: np.ndarray, values: np.ndarray) -> None:
     for i in range(total.size):
         total[i] += values[i] * values[i]
+
+
+@inlined
+def _any_above(values: np.ndarray, large: float) -> bool:
+    found = False
+    for i in range(values.size):
+        found |= values[i] > large
+    return found
 
 
 @inlined

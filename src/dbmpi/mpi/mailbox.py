@@ -56,7 +56,10 @@ class MessageKind(IntEnum):
     ALIVE = 12
     """Worker to lead: at work, though nothing is pushed.  Lead to everybody: the run moves, keep waiting."""
     FAILED = 13
-    """Worker to lead: I cannot take another step; how many of my batches are learned.  Then as after a STOP_ASKED."""
+    """Worker to lead: I cannot take another step; in Downpour, how many of my batches are learned.
+
+    Then as after a STOP_ASKED, and the lead says END when a checkpoint is written.
+    """
 
 
 class Message(NamedTuple):

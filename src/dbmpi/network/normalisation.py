@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar
@@ -12,7 +13,7 @@ import numpy as np
 from dbmpi import config
 from dbmpi.index.boxes import Box
 from dbmpi.kernels import normalisation as kernels
-from dbmpi.kernels.memory import rows_of
+from dbmpi.kernels.memory import rows_of, widened
 from dbmpi.network.layer import Backward, Forward, Parameterless
 from dbmpi.network.windows import check_maps
 
@@ -73,10 +74,18 @@ class NormalisationLayer(Parameterless):
 
     def forward(self, task: Forward) -> None:
         """Compute the outputs in a box (see the contract of a layer)."""
-        output, outputs = task.output, task.outputs
-        _, mean, divisor = self._statistics(output, task.inputs)
+        inputs, _, mean, divisor = self._statistics(task.output, task.inputs)
+        if inputs is task.inputs:
+            self._normalise(task.output, inputs, mean, divisor, task.outputs)
+            return
+        with widened(task.outputs) as outputs:
+            self._normalise(task.output, inputs, mean, divisor, outputs)
+
+    def _normalise(
+        self, output: Box, inputs: np.ndarray, mean: np.ndarray, divisor: np.ndarray, outputs: np.ndarray
+    ) -> None:
         kernels.normalise(
-            task.inputs,
+            inputs,
             _place(output, self._around(output, 2)),
             mean,
             _space(output, self._around(output, 1)),
@@ -88,9 +97,25 @@ class NormalisationLayer(Parameterless):
         """Compute the inputs' gradient (see the contract of a layer)."""
         if task.input_gradient is None:
             return
-        output, inputs, outputs, gradient = task.output, task.inputs, task.outputs, task.gradient
+        inputs, *statistics = self._statistics(task.output, task.inputs)
+        if inputs is task.inputs:
+            self._differentiate(task.output, inputs, statistics, task.outputs, task.gradient, task.input_gradient)
+            return
+        outputs, gradient = task.outputs.astype(inputs.dtype), task.gradient.astype(inputs.dtype)
+        with widened(task.input_gradient) as input_gradient:
+            self._differentiate(task.output, inputs, statistics, outputs, gradient, input_gradient)
+
+    def _differentiate(
+        self,
+        output: Box,
+        inputs: np.ndarray,
+        statistics: Sequence[np.ndarray],
+        outputs: np.ndarray,
+        gradient: np.ndarray,
+        input_gradient: np.ndarray,
+    ) -> None:
         near, far = self._around(output, 1), self._around(output, 2)
-        total, mean, divisor = self._statistics(output, inputs)
+        total, mean, divisor = statistics
         squares, divided = np.empty_like(divisor), np.empty_like(divisor)
         rows_of_gradient = rows_of(gradient)
         kernels.divide_gradient(
@@ -104,7 +129,7 @@ class NormalisationLayer(Parameterless):
         of_mean = self._smoothed(centred, near, far, transposed=True)
         kernels.input_gradient(
             *(inputs, mean, _space(near, far), of_squares, of_mean),
-            *(*rows_of_gradient, gradient.shape[:3], _place(output, far), task.input_gradient),
+            *(*rows_of_gradient, gradient.shape[:3], _place(output, far), input_gradient),
         )
 
     def _around(self, output: Box, times: int) -> Box:
@@ -118,8 +143,11 @@ class NormalisationLayer(Parameterless):
             (self.input_shape[0], min(bottom + reach, height), min(right + reach, width)),
         )
 
-    def _statistics(self, output: Box, inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return the inputs' sum over the maps, their local mean around the box and the divisor in it."""
+    def _statistics(self, output: Box, inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Return the inputs, their sum over the maps, their local mean around the box and the divisor in it.
+
+        All are float64 where float32 cannot hold the squares: they overflow, or vanish, long before the outputs do.
+        """
         near, far = self._around(output, 1), self._around(output, 2)
         total = np.empty(inputs.shape[1:], inputs.dtype)
         kernels.sum_maps(inputs, total)
@@ -128,8 +156,9 @@ class NormalisationLayer(Parameterless):
         row, column = _space(near, far)
         kernels.sum_centred_squares(inputs, row, column, mean, squares)
         divisor = self._smoothed(squares, near, output)
-        kernels.deviation(divisor, self.floor)
-        return total, mean, divisor
+        if not kernels.deviation(divisor, self.floor) and inputs.dtype == np.float32:
+            return self._statistics(output, inputs.astype(np.float64))
+        return inputs, total, mean, divisor
 
     def _smoothed(self, field: np.ndarray, given: Box, wanted: Box, transposed: bool = False) -> np.ndarray:
         """Return the weighted sums, over the maps' number, at the places of a box from `field` at those of another."""

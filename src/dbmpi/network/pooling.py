@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
 
+import numpy as np
+
 from dbmpi import config
 from dbmpi.index.boxes import Box
 from dbmpi.kernels import pooling
-from dbmpi.kernels.memory import rows_of
+from dbmpi.kernels.memory import rows_of, widened
 from dbmpi.network import windows
 from dbmpi.network.layer import Backward, Forward, Parameterless
 
@@ -72,7 +74,10 @@ class PoolingLayer(Parameterless):
         inputs, window = task.inputs, (*self.size, self.stride)
         shape, (elements, steps) = task.outputs.shape, rows_of(task.outputs)
         if self.kind == "l2":
-            pooling.l2_forward(inputs, *window, EPSILON, shape, elements, steps)
+            # float32 cannot hold the squares, where it can still hold their root
+            if not pooling.l2_forward(inputs, *window, EPSILON, shape, elements, steps) and inputs.dtype == np.float32:
+                with widened(task.outputs) as wide:
+                    pooling.l2_forward(inputs.astype(wide.dtype), *window, EPSILON, shape, *rows_of(wide))
         elif self.kind == "average":
             pooling.average_forward(inputs, *window, shape, elements, steps)
         else:
@@ -85,7 +90,11 @@ class PoolingLayer(Parameterless):
         inputs, outputs, gradient, input_gradient = task.inputs, task.outputs, task.gradient, task.input_gradient
         window, shape = (*self.size, self.stride), outputs.shape
         if self.kind == "l2":
-            pooling.l2_backward(inputs, shape, *rows_of(outputs), *rows_of(gradient), *window, input_gradient)
+            if pooling.l2_backward(inputs, shape, *rows_of(outputs), *rows_of(gradient), *window, input_gradient):
+                return
+            with widened(input_gradient) as wide:
+                inputs, outputs, gradient = (array.astype(wide.dtype) for array in (inputs, outputs, gradient))
+                pooling.l2_backward(inputs, shape, *rows_of(outputs), *rows_of(gradient), *window, wide)
         elif self.kind == "average":
             pooling.average_backward(shape, *rows_of(gradient), *window, input_gradient)
         else:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ import numpy as np
 from dbmpi.data import limits
 from dbmpi.data.source import Source
 from dbmpi.errors import UserError
+from dbmpi.kernels.announce import announced, stderr_line
 from dbmpi.machine.threads import ranks_on_node
 from dbmpi.mpi import blocking, pieces, waiting
 from dbmpi.mpi.collective import Collective
@@ -90,6 +92,8 @@ class Inference(Collective):
         self._place, self._partition = divmod(rank, self.partitions)
         if comm is not None:
             self._prepare(comm)
+        say = partial(stderr_line, "dbmpi") if self.is_first else None
+        self._compiled = self._stack.enter_context(announced(say))
         self._replica = self._stack.enter_context(make_replica(network, placed, self._replica_comm))
         with self.together("reading the parameters", waiting.LONG_SECONDS):
             self._parameters = self.trained.parameters(self._replica.parameters.runs)
@@ -103,6 +107,7 @@ class Inference(Collective):
         found = np.zeros((len(batches), 4))
         for number in range(self._place, len(batches), self.replicas):
             outcome = self._replica.evaluate(self._parameters, source.batch(batches[number]))
+            self._compiled()
             if self._partition == 0:
                 found[number] = (outcome.samples, outcome.loss, max(outcome.correct, 0), outcome.correct < 0)
             if shown is not None:
@@ -136,6 +141,7 @@ class Inference(Collective):
                     if self.trained.network.loss is not None:
                         self.trained.network.loss.predict(outputs)
                     mine = np.ascontiguousarray(outputs.T, np.float32)
+                self._compiled()
             if not self.is_first:
                 if mine is not None:
                     assert self._comm is not None

@@ -95,7 +95,8 @@ class Coordinator:
         Raises
         ------
         RunFailed
-            Where the method fails, or finds that there is no minimum: after a checkpoint of what it had learned.
+            Where the method fails, or finds that there is no minimum, or a worker has failed: after a checkpoint of
+            what was learned.
         """
         try:
             report = self._minimise()
@@ -123,8 +124,13 @@ class Coordinator:
                 raise RunFailed(f"{failure}  {said[0].upper()}{said[1:]}.") from failure
             self._progress.message(said)
             raise
-        self._keeper.write(self.steps, self.samples, last=True)
-        if self._samples.tests and not self.stopped_by and self._tested_at != self.steps:
+        try:
+            self._keeper.write(self.steps, self.samples, last=True)
+        except RunFailed as failure:
+            if self._evaluator.failed is None:
+                raise
+            self._progress.warn(f"no checkpoint could be written: {failure}")  # and the worker says what came first
+        if self._samples.tests and not self._evaluator.interrupted and self._tested_at != self.steps:
             with suppress(Interrupted):
                 self._evaluate_test()
         if self.stopped_by or self._tested_at != self.steps:
@@ -271,13 +277,13 @@ class Coordinator:
             self._keeper.note(self._history, self._sampling.position, progress)
         self._evaluator.serve()
         every = self._run.monitor.evaluate_epochs
-        if every and self._samples.tests and self.epoch >= self._next_test and not self.stopped_by:
+        if every and self._samples.tests and self.epoch >= self._next_test and not self._evaluator.interrupted:
             self._next_test = (self.epoch // every + 1) * every
             self._evaluate_test()
-        if self._keeper.due and not self.stopped_by:
+        if self._keeper.due and not self._evaluator.interrupted:
             self._keeper.write(self.steps, self.samples)
         self._trying = True  # what comes next is
-        return bool(self.stopped_by) or self._used_up
+        return self._evaluator.interrupted or self._used_up
 
     def _evaluate_test(self) -> None:
         """Record and show the outcome on the held-out samples at the present parameters."""

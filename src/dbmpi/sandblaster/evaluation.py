@@ -15,12 +15,12 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 from mpi4py import MPI
 
-from dbmpi.errors import EndedByDeath
+from dbmpi.errors import EndedByDeath, RunFailed
 from dbmpi.mpi import mailbox as mpi_mailbox
 from dbmpi.mpi import waiting
 from dbmpi.mpi.failures import RESUMING
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 class Interrupted(Exception):
-    """A signal asks for the end in the middle of an evaluation."""
+    """A signal asks for the end in the middle of an evaluation, or a worker has failed."""
 
 
 class Evaluator:
@@ -67,6 +67,8 @@ class Evaluator:
         How the last batch came to count.
     stopped_by
         Number of the signal that asks for the end; 0 without any.
+    failed
+        Rank of a worker that cannot take another step; None without any.
     """
 
     def __init__(
@@ -94,6 +96,12 @@ class Evaluator:
         self.space = RemoteSpace(self.submit, lead.names)
         self.passes = Passes(board, window, stations, self._accrue, ordered=ordered)
         self.stopped_by = 0
+        self.failed: int | None = None
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether the run ends here, because of a signal or a worker that has failed."""
+        return bool(self.stopped_by) or self.failed is not None
 
     def gradient(self, name: str, portions: range, samples: int, place: int) -> float:
         """Accrue the gradient of some portions of the stream in a vector; return the seconds it took.
@@ -110,7 +118,7 @@ class Evaluator:
         Raises
         ------
         Interrupted
-            If a signal asks for the end.
+            If a signal asks for the end, or a worker has failed.
         EndedByDeath
             If nobody is left to compute it.
         """
@@ -143,12 +151,25 @@ class Evaluator:
         while (message := self._mailbox.receive()) is not None:
             if message.kind == mpi_mailbox.MessageKind.STOP_ASKED:
                 self._stop_asked(message.values[0])
+            elif message.kind == mpi_mailbox.MessageKind.FAILED and self.failed is None:
+                self.failed, worker = message.source, self._plan.worker_of(message.source)
+                assert worker is not None
+                replica = worker // self._plan.partitions
+                self._say(f"replica {replica} has failed: a checkpoint is written, and the run ends")
         if self._stop.number:
             self._stop_asked(self._stop.number)
         return self._serve_others() or moved
 
     def end(self) -> None:
-        """Let shards and replicas end."""
+        """Let shards and replicas end.
+
+        Raises
+        ------
+        RunFailed
+            If a worker has failed: that one says why, and ends the job meanwhile.
+        """
+        if self.failed is not None:
+            self._end_by(self.failed)
         self.submit(Command("end", (), ()))
         self._board.end()
         for request, _ in self._leaving:
@@ -161,7 +182,7 @@ class Evaluator:
         self.submit(Command("meet", (), ()))
         began = time.monotonic()
         self.passes.begin(kind, portions, first, samples, place)
-        waiting.until(lambda: self.passes.finished or bool(self.stopped_by), self.passes.awaited, serve=self.serve)
+        waiting.until(lambda: self.passes.finished or self.interrupted, self.passes.awaited, serve=self.serve)
         if not self.passes.finished:
             raise Interrupted
         return time.monotonic() - began
@@ -185,6 +206,16 @@ class Evaluator:
                 f"{self._watch.name(rank)} has died, and with it replica {replica}: what it had not delivered is "
                 f"handed out again, and the run goes on with {left} of {plan.replicas} replicas"
             )
+
+    def _end_by(self, rank: int) -> NoReturn:
+        """Leave it to a worker to end the job; the others go on waiting, and have nothing to say."""
+        self._mailbox.send(rank, mpi_mailbox.Role.WORKER, mpi_mailbox.MessageKind.END)
+        waiting.until(
+            lambda: rank in self._watch.dead,
+            f"the worker on rank {rank}, which has failed, to end the job",
+            serve=lambda: self._mailbox.receive() is not None,
+        )
+        raise RunFailed("")
 
     def _stop_asked(self, number: int) -> None:
         if not self.stopped_by:

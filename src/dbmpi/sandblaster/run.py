@@ -24,7 +24,7 @@ from dbmpi.config.sections import SandblasterSection
 from dbmpi.data import limits
 from dbmpi.data.run_data import network_notes
 from dbmpi.downpour.session import DTYPE, Session
-from dbmpi.errors import UserError
+from dbmpi.errors import EndedByDeath, UserError
 from dbmpi.index.layout import pieces
 from dbmpi.machine.threads import ranks_on_node
 from dbmpi.methods import own
@@ -54,7 +54,7 @@ from dbmpi.sandblaster.passes import Station
 from dbmpi.sandblaster.setup import Setup
 from dbmpi.sandblaster.shard import ShardSpace
 from dbmpi.sandblaster.state import MethodState, read_state
-from dbmpi.sandblaster.worker import BatchWorker
+from dbmpi.sandblaster.worker import FOR_THE_LEAD, BatchWorker
 
 __all__ = ["learn"]
 
@@ -69,8 +69,6 @@ _MAY_CHANGE: dict[str, object] = {
 """Settings, set to anything, under which a search goes on from where it stands."""
 _FEWEST_ITERATIONS = 10
 """Fewer may be too few to learn anything, unless the method ended by itself."""
-_FOR_THE_LEAD = 1.25
-"""Factor on the stall limit where a rank waits for the lead, which knows better who is to blame."""
 
 
 def learn(session: Session, stack: ExitStack) -> Result:
@@ -119,10 +117,20 @@ def learn(session: Session, stack: ExitStack) -> Result:
             told = True
             mailbox.send(0, mpi_mailbox.Role.SHARD, mpi_mailbox.MessageKind.STOP_ASKED, setup.stop.number)
         moved = space.poll() if number and space is not None else False
-        return (worker.poll() if worker is not None else False) or moved
+        return (_poll(worker, mailbox) if worker is not None else False) or moved
 
-    waiting.until(ended, "the coordinator's next batch", serve=serve, seconds=_FOR_THE_LEAD * waiting.STALL_SECONDS)
+    waiting.until(ended, "the coordinator's next batch", serve=serve, seconds=FOR_THE_LEAD * waiting.STALL_SECONDS)
     return _conclude(setup, coordinator, time.monotonic() - began)
+
+
+def _poll(worker: BatchWorker, mailbox: Mailbox) -> bool:
+    """Do the worker's next step; where it fails, let the lead write a checkpoint first."""
+    try:
+        return worker.poll()
+    except Exception as error:
+        if not (isinstance(error, (EndedByDeath, RankLost)) or failures.told(error)):
+            worker.let_lead_write(mailbox)
+        raise
 
 
 def _look(window: Window) -> bool:

@@ -48,6 +48,13 @@ class ShardSpace(LocalSpace):
         Of the parameters, for checkpoints.
     vectors
         The parameters, and what is carried along unchanged.
+
+    Attributes
+    ----------
+    ended
+        Whether the run is over.
+    whole
+        Whether each command that has arrived was carried out to its end.
     """
 
     def __init__(
@@ -64,6 +71,7 @@ class ShardSpace(LocalSpace):
         super().__init__(size, np.float32, self._sum_over_shards, shards.rank, shards.size, vectors)
         self.version = version
         self.ended = False
+        self.whole = True
         self.accrued_bytes = 0
         self._missed = 0
 
@@ -106,7 +114,9 @@ class ShardSpace(LocalSpace):
         data = np.empty(status.Get_count(MPI.BYTE), np.uint8)
         with blocking.blocking("the rest of a command of the coordinator"):
             self._comm.Recv([data, MPI.BYTE], 0, COMMANDS)
+        self.whole = False
         execute(self, Command.decode(data.tobytes()))
+        self.whole = True
         return True
 
     def _accrue(self, target: np.ndarray, source: BundleSource, bundle: int) -> None:

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from contextlib import suppress
 
 import numpy as np
 from mpi4py import MPI
 
+from dbmpi.errors import RunFailed
 from dbmpi.index.layout import pieces
 from dbmpi.mpi import waiting
 from dbmpi.mpi.failures import RankLost, Watch
+from dbmpi.mpi.mailbox import Mailbox, MessageKind, Role
 from dbmpi.mpi.window import Window
 from dbmpi.paramserver.client import Client
+from dbmpi.sandblaster.board import END
 from dbmpi.sandblaster.replica import SAID, Portions
 from dbmpi.sandblaster.setup import Setup
 from dbmpi.sandblaster.shard import ShardSpace
 from dbmpi.sandblaster.work import PortionWork
+
+FOR_THE_LEAD = 1.25
+"""Factor on the stall limit where a rank waits for the lead, which knows better who is to blame."""
 
 
 class BatchWorker:
@@ -28,7 +35,8 @@ class BatchWorker:
         polled = None if space is None or plan.shard_of(rank) == 0 else space.poll
         team = _Partitions(setup.comms.replica, others, setup.watch, polled)
         self._portions = _portions(setup, window, number, team)
-        self._team = team
+        self._team, self._space, self._board = team, space, setup.board(window)
+        self._on_lead = rank == 0
 
     @property
     def ended(self) -> bool:
@@ -44,6 +52,25 @@ class BatchWorker:
                 raise
         self._portions.give_up()
         return True
+
+    def let_lead_write(self, mailbox: Mailbox) -> None:
+        """Before this worker fails, let the lead write a checkpoint of what has been learned; return when it has.
+
+        It also returns where the run is over, where this rank's shard cannot take part or is the lead's, whose
+        coordinator sees the failure itself, and where nothing moves.
+        """
+        space = self._space
+        if self.ended or self._on_lead or (space is not None and not space.whole):
+            return
+        with suppress(RunFailed):
+            mailbox.send(0, Role.SHARD, MessageKind.FAILED)
+            waiting.until(
+                lambda: mailbox.receive() is not None or self._board.number() == END,
+                "the lead to write a last checkpoint",
+                serve=None if space is None else space.poll,
+                seconds=FOR_THE_LEAD * waiting.STALL_SECONDS,
+                longest_nap=0.01,
+            )
 
 
 def _portions(setup: Setup, window: Window, number: int, team: _Partitions) -> Portions:
