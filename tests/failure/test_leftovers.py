@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from dbmpi.machine import leftovers
 from failure.jobs import Jobs
+
+from dbmpi.machine import leftovers
 
 COMMAND = """
 import re, sys

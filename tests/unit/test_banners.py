@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+
 from dbmpi.machine.banners import Sieve
 
 RULE = "-" * 74 + "\n"

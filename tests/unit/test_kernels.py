@@ -326,7 +326,7 @@ def test_what_is_no_number_is_no_class(name, dtype, compiled):
         predicted = [naive_prediction(outputs) for outputs in values.T]
         classes = np.array([max(place, 0) for place in predicted], np.int32)
         expected = sum(place >= 0 for place in predicted)
-        loss, correct = _plain(getattr(losses, name), compiled)(values, classes)
+        loss, correct = _plain(getattr(losses, name), compiled)(values, classes, np.ones(samples, dtype))
         assert correct == expected
         assert np.isfinite(loss) or bad.any()
         assert expected == samples or not np.isfinite(loss)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 from harness.environment import plain_environment, timeout_scale
 
+from dbmpi.machine import mpi_library
 from dbmpi.machine.missing_mpi import explain
 
 NONE = "cannot load MPI library\nlibmpi.so: cannot open shared object file: No such file or directory"
@@ -88,3 +90,16 @@ def run(words: tuple[str, ...], variables: dict[str, str], here: Path) -> subpro
         timeout=60 * timeout_scale(),
         check=False,
     )
+
+
+@pytest.mark.parametrize("given", [None, "/proc"])
+def test_open_mpi_is_told_of_a_temporary_directory_that_can_be_written_to(given, tmp_path, monkeypatch):
+    """Without a launcher it dies where it cannot write to that of the environment, or to /tmp."""
+    for name in ("TMPDIR", "TEMP", "TMP"):
+        monkeypatch.delenv(name, raising=False)
+    if given:
+        monkeypatch.setenv("TMPDIR", given)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert mpi_library.openmpi_settings()["TMPDIR"] == str(tmp_path)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    assert "TMPDIR" not in mpi_library.openmpi_settings()

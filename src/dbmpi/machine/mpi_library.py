@@ -7,7 +7,9 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,19 +97,29 @@ def first_line(version: str) -> str:
 def openmpi_settings(devices: Path = Path("/sys/class/infiniband")) -> dict[str, str]:
     """Return the settings that Open MPI needs on a machine like this, as environment variables.
 
-    Its one-sided component ``ucx`` prints an error in every rank where there is no network adapter that UCX can drive.
+    Its one-sided component ``ucx`` prints an error in every rank where there is no network adapter that UCX can drive;
+    and a process without a launcher dies where it cannot write to its temporary directory, for which it does not look
+    further than ``/tmp``.
     """
+    settings = {}
     try:
         has_adapter = any(devices.iterdir())
     except OSError:
         has_adapter = False
-    return {} if has_adapter else {"OMPI_MCA_osc": "^ucx"}
+    if not has_adapter:
+        settings["OMPI_MCA_osc"] = "^ucx"
+    theirs = next((place for name in ("TMPDIR", "TEMP", "TMP") if (place := os.environ.get(name))), "/tmp")
+    with suppress(FileNotFoundError):  # nothing can be written anywhere
+        if tempfile.gettempdir() != os.path.abspath(theirs):
+            settings["TMPDIR"] = tempfile.gettempdir()
+    return settings
 
 
 def prepare() -> None:
     """Set what Open MPI needs and the user has not set; must come before MPI is loaded."""
     for name, value in openmpi_settings().items():
-        os.environ.setdefault(name, value)  # other MPIs do not look at it
+        if name == "TMPDIR" or name not in os.environ:
+            os.environ[name] = value  # other MPIs take no notice
 
 
 def _loaded_library() -> tuple[str, str]:
