@@ -72,3 +72,19 @@ def agree(comm: MPI.Intracomm, begin: np.ndarray, chosen: tuple[Any, ...], calls
                 if value != column[0]:
                     hint = ": broadcast it, or seed all ranks alike" if what == "the same start" else ""
                     raise UserError(f"minimize: ranks 0 and {other} were not given {what}{hint}")
+
+
+def returned(result: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[float, np.ndarray]:
+    """Return loss and gradient as an objective has returned them; raise UserError if they are none."""
+    expected = "minimize: the objective must return (loss, gradient)"
+    if not isinstance(result, (tuple, list)) or len(result) != 2:
+        raise UserError(f"{expected}, not {type(result).__name__}")
+    loss, gradient = np.asarray(result[0]), np.asarray(result[1])
+    if loss.size != 1 or loss.dtype.kind not in "fiu":
+        raise UserError(f"{expected}: its loss is no number but has shape {loss.shape} and dtype {loss.dtype}")
+    if gradient.shape != shape or gradient.dtype.kind not in "fiu":
+        raise UserError(
+            f"{expected}: its gradient has shape {gradient.shape} and dtype {gradient.dtype}, where x has "
+            f"{shape} and {dtype}"
+        )
+    return float(loss.reshape(())), gradient

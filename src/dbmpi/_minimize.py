@@ -21,8 +21,8 @@ import numba
 import numpy as np
 from mpi4py import MPI
 
-from dbmpi._arguments import agree, checked
-from dbmpi.errors import ToldElsewhere, UserError
+from dbmpi._arguments import agree, checked, returned
+from dbmpi.errors import ToldElsewhere
 from dbmpi.index.layout import cut
 from dbmpi.kernels.announce import announced, stderr_line
 from dbmpi.machine import threads
@@ -293,7 +293,7 @@ class _Problem:
         self.evaluations += 1
         its_gradient = np.empty(0)
         with self._shared("objective") as mine:
-            mine[1], its_gradient = self._sound(self._objective(x))
+            mine[1], its_gradient = returned(self._objective(x), self._shape, self._dtype)
         del x  # which is not ours to keep
         losses, self.signalled = self._said[:, 1], bool(self._said[:, 2].any())
         own = self.space.writable(gradient)
@@ -364,21 +364,6 @@ class _Problem:
             assert failure is not None
             raise failure
         raise ToldElsewhere(text) from failure
-
-    def _sound(self, result: Any) -> tuple[float, np.ndarray]:
-        """Return what the objective has returned, after a look at it."""
-        expected = "minimize: the objective must return (loss, gradient)"
-        if not isinstance(result, (tuple, list)) or len(result) != 2:
-            raise UserError(f"{expected}, not {type(result).__name__}")
-        loss, gradient = np.asarray(result[0]), np.asarray(result[1])
-        if loss.size != 1 or loss.dtype.kind not in "fiu":
-            raise UserError(f"{expected}: its loss is no number but has shape {loss.shape} and dtype {loss.dtype}")
-        if gradient.shape != self._shape or gradient.dtype.kind not in "fiu":
-            raise UserError(
-                f"{expected}: its gradient has shape {gradient.shape} and dtype {gradient.dtype}, where x has "
-                f"{self._shape} and {self._dtype}"
-            )
-        return float(loss.reshape(())), gradient
 
 
 def _added(comm: MPI.Intracomm, values: np.ndarray) -> np.ndarray:

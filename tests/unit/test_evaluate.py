@@ -18,6 +18,8 @@ from dbmpi.cli import inference
 from dbmpi.cli.main import main
 from dbmpi.data.source import Source
 from dbmpi.index.layout import Layout, Tensor
+from dbmpi.kernels import compile as compiling
+from dbmpi.machine import threads
 
 ACTIVATIONS = {
     "sigmoid": special.expit,
@@ -140,6 +142,24 @@ def test_predict_classes(tmp_path, capsys, batch_size, targets):
         assert file.attrs["step"] == 7
         assert file.attrs["checkpoint"].decode().endswith("step-000000007.h5")
     assert sorted(os.listdir(tmp_path)) == ["data.h5", "out.h5", "run"]
+
+
+def test_a_small_network_is_evaluated_by_one_thread(tmp_path, capsys, monkeypatch):
+    train(tmp_path / "run")
+    make_data(tmp_path / "data.h5")
+    monkeypatch.setattr(threads, "_prepared", threads.Preparation(2, threads.Node(1, 2, 2), {}, False, "", {}))
+    asked = []
+    monkeypatch.setattr(compiling, "limit_threads", asked.append)
+    used, batch = [], Source.batch
+
+    def noting(source, indices):
+        used.append(asked[-1])
+        return batch(source, indices)
+
+    monkeypatch.setattr(Source, "batch", noting)
+    run(capsys, "evaluate", tmp_path / "run", "--data", tmp_path / "data.h5")
+    assert used == [1]
+    assert asked[-1] == threads._prepared.kernels
 
 
 def test_predict_values(tmp_path, capsys):

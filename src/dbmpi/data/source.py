@@ -69,12 +69,6 @@ class Source:
         """What the user calls the datasets: ``inputs``, ``targets``, and if there are any, ``weights``."""
         self.scale: float = description.inputs.meaning.scale
         """Factor on every stored input."""
-        self.offset: float = description.inputs.meaning.offset
-        """What is added to every stored input after that."""
-        self.missing: float | None = reading.missing
-        """Number that is taken where an input is missing; None where nothing may be missing."""
-        self.channels: str = reading.channels
-        """Where in the file's samples the channels are: ``first`` or ``last``."""
         self.classes: int | None = None
         """Number of classes, or None where the targets are values or missing."""
         self.target_size: int | None = None

@@ -24,7 +24,7 @@ from dbmpi.mpi import blocking, pieces, waiting
 from dbmpi.mpi.collective import Collective
 from dbmpi.mpi.tags import Tag
 from dbmpi.objective import Outcome
-from dbmpi.replica import placement
+from dbmpi.replica import placement, thread_count
 from dbmpi.replica.whole import make_replica
 from dbmpi.runs import trained
 
@@ -231,6 +231,7 @@ class Inference(Collective):
                 workers=1 if self._comm is None else ranks_on_node(os.environ),
                 learning=False,
             )
+        self._stack.enter_context(thread_count.fitted(trained.network.layers, self.partitions, size))
         if self._comm is not None:
             self._compile(self._comm, size)
         return [np.arange(start, min(start + size, source.samples)) for start in range(0, source.samples, size)]
