@@ -1,4 +1,4 @@
-"""Minimise a function of one's own on the ranks of a communicator: the batch methods, for whoever has no network.
+"""Minimise a function of one's own on the ranks of a communicator: the batch methods without a network.
 
 Each rank gives a term of the loss, for instance that of its own samples; what is minimised is the sum.  Vectors lie cut
 over the ranks, so that history and vector work are divided among them, and the scalars that a method decides by have
@@ -336,7 +336,7 @@ class _Problem:
             self._say(f"{line}, gradient {largest:.3g}{ended}")
 
     def _say(self, line: str) -> None:
-        with suppress(OSError):  # whoever reads our output may be gone
+        with suppress(OSError):  # the reader of our output may be gone
             print(f"minimize: {line}", file=sys.stderr, flush=True)
 
     @contextmanager

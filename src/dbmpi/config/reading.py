@@ -138,7 +138,7 @@ def _contains(table: Any, parts: Sequence[str]) -> bool:
 
 
 def _sections_with(key: str) -> list[str]:
-    """Return the places of a key, for a user who has named no section."""
+    """Return the places of a key, where the user has named no section."""
     found = []
     for name, field in Run.model_fields.items():
         fields = getattr(field.annotation, "model_fields", {})

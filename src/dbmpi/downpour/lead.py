@@ -251,7 +251,7 @@ class Lead:
                     self._mailbox.send(self._plan.worker_ranks[worker], Role.WORKER, kind)
 
     def _say_alive(self) -> None:
-        """Let all who wait know that the run moves, in time before they give it up."""
+        """Tell all ranks that wait that the run moves, in time before they give it up."""
         if time.monotonic() - self._said_alive >= waiting.STALL_SECONDS / 4:
             self._said_alive = time.monotonic()
             self._tell_workers(MessageKind.ALIVE)

@@ -27,7 +27,7 @@ from dbmpi.replica.replica import Replica
 
 _ACTIVITIES = ("compute", "fetch", "push", "wait", "data")
 _FOR_THE_LEAD = 1.25
-"""Factor on the stall limit where a worker waits for the lead, which knows better than the worker who is to blame."""
+"""Factor on the stall limit where a worker waits for the lead, which knows better which rank is late."""
 
 
 class Worker:

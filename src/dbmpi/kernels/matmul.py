@@ -1,4 +1,4 @@
-"""Matrix products, by whoever computes them fastest on this processor.
+"""Matrix products, by the provider that is fastest on this processor.
 
 ========= ==================================================================================================
 `tiles`   our own (:mod:`dbmpi.kernels.tiles`), compiled for this processor; large products only

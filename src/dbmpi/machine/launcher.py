@@ -90,7 +90,7 @@ def compose(
     cores
         Cores of this node, to know whether the ranks are more.
     user
-        Number of the user, by default the one who runs this; Open MPI wants root (0) to confirm.
+        Number of the user, by default that of this process; Open MPI wants root (0) to confirm.
     """
     # A rank cannot judge by itself: Open MPI gives it a terminal of its own, even if mpirun writes to a file.
     settings = {"DBMPI_PROGRESS": "lines"}

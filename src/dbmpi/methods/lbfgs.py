@@ -58,7 +58,7 @@ def lbfgs(
     search
         Line search; with the default and its constants the iterates are those of L-BFGS-B without bounds.
     limits, callback, batches
-        When to stop; who hears of every iteration; how the samples change.
+        When to stop; what is called after every iteration; how the samples change.
     history
         The history to go on with, e.g. a restored one; `memory`, `caution` and `history_dtype` are then those of the
         history.

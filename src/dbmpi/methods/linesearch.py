@@ -1,7 +1,7 @@
 """Line searches: how far to go along a direction, decided on scalars alone.
 
 A search is a generator.  It yields the step to try, is sent the loss ``phi(step)`` and the slope ``phi'(step)`` there,
-and returns the trial that it accepts.  It knows no vectors and no ranks: whoever drives it evaluates the trials, and
+and returns the trial that it accepts.  It knows no vectors and no ranks: its caller evaluates the trials, and
 every rank that is sent the same numbers takes the same decisions.
 """
 

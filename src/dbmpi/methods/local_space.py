@@ -94,7 +94,7 @@ class LocalSpace:
     def bounds(self) -> dict[str, tuple[int | None, float | None]]:
         """Return what is known of the sizes of all vectors, the same on all shards.
 
-        The last bits of a dot product follow from it: who goes on from a checkpoint needs it, too.
+        The last bits of a dot product follow from it: a resumed run needs it, too.
         """
         return {name: (self._expected.get(name), self._largest.get(name)) for name in self._vectors}
 

@@ -70,7 +70,7 @@ def summary(directory: Path) -> Summary:
 
 
 class RunHistory:
-    """The records of a run, sorted by who wrote them, on one clock that stands still between two sessions.
+    """The records of a run, sorted by the ranks that wrote them, on one clock that stands still between two sessions.
 
     Parameters
     ----------

@@ -44,7 +44,7 @@ class WorkerReport:
     fetched_pieces: int = 0
     """Pieces in which the parameters came."""
     layers: Mapping[str, float] | None = None
-    """Time since the last report by phase and layer, e.g. ``forward 1`` or ``exchange 4``: who is slow, and where."""
+    """Time since the last report by phase and layer, e.g. ``forward 1`` or ``exchange 4``: what is slow, and where."""
 
 
 @dataclass(frozen=True, slots=True)

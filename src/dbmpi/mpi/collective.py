@@ -12,7 +12,7 @@ from dbmpi.errors import KnownToAll
 class Collective(ABC):
     """A context manager whose resources are given back by all ranks together.
 
-    Where an exception of one rank alone ends the block, nothing is freed: that would wait in vain for the others, who
+    Where an exception of one rank alone ends the block, nothing is freed: that would wait in vain for the others, which
     do not know of it, and the job is about to end.
     """
 

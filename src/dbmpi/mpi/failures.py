@@ -1,9 +1,9 @@
 """Ranks that die while the job goes on: the only file that touches MPI's fault tolerance.
 
 Most MPIs end the whole job when a rank dies.  Open MPI 5 can let the others live: started with ``mpirun --with-ft
-ulfm`` it tells them who is gone (User-Level Failure Mitigation), and everything that does not need the dead rank goes
-on.  What it is asked for here is little: who has died, which is known locally, and that probes for messages from
-anybody go on.  Memory that a dead rank has shared with its host stays where it is.
+ulfm`` it tells them which ranks are gone (User-Level Failure Mitigation), and everything that does not need the dead
+rank goes on.  Little is asked of it here: which ranks have died, which is known locally, and that probes for messages
+from any rank go on.  Memory that a dead rank has shared with its host stays where it is.
 
 What does not go on was seen with Open MPI 5.0.  One-sided operations between hosts may not return when a rank has died,
 even towards another one, so such runs use messages.  One ``MPI_Finalize`` in thirty does not return, and an Abort does
@@ -37,7 +37,7 @@ _BETWEEN_LOOKS = 0.1
 _NAME = 64
 """Bytes of a host's name, at most."""
 _FIRST_TO_SPEAK = 5.0
-"""Seconds for which all but the lowest rank leave it to that one to say who has died."""
+"""Seconds for which all but the lowest rank leave it to that one to say which rank has died."""
 
 
 RESUMING = "The same command with --set checkpoint.resume=auto goes on from the last checkpoint, if there is one"
@@ -163,7 +163,7 @@ def depart(comm: MPI.Comm) -> None:
 class Watch:
     """Looks now and then whether a rank has died, and ends the run where it cannot go on without that one.
 
-    As a context manager it looks in every wait, and says who has died where MPI has said no more than that.
+    As a context manager it looks in every wait, and says which rank has died where MPI has said no more than that.
 
     Parameters
     ----------
@@ -236,7 +236,7 @@ class Watch:
         return f"rank {rank} on {self._hosts[rank]}{self._roles.get(rank, '')}"
 
     def _give_up(self, missed: list[int]) -> None:
-        """Say who has died, on one rank, and let the others end; MPI's Abort does not where one has died."""
+        """Say which rank has died, on one rank, and let the others end; MPI's Abort does not where one has died."""
         if self._speaker is None:
             self._speaker = min(set(range(self._comm.size)) - self.dead)
             self._speaks_until = time.monotonic() + _FIRST_TO_SPEAK

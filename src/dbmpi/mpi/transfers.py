@@ -26,7 +26,7 @@ from dbmpi.mpi.tags import Tag
 _ORDERS = 0
 """Tag of orders; the data that belong to one have the tag that it names."""
 _NAP = 1e-4
-"""Longest nap, in seconds, of who waits for data: MPI moves them when he looks."""
+"""Longest sleep, in seconds, while waiting for data; MPI only makes progress when polled."""
 
 
 class _Kind(IntEnum):
@@ -52,7 +52,7 @@ class Messages:
         This rank's memory, uint8, open to the others.
     swap
         ``swap(offset, expected, value)`` sets a word of this rank's memory if it is as expected, and returns what it
-        was, as one operation for all who reach that memory without messages.
+        was, as one operation for all ranks that reach that memory without messages.
     """
 
     def __init__(self, comm: MPI.Intracomm, local: np.ndarray, swap: Callable[[int, int, int], int]) -> None:
@@ -98,7 +98,7 @@ class Messages:
         return int(word[0])
 
     def get(self, rank: int, offset: int, out: np.ndarray) -> MPI.Request:
-        """Begin to copy from `offset` of a rank's memory into `out`; who waits for it calls :meth:`serve`."""
+        """Begin to copy from `offset` of a rank's memory into `out`; a rank that waits for it calls :meth:`serve`."""
         return self._ask(_Kind.GET, rank, offset, out, out.nbytes)
 
     def serve(self) -> bool:

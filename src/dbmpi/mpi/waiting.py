@@ -1,8 +1,8 @@
-"""How a rank waits: it polls, serves whoever it must serve meanwhile, naps, and gives up in the end.
+"""How a rank waits: it polls, serves other ranks meanwhile, sleeps in between, and gives up in the end.
 
 A rank that blocks inside MPI spins and takes a core from a rank that computes; and it cannot notice that a peer is
 gone.  So nothing in dbmpi blocks: collectives are started and tested, flags are looked at, and between two looks the
-rank yields the core, then naps, each time a quarter longer up to `longest`.
+rank yields the core, then sleeps, each time a quarter longer up to `longest`.
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ _YIELDING = 1e-4
 
 
 class Backoff:
-    """Yields for a tenth of a millisecond, then naps that grow by a quarter from `shortest` to `longest` seconds.
+    """Yields for a tenth of a millisecond, then sleeps that grow by a quarter from `shortest` to `longest` seconds.
 
-    A nap is then about a fifth of the time since something happened: what comes after T seconds is delayed by T / 5 at
-    most.  (Several in a row matter where an MPI needs the napping rank's help for every step of a transfer.)  With the
-    longest nap of one millisecond, an idle rank looks about 900 times a second, which costs some 1 to 2 % of a core.
+    A sleep is then about a fifth of the time since something happened: what comes after T seconds is delayed by T / 5
+    at most.  (Several in a row matter where an MPI needs the sleeping rank's help for every step of a transfer.)  With the
+    longest sleep of one millisecond, an idle rank polls about 900 times a second, which costs some 1 to 2 % of a core.
 
-    At first it only yields, as even a nap of no length takes Linux some 70 us: partitions of a model wait for each
+    At first it only yields, as even a sleep of no length takes Linux some 70 us: partitions of a model wait for each
     other dozens of times in a step, mostly for less than that.  Once only, as a thread that does so leaves others of
     its process little of Python's time.
     """
@@ -72,11 +72,11 @@ class Backoff:
         self._yields_until = time.monotonic() + _YIELDING
 
     def reset(self) -> None:
-        """Make the next nap the shortest one: something happened."""
+        """Make the next sleep the shortest one: something happened."""
         self._next = 0.0
 
     def nap(self) -> None:
-        """Yield the core, and nap a quarter longer than the last time."""
+        """Yield the core, and sleep a quarter longer than the last time."""
         if self._yields_until and time.monotonic() < self._yields_until:
             os.sched_yield()
             return
@@ -87,10 +87,10 @@ class Backoff:
 
 @contextmanager
 def serving(serve: Callable[[], bool]) -> Iterator[None]:
-    """Call `serve` in every wait of this process, whoever waits and for what; it returns whether something goes on.
+    """Call `serve` in every wait of this process, whatever it waits for; it returns whether something goes on.
 
-    For what others may want of this rank at any time, so that two who wait for each other's answers come on.  While
-    something goes on this rank does not nap; a sign of life it is not.  `serve` must not wait.
+    For what others may want of this rank at any time, so that two ranks that wait for each other's answers come on.
+    While something goes on this rank does not sleep; a sign of life it is not.  `serve` must not wait.
     """
     _in_every_wait.append(serve)
     try:
@@ -120,7 +120,7 @@ def until(
     seconds
         Give up after this long without a sign of life; by default ``STALL_SECONDS``.
     longest_nap
-        Upper limit of the naps, in seconds.
+        Upper limit of the sleeps, in seconds.
 
     Raises
     ------

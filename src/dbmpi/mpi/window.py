@@ -3,11 +3,12 @@
 Between ranks of one node the memory is shared, and a transfer is a plain copy.  Between nodes the same memory is
 reached with Put and Get.  Flags are 64-bit words, written after the data they announce.
 
-The separate and the unified memory models of MPI (MPI 4.1, section 12.4) are both served: who looks at his own memory
-calls :meth:`Window.sync` first, who stores into a neighbour's shared memory calls it between the data and the flag.
+The separate and the unified memory models of MPI (MPI 4.1, section 12.4) are both served: a rank that reads its own
+memory calls :meth:`Window.sync` first, and one that stores into a neighbour's shared memory calls it between the data
+and the flag.
 
 Over networks without remote direct memory access an MPI carries out Put, Get and atomics with the help of the target,
-when that enters MPI.  The target may be a worker in the middle of a long gradient, or a shard at a nap; so flags are
+when that enters MPI.  The target may be a worker in the middle of a long gradient, or a shard that sleeps; so flags are
 stored without waiting for it, transfers to one rank travel together, and a wait tests for its end.  Where that is too
 slow, :mod:`dbmpi.mpi.transfers` does the same by messages.
 """
@@ -32,7 +33,7 @@ from dbmpi.mpi.transfers import Messages
 """Bytes of a cache line: regions begin at multiples, so that two ranks' words never share one."""
 
 _NAP = 1e-4
-"""Longest nap, in seconds, of who waits for data from another host: MPI moves them when he looks."""
+"""Longest sleep, in seconds, while waiting for remote data; MPI only makes progress when polled."""
 _MOST_GETS = 64
 """Gets of one thread that are on the way at a time."""
 Transport = Literal["rma", "p2p"]
@@ -134,7 +135,7 @@ class Window(Collective):
     def sync(self) -> None:
         """Make what others stored visible here, and what was stored here visible to others (a memory barrier).
 
-        Also lets MPI serve the operations of other nodes, which may need this rank's help; so whoever waits for a
+        Also lets MPI serve the operations of other nodes, which may need this rank's help; so a rank that waits for a
         flag must call it.
         """
         if len(self._near) < self._comm.size:

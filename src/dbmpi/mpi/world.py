@@ -162,7 +162,7 @@ def report_and_abort(error: BaseException) -> NoReturn:
         text = f"dbmpi: {whose}:\n{''.join(traceback.format_exception(error))}"
     if text:
         endings.note_message()
-    with suppress(OSError):  # whoever reads our output may be gone
+    with suppress(OSError):  # the reader of our output may be gone
         sys.stdout.flush()
         sys.stderr.write(text)
         sys.stderr.flush()

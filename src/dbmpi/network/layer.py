@@ -152,11 +152,11 @@ class SplitByInputs(Protocol):
     """What a layer with one axis of inputs offers, beyond `Layer`, if its work can be split by inputs, too.
 
     A worker then makes of the inputs that it owns a part of the sums behind *all* outputs; added up, they become the
-    outputs of those who own them.
+    outputs of the workers that own them.
     """
 
     def partial_tensor_box(self, tensor: str, inputs: Box, output: Box) -> Box:
-        """Return the part of a tensor that a worker needs who multiplies the inputs in a box and owns `output`."""
+        """Return the part of a tensor that a worker needs to multiply the inputs in a box if it owns `output`."""
         ...
 
     def partial_forward(self, parameters: Arrays, inputs: np.ndarray, sums: np.ndarray) -> None:

@@ -308,7 +308,7 @@ class Client:
 
     @contextmanager
     def _announced(self, activity: int) -> Iterator[None]:
-        """Tell shards on other hosts that data are on their way: while it does not nap, its MPI moves them faster."""
+        """Tell shards on other hosts that data are on their way: while it does not sleep, its MPI moves them faster."""
         shards = self._unheard
         for shard in shards:
             self._window.store(self._ranks[shard], self._memories[shard].active(self._number, activity), 1)

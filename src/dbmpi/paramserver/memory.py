@@ -1,4 +1,4 @@
-"""What lies where in a rank's window: pure integers, computed alike by the owner and by those who write there.
+"""What lies where in a rank's window: pure integers, computed alike by the owner and by the ranks that write there.
 
 A rank's window begins with its words as a client: for each shard, how many of its chunks that shard has applied.  On
 a shard there follow its words (versions, and for each client how many chunks it has posted), its parameters, the

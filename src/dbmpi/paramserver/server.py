@@ -21,7 +21,7 @@ from dbmpi.paramserver.rules import Rule, State
 
 MORE, LAST, REPORT = 0, 1, 2
 _LONGEST_TRANSFER = 10.0
-"""Seconds for which a shard does without naps while a client's transfer goes on."""
+"""Seconds for which a shard does not sleep while a client's transfer goes on."""
 
 
 class Header(NamedTuple):
@@ -173,7 +173,7 @@ class Server:
         return tally
 
     def _transfers_go_on(self) -> bool:
-        """Whether a client of another host moves data: its MPI may need this rank to look, and not to nap.
+        """Whether a client of another host moves data: its MPI may need this rank to poll, and not to sleep.
 
         A client that has said so long ago may have halted.
         """

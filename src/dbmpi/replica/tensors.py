@@ -1,4 +1,4 @@
-"""Which parts of the parameters each worker needs, which are needed by several, and who pushes their gradient."""
+"""Which parts of the parameters each worker needs, which by several, and which of these pushes the gradient."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def tensor_runs(layers: Sequence[Layer], layout: Layout, placement: Placement, w
 
 
 def tensor_parts(layers: Sequence[Layer], placement: Placement) -> tuple[Part, ...]:
-    """Return disjoint parts that hold every element of a tensor that anybody needs, with who needs and who pushes it.
+    """Return disjoint parts that hold every element of a tensor that any worker needs, with these workers and the one that pushes it.
 
     Owners are chosen so that pushes are about equally large; the same on every rank.
     """

@@ -1,11 +1,11 @@
-"""The board of a batch: which portions there are, who has won which, and which results count.
+"""The board of a batch: which portions there are, which replica has won which, and which results count.
 
 The board is a few words in the lead's window.  Replicas draw portions from it by atomics of their own: nothing on the
 lead's rank has to run for that.  A portion goes through three steps:
 
 1. It is *drawn*.  A replica has a stretch of the batch, the same one in every pass, and draws it in sequence; then it
-   draws the last ones of whoever has most left.  When all are drawn, those without a result are drawn again, as backup
-   copies.  Drawing is a hint, and nothing more: what counts is the next step.
+   takes portions from the end of the largest remaining share.  When all are drawn, those without a result are drawn
+   again, as backup copies.  Drawing is a hint, and nothing more: what counts is the next step.
 2. The first replica that has its gradient *wins* it, by a compare-and-swap of the portion's word, and only then adds
    the gradient to its bundle, the sum over the portions that it has won lately.
 3. Every few portions the bundle is *committed*, by a compare-and-swap of the replica's word, which holds the number of
@@ -139,7 +139,7 @@ class Board:
         self.words.store(self.rank, self.offset, END)
 
     def claims(self, batch: PostedBatch, seen: Sequence[int]) -> list[tuple[int, int]]:
-        """Return who has won each portion: replica and bundle, or -1 and 0.
+        """Return the winner of each portion: replica and bundle, or -1 and 0.
 
         A claim holds the last bits of the bundle's number; the rest is that of the replicas' latest bundles, `seen`.
         """

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from dbmpi.methods.own import Method
 
 _LONGEST_LEDGER = 8192
-"""Portions of which a line of the records can tell who computed them."""
+"""Portions whose replicas fit into a line of the records."""
 
 
 class Coordinator:

@@ -1,4 +1,4 @@
-"""What the roles of a run by Sandblaster know of it when they are put together: who holds what, and where."""
+"""What the roles of a run by Sandblaster know of it when they are put together: which rank holds what, and where."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from dbmpi.sandblaster.shard import ShardSpace
 from dbmpi.sandblaster.work import PortionWork
 
 FOR_THE_LEAD = 1.25
-"""Factor on the stall limit where a rank waits for the lead, which knows better who is to blame."""
+"""Factor on the stall limit where a rank waits for the lead, which knows better which rank is late."""
 
 
 class BatchWorker:
