@@ -57,7 +57,7 @@ class Backoff:
     """Yields for a tenth of a millisecond, then sleeps that grow by a quarter from `shortest` to `longest` seconds.
 
     A sleep is then about a fifth of the time since something happened: what comes after T seconds is delayed by T / 5
-    at most.  (Several in a row matter where an MPI needs the sleeping rank's help for every step of a transfer.)  With the
+    at most.  (Several in a row matter where an MPI needs the rank's help for every step of a transfer.)  With the
     longest sleep of one millisecond, an idle rank polls about 900 times a second, which costs some 1 to 2 % of a core.
 
     At first it only yields, as even a sleep of no length takes Linux some 70 us: partitions of a model wait for each

@@ -60,7 +60,7 @@ def tensor_runs(layers: Sequence[Layer], layout: Layout, placement: Placement, w
 
 
 def tensor_parts(layers: Sequence[Layer], placement: Placement) -> tuple[Part, ...]:
-    """Return disjoint parts that hold every element of a tensor that any worker needs, with these workers and the one that pushes it.
+    """Return disjoint parts with every element of a tensor that a worker needs, and the workers that need and push it.
 
     Owners are chosen so that pushes are about equally large; the same on every rank.
     """
