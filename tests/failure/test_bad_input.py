@@ -28,14 +28,14 @@ def assert_refused(done: Completed, *words: str) -> None:
 @pytest.mark.parametrize(
     ("setting", "words"),
     [
-        ("optimizer.learning_rat=1", ("config.toml", "did you mean 'learning_rate'?")),
+        ("optimizer.learning_rat=1", ("--set optimizer.learning_rat=1", "did you mean 'learning_rate'?")),
         ("topology.shards=7", ("2 ranks started", "topology.shards = 1")),
         ("data.train=bad.h5", ("bad.h5", "sample 7 holds NaN", "finite")),
     ],
     ids=["the first rank", "all ranks", "a worker"],
 )
 def test_a_mistake_is_told_once(jobs: Jobs, setting: str, words: tuple[str, ...]) -> None:
-    """Whoever finds it."""
+    """Whichever rank finds it."""
     inputs = np.zeros((9, tiny.FEATURES))
     inputs[7, 2] = np.nan
     tiny.write_file(jobs.directory / "bad.h5", inputs, np.arange(9) % tiny.CLASSES)
@@ -47,4 +47,4 @@ def test_a_mistake_is_told_once(jobs: Jobs, setting: str, words: tuple[str, ...]
 def test_a_wrong_command_line_is_told_once(jobs: Jobs) -> None:
     """Before there is an MPI."""
     done = jobs.launch(3, [sys.executable, "-m", "dbmpi", "train", "config.toml", "--sett", "x"], cwd=jobs.directory)
-    assert_refused(done, "unrecognized arguments: --sett x")
+    assert_refused(done, "train has no argument --sett; did you mean --set?")

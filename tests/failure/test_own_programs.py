@@ -22,7 +22,7 @@ def objective(x):
 
 found = minimize(objective, np.full(3, 9.0))
 if MPI.COMM_WORLD.rank == 0:
-    print("found", found.x.round(6).tolist(), found.converged)
+    print("found", (found.x.round(6) + 0.0).tolist(), found.converged)
 """
 
 TRAIN = """

@@ -10,8 +10,8 @@ from dbmpi.data.guess import loss_of_guessing
 from dbmpi.data.reading import Reading
 from dbmpi.data.source import Source
 from dbmpi.errors import UserError
-from dbmpi.network.description import Network
 from dbmpi.objective import Batch
+from dbmpi.replica.whole import WholeNetwork
 
 RANDOM = np.random.default_rng(8)
 COUNT = 30
@@ -213,7 +213,7 @@ def test_reconstruction_has_no_weights():
 def test_a_whole_weight_counts_like_that_many_samples(loss):
     loss, _, values = loss.partition(" ")
     section = NetworkSection(loss=loss, layers=(config.Dense(units=5, activation="tanh"), config.Dense(units=3)))
-    network = Network(section, (4,), 3, np.float64, targets=values or "classes")
+    network = WholeNetwork(section, (4,), 3, np.float64, targets=values or "classes")
     parameters = np.empty(network.size)
     network.initial(0, parameters)
     targets = RANDOM.random((3, COUNT)) if values else CODES.astype(np.int32)
