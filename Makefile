@@ -1,6 +1,7 @@
 # make demo          train a network and see what came out
 # make test          all tests, on the Open MPI wheel
 # make test-mpich    all tests, on the MPICH wheel
+# make test-failures all variants of the tests of failures, of which the others run the first ones, on both MPIs
 # make test-cluster  the tests that start a Slurm and several hosts, on both MPIs; needs root
 # make test-families dbmpi with Debian's MPICH and Open MPI and with Intel MPI, each unpacked into a temporary folder
 # make lint          style, format and types
@@ -16,7 +17,7 @@ PYTEST_ARGS ?=
 PIP = -m pip --disable-pip-version-check install --quiet
 PROJECT = pyproject.toml setup.cfg
 
-.PHONY: demo test test-mpich test-cluster test-families lint docs bench-peers clean distclean
+.PHONY: demo test test-mpich test-failures test-cluster test-families lint docs bench-peers clean distclean
 # Two pips in one environment would get into each other's way.
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
@@ -29,6 +30,10 @@ test: .venv/.installed-test
 
 test-mpich: .venv-mpich/.installed-test
 	.venv-mpich/bin/python -m pytest $(PYTEST_ARGS)
+
+test-failures: .venv/.installed-test .venv-mpich/.installed-test
+	DBMPI_TEST_VARIANTS=99 .venv/bin/python -m pytest tests/failure $(PYTEST_ARGS)
+	DBMPI_TEST_VARIANTS=99 .venv-mpich/bin/python -m pytest tests/failure $(PYTEST_ARGS)
 
 test-cluster: .venv/.installed-test .venv-mpich/.installed-test
 	DBMPI_CLUSTER_TESTS=1 .venv/bin/python -m pytest tests/cluster $(PYTEST_ARGS)
