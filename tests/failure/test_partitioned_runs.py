@@ -69,7 +69,7 @@ def test_evaluate_and_predict_under_a_launcher(jobs: Jobs) -> None:
     assert found["loss"] == pytest.approx(expected.mean_loss, rel=1e-5)
     done = run(3, "predict", "--out", "out.h5", *allowed)
     assert done.returncode == 0, done.transcript
-    assert done.stdout.count("outputs 17 x 3, classes") == 1, done.transcript
+    assert done.stdout.count("probabilities 17 x 3, classes") == 1, done.transcript
     with h5py.File(jobs.directory / "out.h5") as file:
         np.testing.assert_allclose(file["outputs"], outputs, rtol=1e-4, atol=1e-6)
         np.testing.assert_array_equal(file["classes"], outputs.argmax(axis=1))
