@@ -25,7 +25,7 @@ from dbmpi.mpi.collective import Collective
 from dbmpi.mpi.tags import Tag
 from dbmpi.objective import Outcome
 from dbmpi.replica import placement, thread_count
-from dbmpi.replica.whole import make_replica
+from dbmpi.replica.replica import Replica
 from dbmpi.runs import trained
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ class Inference(Collective):
             self._prepare(comm)
         say = partial(stderr_line, "dbmpi") if self.is_first else None
         self._compiled = self._stack.enter_context(announced(say))
-        self._replica = self._stack.enter_context(make_replica(network, placed, self._replica_comm))
+        self._replica = self._stack.enter_context(Replica(network, placed, self._replica_comm))
         with self.together("reading the parameters", waiting.LONG_SECONDS):
             self._parameters = self.trained.parameters(self._replica.parameters.runs)
 

@@ -17,7 +17,7 @@ from dbmpi.kernels.llvm.writer import lanes
 from dbmpi.mpi import waiting
 from dbmpi.objective import Batch
 from dbmpi.replica.plan import plan_exchanges
-from dbmpi.replica.whole import make_replica
+from dbmpi.replica.replica import Replica
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -96,7 +96,7 @@ def profile(
     UserError
         If the memory is not enough for parameters and gradient.
     """
-    with make_replica(network, placement, comm) as replica:
+    with Replica(network, placement, comm) as replica:
         mine = np.append(_median_times(network, replica, samples, steps, comm), THREADS * multiply_add_peak())
     everybodys = _gather(comm, mine)
     times = everybodys[:, :-2].reshape(-1, len(PHASES), len(network.layers))
@@ -104,8 +104,7 @@ def profile(
     layers = []
     for place, (layer, plan) in enumerate(zip(network.layers, plans, strict=True)):
         seconds, slowest = times[:, :, place].max(axis=0), times[:, :, place].argmax(axis=0)
-        moved = plan.traffic(samples, network.dtype.itemsize).total
-        moved += plan.traffic(samples, network.dtype.itemsize, backward=True).total if place > 0 else 0
+        moved = plan.values * samples * network.dtype.itemsize * (2 if place > 0 else 1)
         layers.append(
             LayerProfile(
                 layer.name,

@@ -34,9 +34,9 @@ from dbmpi.network import own
 from dbmpi.network.description import Network
 from dbmpi.paramserver.memory import check_room
 from dbmpi.replica import placement
+from dbmpi.replica.replica import Replica
 from dbmpi.replica.thread_count import fitted
 from dbmpi.replica.trial import try_layer
-from dbmpi.replica.whole import make_replica
 from dbmpi.result import Result
 from dbmpi.runs import start as runs_start
 from dbmpi.sandblaster import run as sandblaster_run
@@ -136,7 +136,7 @@ class _Session:
                 self._stack.enter_context(locked(run.run.directory, tell))
         replica = None
         if self._worker_number is not None:
-            replica = self._stack.enter_context(make_replica(network, placed, self._comms.replica))
+            replica = self._stack.enter_context(Replica(network, placed, self._comms.replica))
             replica.prepare(run.optimizer.batch_size)
         begin, checkpoint, number = runs_start.find(
             run, self._comm, plan.replicas, network.layout, order, self._data.meaning
