@@ -73,15 +73,15 @@ def _write(arguments: argparse.Namespace, network: Inference, source: Source) ->
     import numpy as np
 
     import dbmpi
-    from dbmpi.checkpoint.arrayfile import ArrayFile
     from dbmpi.checkpoint.meaning import Meaning
+    from dbmpi.checkpoint.new_file import ARRAYS, NewFile
 
     trained = network.trained
     units, classifies, broken = trained.units, trained.info.classes > 0, 0
     loss, meaning = trained.network.loss, trained.info.meaning or Meaning()
     labels = _labels(meaning.labels, units) if classifies and meaning.labels else None
     kind, description = ("outputs", "outputs of the last layer") if loss is None else loss.predicts
-    with ArrayFile(arguments.out) as out:
+    with NewFile(arguments.out, ARRAYS) as out:
         out.set_attribute("format", FORMAT)
         out.set_attribute("format_version", 1)
         out.set_attribute("dbmpi", dbmpi.__version__)
@@ -100,7 +100,7 @@ def _write(arguments: argparse.Namespace, network: Inference, source: Source) ->
             out.put("class_labels", _plain(meaning.labels))
         if meaning.target_names:
             out.put("output_names", _plain(meaning.target_names))
-        out.check_room()
+        out.check_space()
         with inference.progress(source, "predicting", True) as shown:
             for first, rows in network.predict(source):
                 out.write("outputs", first * units, rows.reshape(-1))
