@@ -238,7 +238,7 @@ def test_files_that_are_no_data_files(tmp_path):
     for name, message in {
         "missing.h5": "no such data file",
         ".": "is not a file",
-        "text.h5": "is not an HDF5 file; convert it with 'dbmpi data import'",
+        "text.h5": "is not an HDF5 file, or a torn one; expected an HDF5 file, e.g. made by 'dbmpi data import'",
         "empty.h5": "is not an HDF5 file",
         "torn.h5": "incomplete or damaged",
         "writing.h5": "is open for writing in another program; wait",

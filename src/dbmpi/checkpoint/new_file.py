@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from dbmpi.checkpoint import checksums
-from dbmpi.checkpoint.schema import HDF5_ERRORS
+from dbmpi.checkpoint.untrusted import HDF5_ERRORS, reason
 from dbmpi.errors import DiskFailed, UserError
 
 ARRAYS = {"libver": ("v108", "v110"), "alignment_threshold": 65536, "alignment_interval": 4096}
@@ -228,8 +228,7 @@ class NewFile:
             raise
         except HDF5_ERRORS as error:
             self.abort()
-            reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-            raise self._failure(f"{self.path}: could not be written: {reason}", True) from error
+            raise self._failure(f"{self.path}: could not be written: {reason(error)}", True) from error
         except BaseException:
             self.abort()
             raise

@@ -6,17 +6,15 @@ import contextlib
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
-import h5py
 import numpy as np
 from numpy.typing import DTypeLike
 
 from dbmpi.checkpoint import directory, schema
 from dbmpi.checkpoint.checksums import Mismatch, StoredArray
-from dbmpi.checkpoint.schema import HDF5_ERRORS
-from dbmpi.checkpoint.untrusted import Foreign, Malformed, UntrustedFile
+from dbmpi.checkpoint.contents import Contents, Foreign, Malformed
+from dbmpi.checkpoint.untrusted import damage, open_file
 from dbmpi.errors import Damaged, UserError
 from dbmpi.index.layout import Layout, Tensor
 
@@ -53,21 +51,21 @@ class Checkpoint:
         self.path = path
         self.notice = notice
         self.unreadable: Mapping[Path, UserError] = {}
-        self._file = _open(path)
-        try:
-            checked = UntrustedFile(self._file, path.stat().st_size)
-            self.info = checked.info()
-            self.layout = checked.layout()
-            self.vectors = checked.vectors()
-            self.dtype, self._arrays = checked.arrays(self.layout, self.vectors)
-            self.has_checksums = checked.verified
-        except Malformed as error:
-            self._file.close()
-            kind = UserError if isinstance(error, Foreign) else Damaged
-            raise kind(f"{path}: not a whole checkpoint: {error}") from None
-        except HDF5_ERRORS as error:
-            self._file.close()
-            raise Damaged(f"{path}: the checkpoint cannot be read: {_text(error)}") from None
+        with contextlib.ExitStack() as stack:
+            expected = "expected a checkpoint, or the directory of a run"
+            self._file = stack.enter_context(open_file(path, "checkpoint", expected, locking=False))
+            stack.enter_context(damage(path, "the checkpoint"))
+            try:
+                contents = Contents(self._file, path.stat().st_size)
+                self.info = contents.info()
+                self.layout = contents.layout()
+                self.vectors = contents.vectors()
+                self.dtype, self._arrays = contents.arrays(self.layout, self.vectors)
+                self.has_checksums = contents.verified
+            except Malformed as error:
+                kind = UserError if isinstance(error, Foreign) else Damaged
+                raise kind(f"{path}: not a whole checkpoint: {error}") from None
+            stack.pop_all()
 
     @classmethod
     def open(cls, path: Path, without: Collection[Path] = ()) -> Checkpoint:
@@ -195,23 +193,18 @@ class Checkpoint:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     @contextlib.contextmanager
     def _naming(self, vector: str, tensor: Tensor) -> Iterator[None]:
         """Say which array of which file cannot be read."""
-        try:
-            yield
-        except Mismatch as error:
-            raise Damaged(
-                f"{self.path}: /{schema.group_of(vector)}/{tensor.name} is damaged: {error}; use another checkpoint"
-            ) from None
-        except OSError as error:
-            name = f"/{schema.group_of(vector)}/{tensor.name}"
-            raise Damaged(f"{self.path}: {name} cannot be read: {_text(error)}") from error
+        name = f"/{schema.group_of(vector)}/{tensor.name}"
+        with damage(self.path, name):
+            try:
+                yield
+            except Mismatch as error:
+                raise Damaged(f"{self.path}: {name} is damaged: {error}; use another checkpoint") from None
 
     def _difference(self, layout: Layout) -> str:
         here = {tensor.name: tensor.shape for tensor in self.layout.tensors}
@@ -251,17 +244,6 @@ def _open_all(
     return found, unreadable
 
 
-def _open(path: Path) -> Any:
-    try:
-        return h5py.File(path, "r", locking=False)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such checkpoint; expected a file, or the directory of a run") from None
-    except PermissionError:
-        raise UserError(f"{path}: the checkpoint may not be read by this user") from None
-    except HDF5_ERRORS as error:
-        raise Damaged(f"{path}: not a checkpoint, or a torn one: {_text(error)}") from None
-
-
 def _fill(stored: StoredArray, first: int, dtype: np.dtype[Any], out: np.ndarray) -> None:
     """Fill the contiguous vector `out` (n,) from the values of an array, of `dtype`, from the flat position `first` on.
 
@@ -276,10 +258,6 @@ def _fill(stored: StoredArray, first: int, dtype: np.dtype[Any], out: np.ndarray
         part = out[start : start + _CONVERTED_AT_ONCE]
         stored.read((first + start) * dtype.itemsize, buffer[: len(part)].view(np.uint8).data)
         part[:] = buffer[: len(part)]
-
-
-def _text(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:

@@ -46,9 +46,6 @@ MEANING = "meaning"
 OPTIONAL_TEXTS = {"method": "run/method"}
 """Fields that are stored as `TEXTS` are, where they are not empty."""
 
-HDF5_ERRORS = (OSError, RuntimeError, ValueError, KeyError, TypeError)
-"""What h5py raises when HDF5 fails; which of them depends on where it failed."""
-
 TEXTS = {
     "configuration": "run/configuration",
     "created": "run/created",

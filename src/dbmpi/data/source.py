@@ -6,13 +6,13 @@ import hashlib
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal
 
 import h5py
 import numpy as np
 
 from dbmpi.checkpoint.meaning import Meaning, agree
+from dbmpi.checkpoint.untrusted import damage
 from dbmpi.data import description as data_description
 from dbmpi.data import hdf5
 from dbmpi.data.attributes import declared
@@ -114,8 +114,8 @@ class Source:
             description = data_description.describe(path, file, memory_bytes, reading, targets == "required")
             source = cls(path, file, description, memory_bytes, reading)
             source._cache_bytes = cache_bytes
-            answers = None if description.targets is None else description.targets.stored.dataset
-            source._declared = declared(path, file, description.inputs.dataset, answers)
+            answers = None if description.targets is None else description.targets.stored.dataset.values
+            source._declared = declared(path, description.inputs.dataset.values, answers)
         return source
 
     def close(self) -> None:
@@ -126,9 +126,7 @@ class Source:
     def __enter__(self) -> Source:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     @property
@@ -247,16 +245,11 @@ class Source:
         UserError
             If inputs or values are missing, NaN or infinite (also as float32), or labels are not classes.
         """
-        file = hdf5.open_file(self.path, self._cache_bytes)
-        try:
-            with hdf5.damage(self.path, "its structure"):
-                inputs = self._stored_inputs.reopened(file)
-                answer = None if self._answer is None else self._answer.reopened(file)
-            inputs.scan(full)
-            if answer is not None:
-                answer.scan(full)
-        finally:
-            file.close()
+        with hdf5.open_file(self.path, self._cache_bytes) as file:
+            with damage(self.path, "its structure"):
+                stored = [each.reopened(file) for each in (self._stored_inputs, self._answer) if each is not None]
+            for each in stored:
+                each.scan(full)
 
     def expect(self, outputs: int, loss: str) -> None:
         """Raise UserError unless a last layer of `outputs` units with this loss fits the targets.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import h5py
@@ -12,10 +13,10 @@ import numpy as np
 from dbmpi.checkpoint.untrusted import LARGEST_TEXT
 from dbmpi.data import hdf5
 from dbmpi.data import labels as data_labels
+from dbmpi.data.hdf5 import Dataset, decoded
 from dbmpi.data.labels import MOST_LABELS, Numbering
 from dbmpi.data.reading import Label, Reading
 from dbmpi.data.rows import Stored
-from dbmpi.errors import UserError
 
 _EXPECTED = (
     "integers (samples,) or text for classes, or numbers (samples, outputs) for values, or for the loss 'softmax' "
@@ -54,10 +55,10 @@ class Targets:
         self.stored, self._reading = stored, reading
         self._numbering: Numbering | None = None
         self._one_hot = False
-        self._text = _text(stored.dataset)
+        self._text = h5py.check_string_dtype(stored.dtype) is not None
         self._shaped(samples)
-        given = _given_classes(stored)
-        written = _labels(stored, given)
+        given = _given_classes(stored.dataset)
+        written = _labels(stored.dataset, given)
         if self.size is not None:
             return
         if self._one_hot:
@@ -65,7 +66,7 @@ class Targets:
             self.note = f"{stored.name!r} holds one-hot rows: they are taken for {self.classes} classes"
         elif self._text:
             self._number([*self._distinct()])
-        elif (names := h5py.check_enum_dtype(stored.dataset.dtype)) and stored.kind != np.bool_:
+        elif (names := h5py.check_enum_dtype(stored.dtype)) and stored.kind != np.bool_:
             self._enumerated(names)
         elif given is not None:
             self.classes, self.labels = given, written
@@ -98,7 +99,7 @@ class Targets:
         codes, wrong = self._codes(rows)
         if len(wrong):
             self.scan(full=True)
-            raise UserError(f"{self.stored.path}: {self.stored.name!r} holds labels outside 0 ... {self.classes}")
+            raise self.stored.error(f"holds labels outside 0 ... {self.classes}")
         return codes
 
     def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
@@ -128,19 +129,19 @@ class Targets:
                 expected = f"one of the labels {data_labels.some(self.labels)}"
             else:
                 expected = f"whole numbers from 0 to {self.classes and self.classes - 1}"
-            raise UserError(
-                f"{self.stored.path}: dataset {self.stored.name!r}: label {label} of sample {first} is not a class; "
-                f"{bad} of {self.stored.samples} labels are not; expected {expected}"
+            raise self.stored.error(
+                f": label {label} of sample {first} is not a class; {bad} of {self.stored.samples} labels are not; "
+                f"expected {expected}"
             )
 
     def _scan_probabilities(self, full: bool) -> None:
         for start, rows in self.blocks():
             wrong = np.flatnonzero(((rows < 0) | (rows > 1)).any(axis=1))
             if len(wrong):
-                raise UserError(
-                    f"{self.stored.path}: dataset {self.stored.name!r}: sample {start + int(wrong[0])} holds "
-                    f"{_shown(rows[wrong[0]])}, but the loss 'logistic' takes values between 0 and 1; for classes "
-                    f"store integers (samples,), and for other values use the loss 'squared'"
+                raise self.stored.error(
+                    f": sample {start + int(wrong[0])} holds {_shown(rows[wrong[0]])}, but the loss 'logistic' takes "
+                    f"values between 0 and 1; for classes store integers (samples,), and for other values use the loss "
+                    f"'squared'"
                 )
             if not full:
                 return
@@ -150,19 +151,13 @@ class Targets:
     def _shaped(self, samples: int) -> None:
         """Find out what is meant from type and shape."""
         stored = self.stored
-        if stored.dataset.ndim == 2 and stored.shape[0] == 1 != samples == stored.shape[1]:
-            stored.as_column()
+        stored.as_column(samples)
         kind, shape = stored.kind, stored.shape
         numbers, column = kind.kind in "iufb", len(shape) == 1 or shape[1:] == (1,)
         if not (numbers or self._text) or not 1 <= len(shape) <= 2 or (self._text and not column):
-            raise UserError(
-                f"{stored.path}: dataset {stored.name!r} is {stored.dataset.dtype} of shape {shape}; expected "
-                f"{_EXPECTED}"
-            )
+            raise stored.error(f"is {stored.dtype} of shape {shape}; expected {_EXPECTED}")
         if shape[1:] == (0,):
-            raise UserError(
-                f"{stored.path}: dataset {stored.name!r} has shape {shape}; expected at least one value a sample"
-            )
+            raise stored.error(f"has shape {shape}; expected at least one value a sample")
         classes = self._reading.wanted == "classes"
         if column and (kind.kind in "iub" or self._text or (classes and kind.kind == "f")):
             return
@@ -178,9 +173,9 @@ class Targets:
         labels = self.labels or ()
         longest = max((len(label.encode()) for label in labels if isinstance(label, str)), default=0)
         if len(labels) * longest > LARGEST_TEXT:
-            raise UserError(
-                f"{self.stored.path}: {self.stored.name!r} has {len(labels)} labels of up to {longest} bytes; expected "
-                f"at most {LARGEST_TEXT >> 20} MiB, were all as long; shorten them, or number the classes from 0"
+            raise self.stored.error(
+                f"has {len(labels)} labels of up to {longest} bytes; expected at most {LARGEST_TEXT >> 20} MiB, were "
+                "all as long; shorten them, or number the classes from 0"
             )
 
     def _number(self, labels: list[Any]) -> None:
@@ -207,7 +202,7 @@ class Targets:
             self.classes = 2
             return
         least, most = self._extremes()
-        named = _labels(self.stored, None)
+        named = _labels(self.stored.dataset, None)
         if named is not None and least >= 0 and most < len(named):
             self.classes, self.labels = len(named), named
             return
@@ -215,27 +210,17 @@ class Targets:
         # Numbers are no texts: where those were learned, they number the classes.
         if given is not None and not isinstance(given[0], str) and given != tuple(range(len(given))):
             self._number([])
-        elif given is not None or least == 0:
+            return
+        if most > hdf5.LARGEST_LABEL:
+            raise self.stored.error(f"holds the label {most}; expected labels from 0 to the number of classes - 1")
+        labels = None
+        if given is None and least != 0:
+            with suppress(ValueError):  # the scan will name the label
+                labels = data_labels.numbered([*self._distinct()])
+        if labels is None:
             self.classes = max(most + 1, 1)
-        elif most > hdf5.LARGEST_LABEL:
-            raise UserError(
-                f"{self.stored.path}: {self.stored.name!r} holds the label {most}; expected labels from 0 to the "
-                f"number of classes - 1"
-            )
         else:
-            distinct = [*self._distinct()]
-            try:
-                labels = data_labels.numbered(distinct)
-            except ValueError:
-                self.classes = max(most + 1, 1)
-                return  # the scan will name it
-            assert labels is not None
             self._number(list(labels))
-        if self.classes is not None and self.classes > hdf5.LARGEST_LABEL + 1:
-            raise UserError(
-                f"{self.stored.path}: {self.stored.name!r} holds the label {most}; expected labels from 0 to the "
-                f"number of classes - 1"
-            )
 
     def _extremes(self) -> tuple[int, int]:
         least, most = [], []
@@ -252,9 +237,9 @@ class Targets:
             labels = self._words(start, rows) if self._text else self._whole(start, rows)
             found.update(np.unique(labels).tolist())
             if len(found) > MOST_LABELS:
-                raise UserError(
-                    f"{self.stored.path}: {self.stored.name!r} holds more than {MOST_LABELS} different labels; "
-                    f"expected classes; number them from 0, or store floating numbers (samples, outputs) for values"
+                raise self.stored.error(
+                    f"holds more than {MOST_LABELS} different labels; expected classes; number them from 0, or store "
+                    "floating numbers (samples, outputs) for values"
                 )
         return sorted(found)
 
@@ -278,20 +263,19 @@ class Targets:
         flat, stored = rows.reshape(-1), self.stored
         absent = stored.missing(flat)
         if absent is not None and absent.any():
-            place = int(np.flatnonzero(absent)[0])
-            raise UserError(
-                f"{stored.path}: dataset {stored.name!r}: the label of sample {start + place} is missing: it is "
-                f"{flat[place]}, which marks gaps; leave such samples out"
+            row = int(np.flatnonzero(absent)[0])
+            raise stored.error(
+                f": the label of sample {start + row} is missing: it is {flat[row]}, which marks gaps; leave such "
+                "samples out"
             )
         if flat.dtype.kind != "f":
             return flat
         with np.errstate(invalid="ignore"):
             wrong = np.flatnonzero(~((flat == np.rint(flat)) & (np.abs(flat) < 2.0**53)))
         if len(wrong):
-            raise UserError(
-                f"{stored.path}: dataset {stored.name!r}: label {flat[wrong[0]]} of sample {start + int(wrong[0])} is "
-                f"not a class; expected whole numbers; for values use the loss 'squared', or 'logistic' for values "
-                f"between 0 and 1"
+            raise stored.error(
+                f": label {flat[wrong[0]]} of sample {start + int(wrong[0])} is not a class; expected whole numbers; "
+                "for values use the loss 'squared', or 'logistic' for values between 0 and 1"
             )
         return flat.astype(np.int64)
 
@@ -303,18 +287,11 @@ class Targets:
             text = word.decode("utf-8", "replace") if isinstance(word, bytes) else str(word)
             words.append(text.strip("\0 \t\r\n"))
         if "" in words:
-            place = int(np.flatnonzero(where == words.index(""))[0])
-            raise UserError(
-                f"{self.stored.path}: dataset {self.stored.name!r}: sample {start + place} has an empty label; leave "
-                f"such samples out"
-            )
+            row = int(np.flatnonzero(where == words.index(""))[0])
+            raise self.stored.error(f": sample {start + row} has an empty label; leave such samples out")
         found = np.empty(len(words), object)
         found[:] = words
         return found[where.reshape(-1)]
-
-
-def _text(dataset: h5py.Dataset) -> bool:
-    return h5py.check_string_dtype(dataset.dtype) is not None
 
 
 def _not_one_hot(rows: np.ndarray) -> np.ndarray:
@@ -322,21 +299,19 @@ def _not_one_hot(rows: np.ndarray) -> np.ndarray:
     return np.flatnonzero(((rows == 1).sum(axis=1) != 1) | ((rows != 0).sum(axis=1) != 1))
 
 
-def _given_classes(stored: Stored) -> int | None:
+def _given_classes(dataset: Dataset) -> int | None:
     """Return the attribute `classes`."""
-    if "classes" not in stored.dataset.attrs:
+    if "classes" not in dataset.values.attrs:
         return None
-    classes = hdf5.number(stored.path, stored.dataset, "classes", 0)
+    classes = dataset.number("classes", 0)
     if not (classes == int(classes) and 1 <= classes <= hdf5.LARGEST_LABEL + 1):
-        raise UserError(
-            f"{stored.path}: attribute 'classes' of {stored.name!r} is {classes}; expected a whole number above 0"
-        )
+        raise dataset.wrong("classes", classes, "a whole number above 0")
     return int(classes)
 
 
-def _labels(stored: Stored, classes: int | None) -> tuple[Label, ...] | None:
+def _labels(dataset: Dataset, classes: int | None) -> tuple[Label, ...] | None:
     """Return the attribute `labels`, or None where it is not one label for each class, of however many."""
-    value = hdf5.attribute(stored.path, stored.dataset, "labels")
+    value = dataset.attribute("labels")
     array = np.asarray(value)
     if value is None or array.ndim != 1 or len(array) != (classes or len(array) or -1):
         return None
@@ -344,7 +319,7 @@ def _labels(stored: Stored, classes: int | None) -> tuple[Label, ...] | None:
     if array.dtype.kind in "iu" and int(array.max()) < 2**63:
         labels = tuple(array.tolist())
     elif array.dtype.kind in "OSU":
-        labels = tuple(x.decode("utf-8", "replace") if isinstance(x, bytes) else str(x) for x in array.tolist())
+        labels = tuple(map(decoded, array.tolist()))
     return labels if len(set(labels)) == len(array) else None
 
 

@@ -92,20 +92,18 @@ class Weights:
         with np.errstate(invalid="ignore"):
             wrong = np.flatnonzero(~((values >= 0) & np.isfinite(values)))
         if len(wrong):
-            raise UserError(
-                f"{self.stored.path}: dataset {self.stored.name!r}: the weight of sample {start + int(wrong[0])} is "
-                f"{values[wrong[0]]}; expected a finite number that is not below 0"
+            raise self.stored.error(
+                f": the weight of sample {start + int(wrong[0])} is {values[wrong[0]]}; expected a finite number that "
+                "is not below 0"
             )
 
 
 def check_weights(stored: Stored, samples: int) -> None:
     """Raise UserError unless a dataset can be the weights of so many samples."""
-    if stored.dataset.ndim == 2 and stored.shape[0] == 1 != samples == stored.shape[1]:
-        stored.as_column()
+    stored.as_column(samples)
     if stored.kind.kind not in "iufb" or stored.shape not in ((samples,), (samples, 1)):
-        raise UserError(
-            f"{stored.path}: dataset {stored.name!r} is {stored.dataset.dtype} of shape {stored.shape}; expected "
-            f"numbers ({samples},), a weight for each sample"
+        raise stored.error(
+            f"is {stored.dtype} of shape {stored.shape}; expected numbers ({samples},), a weight for each sample"
         )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dbmpi.checkpoint.untrusted import attribute, damage
 from dbmpi.data import hdf5
 from dbmpi.data.importers.mel import HOP_SECONDS, WINDOW_SECONDS, LogMel
 from dbmpi.data.importers.reading import Progress, no_progress
@@ -260,27 +261,23 @@ def _like(like: Path) -> tuple[Scaling, int | None]:
     """Return how the frames of another data file were made and normalised, and its number of classes."""
     with Source.open(like, LARGEST_SAMPLE_BYTES >> 20) as source:
         classes, shape = source.classes, source.input_shape
-    file = hdf5.open_file(like)
-    try:
-        with hdf5.damage(like, "its attributes"):
-            if any(name not in file.attrs for name in ("rate", "states", "mean", "deviation")):
-                raise UserError(f"{like}: does not say how its frames were made; expected a file made from WAV")
-            numbers = {name: np.asarray(file.attrs[name]) for name in ("rate", "states")}
-            vectors = {name: np.asarray(file.attrs[name], np.float64) for name in ("mean", "deviation")}
-            rate, states = (int(numbers[name].item()) for name in ("rate", "states"))
-            right = (
-                shape == (shape[0], FILTERS)
-                and shape[0] % 2 == 1
-                and LOWEST_RATE <= rate <= HIGHEST_RATE
-                and 1 <= states <= MOST_STATES
-                and all(vector.shape == (FILTERS,) and np.isfinite(vector).all() for vector in vectors.values())
-                and vectors["deviation"].min() > 0
-            )
-    finally:
-        file.close()
+    with hdf5.open_file(like) as file, damage(like, "its attributes"):
+        found = {name: attribute(file, name) for name in ("rate", "states", "mean", "deviation")}
+        if any(value is None for value in found.values()):
+            raise UserError(f"{like}: does not say how its frames were made; expected a file made from WAV")
+        rate, states = (int(np.asarray(found[name]).item()) for name in ("rate", "states"))
+        mean, deviation = (np.asarray(found[name], np.float64) for name in ("mean", "deviation"))
+        right = (
+            shape == (shape[0], FILTERS)
+            and shape[0] % 2 == 1
+            and LOWEST_RATE <= rate <= HIGHEST_RATE
+            and 1 <= states <= MOST_STATES
+            and all(vector.shape == (FILTERS,) and np.isfinite(vector).all() for vector in (mean, deviation))
+            and deviation.min() > 0
+        )
     if not right:
         raise UserError(f"{like}: its rate, states, mean or deviation are impossible: damaged?")
-    return Scaling(rate, shape[0], states, vectors["mean"], vectors["deviation"]), classes
+    return Scaling(rate, shape[0], states, mean, deviation), classes
 
 
 def _agree(like: Path, scaling: Scaling, states: int | None, rate: int | None, context: int | None) -> None:
