@@ -7,6 +7,7 @@ the dataset, as they lie in the file.  Because of the text, arrays that have cha
 
 from __future__ import annotations
 
+import math
 import os
 import zlib
 from typing import Any
@@ -33,7 +34,7 @@ class WrittenSums:
 
     def __init__(self, path: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
         self._start = start(path, dtype, shape)
-        self._nbytes = nbytes(dtype, shape)
+        self._nbytes = math.prod(shape) * dtype.itemsize
         blocks = -(-self._nbytes // BLOCK)
         self._sums = np.zeros(blocks, np.uint32)
         self._known = np.zeros(blocks, bool)
@@ -122,14 +123,6 @@ class StoredArray:
 def start(path: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> int:
     """Return the CRC-32 that those of the blocks of a dataset go on from."""
     return zlib.crc32(f"{path} {dtype.str} {shape}".encode())
-
-
-def nbytes(dtype: np.dtype[Any], shape: tuple[int, ...]) -> int:
-    """Return the bytes of an array."""
-    size = dtype.itemsize
-    for length in shape:
-        size *= int(length)
-    return size
 
 
 def read_at(descriptor: int, offset: int, out: memoryview) -> None:

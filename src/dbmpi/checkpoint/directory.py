@@ -16,13 +16,14 @@ from contextlib import suppress
 from pathlib import Path
 
 from dbmpi.checkpoint.new_file import sync, temporary_path
+from dbmpi.machine import processes
 
 LATEST = "latest"
 ABANDONED_SECONDS = 600.0
 """A temporary file of an unknown process that nobody has written to for this long belongs to a killed run."""
 
 _NAME = re.compile(r"step-(\d{9,18})\.h5")
-_TEMPORARY = re.compile(r"\.(?:step-\d{9,18}\.h5|latest)\.(?P<host>.+)-(?P<process>\d{1,10})\.tmp")
+_TEMPORARY = re.compile(r"\.(?:step-\d{9,18}\.h5|latest)\.(?P<host>.+)-(?P<process>\d{1,9})\.tmp")
 
 
 def checkpoint_path(run_directory: Path, step: int) -> Path:
@@ -109,19 +110,11 @@ def clean(directory: Path) -> list[Path]:
 
 
 def _is_abandoned(path: Path, host: str, process: int) -> bool:
-    if host == socket.gethostname() and (process == os.getpid() or not _lives(process)):
+    if host == socket.gethostname() and (
+        process == os.getpid() or not processes.lives(process, processes.started(process))
+    ):
         return True
     try:
         return time.time() - path.lstat().st_mtime > ABANDONED_SECONDS
     except FileNotFoundError:
         return False
-
-
-def _lives(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        return True
-    return True

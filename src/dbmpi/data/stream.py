@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import numpy as np
 
@@ -126,11 +126,11 @@ class Stream:
 
         The first `warmstart` batches all go to replica 0, the others to the replicas in turn.
         """
-        return map(self.item, self._positions(replica, replicas, warmstart))
+        return map(self.item, chain(*self._positions(replica, replicas, warmstart)))
 
     def share(self, replica: int, replicas: int, warmstart: int = 0) -> int:
         """Return how many batches :meth:`dealt` yields for a replica."""
-        alone, in_turn = self._positions_parts(replica, replicas, warmstart)
+        alone, in_turn = self._positions(replica, replicas, warmstart)
         return len(alone) + len(in_turn)
 
     def after(self, done: Sequence[int], warmstart: int = 0) -> Stream:
@@ -152,7 +152,7 @@ class Stream:
         left: list[range] = []
         end = 0  # one beyond the last position that has been learned
         for replica, count in enumerate(done):
-            alone, in_turn = self._positions_parts(replica, replicas, warmstart)
+            alone, in_turn = self._positions(replica, replicas, warmstart)
             if not 0 <= count <= len(alone) + len(in_turn):
                 raise ValueError(
                     f"replica {replica} has learned {count} batches, but {len(alone) + len(in_turn)} were dealt to it"
@@ -190,11 +190,7 @@ class Stream:
         }
         return Stream(now.batches, frontier, tuple(sorted(batch for batch in holes if batch < frontier)))
 
-    def _positions(self, replica: int, replicas: int, warmstart: int) -> Iterator[int]:
-        for part in self._positions_parts(replica, replicas, warmstart):
-            yield from part
-
-    def _positions_parts(self, replica: int, replicas: int, warmstart: int) -> tuple[range, range]:
+    def _positions(self, replica: int, replicas: int, warmstart: int) -> tuple[range, range]:
         """Return a replica's positions: those of the warmstart, and those dealt in turn."""
         if not 0 <= replica < replicas or warmstart < 0:
             raise ValueError(f"replica {replica} of {replicas} with a warmstart of {warmstart} batches is impossible")

@@ -55,6 +55,9 @@ class Targets:
         self.stored, self._reading = stored, reading
         self._numbering: Numbering | None = None
         self._one_hot = False
+        enumeration = {} if stored.kind == np.bool_ else h5py.check_enum_dtype(stored.dtype) or {}
+        self._names = {value: name for name, value in sorted(enumeration.items(), key=lambda item: item[1])}
+        """Of the values of an enumeration, which are taken for labels."""
         self._text = h5py.check_string_dtype(stored.dtype) is not None
         self._shaped(samples)
         given = _given_classes(stored.dataset)
@@ -66,8 +69,8 @@ class Targets:
             self.note = f"{stored.name!r} holds one-hot rows: they are taken for {self.classes} classes"
         elif self._text:
             self._number([*self._distinct()])
-        elif (names := h5py.check_enum_dtype(stored.dtype)) and stored.kind != np.bool_:
-            self._enumerated(names)
+        elif self._names:
+            self._number([*self._names.values()])
         elif given is not None:
             self.classes, self.labels = given, written
         else:
@@ -185,17 +188,6 @@ class Targets:
         self.labels, self.classes = self._numbering.labels, len(self._numbering.labels)
         self.note = f"{self.stored.name!r}: {data_labels.note(self.labels)}"
 
-    def _enumerated(self, names: dict[str, int]) -> None:
-        """Take the names of an enumeration for labels."""
-        by_value = {value: name for name, value in sorted(names.items(), key=lambda item: item[1])}
-        given = self._reading.labels
-        labels = list(by_value.values()) if given is None else list(given)
-        self._numbering = Numbering(by_value)
-        known = [labels.index(name) if name in labels else -1 for name in by_value.values()]
-        self._renumbered = np.array([*known, -1], np.int32)
-        self.labels, self.classes = tuple(labels), len(labels)
-        self.note = f"{self.stored.name!r}: {data_labels.note(self.labels)}"
-
     def _count(self) -> None:
         """Count the classes of integers that no attribute says anything of."""
         if self.stored.meaning.truth:
@@ -234,8 +226,7 @@ class Targets:
         """Return all labels that occur, in order."""
         found: set[Any] = set()
         for start, rows in self.stored.blocks():
-            labels = self._words(start, rows) if self._text else self._whole(start, rows)
-            found.update(np.unique(labels).tolist())
+            found.update(self._words(start, rows)[0] if self._text else np.unique(self._whole(start, rows)).tolist())
             if len(found) > MOST_LABELS:
                 raise self.stored.error(
                     f"holds more than {MOST_LABELS} different labels; expected classes; number them from 0, or store "
@@ -249,11 +240,13 @@ class Targets:
         """Return the classes of stored rows, and the places of those that are none."""
         if self._one_hot:
             return rows.argmax(axis=1).astype(np.int32), _not_one_hot(rows)
-        labels = self._words(0, rows) if self._text else rows.reshape(-1)
+        labels = rows.reshape(-1)
         if self._numbering is not None:
-            codes = self._numbering.codes(labels)
-            if self.labels != self._numbering.labels:
-                codes = self._renumbered[codes]
+            if self._text or self._names:
+                words, where = self._words(0, rows)
+                codes = self._numbering.of(words)[where]
+            else:
+                codes = self._numbering.codes(labels)
             return codes, np.flatnonzero(codes < 0)
         wrong = (labels < 0) | (labels >= self.classes) | (labels != np.rint(labels) if labels.dtype.kind == "f" else 0)
         return labels.astype(np.int32), np.flatnonzero(wrong)
@@ -279,19 +272,16 @@ class Targets:
             )
         return flat.astype(np.int64)
 
-    def _words(self, start: int, rows: np.ndarray) -> np.ndarray:
-        """Return labels that are text, without spaces around them."""
+    def _words(self, start: int, rows: np.ndarray) -> tuple[list[str], np.ndarray]:
+        """Return distinct labels that are names, or text, without spaces around them; and which one each row has."""
         distinct, where = np.unique(rows.reshape(-1), return_inverse=True)
-        words = []
-        for word in distinct.tolist():
-            text = word.decode("utf-8", "replace") if isinstance(word, bytes) else str(word)
-            words.append(text.strip("\0 \t\r\n"))
+        if self._names:
+            return [self._names.get(value, f"\0{value}") for value in distinct.tolist()], where
+        words = [decoded(word).strip("\0 \t\r\n") for word in distinct.tolist()]
         if "" in words:
             row = int(np.flatnonzero(where == words.index(""))[0])
             raise self.stored.error(f": sample {start + row} has an empty label; leave such samples out")
-        found = np.empty(len(words), object)
-        found[:] = words
-        return found[where.reshape(-1)]
+        return words, where
 
 
 def _not_one_hot(rows: np.ndarray) -> np.ndarray:

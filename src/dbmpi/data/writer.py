@@ -108,6 +108,9 @@ class DataWriter:
         If the file exists, cannot be written, or samples are not acceptable.
     """
 
+    written: Written
+    """There when the file is whole."""
+
     def __init__(self, out: Path, shape: Shape, origin: Origin, force: bool = False) -> None:
         self.out = out
         self.shape = shape
@@ -121,8 +124,6 @@ class DataWriter:
         self._labels: Sequence[Label] | None = None
         self._negative = ""
         """Where the first label below 0 is."""
-        self.written: Written | None = None
-        """Set when the file is whole."""
 
     @property
     def block_rows(self) -> int:

@@ -44,7 +44,6 @@ def import_digits(out: Path, *, force: bool = False, progress: Progress = no_pro
     for half, rows in (("train", ~held_out), ("test", held_out)):
         with DataWriter(paths[half], Shape((8, 8), classes=10), Origin("digits", NAME, NAME), force) as writer:
             writer.append(images[rows], labels[rows])
-        assert writer.written is not None
         written.append(writer.written)
         progress(len(written), 2)
     return written

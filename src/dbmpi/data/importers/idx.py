@@ -76,7 +76,6 @@ def import_idx(
             for file in (image_file, label_file):
                 if file.read(1):
                     raise UserError(f"{file.path}: goes on after byte {file.offset - 1}, where its header lets it end")
-    assert writer.written is not None
     return writer.written
 
 

@@ -63,7 +63,6 @@ def import_npy(
                 targets_of_block = targets_of_block.astype(np.int8 if size is None else np.float64)
             writer.append(block, targets_of_block)
             progress(stop, len(rows))
-    assert writer.written is not None
     return writer.written
 
 

@@ -7,7 +7,6 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import IO
 
 from dbmpi.errors import UserError
@@ -49,9 +48,7 @@ class InputFile:
     def __enter__(self) -> InputFile:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._raw.close()
 
     @property
@@ -92,6 +89,10 @@ class Lines:
     """Number of each line in the file, counted from 1."""
     texts: list[str]
     """Without line ends."""
+
+    def where(self, row: int) -> str:
+        """Return the position in the file of one of these lines, the first one being `row` 0, for messages."""
+        return f"line {self.numbers[row]}"
 
 
 def line_blocks(file: InputFile) -> Iterator[Lines]:

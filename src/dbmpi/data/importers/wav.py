@@ -103,7 +103,7 @@ def import_wav(
         for writer in writers:
             writer.annotate(scaling.attributes())
         work.write(scaling, writers, progress, 0 if like else 1)
-    return [writer.written for writer in writers if writer.written is not None]
+    return [writer.written for writer in writers]
 
 
 @dataclass(frozen=True)
