@@ -215,6 +215,9 @@ def test_validation_of_one_block_reads_one_block(tmp_path):
         source.validate(full=False)
         with pytest.raises(UserError, match="sample 2999 holds NaN"):
             source.validate(full=True)
+        source.load()  # which closes the file
+        with pytest.raises(UserError, match="sample 2999 holds NaN"):
+            source.validate(full=True)
 
 
 def test_files_that_are_no_data_files(tmp_path):

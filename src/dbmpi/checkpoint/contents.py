@@ -43,13 +43,12 @@ class Contents:
 
     def info(self) -> schema.CheckpointInfo:
         """Return the description."""
-        fields: dict[str, Any] = {name: self._text(path) for name, path in schema.TEXTS.items()}
-        fields |= {name: self._integers(path, 0)[()].item() for name, path in schema.INTEGERS.items()}
-        fields |= {name: tuple(self._integers(path, 1).tolist()) for name, path in schema.INTEGER_LISTS.items()}
         present = {name: path for name, path in schema.OPTIONAL_TEXTS.items() if self._has(path)}
-        fields |= {name: self._text(path) for name, path in present.items()}
+        fields: dict[str, Any] = {name: self._small(path, "S", 0) for name, path in (schema.TEXTS | present).items()}
+        fields |= {name: self._small(path, "i", 0) for name, path in schema.INTEGERS.items()}
+        fields |= {name: self._small(path, "i", 1) for name, path in schema.INTEGER_LISTS.items()}
         libraries = self._find(schema.LIBRARIES, h5py.Group)
-        fields["libraries"] = {name: self._text(f"{schema.LIBRARIES}/{name}") for name in libraries}
+        fields["libraries"] = {name: self._small(f"{schema.LIBRARIES}/{name}", "S", 0) for name in libraries}
         info = schema.CheckpointInfo(**fields, meaning=self._meaning())
         try:
             consistency.check(info)
@@ -61,17 +60,8 @@ class Contents:
         """Return what the samples stood for, if the file says so."""
         if not self._has(schema.MEANING):
             return None
-        found: dict[str, Any] = {}
-        for name in self._members(schema.MEANING):
-            path = f"{schema.MEANING}/{name}"
-            dataset = self._plain(path)
-            if dataset.ndim > 1 or dataset.id.get_storage_size() > LARGEST_TEXT:
-                raise Malformed(f"/{path}: expected numbers or texts in one list of at most {LARGEST_TEXT} bytes")
-            self._verify(path, dataset)
-            values = dataset[()].tolist()
-            if dataset.dtype.kind == "S":
-                values = [text.decode() for text in values] if dataset.ndim else values.decode()
-            found[name] = tuple(values) if dataset.ndim else values
+        names = self._members(schema.MEANING)
+        found = {name: self._small(f"{schema.MEANING}/{name}", "fiS", 0, 1) for name in names}
         try:
             return Meaning.model_validate(found)
         except ValidationError as error:
@@ -80,13 +70,10 @@ class Contents:
 
     def layout(self) -> Layout:
         """Return the tensors of the parameters, in their order."""
-        dataset = self._plain(schema.TENSORS)
-        if dataset.dtype.kind != "S" or dataset.ndim != 1 or len(dataset) == 0:
-            raise Malformed(f"{schema.TENSORS}: expected a list of names")
-        self._verify(schema.TENSORS, dataset)
-        names = [name.decode() for name in dataset[()]]
-        tensors = (Tensor(name, self._plain(f"{schema.PARAMETERS}/{name}").shape) for name in names)
-        return Layout(tuple(tensors))
+        names = self._small(schema.TENSORS, "S", 1)
+        if not names:
+            raise Malformed(f"/{schema.TENSORS}: expected a list of names")
+        return Layout(tuple(Tensor(name, self._plain(f"{schema.PARAMETERS}/{name}").shape) for name in names))
 
     def vectors(self) -> tuple[str, ...]:
         """Return the names of the vectors, the parameters first."""
@@ -158,12 +145,22 @@ class Contents:
             self._descriptor, offset, size, checksums.start(path, dataset.dtype, dataset.shape), sums[()]
         )
 
-    def _verify(self, path: str, dataset: Any) -> None:
-        """Compare all of a small dataset with its checksum."""
+    def _small(self, path: str, kinds: str, *axes: int) -> Any:
+        """Return a number or text, or a tuple of them, after comparing it with its checksum."""
+        dataset = self._plain(path)
+        large = dataset.dtype.kind != "i" and dataset.id.get_storage_size() > LARGEST_TEXT
+        if dataset.dtype.kind not in kinds or dataset.ndim not in axes or large:
+            expected = {"S": "text", "i": "integers"}.get(kinds, "numbers or texts")
+            raise Malformed(
+                f"/{path}: expected {expected} with {' or '.join(map(str, axes))} axes, of at most {LARGEST_TEXT} bytes"
+            )
         try:
             self._stored(path, dataset).verify()
         except Mismatch as error:
             raise Malformed(f"/{path} does not fit its checksum: {error}") from None
+        values = np.atleast_1d(dataset[()]).tolist()
+        values = tuple(value.decode() if isinstance(value, bytes) else value for value in values)
+        return values if dataset.ndim else values[0]
 
     def _plain(self, path: str, kinds: str = "fiS") -> Any:
         """Return a dataset whose elements all lie in this file as they are."""
@@ -186,20 +183,6 @@ class Contents:
         if not isinstance(value, bytes | np.integer | None):
             raise Malformed(f"the attribute {name} is not a number or a short text")
         return value
-
-    def _text(self, path: str) -> str:
-        dataset = self._plain(path)
-        if dataset.dtype.kind != "S" or dataset.shape != () or dataset.dtype.itemsize > LARGEST_TEXT:
-            raise Malformed(f"/{path}: expected text of at most {LARGEST_TEXT} bytes")
-        self._verify(path, dataset)
-        return bytes(dataset[()]).decode("utf-8")
-
-    def _integers(self, path: str, dimensions: int) -> np.ndarray:
-        dataset = self._plain(path)
-        if dataset.dtype.kind != "i" or dataset.ndim != dimensions:
-            raise Malformed(f"/{path}: expected integers with {dimensions} axes")
-        self._verify(path, dataset)
-        return np.asarray(dataset[()], dtype=np.int64)
 
 
 def _element(path: str, dataset: Any) -> np.dtype[Any]:

@@ -64,14 +64,10 @@ class Description:
         return math.prod(self.input_shape)
 
     @property
-    def target_values(self) -> int:
-        """Numbers of one target."""
-        return 1 if self.targets is None else self.targets.size or 1
-
-    @property
     def float32_bytes(self) -> int:
         """Size of all samples as float32."""
-        return self.samples * (self.features + self.target_values) * 4
+        answers = 1 if self.targets is None else self.targets.size or 1
+        return self.samples * (self.features + answers) * 4
 
 
 @contextlib.contextmanager

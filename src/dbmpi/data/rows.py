@@ -47,6 +47,7 @@ class Stored:
         self.dataset, self.meaning = dataset, meaning
         self.path, self.name, self.error = dataset.path, dataset.name, dataset.error
         self._replacement = replacement
+        self._path_inside = dataset.values.name  # None once the file is closed
         self._shape = tuple(int(length) for length in dataset.values.shape)
         self._axis = len(self._shape) - 1 if meaning.reversed_axes else 0
         self._channels_last = channels_last and len(self._shape) > 2
@@ -97,7 +98,7 @@ class Stored:
     def reopened(self, file: h5py.File) -> Stored:
         """Return the same dataset of the same `file`, opened again."""
         again = copy.copy(self)
-        again.dataset = replace(self.dataset, values=file[self.dataset.values.name])
+        again.dataset = replace(self.dataset, values=file[self._path_inside])
         return again
 
     def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
