@@ -1,4 +1,4 @@
-"""The contents of a checkpoint file that anybody may have made: checked before memory is taken for them."""
+"""The contents of a checkpoint file from anywhere, checked before memory is allocated for them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,20 @@ class Foreign(Malformed):
 
 
 class Contents:
-    """Access to a file from anywhere: hard links and plain contiguous data only, never more bytes than the file has."""
+    """Access to a file from anywhere: hard links and plain contiguous data only, never more bytes than the file has.
+
+    Parameters
+    ----------
+    file
+        The open HDF5 file.
+    file_size
+        Its size in bytes.
+
+    Raises
+    ------
+    Malformed
+        From every method, where the file is no whole checkpoint.
+    """
 
     def __init__(self, file: Any, file_size: int) -> None:
         self._file = file
@@ -82,7 +95,10 @@ class Contents:
     def arrays(
         self, layout: Layout, vectors: Sequence[str]
     ) -> tuple[np.dtype[Any], dict[tuple[str, str], StoredArray]]:
-        """Return the type of the arrays and where in the file each one is."""
+        """Return the dtype of the arrays, and each one's position in the file by (vector, tensor).
+
+        `layout` and `vectors` are those of this file.
+        """
         arrays, kinds, total = {}, set(), 0
         for vector in vectors:
             for tensor in layout.tensors:

@@ -43,14 +43,14 @@ class NewFile:
     options
         Options of :class:`h5py.File`.
     with_checksums
-        Whether checksums of all datasets that are made here are written, too; see :mod:`dbmpi.checkpoint.checksums`.
+        Whether checksums of all datasets that are created here are written, too; see :mod:`dbmpi.checkpoint.checksums`.
     failure
         Makes the exception for a failed write from its message, and from whether the file could be created at all.
 
     Raises
     ------
     UserError
-        If no file can be made there.
+        If no file can be created there.
     DiskFailed
         If the disk is full or fails, now or in any later call.  No file is then left behind, and one that had the name
         before is untouched.
@@ -58,7 +58,7 @@ class NewFile:
     Notes
     -----
     HDF5 cannot close a file whose last blocks it cannot write: on a full disk it complains again for every open object,
-    and the process crashes, at the latest when it ends (h5py issue 914).  So HDF5 is told that all went well, nothing
+    and the process crashes, at the latest when it ends (h5py issue 914).  So HDF5 sees every write succeed, nothing
     more is written after an error, and :meth:`writing` raises it.
 
     Files are not locked: no other process knows the temporary name, and many parallel file systems refuse locks.
@@ -241,7 +241,7 @@ class _Raw(io.FileIO):
     error: BaseException | None = None
 
     def check(self) -> None:
-        """Raise the first error that HDF5 has not been told, if there was one."""
+        """Raise the first error that was kept from HDF5, if there was one."""
         if self.error is not None:
             raise self.error
 

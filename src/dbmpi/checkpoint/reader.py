@@ -91,17 +91,17 @@ class Checkpoint:
             if path.name == directory.LATEST and path.is_file() and not path.is_symlink():
                 return cls(directory.read_latest(path.parent) or path)
             return cls(path)
-        place = directory.checkpoints_directory(path)
-        found, unreadable = _open_all(cls, place, without)
-        latest = directory.read_latest(place)
+        folder = directory.checkpoints_directory(path)
+        found, unreadable = _open_all(cls, folder, without)
+        latest = directory.read_latest(folder)
         problems = [str(error) for error in unreadable.values()]
         if latest is None:
-            problems.append(f"{place / directory.LATEST} is missing or names no checkpoint")
+            problems.append(f"{folder / directory.LATEST} is missing or names no checkpoint")
         elif not latest.exists():
             problems.append(f"{latest}: no such checkpoint")
         if not found:
             raise UserError(
-                f"{place}: no checkpoint that can be read; expected files like step-000000123.h5 "
+                f"{folder}: no checkpoint that can be read; expected files like step-000000123.h5 "
                 f"({'; '.join([*problems, *(f'{path} is not taken' for path in without)])})"
             )
         newest = max(found, key=lambda checkpoint: (checkpoint.info.created, checkpoint.info.step))
@@ -134,14 +134,16 @@ class Checkpoint:
             position += last - first
 
     def load(self, vector: str, start: int, out: np.ndarray) -> None:
-        """Fill `out` as :meth:`read` does, with numbers to go on from: parameters are finite, and nothing is NaN.
+        """Fill `out` from position `start` of a `vector`, as :meth:`read` does, with numbers to resume from.
+
+        Parameters are finite then, and nothing is NaN.
 
         Raises
         ------
         Damaged
             If some of it is not what was written.
         UserError
-            If some of it is no number to go on from.
+            If no run can resume from some of it.
         """
         self.read(vector, start, out)
         lowest, highest = (float(np.min(out)), float(np.max(out))) if len(out) else (0.0, 0.0)
@@ -149,14 +151,14 @@ class Checkpoint:
             bad = np.isnan(out) if math.isnan(lowest) else ~np.isfinite(out)
             at = start + int(np.argmax(bad))
             tensor, first, _ = next(self.layout.pieces(at, at + 1))
-            index = ", ".join(str(int(place)) for place in np.unravel_index(first, tensor.shape))
+            index = ", ".join(str(int(axis)) for axis in np.unravel_index(first, tensor.shape))
             raise UserError(
                 f"{self.path}: /{schema.group_of(vector)}/{tensor.name} holds {out[at - start]} at ({index}), and a "
                 "network cannot go on from that: use an earlier checkpoint, or train anew"
             )
 
     def verify(self, part: int = 0, parts: int = 1) -> None:
-        """Read one of `parts` equal parts of every array, and compare it with its checksums, if there are any.
+        """Read part number `part` of `parts` equal ones of every array, and compare it with its checksums, if any.
 
         Raises
         ------
@@ -169,7 +171,7 @@ class Checkpoint:
                     self._arrays[vector, tensor.name].verify(part, parts)
 
     def parameters(self, dtype: DTypeLike = np.float32) -> np.ndarray:
-        """Return all parameters as one flat vector (layout.size,)."""
+        """Return all parameters as one flat vector (layout.size,) of this `dtype`."""
         out = np.empty(self.layout.size, dtype=dtype)
         self.read(schema.PARAMETERS, 0, out)
         return out
@@ -221,13 +223,13 @@ class Checkpoint:
 
 
 def _open_all(
-    kind: type[Checkpoint], place: Path, without: Collection[Path]
+    kind: type[Checkpoint], folder: Path, without: Collection[Path]
 ) -> tuple[list[Checkpoint], dict[Path, UserError]]:
     """Open all checkpoints in a directory; return them, and what is wrong with the others."""
     found: list[Checkpoint] = []
     for attempt in range(3):
         unreadable, vanished = {}, False
-        for candidate in directory.checkpoints(place):
+        for candidate in directory.checkpoints(folder):
             try:
                 if candidate not in without:
                     found.append(kind(candidate))

@@ -48,7 +48,7 @@ class Statistics:
         return math.sqrt(self._squares / self._finite) if self._finite else math.nan
 
     def add(self, values: np.ndarray) -> None:
-        """Add numbers of any shape; sums are float64."""
+        """Add `values` of any shape; sums are float64."""
         flat = values.reshape(-1)
         with np.errstate(over="ignore", invalid="ignore"):
             for start in range(0, len(flat), BLOCK):
@@ -92,7 +92,7 @@ class Statistics:
 
 
 def of_tensor(checkpoint: Checkpoint, vector: str, tensor: Tensor) -> Statistics:
-    """Return the statistics of one tensor of a checkpoint."""
+    """Return the statistics of one `tensor` of a `vector` of a checkpoint."""
     statistics = Statistics()
     start = checkpoint.layout.offsets[tensor.name]
     buffer = np.empty(min(tensor.size, PIECE), checkpoint.dtype)
@@ -141,7 +141,7 @@ def _boxes(shape: tuple[int, ...], chunks: tuple[int, ...], elements: int) -> It
 
 
 def as_dict(found: Statistics | str) -> dict[str, Any]:
-    """Return the statistics for JSON, which has no NaN; or the reason under ``"not_read"``."""
+    """Return the statistics `found` for JSON, which has no NaN; or the reason for having none under ``"not_read"``."""
     if isinstance(found, str):
         return {"not_read": found}
     numbers = {"min": found.minimum, "mean": found.mean, "max": found.maximum, "std": found.deviation}

@@ -109,7 +109,7 @@ def lies_inside(group: Any, name: str) -> bool:
 
 
 def attribute(node: Any, name: str) -> Any:
-    """Return the attribute `name` of a file, group or dataset, or None where there is none.
+    """Return the attribute `name` of a `node` (file, group or dataset), or None where there is none.
 
     Raises
     ------

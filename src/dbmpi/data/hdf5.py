@@ -117,7 +117,7 @@ def not_finite(rows: np.ndarray) -> np.ndarray:
 
 
 def check_version(path: Path, file: h5py.File) -> None:
-    """Raise UserError if an open `file` is one of dbmpi's that is no data file, or of a later version."""
+    """Raise UserError if the `file` open at `path` is one of dbmpi's that is no data file, or of a later version."""
     whole = Dataset(path, "/", file)
     declared = whole.text("format")
     if declared == FORMAT:

@@ -10,7 +10,7 @@ import numpy as np
 from dbmpi.data.reading import Label
 
 MOST_LABELS = 1 << 16
-"""Classes that are told apart by labels of their own; what has more is no classes."""
+"""Most classes that are known by labels; a dataset with more different labels holds no classes."""
 
 
 def numbered(labels: Sequence[int]) -> tuple[int, ...] | None:

@@ -1,4 +1,4 @@
-"""Settings that size memory, held against the data and the machine: no more of anything than can be filled."""
+"""Settings that size memory, limited by the data and the machine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _BYTES = 4
 
 
 def fitted(run: Run, samples: int) -> tuple[Run, tuple[str, ...]]:
-    """Return the run with no batch larger than the data, and none of Sandblaster's numbers beyond what that leaves.
+    """Return the run with no batch larger than its `samples`, and Sandblaster's numbers no larger than that leaves.
 
     Nothing that is computed changes, but what is set aside for it.
 

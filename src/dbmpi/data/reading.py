@@ -36,7 +36,7 @@ class Reading:
 
     @classmethod
     def of(cls, data: DataSection, network: NetworkSection) -> Reading:
-        """Return how the training data of a run are to be read."""
+        """Return how to read the training data of a run, from its sections `data` and `network`."""
         return cls(
             inputs=data.inputs,
             targets=data.targets,
@@ -48,7 +48,7 @@ class Reading:
         )
 
     def held_out(self, classes: int | None, labels: tuple[Label, ...] | None) -> Reading:
-        """Return how data are to be read on which a network is judged or used that has learned from such classes.
+        """Return how to read other data for a network that has learned so many `classes` with these `labels`.
 
         Labels then stand for the classes that were learned.  Weights shape what is learned and are left out.
         """

@@ -115,7 +115,7 @@ class Stored:
         """Return stored rows: a range, or some in increasing order."""
         values = self.dataset.read((*(slice(None),) * self._axis, rows))
         if values.dtype != self.kind and self.kind.kind in "iufb":
-            # Another byte order, bits that are truth values, or integers whose sign is said elsewhere.
+            # Another byte order, bits that are truth values, or integers whose sign is given by an attribute.
             values = np.ascontiguousarray(values.astype(values.dtype.newbyteorder("="), copy=False)).view(self.kind)
         if self._axis_moved:
             return values.T if self._axis else values
@@ -142,7 +142,7 @@ class Stored:
     def decoded(self, rows: np.ndarray) -> np.ndarray:
         """Return values of stored rows: bytes that are kept as such, else float32 with the factor applied.
 
-        What is missing is NaN, or what was given in its place.
+        Missing values are NaN, or their replacement.
         """
         if self.bytes_kept:
             return rows
@@ -157,22 +157,25 @@ class Stored:
         return values
 
     def scan(self, full: bool) -> None:
-        """Raise UserError where a value is missing, NaN, infinite or too large for float32; see ``validate``."""
+        """Raise UserError where a value is missing, NaN, infinite or too large for float32.
+
+        Without `full`, only the first block is read.
+        """
         bad = absent = 0
         first, why = -1, ""
         for start, rows in self.blocks():
             wrong = None if self._replacement is not None else self.missing(rows)
             if wrong is not None and wrong.any():
-                places = np.flatnonzero(wrong.reshape(len(rows), -1).any(axis=1))
+                lacking = np.flatnonzero(wrong.reshape(len(rows), -1).any(axis=1))
                 if not absent:
-                    first, where = start + int(places[0]), np.argwhere(wrong[places[0]])[0].tolist()
-                    why = f"value {where} of sample {first} is missing: it is {rows[places[0]][tuple(where)]}"
-                absent += len(places)
+                    first, where = start + int(lacking[0]), np.argwhere(wrong[lacking[0]])[0].tolist()
+                    why = f"value {where} of sample {first} is missing: it is {rows[lacking[0]][tuple(where)]}"
+                absent += len(lacking)
             elif not absent:
-                places = hdf5.not_finite(self.decoded(rows))
-                if len(places) and not bad:
-                    first = start + int(places[0])
-                bad += len(places)
+                lacking = hdf5.not_finite(self.decoded(rows))
+                if len(lacking) and not bad:
+                    first = start + int(lacking[0])
+                bad += len(lacking)
             if not full:
                 break
         if absent:
@@ -187,12 +190,12 @@ class Stored:
             )
 
     def _marks(self) -> str:
-        meaning, said = self.meaning, []
+        meaning, marks = self.meaning, []
         if meaning.missing:
-            said.append(f"marks gaps ({', '.join(f'{mark:g}' for mark in meaning.missing[:4])})")
+            marks.append(f"marks gaps ({', '.join(f'{mark:g}' for mark in meaning.missing[:4])})")
         if meaning.least is not None or meaning.most is not None:
-            said.append(f"is outside of the valid range {meaning.least} ... {meaning.most}")
-        return " or ".join(said)
+            marks.append(f"is outside of the valid range {meaning.least} ... {meaning.most}")
+        return " or ".join(marks)
 
     def _rows_at_once(self) -> int:
         features = max(1, math.prod(self.shape[1:]))

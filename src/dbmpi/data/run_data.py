@@ -55,7 +55,7 @@ class RunData:
         return "classes" if self.classes else "values"
 
     def validate(self, outputs: int, loss: str, *, fully: bool) -> None:
-        """Raise UserError unless the targets fit so many outputs and this loss, and, if asked, every value is good."""
+        """Raise UserError unless the targets fit so many `outputs` and this `loss`, or, if `fully`, a value is bad."""
         if self.train is not None and loss != "reconstruction":
             self.train.expect(outputs, loss)
         for source in (self.train, self.test):
@@ -64,7 +64,16 @@ class RunData:
 
 
 def open_data(run: Run, comm: MPI.Intracomm, plan: Plan, stack: ExitStack) -> RunData:
-    """Open and load the data on the workers, and tell its shape to all ranks (collective).
+    """Open and load the data on the workers, and send their outline to all ranks (collective).
+
+    Parameters
+    ----------
+    run
+        With the sections of the data and the network.
+    comm, plan
+        All ranks of the run, and which of them are workers.
+    stack
+        Closes the files at its end.
 
     Raises
     ------
@@ -102,7 +111,10 @@ def open_data(run: Run, comm: MPI.Intracomm, plan: Plan, stack: ExitStack) -> Ru
 
 
 def network_notes(network: NetworkSection, input_shape: tuple[int, ...], channels: str) -> list[str]:
-    """Return a hint where a sample seems to have its channels last, and the first layer takes them for first."""
+    """Return a hint where samples of `input_shape` seem to have their channels elsewhere than `channels` says.
+
+    It matters only where the first layer of the `network` has maps.
+    """
     first = next((layer for layer in network.layers if layer.type != "dropout"), None)
     if first is None or first.type not in _OF_MAPS or len(input_shape) != 3:
         return []

@@ -45,7 +45,17 @@ class Source:
         memory_bytes: int,
         reading: Reading,
     ) -> None:
-        """Use :meth:`open`."""
+        """Take the open `file` at `path` for what the `description` says.
+
+        Parameters
+        ----------
+        path, file, description
+            The file, and what it holds.
+        memory_bytes
+            A file up to this size, as float32, is kept in memory.
+        reading
+            How it is read.
+        """
         self.path = path
         self._file: h5py.File | None = file
         self._description = description
@@ -172,8 +182,8 @@ class Source:
         if self._inputs is not None:
             flat = gather(self._inputs, indices, self._factor)
         else:
-            rows, places = self._read_rows(self._stored_inputs, indices)
-            flat = gather(self._narrowed(rows), places, self._factor)
+            rows, positions = self._read_rows(self._stored_inputs, indices)
+            flat = gather(self._narrowed(rows), positions, self._factor)
         return flat.reshape(*self.input_shape, len(indices))
 
     def targets(self, indices: np.ndarray) -> np.ndarray:
@@ -186,15 +196,15 @@ class Source:
 
     def _targets_at(self, indices: np.ndarray) -> np.ndarray:
         if self._targets is not None:
-            rows, places = self._targets, indices
+            rows, positions = self._targets, indices
         else:
             assert self._answer is not None
-            rows, places = self._read_rows(self._answer.stored, indices)
+            rows, positions = self._read_rows(self._answer.stored, indices)
             rows = self._answer.decoded(rows)
         if self.target_size is None:
-            labels: np.ndarray = rows[places]
+            labels: np.ndarray = rows[positions]
             return labels if self._codes is None else self._codes[labels]
-        return gather(rows, places, np.float32(1))
+        return gather(rows, positions, np.float32(1))
 
     def load(self) -> None:
         """Read the file into memory and close it, if it is resident and has not been read yet."""
@@ -318,8 +328,8 @@ class Source:
             digest.update(self._targets_at(indices).data)
         finite = inputs[np.isfinite(inputs)]
         found = {"lowest": float(finite.min(initial=0)), "highest": float(finite.max(initial=0))}
-        said = {"scale": self.scale, "labels": self.labels or (), "digest": digest.hexdigest()}
-        return Meaning.model_validate({**found, **said, **self._declared})
+        known = {"scale": self.scale, "labels": self.labels or (), "digest": digest.hexdigest()}
+        return Meaning.model_validate({**found, **known, **self._declared})
 
     def mean_the_same(
         self, learned: Meaning | None, classes: int, *, learner: str, targets: bool = True
@@ -371,12 +381,12 @@ class Source:
     def _read_rows(self, stored: Stored, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return stored rows that contain those at `indices`, and where in them each index is."""
         self._check_open()
-        wanted, places = np.unique(indices, return_inverse=True)
+        wanted, positions = np.unique(indices, return_inverse=True)
         rows = np.empty((len(wanted), *stored.shape[1:]), stored.kind)
         for start in range(0, len(wanted), ROWS_AT_ONCE):
             part = wanted[start : start + ROWS_AT_ONCE]
             rows[start : start + len(part)] = stored.read(part)
-        return rows, places
+        return rows, positions
 
     def _weights_of(self, indices: np.ndarray, targets: np.ndarray) -> np.ndarray:
         """Return the weights of samples, float32 ``(samples,)``."""
@@ -388,5 +398,5 @@ class Source:
             return kept
         if self._weighing.stored is None:
             return self._weighing.of(None, targets)
-        rows, places = self._read_rows(self._weighing.stored, self._checked(indices))
-        return self._weighing.of(rows[places], targets)
+        rows, positions = self._read_rows(self._weighing.stored, self._checked(indices))
+        return self._weighing.of(rows[positions], targets)

@@ -60,17 +60,17 @@ class Order:
         self._permutations: OrderedDict[int, np.ndarray] = OrderedDict()
 
     def indices(self, batch_number: int) -> np.ndarray:
-        """Return the samples of a batch, int64 ``(samples of the batch,)``; all different."""
+        """Return the samples of the batch `batch_number`, int64 ``(samples of the batch,)``; all different."""
         if not 0 <= batch_number < self.batches:
             raise IndexError(f"batch {batch_number} is not one of the {self.batches} batches of the run")
-        epoch, place = divmod(batch_number, self.batches_per_epoch)
-        start = place * self.batch_size
+        epoch, index = divmod(batch_number, self.batches_per_epoch)
+        start = index * self.batch_size
         return self._permutation(epoch)[start : start + self.batch_size].astype(np.int64)
 
     def size(self, batch_number: int) -> int:
-        """Return the number of samples of a batch."""
-        place = batch_number % self.batches_per_epoch
-        return min(self.batch_size, self.samples - place * self.batch_size)
+        """Return the number of samples of the batch `batch_number`."""
+        index = batch_number % self.batches_per_epoch
+        return min(self.batch_size, self.samples - index * self.batch_size)
 
     def _permutation(self, epoch: int) -> np.ndarray:
         if epoch not in self._permutations:
@@ -129,7 +129,7 @@ class Stream:
         return map(self.item, chain(*self._positions(replica, replicas, warmstart)))
 
     def share(self, replica: int, replicas: int, warmstart: int = 0) -> int:
-        """Return how many batches :meth:`dealt` yields for a replica."""
+        """Return how many batches :meth:`dealt` yields for a `replica` of `replicas` with this `warmstart`."""
         alone, in_turn = self._positions(replica, replicas, warmstart)
         return len(alone) + len(in_turn)
 
@@ -171,16 +171,16 @@ class Stream:
         """Return what is left in batches of another size: all that hold a sample that has not been learned.
 
         Samples of a batch that was learned in part are seen again: at most one batch for each hole and the frontier.
-        The samples and the seed of both orders are the same.
+        The orders `before` and `now` have the same samples and seed.
         """
 
         def start(batch: int) -> int:
-            epoch, place = divmod(batch, before.batches_per_epoch)
-            return epoch * before.samples + place * before.batch_size
+            epoch, index = divmod(batch, before.batches_per_epoch)
+            return epoch * before.samples + index * before.batch_size
 
         def holds(position: int) -> int:
-            epoch, place = divmod(position, now.samples)
-            return epoch * now.batches_per_epoch + place // now.batch_size
+            epoch, offset = divmod(position, now.samples)
+            return epoch * now.batches_per_epoch + offset // now.batch_size
 
         frontier = min(holds(start(self.frontier)), now.batches)
         holes = {

@@ -111,7 +111,7 @@ class Targets:
             yield start, self.decoded(rows)
 
     def scan(self, full: bool) -> None:
-        """Raise UserError where a target is missing, no class, or not finite."""
+        """Raise UserError where a target is missing, no class, or not finite; without `full`, in the first block."""
         if self.size is not None:
             self.stored.scan(full)
             if self._reading.wanted == "probabilities":
@@ -237,7 +237,7 @@ class Targets:
     # What rows stand for
 
     def _codes(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the classes of stored rows, and the places of those that are none."""
+        """Return the classes of stored rows, and the positions of those that are none."""
         if self._one_hot:
             return rows.argmax(axis=1).astype(np.int32), _not_one_hot(rows)
         labels = rows.reshape(-1)
@@ -285,7 +285,7 @@ class Targets:
 
 
 def _not_one_hot(rows: np.ndarray) -> np.ndarray:
-    """Return the places of the rows that are anything but one 1 and otherwise 0."""
+    """Return the positions of the rows that are anything but one 1 and otherwise 0."""
     return np.flatnonzero(((rows == 1).sum(axis=1) != 1) | ((rows != 0).sum(axis=1) != 1))
 
 

@@ -99,7 +99,7 @@ class Weights:
 
 
 def check_weights(stored: Stored, samples: int) -> None:
-    """Raise UserError unless a dataset can be the weights of so many samples."""
+    """Raise UserError unless the dataset `stored` can be the weights of so many `samples`."""
     stored.as_column(samples)
     if stored.kind.kind not in "iufb" or stored.shape not in ((samples,), (samples, 1)):
         raise stored.error(

@@ -40,14 +40,14 @@ class Classes:
         for row, label in enumerate(labels):
             if label in self._codes:
                 continue
-            place = f"{self._path}: {where(row)}"
+            position = f"{self._path}: {where(row)}"
             if self._like is not None:
                 raise UserError(
-                    f"{place}: the label {label} does not occur in {self._like[0]}; expected {some([*self._codes])}"
+                    f"{position}: the label {label} does not occur in {self._like[0]}; expected {some([*self._codes])}"
                 )
             if len(self._codes) == most:
                 raise UserError(
-                    f"{place}: the label {label!r} is one more than {most} classes; the others are "
+                    f"{position}: the label {label!r} is one more than {most} classes; the others are "
                     f"{some([*self._codes])}{self._hint}"
                 )
             self._codes[label] = len(self._codes)

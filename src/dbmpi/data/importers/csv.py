@@ -102,7 +102,7 @@ def import_csv(
 
 
 def _blocks(text: InputFile) -> Iterator[Lines]:
-    """Yield the lines in blocks; the first one has two, if there are so many, from which the columns can be told."""
+    """Yield the lines in blocks; the first one has two, if there are so many, which show what the columns hold."""
     blocks = line_blocks(text)
     first = next(blocks, None)
     if first is not None and len(first.texts) < 2:

@@ -66,12 +66,15 @@ class CsvTable:
         if "" in words.tolist():
             row = words.tolist().index("")
             raise UserError(
-                f"{self._place(lines.numbers[row], self.targets[0])}: the label is missing; leave the line out"
+                f"{self._position(lines.numbers[row], self.targets[0])}: the label is missing; leave the line out"
             )
         return inputs, targets, words
 
     def check_finite(self, lines: Lines, values: np.ndarray, columns: Sequence[int]) -> None:
-        """Raise UserError where values are missing (NaN), infinite or too large for float32, naming the first."""
+        """Raise UserError where `values` (lines, columns) are missing (NaN), infinite or too large for float32.
+
+        The message names the first one, by its line of `lines` and its column of `columns`.
+        """
         with np.errstate(over="ignore"):
             wrong = np.argwhere(~np.isfinite(values.astype(np.float32)))
         if len(wrong):
@@ -105,19 +108,19 @@ class CsvTable:
         return None
 
     def _complaint(self, line: int, column: int, field: str) -> str:
-        place, shown = self._place(line, column), field.strip()[:40]
+        position, shown = self._position(line, column), field.strip()[:40]
         name = self.names[column] if self.names else str(column)
         if shown.lower() in _MISSING:
             way_on = (
                 "leave the line out" if column in self.targets else f"leave the line or the column (--drop {name}) out"
             )
-            return f"{place}: a value is missing{f' ({shown!r})' if shown else ''}; fill it in, or {way_on}"
+            return f"{position}: a value is missing{f' ({shown!r})' if shown else ''}; fill it in, or {way_on}"
         if is_number(field):
-            return f"{place}: {shown} is infinite or too large for float32; expected finite numbers"
+            return f"{position}: {shown} is infinite or too large for float32; expected finite numbers"
         hint = "" if column in self.targets else f", or --drop {name} to leave the column out"
-        return f"{place}: {shown!r} is not a number; expected a number{hint}"
+        return f"{position}: {shown!r} is not a number; expected a number{hint}"
 
-    def _place(self, line: int, column: int) -> str:
+    def _position(self, line: int, column: int) -> str:
         name = f" ({self.names[column]})" if self.names else ""
         return f"{self.path}: line {line}, column {column + 1}{name}"
 
@@ -134,7 +137,28 @@ def find_table(
     header: Header,
     delimiter: str,
 ) -> CsvTable:
-    """Find out what the columns are, from the first two lines."""
+    """Return what the columns are, from the first two lines.
+
+    Parameters
+    ----------
+    path
+        Of the file, for messages.
+    first
+        Its first lines.
+    targets, drop
+        Columns, by name or number, of the targets and to leave out.
+    classes
+        Whether the target is a class.
+    header
+        Whether the first line names the columns.
+    delimiter
+        The character between columns.
+
+    Raises
+    ------
+    UserError
+        If a column does not exist, is given twice, or none is left for the inputs.
+    """
     rows = [fields_of(path, *line, delimiter) for line in zip(first.numbers[:2], first.texts[:2], strict=True)]
     named = _has_header(path, first.numbers[0], rows, [*targets, *drop], header)
     names = tuple(name.strip() for name in rows[0]) if named else None
@@ -165,7 +189,17 @@ def is_number(field: str) -> bool:
 
 
 def fields_of(path: Path, number: int, text: str, delimiter: str) -> list[str]:
-    """Return the fields of a line."""
+    """Return the fields of a line, or raise UserError.
+
+    Parameters
+    ----------
+    path, number
+        The file and the line's number, for messages.
+    text
+        The line.
+    delimiter
+        The character between columns.
+    """
     try:
         return next(csv.reader([text], delimiter=delimiter))
     except csv.Error as error:

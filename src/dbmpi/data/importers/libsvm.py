@@ -99,7 +99,7 @@ def _lines(text: InputFile) -> Iterator[tuple[int, str]]:
                 yield number, sample
 
 
-def _sample(place: str, line: str, first_index: int, features: int) -> tuple[float, list[int], list[float]]:
+def _sample(position: str, line: str, first_index: int, features: int) -> tuple[float, list[int], list[float]]:
     """Return the label, the columns and the values of a line."""
     label, *pairs = line.split()
     columns, values = [], []
@@ -111,29 +111,31 @@ def _sample(place: str, line: str, first_index: int, features: int) -> tuple[flo
             if index <= previous:
                 if index < first_index:
                     raise UserError(
-                        f"{place}: the index {index} is below {first_index}; expected indices from {first_index} "
+                        f"{position}: the index {index} is below {first_index}; expected indices from {first_index} "
                         f"(say --first-index 0 if the file counts from 0)"
                     )
-                raise UserError(f"{place}: the index {index} follows {previous}; expected increasing indices")
+                raise UserError(f"{position}: the index {index} follows {previous}; expected increasing indices")
             columns.append(index - first_index)
             values.append(value)
             previous = index
     except UserError:
         raise
     except ValueError:
-        raise UserError(f"{place}: {pair[:40]!r} is not an input; expected index:value, e.g. 3:0.5") from None
+        raise UserError(f"{position}: {pair[:40]!r} is not an input; expected index:value, e.g. 3:0.5") from None
     if columns and columns[-1] >= features:
-        raise UserError(f"{place}: the index {previous} is too large; expected at most {features - 1 + first_index}")
-    return _number(place, label), columns, values
+        raise UserError(f"{position}: the index {previous} is too large; expected at most {features - 1 + first_index}")
+    return _number(position, label), columns, values
 
 
-def _number(place: str, label: str) -> float:
+def _number(position: str, label: str) -> float:
     try:
         value = float(label)
     except ValueError:
-        raise UserError(f"{place}: the label {label[:40]!r} is not a number; expected label index:value ...") from None
+        raise UserError(
+            f"{position}: the label {label[:40]!r} is not a number; expected label index:value ..."
+        ) from None
     if not math.isfinite(value):
-        raise UserError(f"{place}: the label {label[:40]!r} is not finite; expected a number")
+        raise UserError(f"{position}: the label {label[:40]!r} is not finite; expected a number")
     return value
 
 

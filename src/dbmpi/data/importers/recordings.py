@@ -32,7 +32,7 @@ class Recording:
 
     name: str
     """Relative to the directory or archive; never used as a path."""
-    place: str
+    origin: str
     """For messages."""
     content: bytes
 
@@ -83,18 +83,18 @@ def decoded(recording: Recording, rate: int | None) -> tuple[np.ndarray, int]:
     found, samples = _samples(recording)
     if not LOWEST_RATE <= found <= HIGHEST_RATE:
         raise UserError(
-            f"{recording.place}: has {found} samples a second; expected {LOWEST_RATE} to {HIGHEST_RATE}: damaged?"
+            f"{recording.origin}: has {found} samples a second; expected {LOWEST_RATE} to {HIGHEST_RATE}: damaged?"
         )
     signal = _scaled(samples)
     if signal.ndim == 2:
         signal = signal.mean(axis=1, dtype=np.float32)
     if not np.isfinite(signal).all():
-        raise UserError(f"{recording.place}: holds NaN, infinity or a number too large; expected finite samples")
+        raise UserError(f"{recording.origin}: holds NaN, infinity or a number too large; expected finite samples")
     if rate is None or rate == found:
         return signal, found
     if len(signal) * rate > LARGEST_RECORDING * found:
         raise UserError(
-            f"{recording.place}: has more than {LARGEST_RECORDING} samples at {rate} a second; cut it into pieces"
+            f"{recording.origin}: has more than {LARGEST_RECORDING} samples at {rate} a second; cut it into pieces"
         )
     divisor = math.gcd(rate, found)
     return scipy.signal.resample_poly(signal, rate // divisor, found // divisor).astype(np.float32), rate
@@ -136,11 +136,11 @@ def _members(file: InputFile) -> Iterator[Recording]:
         # As a stream: a header can then not send the reader backwards, and gzip is undone by InputFile.
         with tarfile.open(fileobj=source, mode="r|", tarinfo=_Member) as archive:  # type: ignore[call-overload]
             while (member := archive.next()) is not None:
-                archive.members.clear()  # a list of all members, which nobody needs
-                place = f"{file.path}: {member.name[:200]!r}"
+                archive.members.clear()  # a list of all members, which is not needed
+                origin = f"{file.path}: {member.name[:200]!r}"
                 if not 0 <= member.size <= LARGEST_RECORDING:
                     raise UserError(
-                        f"{place} has {member.size} bytes; expected at most {LARGEST_RECORDING >> 20} MiB: cut the "
+                        f"{origin} has {member.size} bytes; expected at most {LARGEST_RECORDING >> 20} MiB: cut the "
                         f"recording into pieces, and leave other large files out of the archive"
                     )
                 source.allowance = member.size + HEADER_BYTES
@@ -148,17 +148,17 @@ def _members(file: InputFile) -> Iterator[Recording]:
                     content = archive.extractfile(member)
                     assert content is not None
                     found += 1
-                    yield Recording(member.name, place, content.read())
+                    yield Recording(member.name, origin, content.read())
     except TAR_FAULTS as error:
         hint = "" if found else "; expected WAV files, a directory of them, or a tar (plain or gzip)"
         after = f"after {found} recordings " if found else ""
         raise UserError(f"{file.path}: {after}cannot be read as a tar: {error}{hint}") from None
 
 
-def _bounded(place: str, file: InputFile) -> bytes:
+def _bounded(origin: str, file: InputFile) -> bytes:
     content = file.read(LARGEST_RECORDING + 1)
     if len(content) > LARGEST_RECORDING:
-        raise UserError(f"{place}: is larger than {LARGEST_RECORDING >> 20} MiB; cut the recording into pieces")
+        raise UserError(f"{origin}: is larger than {LARGEST_RECORDING >> 20} MiB; cut the recording into pieces")
     return content
 
 
@@ -170,11 +170,11 @@ def _samples(recording: Recording) -> tuple[int, np.ndarray]:
             warnings.filterwarnings("error", "Reached EOF prematurely", scipy.io.wavfile.WavFileWarning)
             rate, samples = scipy.io.wavfile.read(io.BytesIO(recording.content))
     except scipy.io.wavfile.WavFileWarning as warning:
-        raise UserError(f"{recording.place}: is torn: {warning}") from None
+        raise UserError(f"{recording.origin}: is torn: {warning}") from None
     except Exception as error:  # SciPy's reader computes with damaged headers, and raises anything
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(
-            f"{recording.place}: cannot be read as WAV with integer or floating samples (torn, damaged, or of another "
+            f"{recording.origin}: cannot be read as WAV with integer or floating samples (torn, damaged, or of another "
             f"encoding): {reason}"
         ) from None
     return int(rate), samples

@@ -70,7 +70,7 @@ def import_wav(
     classes
         Number of classes; by default the largest of both files plus one, or that of `like`.
     like
-        Data file made before whose mean, deviation, rate, context, states and classes are used.
+        An earlier data file, whose mean, deviation, rate, context, states and classes are used.
     force
         Replace existing files.
     progress
@@ -119,7 +119,10 @@ class Scaling:
     """float64 ``(FILTERS,)``, 1 where an energy never varies."""
 
     def samples(self, energies: np.ndarray) -> np.ndarray:
-        """Return normalised frames in their context, float32 ``(frames, context, FILTERS)``, as a view."""
+        """Return frames of `energies` (frames, FILTERS), normalised, in their context.
+
+        They are float32 ``(frames, context, FILTERS)``, as a view.
+        """
         normalised = ((energies - self.mean) / self.deviation).astype(np.float32)
         aside = self.context // 2
         padded = np.pad(normalised, ((aside, aside), (0, 0)), mode="edge")
@@ -163,7 +166,7 @@ class _Moments:
 
 @dataclass(frozen=True)
 class _Frames:
-    place: str
+    origin: str
     test: bool
     energies: np.ndarray
     classes: np.ndarray
@@ -206,34 +209,38 @@ class _Import:
             used = np.flatnonzero(frames.classes >= 0)
             for start in range(0, len(used), writer.block_rows):
                 rows = used[start : start + writer.block_rows]
-                writer.append(samples[rows], frames.classes[rows], partial(_place, frames.place))
+                writer.append(samples[rows], frames.classes[rows], partial(_in, frames.origin))
 
     def _frames(self, states: int, progress: Progress, done: int, passes: int) -> Iterator[_Frames]:
         speakers = set()
         for recording in recordings(self.source, progress, done, passes):
-            transcript = self.transcripts.of(recording.name, recording.place)
+            transcript = self.transcripts.of(recording.name, recording.origin)
             if transcript is None:
                 continue
             speakers.add(transcript.speaker)
-            test = self._is_test(transcript, recording.place)
+            test = self._is_test(transcript, recording.origin)
             signal, rate = decoded(recording, self.rate if self.resample else None)
             if self.rate not in (None, rate):
                 raise UserError(
-                    f"{recording.place}: has {rate} samples a second, but others have {self.rate}; to resample, "
+                    f"{recording.origin}: has {rate} samples a second, but others have {self.rate}; to resample, "
                     f"say --rate {self.rate}"
                 )
             self.rate = rate
             energies = _mel(rate)(signal)
-            yield _Frames(recording.place, test, energies, transcript.labels(_mel(rate).centres(len(energies)), states))
+            yield _Frames(
+                recording.origin, test, energies, transcript.labels(_mel(rate).centres(len(energies)), states)
+            )
         self.transcripts.check()
         missing = sorted(self.test_speakers - speakers)
         if missing:
             known = ", ".join(sorted(str(speaker) for speaker in speakers)[:12])
-            raise UserError(f"{self.source}: nobody is called {missing[0]!r}; the speakers are {known}")
+            raise UserError(f"{self.source}: no speaker is called {missing[0]!r}; the speakers are {known}")
 
-    def _is_test(self, transcript: Transcript, place: str) -> bool:
+    def _is_test(self, transcript: Transcript, origin: str) -> bool:
         if self.test_speakers and not transcript.speaker:
-            raise UserError(f"{place}: the table does not say who speaks; add a column speaker to split by speakers")
+            raise UserError(
+                f"{origin}: the table does not name the speakers; add a column speaker to split by speakers"
+            )
         return transcript.speaker in self.test_speakers
 
 
@@ -288,7 +295,7 @@ def _agree(like: Path, scaling: Scaling, states: int | None, rate: int | None, c
             raise UserError(f"--{name} {given} was given, but {like} has {theirs}; leave it out")
 
 
-def _place(recording: str, row: int) -> str:
+def _in(recording: str, row: int) -> str:
     return f"in {recording}"
 
 
