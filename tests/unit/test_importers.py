@@ -476,7 +476,7 @@ def test_libsvm_values_and_counting_from_zero(tmp_path):
         ("1 2:1 1:1\n", {"features": 2}, "line 1: the index 1 follows 2; expected increasing"),
         ("1 0:1 1:1\n", {}, "line 1: the index 0 is below 1; .* --first-index 0"),
         ("1 1:1\n1 4:1\n", {"features": 3}, "line 2: the index 4 is too large; expected at most 3"),
-        ("1 1:1\n1 99999999999:1\n", {}, "line 2: the index 99999999999 is too large for dense"),
+        ("1 1:1\n1 99999999999:1\n", {}, "line 2: the index 99999999999 is too large; expected at most"),
         ("1 1:1\n1 1:nan\n", {}, "line 2: the inputs hold NaN"),
         ("1 1:1\n1 1:1e39\n", {}, "line 2: the inputs hold NaN, infinity or a number too large"),
         ("1 1:1\nx 1:1\n", {}, "line 2: the label 'x' is not a number"),

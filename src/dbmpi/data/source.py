@@ -173,8 +173,6 @@ class Source:
 
     def inputs(self, indices: np.ndarray) -> np.ndarray:
         """Return the inputs at `indices` as float32 ``(*features, samples)``, C-contiguous."""
-        if self.resident:
-            self.load()
         return self._inputs_at(self._checked(indices))
 
     def _inputs_at(self, indices: np.ndarray) -> np.ndarray:
@@ -190,8 +188,6 @@ class Source:
         """Return the targets at `indices`: int32 ``(samples,)`` or float32 ``(outputs, samples)``, C-contiguous."""
         if self._answer is None:
             raise UserError(f"{self.path}: has no dataset {self.names['targets']!r}")
-        if self.resident:
-            self.load()
         return self._targets_at(self._checked(indices))
 
     def _targets_at(self, indices: np.ndarray) -> np.ndarray:
@@ -360,6 +356,8 @@ class Source:
         return f"{self.classes} classes" if self.target_size is None else f"{self.target_size} values a sample"
 
     def _checked(self, indices: np.ndarray) -> np.ndarray:
+        """Return int64 indices of samples, when those are in memory if they are kept there."""
+        self.load()
         indices = np.asarray(indices, np.int64)
         if indices.ndim != 1 or (len(indices) and not (indices.min() >= 0 and indices.max() < self.samples)):
             raise IndexError(f"indices must be one-dimensional and lie in 0 ... {self.samples - 1}")
@@ -391,12 +389,11 @@ class Source:
     def _weights_of(self, indices: np.ndarray, targets: np.ndarray) -> np.ndarray:
         """Return the weights of samples, float32 ``(samples,)``."""
         assert self._weighing is not None
-        if self._weights is not None or self.resident:
-            self.load()
-            assert self._weights is not None
+        indices = self._checked(indices)
+        if self._weights is not None:
             kept: np.ndarray = self._weights[indices]
             return kept
         if self._weighing.stored is None:
             return self._weighing.of(None, targets)
-        rows, positions = self._read_rows(self._weighing.stored, self._checked(indices))
+        rows, positions = self._read_rows(self._weighing.stored, indices)
         return self._weighing.of(rows[positions], targets)

@@ -75,7 +75,7 @@ class Targets:
             self.classes, self.labels = given, written
         else:
             self._count()
-        self._check_room_for_labels()
+        self._check_size_of_labels()
 
     def reopened(self, file: h5py.File) -> Targets:
         """Return the same of the same file, opened again."""
@@ -171,7 +171,7 @@ class Targets:
         if not self._one_hot:
             self.size = shape[1] if len(shape) == 2 else 1
 
-    def _check_room_for_labels(self) -> None:
+    def _check_size_of_labels(self) -> None:
         """Raise UserError where the labels are more than a checkpoint can hold: texts, each as long as the longest."""
         labels = self.labels or ()
         longest = max((len(label.encode()) for label in labels if isinstance(label, str)), default=0)

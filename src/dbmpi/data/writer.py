@@ -120,7 +120,7 @@ class DataWriter:
         self._largest_label = -1
         self._digests = [hashlib.sha256(), hashlib.sha256()]
         """Of all inputs and of all targets, as they are stored."""
-        self._least_label = 0
+        self._least_label = hdf5.LARGEST_LABEL
         self._labels: Sequence[Label] | None = None
         self._negative = ""
         """Where the first label below 0 is."""
@@ -231,7 +231,7 @@ class DataWriter:
         lowest = int(labels.min())
         if lowest < 0 and not self._negative:
             self._negative = where(int(labels.argmin()))
-        self._least_label = lowest if self.samples == 0 else min(self._least_label, lowest)
+        self._least_label = min(self._least_label, lowest)
         self._largest_label = max(self._largest_label, int(labels.max()))
 
     def _number_raw_labels(self) -> None:

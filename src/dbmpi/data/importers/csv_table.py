@@ -47,27 +47,23 @@ class CsvTable:
         UserError
             Naming the line and the column, both counted from 1, of what is missing or no number.
         """
-        if not (self.text or self.dropped):
-            rows = self._numbers(lines)
-            return rows[:, self.inputs], rows[:, self.targets], None
-        fields = [self._fields(number, text) for number, text in zip(lines.numbers, lines.texts, strict=True)]
-        if any(len(row) != self.width for row in fields):
-            raise UserError(self._fault(lines) or "")
+        kind = object if self.text or self.dropped else np.float64
         try:
-            inputs = np.array([[float(row[column]) for column in self.inputs] for row in fields])
-            numbers = () if self.text else self.targets
-            targets = np.array([[float(row[column]) for column in numbers] for row in fields])
-        except ValueError:
-            raise UserError(self._fault(lines) or f"{self.path}: line {lines.numbers[0]} ff. cannot be read") from None
+            rows = np.loadtxt(lines.texts, kind, comments=None, delimiter=self.delimiter, ndmin=2, quotechar='"')
+            if rows.shape != (len(lines.texts), self.width):
+                raise ValueError("a quotation is not closed")
+            inputs = rows[:, self.inputs].astype(np.float64, copy=False)
+            targets = rows[:, [] if self.text else self.targets].astype(np.float64, copy=False)
+        except ValueError as error:
+            raise UserError(self._fault(lines) or f"{self.path}: line {lines.numbers[0]} ff.: {error}") from None
         if not self.text:
             return inputs, targets, None
-        words = np.empty(len(fields), object)
-        words[:] = [row[self.targets[0]].strip() for row in fields]
-        if "" in words.tolist():
-            row = words.tolist().index("")
-            raise UserError(
-                f"{self._position(lines.numbers[row], self.targets[0])}: the label is missing; leave the line out"
-            )
+        words = rows[:, self.targets[0]]
+        words[:] = [word.strip() for word in words]
+        missing = np.flatnonzero(words == "")
+        if len(missing):
+            position = self._position(lines.numbers[missing[0]], self.targets[0])
+            raise UserError(f"{position}: the label is missing; leave the line out")
         return inputs, targets, words
 
     def check_finite(self, lines: Lines, values: np.ndarray, columns: Sequence[int]) -> None:
@@ -81,17 +77,6 @@ class CsvTable:
             row, column = wrong[0].tolist()
             text = self._fields(lines.numbers[row], lines.texts[row])[columns[column]]
             raise UserError(self._complaint(lines.numbers[row], columns[column], text))
-
-    def _numbers(self, lines: Lines) -> np.ndarray:
-        """Return a block of lines of nothing but numbers as float64 ``(lines, columns)``."""
-        begin = f"{self.path}: line {lines.numbers[0]} ff."
-        try:
-            rows = np.loadtxt(lines.texts, np.float64, comments=None, delimiter=self.delimiter, ndmin=2, quotechar='"')
-        except ValueError as error:
-            raise UserError(self._fault(lines) or f"{begin}: {error}") from None
-        if rows.shape != (len(lines.texts), self.width):
-            raise UserError(self._fault(lines) or f"{begin}: a quotation is not closed")
-        return rows
 
     def _fault(self, lines: Lines) -> str | None:
         """Describe the first fault of lines that could not be read as numbers, slowly."""

@@ -146,18 +146,8 @@ def _count_features(file: Path, first_index: int, progress: Progress) -> int:
         for number, line in _lines(text):
             last = line.rsplit(maxsplit=1)[-1]
             if ":" in last:
-                index_text = last.partition(":")[0]
-                try:
-                    features = max(features, int(index_text) - first_index + 1)
-                except ValueError:
-                    raise UserError(
-                        f"{file}: line {number}: {last[:40]!r} is not an input; expected index:value, e.g. 3:0.5"
-                    ) from None
-            if features * 4 > LARGEST_SAMPLE_BYTES:
-                raise UserError(
-                    f"{file}: line {number}: the index {index_text[:20]} is too large for dense samples; expected "
-                    f"at most {LARGEST_SAMPLE_BYTES // 4}"
-                )
+                _, columns, _ = _sample(f"{file}: line {number}", f"0 {last}", first_index, LARGEST_SAMPLE_BYTES // 4)
+                features = max(features, columns[-1] + 1)
             if number % PROGRESS_LINES == 0:
                 progress(text.position, 2 * text.file_bytes)
     if features == 0:
