@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,13 +29,23 @@ _PIECE = 1 << 22
 _LEAD_RANK = 0
 
 
+@dataclass(frozen=True)
+class Part:
+    """The lead's own part of the vectors."""
+
+    arrangement: Arrangement
+    """In which order the shards hold the vectors; the checkpoint has that of the layout."""
+    vectors: Mapping[str, np.ndarray]
+    """By name."""
+    version: int
+    """Of the shard."""
+
+
 def save(
     comm: MPI.Intracomm,
     shard_ranks: Sequence[int],
     path: Path,
-    arrangement: Arrangement,
-    vectors: Mapping[str, np.ndarray],
-    version: int,
+    part: Part,
     describe: Callable[[tuple[int, ...]], CheckpointInfo],
     *,
     keep: int,
@@ -49,10 +60,8 @@ def save(
         The ranks of the shards in a communicator, in the order of the shards; the first is the lead's.
     path
         Of the checkpoint.
-    arrangement
-        In which order the shards hold the vectors; the checkpoint has that of the layout.
-    vectors, version
-        The lead's own part, and its version.
+    part
+        The lead's own.
     describe
         Makes the description from the versions of all shards.
     check
@@ -69,7 +78,8 @@ def save(
     DiskFailed
         If the file cannot be written; what the other shards hand over is then received all the same.
     """
-    versions = [version] * len(shard_ranks)
+    arrangement, vectors = part.arrangement, part.vectors
+    versions = [part.version] * len(shard_ranks)
     dtype, ranges = vectors["parameters"].dtype, arrangement.ranges
     failure: DiskFailed | None = None
     with ExitStack() as stack:

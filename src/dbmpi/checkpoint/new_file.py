@@ -157,16 +157,7 @@ class NewFile:
             A text, a number, numbers, or a non-empty list of texts (as UTF-8).  Numbers are stored as int64, or as
             float64 where they are a float, or a list that begins with one.
         """
-        data: Any
-        if isinstance(value, str):
-            data, kind = value.encode(), _text_type(value.encode())
-        elif isinstance(value, Sequence) and value and isinstance(value[0], bytes):
-            kind = _text_type(*(text for text in value if isinstance(text, bytes)))
-            data = np.array(value, dtype=kind)
-        else:
-            first = value[0] if isinstance(value, Sequence) and value else value
-            kind = np.dtype(np.float64 if isinstance(first, float) else np.int64)
-            data = np.asarray(value, dtype=kind)
+        data, kind = _typed(value)
         with self.writing():
             self.hdf5.create_dataset(name, data=data, dtype=kind)
         if self._summed:
@@ -177,9 +168,8 @@ class NewFile:
     def set_attribute(self, name: str, value: str | int, of: str = "/") -> None:
         """Set the attribute `name` of a member `of` the file, by default of the file itself, to `value`."""
         with self.writing():
-            text = value.encode() if isinstance(value, str) else None
-            kind = np.int64 if text is None else _text_type(text)
-            self.hdf5[of].attrs.create(name, value if text is None else text, dtype=kind)
+            data, kind = _typed(value)
+            self.hdf5[of].attrs.create(name, data, dtype=kind)
 
     def commit(self, check: Callable[[], object] = lambda: None) -> None:
         """Bring the file to disk and give it its name, unless `check`, called just before that, raises."""
@@ -277,9 +267,18 @@ class _Raw(io.FileIO):
         self.abandoned = True
 
 
-def _text_type(*texts: bytes) -> Any:
-    """Return a type of fixed length: unlike a variable one it lies in the dataset, and says how much to read."""
-    return h5py.string_dtype("utf-8", max(1, *map(len, texts)))
+def _typed(value: str | float | Sequence[float] | Sequence[bytes]) -> tuple[Any, Any]:
+    """Return a value as HDF5 takes it, and its type.
+
+    That of texts has a fixed length: unlike a variable one it lies in the dataset, and says how much to read.
+    """
+    values = [value.encode()] if isinstance(value, str) else value if isinstance(value, Sequence) else [value]
+    texts = [text for text in values if isinstance(text, bytes)]
+    if texts:
+        kind: Any = h5py.string_dtype("utf-8", max(1, *map(len, texts)))
+        return texts[0] if isinstance(value, str) else np.array(texts, kind), kind
+    kind = np.dtype(np.float64 if values and isinstance(values[0], float) else np.int64)
+    return np.asarray(value, kind), kind
 
 
 def temporary_path(path: Path) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -156,32 +156,35 @@ class Stored:
             values[wrong] = np.nan if self._replacement is None else self._replacement
         return values
 
+    def count(self, wrong: Callable[[np.ndarray], np.ndarray], full: bool) -> tuple[int, int, Any]:
+        """Return how many rows are wrong, the number of the first of these, and that row; without `full`, of one block.
+
+        `wrong` returns the positions of the wrong ones among stored rows.
+        """
+        count, first, row = 0, -1, None
+        for start, rows in self.blocks():
+            positions = wrong(rows)
+            if len(positions) and not count:
+                first, row = start + int(positions[0]), rows[positions[0]]
+            count += len(positions)
+            if not full:
+                break
+        return count, first, row
+
     def scan(self, full: bool) -> None:
         """Raise UserError where a value is missing, NaN, infinite or too large for float32.
 
         Without `full`, only the first block is read.
         """
-        bad = absent = 0
-        first, why = -1, ""
-        for start, rows in self.blocks():
-            wrong = None if self._replacement is not None else self.missing(rows)
-            if wrong is not None and wrong.any():
-                lacking = np.flatnonzero(wrong.reshape(len(rows), -1).any(axis=1))
-                if not absent:
-                    first, where = start + int(lacking[0]), np.argwhere(wrong[lacking[0]])[0].tolist()
-                    why = f"value {where} of sample {first} is missing: it is {rows[lacking[0]][tuple(where)]}"
-                absent += len(lacking)
-            elif not absent:
-                lacking = hdf5.not_finite(self.decoded(rows))
-                if len(lacking) and not bad:
-                    first = start + int(lacking[0])
-                bad += len(lacking)
-            if not full:
-                break
-        if absent:
+        bad, first, row = self.count(lambda rows: hdf5.not_finite(self.decoded(rows)), full)
+        missing = self.missing(row) if bad and self._replacement is None else None
+        if missing is not None and missing.any():
+            index = np.argwhere(missing)[0].tolist()
+            shown = row[tuple(index)]
             raise self.error(
-                f": {why}, which {self._marks()}; {absent} of {self.samples} samples lack values; leave them out, or "
-                f"set data.missing to the number to take instead, e.g. 0.0"
+                f": value {index} of sample {first} is missing: it is {shown}, which {self._marks()}; {bad} of "
+                f"{self.samples} samples lack values; leave them out, or set data.missing to the number to take "
+                "instead, e.g. 0.0"
             )
         if bad:
             raise self.error(

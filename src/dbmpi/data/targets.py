@@ -117,14 +117,7 @@ class Targets:
             if self._reading.wanted == "probabilities":
                 self._scan_probabilities(full)
             return
-        bad, first, label = 0, -1, ""
-        for start, rows in self.stored.blocks():
-            _, wrong = self._codes(rows)
-            if len(wrong) and not bad:
-                first, label = start + int(wrong[0]), _shown(rows[wrong[0]])
-            bad += len(wrong)
-            if not full:
-                break
+        bad, first, row = self.stored.count(lambda rows: self._codes(rows)[1], full)
         if bad:
             if self._one_hot:
                 expected = "one 1 and otherwise 0; for several labels a sample use the loss 'logistic'"
@@ -133,21 +126,22 @@ class Targets:
             else:
                 expected = f"whole numbers from 0 to {self.classes and self.classes - 1}"
             raise self.stored.error(
-                f": label {label} of sample {first} is not a class; {bad} of {self.stored.samples} labels are not; "
-                f"expected {expected}"
+                f": label {_shown(row)} of sample {first} is not a class; {bad} of {self.stored.samples} labels are "
+                f"not; expected {expected}"
             )
 
     def _scan_probabilities(self, full: bool) -> None:
-        for start, rows in self.blocks():
-            wrong = np.flatnonzero(((rows < 0) | (rows > 1)).any(axis=1))
-            if len(wrong):
-                raise self.stored.error(
-                    f": sample {start + int(wrong[0])} holds {_shown(rows[wrong[0]])}, but the loss 'logistic' takes "
-                    f"values between 0 and 1; for classes store integers (samples,), and for other values use the loss "
-                    f"'squared'"
-                )
-            if not full:
-                return
+        def wrong(rows: np.ndarray) -> np.ndarray:
+            values = self.decoded(rows)
+            return np.flatnonzero(((values < 0) | (values > 1)).any(axis=1))
+
+        bad, first, row = self.stored.count(wrong, full)
+        if bad:
+            values = _shown(self.decoded(np.asarray(row)[None])[0])
+            raise self.stored.error(
+                f": sample {first} holds {values}, but the loss 'logistic' takes values between 0 and 1; for classes "
+                "store integers (samples,), and for other values use the loss 'squared'"
+            )
 
     # What the dataset is
 
