@@ -137,7 +137,7 @@ def test_idx_that_is_torn_or_wrong(tmp_path):
     torn.write_bytes(good[0].read_bytes() + b"x")
     refused(r"torn: its header declares .* the file has 197 bytes", import_idx, torn, good[1], out)
     torn.write_bytes(gzip.compress(good[0].read_bytes() + b"x"))
-    refused(r"torn: goes on after byte 196", import_idx, torn, good[1], out)
+    refused(r"torn: has more bytes than the 196", import_idx, torn, good[1], out)
     torn.write_bytes(b"\0\0")
     refused(r"torn: ends at byte 2, within the IDX header", import_idx, torn, good[1], out)
     refused("starts with the bytes 89 50 4e 47", import_idx, idx(torn, images, b"\x89PNG"), good[1], out)

@@ -40,7 +40,7 @@ class WrittenSums:
         self._known = np.zeros(blocks, bool)
 
     def wrote(self, offset: int, data: memoryview) -> None:
-        """Hear of the bytes `data` that were written from `offset` of the array on."""
+        """Note that the bytes `data` were written from `offset` of the array on."""
         stop = offset + len(data)
         if not len(data):
             return
@@ -69,7 +69,7 @@ class WrittenSums:
 
 
 class StoredArray:
-    """The bytes of a dataset in an open file; what is read of them is verified.
+    """The bytes of a dataset in an open file, verified as they are read.
 
     Parameters
     ----------

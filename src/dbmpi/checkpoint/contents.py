@@ -18,7 +18,7 @@ from dbmpi.index.layout import Layout, Tensor
 
 
 class Malformed(Exception):
-    """What is wrong with the file."""
+    """The file is no whole checkpoint; the message says why."""
 
 
 class Foreign(Malformed):

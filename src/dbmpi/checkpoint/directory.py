@@ -1,4 +1,4 @@
-"""The directory of a run's checkpoints: names, ``latest``, and what is deleted when.
+"""The directory of a run's checkpoints: their names, ``latest``, and when files are deleted.
 
 A file has its name only when it is whole: it is written under a temporary name, brought to disk, and renamed.
 ``latest`` is a relative symbolic link, so that the directory can be moved; where a file system has no links it is a

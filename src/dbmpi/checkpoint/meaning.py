@@ -22,12 +22,12 @@ _SHOWN = 6
 
 
 class Meaning(BaseModel):
-    """What a file says of its samples, and a look at them; what it does not say is empty."""
+    """A file's account of its samples, and a look at some of them; empty where it says nothing."""
 
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
     elements: str = ""
-    """What is stored of the inputs: ``bytes``, of one scale for all files, ``floats``, ``integers`` or ``numbers``."""
+    """How the inputs are stored: as ``bytes``, of one scale for all files, ``floats``, ``integers`` or ``numbers``."""
     scale: float = 1.0
     """Factor on everything stored when it is used."""
     lowest: float = 0.0
@@ -56,7 +56,7 @@ class Meaning(BaseModel):
 
 
 class Agreement(NamedTuple):
-    """How the samples of a file are to be taken by what learned from another one."""
+    """How to take the samples of a file for a network that has learned from another one."""
 
     codes: tuple[int, ...] | None = None
     """For each class of the file the one that was learned; None where they are the same."""
@@ -73,7 +73,7 @@ def agree(
     classes: tuple[int, int] | None = None,
     targets: bool = True,
 ) -> Agreement:
-    """Compare what was learned from with what is given.
+    """Compare the data that were learned from with other data.
 
     Parameters
     ----------
@@ -109,7 +109,7 @@ def agree(
 
 
 def check_same_data(learned: Meaning | None, given: Meaning | None, *, checkpoint: str, file: str) -> None:
-    """Raise UserError unless a run that goes on from a checkpoint has the data that the checkpoint was learned from.
+    """Raise UserError unless a run that resumes from a checkpoint has the data that the checkpoint was learned from.
 
     A file that was moved, copied, or stored in another way is the same.
 

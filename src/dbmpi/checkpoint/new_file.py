@@ -192,7 +192,7 @@ class NewFile:
             return
         self._open = False
         self._raw.abandoned = True
-        # The error that has led here is to be raised, and not another one of the same disk.
+        # The caller raises the error that has led here, and not another one of the same disk.
         with contextlib.suppress(OSError):
             self._temporary.unlink(missing_ok=True)
         if hasattr(self, "hdf5"):

@@ -44,7 +44,7 @@ class Checkpoint:
     dtype : dtype
         Of the arrays.
     has_checksums : bool
-        Whether what is read is verified; the first version of the format had no checksums.
+        Whether everything is verified when it is read; the first version of the format had no checksums.
     """
 
     def __init__(self, path: Path, notice: str = "") -> None:
@@ -225,7 +225,7 @@ class Checkpoint:
 def _open_all(
     kind: type[Checkpoint], folder: Path, without: Collection[Path]
 ) -> tuple[list[Checkpoint], dict[Path, UserError]]:
-    """Open all checkpoints in a directory; return them, and what is wrong with the others."""
+    """Open all checkpoints in a directory; return them, and the errors of the others."""
     found: list[Checkpoint] = []
     for attempt in range(3):
         unreadable, vanished = {}, False

@@ -1,4 +1,4 @@
-"""Which checkpoints of a run are whole, which of them stay, and what is left where a run cannot write."""
+"""Which checkpoints of a run are whole, which of them stay, and which is left where a run cannot write."""
 
 from __future__ import annotations
 

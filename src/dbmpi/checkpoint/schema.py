@@ -111,7 +111,7 @@ class CheckpointInfo:
     shard_versions: tuple[int, ...]
     """Applied pushes, per shard of the run that wrote the file."""
     shards: int
-    """Topology of the run that wrote the file; a run of any other may go on from it."""
+    """Topology of the run that wrote the file; a run of any other may resume from it."""
     replicas: int
     partitions: int
     input_shape: tuple[int, ...]

@@ -15,7 +15,7 @@ from dbmpi.checkpoint.untrusted import chunk_bytes, elsewhere, unwritten
 from dbmpi.index.layout import Tensor
 
 BLOCK = 2**16
-"""Elements looked at together: their float64 copies stay in the caches."""
+"""Elements added together: their float64 copies stay in the caches."""
 PIECE = 2**22
 """Elements read at a time, in whole chunks: a call of HDF5 costs as much as some thousand elements."""
 LARGEST_CHUNK = 2**28

@@ -65,7 +65,7 @@ class CheckpointWriter:
     def write(self, vector: str, start: int, values: np.ndarray) -> None:
         """Write `values` (n,), of the file's dtype, to the positions ``start ... start + n`` of a vector.
 
-        Ranges may come in any order; what is written twice keeps the later values.
+        Ranges may come in any order; a position that is written twice keeps the later value.
         """
         if values.ndim != 1 or values.dtype != self.dtype:
             raise ValueError(f"expected a vector of {self.dtype}, got {values.dtype} of shape {values.shape}")

@@ -1,7 +1,7 @@
 """What the numbers of a dataset stand for, by the conventions of the tools that write HDF5.
 
 netCDF and CF: ``value = stored * scale_factor + add_offset``; `_FillValue`, `missing_value` and what lies outside of
-`valid_min`, `valid_max` or `valid_range` are no values; `_Unsigned` says that signed integers are to be read as
+`valid_min`, `valid_max` or `valid_range` are no values; `_Unsigned` makes signed integers
 unsigned ones.  All but the first are compared with the stored numbers (CF conventions, sections 2.5.1 and 8.1; NetCDF
 users' guide, appendix A).  PyTables stores truth values as HDF5's bit fields, MATLAB 7.3 the axes of arrays in reversed
 order.
@@ -27,7 +27,7 @@ class Convention:
     """How stored numbers become values: ``value = stored * scale + offset``, unless they are missing."""
 
     kind: np.dtype[Any]
-    """Type as which the stored numbers are to be taken, in this machine's byte order."""
+    """Type of the stored numbers, in this machine's byte order."""
     scale: float = 1.0
     offset: float = 0.0
     missing: tuple[float, ...] = ()
@@ -130,7 +130,7 @@ def _valid(dataset: Dataset, kind: np.dtype[Any]) -> tuple[float | None, float |
 
 
 def _missing(dataset: Dataset, kind: np.dtype[Any]) -> tuple[float, ...]:
-    """Return the stored numbers that mark what is missing.
+    """Return the stored numbers that mark missing values.
 
     The fill value of a dataset marks what was never written, also where no attribute says so: netCDF writes just that.
     One of 0 says nothing, and one of single bytes may be any value.

@@ -1,7 +1,7 @@
 """What a data file holds, and whether a given HDF5 file is one.
 
 The format is two datasets whose first axis is the sample: inputs, and targets that are classes or values.
-``docs/data.md`` describes it for users, with what is understood of other tools' conventions.
+``docs/data.md`` describes it for users, and the conventions of other tools that are understood.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def describe(path: Path, file: h5py.File, memory_bytes: int, reading: Reading, t
     memory_bytes
         Most that one sample, as float32, or one chunk may take.
     reading
-        How the file is to be read.
+        How to read the file.
     targets_required
         Whether it must have targets.
 

@@ -16,7 +16,7 @@ _MOST_LINKS = 16
 """Soft links on the way to one dataset; more are taken for a circle."""
 _SHOWN = 8
 _MOST_SEEN = 200
-"""Members of a file that are looked at for a suggestion."""
+"""Members of a file that are visited for a suggestion."""
 
 
 def find(path: Path, file: h5py.File, name: str, setting: str = "") -> Dataset:
@@ -70,7 +70,7 @@ class _Missing(UserError):
 
 
 def _resolved(path: Path, file: h5py.File, name: str, setting: str) -> Any:
-    """Return the object that a name stands for.  Each step of the way is looked at before it is taken."""
+    """Return the object that a name stands for.  Each step of the way is checked before it is taken."""
     node: Any = file
     todo, links = _steps(name), 0
     walked: list[str] = []

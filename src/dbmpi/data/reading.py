@@ -1,4 +1,4 @@
-"""How a data file is to be read: the names of its datasets, and what the user says of them."""
+"""How to read a data file: the names of its datasets, and the user's settings for them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Label = int | str
 
 @dataclass(frozen=True)
 class Reading:
-    """How a data file is to be read; by default the format of ``docs/data.md``."""
+    """How to read a data file; by default the format of ``docs/data.md``."""
 
     inputs: str = "inputs"
     targets: str = "targets"
@@ -50,7 +50,7 @@ class Reading:
     def held_out(self, classes: int | None, labels: tuple[Label, ...] | None) -> Reading:
         """Return how to read other data for a network that has learned so many `classes` with these `labels`.
 
-        Labels then stand for the classes that were learned.  Weights shape what is learned and are left out.
+        Labels then stand for the classes that were learned.  Weights matter to learning alone and are left out.
         """
         if labels is None and classes:
             labels = tuple(range(classes))

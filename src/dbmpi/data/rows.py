@@ -82,7 +82,7 @@ class Stored:
 
     @property
     def factor(self) -> float:
-        """What is left to multiply with after :meth:`decoded`."""
+        """Factor that remains to be applied after :meth:`decoded`."""
         return self.meaning.scale if self.bytes_kept else 1.0
 
     @property

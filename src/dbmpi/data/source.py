@@ -112,7 +112,7 @@ class Source:
         targets
             Whether the file must have targets; to predict, inputs are enough.
         reading
-            How it is to be read; by default the format of ``docs/data.md``.
+            How to read it; by default the format of ``docs/data.md``.
 
         Raises
         ------
@@ -160,7 +160,7 @@ class Source:
     def batch(self, indices: np.ndarray) -> Batch:
         """Return the samples at `indices`, int64 ``(samples,)``, in this order; repeated indices are allowed.
 
-        Where the file has no targets, they are zeros, for a network that does not look at them.
+        Where the file has no targets, they are zeros, for a network that ignores them.
 
         Raises
         ------
@@ -313,7 +313,7 @@ class Source:
 
     @cached_property
     def meaning(self) -> Meaning:
-        """What the samples stand for, with a look at some of the rows."""
+        """Meaning of the samples, with the range of some of the rows."""
         row_bytes = 4 * self._description.features
         count = max(2, min(_LOOKED_AT_ROWS, _LOOKED_AT_BYTES // row_bytes))
         indices = np.unique(np.linspace(0, self.samples - 1, count).astype(np.int64))

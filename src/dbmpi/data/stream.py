@@ -1,7 +1,7 @@
-"""The stream of batches: their order, how they are dealt to replicas, and what is left after an interruption.
+"""The stream of batches: their order, how they are dealt to replicas, and which are left after an interruption.
 
 All batches of all epochs are numbered.  The samples of a batch follow from (seed, epoch) alone, and what has been
-learned is a frontier and a list of holes, so that a run goes on under any number of replicas and sees every
+learned is a frontier and a list of holes, so that a run resumes under any number of replicas and sees every
 batch exactly once.  Pure numbers: nothing here knows MPI or reads samples.
 """
 
@@ -134,7 +134,7 @@ class Stream:
         return len(alone) + len(in_turn)
 
     def after(self, done: Sequence[int], warmstart: int = 0) -> Stream:
-        """Return what is left when each replica has learned the first `done` of the batches dealt to it.
+        """Return the batches that are left when each replica has learned the first `done` of the batches dealt to it.
 
         Parameters
         ----------
@@ -168,7 +168,7 @@ class Stream:
         return Stream(self.total, self.frontier + end - len(self.holes), holes)
 
     def recut(self, before: Order, now: Order) -> Stream:
-        """Return what is left in batches of another size: all that hold a sample that has not been learned.
+        """Return the rest in batches of another size: all that hold a sample that has not been learned.
 
         Samples of a batch that was learned in part are seen again: at most one batch for each hole and the frontier.
         The orders `before` and `now` have the same samples and seed.

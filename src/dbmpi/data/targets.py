@@ -32,7 +32,7 @@ class Targets:
     stored
         The dataset.
     reading
-        What is wanted.
+        What the loss wants, and labels that are known.
     samples
         How many there must be.
 
@@ -146,7 +146,7 @@ class Targets:
     # What the dataset is
 
     def _shaped(self, samples: int) -> None:
-        """Find out what is meant from type and shape."""
+        """Tell classes and values apart by type and shape."""
         stored = self.stored
         stored.as_column(samples)
         kind, shape = stored.kind, stored.shape

@@ -1,4 +1,4 @@
-"""How much each sample counts in what is learned: weights of samples, and of their classes.
+"""How much each sample counts in learning: weights of samples, and of their classes.
 
 With weights w_i the loss is the weighted mean ``sum_i w_i l_i / sum_i w_i``.  They are divided by their mean over all
 samples, so that it is the ordinary mean of ``w_i l_i``: of a batch or a portion too, whatever samples it holds, and an
@@ -49,7 +49,7 @@ class Weights:
         rows
             Stored rows of the dataset of weights, if there is one.
         classes
-            Of the samples; looked at if classes have weights.
+            Of the samples; used if classes have weights.
         """
         return (self._product(rows, classes) / self._mean).astype(np.float32)
 
@@ -68,7 +68,7 @@ class Weights:
         return found if self.of_classes is None or classes is None else found * self.of_classes[classes]
 
     def _measured(self, targets: Targets | None) -> float:
-        """Return the mean over all samples; look at each weight."""
+        """Return the mean over all samples, after checking each weight."""
         total, samples = 0.0, 0
         classes = targets.blocks() if targets is not None and self.of_classes is not None else None
         if self.stored is None:

@@ -51,7 +51,7 @@ def import_csv(
     classes
         Number of classes, whose labels are then numbers from 0, or text; by default what the file holds.
     like
-        A data file whose labels and number of inputs are to be used: the training file, for a test file.
+        A data file whose labels and number of inputs are used: the training file, for a test file.
     header
         Whether the first line holds the names of the columns; ``auto`` takes it for names if none of it is a number.
     delimiter
@@ -61,7 +61,7 @@ def import_csv(
     force
         Replace an existing file.
     progress
-        Told how many bytes of the file have been read.
+        Called with the number of bytes of the file that have been read, and of all.
 
     Raises
     ------
@@ -82,7 +82,9 @@ def import_csv(
         first = next(blocks, None)
         if first is None:
             raise UserError(f"{file}: is empty; expected lines of numbers")
-        table = find_table(file, first, targets, drop, kind == "classes", header, delimiter)
+        table = find_table(
+            file, first, targets=targets, drop=drop, classes=kind == "classes", header=header, delimiter=delimiter
+        )
         if table.names is not None:
             first = Lines(first.numbers[1:], first.texts[1:])
         known, numbering = _classes(table, classes, like)

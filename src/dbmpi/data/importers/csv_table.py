@@ -45,7 +45,7 @@ class CsvTable:
         Raises
         ------
         UserError
-            Naming the line and the column, both counted from 1, of what is missing or no number.
+            Naming the line and the column, both counted from 1, of a field that is missing or no number.
         """
         kind = object if self.text or self.dropped else np.float64
         try:
@@ -116,6 +116,7 @@ class CsvTable:
 def find_table(
     path: Path,
     first: Lines,
+    *,
     targets: Sequence[str],
     drop: Sequence[str],
     classes: bool,

@@ -88,7 +88,7 @@ def import_idx(
             # Reading on also makes gzip compare its checksum.
             for file in (image_file, label_file):
                 if file.read(1):
-                    raise UserError(f"{file.path}: goes on after byte {file.offset - 1}, where its header lets it end")
+                    raise UserError(f"{file.path}: has more bytes than the {file.offset - 1} that its header declares")
     return writer.written
 
 

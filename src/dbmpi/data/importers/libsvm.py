@@ -44,7 +44,7 @@ def import_libsvm(
     features
         Number of inputs; by default the largest index of the file, which takes a pass of its own.
     like
-        A data file whose number of inputs and whose labels are to be used: the training file, for a test file.
+        A data file whose number of inputs and whose labels are used: the training file, for a test file.
     kind
         Whether labels are classes or values.
     first_index
@@ -52,7 +52,7 @@ def import_libsvm(
     force
         Replace an existing file.
     progress
-        Told how many bytes have been read, of all passes.
+        Called with the number of bytes that have been read, and of all, in all passes.
 
     Raises
     ------

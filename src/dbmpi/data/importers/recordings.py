@@ -45,7 +45,9 @@ def recordings(source: Path, progress: Progress, done: int = 0, passes: int = 1)
     source
         Where they lie; of a tar or a directory, everything that is not named ``*.wav`` is passed over.
     progress
-        Told how much of the source has been read; `done` of `passes` equal passes lie behind.
+        Called with how much of the source has been read, and of how much.
+    done, passes
+        How many of how many equal passes over the source are complete.
 
     Raises
     ------
@@ -101,7 +103,7 @@ def decoded(recording: Recording, rate: int | None) -> tuple[np.ndarray, int]:
 
 
 class _Metered:
-    """What a tar is read from: an input file that ends with an error where headers go on for ever."""
+    """The input file of a tar, which ends with an error where its headers do not end."""
 
     def __init__(self, file: InputFile) -> None:
         self._file = file

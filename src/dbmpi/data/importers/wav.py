@@ -74,7 +74,7 @@ def import_wav(
     force
         Replace existing files.
     progress
-        Told how much of the source has been read, in two passes (with `like` in one).
+        Called with how much of the source has been read, and of how much, in two passes (with `like` in one).
 
     Raises
     ------
@@ -129,7 +129,7 @@ class Scaling:
         return np.lib.stride_tricks.sliding_window_view(padded, self.context, axis=0).swapaxes(1, 2)
 
     def attributes(self) -> dict[str, object]:
-        """Return what is stored with the file."""
+        """Return the attributes of the data file."""
         return {
             "rate": self.rate,
             "context": self.context,
