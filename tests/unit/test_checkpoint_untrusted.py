@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from unit.checkpoint_files import LAYOUT, as_version_1, read_all, run_python, write
 
+from dbmpi.checkpoint.contents import Contents, Malformed
 from dbmpi.checkpoint.reader import Checkpoint
-from dbmpi.checkpoint.untrusted import Malformed, UntrustedFile
 from dbmpi.errors import UserError
 
 
@@ -175,10 +175,10 @@ def test_arrays_beyond_the_end(path):
         size = path.stat().st_size
         end = max(file[f"parameters/{tensor.name}"].id.get_offset() + 4 * tensor.size for tensor in LAYOUT.tensors)
         assert end <= size
-        layout = UntrustedFile(file, size).layout()
-        UntrustedFile(file, end).arrays(layout, ("parameters",))
+        layout = Contents(file, size).layout()
+        Contents(file, end).arrays(layout, ("parameters",))
         with pytest.raises(Malformed, match="beyond the end"):
-            UntrustedFile(file, end - 1).arrays(layout, ("parameters",))
+            Contents(file, end - 1).arrays(layout, ("parameters",))
 
 
 def test_what_others_added_is_left_alone(path):

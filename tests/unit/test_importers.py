@@ -137,7 +137,7 @@ def test_idx_that_is_torn_or_wrong(tmp_path):
     torn.write_bytes(good[0].read_bytes() + b"x")
     refused(r"torn: its header declares .* the file has 197 bytes", import_idx, torn, good[1], out)
     torn.write_bytes(gzip.compress(good[0].read_bytes() + b"x"))
-    refused(r"torn: goes on after byte 196", import_idx, torn, good[1], out)
+    refused(r"torn: has more bytes than the 196", import_idx, torn, good[1], out)
     torn.write_bytes(b"\0\0")
     refused(r"torn: ends at byte 2, within the IDX header", import_idx, torn, good[1], out)
     refused("starts with the bytes 89 50 4e 47", import_idx, idx(torn, images, b"\x89PNG"), good[1], out)
@@ -229,12 +229,12 @@ def test_csv_values_headers_and_columns(tmp_path):
         ("a,b,c\n1,2,x\n3,4\n", {}, r"line 3 has 2 columns; expected 3"),
         ("a,b,c\n1,2,0\n3,4,1,5\n", {"drop": ["b"]}, r"line 3 has 4 columns; expected 3"),
         ("1,2\n1e39,3\n", {}, r"line 2, column 1: 1e39 is infinite or too large for float32"),
-        ("1,0\n1,0.5\n", {}, r"line 2: the target 0.5 is not a class; .* --values"),
+        ("1,0\n1,0.5\n", {}, r"line 2: the label 0.5 is not a class; .* --values"),
         ("1,0\n1,nan\n", {}, r"line 2, column 2: a value is missing \('nan'\)"),
         ("1,0\n1,dog\n", {}, r"line 2, column 2: 'dog' is not a number"),
         ("1,0\n1,-1\n", {}, r"line 2: the label -1 is not a class; .* if it marks samples without a label"),
         ("1,0\n1,-2\n", {}, r"line 2: the label -2 is not a class"),
-        ("1,0\n1,1e30\n", {}, r"line 2: the label \d+ is not a class"),
+        ("1,0\n1,1e30\n", {}, r"line 2: the label 1e\+30 is not a class"),
         ("1,0\n1,inf\n", {"kind": "values"}, r"line 2, column 2: inf is infinite or too large"),
         ("1,abc\n2,3\n", {}, r"line 1 holds numbers and text \('abc'\): say --header"),
         ("1,2,abc\n3,4,xyz\n", {}, r"line 1 holds numbers and text \('abc'\): say --header"),
@@ -476,7 +476,7 @@ def test_libsvm_values_and_counting_from_zero(tmp_path):
         ("1 2:1 1:1\n", {"features": 2}, "line 1: the index 1 follows 2; expected increasing"),
         ("1 0:1 1:1\n", {}, "line 1: the index 0 is below 1; .* --first-index 0"),
         ("1 1:1\n1 4:1\n", {"features": 3}, "line 2: the index 4 is too large; expected at most 3"),
-        ("1 1:1\n1 99999999999:1\n", {}, "line 2: the index 99999999999 is too large for dense"),
+        ("1 1:1\n1 99999999999:1\n", {}, "line 2: the index 99999999999 is too large; expected at most"),
         ("1 1:1\n1 1:nan\n", {}, "line 2: the inputs hold NaN"),
         ("1 1:1\n1 1:1e39\n", {}, "line 2: the inputs hold NaN, infinity or a number too large"),
         ("1 1:1\nx 1:1\n", {}, "line 2: the label 'x' is not a number"),
@@ -491,9 +491,14 @@ def test_libsvm_faults_name_the_line(tmp_path, text, options, message):
 
 
 def test_libsvm_of_a_regression_asks_for_values(tmp_path, monkeypatch):
-    monkeypatch.setattr("dbmpi.data.importers.libsvm.MOST_LABELS", 10)
+    monkeypatch.setattr("dbmpi.data.importers.classes.MOST_LABELS", 10)
     (tmp_path / "samples").write_text("".join(f"{number} 1:1\n" for number in range(11)))
-    refused("line 11: more than 10 different labels", import_libsvm, tmp_path / "samples", tmp_path / "out.h5")
+    refused(
+        "line 11: the label 10 is one more than 10 classes; .* --values",
+        import_libsvm,
+        tmp_path / "samples",
+        tmp_path / "out.h5",
+    )
 
 
 # --- the written file ---

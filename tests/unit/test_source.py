@@ -215,6 +215,9 @@ def test_validation_of_one_block_reads_one_block(tmp_path):
         source.validate(full=False)
         with pytest.raises(UserError, match="sample 2999 holds NaN"):
             source.validate(full=True)
+        source.load()  # which closes the file
+        with pytest.raises(UserError, match="sample 2999 holds NaN"):
+            source.validate(full=True)
 
 
 def test_files_that_are_no_data_files(tmp_path):
@@ -238,7 +241,7 @@ def test_files_that_are_no_data_files(tmp_path):
     for name, message in {
         "missing.h5": "no such data file",
         ".": "is not a file",
-        "text.h5": "is not an HDF5 file; convert it with 'dbmpi data import'",
+        "text.h5": "is not an HDF5 file, or a torn one; expected an HDF5 file, e.g. made by 'dbmpi data import'",
         "empty.h5": "is not an HDF5 file",
         "torn.h5": "incomplete or damaged",
         "writing.h5": "is open for writing in another program; wait",

@@ -361,13 +361,13 @@ def test_recordings_that_are_torn_or_wrong(tmp_path):
     path.write_bytes(sound.getvalue())
     refused("3_ann_0.wav: holds NaN", folder, out)
     path.rename(folder / "three.wav")
-    refused("the name says neither label nor speaker; expected label_speaker_number.wav", folder, out)
+    refused("the name holds neither label nor speaker; expected label_speaker_number.wav", folder, out)
 
 
 def test_options_that_are_wrong(tmp_path, digits):
     out = tmp_path / "out.h5"
     test = {"test_out": tmp_path / "test.h5", "test_speakers": ["zoe"]}
-    refused("nobody is called 'zoe'; the speakers are ann, bob", digits, out, **test)
+    refused("no speaker is called 'zoe'; the speakers are ann, bob", digits, out, **test)
     refused("--test-out and --test-speakers go together", digits, out, test_speakers=["bob"])
     refused("expected two files", digits, out, test_out=out, test_speakers=["bob"])
     refused("that are not of the test speakers", digits, out, **test | {"test_speakers": ["ann", "bob"]})
@@ -377,7 +377,7 @@ def test_options_that_are_wrong(tmp_path, digits):
     refused("holds no labelled frames", tmp_path / "empty", out) if (tmp_path / "empty").mkdir() else None
     table = tmp_path / "table.csv"
     table.write_text("file,label\n0_ann_0.wav,1\n")
-    refused("does not say who speaks; add a column speaker", digits, out, table=table, **test)
+    refused("does not name the speakers; add a column speaker", digits, out, table=table, **test)
 
 
 def test_archives_that_are_torn_or_wrong(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""When checkpoints are due, and what happens where the disk does not take one: it is tried again, and said once."""
+"""When checkpoints are due, and the retries where the disk does not take one, of which the user hears once."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Attempts:
     patience
         Seconds for which the last checkpoint is tried.
     warn
-        Tells the user a line.
+        Shows a line to the user.
     clock
         Seconds, for tests.
     """
@@ -68,7 +68,7 @@ class Attempts:
         self.failed, self._next, self._gives_up = 0, self._clock() + self._every, None
 
     def fail(self, error: DiskFailed) -> None:
-        """Note a failure in the middle of the run, which goes on."""
+        """Note the `error` of a checkpoint in the middle of the run, which continues."""
         self.failed += 1
         wait = min(self._every, _SOONER)
         self._next = self._clock() + wait
@@ -79,7 +79,7 @@ class Attempts:
             )
 
     def fail_at_the_end(self, error: DiskFailed) -> None:
-        """Note a failure to write the last checkpoint.
+        """Note the `error` of the last checkpoint.
 
         Raises
         ------

@@ -2,11 +2,12 @@
 
 ``/checksums/<path>`` belongs to ``/<path>``.  Its n-th number is the CRC-32 (that of zlib) of the text
 ``<path> <dtype> <shape>``, e.g. ``parameters/dense1/bias <f4 (500,)``, followed by the n-th block of `BLOCK` bytes of
-the dataset, as they lie in the file.  Because of the text, arrays that have changed places or shapes differ, too.
+the dataset, as they lie in the file.  Because of the text, arrays that were exchanged or reshaped differ, too.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import zlib
 from typing import Any
@@ -33,13 +34,13 @@ class WrittenSums:
 
     def __init__(self, path: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
         self._start = start(path, dtype, shape)
-        self._nbytes = nbytes(dtype, shape)
+        self._nbytes = math.prod(shape) * dtype.itemsize
         blocks = -(-self._nbytes // BLOCK)
         self._sums = np.zeros(blocks, np.uint32)
         self._known = np.zeros(blocks, bool)
 
     def wrote(self, offset: int, data: memoryview) -> None:
-        """Hear of the bytes that were written from `offset` of the array on."""
+        """Note that the bytes `data` were written from `offset` of the array on."""
         stop = offset + len(data)
         if not len(data):
             return
@@ -54,7 +55,10 @@ class WrittenSums:
             self._known[block] = True
 
     def complete(self, descriptor: int, offset: int) -> np.ndarray:
-        """Return all sums, when the array is complete at `offset` of an open file; blocks of parts are read back."""
+        """Return the sums of all blocks, uint32; those that were written in parts are read back from the file.
+
+        `descriptor` is that of the open file, in which the complete array begins at `offset`.
+        """
         buffer = memoryview(bytearray(min(BLOCK, self._nbytes)))
         for block in np.flatnonzero(~self._known).tolist():
             part = buffer[: self._nbytes - block * BLOCK]
@@ -65,7 +69,7 @@ class WrittenSums:
 
 
 class StoredArray:
-    """The bytes of a dataset in an open file; what is read of them is verified.
+    """The bytes of a dataset in an open file, verified as they are read.
 
     Parameters
     ----------
@@ -100,7 +104,7 @@ class StoredArray:
                 self._verify(block, out[start - first : end - first] if first <= start and end <= stop else None)
 
     def verify(self, part: int = 0, parts: int = 1) -> None:
-        """Read and verify one of `parts` equal parts of the array; raises as :meth:`read` does."""
+        """Read and verify the part numbered `part` of `parts` equal ones of the array; raises as :meth:`read` does."""
         blocks = len(self._verified)
         buffer = memoryview(bytearray(min(BLOCK, self._size)))
         for block in range(blocks * part // parts, blocks * (part + 1) // parts):
@@ -120,20 +124,12 @@ class StoredArray:
 
 
 def start(path: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> int:
-    """Return the CRC-32 that those of the blocks of a dataset go on from."""
+    """Return the CRC-32 that those of the blocks of the dataset at `path`, with this `dtype` and `shape`, continue."""
     return zlib.crc32(f"{path} {dtype.str} {shape}".encode())
 
 
-def nbytes(dtype: np.dtype[Any], shape: tuple[int, ...]) -> int:
-    """Return the bytes of an array."""
-    size = dtype.itemsize
-    for length in shape:
-        size *= int(length)
-    return size
-
-
 def read_at(descriptor: int, offset: int, out: memoryview) -> None:
-    """Fill `out` from the bytes at `offset` of a file."""
+    """Fill `out` from the bytes at `offset` of the file open as `descriptor`."""
     while out:
         count = os.preadv(descriptor, [out], offset)
         if count == 0:

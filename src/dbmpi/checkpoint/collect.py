@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,13 +29,23 @@ _PIECE = 1 << 22
 _LEAD_RANK = 0
 
 
+@dataclass(frozen=True)
+class Part:
+    """The lead's own part of the vectors."""
+
+    arrangement: Arrangement
+    """In which order the shards hold the vectors; the checkpoint has that of the layout."""
+    vectors: Mapping[str, np.ndarray]
+    """By name."""
+    version: int
+    """Of the shard."""
+
+
 def save(
     comm: MPI.Intracomm,
     shard_ranks: Sequence[int],
     path: Path,
-    arrangement: Arrangement,
-    vectors: Mapping[str, np.ndarray],
-    version: int,
+    part: Part,
     describe: Callable[[tuple[int, ...]], CheckpointInfo],
     *,
     keep: int,
@@ -45,14 +56,18 @@ def save(
 
     Parameters
     ----------
-    arrangement
-        In which order the shards hold the vectors; the checkpoint has that of the layout.
-    vectors, version
-        The lead's own part, and its version.
+    comm, shard_ranks
+        The ranks of the shards in a communicator, in the order of the shards; the first is the lead's.
+    path
+        Of the checkpoint.
+    part
+        The lead's own.
     describe
         Makes the description from the versions of all shards.
     check
         Called with the name and each piece of a vector before it is written; raises where it is not to be kept.
+    keep
+        How many checkpoints stay in the directory, this one included.
     alive
         Called now and then.
 
@@ -63,7 +78,8 @@ def save(
     DiskFailed
         If the file cannot be written; what the other shards hand over is then received all the same.
     """
-    versions = [version] * len(shard_ranks)
+    arrangement, vectors = part.arrangement, part.vectors
+    versions = [part.version] * len(shard_ranks)
     dtype, ranges = vectors["parameters"].dtype, arrangement.ranges
     failure: DiskFailed | None = None
     with ExitStack() as stack:
@@ -72,11 +88,11 @@ def save(
         except DiskFailed as error:
             failure = error
 
-        def write(name: str, held: range, values: np.ndarray) -> None:
+        def write(name: str, span: range, values: np.ndarray) -> None:
             nonlocal failure
             check(name, values)
             try:
-                for start, local, length in arrangement.pieces(held) if failure is None else ():
+                for start, local, length in arrangement.pieces(span) if failure is None else ():
                     writer.write(name, start, values[local : local + length])
             except DiskFailed as error:
                 failure = error
@@ -95,7 +111,7 @@ def save(
 
 
 def hand_over(comm: MPI.Intracomm, version: int, vectors: Iterable[np.ndarray]) -> None:
-    """Send a shard's version and its part of the vectors to the lead, piece by piece."""
+    """Send a shard's `version` and its part of the `vectors` to the lead, piece by piece over `comm`."""
     word = np.array([version], np.int64)
     waiting.complete(comm.Isend(word, _LEAD_RANK, _DATA), "the lead to take a checkpoint")
     for vector in vectors:
@@ -105,9 +121,18 @@ def hand_over(comm: MPI.Intracomm, version: int, vectors: Iterable[np.ndarray]) 
 
 
 def collect(
-    comm: MPI.Intracomm, rank: int, held: range, names: tuple[str, ...], dtype: np.dtype[np.floating]
+    comm: MPI.Intracomm, rank: int, span: range, names: tuple[str, ...], dtype: np.dtype[np.floating]
 ) -> tuple[int, Iterator[tuple[str, int, np.ndarray]]]:
-    """Receive what the shard on a rank hands over: its version, and the pieces of its vectors.
+    """Receive a shard's version, and its vectors in pieces.
+
+    Parameters
+    ----------
+    comm, rank
+        Where the shard is.
+    span
+        Positions of the vectors, in the shards' order, that it holds.
+    names, dtype
+        Of its vectors, in the order in which it sends them.
 
     Returns
     -------
@@ -121,10 +146,10 @@ def collect(
     waiting.complete(comm.Irecv(version, rank, _DATA), f"the shard on rank {rank} to hand over its vectors")
 
     def pieces() -> Iterator[tuple[str, int, np.ndarray]]:
-        buffer = np.empty(min(_PIECE, len(held)), dtype)
+        buffer = np.empty(min(_PIECE, len(span)), dtype)
         for name in names:
-            for start in range(held.start, held.stop, _PIECE):
-                piece = buffer[: min(_PIECE, held.stop - start)]
+            for start in range(span.start, span.stop, _PIECE):
+                piece = buffer[: min(_PIECE, span.stop - start)]
                 waiting.complete(comm.Irecv(piece, rank, _DATA), f"{name} of the shard on rank {rank}")
                 yield name, start, piece
 
@@ -132,14 +157,14 @@ def collect(
 
 
 def finite(values: np.ndarray) -> bool:
-    """Return whether all of some float32 are finite: then and only then is their sum in float64; it needs no memory."""
+    """Return whether all `values`, float32, are finite: if and only if their float64 sum is, which needs no memory."""
     return math.isfinite(float(np.sum(values, dtype=np.float64)))
 
 
 def check_finite(directory: Path, name: str, values: np.ndarray) -> None:
-    """Raise RunFailed where a piece of the parameters is not finite: no checkpoint is made of them.
+    """Raise RunFailed where `values`, a piece of the vector `name`, are parameters that are not finite.
 
-    `directory` is that of the run.
+    No checkpoint is written of such ones.  `directory` is that of the run.
     """
     if name == "parameters" and not finite(values):
         raise RunFailed(

@@ -19,7 +19,7 @@ class Contradiction(Exception):
 
 
 def check(info: schema.CheckpointInfo) -> None:
-    """Raise Contradiction at the first field that no run can have written beside the others."""
+    """Raise Contradiction at the first field of `info` that no run can have written beside the others."""
     for name in schema.INTEGERS:
         least = 1 if name in ("shards", "replicas", "partitions") else 0
         _expect(name, least <= getattr(info, name) < _MOST, getattr(info, name), f"at least {least}, and below 2^62")

@@ -1,4 +1,4 @@
-"""The directory of a run's checkpoints: names, ``latest``, and what is deleted when.
+"""The directory of a run's checkpoints: their names, ``latest``, and when files are deleted.
 
 A file has its name only when it is whole: it is written under a temporary name, brought to disk, and renamed.
 ``latest`` is a relative symbolic link, so that the directory can be moved; where a file system has no links it is a
@@ -16,17 +16,18 @@ from contextlib import suppress
 from pathlib import Path
 
 from dbmpi.checkpoint.new_file import sync, temporary_path
+from dbmpi.machine import processes
 
 LATEST = "latest"
 ABANDONED_SECONDS = 600.0
-"""A temporary file of an unknown process that nobody has written to for this long belongs to a killed run."""
+"""A temporary file of an unknown process that has not changed for this long belongs to a killed run."""
 
 _NAME = re.compile(r"step-(\d{9,18})\.h5")
-_TEMPORARY = re.compile(r"\.(?:step-\d{9,18}\.h5|latest)\.(?P<host>.+)-(?P<process>\d{1,10})\.tmp")
+_TEMPORARY = re.compile(r"\.(?:step-\d{9,18}\.h5|latest)\.(?P<host>.+)-(?P<process>\d{1,9})\.tmp")
 
 
 def checkpoint_path(run_directory: Path, step: int) -> Path:
-    """Return where a run puts the checkpoint of a step: ``<run_directory>/checkpoints/step-000000123.h5``."""
+    """Return the path that a run gives the checkpoint of a step: ``<run_directory>/checkpoints/step-000000123.h5``."""
     return run_directory / "checkpoints" / f"step-{step:09d}.h5"
 
 
@@ -37,7 +38,7 @@ def checkpoints_directory(path: Path) -> Path:
 
 
 def step_of(path: Path) -> int | None:
-    """Return the step in a checkpoint's name, or None where the name is none of ours."""
+    """Return the step in the name of a checkpoint's `path`, or None where it is not named like a checkpoint."""
     match = _NAME.fullmatch(path.name)
     return int(match[1]) if match else None
 
@@ -56,7 +57,7 @@ def checkpoints(directory: Path) -> list[Path]:
 
 
 def read_latest(directory: Path) -> Path | None:
-    """Return the file that ``latest`` names, whether it exists or not; None without a usable ``latest``."""
+    """Return the file that ``latest`` in a `directory` names, whether it exists or not; None without a usable one."""
     pointer = directory / LATEST
     try:
         if pointer.is_symlink():
@@ -86,7 +87,7 @@ def replace_latest(path: Path) -> None:
 
 
 def set_aside(path: Path) -> None:
-    """Give a damaged checkpoint another name, so that it counts no more and can still be looked at."""
+    """Give the damaged checkpoint `path` another name, so that it counts no more and can still be examined."""
     with suppress(OSError):  # it only counts on
         path.replace(path.with_name(f"{path.name}.damaged"))
 
@@ -109,19 +110,11 @@ def clean(directory: Path) -> list[Path]:
 
 
 def _is_abandoned(path: Path, host: str, process: int) -> bool:
-    if host == socket.gethostname() and (process == os.getpid() or not _lives(process)):
+    if host == socket.gethostname() and (
+        process == os.getpid() or not processes.lives(process, processes.started(process))
+    ):
         return True
     try:
         return time.time() - path.lstat().st_mtime > ABANDONED_SECONDS
     except FileNotFoundError:
         return False
-
-
-def _lives(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        return True
-    return True

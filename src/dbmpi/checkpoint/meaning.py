@@ -2,7 +2,7 @@
 
 The same numbers may be another thing: classes number labels, which differ from file to file; bytes are multiplied by a
 scale; columns have names, and an order.  What a network has learned from is kept with it, and everything that is given
-to it afterwards is compared with that here: to be evaluated, predicted, gone on from, or tested on in a run.
+to it afterwards is compared with that here: to be evaluated, predicted, resumed from, or tested on in a run.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ _SHOWN = 6
 
 
 class Meaning(BaseModel):
-    """What a file says of its samples, and a look at them; what it does not say is empty."""
+    """A file's account of its samples, and a look at some of them; empty where it says nothing."""
 
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
     elements: str = ""
-    """What is stored of the inputs: ``bytes``, of one scale for all files, ``floats``, ``integers`` or ``numbers``."""
+    """How the inputs are stored: as ``bytes``, of one scale for all files, ``floats``, ``integers`` or ``numbers``."""
     scale: float = 1.0
     """Factor on everything stored when it is used."""
     lowest: float = 0.0
@@ -56,7 +56,7 @@ class Meaning(BaseModel):
 
 
 class Agreement(NamedTuple):
-    """How the samples of a file are to be taken by what learned from another one."""
+    """How to take the samples of a file for a network that has learned from another one."""
 
     codes: tuple[int, ...] | None = None
     """For each class of the file the one that was learned; None where they are the same."""
@@ -73,7 +73,7 @@ def agree(
     classes: tuple[int, int] | None = None,
     targets: bool = True,
 ) -> Agreement:
-    """Compare what was learned from with what is given.
+    """Compare the data that were learned from with other data.
 
     Parameters
     ----------
@@ -103,15 +103,22 @@ def agree(
     if targets:
         _check_names(learned.target_names, given.target_names, "targets", learner, file)
         if classes is not None:
-            codes, said = _translate(learned.labels, given.labels, classes, learner, file)
-            notices += said
+            codes, more = _translate(learned.labels, given.labels, classes, learner, file)
+            notices += more
     return Agreement(codes, tuple(notices))
 
 
 def check_same_data(learned: Meaning | None, given: Meaning | None, *, checkpoint: str, file: str) -> None:
-    """Raise UserError unless a run that goes on from a checkpoint has the data that the checkpoint was learned from.
+    """Raise UserError unless a run that resumes from a checkpoint has the data that the checkpoint was learned from.
 
     A file that was moved, copied, or stored in another way is the same.
+
+    Parameters
+    ----------
+    learned, given
+        Of the data of the checkpoint, and of the run; nothing is compared where one is None.
+    checkpoint, file
+        What to call both in messages.
     """
     if learned is None or given is None:
         return
@@ -210,7 +217,7 @@ def _translate(
             return None, [notice]
         raise UserError(
             f"{file}: its classes stand for the {len(given)} labels {_some(given)}, but {learner} learned "
-            f"{classes[0]} classes and does not say of which labels; number the targets as those of the training were"
+            f"{classes[0]} classes and does not name their labels; number the targets as those of the training were"
         )
     if not learned or given == learned[: len(given)]:
         return None, []
@@ -220,8 +227,8 @@ def _translate(
             f"{file}: its classes stand for the labels {_some(given)}, but those of {learner} for {_some(learned)}; "
             f"{unknown[0]!r} was never learned: leave out the samples with it"
         )
-    places = {label: place for place, label in enumerate(learned)}
-    return tuple(places[label] for label in given), []
+    codes = {label: code for code, label in enumerate(learned)}
+    return tuple(codes[label] for label in given), []
 
 
 def _signs_differ(learned: Meaning, given: Meaning) -> bool:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from dbmpi.checkpoint import checksums
-from dbmpi.checkpoint.schema import HDF5_ERRORS
+from dbmpi.checkpoint.untrusted import HDF5_ERRORS, reason
 from dbmpi.errors import DiskFailed, UserError
 
 ARRAYS = {"libver": ("v108", "v110"), "alignment_threshold": 65536, "alignment_interval": 4096}
@@ -43,14 +43,14 @@ class NewFile:
     options
         Options of :class:`h5py.File`.
     with_checksums
-        Whether checksums of all datasets that are made here are written, too; see :mod:`dbmpi.checkpoint.checksums`.
+        Whether checksums of all datasets that are created here are written, too; see :mod:`dbmpi.checkpoint.checksums`.
     failure
         Makes the exception for a failed write from its message, and from whether the file could be created at all.
 
     Raises
     ------
     UserError
-        If no file can be made there.
+        If no file can be created there.
     DiskFailed
         If the disk is full or fails, now or in any later call.  No file is then left behind, and one that had the name
         before is untouched.
@@ -58,7 +58,7 @@ class NewFile:
     Notes
     -----
     HDF5 cannot close a file whose last blocks it cannot write: on a full disk it complains again for every open object,
-    and the process crashes, at the latest when it ends (h5py issue 914).  So HDF5 is told that all went well, nothing
+    and the process crashes, at the latest when it ends (h5py issue 914).  So HDF5 sees every write succeed, nothing
     more is written after an error, and :meth:`writing` raises it.
 
     Files are not locked: no other process knows the temporary name, and many parallel file systems refuse locks.
@@ -157,16 +157,7 @@ class NewFile:
             A text, a number, numbers, or a non-empty list of texts (as UTF-8).  Numbers are stored as int64, or as
             float64 where they are a float, or a list that begins with one.
         """
-        data: Any
-        if isinstance(value, str):
-            data, kind = value.encode(), _text_type(value.encode())
-        elif isinstance(value, Sequence) and value and isinstance(value[0], bytes):
-            kind = _text_type(*(text for text in value if isinstance(text, bytes)))
-            data = np.array(value, dtype=kind)
-        else:
-            first = value[0] if isinstance(value, Sequence) and value else value
-            kind = np.dtype(np.float64 if isinstance(first, float) else np.int64)
-            data = np.asarray(value, dtype=kind)
+        data, kind = _typed(value)
         with self.writing():
             self.hdf5.create_dataset(name, data=data, dtype=kind)
         if self._summed:
@@ -177,9 +168,8 @@ class NewFile:
     def set_attribute(self, name: str, value: str | int, of: str = "/") -> None:
         """Set the attribute `name` of a member `of` the file, by default of the file itself, to `value`."""
         with self.writing():
-            text = value.encode() if isinstance(value, str) else None
-            kind = np.int64 if text is None else _text_type(text)
-            self.hdf5[of].attrs.create(name, value if text is None else text, dtype=kind)
+            data, kind = _typed(value)
+            self.hdf5[of].attrs.create(name, data, dtype=kind)
 
     def commit(self, check: Callable[[], object] = lambda: None) -> None:
         """Bring the file to disk and give it its name, unless `check`, called just before that, raises."""
@@ -202,7 +192,7 @@ class NewFile:
             return
         self._open = False
         self._raw.abandoned = True
-        # The error that has led here is to be raised, and not another one of the same disk.
+        # The caller raises the error that has led here, and not another one of the same disk.
         with contextlib.suppress(OSError):
             self._temporary.unlink(missing_ok=True)
         if hasattr(self, "hdf5"):
@@ -228,8 +218,7 @@ class NewFile:
             raise
         except HDF5_ERRORS as error:
             self.abort()
-            reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-            raise self._failure(f"{self.path}: could not be written: {reason}", True) from error
+            raise self._failure(f"{self.path}: could not be written: {reason(error)}", True) from error
         except BaseException:
             self.abort()
             raise
@@ -242,7 +231,7 @@ class _Raw(io.FileIO):
     error: BaseException | None = None
 
     def check(self) -> None:
-        """Raise the first error that HDF5 has not been told, if there was one."""
+        """Raise the first error that was kept from HDF5, if there was one."""
         if self.error is not None:
             raise self.error
 
@@ -278,9 +267,18 @@ class _Raw(io.FileIO):
         self.abandoned = True
 
 
-def _text_type(*texts: bytes) -> Any:
-    """Return a type of fixed length: unlike a variable one it lies in the dataset, and says how much to read."""
-    return h5py.string_dtype("utf-8", max(1, *map(len, texts)))
+def _typed(value: str | float | Sequence[float] | Sequence[bytes]) -> tuple[Any, Any]:
+    """Return a value as HDF5 takes it, and its type.
+
+    That of texts has a fixed length: unlike a variable one it lies in the dataset, and says how much to read.
+    """
+    values = [value.encode()] if isinstance(value, str) else value if isinstance(value, Sequence) else [value]
+    texts = [text for text in values if isinstance(text, bytes)]
+    if texts:
+        kind: Any = h5py.string_dtype("utf-8", max(1, *map(len, texts)))
+        return texts[0] if isinstance(value, str) else np.array(texts, kind), kind
+    kind = np.dtype(np.float64 if values and isinstance(values[0], float) else np.int64)
+    return np.asarray(value, kind), kind
 
 
 def temporary_path(path: Path) -> Path:

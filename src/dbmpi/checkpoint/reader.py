@@ -6,17 +6,15 @@ import contextlib
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
-import h5py
 import numpy as np
 from numpy.typing import DTypeLike
 
 from dbmpi.checkpoint import directory, schema
 from dbmpi.checkpoint.checksums import Mismatch, StoredArray
-from dbmpi.checkpoint.schema import HDF5_ERRORS
-from dbmpi.checkpoint.untrusted import Foreign, Malformed, UntrustedFile
+from dbmpi.checkpoint.contents import Contents, Foreign, Malformed
+from dbmpi.checkpoint.untrusted import damage, open_file
 from dbmpi.errors import Damaged, UserError
 from dbmpi.index.layout import Layout, Tensor
 
@@ -46,28 +44,28 @@ class Checkpoint:
     dtype : dtype
         Of the arrays.
     has_checksums : bool
-        Whether what is read is verified; the first version of the format had no checksums.
+        Whether everything is verified when it is read; the first version of the format had no checksums.
     """
 
     def __init__(self, path: Path, notice: str = "") -> None:
         self.path = path
         self.notice = notice
         self.unreadable: Mapping[Path, UserError] = {}
-        self._file = _open(path)
-        try:
-            checked = UntrustedFile(self._file, path.stat().st_size)
-            self.info = checked.info()
-            self.layout = checked.layout()
-            self.vectors = checked.vectors()
-            self.dtype, self._arrays = checked.arrays(self.layout, self.vectors)
-            self.has_checksums = checked.verified
-        except Malformed as error:
-            self._file.close()
-            kind = UserError if isinstance(error, Foreign) else Damaged
-            raise kind(f"{path}: not a whole checkpoint: {error}") from None
-        except HDF5_ERRORS as error:
-            self._file.close()
-            raise Damaged(f"{path}: the checkpoint cannot be read: {_text(error)}") from None
+        with contextlib.ExitStack() as stack:
+            expected = "expected a checkpoint, or the directory of a run"
+            self._file = stack.enter_context(open_file(path, "checkpoint", expected, locking=False))
+            stack.enter_context(damage(path, "the checkpoint"))
+            try:
+                contents = Contents(self._file, path.stat().st_size)
+                self.info = contents.info()
+                self.layout = contents.layout()
+                self.vectors = contents.vectors()
+                self.dtype, self._arrays = contents.arrays(self.layout, self.vectors)
+                self.has_checksums = contents.verified
+            except Malformed as error:
+                kind = UserError if isinstance(error, Foreign) else Damaged
+                raise kind(f"{path}: not a whole checkpoint: {error}") from None
+            stack.pop_all()
 
     @classmethod
     def open(cls, path: Path, without: Collection[Path] = ()) -> Checkpoint:
@@ -93,17 +91,17 @@ class Checkpoint:
             if path.name == directory.LATEST and path.is_file() and not path.is_symlink():
                 return cls(directory.read_latest(path.parent) or path)
             return cls(path)
-        place = directory.checkpoints_directory(path)
-        found, unreadable = _open_all(cls, place, without)
-        latest = directory.read_latest(place)
+        folder = directory.checkpoints_directory(path)
+        found, unreadable = _open_all(cls, folder, without)
+        latest = directory.read_latest(folder)
         problems = [str(error) for error in unreadable.values()]
         if latest is None:
-            problems.append(f"{place / directory.LATEST} is missing or names no checkpoint")
+            problems.append(f"{folder / directory.LATEST} is missing or names no checkpoint")
         elif not latest.exists():
             problems.append(f"{latest}: no such checkpoint")
         if not found:
             raise UserError(
-                f"{place}: no checkpoint that can be read; expected files like step-000000123.h5 "
+                f"{folder}: no checkpoint that can be read; expected files like step-000000123.h5 "
                 f"({'; '.join([*problems, *(f'{path} is not taken' for path in without)])})"
             )
         newest = max(found, key=lambda checkpoint: (checkpoint.info.created, checkpoint.info.step))
@@ -136,14 +134,16 @@ class Checkpoint:
             position += last - first
 
     def load(self, vector: str, start: int, out: np.ndarray) -> None:
-        """Fill `out` as :meth:`read` does, with numbers to go on from: parameters are finite, and nothing is NaN.
+        """Fill `out` from position `start` of a `vector`, as :meth:`read` does, with numbers to resume from.
+
+        Parameters are finite then, and nothing is NaN.
 
         Raises
         ------
         Damaged
             If some of it is not what was written.
         UserError
-            If some of it is no number to go on from.
+            If no run can resume from some of it.
         """
         self.read(vector, start, out)
         lowest, highest = (float(np.min(out)), float(np.max(out))) if len(out) else (0.0, 0.0)
@@ -151,14 +151,14 @@ class Checkpoint:
             bad = np.isnan(out) if math.isnan(lowest) else ~np.isfinite(out)
             at = start + int(np.argmax(bad))
             tensor, first, _ = next(self.layout.pieces(at, at + 1))
-            index = ", ".join(str(int(place)) for place in np.unravel_index(first, tensor.shape))
+            index = ", ".join(str(int(axis)) for axis in np.unravel_index(first, tensor.shape))
             raise UserError(
                 f"{self.path}: /{schema.group_of(vector)}/{tensor.name} holds {out[at - start]} at ({index}), and a "
                 "network cannot go on from that: use an earlier checkpoint, or train anew"
             )
 
     def verify(self, part: int = 0, parts: int = 1) -> None:
-        """Read one of `parts` equal parts of every array, and compare it with its checksums, if there are any.
+        """Read part number `part` of `parts` equal ones of every array, and compare it with its checksums, if any.
 
         Raises
         ------
@@ -171,7 +171,7 @@ class Checkpoint:
                     self._arrays[vector, tensor.name].verify(part, parts)
 
     def parameters(self, dtype: DTypeLike = np.float32) -> np.ndarray:
-        """Return all parameters as one flat vector (layout.size,)."""
+        """Return all parameters as one flat vector (layout.size,) of this `dtype`."""
         out = np.empty(self.layout.size, dtype=dtype)
         self.read(schema.PARAMETERS, 0, out)
         return out
@@ -195,23 +195,18 @@ class Checkpoint:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     @contextlib.contextmanager
     def _naming(self, vector: str, tensor: Tensor) -> Iterator[None]:
         """Say which array of which file cannot be read."""
-        try:
-            yield
-        except Mismatch as error:
-            raise Damaged(
-                f"{self.path}: /{schema.group_of(vector)}/{tensor.name} is damaged: {error}; use another checkpoint"
-            ) from None
-        except OSError as error:
-            name = f"/{schema.group_of(vector)}/{tensor.name}"
-            raise Damaged(f"{self.path}: {name} cannot be read: {_text(error)}") from error
+        name = f"/{schema.group_of(vector)}/{tensor.name}"
+        with damage(self.path, name):
+            try:
+                yield
+            except Mismatch as error:
+                raise Damaged(f"{self.path}: {name} is damaged: {error}; use another checkpoint") from None
 
     def _difference(self, layout: Layout) -> str:
         here = {tensor.name: tensor.shape for tensor in self.layout.tensors}
@@ -228,13 +223,13 @@ class Checkpoint:
 
 
 def _open_all(
-    kind: type[Checkpoint], place: Path, without: Collection[Path]
+    kind: type[Checkpoint], folder: Path, without: Collection[Path]
 ) -> tuple[list[Checkpoint], dict[Path, UserError]]:
-    """Open all checkpoints in a directory; return them, and what is wrong with the others."""
+    """Open all checkpoints in a directory; return them, and the errors of the others."""
     found: list[Checkpoint] = []
     for attempt in range(3):
         unreadable, vanished = {}, False
-        for candidate in directory.checkpoints(place):
+        for candidate in directory.checkpoints(folder):
             try:
                 if candidate not in without:
                     found.append(kind(candidate))
@@ -251,17 +246,6 @@ def _open_all(
     return found, unreadable
 
 
-def _open(path: Path) -> Any:
-    try:
-        return h5py.File(path, "r", locking=False)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such checkpoint; expected a file, or the directory of a run") from None
-    except PermissionError:
-        raise UserError(f"{path}: the checkpoint may not be read by this user") from None
-    except HDF5_ERRORS as error:
-        raise Damaged(f"{path}: not a checkpoint, or a torn one: {_text(error)}") from None
-
-
 def _fill(stored: StoredArray, first: int, dtype: np.dtype[Any], out: np.ndarray) -> None:
     """Fill the contiguous vector `out` (n,) from the values of an array, of `dtype`, from the flat position `first` on.
 
@@ -276,10 +260,6 @@ def _fill(stored: StoredArray, first: int, dtype: np.dtype[Any], out: np.ndarray
         part = out[start : start + _CONVERTED_AT_ONCE]
         stored.read((first + start) * dtype.itemsize, buffer[: len(part)].view(np.uint8).data)
         part[:] = buffer[: len(part)]
-
-
-def _text(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:

@@ -1,4 +1,4 @@
-"""Which checkpoints of a run are whole, which of them stay, and what is left where a run cannot write."""
+"""Which checkpoints of a run are whole, which of them stay, and which is left where a run cannot write."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ class Whole(NamedTuple):
     path: Path
 
 
-def whole(place: Path) -> list[Whole]:
-    """Return the checkpoints in a directory that can be read, the newest first."""
+def whole(folder: Path) -> list[Whole]:
+    """Return the checkpoints in the directory `folder` that can be read, the newest first."""
     found = []
-    for path in directory.checkpoints(place) if place.is_dir() else ():
+    for path in directory.checkpoints(folder) if folder.is_dir() else ():
         with suppress(UserError), Checkpoint.open(path) as checkpoint:
             found.append(Whole(checkpoint.info.created, checkpoint.info.step, path))
     return sorted(found, reverse=True)
 
 
-def kept(place: Path) -> str:
-    """Say, where a run cannot write or go on, which checkpoint is left."""
+def kept(folder: Path) -> str:
+    """Name the newest checkpoint in the directory `folder`, for the message of a run that cannot write or continue."""
     try:
-        found = whole(place)
+        found = whole(folder)
     except OSError as error:
-        return f"{place} cannot be read: {error.strerror}"
+        return f"{folder} cannot be read: {error.strerror}"
     return f"the last checkpoint is {found[0].path}" if found else "there is no earlier checkpoint"
 
 
@@ -47,9 +47,9 @@ def later_than(others: list[Whole], created: str) -> str:
 
 
 def remove_older(newest: Path, others: list[Whole], keep: int) -> list[Path]:
-    """Delete the whole checkpoints beside `newest` but the `keep - 1` newest ones; return what was deleted.
+    """Delete the `others`, whole checkpoints beside `newest`, but the `keep - 1` newest ones; return the deleted.
 
-    A torn one counts for nothing, and stays: perhaps somebody wants to look at it.
+    A torn one counts for nothing, and stays: it may be worth a look.
     """
     older = [other.path for other in others if other.path.name != newest.name][max(keep, 1) - 1 :]
     for path in older:

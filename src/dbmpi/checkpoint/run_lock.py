@@ -1,7 +1,7 @@
 """One run at a time in a run directory: a lock with host and process, which other hosts see as a lease.
 
-The lock is a file ``in-use.<n>.json``.  It is made under another name and linked to its own, which fails where there is
-one already, also on network file systems; locks of the system (flock) are not needed, which many of them lack.
+The lock is a file ``in-use.<n>.json``.  It is created under another name and linked to its own, which fails where there
+is one already, also on network file systems; locks of the system (flock) are not needed, which many of them lack.
 
 On the same host the process is looked up, with the time of its start, as the system gives numbers of processes again.
 Of another host's, nothing can be seen but the file, which the run that holds it renews.  A lease has run out when the
@@ -48,7 +48,7 @@ _held: dict[Path, RunLock] = {}
 
 
 class RunLock:
-    """A lock on a run directory; made by :meth:`acquire`.
+    """A lock on a run directory; acquired by :meth:`acquire`.
 
     Parameters
     ----------
@@ -67,12 +67,14 @@ class RunLock:
 
     @classmethod
     def acquire(cls, directory: Path, say: Callable[[str], object], *, lease: float = LEASE) -> RunLock:
-        """Lock a directory, which is made if it is missing.
+        """Lock a directory, which is created if it is missing.
 
         Parameters
         ----------
+        directory
+            Of the run.
         say
-            Hears of what is waited for.
+            Called with a line where the lock of another run is waited for.
         lease
             Seconds for which a lock of another host is watched at most.
 
@@ -94,7 +96,7 @@ class RunLock:
                     return lock
         except OSError as error:
             raise UserError(
-                f"{directory}: cannot be used as the run directory ({error.strerror}); set run.directory to a place "
+                f"{directory}: cannot be used as the run directory ({error.strerror}); set run.directory to one "
                 "that you can write to"
             ) from None
 
@@ -105,7 +107,7 @@ class RunLock:
         return False
 
     def confirm(self) -> None:
-        """Look, and raise RunFailed if another run has taken the directory over."""
+        """Read the lock, and raise RunFailed if another run has taken the directory over."""
         directory, number = self.path.parent, _number(self.path)
         try:
             last = max(_locks(directory), default=number)
@@ -114,18 +116,18 @@ class RunLock:
             return
         if last >= number and other is not None and other["token"] != self._content["token"]:
             self._lost = (
-                f"{directory}: has been taken over by {_name(other)}, because nothing was heard of this run for a "
+                f"{directory}: has been taken over by {_name(other)}, because this run seemed to be dead for a "
                 "while, as where it was halted; this one writes nothing any more, and ends"
             )
         self.check()
 
     def renew(self) -> None:
-        """Show that this run lives; a file that somebody has removed, perhaps with its directory, is made anew."""
+        """Show that this run lives; a file that was removed, perhaps with its directory, is created anew."""
         with suppress(OSError, RunFailed):  # a disk that fails for a while; what is lost, the next wait says
             self.confirm()
             self._content["renewals"] += 1
             try:
-                # In place: what another host has removed in the meantime is not there again.
+                # No new file: one that another host has removed in the meantime is not there again.
                 with self.path.open("r+b") as file:
                     file.write(self._bytes)
             except FileNotFoundError:
@@ -155,7 +157,7 @@ class RunLock:
                 file.truncate()
 
     def _create(self) -> bool:
-        """Make the file, if there is none of its name yet; return whether it was made."""
+        """Create the file, if there is none of its name yet; return whether it was created."""
         temporary = self.path.with_name(f".{self.path.name}.{self._content['token']}.tmp")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -201,7 +203,10 @@ class RunLock:
 
 @contextmanager
 def locked(directory: Path, say: Callable[[str], object]) -> Iterator[RunLock]:
-    """Hold and renew the lock of a run directory in the block; every wait of this process ends where it is lost."""
+    """Hold and renew the lock of a run directory in the block; every wait of this process ends where it is lost.
+
+    `say` is called with a line where the lock of another run is waited for.
+    """
     directory = directory.absolute()
     lock = RunLock.acquire(directory, say)
     _held[directory] = lock
@@ -227,7 +232,7 @@ def _refuse_living(path: Path, holder: dict[str, Any], say: Callable[[str], obje
     if not here and _age(path) > _LONG_AGO:
         return
     patience = _ENDING if here else lease
-    began, told = time.monotonic(), False
+    began, reported = time.monotonic(), False
     while time.monotonic() - began < patience:
         found = _read(path)
         if (
@@ -236,12 +241,12 @@ def _refuse_living(path: Path, holder: dict[str, Any], say: Callable[[str], obje
             or found["token"] != holder["token"]
             or (here and not processes.lives(holder["process"], holder["started"]))
         ):
-            return  # it has ended, or another run was faster: the caller looks again
+            return  # it has ended, or another run was faster: the caller tries again
         if not here and found["renewals"] != holder["renewals"]:
             break
-        if not here and not told:
+        if not here and not reported:
             say(f"{path.parent}: was in use by {_name(holder)}; waiting up to {lease:g} s to see whether it still is")
-            told = True
+            reported = True
         time.sleep(_LOOK)
     else:
         if not here:
@@ -249,7 +254,7 @@ def _refuse_living(path: Path, holder: dict[str, Any], say: Callable[[str], obje
     how = f"stop it (kill {holder['process']})" if here else f"stop it on {holder['host']}"
     raise UserError(
         f"{path.parent}: is in use by {_name(holder)}, and two runs would overwrite one another's files; wait for its "
-        f"end, {how}, or set run.directory to another place.  (If no such run exists, delete {path})"
+        f"end, {how}, or set run.directory to another one.  (If no such run exists, delete {path})"
     )
 
 

@@ -46,9 +46,6 @@ MEANING = "meaning"
 OPTIONAL_TEXTS = {"method": "run/method"}
 """Fields that are stored as `TEXTS` are, where they are not empty."""
 
-HDF5_ERRORS = (OSError, RuntimeError, ValueError, KeyError, TypeError)
-"""What h5py raises when HDF5 fails; which of them depends on where it failed."""
-
 TEXTS = {
     "configuration": "run/configuration",
     "created": "run/created",
@@ -114,7 +111,7 @@ class CheckpointInfo:
     shard_versions: tuple[int, ...]
     """Applied pushes, per shard of the run that wrote the file."""
     shards: int
-    """Topology of the run that wrote the file; a run of any other may go on from it."""
+    """Topology of the run that wrote the file; a run of any other may resume from it."""
     replicas: int
     partitions: int
     input_shape: tuple[int, ...]

@@ -11,10 +11,11 @@ import h5py
 import numpy as np
 
 from dbmpi.checkpoint.reader import Checkpoint
+from dbmpi.checkpoint.untrusted import chunk_bytes, elsewhere, unwritten
 from dbmpi.index.layout import Tensor
 
 BLOCK = 2**16
-"""Elements looked at together: their float64 copies stay in the caches."""
+"""Elements added together: their float64 copies stay in the caches."""
 PIECE = 2**22
 """Elements read at a time, in whole chunks: a call of HDF5 costs as much as some thousand elements."""
 LARGEST_CHUNK = 2**28
@@ -47,7 +48,7 @@ class Statistics:
         return math.sqrt(self._squares / self._finite) if self._finite else math.nan
 
     def add(self, values: np.ndarray) -> None:
-        """Add numbers of any shape; sums are float64."""
+        """Add `values` of any shape; sums are float64."""
         flat = values.reshape(-1)
         with np.errstate(over="ignore", invalid="ignore"):
             for start in range(0, len(flat), BLOCK):
@@ -91,7 +92,7 @@ class Statistics:
 
 
 def of_tensor(checkpoint: Checkpoint, vector: str, tensor: Tensor) -> Statistics:
-    """Return the statistics of one tensor of a checkpoint."""
+    """Return the statistics of one `tensor` of a `vector` of a checkpoint."""
     statistics = Statistics()
     start = checkpoint.layout.offsets[tensor.name]
     buffer = np.empty(min(tensor.size, PIECE), checkpoint.dtype)
@@ -103,53 +104,31 @@ def of_tensor(checkpoint: Checkpoint, vector: str, tensor: Tensor) -> Statistics
 
 
 def of_dataset(dataset: h5py.Dataset) -> Statistics | str:
-    """Return the statistics of a dataset of numbers, or why there are none."""
+    """Return the statistics of a `dataset` of numbers, or why there are none."""
     if dataset.dtype.kind not in "iufb" or dataset.shape is None:
         return "no numbers"
-    if dataset.is_virtual or dataset.external:
+    if elsewhere(dataset):
         return "the values lie in other files, which are not followed"
-    if dataset.chunks is None:
-        complete = dataset.id.get_storage_size() == dataset.nbytes
-        places = _boxes(dataset.shape, PIECE)
-    else:
-        if math.prod(dataset.chunks) * dataset.dtype.itemsize > LARGEST_CHUNK:
-            return f"its chunks are larger than {LARGEST_CHUNK // 2**20} MiB"
-        chunks = math.prod(-(-length // chunk) for length, chunk in zip(dataset.shape, dataset.chunks, strict=True))
-        complete = dataset.id.get_num_chunks() == chunks
-        places = _in_chunks(dataset.shape, dataset.chunks, PIECE) if chunks else iter(())
-    if not complete:
+    if chunk_bytes(dataset) > LARGEST_CHUNK:
+        return f"its chunks are larger than {LARGEST_CHUNK // 2**20} MiB"
+    if unwritten(dataset):
         return "not all of it was written"
     statistics = Statistics()
     buffer = np.empty(0, dataset.dtype)
-    for place in places:
-        shape = tuple(part.stop - part.start for part in place)
+    for box in _boxes(dataset.shape, dataset.chunks or (1,) * dataset.ndim, PIECE):
+        shape = tuple(part.stop - part.start for part in box)
         size = math.prod(shape)
         if len(buffer) < size:
             buffer = np.empty(size, dataset.dtype)
-        if size:
-            dataset.read_direct(buffer[:size].reshape(shape), place)
+        dataset.read_direct(buffer[:size].reshape(shape), box)
         statistics.add(buffer[:size])
     return statistics
 
 
-def _boxes(shape: tuple[int, ...], elements: int) -> Iterator[tuple[slice, ...]]:
-    """Cut an array into boxes of at most so many elements, in the order in which it is stored."""
-    if math.prod(shape) <= elements:
-        yield tuple(slice(0, length) for length in shape)
+def _boxes(shape: tuple[int, ...], chunks: tuple[int, ...], elements: int) -> Iterator[tuple[slice, ...]]:
+    """Cut an array into boxes of whole chunks, each of at most so many elements or one chunk, in C order."""
+    if 0 in shape:
         return
-    row = math.prod(shape[1:])
-    if row > elements:
-        for index in range(shape[0]):
-            for below in _boxes(shape[1:], elements):
-                yield slice(index, index + 1), *below
-        return
-    rows = elements // row
-    for start in range(0, shape[0], rows):
-        yield slice(start, min(start + rows, shape[0])), *(slice(0, length) for length in shape[1:])
-
-
-def _in_chunks(shape: tuple[int, ...], chunks: tuple[int, ...], elements: int) -> Iterator[tuple[slice, ...]]:
-    """Cut an array that is stored in chunks into boxes of whole ones, each of at most so many elements or one chunk."""
     box = list(chunks)
     for axis in reversed(range(len(shape))):
         fitting = max(1, elements // math.prod(box))
@@ -162,7 +141,7 @@ def _in_chunks(shape: tuple[int, ...], chunks: tuple[int, ...], elements: int) -
 
 
 def as_dict(found: Statistics | str) -> dict[str, Any]:
-    """Return the statistics for JSON, which has no NaN; or the reason under ``"not_read"``."""
+    """Return the statistics `found` for JSON, which has no NaN; or the reason for having none under ``"not_read"``."""
     if isinstance(found, str):
         return {"not_read": found}
     numbers = {"min": found.minimum, "mean": found.mean, "max": found.maximum, "std": found.deviation}

@@ -25,7 +25,7 @@ class CheckpointWriter:
     ----------
     path : Path
         The name that the file gets when it is whole, see :func:`dbmpi.checkpoint.directory.checkpoint_path`; its
-        directory is made if missing.
+        directory is created if missing.
     layout : Layout
         Tensors that every vector consists of.
     vectors : sequence of str
@@ -36,7 +36,7 @@ class CheckpointWriter:
     Raises
     ------
     DiskFailed
-        If the directory cannot be written to, or the disk has no room for the file.  This and every later failure
+        If the directory cannot be written to, or the disk is too small for the file.  This and every later failure
         leaves no file behind, and the checkpoints that are there already untouched.
     """
 
@@ -65,7 +65,7 @@ class CheckpointWriter:
     def write(self, vector: str, start: int, values: np.ndarray) -> None:
         """Write `values` (n,), of the file's dtype, to the positions ``start ... start + n`` of a vector.
 
-        Ranges may come in any order; what is written twice keeps the later values.
+        Ranges may come in any order; a position that is written twice keeps the later value.
         """
         if values.ndim != 1 or values.dtype != self.dtype:
             raise ValueError(f"expected a vector of {self.dtype}, got {values.dtype} of shape {values.shape}")
@@ -82,7 +82,9 @@ class CheckpointWriter:
         written.add(start, stop)
 
     def commit(self, info: schema.CheckpointInfo, keep: int | None = None) -> Path:
-        """Give the file its name, let ``latest`` point to it, delete all but the `keep` last ones; return the path.
+        """Write the description `info`, give the file its name, and let ``latest`` point to it; return the path.
+
+        All but the `keep` last checkpoints are then deleted.
 
         When this returns, the checkpoint is on disk.  It counts as soon as it has its name, also where the process dies
         before ``latest`` names it.
@@ -175,7 +177,7 @@ def _check_names(layout: Layout, vectors: Sequence[str]) -> None:
     for name in (*names, *vectors):
         if "\0" in name or any(part in ("", ".", "..") for part in name.split("/")):
             raise UserError(f"the name {name!r} cannot stand in a checkpoint: expected e.g. 'layer/weights'")
-    groups = {name[:place] for name in names for place, letter in enumerate(name) if letter == "/"}
+    groups = {name[:end] for name in names for end, letter in enumerate(name) if letter == "/"}
     for name in names:
         if name in groups:
             raise UserError(f"a tensor is called {name!r} and others lie below that name: rename one of them")
@@ -185,11 +187,11 @@ def _check_names(layout: Layout, vectors: Sequence[str]) -> None:
 
 
 def _write_info(file: NewFile, layout: Layout, info: schema.CheckpointInfo) -> None:
-    for name, place in (schema.TEXTS | schema.INTEGERS | schema.INTEGER_LISTS).items():
-        file.put(place, getattr(info, name))
-    for name, place in schema.OPTIONAL_TEXTS.items():
+    for name, path in (schema.TEXTS | schema.INTEGERS | schema.INTEGER_LISTS).items():
+        file.put(path, getattr(info, name))
+    for name, path in schema.OPTIONAL_TEXTS.items():
         if getattr(info, name):
-            file.put(place, getattr(info, name))
+            file.put(path, getattr(info, name))
     for library, text in {**info.libraries, "hdf5": h5py.version.hdf5_version}.items():
         file.put(f"{schema.LIBRARIES}/{library}", text)
     for name, value in () if info.meaning is None else info.meaning:

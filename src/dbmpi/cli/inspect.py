@@ -114,7 +114,8 @@ def _is_checkpoint(path: Path) -> bool:
     """Return whether an HDF5 file says of itself that it is a checkpoint; UserError if it is no HDF5 file."""
     import h5py
 
-    from dbmpi.checkpoint.schema import FORMAT, HDF5_ERRORS
+    from dbmpi.checkpoint.schema import FORMAT
+    from dbmpi.checkpoint.untrusted import HDF5_ERRORS
 
     try:
         with h5py.File(path, "r", locking=False) as file:
@@ -174,7 +175,7 @@ def _data(path: Path) -> dict[str, Any]:
     import h5py
 
     from dbmpi.checkpoint import statistics
-    from dbmpi.checkpoint.schema import HDF5_ERRORS
+    from dbmpi.checkpoint.untrusted import HDF5_ERRORS
 
     arrays: list[dict[str, Any]] = []
 

@@ -20,7 +20,7 @@ class Ahead:
     source, order
         The samples, and which of them make up each batch.
     keep_bytes
-        Room for batches that are kept: those that were asked for first.
+        Size of the batches that are kept, at most: those that were asked for first.
     """
 
     def __init__(self, source: Source, order: Order, keep_bytes: int = 0) -> None:
@@ -31,7 +31,7 @@ class Ahead:
         self._expected: tuple[int, Future[Batch]] | None = None
 
     def batch(self, number: int) -> Batch:
-        """Return a batch: one that was kept, or from the thread if it was expected."""
+        """Return the batch of this `number`: one that was kept, or from the thread if it was expected."""
         if number in self._kept:
             return self._kept[number]
         expected, self._expected = self._expected, None
@@ -47,7 +47,7 @@ class Ahead:
         return batch
 
     def expect(self, number: int) -> None:
-        """Begin to read a batch; a wrong guess costs time of the thread alone."""
+        """Begin to read the batch of this `number`; a wrong guess costs time of the thread alone."""
         if self._reader is not None and 0 <= number < self._order.batches:
             self._expected = number, self._reader.submit(self._source.batch, self._order.indices(number))
 

@@ -1,7 +1,7 @@
 """What a data file holds, and whether a given HDF5 file is one.
 
 The format is two datasets whose first axis is the sample: inputs, and targets that are classes or values.
-``docs/data.md`` describes it for users, with what is understood of other tools' conventions.
+``docs/data.md`` describes it for users, and the conventions of other tools that are understood.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ from pathlib import Path
 
 import h5py
 
+from dbmpi.checkpoint.untrusted import damage
 from dbmpi.data import hdf5
 from dbmpi.data.conventions import meaning
 from dbmpi.data.filters import check_filters
+from dbmpi.data.hdf5 import Dataset
 from dbmpi.data.links import find, holds
 from dbmpi.data.reading import Reading
 from dbmpi.data.rows import Stored
@@ -62,28 +64,26 @@ class Description:
         return math.prod(self.input_shape)
 
     @property
-    def target_values(self) -> int:
-        """Numbers of one target."""
-        return 1 if self.targets is None else self.targets.size or 1
-
-    @property
     def float32_bytes(self) -> int:
         """Size of all samples as float32."""
-        return self.samples * (self.features + self.target_values) * 4
+        answers = 1 if self.targets is None else self.targets.size or 1
+        return self.samples * (self.features + answers) * 4
 
 
 @contextlib.contextmanager
 def opened(path: Path, reading: Reading, memory_bytes: int) -> Iterator[tuple[h5py.File, int]]:
     """Open a file and give it with the size of its chunk cache; it is closed only after an exception.
 
-    A compressed file has a cache, so that a chunk is not unpacked for every row.
+    A compressed file has a cache of at most `memory_bytes`, so that a chunk is not unpacked for every row.  `path` and
+    `reading` say which file, and which of its datasets are the inputs.
     """
     file, cache_bytes = hdf5.open_file(path), 0
     try:
         hdf5.check_version(path, file)
         inputs = find(path, file, reading.inputs, "data.inputs")
-        with hdf5.damage(path, f"dataset {reading.inputs!r}"):
-            compressed, elements = hdf5.compressed(inputs), math.prod(inputs.shape or (0,))
+        with inputs.damage():
+            compressed = bool(inputs.values.id.get_create_plist().get_nfilters())
+            elements = math.prod(inputs.values.shape or (0,))
         if compressed:
             cache_bytes = BLOCKS_CACHE if elements * 4 <= memory_bytes else memory_bytes // 2
             file.close()
@@ -97,23 +97,36 @@ def opened(path: Path, reading: Reading, memory_bytes: int) -> Iterator[tuple[h5
 def describe(path: Path, file: h5py.File, memory_bytes: int, reading: Reading, targets_required: bool) -> Description:
     """Check ranks, types, sizes and attributes of an open data file; of values, only labels and weights are read.
 
+    Parameters
+    ----------
+    path, file
+        The file, open.
+    memory_bytes
+        Most that one sample, as float32, or one chunk may take.
+    reading
+        How to read the file.
+    targets_required
+        Whether it must have targets.
+
     Raises
     ------
     UserError
         If the file is not a data file, is incomplete, or one sample or chunk would not fit `memory_bytes`.
     """
-    with hdf5.damage(path, "its structure"):
-        inputs = _inputs(path, file, reading)
-        answers = None
+    with damage(path, "its structure"):
+        inputs = _inputs(find(path, file, reading.inputs, "data.inputs"), reading)
+        answers = weighing = None
         if targets_required or holds(path, file, reading.targets):
-            answers = _stored(path, file, reading.targets, "data.targets")
-            _check_lengths(inputs, answers)
-        weighing = None if reading.weights is None else _stored(path, file, reading.weights, "data.weights")
+            answers = _stored(find(path, file, reading.targets, "data.targets"))
+            if inputs.samples not in answers.shape:
+                raise _lengths(inputs, answers)
+        if reading.weights is not None:
+            weighing = _stored(find(path, file, reading.weights, "data.weights"))
         _check_size(inputs, answers, memory_bytes)
         for stored in (inputs, answers, weighing):
             if stored is not None:
-                check_filters(path, stored.name, stored.dataset)
-                hdf5.check_storage(path, stored.dataset, memory_bytes)
+                check_filters(stored.dataset)
+                stored.dataset.check_storage(memory_bytes)
         targets = None if answers is None else Targets(answers, reading, inputs.samples)
         if targets is not None and targets.stored.samples != inputs.samples:
             raise _lengths(inputs, targets.stored)
@@ -128,32 +141,26 @@ def describe(path: Path, file: h5py.File, memory_bytes: int, reading: Reading, t
     return Description(inputs, targets, weights, tuple(f"{path}: {note}" for note in notes))
 
 
-def _stored(path: Path, file: h5py.File, name: str, setting: str) -> Stored:
-    dataset = find(path, file, name, setting)
-    if not dataset.shape:
-        raise UserError(
-            f"{path}: dataset {name!r} has shape {dataset.shape}; expected one value or row for each sample"
-        )
-    return Stored(path, dataset, name, meaning(path, name, dataset))
+def _stored(dataset: Dataset) -> Stored:
+    if not dataset.values.shape:
+        raise dataset.error(f"has shape {dataset.values.shape}; expected one value or row for each sample")
+    return Stored(dataset, meaning(dataset))
 
 
-def _inputs(path: Path, file: h5py.File, reading: Reading) -> Stored:
-    name = reading.inputs
-    dataset = find(path, file, name, "data.inputs")
-    kind = dataset.dtype
+def _inputs(dataset: Dataset, reading: Reading) -> Stored:
+    name, kind, shape = dataset.name, dataset.values.dtype, dataset.values.shape
     if kind.kind not in "iufb":
         why = _KINDS.get(kind.kind, "of a type that holds no numbers")
         if kind.subdtype is not None:
             why = f"arrays in each element; store them as axes, e.g. with h5py: file['x'] = file[{name!r}][...]"
-        raise UserError(f"{path}: dataset {name!r} is {str(kind)[:80]}; expected numbers, but these are {why}")
-    if dataset.shape is None or dataset.ndim < 2:
-        hint = ", e.g. reshape(-1, 1) for samples of one feature" if dataset.shape else ""
-        raise UserError(f"{path}: dataset {name!r} has shape {dataset.shape}; expected (samples, features ...){hint}")
-    if 0 in dataset.shape:
-        raise UserError(f"{path}: dataset {name!r} has shape {dataset.shape}; expected at least one sample and feature")
-    meant = meaning(path, name, dataset, inputs=True)
+        raise dataset.error(f"is {str(kind)[:80]}; expected numbers, but these are {why}")
+    if shape is None or len(shape) < 2:
+        hint = ", e.g. reshape(-1, 1) for samples of one feature" if shape else ""
+        raise dataset.error(f"has shape {shape}; expected (samples, features ...){hint}")
+    if 0 in shape:
+        raise dataset.error(f"has shape {shape}; expected at least one sample and feature")
     last = reading.channels == "last"
-    return Stored(path, dataset, name, meant, channels_last=last, replacement=reading.missing)
+    return Stored(dataset, meaning(dataset, inputs=True), channels_last=last, replacement=reading.missing)
 
 
 def _check_size(inputs: Stored, targets: Stored | None, memory_bytes: int) -> None:
@@ -166,27 +173,17 @@ def _check_size(inputs: Stored, targets: Stored | None, memory_bytes: int) -> No
         )
 
 
-def _check_lengths(inputs: Stored, targets: Stored) -> None:
-    """Raise UserError where no axis of the targets has the number of samples."""
-    if inputs.samples not in targets.shape:
-        raise _lengths(inputs, targets)
-
-
 def _lengths(inputs: Stored, targets: Stored) -> UserError:
     """Return the error for different numbers of samples, with a hint where another axis matches."""
-    text = (
-        f"{inputs.path}: {inputs.name!r} has {inputs.samples} samples, but {targets.name!r} has {targets.samples}; "
-        f"expected the same number"
-    )
+    text = f"has {inputs.samples} samples, but {targets.name!r} has {targets.samples}; expected the same number"
     for stored, samples in ((inputs, targets.samples), (targets, inputs.samples)):
         if samples > 1 and samples in stored.shape[1:]:
             axis = stored.shape.index(samples, 1)
-            transposed = f"numpy.moveaxis(x, {axis}, 0)"
             text += (
                 f".  Axis {axis} of {stored.name!r}, whose shape is {stored.shape}, has {samples}: if that is the "
-                f"sample, store it as the first axis, e.g. {transposed}"
+                f"sample, store it as the first axis, e.g. numpy.moveaxis(x, {axis}, 0)"
             )
             if stored.meaning.reversed_axes:
                 text += f", or in MATLAB permute(x, [{axis + 1} ...])"
             break
-    return UserError(text)
+    return inputs.error(text)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import importlib
-from pathlib import Path
 
 import h5py
 
-from dbmpi.data.hdf5 import damage
-from dbmpi.errors import UserError
+from dbmpi.data.hdf5 import Dataset
 
 _NAMES = {
     4: "SZIP",
@@ -29,23 +27,23 @@ _NAMES = {
 """From the list of registered filters of the HDF Group."""
 
 
-def check_filters(path: Path, name: str, dataset: h5py.Dataset) -> None:
-    """Raise UserError where a filter is missing without which the values cannot be read.
+def check_filters(dataset: Dataset) -> None:
+    """Raise UserError where a filter is missing without which the values of a `dataset` cannot be read.
 
     The package hdf5plugin is imported where it is installed and needed: it brings most filters there are.
     """
-    with damage(path, f"dataset {name!r}"):
-        plist = dataset.id.get_create_plist()
-        used = [plist.get_filter(number) for number in range(plist.get_nfilters())]
+    with dataset.damage():
+        properties = dataset.values.id.get_create_plist()
+        used = [properties.get_filter(index) for index in range(properties.get_nfilters())]
     missing = [filter_ for filter_ in used if not h5py.h5z.filter_avail(filter_[0])]
     if missing and _import_plugins():
         missing = [filter_ for filter_ in missing if not h5py.h5z.filter_avail(filter_[0])]
     if missing:
-        number, said = missing[0][0], bytes(missing[0][3]).decode("ascii", "replace")
-        known = _NAMES.get(number) or f"{said[:40].strip() or 'a filter'}"
-        raise UserError(
-            f"{path}: dataset {name!r} is compressed with {known} (HDF5 filter {number}), which is not installed; "
-            f"'pip install hdf5plugin' brings it if it is a common one, or rewrite the file where it can be read, e.g. "
+        number, label = missing[0][0], bytes(missing[0][3]).decode("ascii", "replace")
+        known = _NAMES.get(number) or label[:40].strip() or "a filter"
+        raise dataset.error(
+            f"is compressed with {known} (HDF5 filter {number}), which is not installed; 'pip install hdf5plugin' "
+            f"brings it if it is a common one, or rewrite the file where it can be read, e.g. "
             f"'h5repack -f GZIP=4 in.h5 out.h5'"
         )
 

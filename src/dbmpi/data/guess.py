@@ -10,7 +10,7 @@ from dbmpi.data.source import Source
 
 
 def loss_of_guessing(source: Source, loss: str) -> float:
-    """Return the mean loss of the best answer that does not look at the inputs; NaN where there are no targets.
+    """Return the mean `loss` of the best answer that ignores the inputs of a `source`; NaN where it has no targets.
 
     With the frequencies p_c of the classes: ``-sum p_c log p_c`` for softmax, ``sum h(p_c)`` with ``h(p) = -p log p -
     (1 - p) log(1 - p)`` for logistic, and ``1/2 sum p_c (1 - p_c)`` for squared; with values, h of their means, or half

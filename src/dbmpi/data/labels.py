@@ -10,7 +10,7 @@ import numpy as np
 from dbmpi.data.reading import Label
 
 MOST_LABELS = 1 << 16
-"""Classes that are told apart by labels of their own; what has more is no classes."""
+"""Most classes that are known by labels; a dataset with more different labels holds no classes."""
 
 
 def numbered(labels: Sequence[int]) -> tuple[int, ...] | None:
@@ -54,8 +54,11 @@ class Numbering:
         self.labels = tuple(labels)
         self._codes = {label: code for code, label in enumerate(self.labels)}
 
+    def of(self, labels: Iterable[Label]) -> np.ndarray:
+        """Return the class of each of the `labels`, int32; -1 for one that is unknown."""
+        return np.array([self._codes.get(label, -1) for label in labels], np.int32)
+
     def codes(self, labels: np.ndarray) -> np.ndarray:
-        """Return the class of each label, int32; -1 for one that is unknown."""
+        """Return what :meth:`of` does of an array of many `labels`, most of them equal to others."""
         distinct, where = np.unique(labels, return_inverse=True)
-        codes = np.array([self._codes.get(label, -1) for label in distinct.tolist()], np.int32)
-        return codes[where.reshape(labels.shape)]
+        return self.of(distinct.tolist())[where.reshape(labels.shape)]

@@ -1,4 +1,4 @@
-"""Settings that size memory, held against the data and the machine: no more of anything than can be filled."""
+"""Settings that size memory, limited by the data and the machine."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _BYTES = 4
 
 
 def fitted(run: Run, samples: int) -> tuple[Run, tuple[str, ...]]:
-    """Return the run with no batch larger than the data, and none of Sandblaster's numbers beyond what that leaves.
+    """Return the run with no batch larger than its `samples`, and Sandblaster's numbers no larger than that leaves.
 
-    Nothing that is computed changes, but what is set aside for it.
+    No result changes, but less memory is set aside.
 
     Returns
     -------
@@ -69,7 +69,7 @@ def check_activations(
     learning
         Whether there are gradients of activations, too.
     memory
-        Bytes that can be had; by default what is left here.
+        Bytes that are available; by default those on this host.
 
     Raises
     ------
@@ -100,7 +100,7 @@ def check_history(pairs: int, iterations: int, elements: int, shards: int, memor
     elements, shards
         Of a shard's part of the parameters, and shards on this host.
     memory
-        Bytes that can be had; by default what is left here.
+        Bytes that are available; by default those on this host.
     """
     memory = capacity.available() if memory is None else memory
     each = 2 * elements * shards * _BYTES
@@ -122,7 +122,7 @@ def check_resident(nbytes: int, workers: int, memory: int | None = None) -> None
     workers
         On this host.
     memory
-        Bytes that can be had; by default what is left here.
+        Bytes that are available; by default those on this host.
     """
     memory = capacity.available() if memory is None else memory
     if nbytes * workers > memory:

@@ -1,4 +1,4 @@
-"""How a data file is to be read: the names of its datasets, and what the user says of them."""
+"""How to read a data file: the names of its datasets, and the user's settings for them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Label = int | str
 
 @dataclass(frozen=True)
 class Reading:
-    """How a data file is to be read; by default the format of ``docs/data.md``."""
+    """How to read a data file; by default the format of ``docs/data.md``."""
 
     inputs: str = "inputs"
     targets: str = "targets"
@@ -36,7 +36,7 @@ class Reading:
 
     @classmethod
     def of(cls, data: DataSection, network: NetworkSection) -> Reading:
-        """Return how the training data of a run are to be read."""
+        """Return how to read the training data of a run, from its sections `data` and `network`."""
         return cls(
             inputs=data.inputs,
             targets=data.targets,
@@ -48,9 +48,9 @@ class Reading:
         )
 
     def held_out(self, classes: int | None, labels: tuple[Label, ...] | None) -> Reading:
-        """Return how data are to be read on which a network is judged or used that has learned from such classes.
+        """Return how to read other data for a network that has learned so many `classes` with these `labels`.
 
-        Labels then stand for the classes that were learned.  Weights shape what is learned and are left out.
+        Labels then stand for the classes that were learned.  Weights matter to learning alone and are left out.
         """
         if labels is None and classes:
             labels = tuple(range(classes))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import h5py
@@ -14,7 +14,7 @@ import numpy as np
 from dbmpi.data import hdf5
 from dbmpi.data.conventions import Convention
 from dbmpi.data.gather import narrow
-from dbmpi.errors import UserError
+from dbmpi.data.hdf5 import Dataset
 
 _TEXT_BYTES = 256 << 20
 """Texts of any length are read so few at a time that they take no more than this, were each as long as the file."""
@@ -28,32 +28,29 @@ class Stored:
     ----------
     dataset
         Lies in the file itself.
-    name
-        As the user calls it.
     meaning
         What its numbers stand for.
     channels_last
         Whether the last axis of a row is to become its first.
     replacement
-        Value of what is missing; NaN where it is to be an error.
+        Value for every missing one; None where those are errors.
     """
 
     def __init__(
         self,
-        path: Path,
-        dataset: h5py.Dataset,
-        name: str,
+        dataset: Dataset,
         meaning: Convention,
         *,
         channels_last: bool = False,
         replacement: float | None = None,
     ) -> None:
-        self.path, self.dataset, self.name, self.meaning = path, dataset, name, meaning
+        self.dataset, self.meaning = dataset, meaning
+        self.path, self.name, self.error = dataset.path, dataset.name, dataset.error
         self._replacement = replacement
-        self._place = dataset.name
-        self._shape = tuple(int(length) for length in dataset.shape)
+        self._path_inside = dataset.values.name  # None once the file is closed
+        self._shape = tuple(int(length) for length in dataset.values.shape)
         self._axis = len(self._shape) - 1 if meaning.reversed_axes else 0
-        self._channels_last = channels_last and dataset.ndim > 2
+        self._channels_last = channels_last and len(self._shape) > 2
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -85,23 +82,30 @@ class Stored:
 
     @property
     def factor(self) -> float:
-        """What is left to multiply with after :meth:`decoded`."""
+        """Factor that remains to be applied after :meth:`decoded`."""
         return self.meaning.scale if self.bytes_kept else 1.0
 
-    def as_column(self) -> None:
-        """Take a matrix of one row for one of one column."""
-        self._axis = 1 - self._axis
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Type of the dataset, as the file declares it."""
+        return self.dataset.values.dtype  # type: ignore[no-any-return]
+
+    def as_column(self, samples: int) -> None:
+        """Take a matrix of one row for one of one column, if it has so many `samples` then."""
+        if len(self._shape) == 2 and self.shape[0] == 1 != samples == self.shape[1]:
+            self._axis = 1 - self._axis
 
     def reopened(self, file: h5py.File) -> Stored:
-        """Return the same dataset of the same file, opened again."""
+        """Return the same dataset of the same `file`, opened again."""
         again = copy.copy(self)
-        again.dataset = file[self._place]
+        again.dataset = replace(self.dataset, values=file[self._path_inside])
         return again
 
     def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
         """Yield ``(first sample, stored rows)`` over the whole dataset, about hdf5.BLOCK_BYTES at a time."""
         rows = self._rows_at_once()
-        chunk = self.dataset.chunks[self._axis] if self.dataset.chunks else 0
+        chunks = self.dataset.values.chunks
+        chunk = chunks[self._axis] if chunks else 0
         if chunk and rows > chunk:
             rows -= rows % chunk
         for start in range(0, self.samples, rows):
@@ -109,9 +113,9 @@ class Stored:
 
     def read(self, rows: slice | np.ndarray) -> np.ndarray:
         """Return stored rows: a range, or some in increasing order."""
-        values = hdf5.read(self.path, self.dataset, (*(slice(None),) * self._axis, rows))
+        values = self.dataset.read((*(slice(None),) * self._axis, rows))
         if values.dtype != self.kind and self.kind.kind in "iufb":
-            # Another byte order, bits that are truth values, or integers whose sign is said elsewhere.
+            # Another byte order, bits that are truth values, or integers whose sign is given by an attribute.
             values = np.ascontiguousarray(values.astype(values.dtype.newbyteorder("="), copy=False)).view(self.kind)
         if self._axis_moved:
             return values.T if self._axis else values
@@ -138,7 +142,7 @@ class Stored:
     def decoded(self, rows: np.ndarray) -> np.ndarray:
         """Return values of stored rows: bytes that are kept as such, else float32 with the factor applied.
 
-        What is missing is NaN, or what was given in its place.
+        Missing values are NaN, or their replacement.
         """
         if self.bytes_kept:
             return rows
@@ -152,44 +156,49 @@ class Stored:
             values[wrong] = np.nan if self._replacement is None else self._replacement
         return values
 
-    def scan(self, full: bool) -> None:
-        """Raise UserError where a value is missing, NaN, infinite or too large for float32; see ``validate``."""
-        bad = absent = 0
-        first, why = -1, ""
+    def count(self, wrong: Callable[[np.ndarray], np.ndarray], full: bool) -> tuple[int, int, Any]:
+        """Return how many rows are wrong, the number of the first of these, and that row; without `full`, of one block.
+
+        `wrong` returns the positions of the wrong ones among stored rows.
+        """
+        count, first, row = 0, -1, None
         for start, rows in self.blocks():
-            wrong = None if self._replacement is not None else self.missing(rows)
-            if wrong is not None and wrong.any():
-                places = np.flatnonzero(wrong.reshape(len(rows), -1).any(axis=1))
-                if not absent:
-                    first, where = start + int(places[0]), np.argwhere(wrong[places[0]])[0].tolist()
-                    why = f"value {where} of sample {first} is missing: it is {rows[places[0]][tuple(where)]}"
-                absent += len(places)
-            elif not absent:
-                places = hdf5.not_finite(self.decoded(rows))
-                if len(places) and not bad:
-                    first = start + int(places[0])
-                bad += len(places)
+            positions = wrong(rows)
+            if len(positions) and not count:
+                first, row = start + int(positions[0]), rows[positions[0]]
+            count += len(positions)
             if not full:
                 break
-        if absent:
-            raise UserError(
-                f"{self.path}: dataset {self.name!r}: {why}, which {self._marks()}; {absent} of {self.samples} samples "
-                f"lack values; leave them out, or set data.missing to the number to take instead, e.g. 0.0"
+        return count, first, row
+
+    def scan(self, full: bool) -> None:
+        """Raise UserError where a value is missing, NaN, infinite or too large for float32.
+
+        Without `full`, only the first block is read.
+        """
+        bad, first, row = self.count(lambda rows: hdf5.not_finite(self.decoded(rows)), full)
+        missing = self.missing(row) if bad and self._replacement is None else None
+        if missing is not None and missing.any():
+            index = np.argwhere(missing)[0].tolist()
+            shown = row[tuple(index)]
+            raise self.error(
+                f": value {index} of sample {first} is missing: it is {shown}, which {self._marks()}; {bad} of "
+                f"{self.samples} samples lack values; leave them out, or set data.missing to the number to take "
+                "instead, e.g. 0.0"
             )
         if bad:
-            raise UserError(
-                f"{self.path}: dataset {self.name!r}: sample {first} holds NaN, infinity or a number too large for "
-                f"float32; {bad} of {self.samples} samples do; expected finite numbers (data.missing is taken instead "
-                f"of NaN, if it is set)"
+            raise self.error(
+                f": sample {first} holds NaN, infinity or a number too large for float32; {bad} of {self.samples} "
+                f"samples do; expected finite numbers (data.missing is taken instead of NaN, if it is set)"
             )
 
     def _marks(self) -> str:
-        meaning, said = self.meaning, []
+        meaning, marks = self.meaning, []
         if meaning.missing:
-            said.append(f"marks gaps ({', '.join(f'{mark:g}' for mark in meaning.missing[:4])})")
+            marks.append(f"marks gaps ({', '.join(f'{mark:g}' for mark in meaning.missing[:4])})")
         if meaning.least is not None or meaning.most is not None:
-            said.append(f"is outside of the valid range {meaning.least} ... {meaning.most}")
-        return " or ".join(said)
+            marks.append(f"is outside of the valid range {meaning.least} ... {meaning.most}")
+        return " or ".join(marks)
 
     def _rows_at_once(self) -> int:
         features = max(1, math.prod(self.shape[1:]))

@@ -9,7 +9,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 from mpi4py import MPI
 
 from dbmpi.checkpoint.meaning import Meaning
@@ -27,8 +26,6 @@ from dbmpi.network.losses import Targets
 _OF_MAPS = ("local", "convolution", "pooling", "normalisation")
 """Types of layers to which the first axis of a sample is that of channels, or maps."""
 _FEW_CHANNELS = 4
-_MOST_AXES = 32
-"""Of an HDF5 dataset."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +55,7 @@ class RunData:
         return "classes" if self.classes else "values"
 
     def validate(self, outputs: int, loss: str, *, fully: bool) -> None:
-        """Raise UserError unless the targets fit so many outputs and this loss, and, if asked, every value is good."""
+        """Raise UserError unless the targets fit so many `outputs` and this `loss`, or, if `fully`, a value is bad."""
         if self.train is not None and loss != "reconstruction":
             self.train.expect(outputs, loss)
         for source in (self.train, self.test):
@@ -67,7 +64,16 @@ class RunData:
 
 
 def open_data(run: Run, comm: MPI.Intracomm, plan: Plan, stack: ExitStack) -> RunData:
-    """Open and load the data on the workers, and tell its shape to all ranks (collective).
+    """Open and load the data on the workers, and send their outline to all ranks (collective).
+
+    Parameters
+    ----------
+    run
+        With the sections of the data and the network.
+    comm, plan
+        All ranks of the run, and which of them are workers.
+    stack
+        Closes the files at its end.
 
     Raises
     ------
@@ -75,7 +81,7 @@ def open_data(run: Run, comm: MPI.Intracomm, plan: Plan, stack: ExitStack) -> Ru
         On every rank, if a file cannot be used.
     """
     train = test = None
-    found = ""
+    outline = ""
     with together(comm, "opening the data", seconds=waiting.LONG_SECONDS):
         if plan.worker_of(comm.rank) is not None:
             memory = run.data.memory_mib
@@ -90,26 +96,25 @@ def open_data(run: Run, comm: MPI.Intracomm, plan: Plan, stack: ExitStack) -> Ru
                 notes += [*test.notes, *test.expect_like(train)]
             here = min(ranks_on_node(os.environ), plan.workers)
             limits.check_resident(sum(source.resident_bytes for source in (train, test) if source), here)
-    # Not before all have looked how much memory there is.
+    # Not before every rank has measured how much memory there is.
     with together(comm, "loading the data", seconds=waiting.LONG_SECONDS):
         if train is not None:
             train.load()
             if comm.rank == plan.worker_ranks[0]:
-                found = json.dumps([train.meaning.model_dump(), notes, loss_of_guessing(train, run.network.loss)])
-    numbers = np.zeros(3 + _MOST_AXES, np.int64)
-    if train is not None:
-        shape = train.input_shape
-        numbers[: 3 + len(shape)] = (train.samples, train.classes or 0, len(shape), *shape)
-    waiting.broadcast(comm, numbers, plan.worker_ranks[0], "the shapes of the data")
-    samples, classes, axes, *rest = (int(number) for number in numbers)
-    text = waiting.broadcast_text(comm, found, plan.worker_ranks[0], "how the data were understood")
-    said, notes, guessing = json.loads(text)
-    meaning = Meaning.model_validate(said)
-    return RunData(samples, tuple(rest[:axes]), classes, train, test, meaning, tuple(notes), float(guessing))
+                guessing = loss_of_guessing(train, run.network.loss)
+                numbers = (train.samples, train.input_shape, train.classes or 0)
+                outline = json.dumps([*numbers, train.meaning.model_dump(), notes, guessing])
+    text = waiting.broadcast_text(comm, outline, plan.worker_ranks[0], "the outline of the data")
+    samples, input_shape, classes, meaning, notes, guessing = json.loads(text)
+    understood = Meaning.model_validate(meaning)
+    return RunData(samples, tuple(input_shape), classes, train, test, understood, tuple(notes), float(guessing))
 
 
 def network_notes(network: NetworkSection, input_shape: tuple[int, ...], channels: str) -> list[str]:
-    """Return a hint where a sample seems to have its channels last, and the first layer takes them for first."""
+    """Return a hint where samples of `input_shape` seem to have their channels elsewhere than `channels` says.
+
+    It matters only where the first layer of the `network` has maps.
+    """
     first = next((layer for layer in network.layers if layer.type != "dropout"), None)
     if first is None or first.type not in _OF_MAPS or len(input_shape) != 3:
         return []

@@ -6,13 +6,13 @@ import hashlib
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal
 
 import h5py
 import numpy as np
 
 from dbmpi.checkpoint.meaning import Meaning, agree
+from dbmpi.checkpoint.untrusted import damage
 from dbmpi.data import description as data_description
 from dbmpi.data import hdf5
 from dbmpi.data.attributes import declared
@@ -45,7 +45,17 @@ class Source:
         memory_bytes: int,
         reading: Reading,
     ) -> None:
-        """Use :meth:`open`."""
+        """Take the open `file` at `path` for what the `description` says.
+
+        Parameters
+        ----------
+        path, file, description
+            The file, and what it holds.
+        memory_bytes
+            A file up to this size, as float32, is kept in memory.
+        reading
+            How it is read.
+        """
         self.path = path
         self._file: h5py.File | None = file
         self._description = description
@@ -102,7 +112,7 @@ class Source:
         targets
             Whether the file must have targets; to predict, inputs are enough.
         reading
-            How it is to be read; by default the format of ``docs/data.md``.
+            How to read it; by default the format of ``docs/data.md``.
 
         Raises
         ------
@@ -114,8 +124,8 @@ class Source:
             description = data_description.describe(path, file, memory_bytes, reading, targets == "required")
             source = cls(path, file, description, memory_bytes, reading)
             source._cache_bytes = cache_bytes
-            answers = None if description.targets is None else description.targets.stored.dataset
-            source._declared = declared(path, file, description.inputs.dataset, answers)
+            answers = None if description.targets is None else description.targets.stored.dataset.values
+            source._declared = declared(path, description.inputs.dataset.values, answers)
         return source
 
     def close(self) -> None:
@@ -126,9 +136,7 @@ class Source:
     def __enter__(self) -> Source:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     @property
@@ -152,7 +160,7 @@ class Source:
     def batch(self, indices: np.ndarray) -> Batch:
         """Return the samples at `indices`, int64 ``(samples,)``, in this order; repeated indices are allowed.
 
-        Where the file has no targets, they are zeros, for a network that does not look at them.
+        Where the file has no targets, they are zeros, for a network that ignores them.
 
         Raises
         ------
@@ -165,8 +173,6 @@ class Source:
 
     def inputs(self, indices: np.ndarray) -> np.ndarray:
         """Return the inputs at `indices` as float32 ``(*features, samples)``, C-contiguous."""
-        if self.resident:
-            self.load()
         return self._inputs_at(self._checked(indices))
 
     def _inputs_at(self, indices: np.ndarray) -> np.ndarray:
@@ -174,29 +180,27 @@ class Source:
         if self._inputs is not None:
             flat = gather(self._inputs, indices, self._factor)
         else:
-            rows, places = self._read_rows(self._stored_inputs, indices)
-            flat = gather(self._narrowed(rows), places, self._factor)
+            rows, positions = self._read_rows(self._stored_inputs, indices)
+            flat = gather(self._narrowed(rows), positions, self._factor)
         return flat.reshape(*self.input_shape, len(indices))
 
     def targets(self, indices: np.ndarray) -> np.ndarray:
         """Return the targets at `indices`: int32 ``(samples,)`` or float32 ``(outputs, samples)``, C-contiguous."""
         if self._answer is None:
             raise UserError(f"{self.path}: has no dataset {self.names['targets']!r}")
-        if self.resident:
-            self.load()
         return self._targets_at(self._checked(indices))
 
     def _targets_at(self, indices: np.ndarray) -> np.ndarray:
         if self._targets is not None:
-            rows, places = self._targets, indices
+            rows, positions = self._targets, indices
         else:
             assert self._answer is not None
-            rows, places = self._read_rows(self._answer.stored, indices)
+            rows, positions = self._read_rows(self._answer.stored, indices)
             rows = self._answer.decoded(rows)
         if self.target_size is None:
-            labels: np.ndarray = rows[places]
+            labels: np.ndarray = rows[positions]
             return labels if self._codes is None else self._codes[labels]
-        return gather(rows, places, np.float32(1))
+        return gather(rows, positions, np.float32(1))
 
     def load(self) -> None:
         """Read the file into memory and close it, if it is resident and has not been read yet."""
@@ -247,16 +251,11 @@ class Source:
         UserError
             If inputs or values are missing, NaN or infinite (also as float32), or labels are not classes.
         """
-        file = hdf5.open_file(self.path, self._cache_bytes)
-        try:
-            with hdf5.damage(self.path, "its structure"):
-                inputs = self._stored_inputs.reopened(file)
-                answer = None if self._answer is None else self._answer.reopened(file)
-            inputs.scan(full)
-            if answer is not None:
-                answer.scan(full)
-        finally:
-            file.close()
+        with hdf5.open_file(self.path, self._cache_bytes) as file:
+            with damage(self.path, "its structure"):
+                stored = [each.reopened(file) for each in (self._stored_inputs, self._answer) if each is not None]
+            for each in stored:
+                each.scan(full)
 
     def expect(self, outputs: int, loss: str) -> None:
         """Raise UserError unless a last layer of `outputs` units with this loss fits the targets.
@@ -314,7 +313,7 @@ class Source:
 
     @cached_property
     def meaning(self) -> Meaning:
-        """What the samples stand for, with a look at some of the rows."""
+        """Meaning of the samples, with the range of some of the rows."""
         row_bytes = 4 * self._description.features
         count = max(2, min(_LOOKED_AT_ROWS, _LOOKED_AT_BYTES // row_bytes))
         indices = np.unique(np.linspace(0, self.samples - 1, count).astype(np.int64))
@@ -325,8 +324,8 @@ class Source:
             digest.update(self._targets_at(indices).data)
         finite = inputs[np.isfinite(inputs)]
         found = {"lowest": float(finite.min(initial=0)), "highest": float(finite.max(initial=0))}
-        said = {"scale": self.scale, "labels": self.labels or (), "digest": digest.hexdigest()}
-        return Meaning.model_validate({**found, **said, **self._declared})
+        known = {"scale": self.scale, "labels": self.labels or (), "digest": digest.hexdigest()}
+        return Meaning.model_validate({**found, **known, **self._declared})
 
     def mean_the_same(
         self, learned: Meaning | None, classes: int, *, learner: str, targets: bool = True
@@ -357,6 +356,8 @@ class Source:
         return f"{self.classes} classes" if self.target_size is None else f"{self.target_size} values a sample"
 
     def _checked(self, indices: np.ndarray) -> np.ndarray:
+        """Return int64 indices of samples, when those are in memory if they are kept there."""
+        self.load()
         indices = np.asarray(indices, np.int64)
         if indices.ndim != 1 or (len(indices) and not (indices.min() >= 0 and indices.max() < self.samples)):
             raise IndexError(f"indices must be one-dimensional and lie in 0 ... {self.samples - 1}")
@@ -378,22 +379,21 @@ class Source:
     def _read_rows(self, stored: Stored, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return stored rows that contain those at `indices`, and where in them each index is."""
         self._check_open()
-        wanted, places = np.unique(indices, return_inverse=True)
+        wanted, positions = np.unique(indices, return_inverse=True)
         rows = np.empty((len(wanted), *stored.shape[1:]), stored.kind)
         for start in range(0, len(wanted), ROWS_AT_ONCE):
             part = wanted[start : start + ROWS_AT_ONCE]
             rows[start : start + len(part)] = stored.read(part)
-        return rows, places
+        return rows, positions
 
     def _weights_of(self, indices: np.ndarray, targets: np.ndarray) -> np.ndarray:
         """Return the weights of samples, float32 ``(samples,)``."""
         assert self._weighing is not None
-        if self._weights is not None or self.resident:
-            self.load()
-            assert self._weights is not None
+        indices = self._checked(indices)
+        if self._weights is not None:
             kept: np.ndarray = self._weights[indices]
             return kept
         if self._weighing.stored is None:
             return self._weighing.of(None, targets)
-        rows, places = self._read_rows(self._weighing.stored, self._checked(indices))
-        return self._weighing.of(rows[places], targets)
+        rows, positions = self._read_rows(self._weighing.stored, indices)
+        return self._weighing.of(rows[positions], targets)

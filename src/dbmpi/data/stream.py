@@ -1,7 +1,7 @@
-"""The stream of batches: their order, how they are dealt to replicas, and what is left after an interruption.
+"""The stream of batches: their order, how they are dealt to replicas, and which are left after an interruption.
 
 All batches of all epochs are numbered.  The samples of a batch follow from (seed, epoch) alone, and what has been
-learned is a frontier and a list of holes, so that a run goes on under any number of replicas and sees every
+learned is a frontier and a list of holes, so that a run resumes under any number of replicas and sees every
 batch exactly once.  Pure numbers: nothing here knows MPI or reads samples.
 """
 
@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import numpy as np
 
@@ -60,17 +60,17 @@ class Order:
         self._permutations: OrderedDict[int, np.ndarray] = OrderedDict()
 
     def indices(self, batch_number: int) -> np.ndarray:
-        """Return the samples of a batch, int64 ``(samples of the batch,)``; all different."""
+        """Return the samples of the batch `batch_number`, int64 ``(samples of the batch,)``; all different."""
         if not 0 <= batch_number < self.batches:
             raise IndexError(f"batch {batch_number} is not one of the {self.batches} batches of the run")
-        epoch, place = divmod(batch_number, self.batches_per_epoch)
-        start = place * self.batch_size
+        epoch, index = divmod(batch_number, self.batches_per_epoch)
+        start = index * self.batch_size
         return self._permutation(epoch)[start : start + self.batch_size].astype(np.int64)
 
     def size(self, batch_number: int) -> int:
-        """Return the number of samples of a batch."""
-        place = batch_number % self.batches_per_epoch
-        return min(self.batch_size, self.samples - place * self.batch_size)
+        """Return the number of samples of the batch `batch_number`."""
+        index = batch_number % self.batches_per_epoch
+        return min(self.batch_size, self.samples - index * self.batch_size)
 
     def _permutation(self, epoch: int) -> np.ndarray:
         if epoch not in self._permutations:
@@ -126,15 +126,15 @@ class Stream:
 
         The first `warmstart` batches all go to replica 0, the others to the replicas in turn.
         """
-        return map(self.item, self._positions(replica, replicas, warmstart))
+        return map(self.item, chain(*self._positions(replica, replicas, warmstart)))
 
     def share(self, replica: int, replicas: int, warmstart: int = 0) -> int:
-        """Return how many batches :meth:`dealt` yields for a replica."""
-        alone, in_turn = self._positions_parts(replica, replicas, warmstart)
+        """Return how many batches :meth:`dealt` yields for a `replica` of `replicas` with this `warmstart`."""
+        alone, in_turn = self._positions(replica, replicas, warmstart)
         return len(alone) + len(in_turn)
 
     def after(self, done: Sequence[int], warmstart: int = 0) -> Stream:
-        """Return what is left when each replica has learned the first `done` of the batches dealt to it.
+        """Return the batches that are left when each replica has learned the first `done` of the batches dealt to it.
 
         Parameters
         ----------
@@ -152,7 +152,7 @@ class Stream:
         left: list[range] = []
         end = 0  # one beyond the last position that has been learned
         for replica, count in enumerate(done):
-            alone, in_turn = self._positions_parts(replica, replicas, warmstart)
+            alone, in_turn = self._positions(replica, replicas, warmstart)
             if not 0 <= count <= len(alone) + len(in_turn):
                 raise ValueError(
                     f"replica {replica} has learned {count} batches, but {len(alone) + len(in_turn)} were dealt to it"
@@ -168,19 +168,19 @@ class Stream:
         return Stream(self.total, self.frontier + end - len(self.holes), holes)
 
     def recut(self, before: Order, now: Order) -> Stream:
-        """Return what is left in batches of another size: all that hold a sample that has not been learned.
+        """Return the rest in batches of another size: all that hold a sample that has not been learned.
 
         Samples of a batch that was learned in part are seen again: at most one batch for each hole and the frontier.
-        The samples and the seed of both orders are the same.
+        The orders `before` and `now` have the same samples and seed.
         """
 
         def start(batch: int) -> int:
-            epoch, place = divmod(batch, before.batches_per_epoch)
-            return epoch * before.samples + place * before.batch_size
+            epoch, index = divmod(batch, before.batches_per_epoch)
+            return epoch * before.samples + index * before.batch_size
 
         def holds(position: int) -> int:
-            epoch, place = divmod(position, now.samples)
-            return epoch * now.batches_per_epoch + place // now.batch_size
+            epoch, offset = divmod(position, now.samples)
+            return epoch * now.batches_per_epoch + offset // now.batch_size
 
         frontier = min(holds(start(self.frontier)), now.batches)
         holes = {
@@ -190,11 +190,7 @@ class Stream:
         }
         return Stream(now.batches, frontier, tuple(sorted(batch for batch in holes if batch < frontier)))
 
-    def _positions(self, replica: int, replicas: int, warmstart: int) -> Iterator[int]:
-        for part in self._positions_parts(replica, replicas, warmstart):
-            yield from part
-
-    def _positions_parts(self, replica: int, replicas: int, warmstart: int) -> tuple[range, range]:
+    def _positions(self, replica: int, replicas: int, warmstart: int) -> tuple[range, range]:
         """Return a replica's positions: those of the warmstart, and those dealt in turn."""
         if not 0 <= replica < replicas or warmstart < 0:
             raise ValueError(f"replica {replica} of {replicas} with a warmstart of {warmstart} batches is impossible")

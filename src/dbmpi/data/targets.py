@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import h5py
@@ -12,10 +13,10 @@ import numpy as np
 from dbmpi.checkpoint.untrusted import LARGEST_TEXT
 from dbmpi.data import hdf5
 from dbmpi.data import labels as data_labels
+from dbmpi.data.hdf5 import Dataset, decoded
 from dbmpi.data.labels import MOST_LABELS, Numbering
 from dbmpi.data.reading import Label, Reading
 from dbmpi.data.rows import Stored
-from dbmpi.errors import UserError
 
 _EXPECTED = (
     "integers (samples,) or text for classes, or numbers (samples, outputs) for values, or for the loss 'softmax' "
@@ -31,7 +32,7 @@ class Targets:
     stored
         The dataset.
     reading
-        What is wanted.
+        What the loss wants, and labels that are known.
     samples
         How many there must be.
 
@@ -54,10 +55,13 @@ class Targets:
         self.stored, self._reading = stored, reading
         self._numbering: Numbering | None = None
         self._one_hot = False
-        self._text = _text(stored.dataset)
+        enumeration = {} if stored.kind == np.bool_ else h5py.check_enum_dtype(stored.dtype) or {}
+        self._names = {value: name for name, value in sorted(enumeration.items(), key=lambda item: item[1])}
+        """Of the values of an enumeration, which are taken for labels."""
+        self._text = h5py.check_string_dtype(stored.dtype) is not None
         self._shaped(samples)
-        given = _given_classes(stored)
-        written = _labels(stored, given)
+        given = _given_classes(stored.dataset)
+        written = _labels(stored.dataset, given)
         if self.size is not None:
             return
         if self._one_hot:
@@ -65,13 +69,13 @@ class Targets:
             self.note = f"{stored.name!r} holds one-hot rows: they are taken for {self.classes} classes"
         elif self._text:
             self._number([*self._distinct()])
-        elif (names := h5py.check_enum_dtype(stored.dataset.dtype)) and stored.kind != np.bool_:
-            self._enumerated(names)
+        elif self._names:
+            self._number([*self._names.values()])
         elif given is not None:
             self.classes, self.labels = given, written
         else:
             self._count()
-        self._check_room_for_labels()
+        self._check_size_of_labels()
 
     def reopened(self, file: h5py.File) -> Targets:
         """Return the same of the same file, opened again."""
@@ -98,7 +102,7 @@ class Targets:
         codes, wrong = self._codes(rows)
         if len(wrong):
             self.scan(full=True)
-            raise UserError(f"{self.stored.path}: {self.stored.name!r} holds labels outside 0 ... {self.classes}")
+            raise self.stored.error(f"holds labels outside 0 ... {self.classes}")
         return codes
 
     def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
@@ -107,20 +111,13 @@ class Targets:
             yield start, self.decoded(rows)
 
     def scan(self, full: bool) -> None:
-        """Raise UserError where a target is missing, no class, or not finite."""
+        """Raise UserError where a target is missing, no class, or not finite; without `full`, in the first block."""
         if self.size is not None:
             self.stored.scan(full)
             if self._reading.wanted == "probabilities":
                 self._scan_probabilities(full)
             return
-        bad, first, label = 0, -1, ""
-        for start, rows in self.stored.blocks():
-            _, wrong = self._codes(rows)
-            if len(wrong) and not bad:
-                first, label = start + int(wrong[0]), _shown(rows[wrong[0]])
-            bad += len(wrong)
-            if not full:
-                break
+        bad, first, row = self.stored.count(lambda rows: self._codes(rows)[1], full)
         if bad:
             if self._one_hot:
                 expected = "one 1 and otherwise 0; for several labels a sample use the loss 'logistic'"
@@ -128,41 +125,36 @@ class Targets:
                 expected = f"one of the labels {data_labels.some(self.labels)}"
             else:
                 expected = f"whole numbers from 0 to {self.classes and self.classes - 1}"
-            raise UserError(
-                f"{self.stored.path}: dataset {self.stored.name!r}: label {label} of sample {first} is not a class; "
-                f"{bad} of {self.stored.samples} labels are not; expected {expected}"
+            raise self.stored.error(
+                f": label {_shown(row)} of sample {first} is not a class; {bad} of {self.stored.samples} labels are "
+                f"not; expected {expected}"
             )
 
     def _scan_probabilities(self, full: bool) -> None:
-        for start, rows in self.blocks():
-            wrong = np.flatnonzero(((rows < 0) | (rows > 1)).any(axis=1))
-            if len(wrong):
-                raise UserError(
-                    f"{self.stored.path}: dataset {self.stored.name!r}: sample {start + int(wrong[0])} holds "
-                    f"{_shown(rows[wrong[0]])}, but the loss 'logistic' takes values between 0 and 1; for classes "
-                    f"store integers (samples,), and for other values use the loss 'squared'"
-                )
-            if not full:
-                return
+        def wrong(rows: np.ndarray) -> np.ndarray:
+            values = self.decoded(rows)
+            return np.flatnonzero(((values < 0) | (values > 1)).any(axis=1))
+
+        bad, first, row = self.stored.count(wrong, full)
+        if bad:
+            values = _shown(self.decoded(np.asarray(row)[None])[0])
+            raise self.stored.error(
+                f": sample {first} holds {values}, but the loss 'logistic' takes values between 0 and 1; for classes "
+                "store integers (samples,), and for other values use the loss 'squared'"
+            )
 
     # What the dataset is
 
     def _shaped(self, samples: int) -> None:
-        """Find out what is meant from type and shape."""
+        """Tell classes and values apart by type and shape."""
         stored = self.stored
-        if stored.dataset.ndim == 2 and stored.shape[0] == 1 != samples == stored.shape[1]:
-            stored.as_column()
+        stored.as_column(samples)
         kind, shape = stored.kind, stored.shape
         numbers, column = kind.kind in "iufb", len(shape) == 1 or shape[1:] == (1,)
         if not (numbers or self._text) or not 1 <= len(shape) <= 2 or (self._text and not column):
-            raise UserError(
-                f"{stored.path}: dataset {stored.name!r} is {stored.dataset.dtype} of shape {shape}; expected "
-                f"{_EXPECTED}"
-            )
+            raise stored.error(f"is {stored.dtype} of shape {shape}; expected {_EXPECTED}")
         if shape[1:] == (0,):
-            raise UserError(
-                f"{stored.path}: dataset {stored.name!r} has shape {shape}; expected at least one value a sample"
-            )
+            raise stored.error(f"has shape {shape}; expected at least one value a sample")
         classes = self._reading.wanted == "classes"
         if column and (kind.kind in "iub" or self._text or (classes and kind.kind == "f")):
             return
@@ -173,14 +165,14 @@ class Targets:
         if not self._one_hot:
             self.size = shape[1] if len(shape) == 2 else 1
 
-    def _check_room_for_labels(self) -> None:
+    def _check_size_of_labels(self) -> None:
         """Raise UserError where the labels are more than a checkpoint can hold: texts, each as long as the longest."""
         labels = self.labels or ()
         longest = max((len(label.encode()) for label in labels if isinstance(label, str)), default=0)
         if len(labels) * longest > LARGEST_TEXT:
-            raise UserError(
-                f"{self.stored.path}: {self.stored.name!r} has {len(labels)} labels of up to {longest} bytes; expected "
-                f"at most {LARGEST_TEXT >> 20} MiB, were all as long; shorten them, or number the classes from 0"
+            raise self.stored.error(
+                f"has {len(labels)} labels of up to {longest} bytes; expected at most {LARGEST_TEXT >> 20} MiB, were "
+                "all as long; shorten them, or number the classes from 0"
             )
 
     def _number(self, labels: list[Any]) -> None:
@@ -190,24 +182,13 @@ class Targets:
         self.labels, self.classes = self._numbering.labels, len(self._numbering.labels)
         self.note = f"{self.stored.name!r}: {data_labels.note(self.labels)}"
 
-    def _enumerated(self, names: dict[str, int]) -> None:
-        """Take the names of an enumeration for labels."""
-        by_value = {value: name for name, value in sorted(names.items(), key=lambda item: item[1])}
-        given = self._reading.labels
-        labels = list(by_value.values()) if given is None else list(given)
-        self._numbering = Numbering(by_value)
-        known = [labels.index(name) if name in labels else -1 for name in by_value.values()]
-        self._renumbered = np.array([*known, -1], np.int32)
-        self.labels, self.classes = tuple(labels), len(labels)
-        self.note = f"{self.stored.name!r}: {data_labels.note(self.labels)}"
-
     def _count(self) -> None:
         """Count the classes of integers that no attribute says anything of."""
         if self.stored.meaning.truth:
             self.classes = 2
             return
         least, most = self._extremes()
-        named = _labels(self.stored, None)
+        named = _labels(self.stored.dataset, None)
         if named is not None and least >= 0 and most < len(named):
             self.classes, self.labels = len(named), named
             return
@@ -215,27 +196,17 @@ class Targets:
         # Numbers are no texts: where those were learned, they number the classes.
         if given is not None and not isinstance(given[0], str) and given != tuple(range(len(given))):
             self._number([])
-        elif given is not None or least == 0:
+            return
+        if most > hdf5.LARGEST_LABEL:
+            raise self.stored.error(f"holds the label {most}; expected labels from 0 to the number of classes - 1")
+        labels = None
+        if given is None and least != 0:
+            with suppress(ValueError):  # the scan will name the label
+                labels = data_labels.numbered([*self._distinct()])
+        if labels is None:
             self.classes = max(most + 1, 1)
-        elif most > hdf5.LARGEST_LABEL:
-            raise UserError(
-                f"{self.stored.path}: {self.stored.name!r} holds the label {most}; expected labels from 0 to the "
-                f"number of classes - 1"
-            )
         else:
-            distinct = [*self._distinct()]
-            try:
-                labels = data_labels.numbered(distinct)
-            except ValueError:
-                self.classes = max(most + 1, 1)
-                return  # the scan will name it
-            assert labels is not None
             self._number(list(labels))
-        if self.classes is not None and self.classes > hdf5.LARGEST_LABEL + 1:
-            raise UserError(
-                f"{self.stored.path}: {self.stored.name!r} holds the label {most}; expected labels from 0 to the "
-                f"number of classes - 1"
-            )
 
     def _extremes(self) -> tuple[int, int]:
         least, most = [], []
@@ -249,26 +220,27 @@ class Targets:
         """Return all labels that occur, in order."""
         found: set[Any] = set()
         for start, rows in self.stored.blocks():
-            labels = self._words(start, rows) if self._text else self._whole(start, rows)
-            found.update(np.unique(labels).tolist())
+            found.update(self._words(start, rows)[0] if self._text else np.unique(self._whole(start, rows)).tolist())
             if len(found) > MOST_LABELS:
-                raise UserError(
-                    f"{self.stored.path}: {self.stored.name!r} holds more than {MOST_LABELS} different labels; "
-                    f"expected classes; number them from 0, or store floating numbers (samples, outputs) for values"
+                raise self.stored.error(
+                    f"holds more than {MOST_LABELS} different labels; expected classes; number them from 0, or store "
+                    "floating numbers (samples, outputs) for values"
                 )
         return sorted(found)
 
     # What rows stand for
 
     def _codes(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the classes of stored rows, and the places of those that are none."""
+        """Return the classes of stored rows, and the positions of those that are none."""
         if self._one_hot:
             return rows.argmax(axis=1).astype(np.int32), _not_one_hot(rows)
-        labels = self._words(0, rows) if self._text else rows.reshape(-1)
+        labels = rows.reshape(-1)
         if self._numbering is not None:
-            codes = self._numbering.codes(labels)
-            if self.labels != self._numbering.labels:
-                codes = self._renumbered[codes]
+            if self._text or self._names:
+                words, where = self._words(0, rows)
+                codes = self._numbering.of(words)[where]
+            else:
+                codes = self._numbering.codes(labels)
             return codes, np.flatnonzero(codes < 0)
         wrong = (labels < 0) | (labels >= self.classes) | (labels != np.rint(labels) if labels.dtype.kind == "f" else 0)
         return labels.astype(np.int32), np.flatnonzero(wrong)
@@ -278,65 +250,52 @@ class Targets:
         flat, stored = rows.reshape(-1), self.stored
         absent = stored.missing(flat)
         if absent is not None and absent.any():
-            place = int(np.flatnonzero(absent)[0])
-            raise UserError(
-                f"{stored.path}: dataset {stored.name!r}: the label of sample {start + place} is missing: it is "
-                f"{flat[place]}, which marks gaps; leave such samples out"
+            row = int(np.flatnonzero(absent)[0])
+            raise stored.error(
+                f": the label of sample {start + row} is missing: it is {flat[row]}, which marks gaps; leave such "
+                "samples out"
             )
         if flat.dtype.kind != "f":
             return flat
         with np.errstate(invalid="ignore"):
             wrong = np.flatnonzero(~((flat == np.rint(flat)) & (np.abs(flat) < 2.0**53)))
         if len(wrong):
-            raise UserError(
-                f"{stored.path}: dataset {stored.name!r}: label {flat[wrong[0]]} of sample {start + int(wrong[0])} is "
-                f"not a class; expected whole numbers; for values use the loss 'squared', or 'logistic' for values "
-                f"between 0 and 1"
+            raise stored.error(
+                f": label {flat[wrong[0]]} of sample {start + int(wrong[0])} is not a class; expected whole numbers; "
+                "for values use the loss 'squared', or 'logistic' for values between 0 and 1"
             )
         return flat.astype(np.int64)
 
-    def _words(self, start: int, rows: np.ndarray) -> np.ndarray:
-        """Return labels that are text, without spaces around them."""
+    def _words(self, start: int, rows: np.ndarray) -> tuple[list[str], np.ndarray]:
+        """Return distinct labels that are names, or text, without spaces around them; and which one each row has."""
         distinct, where = np.unique(rows.reshape(-1), return_inverse=True)
-        words = []
-        for word in distinct.tolist():
-            text = word.decode("utf-8", "replace") if isinstance(word, bytes) else str(word)
-            words.append(text.strip("\0 \t\r\n"))
+        if self._names:
+            return [self._names.get(value, f"\0{value}") for value in distinct.tolist()], where
+        words = [decoded(word).strip("\0 \t\r\n") for word in distinct.tolist()]
         if "" in words:
-            place = int(np.flatnonzero(where == words.index(""))[0])
-            raise UserError(
-                f"{self.stored.path}: dataset {self.stored.name!r}: sample {start + place} has an empty label; leave "
-                f"such samples out"
-            )
-        found = np.empty(len(words), object)
-        found[:] = words
-        return found[where.reshape(-1)]
-
-
-def _text(dataset: h5py.Dataset) -> bool:
-    return h5py.check_string_dtype(dataset.dtype) is not None
+            row = int(np.flatnonzero(where == words.index(""))[0])
+            raise self.stored.error(f": sample {start + row} has an empty label; leave such samples out")
+        return words, where
 
 
 def _not_one_hot(rows: np.ndarray) -> np.ndarray:
-    """Return the places of the rows that are anything but one 1 and otherwise 0."""
+    """Return the positions of the rows that are anything but one 1 and otherwise 0."""
     return np.flatnonzero(((rows == 1).sum(axis=1) != 1) | ((rows != 0).sum(axis=1) != 1))
 
 
-def _given_classes(stored: Stored) -> int | None:
+def _given_classes(dataset: Dataset) -> int | None:
     """Return the attribute `classes`."""
-    if "classes" not in stored.dataset.attrs:
+    if "classes" not in dataset.values.attrs:
         return None
-    classes = hdf5.number(stored.path, stored.dataset, "classes", 0)
+    classes = dataset.number("classes", 0)
     if not (classes == int(classes) and 1 <= classes <= hdf5.LARGEST_LABEL + 1):
-        raise UserError(
-            f"{stored.path}: attribute 'classes' of {stored.name!r} is {classes}; expected a whole number above 0"
-        )
+        raise dataset.wrong("classes", classes, "a whole number above 0")
     return int(classes)
 
 
-def _labels(stored: Stored, classes: int | None) -> tuple[Label, ...] | None:
+def _labels(dataset: Dataset, classes: int | None) -> tuple[Label, ...] | None:
     """Return the attribute `labels`, or None where it is not one label for each class, of however many."""
-    value = hdf5.attribute(stored.path, stored.dataset, "labels")
+    value = dataset.attribute("labels")
     array = np.asarray(value)
     if value is None or array.ndim != 1 or len(array) != (classes or len(array) or -1):
         return None
@@ -344,7 +303,7 @@ def _labels(stored: Stored, classes: int | None) -> tuple[Label, ...] | None:
     if array.dtype.kind in "iu" and int(array.max()) < 2**63:
         labels = tuple(array.tolist())
     elif array.dtype.kind in "OSU":
-        labels = tuple(x.decode("utf-8", "replace") if isinstance(x, bytes) else str(x) for x in array.tolist())
+        labels = tuple(map(decoded, array.tolist()))
     return labels if len(set(labels)) == len(array) else None
 
 

@@ -1,4 +1,4 @@
-"""How much each sample counts in what is learned: weights of samples, and of their classes.
+"""How much each sample counts in learning: weights of samples, and of their classes.
 
 With weights w_i the loss is the weighted mean ``sum_i w_i l_i / sum_i w_i``.  They are divided by their mean over all
 samples, so that it is the ordinary mean of ``w_i l_i``: of a batch or a portion too, whatever samples it holds, and an
@@ -49,7 +49,7 @@ class Weights:
         rows
             Stored rows of the dataset of weights, if there is one.
         classes
-            Of the samples; looked at if classes have weights.
+            Of the samples; used if classes have weights.
         """
         return (self._product(rows, classes) / self._mean).astype(np.float32)
 
@@ -68,7 +68,7 @@ class Weights:
         return found if self.of_classes is None or classes is None else found * self.of_classes[classes]
 
     def _measured(self, targets: Targets | None) -> float:
-        """Return the mean over all samples; look at each weight."""
+        """Return the mean over all samples, after checking each weight."""
         total, samples = 0.0, 0
         classes = targets.blocks() if targets is not None and self.of_classes is not None else None
         if self.stored is None:
@@ -92,20 +92,18 @@ class Weights:
         with np.errstate(invalid="ignore"):
             wrong = np.flatnonzero(~((values >= 0) & np.isfinite(values)))
         if len(wrong):
-            raise UserError(
-                f"{self.stored.path}: dataset {self.stored.name!r}: the weight of sample {start + int(wrong[0])} is "
-                f"{values[wrong[0]]}; expected a finite number that is not below 0"
+            raise self.stored.error(
+                f": the weight of sample {start + int(wrong[0])} is {values[wrong[0]]}; expected a finite number that "
+                "is not below 0"
             )
 
 
 def check_weights(stored: Stored, samples: int) -> None:
-    """Raise UserError unless a dataset can be the weights of so many samples."""
-    if stored.dataset.ndim == 2 and stored.shape[0] == 1 != samples == stored.shape[1]:
-        stored.as_column()
+    """Raise UserError unless the dataset `stored` can be the weights of so many `samples`."""
+    stored.as_column(samples)
     if stored.kind.kind not in "iufb" or stored.shape not in ((samples,), (samples, 1)):
-        raise UserError(
-            f"{stored.path}: dataset {stored.name!r} is {stored.dataset.dtype} of shape {stored.shape}; expected "
-            f"numbers ({samples},), a weight for each sample"
+        raise stored.error(
+            f"is {stored.dtype} of shape {stored.shape}; expected numbers ({samples},), a weight for each sample"
         )
 
 

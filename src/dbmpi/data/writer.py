@@ -29,7 +29,7 @@ LARGEST_LABELS_BYTES = 60_000
 """Of an attribute: HDF5 allows 64 KiB."""
 
 Where = Callable[[int], str]
-"""From a row of the block that is being written to its place in the original file, e.g. ``"line 17"``."""
+"""From a row of the block that is being written to its position in the original file, e.g. ``"line 17"``."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,9 @@ class DataWriter:
         If the file exists, cannot be written, or samples are not acceptable.
     """
 
+    written: Written
+    """There when the file is whole."""
+
     def __init__(self, out: Path, shape: Shape, origin: Origin, force: bool = False) -> None:
         self.out = out
         self.shape = shape
@@ -117,12 +120,10 @@ class DataWriter:
         self._largest_label = -1
         self._digests = [hashlib.sha256(), hashlib.sha256()]
         """Of all inputs and of all targets, as they are stored."""
-        self._least_label = 0
+        self._least_label = hdf5.LARGEST_LABEL
         self._labels: Sequence[Label] | None = None
         self._negative = ""
         """Where the first label below 0 is."""
-        self.written: Written | None = None
-        """Set when the file is whole."""
 
     @property
     def block_rows(self) -> int:
@@ -162,12 +163,12 @@ class DataWriter:
         where
             Says where a row comes from; by default "sample" and its number.
         """
-        place = where or (lambda row: f"sample {self.samples + row}")
-        self._check_finite(self.origin.inputs, "inputs", inputs, place)
+        where = where or (lambda row: f"sample {self.samples + row}")
+        self._check_finite(self.origin.inputs, "inputs", inputs, where)
         if self.shape.target_size is None:
-            self._check_labels(targets, place)
+            self._check_labels(targets, where)
         else:
-            self._check_finite(self.origin.targets, "targets", targets, place)
+            self._check_finite(self.origin.targets, "targets", targets, where)
         start, self.samples = self.samples, self.samples + len(inputs)
         with self._new.writing():
             pairs = (self._inputs, inputs), (self._targets, targets)
@@ -184,7 +185,7 @@ class DataWriter:
         self._largest_label = max(int(codes.max(initial=-1)), len(labels) - 1)
 
     def name_columns(self, inputs: Sequence[str], targets: Sequence[str] = ()) -> None:
-        """Store the names of the inputs, and of the values of a target."""
+        """Store the names of the `inputs`, and of the values of the `targets`."""
         with self._new.writing():
             for name, columns in ((INPUT_NAMES, inputs), (TARGET_NAMES, targets)):
                 texts = [column.encode() for column in columns]
@@ -206,15 +207,15 @@ class DataWriter:
         rows = self._chunk_rows if name == "inputs" else max(1, TARGET_CHUNK_BYTES // (4 * math.prod(rest)))
         return self._new.hdf5.create_dataset(name, (0, *rest), kind, maxshape=(None, *rest), chunks=(rows, *rest))
 
-    def _check_finite(self, source: Path | str, name: str, rows: np.ndarray, place: Where) -> None:
+    def _check_finite(self, source: Path | str, name: str, rows: np.ndarray, where: Where) -> None:
         wrong = hdf5.not_finite(rows)
         if len(wrong):
             raise UserError(
-                f"{source}: {place(int(wrong[0]))}: the {name} hold NaN, infinity or a number too large for float32; "
+                f"{source}: {where(int(wrong[0]))}: the {name} hold NaN, infinity or a number too large for float32; "
                 f"expected finite numbers"
             )
 
-    def _check_labels(self, labels: np.ndarray, place: Where) -> None:
+    def _check_labels(self, labels: np.ndarray, where: Where) -> None:
         if not len(labels):
             return
         largest = hdf5.LARGEST_LABEL if self.shape.classes is None else self.shape.classes - 1
@@ -224,13 +225,13 @@ class DataWriter:
         if len(wrong):
             row = int(wrong[0])
             raise UserError(
-                f"{self.origin.targets}: {place(row)}: the label {labels[row]} is not a class; expected whole numbers "
+                f"{self.origin.targets}: {where(row)}: the label {labels[row]} is not a class; expected whole numbers "
                 f"from 0 to {largest}"
             )
         lowest = int(labels.min())
         if lowest < 0 and not self._negative:
-            self._negative = place(int(labels.argmin()))
-        self._least_label = lowest if self.samples == 0 else min(self._least_label, lowest)
+            self._negative = where(int(labels.argmin()))
+        self._least_label = min(self._least_label, lowest)
         self._largest_label = max(self._largest_label, int(labels.max()))
 
     def _number_raw_labels(self) -> None:
@@ -308,7 +309,7 @@ class DataWriter:
 
 
 def check_writable(out: Path, force: bool, sources: Sequence[Path | str] = ()) -> None:
-    """Raise UserError if a data file of this name must not or cannot be written."""
+    """Raise UserError if a data file `out` cannot be written, is one of the `sources`, or exists, unless by `force`."""
     if not out.parent.is_dir():
         raise UserError(f"{out}: there is no directory {out.parent}; make it first")
     if out.is_dir():
@@ -322,7 +323,7 @@ def check_writable(out: Path, force: bool, sources: Sequence[Path | str] = ()) -
 
 
 def check_sample_size(source: Path | str, input_shape: tuple[int, ...]) -> None:
-    """Raise UserError if one sample is impossibly large, or empty."""
+    """Raise UserError if one sample of `input_shape`, from `source`, is impossibly large, or empty."""
     features = math.prod(input_shape)
     if features < 1:
         raise UserError(f"{source}: samples of shape {input_shape} have no inputs; expected at least one")

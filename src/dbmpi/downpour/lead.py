@@ -18,7 +18,7 @@ import numpy as np
 from mpi4py import MPI
 
 from dbmpi.checkpoint.attempts import Attempts
-from dbmpi.checkpoint.collect import finite, save
+from dbmpi.checkpoint.collect import Part, finite, save
 from dbmpi.checkpoint.directory import checkpoint_path
 from dbmpi.checkpoint.meaning import Meaning
 from dbmpi.checkpoint.retention import kept
@@ -316,9 +316,7 @@ class Lead:
             self._comm,
             self._plan.shard_ranks,
             checkpoint_path(self._run.run.directory, steps),
-            self._arrangement,
-            vectors,
-            shard.version,
+            Part(self._arrangement, vectors, shard.version),
             describe,
             keep=self._run.checkpoint.keep,
             check=self._check_finite,

@@ -10,7 +10,7 @@ import numpy as np
 from mpi4py import MPI
 
 from dbmpi.checkpoint.attempts import Attempts
-from dbmpi.checkpoint.collect import check_finite, save
+from dbmpi.checkpoint.collect import Part, check_finite, save
 from dbmpi.checkpoint.directory import checkpoint_path
 from dbmpi.checkpoint.schema import CheckpointInfo, library_versions
 from dbmpi.config import Run
@@ -147,9 +147,7 @@ class Keeper:
             self._comm,
             plan.shard_ranks,
             checkpoint_path(self._run.run.directory, beginning.step + steps),
-            self._arrangement,
-            {name: self._lead.array(name) for name in names},
-            self._lead.version,
+            Part(self._arrangement, {name: self._lead.array(name) for name in names}, self._lead.version),
             describe,
             keep=self._run.checkpoint.keep,
             check=partial(check_finite, self._run.run.directory),

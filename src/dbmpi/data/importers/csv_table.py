@@ -45,50 +45,38 @@ class CsvTable:
         Raises
         ------
         UserError
-            Naming the line and the column, both counted from 1, of what is missing or no number.
+            Naming the line and the column, both counted from 1, of a field that is missing or no number.
         """
-        if not (self.text or self.dropped):
-            rows = self._numbers(lines)
-            return rows[:, self.inputs], rows[:, self.targets], None
-        fields = [self._fields(number, text) for number, text in zip(lines.numbers, lines.texts, strict=True)]
-        if any(len(row) != self.width for row in fields):
-            raise UserError(self._fault(lines) or "")
+        kind = object if self.text or self.dropped else np.float64
         try:
-            inputs = np.array([[float(row[column]) for column in self.inputs] for row in fields])
-            numbers = () if self.text else self.targets
-            targets = np.array([[float(row[column]) for column in numbers] for row in fields])
-        except ValueError:
-            raise UserError(self._fault(lines) or f"{self.path}: line {lines.numbers[0]} ff. cannot be read") from None
+            rows = np.loadtxt(lines.texts, kind, comments=None, delimiter=self.delimiter, ndmin=2, quotechar='"')
+            if rows.shape != (len(lines.texts), self.width):
+                raise ValueError("a quotation is not closed")
+            inputs = rows[:, self.inputs].astype(np.float64, copy=False)
+            targets = rows[:, [] if self.text else self.targets].astype(np.float64, copy=False)
+        except ValueError as error:
+            raise UserError(self._fault(lines) or f"{self.path}: line {lines.numbers[0]} ff.: {error}") from None
         if not self.text:
             return inputs, targets, None
-        words = np.empty(len(fields), object)
-        words[:] = [row[self.targets[0]].strip() for row in fields]
-        if "" in words.tolist():
-            row = words.tolist().index("")
-            raise UserError(
-                f"{self._place(lines.numbers[row], self.targets[0])}: the label is missing; leave the line out"
-            )
+        words = rows[:, self.targets[0]]
+        words[:] = [word.strip() for word in words]
+        missing = np.flatnonzero(words == "")
+        if len(missing):
+            position = self._position(lines.numbers[missing[0]], self.targets[0])
+            raise UserError(f"{position}: the label is missing; leave the line out")
         return inputs, targets, words
 
     def check_finite(self, lines: Lines, values: np.ndarray, columns: Sequence[int]) -> None:
-        """Raise UserError where values are missing (NaN), infinite or too large for float32, naming the first."""
+        """Raise UserError where `values` (lines, columns) are missing (NaN), infinite or too large for float32.
+
+        The message names the first one, by its line of `lines` and its column of `columns`.
+        """
         with np.errstate(over="ignore"):
             wrong = np.argwhere(~np.isfinite(values.astype(np.float32)))
         if len(wrong):
             row, column = wrong[0].tolist()
             text = self._fields(lines.numbers[row], lines.texts[row])[columns[column]]
             raise UserError(self._complaint(lines.numbers[row], columns[column], text))
-
-    def _numbers(self, lines: Lines) -> np.ndarray:
-        """Return a block of lines of nothing but numbers as float64 ``(lines, columns)``."""
-        begin = f"{self.path}: line {lines.numbers[0]} ff."
-        try:
-            rows = np.loadtxt(lines.texts, np.float64, comments=None, delimiter=self.delimiter, ndmin=2, quotechar='"')
-        except ValueError as error:
-            raise UserError(self._fault(lines) or f"{begin}: {error}") from None
-        if rows.shape != (len(lines.texts), self.width):
-            raise UserError(self._fault(lines) or f"{begin}: a quotation is not closed")
-        return rows
 
     def _fault(self, lines: Lines) -> str | None:
         """Describe the first fault of lines that could not be read as numbers, slowly."""
@@ -105,19 +93,19 @@ class CsvTable:
         return None
 
     def _complaint(self, line: int, column: int, field: str) -> str:
-        place, shown = self._place(line, column), field.strip()[:40]
+        position, shown = self._position(line, column), field.strip()[:40]
         name = self.names[column] if self.names else str(column)
         if shown.lower() in _MISSING:
             way_on = (
                 "leave the line out" if column in self.targets else f"leave the line or the column (--drop {name}) out"
             )
-            return f"{place}: a value is missing{f' ({shown!r})' if shown else ''}; fill it in, or {way_on}"
+            return f"{position}: a value is missing{f' ({shown!r})' if shown else ''}; fill it in, or {way_on}"
         if is_number(field):
-            return f"{place}: {shown} is infinite or too large for float32; expected finite numbers"
+            return f"{position}: {shown} is infinite or too large for float32; expected finite numbers"
         hint = "" if column in self.targets else f", or --drop {name} to leave the column out"
-        return f"{place}: {shown!r} is not a number; expected a number{hint}"
+        return f"{position}: {shown!r} is not a number; expected a number{hint}"
 
-    def _place(self, line: int, column: int) -> str:
+    def _position(self, line: int, column: int) -> str:
         name = f" ({self.names[column]})" if self.names else ""
         return f"{self.path}: line {line}, column {column + 1}{name}"
 
@@ -128,13 +116,35 @@ class CsvTable:
 def find_table(
     path: Path,
     first: Lines,
+    *,
     targets: Sequence[str],
     drop: Sequence[str],
     classes: bool,
     header: Header,
     delimiter: str,
 ) -> CsvTable:
-    """Find out what the columns are, from the first two lines."""
+    """Return what the columns are, from the first two lines.
+
+    Parameters
+    ----------
+    path
+        Of the file, for messages.
+    first
+        Its first lines.
+    targets, drop
+        Columns, by name or number, of the targets and to leave out.
+    classes
+        Whether the target is a class.
+    header
+        Whether the first line names the columns.
+    delimiter
+        The character between columns.
+
+    Raises
+    ------
+    UserError
+        If a column does not exist, is given twice, or none is left for the inputs.
+    """
     rows = [fields_of(path, *line, delimiter) for line in zip(first.numbers[:2], first.texts[:2], strict=True)]
     named = _has_header(path, first.numbers[0], rows, [*targets, *drop], header)
     names = tuple(name.strip() for name in rows[0]) if named else None
@@ -165,7 +175,17 @@ def is_number(field: str) -> bool:
 
 
 def fields_of(path: Path, number: int, text: str, delimiter: str) -> list[str]:
-    """Return the fields of a line."""
+    """Return the fields of a line, or raise UserError.
+
+    Parameters
+    ----------
+    path, number
+        The file and the line's number, for messages.
+    text
+        The line.
+    delimiter
+        The character between columns.
+    """
     try:
         return next(csv.reader([text], delimiter=delimiter))
     except csv.Error as error:

@@ -18,7 +18,8 @@ LARGEST_PIXEL = 16.0
 def import_digits(out: Path, *, force: bool = False, progress: Progress = no_progress) -> list[Written]:
     """Write ``digits-train.h5`` and ``digits-test.h5`` into `out`, a directory: float32 images of 8 x 8 in 0 ... 1.
 
-    A fifth of each class is held out, the same samples every time.
+    A fifth of each class is held out, the same samples every time.  With `force`, existing files are replaced;
+    `progress` is called after each file.
 
     Raises
     ------
@@ -44,7 +45,6 @@ def import_digits(out: Path, *, force: bool = False, progress: Progress = no_pro
     for half, rows in (("train", ~held_out), ("test", held_out)):
         with DataWriter(paths[half], Shape((8, 8), classes=10), Origin("digits", NAME, NAME), force) as writer:
             writer.append(images[rows], labels[rows])
-        assert writer.written is not None
         written.append(writer.written)
         progress(len(written), 2)
     return written

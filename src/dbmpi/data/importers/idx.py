@@ -46,7 +46,20 @@ def import_idx(
 ) -> Written:
     """Write a data file from an IDX file of images and one of labels.
 
-    Bytes stay bytes and are multiplied by `scale` when they are used; other elements become float32, unscaled.
+    Parameters
+    ----------
+    images, labels
+        The files; images are ``(samples, features ...)``, labels whole numbers ``(samples,)``.
+    out
+        Data file to write.
+    classes
+        Number of classes; by default the largest label plus one.
+    scale
+        Factor on bytes, which stay bytes, when they are used; other elements become float32, unscaled.
+    force
+        Replace an existing file.
+    progress
+        Called with the number of samples written so far, and of all.
 
     Raises
     ------
@@ -75,8 +88,7 @@ def import_idx(
             # Reading on also makes gzip compare its checksum.
             for file in (image_file, label_file):
                 if file.read(1):
-                    raise UserError(f"{file.path}: goes on after byte {file.offset - 1}, where its header lets it end")
-    assert writer.written is not None
+                    raise UserError(f"{file.path}: has more bytes than the {file.offset - 1} that its header declares")
     return writer.written
 
 

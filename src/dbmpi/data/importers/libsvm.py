@@ -2,48 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from dbmpi.data.importers.reading import InputFile, Progress, line_blocks, no_progress
-from dbmpi.data.labels import MOST_LABELS, some
+from dbmpi.data.importers.classes import Classes, whole
+from dbmpi.data.importers.reading import InputFile, Lines, Progress, line_blocks, no_progress
+from dbmpi.data.reading import Label
 from dbmpi.data.source import Source
 from dbmpi.data.writer import LARGEST_SAMPLE_BYTES, DataWriter, Origin, Shape, Written, check_writable
 from dbmpi.errors import UserError
 
 PROGRESS_LINES = 4096
-
-
-@dataclass
-class Labels:
-    """Numbers the labels of a file as classes, in the order in which they come, or as given beforehand."""
-
-    codes: dict[int, int] = field(default_factory=dict)
-    """From label to class."""
-    given: Path | None = None
-    """The data file whose labels these are."""
-
-    def code(self, place: str, label: float) -> int:
-        """Return the class of a label; `place` is for messages."""
-        if label != math.floor(label) or abs(label) > 2**53:
-            raise UserError(f"{place}: the label {label:g} is not a class; expected a whole number (or say --values)")
-        code = self.codes.get(int(label))
-        if code is None:
-            if self.given is not None:
-                raise UserError(
-                    f"{place}: the label {label:g} does not occur in {self.given}; expected {some([*self.codes])}"
-                )
-            if len(self.codes) == MOST_LABELS:
-                raise UserError(
-                    f"{place}: more than {MOST_LABELS} different labels; are they values? Then say --values"
-                )
-            code = self.codes[int(label)] = len(self.codes)
-        return code
 
 
 def import_libsvm(
@@ -70,7 +44,7 @@ def import_libsvm(
     features
         Number of inputs; by default the largest index of the file, which takes a pass of its own.
     like
-        A data file whose number of inputs and whose labels are to be used: the training file, for a test file.
+        A data file whose number of inputs and whose labels are used: the training file, for a test file.
     kind
         Whether labels are classes or values.
     first_index
@@ -78,7 +52,7 @@ def import_libsvm(
     force
         Replace an existing file.
     progress
-        Told how many bytes have been read, of all passes.
+        Called with the number of bytes that have been read, and of all, in all passes.
 
     Raises
     ------
@@ -86,10 +60,11 @@ def import_libsvm(
         If a line is malformed, an index too large, a number not finite, or a label unknown.
     """
     check_writable(out, force, (file,))
-    labels = Labels()
+    labels = Classes(file, hint="; are they values? Then say --values")
     passes = 1
     if like is not None:
-        given, labels = _like(like, kind)
+        given, names = _like(like, kind)
+        labels = Classes(file, (like, names))
         if features not in (None, given):
             raise UserError(f"{features} features were asked for, but the samples of {like} have {given}")
         features = given
@@ -98,35 +73,20 @@ def import_libsvm(
         features = _count_features(file, first_index, progress)
     shape = Shape((features,), None, None if kind == "classes" else 1)
     with InputFile(file) as text, DataWriter(out, shape, Origin("libsvm", file, file), force) as writer:
-        block = np.zeros((writer.block_rows, features))
-        targets = np.zeros(writer.block_rows, np.int64 if kind == "classes" else np.float64)
-        numbers: list[int] = []
-
-        def flush() -> None:
-            rows = len(numbers)
-            answers = targets[:rows] if kind == "classes" else targets[:rows, None]
-            writer.append(block[:rows], answers, lambda row: f"line {numbers[row]}")
-            block[:rows] = 0
-            numbers.clear()
-
-        for number, line in _lines(text):
-            place = f"{file}: line {number}"
-            label, columns, values = _sample(place, line, first_index, features)
-            block[len(numbers), columns] = values
-            targets[len(numbers)] = labels.code(place, label) if kind == "classes" else label
-            numbers.append(number)
-            if len(numbers) == len(block):
-                flush()
-                progress((passes - 1) * text.file_bytes + text.position, passes * text.file_bytes)
-        flush()
+        lines = _lines(text)
+        while part := list(itertools.islice(lines, writer.block_rows)):
+            block, answers = np.zeros((len(part), features)), np.empty((len(part), 1))
+            for row, (number, line) in enumerate(part):
+                answers[row], columns, values = _sample(f"{file}: line {number}", line, first_index, features)
+                block[row, columns] = values
+            where = Lines(*map(list, zip(*part, strict=True))).where
+            if kind == "classes":
+                answers = labels.codes(whole(file, answers[:, 0], where).tolist(), where)
+            writer.append(block, answers, where)
+            progress((passes - 1) * text.file_bytes + text.position, passes * text.file_bytes)
         progress(passes * text.file_bytes, passes * text.file_bytes)
         if kind == "classes":
-            ordered = list(labels.codes) if like else sorted(labels.codes)
-            codes = np.empty(len(ordered), np.int32)
-            for code, label_value in enumerate(ordered):
-                codes[labels.codes[label_value]] = code
-            writer.number_labels(ordered, codes)
-    assert writer.written is not None
+            labels.conclude(writer)
     return writer.written
 
 
@@ -139,7 +99,7 @@ def _lines(text: InputFile) -> Iterator[tuple[int, str]]:
                 yield number, sample
 
 
-def _sample(place: str, line: str, first_index: int, features: int) -> tuple[float, list[int], list[float]]:
+def _sample(position: str, line: str, first_index: int, features: int) -> tuple[float, list[int], list[float]]:
     """Return the label, the columns and the values of a line."""
     label, *pairs = line.split()
     columns, values = [], []
@@ -151,29 +111,31 @@ def _sample(place: str, line: str, first_index: int, features: int) -> tuple[flo
             if index <= previous:
                 if index < first_index:
                     raise UserError(
-                        f"{place}: the index {index} is below {first_index}; expected indices from {first_index} "
+                        f"{position}: the index {index} is below {first_index}; expected indices from {first_index} "
                         f"(say --first-index 0 if the file counts from 0)"
                     )
-                raise UserError(f"{place}: the index {index} follows {previous}; expected increasing indices")
+                raise UserError(f"{position}: the index {index} follows {previous}; expected increasing indices")
             columns.append(index - first_index)
             values.append(value)
             previous = index
     except UserError:
         raise
     except ValueError:
-        raise UserError(f"{place}: {pair[:40]!r} is not an input; expected index:value, e.g. 3:0.5") from None
+        raise UserError(f"{position}: {pair[:40]!r} is not an input; expected index:value, e.g. 3:0.5") from None
     if columns and columns[-1] >= features:
-        raise UserError(f"{place}: the index {previous} is too large; expected at most {features - 1 + first_index}")
-    return _number(place, label), columns, values
+        raise UserError(f"{position}: the index {previous} is too large; expected at most {features - 1 + first_index}")
+    return _number(position, label), columns, values
 
 
-def _number(place: str, label: str) -> float:
+def _number(position: str, label: str) -> float:
     try:
         value = float(label)
     except ValueError:
-        raise UserError(f"{place}: the label {label[:40]!r} is not a number; expected label index:value ...") from None
+        raise UserError(
+            f"{position}: the label {label[:40]!r} is not a number; expected label index:value ..."
+        ) from None
     if not math.isfinite(value):
-        raise UserError(f"{place}: the label {label[:40]!r} is not finite; expected a number")
+        raise UserError(f"{position}: the label {label[:40]!r} is not finite; expected a number")
     return value
 
 
@@ -184,18 +146,8 @@ def _count_features(file: Path, first_index: int, progress: Progress) -> int:
         for number, line in _lines(text):
             last = line.rsplit(maxsplit=1)[-1]
             if ":" in last:
-                index_text = last.partition(":")[0]
-                try:
-                    features = max(features, int(index_text) - first_index + 1)
-                except ValueError:
-                    raise UserError(
-                        f"{file}: line {number}: {last[:40]!r} is not an input; expected index:value, e.g. 3:0.5"
-                    ) from None
-            if features * 4 > LARGEST_SAMPLE_BYTES:
-                raise UserError(
-                    f"{file}: line {number}: the index {index_text[:20]} is too large for dense samples; expected "
-                    f"at most {LARGEST_SAMPLE_BYTES // 4}"
-                )
+                _, columns, _ = _sample(f"{file}: line {number}", f"0 {last}", first_index, LARGEST_SAMPLE_BYTES // 4)
+                features = max(features, columns[-1] + 1)
             if number % PROGRESS_LINES == 0:
                 progress(text.position, 2 * text.file_bytes)
     if features == 0:
@@ -203,7 +155,7 @@ def _count_features(file: Path, first_index: int, progress: Progress) -> int:
     return features
 
 
-def _like(like: Path, kind: Literal["classes", "values"]) -> tuple[int, Labels]:
+def _like(like: Path, kind: Literal["classes", "values"]) -> tuple[int, tuple[Label, ...]]:
     """Return the number of inputs and the labels of another data file."""
     with Source.open(like, memory_mib=LARGEST_SAMPLE_BYTES >> 20) as source:
         if len(source.input_shape) != 1:
@@ -212,5 +164,4 @@ def _like(like: Path, kind: Literal["classes", "values"]) -> tuple[int, Labels]:
             raise UserError(
                 f"{like}: does not say which labels its classes stand for; expected a file made from LIBSVM"
             )
-        codes = {label: code for code, label in enumerate(source.labels or ()) if isinstance(label, int)}
-        return source.input_shape[0], Labels(codes, like)
+        return source.input_shape[0], source.labels or ()

@@ -89,7 +89,7 @@ class LogMel:
 
 
 def mel(hertz: np.ndarray | float) -> np.ndarray | float:
-    """Return frequencies on the mel scale, ``2595 log10(1 + f / 700)`` (O'Shaughnessy 1987, p. 150)."""
+    """Return frequencies in `hertz` on the mel scale, ``2595 log10(1 + f / 700)`` (O'Shaughnessy 1987, p. 150)."""
     return 2595.0 * np.log10(1.0 + np.asarray(hertz) / 700.0)
 
 

@@ -25,8 +25,22 @@ def import_npy(
 ) -> Written:
     """Write a data file from two arrays whose first axis is the sample.
 
-    Inputs of bytes stay bytes and are multiplied by `scale` when they are used; other numbers become float32.
-    Integer and boolean targets ``(samples,)`` or ``(samples, 1)`` are classes; all others are values.
+    Parameters
+    ----------
+    inputs
+        NPY file ``(samples, features ...)``; all numbers but bytes become float32.
+    targets
+        NPY file.  Integers and booleans ``(samples,)`` or ``(samples, 1)`` are classes; all others are values.
+    out
+        Data file to write.
+    classes
+        Number of classes; by default the largest label plus one.
+    scale
+        Factor on inputs that are bytes, which stay bytes, when they are used.
+    force
+        Replace an existing file.
+    progress
+        Called with the number of samples written so far, and of all.
 
     Raises
     ------
@@ -63,7 +77,6 @@ def import_npy(
                 targets_of_block = targets_of_block.astype(np.int8 if size is None else np.float64)
             writer.append(block, targets_of_block)
             progress(stop, len(rows))
-    assert writer.written is not None
     return writer.written
 
 

@@ -1,4 +1,4 @@
-"""Reading original files, plain or gzip, with errors that name the file and the place."""
+"""Reading original files, plain or gzip, with errors that name the file and the position."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import IO
 
 from dbmpi.errors import UserError
@@ -23,11 +22,11 @@ Progress = Callable[[int, int], None]
 
 
 def no_progress(done: int, total: int) -> None:
-    """Report nothing."""
+    """Report nothing of `done` and `total`."""
 
 
 class InputFile:
-    """A file that is read once from its beginning; gzip is recognised by its first bytes, not by the name."""
+    """The file at `path`, read once from its beginning; gzip is recognised by its first bytes, not by the name."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -49,9 +48,7 @@ class InputFile:
     def __enter__(self) -> InputFile:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._raw.close()
 
     @property
@@ -75,7 +72,7 @@ class InputFile:
         return found
 
     def exactly(self, size: int, what: str) -> bytes:
-        """Return the next `size` bytes; raises UserError if the file ends before."""
+        """Return the next `size` bytes; UserError, saying within `what`, if the file ends before."""
         found = self.read(size)
         if len(found) < size:
             raise UserError(
@@ -92,6 +89,10 @@ class Lines:
     """Number of each line in the file, counted from 1."""
     texts: list[str]
     """Without line ends."""
+
+    def where(self, row: int) -> str:
+        """Return the position in the file of one of these lines, the first one being `row` 0, for messages."""
+        return f"line {self.numbers[row]}"
 
 
 def line_blocks(file: InputFile) -> Iterator[Lines]:
@@ -114,10 +115,10 @@ def line_blocks(file: InputFile) -> Iterator[Lines]:
         if number == 1:
             lines[0] = lines[0].removeprefix(b"\xef\xbb\xbf")
         numbers, texts = [], []
-        for place, line in enumerate(lines, number):
+        for line_number, line in enumerate(lines, number):
             if line.strip():
-                numbers.append(place)
-                texts.append(_decoded(file.path, place, line))
+                numbers.append(line_number)
+                texts.append(_decoded(file.path, line_number, line))
         number += len(lines)
         if texts:
             yield Lines(numbers, texts)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import struct
 import tarfile
 import warnings
 from collections.abc import Iterator
@@ -25,19 +24,6 @@ HEADER_BYTES = 1 << 20
 LOWEST_RATE, HIGHEST_RATE = 4_000, 384_000
 
 TAR_FAULTS = (tarfile.TarError, OSError, ValueError, OverflowError, EOFError, IndexError, KeyError, TypeError)
-WAV_FAULTS = (
-    ValueError,
-    struct.error,
-    EOFError,
-    OSError,
-    ArithmeticError,
-    TypeError,
-    LookupError,
-    NameError,
-    AttributeError,
-    MemoryError,
-)
-"""What SciPy's reader raises over damaged files; it looks at little before it computes with it."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +32,7 @@ class Recording:
 
     name: str
     """Relative to the directory or archive; never used as a path."""
-    place: str
+    origin: str
     """For messages."""
     content: bytes
 
@@ -59,7 +45,9 @@ def recordings(source: Path, progress: Progress, done: int = 0, passes: int = 1)
     source
         Where they lie; of a tar or a directory, everything that is not named ``*.wav`` is passed over.
     progress
-        Told how much of the source has been read; `done` of `passes` equal passes lie behind.
+        Called with how much of the source has been read, and of how much.
+    done, passes
+        How many of how many equal passes over the source are complete.
 
     Raises
     ------
@@ -97,25 +85,25 @@ def decoded(recording: Recording, rate: int | None) -> tuple[np.ndarray, int]:
     found, samples = _samples(recording)
     if not LOWEST_RATE <= found <= HIGHEST_RATE:
         raise UserError(
-            f"{recording.place}: has {found} samples a second; expected {LOWEST_RATE} to {HIGHEST_RATE}: damaged?"
+            f"{recording.origin}: has {found} samples a second; expected {LOWEST_RATE} to {HIGHEST_RATE}: damaged?"
         )
     signal = _scaled(samples)
     if signal.ndim == 2:
         signal = signal.mean(axis=1, dtype=np.float32)
     if not np.isfinite(signal).all():
-        raise UserError(f"{recording.place}: holds NaN, infinity or a number too large; expected finite samples")
+        raise UserError(f"{recording.origin}: holds NaN, infinity or a number too large; expected finite samples")
     if rate is None or rate == found:
         return signal, found
     if len(signal) * rate > LARGEST_RECORDING * found:
         raise UserError(
-            f"{recording.place}: has more than {LARGEST_RECORDING} samples at {rate} a second; cut it into pieces"
+            f"{recording.origin}: has more than {LARGEST_RECORDING} samples at {rate} a second; cut it into pieces"
         )
     divisor = math.gcd(rate, found)
     return scipy.signal.resample_poly(signal, rate // divisor, found // divisor).astype(np.float32), rate
 
 
 class _Metered:
-    """What a tar is read from: an input file that ends with an error where headers go on for ever."""
+    """The input file of a tar, which ends with an error where its headers do not end."""
 
     def __init__(self, file: InputFile) -> None:
         self._file = file
@@ -150,11 +138,11 @@ def _members(file: InputFile) -> Iterator[Recording]:
         # As a stream: a header can then not send the reader backwards, and gzip is undone by InputFile.
         with tarfile.open(fileobj=source, mode="r|", tarinfo=_Member) as archive:  # type: ignore[call-overload]
             while (member := archive.next()) is not None:
-                archive.members.clear()  # a list of all members, which nobody needs
-                place = f"{file.path}: {member.name[:200]!r}"
+                archive.members.clear()  # a list of all members, which is not needed
+                origin = f"{file.path}: {member.name[:200]!r}"
                 if not 0 <= member.size <= LARGEST_RECORDING:
                     raise UserError(
-                        f"{place} has {member.size} bytes; expected at most {LARGEST_RECORDING >> 20} MiB: cut the "
+                        f"{origin} has {member.size} bytes; expected at most {LARGEST_RECORDING >> 20} MiB: cut the "
                         f"recording into pieces, and leave other large files out of the archive"
                     )
                 source.allowance = member.size + HEADER_BYTES
@@ -162,17 +150,17 @@ def _members(file: InputFile) -> Iterator[Recording]:
                     content = archive.extractfile(member)
                     assert content is not None
                     found += 1
-                    yield Recording(member.name, place, content.read())
+                    yield Recording(member.name, origin, content.read())
     except TAR_FAULTS as error:
         hint = "" if found else "; expected WAV files, a directory of them, or a tar (plain or gzip)"
         after = f"after {found} recordings " if found else ""
         raise UserError(f"{file.path}: {after}cannot be read as a tar: {error}{hint}") from None
 
 
-def _bounded(place: str, file: InputFile) -> bytes:
+def _bounded(origin: str, file: InputFile) -> bytes:
     content = file.read(LARGEST_RECORDING + 1)
     if len(content) > LARGEST_RECORDING:
-        raise UserError(f"{place}: is larger than {LARGEST_RECORDING >> 20} MiB; cut the recording into pieces")
+        raise UserError(f"{origin}: is larger than {LARGEST_RECORDING >> 20} MiB; cut the recording into pieces")
     return content
 
 
@@ -184,11 +172,11 @@ def _samples(recording: Recording) -> tuple[int, np.ndarray]:
             warnings.filterwarnings("error", "Reached EOF prematurely", scipy.io.wavfile.WavFileWarning)
             rate, samples = scipy.io.wavfile.read(io.BytesIO(recording.content))
     except scipy.io.wavfile.WavFileWarning as warning:
-        raise UserError(f"{recording.place}: is torn: {warning}") from None
-    except WAV_FAULTS as error:
+        raise UserError(f"{recording.origin}: is torn: {warning}") from None
+    except Exception as error:  # SciPy's reader computes with damaged headers, and raises anything
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(
-            f"{recording.place}: cannot be read as WAV with integer or floating samples (torn, damaged, or of another "
+            f"{recording.origin}: cannot be read as WAV with integer or floating samples (torn, damaged, or of another "
             f"encoding): {reason}"
         ) from None
     return int(rate), samples

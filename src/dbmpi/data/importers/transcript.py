@@ -1,4 +1,4 @@
-"""What is said where in which recording: from a table, or from the names of the files."""
+"""Transcripts of recordings: from a table, or from the names of the files."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ class Segment:
 
 @dataclass(frozen=True)
 class Transcript:
-    """What is said in a recording."""
+    """The transcript of a recording."""
 
     speaker: str | None
     segments: tuple[Segment, ...]
 
     def labels(self, centres: np.ndarray, states: int) -> np.ndarray:
-        """Return the class of each frame, int64 ``(frames,)``, or -1 where nothing is said of it.
+        """Return the class of each frame, int64 ``(frames,)``, or -1 for a frame without a label.
 
         The frames of a segment are cut evenly into `states`; the class is ``label * states + state``.
 
@@ -60,12 +60,12 @@ class Transcript:
 class FileNames:
     """Transcripts from file names: one label for all of a recording."""
 
-    def of(self, name: str, place: str) -> Transcript | None:
-        """Return the transcript of the recording called `name`; `place` is for messages."""
+    def of(self, name: str, position: str) -> Transcript | None:
+        """Return the transcript of the recording called `name`; `position` is for messages."""
         match = NAME.fullmatch(PurePosixPath(name).name)
         if match is None:
             raise UserError(
-                f"{place}: the name says neither label nor speaker; expected label_speaker_number.wav, e.g. "
+                f"{position}: the name holds neither label nor speaker; expected label_speaker_number.wav, e.g. "
                 f"7_jackson_32.wav, or a table of labels (--table)"
             )
         return Transcript(match[2], (Segment(0.0, math.inf, int(match[1])),))
@@ -85,7 +85,7 @@ class TranscriptTable:
 
     @classmethod
     def read(cls, path: Path) -> TranscriptTable:
-        """Read a CSV file whose first line names the columns.
+        """Read the CSV file `path`, whose first line names the columns.
 
         Raises
         ------
@@ -118,8 +118,11 @@ class TranscriptTable:
                     )
         return table
 
-    def of(self, name: str, place: str) -> Transcript | None:
-        """Return the transcript of a recording, by its whole name or the last part of it; None if it has none."""
+    def of(self, name: str, position: str) -> Transcript | None:
+        """Return the transcript of a recording, by its whole `name` or the last part of it; None if it has none.
+
+        `position` is that of the recording, for messages.
+        """
         key = name if name in self.rows else PurePosixPath(name).name
         if key not in self.rows:
             return None
@@ -135,21 +138,21 @@ class TranscriptTable:
                 f"expected names as in the directory or archive, or the last parts of them"
             )
 
-    def _add(self, place: str, row: dict[str, str]) -> None:
+    def _add(self, position: str, row: dict[str, str]) -> None:
         name = row["file"].removeprefix("./")
         if not name:
-            raise UserError(f"{place}: the file is empty; expected the name of a recording")
+            raise UserError(f"{position}: the file is empty; expected the name of a recording")
         if not re.fullmatch(r"\d{1,7}", row["label"]) or int(row["label"]) > LARGEST_LABEL:
             raise UserError(
-                f"{place}: the label {row['label'][:40]!r} is not a class; expected a whole number from 0 to "
+                f"{position}: the label {row['label'][:40]!r} is not a class; expected a whole number from 0 to "
                 f"{LARGEST_LABEL}"
             )
-        start, end = (_seconds(place, row.get(key, value)) for key, value in (("start", "0"), ("end", "inf")))
+        start, end = (_seconds(position, row.get(key, value)) for key, value in (("start", "0"), ("end", "inf")))
         if not 0 <= start < end:
-            raise UserError(f"{place}: goes from {start:g} s to {end:g} s; expected 0 <= start < end")
+            raise UserError(f"{position}: goes from {start:g} s to {end:g} s; expected 0 <= start < end")
         speaker = row.get("speaker", "")
         if self.speakers.setdefault(name, speaker) != speaker:
-            raise UserError(f"{place}: {name} is spoken by {speaker!r} here, before by {self.speakers[name]!r}")
+            raise UserError(f"{position}: {name} is spoken by {speaker!r} here, before by {self.speakers[name]!r}")
         self.rows.setdefault(name, []).append(Segment(start, end, int(row["label"])))
 
 
@@ -164,11 +167,11 @@ def _header(path: Path, fields: list[str]) -> list[str]:
     return names
 
 
-def _seconds(place: str, text: str) -> float:
+def _seconds(position: str, text: str) -> float:
     try:
         value = float(text)
     except ValueError:
         value = math.nan
     if math.isnan(value):
-        raise UserError(f"{place}: {text[:40]!r} is not a time; expected seconds, e.g. 1.25")
+        raise UserError(f"{position}: {text[:40]!r} is not a time; expected seconds, e.g. 1.25")
     return value

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dbmpi.checkpoint.untrusted import attribute, damage
 from dbmpi.data import hdf5
 from dbmpi.data.importers.mel import HOP_SECONDS, WINDOW_SECONDS, LogMel
 from dbmpi.data.importers.reading import Progress, no_progress
@@ -69,11 +70,11 @@ def import_wav(
     classes
         Number of classes; by default the largest of both files plus one, or that of `like`.
     like
-        Data file made before whose mean, deviation, rate, context, states and classes are used.
+        An earlier data file, whose mean, deviation, rate, context, states and classes are used.
     force
         Replace existing files.
     progress
-        Told how much of the source has been read, in two passes (with `like` in one).
+        Called with how much of the source has been read, and of how much, in two passes (with `like` in one).
 
     Raises
     ------
@@ -102,7 +103,7 @@ def import_wav(
         for writer in writers:
             writer.annotate(scaling.attributes())
         work.write(scaling, writers, progress, 0 if like else 1)
-    return [writer.written for writer in writers if writer.written is not None]
+    return [writer.written for writer in writers]
 
 
 @dataclass(frozen=True)
@@ -118,14 +119,17 @@ class Scaling:
     """float64 ``(FILTERS,)``, 1 where an energy never varies."""
 
     def samples(self, energies: np.ndarray) -> np.ndarray:
-        """Return normalised frames in their context, float32 ``(frames, context, FILTERS)``, as a view."""
+        """Return frames of `energies` (frames, FILTERS), normalised, in their context.
+
+        They are float32 ``(frames, context, FILTERS)``, as a view.
+        """
         normalised = ((energies - self.mean) / self.deviation).astype(np.float32)
         aside = self.context // 2
         padded = np.pad(normalised, ((aside, aside), (0, 0)), mode="edge")
         return np.lib.stride_tricks.sliding_window_view(padded, self.context, axis=0).swapaxes(1, 2)
 
     def attributes(self) -> dict[str, object]:
-        """Return what is stored with the file."""
+        """Return the attributes of the data file."""
         return {
             "rate": self.rate,
             "context": self.context,
@@ -162,7 +166,7 @@ class _Moments:
 
 @dataclass(frozen=True)
 class _Frames:
-    place: str
+    origin: str
     test: bool
     energies: np.ndarray
     classes: np.ndarray
@@ -205,34 +209,38 @@ class _Import:
             used = np.flatnonzero(frames.classes >= 0)
             for start in range(0, len(used), writer.block_rows):
                 rows = used[start : start + writer.block_rows]
-                writer.append(samples[rows], frames.classes[rows], partial(_place, frames.place))
+                writer.append(samples[rows], frames.classes[rows], partial(_in, frames.origin))
 
     def _frames(self, states: int, progress: Progress, done: int, passes: int) -> Iterator[_Frames]:
         speakers = set()
         for recording in recordings(self.source, progress, done, passes):
-            transcript = self.transcripts.of(recording.name, recording.place)
+            transcript = self.transcripts.of(recording.name, recording.origin)
             if transcript is None:
                 continue
             speakers.add(transcript.speaker)
-            test = self._is_test(transcript, recording.place)
+            test = self._is_test(transcript, recording.origin)
             signal, rate = decoded(recording, self.rate if self.resample else None)
             if self.rate not in (None, rate):
                 raise UserError(
-                    f"{recording.place}: has {rate} samples a second, but others have {self.rate}; to resample, "
+                    f"{recording.origin}: has {rate} samples a second, but others have {self.rate}; to resample, "
                     f"say --rate {self.rate}"
                 )
             self.rate = rate
             energies = _mel(rate)(signal)
-            yield _Frames(recording.place, test, energies, transcript.labels(_mel(rate).centres(len(energies)), states))
+            yield _Frames(
+                recording.origin, test, energies, transcript.labels(_mel(rate).centres(len(energies)), states)
+            )
         self.transcripts.check()
         missing = sorted(self.test_speakers - speakers)
         if missing:
             known = ", ".join(sorted(str(speaker) for speaker in speakers)[:12])
-            raise UserError(f"{self.source}: nobody is called {missing[0]!r}; the speakers are {known}")
+            raise UserError(f"{self.source}: no speaker is called {missing[0]!r}; the speakers are {known}")
 
-    def _is_test(self, transcript: Transcript, place: str) -> bool:
+    def _is_test(self, transcript: Transcript, origin: str) -> bool:
         if self.test_speakers and not transcript.speaker:
-            raise UserError(f"{place}: the table does not say who speaks; add a column speaker to split by speakers")
+            raise UserError(
+                f"{origin}: the table does not name the speakers; add a column speaker to split by speakers"
+            )
         return transcript.speaker in self.test_speakers
 
 
@@ -260,27 +268,23 @@ def _like(like: Path) -> tuple[Scaling, int | None]:
     """Return how the frames of another data file were made and normalised, and its number of classes."""
     with Source.open(like, LARGEST_SAMPLE_BYTES >> 20) as source:
         classes, shape = source.classes, source.input_shape
-    file = hdf5.open_file(like)
-    try:
-        with hdf5.damage(like, "its attributes"):
-            if any(name not in file.attrs for name in ("rate", "states", "mean", "deviation")):
-                raise UserError(f"{like}: does not say how its frames were made; expected a file made from WAV")
-            numbers = {name: np.asarray(file.attrs[name]) for name in ("rate", "states")}
-            vectors = {name: np.asarray(file.attrs[name], np.float64) for name in ("mean", "deviation")}
-            rate, states = (int(numbers[name].item()) for name in ("rate", "states"))
-            right = (
-                shape == (shape[0], FILTERS)
-                and shape[0] % 2 == 1
-                and LOWEST_RATE <= rate <= HIGHEST_RATE
-                and 1 <= states <= MOST_STATES
-                and all(vector.shape == (FILTERS,) and np.isfinite(vector).all() for vector in vectors.values())
-                and vectors["deviation"].min() > 0
-            )
-    finally:
-        file.close()
+    with hdf5.open_file(like) as file, damage(like, "its attributes"):
+        found = {name: attribute(file, name) for name in ("rate", "states", "mean", "deviation")}
+        if any(value is None for value in found.values()):
+            raise UserError(f"{like}: does not say how its frames were made; expected a file made from WAV")
+        rate, states = (int(np.asarray(found[name]).item()) for name in ("rate", "states"))
+        mean, deviation = (np.asarray(found[name], np.float64) for name in ("mean", "deviation"))
+        right = (
+            shape == (shape[0], FILTERS)
+            and shape[0] % 2 == 1
+            and LOWEST_RATE <= rate <= HIGHEST_RATE
+            and 1 <= states <= MOST_STATES
+            and all(vector.shape == (FILTERS,) and np.isfinite(vector).all() for vector in (mean, deviation))
+            and deviation.min() > 0
+        )
     if not right:
         raise UserError(f"{like}: its rate, states, mean or deviation are impossible: damaged?")
-    return Scaling(rate, shape[0], states, vectors["mean"], vectors["deviation"]), classes
+    return Scaling(rate, shape[0], states, mean, deviation), classes
 
 
 def _agree(like: Path, scaling: Scaling, states: int | None, rate: int | None, context: int | None) -> None:
@@ -291,7 +295,7 @@ def _agree(like: Path, scaling: Scaling, states: int | None, rate: int | None, c
             raise UserError(f"--{name} {given} was given, but {like} has {theirs}; leave it out")
 
 
-def _place(recording: str, row: int) -> str:
+def _in(recording: str, row: int) -> str:
     return f"in {recording}"
 
 
