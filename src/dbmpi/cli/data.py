@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dbmpi.cli.configured import count
+from dbmpi.cli.options import count
 
 if TYPE_CHECKING:
     from dbmpi.data.importers.reading import Progress

@@ -20,7 +20,7 @@ _COLOURS = {"ok": "green", "note": "yellow", "broken": "red"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of the command."""
+    """Add the command's arguments to its `parser`."""
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
 
 
@@ -30,10 +30,10 @@ def run(arguments: argparse.Namespace) -> int:
     Under mpirun or srun only the world is looked at: that the ranks which were started are one world, and how its
     hosts reach each other's memory.
     """
-    from dbmpi.machine import launcher
     from dbmpi.machine.doctor import diagnose
+    from dbmpi.machine.rank_variables import launched
 
-    ranks, by, _ = launcher.launched(os.environ)
+    ranks, by, _ = launched(os.environ)
     if ranks > 1:
         from dbmpi.mpi import world
 

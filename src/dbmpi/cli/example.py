@@ -12,7 +12,7 @@ _FOLDERS = ("examples", "slurm")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of the command."""
+    """Add the command's arguments to its `parser`."""
     parser.add_argument("name", nargs="?", metavar="NAME", help="which one to write; without it all are listed")
     parser.add_argument(
         "--out",

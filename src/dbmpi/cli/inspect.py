@@ -10,8 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dbmpi.cli import configured
-from dbmpi.cli.inference import add_allow_code
+from dbmpi.cli import options
 from dbmpi.errors import Damaged, UserError
 
 if TYPE_CHECKING:
@@ -25,29 +24,29 @@ _TEXT_SHOWN = 200
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of the command."""
+    """Add the command's arguments to its `parser`."""
     parser.add_argument(
         "path", type=Path, metavar="PATH", help="a checkpoint, a run directory (its newest checkpoint), or a data file"
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON document, for programs")
+    options.add_json(parser)
     parser.add_argument(
         "--placement",
         action="store_true",
         help="PATH is a configuration: show how its network is cut over the partitions, what moves, and why",
     )
     parser.add_argument(
-        "--partitions", type=configured.count, metavar="P", help="with --placement (default: topology.partitions)"
+        "--partitions", type=options.count, metavar="P", help="with --placement (default: topology.partitions)"
     )
-    configured.add_input_shape(parser)
-    add_allow_code(parser)
+    options.add_input_shape(parser)
+    options.add_allow_code(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Look at the file and print what was found."""
+    """Look at the file that these `arguments` name, print what it holds, and return the exit code."""
     if arguments.placement:
-        print(configured.placement_table(arguments))
+        print(_placement(arguments))
         return 0
-    configured.refuse_configuration(
+    options.refuse_configuration(
         arguments.path,
         "inspect",
         "a checkpoint, a run directory or a data file",
@@ -70,6 +69,26 @@ def run(arguments: argparse.Namespace) -> int:
             "checkpoint"
         )
     return 0
+
+
+def _placement(arguments: argparse.Namespace) -> str:
+    """Return a table of how the network of a configuration is cut.
+
+    Code of a user's own layers is not run unless the file is named: the configuration may be anybody's.
+    """
+    from dbmpi import config
+    from dbmpi.network.own import from_files
+    from dbmpi.replica import placement
+    from dbmpi.replica.describe import describe
+
+    run = config.load(arguments.path)
+    load = from_files(arguments.allow_code)
+    network = options.make_network(run.network, run.data, run.run.seed, arguments.input_shape, load)
+    partitions = arguments.partitions or run.topology.partitions or 1
+    placed = placement.from_config(run.placement, network.layers, partitions)
+    head = f"{network.size:,} parameters over {_count(partitions, 'partition')}"
+    samples = run.optimizer.batch_size
+    return f"{head}; batches of {samples}\n\n{describe(network.layers, placed, samples)}"
 
 
 def describe(path: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ SUMMARY = "start a command or a program of yours on several ranks, with the mpir
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of the command."""
+    """Add the command's arguments to its `parser`."""
     parser.usage = "dbmpi launch [-h] -n N [--mpi-args ARGS] [--mpirun PATH] [--dry-run] -- COMMAND ..."
     parser.add_argument("-n", type=int, required=True, metavar="N", dest="ranks", help="number of ranks")
     parser.add_argument(
@@ -36,6 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Start the ranks, wait for their end, and return the exit code that docs/running.md has for it."""
     from dbmpi.errors import UserError
     from dbmpi.machine import launcher, mpi_library, own_program, threads
+    from dbmpi.machine.rank_variables import launched
 
     command = list(arguments.command)
     if command and command[0] == "--":
@@ -44,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError("launch: nothing to run; expected e.g.  dbmpi launch -n 4 -- train CONFIG.toml")
     if arguments.ranks < 1:
         raise UserError(f"launch -n {arguments.ranks}: expected at least 1 rank")
-    ranks, by, _ = launcher.launched(os.environ)
+    ranks, by, _ = launched(os.environ)
     if ranks > 1:
         words = " ".join(command)
         raise UserError(f"launch was itself started {ranks} times by {by}: either of the two is enough (dbmpi {words})")

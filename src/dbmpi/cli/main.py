@@ -55,21 +55,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        # The reader of our output, e.g. `head`, has seen enough.
-        _discard_output()
-        return 0
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EDQUOT):
             raise
-        _discard_output()
+        from dbmpi.monitor.progress import discard
+
+        discard(sys.stdout)  # Python itself would fail over what is left when it ends
+        if error.errno == errno.EPIPE:
+            return 0  # the reader of our output, e.g. `head`, has seen enough
         _say(RunFailed(f"{error.filename or 'standard output'}: cannot be written: {error.strerror}"))
         return 1
-
-
-def _discard_output() -> None:
-    """Let what is still to be written to standard output go nowhere, lest Python fail over it when it ends."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
@@ -136,7 +131,7 @@ def _is_silent(error: Exception | None = None) -> bool:
     if "dbmpi.mpi.world" in sys.modules:
         silent = isinstance(error, ToldElsewhere)
     else:
-        from dbmpi.machine.launcher import launched
+        from dbmpi.machine.rank_variables import launched
 
         silent = launched(os.environ)[2] > 0
     if silent:

@@ -13,7 +13,6 @@ import hashlib
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -21,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dbmpi.machine import kernel_cache, openblas, threads
+from dbmpi.machine import kernel_cache, openblas, processes, threads
 
 VARIABLE = "OPENBLAS_CORETYPE"
 """The environment variable by which OpenBLAS is told which kernels to use; read when it is loaded."""
@@ -157,23 +156,16 @@ def measure(flags: frozenset[str], environment: Mapping[str, str]) -> Measuremen
 
 
 def probe(kernel: str | None, environment: Mapping[str, str], known: Sequence[str] = ()) -> dict[str, Any] | None:
-    """Run :mod:`dbmpi.machine.blas_probe` under a kernel (None: OpenBLAS's own choice); None if it fails."""
+    """Run :mod:`dbmpi.machine.openblas` under a kernel (None: OpenBLAS's own choice); None if it fails."""
     changed = dict(environment) | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
     changed.pop(VARIABLE, None)
     if kernel is not None:
         changed[VARIABLE] = kernel
-    program = Path(__file__).with_name("blas_probe.py")
+    program = Path(__file__).with_name("openblas.py")
+    done = processes.ask([sys.executable, "-P", str(program), *known], changed, seconds=_PROBE_SECONDS)
     try:
-        done = subprocess.run(
-            [sys.executable, "-P", str(program), *known],
-            env=changed,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=_PROBE_SECONDS,
-            check=False,
-        )
-        answer = json.loads(done.stdout) if done.returncode == 0 else None
-    except (OSError, subprocess.TimeoutExpired, ValueError):
+        answer = json.loads(done.stdout) if done and done.returncode == 0 else None
+    except ValueError:
         return None
     return answer if isinstance(answer, dict) and "openblas" in answer and "numpy" in answer else None
 

@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import Any, Literal
 
 import dbmpi
 from dbmpi.errors import UserError
-from dbmpi.machine import blas, kernel_cache, launcher, mpi_library, threads
+from dbmpi.machine import blas, kernel_cache, launcher, mpi_library, processes, threads
 
 _GIB = 2**30
 _SECONDS = 90.0
@@ -120,10 +119,8 @@ def _blas(environment: Mapping[str, str]) -> Finding:
 def _numba(environment: Mapping[str, str]) -> Finding:
     answer = _ask(_NUMBA, environment)
     if isinstance(answer, str):
-        return Finding("Numba", "broken", answer, "pip install --force-reinstall numba")
-    layer = answer["layers"][0] if answer["layers"] else "none"
-    text = f"{answer['version']}, threading layer {layer}"
-    return Finding("Numba", "ok", text)
+        return _not_loaded("numba", "Numba", answer)
+    return Finding("Numba", "ok", f"{answer['version']}, threading layer {(*answer['layers'], 'none')[0]}")
 
 
 def _kernel_cache() -> Finding:
@@ -147,8 +144,12 @@ def _existing(path: Path) -> Path:
 def _h5py(environment: Mapping[str, str]) -> Finding:
     answer = _ask(_H5PY, environment)
     if isinstance(answer, str):
-        return Finding("h5py", "broken", answer, "pip install --force-reinstall h5py")
+        return _not_loaded("h5py", "h5py", answer)
     return Finding("h5py", "ok", f"{answer['version']}, HDF5 {answer['hdf5']}")
+
+
+def _not_loaded(package: str, name: str, why: str) -> Finding:
+    return Finding(name, "broken", why, f"pip install --force-reinstall {package}")
 
 
 def _shared_memory() -> Finding:
@@ -167,7 +168,7 @@ def _shared_memory() -> Finding:
 def _mpi(environment: Mapping[str, str]) -> Iterator[Finding]:
     answer = _ask(_MPI4PY, environment)
     if isinstance(answer, str):
-        yield Finding("mpi4py", "broken", answer, "pip install --force-reinstall mpi4py")
+        yield _not_loaded("mpi4py", "mpi4py", answer)
         return
     try:
         mpi = mpi_library.find_mpi()
@@ -184,10 +185,8 @@ def _two_ranks(mpi: mpi_library.Mpi, environment: Mapping[str, str]) -> Finding:
     what = "two ranks"
     command = launcher.compose(mpi, 2, ("-m", "dbmpi.mpi.selftest"), environment=environment)
     advice = f"try by hand: {command}"
-    settings = dict(environment) | dict(command.settings)
-    try:
-        done = _run(list(command.argv), settings)
-    except subprocess.TimeoutExpired:
+    done = processes.ask(command.argv, {**environment, **command.settings}, seconds=_SECONDS)
+    if done is None:
         return Finding(what, "broken", f"not done after {_SECONDS:.0f} s", advice)
     try:
         answer = json.loads(done.stdout.strip().splitlines()[-1])
@@ -207,14 +206,9 @@ def _two_ranks(mpi: mpi_library.Mpi, environment: Mapping[str, str]) -> Finding:
 def _srun(mpi: mpi_library.Mpi) -> Iterator[Finding]:
     """Say how srun would have to be called, where there is one."""
     srun = shutil.which("srun")
-    if srun is None:
-        return
-    try:
-        done = _run([srun, "--mpi=list"], os.environ)
-    except subprocess.TimeoutExpired:
-        return
-    if done.returncode != 0:
-        return  # Slurm is installed here, but not set up
+    done = processes.ask([srun, "--mpi=list"], seconds=_SECONDS) if srun else None
+    if done is None or done.returncode != 0:
+        return  # there is no Slurm here, or it is not set up
     offered = set((done.stdout + done.stderr).replace(",", " ").split())
     wanted = "pmix" if mpi.is_open_mpi else "pmi2"
     if any(word.startswith(wanted) for word in offered):
@@ -226,39 +220,14 @@ def _srun(mpi: mpi_library.Mpi) -> Iterator[Finding]:
 
 def _ask(program: str, environment: Mapping[str, str]) -> dict[str, Any] | str:
     """Run a program that prints JSON in a Python of its own; return its answer, or what went wrong."""
-    try:
-        done = _run([sys.executable, "-c", program], environment)
-    except subprocess.TimeoutExpired:
+    done = processes.ask([sys.executable, "-c", program], environment, seconds=_SECONDS)
+    if done is None:
         return f"not loaded after {_SECONDS:.0f} s"
     try:
         answer = json.loads(done.stdout)
     except ValueError:
         return _last_line(done.stderr) or f"ended with code {done.returncode}"
     return answer if isinstance(answer, dict) else "no answer"
-
-
-def _run(argv: list[str], environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
-    """Run a program with a limit on its time; mpirun is asked to end first, so that it ends its ranks."""
-    process = subprocess.Popen(
-        argv,
-        env=dict(environment),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-    )
-    try:
-        out, err = process.communicate(timeout=_SECONDS)
-    except subprocess.TimeoutExpired:
-        process.terminate()
-        try:
-            process.communicate(timeout=10.0)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
-        raise
-    return subprocess.CompletedProcess(argv, process.returncode, out, err)
 
 
 def _last_line(text: str) -> str:

@@ -3,8 +3,8 @@
 These libraries read the environment once, when they are loaded.  Importing :mod:`dbmpi` puts a finder in front of
 Python's own that does nothing but wait for the first of them, and then has everything prepared.  So every way in comes
 to the same speed: a command, a function of the package, or any of its modules; in whatever order a program imports
-them after dbmpi.  Where NumPy was loaded before dbmpi, it waits for what of dbmpi computes or starts MPI, and what
-is still possible is done then (:mod:`dbmpi.machine.late`).
+them after dbmpi.  Where NumPy was loaded before dbmpi, it waits for the modules of dbmpi that compute or start MPI, and
+:mod:`dbmpi.machine.environment` then does what is still possible.
 
 It imports nothing, as it is loaded with the package itself.
 """

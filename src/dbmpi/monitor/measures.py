@@ -1,4 +1,4 @@
-"""What a rank measures of itself between two reports: how stale the pushes were, and where the time went."""
+"""What a rank measures of itself: how stale the pushes were, where the time went, how fast it learns."""
 
 from __future__ import annotations
 
@@ -124,6 +124,36 @@ class _Activity:
         now = time.perf_counter()
         watch._seconds[watch._running.pop()] += now - watch._since
         watch._since = now
+
+
+class Rate:
+    """A mean over the recent past, in which older samples and the time they took count less and less.
+
+    Time without samples belongs to those that come next: a step that takes many reports counts all of their time.
+
+    Parameters
+    ----------
+    memory
+        Seconds after which something counts 1/e.
+    """
+
+    def __init__(self, memory: float = 5.0) -> None:
+        self._memory = memory
+        self._samples = self._seconds = self._since = 0.0
+
+    def add(self, samples: int, seconds: float) -> None:
+        """Count samples that came in the last `seconds`."""
+        self._since += seconds
+        if samples:
+            fade = math.exp(-self._since / self._memory)
+            self._samples = fade * self._samples + samples
+            self._seconds = fade * self._seconds + self._since
+            self._since = 0.0
+
+    @property
+    def per_second(self) -> float:
+        """Samples a second; 0 before there were any."""
+        return self._samples / self._seconds if self._seconds > 0 else 0.0
 
 
 class LayerTimes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -117,7 +117,9 @@ def time_spent(axes: Axes, history: RunHistory, role: str) -> None:
     axes.set(title=f"where the time of {role}s goes", xlabel="recorded time (%)")
     if not _anything(axes, bool(ranks)):
         return
-    labels, bars = _grouped(role, {number: _seconds(reports) for number, reports in ranks.items()})
+    labels, bars = _grouped(
+        role, {number: _add_up(report["seconds"] for report in reports) for number, reports in ranks.items()}
+    )
     activities = [name for name in _ACTIVITIES if any(name in bar for bar in bars)]
     activities += sorted({name for bar in bars for name in bar} - set(activities))
     totals = np.array([max(sum(bar.values()), 1e-9) for bar in bars])
@@ -152,9 +154,9 @@ def _curves(axes: Axes, history: RunHistory, key: str, by: str, factor: float) -
     """Draw a quantity of training (every report light, their running mean) and of testing; return its range."""
     x, y, weights = _training_points(history, key, by)
     test = [
-        (_place(history, record["session"], history.seconds(record), by), record[key])
+        (_position(history, record["session"], history.seconds(record), by), record[key])
         for record in history.evaluations
-        if record[key] is not None and _counts(history, record, by)
+        if record[key] is not None and _is_drawn(history, record, by)
     ]
     test_x, test_y = np.array(sorted(test), dtype=np.float64).reshape(-1, 2).T
     y, test_y = factor * y, factor * test_y
@@ -185,37 +187,24 @@ def _training_points(history: RunHistory, key: str, by: str) -> tuple[np.ndarray
 
     A report's mean stands in the middle of what it is about.
     """
-    points = []
-    for reports in history.replicas.values():
-        for report, previous in _with_previous(reports):
-            if report[key] is None or not _counts(history, report, by):
-                continue
-            begin = history.begin(report) if previous is None else history.seconds(previous)
-            fresh = report["samples"] - (previous["samples"] if previous else 0)
-            middle = (begin + history.seconds(report)) / 2
-            points.append((_place(history, report["session"], middle, by), report[key], max(fresh, 1)))
+    points = [
+        (_position(history, span.report["session"], (span.begin + span.end) / 2, by), span.report[key], span.samples)
+        for reports in history.replicas.values()
+        for span in history.spans(reports)
+        if span.report[key] is not None and _is_drawn(history, span.report, by)
+    ]
     x, y, weights = np.array(sorted(points), dtype=np.float64).reshape(-1, 3).T
-    return x, y, weights
+    return x, y, np.maximum(weights, 1)
 
 
-def _counts(history: RunHistory, record: Record, by: str) -> bool:
-    """Whether a record is drawn: work that was taken again after a resume cost seconds, but counts as no steps."""
+def _is_drawn(history: RunHistory, record: Record, by: str) -> bool:
+    """Return whether a record counts: work that was repeated after a resume cost seconds, but counts as no steps."""
     return by == "seconds" or history.kept(record)
 
 
-def _place(history: RunHistory, session: int, seconds: float, by: str) -> float:
+def _position(history: RunHistory, session: int, seconds: float, by: str) -> float:
     """Return where on the axis a time, in seconds of the run, of a session lies."""
     return seconds if by == "seconds" else history.steps(session, seconds - history.starts[session])
-
-
-def _with_previous(reports: list[Record]) -> Iterator[tuple[Record, Record | None]]:
-    """Yield each report of a replica with the one before it in the same session."""
-    previous = None
-    for report in reports:
-        if previous is not None and previous["session"] != report["session"]:
-            previous = None
-        yield report, previous
-        previous = report
 
 
 def _running_means(weights: np.ndarray, *rows: np.ndarray) -> list[np.ndarray]:
@@ -239,17 +228,16 @@ def _running_means(weights: np.ndarray, *rows: np.ndarray) -> list[np.ndarray]:
 def _rate(history: RunHistory, reports: list[Record], grid: np.ndarray) -> np.ndarray:
     """Return a replica's samples per second at the times of `grid`: each report speaks for the time before it."""
     rate = np.zeros_like(grid)
-    for report, previous in _with_previous(reports):
-        begin = history.begin(report) if previous is None else history.seconds(previous)
-        rate[(grid > begin) & (grid <= history.seconds(report))] = report["samples_per_second"] or 0.0
+    for span in history.spans(reports):
+        rate[(grid > span.begin) & (grid <= span.end)] = span.report["samples_per_second"] or 0.0
     return rate
 
 
-def _seconds(reports: Iterable[Record]) -> dict[str, float]:
-    """Return a rank's seconds by activity."""
+def _add_up(bars: Iterable[Mapping[str, float | None]]) -> dict[str, float]:
+    """Return the sums of seconds by activity."""
     seconds: dict[str, float] = {}
-    for report in reports:
-        for activity, value in report["seconds"].items():
+    for bar in bars:
+        for activity, value in bar.items():
             seconds[activity] = seconds.get(activity, 0.0) + (value or 0.0)
     return seconds
 
@@ -258,25 +246,16 @@ def _grouped(role: str, ranks: dict[int, dict[str, float]]) -> tuple[list[str], 
     """Return labels and bars: one a rank, or the sums of neighbours where there are many ranks."""
     numbers = list(ranks)
     size = -(-len(numbers) // MOST_BARS)
-    labels, bars = [], []
-    for start in range(0, len(numbers), size):
-        group = numbers[start : start + size]
-        bar: dict[str, float] = {}
-        for number in group:
-            for activity, value in ranks[number].items():
-                bar[activity] = bar.get(activity, 0.0) + value
-        labels.append(f"{role} {group[0]}" if len(group) == 1 else f"{role}s {group[0]}-{group[-1]}")
-        bars.append(bar)
-    return labels, bars
+    groups = [numbers[start : start + size] for start in range(0, len(numbers), size)]
+    labels = [f"{role} {one[0]}" if len(one) == 1 else f"{role}s {one[0]}-{one[-1]}" for one in groups]
+    return labels, [_add_up(ranks[number] for number in group) for group in groups]
 
 
 def _mark_sessions(axes: Axes, history: RunHistory, by: str) -> None:
     """Mark where the run went on from a checkpoint."""
-    label: str | None = "resumed"
-    for session in history.sessions[1:]:
-        x = history.starts[session] if by == "seconds" else history.begins[session]
-        axes.axvline(x, color="black", ls=":", lw=1, label=label)
-        label = None
+    starts = history.starts if by == "seconds" else history.begins
+    for count, session in enumerate(history.sessions[1:]):
+        axes.axvline(starts[session], color="black", ls=":", lw=1, label=None if count else "resumed")
 
 
 def _thousands() -> Formatter:

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, TextIO
 
 from dbmpi.monitor.display import Bar, DisplayState, digits, line
@@ -85,22 +86,27 @@ class RunProgress:
         if self._mode == "none":
             return
         now = time.monotonic()
-        self._state = DisplayState(
-            self._state.total,
-            self._state.epochs,
-            samples,
-            loss,
-            _known(accuracy),
-            samples_per_second,
-            _known(staleness_mean),
-            now - self._started,
+        self._state = replace(
+            self._state,
+            samples=samples,
+            loss=loss,
+            accuracy=_known(accuracy),
+            rate=samples_per_second,
+            staleness=_known(staleness_mean),
+            elapsed=now - self._started,
         )
         if now - self._shown_at >= (_DRAW_SECONDS if self._mode == "bar" else _LINE_SECONDS):
             self._shown_at = now
             self._show()
 
     def message(self, text: str) -> None:
-        """Print a line, above the bar if there is one; nothing in the mode ``none``."""
+        """Print a line, above the bar if there is one; nothing in the mode ``none``.
+
+        Parameters
+        ----------
+        text
+            The line, without its end.
+        """
         if self._mode == "none":
             return
         with self._if_heard():
@@ -114,7 +120,13 @@ class RunProgress:
                 self._live.console.print(Text(text), soft_wrap=True)
 
     def warn(self, text: str) -> None:
-        """Print what the user should know of: as :meth:`message` does, or else on standard error."""
+        """Print a warning as :meth:`message` does; in the mode ``none`` on standard error.
+
+        Parameters
+        ----------
+        text
+            The warning, one line.
+        """
         if self._mode != "none":
             self.message(f"warning: {text}")
             return
@@ -122,7 +134,17 @@ class RunProgress:
             print(f"dbmpi: warning: {text}", file=sys.stderr, flush=True)
 
     def evaluation(self, epoch: float, loss: float, accuracy: float | None, samples: int | None = None) -> None:
-        """Print the result of an evaluation on `samples` held-out samples."""
+        """Print the result of an evaluation on held-out samples.
+
+        Parameters
+        ----------
+        epoch
+            Passes through the training samples so far.
+        loss, accuracy
+            Of the held-out samples; `accuracy` from 0 to 1, or None where the loss knows no classes.
+        samples
+            Number of held-out samples, to be shown if given.
+        """
         parts = [f"epoch {epoch:.4g}", f"test loss {digits(loss)}"]
         if (accuracy := _known(accuracy)) is not None:
             parts.append(f"test accuracy {100 * accuracy:.2f} %")
@@ -165,11 +187,26 @@ class RunProgress:
         except OSError as error:
             self._live, self._mode = None, "none"
             if error.errno in (errno.EPIPE, errno.EIO):
-                _discard_rest(self._stream)
+                discard(self._stream)
         except ValueError:
             if not getattr(self._stream, "closed", False):
                 raise
             self._live, self._mode = None, "none"
+
+
+def discard(stream: TextIO) -> None:
+    """Discard what is still in the buffer of a dead pipe, so that Python does not fail on it when it ends.
+
+    Parameters
+    ----------
+    stream
+        It leads to ``/dev/null`` from now on, if it is a file of the system.
+    """
+    with suppress(OSError, ValueError):
+        descriptor = stream.fileno()
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, descriptor)
+        os.close(nowhere)
 
 
 def _choose(mode: Mode, stream: TextIO | None) -> Mode:
@@ -210,17 +247,6 @@ def _open_live(stream: TextIO, state: Callable[[], DisplayState]) -> Live:
     )
     live.start()
     return live
-
-
-def _discard_rest(stream: TextIO) -> None:
-    """Send what a dead pipe still has in its buffer to nowhere, lest Python fail over it when it ends."""
-    try:
-        descriptor = stream.fileno()
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, descriptor)
-        os.close(nowhere)
-    except (OSError, ValueError):
-        return  # not a file of the system's: nothing will be flushed either
 
 
 def _known(value: float | None) -> float | None:

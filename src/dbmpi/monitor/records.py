@@ -42,8 +42,15 @@ __all__ = [
 ]
 
 Record = dict[str, Any]
-"""One line as read back: the fields of its report, and ``kind, role, number, session, time, elapsed``."""
+"""One line as read back: the fields of its report, and ``kind, role, number, session, time, elapsed, steps_before,
+steps_per_epoch``; the last two are None in records of early versions."""
 
+_ENVELOPE: dict[str, tuple[str, Any]] = {
+    **dict.fromkeys(("time", "elapsed"), ("float", dataclasses.MISSING)),
+    **dict.fromkeys(("number", "session"), ("int", dataclasses.MISSING)),
+    **dict.fromkeys(("steps_before", "steps_per_epoch"), ("int | None", None)),
+}
+"""Types and defaults of the numbers in every line."""
 LONGEST_LINE = 1 << 20
 """Bytes; a longer line is none of ours and is skipped, so that a stray file cannot fill the memory."""
 _TAIL = 1 << 16
@@ -68,6 +75,10 @@ class Recorder:
         the others.  By default one more than the last session in this file.
     started
         Start of the session in unix seconds, the same on all ranks; by default now.
+    steps_before
+        Mini-batches of all replicas that were in the parameters when the session began.
+    steps_per_epoch
+        Mini-batches of all replicas together in an epoch.
 
     Raises
     ------
@@ -76,7 +87,15 @@ class Recorder:
     """
 
     def __init__(
-        self, directory: Path, role: str, number: int, *, session: int | None = None, started: float | None = None
+        self,
+        directory: Path,
+        role: str,
+        number: int,
+        *,
+        session: int | None = None,
+        started: float | None = None,
+        steps_before: int | None = None,
+        steps_per_epoch: int | None = None,
     ) -> None:
         if not re.fullmatch(r"[a-z]+", role) or number < 0:
             raise ValueError(f"a role is a word and its number is not negative, got {role!r} and {number}")
@@ -91,6 +110,7 @@ class Recorder:
                 "choose another run.directory or make this one writable"
             ) from None
         self.session = _last_session(tail) + 1 if session is None else session
+        self._steps = {"steps_before": steps_before, "steps_per_epoch": steps_per_epoch}
         # A clock that is set while the run goes on must not bend the curves: only the start is read from it.
         self._zero = time.monotonic() - (0.0 if started is None else time.time() - started)
         self._torn = bool(tail) and not tail.endswith(b"\n")
@@ -99,7 +119,13 @@ class Recorder:
         """Reports that could not be written."""
 
     def write(self, report: Report) -> None:
-        """Append one line."""
+        """Append one line.
+
+        Parameters
+        ----------
+        report
+            What the line says.
+        """
         if self._closed:
             raise ValueError(f"{self.path}: the recorder is closed")
         record: Record = {
@@ -109,6 +135,7 @@ class Recorder:
             "session": self.session,
             "time": round(time.time(), 3),
             "elapsed": round(time.monotonic() - self._zero, 3),
+            **self._steps,
         }
         for field in dataclasses.fields(report):
             record[field.name] = _jsonable(getattr(report, field.name))
@@ -273,18 +300,16 @@ def _parse(line: bytes) -> Record | None:
         return None
     if not isinstance(record, dict):
         return None
-    envelope = all(_is_number(record.get(key)) for key in ("time", "elapsed")) and all(
-        _is_number(record.get(key), int) for key in ("number", "session")
-    )
     report = KINDS.get(str(record.get("kind")))
-    if not envelope or not isinstance(record.get("role"), str) or report is None:
+    if report is None or not isinstance(record.get("role"), str):
         return None
-    for field in dataclasses.fields(report):
-        if field.default is not dataclasses.MISSING:
-            record.setdefault(field.name, field.default)
-        elif field.name not in record:
-            return None
-        if not _fits(record[field.name], str(field.type)):
+    if None in (record.get("time"), record.get("elapsed")):
+        return None
+    fields = {field.name: (str(field.type), field.default) for field in dataclasses.fields(report)}
+    for name, (annotation, default) in (fields | _ENVELOPE).items():
+        if default is not dataclasses.MISSING:
+            record.setdefault(name, default)
+        if name not in record or not _fits(record[name], annotation):
             return None
     return record
 
@@ -296,20 +321,18 @@ def _finite(text: str) -> float | None:
 
 
 def _is_number(value: Any, kind: type[int | float] = float) -> bool:
-    """Whether a value from JSON is a number, or an integer that fits 64 bits."""
+    """Return whether a value from JSON is a number, or an integer that fits 64 bits."""
     if isinstance(value, bool) or not isinstance(value, (int, kind)):
         return False
     return isinstance(value, float) or -(2**63) <= value < 2**63
 
 
 def _fits(value: Any, annotation: str) -> bool:
-    """Whether a value from JSON is what a field's annotation says; floats may be null, for they may be not finite."""
-    if value is None and annotation.endswith("None"):
-        return True
+    """Return whether a value from JSON has the type of a field; floats may be null, where they were not finite."""
+    if value is None:
+        return annotation == "float" or annotation.endswith("None")
     if annotation.startswith("Mapping"):
         return isinstance(value, dict) and all(entry is None or _is_number(entry) for entry in value.values())
     if annotation.startswith("Sequence"):
         return isinstance(value, list) and all(_is_number(entry, int) for entry in value)
-    if annotation == "int":
-        return _is_number(value, int)
-    return value is None or _is_number(value)
+    return _is_number(value, int if annotation.startswith("int") else float)

@@ -22,8 +22,8 @@ from dbmpi.downpour.session import DTYPE, Session
 from dbmpi.errors import UserError
 from dbmpi.kernels.announce import announced
 from dbmpi.machine import capacity, environment
+from dbmpi.machine.rank_variables import ranks_on_node
 from dbmpi.machine.signals import StopSignal
-from dbmpi.machine.threads import ranks_on_node
 from dbmpi.monitor.progress import RunProgress
 from dbmpi.monitor.records import Recorder
 from dbmpi.mpi import topology, waiting
@@ -141,7 +141,14 @@ class _Session:
         begin, checkpoint, number = runs_start.find(
             run, self._comm, plan.replicas, network.layout, order, self._data.meaning
         )
-        started = time.time()
+        recorder = partial(
+            Recorder,
+            run.run.directory,
+            session=number,
+            started=time.time(),
+            steps_before=begin.step,
+            steps_per_epoch=order.batches_per_epoch,
+        )
         session = Session(
             run=run,
             plan=plan,
@@ -154,7 +161,7 @@ class _Session:
             checkpoint=checkpoint,
             data=self._data,
             stop=self._stop,
-            recorder=lambda role, its_number: self._recorder(role, its_number, number, started),
+            recorder=lambda role, number: self._stack.enter_context(recorder(role, number)),
             watch=self.watch,
             compiled=compiled,
         )
@@ -207,7 +214,3 @@ class _Session:
                 for layer in network.own_layers if self._comm.rank == 0 else ():
                     try_layer(layer, DTYPE)
         return network, order
-
-    def _recorder(self, role: str, number: int, session: int, started: float) -> Recorder:
-        recorder = Recorder(self._run.run.directory, role, number, session=session, started=started)
-        return self._stack.enter_context(recorder)
