@@ -61,14 +61,10 @@ def _summary(path: Path) -> str:
 
 def _chosen(known: dict[str, list[Path]], name: str, folder: Path) -> dict[Path, str]:
     """Return the texts to be written, for the directory that they will be in."""
-    import difflib
-
-    from dbmpi.errors import UserError
+    from dbmpi.errors import UserError, suggestion
 
     if _key(name) not in known:
-        near = difflib.get_close_matches(_key(name), known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
-        raise UserError(f"example {name}: there is none of this name; {hint}")
+        raise UserError(f"example {name}: there is none of this name; {suggestion(_key(name), known)}")
     if not folder.is_dir():
         raise UserError(f"--out {folder}: no such directory")
     files = {folder / file.name: _moved(file.read_text(encoding="utf-8")) for file in known[_key(name)]}

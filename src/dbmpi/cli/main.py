@@ -8,7 +8,6 @@ A command is a module of this package with `SUMMARY`, `add_arguments` and `run`;
 from __future__ import annotations
 
 import argparse
-import difflib
 import errno
 import importlib
 import os
@@ -19,7 +18,7 @@ from types import ModuleType
 from typing import NoReturn
 
 import dbmpi
-from dbmpi.errors import RunFailed, ToldElsewhere, UserError
+from dbmpi.errors import RunFailed, ToldElsewhere, UserError, suggestion
 from dbmpi.machine import early, endings, streams
 
 COMMANDS = ("train", "launch", "evaluate", "predict", "inspect", "plot", "bench", "data", "example", "doctor")
@@ -97,8 +96,7 @@ class _Parser(argparse.ArgumentParser):
             return
         known = [str(choice) for choice in action.choices]
         kind = {"COMMAND": "command", "ACTION": "action"}.get(str(action.metavar), "choice")
-        near = _nearest(str(value), known)
-        self.error(f"{str(value)!r} is no {kind}; {near or 'known are ' + ', '.join(known)}")
+        self.error(f"{str(value)!r} is no {kind}; {suggestion(str(value), known)}")
 
 
 def _unknown(parser: argparse.ArgumentParser, words: Sequence[str], unknown: Sequence[str]) -> str:
@@ -109,13 +107,8 @@ def _unknown(parser: argparse.ArgumentParser, words: Sequence[str], unknown: Seq
         if word in choices:
             parser = choices[word]
             known = list(parser._option_string_actions)
-    near = _nearest(unknown[0].partition("=")[0], known)
-    return f"{parser.prog.removeprefix('dbmpi ')} has no argument {unknown[0]}{f'; {near}' if near else ''}"
-
-
-def _nearest(word: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"did you mean {near[0]}?" if near else ""
+    hint = suggestion(unknown[0].partition("=")[0], known, "")
+    return f"{parser.prog.removeprefix('dbmpi ')} has no argument {unknown[0]}{hint and '; '}{hint}"
 
 
 def _say(error: Exception) -> None:

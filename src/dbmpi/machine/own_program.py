@@ -6,7 +6,6 @@ as dbmpi's own commands do, on the rank's node, and then becomes the program.
 
 from __future__ import annotations
 
-import difflib
 import errno
 import os
 import shutil
@@ -15,7 +14,7 @@ import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from dbmpi.errors import UserError
+from dbmpi.errors import UserError, suggestion
 
 _PYTHONS = ("python", "python3")
 _MOMENT = 0.5
@@ -59,13 +58,10 @@ def resolve(words: Sequence[str], commands: Collection[str]) -> list[str]:
         raise UserError(
             f"launch: {name} is not executable: chmod +x {name}, or name its interpreter, e.g. python {name}"
         )
-    hint = f"; to run the file that is here, write ./{name}" if path.is_file() else ""
-    near = difflib.get_close_matches(name, commands, n=1)
-    if near:
-        hint = f"; did you mean the command {near[0]!r}?"
-    elif not hint:
-        hint = f"; dbmpi's own commands are {', '.join(commands)}"
-    raise UserError(f"launch: {name}: no such program{hint}")
+    others = f"to run the file that is here, write ./{name}" if path.is_file() else None
+    hint = suggestion(name, commands, others or f"dbmpi's own commands are {', '.join(commands)}")
+    hint = hint.replace("did you mean", "did you mean the command")
+    raise UserError(f"launch: {name}: no such program; {hint}")
 
 
 def main(words: Sequence[str]) -> int:
