@@ -20,7 +20,7 @@ SUMMARY = "measure how fast a configuration runs here"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments to its `parser`."""
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
-    text = "time each layer of a network on data made up; under mpirun the ranks are the partitions of one replica"
+    text = "time each layer of a network on random data; under mpirun the ranks are the partitions of one replica"
     network = actions.add_parser("network", help=text, description=text)
     options.add_configuration(network, "description of a run; its data are not read", "topology.partitions=2")
     options.add_input_shape(network)
@@ -31,7 +31,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--steps", type=options.count, default=5, metavar="N", help="steps to take the median of (default: 5)"
     )
     options.add_json(network)
-    network.set_defaults(measure=_network)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -39,16 +38,8 @@ def run(arguments: argparse.Namespace) -> int:
     from dbmpi.machine.environment import prepare
 
     chosen = str(prepare())
-
-    from dbmpi.machine.rank_variables import launched
-
-    if launched(os.environ)[0] <= 1:
-        arguments.measure(arguments, None, chosen)
-        return 0
-    from dbmpi.mpi import world
-
-    with world.ranks() as comm:
-        arguments.measure(arguments, comm, chosen)
+    with options.ranks() as comm:
+        _network(arguments, comm, chosen)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""``dbmpi doctor``: look at the machine and say what would trip a run up."""
+"""``dbmpi doctor``: check the machine, and report anything that would break a run or slow it down."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from dbmpi.machine.doctor import Finding
 
-SUMMARY = "look at Python, BLAS, Numba, HDF5, MPI and the machine, and say what would trip a run up"
+SUMMARY = "check Python, BLAS, Numba, HDF5, MPI and the machine, and report what would break or slow down a run"
 
 _COLOURS = {"ok": "green", "note": "yellow", "broken": "red"}
 
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print all findings; return 1 if something is broken.
+    """Print all findings as these `arguments` say; return 1 if something is broken.
 
     Under mpirun or srun only the world is looked at: that the ranks which were started are one world, and how its
     hosts reach each other's memory.
@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
 
         comm = world.start()
         if comm.rank == 0:
-            print(f"{by} started one world of {comm.size} ranks; run doctor by itself to look at the rest")
+            print(f"{by} started one world of {comm.size} ranks; run doctor by itself to check the rest")
         from dbmpi.mpi import transport, window
 
         hosts = window.hosts(comm)

@@ -1,4 +1,4 @@
-"""``dbmpi example``: list the examples and batch scripts that come with dbmpi, and write one where you are."""
+"""``dbmpi example``: list the examples and batch scripts that come with dbmpi, or write one into a directory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """List the examples, or write the files of one; nothing is overwritten."""
+    """List the examples, or write the files of the one in `arguments`; nothing is overwritten."""
     known = examples()
     if arguments.name is None:
         width = max(map(len, known))

@@ -1,4 +1,4 @@
-"""``dbmpi inspect``: what a checkpoint, a run directory or a data file holds."""
+"""``dbmpi inspect``: the contents of a checkpoint, a run directory or a data file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from dbmpi.checkpoint.reader import Checkpoint
     from dbmpi.monitor.history import RunHistory
 
-SUMMARY = "show what a checkpoint, a run directory or a data file holds"
+SUMMARY = "show what is in a checkpoint, a run directory or a data file"
 
 _COLUMNS = ("min", "mean", "max", "std")
 _TEXT_SHOWN = 200
@@ -92,7 +92,7 @@ def _placement(arguments: argparse.Namespace) -> str:
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """Return what a path holds: ``kind`` is ``"run"``, ``"checkpoint"`` or ``"data"``.
+    """Return the contents of a path: ``kind`` is ``"run"``, ``"checkpoint"`` or ``"data"``.
 
     Raises
     ------
@@ -103,13 +103,13 @@ def describe(path: Path) -> dict[str, Any]:
     from dbmpi.checkpoint.reader import Checkpoint
 
     if path.is_dir():
-        place, history = directory.checkpoints_directory(path), _history(path)
+        folder, history = directory.checkpoints_directory(path), _history(path)
         with Checkpoint.open(path) as checkpoint:
             return {
                 "kind": "run",
                 "path": str(path),
                 "notice": checkpoint.notice,
-                "checkpoints": [_brief(candidate) for candidate in sorted(directory.checkpoints(place))],
+                "checkpoints": [_brief(candidate) for candidate in sorted(directory.checkpoints(folder))],
                 "lost": [asdict(lost) for lost in history.lost] if history is not None else [],
                 "newest": _checkpoint(checkpoint),
             }
@@ -122,7 +122,7 @@ def describe(path: Path) -> dict[str, Any]:
 
 
 def _history(directory: Path) -> RunHistory | None:
-    """Return what the records of a run say, if it has any."""
+    """Return the history of a run, if it has records."""
     from dbmpi.monitor.history import RunHistory
     from dbmpi.monitor.records import read_records
 
@@ -176,8 +176,8 @@ def _checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
                 numbers = statistics.as_dict(statistics.of_tensor(checkpoint, vector, tensor))
             except Damaged as error:
                 numbers = {"not_read": "damaged", "damaged": str(error)}
-            place = tensor.name if vector == "parameters" else f"{vector}: {tensor.name}"
-            arrays.append({"name": place, "shape": tensor.shape, "dtype": str(checkpoint.dtype), **numbers})
+            name = tensor.name if vector == "parameters" else f"{vector}: {tensor.name}"
+            arrays.append({"name": name, "shape": tensor.shape, "dtype": str(checkpoint.dtype), **numbers})
     return {
         "kind": "checkpoint",
         "path": str(checkpoint.path),
@@ -302,7 +302,7 @@ def _array_lines(arrays: Sequence[dict[str, Any]]) -> Iterator[str]:
     if not rows:
         yield "no arrays"
         return
-    names, shapes, types = (max(len(str(row[place])) for row in rows) for place in range(3))
+    names, shapes, types = (max(len(str(row[column])) for row in rows) for column in range(3))
     heading = "".join(f"{name:>11}" for name in _COLUMNS)
     yield f"  {'':<{names}}  {'shape':<{max(shapes, 5)}}  {'dtype':<{max(types, 5)}}{heading}  non-finite"
     for name, shape, kind, array in rows:
@@ -329,7 +329,7 @@ def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _printable(value: Any, length: int = _TEXT_SHOWN) -> str:
-    """Return text that cannot command the terminal, wherever it comes from."""
+    """Return text without control characters, so that it cannot control the terminal."""
     text = value if isinstance(value, str) else json.dumps(value)
     shown = "".join(letter if letter.isprintable() else "?" for letter in text[:length])
     return shown + ("..." if len(text) > length else "")

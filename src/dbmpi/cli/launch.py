@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Start the ranks, wait for their end, and return the exit code that docs/running.md has for it."""
+    """Start the ranks as these `arguments` say, wait for their end, and return the exit code of docs/running.md."""
     from dbmpi.errors import UserError
     from dbmpi.machine import launcher, mpi_library, own_program, threads
     from dbmpi.machine.rank_variables import launched
@@ -61,9 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         program = ["-m", "dbmpi.machine.own_program", *own_program.resolve(command, COMMANDS)]
     mpi = mpi_library.find_mpi(arguments.mpirun)
-    columns = None
-    if sys.stdout.isatty():
-        columns = os.get_terminal_size(sys.stdout.fileno()).columns or 80
+    columns = os.get_terminal_size(sys.stdout.fileno()).columns or 80 if sys.stdout.isatty() else None
     composed = launcher.compose(
         mpi,
         arguments.ranks,
@@ -76,11 +74,11 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         print(composed)
         return 0
-    return launcher.run(mpi, composed, lambda directory: _say_how_to_go_on(arguments, command, directory))
+    return launcher.run(mpi, composed, lambda directory: _say_how_to_resume(arguments, command, directory))
 
 
-def _say_how_to_go_on(arguments: argparse.Namespace, command: Sequence[str], directory: Path | None) -> None:
-    """Say, where a rank's death has ended a run, from which checkpoint which command goes on."""
+def _say_how_to_resume(arguments: argparse.Namespace, command: Sequence[str], directory: Path | None) -> None:
+    """Print, where a rank's death has ended a run, the command that resumes it, and from which checkpoint."""
     from dbmpi.checkpoint.reader import Checkpoint
     from dbmpi.errors import UserError
 

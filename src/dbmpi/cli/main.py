@@ -1,7 +1,7 @@
 """The command line: finds the command, and turns errors into messages and exit codes.
 
 Exit codes: 0 done, 2 the user's mistake, 1 a failure; 128 + n after signal n, with a checkpoint; 75 where a death has
-ended the run and the same command would go on.
+ended the run and the same command would resume it.
 A command is a module of this package with `SUMMARY`, `add_arguments` and `run`; it imports what it needs when it runs.
 """
 
@@ -23,13 +23,19 @@ from dbmpi.machine import early, endings, streams
 
 COMMANDS = ("train", "launch", "evaluate", "predict", "inspect", "plot", "bench", "data", "example", "doctor")
 COMPUTING = ("train", "evaluate", "predict", "bench")
-"""Those that are worth comparing BLAS kernels for, which takes some seconds, the first time on a node."""
+"""Those for which BLAS kernels are compared, which takes some seconds the first time on a node."""
 _MOMENT = 0.5
 """Seconds."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and return the exit code."""
+    """Run a command and return the exit code.
+
+    Parameters
+    ----------
+    arguments
+        The words after ``dbmpi``; by default those of this process.
+    """
     streams.open_closed()
     words = sys.argv[1:] if arguments is None else list(arguments)
     parser = _parser(words)
@@ -59,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         from dbmpi.monitor.progress import discard
 
-        discard(sys.stdout)  # Python itself would fail over what is left when it ends
+        discard(sys.stdout)  # otherwise Python fails on the rest when it ends
         if error.errno == errno.EPIPE:
             return 0  # the reader of our output, e.g. `head`, has seen enough
         _say(RunFailed(f"{error.filename or 'standard output'}: cannot be written: {error.strerror}"))
@@ -82,7 +88,7 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose complaint is one line that comes once, not from every rank."""
+    """A parser whose error is a single line, printed once and not by every rank."""
 
     def error(self, message: str) -> NoReturn:
         if not _is_silent():
@@ -112,7 +118,7 @@ def _unknown(parser: argparse.ArgumentParser, words: Sequence[str], unknown: Seq
 
 
 def _say(error: Exception) -> None:
-    """Print a message once: on the rank that has something to say, and where all have the same, on the first."""
+    """Print a message once: on the rank that has the error, or on the first where all have the same."""
     if not _is_silent(error):
         endings.note_message()
         sys.stderr.write(f"dbmpi: {error}\n")
@@ -120,7 +126,7 @@ def _say(error: Exception) -> None:
 
 
 def _is_silent(error: Exception | None = None) -> bool:
-    """Return whether another rank says what is wrong; if so, after a moment, as launchers kill all when one ends."""
+    """Return whether another rank prints the error; if so, after a moment, as launchers kill all when one ends."""
     if "dbmpi.mpi.world" in sys.modules:
         silent = isinstance(error, ToldElsewhere)
     else:

@@ -6,13 +6,15 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dbmpi.errors import UserError
 
 if TYPE_CHECKING:
+    from mpi4py import MPI
+
     from dbmpi.config import DataSection, NetworkSection
     from dbmpi.data.reading import Reading
     from dbmpi.data.source import Source
@@ -177,12 +179,26 @@ def refuse_configuration(path: Path, command: str, expected: str, instead: str =
 
 
 @contextmanager
+def ranks() -> Iterator[MPI.Intracomm | None]:
+    """Start MPI for the block and give all ranks, if a launcher has started several; otherwise load no MPI."""
+    from dbmpi.machine.rank_variables import launched
+
+    if launched(os.environ)[0] <= 1:
+        yield None
+        return
+    from dbmpi.mpi import world
+
+    with world.ranks() as comm:
+        yield comm
+
+
+@contextmanager
 def opened(
     arguments: argparse.Namespace, *, targets: bool, check: Callable[[Path], object] = lambda checkpoint: None
 ) -> Iterator[tuple[Inference, Source]]:
     """Open checkpoint and data on all ranks that were started; give both, once they are known to fit (collective).
 
-    What the user should know of them is said on standard error.  Without a launcher no MPI is loaded.
+    Notices for the user are printed on standard error.  Without a launcher no MPI is loaded.
 
     Parameters
     ----------
@@ -197,12 +213,11 @@ def opened(
     refuse_configuration(arguments.checkpoint, command, "a checkpoint or a run directory")
 
     from dbmpi.data.source import Source
-    from dbmpi.machine.rank_variables import launched
-    from dbmpi.mpi import waiting, world
+    from dbmpi.mpi import waiting
     from dbmpi.runs.inference import Inference
 
     with (
-        world.ranks() if launched(os.environ)[0] > 1 else nullcontext() as comm,
+        ranks() as comm,
         Inference(
             arguments.checkpoint, comm, arguments.partitions, arguments.allow_code, arguments.batch_size
         ) as network,

@@ -21,7 +21,7 @@ SUMMARY = "write the outputs of a checkpoint for a data file to an HDF5 file"
 
 FORMAT = "dbmpi-predictions"
 NO_LABEL = -(2**63)
-"""In place of a label that is a number, where a sample has no class; the attribute `_FillValue` says so."""
+"""Stored instead of a numeric label where a sample has no class; the attribute `_FillValue` says so."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -133,7 +133,7 @@ def _classes(outputs: np.ndarray) -> np.ndarray:
 
 
 def _check_out(out: Path, read: Path, force: bool) -> None:
-    """Refuse to overwrite what is read, and what exists unless it is meant."""
+    """Refuse to overwrite the input, or any existing file unless `force` is given."""
     if not out.exists():
         return
     if not out.is_file():

@@ -45,12 +45,12 @@ def _train(arguments: argparse.Namespace, stop: StopSignal) -> int:
         _print(result, described.run.directory)
     if result.stopped_by:
         return 128 + result.stopped_by
-    # What was learned is in the checkpoint; but nobody should take it for good.
+    # The parameters are in the checkpoint; but the exit code warns that they are not usable.
     return 0 if result.test is None or result.test.are_numbers else 1
 
 
 def _described(arguments: argparse.Namespace, comm: MPI.Intracomm) -> Run:
-    """Read the configuration on one rank, so that all have the same, and a mistake in it is told once."""
+    """Read the configuration on one rank, so that all have the same, and a mistake in it is reported once."""
     from dbmpi import config
     from dbmpi.mpi import waiting, world
 

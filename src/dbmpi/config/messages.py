@@ -1,4 +1,4 @@
-"""What is wrong with a description, said so that it can be mended."""
+"""Error messages about a description: what was given, what was expected, and how to fix it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a machine offers and where it would trip a run up: one finding after another."""
+"""Checks of a machine, one finding after another: what it offers, and what would break a run."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _MPI4PY = "import json, mpi4py; print(json.dumps({'version': mpi4py.__version__}
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at."""
+    """The result of one check."""
 
     what: str
     status: Literal["ok", "note", "broken"]
@@ -57,13 +57,13 @@ class Finding:
 
 
 def diagnose() -> Iterator[Finding]:
-    """Look at one thing after the other; takes some ten seconds in all."""
+    """Run one check after another; takes about ten seconds in all."""
     environment = threads.without_prepared(os.environ)
     yield _python()
     yield _cores(environment)
     yield _blas(environment)
     yield _numba(environment)
-    yield _kernel_cache()
+    yield _kernel_cache(environment)
     yield _h5py(environment)
     yield _shared_memory()
     yield from _mpi(environment)
@@ -123,17 +123,17 @@ def _numba(environment: Mapping[str, str]) -> Finding:
     return Finding("Numba", "ok", f"{answer['version']}, threading layer {(*answer['layers'], 'none')[0]}")
 
 
-def _kernel_cache() -> Finding:
-    given = threads.without_prepared(os.environ).get("NUMBA_CACHE_DIR", "").strip()
+def _kernel_cache(environment: Mapping[str, str]) -> Finding:
+    given = environment.get(kernel_cache.VARIABLE, "").strip()
     if given and not os.access(_existing(Path(given)), os.W_OK | os.X_OK):
         return Finding("kernel cache", "note", f"NUMBA_CACHE_DIR={given} cannot be written", "unset NUMBA_CACHE_DIR")
-    place = Path(given) if given else kernel_cache.private_directory("try")
-    if place is None:
+    private = kernel_cache.private_directory("try")
+    directory = Path(given) if given else private and private.parent
+    if directory is None:
         advice = "set NUMBA_CACHE_DIR to a directory that can be written: kernels are compiled at each start"
         return Finding("kernel cache", "note", "no directory can be written", advice)
-    if not given:
-        place = place.parent
-    return Finding("kernel cache", "ok", f"{place}, {shutil.disk_usage(_existing(place)).free / _GIB:.1f} GiB free")
+    free = shutil.disk_usage(_existing(directory)).free
+    return Finding("kernel cache", "ok", f"{directory}, {free / _GIB:.1f} GiB free")
 
 
 def _existing(path: Path) -> Path:
@@ -153,12 +153,11 @@ def _not_loaded(package: str, name: str, why: str) -> Finding:
 
 
 def _shared_memory() -> Finding:
-    place = "/dev/shm"
     try:
-        free = shutil.disk_usage(place).free
+        free = shutil.disk_usage("/dev/shm").free
     except OSError:
-        return Finding("shared memory", "note", f"no {place}", "ranks of a node exchange data by Put and Get instead")
-    text = f"{place}, {free / _GIB:.1f} GiB free"
+        return Finding("shared memory", "note", "no /dev/shm", "ranks of a node exchange data by Put and Get instead")
+    text = f"/dev/shm, {free / _GIB:.1f} GiB free"
     if free < _GIB:
         fix = "large models will use Put and Get instead; in a container: docker run --shm-size=8g"
         return Finding("shared memory", "note", text, fix)
@@ -181,7 +180,7 @@ def _mpi(environment: Mapping[str, str]) -> Iterator[Finding]:
 
 
 def _two_ranks(mpi: mpi_library.Mpi, environment: Mapping[str, str]) -> Finding:
-    """Let two ranks exchange data in the ways that a run does."""
+    """Let two ranks exchange data as a run does."""
     what = "two ranks"
     command = launcher.compose(mpi, 2, ("-m", "dbmpi.mpi.selftest"), environment=environment)
     advice = f"try by hand: {command}"
@@ -204,7 +203,7 @@ def _two_ranks(mpi: mpi_library.Mpi, environment: Mapping[str, str]) -> Finding:
 
 
 def _srun(mpi: mpi_library.Mpi) -> Iterator[Finding]:
-    """Say how srun would have to be called, where there is one."""
+    """Report how srun must be called, if there is one."""
     srun = shutil.which("srun")
     done = processes.ask([srun, "--mpi=list"], seconds=_SECONDS) if srun else None
     if done is None or done.returncode != 0:

@@ -1,4 +1,4 @@
-"""What a process chooses before NumPy, Numba and MPI are loaded: one call, which :mod:`dbmpi.machine.early` makes.
+"""The choices of a process before NumPy, Numba and MPI are loaded: one call, which :mod:`dbmpi.machine.early` makes.
 
 Where NumPy or Numba was loaded before dbmpi, they have read the environment already.  OpenBLAS's number of threads can
 still be changed by its own functions, and Numba's by its configuration; which kernels OpenBLAS uses, and how long its
@@ -47,7 +47,7 @@ _prepared: Prepared | None = None
 def prepare() -> Prepared:
     """Choose threads, BLAS kernel, MPI's settings and the caches of code for this process; return what was chosen.
 
-    A second call returns what the first one chose.  Never raises: what is not possible is one of the `losses`.  The
+    A second call returns what the first one chose.  Never raises: anything impossible becomes one of the `losses`.  The
     first process of a node takes some seconds, to compare BLAS kernels.
     """
     global _prepared  # noqa: PLW0603 - the environment, too, belongs to the whole process

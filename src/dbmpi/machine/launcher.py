@@ -1,8 +1,8 @@
-"""Starting a world of ranks: which mpirun belongs to this Python's MPI, what to tell it, and how to stop it.
+"""Starting a world of ranks: the command for mpirun, its environment, and how to stop it.
 
-An mpirun of another MPI starts N worlds of one rank each, without a word; :func:`check_world` notices that from within.
+An mpirun of another MPI silently starts N worlds of one rank each; :func:`check_world` notices that on the ranks.
 
-What the launchers do when a run is to end decides whether it can still write a checkpoint.  Seen with Open MPI 5.0 and
+What a launcher does with a signal decides whether the run can still write a checkpoint.  Seen with Open MPI 5.0 and
 MPICH 5.0:
 
 ==================  =====================================================  ==========================================
@@ -15,8 +15,8 @@ SIGUSR2             is passed on to the ranks, which may take their time   kills
 SIGKILL             the ranks go on without it                             kills the ranks
 ==================  =====================================================  ==========================================
 
-So `dbmpi launch` stays as the parent of mpirun, keeps Ctrl-C away from it by a process group of its own, and sends what
-lets the ranks end in peace: SIGUSR2 to the one, SIGTERM to the other.
+So `dbmpi launch` stays as the parent of mpirun, keeps Ctrl-C away from it by a process group of its own, and sends the
+signal after which the ranks can finish: SIGUSR2 to the one, SIGTERM to the other.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ _HOST_LOST = (
 
 @dataclass(frozen=True)
 class LaunchCommand:
-    """What is to be executed: a command, and variables to be set for it."""
+    """A command to execute, and environment variables to set for it."""
 
     argv: tuple[str, ...]
     settings: Mapping[str, str]
@@ -83,12 +83,16 @@ def compose(
 
     Parameters
     ----------
+    mpi
+        The launcher, and the MPI that it belongs to.
+    ranks
+        Number of ranks.
     program
         Arguments for Python, e.g. ``("-m", "dbmpi", "train", "CONFIG.toml")``.
     mpi_arguments
         The user's own options for mpirun.
     environment
-        Variables as they are; what the user has set in them stays.
+        Environment variables; those that the user has set stay.
     columns
         Width of the terminal, where the output goes to one: the ranks then draw a progress bar through mpirun's pipe.
     cores
@@ -122,13 +126,17 @@ def compose(
 def run(mpi: Mpi, command: LaunchCommand, died: Callable[[Path | None], object] = lambda directory: None) -> int:
     """Run a command that :func:`compose` made until it ends, and return its exit code as docs/running.md has them.
 
-    The signals of `signals.HEEDED` ask the ranks to end with a checkpoint; a Ctrl-C after that ends them at once.  What
-    is ignored already, as SIGHUP is under nohup, stays ignored.
+    The signals of `signals.HEEDED` ask the ranks to end with a checkpoint; a Ctrl-C after that ends them at once.
+    Those that are ignored already, as SIGHUP is under nohup, stay ignored.
 
     Parameters
     ----------
+    mpi
+        The launcher, and the MPI that it belongs to.
+    command
+        The command.
     died
-        Called where a rank's death has ended the job, with the directory of its run, as far as is known.
+        Called where a rank's death has ended the job, with the directory of its run, or None if that is not known.
     """
     end, kill = (STOP, signal.SIGTERM) if mpi.is_open_mpi else (signal.SIGTERM, signal.SIGKILL)
     asked: list[int] = []
@@ -149,8 +157,8 @@ def run(mpi: Mpi, command: LaunchCommand, died: Callable[[Path | None], object] 
     environment = threads.without_prepared(os.environ) | dict(command.settings)
     sessions = tempfile.TemporaryDirectory(prefix="dbmpi-session-", ignore_cleanup_errors=True)
     if mpi.is_open_mpi:
-        # Open MPI names the place of a session after mpirun's process id, and cannot start where one of the same id was
-        # killed, perhaps long ago, before it could tidy up.
+        # Open MPI names a session's directory after mpirun's process id, and cannot start where one of the same id was
+        # killed, perhaps long ago, before it could clean up.
         environment.setdefault("PRTE_MCA_prte_tmpdir_base", sessions.name)
     note = Path(sessions.name, "unfinished")
     environment[UNFINISHED] = str(note)
@@ -236,7 +244,7 @@ def _some_are_missing(mpirun: int) -> bool:
 
 
 def check_world(size: int, environment: Mapping[str, str] | None = None, *, library: str | None = None) -> None:
-    """Refuse to go on if several ranks were started but each became a world of its own.
+    """Raise an error if several ranks were started but each became a world of its own.
 
     Parameters
     ----------
@@ -245,12 +253,12 @@ def check_world(size: int, environment: Mapping[str, str] | None = None, *, libr
     environment
         By default that of this process.
     library
-        What MPI says of itself, for the message; by default that of this process.
+        Version text of the MPI library, for the message; by default that of this process.
 
     Raises
     ------
     UserError
-        With the fix; on ranks other than the first as `ToldElsewhere`.  ``DBMPI_ALONE=1`` says that it is meant so.
+        With the fix; on ranks other than the first as `ToldElsewhere`.  ``DBMPI_ALONE=1`` turns the check off.
     """
     environment = os.environ if environment is None else environment
     if size > 1 or environment.get("DBMPI_ALONE", "") not in ("", "0"):
@@ -278,7 +286,7 @@ def _library_version() -> str:
 
 
 def _sent_with_our_death(number: signal.Signals) -> Callable[[], object] | None:
-    """Return what a child calls before it executes, so that even SIGKILL for us does not leave ranks behind."""
+    """Return what a child calls before it executes, so that no ranks are left behind even if this process is killed."""
     try:
         prctl = ctypes.CDLL(None).prctl
     except (OSError, AttributeError):

@@ -45,7 +45,13 @@ class Library:
         return 1 if found is None else int(found())
 
     def set_threads(self, number: int) -> None:
-        """Let products use so many threads from now on."""
+        """Let products use so many threads from now on.
+
+        Parameters
+        ----------
+        number
+            At least 1.
+        """
         found = function(self.library, "set_num_threads")
         if found is not None:
             found(ctypes.c_int(number))
@@ -73,7 +79,15 @@ def loaded() -> list[Library]:
 
 
 def function(library: ctypes.CDLL, name: str) -> ctypes._NamedFuncPointer | None:
-    """Return one of OpenBLAS's own functions; builds for 64-bit integers and SciPy's wheels decorate the names."""
+    """Return one of OpenBLAS's own functions; None if the library does not have it.
+
+    Parameters
+    ----------
+    library
+        Any library.
+    name
+        As in OpenBLAS, without ``openblas_``; builds for 64-bit integers and SciPy's wheels decorate the names.
+    """
     for decorated in (f"scipy_openblas_{name}64_", f"scipy_openblas_{name}", f"openblas_{name}64_", f"openblas_{name}"):
         found: ctypes._NamedFuncPointer | None = getattr(library, decorated, None)
         if found is not None:

@@ -1,4 +1,4 @@
-"""Programs of a user's own on the ranks of `dbmpi launch`: which one is meant, and its start on each rank.
+"""A user's own program on the ranks of `dbmpi launch`: finding it, and starting it on each rank.
 
 ``python -m dbmpi.machine.own_program PROGRAM ...`` runs on each rank.  It settles threads, BLAS kernel and kernel cache
 as dbmpi's own commands do, on the rank's node, and then becomes the program.
@@ -22,17 +22,17 @@ _MOMENT = 0.5
 
 
 def resolve(words: Sequence[str], commands: Collection[str]) -> list[str]:
-    """Return what is to be executed for the words of a user.
+    """Return the command to execute for a user's words.
 
     ``python`` and ``dbmpi`` without a folder are this Python and its dbmpi, a ``FILE.py`` that cannot be executed by
-    itself is run by this Python, and everything else is found as a shell does.
+    itself is run by this Python, and everything else is looked up as a shell does.
 
     Parameters
     ----------
     words
         A program and its arguments.
     commands
-        Commands of dbmpi, of which the first word may be a misspelling.
+        Commands of dbmpi, for the hint if the first word looks like a misspelt one.
 
     Raises
     ------
@@ -65,7 +65,13 @@ def resolve(words: Sequence[str], commands: Collection[str]) -> list[str]:
 
 
 def main(words: Sequence[str]) -> int:
-    """Prepare this process, and become the program; return only if that fails."""
+    """Prepare this process, and become the program; return only if that fails.
+
+    Parameters
+    ----------
+    words
+        The program, as :func:`resolve` returns it, and its arguments.
+    """
     from dbmpi.machine import endings, environment, mpi_library
     from dbmpi.machine.rank_variables import launched
 

@@ -1,4 +1,4 @@
-"""Signals that ask a run to end; only the standard library, so that they are noted from the first moment on."""
+"""Signals that ask a run to end; the standard library alone, so that they are noted from the first moment."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ HEEDED = tuple(
     signal.Signals(number)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 )
-"""What schedulers, launchers and users send to end a run; whatever of it reaches a rank, or `dbmpi launch`, does."""
+"""Signals by which schedulers, launchers and users end a run, on any rank or on `dbmpi launch`."""
 
 _FLAGS, _EXITING = 6, 4
 """Position of the flags in the fields of `processes.stat`, and Linux's PF_EXITING in them."""
@@ -27,7 +27,7 @@ class StopSignal:
     second.
 
     MPICH's launcher sends SIGUSR1 to all ranks of its own accord when one has died and the others are to live
-    (``-disable-auto-cleanup``): so that one is no wish where a rank of this host has gone.
+    (``-disable-auto-cleanup``): so that one is ignored where a rank of this host has ended.
 
     Attributes
     ----------

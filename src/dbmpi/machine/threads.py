@@ -18,7 +18,7 @@ from dbmpi.machine import capacity, processes
 from dbmpi.machine.rank_variables import number, ranks_on_node
 
 VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
-"""What the libraries read; each is set only where the user has not set it."""
+"""Variables that the libraries read; each is set only where the user has not set it."""
 
 PATIENCE = {"OMP_WAIT_POLICY": "PASSIVE", "OPENBLAS_THREAD_TIMEOUT": "4"}
 """Idle threads sleep at once instead of spinning; set unless the user has set them.
@@ -70,7 +70,7 @@ class Preparation:
 
 
 MARK = "DBMPI_PREPARED"
-"""Holds what dbmpi has set in the environment, as JSON: programs that inherit it are no user's wish."""
+"""Holds the variables that dbmpi has set, as JSON: a program that inherits them must not take them for the user's."""
 
 _prepared: Preparation | None = None
 
@@ -91,14 +91,26 @@ def prepare() -> Preparation:
 
 
 def put(settings: Mapping[str, str]) -> None:
-    """Set variables of this process's environment, and mark them as set by dbmpi."""
+    """Set variables of this process's environment, and mark them as set by dbmpi.
+
+    Parameters
+    ----------
+    settings
+        Their values by name.
+    """
     marked = json.dumps(_marked(os.environ) | dict(settings))
     os.environ.update(settings)
     os.environ[MARK] = marked
 
 
 def unset(*names: str) -> dict[str, str]:
-    """Take variables that dbmpi has set out of this process's environment again, and return them."""
+    """Take variables that dbmpi has set out of this process's environment again, and return their values.
+
+    Parameters
+    ----------
+    names
+        The variables; any that dbmpi has not set stay.
+    """
     ours = _marked(os.environ)
     gone = {name: ours.pop(name) for name in names if name in ours and os.environ.get(name) == ours[name]}
     for name in gone:
@@ -127,6 +139,13 @@ def decide(environment: Mapping[str, str], node: Node) -> Preparation:
     The number is ``SLURM_CPUS_PER_TASK``, or else cores / ranks of the node, but at least 1 and at most what this rank
     is bound to.  A number that the user gave in one of the variables stays; ``OMP_NUM_THREADS`` also counts for the
     variables not given, as it is how batch scripts usually say it.
+
+    Parameters
+    ----------
+    environment
+        As the user has set it (:func:`without_prepared`).
+    node
+        What the ranks share.
     """
     given = {name: environment[name] for name in VARIABLES if environment.get(name, "").strip()}
     share = max(1, min(node.mine, node.cores // node.ranks))
@@ -157,12 +176,17 @@ def decide(environment: Mapping[str, str], node: Node) -> Preparation:
 
 
 def this_node(environment: Mapping[str, str]) -> Node:
-    """Look at what this process and the other ranks on its node may use.
+    """Return what this process and the other ranks on its node may use.
 
     A rank's affinity may be narrower than the node for two reasons.  If the *launcher* has bound it (mpirun does,
-    unless told ``--bind-to none``), the set is meant for this rank, or for those of its socket.  If the *job* was given
+    without ``--bind-to none``), the set is meant for this rank, or for those of its socket.  If the *job* was given
     a part of the node, all ranks share the set.  The launcher's daemon tells them apart: it is not bound itself, so its
     own affinity is what all ranks of the node have together.
+
+    Parameters
+    ----------
+    environment
+        Environment variables of this process.
     """
     ranks = ranks_on_node(environment)
     mine = _affinity(0)
@@ -180,7 +204,15 @@ def this_node(environment: Mapping[str, str]) -> Node:
 
 
 def physical_cores(cpus: Iterable[int], root: Path = Path("/sys/devices/system/cpu")) -> int:
-    """Return the number of cores behind logical processors: two hardware threads of one core count once."""
+    """Return the number of cores behind logical processors: two hardware threads of one core count once.
+
+    Parameters
+    ----------
+    cpus
+        Numbers of the logical processors.
+    root
+        Folder in which the system describes them.
+    """
     cores = set()
     for cpu in cpus:
         try:
@@ -211,7 +243,7 @@ def cpu_quota(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/pro
 
 
 def _shares(node: Node) -> str:
-    """Say what the rank's share of the node follows from."""
+    """Return the reason for the rank's share of the node."""
     cores = _count(node.cores, "core")
     if node.ranks == 1:
         return f"{cores} for the one rank here"
@@ -226,7 +258,7 @@ def _count(number: int, noun: str) -> str:
 
 
 def _affinity(pid: int) -> set[int]:
-    """Return the logical processors on which a process (0: this one) may run; all where the system does not tell."""
+    """Return the logical processors on which a process (0: this one) may run; all if the system does not say."""
     try:
         return set(os.sched_getaffinity(pid))
     except (AttributeError, OSError):

@@ -1,4 +1,4 @@
-"""What the progress of a run looks like: as a line of text, and as a bar drawn by Rich."""
+"""The progress of a run as a line of text, and as a bar drawn by Rich."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class DisplayState:
-    """What is shown; see :meth:`Progress.update`."""
+    """The state to show; see :meth:`dbmpi.monitor.progress.RunProgress.update`."""
 
     total: int
     epochs: float | None
@@ -27,7 +27,7 @@ class DisplayState:
 
     @property
     def remaining(self) -> float | None:
-        """Seconds that the rest will take at the present rate, if that can be said."""
+        """Seconds that the rest will take at the present rate, if it is known."""
         left = self.total - self.samples
         return left / self.rate if self.rate > 0 and math.isfinite(self.rate) and left > 0 else None
 

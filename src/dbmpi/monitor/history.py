@@ -1,4 +1,4 @@
-"""What the records of a run say: its sessions put one behind the other, and its results in a few numbers."""
+"""The history of a run from its records: its sessions one after another, and its results in a few numbers."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -29,9 +30,9 @@ class Summary:
     mean_staleness: float
     """Over all pushes to all shards."""
     seconds: float
-    """Time spent training, from the first step to the last report; the time between two sessions is left out."""
+    """Time spent training, from the first step to the last report; without the time between two sessions."""
     steps: int
-    """Mini-batches of all replicas, those included that a later session took again."""
+    """Mini-batches of all replicas, including those that a later session repeated."""
     samples: int
     """Training samples of those mini-batches."""
     epochs: float
@@ -55,14 +56,14 @@ class Span:
 
 @dataclass(frozen=True)
 class LostReplica:
-    """A replica that has died, and that its session went on without."""
+    """A replica that died while its session continued."""
 
     replica: int
     session: int
     iteration: int
-    """Iterations of the session that were finished when it was first done without."""
+    """Iterations of the session that were finished when it was first missing."""
     seconds: float
-    """When that was, in seconds of the run."""
+    """That time, in seconds of the run."""
 
     def __str__(self) -> str:
         return f"replica {self.replica} since iteration {self.iteration:,} of session {self.session}"
@@ -175,8 +176,8 @@ class RunHistory:
     def steps(self, session: int, elapsed: float) -> float:
         """Return the steps behind the parameters `elapsed` seconds after a session's start, all replicas together.
 
-        Between two reports of a worker its steps are taken to be evenly spread.  Work that a later session took again
-        is in the steps of its own session, and not in those of the later one.
+        Between two reports of a worker its steps are assumed to be evenly spread.  Work that a later session
+        repeated is in the steps of its own session, and not in those of the later one.
         """
         return float(np.interp(elapsed, *self._counts[session]))
 
@@ -204,7 +205,7 @@ class RunHistory:
     def begins(self) -> dict[int, int]:
         """Steps of all replicas that were in the parameters when each session began.
 
-        Where the records do not say, a session is taken to go on where the one before it ended.
+        If the records do not say, a session is assumed to begin where the one before it ended.
         """
         begins: dict[int, int] = {}
         end = 0
@@ -243,9 +244,8 @@ class RunHistory:
     def staleness(self) -> StalenessHistogram:
         """Staleness of all pushes to all shards."""
         histogram = StalenessHistogram()
-        for reports in self.shards.values():
-            for report in reports:
-                histogram.merge(StalenessHistogram.from_json(report["staleness_histogram"]))
+        for report in chain(*self.shards.values()):
+            histogram.merge(StalenessHistogram.from_json(report["staleness_histogram"]))
         return histogram
 
     def summary(self) -> Summary:
@@ -261,7 +261,7 @@ class RunHistory:
         last_reports = [own[-1] for own in self._by_session.get(max(self._by_session, default=0), {}).values()]
         losses = [report["loss"] for report in last_reports if report["loss"] is not None]
         epochs = max((report["epoch"] or 0.0 for report in last_reports), default=0.0)
-        if self.steps_per_epoch:  # the place of the fastest replica is ahead of what all have done
+        if self.steps_per_epoch:  # the fastest replica is ahead of the mean
             epochs = min(epochs, self.steps(self.sessions[-1], math.inf) / self.steps_per_epoch)
         last_evaluation = self.evaluations[-1] if self.evaluations else {}
         return Summary(

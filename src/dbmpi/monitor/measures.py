@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 
@@ -11,25 +12,34 @@ class StalenessHistogram:
     """Exact counts of how stale the applied pushes were, in versions."""
 
     def __init__(self, counts: Mapping[int, int] | None = None) -> None:
-        self.counts: dict[int, int] = {}
+        self.counts: Counter[int] = Counter(counts)
         """Number of pushes by staleness."""
-        for staleness, count in (counts or {}).items():
-            self.add(staleness, count)
 
     @classmethod
     def from_json(cls, counts: Mapping[str, int]) -> StalenessHistogram:
-        """Return the histogram of a record's ``staleness_histogram``, whose keys JSON has made text."""
+        """Return the histogram of a record's ``staleness_histogram``.
+
+        Parameters
+        ----------
+        counts
+            Number of pushes by staleness; the keys are text in JSON.
+        """
         return cls({int(staleness): count for staleness, count in counts.items()})
 
     def add(self, staleness: int, count: int = 1) -> None:
         """Count `count` pushes of one staleness."""
         assert staleness >= 0, f"a push was applied {-staleness} versions before the one it was computed from"
-        self.counts[staleness] = self.counts.get(staleness, 0) + count
+        self.counts[staleness] += count
 
     def merge(self, other: StalenessHistogram) -> None:
-        """Add the counts of another histogram, e.g. of another shard."""
-        for staleness, count in other.counts.items():
-            self.add(staleness, count)
+        """Add the counts of another histogram, e.g. of another shard.
+
+        Parameters
+        ----------
+        other
+            It stays as it is.
+        """
+        self.counts.update(other.counts)
 
     def clear(self) -> None:
         """Forget all counts."""
@@ -38,7 +48,7 @@ class StalenessHistogram:
     @property
     def total(self) -> int:
         """Number of pushes counted."""
-        return sum(self.counts.values())
+        return self.counts.total()
 
     @property
     def mean(self) -> float:
@@ -49,14 +59,14 @@ class StalenessHistogram:
     @property
     def max(self) -> int:
         """Largest staleness; 0 of no pushes."""
-        return max((staleness for staleness, count in self.counts.items() if count), default=0)
+        return max(+self.counts, default=0)
 
     def quantile(self, q: float) -> int:
         """Return the smallest staleness that at least a fraction `q` of the pushes did not exceed; 0 of no pushes."""
         if not 0 <= q <= 1:
             raise ValueError(f"a quantile is a fraction from 0 to 1, got {q}")
         needed, seen = max(1.0, q * self.total), 0
-        for staleness in sorted(staleness for staleness, count in self.counts.items() if count):
+        for staleness in sorted(+self.counts):
             seen += self.counts[staleness]
             if seen >= needed:
                 return staleness
@@ -177,7 +187,15 @@ class LayerTimes:
 
 
 def set_exchange_apart(seconds: dict[str, float], layers: Mapping[str, float]) -> None:
-    """Of the time to compute, count as ``exchange`` what partitions of a replica spent on that, and on waiting."""
+    """Of the time to compute, count as ``exchange`` what partitions of a replica spent on that, and on waiting.
+
+    Parameters
+    ----------
+    seconds
+        By activity; changed in place.
+    layers
+        By phase and layer, as :meth:`LayerTimes.take` returns them.
+    """
     exchange = sum(taken for name, taken in layers.items() if name.startswith("exchange"))
     seconds["exchange"] = min(exchange, seconds["compute"])
     seconds["compute"] -= seconds["exchange"]

@@ -33,7 +33,17 @@ MOST_BARS = 12
 
 
 def loss(axes: Axes, history: RunHistory, by: str) -> None:
-    """Draw the loss of training and testing; `by` is ``steps`` or ``seconds``."""
+    """Draw the loss of training and testing.
+
+    Parameters
+    ----------
+    axes
+        Where to draw.
+    history
+        The run.
+    by
+        What the horizontal axis shows, ``steps`` or ``seconds``.
+    """
     lowest, highest = _curves(axes, history, "loss", by, 1.0)
     axes.set(title=f"loss over {by}", ylabel="loss per sample")
     # Where losses differ by more than a decade, what happens late can be seen only on a logarithmic scale.
@@ -50,7 +60,17 @@ def loss(axes: Axes, history: RunHistory, by: str) -> None:
 
 
 def accuracy(axes: Axes, history: RunHistory, by: str) -> None:
-    """Draw the accuracy of training and testing, in per cent; `by` is ``steps`` or ``seconds``."""
+    """Draw the accuracy of training and testing, in per cent.
+
+    Parameters
+    ----------
+    axes
+        Where to draw.
+    history
+        The run.
+    by
+        What the horizontal axis shows, ``steps`` or ``seconds``.
+    """
     lowest, highest = _curves(axes, history, "accuracy", by, 100.0)
     axes.set(title=f"accuracy over {by}", ylabel="correctly classified (%)")
     if np.isfinite(highest):
@@ -58,7 +78,15 @@ def accuracy(axes: Axes, history: RunHistory, by: str) -> None:
 
 
 def throughput(axes: Axes, history: RunHistory) -> None:
-    """Draw the samples per second of each replica, and their sum."""
+    """Draw the samples per second of each replica, and their sum.
+
+    Parameters
+    ----------
+    axes
+        Where to draw.
+    history
+        The run.
+    """
     replicas = history.replicas
     axes.set(title="throughput", xlabel="training time (s)", ylabel="samples per second")
     if not _anything(axes, any(replicas.values())):
@@ -67,25 +95,33 @@ def throughput(axes: Axes, history: RunHistory) -> None:
     rates = {replica: _rate(history, reports, grid) for replica, reports in replicas.items()}
     total = np.sum(list(rates.values()), axis=0)
     named = len(replicas) <= len(_REPLICAS)
-    for place, (replica, rate) in enumerate(rates.items()):
-        label = f"replica {replica}" if named else "one replica" if place == 0 else None
-        axes.plot(grid, rate, color=_REPLICAS[place] if named else _QUIET, lw=1.2 if named else 0.5, label=label)
+    for position, (replica, rate) in enumerate(rates.items()):
+        label = f"replica {replica}" if named else "one replica" if position == 0 else None
+        axes.plot(grid, rate, color=_REPLICAS[position] if named else _QUIET, lw=1.2 if named else 0.5, label=label)
     if len(replicas) > 1:
         axes.plot(grid, total, color="black", lw=1.6, label="all replicas")
     axes.yaxis.set_major_formatter(_thousands())
     axes.set(xlim=(0, 1.03 * history.duration or 1), ylim=(0, 1.45 * float(total.max()) or 1))
     _mark_sessions(axes, history, "seconds")
     lost = history.lost
-    for place, one in enumerate(lost):
+    for position, one in enumerate(lost):
         numbers = sorted({other.replica for other in lost})
         label = f"lost: {', '.join(map(str, numbers))}" if len(numbers) <= 4 else f"{len(numbers)} are lost"
         color = _REPLICAS[list(rates).index(one.replica)] if named and one.replica in rates else "black"
-        axes.axvline(one.seconds, color=color, ls="--", lw=1, label=None if place else label)
+        axes.axvline(one.seconds, color=color, ls="--", lw=1, label=None if position else label)
     axes.legend(ncols=2, loc="upper center")
 
 
 def staleness(axes: Axes, history: RunHistory) -> None:
-    """Draw how many pushes were applied how many versions after the parameters they were computed from."""
+    """Draw how many pushes were applied how many versions after the parameters they were computed from.
+
+    Parameters
+    ----------
+    axes
+        Where to draw.
+    history
+        The run.
+    """
     histogram = history.staleness
     axes.set(title="staleness of pushes", xlabel="versions between fetch and apply", ylabel="pushes (%)")
     if not _anything(axes, histogram.total > 0):
@@ -95,11 +131,9 @@ def staleness(axes: Axes, history: RunHistory) -> None:
     largest = histogram.max
     # One bar a value, or a whole number of values a bar where that would be too many bars.
     width = -(-(largest + 1) // 60)
-    counts = np.zeros(largest // width + 1)
-    for value, count in histogram.counts.items():
-        counts[value // width] += count
-    shares = 100 * counts / histogram.total
-    centers = np.arange(counts.size) * width + (width - 1) / 2
+    values, counts = np.array(list(histogram.counts.items())).T
+    shares = 100 * np.bincount(values // width, counts) / histogram.total
+    centers = np.arange(shares.size) * width + (width - 1) / 2
     axes.bar(centers, shares, width=0.9 * width, color="#56b4e9")
     axes.set_xlim(-0.7 * width, max(largest + 0.7 * width, 3.7))
     axes.set_ylim(0, 1.4 * float(shares.max()))
@@ -112,7 +146,17 @@ def staleness(axes: Axes, history: RunHistory) -> None:
 
 
 def time_spent(axes: Axes, history: RunHistory, role: str) -> None:
-    """Draw where the time of each rank of a role goes, as stacked bars; `role` is ``worker`` or ``shard``."""
+    """Draw where the time of each rank of a role goes, as stacked bars.
+
+    Parameters
+    ----------
+    axes
+        Where to draw.
+    history
+        The run.
+    role
+        ``worker`` or ``shard``.
+    """
     ranks = history.workers if role == "worker" else history.shards
     axes.set(title=f"where the time of {role}s goes", xlabel="recorded time (%)")
     if not _anything(axes, bool(ranks)):
@@ -124,25 +168,16 @@ def time_spent(axes: Axes, history: RunHistory, role: str) -> None:
     activities += sorted({name for bar in bars for name in bar} - set(activities))
     totals = np.array([max(sum(bar.values()), 1e-9) for bar in bars])
     left = np.zeros(len(bars))
-    places = np.arange(len(bars))
+    rows, size = np.arange(len(bars)), 9 if len(bars) <= 8 else 7
     for activity in activities:
         share = 100 * np.array([bar.get(activity, 0.0) for bar in bars]) / totals
         color = _ACTIVITIES.get(activity, "#7f7f7f")
-        axes.barh(places, share, left=left, height=0.7, color=color, label=activity)
-        for place in places[share >= 6]:
-            middle = left[place] + share[place] / 2
-            dark = activity in ("compute", "apply", "exchange")
-            axes.text(
-                middle,
-                place,
-                f"{share[place]:.0f}",
-                ha="center",
-                va="center",
-                fontsize=9 if len(bars) <= 8 else 7,
-                color="white" if dark else "black",
-            )
+        drawn = axes.barh(rows, share, left=left, height=0.7, color=color, label=activity)
+        numbers = [f"{value:.0f}" if value >= 6 else "" for value in share]
+        ink = "white" if activity in ("compute", "apply", "exchange") else "black"
+        axes.bar_label(drawn, numbers, label_type="center", fontsize=size, color=ink)
         left += share
-    axes.set_yticks(places, labels)
+    axes.set_yticks(rows, labels)
     middle, reach = (len(bars) - 1) / 2, max(len(bars), 3) / 2
     axes.set(xlim=(0, 100), ylim=(middle + reach, middle - reach))
     axes.grid(visible=False)
@@ -212,11 +247,11 @@ def _running_means(weights: np.ndarray, *rows: np.ndarray) -> list[np.ndarray]:
 
     Towards the ends the neighbourhood shrinks, so that a steep beginning is not bent.  All arrays are 1-D and alike.
     """
-    place = np.arange(weights.size)
+    index = np.arange(weights.size)
     widest = min(max(1, weights.size // 40), 500)
-    reach = np.minimum(widest, np.minimum(place, weights.size - 1 - place))
+    reach = np.minimum(widest, np.minimum(index, weights.size - 1 - index))
     # Sums over windows one by one: differences of running sums would lose small values behind large ones.
-    edges = np.column_stack([place - reach, place + reach + 1]).ravel()
+    edges = np.column_stack([index - reach, index + reach + 1]).ravel()
     weights = weights / weights.max()
 
     def windows(values: np.ndarray) -> np.ndarray:

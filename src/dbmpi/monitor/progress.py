@@ -1,8 +1,8 @@
-"""How far a run is, for the people who watch: a live bar on a terminal, lines now and then elsewhere.
+"""Progress of a run: a live bar on a terminal, and a line every few seconds elsewhere.
 
-What a rank of a parallel run writes to says nothing of what its launcher writes to: it is a pipe where that is a
-terminal, and Open MPI gives its ranks a terminal of their own where that is a file.  A launcher that does write to a
-terminal sets ``DBMPI_PROGRESS=bar`` and ``COLUMNS``, and the bar is drawn through the pipe.
+The stream of a rank says nothing about that of its launcher: it is a pipe where the launcher writes to a terminal, and
+Open MPI gives its ranks a terminal of their own even where the launcher writes to a file.  A launcher that does write
+to a terminal sets ``DBMPI_PROGRESS=bar`` and ``COLUMNS``, and the bar is drawn through the pipe.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ _DRAW_SECONDS = 0.1
 class RunProgress:
     """Shows the progress of one run; a context manager that ends in :meth:`finish`.
 
-    Never in the way of the run: when the terminal or the pipe is gone, it falls silent.
+    It never disturbs the run: when the terminal or the pipe is gone, it becomes silent.
 
     Parameters
     ----------
     total_samples
         Training samples that the whole run is to learn from, all epochs and replicas together.
     mode
-        ``bar``, ``lines``, ``none`` (silent), or ``auto``: what ``DBMPI_PROGRESS`` says, or else a bar on a terminal
-        that is no launcher's, and lines elsewhere.
+        ``bar``, ``lines``, ``none`` (silent), or ``auto``: the value of ``DBMPI_PROGRESS``, or else a bar on a terminal
+        without a launcher, and lines elsewhere.
     stream
         Where to write; by default standard output.
     epochs
@@ -59,7 +59,7 @@ class RunProgress:
 
     @property
     def mode(self) -> Mode:
-        """What is done: ``bar``, ``lines`` or ``none``."""
+        """How progress is shown: ``bar``, ``lines`` or ``none``."""
         return self._mode
 
     def update(
@@ -130,7 +130,7 @@ class RunProgress:
         if self._mode != "none":
             self.message(f"warning: {text}")
             return
-        with suppress(OSError, ValueError):  # nobody is there to read it
+        with suppress(OSError, ValueError):  # the reader is gone
             print(f"dbmpi: warning: {text}", file=sys.stderr, flush=True)
 
     def evaluation(self, epoch: float, loss: float, accuracy: float | None, samples: int | None = None) -> None:
@@ -155,7 +155,7 @@ class RunProgress:
             self.message("warning: some outputs for the test data are NaN or infinite; such samples count as wrong")
 
     def finish(self) -> None:
-        """Show the last state and leave it standing; a second call does nothing."""
+        """Show the last state, and leave it on the terminal; a second call does nothing."""
         if self._mode != "none" and self._shown is not self._state:
             self._show()
         if self._live is not None:
@@ -181,7 +181,7 @@ class RunProgress:
 
     @contextmanager
     def _if_heard(self) -> Iterator[None]:
-        """Fall silent when nobody is there to read any more."""
+        """Become silent when the reader is gone."""
         try:
             yield
         except OSError as error:
@@ -231,7 +231,7 @@ def _open_live(stream: TextIO, state: Callable[[], DisplayState]) -> Live:
 
     class Terminal(Console):
         def on_broken_pipe(self) -> None:
-            raise BrokenPipeError(errno.EPIPE, "nobody reads the progress any more")
+            raise BrokenPipeError(errno.EPIPE, "the reader of the progress is gone")
 
         def show_cursor(self, show: bool = True) -> bool:
             # A run may be killed at any time, and would leave a terminal without a cursor behind.

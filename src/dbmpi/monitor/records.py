@@ -1,4 +1,4 @@
-"""Records of a run: what every rank's role reports, one line of JSON at a time.
+"""Records of a run: the reports of every worker and shard, one line of JSON each.
 
 A run directory holds ``records/<role>-<number>.jsonl``, one file for each worker and each shard.  A file has one writer
 and only ever grows: a resumed run appends with a new session number.  A line is written by one system call, so that
@@ -52,7 +52,7 @@ _ENVELOPE: dict[str, tuple[str, Any]] = {
 }
 """Types and defaults of the numbers in every line."""
 LONGEST_LINE = 1 << 20
-"""Bytes; a longer line is none of ours and is skipped, so that a stray file cannot fill the memory."""
+"""Bytes; longer lines are skipped, so that a foreign file cannot fill the memory."""
 _TAIL = 1 << 16
 _COMMON = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENOENT, errno.EACCES)
 """Errors of a directory that all ranks write to."""
@@ -62,16 +62,16 @@ class Recorder:
     """Appends the reports of one rank's role to its file.
 
     A disk that fills up later costs records, not the run: the first failure is warned about, and every later report
-    is tried again.  Where the file has been removed or moved, or its directory, it is made anew.
+    is tried again.  If the file or its directory has been removed or moved, it is created again.
 
     Parameters
     ----------
     directory
         The run directory; made if missing.
     role, number
-        Whose file it is, e.g. ``"worker", 0``.
+        The role that writes the file, and its number, e.g. ``"worker", 0``.
     session
-        Number of this start of the run, the same on all ranks: :func:`next_session`, asked by one rank and sent to
+        Number of this start of the run, the same on all ranks: :func:`next_session`, called by one rank and sent to
         the others.  By default one more than the last session in this file.
     started
         Start of the session in unix seconds, the same on all ranks; by default now.
@@ -111,7 +111,7 @@ class Recorder:
             ) from None
         self.session = _last_session(tail) + 1 if session is None else session
         self._steps = {"steps_before": steps_before, "steps_per_epoch": steps_per_epoch}
-        # A clock that is set while the run goes on must not bend the curves: only the start is read from it.
+        # A clock that is set while the run is going must not bend the curves: only the start is read from it.
         self._zero = time.monotonic() - (0.0 if started is None else time.time() - started)
         self._torn = bool(tail) and not tail.endswith(b"\n")
         self._closed = self._removed = False
@@ -166,7 +166,7 @@ class Recorder:
         return os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
 
     def _renew(self) -> None:
-        """Make the file anew if there is none, or another one, under its name: what is written would be gone."""
+        """Create the file again if it has been removed or replaced: lines written to the old one would be lost."""
         try:
             here = os.fstat(self._descriptor)
             if os.path.samestat(here, self.path.stat()):
@@ -177,11 +177,11 @@ class Recorder:
         with suppress(OSError):  # as one that another host has removed
             os.close(before)
         if not self._removed:
-            self._warn("the records were removed or moved while the run goes on; they are begun anew", errno.ENOENT)
+            self._warn("the records were removed or moved during the run; they are started again", errno.ENOENT)
         self._removed = True
 
     def _warn(self, text: str, number: int | None) -> None:
-        """Warn; of what meets all ranks alike only the first of a role does."""
+        """Warn; about errors that all ranks share only on the first rank of a role."""
         if self.number == 0 or number not in _COMMON:
             warnings.warn(f"{self.path}: {text}", RuntimeWarning, stacklevel=3)
 
@@ -199,7 +199,7 @@ class Recorder:
 
 
 class Records(list[Record]):
-    """The records of a run in the order of time, and in `skipped` how many lines were none."""
+    """The records of a run in the order of time, and in `skipped` the number of lines that were not records."""
 
     skipped: int = 0
 
@@ -242,7 +242,7 @@ def read_records(directory: Path) -> Records:
 def next_session(directory: Path) -> int:
     """Return the number of the session that starts now in a run directory: 1 in a new one.
 
-    Asked by one rank, before the first recorder is made, so that all ranks number alike.
+    Called by one rank before the first recorder is made, so that all ranks use the same number.
     """
     last = 0
     for path in (directory / "records").glob("*.jsonl"):
@@ -255,7 +255,7 @@ def next_session(directory: Path) -> int:
 
 
 def _jsonable(value: Any) -> Any:
-    """Return plain, finite JSON values for Python's and NumPy's numbers; 9 digits tell all float32 values apart."""
+    """Return plain, finite JSON values for Python's and NumPy's numbers; 9 digits distinguish all float32 values."""
     if isinstance(value, Mapping):
         return {str(key): _jsonable(entry) for key, entry in value.items()}
     if isinstance(value, Sequence):

@@ -215,13 +215,13 @@ class Inference(Collective):
         self._stack.close()
         self.trained.close()
 
-    def _added_up(self, values: np.ndarray, whose: str) -> np.ndarray:
+    def _added_up(self, values: np.ndarray, what: str) -> np.ndarray:
         """Return the sum of the values of all ranks."""
         if self._comm is None:
             return values
         from mpi4py import MPI
 
-        return waiting.allreduce(self._comm, values, MPI.SUM, whose, seconds=waiting.LONG_SECONDS)
+        return waiting.allreduce(self._comm, values, MPI.SUM, what, seconds=waiting.LONG_SECONDS)
 
     def _begin(self, source: Source) -> list[np.ndarray]:
         """Return the samples of each batch, once the batches are known to fit and what they need is compiled."""

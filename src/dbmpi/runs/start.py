@@ -1,4 +1,4 @@
-"""Where a run begins: at fresh parameters or where an earlier session ended, and how the shards come by them."""
+"""The start of a run: from fresh parameters, or from the checkpoint of an earlier session."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from dbmpi.mpi.world import together
 from dbmpi.paramserver.rules import rule
 
 _LEAD = 0
-"""The rank of shard 0, which looks at the run directory for all."""
+"""The rank of shard 0, which reads the run directory for all."""
 
 
 class RunStart(NamedTuple):
-    """What all ranks know of where they begin."""
+    """Where a session begins, as all ranks know it."""
 
     begin: StartingPoint
-    """What has been learned, and what is left."""
+    """The progress of earlier sessions, and the batches that are left."""
     checkpoint: Path | None
     """Where the parameters are; None: they are fresh."""
     session: int
@@ -91,10 +91,10 @@ def find(
 def _find_checkpoint(
     run_directory: Path, section: CheckpointSection, comm: MPI.Intracomm
 ) -> tuple[str, tuple[str, ...]]:
-    """Return the newest checkpoint that is what was written, or nothing; on the lead, with what there is to say.
+    """Return the path of the newest intact checkpoint, or ""; on the lead also notices for the user.
 
     All ranks verify a part of it each.  Damaged ones are set aside when a good one is found: until then another start
-    would take the run for a new one.
+    would mistake the run for a new one.
     """
     damaged: list[Path] = []
     notices: list[str] = []
@@ -117,7 +117,7 @@ def _find_checkpoint(
         first = int(waiting.allreduce(comm, vote, MPI.MIN, what, seconds=waiting.LONG_SECONDS)[0])
         if first == comm.size:
             break
-        notices.append(waiting.broadcast_text(comm, problem, first, what) + "; the run goes on from an earlier one")
+        notices.append(waiting.broadcast_text(comm, problem, first, what) + "; the run resumes from an earlier one")
         damaged.append(Path(path))
     if comm.rank == _LEAD and found is not None:
         for other in (*damaged, *found.damaged):
@@ -132,7 +132,7 @@ class _Found(NamedTuple):
     notice: str
     """Empty, or which newer ones cannot be read."""
     damaged: tuple[Path, ...]
-    """Those of them that are torn, or not what was written."""
+    """Those of them that are torn or corrupt."""
 
 
 def _newest(run_directory: Path, section: CheckpointSection, without: Collection[Path]) -> _Found | None:
@@ -153,7 +153,7 @@ def _newest(run_directory: Path, section: CheckpointSection, without: Collection
     if section.resume == "never":
         raise UserError(
             f"{run_directory}: already holds checkpoints, the newest {existing[0].name}, and nothing is overwritten; "
-            'set checkpoint.resume = "auto" to go on from it, or run.directory to another path'
+            'set checkpoint.resume = "auto" to resume from it, or run.directory to another path'
         )
     with Checkpoint.open(run_directory, without) as checkpoint:
         damaged = (path for path, error in checkpoint.unreadable.items() if isinstance(error, Damaged))
@@ -161,7 +161,7 @@ def _newest(run_directory: Path, section: CheckpointSection, without: Collection
 
 
 def _check_same_order(run: Run, stored: str, order: Order, total: int, path: Path) -> Order:
-    """Refuse to go on where the numbers of the stream would mean other samples; return the order before.
+    """Refuse to resume where the numbers of the stream would mean other samples; return the order before.
 
     Its batches may be of another size where either run is by Sandblaster: portions are much larger than the batches of
     stochastic methods.
@@ -180,8 +180,8 @@ def _check_same_order(run: Run, stored: str, order: Order, total: int, path: Pat
     for key, (then, now) in pairs.items():
         if then != now:
             raise UserError(
-                f"{path}: was written with {key} = {then}, the run to go on has {now}; "
-                f"set it back, or start anew in another run.directory"
+                f"{path}: was written with {key} = {then}, this run has {now}; "
+                f"set it back, or start a new run in another run.directory"
             )
     earlier = Order(order.samples, min(before.optimizer.batch_size, order.samples), before.optimizer.epochs, order.seed)
     then = earlier.batches
@@ -189,6 +189,6 @@ def _check_same_order(run: Run, stored: str, order: Order, total: int, path: Pat
         raise UserError(
             f"{path}: was written by a run of {total} batches in {before.optimizer.epochs:g} epochs, but the "
             f"{order.samples} samples of {run.data.train} make {then}: it has learned from other data; "
-            f"set data.train back, or start anew in another run.directory"
+            f"set data.train back, or start a new run in another run.directory"
         )
     return earlier

@@ -1,4 +1,4 @@
-"""A run from its description: open the data, place the roles, train, checkpoint, evaluate, end."""
+"""A run from its description: open the data, assign the roles, train, checkpoint, evaluate."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def train(run: Run, comm: MPI.Intracomm | None = None, stop: StopSignal | None =
 
 
 class _Session:
-    """One start of a run on one rank; what is opened is closed by the stack."""
+    """One start of a run on one rank; the stack closes everything that it opens."""
 
     def __init__(self, run: Run, comm: MPI.Intracomm, stack: ExitStack, stop: StopSignal) -> None:
         self._run = run
@@ -172,7 +172,7 @@ class _Session:
 
     @staticmethod
     def _say_chosen(say: Callable[[str], object] | None, remark: str) -> None:
-        """Say what was chosen for this machine and this network, and what is slower than it could be."""
+        """Report the choices for this machine and this network, and anything that is slower than it could be."""
         if say is None:
             return
         prepared = environment.prepare()
@@ -181,7 +181,7 @@ class _Session:
             print(f"dbmpi: slower than it could be: {loss}", file=sys.stderr, flush=True)
 
     def _plan_network(self) -> tuple[Network, Order]:
-        """Make the network for the data, and the order of its samples; look at the data and at a user's own layers."""
+        """Make the network for the data, and the order of its samples; check the data and a user's own layers."""
         run, data = self._run, self._data
         with together(self._comm, "planning the network"):
             network = Network(
