@@ -55,7 +55,7 @@ def suggestion(word: str, known: Iterable[str], otherwise: str | None = None) ->
     from difflib import get_close_matches
 
     known = list(known)
-    near = get_close_matches(word, known, n=1, cutoff=0.5)
+    near = get_close_matches(word, known, n=1)
     if near:
         return f"did you mean {near[0]!r}?"
     return f"known are {', '.join(known)}" if otherwise is None else otherwise

@@ -60,7 +60,6 @@ def resolve(words: Sequence[str], commands: Collection[str]) -> list[str]:
         )
     others = f"to run the file that is here, write ./{name}" if path.is_file() else None
     hint = suggestion(name, commands, others or f"dbmpi's own commands are {', '.join(commands)}")
-    hint = hint.replace("did you mean", "did you mean the command")
     raise UserError(f"launch: {name}: no such program; {hint}")
 
 
