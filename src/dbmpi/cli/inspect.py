@@ -148,15 +148,8 @@ def _brief(path: Path) -> dict[str, Any]:
 
     try:
         with Checkpoint.open(path) as checkpoint:
-            info = checkpoint.info
-            size = path.stat().st_size
-            return {
-                "name": path.name,
-                "bytes": size,
-                "step": info.step,
-                "samples": info.samples,
-                "created": info.created,
-            }
+            facts = {key: getattr(checkpoint.info, key) for key in ("step", "samples", "created")}
+            return {"name": path.name, "bytes": path.stat().st_size, **facts}
     except (UserError, FileNotFoundError) as error:
         return {"name": path.name, "unreadable": str(error)}
 

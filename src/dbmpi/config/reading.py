@@ -54,14 +54,10 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Run:
     """
     path = Path(path)
     table = _read(path)
-    data = table.get("data")
-    if isinstance(data, dict):
-        for key in ("train", "test"):
-            if isinstance(data.get(key), str):
-                data[key] = os.path.normpath(path.parent / data[key])
-    network = table.get("network")
-    if isinstance(network, dict) and isinstance(network.get("code"), str):
-        network["code"] = os.path.normpath(path.parent / network["code"])
+    for name, key in (("data", "train"), ("data", "test"), ("network", "code")):
+        section = table.get(name)
+        if isinstance(section, dict) and isinstance(section.get(key), str):
+            section[key] = os.path.normpath(path.parent / section[key])
     written = copy.deepcopy(table)
     for override in overrides:
         _apply(table, override)

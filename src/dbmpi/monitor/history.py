@@ -252,15 +252,15 @@ class RunHistory:
         """Return the results of the run."""
         steps = samples = 0
         seconds = 0.0
-        for replicas in self._by_session.values():
-            steps += sum(own[-1]["step"] for own in replicas.values())
-            samples += sum(own[-1]["samples"] for own in replicas.values())
-            seconds += max(own[-1]["elapsed"] for own in replicas.values()) - min(
-                _begin(own[0]) for own in replicas.values()
-            )
-        last_reports = [own[-1] for own in self._by_session.get(max(self._by_session, default=0), {}).values()]
-        losses = [report["loss"] for report in last_reports if report["loss"] is not None]
-        epochs = max((report["epoch"] or 0.0 for report in last_reports), default=0.0)
+        last: list[Record] = []
+        for _, replicas in sorted(self._by_session.items()):
+            last = [own[-1] for own in replicas.values()]
+            steps += sum(report["step"] for report in last)
+            samples += sum(report["samples"] for report in last)
+            begin = min(_begin(own[0]) for own in replicas.values())
+            seconds += max(report["elapsed"] for report in last) - begin
+        losses = [report["loss"] for report in last if report["loss"] is not None]
+        epochs = max((report["epoch"] or 0.0 for report in last), default=0.0)
         if self.steps_per_epoch:  # the fastest replica is ahead of the mean
             epochs = min(epochs, self.steps(self.sessions[-1], math.inf) / self.steps_per_epoch)
         last_evaluation = self.evaluations[-1] if self.evaluations else {}
