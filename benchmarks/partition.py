@@ -93,14 +93,14 @@ def contestant(configuration: str, batch: int) -> None:
     from dbmpi.network.description import Network
     from dbmpi.objective import Batch
     from dbmpi.replica import placement
-    from dbmpi.replica.whole import make_replica
+    from dbmpi.replica.replica import Replica
 
     comm = world.start()
     from mpi4py import MPI
 
     run = load(Path(configuration))
     network = Network(run.network, INPUTS[Path(configuration).stem], seed=1)
-    replica = make_replica(network, placement.automatic(network.layers, comm.size), comm if comm.size > 1 else None)
+    replica = Replica(network, placement.automatic(network.layers, comm.size), comm if comm.size > 1 else None)
     parameters, gradient = aligned_empty(replica.size), aligned_empty(replica.size)
     for run in replica.parameters.runs:
         network.initial(run.start, parameters[run.local : run.local + run.length])

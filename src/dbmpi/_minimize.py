@@ -303,7 +303,7 @@ class _Problem:
             own[:] = its_gradient.reshape(-1)
         else:
             sent = np.ascontiguousarray(its_gradient, self._dtype).reshape(-1)
-            request = pieces.ireduce_scatter(self._comm, sent, own, self._counts, MPI.SUM)
+            request = pieces.ireduce_scatter(self._comm, sent, own, self._counts)
             waiting.complete(request, "the other ranks' gradients")
         # In the order of ranks, and rounded once: an Allreduce promises neither.
         try:

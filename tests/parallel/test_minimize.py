@@ -18,7 +18,7 @@ from dbmpi.methods.gradients import gradient_descent
 from dbmpi.mpi import waiting
 
 SAMPLES, SHAPE = 240, (3, 4)
-DOCS = Path(__file__).parents[2] / "docs" / "sandblaster.md"
+DOCS = Path(__file__).parents[2] / "docs" / "minimize.md"
 
 
 def logistic(part):

@@ -52,7 +52,7 @@ def test_collectives_in_pieces_are_those_in_one(comm, largest) -> None:
     waiting.complete(pieces.iallgatherv(comm, everybodys[0][held].copy(), whole, counts), "the others")
     np.testing.assert_array_equal(whole, everybodys[0])
     part = np.full(counts[comm.rank], np.nan)
-    waiting.complete(pieces.ireduce_scatter(comm, mine, part, counts, MPI.SUM), "the others")
+    waiting.complete(pieces.ireduce_scatter(comm, mine, part, counts), "the others")
     np.testing.assert_array_equal(part, sum(everybodys)[held])
 
 

@@ -12,7 +12,8 @@ from dbmpi.network.layer import Backward, Forward
 from dbmpi.objective import Batch
 from dbmpi.replica import placement
 from dbmpi.replica.placement import Placement
-from dbmpi.replica.whole import WholeNetwork, make_replica
+from dbmpi.replica.replica import Replica
+from dbmpi.replica.whole import WholeNetwork
 
 TOLERANCE = {np.float32: 1e-5, np.float64: 1e-12}
 
@@ -46,7 +47,7 @@ def check(comm, network: WholeNetwork, placed: Placement, samples: int, steps: i
     tolerance = TOLERANCE[network.dtype.type]
     whole = np.empty(network.layout.size, network.dtype)
     network.initial(0, whole)
-    replica = make_replica(network, placed, comm, shared=shared)
+    replica = Replica(network, placed, comm, shared=shared)
     mine = replica.parameters.take(whole)
     batch = random_batch(network, samples)
     expected = network._replica.outputs(whole, batch.inputs)
@@ -156,7 +157,7 @@ def test_more_partitions_than_units(comm) -> None:
 @pytest.mark.parallel([2, 3])
 def test_what_each_worker_pushes_covers_the_parameters_once(comm) -> None:
     network = dense_network("softmax", np.float32, 20, 7, 10)
-    replica = make_replica(network, by_units(network, comm.size), comm)
+    replica = Replica(network, by_units(network, comm.size), comm)
     count = np.zeros(network.layout.size, np.int64)
     for run in replica.parameters.runs:
         if run.pushed:

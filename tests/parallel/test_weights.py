@@ -9,7 +9,7 @@ from parallel import tiny
 from parallel.test_replica import by_units, dense_network, random_batch, relative
 
 from dbmpi.checkpoint.reader import Checkpoint
-from dbmpi.replica.whole import make_replica
+from dbmpi.replica.replica import Replica
 from dbmpi.runs.training import train
 
 OFTEN = np.array([0, 1, 3, 1, 2] * 8)
@@ -72,7 +72,7 @@ def test_a_weighted_batch_over_partitions(comm, loss, shared) -> None:
     network = dense_network(loss, np.float64, 9, 5)
     whole = np.empty(network.layout.size)
     network.initial(0, whole)
-    replica = make_replica(network, by_units(network, comm.size), comm, shared=shared)
+    replica = Replica(network, by_units(network, comm.size), comm, shared=shared)
     for samples in (1, 4, 33):
         batch = random_batch(network, samples)._replace(weights=np.arange(samples) % 4 + 0.25)
         expected = np.empty_like(whole)

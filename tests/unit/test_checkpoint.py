@@ -384,7 +384,7 @@ def test_killed_in_the_middle_of_a_write(tmp_path):
         import os, signal
         writer = CheckpointWriter(checkpoint_path(Path(sys.argv[1]), 2), LAYOUT)
         writer.write("parameters", 0, np.zeros(LAYOUT.size, np.float32))
-        writer._file._file.flush()
+        writer._file.hdf5.flush()
         os.kill(os.getpid(), signal.SIGKILL)
         """,
         tmp_path,

@@ -20,7 +20,7 @@ from dbmpi import config
 
 PROJECT = Path(__file__).parents[2]
 DOCS = PROJECT / "docs"
-UNLABELLED = ("checkpoints", "data", "networks", "own-layers", "sandblaster")
+UNLABELLED = ("checkpoints", "checkpoint-format", "data", "data-format", "networks", "own-layers", "own-methods", "sandblaster", "split-models", "failures")
 """Pages whose blocks do not say yet whether they are run."""
 PAGES = [*(page for page in sorted(DOCS.glob("*.md")) if page.stem not in UNLABELLED), PROJECT / "CONTRIBUTING.md"]
 PAGES_IN_ROOT = ("CONTRIBUTING.md", "CHANGELOG.md")

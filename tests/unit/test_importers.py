@@ -572,7 +572,7 @@ except UserError as error:
 """
     words = [sys.executable, "-c", script, str(limit)]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.stderr.splitlines() == ["told: out.h5: cannot be written: [Errno 27] File too large"]
+    assert done.stderr.splitlines() == ["told: out.h5: could not be written: File too large"]
     assert done.returncode == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["inputs.npy", "targets.npy"]
 

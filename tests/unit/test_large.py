@@ -91,12 +91,12 @@ def test_transfers_are_cut_where_they_are_too_large_for_an_mpi():
     assert_covers(values, one.moved)
     one.moved.clear()
     part = empty(4)
-    pieces.ireduce_scatter(one, values, part, counts, MPI.SUM)
+    pieces.ireduce_scatter(one, values, part, counts)
     assert_covers(values, one.moved)
     assert_covers(part, one.moved)
     one.moved.clear()
     ranges = [range(0, 2**31), range(2**31, 2**31 + 4), range(2**31 + 4, MANY)]
-    pieces.ialltoallv(one, values, ranges, result, ranges, 3 * MANY, 1)
+    pieces.ialltoallv(one, (values, ranges), (result, ranges), 3 * MANY, 1)
     assert_covers(values, one.moved)
     assert_covers(result, one.moved)
 

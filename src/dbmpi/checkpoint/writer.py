@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import h5py
@@ -15,7 +13,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from dbmpi.checkpoint import consistency, directory, retention, schema
-from dbmpi.checkpoint.arrayfile import ArrayFile
+from dbmpi.checkpoint.new_file import ARRAYS, NewFile
 from dbmpi.errors import DiskFailed, UserError
 from dbmpi.index.layout import Layout
 
@@ -56,14 +54,13 @@ class CheckpointWriter:
             raise DiskFailed(
                 f"{path.parent}: checkpoints cannot be written here: {error.strerror}; {retention.kept(path.parent)}"
             ) from error
-        with self._naming_the_last():
-            self._file = ArrayFile(path, with_checksums=True)
-            self._file.set_attribute("format", schema.FORMAT)
-            self._file.set_attribute("format_version", schema.FORMAT_VERSION)
-            for vector in vectors:
-                for tensor in layout.tensors:
-                    self._file.create(f"{schema.group_of(vector)}/{tensor.name}", tensor.shape, self.dtype)
-            self._file.check_room()
+        self._file = NewFile(path, ARRAYS, with_checksums=True, failure=self._failure)
+        self._file.set_attribute("format", schema.FORMAT)
+        self._file.set_attribute("format_version", schema.FORMAT_VERSION)
+        for vector in vectors:
+            for tensor in layout.tensors:
+                self._file.create(f"{schema.group_of(vector)}/{tensor.name}", tensor.shape, self.dtype)
+        self._file.check_space()
 
     def write(self, vector: str, start: int, values: np.ndarray) -> None:
         """Write `values` (n,), of the file's dtype, to the positions ``start ... start + n`` of a vector.
@@ -78,11 +75,10 @@ class CheckpointWriter:
         written = self._written[vector]
         values = np.ascontiguousarray(values)
         position = 0
-        with self._naming_the_last():
-            for tensor, first, last in self.layout.pieces(start, stop):
-                part = values[position : position + last - first]
-                self._file.write(f"{schema.group_of(vector)}/{tensor.name}", first, part)
-                position += last - first
+        for tensor, first, last in self.layout.pieces(start, stop):
+            part = values[position : position + last - first]
+            self._file.write(f"{schema.group_of(vector)}/{tensor.name}", first, part)
+            position += last - first
         written.add(start, stop)
 
     def commit(self, info: schema.CheckpointInfo, keep: int | None = None) -> Path:
@@ -114,10 +110,9 @@ class CheckpointWriter:
         except OSError:  # whatever is wrong there, the commit will say
             others = []
         info = replace(info, created=retention.later_than(others, info.created))
-        with self._naming_the_last():
-            # Written last, so that a file without a description is known to be partial.
-            _write_info(self._file, self.layout, info)
-            self._file.commit()
+        # Written last, so that a file without a description is known to be partial.
+        _write_info(self._file, self.layout, info)
+        self._file.commit()
         try:
             directory.replace_latest(self.path)
             if keep is not None:
@@ -133,18 +128,12 @@ class CheckpointWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.abort()
 
-    @contextmanager
-    def _naming_the_last(self) -> Iterator[None]:
+    def _failure(self, text: str, _: bool) -> Exception:
         """Say, where a checkpoint fails, which one is left."""
-        try:
-            yield
-        except (DiskFailed, UserError) as error:
-            raise DiskFailed(f"{error}; {retention.kept(self.path.parent)}") from error
+        return DiskFailed(f"{text}; {retention.kept(self.path.parent)}")
 
 
 class Coverage:
@@ -195,7 +184,7 @@ def _check_names(layout: Layout, vectors: Sequence[str]) -> None:
             raise ValueError(f"the name of a vector has no '/': {vector!r}")
 
 
-def _write_info(file: ArrayFile, layout: Layout, info: schema.CheckpointInfo) -> None:
+def _write_info(file: NewFile, layout: Layout, info: schema.CheckpointInfo) -> None:
     for name, place in (schema.TEXTS | schema.INTEGERS | schema.INTEGER_LISTS).items():
         file.put(place, getattr(info, name))
     for name, place in schema.OPTIONAL_TEXTS.items():

@@ -61,8 +61,8 @@ def _write(arguments: argparse.Namespace, network: Inference, source: Source) ->
     import numpy as np
 
     import dbmpi
-    from dbmpi.checkpoint.arrayfile import ArrayFile
     from dbmpi.checkpoint.meaning import Meaning
+    from dbmpi.checkpoint.new_file import ARRAYS, NewFile
 
     trained = network.trained
     units, classifies, broken = trained.units, trained.info.classes > 0, 0
@@ -77,7 +77,7 @@ def _write(arguments: argparse.Namespace, network: Inference, source: Source) ->
         "step": trained.info.step,
         "data": str(arguments.data),
     }
-    with ArrayFile(arguments.out) as out:
+    with NewFile(arguments.out, ARRAYS) as out:
         for name, value in attributes.items():
             out.set_attribute(name, value)
         out.create("outputs", (source.samples, units), np.float32)
@@ -92,7 +92,7 @@ def _write(arguments: argparse.Namespace, network: Inference, source: Source) ->
             out.put("class_labels", _plain(meaning.labels))
         if meaning.target_names:
             out.put("output_names", _plain(meaning.target_names))
-        out.check_room()
+        out.check_space()
         with options.progress(source, "predicting", True) as shown:
             for first, rows in network.predict(source):
                 out.write("outputs", first * units, rows.reshape(-1))

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 import h5py
 import numpy as np
@@ -123,7 +121,6 @@ class DataWriter:
         self._labels: Sequence[Label] | None = None
         self._negative = ""
         """Where the first label below 0 is."""
-        self._new: NewFile | None = None
         self.written: Written | None = None
         """Set when the file is whole."""
 
@@ -136,21 +133,22 @@ class DataWriter:
     def __enter__(self) -> DataWriter:
         check_writable(self.out, self._force, (self.origin.inputs, self.origin.targets))
         check_sample_size(self.origin.inputs, self.shape.inputs)
-        try:
-            self._create_file()
-        except BaseException:
-            self._abort()
-            raise
+        self._new = NewFile(self.out, {}, failure=lambda text, _: UserError(text))
+        with self._new.writing():
+            kind = np.float32 if self.shape.scale is None else np.uint8
+            self._inputs = self._create("inputs", self.shape.inputs, kind)
+            if self.shape.scale is not None:
+                self._inputs.attrs["scale"] = self.shape.scale
+            size = self.shape.target_size
+            self._targets = self._create(
+                "targets", () if size is None else (size,), np.int32 if size is None else np.float32
+            )
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
+    def __exit__(self, _: object, error: BaseException | None, trace: object) -> None:
+        with self._new:
             if error is None:
                 self._finish()
-        finally:
-            self._abort()
 
     def append(self, inputs: np.ndarray, targets: np.ndarray, where: Where | None = None) -> None:
         """Write the next samples.
@@ -171,7 +169,7 @@ class DataWriter:
         else:
             self._check_finite(self.origin.targets, "targets", targets, place)
         start, self.samples = self.samples, self.samples + len(inputs)
-        with self._writing():
+        with self._new.writing():
             pairs = (self._inputs, inputs), (self._targets, targets)
             for (dataset, rows), digest in zip(pairs, self._digests, strict=True):
                 stored = np.ascontiguousarray(rows, dataset.dtype)
@@ -187,39 +185,26 @@ class DataWriter:
 
     def name_columns(self, inputs: Sequence[str], targets: Sequence[str] = ()) -> None:
         """Store the names of the inputs, and of the values of a target."""
-        with self._writing():
+        with self._new.writing():
             for name, columns in ((INPUT_NAMES, inputs), (TARGET_NAMES, targets)):
                 texts = [column.encode() for column in columns]
                 if texts:
                     kind = h5py.string_dtype("utf-8", max(1, *map(len, texts)))
-                    self._file.create_dataset(name, data=np.array(texts, kind), dtype=kind)
+                    self._new.hdf5.create_dataset(name, data=np.array(texts, kind), dtype=kind)
 
     def annotate(self, attributes: Mapping[str, object]) -> None:
         """Store attributes of the file beside those that every importer writes."""
-        with self._writing():
-            self._file.attrs.update(attributes)
+        with self._new.writing():
+            self._new.hdf5.attrs.update(attributes)
 
     @property
     def _chunk_rows(self) -> int:
         kind_bytes = 4 if self.shape.scale is None else 1
         return max(1, CHUNK_BYTES // (math.prod(self.shape.inputs) * kind_bytes))
 
-    def _create_file(self) -> None:
-        with self._writing():
-            self._new = NewFile(self.out)
-            self._file = self._new.hdf5()
-            kind = np.float32 if self.shape.scale is None else np.uint8
-            self._inputs = self._create("inputs", self.shape.inputs, kind)
-            if self.shape.scale is not None:
-                self._inputs.attrs["scale"] = self.shape.scale
-            size = self.shape.target_size
-            self._targets = self._create(
-                "targets", () if size is None else (size,), np.int32 if size is None else np.float32
-            )
-
     def _create(self, name: str, rest: tuple[int, ...], kind: type[np.generic]) -> h5py.Dataset:
         rows = self._chunk_rows if name == "inputs" else max(1, TARGET_CHUNK_BYTES // (4 * math.prod(rest)))
-        return self._file.create_dataset(name, (0, *rest), kind, maxshape=(None, *rest), chunks=(rows, *rest))
+        return self._new.hdf5.create_dataset(name, (0, *rest), kind, maxshape=(None, *rest), chunks=(rows, *rest))
 
     def _check_finite(self, source: Path | str, name: str, rows: np.ndarray, place: Where) -> None:
         wrong = hdf5.not_finite(rows)
@@ -251,7 +236,7 @@ class DataWriter:
     def _number_raw_labels(self) -> None:
         """Give labels that do not begin at 0 the numbers of classes."""
         distinct: set[int] = set()
-        with self._writing():
+        with self._new.writing():
             for start in range(0, self.samples, hdf5.BLOCK_BYTES // 4):
                 distinct.update(np.unique(self._targets[start : start + hdf5.BLOCK_BYTES // 4]).tolist())
         if len(distinct) > data_labels.MOST_LABELS:
@@ -273,7 +258,7 @@ class DataWriter:
 
     def _renumber(self, classes: Callable[[np.ndarray], np.ndarray]) -> None:
         self._digests[1] = hashlib.sha256()
-        with self._writing():
+        with self._new.writing():
             for start in range(0, self.samples, hdf5.BLOCK_BYTES // 4):
                 rows = slice(start, start + hdf5.BLOCK_BYTES // 4)
                 numbered = classes(self._targets[rows]).astype(self._targets.dtype, copy=False)
@@ -292,11 +277,10 @@ class DataWriter:
     def _finish(self) -> None:
         if self.samples == 0:
             raise UserError(f"{self.origin.inputs}: holds no samples; expected at least one")
-        assert self._new is not None
         shape = self.shape
         if shape.target_size is None and shape.classes is None and self._labels is None and self._least_label != 0:
             self._number_raw_labels()
-        with self._writing():
+        with self._new.writing():
             if shape.target_size is None:
                 classes = shape.classes or self._largest_label + 1
                 shape = Shape(shape.inputs, classes, None, shape.scale)
@@ -306,36 +290,21 @@ class DataWriter:
                     encoded = [str(label).encode() for label in self._labels] if text else self._labels
                     self._targets.attrs["labels"] = np.array(encoded, None if text else np.int64)
             names = dict.fromkeys(Path(source).name for source in (self.origin.inputs, self.origin.targets))
-            self._file.attrs.update(
+            self._new.hdf5.attrs.update(
                 format=hdf5.FORMAT,
                 format_version=hdf5.FORMAT_VERSION,
                 importer=self.origin.importer,
                 importer_version=__version__,
                 digest=f"sha256:{self._digest()}",
             )
-            self._file.attrs.create("sources", list(names), dtype=h5py.string_dtype())
-            self._new.complete()
-            # Somebody else may have written the file in the meantime.
-            check_writable(self.out, self._force)
-            self._new.commit()
-            self.written = Written(self.out, self.samples, shape, self.out.stat().st_size, self._labels)
+            self._new.hdf5.attrs.create("sources", list(names), dtype=h5py.string_dtype())
+        # Another program may have written the file in the meantime.
+        self._new.commit(lambda: check_writable(self.out, self._force))
+        self.written = Written(self.out, self.samples, shape, self.out.stat().st_size, self._labels)
 
     def _digest(self) -> str:
         parts = [digest.hexdigest() for digest in self._digests]
         return hashlib.sha256(f"{self.shape.inputs} {' '.join(parts)}".encode()).hexdigest()
-
-    def _abort(self) -> None:
-        if self._new is not None:
-            self._new.abort()
-
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-            if self._new is not None:
-                self._new.check()
-        except (OSError, RuntimeError) as error:
-            raise UserError(f"{self.out}: cannot be written: {error}") from None
 
 
 def check_writable(out: Path, force: bool, sources: Sequence[Path | str] = ()) -> None:
@@ -355,7 +324,7 @@ def check_writable(out: Path, force: bool, sources: Sequence[Path | str] = ()) -
 def check_sample_size(source: Path | str, input_shape: tuple[int, ...]) -> None:
     """Raise UserError if one sample is impossibly large, or empty."""
     features = math.prod(input_shape)
-    if features == 0:
+    if features < 1:
         raise UserError(f"{source}: samples of shape {input_shape} have no inputs; expected at least one")
     if features * 4 > LARGEST_SAMPLE_BYTES:
         raise UserError(

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 LARGEST = 1 << 30
 """Bytes of a transfer, at most."""
+Parts = tuple[np.ndarray, Sequence[range]]
+"""A contiguous array, and for each rank the range of its flat elements that is this rank's."""
 
 
 class Operation(Protocol):
@@ -78,47 +80,47 @@ def iallgatherv(comm: MPI.Comm, part: np.ndarray, whole: np.ndarray, counts: Seq
     return Several(ibcast(comm, its, owner) for owner, its in enumerate(parts))
 
 
-def ireduce_scatter(
-    comm: MPI.Comm, whole: np.ndarray, part: np.ndarray, counts: Sequence[int], operation: MPI.Op
-) -> Operation:
-    """Begin to reduce `whole` over all ranks; each gets its ``counts[rank]`` elements in `part`."""
+def ireduce_scatter(comm: MPI.Comm, whole: np.ndarray, part: np.ndarray, counts: Sequence[int]) -> Operation:
+    """Begin to add up `whole` over all ranks of `comm`; each gets its ``counts[rank]`` elements in `part`."""
     if whole.nbytes <= LARGEST:
-        return comm.Ireduce_scatter(whole, part, counts, operation)
+        return comm.Ireduce_scatter(whole, part, counts)
+    from mpi4py import MPI
+
     into = divide(part)
     return Several(
-        comm.Ireduce(piece, into[number] if owner == comm.rank else None, operation, owner)
+        comm.Ireduce(piece, into[number] if owner == comm.rank else None, MPI.SUM, owner)
         for owner, its in enumerate(_parts(whole, counts))
         for number, piece in enumerate(divide(its))
     )
 
 
-def ialltoallv(
-    comm: MPI.Comm,
-    source: np.ndarray,
-    sends: Sequence[range],
-    target: np.ndarray,
-    receives: Sequence[range],
-    everything: int,
-    tag: int,
-) -> Operation:
-    """Begin to send a part of `source` to each rank, and to receive one from each in `target`.
+def ialltoallv(comm: MPI.Comm, source: Parts, target: Parts, everything: int, tag: int) -> Operation:
+    """Begin to send a part of an array to each rank, and to receive one from each.
 
     Parameters
     ----------
-    sends, receives
-        Which elements are for each rank, and from it.
+    comm
+        The ranks.
+    source, target
+        An array, and which of its elements are for each rank, or come from it.
     everything
         Elements that all ranks send together, the same number on all of them: it decides how they travel.
     tag
         Of messages.
     """
-    if everything * source.itemsize <= LARGEST:
-        here, there = (([len(its) for its in ranges], [its.start for its in ranges]) for ranges in (sends, receives))
-        kind = _kind(source)
-        return comm.Ialltoallv([source, here, kind], [target, there, kind])
-    outgoing, incoming = _flat(source), _flat(target)
-    received = [irecv(comm, incoming[its.start : its.stop], rank, tag) for rank, its in enumerate(receives)]
-    sent = [isend(comm, outgoing[its.start : its.stop], rank, tag) for rank, its in enumerate(sends)]
+    (out, sends), (into, receives) = source, target
+    if everything * out.itemsize <= LARGEST:
+        from mpi4py import MPI
+
+        kind = MPI._typedict[out.dtype.char]
+        here, there = (
+            [values, ([len(part) for part in parts], [part.start for part in parts]), kind]
+            for values, parts in (source, target)
+        )
+        return comm.Ialltoallv(here, there)
+    outgoing, incoming = _flat(out), _flat(into)
+    received = [irecv(comm, incoming[part.start : part.stop], rank, tag) for rank, part in enumerate(receives)]
+    sent = [isend(comm, outgoing[part.start : part.stop], rank, tag) for rank, part in enumerate(sends)]
     return Several(received + sent)
 
 
@@ -126,12 +128,6 @@ def _flat(values: np.ndarray) -> np.ndarray:
     if not values.flags.c_contiguous:
         raise ValueError(f"given an array {values.shape} with strides {values.strides}, expected a contiguous one")
     return values.reshape(-1)
-
-
-def _kind(values: np.ndarray) -> MPI.Datatype:
-    from mpi4py import MPI
-
-    return MPI._typedict[values.dtype.char]
 
 
 def _parts(whole: np.ndarray, counts: Sequence[int]) -> list[np.ndarray]:

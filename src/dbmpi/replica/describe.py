@@ -91,7 +91,7 @@ def _reason(layers: Sequence[Layer], placement: Placement, place: int, plan: Lay
         return "every worker owns the inputs that it needs"
     if plan.inputs.kind == "gather":
         return "every output needs all inputs"
-    halo = max(len(plan.inputs.receives(worker)) for worker in range(min(placement.partitions, 256)))
+    halo = max(len(plan.inputs.forward(worker).receives) for worker in range(min(placement.partitions, 256)))
     return f"fields reach into the boxes of up to {halo} other{'s' if halo > 1 else ''}"
 
 

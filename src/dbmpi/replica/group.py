@@ -1,14 +1,15 @@
 """The workers of a replica, as one of them sees the others: how it waits for them, and the shelves they share.
 
-Where all workers are ranks of one node, what one has for others lies on *shelves* in memory that all can read: whoever
-needs it copies it from there, once, without MPI's help.  A shelf belongs to one worker and one purpose and is used
-again in every step; flags say when it is filled, and when all have taken what they need.
+Where all workers are ranks of one node, each puts what others need on *shelves* in memory that all can read: they copy
+it from there, once, without MPI's help.  A shelf serves one purpose and is used again in every step; flags say when
+its owner has filled it, and when each reader is done with it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,17 +25,6 @@ if TYPE_CHECKING:
     from dbmpi.mpi.window import Window
 
 
-@dataclass(frozen=True)
-class Shelf:
-    """A shelf that every worker has; `number` counts them."""
-
-    number: int
-    fixed: int
-    """Elements."""
-    each: int
-    """Elements for each sample."""
-
-
 class Group(Collective):
     """The workers of a replica.
 
@@ -47,106 +37,87 @@ class Group(Collective):
 
     Attributes
     ----------
-    comm, rank, size
+    rank, size
+        This worker's number, and the number of workers.
     near
         Whether there are shelves.
+    window
+        The memory of the shelves, once `reserve` has opened it.
     serve
         Called while this worker waits for others, so that its other duties go on.
     """
 
     def __init__(self, comm: MPI.Intracomm | None, *, shared: bool = True) -> None:
-        self.comm = comm if comm is not None and comm.size > 1 else None
-        self.rank = 0 if self.comm is None else self.comm.rank
-        self.size = 1 if self.comm is None else self.comm.size
+        self._comm = comm if comm is not None and comm.size > 1 else None
+        self.rank = 0 if self._comm is None else self._comm.rank
+        self.size = 1 if self._comm is None else self._comm.size
         self.serve: Callable[[], bool] | None = None
         self.near = False
-        if self.comm is not None and shared:
+        self.window: Window | None = None
+        if self._comm is not None and shared:
             from mpi4py import MPI
 
-            node = blocking.on_this_host(self.comm, "the other partitions")
-            smallest = waiting.allreduce(self.comm, np.array([node.size]), MPI.MIN, "the other partitions")
+            node = blocking.on_this_host(self._comm, "the other partitions")
+            smallest = waiting.allreduce(self._comm, np.array([node.size]), MPI.MIN, "the other partitions")
             self.near = int(smallest[0]) == self.size
             blocking.free(node)
         self._shelves: list[Shelf] = []
-        self._window: Window | None = None
         self._capacity = (0, 0)
-        self._starts: list[int] = []
-        self._filled: list[int] = []
+
+    @property
+    def comm(self) -> MPI.Intracomm:
+        """The workers, of which there are several."""
+        assert self._comm is not None
+        return self._comm
 
     def complete(self, request: pieces.Operation, what: str) -> None:
-        """Wait for a non-blocking operation."""
+        """Wait for a non-blocking operation; `what` names it for the message if it never completes."""
         waiting.complete(request, what, serve=self.serve)
 
     def shelf(self, fixed: int = 0, each: int = 0) -> Shelf:
-        """Ask for a shelf of so many elements and, for each sample, so many more; all workers ask alike."""
-        self._shelves.append(Shelf(len(self._shelves), fixed, each))
+        """Return a new shelf for `fixed` elements and, for each sample, `each` more; all workers ask alike."""
+        self._shelves.append(Shelf(self, len(self._shelves), fixed, each))
         return self._shelves[-1]
 
-    def make_room(self, samples: int, itemsize: int) -> None:
-        """See to it that the shelves hold so many samples (collective; nothing is under way)."""
+    def reserve(self, samples: int, itemsize: int) -> None:
+        """Let the shelves hold so many samples, of `itemsize` bytes an element (collective; nothing is under way)."""
         if not self.near or (samples <= self._capacity[0] and itemsize <= self._capacity[1]):
             return
         from dbmpi.mpi.window import Window, aligned
 
-        assert self.comm is not None
-        if self._window is not None:
-            self._window.free()
+        self.free()
         position = len(self._shelves) * (1 + self.size) * CACHE_LINE
-        self._starts = []
         for shelf in self._shelves:
-            self._starts.append(position)
+            shelf.filled, shelf.start = 0, position
             position += aligned((shelf.fixed + shelf.each * samples) * itemsize)
-        window = Window.allocate(self.comm, position)
-        self.near = window.shared
-        self._filled = [0] * len(self._shelves)
+        self.window = Window.allocate(self.comm, position)
+        self.near = self.window.shared
         self._capacity = (samples, itemsize)
-        self._window = window
-
-    def room(
-        self, shelf: Shelf, elements: int, dtype: np.dtype[np.floating], takers: Iterable[int] | None = None
-    ) -> np.ndarray:
-        """Return this worker's shelf, flat, to be filled; waits until the takers have what was on it before."""
-        window, before = self._open, self._filled[shelf.number]
-        for other in self._others if takers is None else takers:
-            word = self._flag(shelf, 1 + other)
-            waiting.until(
-                lambda word=word: window.load(self.rank, word) >= before,  # type: ignore[misc]
-                f"partition {other} of the replica to take what it needs",
-                serve=self.serve,
-            )
-        return self._on(self.rank, shelf, elements, dtype)
-
-    def offer(self, shelf: Shelf) -> None:
-        """Say that this worker's shelf is filled, perhaps with nothing; all workers do so the same number of times."""
-        self._filled[shelf.number] += 1
-        self._open.store(self.rank, self._flag(shelf, 0), self._filled[shelf.number])
-
-    def look(self, shelf: Shelf, other: int, elements: int, dtype: np.dtype[np.floating]) -> np.ndarray:
-        """Return another worker's shelf, flat, when it has been filled as often as this worker's own."""
-        window, wanted, word = self._open, self._filled[shelf.number], self._flag(shelf, 0)
-        waiting.until(lambda: window.load(other, word) >= wanted, f"partition {other} of the replica", serve=self.serve)
-        return self._on(other, shelf, elements, dtype)
-
-    def taken(self, shelf: Shelf, owners: Iterable[int] | None = None) -> None:
-        """Tell the owners that this worker needs nothing more from their shelves."""
-        for other in self._others if owners is None else owners:
-            self._open.store(other, self._flag(shelf, 1 + self.rank), self._filled[shelf.number])
 
     def sum(self, shelf: Shelf, values: np.ndarray, members: Sequence[int], what: str) -> np.ndarray:
         """Return the sum of the members' `values`, added in their order; a new array, the same on all members.
 
         Called by all workers where there are shelves, and with messages by the members at least.
+
+        Parameters
+        ----------
+        shelf
+            With ``fixed`` elements for `values`.
+        values
+            This worker's summand, of the same shape and dtype on all members.
+        members
+            Numbers of the workers whose values count.
+        what
+            What is waited for, for the message if it never comes.
         """
         if self.near:
-            flat = np.ascontiguousarray(values).reshape(-1)
-            self.room(shelf, flat.size, flat.dtype)[:] = flat
-            self.offer(shelf)
-            total = np.zeros_like(flat)
+            shelf.fill(values.shape, values.dtype)[...] = values
+            shelf.offer()
+            total = np.zeros(values.shape, values.dtype)
             for member in members if self.rank in members else ():
-                total += self.look(shelf, member, flat.size, flat.dtype)
-            self.taken(shelf)
-            return total.reshape(values.shape)
-        assert self.comm is not None
+                total += shelf.take(member, values.shape, values.dtype)
+            shelf.release()
+            return total
         if len(members) == self.size:
             from mpi4py import MPI
 
@@ -154,47 +125,116 @@ class Group(Collective):
         return self._sum_by_messages(values, members, what) if self.rank in members else np.zeros_like(values)
 
     def _sum_by_messages(self, values: np.ndarray, members: Sequence[int], what: str) -> np.ndarray:
-        """Let the first member add up, and send what comes out to the others."""
-        assert self.comm is not None
+        """Let the first member add up, and send the result to the others."""
         first, *others = members
         if self.rank != first:
             total = np.empty_like(values)
             self.complete(pieces.isend(self.comm, values, first, Tag.SUMS), what)
             self.complete(pieces.irecv(self.comm, total, first, Tag.SUMS), what)
             return total
-        buffers = [np.empty_like(values) for _ in others]
-        coming = zip(others, buffers, strict=True)
-        for request in [pieces.irecv(self.comm, into, member, Tag.SUMS) for member, into in coming]:
+        buffers = {member: np.empty_like(values) for member in others}
+        for request in [pieces.irecv(self.comm, into, member, Tag.SUMS) for member, into in buffers.items()]:
             self.complete(request, what)
         total = values.copy()
-        for buffer in buffers:
+        for buffer in buffers.values():
             total += buffer
         for request in [pieces.isend(self.comm, total, member, Tag.SUMS) for member in others]:
             self.complete(request, what)
         return total
 
     def free(self) -> None:
-        """Give the shelves back (collective)."""
-        if self._window is not None:
-            self._window.free()
-            self._window = None
+        """Give the memory of the shelves back (collective)."""
+        if self.window is not None:
+            self.window.free()
+            self.window = None
             self._capacity = (0, 0)
+
+
+class Shelf:
+    """Memory that each worker of a node fills and all others read: one purpose's, used in turns.
+
+    In every turn each worker calls `clear` or `fill`, then `offer`, then `take` where it needs something, and
+    `release`.
+
+    Parameters
+    ----------
+    group
+        The workers.
+    number
+        Counts the shelves.
+    fixed, each
+        Elements, and elements for each sample.
+
+    Attributes
+    ----------
+    filled
+        How often this worker has offered it.
+    start
+        Where it begins in the window of each worker, in bytes.
+    """
+
+    def __init__(self, group: Group, number: int, fixed: int, each: int) -> None:
+        self.fixed, self.each = fixed, each
+        self.filled = self.start = 0
+        self._group, self._number = group, number
+
+    def clear(self, takers: Iterable[int] | None = None) -> None:
+        """Wait until the takers, by default all others, need no more of this worker's last turn."""
+        group, before = self._group, self.filled
+        for other in self._others if takers is None else takers:
+            what = f"partition {other} of the replica to take what it needs"
+            waiting.until(partial(self._reached, group.rank, 1 + other, before), what, serve=group.serve)
+
+    def fill(self, shape: tuple[int, ...], dtype: np.dtype[np.floating]) -> np.ndarray:
+        """Return this worker's memory as an array to be filled, when all others need no more of its last turn."""
+        self.clear()
+        return self.array(self._group.rank, shape, dtype)
+
+    def offer(self) -> None:
+        """Let the others read what this worker has filled, perhaps nothing."""
+        self.filled += 1
+        self._window.store(self._group.rank, self._flag(0), self.filled)
+
+    def take(self, owner: int, shape: tuple[int, ...], dtype: np.dtype[np.floating], first: int = 0) -> np.ndarray:
+        """Return a worker's array, to be read, when it has been offered in this turn; arguments as for `array`."""
+        what = f"partition {owner} of the replica"
+        waiting.until(partial(self._reached, owner, 0, self.filled), what, serve=self._group.serve)
+        return self.array(owner, shape, dtype, first)
+
+    def release(self, owners: Iterable[int] | None = None) -> None:
+        """Let the owners, by default all others, fill their memory again."""
+        for other in self._others if owners is None else owners:
+            self._window.store(other, self._flag(1 + self._group.rank), self.filled)
+
+    def array(self, owner: int, shape: tuple[int, ...], dtype: np.dtype[np.floating], first: int = 0) -> np.ndarray:
+        """Return an array in a worker's memory, without waiting.
+
+        Parameters
+        ----------
+        owner
+            Number of the worker.
+        shape, dtype
+            Of the array.
+        first
+            Elements before it.
+        """
+        memory = self._window.near(owner)
+        assert memory is not None
+        begin = self.start + first * dtype.itemsize
+        return memory[begin : begin + math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
+
+    @property
+    def _window(self) -> Window:
+        assert self._group.window is not None
+        return self._group.window
 
     @property
     def _others(self) -> list[int]:
-        return [worker for worker in range(self.size) if worker != self.rank]
+        return [worker for worker in range(self._group.size) if worker != self._group.rank]
 
-    @property
-    def _open(self) -> Window:
-        assert self._window is not None
-        return self._window
+    def _flag(self, position: int) -> int:
+        """Return the offset of a flag: the owner's is first, then there is one for each worker that reads."""
+        return (self._number * (1 + self._group.size) + position) * CACHE_LINE
 
-    def _flag(self, shelf: Shelf, place: int) -> int:
-        """Return where a flag lies: first that of the owner, then one for each worker that takes."""
-        return (shelf.number * (1 + self.size) + place) * CACHE_LINE
-
-    def _on(self, worker: int, shelf: Shelf, elements: int, dtype: np.dtype[np.floating]) -> np.ndarray:
-        memory = self._open.near(worker)
-        assert memory is not None
-        start = self._starts[shelf.number]
-        return memory[start : start + elements * dtype.itemsize].view(dtype)
+    def _reached(self, owner: int, position: int, turn: int) -> bool:
+        return self._window.load(owner, self._flag(position)) >= turn

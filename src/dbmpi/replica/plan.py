@@ -6,7 +6,6 @@ destination once.  Backward runs the same plan in reverse and adds.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,27 +30,22 @@ class Move(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Traffic:
-    """Bytes that each worker sends and receives."""
+class Way:
+    """One direction of an exchange, as one worker sees it."""
 
-    sent: tuple[int, ...]
-    received: tuple[int, ...]
+    source: Box
+    """What the array that it gives from holds."""
+    target: Box
+    """What the array that it fills, or adds to, holds."""
+    sends: tuple[Move, ...]
+    """Parts of `source`, one message for each destination, in the order of the workers."""
+    receives: tuple[Move, ...]
+    """Parts of `target`, one message for each origin, in the order of the workers."""
 
     @property
-    def total(self) -> int:
-        """Bytes that all workers receive together."""
-        return sum(self.received)
-
-    @property
-    def reversed(self) -> Traffic:
-        """What the same plan moves in reverse."""
-        return Traffic(self.received, self.sent)
-
-    def __add__(self, other: Traffic) -> Traffic:
-        return Traffic(
-            tuple(a + b for a, b in zip(self.sent, other.sent, strict=True)),
-            tuple(a + b for a, b in zip(self.received, other.received, strict=True)),
-        )
+    def reversed(self) -> Way:
+        """The other direction: what was sent is received, and the other way round."""
+        return Way(self.target, self.source, self.receives, self.sends)
 
 
 @dataclass(frozen=True)
@@ -98,23 +92,14 @@ class ExchangePlan:
                 position = first.stop
         return True
 
-    def local(self, worker: int) -> Box:
-        """Return what the worker needs and owns itself."""
-        return self.owned[worker].meet(self.needed[worker])
-
-    def receives(self, worker: int) -> tuple[Move, ...]:
-        """Return what comes from whom, one message for each source, in the order of the workers."""
+    def forward(self, worker: int) -> Way:
+        """Return what a worker gives from its owned box, and what it receives for its needed one."""
+        have, need = self.owned[worker], self.needed[worker]
         if self.kind == "none":
-            return ()
-        need = self.needed[worker]
-        return tuple(Move(o, self.owned[o].meet(need)) for o in self._owners.meeting(need) if o != worker)
-
-    def sends(self, worker: int) -> tuple[Move, ...]:
-        """Return what goes to whom, one message for each destination, in the order of the workers."""
-        if self.kind == "none":
-            return ()
-        have = self.owned[worker]
-        return tuple(Move(n, self.needed[n].meet(have)) for n in self._needers.meeting(have) if n != worker)
+            return Way(have, need, (), ())
+        sends = (Move(n, self.needed[n].meet(have)) for n in self._needers.meeting(have) if n != worker)
+        receives = (Move(o, self.owned[o].meet(need)) for o in self._owners.meeting(need) if o != worker)
+        return Way(have, need, tuple(sends), tuple(receives))
 
     def offered(self, worker: int) -> dict[Box, int]:
         """Return what others need of the worker's own, each box once, and where it begins if all are laid in a row.
@@ -149,20 +134,6 @@ class ExchangePlan:
     def values(self) -> int:
         """Values a sample that all workers receive together."""
         return sum(self.received(worker) for worker in range(len(self.owned)))
-
-    def traffic(self, samples: int, itemsize: int) -> Traffic:
-        """Return the bytes that move forward; what moves in reverse is its `reversed`."""
-        workers = range(len(self.owned))
-        sent = [0] * len(workers)
-        if self.kind != "none":
-            # What many need is counted once for all of them, themselves included, and these are taken off again.
-            for need, times in Counter(self.needed).items():
-                for owner in self._owners.meeting(need):
-                    sent[owner] += times * self.owned[owner].common(need)
-            sent = [values - self.owned[worker].common(self.needed[worker]) for worker, values in enumerate(sent)]
-        size = samples * itemsize
-        received = (self.received(worker) for worker in workers)
-        return Traffic(tuple(size * values for values in sent), tuple(size * values for values in received))
 
     @cached_property
     def _owners(self) -> Index:
@@ -204,13 +175,6 @@ class LayerPlan:
     split: Split
     inputs: ExchangePlan
     outputs: ExchangePlan | None = None
-
-    def traffic(self, samples: int, itemsize: int, *, backward: bool = False) -> Traffic:
-        """Return the bytes that move in the forward, or the backward, pass."""
-        traffic = self.inputs.traffic(samples, itemsize)
-        if self.outputs is not None:
-            traffic = traffic + self.outputs.traffic(samples, itemsize).reversed
-        return traffic.reversed if backward else traffic
 
     @property
     def values(self) -> int:

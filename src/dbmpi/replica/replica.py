@@ -7,8 +7,9 @@ program without exchanges.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,8 +17,8 @@ from dbmpi.errors import UserError
 from dbmpi.index.boxes import Box
 from dbmpi.kernels import updates
 from dbmpi.mpi.collective import Collective
-from dbmpi.network.layer import Arrays, Context, Layer, accrues, takes_parts
-from dbmpi.network.losses import Loss
+from dbmpi.network.description import Network
+from dbmpi.network.layer import Arrays, Context, accrues, takes_parts
 from dbmpi.objective import Batch, Gradient, Outcome
 from dbmpi.replica.exchange import Exchange
 from dbmpi.replica.group import Group
@@ -25,9 +26,12 @@ from dbmpi.replica.loss import LossExchange
 from dbmpi.replica.parameters import LocalParameters
 from dbmpi.replica.placement import Placement
 from dbmpi.replica.plan import ExchangePlan, plan_exchanges
-from dbmpi.replica.stages import Clock, stage
-from dbmpi.replica.terms import objectives
-from dbmpi.replica.workspace import Workspace
+from dbmpi.replica.stages import Clock, Stage, Sweep, stage
+from dbmpi.replica.terms import terms
+from dbmpi.replica.workspace import Footprint, Workspace
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
 
 _WORKSPACES = 2  # a batch and the shorter one at the end of an epoch
 
@@ -40,63 +44,53 @@ class Replica(Collective):
 
     Parameters
     ----------
-    layers
-        The layers from the input upwards.
-    loss
-        On top of the last layer, whose outputs have one axis; None if all that is learned are the layers' own
-        objectives.
+    network
+        Its layers and its loss.
     placement
         What each worker computes.
+    comm
+        The workers, of which this is one (collective); None for one alone.
+    shared
+        Let workers of one node exchange through memory that they share; otherwise by messages.
+
+    Attributes
+    ----------
     parameters
-        Which part of the whole parameters this worker holds.
-    dtype
-        Of parameters and activations.
-    seed
-        Of masks that are drawn anew each step.
-    group
-        The workers, of which this is one.
+        The part of the whole parameters that this worker has.
     """
 
     def __init__(
-        self,
-        layers: Sequence[Layer],
-        loss: Loss | None,
-        placement: Placement,
-        parameters: LocalParameters,
-        dtype: np.dtype[np.floating],
-        seed: int,
-        group: Group,
+        self, network: Network, placement: Placement, comm: MPI.Intracomm | None = None, *, shared: bool = True
     ) -> None:
-        rank = group.rank
-        self._layers = tuple(layers)
-        self._loss = loss
-        self.parameters = parameters
-        self._dtype = dtype
-        self._seed = seed
-        self._group = group
-        plans = plan_exchanges(self._layers, placement)
-        self._mine = [owned[rank] for owned in placement.boxes]
-        self._needed = [plan.inputs.needed[rank] for plan in plans]
-        nothing = Box((0,), (0,))
-        self._summed = [nothing if plan.outputs is None else plan.outputs.needed[rank] for plan in plans]
-        self._stages = [
-            stage(place, layer, mine, plan, group)
-            for place, (layer, mine, plan) in enumerate(zip(self._layers, self._mine, plans, strict=True))
-        ]
-        self._within = [
-            plan.outputs is not None or one.exchange.within for plan, one in zip(plans, self._stages, strict=True)
-        ]
-        self._gaps = [takes_parts(layer) for layer in self._layers]
-        self._objectives = objectives(self._layers, placement, group)
-        self._aside = [
-            place
-            for place, layer in enumerate(self._layers)
-            if place in self._objectives or parameters.shared(place) or not accrues(layer)
-        ]
-        self._scratch = np.empty(0, dtype)
+        self._network = network
+        self._layers, self._loss, self._dtype = network.layers, network.loss, network.dtype
+        self._group = group = Group(comm, shared=shared)
+        self.parameters = LocalParameters(self._layers, network.layout, placement, group, self._dtype)
+        self._stages: list[Stage] = []
+        self._footprints: list[Footprint] = []
+        for number, (layer, plan) in enumerate(zip(self._layers, plan_exchanges(self._layers, placement), strict=True)):
+            owned, by_inputs = placement.boxes[number][group.rank], plan.outputs is not None
+            self._stages.append(stage(number, layer, owned, plan, group))
+            self._footprints.append(
+                Footprint(
+                    owned,
+                    plan.inputs.needed[group.rank],
+                    summed=plan.outputs.needed[group.rank] if plan.outputs is not None else None,
+                    within=by_inputs or self._stages[-1].exchange.within,
+                    gaps=takes_parts(layer),
+                )
+            )
+        self._terms = terms(self._layers, placement, group)
+        self._aside = {
+            number
+            for number, layer in enumerate(self._layers)
+            if number in self._terms or self.parameters.shared(number) or not accrues(layer)
+        }
+        """Layers that cannot add their gradient to another one."""
+        self._scratch = np.empty(0, self._dtype)
         last = placement.boxes[-1]
-        self._turned = LossExchange(group, last) if loss is not None and group.size > 1 else None
-        self._terms = group.shelf(fixed=2)  # one of float64, in elements that may be float32
+        self._turned = LossExchange(group, last) if self._loss is not None and group.size > 1 else None
+        self._sum_of_terms = group.shelf(fixed=2)  # one of float64, in elements that may be float32
         shape = tuple(self._layers[-1].output_shape)
         self._gathered = Exchange(group, ExchangePlan(shape, last, (Box.whole(shape),) * len(last)))
         self._workspaces: OrderedDict[int, Workspace] = OrderedDict()
@@ -126,7 +120,7 @@ class Replica(Collective):
 
         Otherwise the first such batch does, in which this rank does not serve others.
         """
-        self._group.make_room(samples, self._dtype.itemsize)
+        self._group.reserve(samples, self._dtype.itemsize)
 
     def free(self) -> None:
         """Give back what the workers share (collective)."""
@@ -158,67 +152,69 @@ class Replica(Collective):
             Add to what is in `gradient`, instead of overwriting it.
         """
         views = self.parameters.views(parameters, "parameters")
-        room = gradient if callable(gradient) else self.parameters.cut(gradient, "gradient").__getitem__
+        buffer = gradient if callable(gradient) else self.parameters.cut(gradient, "gradient").__getitem__
         batch = self._checked(batch)
-        context = Context(True, self._seed, step)
-        aside = self._aside if add else ()
-        work = self._workspace(batch.samples)
-        terms = self._forward(views, batch.inputs, work, context)
-        top = work.gradient(len(self._layers))
+        sweep = self._sweep(batch.samples, Context(True, self._network.seed, step))
+        terms = self._forward(views, batch.inputs, sweep)
+        top = sweep.work.output_gradient(len(self._layers) - 1)
         if self._loss is None:
             top.fill(0)
-        elif top is not work.outputs[-1]:
-            np.copyto(top, work.outputs[-1])
+        elif top is not sweep.work.outputs[-1]:
+            np.copyto(top, sweep.work.outputs[-1])
         outcome = self._outcome(top, batch, terms)
-        self._clock.start()
-        for place in reversed(range(len(self._layers))):
-            part = room(place)
-            self._clock.start()  # a layer may have waited for its room
-            computed = self._room(part.size) if place in aside else part
-            of_layer = self.parameters.tensors(place, computed)
-            objective = self._objectives.get(place)
-            if objective is not None:
-                objective.backward(views[place], of_layer, work)
-            one = self._stages[place]
-            one.backward(views[place], of_layer, work, context, self._clock, add=add and computed is part)
-            self.parameters.add_up(place, computed)
-            if computed is not part:  # what is computed aside is added when it is whole
-                updates.add(part, computed)
+        for layer in reversed(range(len(self._layers))):
+            part = buffer(layer)
+            self._clock.start()  # the buffer may have been waited for
+            self._backward(layer, views[layer], part, sweep, add=add)
             if on_gradient is not None:
-                on_gradient(place)
-            one.finish_backward(work, self._clock)
-            if objective is not None:
-                objective.backward_below(work)
+                on_gradient(layer)
+            self._stages[layer].finish_backward(sweep)
+            if layer in self._terms:
+                self._terms[layer].backward_below(sweep.work)
         return outcome
 
     def evaluate(self, parameters: np.ndarray, batch: Batch) -> Outcome:
-        """Return the outcome of the batch; dropout is off."""
+        """Return the outcome of the batch; arguments as for `loss_and_gradient`, and dropout is off."""
         batch = self._checked(batch)
-        work = self._workspace(batch.samples)
-        views = self.parameters.views(parameters, "parameters")
-        terms = self._forward(views, batch.inputs, work, Context(training=False))
-        return self._outcome(work.outputs[-1], batch, terms)
+        sweep = self._sweep(batch.samples, Context(training=False))
+        terms = self._forward(self.parameters.views(parameters, "parameters"), batch.inputs, sweep)
+        return self._outcome(sweep.work.outputs[-1], batch, terms)
 
     def outputs(self, parameters: np.ndarray, inputs: np.ndarray) -> np.ndarray:
-        """Return the last layer's outputs (outputs, samples) of all workers, before the loss; a new array."""
+        """Return the last layer's outputs (outputs, samples) of all workers, before the loss; a new array.
+
+        `parameters` and `inputs` are as for `loss_and_gradient`.
+        """
         inputs = self._checked_inputs(inputs)
-        work = self._workspace(inputs.shape[-1])
-        self._forward(self.parameters.views(parameters, "parameters"), inputs, work, Context(training=False))
+        sweep = self._sweep(inputs.shape[-1], Context(training=False))
+        self._forward(self.parameters.views(parameters, "parameters"), inputs, sweep)
         whole = np.empty((*self._gathered.needed.shape, inputs.shape[-1]), self._dtype)
-        self._gathered.fill(work.outputs[-1], whole)
+        self._gathered.fill(sweep.work.outputs[-1], whole)
         return whole.reshape(-1, inputs.shape[-1])
 
-    def _forward(self, views: list[Arrays], inputs: np.ndarray, work: Workspace, context: Context) -> float:
-        """Compute all layers; return this worker's part of the objectives, summed over the samples."""
-        work.take(inputs)
-        terms = 0.0
+    def _forward(self, views: list[Arrays], inputs: np.ndarray, sweep: Sweep) -> float:
+        """Compute all layers; return this worker's part of the terms, summed over the samples."""
+        sweep.work.take(inputs)
+        total = 0.0
         self._clock.start()
-        for place, one in enumerate(self._stages):
-            one.forward(views[place], work, context, self._clock)
-            if place in self._objectives:
-                terms += self._objectives[place].forward(views[place], inputs, work)
-                self._clock.lap("forward", place)
-        return terms
+        for layer, one in enumerate(self._stages):
+            one.forward(views[layer], sweep)
+            if layer in self._terms:
+                total += self._terms[layer].forward(views[layer], sweep.work)
+                self._clock.lap("forward", layer)
+        return total
+
+    def _backward(self, layer: int, parameters: Arrays, part: np.ndarray, sweep: Sweep, *, add: bool) -> None:
+        """Compute a layer's part of the gradient, and start to move the gradient for its inputs."""
+        aside = add and layer in self._aside
+        computed = self._temporary(part.size) if aside else part
+        gradient = self.parameters.tensors(layer, computed)
+        if layer in self._terms:
+            self._terms[layer].backward(parameters, gradient, sweep.work)
+        self._stages[layer].backward(parameters, gradient, sweep, add=add and not aside)
+        self.parameters.add_up(layer, computed)
+        if aside:
+            updates.add(part, computed)
 
     def _outcome(self, values: np.ndarray, batch: Batch, terms: float) -> Outcome:
         """Return loss and correct samples of the whole batch; `values` becomes this worker's part of the gradient."""
@@ -227,9 +223,9 @@ class Replica(Collective):
             flat = values.reshape(-1, values.shape[-1])
             apply = self._loss.apply if self._turned is None else partial(self._turned.apply, self._loss)
             loss, correct = apply(flat, batch.targets, batch.weights)
-        if self._objectives and self._group.size > 1:
-            everybody, what = range(self._group.size), "the objectives of the other partitions"
-            terms = float(self._group.sum(self._terms, np.array([terms]), everybody, what)[0])
+        if self._terms and self._group.size > 1:
+            everybody, what = range(self._group.size), "the terms of the loss on the other partitions"
+            terms = float(self._group.sum(self._sum_of_terms, np.array([terms]), everybody, what)[0])
         return Outcome(batch.samples, loss + terms, correct)
 
     def _checked(self, batch: Batch) -> Batch:
@@ -265,23 +261,22 @@ class Replica(Collective):
             raise ValueError(f"inputs: given {_description(inputs)}, expected ({wanted}) with at least one sample")
         return inputs.reshape(*expected, inputs.shape[-1])
 
-    def _room(self, size: int) -> np.ndarray:
+    def _temporary(self, size: int) -> np.ndarray:
         """Return memory for the gradient of a layer that cannot add it to another."""
         if self._scratch.size < size:
             self._scratch = np.empty(size, self._dtype)
         return self._scratch[:size]
 
-    def _workspace(self, samples: int) -> Workspace:
-        self._group.make_room(samples, self._dtype.itemsize)
+    def _sweep(self, samples: int, context: Context) -> Sweep:
+        """Return a pass over so many samples, with the workspace kept for that number."""
+        self._group.reserve(samples, self._dtype.itemsize)
         if samples not in self._workspaces:
             if len(self._workspaces) == _WORKSPACES:
                 self._workspaces.popitem(last=False)
             linear = self._loss is not None and getattr(self._layers[-1], "activation", None) == "linear"
-            self._workspaces[samples] = Workspace(
-                self._mine, self._needed, self._within, self._gaps, self._summed, samples, self._dtype, linear
-            )
+            self._workspaces[samples] = Workspace(self._footprints, samples, self._dtype, linear=linear)
         self._workspaces.move_to_end(samples)
-        return self._workspaces[samples]
+        return Sweep(self._workspaces[samples], context, self._clock)
 
 
 def _description(array: np.ndarray) -> str:

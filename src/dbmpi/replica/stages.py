@@ -1,19 +1,20 @@
 """One layer on one worker: local work, named movement, local work.
 
 A layer is split by outputs, each worker computing those of its box from all inputs that they need, or by inputs, each
-worker making of its own inputs a part of the sums behind all outputs.
+worker computing from its own inputs a part of the sums behind all outputs.
 """
 
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from dbmpi.index.boxes import Box
 from dbmpi.network.layer import Arrays, Backward, Context, Forward, InParts, Layer, SplitByInputs
-from dbmpi.replica.exchange import Exchange, Moving
+from dbmpi.replica.exchange import Exchange
 from dbmpi.replica.group import Group
 from dbmpi.replica.plan import LayerPlan, interior
 
@@ -24,180 +25,198 @@ if TYPE_CHECKING:
 
 
 class Clock:
-    """Where the time of a worker goes: seconds by kind and layer, from one call to the next."""
+    """How a worker spends its time: seconds by kind and layer, from one call to the next.
+
+    Parameters
+    ----------
+    layers
+        Number of layers.
+    """
 
     def __init__(self, layers: int) -> None:
         self.seconds = {kind: [0.0] * layers for kind in ("forward", "backward", "exchange")}
         self._before = time.perf_counter()
 
     def start(self) -> None:
-        """Leave out what came before."""
+        """Do not count the time since the last call."""
         self._before = time.perf_counter()
 
-    def lap(self, kind: str, place: int) -> None:
-        """Count the time since the last call."""
+    def lap(self, kind: str, number: int) -> None:
+        """Count the time since the last call as `kind` of layer `number`."""
         now = time.perf_counter()
-        self.seconds[kind][place] += now - self._before
+        self.seconds[kind][number] += now - self._before
         self._before = now
 
 
-class Stage(Protocol):
-    """A layer on one worker."""
+class Sweep(NamedTuple):
+    """One pass over a batch on one worker, forward and perhaps backward."""
 
-    exchange: Exchange
-
-    def forward(self, parameters: Arrays, work: Workspace, context: Context, clock: Clock) -> None:
-        """Compute this worker's outputs from everybody's outputs of the layer below."""
-        ...
-
-    def backward(
-        self,
-        parameters: Arrays,
-        parameter_gradient: Arrays,
-        work: Workspace,
-        context: Context,
-        clock: Clock,
-        *,
-        add: bool,
-    ) -> None:
-        """Compute the gradient for this worker's parameters, and start to move that for the outputs of the layer below.
-
-        Afterwards the parameters are needed no more.  With `add` the gradient is added to what is there.
-        """
-        ...
-
-    def finish_backward(self, work: Workspace, clock: Clock) -> None:
-        """Complete the gradient for this worker's outputs of the layer below."""
-        ...
+    work: Workspace
+    context: Context
+    clock: Clock
 
 
-def stage(place: int, layer: Layer, output: Box, plan: LayerPlan, group: Group) -> Stage:
-    """Return the stage of a worker that owns the outputs in a box of layer number `place`."""
-    if plan.outputs is not None:
-        return _ByInputs(place, layer, output, Exchange(group, plan.outputs))
-    return _ByOutputs(place, layer, output, Exchange(group, plan.inputs))
+class Stage(ABC):
+    """A layer on one worker.
 
-
-class _ByOutputs:
-    """Computes the outputs of a box.
-
-    While inputs travel, what depends on this worker's own is computed; while their gradient travels, the parameters'.
+    Parameters
+    ----------
+    number
+        Of the layer.
+    layer
+        The layer.
+    output
+        The outputs that this worker owns.
+    exchange
+        What moves between the workers.
     """
 
-    def __init__(self, place: int, layer: Layer, output: Box, exchange: Exchange) -> None:
-        self._place, self._layer, self._output = place, layer, output
+    def __init__(self, number: int, layer: Layer, output: Box, exchange: Exchange) -> None:
         self.exchange = exchange
+        self._number, self._layer, self._output = number, layer, output
+
+    @abstractmethod
+    def forward(self, parameters: Arrays, sweep: Sweep) -> None:
+        """Compute this worker's outputs from every worker's outputs of the layer below."""
+
+    @abstractmethod
+    def backward(self, parameters: Arrays, gradient: Arrays, sweep: Sweep, *, add: bool) -> None:
+        """Compute the gradient for this worker's parameters, and start to move that for the outputs of the layer below.
+
+        Afterwards the parameters are needed no more.
+
+        Parameters
+        ----------
+        parameters
+            Of the layer on this worker.
+        gradient
+            Arrays for their gradient.
+        sweep
+            After its forward pass, and the backward passes of the layers above.
+        add
+            Add to `gradient` instead of overwriting it.
+        """
+
+    @abstractmethod
+    def finish_backward(self, sweep: Sweep) -> None:
+        """Complete the gradient for this worker's outputs of the layer below."""
+
+
+def stage(number: int, layer: Layer, output: Box, plan: LayerPlan, group: Group) -> Stage:
+    """Return the stage of a worker.
+
+    Parameters
+    ----------
+    number
+        Of the layer.
+    layer
+        The layer.
+    output
+        The outputs that this worker owns.
+    plan
+        What moves for the layer.
+    group
+        The workers.
+    """
+    if plan.outputs is not None:
+        return _ByInputs(number, layer, output, Exchange(group, plan.outputs))
+    return _ByOutputs(number, layer, output, Exchange(group, plan.inputs))
+
+
+class _ByOutputs(Stage):
+    """Computes the outputs of a box.
+
+    While inputs travel, the outputs that depend on this worker's own are computed; while the gradient for the inputs
+    travels, that for the parameters.
+    """
+
+    def __init__(self, number: int, layer: Layer, output: Box, exchange: Exchange) -> None:
+        super().__init__(number, layer, output, exchange)
+        self._moves = number > 0 and not exchange.in_place
+        self._adding = False
         self._inside: Box | None = None
         self._rest: tuple[Box, ...] = ()
-        self._moving: list[Moving] | None = None
-        if place > 0 and isinstance(layer, InParts) and not output.empty and not exchange.in_place:
-            inside, rest = interior(layer, output, exchange.mine)
+        if self._moves and isinstance(layer, InParts) and not output.empty:
+            inside, rest = interior(layer, output, exchange.owned)
             if rest and not inside.empty:
                 self._inside, self._rest = inside, rest
 
-    def forward(self, parameters: Arrays, work: Workspace, context: Context, clock: Clock) -> None:
-        place, moving = self._place, None
-        inputs, outputs = work.inputs[place], work.outputs[place]
-        task = Forward(self._output, parameters, inputs, outputs, context)
-        if place > 0 and not self.exchange.in_place:
-            moving = self.exchange.start_fill(work.outputs[place - 1], inputs)
-            clock.lap("exchange", place)
+    def forward(self, parameters: Arrays, sweep: Sweep) -> None:
+        number, (work, context, clock) = self._number, sweep
+        inputs = work.inputs[number]
+        task = Forward(self._output, parameters, inputs, work.outputs[number], context)
+        if self._moves:
+            self.exchange.fill.start(work.outputs[number - 1], inputs)
+            clock.lap("exchange", number)
         if self._inside is not None:
-            layer = cast(InParts, self._layer)
-            layer.forward_part(task, self._inside)
-            clock.lap("forward", place)
-        if moving is not None:
-            self.exchange.finish_fill(moving, inputs)
-            clock.lap("exchange", place)
-        if self._inside is not None:
-            for part in self._rest:
-                layer.forward_part(task, part)
-        elif not self._output.empty:
+            cast(InParts, self._layer).forward_part(task, self._inside)
+            clock.lap("forward", number)
+        if self._moves:
+            self.exchange.fill.finish(inputs)
+            clock.lap("exchange", number)
+        for part in self._rest:
+            cast(InParts, self._layer).forward_part(task, part)
+        if self._inside is None and not self._output.empty:
             self._layer.forward(task)
-        clock.lap("forward", place)
+        clock.lap("forward", number)
 
-    def backward(
-        self,
-        parameters: Arrays,
-        parameter_gradient: Arrays,
-        work: Workspace,
-        context: Context,
-        clock: Clock,
-        *,
-        add: bool,
-    ) -> None:
-        place = self._place
-        below = work.input_gradient(place) if place > 0 else None
-        self._moving = None
-        start = partial(self._start_adding, below, work, clock)
+    def backward(self, parameters: Arrays, gradient: Arrays, sweep: Sweep, *, add: bool) -> None:
+        number, (work, context, clock) = self._number, sweep
+        below = work.input_gradient(number) if number > 0 else None
+        start = partial(self._start_adding, below, sweep)
+        self._adding = False
         if not self._output.empty:
-            inputs, outputs, gradient = work.inputs[place], work.outputs[place], work.gradient(place + 1)
-            self._layer.backward(
-                Backward(
-                    *(self._output, parameters, inputs, outputs, context),
-                    *(gradient, parameter_gradient, below, add, start),
-                )
-            )
+            inputs, outputs, of_outputs = work.inputs[number], work.outputs[number], work.output_gradient(number)
+            forward = self._output, parameters, inputs, outputs, context
+            self._layer.backward(Backward(*forward, of_outputs, gradient, below, add, start))
         elif below is not None:
             below.fill(0)
         start()
-        clock.lap("backward", place)
+        clock.lap("backward", number)
 
-    def finish_backward(self, work: Workspace, clock: Clock) -> None:
-        if self._moving is not None:
-            self.exchange.finish_add(self._moving, work.gradient(self._place))
-        clock.lap("exchange", self._place)
+    def finish_backward(self, sweep: Sweep) -> None:
+        if self._adding:
+            self.exchange.add.finish(sweep.work.output_gradient(self._number - 1))
+        sweep.clock.lap("exchange", self._number)
 
-    def _start_adding(self, below: np.ndarray | None, work: Workspace, clock: Clock) -> None:
-        """Let the gradient for the inputs travel; without effect where it does already, or nothing travels."""
-        if below is None or self.exchange.in_place or self._moving is not None:
+    def _start_adding(self, below: np.ndarray | None, sweep: Sweep) -> None:
+        """Start to move the gradient for the inputs, unless that has been done or nothing moves."""
+        if below is None or not self._moves or self._adding:
             return
-        clock.lap("backward", self._place)
-        self._moving = self.exchange.start_add(below, work.gradient(self._place))
-        clock.lap("exchange", self._place)
+        sweep.clock.lap("backward", self._number)
+        self.exchange.add.start(below, sweep.work.output_gradient(self._number - 1))
+        self._adding = True
+        sweep.clock.lap("exchange", self._number)
 
 
-class _ByInputs:
-    """Computes for its own inputs a part of the sums behind all outputs."""
+class _ByInputs(Stage):
+    """Computes from its own inputs a part of the sums behind all outputs."""
 
-    def __init__(self, place: int, layer: Layer, output: Box, exchange: Exchange) -> None:
-        self._place, self._layer, self._output = place, cast(SplitByInputs, layer), output
-        self.exchange = exchange
-
-    def forward(self, parameters: Arrays, work: Workspace, context: Context, clock: Clock) -> None:
-        place = self._place
-        sums, outputs = work.sums(place), work.outputs[place]
+    def forward(self, parameters: Arrays, sweep: Sweep) -> None:
+        number, (work, _, clock), layer = self._number, sweep, cast(SplitByInputs, self._layer)
+        sums, outputs = work.sums(number), work.outputs[number]
         if sums.size:
-            self._layer.partial_forward(parameters, work.inputs[place], sums)
-        clock.lap("forward", place)
+            layer.partial_forward(parameters, work.inputs[number], sums)
+        clock.lap("forward", number)
         self.exchange.add(sums, outputs)
-        clock.lap("exchange", place)
+        clock.lap("exchange", number)
         if outputs.size:
-            self._layer.finish_forward(parameters, outputs)
-        clock.lap("forward", place)
+            layer.finish_forward(parameters, outputs)
+        clock.lap("forward", number)
 
-    def backward(
-        self,
-        parameters: Arrays,
-        parameter_gradient: Arrays,
-        work: Workspace,
-        context: Context,
-        clock: Clock,
-        *,
-        add: bool,
-    ) -> None:
-        place = self._place
-        inputs, outputs, below = work.inputs[place], work.outputs[place], work.input_gradient(place)
-        gradient, of_sums = work.gradient(place + 1), work.sums(place)
-        task = Backward(self._output, parameters, inputs, outputs, context, gradient, parameter_gradient, below, add)
-        if gradient.size:
-            self._layer.begin_backward(task)
-        clock.lap("backward", place)
-        self.exchange.fill(gradient, of_sums)
-        clock.lap("exchange", place)
+    def backward(self, parameters: Arrays, gradient: Arrays, sweep: Sweep, *, add: bool) -> None:
+        number, (work, context, clock), layer = self._number, sweep, cast(SplitByInputs, self._layer)
+        inputs, outputs, below = work.inputs[number], work.outputs[number], work.input_gradient(number)
+        of_outputs, of_sums = work.output_gradient(number), work.sums(number)
+        task = Backward(self._output, parameters, inputs, outputs, context, of_outputs, gradient, below, add)
+        if of_outputs.size:
+            layer.begin_backward(task)
+        clock.lap("backward", number)
+        self.exchange.fill(of_outputs, of_sums)
+        clock.lap("exchange", number)
         if of_sums.size:
-            self._layer.partial_backward(replace(task, gradient=of_sums))
-        clock.lap("backward", place)
+            layer.partial_backward(replace(task, gradient=of_sums))
+        clock.lap("backward", number)
 
-    def finish_backward(self, work: Workspace, clock: Clock) -> None:
-        clock.lap("exchange", self._place)
+    def finish_backward(self, sweep: Sweep) -> None:
+        sweep.clock.lap("exchange", self._number)

@@ -7,8 +7,9 @@ H_j (W1^T x)^2)``, where the second term is the sum of the outputs of L2 pooling
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -25,94 +26,121 @@ if TYPE_CHECKING:
     from dbmpi.replica.workspace import Workspace
 
 
-class Term(Protocol):
-    """A term of the loss that depends on a layer's outputs, and perhaps its inputs, on one worker."""
+class Term(ABC):
+    """A term of the loss that depends on a layer's outputs, and perhaps its inputs, on one worker.
 
-    place: int
-    """Number of the layer."""
+    Parameters
+    ----------
+    number
+        Of the layer.
+    """
 
-    def forward(self, parameters: Arrays, inputs: np.ndarray, work: Workspace) -> float:
+    def __init__(self, number: int) -> None:
+        self._number = number
+
+    @abstractmethod
+    def forward(self, parameters: Arrays, work: Workspace) -> float:
         """Return this worker's part of the term, summed over the samples, after the layer's forward pass.
 
-        `inputs` are those of the network, ``(*input shape, samples)``.
+        Parameters
+        ----------
+        parameters
+            Of the layer on this worker.
+        work
+            With the layer's inputs and outputs.
         """
-        ...
 
-    def backward(self, parameters: Arrays, parameter_gradient: Arrays, work: Workspace) -> None:
-        """Add the gradient of the term's mean to that for the layer's outputs, before its backward pass."""
-        ...
+    @abstractmethod
+    def backward(self, parameters: Arrays, gradient: Arrays, work: Workspace) -> None:
+        """Add the gradient of the term's mean to that for the layer's outputs, before its backward pass.
 
+        Parameters
+        ----------
+        parameters, work
+            As for `forward`.
+        gradient
+            Arrays for the gradient of the parameters: overwritten for those that only the term depends on.
+        """
+
+    @abstractmethod
     def backward_below(self, work: Workspace) -> None:
         """Add the gradient of the term's mean to that for the outputs of the layer below, when that is complete."""
-        ...
 
 
-def objectives(layers: Sequence[Layer], placement: Placement, group: Group) -> dict[int, Term]:
-    """Return the terms of a network on one worker, by the number of the layer."""
+def terms(layers: Sequence[Layer], placement: Placement, group: Group) -> dict[int, Term]:
+    """Return the terms of a network on one worker, by the number of the layer.
+
+    Parameters
+    ----------
+    layers, placement
+        The network, and what each worker computes.
+    group
+        The workers, of which this is one.
+    """
     found: dict[int, Term] = {}
-    for place, layer in enumerate(layers):
+    for number, layer in enumerate(layers):
         penalty = getattr(layer, "penalty", 0.0)
         if isinstance(layer, Reconstructing) and layer.reconstruction > 0:
-            output = placement.boxes[place][group.rank]
-            needed = needed_inputs(layers, placement)[place]
-            owned = placement.boxes[place - 1] if place > 0 else _shared_out(layer, placement.boxes[0])
+            output = placement.boxes[number][group.rank]
+            needed = needed_inputs(layers, placement)[number]
+            owned = placement.boxes[number - 1] if number > 0 else _shared_out(layer, placement.boxes[0])
             plan = ExchangePlan(tuple(layer.input_shape), owned, needed)
-            found[place] = _Reconstruction(place, layer, output, Exchange(group, plan))
+            found[number] = _Reconstruction(number, layer, output, Exchange(group, plan))
         elif penalty > 0:
-            found[place] = _Penalty(place, penalty)
+            found[number] = _Penalty(number, penalty)
     return found
 
 
-class _Penalty:
+class _Penalty(Term):
     """``penalty * sum of the outputs``, which are not negative."""
 
-    def __init__(self, place: int, penalty: float) -> None:
-        self.place, self._penalty = place, penalty
+    def __init__(self, number: int, penalty: float) -> None:
+        super().__init__(number)
+        self._penalty = penalty
 
-    def forward(self, parameters: Arrays, inputs: np.ndarray, work: Workspace) -> float:
-        outputs = _maps(work.outputs[self.place])
+    def forward(self, parameters: Arrays, work: Workspace) -> float:
+        outputs = _maps(work.outputs[self._number])
         return self._penalty * float(total(*rows_of(outputs), outputs.shape))
 
-    def backward(self, parameters: Arrays, parameter_gradient: Arrays, work: Workspace) -> None:
-        gradient = work.gradient(self.place + 1)
-        gradient += gradient.dtype.type(self._penalty / gradient.shape[-1])
+    def backward(self, parameters: Arrays, gradient: Arrays, work: Workspace) -> None:
+        of_outputs = work.output_gradient(self._number)
+        of_outputs += of_outputs.dtype.type(self._penalty / of_outputs.shape[-1])
 
     def backward_below(self, work: Workspace) -> None:
         pass
 
 
-class _Reconstruction:
-    """``weight * sum (estimate - input)^2``; the estimate is added up in those who own the inputs."""
+class _Reconstruction(Term):
+    """``weight * sum (estimate - input)^2``; each worker adds up the estimate of its inputs."""
 
-    def __init__(self, place: int, layer: Reconstructing, output: Box, exchange: Exchange) -> None:
-        self.place, self._layer, self._output, self._exchange = place, layer, output, exchange
+    def __init__(self, number: int, layer: Reconstructing, output: Box, exchange: Exchange) -> None:
+        super().__init__(number)
+        self._layer, self._output, self._exchange = layer, output, exchange
         self._error = self._spread = np.empty(0)
 
-    def forward(self, parameters: Arrays, inputs: np.ndarray, work: Workspace) -> float:
-        outputs, exchange = work.outputs[self.place], self._exchange
+    def forward(self, parameters: Arrays, work: Workspace) -> float:
+        number, outputs, exchange = self._number, work.outputs[self._number], self._exchange
         samples, dtype = outputs.shape[-1], outputs.dtype
-        if self._error.shape != (*exchange.mine.shape, samples):
-            self._error = np.empty((*exchange.mine.shape, samples), dtype)
+        if self._error.shape != (*exchange.owned.shape, samples):
+            self._error = np.empty((*exchange.owned.shape, samples), dtype)
             self._spread = np.empty((*exchange.needed.shape, samples), dtype)
         if not self._output.empty:
             self._layer.reconstruct(self._output, parameters, outputs, self._spread)
         exchange.add(self._spread, self._error)
-        below = _maps(work.outputs[self.place - 1] if self.place > 0 else inputs[exchange.mine.slices()])
+        below = _maps(work.outputs[number - 1] if number > 0 else work.batch[exchange.owned.slices()])
         weight = self._layer.reconstruction
         return weight * float(squared_error(_maps(self._error), *rows_of(below), 2 * weight / samples))
 
-    def backward(self, parameters: Arrays, parameter_gradient: Arrays, work: Workspace) -> None:
+    def backward(self, parameters: Arrays, gradient: Arrays, work: Workspace) -> None:
         self._exchange.fill(self._error, self._spread)
         if not self._output.empty:
-            outputs, gradient = work.outputs[self.place], work.gradient(self.place + 1)
-            self._layer.reconstruct_backward(
-                self._output, parameters, outputs, self._spread, parameter_gradient, gradient
-            )
+            outputs, of_outputs = work.outputs[self._number], work.output_gradient(self._number)
+            self._layer.reconstruct_backward(self._output, parameters, outputs, self._spread, gradient, of_outputs)
 
     def backward_below(self, work: Workspace) -> None:
-        if self.place > 0:
-            gradient = work.gradient(self.place)
-            gradient -= self._error
+        if self._number > 0:
+            of_inputs = work.output_gradient(self._number - 1)
+            of_inputs -= self._error
 
 
 def _maps(activations: np.ndarray) -> np.ndarray:

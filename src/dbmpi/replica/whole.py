@@ -6,39 +6,15 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from dbmpi.network.description import Network
-from dbmpi.replica.group import Group
-from dbmpi.replica.parameters import LocalParameters
-from dbmpi.replica.placement import Placement, automatic
+from dbmpi.replica.placement import automatic
 from dbmpi.replica.replica import Replica
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     import numpy as np
-    from mpi4py import MPI
 
     from dbmpi.objective import Batch, Gradient, Outcome
-
-
-def make_replica(
-    network: Network, placement: Placement, comm: MPI.Intracomm | None = None, *, shared: bool = True
-) -> Replica:
-    """Return one worker's part of a network (collective over `comm`).
-
-    Parameters
-    ----------
-    network
-        Its layers and its loss.
-    placement
-        What each worker computes.
-    comm
-        The workers; None for one alone.
-    shared
-        Let workers of one node exchange through memory that they share; otherwise by messages.
-    """
-    group = Group(comm, shared=shared)
-    parameters = LocalParameters(network.layers, network.layout, placement, group, network.dtype)
-    return Replica(network.layers, network.loss, placement, parameters, network.dtype, network.seed, group)
 
 
 class WholeNetwork(Network):
@@ -99,4 +75,4 @@ class WholeNetwork(Network):
 
     @cached_property
     def _replica(self) -> Replica:
-        return make_replica(self, automatic(self.layers, 1))
+        return Replica(self, automatic(self.layers, 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -10,8 +11,24 @@ from dbmpi.index.boxes import Box
 from dbmpi.kernels.memory import aligned_empty
 
 
+@dataclass(frozen=True)
+class Footprint:
+    """The boxes of one layer whose values a worker keeps."""
+
+    owned: Box
+    """The outputs that it computes."""
+    needed: Box
+    """The inputs that it needs."""
+    summed: Box | None
+    """For a layer split by inputs, the outputs to which it contributes."""
+    within: bool
+    """Whether the owned outputs of the layer below can be a part of the array of the inputs."""
+    gaps: bool
+    """Whether the layer can write its outputs with gaps: as a part of a larger array that is not one piece."""
+
+
 class Workspace:
-    """Activations of every layer, and room for gradients.
+    """Activations of every layer, and buffers for gradients.
 
     Where a layer's inputs hold all that this worker owns of the outputs below, the layer below writes these there at
     once, and an exchange only adds what others own; the same with their gradients.
@@ -22,82 +39,81 @@ class Workspace:
 
     Parameters
     ----------
-    owned
-        Of each layer, the outputs that this worker computes.
-    needed
-        Of each layer, the inputs that it needs.
-    within
-        Of each layer, whether the owned outputs of the layer below can be a part of the array of its inputs.
-    gaps
-        Of each layer, whether its outputs may be a part that is not one piece.
-    summed
-        Of each layer split by inputs, the outputs to which this worker contributes; otherwise empty.
+    layers
+        What is kept of each.
+    samples
+        Of a batch.
+    dtype
+        Of all arrays.
     linear
         Whether the last layer needs its outputs no more once the loss has seen them.
 
     Attributes
     ----------
-    outputs, inputs
+    inputs, outputs
         Arrays ``(*box shape, samples)``, one a layer; outputs may be parts of inputs.
+    batch
+        The network's inputs, of which those of the first layer are a part.
     """
 
     def __init__(
-        self,
-        owned: Sequence[Box],
-        needed: Sequence[Box],
-        within: Sequence[bool],
-        gaps: Sequence[bool],
-        summed: Sequence[Box],
-        samples: int,
-        dtype: np.dtype[np.floating],
-        linear: bool,
+        self, layers: Sequence[Footprint], samples: int, dtype: np.dtype[np.floating], *, linear: bool
     ) -> None:
-        self._owned, self._needed, self._summed = owned, needed, summed
-        self._samples, self._dtype, self._linear = samples, dtype, linear
-        self.inputs = [np.empty(0, dtype), *(aligned_empty((*box.shape, samples), dtype) for box in needed[1:])]
+        self._layers, self._samples, self._dtype, self._linear = layers, samples, dtype, linear
+        nothing = np.empty(0, dtype)
+        self.batch = nothing
+        self.inputs = [nothing, *(self._array(layer.needed) for layer in layers[1:])]
         self.outputs: list[np.ndarray] = []
-        self._parts: list[tuple[slice, ...] | None] = [None]
-        for place, box in enumerate(owned, 1):
-            if place < len(owned) and within[place]:
-                part = box.slices(needed[place])
-                outputs = self.inputs[place][part]
-                if gaps[place - 1] or outputs.flags.c_contiguous:
-                    self.outputs.append(outputs)
-                    self._parts.append(part)
-                    continue
-            self.outputs.append(aligned_empty((*box.shape, samples), dtype))
-            self._parts.append(None)
+        self._parts: list[tuple[slice, ...] | None] = []
+        """Of each layer, where its outputs are among the inputs of the layer above."""
+        for number, layer in enumerate(layers):
+            above = layers[number + 1] if number + 1 < len(layers) else None
+            part = layer.owned.slices(above.needed) if above is not None and above.within else None
+            outputs = self.inputs[number + 1][part] if part is not None else nothing
+            if part is None or not (layer.gaps or outputs.flags.c_contiguous):
+                part, outputs = None, self._array(layer.owned)
+            self.outputs.append(outputs)
+            self._parts.append(part)
         self._copied_inputs: np.ndarray | None = None
-        self._largest = max((box.size for box in (*owned, *needed[1:], *summed)), default=0) * samples
+        kept = [box for layer in layers for box in (layer.owned, layer.summed) if box is not None]
+        self._largest = max(box.size for box in (*kept, *(layer.needed for layer in layers[1:]))) * samples
         self._buffers: dict[int, np.ndarray] = {}
 
-    def take(self, inputs: np.ndarray) -> None:
-        """Use the needed part of a batch as the first layer's inputs; the batch itself where that is all of it."""
-        part = inputs[self._needed[0].slices()]
-        if part.flags.c_contiguous and part.dtype == self._dtype:
-            self.inputs[0] = part
-            return
-        if self._copied_inputs is None:
-            self._copied_inputs = aligned_empty(part.shape, self._dtype)
-        np.copyto(self._copied_inputs, part)
-        self.inputs[0] = self._copied_inputs
+    def take(self, batch: np.ndarray) -> None:
+        """Use the needed part of the inputs of a batch, ``(*input shape, samples)``; without copying it if possible."""
+        self.batch = batch
+        part = batch[self._layers[0].needed.slices()]
+        if not part.flags.c_contiguous or part.dtype != self._dtype:
+            if self._copied_inputs is None:
+                self._copied_inputs = aligned_empty(part.shape, self._dtype)
+            np.copyto(self._copied_inputs, part)
+            part = self._copied_inputs
+        self.inputs[0] = part
 
-    def gradient(self, place: int) -> np.ndarray:
-        """Return room for the gradient for the outputs of layer number ``place - 1``."""
-        if place == len(self._owned):
-            return self.outputs[-1] if self._linear else self._room(place % 2, self._owned[-1])
-        part = self._parts[place]
-        return self._room(place % 2 + 2, self._owned[place - 1]) if part is None else self.input_gradient(place)[part]
+    def output_gradient(self, number: int) -> np.ndarray:
+        """Return the buffer for the gradient for the outputs of layer `number`."""
+        last = number == len(self._layers) - 1
+        if last and self._linear:
+            return self.outputs[-1]
+        part = self._parts[number]
+        if part is not None:
+            return self.input_gradient(number + 1)[part]
+        return self._buffer((number + 1) % 2 + (0 if last else 2), self._layers[number].owned)
 
-    def input_gradient(self, place: int) -> np.ndarray:
-        """Return room for the gradient for the inputs of layer number `place`."""
-        return self._room(place % 2, self._needed[place])
+    def input_gradient(self, number: int) -> np.ndarray:
+        """Return the buffer for the gradient for the inputs of layer `number`."""
+        return self._buffer(number % 2, self._layers[number].needed)
 
-    def sums(self, place: int) -> np.ndarray:
-        """Return room for the sums of layer number `place`, or the gradient for them."""
-        return self._room(4, self._summed[place])
+    def sums(self, number: int) -> np.ndarray:
+        """Return the buffer for the sums of layer `number`, which is split by inputs, or for their gradient."""
+        summed = self._layers[number].summed
+        assert summed is not None
+        return self._buffer(4, summed)
 
-    def _room(self, which: int, box: Box) -> np.ndarray:
+    def _array(self, box: Box) -> np.ndarray:
+        return aligned_empty((*box.shape, self._samples), self._dtype)
+
+    def _buffer(self, which: int, box: Box) -> np.ndarray:
         if which not in self._buffers:
             self._buffers[which] = aligned_empty(self._largest, self._dtype)
         return self._buffers[which][: box.size * self._samples].reshape(*box.shape, self._samples)

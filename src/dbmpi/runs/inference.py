@@ -26,8 +26,8 @@ from dbmpi.mpi.tags import Tag
 from dbmpi.objective import Outcome
 from dbmpi.replica import placement, thread_count
 from dbmpi.replica.products import agree_on_products
+from dbmpi.replica.replica import Replica
 from dbmpi.replica.warmup import first_on_each_node, use_layers
-from dbmpi.replica.whole import make_replica
 from dbmpi.runs import trained_network
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ class Inference(Collective):
             self._stack.callback(blocking.free, self._replica_comm)
         say = partial(stderr_line, "dbmpi") if self.is_first else None
         self._compiled = self._stack.enter_context(announced(say))
-        self._replica = self._stack.enter_context(make_replica(network, placed, self._replica_comm))
+        self._replica = self._stack.enter_context(Replica(network, placed, self._replica_comm))
         with self.together("reading the parameters", waiting.LONG_SECONDS):
             self._parameters = self.trained.parameters(self._replica.parameters.runs)
 

@@ -18,7 +18,7 @@ from dbmpi.kernels.llvm.writer import lanes
 from dbmpi.mpi import waiting
 from dbmpi.objective import Batch
 from dbmpi.replica.plan import plan_exchanges
-from dbmpi.replica.whole import make_replica
+from dbmpi.replica.replica import Replica
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -97,7 +97,7 @@ def profile(
     UserError
         If the memory is not enough for parameters and gradient.
     """
-    with make_replica(network, placement, comm) as replica:
+    with Replica(network, placement, comm) as replica:
         mine = np.append(_median_times(network, replica, samples, steps, comm), THREADS * multiply_add_peak())
     everybodys = _gather(comm, mine)
     times = everybodys[:, :-2].reshape(-1, len(PHASES), len(network.layers))
@@ -105,8 +105,7 @@ def profile(
     layers = []
     for index, (layer, plan) in enumerate(zip(network.layers, plans, strict=True)):
         seconds, slowest = times[:, :, index].max(axis=0), times[:, :, index].argmax(axis=0)
-        moved = plan.traffic(samples, network.dtype.itemsize).total
-        moved += plan.traffic(samples, network.dtype.itemsize, backward=True).total if index > 0 else 0
+        moved = plan.values * samples * network.dtype.itemsize * (2 if index > 0 else 1)
         layers.append(
             LayerProfile(
                 layer.name,

@@ -33,9 +33,9 @@ from dbmpi.network import own
 from dbmpi.network.description import Network
 from dbmpi.paramserver.memory import check_room
 from dbmpi.replica import placement
+from dbmpi.replica.replica import Replica
 from dbmpi.replica.thread_count import fitted
 from dbmpi.replica.trial import try_layer
-from dbmpi.replica.whole import make_replica
 from dbmpi.result import Result
 from dbmpi.runs import start as runs_start
 from dbmpi.sandblaster import run as sandblaster_run
@@ -127,7 +127,7 @@ def _session(
             stack.enter_context(locked(run.run.directory, partial(print, "dbmpi:", file=sys.stderr, flush=True)))
     replica = None
     if plan.worker_of(comm.rank) is not None:
-        replica = stack.enter_context(make_replica(network, placed, comms.replica))
+        replica = stack.enter_context(Replica(network, placed, comms.replica))
         replica.prepare(run.optimizer.batch_size)
     begin, checkpoint, number = runs_start.find(run, comm, plan.replicas, network.layout, order, data.meaning)
     recorder = partial(

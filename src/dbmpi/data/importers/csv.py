@@ -21,7 +21,7 @@ def import_csv(
     file: Path,
     out: Path,
     *,
-    targets: Sequence[str] = ("-1",),
+    targets: Sequence[str] | None = None,
     drop: Sequence[str] = (),
     kind: Literal["classes", "values"] = "classes",
     classes: int | None = None,
@@ -44,7 +44,8 @@ def import_csv(
     out
         Data file to write; inputs are float32 ``(samples, columns)``.
     targets
-        Columns of the targets, by name or by number counted from 0, or from the last column (-1) backwards.
+        Columns of the targets, by name or by number counted from 0, or from the last column (-1) backwards; by default
+        the last one.
     drop
         Columns to leave out, likewise.
     kind
@@ -70,6 +71,7 @@ def import_csv(
         If the table is ragged, lacks a value, inputs are not finite numbers, a column does not exist, or a label is not
         one of `like`.
     """
+    targets = targets or ("-1",)
     if len(delimiter) != 1 or delimiter in '"\r\n':
         raise UserError(f"the delimiter {delimiter!r} is impossible; expected one character, e.g. ',' or ';'")
     if kind == "classes" and len(targets) != 1:

@@ -15,8 +15,8 @@ TEST_FRACTION = 0.2
 LARGEST_PIXEL = 16.0
 
 
-def import_digits(directory: Path, *, force: bool = False, progress: Progress = no_progress) -> list[Written]:
-    """Write ``digits-train.h5`` and ``digits-test.h5`` with float32 images of 8 x 8 in 0 ... 1.
+def import_digits(out: Path, *, force: bool = False, progress: Progress = no_progress) -> list[Written]:
+    """Write ``digits-train.h5`` and ``digits-test.h5`` into `out`, a directory: float32 images of 8 x 8 in 0 ... 1.
 
     A fifth of each class is held out, the same samples every time.
 
@@ -30,10 +30,10 @@ def import_digits(directory: Path, *, force: bool = False, progress: Progress = 
     except ImportError:
         raise UserError("the digits come with scikit-learn, which is not installed; pip install scikit-learn") from None
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{directory}: cannot be made a directory: {error}") from None
-    paths = {half: directory / f"digits-{half}.h5" for half in ("train", "test")}
+        raise UserError(f"{out}: cannot be made a directory: {error}") from None
+    paths = {half: out / f"digits-{half}.h5" for half in ("train", "test")}
     for path in paths.values():
         check_writable(path, force)
     digits = load_digits()
