@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-SUMMARY = "start a command or a program of yours on several ranks, with the mpirun that belongs to this Python's MPI"
+SUMMARY = "start a command or your own program on several ranks, with the mpirun of this Python's MPI"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

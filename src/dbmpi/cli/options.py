@@ -103,7 +103,7 @@ def add_inference(parser: argparse.ArgumentParser) -> None:
         "--missing",
         type=float,
         metavar="NUMBER",
-        help="number to take where an input is missing (default: as in training)",
+        help="value to use where an input is missing (default: as in training)",
     )
     add_allow_code(parser)
 
