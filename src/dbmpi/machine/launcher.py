@@ -34,6 +34,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from dbmpi.errors import DIED, ToldElsewhere, UserError
 from dbmpi.machine import banners, mpi_library, processes, threads
@@ -138,68 +139,96 @@ def run(mpi: Mpi, command: LaunchCommand, died: Callable[[Path | None], object] 
     died
         Called where a rank's death has ended the job, with the directory of its run, or None if that is not known.
     """
-    end, kill = (STOP, signal.SIGTERM) if mpi.is_open_mpi else (signal.SIGTERM, signal.SIGKILL)
-    asked: list[int] = []
-    killed = False
-    child: subprocess.Popen[bytes] | None = None
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        nonlocal killed
-        asked.append(number)
-        if len(asked) == 1:
-            os.write(2, b"dbmpi launch: asked the ranks to end with a checkpoint; Ctrl-C ends them at once\n")
-        elif number == signal.SIGINT:
-            killed = True
-        if child is not None and (killed or len(asked) == 1):
-            child.send_signal(kill if killed else end)
-
     ours = "dbmpi" in command.argv  # another program may end with any code
     environment = threads.without_prepared(os.environ) | dict(command.settings)
-    sessions = tempfile.TemporaryDirectory(prefix="dbmpi-session-", ignore_cleanup_errors=True)
-    if mpi.is_open_mpi:
-        # Open MPI names a session's directory after mpirun's process id, and cannot start where one of the same id was
-        # killed, perhaps long ago, before it could clean up.
-        environment.setdefault("PRTE_MCA_prte_tmpdir_base", sessions.name)
-    note = Path(sessions.name, "unfinished")
-    environment[UNFINISHED] = str(note)
-    outputs = banners.Outputs(mpi.is_open_mpi, lambda: bool(asked) or has_said(note))
-    heeded = [number for number in HEEDED if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, stop) for number in heeded}
-    try:
-        child = subprocess.Popen(
-            command.argv,
-            env=environment,
-            stdin=subprocess.DEVNULL,  # mpirun is not in the terminal's foreground group: reading would stop it
-            stdout=outputs.stdout,
-            stderr=outputs.stderr,
-            pass_fds=outputs.kept,
-            process_group=0,
-            preexec_fn=_sent_with_our_death(kill),  # noqa: PLW1509 - no threads here
-        )
-        outputs.start()
-        if asked:
-            child.send_signal(kill if killed else end)
-        tolerant = outlived(environment) or any(word.startswith("--with-ft") for word in command.argv)
-        code = _wait_through_start(child, note) if tolerant and ours else child.wait()
-        unfinished, directory = read_note(note)
-    except OSError as error:
-        raise UserError(f"{command.argv[0]}: cannot be executed: {error}") from None
-    finally:
-        outputs.finish()
-        sessions.cleanup()
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with (
+        _Relay(mpi) as relay,
+        tempfile.TemporaryDirectory(prefix="dbmpi-session-", ignore_cleanup_errors=True) as sessions,
+    ):
+        if mpi.is_open_mpi:
+            # Open MPI names a session's directory after mpirun's process id, and cannot start where one of the same id
+            # was killed, perhaps long ago, before it could clean up.
+            environment.setdefault("PRTE_MCA_prte_tmpdir_base", sessions)
+        note = Path(sessions, "unfinished")
+        environment[UNFINISHED] = str(note)
+        outputs = banners.Outputs(mpi.is_open_mpi, lambda: bool(relay.asked) or has_said(note))
+        try:
+            child = subprocess.Popen(
+                command.argv,
+                env=environment,
+                stdin=subprocess.DEVNULL,  # mpirun is not in the terminal's foreground group: reading would stop it
+                stdout=outputs.stdout,
+                stderr=outputs.stderr,
+                pass_fds=outputs.kept,
+                process_group=0,
+                preexec_fn=_sent_with_our_death(relay.kill),  # noqa: PLW1509 - no threads here
+            )
+            outputs.start()
+            relay.follow(child)
+            tolerant = outlived(environment) or any(word.startswith("--with-ft") for word in command.argv)
+            code = _wait_through_start(child, note) if tolerant and ours else child.wait()
+            unfinished, directory = read_note(note)
+        except OSError as error:
+            raise UserError(f"{command.argv[0]}: cannot be executed: {error}") from None
+        finally:
+            outputs.finish()
     code = 128 - code if code < 0 else code
-    # The ranks know of the stop by the signal that reached them; our caller, by the one that was sent to us.  Ranks
-    # that were not ready to end in peace have died of it; hydra then gives the bare number of the signal.
-    if asked and (killed or code in (end, 128 + end)):
-        return 128 + asked[0]
+    if relay.ended_by(code):
+        return 128 + relay.asked[0]
     if code == 0 and unfinished:
         sys.stderr.write(_HOST_LOST)
     code = documented(code, bare=ours and not mpi.is_open_mpi, unfinished=unfinished)
     if code == DIED:
         died(directory)
     return code
+
+
+class _Relay:
+    """Passes on signals to the launcher: the first asks the ranks to end, and a Ctrl-C after that ends them at once."""
+
+    def __init__(self, mpi: Mpi) -> None:
+        self.kill = signal.SIGTERM if mpi.is_open_mpi else signal.SIGKILL
+        self.asked: list[int] = []
+        self._end = STOP if mpi.is_open_mpi else signal.SIGTERM
+        self._killed = False
+        self._child: subprocess.Popen[bytes] | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> _Relay:
+        heeded = [number for number in HEEDED if signal.getsignal(number) is not signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._heed) for number in heeded}
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def follow(self, child: subprocess.Popen[bytes]) -> None:
+        """Pass on to this launcher from now on, and also what came before."""
+        self._child = child
+        if self.asked:
+            self._send()
+
+    def ended_by(self, code: int) -> bool:
+        """Return whether a launcher with this exit code has ended because of a signal that was passed on.
+
+        The ranks know of the stop by the signal that reached them; our caller, by the one that was sent to us.  Ranks
+        that were not ready to end have died of it; hydra then gives the bare number of the signal.
+        """
+        return bool(self.asked) and (self._killed or code in (self._end, 128 + self._end))
+
+    def _heed(self, number: int, frame: FrameType | None) -> None:
+        self.asked.append(number)
+        if len(self.asked) == 1:
+            os.write(2, b"dbmpi launch: asked the ranks to end with a checkpoint; Ctrl-C ends them at once\n")
+        elif number == signal.SIGINT:
+            self._killed = True
+        if self._killed or len(self.asked) == 1:
+            self._send()
+
+    def _send(self) -> None:
+        if self._child is not None:
+            self._child.send_signal(self.kill if self._killed else self._end)
 
 
 def _wait_through_start(mpirun: subprocess.Popen[bytes], started: Path) -> int:
