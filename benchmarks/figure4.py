@@ -181,7 +181,7 @@ def curve(run: Path, train_file: Path) -> Curve:
     begin = (
         passes[0]["elapsed"] - passes[0]["seconds"]
         if passes
-        else min(history.begin(own[0]) for own in reports) - history.starts[last]
+        else min(next(history.spans(own)).begin for own in reports) - history.starts[last]
     )
     found = Curve([0.0], [0.0], [100 * warm["accuracy"]])
     for record in history.evaluations:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import types
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal, Union, get_args, get_origin
 
@@ -14,6 +15,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from dbmpi import config
+from dbmpi.config.values import MOST
 
 TARGET = Path(__file__).parent.parent / "docs" / "configuration.md"
 HEAD = """# Configuration
@@ -57,7 +59,7 @@ def _section(title: str, model: type[BaseModel]) -> str:
     ]
     for key, field in model.model_fields.items():
         meaning = " ".join((field.description or "").replace("``", "`").replace("|", "\\|").split())
-        lines.append(f"| `{key}` | {_values(field)} | {_default(field)} | {meaning} |")
+        lines.append(f"| `{key}` | {_values(field.annotation, field.metadata)} | {_default(field)} | {meaning} |")
     return "\n".join([*lines, ""])
 
 
@@ -70,36 +72,39 @@ def _default(field: FieldInfo) -> str:
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
 
-def _values(field: FieldInfo) -> str:
-    bounds = [
-        f"{sign} {getattr(entry, name)}"
-        for entry in field.metadata
-        for name, sign in (("ge", ">="), ("gt", ">"), ("lt", "<"))
-        if getattr(entry, name, None) is not None
-    ]
-    return " ".join([_type(field.annotation), *bounds])
-
-
-def _type(annotation: object) -> str:
-    origin = get_origin(annotation)
+def _values(annotation: object, metadata: Iterable[object]) -> str:
+    """Describe what a setting, or an entry of one, may be: its type and its bounds."""
+    origin, parts = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        return _type(get_args(annotation)[0])
+        inner = [entry for field in parts[1:] for entry in getattr(field, "metadata", [field])]
+        return _values(parts[0], [*inner, *metadata])
     if origin is Literal:
-        return ", ".join(f"`{value}`" for value in get_args(annotation))
+        return ", ".join(f"`{value}`" for value in parts)
     if origin in (Union, types.UnionType):
-        return " or ".join(_type(part) for part in get_args(annotation) if part is not type(None))
+        choices = [_values(part, metadata) for part in parts if part is not type(None)]
+        return (", or " if "," in choices[0] else " or ").join(choices)
     if origin is tuple:
-        return _sequence(get_args(annotation))
+        return _sequence(parts)
     names = {int: "integer", float: "number", str: "text", bool: "`true`, `false`", Path: "path", dict: "tables"}
-    return names.get(origin or annotation, "value")  # type: ignore[arg-type]
+    name = names.get(origin or annotation, "value")  # type: ignore[arg-type]
+    bounds = _bounds(metadata)
+    return f"{name}, {bounds}" if bounds and name in ("integer", "number") else name
+
+
+def _bounds(metadata: Iterable[object]) -> str:
+    """Return bounds in words; those that only keep numbers in the range of their type are left out."""
+    words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+    found = [(word, getattr(entry, name, None)) for name, word in words.items() for entry in metadata]
+    return " and ".join(f"{word} {value:g}" for word, value in found if value is not None and value < MOST)
 
 
 def _sequence(parts: tuple[object, ...]) -> str:
-    """Describe a tuple: a few values, a list of values, or tables."""
-    if Ellipsis not in parts:
-        return f"[{', '.join(map(_type, parts))}]"
-    one = _type(parts[0])
-    return f"list of {one}s" if one in ("integer", "number", "text") else "tables"
+    """Describe a tuple: a list of a given or any length, or tables."""
+    one, _, bounds = _values(parts[0], ()).partition(", ")
+    if one not in ("integer", "number", "text"):
+        return "tables"
+    length = "" if Ellipsis in parts else f"{len(parts)} "
+    return f"list of {length}{one}s" + (f", each {bounds}" if bounds else "")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,9 @@
 """The errors that dbmpi raises on purpose, and the exit codes that they end a job with."""
 
+from __future__ import annotations
+
+from collections.abc import Iterable
+
 DIED = 75
 """Exit code where a rank's death has ended the run, and the same command would go on (EX_TEMPFAIL of sysexits.h)."""
 
@@ -34,3 +38,24 @@ class Damaged(UserError):
 
 class EndedByDeath(RunFailed):
     """A run that cannot go on because a rank has died (exit code 75)."""
+
+
+def suggestion(word: str, known: Iterable[str], otherwise: str | None = None) -> str:
+    """Return the hint for an unknown word: the known one that it resembles, or all that are known.
+
+    Parameters
+    ----------
+    word
+        What the user gave.
+    known
+        What would have been understood.
+    otherwise
+        The hint where nothing resembles it; by default the list of all.
+    """
+    from difflib import get_close_matches
+
+    known = list(known)
+    near = get_close_matches(word, known, n=1)
+    if near:
+        return f"did you mean {near[0]!r}?"
+    return f"known are {', '.join(known)}" if otherwise is None else otherwise

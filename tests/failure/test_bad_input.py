@@ -47,4 +47,4 @@ def test_a_mistake_is_told_once(jobs: Jobs, setting: str, words: tuple[str, ...]
 def test_a_wrong_command_line_is_told_once(jobs: Jobs) -> None:
     """Before there is an MPI."""
     done = jobs.launch(3, [sys.executable, "-m", "dbmpi", "train", "config.toml", "--sett", "x"], cwd=jobs.directory)
-    assert_refused(done, "train has no argument --sett; did you mean --set?")
+    assert_refused(done, "train has no argument --sett; did you mean '--set'?")

@@ -138,7 +138,7 @@ def test_a_run_directory_that_is_removed_is_made_anew(jobs: Jobs) -> None:
     program.signal(signal.SIGTERM, 0)
     done = jobs.finish(program)
     assert done.returncode == 128 + signal.SIGTERM, done.transcript
-    assert "the records were removed or moved while the run goes on" in done.output, done.transcript
+    assert "the records were removed or moved during the run" in done.output, done.transcript
     jobs.assert_whole()
     assert {record["role"] for record in read_records(jobs.run_directory)} == {"worker", "shard"}
 

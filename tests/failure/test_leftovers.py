@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from failure.jobs import Jobs
 
-from dbmpi.machine import leftovers
+from dbmpi.machine.mpi_library import remove_segments
 
 COMMAND = """
 import re, sys
@@ -55,10 +55,10 @@ def test_only_what_this_process_has_mapped_is_removed(tmp_path: Path) -> None:
     maps = tmp_path / "maps"
     maps.write_text("".join([*lines, "8f-9f rw-p 00000000 00:00 0\n"]))
     for variable in ("PMIX_RANK", "OMPI_COMM_WORLD_SIZE"):
-        assert leftovers.remove({variable: "1"}, tmp_path, maps) == []
-    assert leftovers.remove({}, tmp_path, maps) == [ours]
+        assert remove_segments({variable: "1"}, tmp_path, maps) == []
+    assert remove_segments({}, tmp_path, maps) == [ours]
     assert [path.exists() for path in (ours, renewed, others, no_segment)] == [False, True, True, True]
-    assert leftovers.remove({}, tmp_path, tmp_path / "missing") == []
+    assert remove_segments({}, tmp_path, tmp_path / "missing") == []
 
 
 def test_the_name_of_anothers_segment_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,5 +66,5 @@ def test_the_name_of_anothers_segment_stays(tmp_path: Path, monkeypatch: pytest.
     segment.touch()
     maps.write_text(f"7f-8f rw-s 00000000 00:1b {segment.stat().st_ino} {segment}\n")
     monkeypatch.setattr(os, "geteuid", lambda: segment.stat().st_uid + 1)
-    assert leftovers.remove({}, tmp_path, maps) == []
+    assert remove_segments({}, tmp_path, maps) == []
     assert segment.exists()

@@ -82,7 +82,7 @@ def test_each_rank_is_prepared(jobs: Jobs) -> None:
     ("words", "code", "told"),
     [
         (("sh", "-c", "exit 5"), 5, None),
-        (("trian", "config.toml"), 2, "did you mean the command 'train'?"),
+        (("trian", "config.toml"), 2, "did you mean 'train'?"),
         (("./plain",), 2, "./plain cannot be executed: Exec format error"),
         (("python", "-c", "raise SystemExit(3)"), 3, None),
     ],

@@ -280,13 +280,13 @@ def test_a_forced_kernel_is_the_one_that_numpy_runs() -> None:
 )
 def test_a_probe_that_fails_is_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str) -> None:
     """Also one that dies of an instruction that the processor does not know (signal 4)."""
-    (tmp_path / "blas_probe.py").write_text(program)
+    (tmp_path / "openblas.py").write_text(program)
     monkeypatch.setattr(blas, "__file__", str(tmp_path / "blas.py"))
     assert blas.probe("SKYLAKEX", os.environ) is None
 
 
 def test_a_probe_that_hangs_is_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "blas_probe.py").write_text("import time; time.sleep(60)")
+    (tmp_path / "openblas.py").write_text("import time; time.sleep(60)")
     monkeypatch.setattr(blas, "__file__", str(tmp_path / "blas.py"))
     monkeypatch.setattr(blas, "_PROBE_SECONDS", 0.3)
     assert blas.probe("SKYLAKEX", os.environ) is None

@@ -231,8 +231,8 @@ def test_bytecode_is_kept_where_the_installation_has_none(node: Path, tmp_path: 
     program = f"""
 import sys
 sys.path.insert(0, {str(lone)!r})
-from dbmpi.machine import bytecode
-print(bytecode.prepare(), sys.dont_write_bytecode)
+from dbmpi.machine.environment import keep_bytecode
+print(keep_bytecode(), sys.dont_write_bytecode)
 """
     place, switched_off = python(program, node, PYTHONDONTWRITEBYTECODE="1").split()
     assert place.startswith(str(node))

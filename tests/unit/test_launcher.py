@@ -17,8 +17,9 @@ from harness.programs import Program
 from dbmpi.cli import launch
 from dbmpi.errors import ToldElsewhere, UserError
 from dbmpi.machine import launcher, mpi_library
-from dbmpi.machine.launcher import LaunchCommand, check_world, compose, launched
+from dbmpi.machine.launcher import LaunchCommand, check_world, compose
 from dbmpi.machine.mpi_library import Mpi, find_mpi, protocol
+from dbmpi.machine.rank_variables import launched
 
 OPEN_MPI = Mpi("Open MPI v5.0.11", "/mpi/lib/libmpi.so.40", "/mpi/bin/mpirun")
 MPICH = Mpi("MPICH 5.0.2", "/mpi/lib/libmpi.so.12", "/mpi/bin/mpiexec.hydra")

@@ -12,7 +12,7 @@ import pytest
 from harness.environment import plain_environment, timeout_scale
 
 from dbmpi.machine import mpi_library
-from dbmpi.machine.missing_mpi import explain
+from dbmpi.machine.mpi_library import explain
 
 NONE = "cannot load MPI library\nlibmpi.so: cannot open shared object file: No such file or directory"
 

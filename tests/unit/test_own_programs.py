@@ -53,7 +53,7 @@ def test_a_program_on_the_path_is_found_once_and_for_all_ranks(here: Path) -> No
     ("given", "words"),
     [
         (["nothing"], ("nothing: no such program", "dbmpi's own commands are train, ")),
-        (["trian", "c.toml"], ("trian: no such program", "did you mean the command 'train'?")),
+        (["trian", "c.toml"], ("trian: no such program", "did you mean 'train'?")),
         (["./data.sh"], ("./data.sh is not executable", "chmod +x ./data.sh")),
         (["mine"], ("mine: no such program", "./mine")),
         (["./bin"], ("./bin is a directory",)),

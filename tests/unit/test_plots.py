@@ -34,6 +34,7 @@ def make_run(directory: Path, workers: int = 2, shards: int = 1, sessions: int =
     def add(kind: str, role: str, number: int, session: int, elapsed: float, **fields: object) -> None:
         record = {"kind": kind, "role": role, "number": number, "session": session, "elapsed": elapsed}
         record |= {"time": 1e9 + 1000 * session + elapsed} | fields
+        record |= {"steps_before": 150 * (session - 1), "steps_per_epoch": SAMPLES // BATCH}
         lines.setdefault(f"{role}-{number}", []).append(json.dumps(record) + "\n")
 
     speed = 50 * BATCH / max(workers, 1)
@@ -162,7 +163,6 @@ def test_lost_replicas_are_shown_where_they_were_lost(tmp_path, axes):
         "replica 2 since iteration 1 of session 1",
         "replica 1 since iteration 2 of session 2",
     ]
-    assert history.steps_per_epoch == 18
     panels.throughput(axes, history)
     (first,) = [line for line in axes.lines if line.get_label() == "lost: 1, 2"]
     second = axes.lines[axes.lines.index(first) + 1]

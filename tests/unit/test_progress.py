@@ -208,7 +208,7 @@ def test_losses_keep_to_their_columns(value, text):
 
 @pytest.mark.parametrize(("epochs", "text"), [(10, "epoch  2.5/10"), (0.5, "epoch   0.1/0.5"), (400, "epoch 100/400")])
 def test_the_place_in_the_run(epochs, text):
-    assert display.DisplayState(1000, epochs, 250).place == text
+    assert display.DisplayState(1000, epochs, 250).position == text
 
 
 @pytest.mark.parametrize(

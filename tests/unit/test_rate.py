@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dbmpi.monitor.rate import Rate
+from dbmpi.monitor.measures import Rate
 
 
 def test_a_slow_step_counts_all_its_time() -> None:

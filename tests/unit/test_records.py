@@ -391,6 +391,7 @@ def run_of_two_sessions(directory: Path) -> None:
         stamp = 1000 * session + elapsed
         fields = {name: getattr(report, name) for name in report.__slots__}
         record = {"kind": report.kind, "role": role, "number": number, "session": session}
+        record |= {"steps_before": 12 * (session - 1), "steps_per_epoch": 40}
         lines.append((number, role, record | {"time": stamp, "elapsed": elapsed} | fields))
 
     for number in (0, 1):
@@ -444,13 +445,13 @@ def test_the_steps_of_a_session_go_on_from_its_checkpoint(tmp_path):
     assert [history.kept(r) for r in history.workers[0]] == [True, False, False, True, True]
 
 
-def test_a_push_may_stand_for_several_steps(tmp_path):
-    for session, version in ((1, 20), (2, 30), (3, 31)):
-        with Recorder(tmp_path, "worker", 0, session=session) as worker:
+def test_records_say_where_a_session_began_and_without_it_follows_the_one_before(tmp_path):
+    for session, before in ((1, 0), (2, 50), (3, None)):  # as those of early versions
+        with Recorder(tmp_path, "worker", 0, session=session, steps_before=before, steps_per_epoch=7) as worker:
             worker.write(worker_report(100))
-        with Recorder(tmp_path, "shard", 0, session=session) as shard:  # 5 steps a push; session 2 begins at 10 pushes
-            shard.write(shard_report(StalenessHistogram(), version=version, pushes=20))
-    assert RunHistory(read_records(tmp_path)).begins == {1: 0, 2: 50, 3: 55}
+    history = RunHistory(read_records(tmp_path))
+    assert history.begins == {1: 0, 2: 50, 3: 150}
+    assert history.steps_per_epoch == 7
 
 
 def test_partitions_speak_for_their_replica_once(tmp_path):

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dbmpi.machine import slurm, threads
-from dbmpi.machine.threads import Node, decide, ranks_on_node
+from dbmpi.machine import threads
+from dbmpi.machine.rank_variables import expand, ranks_on_node
+from dbmpi.machine.threads import Node, decide
 
 # As Slurm 22.05 and the launchers of Open MPI 5 and MPICH 5 set them.
 BATCH_BODY = {
@@ -45,12 +46,12 @@ def test_ranks_on_node(environment: dict[str, str], expected: int) -> None:
 @given(st.lists(st.tuples(st.integers(1, 300), st.integers(1, 5)), min_size=1, max_size=8))
 def test_expands_counts_per_node(groups: list[tuple[int, int]]) -> None:
     text = ",".join(f"{count}(x{times})" if times > 1 else str(count) for count, times in groups)
-    assert slurm.expand(text) == [count for count, times in groups for _ in range(times)]
+    assert expand(text) == [count for count, times in groups for _ in range(times)]
 
 
 @pytest.mark.parametrize("text", ["", "x", "4(x)", "4(x2", "-1", "4;3"])
 def test_refuses_lists_of_counts_that_are_none(text: str) -> None:
-    assert slurm.expand(text) == []
+    assert expand(text) == []
 
 
 @given(st.integers(1, 300), st.integers(1, 300), st.integers(1, 300))

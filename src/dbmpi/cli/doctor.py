@@ -1,4 +1,4 @@
-"""``dbmpi doctor``: look at the machine and say what would trip a run up."""
+"""``dbmpi doctor``: check the machine, and report anything that would break a run or slow it down."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ if TYPE_CHECKING:
 
     from dbmpi.machine.doctor import Finding
 
-SUMMARY = "look at Python, BLAS, Numba, HDF5, MPI and the machine, and say what would trip a run up"
+SUMMARY = "check Python, BLAS, Numba, HDF5, MPI and the machine, and report what would break or slow down a run"
 
 _COLOURS = {"ok": "green", "note": "yellow", "broken": "red"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of the command."""
+    """Add the command's arguments to its `parser`."""
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print all findings; return 1 if something is broken.
+    """Print all findings as these `arguments` say; return 1 if something is broken.
 
     Under mpirun or srun only the world is looked at: that the ranks which were started are one world, and how its
     hosts reach each other's memory.
     """
-    from dbmpi.machine import launcher
     from dbmpi.machine.doctor import diagnose
+    from dbmpi.machine.rank_variables import launched
 
-    ranks, by, _ = launcher.launched(os.environ)
+    ranks, by, _ = launched(os.environ)
     if ranks > 1:
         from dbmpi.mpi import world
 
         comm = world.start()
         if comm.rank == 0:
-            print(f"{by} started one world of {comm.size} ranks; run doctor by itself to look at the rest")
+            print(f"{by} started one world of {comm.size} ranks; run doctor by itself to check the rest")
         from dbmpi.mpi import transport, window
 
         hosts = window.hosts(comm)

@@ -7,44 +7,30 @@ import json
 import math
 from typing import TYPE_CHECKING
 
-from dbmpi.cli import inference
+from dbmpi.cli import options
 
 if TYPE_CHECKING:
     from dbmpi.objective import Outcome
-    from dbmpi.runs.trained import TrainedNetwork
+    from dbmpi.runs.trained_network import TrainedNetwork
 
 SUMMARY = "compute the loss and accuracy of a checkpoint on a data file"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of the command."""
-    inference.add_arguments(parser)
-    parser.add_argument("--json", action="store_true", help="print one JSON document, for programs")
+    """Add the command's arguments to its `parser`."""
+    options.add_inference(parser)
+    options.add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Evaluate and print."""
-    from dbmpi.data.source import Source
-    from dbmpi.mpi import waiting
-
-    with inference.opened(arguments) as network:
-        trained = network.trained
-        with network.together("opening the data"):
-            source = Source.open(
-                arguments.data, inference.MEMORY_MIB, trained.targets, reading=inference.reading(trained, arguments)
-            )
-        with source:
-            with network.together("looking at the data", waiting.LONG_SECONDS):
-                notices = trained.expect(source, targets=True)
-                if network.is_first:
-                    source.validate(full=True)
-            inference.say(network, (*source.notes, *notices))
-            with inference.progress(source, "evaluating", network.is_first) as shown:
-                outcome = network.evaluate(source, shown)
+    """Evaluate with these `arguments`, print, and return the exit code."""
+    with options.opened(arguments, targets=True) as (network, source):
+        with options.progress(source, "evaluating", network.is_first) as shown:
+            outcome = network.evaluate(source, shown)
         if network.is_first:
-            _print(arguments, trained, outcome)
+            _print(arguments, network.trained, outcome)
         broken = "" if outcome.are_numbers else "some outputs are NaN or infinite; such samples count as wrong"
-        return inference.verdict(network, broken)
+        return options.verdict(network, broken)
 
 
 def _print(arguments: argparse.Namespace, trained: TrainedNetwork, outcome: Outcome) -> None:

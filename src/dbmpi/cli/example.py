@@ -1,4 +1,4 @@
-"""``dbmpi example``: list the examples and batch scripts that come with dbmpi, and write one where you are."""
+"""``dbmpi example``: list the examples and batch scripts that come with dbmpi, or write one into a directory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _FOLDERS = ("examples", "slurm")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of the command."""
+    """Add the command's arguments to its `parser`."""
     parser.add_argument("name", nargs="?", metavar="NAME", help="which one to write; without it all are listed")
     parser.add_argument(
         "--out",
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """List the examples, or write the files of one; nothing is overwritten."""
+    """List the examples, or write the files of the one in `arguments`; nothing is overwritten."""
     known = examples()
     if arguments.name is None:
         width = max(map(len, known))
@@ -61,14 +61,10 @@ def _summary(path: Path) -> str:
 
 def _chosen(known: dict[str, list[Path]], name: str, folder: Path) -> dict[Path, str]:
     """Return the texts to be written, for the directory that they will be in."""
-    import difflib
-
-    from dbmpi.errors import UserError
+    from dbmpi.errors import UserError, suggestion
 
     if _key(name) not in known:
-        near = difflib.get_close_matches(_key(name), known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
-        raise UserError(f"example {name}: there is none of this name; {hint}")
+        raise UserError(f"example {name}: there is none of this name; {suggestion(_key(name), known)}")
     if not folder.is_dir():
         raise UserError(f"--out {folder}: no such directory")
     files = {folder / file.name: _moved(file.read_text(encoding="utf-8")) for file in known[_key(name)]}

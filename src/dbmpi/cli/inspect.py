@@ -1,4 +1,4 @@
-"""``dbmpi inspect``: what a checkpoint, a run directory or a data file holds."""
+"""``dbmpi inspect``: the contents of a checkpoint, a run directory or a data file."""
 
 from __future__ import annotations
 
@@ -10,44 +10,43 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dbmpi.cli import configured
-from dbmpi.cli.inference import add_allow_code
+from dbmpi.cli import options
 from dbmpi.errors import Damaged, UserError
 
 if TYPE_CHECKING:
     from dbmpi.checkpoint.reader import Checkpoint
     from dbmpi.monitor.history import RunHistory
 
-SUMMARY = "show what a checkpoint, a run directory or a data file holds"
+SUMMARY = "show what is in a checkpoint, a run directory or a data file"
 
 _COLUMNS = ("min", "mean", "max", "std")
 _TEXT_SHOWN = 200
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of the command."""
+    """Add the command's arguments to its `parser`."""
     parser.add_argument(
         "path", type=Path, metavar="PATH", help="a checkpoint, a run directory (its newest checkpoint), or a data file"
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON document, for programs")
+    options.add_json(parser)
     parser.add_argument(
         "--placement",
         action="store_true",
         help="PATH is a configuration: show how its network is cut over the partitions, what moves, and why",
     )
     parser.add_argument(
-        "--partitions", type=configured.count, metavar="P", help="with --placement (default: topology.partitions)"
+        "--partitions", type=options.count, metavar="P", help="with --placement (default: topology.partitions)"
     )
-    configured.add_input_shape(parser)
-    add_allow_code(parser)
+    options.add_input_shape(parser)
+    options.add_allow_code(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Look at the file and print what was found."""
+    """Look at the file that these `arguments` name, print what it holds, and return the exit code."""
     if arguments.placement:
-        print(configured.placement_table(arguments))
+        print(_placement(arguments))
         return 0
-    configured.refuse_configuration(
+    options.refuse_configuration(
         arguments.path,
         "inspect",
         "a checkpoint, a run directory or a data file",
@@ -72,8 +71,28 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _placement(arguments: argparse.Namespace) -> str:
+    """Return a table of how the network of a configuration is cut.
+
+    Code of a user's own layers is not run unless the file is named: the configuration may be anybody's.
+    """
+    from dbmpi import config
+    from dbmpi.network.own import from_files
+    from dbmpi.replica import placement
+    from dbmpi.replica.describe import describe
+
+    run = config.load(arguments.path)
+    load = from_files(arguments.allow_code)
+    network = options.make_network(run.network, run.data, run.run.seed, arguments.input_shape, load)
+    partitions = arguments.partitions or run.topology.partitions or 1
+    placed = placement.from_config(run.placement, network.layers, partitions)
+    head = f"{network.size:,} parameters over {_count(partitions, 'partition')}"
+    samples = run.optimizer.batch_size
+    return f"{head}; batches of {samples}\n\n{describe(network.layers, placed, samples)}"
+
+
 def describe(path: Path) -> dict[str, Any]:
-    """Return what a path holds: ``kind`` is ``"run"``, ``"checkpoint"`` or ``"data"``.
+    """Return the contents of a path: ``kind`` is ``"run"``, ``"checkpoint"`` or ``"data"``.
 
     Raises
     ------
@@ -84,13 +103,13 @@ def describe(path: Path) -> dict[str, Any]:
     from dbmpi.checkpoint.reader import Checkpoint
 
     if path.is_dir():
-        place, history = directory.checkpoints_directory(path), _history(path)
+        folder, history = directory.checkpoints_directory(path), _history(path)
         with Checkpoint.open(path) as checkpoint:
             return {
                 "kind": "run",
                 "path": str(path),
                 "notice": checkpoint.notice,
-                "checkpoints": [_brief(candidate) for candidate in sorted(directory.checkpoints(place))],
+                "checkpoints": [_brief(candidate) for candidate in sorted(directory.checkpoints(folder))],
                 "lost": [asdict(lost) for lost in history.lost] if history is not None else [],
                 "newest": _checkpoint(checkpoint),
             }
@@ -103,7 +122,7 @@ def describe(path: Path) -> dict[str, Any]:
 
 
 def _history(directory: Path) -> RunHistory | None:
-    """Return what the records of a run say, if it has any."""
+    """Return the history of a run, if it has records."""
     from dbmpi.monitor.history import RunHistory
     from dbmpi.monitor.records import read_records
 
@@ -130,15 +149,8 @@ def _brief(path: Path) -> dict[str, Any]:
 
     try:
         with Checkpoint.open(path) as checkpoint:
-            info = checkpoint.info
-            size = path.stat().st_size
-            return {
-                "name": path.name,
-                "bytes": size,
-                "step": info.step,
-                "samples": info.samples,
-                "created": info.created,
-            }
+            facts = {key: getattr(checkpoint.info, key) for key in ("step", "samples", "created")}
+            return {"name": path.name, "bytes": path.stat().st_size, **facts}
     except (UserError, FileNotFoundError) as error:
         return {"name": path.name, "unreadable": str(error)}
 
@@ -158,8 +170,8 @@ def _checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
                 numbers = statistics.as_dict(statistics.of_tensor(checkpoint, vector, tensor))
             except Damaged as error:
                 numbers = {"not_read": "damaged", "damaged": str(error)}
-            place = tensor.name if vector == "parameters" else f"{vector}: {tensor.name}"
-            arrays.append({"name": place, "shape": tensor.shape, "dtype": str(checkpoint.dtype), **numbers})
+            name = tensor.name if vector == "parameters" else f"{vector}: {tensor.name}"
+            arrays.append({"name": name, "shape": tensor.shape, "dtype": str(checkpoint.dtype), **numbers})
     return {
         "kind": "checkpoint",
         "path": str(checkpoint.path),
@@ -284,7 +296,7 @@ def _array_lines(arrays: Sequence[dict[str, Any]]) -> Iterator[str]:
     if not rows:
         yield "no arrays"
         return
-    names, shapes, types = (max(len(str(row[place])) for row in rows) for place in range(3))
+    names, shapes, types = (max(len(str(row[column])) for row in rows) for column in range(3))
     heading = "".join(f"{name:>11}" for name in _COLUMNS)
     yield f"  {'':<{names}}  {'shape':<{max(shapes, 5)}}  {'dtype':<{max(types, 5)}}{heading}  non-finite"
     for name, shape, kind, array in rows:
@@ -311,7 +323,7 @@ def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _printable(value: Any, length: int = _TEXT_SHOWN) -> str:
-    """Return text that cannot command the terminal, wherever it comes from."""
+    """Return text without control characters, so that it cannot control the terminal."""
     text = value if isinstance(value, str) else json.dumps(value)
     shown = "".join(letter if letter.isprintable() else "?" for letter in text[:length])
     return shown + ("..." if len(text) > length else "")

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-SUMMARY = "start a command or a program of yours on several ranks, with the mpirun that belongs to this Python's MPI"
+SUMMARY = "start a command or your own program on several ranks, with the mpirun of this Python's MPI"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of the command."""
+    """Add the command's arguments to its `parser`."""
     parser.usage = "dbmpi launch [-h] -n N [--mpi-args ARGS] [--mpirun PATH] [--dry-run] -- COMMAND ..."
     parser.add_argument("-n", type=int, required=True, metavar="N", dest="ranks", help="number of ranks")
     parser.add_argument(
@@ -33,9 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Start the ranks, wait for their end, and return the exit code that docs/running.md has for it."""
+    """Start the ranks as these `arguments` say, wait for their end, and return the exit code of docs/running.md."""
     from dbmpi.errors import UserError
     from dbmpi.machine import launcher, mpi_library, own_program, threads
+    from dbmpi.machine.rank_variables import launched
 
     command = list(arguments.command)
     if command and command[0] == "--":
@@ -44,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError("launch: nothing to run; expected e.g.  dbmpi launch -n 4 -- train CONFIG.toml")
     if arguments.ranks < 1:
         raise UserError(f"launch -n {arguments.ranks}: expected at least 1 rank")
-    ranks, by, _ = launcher.launched(os.environ)
+    ranks, by, _ = launched(os.environ)
     if ranks > 1:
         words = " ".join(command)
         raise UserError(f"launch was itself started {ranks} times by {by}: either of the two is enough (dbmpi {words})")
@@ -60,9 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         program = ["-m", "dbmpi.machine.own_program", *own_program.resolve(command, COMMANDS)]
     mpi = mpi_library.find_mpi(arguments.mpirun)
-    columns = None
-    if sys.stdout.isatty():
-        columns = os.get_terminal_size(sys.stdout.fileno()).columns or 80
+    columns = os.get_terminal_size(sys.stdout.fileno()).columns or 80 if sys.stdout.isatty() else None
     composed = launcher.compose(
         mpi,
         arguments.ranks,
@@ -75,11 +74,11 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         print(composed)
         return 0
-    return launcher.run(mpi, composed, lambda directory: _say_how_to_go_on(arguments, command, directory))
+    return launcher.run(mpi, composed, lambda directory: _say_how_to_resume(arguments, command, directory))
 
 
-def _say_how_to_go_on(arguments: argparse.Namespace, command: Sequence[str], directory: Path | None) -> None:
-    """Say, where a rank's death has ended a run, from which checkpoint which command goes on."""
+def _say_how_to_resume(arguments: argparse.Namespace, command: Sequence[str], directory: Path | None) -> None:
+    """Print, where a rank's death has ended a run, the command that resumes it, and from which checkpoint."""
     from dbmpi.checkpoint.reader import Checkpoint
     from dbmpi.errors import UserError
 

@@ -1,14 +1,13 @@
 """The command line: finds the command, and turns errors into messages and exit codes.
 
 Exit codes: 0 done, 2 the user's mistake, 1 a failure; 128 + n after signal n, with a checkpoint; 75 where a death has
-ended the run and the same command would go on.
+ended the run and the same command would resume it.
 A command is a module of this package with `SUMMARY`, `add_arguments` and `run`; it imports what it needs when it runs.
 """
 
 from __future__ import annotations
 
 import argparse
-import difflib
 import errno
 import importlib
 import os
@@ -19,18 +18,24 @@ from types import ModuleType
 from typing import NoReturn
 
 import dbmpi
-from dbmpi.errors import RunFailed, ToldElsewhere, UserError
+from dbmpi.errors import RunFailed, ToldElsewhere, UserError, suggestion
 from dbmpi.machine import early, endings, streams
 
 COMMANDS = ("train", "launch", "evaluate", "predict", "inspect", "plot", "bench", "data", "example", "doctor")
 COMPUTING = ("train", "evaluate", "predict", "bench")
-"""Those that are worth comparing BLAS kernels for, which takes some seconds, the first time on a node."""
+"""Those for which BLAS kernels are compared, which takes some seconds the first time on a node."""
 _MOMENT = 0.5
 """Seconds."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and return the exit code."""
+    """Run a command and return the exit code.
+
+    Parameters
+    ----------
+    arguments
+        The words after ``dbmpi``; by default those of this process.
+    """
     streams.open_closed()
     words = sys.argv[1:] if arguments is None else list(arguments)
     parser = _parser(words)
@@ -55,21 +60,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        # The reader of our output, e.g. `head`, has seen enough.
-        _discard_output()
-        return 0
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EDQUOT):
             raise
-        _discard_output()
+        from dbmpi.monitor.progress import discard
+
+        discard(sys.stdout)  # otherwise Python fails on the rest when it ends
+        if error.errno == errno.EPIPE:
+            return 0  # the reader of our output, e.g. `head`, has seen enough
         _say(RunFailed(f"{error.filename or 'standard output'}: cannot be written: {error.strerror}"))
         return 1
-
-
-def _discard_output() -> None:
-    """Let what is still to be written to standard output go nowhere, lest Python fail over it when it ends."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
@@ -88,7 +88,7 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose complaint is one line that comes once, not from every rank."""
+    """A parser whose error is a single line, printed once and not by every rank."""
 
     def error(self, message: str) -> NoReturn:
         if not _is_silent():
@@ -102,8 +102,7 @@ class _Parser(argparse.ArgumentParser):
             return
         known = [str(choice) for choice in action.choices]
         kind = {"COMMAND": "command", "ACTION": "action"}.get(str(action.metavar), "choice")
-        near = _nearest(str(value), known)
-        self.error(f"{str(value)!r} is no {kind}; {near or 'known are ' + ', '.join(known)}")
+        self.error(f"{str(value)!r} is no {kind}; {suggestion(str(value), known)}")
 
 
 def _unknown(parser: argparse.ArgumentParser, words: Sequence[str], unknown: Sequence[str]) -> str:
@@ -114,17 +113,12 @@ def _unknown(parser: argparse.ArgumentParser, words: Sequence[str], unknown: Seq
         if word in choices:
             parser = choices[word]
             known = list(parser._option_string_actions)
-    near = _nearest(unknown[0].partition("=")[0], known)
-    return f"{parser.prog.removeprefix('dbmpi ')} has no argument {unknown[0]}{f'; {near}' if near else ''}"
-
-
-def _nearest(word: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"did you mean {near[0]}?" if near else ""
+    hint = suggestion(unknown[0].partition("=")[0], known, "")
+    return f"{parser.prog.removeprefix('dbmpi ')} has no argument {unknown[0]}{hint and '; '}{hint}"
 
 
 def _say(error: Exception) -> None:
-    """Print a message once: on the rank that has something to say, and where all have the same, on the first."""
+    """Print a message once: on the rank that has the error, or on the first where all have the same."""
     if not _is_silent(error):
         endings.note_message()
         sys.stderr.write(f"dbmpi: {error}\n")
@@ -132,11 +126,11 @@ def _say(error: Exception) -> None:
 
 
 def _is_silent(error: Exception | None = None) -> bool:
-    """Return whether another rank says what is wrong; if so, after a moment, as launchers kill all when one ends."""
+    """Return whether another rank prints the error; if so, after a moment, as launchers kill all when one ends."""
     if "dbmpi.mpi.world" in sys.modules:
         silent = isinstance(error, ToldElsewhere)
     else:
-        from dbmpi.machine.launcher import launched
+        from dbmpi.machine.rank_variables import launched
 
         silent = launched(os.environ)[2] > 0
     if silent:

@@ -6,20 +6,20 @@ import argparse
 import sys
 from pathlib import Path
 
-from dbmpi.cli import configured
+from dbmpi.cli import options
 
 SUMMARY = "draw loss, accuracy, throughput, staleness and where the time goes, from a run's records"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what the command takes."""
+    """Add the command's arguments to its `parser`."""
     parser.add_argument("directory", metavar="RUN_DIR", type=Path, help="directory of the run (run.directory)")
     parser.add_argument("--out", metavar="DIR", type=Path, help="where to put the pictures (default: RUN_DIR/plots)")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Draw, and print the paths of the pictures, the one of everything first."""
-    configured.refuse_configuration(arguments.directory, "plot", "the directory of a run")
+    """Draw with these `arguments`, print the paths of the pictures, and return the exit code."""
+    options.refuse_configuration(arguments.directory, "plot", "the directory of a run")
 
     from dbmpi.monitor.history import RunHistory
     from dbmpi.monitor.plots import draw_history

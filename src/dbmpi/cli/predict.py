@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dbmpi.cli import inference
+from dbmpi.cli import options
 from dbmpi.errors import UserError
 
 if TYPE_CHECKING:
@@ -20,12 +21,12 @@ SUMMARY = "write the outputs of a checkpoint for a data file to an HDF5 file"
 
 FORMAT = "dbmpi-predictions"
 NO_LABEL = -(2**63)
-"""In place of a label that is a number, where a sample has no class; the attribute `_FillValue` says so."""
+"""Stored instead of a numeric label where a sample has no class; the attribute `_FillValue` says so."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of the command."""
-    inference.add_arguments(parser)
+    """Add the command's arguments to its `parser`."""
+    options.add_inference(parser)
     parser.add_argument(
         "--out",
         type=Path,
@@ -37,35 +38,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Predict, write the file and say so."""
-    from dbmpi.data.source import Source
-    from dbmpi.mpi import waiting
+    """Predict with these `arguments`, write the file, say so, and return the exit code."""
 
-    with inference.opened(arguments) as network:
-        trained = network.trained
-        with network.together("opening the data"):
-            if network.is_first:
-                _check_out(arguments.out, arguments.data, arguments.force)
-                _check_out(arguments.out, trained.path, arguments.force)
-            source = Source.open(
-                arguments.data, inference.MEMORY_MIB, targets="optional", reading=inference.reading(trained, arguments)
-            )
-        with source:
-            with network.together("looking at the data", waiting.LONG_SECONDS):
-                notices = trained.expect(source, targets=False)
-                if network.is_first:
-                    source.validate(full=True)
-            inference.say(network, (*source.notes, *notices))
-            broken = 0
-            if network.is_first:
-                broken = _write(arguments, network, source)
-            else:
-                for _ in network.predict(source):
-                    pass
-            broken = network.largest(broken)
+    def check(checkpoint: Path) -> None:
+        for read in (arguments.data, checkpoint):
+            _check_out(arguments.out, read, arguments.force)
+
+    with options.opened(arguments, targets=False, check=check) as (network, source):
+        broken = 0
+        if network.is_first:
+            broken = _write(arguments, network, source)
+        else:
+            deque(network.predict(source), maxlen=0)
+        broken = network.total(broken)
         text = f"the outputs of {broken:,} of {source.samples:,} samples are NaN or infinite"
-        text += "; their class is -1" if trained.info.classes else ""
-        return inference.verdict(network, text if broken else "")
+        text += "; their class is -1" if network.trained.info.classes else ""
+        return options.verdict(network, text if broken else "")
 
 
 def _write(arguments: argparse.Namespace, network: Inference, source: Source) -> int:
@@ -81,13 +69,17 @@ def _write(arguments: argparse.Namespace, network: Inference, source: Source) ->
     loss, meaning = trained.network.loss, trained.info.meaning or Meaning()
     labels = _labels(meaning.labels, units) if classifies and meaning.labels else None
     kind, description = ("outputs", "outputs of the last layer") if loss is None else loss.predicts
+    attributes: dict[str, str | int] = {
+        "format": FORMAT,
+        "format_version": 1,
+        "dbmpi": dbmpi.__version__,
+        "checkpoint": str(trained.path),
+        "step": trained.info.step,
+        "data": str(arguments.data),
+    }
     with NewFile(arguments.out, ARRAYS) as out:
-        out.set_attribute("format", FORMAT)
-        out.set_attribute("format_version", 1)
-        out.set_attribute("dbmpi", dbmpi.__version__)
-        out.set_attribute("checkpoint", str(trained.path))
-        out.set_attribute("step", trained.info.step)
-        out.set_attribute("data", str(arguments.data))
+        for name, value in attributes.items():
+            out.set_attribute(name, value)
         out.create("outputs", (source.samples, units), np.float32)
         if classifies:
             out.create("classes", (source.samples,), np.int32)
@@ -101,7 +93,7 @@ def _write(arguments: argparse.Namespace, network: Inference, source: Source) ->
         if meaning.target_names:
             out.put("output_names", _plain(meaning.target_names))
         out.check_space()
-        with inference.progress(source, "predicting", True) as shown:
+        with options.progress(source, "predicting", True) as shown:
             for first, rows in network.predict(source):
                 out.write("outputs", first * units, rows.reshape(-1))
                 classes = _classes(rows)
@@ -141,7 +133,7 @@ def _classes(outputs: np.ndarray) -> np.ndarray:
 
 
 def _check_out(out: Path, read: Path, force: bool) -> None:
-    """Refuse to overwrite what is read, and what exists unless it is meant."""
+    """Refuse to overwrite the input, or any existing file unless `force` is given."""
     if not out.exists():
         return
     if not out.is_file():

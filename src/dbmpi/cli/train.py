@@ -7,6 +7,8 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dbmpi.cli import options
+
 if TYPE_CHECKING:
     from mpi4py import MPI
 
@@ -18,20 +20,12 @@ SUMMARY = "train the network that a configuration describes (under mpirun or sru
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of the command."""
-    parser.add_argument("config", type=Path, metavar="CONFIG.toml", help="description of the run")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="SECTION.KEY=VALUE",
-        dest="overrides",
-        help="override a setting of the file, e.g. optimizer.epochs=5 (may be repeated)",
-    )
+    """Add the command's arguments to its `parser`."""
+    options.add_configuration(parser, "description of the run", "optimizer.epochs=5")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Train and print what came out."""
+    """Train with these `arguments`, print the result, and return the exit code."""
     from dbmpi.machine.signals import StopSignal
 
     # A signal that comes while libraries are loaded and kernels are compiled ends the run, too, and not the process.
@@ -51,12 +45,12 @@ def _train(arguments: argparse.Namespace, stop: StopSignal) -> int:
         _print(result, described.run.directory)
     if result.stopped_by:
         return 128 + result.stopped_by
-    # What was learned is in the checkpoint; but nobody should take it for good.
+    # The parameters are in the checkpoint; but the exit code warns that they are not usable.
     return 0 if result.test is None or result.test.are_numbers else 1
 
 
 def _described(arguments: argparse.Namespace, comm: MPI.Intracomm) -> Run:
-    """Read the configuration on one rank, so that all have the same, and a mistake in it is told once."""
+    """Read the configuration on one rank, so that all have the same, and a mistake in it is reported once."""
     from dbmpi import config
     from dbmpi.mpi import waiting, world
 
@@ -68,30 +62,19 @@ def _described(arguments: argparse.Namespace, comm: MPI.Intracomm) -> Run:
 
 
 def _print(result: Result, directory: Path) -> None:
-    lines = []
+    lines = {}
     if result.test is not None:
-        accuracy = result.test.accuracy
-        lines.append(("test loss", f"{result.test.mean_loss:.4f}"))
+        accuracy, of = result.test.accuracy, f"({result.test.correct:,} of {result.test.samples:,})"
+        lines["test loss"] = f"{result.test.mean_loss:.4f}"
         if accuracy is not None:
-            lines.append(
-                ("test accuracy", f"{100 * accuracy:.2f} %  ({result.test.correct:,} of {result.test.samples:,})")
-            )
+            lines["test accuracy"] = f"{100 * accuracy:.2f} %  {of}"
     if result.steps:
-        lines += [
-            ("steps", f"{result.steps:,} in {result.seconds:.1f} s"),
-            ("samples/s", f"{result.samples / max(result.seconds, 1e-9):,.0f}"),
-        ]
+        lines["steps"] = f"{result.steps:,} in {result.seconds:.1f} s"
+        lines["samples/s"] = f"{result.samples / max(result.seconds, 1e-9):,.0f}"
         if math.isfinite(result.staleness):
-            lines.append(("mean staleness", f"{result.staleness:.2f}"))
-    lines += [
-        ("checkpoint", str(result.checkpoint)),
-        ("records", str(directory / "records")),
-    ]
-    if result.lost:
-        lines.append(("lost replicas", ", ".join(map(str, result.lost))))
-    if result.advice:
-        lines.append(("advice", result.advice))
-    if result.warning:
-        lines.append(("warning", result.warning))
-    for name, value in lines:
-        print(f"{name:>14}  {value}", flush=True)
+            lines["mean staleness"] = f"{result.staleness:.2f}"
+    lines |= {"checkpoint": str(result.checkpoint), "records": str(directory / "records")}
+    last = {"lost replicas": ", ".join(map(str, result.lost)), "advice": result.advice, "warning": result.warning}
+    for name, value in (lines | last).items():
+        if value:
+            print(f"{name:>14}  {value}", flush=True)

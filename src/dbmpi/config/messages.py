@@ -1,8 +1,7 @@
-"""What is wrong with a description, said so that it can be mended."""
+"""Error messages about a description: what was given, what was expected, and how to fix it."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Sequence
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
@@ -11,9 +10,10 @@ from pydantic import BaseModel, ValidationError
 
 from dbmpi.config.layers import LAYERS, OwnLayer
 from dbmpi.config.values import shown
+from dbmpi.errors import suggestion
 
 _NUMBER, _PAIR = "constrained-int", "tuple[constrained-int"
-"""What pydantic puts behind the place of a key that takes a number or two, once for each."""
+"""What pydantic puts behind the path of a key that takes a number or two, once for each."""
 _EXPECTED = {
     "union_tag_not_found": "expected a [[network.layers]] table",
     "tuple_type": "expected a list, [...]",
@@ -29,60 +29,67 @@ def explain(
     origin: str | Callable[[Sequence[int | str]], str],
     table: Any = None,
 ) -> str:
-    """Turn a validation error into lines that name the place, what was given and what was expected.
+    """Turn a validation error into lines that name the path of a value, what was given and what was expected.
 
-    `origin` is where the description comes from, or a function that tells it of a place.  Layers are counted from 0; if
-    the `table` that does not fit is given, lines say what they are called, too.
+    Parameters
+    ----------
+    error
+        What pydantic has raised.
+    model
+        The section, or the run, that was to be made.
+    origin
+        Where the description comes from, or a function that returns that for a path.
+    table
+        The description that does not fit, for the names of layers.  In paths they are counted from 0.
     """
     lines = []
     for problem in error.errors():
-        place = _without_tags(problem["loc"])
-        if any(str(part).startswith(_PAIR) for part in place):
+        path = _without_tags(problem["loc"])
+        if any(str(part).startswith(_PAIR) for part in path):
             continue
-        where = ".".join(str(part) for part in place if part != _NUMBER)
-        source = origin if isinstance(origin, str) else origin([part for part in place if part != _NUMBER])
-        called = _called(table, place)
-        if _NUMBER in place:
-            expected = "expected a whole number of at least 1, or two of them, [rows, columns]"
-            lines.append(f"{source}: {where}{called}: {expected} (given: {shown(problem['input'])})")
-        elif problem["type"] == "extra_forbidden":
-            known = _keys(model, problem["loc"][:-1])
-            near = difflib.get_close_matches(str(place[-1]), known, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
-            lines.append(f"{source}: unknown key {where!r}{called}; {hint}")
-        elif problem["type"] == "union_tag_invalid":
-            known = [str(kind.model_fields["type"].default) for kind in LAYERS]
-            given = str(problem.get("ctx", {}).get("tag"))
-            near = difflib.get_close_matches(given, known, n=1, cutoff=0.5)
-            others = f"known are {', '.join(known)}, and module:Class for a layer of your own"
-            hint = f"did you mean {near[0]!r}?" if near else others
-            lines.append(f"{source}: {where}.type{called}: {given[:40]!r} is no type of layer; {hint}")
-        elif problem["type"] == "missing":
-            lines.append(f"{source}: {where!r}{called} is missing: {_meaning(model, problem['loc'])}")
-        elif problem["type"] in _EXPECTED:
-            lines.append(f"{source}: {where}{called}: {_EXPECTED[problem['type']]} (given: {shown(problem['input'])})")
-        else:
-            message = problem["msg"].removeprefix("Value error, ")
-            given = "" if problem["type"] == "value_error" else f" (given: {shown(problem['input'])})"
-            lines.append(": ".join(part for part in (source, where + called, message) if part) + given)
+        shown_path = [part for part in path if part != _NUMBER]
+        source = origin if isinstance(origin, str) else origin(shown_path)
+        where, called = ".".join(map(str, shown_path)), _called(table, path)
+        given = f" (given: {shown(problem['input'])})"
+        match problem["type"]:
+            case _ if _NUMBER in path:
+                expected = "expected a whole number of at least 1, or two of them, [rows, columns]"
+                lines.append(f"{source}: {where}{called}: {expected}{given}")
+            case "extra_forbidden":
+                hint = suggestion(str(path[-1]), _keys(model, problem["loc"][:-1]))
+                lines.append(f"{source}: unknown key {where!r}{called}; {hint}")
+            case "union_tag_invalid":
+                known = [str(kind.model_fields["type"].default) for kind in LAYERS]
+                tag = str(problem.get("ctx", {}).get("tag"))
+                others = f"known are {', '.join(known)}, and module:Class for a layer of your own"
+                hint = suggestion(tag, known, others)
+                lines.append(f"{source}: {where}.type{called}: {tag[:40]!r} is no type of layer; {hint}")
+            case "missing":
+                lines.append(f"{source}: {where!r}{called} is missing: {_meaning(model, problem['loc'])}")
+            case kind if kind in _EXPECTED:
+                lines.append(f"{source}: {where}{called}: {_EXPECTED[kind]}{given}")
+            case kind:
+                message = problem["msg"].removeprefix("Value error, ")
+                text = ": ".join(part for part in (source, where + called, message) if part)
+                lines.append(text + ("" if kind == "value_error" else given))
     return "\n".join(lines)
 
 
-def _without_tags(place: tuple[int | str, ...]) -> list[int | str]:
-    """Return a place without the types of layers that pydantic puts behind their numbers."""
-    return [part for before, part in zip((None, *place), place, strict=False) if not isinstance(before, int)]
+def _without_tags(path: tuple[int | str, ...]) -> list[int | str]:
+    """Return a path without the types of layers that pydantic puts behind their numbers."""
+    return [part for before, part in zip((None, *path), path, strict=False) if not isinstance(before, int)]
 
 
-def _called(table: Any, place: list[int | str]) -> str:
-    """Return the name of the layer that a place is in, given or by default."""
+def _called(table: Any, path: list[int | str]) -> str:
+    """Return the name of the layer that a path leads into, given or by default."""
     try:
-        if place[:2] != ["network", "layers"] or len(place) < 4:
+        if path[:2] != ["network", "layers"] or len(path) < 4:
             return ""
-        number = int(place[2])
+        number = int(path[2])
         layer = table["network"]["layers"][number]
         kind = layer.get("type", "dense").rpartition(":")[2].lower()
         return f" (layer {str(layer.get('name') or f'{kind}{number + 1}')!r})"
-    except (TypeError, LookupError, AttributeError, ValueError):  # a table of another form, which is what is told
+    except (TypeError, LookupError, AttributeError, ValueError):  # a table of another form, which is the problem
         return ""
 
 
@@ -95,10 +102,10 @@ def _models(annotation: Any) -> list[type[BaseModel]]:
     return []
 
 
-def _descend(model: type[BaseModel], place: tuple[int | str, ...]) -> list[type[BaseModel]]:
-    """Return the models that may stand at a place, with types of layers behind their numbers, in the description."""
+def _descend(model: type[BaseModel], path: tuple[int | str, ...]) -> list[type[BaseModel]]:
+    """Return the models that may stand at a path, with types of layers behind their numbers, in the description."""
     models = [model]
-    for before, part in zip((None, *place), place, strict=False):
+    for before, part in zip((None, *path), path, strict=False):
         if isinstance(before, int):
             kinds = [found for found in models if found.model_fields["type"].default == part]
             models = kinds or [found for found in models if found is OwnLayer]
@@ -109,14 +116,14 @@ def _descend(model: type[BaseModel], place: tuple[int | str, ...]) -> list[type[
     return models
 
 
-def _keys(model: type[BaseModel], place: tuple[int | str, ...]) -> list[str]:
-    return [name for found in _descend(model, place) for name in found.model_fields]
+def _keys(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
+    return [name for found in _descend(model, path) for name in found.model_fields]
 
 
-def _meaning(model: type[BaseModel], place: tuple[int | str, ...]) -> str:
+def _meaning(model: type[BaseModel], path: tuple[int | str, ...]) -> str:
     """Return the documentation of a field, for the message that asks for it."""
-    for found in _descend(model, place[:-1]):
-        field = found.model_fields.get(str(place[-1]))
+    for found in _descend(model, path[:-1]):
+        field = found.model_fields.get(str(path[-1]))
         if field is not None:
-            return field.description or (f"a [{place[-1]}] table" if _models(field.annotation) else "a value")
+            return field.description or (f"a [{path[-1]}] table" if _models(field.annotation) else "a value")
     return "a value"

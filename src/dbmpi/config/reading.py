@@ -54,14 +54,10 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Run:
     """
     path = Path(path)
     table = _read(path)
-    data = table.get("data")
-    if isinstance(data, dict):
-        for key in ("train", "test"):
-            if isinstance(data.get(key), str):
-                data[key] = os.path.normpath(path.parent / data[key])
-    network = table.get("network")
-    if isinstance(network, dict) and isinstance(network.get("code"), str):
-        network["code"] = os.path.normpath(path.parent / network["code"])
+    for name, key in (("data", "train"), ("data", "test"), ("network", "code")):
+        section = table.get(name)
+        if isinstance(section, dict) and isinstance(section.get(key), str):
+            section[key] = os.path.normpath(path.parent / section[key])
     written = copy.deepcopy(table)
     for override in overrides:
         _apply(table, override)
@@ -84,8 +80,8 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: no such configuration file") from None
     except IsADirectoryError:
         raise UserError(
-            f"{path}: is a directory, expected a configuration, CONFIG.toml; a run goes on with its own configuration "
-            "and --set checkpoint.resume=auto"
+            f"{path}: is a directory, expected a configuration, CONFIG.toml; a run is resumed with its own "
+            "configuration and --set checkpoint.resume=auto"
         ) from None
     except UnicodeDecodeError:
         raise UserError(
@@ -100,7 +96,13 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def is_configuration(path: Path) -> bool:
-    """Return whether a file is one that :func:`load` is for, well written or not."""
+    """Return whether a file is one that :func:`load` is for, well written or not.
+
+    Parameters
+    ----------
+    path
+        The file, which need not exist.
+    """
     if path.suffix == ".toml":
         return path.is_file()
     try:
@@ -111,12 +113,14 @@ def is_configuration(path: Path) -> bool:
         return False
 
 
-def _origin(path: Path, written: Mapping[str, Any], overrides: Sequence[str], place: Sequence[int | str]) -> str:
-    """Return whether it is the file or an override that says what is at a place, in the user's words."""
-    parts = [str(part) for part in place]
+def _origin(path: Path, written: Mapping[str, Any], overrides: Sequence[str], keys: Sequence[int | str]) -> str:
+    """Return the file or the override that sets the value under `keys`, in the user's words."""
+    parts = [str(key) for key in keys]
     for override in reversed(overrides):
-        keys = override.partition("=")[0].strip().split(".")
-        if parts[: len(keys)] == keys or (keys[: len(parts)] == parts and parts and not _contains(written, parts)):
+        target = override.partition("=")[0].strip().split(".")
+        if parts[: len(target)] == target or (
+            target[: len(parts)] == parts and parts and not _contains(written, parts)
+        ):
             return _shortened(override)
     return f"{path} with {' '.join(map(_shortened, overrides))}" if overrides and len(parts) < 2 else str(path)
 
@@ -126,7 +130,7 @@ def _shortened(override: str) -> str:
 
 
 def _contains(table: Any, parts: Sequence[str]) -> bool:
-    """Return whether there is something at a place of what was written."""
+    """Return whether a table has a value under these keys."""
     for part in parts:
         if isinstance(table, list) and part.isdecimal() and int(part) < len(table):
             table = table[int(part)]
@@ -138,7 +142,7 @@ def _contains(table: Any, parts: Sequence[str]) -> bool:
 
 
 def _sections_with(key: str) -> list[str]:
-    """Return the places of a key, where the user has named no section."""
+    """Return a key with each section that has it, for an override without a section."""
     found = []
     for name, field in Run.model_fields.items():
         fields = getattr(field.annotation, "model_fields", {})
@@ -161,22 +165,22 @@ def _apply(table: dict[str, Any], override: str) -> None:
         value = tomllib.loads(f"value = {text}")["value"]
     except (ValueError, RecursionError):
         value = text.strip()
-    place: Any = table
+    entry: Any = table
     for key in keys[:-1]:
-        place = _step(place, key, override)
-    if isinstance(place, list):
+        entry = _step(entry, key, override)
+    if isinstance(entry, list):
         raise UserError(f"--set {override}: name a key of layer {keys[-1]}, e.g. network.layers.{keys[-1]}.units=100")
-    place[keys[-1]] = value
+    entry[keys[-1]] = value
 
 
-def _step(place: Any, key: str, override: str) -> Any:
+def _step(entry: Any, key: str, override: str) -> Any:
     """Go one level down; in a list of tables by number, counted from 0."""
-    if isinstance(place, list):
-        if key not in map(str, range(len(place))):
-            raise UserError(f"--set {override}: {key!r} is not one of the {len(place)} entries 0 to {len(place) - 1}")
-        below = place[int(key)]
+    if isinstance(entry, list):
+        if key not in map(str, range(len(entry))):
+            raise UserError(f"--set {override}: {key!r} is not one of the {len(entry)} entries 0 to {len(entry) - 1}")
+        below = entry[int(key)]
     else:
-        below = place.setdefault(key, {})
+        below = entry.setdefault(key, {})
     if not isinstance(below, dict | list):
         raise UserError(f"--set {override}: {key!r} is a value and has no keys")
     return below

@@ -15,7 +15,7 @@ from dbmpi.errors import UserError
 
 
 class RunSection(Section):
-    """Where the run lives, and its seed."""
+    """Directory and seed of the run."""
 
     directory: Path = Path("runs/run")
     """Directory of the run: checkpoints, records and plots; made if missing."""
@@ -42,7 +42,7 @@ class DataSection(Section):
     """Where the channels of an image are in the file: ``last`` takes (rows, columns, channels) for (channels, rows,
     columns)."""
     missing: Annotated[float, Field(allow_inf_nan=False)] | None = None
-    """Number to take where an input is NaN or marked as missing; by default such data are refused."""
+    """Value to use where an input is NaN or marked as missing; by default such data are refused."""
 
 
 class NetworkSection(Section):
@@ -51,7 +51,7 @@ class NetworkSection(Section):
     loss: Literal["softmax", "logistic", "squared", "reconstruction"] = "softmax"
     """``softmax``: cross-entropy over classes; ``logistic``: one-vs-all, or several labels of 0 and 1 a sample;
     ``squared``: half the squared distance;
-    ``reconstruction``: no targets, but what layers say of themselves: their `reconstruction` and `penalty`."""
+    ``reconstruction``: no targets, but the layers' own objectives: their `reconstruction` and `penalty`."""
     class_weights: Literal["balanced"] | Annotated[tuple[NotNegative, ...], Field(min_length=1)] | None = None
     """Weight of each class in the loss that is learned, in the order of the classes; ``balanced``: in inverse
     proportion to the number of its samples."""
@@ -99,8 +99,8 @@ class NetworkSection(Section):
     def layer_names(self) -> tuple[str, ...]:
         """The layers' names, given or by default."""
         return tuple(
-            layer.name or f"{layer.type.rpartition(':')[2].lower()}{place}"
-            for place, layer in enumerate(self.layers, 1)
+            layer.name or f"{layer.type.rpartition(':')[2].lower()}{number}"
+            for number, layer in enumerate(self.layers, 1)
         )
 
 
@@ -108,13 +108,13 @@ class TopologySection(Section):
     """How the ranks are used; one of the numbers may be left out and follows from the world's size."""
 
     shards: Count | None = None
-    """Ranks that hold the parameters; by default 1."""
+    """Ranks that store the parameters; by default 1."""
     replicas: Count | None = None
     """Instances of the model; by default as many as the ranks allow."""
     partitions: Count | None = None
     """Ranks that compute one replica together; by default 1."""
     colocate: bool = False
-    """Put the shards on ranks that also work, instead of on ranks of their own."""
+    """Put the shards on ranks that are also workers, instead of on ranks of their own."""
 
 
 class PlacedLayer(Section):
@@ -123,14 +123,14 @@ class PlacedLayer(Section):
     boxes: tuple[str, ...] | None = None
     """For each partition the outputs that it computes, a range for each axis: ``"0:8, :, 46:91"``; ``""`` for none."""
     split: Literal["outputs", "inputs"] | None = None
-    """Whether the workers share its outputs, or its inputs and add up; by default what moves the fewest bytes."""
+    """Whether the workers divide its outputs, or its inputs and add up; by default whichever moves fewer bytes."""
 
 
 class PlacementSection(Section):
-    """How a replica is cut over its partitions; without this section, so that little has to be exchanged."""
+    """How a replica is cut over its partitions; by default so that little has to be exchanged."""
 
     weights: tuple[Positive, ...] | None = None
-    """For each partition how fast its machine is; boxes are in proportion.  By default all are alike."""
+    """Relative speed of the machine of each partition; boxes are in proportion.  By default all are equal."""
     layers: dict[Name, PlacedLayer] = {}  # noqa: RUF012 - copied for each section
     """A ``[placement.layers.NAME]`` table for each layer that is not to be cut automatically."""
 
@@ -148,11 +148,11 @@ class OptimizerSection(Section):
     initial_accumulator: NotNegative = 0.0
     """Adagrad: what the sum of squared gradients starts from."""
     epsilon: NotNegative = 1e-10
-    """Adagrad: added to the root of the sum: steps of gradients that are much smaller become smaller."""
+    """Adagrad: added to the root of the sum, so that gradients much smaller than this give smaller steps."""
     batch_size: Count = 128
-    """Samples of one step of one replica; more than there are to learn from is taken as all of them."""
+    """Samples of one step of one replica; at most all training samples."""
     epochs: Positive = 10.0
-    """How often the training samples are passed through, all replicas together."""
+    """Passes through the training samples, all replicas together."""
     n_push: Count = 1
     """Push the accrued gradient every this many steps."""
     n_fetch: Count = 1
@@ -177,7 +177,7 @@ class SandblasterSection(Section):
     line_search: Literal["strong_wolfe", "backtracking", "fixed"] = "strong_wolfe"
     """``strong_wolfe``: More and Thuente's; ``backtracking``: Armijo's condition alone; ``fixed``: `step_length`."""
     step_length: Positive = 1.0
-    """With ``line_search = "fixed"``: multiple of the method's own step that is taken, whatever it gives."""
+    """With ``line_search = "fixed"``: multiple of the method's own step that is always taken."""
     l1: NotNegative = 0.0
     """Factor of the sum of magnitudes of all parameters, added to the loss (OWL-QN; L-BFGS only)."""
     l2: NotNegative = 0.0
@@ -218,11 +218,11 @@ class ServerSection(Section):
     """How gradients travel to the shards."""
 
     inbox_mib: Positive = 64.0
-    """Memory (MiB) that each shard sets aside for incoming gradients, for all replicas together."""
+    """Memory (MiB) that each shard reserves for incoming gradients, for all replicas together."""
     chunk_kib: Positive = 4096.0
     """Largest piece (KiB) in which a gradient is sent; smaller where many replicas share the inbox."""
     push: Literal["shared", "copied"] = "shared"
-    """``shared``: shards read the gradients of workers on their host where they lie; ``copied``: all use the inbox."""
+    """``shared``: shards read the gradients of workers on the same host in place; ``copied``: all use the inbox."""
     fetch: Literal["copied", "shared"] = "copied"
     """``shared``: workers compute on the shards' own memory, which changes meanwhile; on one host.  Where a replica has
     partitions, not with ``align = "equal"``."""
@@ -232,29 +232,29 @@ class ServerSection(Section):
     """``partition`` (Downpour): shards end where partitions do, so that a worker deals with the shards of its own part
     alone, and in one piece with each; ``equal``: each shard holds as much, whatever the number of partitions."""
     gradients: Literal["whole", "layers"] = "whole"
-    """``whole``: a worker has room for a whole gradient, with overlap for two; ``layers`` (Downpour): for the largest
-    layer's; each leaves when it is complete, and its room is used again when the shards have applied it."""
+    """``whole``: a worker has a buffer for a whole gradient, with overlap for two; ``layers`` (Downpour): for that of
+    the largest layer; each is sent when it is complete, and its buffer is reused when the shards have applied it."""
     consistent: bool = False
-    """A fetch never sees a push half applied by a shard; it may have to wait for one to end."""
+    """A fetch never sees a push that a shard has half applied; it may have to wait for it."""
     overlap: Literal["none", "threads"] = "none"
     """``threads``: fetch, push and compute at the same time, as in the paper; ``none``: one after the other."""
 
 
 class CheckpointSection(Section):
-    """When to write the state of the run, and whether to go on from it."""
+    """When to write the state of the run, and whether to resume from it."""
 
     every_seconds: NotNegative = 600.0
     """Time between two checkpoints; 0 writes only the last one."""
     keep: Count = 2
-    """How many checkpoints stay; older ones are deleted after a newer one is whole."""
+    """Checkpoints to keep; older ones are deleted after a newer one is complete."""
     retry_seconds: NotNegative = 300.0
-    """How long the last checkpoint of a run is tried again where the disk does not take it."""
+    """How long writing the last checkpoint of a run is retried when the disk fails."""
     resume: Literal["auto", "never"] = "never"
-    """``auto``: go on from the latest checkpoint of the run directory, if there is one."""
+    """``auto``: resume from the latest checkpoint of the run directory, if there is one."""
 
 
 class MonitorSection(Section):
-    """What is reported while the run goes on."""
+    """What is reported during the run."""
 
     report_seconds: Positive = 1.0
     """Time between two lines of each rank's records."""
@@ -346,7 +346,7 @@ class Run(Section):
         if self.optimizer.method == "sandblaster" and self.optimizer.warmstart:
             raise ValueError(
                 "optimizer.warmstart is for the method 'downpour'; to begin Sandblaster from parameters that Downpour "
-                "has learned, go on from its checkpoint with checkpoint.resume = 'auto'"
+                "has learned, resume from its checkpoint with checkpoint.resume = 'auto'"
             )
         if sandblaster.batch_overlap:
             least = 2 * sandblaster.batch_overlap
@@ -379,7 +379,13 @@ class Run(Section):
 
     @classmethod
     def from_json(cls, text: str) -> Run:
-        """Read what `to_json` wrote; raises UserError if it does not describe a run."""
+        """Read a description that `to_json` wrote; raises UserError if it does not describe a run.
+
+        Parameters
+        ----------
+        text
+            The description, as JSON.
+        """
         try:
             return cls.model_validate_json(text)
         except ValidationError as error:

@@ -1,4 +1,4 @@
-"""What the values of a description may be, and what all its sections are."""
+"""Types of the values in a description, and the base of its sections."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from dbmpi.errors import UserError
 
 MOST = 2**53
-"""The largest number of anything: up to here each is a float, too."""
+"""The largest count: up to here every integer is also a float."""
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_\-]*$", max_length=64)]
 DatasetName = Annotated[str, Field(pattern=r"^[^\x00]*[^/\x00][^\x00]*$", max_length=200)]
@@ -24,7 +24,7 @@ NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False, strict=True)]
 
 def _odd(value: int) -> int:
     if value % 2 == 0:
-        raise ValueError("must be odd, so that the window has a place in its middle")
+        raise ValueError("must be odd, so that the window has a middle")
     return value
 
 
@@ -32,7 +32,7 @@ Odd = Annotated[int, Field(ge=1, le=MOST, strict=True), AfterValidator(_odd)]
 
 
 class Section(BaseModel):
-    """A part of the description: frozen, and without room for keys that nobody reads."""
+    """A part of the description: frozen, and closed to unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 

@@ -17,7 +17,7 @@ from dbmpi.data import limits
 from dbmpi.data.guess import loss_of_guessing
 from dbmpi.data.reading import Reading
 from dbmpi.data.source import Source
-from dbmpi.machine.threads import ranks_on_node
+from dbmpi.machine.rank_variables import ranks_on_node
 from dbmpi.mpi import waiting
 from dbmpi.mpi.topology import Plan
 from dbmpi.mpi.world import together

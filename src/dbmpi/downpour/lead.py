@@ -26,8 +26,8 @@ from dbmpi.checkpoint.schema import CheckpointInfo, library_versions
 from dbmpi.config import Run
 from dbmpi.data.stream import Stream
 from dbmpi.errors import DiskFailed, RunFailed
+from dbmpi.monitor.measures import Rate
 from dbmpi.monitor.progress import RunProgress
-from dbmpi.monitor.rate import Rate
 from dbmpi.monitor.records import EvaluationReport, Recorder, StalenessHistogram
 from dbmpi.monitor.verdict import Recent
 from dbmpi.mpi import waiting

@@ -1,8 +1,8 @@
-"""The launchers' own long texts after a message of dbmpi's, which `dbmpi launch` leaves out.
+"""The launchers' own long texts after an error message of dbmpi, which `dbmpi launch` leaves out.
 
 Open MPI's mpirun and MPI_Abort write to standard error that a rank has ended with an exit code, which one and why it
-may have been; MPICH's mpiexec writes something like it to standard output.  Where dbmpi has said what was wrong this
-hides the message.  Where it has not, the text is all that there is, and stays.
+may have been; MPICH's mpiexec writes something like it to standard output.  Where dbmpi has explained the error,
+they bury its message.  Where it has not, the text is the only explanation, and stays.
 
 Everything else passes at once and byte for byte: only bytes that may be the beginning of such a text are held back, for
 a moment.  Launchers treat a pipe and a terminal alike, so that nothing else changes for the ranks.
@@ -18,9 +18,9 @@ import threading
 from collections.abc import Callable
 
 _MOMENT = 0.2
-"""Seconds for which the beginning of a text is held back, and a launcher's helpers are listened to after its end."""
+"""Seconds for which the beginning of a text is held back, and for which output is read after the launcher has ended."""
 _LONGEST = 4096
-"""Bytes that one text may have; what is longer is none."""
+"""Bytes that one text may have; anything longer is not one."""
 _RULE = b"-" * 74 + b"\n"
 _OPEN_MPI = (
     b"MPI_ABORT was invoked on rank ",
@@ -70,7 +70,7 @@ class Sieve:
     Parameters
     ----------
     said
-        Whether dbmpi has said what was wrong; asked when a text has come.
+        Returns whether dbmpi has explained the error; called when a text has come.
     """
 
     def __init__(self, said: Callable[[], bool]) -> None:
@@ -93,7 +93,7 @@ class Sieve:
         return self._passed(data[:start])
 
     def flush(self) -> bytes:
-        """Return what is held back: nothing more has come of it."""
+        """Return the bytes held back: nothing that continues them has come."""
         data, self._held = self._held, b""
         return self._passed(self._drop(data, _LAST_TEXT))
 
@@ -106,7 +106,7 @@ class Sieve:
 
 
 def _begun(data: bytes) -> int:
-    """Return where a text begins of which the end has not come; the byte before is there, too, if there was one."""
+    """Return where an incomplete text begins; `data` includes the byte before it, if there was one."""
     starts = [len(data)]
     after = max((found.end() for found in _TEXT.finditer(data)), default=0)  # not dropped: dbmpi has said nothing
     for beginning in _BEGINNINGS:
@@ -135,10 +135,10 @@ class Outputs:
     Attributes
     ----------
     stdout, stderr
-        What the launcher is to be given; None is our own.
+        For the launcher; None is this process's own.
     kept
-        Files that it is to keep open: if we are killed, it could not end its ranks while writing to a pipe without a
-        reader.
+        Files that the launcher keeps open: if this process is killed, it could not end its ranks while it writes to a
+        pipe without a reader.
     """
 
     def __init__(self, open_mpi: bool, said: Callable[[], bool]) -> None:
@@ -163,7 +163,7 @@ class Outputs:
             self._threads[-1].start()
 
     def finish(self) -> None:
-        """Pass on what is left, after the end of the launcher."""
+        """Pass on the rest, after the launcher has ended."""
         self._ended.set()
         if not self._threads:
             for ends in self._ends.values():
@@ -191,7 +191,7 @@ class Outputs:
 
 
 def _write(target: int, data: bytes) -> None:
-    """Write everything; where the reader is gone or the disk full, it is lost, and the job goes on."""
+    """Write everything; where the reader is gone or the disk full, it is lost, and the job continues."""
     while data:
         try:
             data = data[os.write(target, data) :]

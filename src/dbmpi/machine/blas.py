@@ -13,7 +13,6 @@ import hashlib
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -21,10 +20,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dbmpi.machine import kernel_cache, openblas, threads
+from dbmpi.machine import kernel_cache, openblas, processes, threads
 
 VARIABLE = "OPENBLAS_CORETYPE"
-"""The environment variable by which OpenBLAS is told which kernels to use; read when it is loaded."""
+"""Environment variable that selects OpenBLAS's kernels; read when the library is loaded."""
 
 _AVX512 = frozenset({"avx512f", "avx512dq", "avx512bw", "avx512vl", "avx512cd"})
 KERNELS: Mapping[str, frozenset[str]] = {
@@ -34,13 +33,13 @@ KERNELS: Mapping[str, frozenset[str]] = {
     "COOPERLAKE": _AVX512 | {"avx2", "fma", "avx512_bf16"},
     "SAPPHIRERAPIDS": _AVX512 | {"avx2", "fma", "avx512_bf16", "amx_tile", "amx_bf16"},
 }
-"""OpenBLAS's x86 kernels of interest, each with the flags of ``/proc/cpuinfo`` that it cannot do without."""
+"""OpenBLAS's x86 kernels of interest, each with the flags of ``/proc/cpuinfo`` that it requires."""
 
 GAIN = 1.05
 """A kernel is taken only if it is faster than OpenBLAS's own choice by this factor; less may be noise."""
 
 _SLOW = 4.0
-"""1e9 operations a second and core: plain loops do less, and any library made for a processor of this century more."""
+"""1e9 operations per second and core: plain loops are slower, and any BLAS made for the processor is faster."""
 
 _PROBE_SECONDS = 30.0
 _WAIT_SECONDS = 60.0
@@ -48,7 +47,7 @@ _WAIT_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Measurement:
-    """What probing found out on this node."""
+    """The result of probing on this node."""
 
     openblas: bool
     """Whether NumPy multiplies by OpenBLAS at all."""
@@ -67,7 +66,7 @@ class Measurement:
 
     @property
     def line(self) -> str:
-        """What was found, for people."""
+        """The result, for people."""
         if not self.openblas:
             return f"BLAS: NumPy does not use OpenBLAS; left alone, {self.own_gflops:.0f} GFLOP/s a core"
         if self.kernel is None:
@@ -119,7 +118,7 @@ def runnable(flags: frozenset[str]) -> tuple[str, ...]:
 
 
 def processor_flags() -> frozenset[str]:
-    """Return the features of this machine's processor; none where it is not x86 or the system does not tell."""
+    """Return the features of this machine's processor; none if it is not x86 or the system does not list them."""
     for line in kernel_cache.cpu_description().splitlines():
         if line.startswith("flags:"):
             return frozenset(line.removeprefix("flags:").split())
@@ -129,7 +128,14 @@ def processor_flags() -> frozenset[str]:
 def measure(flags: frozenset[str], environment: Mapping[str, str]) -> Measurement | None:
     """Time OpenBLAS's own choice and every kernel that the processor can run; None if not even the first works.
 
-    Takes about half a second a kernel.  A kernel whose process fails is out of the question.
+    Takes about half a second a kernel.  A kernel whose process fails is not considered.
+
+    Parameters
+    ----------
+    flags
+        Features of the processor, as in ``/proc/cpuinfo``.
+    environment
+        Environment variables for the processes that measure.
     """
     own = probe(None, environment)
     if own is None:
@@ -148,7 +154,7 @@ def measure(flags: frozenset[str], environment: Mapping[str, str]) -> Measuremen
         if float(found["gflops"]) > best_gflops:
             best, best_gflops = kernel, float(found["gflops"])
     if best is not None:
-        # On a busy machine the own choice may have had a bad moment: it gets a second chance.
+        # On a busy machine the first measurement of the own choice may have been disturbed: it gets a second chance.
         again = probe(None, environment)
         gflops = max(gflops, float((again or {}).get("gflops") or 0.0))
         if best_gflops <= GAIN * gflops:
@@ -157,23 +163,31 @@ def measure(flags: frozenset[str], environment: Mapping[str, str]) -> Measuremen
 
 
 def probe(kernel: str | None, environment: Mapping[str, str], known: Sequence[str] = ()) -> dict[str, Any] | None:
-    """Run :mod:`dbmpi.machine.blas_probe` under a kernel (None: OpenBLAS's own choice); None if it fails."""
+    """Run :mod:`dbmpi.machine.openblas` under a kernel (None: OpenBLAS's own choice); None if it fails.
+
+    Parameters
+    ----------
+    kernel
+        Value of ``OPENBLAS_CORETYPE``.
+    environment
+        Environment variables otherwise.
+    known
+        Names of kernels that have been measured: they are not timed again.
+
+    Returns
+    -------
+    dict or None
+        ``numpy``, ``openblas``, ``core``, ``configuration``, and ``gflops``, which is None if not timed.
+    """
     changed = dict(environment) | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
     changed.pop(VARIABLE, None)
     if kernel is not None:
         changed[VARIABLE] = kernel
-    program = Path(__file__).with_name("blas_probe.py")
+    program = Path(__file__).with_name("openblas.py")
+    done = processes.ask([sys.executable, "-P", str(program), *known], changed, seconds=_PROBE_SECONDS)
     try:
-        done = subprocess.run(
-            [sys.executable, "-P", str(program), *known],
-            env=changed,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=_PROBE_SECONDS,
-            check=False,
-        )
-        answer = json.loads(done.stdout) if done.returncode == 0 else None
-    except (OSError, subprocess.TimeoutExpired, ValueError):
+        answer = json.loads(done.stdout) if done and done.returncode == 0 else None
+    except ValueError:
         return None
     return answer if isinstance(answer, dict) and "openblas" in answer and "numpy" in answer else None
 
@@ -227,7 +241,7 @@ def _measured(flags: frozenset[str], environment: Mapping[str, str]) -> Measurem
     if found is not None:
         return found
     own = "BLAS: OpenBLAS's own choice"
-    if "mpi4py.MPI" in sys.modules:  # whose libraries need not like processes that are started
+    if "mpi4py.MPI" in sys.modules:  # its libraries may not support starting processes
         loss = "MPI was started before dbmpi, and BLAS kernels have not been compared on this node: import dbmpi first"
         return Choice(None, own, (loss,))
     lock = None if file is None else file.with_suffix(".lock")
@@ -243,7 +257,7 @@ def _measured(flags: frozenset[str], environment: Mapping[str, str]) -> Measurem
 
 
 def _as_loaded(found: Measurement) -> Choice:
-    """Say what OpenBLAS is doing that was loaded before it could be told."""
+    """Return the choice where OpenBLAS was loaded before it could be set."""
     core = next((library.core for library in openblas.loaded()), found.own_core)
     if found.kernel is None or core.lower() != found.own_core.lower():
         return Choice(None, f"BLAS: OpenBLAS's {core}, as NumPy was loaded before dbmpi", _slow(found))
@@ -288,5 +302,5 @@ def _file() -> Path | None:
             parts += sorted(entry.name for entry in libraries.iterdir())
     parts.append(os.path.realpath(Path(sys.prefix) / "lib" / "libcblas.so.3"))  # where Conda says which BLAS it is
     digest = hashlib.blake2b("\n".join(parts).encode(), digest_size=8).hexdigest()
-    place = kernel_cache.private_directory("blas")
-    return None if place is None else place / f"{digest}.json"
+    directory = kernel_cache.private_directory("blas")
+    return None if directory is None else directory / f"{digest}.json"

@@ -1,4 +1,4 @@
-"""What a machine offers and where it would trip a run up: one finding after another."""
+"""Checks of a machine, one finding after another: what it offers, and what would break a run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import Any, Literal
 
 import dbmpi
 from dbmpi.errors import UserError
-from dbmpi.machine import blas, kernel_cache, launcher, mpi_library, threads
+from dbmpi.machine import blas, kernel_cache, launcher, mpi_library, processes, threads
 
 _GIB = 2**30
 _SECONDS = 90.0
@@ -48,7 +47,7 @@ _MPI4PY = "import json, mpi4py; print(json.dumps({'version': mpi4py.__version__}
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at."""
+    """The result of one check."""
 
     what: str
     status: Literal["ok", "note", "broken"]
@@ -58,13 +57,13 @@ class Finding:
 
 
 def diagnose() -> Iterator[Finding]:
-    """Look at one thing after the other; takes some ten seconds in all."""
+    """Run one check after another; takes about ten seconds in all."""
     environment = threads.without_prepared(os.environ)
     yield _python()
     yield _cores(environment)
     yield _blas(environment)
     yield _numba(environment)
-    yield _kernel_cache()
+    yield _kernel_cache(environment)
     yield _h5py(environment)
     yield _shared_memory()
     yield from _mpi(environment)
@@ -120,23 +119,21 @@ def _blas(environment: Mapping[str, str]) -> Finding:
 def _numba(environment: Mapping[str, str]) -> Finding:
     answer = _ask(_NUMBA, environment)
     if isinstance(answer, str):
-        return Finding("Numba", "broken", answer, "pip install --force-reinstall numba")
-    layer = answer["layers"][0] if answer["layers"] else "none"
-    text = f"{answer['version']}, threading layer {layer}"
-    return Finding("Numba", "ok", text)
+        return _not_loaded("numba", "Numba", answer)
+    return Finding("Numba", "ok", f"{answer['version']}, threading layer {(*answer['layers'], 'none')[0]}")
 
 
-def _kernel_cache() -> Finding:
-    given = threads.without_prepared(os.environ).get("NUMBA_CACHE_DIR", "").strip()
+def _kernel_cache(environment: Mapping[str, str]) -> Finding:
+    given = environment.get(kernel_cache.VARIABLE, "").strip()
     if given and not os.access(_existing(Path(given)), os.W_OK | os.X_OK):
         return Finding("kernel cache", "note", f"NUMBA_CACHE_DIR={given} cannot be written", "unset NUMBA_CACHE_DIR")
-    place = Path(given) if given else kernel_cache.private_directory("try")
-    if place is None:
+    private = kernel_cache.private_directory("try")
+    directory = Path(given) if given else private and private.parent
+    if directory is None:
         advice = "set NUMBA_CACHE_DIR to a directory that can be written: kernels are compiled at each start"
         return Finding("kernel cache", "note", "no directory can be written", advice)
-    if not given:
-        place = place.parent
-    return Finding("kernel cache", "ok", f"{place}, {shutil.disk_usage(_existing(place)).free / _GIB:.1f} GiB free")
+    free = shutil.disk_usage(_existing(directory)).free
+    return Finding("kernel cache", "ok", f"{directory}, {free / _GIB:.1f} GiB free")
 
 
 def _existing(path: Path) -> Path:
@@ -147,17 +144,20 @@ def _existing(path: Path) -> Path:
 def _h5py(environment: Mapping[str, str]) -> Finding:
     answer = _ask(_H5PY, environment)
     if isinstance(answer, str):
-        return Finding("h5py", "broken", answer, "pip install --force-reinstall h5py")
+        return _not_loaded("h5py", "h5py", answer)
     return Finding("h5py", "ok", f"{answer['version']}, HDF5 {answer['hdf5']}")
 
 
+def _not_loaded(package: str, name: str, why: str) -> Finding:
+    return Finding(name, "broken", why, f"pip install --force-reinstall {package}")
+
+
 def _shared_memory() -> Finding:
-    place = "/dev/shm"
     try:
-        free = shutil.disk_usage(place).free
+        free = shutil.disk_usage("/dev/shm").free
     except OSError:
-        return Finding("shared memory", "note", f"no {place}", "ranks of a node exchange data by Put and Get instead")
-    text = f"{place}, {free / _GIB:.1f} GiB free"
+        return Finding("shared memory", "note", "no /dev/shm", "ranks of a node exchange data by Put and Get instead")
+    text = f"/dev/shm, {free / _GIB:.1f} GiB free"
     if free < _GIB:
         fix = "large models will use Put and Get instead; in a container: docker run --shm-size=8g"
         return Finding("shared memory", "note", text, fix)
@@ -167,7 +167,7 @@ def _shared_memory() -> Finding:
 def _mpi(environment: Mapping[str, str]) -> Iterator[Finding]:
     answer = _ask(_MPI4PY, environment)
     if isinstance(answer, str):
-        yield Finding("mpi4py", "broken", answer, "pip install --force-reinstall mpi4py")
+        yield _not_loaded("mpi4py", "mpi4py", answer)
         return
     try:
         mpi = mpi_library.find_mpi()
@@ -180,14 +180,12 @@ def _mpi(environment: Mapping[str, str]) -> Iterator[Finding]:
 
 
 def _two_ranks(mpi: mpi_library.Mpi, environment: Mapping[str, str]) -> Finding:
-    """Let two ranks exchange data in the ways that a run does."""
+    """Let two ranks exchange data as a run does."""
     what = "two ranks"
     command = launcher.compose(mpi, 2, ("-m", "dbmpi.mpi.selftest"), environment=environment)
     advice = f"try by hand: {command}"
-    settings = dict(environment) | dict(command.settings)
-    try:
-        done = _run(list(command.argv), settings)
-    except subprocess.TimeoutExpired:
+    done = processes.ask(command.argv, {**environment, **command.settings}, seconds=_SECONDS)
+    if done is None:
         return Finding(what, "broken", f"not done after {_SECONDS:.0f} s", advice)
     try:
         answer = json.loads(done.stdout.strip().splitlines()[-1])
@@ -205,16 +203,11 @@ def _two_ranks(mpi: mpi_library.Mpi, environment: Mapping[str, str]) -> Finding:
 
 
 def _srun(mpi: mpi_library.Mpi) -> Iterator[Finding]:
-    """Say how srun would have to be called, where there is one."""
+    """Report how srun must be called, if there is one."""
     srun = shutil.which("srun")
-    if srun is None:
-        return
-    try:
-        done = _run([srun, "--mpi=list"], os.environ)
-    except subprocess.TimeoutExpired:
-        return
-    if done.returncode != 0:
-        return  # Slurm is installed here, but not set up
+    done = processes.ask([srun, "--mpi=list"], seconds=_SECONDS) if srun else None
+    if done is None or done.returncode != 0:
+        return  # there is no Slurm here, or it is not set up
     offered = set((done.stdout + done.stderr).replace(",", " ").split())
     wanted = "pmix" if mpi.is_open_mpi else "pmi2"
     if any(word.startswith(wanted) for word in offered):
@@ -226,39 +219,14 @@ def _srun(mpi: mpi_library.Mpi) -> Iterator[Finding]:
 
 def _ask(program: str, environment: Mapping[str, str]) -> dict[str, Any] | str:
     """Run a program that prints JSON in a Python of its own; return its answer, or what went wrong."""
-    try:
-        done = _run([sys.executable, "-c", program], environment)
-    except subprocess.TimeoutExpired:
+    done = processes.ask([sys.executable, "-c", program], environment, seconds=_SECONDS)
+    if done is None:
         return f"not loaded after {_SECONDS:.0f} s"
     try:
         answer = json.loads(done.stdout)
     except ValueError:
         return _last_line(done.stderr) or f"ended with code {done.returncode}"
     return answer if isinstance(answer, dict) else "no answer"
-
-
-def _run(argv: list[str], environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
-    """Run a program with a limit on its time; mpirun is asked to end first, so that it ends its ranks."""
-    process = subprocess.Popen(
-        argv,
-        env=dict(environment),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-    )
-    try:
-        out, err = process.communicate(timeout=_SECONDS)
-    except subprocess.TimeoutExpired:
-        process.terminate()
-        try:
-            process.communicate(timeout=10.0)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
-        raise
-    return subprocess.CompletedProcess(argv, process.returncode, out, err)
 
 
 def _last_line(text: str) -> str:

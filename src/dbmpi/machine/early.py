@@ -1,10 +1,10 @@
 """The last moment at which threads, BLAS kernel and caches can be chosen: just before NumPy, Numba or MPI is loaded.
 
 These libraries read the environment once, when they are loaded.  Importing :mod:`dbmpi` puts a finder in front of
-Python's own that does nothing but wait for the first of them, and then has everything prepared.  So every way in comes
-to the same speed: a command, a function of the package, or any of its modules; in whatever order a program imports
-them after dbmpi.  Where NumPy was loaded before dbmpi, it waits for what of dbmpi computes or starts MPI, and what
-is still possible is done then (:mod:`dbmpi.machine.late`).
+Python's own that does nothing but wait for the first of them, and then prepares everything.  So every entry point is
+equally fast: a command, a function of the package, or any of its modules; in whatever order a program imports
+them after dbmpi.  Where NumPy was loaded before dbmpi, it waits for the modules of dbmpi that compute or start MPI, and
+:mod:`dbmpi.machine.environment` then does what is still possible.
 
 It imports nothing, as it is loaded with the package itself.
 """
@@ -14,11 +14,11 @@ from __future__ import annotations
 import sys
 
 AWAITED = frozenset({"numpy", "numba", "mpi4py", "dbmpi.kernels", "dbmpi.mpi.world"})
-"""Modules before which the process is prepared: the libraries, and what comes to work where they are loaded already."""
+"""Modules before which the process is prepared: the libraries, and those of dbmpi that use them."""
 
 
 class _Finder:
-    """Finds no module; sees which one is looked for."""
+    """Finds no module, but sees which one is imported."""
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> None:
         """Prepare the process before the first module of `AWAITED` is loaded."""
@@ -38,6 +38,6 @@ def watch() -> None:
 
 
 def leave() -> None:
-    """Watch no longer: all is prepared, or nothing here is worth it."""
+    """Stop watching: everything is prepared, or this program does not need it."""
     if _finder in sys.meta_path:
         sys.meta_path.remove(_finder)

@@ -1,4 +1,4 @@
-"""How a job ended: what the codes of the launchers mean, and what the first rank has left for `dbmpi launch` to read.
+"""How a job ended: what the launchers' exit codes mean, and the notes that ranks leave for `dbmpi launch`.
 
 Seen with Open MPI 5.0 and MPICH 5.0: where a rank was killed by signal n, mpirun ends with 128 + n (with fault
 tolerance: with what the other ranks end with); where mpirun loses a host, it ends with 0.  mpiexec ends with n and the
@@ -20,12 +20,18 @@ UNFINISHED = "DBMPI_UNFINISHED"
 _FAULT_TOLERANCE = "OMPI_MCA_mpi_ft_enable"
 """What ``mpirun --with-ft ulfm`` sets for the ranks; under another launcher it may be set by hand."""
 _KILLED = {signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGQUIT}
-"""What ends a rank without its doing."""
+"""Signals that end a rank from outside, or by a crash."""
 _LAST_SIGNAL = 64
 
 
 def outlived(environment: Mapping[str, str]) -> bool:
-    """Whether ranks are to live on when another one dies."""
+    """Return whether ranks should survive the death of another one.
+
+    Parameters
+    ----------
+    environment
+        Environment variables of a rank.
+    """
     return environment.get(_FAULT_TOLERANCE, "").lower() in ("1", "true", "yes", "enabled")
 
 
@@ -49,7 +55,13 @@ def documented(code: int, *, bare: bool, unfinished: bool) -> int:
 
 
 def note_run(directory: Path) -> None:
-    """Let `dbmpi launch` know where the run writes, so that it can name the checkpoint if a death ends it."""
+    """Let `dbmpi launch` know where the run writes, so that it can name the checkpoint if a death ends the run.
+
+    Parameters
+    ----------
+    directory
+        The run directory.
+    """
     note = Path(os.environ.get(UNFINISHED, ""))
     with suppress(OSError):  # the first rank is on another host
         if note.is_file():
@@ -57,7 +69,7 @@ def note_run(directory: Path) -> None:
 
 
 def note_message() -> None:
-    """Let `dbmpi launch` know that this rank has said what is wrong, so that it leaves out what mpirun adds to that."""
+    """Let `dbmpi launch` know that this rank has explained the error, so that it leaves out mpirun's own text."""
     note = os.environ.get(UNFINISHED)
     if note:
         with suppress(OSError):  # it is on another host
@@ -65,7 +77,13 @@ def note_message() -> None:
 
 
 def has_said(note: Path) -> bool:
-    """Whether a rank has called :func:`note_message`."""
+    """Return whether a rank has called :func:`note_message`.
+
+    Parameters
+    ----------
+    note
+        The file that `UNFINISHED` names.
+    """
     return _said(note).exists()
 
 
@@ -74,7 +92,13 @@ def _said(note: Path) -> Path:
 
 
 def read_note(note: Path) -> tuple[bool, Path | None]:
-    """Return whether the first rank has left its file behind, and where its run writes, as far as is known."""
+    """Return whether the first rank has left its file behind, and its run directory, if that is known.
+
+    Parameters
+    ----------
+    note
+        The file that `UNFINISHED` names.
+    """
     with suppress(OSError, UnicodeDecodeError):
         text = note.read_text()
         return True, Path(text) if text else None

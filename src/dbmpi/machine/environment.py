@@ -1,6 +1,8 @@
-"""What a process decides before NumPy, Numba and MPI are loaded, in one call that comes by itself.
+"""The choices of a process before NumPy, Numba and MPI are loaded: one call, which :mod:`dbmpi.machine.early` makes.
 
-:mod:`dbmpi.machine.early` makes the call at the right moment in every program that imports dbmpi.
+Where NumPy or Numba was loaded before dbmpi, they have read the environment already.  OpenBLAS's number of threads can
+still be changed by its own functions, and Numba's by its configuration; which kernels OpenBLAS uses, and how long its
+idle threads spin, cannot.
 """
 
 from __future__ import annotations
@@ -9,17 +11,20 @@ import contextlib
 import os
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from importlib import util
+from pathlib import Path
 
 from dbmpi.errors import UserError
-from dbmpi.machine import blas, bytecode, early, kernel_cache, late, mpi_library, threads
+from dbmpi.machine import blas, early, kernel_cache, mpi_library, openblas, threads
 
 _SLOW = {
     "NUMBA_BOUNDSCHECK": "kernels check every index",
     "NUMBA_DEBUGINFO": "kernels are compiled for a debugger",
 }
 """Numba's settings for finding mistakes, and what they cost; off where they are 0 or empty."""
+_FIX = "import dbmpi before numpy"
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,7 @@ _prepared: Prepared | None = None
 def prepare() -> Prepared:
     """Choose threads, BLAS kernel, MPI's settings and the caches of code for this process; return what was chosen.
 
-    A second call returns what the first one chose.  Never raises: what is not possible is one of the `losses`.  The
+    A second call returns what the first one chose.  Never raises: anything impossible becomes one of the `losses`.  The
     first process of a node takes some seconds, to compare BLAS kernels.
     """
     global _prepared  # noqa: PLW0603 - the environment, too, belongs to the whole process
@@ -55,22 +60,85 @@ def prepare() -> Prepared:
 
 def _prepare(inherited: Mapping[str, str]) -> Prepared:
     theirs = threads.without_prepared(inherited)
-    losses = [f"{name}={theirs[name]}: {cost}; unset it" for name, cost in _SLOW.items() if _is_on(theirs.get(name))]
+    on = {name: value for name in _SLOW if (value := theirs.get(name, "").strip()) not in ("", "0")}
+    losses = [f"{name}={value}: {_SLOW[name]}; unset it" for name, value in on.items()]
     if (level := theirs.get("NUMBA_OPT", "")).isdecimal() and int(level) < 3:
         losses.append(f"NUMBA_OPT={level}: kernels are hardly optimised; unset it")
-    early_enough = "numpy" not in sys.modules
+    loaded = {"numpy", "numba"} & sys.modules.keys()
     preparation = threads.prepare()
     kernel_cache.prepare()
     losses += kernel_cache.notes()
     with contextlib.suppress(OSError, UserError):
-        bytecode.prepare()
+        keep_bytecode()
     chosen = blas.prepare()
     mpi_library.prepare()
-    if not early_enough or "numba" in sys.modules:
-        losses += late.adapt(preparation, theirs, inherited)
+    if "numba" in loaded:
+        _set_numba(inherited)
+    if "numpy" in loaded:
+        losses += _set_blas(preparation.threads, theirs, inherited)
     losses += chosen.losses
     return Prepared(f"{preparation.line}; {chosen}", tuple(losses))
 
 
-def _is_on(value: str | None) -> bool:
-    return (value or "").strip() not in ("", "0")
+def _set_numba(inherited: Mapping[str, str]) -> None:
+    """Set Numba's configuration: it takes a changed environment as a request to read all of it again."""
+    import numba
+
+    ours = threads.unset("NUMBA_NUM_THREADS", "NUMBA_CACHE_DIR")
+    threads.put({name: inherited[name] for name in ours if name in inherited})
+    directory = ours.get("NUMBA_CACHE_DIR")
+    if directory and not numba.config.CACHE_DIR:  # type: ignore[attr-defined]
+        numba.config.CACHE_DIR = directory  # type: ignore[attr-defined]
+
+
+def _set_blas(number: int, theirs: Mapping[str, str], inherited: Mapping[str, str]) -> Iterator[str]:
+    """Let a BLAS that is loaded use `number` threads; yield what is lost.
+
+    `theirs` is the environment as the user has set it, which libraries that are loaded have followed; `inherited` is
+    all that they have read, with what dbmpi had set in a process before this one.
+    """
+    libraries = openblas.loaded()
+    if not libraries and not any(
+        name in theirs or inherited.get(name) == str(number) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+    ):
+        yield (
+            f"NumPy was loaded before dbmpi, and its BLAS is not OpenBLAS: it may start a thread for each core in "
+            f"every rank ({number} would be right): {_FIX}, or set OMP_NUM_THREADS={number}"
+        )
+    for library in libraries:
+        # Fewer threads are somebody's choice; the variables were read when the library was loaded.
+        if library.threads > number and not any(name in theirs for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")):
+            library.set_threads(number)
+    if any(library.threads > 1 for library in libraries) and "OPENBLAS_THREAD_TIMEOUT" not in inherited:
+        yield (
+            "NumPy was loaded before dbmpi, so idle threads of OpenBLAS spin on cores that kernels need, which has "
+            f"made small layers up to 100 x slower: {_FIX}, or set OPENBLAS_THREAD_TIMEOUT=4"
+        )
+
+
+def keep_bytecode() -> Path | None:
+    """Let Python keep bytecode in the user's private directory of this node, where it has no better place.
+
+    Without bytecode every rank compiles the sources of NumPy, Numba and SciPy whenever it starts, which doubles the
+    processor time of a start: installers such as uv leave none behind, ``PYTHONDONTWRITEBYTECODE`` is usual in images
+    of containers, and an installation may belong to somebody else.
+
+    Returns
+    -------
+    Path or None
+        The directory; None where nothing was changed, as there is bytecode, Python writes it by itself, or a
+        directory was chosen already (``PYTHONPYCACHEPREFIX``).
+    """
+    if sys.pycache_prefix is not None:
+        return None
+    spec = util.find_spec("numba")  # the largest library
+    if spec is None or spec.origin is None:
+        return None
+    kept = Path(util.cache_from_source(spec.origin))
+    writable = os.access(kept.parent if kept.parent.exists() else kept.parent.parent, os.W_OK | os.X_OK)
+    if kept.exists() or (writable and not sys.dont_write_bytecode):
+        return None
+    directory = kernel_cache.private_directory(f"bytecode-py{sys.version_info.major}{sys.version_info.minor}")
+    if directory is not None:
+        sys.pycache_prefix, sys.dont_write_bytecode = str(directory), False
+    return directory

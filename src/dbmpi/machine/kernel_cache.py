@@ -95,7 +95,14 @@ def private_directory(name: str) -> Path | None:
 def locked(path: Path, seconds: float) -> Iterator[bool]:
     """Hold the lock of a file while the block runs; gives False if another process kept it for `seconds`.
 
-    The lock goes with the process: one that dies does not keep it.  Where files cannot be locked, nobody waits.
+    The lock goes with the process: one that dies does not keep it.  Where files cannot be locked, there is no wait.
+
+    Parameters
+    ----------
+    path
+        The file, made if missing.
+    seconds
+        Limit on the wait.
     """
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)

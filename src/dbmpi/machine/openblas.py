@@ -1,15 +1,24 @@
 """The copies of OpenBLAS that this process has loaded, asked and set by their own functions.
 
-The standard library alone, and nothing of dbmpi: :mod:`dbmpi.machine.blas_probe` takes it as a file.
+As a program it prints one line of JSON: which OpenBLAS kernel NumPy runs here, and how fast it multiplies.  Its
+arguments are names of kernels that have been measured already.  :mod:`dbmpi.machine.blas` runs it in processes of their
+own, because a kernel is chosen when the library is loaded, and one that the processor cannot run ends the process.  It
+imports nothing of dbmpi, which would choose a kernel.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+import json
+import sys
+import time
+from contextlib import suppress
 from dataclasses import dataclass
 
 _MAPS = "/proc/self/maps"
+_UNITS, _SAMPLES = 2560, 128
+"""A hidden layer of the paper's speech network on a mini-batch: the product that training consists of."""
+_BUDGET_SECONDS = 0.12
 
 
 @dataclass(frozen=True)
@@ -36,7 +45,13 @@ class Library:
         return 1 if found is None else int(found())
 
     def set_threads(self, number: int) -> None:
-        """Let products use so many threads from now on."""
+        """Let products use so many threads from now on.
+
+        Parameters
+        ----------
+        number
+            At least 1.
+        """
         found = function(self.library, "set_num_threads")
         if found is not None:
             found(ctypes.c_int(number))
@@ -52,28 +67,62 @@ class Library:
 
 def loaded() -> list[Library]:
     """Return the copies of OpenBLAS in this process, whatever their files are called; none where it cannot be seen."""
-    return list(_find())
-
-
-def _find() -> Iterator[Library]:
-    try:
-        with open(_MAPS, encoding="utf-8", errors="replace") as maps:
-            paths = {line.split(maxsplit=5)[-1].strip() for line in maps if "/" in line and "blas" in line}
-    except OSError:
-        return
-    for path in sorted(paths):
-        try:
-            library = ctypes.CDLL(path)
-        except OSError:
-            continue
-        if function(library, "get_corename") is not None:
-            yield Library(path, library)
+    found = []
+    with suppress(OSError), open(_MAPS, encoding="utf-8", errors="replace") as maps:
+        paths = {line.split(maxsplit=5)[-1].strip() for line in maps if "/" in line and "blas" in line}
+        for path in sorted(paths):
+            with suppress(OSError):
+                library = ctypes.CDLL(path)
+                if function(library, "get_corename") is not None:
+                    found.append(Library(path, library))
+    return found
 
 
 def function(library: ctypes.CDLL, name: str) -> ctypes._NamedFuncPointer | None:
-    """Return one of OpenBLAS's own functions; builds for 64-bit integers and SciPy's wheels decorate the names."""
+    """Return one of OpenBLAS's own functions; None if the library does not have it.
+
+    Parameters
+    ----------
+    library
+        Any library.
+    name
+        As in OpenBLAS, without ``openblas_``; builds for 64-bit integers and SciPy's wheels decorate the names.
+    """
     for decorated in (f"scipy_openblas_{name}64_", f"scipy_openblas_{name}", f"openblas_{name}64_", f"openblas_{name}"):
         found: ctypes._NamedFuncPointer | None = getattr(library, decorated, None)
         if found is not None:
             return found
     return None
+
+
+def _main() -> None:
+    """Print ``numpy``, ``openblas``, ``core``, ``configuration``, ``gflops``."""
+    import numpy as np
+
+    found: dict[str, object] = {"numpy": np.__version__, "openblas": False}
+    for library in loaded()[:1]:
+        found |= {"openblas": True, "core": library.core, "configuration": library.configuration, "gflops": None}
+    if found.get("core") not in sys.argv[1:]:
+        found["gflops"] = _gflops()
+    print(json.dumps(found))
+
+
+def _gflops() -> float:
+    """Return the speed of the fastest of a few products, in 1e9 floating-point operations a second."""
+    import numpy as np
+
+    weights = np.full((_UNITS, _UNITS), 0.5, np.float32)
+    inputs = np.full((_UNITS, _SAMPLES), 0.25, np.float32)
+    out = np.empty((_UNITS, _SAMPLES), np.float32)
+    np.matmul(weights, inputs, out=out)
+    best, begin, count = float("inf"), time.perf_counter(), 0
+    while count < 3 or time.perf_counter() - begin < _BUDGET_SECONDS:
+        start = time.perf_counter()
+        np.matmul(weights, inputs, out=out)
+        best = min(best, time.perf_counter() - start)
+        count += 1
+    return 2e-9 * _UNITS * _UNITS * _SAMPLES / best
+
+
+if __name__ == "__main__":
+    _main()

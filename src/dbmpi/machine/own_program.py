@@ -1,4 +1,4 @@
-"""Programs of a user's own on the ranks of `dbmpi launch`: which one is meant, and its start on each rank.
+"""A user's own program on the ranks of `dbmpi launch`: finding it, and starting it on each rank.
 
 ``python -m dbmpi.machine.own_program PROGRAM ...`` runs on each rank.  It settles threads, BLAS kernel and kernel cache
 as dbmpi's own commands do, on the rank's node, and then becomes the program.
@@ -6,7 +6,6 @@ as dbmpi's own commands do, on the rank's node, and then becomes the program.
 
 from __future__ import annotations
 
-import difflib
 import errno
 import os
 import shutil
@@ -15,7 +14,7 @@ import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from dbmpi.errors import UserError
+from dbmpi.errors import UserError, suggestion
 
 _PYTHONS = ("python", "python3")
 _MOMENT = 0.5
@@ -23,17 +22,17 @@ _MOMENT = 0.5
 
 
 def resolve(words: Sequence[str], commands: Collection[str]) -> list[str]:
-    """Return what is to be executed for the words of a user.
+    """Return the command to execute for a user's words.
 
     ``python`` and ``dbmpi`` without a folder are this Python and its dbmpi, a ``FILE.py`` that cannot be executed by
-    itself is run by this Python, and everything else is found as a shell does.
+    itself is run by this Python, and everything else is looked up as a shell does.
 
     Parameters
     ----------
     words
         A program and its arguments.
     commands
-        Commands of dbmpi, of which the first word may be a misspelling.
+        Commands of dbmpi, for the hint if the first word looks like a misspelt one.
 
     Raises
     ------
@@ -59,18 +58,21 @@ def resolve(words: Sequence[str], commands: Collection[str]) -> list[str]:
         raise UserError(
             f"launch: {name} is not executable: chmod +x {name}, or name its interpreter, e.g. python {name}"
         )
-    hint = f"; to run the file that is here, write ./{name}" if path.is_file() else ""
-    near = difflib.get_close_matches(name, commands, n=1)
-    if near:
-        hint = f"; did you mean the command {near[0]!r}?"
-    elif not hint:
-        hint = f"; dbmpi's own commands are {', '.join(commands)}"
-    raise UserError(f"launch: {name}: no such program{hint}")
+    others = f"to run the file that is here, write ./{name}" if path.is_file() else None
+    hint = suggestion(name, commands, others or f"dbmpi's own commands are {', '.join(commands)}")
+    raise UserError(f"launch: {name}: no such program; {hint}")
 
 
 def main(words: Sequence[str]) -> int:
-    """Prepare this process, and become the program; return only if that fails."""
-    from dbmpi.machine import endings, environment, launcher, mpi_library
+    """Prepare this process, and become the program; return only if that fails.
+
+    Parameters
+    ----------
+    words
+        The program, as :func:`resolve` returns it, and its arguments.
+    """
+    from dbmpi.machine import endings, environment, mpi_library
+    from dbmpi.machine.rank_variables import launched
 
     mpi_library.prepare()
     environment.prepare()
@@ -78,7 +80,7 @@ def main(words: Sequence[str]) -> int:
     try:
         os.execvp(words[0], list(words))  # noqa: S606 - no shell is wanted
     except OSError as error:
-        if launcher.launched(os.environ)[2] > 0:
+        if launched(os.environ)[2] > 0:
             time.sleep(_MOMENT)
         else:
             endings.note_message()

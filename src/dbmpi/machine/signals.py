@@ -1,22 +1,22 @@
-"""Signals that ask a run to end; only the standard library, so that they are noted from the first moment on."""
+"""Signals that ask a run to end; the standard library alone, so that they are noted from the first moment."""
 
 from __future__ import annotations
 
 import os
 import signal
 import threading
-from contextlib import suppress
-from pathlib import Path
 from types import FrameType
+
+from dbmpi.machine import processes
 
 HEEDED = tuple(
     signal.Signals(number)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 )
-"""What schedulers, launchers and users send to end a run; whatever of it reaches a rank, or `dbmpi launch`, does."""
+"""Signals by which schedulers, launchers and users end a run, on any rank or on `dbmpi launch`."""
 
-_EXITING = 4
-"""Linux's PF_EXITING, of the flags in /proc/PID/stat."""
+_FLAGS, _EXITING = 6, 4
+"""Position of the flags in the fields of `processes.stat`, and Linux's PF_EXITING in them."""
 
 
 class StopSignal:
@@ -27,7 +27,7 @@ class StopSignal:
     second.
 
     MPICH's launcher sends SIGUSR1 to all ranks of its own accord when one has died and the others are to live
-    (``-disable-auto-cleanup``): so that one is no wish where a rank of this host has gone.
+    (``-disable-auto-cleanup``): so that one is ignored where a rank of this host has ended.
 
     Attributes
     ----------
@@ -70,18 +70,13 @@ def reinstall() -> None:
 
 def _of_the_same_hydra() -> set[int]:
     """Return the ids of the living processes that the same daemon of MPICH's launcher has started on this host."""
-    parent = Path("/proc") / str(os.getppid())
-    with suppress(OSError, ValueError, IndexError):
-        if not (parent / "comm").read_text().startswith("hydra"):
-            return set()
-        children = " ".join(file.read_text() for file in parent.glob("task/*/children"))
-        return {int(child) for child in children.split() if _lives(child)}
-    return set()
+    parent = os.getppid()
+    if not processes.stat(parent)[0].startswith("hydra"):
+        return set()
+    return {child for child in processes.children(parent) if _stays(child)}
 
 
-def _lives(process: str) -> bool:
-    """Whether a process is there and not about to go: its end is known by its closed connections before it has gone."""
-    with suppress(OSError, ValueError, IndexError):
-        fields = (Path("/proc") / process / "stat").read_text().rpartition(")")[2].split()
-        return fields[0] not in "ZX" and not int(fields[6]) & _EXITING
-    return False
+def _stays(process: int) -> bool:
+    """Return whether a process runs and is not about to end: its connections close before it is gone."""
+    fields = processes.stat(process)[1]
+    return bool(fields) and fields[0] not in "ZX" and not int(fields[_FLAGS]) & _EXITING

@@ -14,10 +14,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dbmpi.machine import slurm
+from dbmpi.machine import capacity, processes
+from dbmpi.machine.rank_variables import number, ranks_on_node
 
 VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
-"""What the libraries read; each is set only where the user has not set it."""
+"""Variables that the libraries read; each is set only where the user has not set it."""
 
 PATIENCE = {"OMP_WAIT_POLICY": "PASSIVE", "OPENBLAS_THREAD_TIMEOUT": "4"}
 """Idle threads sleep at once instead of spinning; set unless the user has set them.
@@ -27,21 +28,10 @@ for up to 30 ms after each call.  On two cores that others used, too, a layer of
 and 12 to 33 ms with it.
 """
 
-_RANKS_ON_NODE = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "MV2_COMM_WORLD_LOCAL_SIZE", "PMI_LOCAL_SIZE")
-"""Set by mpirun of Open MPI, by hydra (MPICH, Intel MPI), by MVAPICH2, by Cray PALS."""
-
-_DAEMONS = (
-    "prterun",
-    "prted",
-    "prte",
-    "mpirun",
-    "mpiexec",
-    "orterun",
-    "orted",
-    "hydra_pmi_proxy",
-    "slurmstepd",
-    "palsd",
-)
+_DAEMONS = {
+    *("prterun", "prted", "prte", "mpirun", "mpiexec", "orterun", "orted"),  # of Open MPI
+    *("hydra_pmi_proxy", "slurmstepd", "palsd"),
+}
 """Names of the processes that start ranks and may bind each of them to cores of its own."""
 
 
@@ -76,11 +66,11 @@ class Preparation:
     @property
     def kernels(self) -> int:
         """Threads that compiled kernels may use."""
-        return _number(self.given.get("NUMBA_NUM_THREADS")) or self.threads
+        return number(self.given.get("NUMBA_NUM_THREADS")) or self.threads
 
 
 MARK = "DBMPI_PREPARED"
-"""Holds what dbmpi has set in the environment, as JSON: programs that inherit it are no user's wish."""
+"""Holds the variables that dbmpi has set, as JSON: a program that inherits them must not take them for the user's."""
 
 _prepared: Preparation | None = None
 
@@ -88,8 +78,8 @@ _prepared: Preparation | None = None
 def prepare() -> Preparation:
     """Set the environment of this process so that the threads of all ranks fit the node.
 
-    A second call returns what the first one decided.  What has read the environment before, as it was loaded before,
-    is left to :mod:`dbmpi.machine.late`.
+    A second call returns what the first one decided.  Libraries that were loaded before, and have read the environment,
+    are left to :mod:`dbmpi.machine.environment`.
     """
     global _prepared  # noqa: PLW0603 - the environment, too, belongs to the whole process
     if _prepared is None:
@@ -101,14 +91,26 @@ def prepare() -> Preparation:
 
 
 def put(settings: Mapping[str, str]) -> None:
-    """Set variables of this process's environment, and mark them as set by dbmpi."""
+    """Set variables of this process's environment, and mark them as set by dbmpi.
+
+    Parameters
+    ----------
+    settings
+        Their values by name.
+    """
     marked = json.dumps(_marked(os.environ) | dict(settings))
     os.environ.update(settings)
     os.environ[MARK] = marked
 
 
 def unset(*names: str) -> dict[str, str]:
-    """Take variables that dbmpi has set out of this process's environment again, and return them."""
+    """Take variables that dbmpi has set out of this process's environment again, and return their values.
+
+    Parameters
+    ----------
+    names
+        The variables; any that dbmpi has not set stay.
+    """
     ours = _marked(os.environ)
     gone = {name: ours.pop(name) for name in names if name in ours and os.environ.get(name) == ours[name]}
     for name in gone:
@@ -137,21 +139,28 @@ def decide(environment: Mapping[str, str], node: Node) -> Preparation:
     The number is ``SLURM_CPUS_PER_TASK``, or else cores / ranks of the node, but at least 1 and at most what this rank
     is bound to.  A number that the user gave in one of the variables stays; ``OMP_NUM_THREADS`` also counts for the
     variables not given, as it is how batch scripts usually say it.
+
+    Parameters
+    ----------
+    environment
+        As the user has set it (:func:`without_prepared`).
+    node
+        What the ranks share.
     """
     given = {name: environment[name] for name in VARIABLES if environment.get(name, "").strip()}
     share = max(1, min(node.mine, node.cores // node.ranks))
     threads, source = share, _shares(node)
-    per_task = _number(environment.get("SLURM_CPUS_PER_TASK"))
+    per_task = number(environment.get("SLURM_CPUS_PER_TASK"))
     if per_task is not None:
         # It may be more than there is: under mpirun with more ranks than tasks, and in groups of a heterogeneous job.
         threads = min(per_task, share)
         source = f"SLURM_CPUS_PER_TASK={per_task}" + (f", but {_shares(node)}" if share < per_task else "")
-    asked = _number(given.get("OMP_NUM_THREADS"))
+    asked = number(given.get("OMP_NUM_THREADS"))
     if asked is not None:
         threads, source = asked, f"OMP_NUM_THREADS={asked} is set" + (f"; {_shares(node)}" if asked != share else "")
 
-    numbers = {name: _number(value) or 0 for name, value in given.items()}
-    too_many = [name for name, number in numbers.items() if number > share]
+    numbers = {name: number(value) or 0 for name, value in given.items()}
+    too_many = [name for name, asked_for in numbers.items() if asked_for > share]
     others = [f"{name}={value}" for name, value in given.items() if numbers[name] != threads]
     line = f"threads: {_count(threads, 'thread')} a rank ({source})"
     if others:
@@ -167,12 +176,17 @@ def decide(environment: Mapping[str, str], node: Node) -> Preparation:
 
 
 def this_node(environment: Mapping[str, str]) -> Node:
-    """Look at what this process and the other ranks on its node may use.
+    """Return what this process and the other ranks on its node may use.
 
     A rank's affinity may be narrower than the node for two reasons.  If the *launcher* has bound it (mpirun does,
-    unless told ``--bind-to none``), the set is meant for this rank, or for those of its socket.  If the *job* was given
+    without ``--bind-to none``), the set is meant for this rank, or for those of its socket.  If the *job* was given
     a part of the node, all ranks share the set.  The launcher's daemon tells them apart: it is not bound itself, so its
     own affinity is what all ranks of the node have together.
+
+    Parameters
+    ----------
+    environment
+        Environment variables of this process.
     """
     ranks = ranks_on_node(environment)
     mine = _affinity(0)
@@ -182,24 +196,23 @@ def this_node(environment: Mapping[str, str]) -> Node:
     quota = cpu_quota()
     if quota is not None:
         limits.append(int(quota))
-    allocated = _number(environment.get("SLURM_CPUS_ON_NODE"))
+    allocated = number(environment.get("SLURM_CPUS_ON_NODE"))
     if allocated is not None:
         limits.append(allocated)
     cores = max(1, min(limits))
     return Node(ranks=ranks, cores=cores, mine=min(physical_cores(mine), cores))
 
 
-def ranks_on_node(environment: Mapping[str, str]) -> int:
-    """Return how many ranks run on this node as the launcher's environment tells, or 1 if it does not."""
-    for name in _RANKS_ON_NODE:
-        number = _number(environment.get(name))
-        if number is not None:
-            return number
-    return slurm.tasks_on_node(environment) or 1
-
-
 def physical_cores(cpus: Iterable[int], root: Path = Path("/sys/devices/system/cpu")) -> int:
-    """Return the number of cores behind logical processors: two hardware threads of one core count once."""
+    """Return the number of cores behind logical processors: two hardware threads of one core count once.
+
+    Parameters
+    ----------
+    cpus
+        Numbers of the logical processors.
+    root
+        Folder in which the system describes them.
+    """
     cores = set()
     for cpu in cpus:
         try:
@@ -210,29 +223,27 @@ def physical_cores(cpus: Iterable[int], root: Path = Path("/sys/devices/system/c
 
 
 def cpu_quota(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> float | None:
-    """Return how many cores' worth of time this process's control groups (version 2) allow; None without a limit."""
-    try:
-        lines = membership.read_text().splitlines()
-    except OSError:
-        return None
-    place = next((line[3:].lstrip("/") for line in lines if line.startswith("0::")), None)
-    if place is None:
-        return None
-    found = []
-    group = root / place
-    for folder in (group, *group.parents):
+    """Return how many cores' worth of time this process's control groups (version 2) allow; None without a limit.
+
+    Parameters
+    ----------
+    root
+        Folder of the system's control groups.
+    membership
+        File with the groups of this process.
+    """
+    quotas = []
+    for group in capacity.control_groups("", root, membership):
         try:
-            limit, period = (folder / "cpu.max").read_text().split()
-            found.append(int(limit) / int(period))
+            limit, period = (group / "cpu.max").read_text().split()
+            quotas.append(int(limit) / int(period))
         except (OSError, ValueError, ZeroDivisionError):
             pass  # no such group, no limit in it ("max"), or the root, which has no such file
-        if folder == root:
-            break
-    return min(found, default=None)
+    return min(quotas, default=None)
 
 
 def _shares(node: Node) -> str:
-    """Say what the rank's share of the node follows from."""
+    """Return the reason for the rank's share of the node."""
     cores = _count(node.cores, "core")
     if node.ranks == 1:
         return f"{cores} for the one rank here"
@@ -246,32 +257,21 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def _number(text: str | None) -> int | None:
-    """Return the positive number in a variable (the first of a list, as in OMP_NUM_THREADS=4,2), or None."""
-    first = (text or "").split(",")[0].strip()
-    return int(first) if first.isdecimal() and int(first) > 0 else None
-
-
 def _affinity(pid: int) -> set[int]:
-    """Return the logical processors on which a process (0: this one) may run; all where the system does not tell."""
+    """Return the logical processors on which a process (0: this one) may run; all if the system does not say."""
     try:
         return set(os.sched_getaffinity(pid))
     except (AttributeError, OSError):
         return set(range(os.cpu_count() or 1)) if pid == 0 else set()
 
 
-def _daemon(pid: int, levels: int = 5) -> int | None:
+def _daemon(process: int, levels: int = 5) -> int | None:
     """Return the launcher's daemon among the ancestors, past wrappers such as a shell, or None."""
     for _ in range(levels):
-        try:
-            text = Path(f"/proc/{pid}/stat").read_text()
-        except OSError:
-            return None
-        # "pid (name) state parent ...", where the name itself may contain blanks and brackets
-        name, _, rest = text.partition("(")[2].rpartition(")")
+        name, fields = processes.stat(process)
         if name in _DAEMONS:
-            return pid
-        pid = int(rest.split()[1])
-        if pid <= 1:
+            return process
+        process = int(fields[1]) if fields else 0
+        if process <= 1:
             return None
     return None

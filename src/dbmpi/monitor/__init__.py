@@ -1,1 +1,1 @@
-"""Monitor of dbmpi."""
+"""Watching a run: its records, its progress on the terminal, its plots."""

@@ -1,4 +1,4 @@
-"""What the progress of a run looks like: as a line of text, and as a bar drawn by Rich."""
+"""The progress of a run as a line of text, and as a bar drawn by Rich."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class DisplayState:
-    """What is shown; see :meth:`Progress.update`."""
+    """The state to show; see :meth:`dbmpi.monitor.progress.RunProgress.update`."""
 
     total: int
     epochs: float | None
@@ -27,12 +27,12 @@ class DisplayState:
 
     @property
     def remaining(self) -> float | None:
-        """Seconds that the rest will take at the present rate, if that can be said."""
+        """Seconds that the rest will take at the present rate, if it is known."""
         left = self.total - self.samples
         return left / self.rate if self.rate > 0 and math.isfinite(self.rate) and left > 0 else None
 
     @property
-    def place(self) -> str:
+    def position(self) -> str:
         """The epoch, or else the percentage."""
         if self.epochs is None:
             return f"{100 * self.fraction:3.0f} %"
@@ -41,18 +41,25 @@ class DisplayState:
 
 
 def line(state: DisplayState) -> str:
-    """Return the state as plain text of at most 80 columns in all usual cases."""
-    parts = [f"{_duration(state.elapsed):>7}", state.place, f"loss {digits(state.loss)}"]
-    if state.accuracy is not None:
-        parts.append(f"accuracy {100 * state.accuracy:.1f} %")
-    parts.append(f"{_grouped(state.rate)} samples/s")
-    if state.staleness is not None:
-        parts.append(f"staleness {state.staleness:.1f}")
-    return "  ".join(parts)
+    """Return the state as plain text of at most 80 columns in all usual cases.
+
+    Parameters
+    ----------
+    state
+        What is shown.
+    """
+    facts = [label + value for label, value in _facts(state, wide=True)]
+    return "  ".join([f"{_duration(state.elapsed):>7}", state.position, *facts])
 
 
 class Bar:
-    """The bar as Rich draws it: one line, so that another rank's output can never be drawn over."""
+    """The bar as Rich draws it: one line, so that another rank's output can never be drawn over.
+
+    Parameters
+    ----------
+    state
+        Returns what is to be drawn now.
+    """
 
     def __init__(self, state: Callable[[], DisplayState]) -> None:
         self._state = state
@@ -66,8 +73,8 @@ class Bar:
         assert isinstance(options, ConsoleOptions)
         state = self._state()
         columns = max(1, options.max_width - 1)  # a full last column makes some terminals begin a new line
-        place, width, facts = _fit(state, columns)
-        text = Text(place, no_wrap=True, overflow="crop", end="")
+        position, width, facts = _fit(state, columns)
+        text = Text(position, no_wrap=True, overflow="crop", end="")
         if width:
             bar = ProgressBar(total=1.0, completed=state.fraction, width=width)
             drawn = Text.assemble(*((part.text, part.style or "") for part in console.render(bar, options)))
@@ -79,38 +86,43 @@ class Bar:
         yield text
 
 
-def _fit(state: DisplayState, columns: int) -> tuple[str, int, list[tuple[str, str]]]:
-    """Return the place, the bar's width and the facts (label, value) that fit into a line of `columns`.
+def _facts(state: DisplayState, *, wide: bool) -> list[tuple[str, str]]:
+    """Return label and value of all that is known, the most important one first; words are written out if `wide`."""
+    facts = [("loss ", digits(state.loss))]
+    if state.accuracy is not None:
+        percentage = f"{100 * state.accuracy:.1f}"
+        facts.append(("accuracy ", f"{percentage} %") if wide else ("acc ", f"{percentage}%"))
+    facts.append(("", f"{_grouped(state.rate)} samples/s" if wide else f"{_short(state.rate)}/s"))
+    if state.staleness is not None:
+        facts.append(("staleness " if wide else "stale ", f"{state.staleness:.1f}"))
+    return facts
 
-    Words are written out where there is room; with less, facts go from the last to the first, then the bar.
+
+def _fit(state: DisplayState, columns: int) -> tuple[str, int, list[tuple[str, str]]]:
+    """Return the position, the bar's width and the facts (label, value) that fit into a line of `columns`.
+
+    In narrower lines facts go from the last to the first, then the time that is left, then the bar.
     """
     remaining = state.remaining
-    clock = f"{_duration(remaining)} left" if remaining is not None else f"in {_duration(state.elapsed)}"
-    wide: list[tuple[str, str]] = [("loss ", digits(state.loss))]
-    narrow = list(wide)
-    if state.accuracy is not None:
-        wide.append(("accuracy ", f"{100 * state.accuracy:.1f} %"))
-        narrow.append(("acc ", f"{100 * state.accuracy:.1f}%"))
-    wide.append(("", f"{_grouped(state.rate)} samples/s"))
-    narrow.append(("", f"{_short(state.rate)}/s"))
-    if state.staleness is not None:
-        wide.append(("staleness ", f"{state.staleness:.1f}"))
-        narrow.append(("stale ", f"{state.staleness:.1f}"))
-    order = [("", clock), *narrow]  # what is given up last comes first
-    choices = [(state.place, [*wide, ("", clock)], 20), (state.place, [*narrow, ("", clock)], 8)]
-    percentage = f"{100 * state.fraction:3.0f} %"
-    for count in range(len(order), -1, -1):
-        kept = order[:count]
-        choices.append((percentage, kept[1:] + kept[:1], 8))
-    for place, facts, least in choices:
-        width = columns - len(place) - 1 - sum(2 + len(label) + len(value) for label, value in facts)
+    clock = ("", f"{_duration(remaining)} left" if remaining is not None else f"in {_duration(state.elapsed)}")
+    narrow, percentage = _facts(state, wide=False), f"{100 * state.fraction:3.0f} %"
+    choices = [(state.position, [*_facts(state, wide=True), clock], 20), (state.position, [*narrow, clock], 8)]
+    choices += [(percentage, [*narrow[:count], clock], 8) for count in range(len(narrow), -1, -1)]
+    for position, facts, least in [*choices, (percentage, [], 8)]:
+        width = columns - len(position) - 1 - sum(2 + len(label) + len(value) for label, value in facts)
         if width >= least:
-            return place, min(width, 60), facts
+            return position, min(width, 60), facts
     return percentage.strip(), 0, []
 
 
 def digits(value: float) -> str:
-    """Return a loss in six columns with what digits they hold: 0.1234, 12.346, 9.0e-4."""
+    """Return a loss in six columns, with as many digits as they hold: 0.1234, 12.346, 9.0e-4.
+
+    Parameters
+    ----------
+    value
+        The loss.
+    """
     if not math.isfinite(value):
         return f"{value:6}"
     if value == 0 or 0.001 <= abs(value) < 10_000:
@@ -129,15 +141,8 @@ def _short(value: float) -> str:
     if not math.isfinite(value):
         return "    ?"
     for factor, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        scaled = value / factor
-        if scaled >= 0.9995:
-            return (
-                f"{scaled:4.2f}{unit}"
-                if scaled < 9.995
-                else f"{scaled:4.1f}{unit}"
-                if scaled < 99.95
-                else f"{scaled:4.0f}{unit}"
-            )
+        if value >= 0.9995 * factor:
+            return f"{value / factor:#.3g}".rstrip(".").rjust(4) + unit
     return f"{value:5.0f}"
 
 

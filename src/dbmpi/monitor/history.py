@@ -1,15 +1,13 @@
-"""What the records of a run say: its sessions put one behind the other, and its results in a few numbers."""
+"""The history of a run from its records: its sessions one after another, and its results in a few numbers."""
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import chain
 from pathlib import Path
-from statistics import median
 
 import numpy as np
 
@@ -32,9 +30,9 @@ class Summary:
     mean_staleness: float
     """Over all pushes to all shards."""
     seconds: float
-    """Time spent training, from the first step to the last report; the time between two sessions is left out."""
+    """Time spent training, from the first step to the last report; without the time between two sessions."""
     steps: int
-    """Mini-batches of all replicas, those included that a later session took again."""
+    """Mini-batches of all replicas, including those that a later session repeated."""
     samples: int
     """Training samples of those mini-batches."""
     epochs: float
@@ -43,16 +41,29 @@ class Summary:
     """How often the run was started."""
 
 
+@dataclass(frozen=True, slots=True)
+class Span:
+    """The time that one report of a worker is about."""
+
+    report: Record
+    begin: float
+    """Seconds of the run."""
+    end: float
+    """Seconds of the run."""
+    samples: int
+    """Training samples since the report before."""
+
+
 @dataclass(frozen=True)
 class LostReplica:
-    """A replica that has died, and that its session went on without."""
+    """A replica that died while its session continued."""
 
     replica: int
     session: int
     iteration: int
-    """Iterations of the session that were finished when it was first done without."""
+    """Iterations of the session that were finished when it was first missing."""
     seconds: float
-    """When that was, in seconds of the run."""
+    """That time, in seconds of the run."""
 
     def __str__(self) -> str:
         return f"replica {self.replica} since iteration {self.iteration:,} of session {self.session}"
@@ -87,17 +98,21 @@ class RunHistory:
         """Evaluations, in the order of time."""
         self.batches: list[Record] = []
         """Passes of Sandblaster over a batch, in the order of time."""
-        self._ends: dict[int, float] = defaultdict(float)
+        self.steps_per_epoch = 0
+        """Mini-batches of all replicas together in one epoch; 0 where the records do not say."""
+        self._ends: dict[int, float] = {}
+        self._steps_before: dict[int, int] = {}
         for record in records:
             session = record["session"]
-            self._ends[session] = max(self._ends[session], record["elapsed"])
-            if record["kind"] == "evaluation":
-                self.evaluations.append(record)
-            elif record["kind"] == "batch":
-                self.batches.append(record)
-            else:
+            self._ends[session] = max(self._ends.get(session, 0.0), record["elapsed"])
+            if (before := record.get("steps_before")) is not None:
+                self._steps_before[session] = before
+            self.steps_per_epoch = record.get("steps_per_epoch") or self.steps_per_epoch
+            if record["kind"] in ("worker", "shard"):
                 role = self.workers if record["kind"] == "worker" else self.shards
                 role.setdefault(record["number"], []).append(record)
+            else:
+                (self.evaluations if record["kind"] == "evaluation" else self.batches).append(record)
         self.workers, self.shards = dict(sorted(self.workers.items())), dict(sorted(self.shards.items()))
         self.sessions = sorted(self._ends)
         """Numbers of the sessions."""
@@ -120,18 +135,31 @@ class RunHistory:
         """Return when a record was written, in seconds of the run."""
         return self.starts[record["session"]] + float(record["elapsed"])
 
-    def begin(self, first: Record) -> float:
-        """Return when, in seconds of the run, that began which a worker's first report of a session is about."""
-        return self.starts[first["session"]] + _begin(first)
+    def spans(self, reports: Iterable[Record]) -> Iterator[Span]:
+        """Yield when the work behind each report was done, and how many samples it was.
+
+        Parameters
+        ----------
+        reports
+            Of one worker, in the order of time.
+        """
+        previous: Record = {"session": None}
+        for report in reports:
+            if previous["session"] == report["session"]:
+                begin, samples = self.seconds(previous), report["samples"] - previous["samples"]
+            else:
+                begin, samples = self.starts[report["session"]] + _begin(report), report["samples"]
+            yield Span(report, begin, self.seconds(report), samples)
+            previous = report
 
     @property
     def lost(self) -> list[LostReplica]:
         """Replicas that have died, in the order of time; one entry for each session."""
         found: dict[tuple[int, int], LostReplica] = {}
         for batch in self.batches:
+            session, iteration, seconds = batch["session"], batch["iteration"], self.seconds(batch)
             for replica in batch["lost"]:
-                of = batch["session"], replica
-                found.setdefault(of, LostReplica(replica, of[0], batch["iteration"], self.seconds(batch)))
+                found.setdefault((session, replica), LostReplica(replica, session, iteration, seconds))
         return list(found.values())
 
     @property
@@ -148,13 +176,19 @@ class RunHistory:
     def steps(self, session: int, elapsed: float) -> float:
         """Return the steps behind the parameters `elapsed` seconds after a session's start, all replicas together.
 
-        Between two reports of a worker its steps are taken to be evenly spread.  Work that a later session took again
-        is in the steps of its own session, and not in those of the later one.
+        Between two reports of a worker its steps are assumed to be evenly spread.  Work that a later session
+        repeated is in the steps of its own session, and not in those of the later one.
         """
         return float(np.interp(elapsed, *self._counts[session]))
 
     def kept(self, record: Record) -> bool:
-        """Whether what was done up to a record is part of the result, and was not taken again by a later session."""
+        """Return whether the work up to a record is part of the result, and was not repeated by a later session.
+
+        Parameters
+        ----------
+        record
+            A report of any kind.
+        """
         limit = self._limits[record["session"]]
         return self.steps(record["session"], record["elapsed"]) <= limit + 0.5
 
@@ -168,54 +202,17 @@ class RunHistory:
         return limits
 
     @cached_property
-    def begins(self) -> dict[int, float]:
+    def begins(self) -> dict[int, int]:
         """Steps of all replicas that were in the parameters when each session began.
 
-        A shard's version counts pushes over all sessions; how many steps a push stands for shows within a session.
+        If the records do not say, a session is assumed to begin where the one before it ended.
         """
-        begins: dict[int, float] = {}
-        end = version = 0.0
-        per_push = 1
+        begins: dict[int, int] = {}
+        end = 0
         for session in self.sessions:
-            own = [report for reports in self.shards.values() for report in reports if report["session"] == session]
-            own = [report for report in own if report["number"] == own[0]["number"]]
-            taken = sum(reports[-1]["step"] for reports in self._by_session.get(session, {}).values())
-            begin = end
-            if own:
-                before, version = version, own[0]["version"] - own[0]["pushes"]
-                last = begins[max(begins)] if begins else 0.0
-                per_push_before, per_push = per_push, max(1, round(taken / max(1, own[-1]["pushes"])))
-                begin = last + (version - before) * (per_push_before if begins else per_push)
-            begins[session] = max(0.0, begin)
-            end = begins[session] + taken
+            begins[session] = self._steps_before.get(session, end)
+            end = begins[session] + sum(own[-1]["step"] for own in self._by_session.get(session, {}).values())
         return begins
-
-    @cached_property
-    def steps_per_epoch(self) -> int:
-        """Mini-batches of all replicas together in one epoch; 0 where too little is recorded to say.
-
-        Replicas take the batches of the stream in turn, so that each goes through it in strides.  Of the first session:
-        a later one also fills the gaps that the first has left.  Replicas of Sandblaster take what they can, and a pass
-        says what it was.
-        """
-        passes = [
-            sum(after["portions"].values()) / (after["epoch"] - before["epoch"])
-            for before, after in pairwise(batch for batch in self.batches if batch["session"] == self.sessions[0])
-            if None not in (before["epoch"], after["epoch"]) and after["epoch"] > before["epoch"]
-        ]
-        if passes:
-            return round(float(median(passes)))
-        steps = 0.0
-        for own in self._by_session.get(self.sessions[0], {}).values() if self.sessions else ():
-            strides = [
-                (after["step"] - before["step"]) / (after["epoch"] - before["epoch"])
-                for before, after in pairwise(own)
-                if None not in (before["epoch"], after["epoch"]) and after["epoch"] > before["epoch"]
-            ]
-            if not strides:
-                return 0
-            steps += median(strides)
-        return round(steps)
 
     @cached_property
     def _counts(self) -> dict[int, tuple[np.ndarray, np.ndarray]]:
@@ -247,25 +244,24 @@ class RunHistory:
     def staleness(self) -> StalenessHistogram:
         """Staleness of all pushes to all shards."""
         histogram = StalenessHistogram()
-        for reports in self.shards.values():
-            for report in reports:
-                histogram.merge(StalenessHistogram.from_json(report["staleness_histogram"]))
+        for report in chain(*self.shards.values()):
+            histogram.merge(StalenessHistogram.from_json(report["staleness_histogram"]))
         return histogram
 
     def summary(self) -> Summary:
         """Return the results of the run."""
         steps = samples = 0
         seconds = 0.0
-        for replicas in self._by_session.values():
-            steps += sum(own[-1]["step"] for own in replicas.values())
-            samples += sum(own[-1]["samples"] for own in replicas.values())
-            seconds += max(own[-1]["elapsed"] for own in replicas.values()) - min(
-                _begin(own[0]) for own in replicas.values()
-            )
-        last_reports = [own[-1] for own in self._by_session.get(max(self._by_session, default=0), {}).values()]
-        losses = [report["loss"] for report in last_reports if report["loss"] is not None]
-        epochs = max((report["epoch"] or 0.0 for report in last_reports), default=0.0)
-        if self.steps_per_epoch:  # the place of the fastest replica is ahead of what all have done
+        last: list[Record] = []
+        for _, replicas in sorted(self._by_session.items()):
+            last = [own[-1] for own in replicas.values()]
+            steps += sum(report["step"] for report in last)
+            samples += sum(report["samples"] for report in last)
+            begin = min(_begin(own[0]) for own in replicas.values())
+            seconds += max(report["elapsed"] for report in last) - begin
+        losses = [report["loss"] for report in last if report["loss"] is not None]
+        epochs = max((report["epoch"] or 0.0 for report in last), default=0.0)
+        if self.steps_per_epoch:  # the fastest replica is ahead of the mean
             epochs = min(epochs, self.steps(self.sessions[-1], math.inf) / self.steps_per_epoch)
         last_evaluation = self.evaluations[-1] if self.evaluations else {}
         return Summary(

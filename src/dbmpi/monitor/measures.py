@@ -1,9 +1,10 @@
-"""What a rank measures of itself between two reports: how stale the pushes were, and where the time went."""
+"""What a rank measures of itself: how stale the pushes were, where the time went, how fast it learns."""
 
 from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 
@@ -11,25 +12,34 @@ class StalenessHistogram:
     """Exact counts of how stale the applied pushes were, in versions."""
 
     def __init__(self, counts: Mapping[int, int] | None = None) -> None:
-        self.counts: dict[int, int] = {}
+        self.counts: Counter[int] = Counter(counts)
         """Number of pushes by staleness."""
-        for staleness, count in (counts or {}).items():
-            self.add(staleness, count)
 
     @classmethod
     def from_json(cls, counts: Mapping[str, int]) -> StalenessHistogram:
-        """Return the histogram of a record's ``staleness_histogram``, whose keys JSON has made text."""
+        """Return the histogram of a record's ``staleness_histogram``.
+
+        Parameters
+        ----------
+        counts
+            Number of pushes by staleness; the keys are text in JSON.
+        """
         return cls({int(staleness): count for staleness, count in counts.items()})
 
     def add(self, staleness: int, count: int = 1) -> None:
         """Count `count` pushes of one staleness."""
         assert staleness >= 0, f"a push was applied {-staleness} versions before the one it was computed from"
-        self.counts[staleness] = self.counts.get(staleness, 0) + count
+        self.counts[staleness] += count
 
     def merge(self, other: StalenessHistogram) -> None:
-        """Add the counts of another histogram, e.g. of another shard."""
-        for staleness, count in other.counts.items():
-            self.add(staleness, count)
+        """Add the counts of another histogram, e.g. of another shard.
+
+        Parameters
+        ----------
+        other
+            It stays as it is.
+        """
+        self.counts.update(other.counts)
 
     def clear(self) -> None:
         """Forget all counts."""
@@ -38,7 +48,7 @@ class StalenessHistogram:
     @property
     def total(self) -> int:
         """Number of pushes counted."""
-        return sum(self.counts.values())
+        return self.counts.total()
 
     @property
     def mean(self) -> float:
@@ -49,14 +59,14 @@ class StalenessHistogram:
     @property
     def max(self) -> int:
         """Largest staleness; 0 of no pushes."""
-        return max((staleness for staleness, count in self.counts.items() if count), default=0)
+        return max(+self.counts, default=0)
 
     def quantile(self, q: float) -> int:
         """Return the smallest staleness that at least a fraction `q` of the pushes did not exceed; 0 of no pushes."""
         if not 0 <= q <= 1:
             raise ValueError(f"a quantile is a fraction from 0 to 1, got {q}")
         needed, seen = max(1.0, q * self.total), 0
-        for staleness in sorted(staleness for staleness, count in self.counts.items() if count):
+        for staleness in sorted(+self.counts):
             seen += self.counts[staleness]
             if seen >= needed:
                 return staleness
@@ -126,6 +136,36 @@ class _Activity:
         watch._since = now
 
 
+class Rate:
+    """A mean over the recent past, in which older samples and the time they took count less and less.
+
+    Time without samples belongs to those that come next: a step that takes many reports counts all of their time.
+
+    Parameters
+    ----------
+    memory
+        Seconds after which something counts 1/e.
+    """
+
+    def __init__(self, memory: float = 5.0) -> None:
+        self._memory = memory
+        self._samples = self._seconds = self._since = 0.0
+
+    def add(self, samples: int, seconds: float) -> None:
+        """Count samples that came in the last `seconds`."""
+        self._since += seconds
+        if samples:
+            fade = math.exp(-self._since / self._memory)
+            self._samples = fade * self._samples + samples
+            self._seconds = fade * self._seconds + self._since
+            self._since = 0.0
+
+    @property
+    def per_second(self) -> float:
+        """Samples a second; 0 before there were any."""
+        return self._samples / self._seconds if self._seconds > 0 else 0.0
+
+
 class LayerTimes:
     """How long each layer took in each phase since the last report."""
 
@@ -147,7 +187,15 @@ class LayerTimes:
 
 
 def set_exchange_apart(seconds: dict[str, float], layers: Mapping[str, float]) -> None:
-    """Of the time to compute, count as ``exchange`` what partitions of a replica spent on that, and on waiting."""
+    """Of the time to compute, count as ``exchange`` what partitions of a replica spent on that, and on waiting.
+
+    Parameters
+    ----------
+    seconds
+        By activity; changed in place.
+    layers
+        By phase and layer, as :meth:`LayerTimes.take` returns them.
+    """
     exchange = sum(taken for name, taken in layers.items() if name.startswith("exchange"))
     seconds["exchange"] = min(exchange, seconds["compute"])
     seconds["compute"] -= seconds["exchange"]

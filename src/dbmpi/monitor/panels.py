@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -33,7 +33,17 @@ MOST_BARS = 12
 
 
 def loss(axes: Axes, history: RunHistory, by: str) -> None:
-    """Draw the loss of training and testing; `by` is ``steps`` or ``seconds``."""
+    """Draw the loss of training and testing.
+
+    Parameters
+    ----------
+    axes
+        Where to draw.
+    history
+        The run.
+    by
+        What the horizontal axis shows, ``steps`` or ``seconds``.
+    """
     lowest, highest = _curves(axes, history, "loss", by, 1.0)
     axes.set(title=f"loss over {by}", ylabel="loss per sample")
     # Where losses differ by more than a decade, what happens late can be seen only on a logarithmic scale.
@@ -50,7 +60,17 @@ def loss(axes: Axes, history: RunHistory, by: str) -> None:
 
 
 def accuracy(axes: Axes, history: RunHistory, by: str) -> None:
-    """Draw the accuracy of training and testing, in per cent; `by` is ``steps`` or ``seconds``."""
+    """Draw the accuracy of training and testing, in per cent.
+
+    Parameters
+    ----------
+    axes
+        Where to draw.
+    history
+        The run.
+    by
+        What the horizontal axis shows, ``steps`` or ``seconds``.
+    """
     lowest, highest = _curves(axes, history, "accuracy", by, 100.0)
     axes.set(title=f"accuracy over {by}", ylabel="correctly classified (%)")
     if np.isfinite(highest):
@@ -58,7 +78,15 @@ def accuracy(axes: Axes, history: RunHistory, by: str) -> None:
 
 
 def throughput(axes: Axes, history: RunHistory) -> None:
-    """Draw the samples per second of each replica, and their sum."""
+    """Draw the samples per second of each replica, and their sum.
+
+    Parameters
+    ----------
+    axes
+        Where to draw.
+    history
+        The run.
+    """
     replicas = history.replicas
     axes.set(title="throughput", xlabel="training time (s)", ylabel="samples per second")
     if not _anything(axes, any(replicas.values())):
@@ -67,25 +95,33 @@ def throughput(axes: Axes, history: RunHistory) -> None:
     rates = {replica: _rate(history, reports, grid) for replica, reports in replicas.items()}
     total = np.sum(list(rates.values()), axis=0)
     named = len(replicas) <= len(_REPLICAS)
-    for place, (replica, rate) in enumerate(rates.items()):
-        label = f"replica {replica}" if named else "one replica" if place == 0 else None
-        axes.plot(grid, rate, color=_REPLICAS[place] if named else _QUIET, lw=1.2 if named else 0.5, label=label)
+    for position, (replica, rate) in enumerate(rates.items()):
+        label = f"replica {replica}" if named else "one replica" if position == 0 else None
+        axes.plot(grid, rate, color=_REPLICAS[position] if named else _QUIET, lw=1.2 if named else 0.5, label=label)
     if len(replicas) > 1:
         axes.plot(grid, total, color="black", lw=1.6, label="all replicas")
     axes.yaxis.set_major_formatter(_thousands())
     axes.set(xlim=(0, 1.03 * history.duration or 1), ylim=(0, 1.45 * float(total.max()) or 1))
     _mark_sessions(axes, history, "seconds")
     lost = history.lost
-    for place, one in enumerate(lost):
+    for position, one in enumerate(lost):
         numbers = sorted({other.replica for other in lost})
         label = f"lost: {', '.join(map(str, numbers))}" if len(numbers) <= 4 else f"{len(numbers)} are lost"
         color = _REPLICAS[list(rates).index(one.replica)] if named and one.replica in rates else "black"
-        axes.axvline(one.seconds, color=color, ls="--", lw=1, label=None if place else label)
+        axes.axvline(one.seconds, color=color, ls="--", lw=1, label=None if position else label)
     axes.legend(ncols=2, loc="upper center")
 
 
 def staleness(axes: Axes, history: RunHistory) -> None:
-    """Draw how many pushes were applied how many versions after the parameters they were computed from."""
+    """Draw how many pushes were applied how many versions after the parameters they were computed from.
+
+    Parameters
+    ----------
+    axes
+        Where to draw.
+    history
+        The run.
+    """
     histogram = history.staleness
     axes.set(title="staleness of pushes", xlabel="versions between fetch and apply", ylabel="pushes (%)")
     if not _anything(axes, histogram.total > 0):
@@ -95,11 +131,9 @@ def staleness(axes: Axes, history: RunHistory) -> None:
     largest = histogram.max
     # One bar a value, or a whole number of values a bar where that would be too many bars.
     width = -(-(largest + 1) // 60)
-    counts = np.zeros(largest // width + 1)
-    for value, count in histogram.counts.items():
-        counts[value // width] += count
-    shares = 100 * counts / histogram.total
-    centers = np.arange(counts.size) * width + (width - 1) / 2
+    values, counts = np.array(list(histogram.counts.items())).T
+    shares = 100 * np.bincount(values // width, counts) / histogram.total
+    centers = np.arange(shares.size) * width + (width - 1) / 2
     axes.bar(centers, shares, width=0.9 * width, color="#56b4e9")
     axes.set_xlim(-0.7 * width, max(largest + 0.7 * width, 3.7))
     axes.set_ylim(0, 1.4 * float(shares.max()))
@@ -112,35 +146,38 @@ def staleness(axes: Axes, history: RunHistory) -> None:
 
 
 def time_spent(axes: Axes, history: RunHistory, role: str) -> None:
-    """Draw where the time of each rank of a role goes, as stacked bars; `role` is ``worker`` or ``shard``."""
+    """Draw where the time of each rank of a role goes, as stacked bars.
+
+    Parameters
+    ----------
+    axes
+        Where to draw.
+    history
+        The run.
+    role
+        ``worker`` or ``shard``.
+    """
     ranks = history.workers if role == "worker" else history.shards
     axes.set(title=f"where the time of {role}s goes", xlabel="recorded time (%)")
     if not _anything(axes, bool(ranks)):
         return
-    labels, bars = _grouped(role, {number: _seconds(reports) for number, reports in ranks.items()})
+    labels, bars = _grouped(
+        role, {number: _add_up(report["seconds"] for report in reports) for number, reports in ranks.items()}
+    )
     activities = [name for name in _ACTIVITIES if any(name in bar for bar in bars)]
     activities += sorted({name for bar in bars for name in bar} - set(activities))
     totals = np.array([max(sum(bar.values()), 1e-9) for bar in bars])
     left = np.zeros(len(bars))
-    places = np.arange(len(bars))
+    rows, size = np.arange(len(bars)), 9 if len(bars) <= 8 else 7
     for activity in activities:
         share = 100 * np.array([bar.get(activity, 0.0) for bar in bars]) / totals
         color = _ACTIVITIES.get(activity, "#7f7f7f")
-        axes.barh(places, share, left=left, height=0.7, color=color, label=activity)
-        for place in places[share >= 6]:
-            middle = left[place] + share[place] / 2
-            dark = activity in ("compute", "apply", "exchange")
-            axes.text(
-                middle,
-                place,
-                f"{share[place]:.0f}",
-                ha="center",
-                va="center",
-                fontsize=9 if len(bars) <= 8 else 7,
-                color="white" if dark else "black",
-            )
+        drawn = axes.barh(rows, share, left=left, height=0.7, color=color, label=activity)
+        numbers = [f"{value:.0f}" if value >= 6 else "" for value in share]
+        ink = "white" if activity in ("compute", "apply", "exchange") else "black"
+        axes.bar_label(drawn, numbers, label_type="center", fontsize=size, color=ink)
         left += share
-    axes.set_yticks(places, labels)
+    axes.set_yticks(rows, labels)
     middle, reach = (len(bars) - 1) / 2, max(len(bars), 3) / 2
     axes.set(xlim=(0, 100), ylim=(middle + reach, middle - reach))
     axes.grid(visible=False)
@@ -152,9 +189,9 @@ def _curves(axes: Axes, history: RunHistory, key: str, by: str, factor: float) -
     """Draw a quantity of training (every report light, their running mean) and of testing; return its range."""
     x, y, weights = _training_points(history, key, by)
     test = [
-        (_place(history, record["session"], history.seconds(record), by), record[key])
+        (_position(history, record["session"], history.seconds(record), by), record[key])
         for record in history.evaluations
-        if record[key] is not None and _counts(history, record, by)
+        if record[key] is not None and _is_drawn(history, record, by)
     ]
     test_x, test_y = np.array(sorted(test), dtype=np.float64).reshape(-1, 2).T
     y, test_y = factor * y, factor * test_y
@@ -185,37 +222,24 @@ def _training_points(history: RunHistory, key: str, by: str) -> tuple[np.ndarray
 
     A report's mean stands in the middle of what it is about.
     """
-    points = []
-    for reports in history.replicas.values():
-        for report, previous in _with_previous(reports):
-            if report[key] is None or not _counts(history, report, by):
-                continue
-            begin = history.begin(report) if previous is None else history.seconds(previous)
-            fresh = report["samples"] - (previous["samples"] if previous else 0)
-            middle = (begin + history.seconds(report)) / 2
-            points.append((_place(history, report["session"], middle, by), report[key], max(fresh, 1)))
+    points = [
+        (_position(history, span.report["session"], (span.begin + span.end) / 2, by), span.report[key], span.samples)
+        for reports in history.replicas.values()
+        for span in history.spans(reports)
+        if span.report[key] is not None and _is_drawn(history, span.report, by)
+    ]
     x, y, weights = np.array(sorted(points), dtype=np.float64).reshape(-1, 3).T
-    return x, y, weights
+    return x, y, np.maximum(weights, 1)
 
 
-def _counts(history: RunHistory, record: Record, by: str) -> bool:
-    """Whether a record is drawn: work that was taken again after a resume cost seconds, but counts as no steps."""
+def _is_drawn(history: RunHistory, record: Record, by: str) -> bool:
+    """Return whether a record counts: work that was repeated after a resume cost seconds, but counts as no steps."""
     return by == "seconds" or history.kept(record)
 
 
-def _place(history: RunHistory, session: int, seconds: float, by: str) -> float:
+def _position(history: RunHistory, session: int, seconds: float, by: str) -> float:
     """Return where on the axis a time, in seconds of the run, of a session lies."""
     return seconds if by == "seconds" else history.steps(session, seconds - history.starts[session])
-
-
-def _with_previous(reports: list[Record]) -> Iterator[tuple[Record, Record | None]]:
-    """Yield each report of a replica with the one before it in the same session."""
-    previous = None
-    for report in reports:
-        if previous is not None and previous["session"] != report["session"]:
-            previous = None
-        yield report, previous
-        previous = report
 
 
 def _running_means(weights: np.ndarray, *rows: np.ndarray) -> list[np.ndarray]:
@@ -223,11 +247,11 @@ def _running_means(weights: np.ndarray, *rows: np.ndarray) -> list[np.ndarray]:
 
     Towards the ends the neighbourhood shrinks, so that a steep beginning is not bent.  All arrays are 1-D and alike.
     """
-    place = np.arange(weights.size)
+    index = np.arange(weights.size)
     widest = min(max(1, weights.size // 40), 500)
-    reach = np.minimum(widest, np.minimum(place, weights.size - 1 - place))
+    reach = np.minimum(widest, np.minimum(index, weights.size - 1 - index))
     # Sums over windows one by one: differences of running sums would lose small values behind large ones.
-    edges = np.column_stack([place - reach, place + reach + 1]).ravel()
+    edges = np.column_stack([index - reach, index + reach + 1]).ravel()
     weights = weights / weights.max()
 
     def windows(values: np.ndarray) -> np.ndarray:
@@ -239,17 +263,16 @@ def _running_means(weights: np.ndarray, *rows: np.ndarray) -> list[np.ndarray]:
 def _rate(history: RunHistory, reports: list[Record], grid: np.ndarray) -> np.ndarray:
     """Return a replica's samples per second at the times of `grid`: each report speaks for the time before it."""
     rate = np.zeros_like(grid)
-    for report, previous in _with_previous(reports):
-        begin = history.begin(report) if previous is None else history.seconds(previous)
-        rate[(grid > begin) & (grid <= history.seconds(report))] = report["samples_per_second"] or 0.0
+    for span in history.spans(reports):
+        rate[(grid > span.begin) & (grid <= span.end)] = span.report["samples_per_second"] or 0.0
     return rate
 
 
-def _seconds(reports: Iterable[Record]) -> dict[str, float]:
-    """Return a rank's seconds by activity."""
+def _add_up(bars: Iterable[Mapping[str, float | None]]) -> dict[str, float]:
+    """Return the sums of seconds by activity."""
     seconds: dict[str, float] = {}
-    for report in reports:
-        for activity, value in report["seconds"].items():
+    for bar in bars:
+        for activity, value in bar.items():
             seconds[activity] = seconds.get(activity, 0.0) + (value or 0.0)
     return seconds
 
@@ -258,25 +281,16 @@ def _grouped(role: str, ranks: dict[int, dict[str, float]]) -> tuple[list[str], 
     """Return labels and bars: one a rank, or the sums of neighbours where there are many ranks."""
     numbers = list(ranks)
     size = -(-len(numbers) // MOST_BARS)
-    labels, bars = [], []
-    for start in range(0, len(numbers), size):
-        group = numbers[start : start + size]
-        bar: dict[str, float] = {}
-        for number in group:
-            for activity, value in ranks[number].items():
-                bar[activity] = bar.get(activity, 0.0) + value
-        labels.append(f"{role} {group[0]}" if len(group) == 1 else f"{role}s {group[0]}-{group[-1]}")
-        bars.append(bar)
-    return labels, bars
+    groups = [numbers[start : start + size] for start in range(0, len(numbers), size)]
+    labels = [f"{role} {one[0]}" if len(one) == 1 else f"{role}s {one[0]}-{one[-1]}" for one in groups]
+    return labels, [_add_up(ranks[number] for number in group) for group in groups]
 
 
 def _mark_sessions(axes: Axes, history: RunHistory, by: str) -> None:
     """Mark where the run went on from a checkpoint."""
-    label: str | None = "resumed"
-    for session in history.sessions[1:]:
-        x = history.starts[session] if by == "seconds" else history.begins[session]
-        axes.axvline(x, color="black", ls=":", lw=1, label=label)
-        label = None
+    starts = history.starts if by == "seconds" else history.begins
+    for count, session in enumerate(history.sessions[1:]):
+        axes.axvline(starts[session], color="black", ls=":", lw=1, label=None if count else "resumed")
 
 
 def _thousands() -> Formatter:

@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,20 @@ from dbmpi.monitor.records import read_records
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+_STYLE: dict[Any, Any] = {
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "grid.alpha": 0.3,
+    "grid.linewidth": 0.6,
+    "legend.fontsize": 9,
+    "legend.borderpad": 0.2,
+    "legend.edgecolor": "none",
+}
 
 
 def draw(directory: Path, out: Path | None = None) -> list[Path]:
@@ -41,7 +56,17 @@ def draw(directory: Path, out: Path | None = None) -> list[Path]:
 
 
 def draw_history(history: RunHistory, name: str, out: Path) -> list[Path]:
-    """Draw a history that has been read already, under the run's `name`; as :func:`draw`."""
+    """Draw a history that has been read already, as :func:`draw` does.
+
+    Parameters
+    ----------
+    history
+        The records of the run.
+    name
+        The run's name, for the titles.
+    out
+        Directory for the pictures.
+    """
     figure_of, style = _matplotlib()
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -51,10 +76,10 @@ def draw_history(history: RunHistory, name: str, out: Path) -> list[Path]:
     with style():
         for file, make in (
             ("run", _everything),
-            ("loss", _losses),
-            ("accuracy", _accuracies),
-            ("throughput", _one(throughput)),
-            ("staleness", _one(staleness)),
+            ("loss", partial(_pair, loss)),
+            ("accuracy", partial(_pair, accuracy)),
+            ("throughput", partial(_one, throughput)),
+            ("staleness", partial(_one, staleness)),
             ("time", _times),
         ):
             figure = figure_of()
@@ -95,26 +120,15 @@ def _everything(figure: Figure, history: RunHistory) -> None:
     _times(below, history)
 
 
-def _losses(figure: Figure, history: RunHistory) -> None:
-    _pair(figure, history, loss)
-
-
-def _accuracies(figure: Figure, history: RunHistory) -> None:
-    _pair(figure, history, accuracy)
-
-
-def _pair(figure: Figure, history: RunHistory, panel: Callable[[Axes, RunHistory, str], None]) -> None:
+def _pair(panel: Callable[[Axes, RunHistory, str], None], figure: Figure, history: RunHistory) -> None:
     figure.set_size_inches(10, 4.3)
     for axes, by in zip(figure.subplots(1, 2), ("steps", "seconds"), strict=True):
         panel(axes, history, by)
 
 
-def _one(panel: Callable[[Axes, RunHistory], None]) -> Callable[[Figure, RunHistory], None]:
-    def make(figure: Figure, history: RunHistory) -> None:
-        figure.set_size_inches(7, 4.5)
-        panel(figure.subplots(), history)
-
-    return make
+def _one(panel: Callable[[Axes, RunHistory], None], figure: Figure, history: RunHistory) -> None:
+    figure.set_size_inches(7, 4.5)
+    panel(figure.subplots(), history)
 
 
 def _times(figure: Any, history: RunHistory) -> None:
@@ -147,21 +161,7 @@ def _matplotlib() -> tuple[Callable[[], Figure], Callable[[], Any]]:
     def style() -> Iterator[None]:
         with mpl.rc_context():
             mpl.rcdefaults()
-            mpl.rcParams.update(
-                {
-                    "axes.axisbelow": True,
-                    "axes.grid": True,
-                    "axes.spines.right": False,
-                    "axes.spines.top": False,
-                    "axes.titlesize": 11,
-                    "axes.titleweight": "bold",
-                    "grid.alpha": 0.3,
-                    "grid.linewidth": 0.6,
-                    "legend.fontsize": 9,
-                    "legend.borderpad": 0.2,
-                    "legend.edgecolor": "none",
-                }
-            )
+            mpl.rcParams.update(_STYLE)
             yield
 
     return figure_of, style

@@ -1,8 +1,8 @@
-"""How far a run is, for the people who watch: a live bar on a terminal, lines now and then elsewhere.
+"""Progress of a run: a live bar on a terminal, and a line every few seconds elsewhere.
 
-What a rank of a parallel run writes to says nothing of what its launcher writes to: it is a pipe where that is a
-terminal, and Open MPI gives its ranks a terminal of their own where that is a file.  A launcher that does write to a
-terminal sets ``DBMPI_PROGRESS=bar`` and ``COLUMNS``, and the bar is drawn through the pipe.
+The stream of a rank says nothing about that of its launcher: it is a pipe where the launcher writes to a terminal, and
+Open MPI gives its ranks a terminal of their own even where the launcher writes to a file.  A launcher that does write
+to a terminal sets ``DBMPI_PROGRESS=bar`` and ``COLUMNS``, and the bar is drawn through the pipe.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, TextIO
 
 from dbmpi.monitor.display import Bar, DisplayState, digits, line
@@ -30,15 +31,15 @@ _DRAW_SECONDS = 0.1
 class RunProgress:
     """Shows the progress of one run; a context manager that ends in :meth:`finish`.
 
-    Never in the way of the run: when the terminal or the pipe is gone, it falls silent.
+    It never disturbs the run: when the terminal or the pipe is gone, it becomes silent.
 
     Parameters
     ----------
     total_samples
         Training samples that the whole run is to learn from, all epochs and replicas together.
     mode
-        ``bar``, ``lines``, ``none`` (silent), or ``auto``: what ``DBMPI_PROGRESS`` says, or else a bar on a terminal
-        that is no launcher's, and lines elsewhere.
+        ``bar``, ``lines``, ``none`` (silent), or ``auto``: the value of ``DBMPI_PROGRESS``, or else a bar on a terminal
+        without a launcher, and lines elsewhere.
     stream
         Where to write; by default standard output.
     epochs
@@ -58,7 +59,7 @@ class RunProgress:
 
     @property
     def mode(self) -> Mode:
-        """What is done: ``bar``, ``lines`` or ``none``."""
+        """How progress is shown: ``bar``, ``lines`` or ``none``."""
         return self._mode
 
     def update(
@@ -85,22 +86,27 @@ class RunProgress:
         if self._mode == "none":
             return
         now = time.monotonic()
-        self._state = DisplayState(
-            self._state.total,
-            self._state.epochs,
-            samples,
-            loss,
-            _known(accuracy),
-            samples_per_second,
-            _known(staleness_mean),
-            now - self._started,
+        self._state = replace(
+            self._state,
+            samples=samples,
+            loss=loss,
+            accuracy=_known(accuracy),
+            rate=samples_per_second,
+            staleness=_known(staleness_mean),
+            elapsed=now - self._started,
         )
         if now - self._shown_at >= (_DRAW_SECONDS if self._mode == "bar" else _LINE_SECONDS):
             self._shown_at = now
             self._show()
 
     def message(self, text: str) -> None:
-        """Print a line, above the bar if there is one; nothing in the mode ``none``."""
+        """Print a line, above the bar if there is one; nothing in the mode ``none``.
+
+        Parameters
+        ----------
+        text
+            The line, without its end.
+        """
         if self._mode == "none":
             return
         with self._if_heard():
@@ -114,15 +120,31 @@ class RunProgress:
                 self._live.console.print(Text(text), soft_wrap=True)
 
     def warn(self, text: str) -> None:
-        """Print what the user should know of: as :meth:`message` does, or else on standard error."""
+        """Print a warning as :meth:`message` does; in the mode ``none`` on standard error.
+
+        Parameters
+        ----------
+        text
+            The warning, one line.
+        """
         if self._mode != "none":
             self.message(f"warning: {text}")
             return
-        with suppress(OSError, ValueError):  # nobody is there to read it
+        with suppress(OSError, ValueError):  # the reader is gone
             print(f"dbmpi: warning: {text}", file=sys.stderr, flush=True)
 
     def evaluation(self, epoch: float, loss: float, accuracy: float | None, samples: int | None = None) -> None:
-        """Print the result of an evaluation on `samples` held-out samples."""
+        """Print the result of an evaluation on held-out samples.
+
+        Parameters
+        ----------
+        epoch
+            Passes through the training samples so far.
+        loss, accuracy
+            Of the held-out samples; `accuracy` from 0 to 1, or None where the loss knows no classes.
+        samples
+            Number of held-out samples, to be shown if given.
+        """
         parts = [f"epoch {epoch:.4g}", f"test loss {digits(loss)}"]
         if (accuracy := _known(accuracy)) is not None:
             parts.append(f"test accuracy {100 * accuracy:.2f} %")
@@ -133,7 +155,7 @@ class RunProgress:
             self.message("warning: some outputs for the test data are NaN or infinite; such samples count as wrong")
 
     def finish(self) -> None:
-        """Show the last state and leave it standing; a second call does nothing."""
+        """Show the last state, and leave it on the terminal; a second call does nothing."""
         if self._mode != "none" and self._shown is not self._state:
             self._show()
         if self._live is not None:
@@ -159,17 +181,32 @@ class RunProgress:
 
     @contextmanager
     def _if_heard(self) -> Iterator[None]:
-        """Fall silent when nobody is there to read any more."""
+        """Become silent when the reader is gone."""
         try:
             yield
         except OSError as error:
             self._live, self._mode = None, "none"
             if error.errno in (errno.EPIPE, errno.EIO):
-                _discard_rest(self._stream)
+                discard(self._stream)
         except ValueError:
             if not getattr(self._stream, "closed", False):
                 raise
             self._live, self._mode = None, "none"
+
+
+def discard(stream: TextIO) -> None:
+    """Discard what is still in the buffer of a dead pipe, so that Python does not fail on it when it ends.
+
+    Parameters
+    ----------
+    stream
+        It leads to ``/dev/null`` from now on, if it is a file of the system.
+    """
+    with suppress(OSError, ValueError):
+        descriptor = stream.fileno()
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, descriptor)
+        os.close(nowhere)
 
 
 def _choose(mode: Mode, stream: TextIO | None) -> Mode:
@@ -194,7 +231,7 @@ def _open_live(stream: TextIO, state: Callable[[], DisplayState]) -> Live:
 
     class Terminal(Console):
         def on_broken_pipe(self) -> None:
-            raise BrokenPipeError(errno.EPIPE, "nobody reads the progress any more")
+            raise BrokenPipeError(errno.EPIPE, "the reader of the progress is gone")
 
         def show_cursor(self, show: bool = True) -> bool:
             # A run may be killed at any time, and would leave a terminal without a cursor behind.
@@ -210,17 +247,6 @@ def _open_live(stream: TextIO, state: Callable[[], DisplayState]) -> Live:
     )
     live.start()
     return live
-
-
-def _discard_rest(stream: TextIO) -> None:
-    """Send what a dead pipe still has in its buffer to nowhere, lest Python fail over it when it ends."""
-    try:
-        descriptor = stream.fileno()
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, descriptor)
-        os.close(nowhere)
-    except (OSError, ValueError):
-        return  # not a file of the system's: nothing will be flushed either
 
 
 def _known(value: float | None) -> float | None:

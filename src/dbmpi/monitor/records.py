@@ -1,4 +1,4 @@
-"""Records of a run: what every rank's role reports, one line of JSON at a time.
+"""Records of a run: the reports of every worker and shard, one line of JSON each.
 
 A run directory holds ``records/<role>-<number>.jsonl``, one file for each worker and each shard.  A file has one writer
 and only ever grows: a resumed run appends with a new session number.  A line is written by one system call, so that
@@ -42,10 +42,17 @@ __all__ = [
 ]
 
 Record = dict[str, Any]
-"""One line as read back: the fields of its report, and ``kind, role, number, session, time, elapsed``."""
+"""One line as read back: the fields of its report, and ``kind, role, number, session, time, elapsed, steps_before,
+steps_per_epoch``; the last two are None in records of early versions."""
 
+_ENVELOPE: dict[str, tuple[str, Any]] = {
+    **dict.fromkeys(("time", "elapsed"), ("float", dataclasses.MISSING)),
+    **dict.fromkeys(("number", "session"), ("int", dataclasses.MISSING)),
+    **dict.fromkeys(("steps_before", "steps_per_epoch"), ("int | None", None)),
+}
+"""Types and defaults of the numbers in every line."""
 LONGEST_LINE = 1 << 20
-"""Bytes; a longer line is none of ours and is skipped, so that a stray file cannot fill the memory."""
+"""Bytes; longer lines are skipped, so that a foreign file cannot fill the memory."""
 _TAIL = 1 << 16
 _COMMON = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENOENT, errno.EACCES)
 """Errors of a directory that all ranks write to."""
@@ -55,19 +62,23 @@ class Recorder:
     """Appends the reports of one rank's role to its file.
 
     A disk that fills up later costs records, not the run: the first failure is warned about, and every later report
-    is tried again.  Where the file has been removed or moved, or its directory, it is made anew.
+    is tried again.  If the file or its directory has been removed or moved, it is created again.
 
     Parameters
     ----------
     directory
         The run directory; made if missing.
     role, number
-        Whose file it is, e.g. ``"worker", 0``.
+        The role that writes the file, and its number, e.g. ``"worker", 0``.
     session
-        Number of this start of the run, the same on all ranks: :func:`next_session`, asked by one rank and sent to
+        Number of this start of the run, the same on all ranks: :func:`next_session`, called by one rank and sent to
         the others.  By default one more than the last session in this file.
     started
         Start of the session in unix seconds, the same on all ranks; by default now.
+    steps_before
+        Mini-batches of all replicas that were in the parameters when the session began.
+    steps_per_epoch
+        Mini-batches of all replicas together in an epoch.
 
     Raises
     ------
@@ -76,7 +87,15 @@ class Recorder:
     """
 
     def __init__(
-        self, directory: Path, role: str, number: int, *, session: int | None = None, started: float | None = None
+        self,
+        directory: Path,
+        role: str,
+        number: int,
+        *,
+        session: int | None = None,
+        started: float | None = None,
+        steps_before: int | None = None,
+        steps_per_epoch: int | None = None,
     ) -> None:
         if not re.fullmatch(r"[a-z]+", role) or number < 0:
             raise ValueError(f"a role is a word and its number is not negative, got {role!r} and {number}")
@@ -91,7 +110,8 @@ class Recorder:
                 "choose another run.directory or make this one writable"
             ) from None
         self.session = _last_session(tail) + 1 if session is None else session
-        # A clock that is set while the run goes on must not bend the curves: only the start is read from it.
+        self._steps = {"steps_before": steps_before, "steps_per_epoch": steps_per_epoch}
+        # A clock that is set while the run is going must not bend the curves: only the start is read from it.
         self._zero = time.monotonic() - (0.0 if started is None else time.time() - started)
         self._torn = bool(tail) and not tail.endswith(b"\n")
         self._closed = self._removed = False
@@ -99,7 +119,13 @@ class Recorder:
         """Reports that could not be written."""
 
     def write(self, report: Report) -> None:
-        """Append one line."""
+        """Append one line.
+
+        Parameters
+        ----------
+        report
+            What the line says.
+        """
         if self._closed:
             raise ValueError(f"{self.path}: the recorder is closed")
         record: Record = {
@@ -109,6 +135,7 @@ class Recorder:
             "session": self.session,
             "time": round(time.time(), 3),
             "elapsed": round(time.monotonic() - self._zero, 3),
+            **self._steps,
         }
         for field in dataclasses.fields(report):
             record[field.name] = _jsonable(getattr(report, field.name))
@@ -139,7 +166,7 @@ class Recorder:
         return os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
 
     def _renew(self) -> None:
-        """Make the file anew if there is none, or another one, under its name: what is written would be gone."""
+        """Create the file again if it has been removed or replaced: lines written to the old one would be lost."""
         try:
             here = os.fstat(self._descriptor)
             if os.path.samestat(here, self.path.stat()):
@@ -150,11 +177,11 @@ class Recorder:
         with suppress(OSError):  # as one that another host has removed
             os.close(before)
         if not self._removed:
-            self._warn("the records were removed or moved while the run goes on; they are begun anew", errno.ENOENT)
+            self._warn("the records were removed or moved during the run; they are started again", errno.ENOENT)
         self._removed = True
 
     def _warn(self, text: str, number: int | None) -> None:
-        """Warn; of what meets all ranks alike only the first of a role does."""
+        """Warn; about errors that all ranks share only on the first rank of a role."""
         if self.number == 0 or number not in _COMMON:
             warnings.warn(f"{self.path}: {text}", RuntimeWarning, stacklevel=3)
 
@@ -172,7 +199,7 @@ class Recorder:
 
 
 class Records(list[Record]):
-    """The records of a run in the order of time, and in `skipped` how many lines were none."""
+    """The records of a run in the order of time, and in `skipped` the number of lines that were not records."""
 
     skipped: int = 0
 
@@ -215,7 +242,7 @@ def read_records(directory: Path) -> Records:
 def next_session(directory: Path) -> int:
     """Return the number of the session that starts now in a run directory: 1 in a new one.
 
-    Asked by one rank, before the first recorder is made, so that all ranks number alike.
+    Called by one rank before the first recorder is made, so that all ranks use the same number.
     """
     last = 0
     for path in (directory / "records").glob("*.jsonl"):
@@ -228,7 +255,7 @@ def next_session(directory: Path) -> int:
 
 
 def _jsonable(value: Any) -> Any:
-    """Return plain, finite JSON values for Python's and NumPy's numbers; 9 digits tell all float32 values apart."""
+    """Return plain, finite JSON values for Python's and NumPy's numbers; 9 digits distinguish all float32 values."""
     if isinstance(value, Mapping):
         return {str(key): _jsonable(entry) for key, entry in value.items()}
     if isinstance(value, Sequence):
@@ -273,18 +300,16 @@ def _parse(line: bytes) -> Record | None:
         return None
     if not isinstance(record, dict):
         return None
-    envelope = all(_is_number(record.get(key)) for key in ("time", "elapsed")) and all(
-        _is_number(record.get(key), int) for key in ("number", "session")
-    )
     report = KINDS.get(str(record.get("kind")))
-    if not envelope or not isinstance(record.get("role"), str) or report is None:
+    if report is None or not isinstance(record.get("role"), str):
         return None
-    for field in dataclasses.fields(report):
-        if field.default is not dataclasses.MISSING:
-            record.setdefault(field.name, field.default)
-        elif field.name not in record:
-            return None
-        if not _fits(record[field.name], str(field.type)):
+    if None in (record.get("time"), record.get("elapsed")):
+        return None
+    fields = {field.name: (str(field.type), field.default) for field in dataclasses.fields(report)}
+    for name, (annotation, default) in (fields | _ENVELOPE).items():
+        if default is not dataclasses.MISSING:
+            record.setdefault(name, default)
+        if name not in record or not _fits(record[name], annotation):
             return None
     return record
 
@@ -296,20 +321,18 @@ def _finite(text: str) -> float | None:
 
 
 def _is_number(value: Any, kind: type[int | float] = float) -> bool:
-    """Whether a value from JSON is a number, or an integer that fits 64 bits."""
+    """Return whether a value from JSON is a number, or an integer that fits 64 bits."""
     if isinstance(value, bool) or not isinstance(value, (int, kind)):
         return False
     return isinstance(value, float) or -(2**63) <= value < 2**63
 
 
 def _fits(value: Any, annotation: str) -> bool:
-    """Whether a value from JSON is what a field's annotation says; floats may be null, for they may be not finite."""
-    if value is None and annotation.endswith("None"):
-        return True
+    """Return whether a value from JSON has the type of a field; floats may be null, where they were not finite."""
+    if value is None:
+        return annotation == "float" or annotation.endswith("None")
     if annotation.startswith("Mapping"):
         return isinstance(value, dict) and all(entry is None or _is_number(entry) for entry in value.values())
     if annotation.startswith("Sequence"):
         return isinstance(value, list) and all(_is_number(entry, int) for entry in value)
-    if annotation == "int":
-        return _is_number(value, int)
-    return value is None or _is_number(value)
+    return _is_number(value, int if annotation.startswith("int") else float)

@@ -1,4 +1,4 @@
-"""Reports of a run: what each kind of line in its records holds.
+"""Reports of a run: the kinds of lines in its records.
 
 Counters (``step``, ``samples``, ``version``, ``pushes``) count from the beginning of the session; everything else in a
 report is about the time since the report before.
@@ -13,13 +13,13 @@ from typing import ClassVar
 
 @dataclass(frozen=True, slots=True)
 class WorkerReport:
-    """What one worker did since its last report."""
+    """The work of one worker since its last report."""
 
     kind: ClassVar[str] = "worker"
     step: int
     """Mini-batches of this client in this session."""
     epoch: float
-    """Place in the stream: passes through the training samples by all replicas together, over all sessions."""
+    """Position in the stream: passes through the training samples by all replicas together, over all sessions."""
     samples: int
     """Training samples this client has learned from in this session."""
     loss: float
@@ -44,12 +44,12 @@ class WorkerReport:
     fetched_pieces: int = 0
     """Pieces in which the parameters came."""
     layers: Mapping[str, float] | None = None
-    """Time since the last report by phase and layer, e.g. ``forward 1`` or ``exchange 4``: what is slow, and where."""
+    """Time since the last report by phase and layer, e.g. ``forward 1`` or ``exchange 4``, to find what is slow."""
 
 
 @dataclass(frozen=True, slots=True)
 class ShardReport:
-    """What one shard did since its last report."""
+    """The work of one shard since its last report."""
 
     kind: ClassVar[str] = "shard"
     version: int
@@ -78,7 +78,7 @@ class EvaluationReport:
     step: int
     """Mini-batches of all replicas together in this session."""
     epoch: float
-    """Place in the stream when the parameters were taken."""
+    """Position in the stream when the parameters were taken."""
     loss: float
     """Mean over the held-out samples."""
     accuracy: float | None

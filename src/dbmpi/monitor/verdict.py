@@ -1,4 +1,4 @@
-"""Whether what a run came to makes sense: a loss that is no better than guessing, or beyond all reason."""
+"""Whether the loss of a run makes sense: not worse than guessing, and not beyond all reason."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections import deque
 from dbmpi.objective import Outcome
 
 _NO_BETTER = 0.99
-"""Share of the loss of guessing above which a loss is as good as that."""
+"""A loss above this share of that of guessing counts as no better."""
 _ABSURD = 100.0
-"""Multiple of the loss of guessing that no network that learns stays at."""
+"""Multiple of the loss of guessing above which no network that learns remains."""
 _BEYOND_REASON = 1e6
 """The same however short the run was."""
 _PARTS = 10
@@ -30,7 +30,13 @@ class Recent:
         self._parts: deque[Outcome] = deque(maxlen=_PARTS)
 
     def add(self, outcome: Outcome) -> None:
-        """Count samples that were learned from."""
+        """Count samples that were learned from.
+
+        Parameters
+        ----------
+        outcome
+            Their loss.
+        """
         if self._parts and self._parts[-1].samples < self._part_samples:
             outcome = self._parts.pop().plus(outcome)
         if outcome.samples:
@@ -44,7 +50,7 @@ class Recent:
 
 
 def warning(guessing: float, loss: float, test: Outcome | None, *, enough: bool, remedy: str) -> str:
-    """Return what is to be said of the losses that a run ended with; empty where they make sense.
+    """Return a warning about the losses at the end of a run; empty where they make sense.
 
     Parameters
     ----------

@@ -6,7 +6,7 @@ import os
 import sys
 
 from dbmpi.errors import UserError
-from dbmpi.machine.missing_mpi import explain
+from dbmpi.machine.mpi_library import explain
 
 
 def load() -> None:
@@ -29,7 +29,7 @@ def _one_sentence(kind: type[BaseException], error: BaseException, trace: object
     if not isinstance(error, UserError):
         sys.__excepthook__(kind, error, error.__traceback__)
         return
-    from dbmpi.machine.launcher import launched
+    from dbmpi.machine.rank_variables import launched
 
     if launched(os.environ)[2] == 0:
         print(f"dbmpi: {error}", file=sys.stderr, flush=True)

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, NoReturn
 import numpy as np
 
 from dbmpi.errors import DIED, EndedByDeath, KnownToAll, RunFailed, ToldElsewhere, UserError
-from dbmpi.machine import capacity, endings, leftovers, missing_mpi, signals, streams
+from dbmpi.machine import capacity, endings, mpi_library, signals, streams
 from dbmpi.mpi import blocking, failures, silent_ends, waiting
 
 if TYPE_CHECKING:
@@ -52,8 +52,6 @@ def start() -> MPI.Intracomm:
     UserError
         If the environment shows that several ranks were meant and every one became a world of its own.
     """
-    from dbmpi.machine import mpi_library
-
     streams.open_closed()
     mpi_library.prepare()
     with suppress(OSError):  # no /dev/shm
@@ -68,11 +66,11 @@ def start() -> MPI.Intracomm:
             mpi4py.rc.finalize = False  # see _end
         MPI = _wait_for_all_ranks_to_start_mpi()
     except (ImportError, RuntimeError) as error:
-        raise UserError(missing_mpi.explain(str(error))) from None
+        raise UserError(mpi_library.explain(str(error))) from None
     from dbmpi.machine.launcher import check_world
 
     if MPI.COMM_WORLD.size == 1:
-        leftovers.remove(os.environ)
+        mpi_library.remove_segments(os.environ)
     check_world(MPI.COMM_WORLD.size)
     if MPI.COMM_WORLD.rank == 0 and (note := os.environ.get(endings.UNFINISHED)):
         _leave_until_the_end(Path(note))

@@ -1,1 +1,1 @@
-"""A run from its description, and what is done with a trained network."""
+"""Runs from their description, and trained networks: evaluation, prediction, profiles."""

@@ -19,14 +19,16 @@ from dbmpi.data import limits
 from dbmpi.data.source import Source
 from dbmpi.errors import UserError
 from dbmpi.kernels.announce import announced, stderr_line
-from dbmpi.machine.threads import ranks_on_node
+from dbmpi.machine.rank_variables import ranks_on_node
 from dbmpi.mpi import blocking, pieces, waiting
 from dbmpi.mpi.collective import Collective
 from dbmpi.mpi.tags import Tag
 from dbmpi.objective import Outcome
 from dbmpi.replica import placement, thread_count
+from dbmpi.replica.products import agree_on_products
 from dbmpi.replica.replica import Replica
-from dbmpi.runs import trained
+from dbmpi.replica.warmup import first_on_each_node, use_layers
+from dbmpi.runs import trained_network
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -73,14 +75,14 @@ class Inference(Collective):
         # The first rank decides which checkpoint is the latest, as another one may appear any time.
         with self.together("opening the checkpoint"):
             if self.is_first:
-                self.trained = trained.load(path, code)
+                self.trained = trained_network.load(path, code)
         if comm is not None:
-            same = Path(
+            path = Path(
                 waiting.broadcast_text(comm, str(self.trained.path) if self.is_first else "", 0, "the checkpoint")
             )
             with self.together("opening the checkpoint on all ranks"):
                 if not self.is_first:
-                    self.trained = trained.load(same, code)
+                    self.trained = trained_network.load(path, code)
         network = self.trained.network
         with self.together("placing the layers"):
             self.partitions = _partitions(ranks, partitions, self.trained.info.partitions)
@@ -89,9 +91,10 @@ class Inference(Collective):
             else:
                 placed = placement.automatic(network.layers, self.partitions)
         self.replicas = ranks // self.partitions
-        self._place, self._partition = divmod(rank, self.partitions)
+        self._number, self._partition = divmod(rank, self.partitions)
         if comm is not None:
-            self._prepare(comm)
+            self._replica_comm = blocking.split(comm, self._number, self._partition, "the other ranks to form replicas")
+            self._stack.callback(blocking.free, self._replica_comm)
         say = partial(stderr_line, "dbmpi") if self.is_first else None
         self._compiled = self._stack.enter_context(announced(say))
         self._replica = self._stack.enter_context(Replica(network, placed, self._replica_comm))
@@ -99,23 +102,27 @@ class Inference(Collective):
             self._parameters = self.trained.parameters(self._replica.parameters.runs)
 
     def evaluate(self, source: Source, shown: Callable[[int], object] | None = None) -> Outcome:
-        """Return the outcome of all samples, the same on every rank; `shown` hears of samples that are done.
+        """Return the outcome of all samples, the same on every rank.
 
-        Batches are added up in their order, so that the sum does not depend on who computed them.
+        Batches are added up in their order, so that the sum does not depend on which replica computed them.
+
+        Parameters
+        ----------
+        source
+            The samples.
+        shown
+            Called with the number of samples that were just done.
         """
         batches = self._begin(source)
         found = np.zeros((len(batches), 4))
-        for number in range(self._place, len(batches), self.replicas):
+        for number in range(self._number, len(batches), self.replicas):
             outcome = self._replica.evaluate(self._parameters, source.batch(batches[number]))
             self._compiled()
             if self._partition == 0:
                 found[number] = (outcome.samples, outcome.loss, max(outcome.correct, 0), outcome.correct < 0)
             if shown is not None:
                 shown(len(batches[number]) * self.replicas)
-        if self._comm is not None:
-            from mpi4py import MPI
-
-            found = waiting.allreduce(self._comm, found, MPI.SUM, "the other replicas", seconds=waiting.LONG_SECONDS)
+        found = self._added_up(found, "the other replicas")
         total = Outcome(0, 0.0, 0)
         for samples, loss, correct, no_classes in found:
             total = total.plus(Outcome(int(samples), float(loss), -1 if no_classes else int(correct)))
@@ -124,7 +131,12 @@ class Inference(Collective):
     def predict(self, source: Source) -> Iterator[tuple[int, np.ndarray]]:
         """Yield predictions on the first rank, batch by batch in order, and nothing on the others.
 
-        Every rank has to go through the iterator to its end.
+        Every rank has to exhaust the iterator.
+
+        Parameters
+        ----------
+        source
+            The samples.
 
         Yields
         ------
@@ -133,7 +145,7 @@ class Inference(Collective):
         """
         batches = self._begin(source)
         for first in range(0, len(batches), self.replicas):
-            number = first + self._place
+            number = first + self._number
             mine = None
             if number < len(batches):
                 outputs = self._replica.outputs(self._parameters, source.inputs(batches[number]))
@@ -145,11 +157,8 @@ class Inference(Collective):
             if not self.is_first:
                 if mine is not None:
                     assert self._comm is not None
-                    waiting.complete(
-                        pieces.isend(self._comm, mine, 0, Tag.PREDICTIONS),
-                        "the rank that writes",
-                        seconds=waiting.LONG_SECONDS,
-                    )
+                    request = pieces.isend(self._comm, mine, 0, Tag.PREDICTIONS)
+                    waiting.complete(request, "the rank that writes", seconds=waiting.LONG_SECONDS)
                 continue
             for other, indices in enumerate(batches[first : first + self.replicas]):
                 rows = mine
@@ -172,28 +181,29 @@ class Inference(Collective):
                 part = self._parameters[position : position + last - first]
                 broken[numbers[tensor.name]] |= not np.isfinite(part).all()
                 position += last - first
-        if self._comm is not None:
-            from mpi4py import MPI
-
-            broken = waiting.allreduce(
-                self._comm, broken, MPI.MAX, "the parameters of the other ranks", seconds=waiting.LONG_SECONDS
-            )
+        broken = self._added_up(broken, "the parameters of the other ranks")
         return tuple(tensor.name for tensor, found in zip(layout.tensors, broken, strict=True) if found)
 
-    def largest(self, number: int) -> int:
-        """Return the largest of the numbers that the ranks give."""
-        if self._comm is None:
-            return number
-        from mpi4py import MPI
+    def total(self, number: int) -> int:
+        """Return the sum of the numbers that the ranks give.
 
-        return int(
-            waiting.allreduce(self._comm, np.array([number]), MPI.MAX, "the other ranks", seconds=waiting.LONG_SECONDS)[
-                0
-            ]
-        )
+        Parameters
+        ----------
+        number
+            That of this rank.
+        """
+        return int(self._added_up(np.array([number]), "the other ranks")[0])
 
     def together(self, what: str, seconds: float | None = None) -> AbstractContextManager[None]:
-        """Make a mistake of the user that one rank finds an error on all (collective)."""
+        """Make a mistake of the user that one rank finds an error on all (collective).
+
+        Parameters
+        ----------
+        what
+            What the block does, for the message of ranks that wait.
+        seconds
+            Limit on that wait; by default :func:`dbmpi.mpi.world.together`'s.
+        """
         if self._comm is None:
             return nullcontext()
         from dbmpi.mpi.world import together
@@ -205,19 +215,13 @@ class Inference(Collective):
         self._stack.close()
         self.trained.close()
 
-    def _prepare(self, comm: MPI.Intracomm) -> None:
-        """Make the replicas."""
-        self._replica_comm = blocking.split(comm, self._place, self._partition, "the other ranks to form replicas")
-        self._stack.callback(blocking.free, self._replica_comm)
+    def _added_up(self, values: np.ndarray, what: str) -> np.ndarray:
+        """Return the sum of the values of all ranks."""
+        if self._comm is None:
+            return values
+        from mpi4py import MPI
 
-    def _compile(self, comm: MPI.Intracomm, samples: int) -> None:
-        """Choose products for batches of so many samples alike, and compile on one rank of each node."""
-        from dbmpi.replica.products import agree_on_products
-        from dbmpi.replica.warmup import first_on_each_node, use_layers
-
-        layers = self.trained.network.layers
-        agree_on_products(comm, layers, samples)
-        first_on_each_node(comm, lambda: use_layers(layers, samples, self.trained.network.dtype, backward=False))
+        return waiting.allreduce(self._comm, values, MPI.SUM, what, seconds=waiting.LONG_SECONDS)
 
     def _begin(self, source: Source) -> list[np.ndarray]:
         """Return the samples of each batch, once the batches are known to fit and what they need is compiled."""
@@ -233,7 +237,9 @@ class Inference(Collective):
             )
         self._stack.enter_context(thread_count.fitted(trained.network.layers, self.partitions, size))
         if self._comm is not None:
-            self._compile(self._comm, size)
+            layers, dtype = trained.network.layers, trained.network.dtype
+            agree_on_products(self._comm, layers, size)
+            first_on_each_node(self._comm, lambda: use_layers(layers, size, dtype, backward=False))
         return [np.arange(start, min(start + size, source.samples)) for start in range(0, source.samples, size)]
 
 

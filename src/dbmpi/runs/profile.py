@@ -1,7 +1,8 @@
-"""Where the time of a training step goes, layer by layer, on batches that are made up."""
+"""The time of a training step, layer by layer, on random batches."""
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,9 +38,9 @@ class LayerProfile:
     """One layer in a step of one replica: times are medians over the steps, of the slowest rank of each phase."""
 
     name: str
-    seconds: tuple[float, float, float]
+    seconds: tuple[float, ...]
     """Forward, backward, and exchange with the other partitions, waiting for them included."""
-    slowest: tuple[int, int, int]
+    slowest: tuple[int, ...]
     """The rank of each of these."""
     flops: int
     """Floating-point operations of all ranks, forward and backward; 0 where a layer does not count any."""
@@ -83,11 +84,11 @@ def profile(
     Parameters
     ----------
     network, placement
-        What to compute, and who computes what: one partition for each rank.
+        The network, and how it is cut: one partition for each rank.
     samples
         Of a batch.
     steps
-        How many to take the median of; one more comes before, which compiles what is left and touches the memory.
+        Steps to take the median of, after one that compiles the remaining kernels and touches the memory.
     comm
         The ranks; None for this process alone.
 
@@ -102,19 +103,20 @@ def profile(
     times = everybodys[:, :-2].reshape(-1, len(PHASES), len(network.layers))
     plans = plan_exchanges(network.layers, placement)
     layers = []
-    for place, (layer, plan) in enumerate(zip(network.layers, plans, strict=True)):
-        seconds, slowest = times[:, :, place].max(axis=0), times[:, :, place].argmax(axis=0)
-        moved = plan.values * samples * network.dtype.itemsize * (2 if place > 0 else 1)
+    for index, (layer, plan) in enumerate(zip(network.layers, plans, strict=True)):
+        seconds, slowest = times[:, :, index].max(axis=0), times[:, :, index].argmax(axis=0)
+        moved = plan.values * samples * network.dtype.itemsize * (2 if index > 0 else 1)
         layers.append(
             LayerProfile(
                 layer.name,
-                (float(seconds[0]), float(seconds[1]), float(seconds[2])),
-                (int(slowest[0]), int(slowest[1]), int(slowest[2])),
-                layer.flops(Box.whole(layer.output_shape), samples, input_gradient=place > 0),
+                tuple(seconds.tolist()),
+                tuple(slowest.tolist()),
+                layer.flops(Box.whole(layer.output_shape), samples, input_gradient=index > 0),
                 moved,
             )
         )
-    hosts = _gather(comm, _host()).tolist()
+    host = np.frombuffer(os.uname().nodename.encode()[:_HOST_BYTES].ljust(_HOST_BYTES, b"\0"), np.uint8).copy()
+    hosts = _gather(comm, host).tolist()
     return Profile(
         tuple(layers),
         float(everybodys[:, -2].max()),
@@ -179,7 +181,13 @@ def _multiply_add(start: Any, rounds: int) -> float:
 
 
 def table(found: Profile) -> list[str]:
-    """Return the lines of a table for people."""
+    """Return the lines of a table for people.
+
+    Parameters
+    ----------
+    found
+        What :func:`profile` has measured.
+    """
     several = len(found.hosts) > 1
     head = ["layer", "forward ms", "backward ms", "GFLOP/s", "% of peak"]
     head += ["KiB moved", "exchange ms", "slowest rank: forward, backward, exchange"] if several else []
@@ -205,15 +213,9 @@ def table(found: Profile) -> list[str]:
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        "  ".join(
-            [
-                row[0].ljust(widths[0]),
-                *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)),
-            ]
-        ).rstrip()
-        for row in rows
-    ]
+    sides = (str.ljust, *[str.rjust] * (len(widths) - 1))
+    lines = (zip(sides, row, widths, strict=True) for row in rows)
+    return ["  ".join(side(cell, width) for side, cell, width in line).rstrip() for line in lines]
 
 
 def _rate(flops_per_second: float) -> str:
@@ -224,18 +226,11 @@ def _share(flops_per_second: float, peak: float) -> str:
     return f"{100 * flops_per_second / peak:.1f}"
 
 
-def _host() -> np.ndarray:
-    from platform import node
-
-    return np.frombuffer(node().encode()[:_HOST_BYTES].ljust(_HOST_BYTES, b"\0"), np.uint8).copy()
-
-
 def _gather(comm: MPI.Intracomm | None, mine: np.ndarray) -> np.ndarray:
     """Return the vectors of all ranks, one a row."""
     if comm is None:
         return mine[np.newaxis]
     everybodys = np.empty((comm.size, mine.size), mine.dtype)
-    waiting.complete(
-        comm.Iallgather(mine, everybodys), "what the other ranks have measured", seconds=waiting.LONG_SECONDS
-    )
+    request = comm.Iallgather(mine, everybodys)
+    waiting.complete(request, "the measurements of the other ranks", seconds=waiting.LONG_SECONDS)
     return everybodys

@@ -1,37 +1,38 @@
-"""Where a run begins: at fresh parameters or where an earlier session ended, and how the shards come by them."""
+"""The start of a run: from fresh parameters, or from the checkpoint of an earlier session."""
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from mpi4py import MPI
 
-from dbmpi.checkpoint.directory import set_aside
+from dbmpi.checkpoint import directory
 from dbmpi.checkpoint.meaning import Meaning, check_same_data
 from dbmpi.checkpoint.reader import Checkpoint
-from dbmpi.config import Run
+from dbmpi.config import CheckpointSection, Run
 from dbmpi.data.stream import Order, Stream
 from dbmpi.downpour.lead import StartingPoint
-from dbmpi.errors import UserError
+from dbmpi.errors import Damaged, UserError
 from dbmpi.index.layout import Layout
 from dbmpi.machine.endings import note_run
 from dbmpi.monitor.records import next_session
 from dbmpi.mpi import waiting
 from dbmpi.mpi.world import together
 from dbmpi.paramserver.rules import rule
-from dbmpi.runs.resume import check_same_order, previous
 
 _LEAD = 0
-"""The rank of shard 0, which looks at the run directory for all."""
+"""The rank of shard 0, which reads the run directory for all."""
 
 
 class RunStart(NamedTuple):
-    """What all ranks know of where they begin."""
+    """Where a session begins, as all ranks know it."""
 
     begin: StartingPoint
-    """What has been learned, and what is left."""
+    """The progress of earlier sessions, and the batches that are left."""
     checkpoint: Path | None
     """Where the parameters are; None: they are fresh."""
     session: int
@@ -41,23 +42,25 @@ class RunStart(NamedTuple):
 def find(
     run: Run, comm: MPI.Intracomm, replicas: int, layout: Layout, order: Order, meaning: Meaning | None = None
 ) -> RunStart:
-    """Make the run directory, find the checkpoint to go on from, number the session (collective).
+    """Make the run directory, find the checkpoint to resume from, number the session (collective).
 
     Parameters
     ----------
+    run
+        The run, which that of the checkpoint must be compatible with.
     comm
         All ranks.
     replicas
-        That will learn.
+        Number of replicas that will learn.
     layout, order, meaning
-        Of the network's parameters and of the samples, which those of the checkpoint must be.
+        Of the network's parameters and of the samples, which those of the checkpoint must match.
 
     Raises
     ------
     UserError
         On every rank, if the directory cannot be used or its checkpoint is that of another run.
     """
-    path, notices = _find_checkpoint(run, comm)
+    path, notices = _find_checkpoint(run.run.directory, run.checkpoint, comm)
     session = np.zeros(1, np.int64)
     with together(comm, "numbering the session"):
         if comm.rank == _LEAD:
@@ -70,7 +73,7 @@ def find(
     with together(comm, "reading the checkpoint"), Checkpoint.open(Path(path)) as checkpoint:
         checkpoint.expect(layout)
         info = checkpoint.info
-        before = check_same_order(run, info.configuration, order, info.total, Path(path))
+        before = _check_same_order(run, info.configuration, order, info.total, Path(path))
         check_same_data(info.meaning, meaning, checkpoint=path, file=str(run.data.train))
         same_size = before.batch_size == order.batch_size
         begin = StartingPoint(
@@ -85,18 +88,20 @@ def find(
     return RunStart(begin, Path(path), int(session[0]))
 
 
-def _find_checkpoint(run: Run, comm: MPI.Intracomm) -> tuple[str, tuple[str, ...]]:
-    """Return the newest checkpoint that is what was written, or nothing; on the lead, with what there is to say.
+def _find_checkpoint(
+    run_directory: Path, section: CheckpointSection, comm: MPI.Intracomm
+) -> tuple[str, tuple[str, ...]]:
+    """Return the path of the newest intact checkpoint, or ""; on the lead also notices for the user.
 
     All ranks verify a part of it each.  Damaged ones are set aside when a good one is found: until then another start
-    would take the run for a new one.
+    would mistake the run for a new one.
     """
     damaged: list[Path] = []
     notices: list[str] = []
     while True:
         path = ""
         with together(comm, "preparing the run directory"):
-            if comm.rank == _LEAD and (found := previous(run, damaged)) is not None:
+            if comm.rank == _LEAD and (found := _newest(run_directory, section, damaged)) is not None:
                 path = str(found.path)
                 notices += [found.notice] if found.notice else []
         path = waiting.broadcast_text(comm, path, _LEAD, "the lead to look for a checkpoint")
@@ -112,9 +117,78 @@ def _find_checkpoint(run: Run, comm: MPI.Intracomm) -> tuple[str, tuple[str, ...
         first = int(waiting.allreduce(comm, vote, MPI.MIN, what, seconds=waiting.LONG_SECONDS)[0])
         if first == comm.size:
             break
-        notices.append(waiting.broadcast_text(comm, problem, first, what) + "; the run goes on from an earlier one")
+        notices.append(waiting.broadcast_text(comm, problem, first, what) + "; the run resumes from an earlier one")
         damaged.append(Path(path))
     if comm.rank == _LEAD and found is not None:
         for other in (*damaged, *found.damaged):
-            set_aside(other)
+            directory.set_aside(other)
     return path, tuple(dict.fromkeys(notices))
+
+
+class _Found(NamedTuple):
+    """The checkpoint to resume from."""
+
+    path: Path
+    notice: str
+    """Empty, or which newer ones cannot be read."""
+    damaged: tuple[Path, ...]
+    """Those of them that are torn or corrupt."""
+
+
+def _newest(run_directory: Path, section: CheckpointSection, without: Collection[Path]) -> _Found | None:
+    """Return the newest checkpoint that is not in `without`, if any; refuse to write into another run's directory."""
+    try:
+        for below in ("checkpoints", "records"):
+            (run_directory / below).mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=run_directory / below).close()
+        directory.clean(run_directory / "checkpoints")
+        existing = directory.checkpoints(run_directory / "checkpoints")
+    except OSError as error:
+        raise UserError(
+            f"{run_directory}: cannot be used as the run directory ({error.strerror}); set "
+            "run.directory to a path that you can write to"
+        ) from None
+    if not existing:
+        return None
+    if section.resume == "never":
+        raise UserError(
+            f"{run_directory}: already holds checkpoints, the newest {existing[0].name}, and nothing is overwritten; "
+            'set checkpoint.resume = "auto" to resume from it, or run.directory to another path'
+        )
+    with Checkpoint.open(run_directory, without) as checkpoint:
+        damaged = (path for path, error in checkpoint.unreadable.items() if isinstance(error, Damaged))
+        return _Found(checkpoint.path, checkpoint.notice, tuple(damaged))
+
+
+def _check_same_order(run: Run, stored: str, order: Order, total: int, path: Path) -> Order:
+    """Refuse to resume where the numbers of the stream would mean other samples; return the order before.
+
+    Its batches may be of another size where either run is by Sandblaster: portions are much larger than the batches of
+    stochastic methods.
+
+    `stored` is the description of the run that wrote the checkpoint, and `total` the number of its batches; `order` is
+    that of the run that resumes.
+    """
+    before = Run.from_json(stored)
+    same_size = "sandblaster" not in (before.optimizer.method, run.optimizer.method)
+    sizes = (min(before.optimizer.batch_size, order.samples), order.batch_size)
+    pairs = {
+        "optimizer.batch_size": sizes if same_size else (0, 0),
+        "run.seed": (before.run.seed, run.run.seed),
+        "network.loss": (before.network.loss, run.network.loss),
+    }
+    for key, (then, now) in pairs.items():
+        if then != now:
+            raise UserError(
+                f"{path}: was written with {key} = {then}, this run has {now}; "
+                f"set it back, or start a new run in another run.directory"
+            )
+    earlier = Order(order.samples, min(before.optimizer.batch_size, order.samples), before.optimizer.epochs, order.seed)
+    then = earlier.batches
+    if then != total:
+        raise UserError(
+            f"{path}: was written by a run of {total} batches in {before.optimizer.epochs:g} epochs, but the "
+            f"{order.samples} samples of {run.data.train} make {then}: it has learned from other data; "
+            f"set data.train back, or start a new run in another run.directory"
+        )
+    return earlier

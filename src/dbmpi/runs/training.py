@@ -1,4 +1,4 @@
-"""A run from its description: open the data, place the roles, train, checkpoint, evaluate, end."""
+"""A run from its description: open the data, assign the roles, train, checkpoint, evaluate."""
 
 from __future__ import annotations
 
@@ -8,22 +8,21 @@ import time
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
 
 from mpi4py import MPI
 
 from dbmpi.checkpoint.run_lock import locked
 from dbmpi.config import Run
 from dbmpi.data import limits
-from dbmpi.data.run_data import open_data
+from dbmpi.data.run_data import RunData, open_data
 from dbmpi.data.stream import Order
 from dbmpi.downpour import run as downpour_run
 from dbmpi.downpour.session import DTYPE, Session
 from dbmpi.errors import UserError
 from dbmpi.kernels.announce import announced
 from dbmpi.machine import capacity, environment
+from dbmpi.machine.rank_variables import ranks_on_node
 from dbmpi.machine.signals import StopSignal
-from dbmpi.machine.threads import ranks_on_node
 from dbmpi.monitor.progress import RunProgress
 from dbmpi.monitor.records import Recorder
 from dbmpi.mpi import topology, waiting
@@ -40,9 +39,6 @@ from dbmpi.replica.trial import try_layer
 from dbmpi.result import Result
 from dbmpi.runs import start as runs_start
 from dbmpi.sandblaster import run as sandblaster_run
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 _MOST_BATCHES = 2**62
 """Of a run: counts of steps and batches travel and are stored as 64-bit integers."""
@@ -93,121 +89,99 @@ def train(run: Run, comm: MPI.Intracomm | None = None, stop: StopSignal | None =
     elif comm.size > 1:
         end_all_on_failure()
     with aloud(comm), ExitStack() as stack:
-        session = _Session(run, comm, stack, stop or stack.enter_context(StopSignal()))
-        with session.watch:
-            return session.run()
+        return _run(run, comm, stack, stop or stack.enter_context(StopSignal()))
 
 
-class _Session:
-    """One start of a run on one rank; what is opened is closed by the stack."""
+def _run(run: Run, comm: MPI.Intracomm, stack: ExitStack, stop: StopSignal) -> Result:
+    """Set up this rank, train, evaluate (collective); the stack closes everything that is opened."""
+    with together(comm, "planning the topology"):
+        plan = topology.plan(run.topology, comm.size)
+    comms = stack.enter_context(topology.Communicators(comm, plan))
+    with Watch(comms.world) as watch:
+        session = _session(run, plan, comms, watch, stop, stack)
+        learn = sandblaster_run.learn if session.run.optimizer.method == "sandblaster" else downpour_run.learn
+        return learn(session, stack)
 
-    def __init__(self, run: Run, comm: MPI.Intracomm, stack: ExitStack, stop: StopSignal) -> None:
-        self._run = run
-        self._stop = stop
-        self._stack = stack
-        with together(comm, "planning the topology"):
-            plan = topology.plan(run.topology, comm.size)
-        self._plan = plan
-        self._comms = stack.enter_context(topology.Communicators(comm, plan))
-        self._comm = self._comms.world
-        self.watch = Watch(self._comm)
-        self._shard_number = plan.shard_of(comm.rank)
-        self._worker_number = plan.worker_of(comm.rank)
-        self._is_lead = self._shard_number == 0
-        self._is_first = comm.rank == 0
 
-    def run(self) -> Result:
-        """Set up, train, evaluate."""
-        plan = self._plan
-        self._data = open_data(self._run, self._comm, plan, self._stack)
-        self._run, notices = limits.fitted(self._run, self._data.samples)
-        self._data = replace(self._data, notes=self._data.notes + notices)
-        run = self._run
-        say = RunProgress(0, run.monitor.progress).message if self._is_first else None
-        compiled = self._stack.enter_context(announced(say))
-        network, order = self._plan_network()
-        chosen = fitted(network.layers, plan.partitions, run.optimizer.batch_size)
-        self._say_chosen(say, self._stack.enter_context(chosen))
-        with together(self._comm, "placing the layers"):
-            placed = placement.from_config(run.placement, network.layers, plan.partitions)
-        with together(self._comm, "locking the run directory", seconds=waiting.LONG_SECONDS):
-            if self._is_lead:
-                tell = partial(print, "dbmpi:", file=sys.stderr, flush=True)
-                self._stack.enter_context(locked(run.run.directory, tell))
-        replica = None
-        if self._worker_number is not None:
-            replica = self._stack.enter_context(Replica(network, placed, self._comms.replica))
-            replica.prepare(run.optimizer.batch_size)
-        begin, checkpoint, number = runs_start.find(
-            run, self._comm, plan.replicas, network.layout, order, self._data.meaning
-        )
-        started = time.time()
-        session = Session(
-            run=run,
-            plan=plan,
-            comms=self._comms,
-            network=network,
-            placement=placed,
-            replica=replica,
-            order=order,
-            begin=begin,
-            checkpoint=checkpoint,
-            data=self._data,
-            stop=self._stop,
-            recorder=lambda role, its_number: self._recorder(role, its_number, number, started),
-            watch=self.watch,
-            compiled=compiled,
-        )
-        learn = sandblaster_run.learn if run.optimizer.method == "sandblaster" else downpour_run.learn
-        return learn(session, self._stack)
-
-    # Setting up
-
-    @staticmethod
-    def _say_chosen(say: Callable[[str], object] | None, remark: str) -> None:
-        """Say what was chosen for this machine and this network, and what is slower than it could be."""
-        if say is None:
-            return
+def _session(
+    run: Run, plan: topology.Plan, comms: topology.Communicators, watch: Watch, stop: StopSignal, stack: ExitStack
+) -> Session:
+    """Open the data, cut the network, lock the run directory and find the checkpoint to resume from (collective)."""
+    comm = comms.world
+    data = open_data(run, comm, plan, stack)
+    run, notices = limits.fitted(run, data.samples)
+    data = replace(data, notes=data.notes + notices)
+    say = RunProgress(0, run.monitor.progress).message if comm.rank == 0 else None
+    compiled = stack.enter_context(announced(say))
+    network, order = _plan_network(run, data, comm, plan)
+    remark = stack.enter_context(fitted(network.layers, plan.partitions, run.optimizer.batch_size))
+    if say is not None:
         prepared = environment.prepare()
         say(f"{prepared}{f'; {remark}' if remark else ''}")
         for loss in prepared.losses:
             print(f"dbmpi: slower than it could be: {loss}", file=sys.stderr, flush=True)
+    with together(comm, "placing the layers"):
+        placed = placement.from_config(run.placement, network.layers, plan.partitions)
+    with together(comm, "locking the run directory", seconds=waiting.LONG_SECONDS):
+        if plan.shard_of(comm.rank) == 0:
+            stack.enter_context(locked(run.run.directory, partial(print, "dbmpi:", file=sys.stderr, flush=True)))
+    replica = None
+    if plan.worker_of(comm.rank) is not None:
+        replica = stack.enter_context(Replica(network, placed, comms.replica))
+        replica.prepare(run.optimizer.batch_size)
+    begin, checkpoint, number = runs_start.find(run, comm, plan.replicas, network.layout, order, data.meaning)
+    recorder = partial(
+        Recorder,
+        run.run.directory,
+        session=number,
+        started=time.time(),
+        steps_before=begin.step,
+        steps_per_epoch=order.batches_per_epoch,
+    )
+    return Session(
+        run=run,
+        plan=plan,
+        comms=comms,
+        network=network,
+        placement=placed,
+        replica=replica,
+        order=order,
+        begin=begin,
+        checkpoint=checkpoint,
+        data=data,
+        stop=stop,
+        recorder=lambda role, number: stack.enter_context(recorder(role, number)),
+        watch=watch,
+        compiled=compiled,
+    )
 
-    def _plan_network(self) -> tuple[Network, Order]:
-        """Make the network for the data, and the order of its samples; look at the data and at a user's own layers."""
-        run, data = self._run, self._data
-        with together(self._comm, "planning the network"):
-            network = Network(
-                run.network,
-                data.input_shape,
-                run.run.seed,
-                targets=data.targets,
-                load=own.from_directory(run.network.code),
+
+def _plan_network(run: Run, data: RunData, comm: MPI.Intracomm, plan: topology.Plan) -> tuple[Network, Order]:
+    """Make the network for the data, and the order of its samples; check the data and a user's own layers."""
+    section, optimizer, seed, worker = run.network, run.optimizer, run.run.seed, plan.worker_of(comm.rank)
+    with together(comm, "planning the network"):
+        load = own.from_directory(section.code)
+        network = Network(section, data.input_shape, seed, targets=data.targets, load=load)
+        check_room(network.layout, plan.shards, DTYPE.itemsize, capacity.available())
+        if worker is not None:
+            limits.check_activations(
+                network.activations,
+                optimizer.batch_size,
+                setting="optimizer.batch_size",
+                partitions=plan.partitions,
+                workers=min(ranks_on_node(os.environ), plan.workers),
             )
-            check_room(network.layout, self._plan.shards, DTYPE.itemsize, capacity.available())
-            if self._worker_number is not None:
-                limits.check_activations(
-                    network.activations,
-                    run.optimizer.batch_size,
-                    setting="optimizer.batch_size",
-                    partitions=self._plan.partitions,
-                    workers=min(ranks_on_node(os.environ), self._plan.workers),
-                )
-            order = Order(data.samples, run.optimizer.batch_size, run.optimizer.epochs, run.run.seed)
-            if order.batches > _MOST_BATCHES:
-                raise UserError(
-                    f"optimizer.epochs = {run.optimizer.epochs:g}: that is {order.batches:.3g} batches of "
-                    f"{run.optimizer.batch_size}, more than can be counted; lower optimizer.epochs"
-                )
-        with together(self._comm, "looking at the data", seconds=waiting.LONG_SECONDS):
-            data.validate(network.outputs, run.network.loss, fully=self._worker_number == 0)
-        if network.own_layers:
-            # The first rank alone: one compilation is enough, and one report.
-            with together(self._comm, "trying your own layers", seconds=waiting.LONG_SECONDS):
-                for layer in network.own_layers if self._comm.rank == 0 else ():
-                    try_layer(layer, DTYPE)
-        return network, order
-
-    def _recorder(self, role: str, number: int, session: int, started: float) -> Recorder:
-        recorder = Recorder(self._run.run.directory, role, number, session=session, started=started)
-        return self._stack.enter_context(recorder)
+        order = Order(data.samples, optimizer.batch_size, optimizer.epochs, seed)
+        if order.batches > _MOST_BATCHES:
+            raise UserError(
+                f"optimizer.epochs = {optimizer.epochs:g}: that is {order.batches:.3g} batches of "
+                f"{optimizer.batch_size}, more than can be counted; lower optimizer.epochs"
+            )
+    with together(comm, "looking at the data", seconds=waiting.LONG_SECONDS):
+        data.validate(network.outputs, section.loss, fully=worker == 0)
+    if network.own_layers:
+        # The first rank alone: one compilation is enough, and one report.
+        with together(comm, "trying your own layers", seconds=waiting.LONG_SECONDS):
+            for layer in network.own_layers if comm.rank == 0 else ():
+                try_layer(layer, DTYPE)
+    return network, order

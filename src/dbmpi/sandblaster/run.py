@@ -26,7 +26,7 @@ from dbmpi.data.run_data import network_notes
 from dbmpi.downpour.session import DTYPE, Session
 from dbmpi.errors import EndedByDeath, UserError
 from dbmpi.index.layout import pieces
-from dbmpi.machine.threads import ranks_on_node
+from dbmpi.machine.rank_variables import ranks_on_node
 from dbmpi.methods import own
 from dbmpi.methods.own import Method
 from dbmpi.methods.warm import use_kernels

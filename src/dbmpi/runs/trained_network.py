@@ -64,6 +64,13 @@ class TrainedNetwork:
     def expect(self, source: Source, *, targets: bool) -> tuple[str, ...]:
         """Raise UserError unless samples of a data file, and where asked their targets, suit the network.
 
+        Parameters
+        ----------
+        source
+            The data file.
+        targets
+            Whether its targets will be compared with the outputs.
+
         Returns
         -------
         tuple of str
