@@ -37,7 +37,6 @@ from dbmpi.methods.warm import use_kernels
 from dbmpi.mpi import blocking, pieces, waiting
 from dbmpi.mpi.silent_ends import aloud
 from dbmpi.mpi.world import end_all_on_failure, start, together
-from dbmpi.replica.warmup import first_on_each_node
 
 if TYPE_CHECKING:
     from dbmpi.methods.own import Method
@@ -268,7 +267,7 @@ class _Problem:
             if comm.size > 1:
                 self._say(threads.prepare().line)
         if comm.size > 1:
-            first_on_each_node(comm, partial(use_kernels, begin.dtype.name))
+            blocking.first_on_each_node(comm, partial(use_kernels, begin.dtype.name))
 
     def point(self, name: str = POINT) -> np.ndarray:
         """Return what the objective is to see of a vector, not to be written (collective).

@@ -11,7 +11,7 @@ import itertools
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, cast
 
@@ -21,6 +21,7 @@ from dbmpi.mpi import waiting
 if TYPE_CHECKING:
     from mpi4py import MPI
 
+_COMPILING_SECONDS = 3600.0
 _blocked: dict[int, tuple[str, list[float]]] = {}
 """What is waited for, and for how long, by operations that block now; under a number of each."""
 _numbers = itertools.count()
@@ -48,6 +49,19 @@ def on_this_host(comm: MPI.Intracomm, what: str) -> MPI.Intracomm:
 
     with meeting(comm, what):
         return cast("MPI.Intracomm", comm.Split_type(MPI.COMM_TYPE_SHARED, comm.rank))
+
+
+def first_on_each_node(comm: MPI.Intracomm, use_kernels: Callable[[], object]) -> None:
+    """Call a function that compiles on one rank of each node, then on the others, which find the kernels in the cache.
+
+    Collective over `comm`.  The others wait for an hour at most.
+    """
+    node = on_this_host(comm, "the other ranks to compile the kernels")
+    for turn in (True, False):
+        if (node.rank == 0) == turn:
+            use_kernels()
+        waiting.complete(node.Ibarrier(), "the kernels to be compiled", seconds=_COMPILING_SECONDS)
+    free(node)
 
 
 def free(comm: MPI.Comm) -> None:

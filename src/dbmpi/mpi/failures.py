@@ -118,7 +118,7 @@ def complete(
     *,
     memory: np.ndarray | None = None,
     serve: Callable[[], bool] | None = None,
-    longest_nap: float = 1e-3,
+    longest_sleep: float = 1e-3,
 ) -> None:
     """Wait for a transfer with a rank by testing it.
 
@@ -138,7 +138,7 @@ def complete(
 
     try:
         with partner(comm, rank):
-            waiting.until(done if _TOLERATED else request.Test, what, serve=serve, longest_nap=longest_nap)
+            waiting.until(done if _TOLERATED else request.Test, what, serve=serve, longest_sleep=longest_sleep)
     except RankLost:
         _abandoned.append((request, memory))
         raise

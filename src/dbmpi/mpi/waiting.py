@@ -105,7 +105,7 @@ def until(
     *,
     serve: Callable[[], bool] | None = None,
     seconds: float | None = None,
-    longest_nap: float = 1e-3,
+    longest_sleep: float = 1e-3,
 ) -> None:
     """Wait until `condition()` holds.
 
@@ -119,7 +119,7 @@ def until(
         Called between two looks; returns whether it did something, which also counts as a sign of life.
     seconds
         Give up after this long without a sign of life; by default ``STALL_SECONDS``.
-    longest_nap
+    longest_sleep
         Upper limit of the sleeps, in seconds.
 
     Raises
@@ -128,7 +128,7 @@ def until(
         If nothing moved for `seconds`.
     """
     limit = STALL_SECONDS if seconds is None else seconds
-    backoff = Backoff(longest=longest_nap)
+    backoff = Backoff(longest=longest_sleep)
     waited, looked = 0.0, time.monotonic()
     while not condition():
         for others in _in_every_wait:

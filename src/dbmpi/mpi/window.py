@@ -28,12 +28,8 @@ from mpi4py import MPI
 from dbmpi.kernels.memory import CACHE_LINE
 from dbmpi.mpi import blocking, failures, pieces, waiting
 from dbmpi.mpi.collective import Collective
-from dbmpi.mpi.transfers import Messages
+from dbmpi.mpi.transfers import Messages, Remote
 
-"""Bytes of a cache line: regions begin at multiples, so that two ranks' words never share one."""
-
-_NAP = 1e-4
-"""Longest sleep, in seconds, while waiting for remote data; MPI only makes progress when polled."""
 _MOST_GETS = 64
 """Gets of one thread that are on the way at a time."""
 Transport = Literal["rma", "p2p"]
@@ -67,8 +63,6 @@ class Window(Collective):
 
     def __init__(self, comm: MPI.Intracomm, nbytes: int, shared: bool, transport: Transport) -> None:
         self._comm = comm
-        # To enter MPI by a probe.  A probe that finds a message does nothing else; here there is never one to find.
-        self._empty = blocking.duplicate(comm, _OPENING)
         self._node = blocking.on_this_host(comm, _OPENING)
         self.shared = shared
         self.busy = False
@@ -96,25 +90,16 @@ class Window(Collective):
             self.local = np.zeros(size, np.uint8)
             self._near[comm.rank] = self.local
         self.local.fill(0)
-        self._messages: Messages | None = None
-        self._win = MPI.WIN_NULL
+        self._all_near = len(self._near) == comm.size
         self._swapping = threading.Lock()
+        self._remote: Remote
         if transport == "p2p":
-            self._messages = Messages(comm, self.local, partial(self._swap_near, comm.rank))
+            self._remote = Messages(comm, self.local, partial(self._swap_near, comm.rank))
         else:
-            info = MPI.Info.Create()
-            for key, hint in _HINTS.items():
-                info.Set(key, hint)
-            with blocking.meeting(comm, _OPENING):
-                self._win = MPI.Win.Create(self.local, 1, info, comm)
-                self._win.Lock_all(MPI.MODE_NOCHECK)
-            info.Free()
+            self._remote = _OneSided(comm, self.local)
         self._open = True
-        # Several threads of this rank may have transfers on the way; each has put what its own flag announces.
         self._gets: dict[int, deque[tuple[int, MPI.Request, np.ndarray]]] = {}
-        self._puts: dict[tuple[int, int], list[MPI.Request]] = {}
-        self._stores: dict[int, deque[MPI.Request]] = {}
-        self._storing = threading.Lock()
+        """By thread: several of this rank may have transfers on the way."""
         self.sync()
         waiting.barrier(comm, _OPENING)
 
@@ -138,15 +123,11 @@ class Window(Collective):
         Also lets MPI serve the operations of other nodes, which may need this rank's help; so a rank that waits for a
         flag must call it.
         """
-        if len(self._near) < self._comm.size:
-            if self._messages is not None:
-                self.busy = self._messages.serve()
-            else:
-                failures.probe(self._empty, MPI.ANY_TAG)
+        if not self._all_near:
+            self.busy = self._remote.serve()
         if self._memory is not None:
             self._memory.Sync()
-        if self._messages is None:
-            self._win.Sync()
+        self._remote.sync()
 
     def get(self, rank: int, offset: int, out: np.ndarray) -> None:
         """Copy ``out.nbytes`` bytes from `offset` of a rank's memory into the contiguous array `out`.
@@ -170,10 +151,7 @@ class Window(Collective):
             if len(gets) >= _MOST_GETS:
                 self._complete_get(*gets.popleft())
             with failures.partner(self._comm, rank):
-                if self._messages is not None:
-                    request = self._messages.get(rank, offset, piece)
-                else:
-                    request = self._win.Rget([piece, MPI.BYTE], rank, [offset, piece.nbytes, MPI.BYTE])
+                request = self._remote.get(rank, offset, piece)
             gets.append((rank, request, piece))
             offset += piece.nbytes
 
@@ -192,11 +170,7 @@ class Window(Collective):
             np.copyto(near[offset : offset + data.nbytes].view(data.dtype).reshape(data.shape), data)
             return
         for piece in pieces.divide(data):
-            if self._messages is not None:
-                self._messages.put(rank, offset, piece)
-            else:
-                request = self._win.Rput([piece, MPI.BYTE], rank, [offset, piece.nbytes, MPI.BYTE])
-                self._puts.setdefault((threading.get_ident(), rank), []).append(request)
+            self._remote.put(rank, offset, piece)
             offset += piece.nbytes
 
     def load(self, rank: int, offset: int) -> int:
@@ -206,11 +180,7 @@ class Window(Collective):
             self.sync()
             return int(near[offset : offset + 8].view(np.int64)[0])
         with failures.partner(self._comm, rank):
-            if self._messages is not None:
-                return self._messages.load(rank, offset)
-            request, result = self._atomic(rank, offset, 0, MPI.NO_OP)
-        failures.complete(request, self._comm, rank, f"a flag of rank {rank}", memory=result)
-        return int(result[0])
+            return self._remote.load(rank, offset)
 
     def store(self, rank: int, offset: int, value: int) -> None:
         """Set the flag at `offset` of a rank's memory, atomically, after all earlier puts to that rank.
@@ -225,25 +195,7 @@ class Window(Collective):
             self.sync()
             return
         with suppress(failures.RankLost), failures.partner(self._comm, rank):
-            self._store_far(rank, offset, value)
-
-    def _store_far(self, rank: int, offset: int, value: int) -> None:
-        """Set a flag of a rank of another host."""
-        if self._messages is not None:
-            self._messages.store(rank, offset, value)
-            return
-        pending = self._puts.pop((threading.get_ident(), rank), None)
-        if pending is not None:
-            for request in pending:
-                waiting.until(request.Test, f"data to leave for rank {rank}", longest_nap=_NAP)
-            with blocking.blocking(f"data to arrive at rank {rank}"):
-                self._win.Flush(rank)
-        with self._storing:
-            # They are carried out in order: to look at the first is enough, however many are on the way.
-            earlier = self._stores.setdefault(rank, deque())
-            while earlier and earlier[0].Test():
-                earlier.popleft()
-            earlier.append(self._atomic(rank, offset, value, MPI.REPLACE)[0])
+            self._remote.store(rank, offset, value)
 
     def compare_and_swap(self, rank: int, offset: int, expected: int, value: int) -> int:
         """Set the word at `offset` of a rank's memory if it is `expected`, atomically; return what it was before.
@@ -253,13 +205,9 @@ class Window(Collective):
         serves others.
         """
         self.sync()
-        if self._messages is None and len(self._near) < self._comm.size:
-            # All must use the same way to a word: the shared window's atomics know nothing of the other window's.
-            return _swap(self._win, rank, offset, expected, value)
-        if rank not in self._near:
-            assert self._messages is not None
-            return self._messages.compare_and_swap(rank, offset, expected, value)
-        return self._swap_near(rank, offset, expected, value)
+        if self._all_near or (rank in self._near and not self._remote.swaps_all):
+            return self._swap_near(rank, offset, expected, value)
+        return self._remote.compare_and_swap(rank, offset, expected, value)
 
     def free(self) -> None:
         """Give the memory back (collective); a second call does nothing."""
@@ -268,15 +216,7 @@ class Window(Collective):
         self._open = False
         if failures.dead(self._comm):
             return  # nothing can be done together with the dead: the memory goes when the process ends
-        for rank, stores in self._stores.items():
-            for request in stores:
-                waiting.complete(request, f"a flag to arrive at rank {rank}")
-        if self._messages is not None:
-            self._messages.free()
-        else:
-            with blocking.meeting(self._comm, _CLOSING):
-                self._win.Unlock_all()
-                self._win.Free()
+        self._remote.free()
         self._near.clear()
         self.local = np.empty(0, np.uint8)
         if self._memory is not None:
@@ -285,12 +225,9 @@ class Window(Collective):
                 self._memory.Free()
             self._memory = None
         blocking.free(self._node)
-        blocking.free(self._empty)
 
     def _complete_get(self, rank: int, request: MPI.Request, out: np.ndarray) -> None:
-        serve = None if self._messages is None else self._messages.serve
-        what = f"data of rank {rank}"
-        failures.complete(request, self._comm, rank, what, memory=out, serve=serve, longest_nap=_NAP)
+        self._remote.complete(request, rank, f"data of rank {rank}", out)
 
     def _swap_near(self, rank: int, offset: int, expected: int, value: int) -> int:
         """Swap a word of a rank of this node; without shared memory that is this rank, which alone reaches it."""
@@ -302,6 +239,58 @@ class Window(Collective):
             if before == expected:
                 word[0] = value
             return before
+
+
+class _OneSided(Remote):
+    """Transfers by one-sided operations."""
+
+    swaps_all = True
+
+    def __init__(self, comm: MPI.Intracomm, local: np.ndarray) -> None:
+        super().__init__(comm)
+        # To enter MPI by a probe.  A probe that finds a message does nothing else; here there is never one to find.
+        self._empty = blocking.duplicate(comm, _OPENING)
+        info = MPI.Info.Create()
+        for key, hint in _HINTS.items():
+            info.Set(key, hint)
+        with blocking.meeting(comm, _OPENING):
+            self._win = MPI.Win.Create(local, 1, info, comm)
+            self._win.Lock_all(MPI.MODE_NOCHECK)
+        info.Free()
+
+    def get(self, rank: int, offset: int, out: np.ndarray) -> MPI.Request:
+        return self._win.Rget([out, MPI.BYTE], rank, [offset, out.nbytes, MPI.BYTE])
+
+    def load(self, rank: int, offset: int) -> int:
+        request, result = self._atomic(rank, offset, 0, MPI.NO_OP)
+        self.complete(request, rank, f"a flag of rank {rank}", result)
+        return int(result[0])
+
+    def compare_and_swap(self, rank: int, offset: int, expected: int, value: int) -> int:
+        return _swap(self._win, rank, offset, expected, value)
+
+    def serve(self) -> bool:
+        failures.probe(self._empty, MPI.ANY_TAG)
+        return False
+
+    def sync(self) -> None:
+        self._win.Sync()
+
+    def _put(self, rank: int, offset: int, data: np.ndarray) -> MPI.Request:
+        return self._win.Rput([data, MPI.BYTE], rank, [offset, data.nbytes, MPI.BYTE])
+
+    def _store(self, rank: int, offset: int, value: int, *, after_puts: bool) -> None:
+        if after_puts:
+            with blocking.blocking(f"data to arrive at rank {rank}"):
+                self._win.Flush(rank)
+        with self._lock:
+            self._leave(rank, *self._atomic(rank, offset, value, MPI.REPLACE))
+
+    def _close(self) -> None:
+        with blocking.meeting(self._comm, _CLOSING):
+            self._win.Unlock_all()
+            self._win.Free()
+        blocking.free(self._empty)
 
     def _atomic(self, rank: int, offset: int, value: int, operation: MPI.Op) -> tuple[MPI.Request, np.ndarray]:
         """Begin an atomic operation on a flag; its request completes when it has been carried out at the target.

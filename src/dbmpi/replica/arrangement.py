@@ -8,7 +8,7 @@ one piece and lies on few shards.  Pure integers, computed alike on every rank.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from heapq import heapify, heapreplace
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from dbmpi.errors import UserError
 from dbmpi.index.boxes import Box
-from dbmpi.index.layout import Layout, Stretch, cut
+from dbmpi.index.layout import Layout, cut
 from dbmpi.replica.tensors import Part, tensor_parts
 
 if TYPE_CHECKING:
@@ -68,26 +68,18 @@ class Arrangement:
                     yield Piece(offset + run.start + start - position, start - held.start, stop - start)
                 position += len(run)
 
-    def runs(self, worker: int, held: Mapping[str, tuple[Box, int]]) -> tuple[Stretch, ...]:
-        """Return where a worker's own vector lies in the shards' order, in the order of its vector.
+    def ranges_of(self, part: Part) -> Iterator[range]:
+        """Yield the ranges of the shards' order with the elements of a part, in C order."""
+        if self.parts:
+            start = self._starts[self._numbers[part]]
+            yield range(start, start + part.box.size)
+            return
+        offset = self.layout.offsets[part.tensor.name]
+        yield from (range(offset + run.start, offset + run.stop) for run in part.box.runs(part.tensor.shape))
 
-        Parameters
-        ----------
-        worker
-            Number of its partition.
-        held
-            For each tensor by its full name, the box that the worker holds and where this begins in its vector.
-        """
-        found = []
-        for part, first in zip(self.parts, self._starts, strict=True):
-            if worker in part.workers:
-                position = first
-                box, local = held[part.tensor.name]
-                within = Box(*(tuple(map(int.__sub__, ends, box.starts)) for ends in (part.box.starts, part.box.stops)))
-                for run in within.runs(box.shape):
-                    found.append(Stretch(position, local + run.start, len(run), part.owner == worker))
-                    position += len(run)
-        return tuple(sorted(found, key=lambda run: run.local))
+    @cached_property
+    def _numbers(self) -> dict[Part, int]:
+        return {part: number for number, part in enumerate(self.parts)}
 
     @cached_property
     def _starts(self) -> tuple[int, ...]:

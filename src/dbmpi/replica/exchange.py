@@ -51,7 +51,7 @@ class Exchange:
             sizes = [box.size for box in plan.owned]
             self._far = Gathered(group, forward, sizes, add=False), Gathered(group, reverse, sizes, add=True)
         elif not self._still:
-            self._far = Messages(group, forward, add=False), Messages(group, reverse, add=True)
+            self._far = Messaged(group, forward, add=False), Messaged(group, reverse, add=True)
         if group.near and not self._still:
             offered = [plan.offered(worker) for worker in workers]
             starts = [offered[other][box] for other, box in forward.receives]
@@ -194,7 +194,7 @@ class _Going(NamedTuple):
     box: Box | None
 
 
-class Messages(Transfer):
+class Messaged(Transfer):
     """Moves by messages; what is contiguous in an array is neither packed nor unpacked."""
 
     def __init__(self, group: Group, way: Way, *, add: bool) -> None:

@@ -16,8 +16,7 @@ from dbmpi.errors import UserError
 from dbmpi.index.boxes import Box
 from dbmpi.index.lookup import Index
 from dbmpi.network.layer import SplitByInputs
-from dbmpi.replica.cuts import Reaches, choose_boxes
-from dbmpi.replica.reach import needed_box
+from dbmpi.replica.cut import Reaches, choose_boxes, needed_box
 
 if TYPE_CHECKING:
     from dbmpi.config import PlacementSection

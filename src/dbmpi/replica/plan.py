@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from dbmpi.index.boxes import Box
 from dbmpi.index.lookup import Index
+from dbmpi.replica.cut import needed_box
 from dbmpi.replica.placement import Placement, Split, check, needed_inputs
-from dbmpi.replica.reach import needed_box
 
 if TYPE_CHECKING:
     from dbmpi.network.layer import Layer

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import sub
 from typing import TYPE_CHECKING, cast
 
 from dbmpi.errors import UserError
 from dbmpi.index.boxes import Box
-from dbmpi.index.layout import Layout, Tensor
+from dbmpi.index.layout import Stretch, Tensor
 from dbmpi.index.lookup import Index
 from dbmpi.network.layer import SplitByInputs
 from dbmpi.network.own import calling
@@ -45,20 +46,6 @@ def tensor_boxes(layers: Sequence[Layer], placement: Placement, worker: int) -> 
     }
 
 
-def worker_layout(layers: Sequence[Layer], placement: Placement, worker: int) -> Layout:
-    """Return the layout of the worker's own vector: the boxes of `tensor_boxes` one behind the other.
-
-    It is made of the elements of `tensor_runs` in their order.
-    """
-    return Layout(tuple(Tensor(name, box.shape) for name, box in tensor_boxes(layers, placement, worker).items()))
-
-
-def tensor_runs(layers: Sequence[Layer], layout: Layout, placement: Placement, worker: int) -> list[range]:
-    """Return the positions of the whole flat vector that the worker needs: sorted, disjoint, merged."""
-    boxes = tensor_boxes(layers, placement, worker)
-    return _merged(layout, boxes.items())
-
-
 def tensor_parts(layers: Sequence[Layer], placement: Placement) -> tuple[Part, ...]:
     """Return disjoint parts with every element of a tensor that a worker needs, and the workers that need and push it.
 
@@ -86,12 +73,32 @@ def tensor_parts(layers: Sequence[Layer], placement: Placement) -> tuple[Part, .
     return tuple(parts)
 
 
-def pushed_runs(layout: Layout, parts: Sequence[Part], worker: int) -> list[range]:
-    """Return the positions of the whole flat vector whose gradient the worker pushes: sorted, disjoint, merged.
+def stretches(part: Part, whole: Iterable[range], box: Box, local: int, worker: int) -> Iterator[Stretch]:
+    """Yield where a part of a tensor lies in a whole vector, and in the own vector of a worker that needs it.
 
-    Over all workers these are the positions that anybody needs, each once.
+    Parameters
+    ----------
+    part
+        The part.
+    whole
+        Ranges of the whole vector with the elements of the part, in C order.
+    box
+        What the worker needs of the tensor.
+    local
+        Where `box` begins in its vector.
+    worker
+        Its number.
     """
-    return _merged(layout, ((part.tensor.name, part.box) for part in parts if part.owner == worker))
+    starts, stops = (tuple(map(sub, ends, box.starts)) for ends in (part.box.starts, part.box.stops))
+    own = Box(starts, stops).runs(box.shape)
+    here = range(0)
+    for there in whole:
+        position = there.start
+        while position < there.stop:
+            here = here or next(own)
+            length = min(len(here), there.stop - position)
+            yield Stretch(position, local + here.start, length, part.owner == worker)
+            position, here = position + length, here[length:]
 
 
 def _needed(layer: Layer, short: str, tensor: Tensor, placement: Placement, place: int, worker: int) -> Box:
@@ -114,23 +121,6 @@ def _needed(layer: Layer, short: str, tensor: Tensor, placement: Placement, plac
             f"the part {need} of {short!r}, which has shape {tensor.shape}; expected a box within it"
         )
     return need
-
-
-def _merged(layout: Layout, boxes: Iterable[tuple[str, Box]]) -> list[range]:
-    """Return the positions in the flat vector of disjoint boxes of tensors."""
-    shapes = {tensor.name: tensor.shape for tensor in layout.tensors}
-    runs = sorted(
-        (layout.offsets[name] + run.start, layout.offsets[name] + run.stop)
-        for name, box in boxes
-        for run in box.runs(shapes[name])
-    )
-    merged: list[range] = []
-    for start, stop in runs:
-        if merged and merged[-1].stop == start:
-            merged[-1] = range(merged[-1].start, stop)
-        else:
-            merged.append(range(start, stop))
-    return merged
 
 
 def _disjoint(workers: dict[Box, list[int]]) -> list[tuple[Box, tuple[int, ...]]]:

@@ -13,7 +13,7 @@ from dbmpi.errors import UserError
 from dbmpi.index.boxes import Box
 from dbmpi.network.layer import Backward, Context, Forward, InParts, takes_parts
 from dbmpi.network.own import calling
-from dbmpi.replica.reach import needed_box
+from dbmpi.replica.cut import needed_box
 
 if TYPE_CHECKING:
     from dbmpi.network.layer import Layer

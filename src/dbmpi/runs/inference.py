@@ -212,12 +212,13 @@ class Inference(Collective):
 
     def _compile(self, comm: MPI.Intracomm, samples: int) -> None:
         """Choose products for batches of so many samples alike, and compile on one rank of each node."""
-        from dbmpi.replica.products import agree_on_products
-        from dbmpi.replica.warmup import first_on_each_node, use_layers
+        from dbmpi.replica.warmup import agree_on_products, use_layers
 
         layers = self.trained.network.layers
         agree_on_products(comm, layers, samples)
-        first_on_each_node(comm, lambda: use_layers(layers, samples, self.trained.network.dtype, backward=False))
+        blocking.first_on_each_node(
+            comm, lambda: use_layers(layers, samples, self.trained.network.dtype, backward=False)
+        )
 
     def _begin(self, source: Source) -> list[np.ndarray]:
         """Return the samples of each batch, once the batches are known to fit and what they need is compiled."""

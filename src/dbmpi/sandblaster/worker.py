@@ -69,7 +69,7 @@ class BatchWorker:
                 "the lead to write a last checkpoint",
                 serve=None if space is None else space.poll,
                 seconds=FOR_THE_LEAD * waiting.STALL_SECONDS,
-                longest_nap=0.01,
+                longest_sleep=0.01,
             )
 
 
