@@ -11,11 +11,13 @@ import itertools
 import os
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, cast
+from types import TracebackType
+from typing import TYPE_CHECKING, Self, cast
 
-from dbmpi.errors import RunFailed
+from dbmpi.errors import KnownToAll, RunFailed
 from dbmpi.mpi import waiting
 
 if TYPE_CHECKING:
@@ -68,6 +70,27 @@ def free(comm: MPI.Comm) -> None:
     """Give a communicator back (collective); no MPI seen so far waits for the others here, but one may."""
     with blocking("the other ranks to give back a communicator"):
         comm.Free()
+
+
+class Collective(ABC):
+    """A context manager whose resources are given back by all ranks together.
+
+    Where an exception of one rank alone ends the block, nothing is freed: that would wait in vain for the others, which
+    do not know of it, and the job is about to end.
+    """
+
+    @abstractmethod
+    def free(self) -> None:
+        """Give everything back (collective); a second call does nothing."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None or issubclass(kind, KnownToAll):
+            self.free()
 
 
 @contextmanager

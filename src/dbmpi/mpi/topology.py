@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from dbmpi.errors import UserError
 from dbmpi.mpi import blocking
-from dbmpi.mpi.collective import Collective
+from dbmpi.mpi.blocking import Collective
 
 if TYPE_CHECKING:
     from mpi4py import MPI

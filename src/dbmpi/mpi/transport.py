@@ -30,6 +30,10 @@ class Speed:
     """Bytes put a second, each piece with its flag seen by the target."""
     flag_seconds: float
     """Time of asking for a flag."""
+    correct: bool
+    """Whether what was fetched is what had been put."""
+    shared: bool
+    """Whether ranks of one host shared the memory."""
 
     @property
     def seconds(self) -> float:
@@ -94,12 +98,26 @@ def choose(comm: MPI.Intracomm, memories: np.ndarray) -> tuple[Transport, str]:
     return best, f"without shared memory transport = {best!r} (ranks 0 and {other}: {found})"
 
 
-def measure(comm: MPI.Intracomm, transport: Transport, target: int, origin: int) -> Speed:
-    """Let `origin` put, fetch and ask for flags, all in the memory of `target` (collective)."""
-    numbers = np.ones(3)
-    with Window.allocate(comm, _DATA + _BYTES, shared=False, transport=transport) as window:
+def measure(comm: MPI.Intracomm, transport: Transport, target: int, origin: int, *, shared: bool = False) -> Speed:
+    """Let a rank put, fetch and ask for flags, all in the memory of another (collective).
+
+    Parameters
+    ----------
+    comm
+        All ranks.
+    transport
+        How they reach memory that they do not share.
+    target, origin
+        The rank whose memory it is, and the one that uses it.
+    shared
+        Whether ranks of one host may share the memory.
+    """
+    numbers = np.ones(4)
+    data = np.arange(_BYTES).astype(np.uint8)
+    with Window.allocate(comm, _DATA + _BYTES, shared=shared, transport=transport) as window:
         if comm.rank == origin:
-            data = np.ones(_BYTES, np.uint8)
+            back = np.empty_like(data)
+            wrong = 0
             for number in range(-1, _ROUNDS):  # the first round opens connections
                 if number == 0:
                     numbers[:] = 0
@@ -108,18 +126,21 @@ def measure(comm: MPI.Intracomm, transport: Transport, target: int, origin: int)
                 window.store(target, _FLAG, number + 2)
                 waiting.until(lambda n=number: window.load(target, _FLAG) == n + 2, "the flag", seconds=60)  # type: ignore[misc]
                 put = time.perf_counter()
-                window.get(target, _DATA, data)
+                window.get(target, _DATA, back)
                 got = time.perf_counter()
                 window.load(target, _FLAG)
-                numbers += (got - put, put - began, time.perf_counter() - got)
+                numbers[:3] += (got - put, put - began, time.perf_counter() - got)
+                wrong += not np.array_equal(back, data)
+                data = data[::-1].copy()
             numbers /= _ROUNDS
+            numbers[3] = wrong
 
         def serve() -> bool:
             window.sync()
             return comm.rank == target  # as a shard does while a transfer goes on
 
         waiting.complete(comm.Ibcast(numbers, origin), "transfers to be measured", serve=serve)
-        # Nobody closes the window while another may still need his help.
+        # Nobody closes the window while another may still need help.
         waiting.barrier(comm, "the end of the probe", serve=serve)
-    get, put, flag = np.maximum(numbers, 1e-9).tolist()
-    return Speed(_BYTES / get, _BYTES / put, flag)
+        get, put, flag = np.maximum(numbers[:3], 1e-9).tolist()
+        return Speed(_BYTES / get, _BYTES / put, flag, not numbers[3], window.shared)

@@ -27,7 +27,7 @@ from mpi4py import MPI
 
 from dbmpi.kernels.memory import CACHE_LINE
 from dbmpi.mpi import blocking, failures, pieces, waiting
-from dbmpi.mpi.collective import Collective
+from dbmpi.mpi.blocking import Collective
 from dbmpi.mpi.transfers import Messages, Remote
 
 _MOST_GETS = 64

@@ -16,7 +16,7 @@ import numpy as np
 
 from dbmpi.kernels.memory import CACHE_LINE
 from dbmpi.mpi import blocking, pieces, waiting
-from dbmpi.mpi.collective import Collective
+from dbmpi.mpi.blocking import Collective
 from dbmpi.mpi.tags import Tag
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ import numpy as np
 from dbmpi.errors import UserError
 from dbmpi.index.boxes import Box
 from dbmpi.kernels import updates
-from dbmpi.mpi.collective import Collective
+from dbmpi.mpi.blocking import Collective
 from dbmpi.network.description import Network
 from dbmpi.network.layer import Arrays, Context, accrues, takes_parts
 from dbmpi.objective import Batch, Gradient, Outcome

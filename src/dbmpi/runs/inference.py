@@ -21,7 +21,7 @@ from dbmpi.errors import UserError
 from dbmpi.kernels.announce import announced, stderr_line
 from dbmpi.machine.threads import ranks_on_node
 from dbmpi.mpi import blocking, pieces, waiting
-from dbmpi.mpi.collective import Collective
+from dbmpi.mpi.blocking import Collective
 from dbmpi.mpi.tags import Tag
 from dbmpi.objective import Outcome
 from dbmpi.replica import placement, thread_count
