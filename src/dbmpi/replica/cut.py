@@ -148,19 +148,41 @@ def needed_box(layer: Layer, output: Box) -> Box:
     UserError
         If the layer (a user's own) asks for inputs that it does not have.
     """
-    whole = Box.whole(layer.input_shape)
     if output.empty:
-        return Box(whole.starts, whole.starts)
+        return Box((0,) * len(layer.input_shape), (0,) * len(layer.input_shape))
     with calling(layer.name, f"asked what its outputs {output} need"):
-        need: Any = layer.input_box(output)
+        need = layer.input_box(output)
+    return _checked(layer, "input_box", "", need, layer.input_shape, output)
+
+
+def needed_tensor_box(layer: Layer, short: str, output: Box) -> Box:
+    """Return the part of a tensor, named by its short name, that a box of outputs needs: nothing for an empty box.
+
+    Raises
+    ------
+    UserError
+        If the layer (a user's own) asks for a part that the tensor does not have.
+    """
+    shape = layer.tensors[short].shape
+    if output.empty:
+        return Box((0,) * len(shape), (0,) * len(shape))
+    with calling(layer.name, f"asked what its outputs {output} need of {short!r}"):
+        need = layer.tensor_box(short, output)
+    return _checked(layer, "tensor_box", short, need, shape, output)
+
+
+def _checked(layer: Layer, method: str, short: str, need: Any, shape: Sequence[int], output: Box) -> Box:
+    """Return the part of an array that a layer has asked for, if it is one; `short` is empty for its inputs."""
     if not isinstance(need, Box):
+        of = f" {short!r} and" if short else ""
         raise UserError(
-            f"layer {layer.name!r}: input_box returns {type(need).__name__} for its outputs {output}; expected a Box"
+            f"layer {layer.name!r}: {method} returns {type(need).__name__} for{of} its outputs {output}; expected a Box"
         )
-    if len(need.starts) != len(whole.starts) or need.empty or not whole.holds(need):
+    if len(need.starts) != len(shape) or need.empty or not Box.whole(shape).holds(need):
+        part, whole = (f"part {need} of {short!r}, which has", "it") if short else (f"inputs {need}, of", "them")
         raise UserError(
-            f"layer {layer.name!r}: for its outputs {output}, of shape {tuple(layer.output_shape)}, it asks for "
-            f"the inputs {need}, but its inputs have shape {tuple(layer.input_shape)}; expected a box within them"
+            f"layer {layer.name!r}: for its outputs {output}, of shape {tuple(layer.output_shape)}, it asks for the "
+            f"{part} shape {tuple(shape)}; expected a box within {whole}"
         )
     return need
 

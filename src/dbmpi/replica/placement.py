@@ -16,7 +16,7 @@ from dbmpi.errors import UserError
 from dbmpi.index.boxes import Box
 from dbmpi.index.lookup import Index
 from dbmpi.network.layer import SplitByInputs
-from dbmpi.replica.cut import Reaches, choose_boxes, needed_box
+from dbmpi.replica.cut import Boxes, Reaches, choose_boxes, needed_box
 
 if TYPE_CHECKING:
     from dbmpi.config import PlacementSection
@@ -40,7 +40,13 @@ class Placement:
         return len(self.boxes[0])
 
 
-def automatic(layers: Sequence[Layer], partitions: int, weights: Sequence[float] | None = None) -> Placement:
+def automatic(
+    layers: Sequence[Layer],
+    partitions: int,
+    weights: Sequence[float] | None = None,
+    fixed: Mapping[str, Boxes] | None = None,
+    splits: Mapping[str, Split | None] | None = None,
+) -> Placement:
     """Place layers on workers so that boxes are in proportion to weights and little has to be exchanged.
 
     - Outputs along one axis (dense layers) are cut by units.
@@ -59,13 +65,35 @@ def automatic(layers: Sequence[Layer], partitions: int, weights: Sequence[float]
         Number of workers.
     weights
         One a worker: how fast it is relative to others; equal by default.
+    fixed
+        Boxes of layers, by their names, that are not to be chosen.
+    splits
+        How the work of layers, by their names, is split; None for what moves the fewest bytes.
 
     Raises
     ------
     UserError
         If the weights do not fit, or a layer does not fit the one below.
     """
-    return _place(layers, partitions, weights, {}, {})
+    if partitions < 1:
+        raise UserError(f"a network cannot be placed on {partitions} partitions: give at least 1")
+    shares = _checked_weights(weights, partitions)
+    _check_chain(layers)
+    reaches = Reaches(layers)
+    placed: list[tuple[Box, ...]] = []
+    chosen: list[Split] = []
+    for place, layer in enumerate(layers):
+        below = placed[-1] if place > 0 else None
+        boxes = (fixed or {}).get(layer.name) or choose_boxes(reaches, place, below, shares)
+        split = (splits or {}).get(layer.name)
+        if split is None:
+            split = "outputs"
+            if below is not None and can_split_by_inputs(layer):
+                # Outputs first: equal bytes are no reason to leave the order of summation.
+                split = min(("outputs", "inputs"), key=lambda way: values_moved(layer, below, boxes, cast(Split, way)))
+        placed.append(boxes)
+        chosen.append(cast(Split, split))
+    return Placement(tuple(placed), tuple(chosen))
 
 
 def explicit(
@@ -110,7 +138,7 @@ def explicit(
             )
         fixed[name] = tuple(_parsed(box, named[name], worker) for worker, box in enumerate(given))
         _check_cover(named[name], fixed[name])
-    placement = _place(layers, partitions, weights, fixed, splits or {})
+    placement = automatic(layers, partitions, weights, fixed, splits)
     check(layers, placement)
     return placement
 
@@ -193,35 +221,6 @@ def values_moved(layer: Layer, below: Sequence[Box], owned: Sequence[Box], split
         return sum(units - box.size for inputs, box in zip(below, owned, strict=True) if not inputs.empty)
     needed = (needed_box(layer, box) for box in owned)
     return sum(need.size - need.common(have) for need, have in zip(needed, below, strict=True))
-
-
-def _place(
-    layers: Sequence[Layer],
-    partitions: int,
-    weights: Sequence[float] | None,
-    fixed: Mapping[str, tuple[Box, ...]],
-    splits: Mapping[str, Split | None],
-) -> Placement:
-    """Place the layers that are not fixed, one after the other, from the input upwards."""
-    if partitions < 1:
-        raise UserError(f"a network cannot be placed on {partitions} partitions: give at least 1")
-    shares = _checked_weights(weights, partitions)
-    _check_chain(layers)
-    reaches = Reaches(layers)
-    placed: list[tuple[Box, ...]] = []
-    chosen: list[Split] = []
-    for place, layer in enumerate(layers):
-        below = placed[-1] if place > 0 else None
-        boxes = fixed.get(layer.name) or choose_boxes(reaches, place, below, shares)
-        split = splits.get(layer.name)
-        if split is None:
-            split = "outputs"
-            if below is not None and can_split_by_inputs(layer):
-                # Outputs first: equal bytes are no reason to leave the order of summation.
-                split = min(("outputs", "inputs"), key=lambda way: values_moved(layer, below, boxes, cast(Split, way)))
-        placed.append(boxes)
-        chosen.append(cast(Split, split))
-    return Placement(tuple(placed), tuple(chosen))
 
 
 def _checked_weights(weights: Sequence[float] | None, partitions: int) -> Sequence[float]:

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from operator import sub
 from typing import TYPE_CHECKING, cast
 
-from dbmpi.errors import UserError
 from dbmpi.index.boxes import Box
 from dbmpi.index.layout import Stretch, Tensor
 from dbmpi.index.lookup import Index
 from dbmpi.network.layer import SplitByInputs
-from dbmpi.network.own import calling
+from dbmpi.replica.cut import needed_tensor_box
 from dbmpi.replica.placement import Placement
 
 if TYPE_CHECKING:
@@ -104,23 +103,12 @@ def stretches(part: Part, whole: Iterable[range], box: Box, local: int, worker: 
 def _needed(layer: Layer, short: str, tensor: Tensor, placement: Placement, place: int, worker: int) -> Box:
     """Return the part of a tensor that a worker needs."""
     output = placement.boxes[place][worker]
-    whole = Box.whole(tensor.shape)
-    if placement.splits[place] == "inputs":
-        inputs = placement.boxes[place - 1][worker]
-        if inputs.empty and output.empty:
-            return Box(whole.starts, whole.starts)
-        need = cast(SplitByInputs, layer).partial_tensor_box(short, inputs, output)
-    elif output.empty:
-        return Box(whole.starts, whole.starts)
-    else:
-        with calling(layer.name, f"asked what its outputs {output} need of {short!r}"):
-            need = layer.tensor_box(short, output)
-    if len(need.starts) != len(whole.starts) or not whole.holds(need):
-        raise UserError(
-            f"layer {layer.name!r}: for its outputs {output}, of shape {tuple(layer.output_shape)}, it asks for "
-            f"the part {need} of {short!r}, which has shape {tensor.shape}; expected a box within it"
-        )
-    return need
+    if placement.splits[place] == "outputs":
+        return needed_tensor_box(layer, short, output)
+    inputs = placement.boxes[place - 1][worker]
+    if inputs.empty and output.empty:
+        return Box((0,) * len(tensor.shape), (0,) * len(tensor.shape))
+    return cast(SplitByInputs, layer).partial_tensor_box(short, inputs, output)
 
 
 def _disjoint(workers: dict[Box, list[int]]) -> list[tuple[Box, tuple[int, ...]]]:

@@ -13,7 +13,7 @@ from dbmpi.errors import UserError
 from dbmpi.index.boxes import Box
 from dbmpi.network.layer import Backward, Context, Forward, InParts, takes_parts
 from dbmpi.network.own import calling
-from dbmpi.replica.cut import needed_box
+from dbmpi.replica.cut import needed_box, needed_tensor_box
 
 if TYPE_CHECKING:
     from dbmpi.network.layer import Layer
@@ -36,15 +36,13 @@ def try_layer(layer: Layer, dtype: np.dtype[np.floating]) -> None:
         If not; names the layer, what it gave and what was expected.
     """
     whole = Box.whole(layer.output_shape)
-    with calling(layer.name, f"asked what its outputs {whole} need"):
-        needed_box(layer, whole)
-        for short, tensor in layer.tensors.items():
-            _check_tensor_box(layer, short, whole)
-            if layer.tensor_box(short, whole) != Box.whole(tensor.shape):
-                raise UserError(
-                    f"layer {layer.name!r}: all of its outputs together need {layer.tensor_box(short, whole)} of "
-                    f"{short!r}, which has shape {tensor.shape}; expected all of it"
-                )
+    needed_box(layer, whole)
+    for short, tensor in layer.tensors.items():
+        if (part := needed_tensor_box(layer, short, whole)) != Box.whole(tensor.shape):
+            raise UserError(
+                f"layer {layer.name!r}: all of its outputs together need {part} of {short!r}, which has shape "
+                f"{tensor.shape}; expected all of it"
+            )
     for number, short in enumerate(layer.tensors):
         _try_initial(layer, short, number, dtype)
     for box in sorted({*_boxes(layer.output_shape)}, key=lambda box: box.starts):
@@ -86,17 +84,15 @@ def _try_initial(layer: Layer, short: str, number: int, dtype: np.dtype[np.float
 def _try_box(layer: Layer, box: Box, dtype: np.dtype[np.floating]) -> np.ndarray:
     """Compute the outputs of a box and all gradients, and return the outputs."""
     context = Context(training=False)
-    with calling(layer.name, f"asked what its outputs {box} need"):
-        need = needed_box(layer, box)
-        for short in layer.tensors:
-            _check_tensor_box(layer, short, box)
-        held = {short: layer.tensor_box(short, box) for short in layer.tensors}
+    need = needed_box(layer, box)
+    needed = {short: needed_tensor_box(layer, short, box) for short in layer.tensors}
+    with calling(layer.name, f"asked for the operations for its outputs {box}"):
         flops: Any = layer.flops(box, _SAMPLES, input_gradient=True)
     if not isinstance(flops, int | float | np.number):
         raise UserError(f"layer {layer.name!r}: flops returns {type(flops).__name__}; expected a number of operations")
     # Positive, as there are functions that are defined for such numbers only; at each place always the same.
     inputs = _numbers(need, _SAMPLES, dtype)
-    parameters = {short: _numbers(part, 0, dtype) for short, part in held.items()}
+    parameters = {short: _numbers(part, 0, dtype) for short, part in needed.items()}
     read = [inputs, *parameters.values()]
     before = [array.copy() for array in read]
     outputs = _unwritten(layer, box, dtype)
@@ -109,11 +105,9 @@ def _try_box(layer: Layer, box: Box, dtype: np.dtype[np.floating]) -> np.ndarray
     _check_returned(layer, "forward", "outputs", outputs, returned)
     _check_written(layer, "forward", "outputs", outputs)
     for input_gradient in (None, np.full_like(inputs, np.nan)):
-        gradient, of_parameters = (
-            _unwritten(layer, box, dtype),
-            {k: np.full_like(v, np.nan) for k, v in parameters.items()},
-        )
+        gradient = _unwritten(layer, box, dtype)
         gradient[...] = 1
+        of_parameters = {short: np.full_like(values, np.nan) for short, values in parameters.items()}
         with calling(layer.name, f"backward is called {shapes}"):
             returned = layer.backward(  # type: ignore[func-returns-value]
                 Backward(box, parameters, inputs, outputs.copy(), context, gradient, of_parameters, input_gradient)
@@ -148,21 +142,6 @@ def _same(some: np.ndarray, others: np.ndarray, outputs: np.ndarray) -> bool:
     """Return whether numbers are the same but for rounding, as is usual for `outputs`; infinite ones are allowed."""
     largest = np.abs(outputs[np.isfinite(outputs)]).max(initial=0)
     return np.allclose(some, others, rtol=_SAME, atol=_SAME * float(largest))
-
-
-def _check_tensor_box(layer: Layer, short: str, output: Box) -> None:
-    shape = layer.tensors[short].shape
-    part: Any = layer.tensor_box(short, output)
-    if not isinstance(part, Box):
-        raise UserError(
-            f"layer {layer.name!r}: tensor_box returns {type(part).__name__} for {short!r} and its outputs {output}; "
-            "expected a Box"
-        )
-    if len(part.starts) != len(shape) or part.empty or not Box.whole(shape).holds(part):
-        raise UserError(
-            f"layer {layer.name!r}: for its outputs {output}, of shape {tuple(layer.output_shape)}, it asks for the "
-            f"part {part} of {short!r}, which has shape {shape}; expected a box within it"
-        )
 
 
 def _check_returned(layer: Layer, method: str, name: str, expected: np.ndarray, returned: Any) -> None:
