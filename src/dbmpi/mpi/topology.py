@@ -177,16 +177,17 @@ class Communicators(Collective):
         if comm.size != plan.world:
             raise ValueError(f"the plan needs {plan.world} ranks, the communicator has {comm.size}")
         shard, worker = plan.shard_of(comm.rank), plan.worker_of(comm.rank)
-        none = MPI.UNDEFINED
+        replica = None if worker is None else worker // plan.partitions
+
+        def split(color: int | None, number: int | None, roles: str) -> MPI.Intracomm:
+            """Return the communicator of the ranks with the same color, by their numbers in a role."""
+            what = f"all ranks to set apart the {roles}"
+            return blocking.split(comm, MPI.UNDEFINED if color is None else color, number or 0, what)
+
         self.world = blocking.duplicate(comm, "all ranks to begin the run")
-        self.shards = blocking.split(
-            comm, none if shard is None else 0, shard or 0, "all ranks to set apart the shards"
-        )
-        self.workers = blocking.split(
-            comm, none if worker is None else 0, worker or 0, "all ranks to set apart the workers"
-        )
-        mine = none if worker is None else worker // plan.partitions
-        self.replica = blocking.split(comm, mine, worker or 0, "all ranks to set apart the replicas")
+        self.shards = split(None if shard is None else 0, shard, "shards")
+        self.workers = split(None if worker is None else 0, worker, "workers")
+        self.replica = split(replica, worker, "replicas")
 
     def free(self) -> None:
         """Free the communicators (collective); a second call does nothing."""

@@ -6,7 +6,7 @@ A cut is chosen layer by layer, from the input upwards, so that the slowest work
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import accumulate, pairwise
@@ -208,14 +208,7 @@ class Reach:
         self._stops: list[list[int]] = []
         self._homes: list[list[int]] = []
         for axis, (outputs, inputs) in enumerate(zip(layer.output_shape, layer.input_shape, strict=True)):
-            slabs = (
-                Box(
-                    (*whole.starts[:axis], y, *whole.starts[axis + 1 :]),
-                    (*whole.stops[:axis], y + 1, *whole.stops[axis + 1 :]),
-                )
-                for y in range(outputs)
-            )
-            needs = [needed_box(layer, slab) for slab in slabs]
+            needs = [needed_box(layer, whole.along(axis, y, y + 1)) for y in range(outputs)]
             starts, stops = [need.starts[axis] for need in needs], [need.stops[axis] for need in needs]
             homes = [_home((2 * y + 1) * inputs // (2 * outputs), y, starts, stops) for y in range(outputs)]
             self._starts.append(starts)
@@ -227,6 +220,13 @@ class Reach:
         return Box(
             tuple(bisect_left(homes, start) for homes, start in zip(self._homes, box.starts, strict=True)),
             tuple(bisect_left(homes, stop) for homes, stop in zip(self._homes, box.stops, strict=True)),
+        )
+
+    def suffices(self, inputs: Box) -> Box:
+        """Return the outputs that a box of inputs is enough for, perhaps none."""
+        return Box(
+            tuple(bisect_left(starts, start) for starts, start in zip(self._starts, inputs.starts, strict=True)),
+            tuple(bisect_right(stops, stop) for stops, stop in zip(self._stops, inputs.stops, strict=True)),
         )
 
     def needed(self, output: Box) -> Box:

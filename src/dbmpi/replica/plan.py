@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from dbmpi.index.boxes import Box
 from dbmpi.index.lookup import Index
-from dbmpi.replica.cut import needed_box
+from dbmpi.replica.cut import Reach, needed_box
 from dbmpi.replica.placement import Placement, Split, check, needed_inputs
 
 if TYPE_CHECKING:
@@ -223,24 +223,9 @@ def interior(layer: Layer, output: Box, owned: Box) -> tuple[Box, tuple[Box, ...
     interior, rest
         The largest such box, which may be empty, and boxes that hold the other outputs.
     """
-    starts, stops = list(output.starts), list(output.stops)
-    for axis, (low, high) in enumerate(zip(owned.starts, owned.stops, strict=True)):
-        if len(owned.starts) != len(starts):
-            break
-
-        def slab(y: int, axis: int = axis) -> tuple[int, int]:
-            box = Box(
-                (*output.starts[:axis], y, *output.starts[axis + 1 :]),
-                (*output.stops[:axis], y + 1, *output.stops[axis + 1 :]),
-            )
-            need = needed_box(layer, box)
-            return need.starts[axis], need.stops[axis]
-
-        while starts[axis] < stops[axis] and slab(starts[axis])[0] < low:
-            starts[axis] += 1
-        while starts[axis] < stops[axis] and slab(stops[axis] - 1)[1] > high:
-            stops[axis] -= 1
-    inside = Box(tuple(starts), tuple(stops))
-    if inside.empty or not owned.holds(needed_box(layer, inside)):
-        return Box(output.starts, output.starts), (output,)
-    return inside, output.minus(inside)
+    if len(owned.starts) == len(output.starts):
+        inside = output.meet(Reach(layer).suffices(owned))
+        # Needs along an axis may depend on the other axes in a layer of a user's own.
+        if not inside.empty and owned.holds(needed_box(layer, inside)):
+            return inside, output.minus(inside)
+    return Box(output.starts, output.starts), (output,)

@@ -73,7 +73,7 @@ def _try_initial(layer: Layer, short: str, number: int, dtype: np.dtype[np.float
     with calling(layer.name, f"asked for initial values of {short!r}"):
         layer.initial(short, values, 1, number, 0)
         layer.initial(short, part, 1, number, size // 2)
-    _check_written(layer, f"initial({short!r})", "out", values)
+    _check(layer, f"initial({short!r})", "out", values)
     if not np.array_equal(values[size // 2 :], part):
         raise UserError(
             f"layer {layer.name!r}: the initial values of {short!r} from {size // 2} on are others than those from 0 "
@@ -102,8 +102,7 @@ def _try_box(layer: Layer, box: Box, dtype: np.dtype[np.floating]) -> np.ndarray
         returned: Any = layer.forward(task)  # type: ignore[func-returns-value]
     if isinstance(layer, InParts):
         _try_parts(layer, task)
-    _check_returned(layer, "forward", "outputs", outputs, returned)
-    _check_written(layer, "forward", "outputs", outputs)
+    _check(layer, "forward", "outputs", outputs, returned)
     for input_gradient in (None, np.full_like(inputs, np.nan)):
         gradient = _unwritten(layer, box, dtype)
         gradient[...] = 1
@@ -113,10 +112,9 @@ def _try_box(layer: Layer, box: Box, dtype: np.dtype[np.floating]) -> np.ndarray
                 Backward(box, parameters, inputs, outputs.copy(), context, gradient, of_parameters, input_gradient)
             )
         if input_gradient is not None:
-            _check_returned(layer, "backward", "input_gradient", input_gradient, returned)
-            _check_written(layer, "backward", "input_gradient", input_gradient)
+            _check(layer, "backward", "input_gradient", input_gradient, returned)
         for short, values in of_parameters.items():
-            _check_written(layer, "backward", f"parameter_gradient[{short!r}]", values)
+            _check(layer, "backward", f"parameter_gradient[{short!r}]", values)
     if not all(map(np.array_equal, read, before)):
         raise UserError(f"layer {layer.name!r} changes its inputs or parameters; they are to be read only")
     return outputs
@@ -144,16 +142,14 @@ def _same(some: np.ndarray, others: np.ndarray, outputs: np.ndarray) -> bool:
     return np.allclose(some, others, rtol=_SAME, atol=_SAME * float(largest))
 
 
-def _check_returned(layer: Layer, method: str, name: str, expected: np.ndarray, returned: Any) -> None:
+def _check(layer: Layer, method: str, name: str, values: np.ndarray, returned: Any = None) -> None:
+    """Check that a method has written the values that it was given by this name, and returned nothing."""
     if returned is not None:
         given = f"{returned.dtype} {returned.shape}" if isinstance(returned, np.ndarray) else type(returned).__name__
         raise UserError(
             f"layer {layer.name!r}: {method} returns {given}; expected nothing, and the result written into {name!r}, "
-            f"{expected.dtype} {expected.shape}"
+            f"{values.dtype} {values.shape}"
         )
-
-
-def _check_written(layer: Layer, method: str, name: str, values: np.ndarray) -> None:
     left = int(np.isnan(values).sum())
     if left:
         raise UserError(
