@@ -40,9 +40,7 @@ from dbmpi.mpi.world import end_all_on_failure, start, together
 
 if TYPE_CHECKING:
     from dbmpi.methods.own import Method
-
-Objective = Callable[[np.ndarray], tuple[float, np.ndarray]]
-"""``objective(x)``: this rank's term of the loss at x, and its gradient, an array of the shape of x."""
+    from dbmpi.objective import Function
 
 MESSAGES = {
     "gradient": "the gradient is as small as gtol",
@@ -89,7 +87,7 @@ class Minimum(NamedTuple):
 
 
 def minimize(
-    objective: Objective,
+    objective: Function,
     x: np.ndarray,
     comm: MPI.Intracomm | None = None,
     *,
@@ -232,7 +230,7 @@ class _Problem:
     def __init__(
         self,
         comm: MPI.Intracomm,
-        objective: Objective,
+        objective: Function,
         begin: np.ndarray,
         parameters: str,
         callback: Callable[[Progress, np.ndarray], bool | None] | None,

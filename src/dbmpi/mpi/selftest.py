@@ -31,12 +31,12 @@ def main() -> int:
     except UserError as error:
         print(f"dbmpi: {error}", file=sys.stderr)
         return 2
-    found: dict[str, object] = {"ranks": comm.size, "thread_level": _THREADS[MPI.Query_thread()]}
+    answer: dict[str, object] = {"ranks": comm.size, "thread_level": _THREADS[MPI.Query_thread()]}
     for way, (by, shared) in _WAYS.items():
         speed = transport.measure(comm, by, 0, comm.size - 1, shared=shared)
-        found[way] = {"correct": speed.correct, "shared": speed.shared, "put_gb_per_s": speed.put_bytes / 1e9}
+        answer[way] = {"correct": speed.correct, "shared": speed.shared, "put_gb_per_s": speed.put_bytes / 1e9}
     if comm.rank == 0:
-        print(json.dumps(found), flush=True)
+        print(json.dumps(answer), flush=True)
     return 0
 
 

@@ -2,7 +2,7 @@
 
 Some MPIs carry out one-sided operations between hosts slowly, or only when their target happens to enter MPI.  Here the
 target knows of every transfer, because it takes part in it: it receives what is put straight into its memory, answers
-what is asked for, and sees by :meth:`Messages.serve` that something is under way.
+requests, and sees by :meth:`Messages.serve` that something is under way.
 
 What one rank asks of another is done in the order of asking: a store after all earlier puts, a load after all earlier
 gets.  Puts may overlap one another, and so may gets, but nothing else may.  A swap is carried out by the owner of the
@@ -74,7 +74,15 @@ class Remote(ABC):
 
     @abstractmethod
     def compare_and_swap(self, rank: int, offset: int, expected: int, value: int) -> int:
-        """Set the word at `offset` of a rank's memory to `value` if it is `expected`; return what it was before."""
+        """Set a word of a rank's memory if it is as expected; return its value before.
+
+        Parameters
+        ----------
+        rank, offset
+            The rank, and where in its memory, in bytes.
+        expected, value
+            What the word must be, and what it becomes.
+        """
 
     @abstractmethod
     def serve(self) -> bool:
@@ -93,7 +101,24 @@ class Remote(ABC):
         self._close()
 
     def complete(self, request: MPI.Request, rank: int, what: str, memory: np.ndarray | None = None) -> None:
-        """Wait for a transfer with a rank; arguments, and the errors, are those of :func:`failures.complete`."""
+        """Wait for a transfer, and serve other ranks.
+
+        Parameters
+        ----------
+        request
+            The transfer.
+        rank
+            The rank that takes part in it.
+        what
+            What is waited for, for the message if it never comes.
+        memory
+            The array that the transfer writes to, if any.
+
+        Raises
+        ------
+        RankLost
+            If the rank has died, or dies meanwhile.
+        """
         failures.complete(
             request, self._comm, rank, what, memory=memory, serve=self.serve, longest_sleep=_LONGEST_SLEEP
         )
@@ -138,8 +163,8 @@ class Messages(Remote):
     local
         This rank's memory, uint8, open to the others.
     swap
-        ``swap(offset, expected, value)`` sets a word of this rank's memory if it is as expected, and returns what it
-        was, as one operation for all ranks that reach that memory without messages.
+        ``swap(offset, expected, value)`` sets a word of this rank's memory if it is as expected, and returns its
+        value before, as one operation for all ranks that reach that memory without messages.
     """
 
     swaps_all = False
@@ -167,7 +192,7 @@ class Messages(Remote):
         return int(word[0])
 
     def compare_and_swap(self, rank: int, offset: int, expected: int, value: int) -> int:
-        """Set the word at `offset` of a rank's memory to `value` if it is `expected`; return what it was before."""
+        """Let the owner of a word set it."""
         word = np.empty(1, np.int64)
         request = self._ask(_Kind.SWAP, rank, offset, word, value, expected)
         self.complete(request, rank, f"a flag of rank {rank} to be swapped", word)

@@ -1,4 +1,4 @@
-"""Measure how fast ranks that share no memory reach that of each other, and choose the faster way."""
+"""Measure how fast a rank reaches the memory of another, and choose the faster transport."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ TRANSPORTS: tuple[Transport, ...] = ("rma", "p2p")
 
 @dataclass(frozen=True)
 class Speed:
-    """What one way of transfers gives between two ranks; the same on all ranks."""
+    """The speed of one transport between two ranks; the same on all ranks."""
 
     get_bytes: float
     """Bytes fetched a second."""
     put_bytes: float
     """Bytes put a second, each piece with its flag seen by the target."""
     flag_seconds: float
-    """Time of asking for a flag."""
+    """Time to load a flag."""
     correct: bool
     """Whether what was fetched is what had been put."""
     shared: bool
@@ -54,13 +54,17 @@ def transport_between(
 
     Parameters
     ----------
+    comm
+        All ranks.
+    wanted
+        The setting.
     memories
         For each rank the lowest rank that it shares memory with.
 
     Returns
     -------
     tuple
-        The transport, and what the user should know of it.
+        The transport, and remarks on it for the user.
 
     Raises
     ------
@@ -88,18 +92,20 @@ def choose(comm: MPI.Intracomm, memories: np.ndarray) -> tuple[Transport, str]:
 
     Parameters
     ----------
+    comm
+        All ranks.
     memories
         For each rank the lowest rank that it shares memory with.
     """
     other = int(np.flatnonzero(memories != memories[0])[0])
     speeds = {transport: measure(comm, transport, 0, other) for transport in TRANSPORTS}
     best = min(speeds, key=lambda transport: speeds[transport].seconds)
-    found = "; ".join(f"{transport}: {speed}" for transport, speed in speeds.items())
-    return best, f"without shared memory transport = {best!r} (ranks 0 and {other}: {found})"
+    measured = "; ".join(f"{transport}: {speed}" for transport, speed in speeds.items())
+    return best, f"without shared memory transport = {best!r} (ranks 0 and {other}: {measured})"
 
 
 def measure(comm: MPI.Intracomm, transport: Transport, target: int, origin: int, *, shared: bool = False) -> Speed:
-    """Let a rank put, fetch and ask for flags, all in the memory of another (collective).
+    """Let a rank put and get data and load flags, all in the memory of another (collective).
 
     Parameters
     ----------

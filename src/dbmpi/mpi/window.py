@@ -8,7 +8,7 @@ memory calls :meth:`Window.sync` first, and one that stores into a neighbour's s
 and the flag.
 
 Over networks without remote direct memory access an MPI carries out Put, Get and atomics with the help of the target,
-when that enters MPI.  The target may be a worker in the middle of a long gradient, or a shard that sleeps; so flags are
+when it enters MPI.  The target may be a worker in the middle of a long gradient, or a shard that sleeps; so flags are
 stored without waiting for it, transfers to one rank travel together, and a wait tests for its end.  Where that is too
 slow, :mod:`dbmpi.mpi.transfers` does the same by messages.
 """
@@ -39,7 +39,7 @@ _HINTS = {"acc_single_intrinsic": "true", "which_accumulate_ops": "replace,no_op
 
 
 def aligned(nbytes: int) -> int:
-    """Round up to whole cache lines."""
+    """Round `nbytes` up to whole cache lines: regions begin at multiples, so that two ranks' words never share one."""
     return -(-nbytes // CACHE_LINE) * CACHE_LINE
 
 
@@ -48,6 +48,15 @@ class Window(Collective):
 
     Use :meth:`allocate`; free with :meth:`free` or as a context manager (both collective).  Where an exception of one
     rank alone ends the block, nothing is freed: the job is about to end.
+
+    Parameters
+    ----------
+    comm
+        The ranks.
+    nbytes
+        Size of this rank's memory.
+    shared, transport
+        See below.
 
     Attributes
     ----------
@@ -58,7 +67,7 @@ class Window(Collective):
     transport
         How ranks reach memory that they do not share.
     busy
-        Whether the last :meth:`sync` has seen another rank's transfer under way; only messages tell.
+        Whether the last :meth:`sync` has seen another rank's transfer under way; known only with messages.
     """
 
     def __init__(self, comm: MPI.Intracomm, nbytes: int, shared: bool, transport: Transport) -> None:
@@ -80,9 +89,9 @@ class Window(Collective):
             ranks = np.empty(self._node.size, np.int64)
             request = self._node.Iallgather(np.array([comm.rank], np.int64), ranks)
             waiting.complete(request, "the node's other ranks")
-            self._node_rank = {int(rank): place for place, rank in enumerate(ranks)}
-            for place, rank in enumerate(ranks):
-                self._near[int(rank)] = _bytes(self._memory.Shared_query(place)[0])
+            self._node_rank = {int(rank): position for position, rank in enumerate(ranks)}
+            for position, rank in enumerate(ranks):
+                self._near[int(rank)] = _bytes(self._memory.Shared_query(position)[0])
             self.local = self._near[comm.rank]
             with blocking.blocking(_OPENING):
                 self._memory.Lock_all(MPI.MODE_NOCHECK)
@@ -105,11 +114,21 @@ class Window(Collective):
 
     @classmethod
     def allocate(cls, comm: MPI.Intracomm, nbytes: int, *, shared: bool = True, transport: Transport = "rma") -> Window:
-        """Open `nbytes` bytes of this rank to all of `comm` (collective; every rank may give another number).
+        """Open memory of this rank to all of a communicator (collective).
 
-        Where the node's ``/dev/shm`` is too small for what its ranks ask for (a common default in containers), or
-        with ``shared=False``, the memory is private and even neighbours use Put and Get.  With the transport "p2p"
-        these are two-sided messages.
+        Where the node's ``/dev/shm`` is too small for the windows of its ranks (a common default in containers), the
+        memory is private, as with ``shared=False``, and even neighbours use Put and Get.
+
+        Parameters
+        ----------
+        comm
+            The ranks.
+        nbytes
+            Size of this rank's memory; every rank may give another number.
+        shared
+            Whether ranks of one node are to share their memory.
+        transport
+            How ranks reach memory that they do not share: "rma", by Put and Get, or "p2p", by two-sided messages.
         """
         return cls(comm, nbytes, shared and missing(comm, nbytes) <= 0, transport)
 
@@ -141,7 +160,20 @@ class Window(Collective):
         self.complete_gets()
 
     def begin_get(self, rank: int, offset: int, out: np.ndarray) -> None:
-        """Begin what :meth:`get` does; `out` is complete after this thread's next :meth:`complete_gets`."""
+        """Begin to copy from a rank's memory; complete after this thread's next :meth:`complete_gets`.
+
+        Parameters
+        ----------
+        rank, offset
+            The rank, and where in its memory, in bytes.
+        out
+            Contiguous; filled with as many bytes as it has.
+
+        Raises
+        ------
+        RankLost
+            As :meth:`get`.
+        """
         near = self._near.get(rank)
         if near is not None:
             np.copyto(out, near[offset : offset + out.nbytes].view(out.dtype).reshape(out.shape))
@@ -156,7 +188,7 @@ class Window(Collective):
             offset += piece.nbytes
 
     def complete_gets(self) -> None:
-        """Wait for all that this thread has begun to get."""
+        """Wait for all copies that this thread has begun by `begin_get`."""
         for rank, request, out in self._gets.pop(threading.get_ident(), ()):
             self._complete_get(rank, request, out)
 
@@ -174,7 +206,7 @@ class Window(Collective):
             offset += piece.nbytes
 
     def load(self, rank: int, offset: int) -> int:
-        """Return the flag at `offset` of a rank's memory, atomically; RankLost where :meth:`get` has it."""
+        """Return the flag at `offset` of a rank's memory, atomically; raises RankLost as :meth:`get` does."""
         near = self._near.get(rank)
         if near is not None:
             self.sync()
@@ -183,10 +215,10 @@ class Window(Collective):
             return self._remote.load(rank, offset)
 
     def store(self, rank: int, offset: int, value: int) -> None:
-        """Set the flag at `offset` of a rank's memory, atomically, after all earlier puts to that rank.
+        """Set the flag at `offset` of a rank's memory to `value`, atomically, after all earlier puts to that rank.
 
         The rank may see it a while after the return, but sees several values of a flag in order.  Where it has died
-        and is no neighbour nothing is done.
+        and shares no memory with this one, nothing is done.
         """
         near = self._near.get(rank)
         if near is not None:
@@ -198,11 +230,18 @@ class Window(Collective):
             self._remote.store(rank, offset, value)
 
     def compare_and_swap(self, rank: int, offset: int, expected: int, value: int) -> int:
-        """Set the word at `offset` of a rank's memory if it is `expected`, atomically; return what it was before.
+        """Set a word of a rank's memory if it is as expected, atomically; return its value before.
 
-        It does not wait for earlier puts.  Within one node nobody's help is needed.  Between nodes this waits until the
-        target looks: inside MPI, where the network has no atomics of its own; with the transport "p2p" while this rank
-        serves others.
+        It does not wait for earlier puts.  Within one node no other rank's help is needed.  Between nodes this waits
+        until the target enters MPI, where the network has no atomics of its own; with the transport "p2p" until it
+        serves, and this rank serves others meanwhile.
+
+        Parameters
+        ----------
+        rank, offset
+            The rank, and where in its memory, in bytes.
+        expected, value
+            What the word must be, and what it becomes.
         """
         self.sync()
         if self._all_near or (rank in self._near and not self._remote.swaps_all):
@@ -210,12 +249,12 @@ class Window(Collective):
         return self._remote.compare_and_swap(rank, offset, expected, value)
 
     def free(self) -> None:
-        """Give the memory back (collective); a second call does nothing."""
+        """Free the memory (collective); a second call does nothing."""
         if not self._open:
             return
         self._open = False
         if failures.dead(self._comm):
-            return  # nothing can be done together with the dead: the memory goes when the process ends
+            return  # nothing collective is possible then: the memory goes when the process ends
         self._remote.free()
         self._near.clear()
         self.local = np.empty(0, np.uint8)
@@ -293,7 +332,7 @@ class _OneSided(Remote):
         blocking.free(self._empty)
 
     def _atomic(self, rank: int, offset: int, value: int, operation: MPI.Op) -> tuple[MPI.Request, np.ndarray]:
-        """Begin an atomic operation on a flag; its request completes when it has been carried out at the target.
+        """Begin an atomic operation on a flag; the request completes when it has been carried out at the target.
 
         An Accumulate would need a flush to know that, and a flush blocks.  Operations of one rank on one flag keep
         their order (MPI 4.1, section 12.7.2).
@@ -305,22 +344,19 @@ class _OneSided(Remote):
 
 
 def hosts(comm: MPI.Intracomm) -> np.ndarray:
-    """Return for each rank the lowest rank on its host, int64 (collective)."""
-    node = blocking.on_this_host(comm, "the other ranks to say where they are")
+    """Return for each rank of `comm` the lowest rank on its host, int64 (collective)."""
+    node = blocking.on_this_host(comm, "the names of the other ranks' hosts")
     first = waiting.allreduce(node, np.array([comm.rank], np.int64), MPI.MIN, "the node's other ranks")
     blocking.free(node)
-    found = np.empty(comm.size, np.int64)
-    waiting.complete(comm.Iallgather(first, found), "the other ranks to say where they are")
-    return found
+    lowest = np.empty(comm.size, np.int64)
+    waiting.complete(comm.Iallgather(first, lowest), "the names of the other ranks' hosts")
+    return lowest
 
 
 def missing(comm: MPI.Intracomm, nbytes: int) -> int:
     """Return how many bytes the fullest node's ``/dev/shm`` lacks for shared windows (collective); 0 or less: none.
 
-    Parameters
-    ----------
-    nbytes
-        Of this rank's window.
+    `nbytes` is the size of this rank's window, and `comm` are the ranks that open one each.
     """
     node = blocking.on_this_host(comm, "the other ranks to plan windows")
     need = waiting.allreduce(node, np.array([aligned(nbytes)], np.int64), MPI.SUM, "the node's other ranks")
@@ -344,7 +380,7 @@ def _bytes(memory: MPI.buffer) -> np.ndarray:
 def _shared_memory_free() -> int:
     """Bytes that shared memory can still take on this node, with a tenth left for others."""
     try:
-        room = os.statvfs("/dev/shm")
+        disk = os.statvfs("/dev/shm")
     except OSError:
         return 0
-    return room.f_bavail * room.f_frsize * 9 // 10
+    return disk.f_bavail * disk.f_frsize * 9 // 10
