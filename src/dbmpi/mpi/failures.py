@@ -205,7 +205,7 @@ class Watch:
         """
         self._dispensable, self._roles = dispensable, roles
 
-    def look(self, *, now: bool = False) -> bool:
+    def check(self, *, now: bool = False) -> bool:
         """Check the ranks, a few times a second at most unless `now`; called in every wait.
 
         Returns False: this is no sign of life.
@@ -229,7 +229,7 @@ class Watch:
 
     def __enter__(self) -> Watch:
         if self.on:
-            self._serving.enter_context(waiting.serving(self.look))
+            self._serving.enter_context(waiting.serving(self.check))
         return self
 
     def __exit__(
@@ -239,7 +239,7 @@ class Watch:
         if error is not None and reports_death(error):
             until = time.monotonic() + 2 * _FIRST_TO_SPEAK
             while time.monotonic() < until:
-                self.look()  # raises
+                self.check()  # raises
                 time.sleep(_BETWEEN_POLLS)
 
     def name(self, rank: int) -> str:

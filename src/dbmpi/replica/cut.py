@@ -30,56 +30,56 @@ _FLOPS_PER_PRODUCT = 6
 # nearest to a square.
 _ALIKE_BY_MAPS = 1.25
 _ALIKE = 1.05
-_SAMPLED = 64  # workers whose costs are looked at
+_SAMPLED = 64  # workers whose costs are computed
 _DEPTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # parts of the maps that are tried
 
 Boxes = tuple[Box, ...]
 
 
 class Reaches:
-    """Layers, and for each its reach, worked out when it is first asked for."""
+    """The reach of each of some `layers`, computed when it is first used."""
 
     def __init__(self, layers: Sequence[Layer]) -> None:
         self.layers = layers
         self._known: dict[int, Reach] = {}
 
-    def __getitem__(self, place: int) -> Reach:
-        if place not in self._known:
-            self._known[place] = Reach(self.layers[place])
-        return self._known[place]
+    def __getitem__(self, number: int) -> Reach:
+        if number not in self._known:
+            self._known[number] = Reach(self.layers[number])
+        return self._known[number]
 
 
-def choose_boxes(reaches: Reaches, place: int, below: Boxes | None, weights: Sequence[float]) -> Boxes:
-    """Choose the box of each worker for layer number `place`.
+def choose_boxes(reaches: Reaches, number: int, below: Boxes | None, weights: Sequence[float]) -> Boxes:
+    """Choose the box of each worker for layer number `number`.
 
     Parameters
     ----------
     reaches
         The layers.
-    place
+    number
         Number of the layer.
     below
-        The boxes of its inputs that the workers own; None for the network's inputs, which nobody owns.
+        The boxes of its inputs that the workers own; None for the network's inputs, which no worker owns.
     weights
         How fast the workers are.
     """
-    layer = reaches.layers[place]
+    layer = reaches.layers[number]
     if len(weights) == 1:
         return (Box.whole(layer.output_shape),)
     followed = None
     if below is not None and len(layer.input_shape) == len(layer.output_shape):
         if not layer.tensors:
-            return tuple(reaches[place].follow(box) for box in below)
+            return tuple(reaches[number].follow(box) for box in below)
         if len(layer.output_shape) == 3:
-            followed = tuple(reaches[place].follow(box) for box in below)
+            followed = tuple(reaches[number].follow(box) for box in below)
     if len(layer.output_shape) != 3:
         return cut_axes(layer.output_shape, weights)
     grids = _grids(layer.output_shape, weights)
     candidates = [(grid.boxes, grid.depth, grid.border) for grid in grids]
     if followed is not None:
-        # Nobody's neighbours change.
+        # No worker's neighbours change.
         candidates.append((followed, grids[0].depth, 0.0))
-    costs = [_cost(reaches, place, boxes, below, weights) for boxes, *_ in candidates]
+    costs = [_cost(reaches, number, boxes, below, weights) for boxes, *_ in candidates]
     depth = min(d for (_, d, _), cost in zip(candidates, costs, strict=True) if cost <= min(costs) * _ALIKE_BY_MAPS)
     level = [(cost, border, boxes) for (boxes, d, border), cost in zip(candidates, costs, strict=True) if d == depth]
     best = min(cost for cost, _, _ in level)
@@ -87,11 +87,11 @@ def choose_boxes(reaches: Reaches, place: int, below: Boxes | None, weights: Seq
 
 
 def _grids(shape: tuple[int, ...], weights: Sequence[float]) -> list[Grid]:
-    """Return grids worth a look: cells that are nearly square in rows and columns, with maps cut more or less."""
+    """Return grids to choose from: cells that are nearly square in rows and columns, with maps cut more or less."""
     maps, height, width = shape
     workers = len(weights)
-    found: dict[tuple[int, int], Grid] = {}
-    # With fewer parts, some workers would find no space.
+    grids: dict[tuple[int, int], Grid] = {}
+    # With fewer parts, some workers would get nothing.
     least = min(maps, -(-workers // (height * width)))
     for depth in sorted({least, *(depth for depth in _DEPTHS if least < depth <= min(maps, workers))}):
         cells = -(-workers // depth)
@@ -103,11 +103,11 @@ def _grids(shape: tuple[int, ...], weights: Sequence[float]) -> list[Grid]:
         for bands in (high, low, higher, lower):
             # A band of more cells than columns would leave workers without space while there are rows.
             fitting = min(max(bands, -(-cells // width)), height, workers)
-            found.setdefault((fitting, depth), Grid(shape, weights, fitting, depth))
-    return list(found.values())
+            grids.setdefault((fitting, depth), Grid(shape, weights, fitting, depth))
+    return list(grids.values())
 
 
-def _cost(reaches: Reaches, place: int, boxes: Boxes, below: Boxes | None, weights: Sequence[float]) -> float:
+def _cost(reaches: Reaches, first: int, boxes: Boxes, below: Boxes | None, weights: Sequence[float]) -> float:
     """Estimate the operations, exchanged bytes turned into such, of each layer's slowest worker; return their sum.
 
     Counts the layer itself and those that would follow its cut: up to the next one with parameters, and that one.
@@ -119,8 +119,8 @@ def _cost(reaches: Reaches, place: int, boxes: Boxes, below: Boxes | None, weigh
     computed = [boxes[worker] for worker in sampled]
     slowness = [sum(weights) / (workers * weights[worker]) for worker in sampled]
     total = 0.0
-    for number, layer in enumerate(layers[place:], place):
-        if number > place:
+    for number, layer in enumerate(layers[first:], first):
+        if number > first:
             if len(layer.output_shape) != 3:
                 break
             owned, computed = list(computed), [reaches[number].follow(box) for box in computed]
@@ -135,13 +135,13 @@ def _cost(reaches: Reaches, place: int, boxes: Boxes, below: Boxes | None, weigh
                 received = need.size - (0 if have is None else need.common(have))
                 worst = max(worst, flops * box.size * slow + _FLOPS_PER_BYTE * _BYTES_PER_VALUE * received)
         total += worst
-        if number > place and layer.tensors:
+        if number > first and layer.tensors:
             break
     return total
 
 
 def needed_box(layer: Layer, output: Box) -> Box:
-    """Return the inputs that a box of outputs needs: none for an empty box.
+    """Return the inputs that the box `output` of a layer's outputs needs: none for an empty box.
 
     Raises
     ------
@@ -156,7 +156,7 @@ def needed_box(layer: Layer, output: Box) -> Box:
 
 
 def needed_tensor_box(layer: Layer, short: str, output: Box) -> Box:
-    """Return the part of a tensor, named by its short name, that a box of outputs needs: nothing for an empty box.
+    """Return the part of a tensor, by its `short` name, that the box `output` needs: nothing for an empty box.
 
     Raises
     ------
@@ -190,10 +190,10 @@ def _checked(layer: Layer, method: str, short: str, need: Any, shape: Sequence[i
 class Reach:
     """Which inputs the outputs of a layer need along each axis, for layers whose inputs have as many axes as outputs.
 
-    Every output is given a *home* among the inputs: the one at the same relative place, or the nearest to it that
-    keeps halos smallest.  Whoever owns its home computes an output.  As homes are in order along every axis, boxes of
-    inputs that cover everything once give boxes of outputs that do, too.  Where boxes are no smaller than fields, and
-    fields no smaller than their stride, no other cut along an axis needs fewer values from others.
+    Every output is given a *home* among the inputs: the one at the same relative position, or the nearest to it that
+    keeps halos smallest.  The worker that owns its home computes an output.  As homes are in order along every axis,
+    boxes of inputs that cover everything once give boxes of outputs that do, too.  Where boxes are no smaller than
+    fields, and fields no smaller than their stride, no other cut along an axis needs fewer values from others.
 
     Parameters
     ----------
@@ -230,28 +230,28 @@ class Reach:
         )
 
     def needed(self, output: Box) -> Box:
-        """Return the inputs that a box of outputs needs, which is not empty."""
+        """Return the inputs that `output`, a box that is not empty, needs."""
         return Box(
             tuple(starts[start] for starts, start in zip(self._starts, output.starts, strict=True)),
             tuple(stops[stop - 1] for stops, stop in zip(self._stops, output.stops, strict=True)),
         )
 
 
-def _home(place: int, y: int, starts: list[int], stops: list[int]) -> int:
-    """Return the input along an axis whose owner computes output `y`.
+def _home(same: int, y: int, starts: list[int], stops: list[int]) -> int:
+    """Return the input along an axis whose owner computes output `y`; `same` is the one at the same relative position.
 
     Let inputs be cut at c, and outputs ``0 ... y - 1`` belong to the lower side.  That needs ``stops[y - 1] - c``
     values of the upper side, which needs ``c - starts[y]`` of the lower, or none where a difference is negative.  The
-    sum is smallest where neither is.  Places from which this holds whatever side `y` is on are as good as each other;
-    if there are none, the middle of what `y` needs divides best.  At the ends, outputs are taken to go on as they do.
+    sum is smallest where neither is.  Positions of which this holds whichever side `y` is on are as good as each other;
+    if there are none, the middle of what `y` needs divides best.  At the ends, outputs are taken to continue alike.
     """
     start, stop = starts[y], stops[y]
     if len(starts) == 1:
-        return min(max(place, start), stop - 1)
+        return min(max(same, start), stop - 1)
     following = starts[y + 1] if y + 1 < len(starts) else 2 * start - starts[y - 1]
     before = stops[y - 1] if y > 0 else 2 * stop - stops[1]
     low, high = max(start, following - 1), min(stop - 1, before)
-    return min(max(place, low), high) if low <= high else (start + stop) // 2
+    return min(max(same, low), high) if low <= high else (start + stop) // 2
 
 
 def proportional(size: int, weights: Sequence[float]) -> list[int]:
@@ -266,15 +266,18 @@ def proportional(size: int, weights: Sequence[float]) -> list[int]:
 
 
 def cut_axes(shape: tuple[int, ...], weights: Sequence[float]) -> tuple[Box, ...]:
-    """Cut an array along its first axis; where that has no room for all workers, along the next axes, too."""
+    """Cut an array of some `shape` into boxes in proportion to the workers' `weights`.
+
+    It is cut along its first axis, and where that is shorter than the workers are many, along the next axes, too.
+    """
     if len(shape) == 1 or len(weights) <= shape[0]:
         positions = proportional(shape[0], weights)
         return tuple(Box((start, *(0 for _ in shape[1:])), (stop, *shape[1:])) for start, stop in pairwise(positions))
     groups = cut(len(weights), shape[0])
     boxes = []
-    for place, group in enumerate(groups):
+    for row, group in enumerate(groups):
         for box in cut_axes(shape[1:], weights[group.start : group.stop]):
-            boxes.append(Box((place, *box.starts), (place + 1, *box.stops)))
+            boxes.append(Box((row, *box.starts), (row + 1, *box.stops)))
     return tuple(boxes)
 
 

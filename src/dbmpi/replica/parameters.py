@@ -1,4 +1,4 @@
-"""The parameters that one worker of a replica holds: a part of the whole vector, in one vector of its own."""
+"""The parameters that one worker of a replica needs: a part of the whole vector, in one vector of its own."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from dbmpi.replica.placement import Placement
 from dbmpi.replica.tensors import Part, stretches, tensor_boxes, tensor_parts
 
 
-class _Held(NamedTuple):
-    """A tensor's box on this worker."""
+class _Local(NamedTuple):
+    """The box of a tensor that this worker needs."""
 
     short: str
     box: Box
@@ -64,21 +64,21 @@ class LocalParameters:
         boxes = tensor_boxes(layers, placement, group.rank)
         parts = tensor_parts(layers, placement)
         self._parts = [part for part in parts if group.rank in part.workers]
-        self._held: dict[str, _Held] = {}
-        self._layers: list[list[_Held]] = []
-        self._shared: list[list[tuple[Part, _Held, Shelf]]] = []
+        self._locals: dict[str, _Local] = {}
+        self._layers: list[list[_Local]] = []
+        self._shared: list[list[tuple[Part, _Local, Shelf]]] = []
         self.parts: tuple[range, ...] = ()
         self.size = 0
         shared = [part for part in parts if part.shared]
         for layer in layers:
             begin, names = self.size, {tensor.name for tensor in layer.tensors.values()}
             for short, tensor in layer.tensors.items():
-                self._held[tensor.name] = _Held(short, boxes[tensor.name], self.size)
+                self._locals[tensor.name] = _Local(short, boxes[tensor.name], self.size)
                 self.size += boxes[tensor.name].size
-            self._layers.append([self._held[tensor.name] for tensor in layer.tensors.values()])
+            self._layers.append([self._locals[tensor.name] for tensor in layer.tensors.values()])
             self._shared.append(
                 [
-                    (part, self._held[part.tensor.name], group.shelf(fixed=part.box.size))
+                    (part, self._locals[part.tensor.name], group.shelf(fixed=part.box.size))
                     for part in shared
                     if part.tensor.name in names
                 ]
@@ -88,11 +88,11 @@ class LocalParameters:
 
     def runs_in(self, arrangement: Arrangement) -> tuple[Stretch, ...]:
         """Return :attr:`runs` as they lie in the shards' order, which `arrangement` says."""
-        found: list[Stretch] = []
+        runs: list[Stretch] = []
         for part in self._parts:
-            _, box, local = self._held[part.tensor.name]
-            found += stretches(part, arrangement.ranges_of(part), box, local, self._group.rank)
-        return tuple(sorted(found, key=lambda run: run.local))
+            _, box, local = self._locals[part.tensor.name]
+            runs += stretches(part, arrangement.ranges_of(part), box, local, self._group.rank)
+        return tuple(sorted(runs, key=lambda run: run.local))
 
     def cut(self, vector: np.ndarray, what: str) -> list[np.ndarray]:
         """Return every layer's part of the worker's flat vector; views.
@@ -107,10 +107,10 @@ class LocalParameters:
 
     def tensors(self, layer: int, part: np.ndarray) -> Arrays:
         """Return a layer's tensors, by their short names, as views into its part of a vector."""
-        return {held.short: self._view(layer, part, held) for held in self._layers[layer]}
+        return {mine.short: self._view(layer, part, mine) for mine in self._layers[layer]}
 
     def views(self, vector: np.ndarray, what: str) -> list[Arrays]:
-        """Return every layer's tensors, by their short names, as views into a flat vector; raises as `cut` does."""
+        """Return every layer's tensors, by short names, as views into `vector`; raises as `cut`, calling it `what`."""
         return [self.tensors(layer, part) for layer, part in enumerate(self.cut(vector, what))]
 
     def shared(self, layer: int) -> bool:
@@ -122,18 +122,18 @@ class LocalParameters:
 
         Called by all workers with their layer's part of it; nothing is done for what one of them holds alone.
         """
-        for part, held, shelf in self._shared[layer]:
+        for part, mine, shelf in self._shared[layer]:
             if self._group.rank in part.workers:
-                mine = self._view(layer, gradient, held)[part.box.slices(held.box)]
+                summand = self._view(layer, gradient, mine)[part.box.slices(mine.box)]
             else:
-                mine = np.empty(part.box.shape, self._dtype)
-            values = np.ascontiguousarray(mine)
-            mine[...] = self._group.sum(shelf, values, part.workers, "the gradient of shared parameters")
+                summand = np.empty(part.box.shape, self._dtype)
+            values = np.ascontiguousarray(summand)
+            summand[...] = self._group.sum(shelf, values, part.workers, "the gradient of shared parameters")
 
     def take(self, whole: np.ndarray) -> np.ndarray:
         """Return this worker's part of a whole parameter vector; a new array."""
         return np.concatenate([whole[run.start : run.start + run.length] for run in self.runs] or [whole[:0]])
 
-    def _view(self, layer: int, part: np.ndarray, held: _Held) -> np.ndarray:
-        start = held.local - self.parts[layer].start
-        return part[start : start + held.box.size].reshape(held.box.shape)
+    def _view(self, layer: int, part: np.ndarray, mine: _Local) -> np.ndarray:
+        start = mine.local - self.parts[layer].start
+        return part[start : start + mine.box.size].reshape(mine.box.shape)

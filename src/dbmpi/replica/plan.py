@@ -53,7 +53,7 @@ class ExchangePlan:
     """The plan of one exchange: from the boxes that workers own of an array to those that they need.
 
     Run forward, it fills the needed boxes; in reverse, it adds parts for the needed boxes up in the owned ones.
-    What a worker sends and receives is worked out when it is asked for, so that a plan for thousands of workers costs
+    What a worker sends and receives is computed when it is first used, so that a plan for thousands of workers costs
     no more than their boxes and, on each of them, its own messages.
     """
 
@@ -104,16 +104,16 @@ class ExchangePlan:
     def offered(self, worker: int) -> dict[Box, int]:
         """Return what others need of the worker's own, each box once, and where it begins if all are laid in a row.
 
-        Workers with the same needs are looked at together: for all workers, this costs no more than the boxes found.
+        Workers with the same needs are treated together: for all workers, this costs no more than the boxes returned.
         """
-        have, places, position = self.owned[worker], dict[Box, int](), 0
+        have, starts, position = self.owned[worker], dict[Box, int](), 0
         for number in self._distinct_needs.meeting(have):
-            need, who = self._needs[number]
+            need, needers = self._needs[number]
             box = need.meet(have)
-            if who != (worker,) and box not in places:
-                places[box] = position
+            if needers != (worker,) and box not in starts:
+                starts[box] = position
                 position += box.size
-        return places
+        return starts
 
     def returned(self, worker: int, owner: int) -> int:
         """Return where what a worker gives back to an owner begins, if all for others is laid in a row by owners."""
@@ -146,10 +146,10 @@ class ExchangePlan:
     @cached_property
     def _needs(self) -> tuple[tuple[Box, tuple[int, ...]], ...]:
         """Every box that is needed, once, and the first two workers that need it."""
-        found: dict[Box, tuple[int, ...]] = {}
+        needs: dict[Box, tuple[int, ...]] = {}
         for worker, need in enumerate(self.needed):
-            found[need] = (*found.get(need, ()), worker)[:2]
-        return tuple(found.items())
+            needs[need] = (*needs.get(need, ()), worker)[:2]
+        return tuple(needs.items())
 
     @cached_property
     def _distinct_needs(self) -> Index:
@@ -193,16 +193,16 @@ def plan_exchanges(layers: Sequence[Layer], placement: Placement) -> tuple[Layer
     check(layers, placement)
     needed = needed_inputs(layers, placement)
     plans = []
-    for place, (layer, split) in enumerate(zip(layers, placement.splits, strict=True)):
+    for number, (layer, split) in enumerate(zip(layers, placement.splits, strict=True)):
         # Every worker reads the network's inputs itself, as if it owned what it needs.
-        below = placement.boxes[place - 1] if place > 0 else needed[0]
+        below = placement.boxes[number - 1] if number > 0 else needed[0]
         outputs = None
         if split == "inputs":
             whole = Box.whole(layer.output_shape)
             nothing = Box(whole.starts, whole.starts)
             parts = tuple(nothing if box.empty else whole for box in below)
-            outputs = ExchangePlan(layer.output_shape, placement.boxes[place], parts)
-        plans.append(LayerPlan(layer.name, split, ExchangePlan(layer.input_shape, below, needed[place]), outputs))
+            outputs = ExchangePlan(layer.output_shape, placement.boxes[number], parts)
+        plans.append(LayerPlan(layer.name, split, ExchangePlan(layer.input_shape, below, needed[number]), outputs))
     return tuple(plans)
 
 

@@ -1,7 +1,7 @@
 """One worker's part of a replica: the layers one after the other, and the loss on top.
 
-Every worker computes what its placement gives it of each layer.  A worker alone, without a communicator, is the same
-program without exchanges.
+Every worker computes the part of each layer that the placement gives it.  A worker alone, without a communicator, is
+the same program without exchanges.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Replica(Collective):
     """Loss and gradient of a network on one of the workers that compute it together.
 
     All workers of a replica call the same methods with the same batch (collective).  A context manager: at its end,
-    memory that they share is given back.
+    memory that they share is freed.
 
     Parameters
     ----------
@@ -112,18 +112,18 @@ class Replica(Collective):
         return self._clock.seconds
 
     def serve_while_waiting(self, serve: Callable[[], bool] | None) -> None:
-        """Let this rank go on with other duties while it waits for the other partitions."""
+        """Call `serve` while this rank waits for the other partitions; it returns whether it did something."""
         self._group.serve = serve
 
     def prepare(self, samples: int) -> None:
-        """Make room for what the workers share in batches of up to so many samples (collective).
+        """Open the memory that the workers share, for batches of up to so many samples (collective).
 
-        Otherwise the first such batch does, in which this rank does not serve others.
+        Otherwise the first such batch does this, and this rank does not serve others meanwhile.
         """
         self._group.reserve(samples, self._dtype.itemsize)
 
     def free(self) -> None:
-        """Give back what the workers share (collective)."""
+        """Free the memory that the workers share (collective)."""
         self._group.free()
 
     def loss_and_gradient(
@@ -141,11 +141,11 @@ class Replica(Collective):
         Parameters
         ----------
         parameters, gradient
-            This worker's part, flat; for the gradient also what gives room for a layer's.
+            This worker's part, flat; for the gradient also a function that returns the buffer for one layer.
         batch
             Inputs ``(*input shape, samples)`` of all of the batch, in `dtype`.
         on_gradient
-            Called with each layer's number, from the last to the first, as soon as its part of `gradient` is complete.
+            Called with each layer's index, from the last to the first, as soon as its part of `gradient` is complete.
         step
             A number for masks that are drawn anew each step.
         add
@@ -174,7 +174,7 @@ class Replica(Collective):
         return outcome
 
     def evaluate(self, parameters: np.ndarray, batch: Batch) -> Outcome:
-        """Return the outcome of the batch; arguments as for `loss_and_gradient`, and dropout is off."""
+        """Return the outcome of `batch`, with dropout off; `parameters` are as for `loss_and_gradient`."""
         batch = self._checked(batch)
         sweep = self._sweep(batch.samples, Context(training=False))
         terms = self._forward(self.parameters.views(parameters, "parameters"), batch.inputs, sweep)
@@ -224,8 +224,8 @@ class Replica(Collective):
             apply = self._loss.apply if self._turned is None else partial(self._turned.apply, self._loss)
             loss, correct = apply(flat, batch.targets, batch.weights)
         if self._terms and self._group.size > 1:
-            everybody, what = range(self._group.size), "the terms of the loss on the other partitions"
-            terms = float(self._group.sum(self._sum_of_terms, np.array([terms]), everybody, what)[0])
+            members, what = range(self._group.size), "the terms of the loss on the other partitions"
+            terms = float(self._group.sum(self._sum_of_terms, np.array([terms]), members, what)[0])
         return Outcome(batch.samples, loss + terms, correct)
 
     def _checked(self, batch: Batch) -> Batch:

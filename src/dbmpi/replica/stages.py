@@ -77,7 +77,10 @@ class Stage(ABC):
 
     @abstractmethod
     def forward(self, parameters: Arrays, sweep: Sweep) -> None:
-        """Compute this worker's outputs from every worker's outputs of the layer below."""
+        """Compute this worker's outputs from every worker's outputs of the layer below.
+
+        `parameters` are those of the layer on this worker, and `sweep` has the arrays.
+        """
 
     @abstractmethod
     def backward(self, parameters: Arrays, gradient: Arrays, sweep: Sweep, *, add: bool) -> None:
@@ -99,7 +102,7 @@ class Stage(ABC):
 
     @abstractmethod
     def finish_backward(self, sweep: Sweep) -> None:
-        """Complete the gradient for this worker's outputs of the layer below."""
+        """Complete the gradient for this worker's outputs of the layer below, in the arrays of `sweep`."""
 
 
 def stage(number: int, layer: Layer, output: Box, plan: LayerPlan, group: Group) -> Stage:

@@ -1,4 +1,4 @@
-"""Which parts of the parameters each worker needs, which by several, and which of these pushes the gradient."""
+"""The parts of the parameters that each worker needs, and which of several that share one pushes the gradient."""
 
 from __future__ import annotations
 
@@ -37,38 +37,51 @@ class Part:
 
 
 def tensor_boxes(layers: Sequence[Layer], placement: Placement, worker: int) -> dict[str, Box]:
-    """Return by the tensor's full name which box of it the worker needs; in the order of the layout, some empty."""
+    """Return the box of each tensor that a worker needs, perhaps empty, by the tensor's full name.
+
+    Parameters
+    ----------
+    layers, placement
+        The network, and what each worker computes.
+    worker
+        Its number.
+
+    Returns
+    -------
+    dict
+        In the order of the layout, and of the worker's own vector.
+    """
     return {
-        tensor.name: _needed(layer, short, tensor, placement, place, worker)
-        for place, layer in enumerate(layers)
+        tensor.name: _needed(layer, short, tensor, placement, number, worker)
+        for number, layer in enumerate(layers)
         for short, tensor in layer.tensors.items()
     }
 
 
 def tensor_parts(layers: Sequence[Layer], placement: Placement) -> tuple[Part, ...]:
-    """Return disjoint parts with every element of a tensor that a worker needs, and the workers that need and push it.
+    """Return disjoint parts with every element of the layers' tensors that a `placement` needs, and their workers.
 
     Owners are chosen so that pushes are about equally large; the same on every rank.
     """
-    found: list[tuple[Tensor, Box, tuple[int, ...]]] = []
-    for place, layer in enumerate(layers):
+    needed: list[tuple[Tensor, Box, tuple[int, ...]]] = []
+    for number, layer in enumerate(layers):
         for short, tensor in layer.tensors.items():
             workers: dict[Box, list[int]] = {}
             for worker in range(placement.partitions):
-                box = _needed(layer, short, tensor, placement, place, worker)
+                box = _needed(layer, short, tensor, placement, number, worker)
                 if not box.empty:
                     workers.setdefault(box, []).append(worker)
-            found += ((tensor, box, who) for box, who in _disjoint(workers))
+            needed += ((tensor, box, needers) for box, needers in _disjoint(workers))
     pushed = [0] * placement.partitions
-    for _, box, who in found:
-        if len(who) == 1:
-            pushed[who[0]] += box.size
+    for _, box, needers in needed:
+        if len(needers) == 1:
+            pushed[needers[0]] += box.size
     parts = []
-    for tensor, box, who in found:
-        owner = who[0] if len(who) == 1 else min(who, key=lambda worker: (pushed[worker], worker))
-        if len(who) > 1:
+    for tensor, box, needers in needed:
+        owner = needers[0] if len(needers) == 1 else min(needers, key=lambda worker: (pushed[worker], worker))
+        if len(needers) > 1:
             pushed[owner] += box.size
-        parts.append(Part(tensor, box, who, owner))
+        parts.append(Part(tensor, box, needers, owner))
     return tuple(parts)
 
 
@@ -100,12 +113,12 @@ def stretches(part: Part, whole: Iterable[range], box: Box, local: int, worker: 
             position, here = position + length, here[length:]
 
 
-def _needed(layer: Layer, short: str, tensor: Tensor, placement: Placement, place: int, worker: int) -> Box:
+def _needed(layer: Layer, short: str, tensor: Tensor, placement: Placement, number: int, worker: int) -> Box:
     """Return the part of a tensor that a worker needs."""
-    output = placement.boxes[place][worker]
-    if placement.splits[place] == "outputs":
+    output = placement.boxes[number][worker]
+    if placement.splits[number] == "outputs":
         return needed_tensor_box(layer, short, output)
-    inputs = placement.boxes[place - 1][worker]
+    inputs = placement.boxes[number - 1][worker]
     if inputs.empty and output.empty:
         return Box((0,) * len(tensor.shape), (0,) * len(tensor.shape))
     return cast(SplitByInputs, layer).partial_tensor_box(short, inputs, output)
@@ -123,14 +136,14 @@ def _disjoint(workers: dict[Box, list[int]]) -> list[tuple[Box, tuple[int, ...]]
     divided: list[tuple[Box, tuple[int, ...]]] = []
     for box in overlapping:
         new, kept = [box], []
-        for part, who in divided:
+        for part, needers in divided:
             common = part.meet(box)
             if common.empty:
-                kept.append((part, who))
+                kept.append((part, needers))
                 continue
-            kept.append((common, tuple(sorted((*who, *workers[box])))))
-            kept += ((rest, who) for rest in part.minus(common))
+            kept.append((common, tuple(sorted((*needers, *workers[box])))))
+            kept += ((rest, needers) for rest in part.minus(common))
             new = [rest for piece in new for rest in piece.minus(common)]
         divided = kept + [(rest, tuple(workers[box])) for rest in new]
-    # In the order of the tensor, so that the list does not depend on how it was found.
+    # In the order of the tensor, so that the list does not depend on how it was computed.
     return sorted(parts + divided, key=lambda part: (part[0].starts, part[0].stops))

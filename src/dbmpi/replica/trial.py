@@ -1,4 +1,4 @@
-"""Trying a user's own layer on a few outputs, as workers would use it, before hours are spent on it."""
+"""Trying a user's own layer on a few outputs, as workers would use it, before a long run depends on it."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 
 _SAMPLES = 3
 _SIDE = 2  # outputs along each axis
-_VALUES = 16  # initial values that are looked at
+_VALUES = 16  # initial values that are checked
 _SAME = 1e-3  # relative
 
 
 def try_layer(layer: Layer, dtype: np.dtype[np.floating]) -> None:
-    """Compute outputs and gradients of small boxes of a layer and look at what comes out.
+    """Compute outputs and gradients of small boxes of a layer, in `dtype`, and check them.
 
-    Boxes that it asks for must lie within its inputs and tensors.  It must write what it is asked to write, in the
-    arrays that it is given, change none that it is given to read, and compute the same outputs however they are cut.
+    Boxes that it asks for must lie within its inputs and tensors.  It must write its results into the arrays that it is
+    given for them, change no other array, and compute the same outputs however they are cut.
 
     Raises
     ------
@@ -67,7 +67,7 @@ def _boxes(shape: tuple[int, ...]) -> Iterator[Box]:
 
 
 def _try_initial(layer: Layer, short: str, number: int, dtype: np.dtype[np.floating]) -> None:
-    """Check that initial values are numbers, and the same for whoever asks for which part."""
+    """Check that initial values are numbers, and do not depend on the part that is asked for."""
     size = min(layer.tensors[short].size, _VALUES)
     values, part = np.full(size, np.nan, dtype), np.full(size - size // 2, np.nan, dtype)
     with calling(layer.name, f"asked for initial values of {short!r}"):
@@ -90,7 +90,7 @@ def _try_box(layer: Layer, box: Box, dtype: np.dtype[np.floating]) -> np.ndarray
         flops: Any = layer.flops(box, _SAMPLES, input_gradient=True)
     if not isinstance(flops, int | float | np.number):
         raise UserError(f"layer {layer.name!r}: flops returns {type(flops).__name__}; expected a number of operations")
-    # Positive, as there are functions that are defined for such numbers only; at each place always the same.
+    # Positive, as some functions are defined for such numbers only; at each position always the same.
     inputs = _numbers(need, _SAMPLES, dtype)
     parameters = {short: _numbers(part, 0, dtype) for short, part in needed.items()}
     read = [inputs, *parameters.values()]
@@ -125,13 +125,13 @@ def _try_parts(layer: Layer, task: Forward) -> None:
     box, outputs = task.output, task.outputs
     parts = np.full_like(outputs, np.nan)
     apart = replace(task, outputs=parts)
-    for places in product(*(range(start, stop) for start, stop in zip(box.starts[1:], box.stops[1:], strict=True))):
-        part = Box((box.starts[0], *places), (box.stops[0], *(place + 1 for place in places)))
+    for position in product(*(range(start, stop) for start, stop in zip(box.starts[1:], box.stops[1:], strict=True))):
+        part = Box((box.starts[0], *position), (box.stops[0], *(index + 1 for index in position)))
         with calling(layer.name, f"forward_part is called for {part} of its outputs {box}"):
             cast(InParts, layer).forward_part(apart, part)
     if not _same(parts, outputs, outputs):
         raise UserError(
-            f"layer {layer.name!r}: forward_part computes other outputs for the places of {box} than forward, "
+            f"layer {layer.name!r}: forward_part computes other outputs for the positions of {box} than forward, "
             f"{parts.dtype} {parts.shape}, or leaves some unwritten"
         )
 
@@ -165,12 +165,12 @@ def _unwritten(layer: Layer, box: Box, dtype: np.dtype[np.floating]) -> np.ndarr
 
 
 def _numbers(box: Box, samples: int, dtype: np.dtype[np.floating]) -> np.ndarray:
-    """Return numbers between 1/4 and 1 for a box, with `samples` for each place if there are any."""
+    """Return numbers between 1/4 and 1 for a box, with `samples` for each position if there are any."""
     shape = (*box.shape, samples) if samples else box.shape
     starts = (*box.starts, 0) if samples else box.starts
-    places = np.zeros(shape)
+    phases = np.zeros(shape)
     for axis, (start, length) in enumerate(zip(starts, shape, strict=True)):
         along = (start + np.arange(length)) * (0.37 + 0.21 * axis)
-        places += along.reshape(-1, *(1,) * (len(shape) - axis - 1))
-    values: np.ndarray = (0.625 + 0.375 * np.sin(places)).astype(dtype)
+        phases += along.reshape(-1, *(1,) * (len(shape) - axis - 1))
+    values: np.ndarray = (0.625 + 0.375 * np.sin(phases)).astype(dtype)
     return values

@@ -25,7 +25,19 @@ _PROBE_SECONDS = 600.0
 
 
 def use_layers(layers: Sequence[Layer], samples: int, dtype: np.dtype[np.floating], *, backward: bool = True) -> None:
-    """Compute a few outputs of every layer, and their gradients, on zeros."""
+    """Compute a few outputs of every layer, and their gradients, on zeros.
+
+    Parameters
+    ----------
+    layers
+        Of the network.
+    samples
+        Samples of a batch.
+    dtype
+        Of parameters and activations.
+    backward
+        Whether gradients will be computed, too.
+    """
     context = Context(training=backward)
     for layer in layers:
         # A small box of outputs, so that a large network costs no more than a small one, but a whole batch: which
@@ -45,21 +57,21 @@ def use_layers(layers: Sequence[Layer], samples: int, dtype: np.dtype[np.floatin
 def agree_on_products(comm: MPI.Intracomm, layers: Sequence[Layer], samples: int) -> str | None:
     """Let all ranks use the provider that the first one has chosen (collective).
 
-    Where one of them does not have it, all take the one that is always there.
+    Where one of them does not have it, all use the one that is always available.
 
     Parameters
     ----------
     comm
         The ranks.
     layers
-        Of the network; none of whose products may be large enough for there to be a choice.
+        Of the network; without a large product there is no choice.
     samples
         Samples of a batch.
 
     Returns
     -------
     str or None
-        The provider; None where there is no choice to make, which saves the measurement.
+        The provider; None where there is no choice, which saves the measurement.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""What computes a network: one worker's part of it, or the whole of it in one process."""
+"""A network that one process computes as a whole."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class WholeNetwork(Network):
         batch : Batch
             Inputs ``(*input_shape, samples)``; targets int32 ``(samples,)`` or ``(outputs, samples)``.
         on_gradient : callable, optional
-            Called with each layer's number, from the last to the first, as soon as its part of `gradient` is complete
+            Called with each layer's index, from the last to the first, as soon as its part of `gradient` is complete
             and its parameters are needed no more.
         step : int
             A number for masks that are drawn anew each step.
@@ -60,11 +60,11 @@ class WholeNetwork(Network):
         return self._replica.loss_and_gradient(parameters, batch, gradient, on_gradient, step=step, add=add)
 
     def evaluate(self, parameters: np.ndarray, batch: Batch) -> Outcome:
-        """Return the outcome of the batch; raises as `loss_and_gradient` does."""
+        """Return the outcome of `batch` with `parameters`; raises as `loss_and_gradient` does."""
         return self._replica.evaluate(parameters, batch)
 
     def predict(self, parameters: np.ndarray, inputs: np.ndarray) -> np.ndarray:
-        """Return the predictions (outputs, samples) for inputs ``(*input_shape, samples)``.
+        """Return the predictions (outputs, samples) by `parameters` for inputs ``(*input_shape, samples)``.
 
         They are probabilities for the losses ``softmax`` and ``logistic``; otherwise, the last layer's outputs.
         """

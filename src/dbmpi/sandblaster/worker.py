@@ -141,7 +141,7 @@ class _Partitions:
 
     def broken(self) -> bool:
         """Whether one of the others has died."""
-        self._watch.look(now=True)
+        self._watch.check(now=True)
         return not self._watch.dead.isdisjoint(self._others)
 
     def _check(self) -> None:
