@@ -119,11 +119,10 @@ def measure(comm: MPI.Intracomm, transport: Transport, target: int, origin: int,
         Whether ranks of one host may share the memory.
     """
     numbers = np.ones(4)
-    data = np.arange(_BYTES).astype(np.uint8)
     with Window.allocate(comm, _DATA + _BYTES, shared=shared, transport=transport) as window:
         if comm.rank == origin:
-            back = np.empty_like(data)
-            wrong = 0
+            data = np.arange(_BYTES // 4, dtype=np.int32)
+            back, wrong = np.empty_like(data), 0
             for number in range(-1, _ROUNDS):  # the first round opens connections
                 if number == 0:
                     numbers[:] = 0
@@ -137,7 +136,7 @@ def measure(comm: MPI.Intracomm, transport: Transport, target: int, origin: int,
                 window.load(target, _FLAG)
                 numbers[:3] += (got - put, put - began, time.perf_counter() - got)
                 wrong += not np.array_equal(back, data)
-                data = data[::-1].copy()
+                data += 1
             numbers /= _ROUNDS
             numbers[3] = wrong
 
