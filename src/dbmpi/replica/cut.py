@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
@@ -281,6 +282,7 @@ def cut_axes(shape: tuple[int, ...], weights: Sequence[float]) -> tuple[Box, ...
     return tuple(boxes)
 
 
+@dataclass(frozen=True)
 class Grid:
     """A cut of (maps, height, width) into bands of rows, each band into columns, each such cell into maps.
 
@@ -300,9 +302,10 @@ class Grid:
         Into how many parts a cell's maps are cut, at least 1; more where a band has no columns left to cut.
     """
 
-    def __init__(self, shape: tuple[int, ...], weights: Sequence[float], bands: int, depth: int) -> None:
-        self.shape, self.weights, self.bands, self.depth = shape, weights, bands, depth
-        self._members = cut(len(weights), bands)
+    shape: tuple[int, ...]
+    weights: Sequence[float]
+    bands: int
+    depth: int
 
     @cached_property
     def boxes(self) -> tuple[Box, ...]:
@@ -325,6 +328,10 @@ class Grid:
         _, height, width = self.shape
         share = height / len(self.weights)
         return (self.bands - 1) * width + sum((self._columns(band) - 1) * len(band) * share for band in self._members)
+
+    @cached_property
+    def _members(self) -> tuple[range, ...]:
+        return cut(len(self.weights), self.bands)
 
     def _columns(self, band: range) -> int:
         return max(1, min(self.shape[2], -(-len(band) // self.depth)))

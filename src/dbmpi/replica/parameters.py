@@ -65,24 +65,19 @@ class LocalParameters:
         parts = tensor_parts(layers, placement)
         self._parts = [part for part in parts if group.rank in part.workers]
         self._locals: dict[str, _Local] = {}
-        self._layers: list[list[_Local]] = []
+        self._layers: list[dict[str, _Local]] = []
         self._shared: list[list[tuple[Part, _Local, Shelf]]] = []
         self.parts: tuple[range, ...] = ()
         self.size = 0
-        shared = [part for part in parts if part.shared]
         for layer in layers:
-            begin, names = self.size, {tensor.name for tensor in layer.tensors.values()}
+            begin, mine = self.size, {}
             for short, tensor in layer.tensors.items():
-                self._locals[tensor.name] = _Local(short, boxes[tensor.name], self.size)
+                mine[tensor.name] = _Local(short, boxes[tensor.name], self.size)
                 self.size += boxes[tensor.name].size
-            self._layers.append([self._locals[tensor.name] for tensor in layer.tensors.values()])
-            self._shared.append(
-                [
-                    (part, self._locals[part.tensor.name], group.shelf(fixed=part.box.size))
-                    for part in shared
-                    if part.tensor.name in names
-                ]
-            )
+            shared = [part for part in parts if part.shared and part.tensor.name in mine]
+            self._shared.append([(part, mine[part.tensor.name], group.shelf(fixed=part.box.size)) for part in shared])
+            self._layers.append(mine)
+            self._locals |= mine
             self.parts += (range(begin, self.size),)
         self.runs = self.runs_in(equal(layout, 1))
 
@@ -107,7 +102,7 @@ class LocalParameters:
 
     def tensors(self, layer: int, part: np.ndarray) -> Arrays:
         """Return a layer's tensors, by their short names, as views into its part of a vector."""
-        return {mine.short: self._view(layer, part, mine) for mine in self._layers[layer]}
+        return {mine.short: self._view(layer, part, mine) for mine in self._layers[layer].values()}
 
     def views(self, vector: np.ndarray, what: str) -> list[Arrays]:
         """Return every layer's tensors, by short names, as views into `vector`; raises as `cut`, calling it `what`."""

@@ -171,7 +171,6 @@ class LayerPlan:
     and gives every worker the whole gradient before the activation; the gradient for the inputs is then complete.
     """
 
-    layer: str
     split: Split
     inputs: ExchangePlan
     outputs: ExchangePlan | None = None
@@ -202,7 +201,7 @@ def plan_exchanges(layers: Sequence[Layer], placement: Placement) -> tuple[Layer
             nothing = Box(whole.starts, whole.starts)
             parts = tuple(nothing if box.empty else whole for box in below)
             outputs = ExchangePlan(layer.output_shape, placement.boxes[number], parts)
-        plans.append(LayerPlan(layer.name, split, ExchangePlan(layer.input_shape, below, needed[number]), outputs))
+        plans.append(LayerPlan(split, ExchangePlan(layer.input_shape, below, needed[number]), outputs))
     return tuple(plans)
 
 

@@ -170,8 +170,15 @@ class _ByOutputs(Stage):
         self._adding = False
         if not self._output.empty:
             inputs, outputs, of_outputs = work.inputs[number], work.outputs[number], work.output_gradient(number)
-            forward = self._output, parameters, inputs, outputs, context
-            self._layer.backward(Backward(*forward, of_outputs, gradient, below, add, start))
+            task = Backward(
+                *(self._output, parameters, inputs, outputs, context),
+                gradient=of_outputs,
+                parameter_gradient=gradient,
+                input_gradient=below,
+                add=add,
+                inputs_done=start,
+            )
+            self._layer.backward(task)
         elif below is not None:
             below.fill(0)
         start()
@@ -211,7 +218,13 @@ class _ByInputs(Stage):
         number, (work, context, clock), layer = self._number, sweep, cast(SplitByInputs, self._layer)
         inputs, outputs, below = work.inputs[number], work.outputs[number], work.input_gradient(number)
         of_outputs, of_sums = work.output_gradient(number), work.sums(number)
-        task = Backward(self._output, parameters, inputs, outputs, context, of_outputs, gradient, below, add)
+        task = Backward(
+            *(self._output, parameters, inputs, outputs, context),
+            gradient=of_outputs,
+            parameter_gradient=gradient,
+            input_gradient=below,
+            add=add,
+        )
         if of_outputs.size:
             layer.begin_backward(task)
         clock.lap("backward", number)
