@@ -90,7 +90,7 @@ def free(comm: MPI.Comm) -> None:
 class Collective(ABC):
     """A context manager whose resources all ranks free together.
 
-    Where an exception of one rank alone ends the block, nothing is freed: that would wait in vain for the others, which
+    Where an exception of one rank alone ends the block, nothing is freed: that would wait for the others, which
     do not know of it, and the job is about to end.
     """
 

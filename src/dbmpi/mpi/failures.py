@@ -1,4 +1,4 @@
-"""Ranks that die while the job goes on: the only file that touches MPI's fault tolerance.
+"""Ranks that die while the job continues: the only file that touches MPI's fault tolerance.
 
 Most MPIs end the whole job when a rank dies.  Open MPI 5 can let the others live: started with ``mpirun --with-ft
 ulfm`` it reports which ranks are gone (User-Level Failure Mitigation), and everything that does not need the dead

@@ -4,7 +4,7 @@ Some MPIs carry out one-sided operations between hosts slowly, or only when thei
 target knows of every transfer, because it takes part in it: it receives what is put straight into its memory, answers
 requests, and sees by :meth:`Messages.serve` that something is under way.
 
-What one rank asks of another is done in the order of asking: a store after all earlier puts, a load after all earlier
+A rank carries out the requests of another in their order: a store after all earlier puts, a load after all earlier
 gets.  Puts may overlap one another, and so may gets, but nothing else may.  A swap is carried out by the owner of the
 word, between two other orders.
 """
@@ -175,7 +175,7 @@ class Messages(Remote):
         self._swap = swap
         self._serving = threading.Lock()
         self._tag = 0
-        # Of each rank: the orders that are not begun, and the transfers of earlier ones that go on, all of one kind.
+        # Of each rank: the orders that are not begun, and the transfers of earlier ones under way, all of one kind.
         self._orders: dict[int, deque[list[int]]] = {}
         self._going: dict[int, list[tuple[int, MPI.Request, np.ndarray]]] = {}
         self._abandoned: list[tuple[int, MPI.Request, np.ndarray]] = []
@@ -199,7 +199,7 @@ class Messages(Remote):
         return int(word[0])
 
     def serve(self) -> bool:
-        """Do what others ask, as far as it can be done now; return whether something is under way."""
+        """Carry out the requests of others as far as possible now; return whether something is under way."""
         if not self._serving.acquire(blocking=False):
             return True
         try:

@@ -35,7 +35,7 @@ _MOST_GETS = 64
 Transport = Literal["rma", "p2p"]
 _OPENING, _CLOSING = "the other ranks to open their windows", "the other ranks to close their windows"
 _HINTS = {"acc_single_intrinsic": "true", "which_accumulate_ops": "replace,no_op,cswap"}
-"""What Open MPI and MPICH, in this order, may rely on to use a network's own atomics; others pass over it."""
+"""Assurances by which Open MPI and MPICH, in this order, may use a network's own atomics; other MPIs ignore them."""
 
 
 def aligned(nbytes: int) -> int:

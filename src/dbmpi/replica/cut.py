@@ -21,7 +21,7 @@ from dbmpi.network.own import calling
 if TYPE_CHECKING:
     from dbmpi.network.layer import Layer
 
-# What one byte received weighs against floating-point operations: a core's 40 GFLOP/s against its share of a network,
+# The cost of one byte received in floating-point operations: a core's 40 GFLOP/s against its share of a network,
 # 0.8 GB/s.  A float32 travels twice, forward and as a gradient backward; a product is one multiplication and one
 # addition, three times.
 _FLOPS_PER_BYTE = 50
@@ -132,7 +132,7 @@ def _cost(reaches: Reaches, first: int, boxes: Boxes, below: Boxes | None, weigh
         for box, have, slow in zip(computed, owned, slowness, strict=True):
             if not box.empty:
                 need = reach.needed(box) if reach is not None else needed_box(layer, box)
-                # What is read of the network's inputs counts like what is received.
+                # Inputs of the network that are read count like values received.
                 received = need.size - (0 if have is None else need.common(have))
                 worst = max(worst, flops * box.size * slow + _FLOPS_PER_BYTE * _BYTES_PER_VALUE * received)
         total += worst

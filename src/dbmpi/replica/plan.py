@@ -1,4 +1,4 @@
-"""What moves between workers: planned once for a placement, without MPI, for any number of workers.
+"""The values that move between workers: planned once for a placement, without MPI, for any number of workers.
 
 Forward, every worker gets the inputs that its outputs need and that others own; each value reaches each
 destination once.  Backward runs the same plan in reverse and adds.
@@ -34,9 +34,9 @@ class Way:
     """One direction of an exchange, as one worker sees it."""
 
     source: Box
-    """What the array that it gives from holds."""
+    """The box of the array that parts are sent from."""
     target: Box
-    """What the array that it fills, or adds to, holds."""
+    """The box of the array that is filled or added to."""
     sends: tuple[Move, ...]
     """Parts of `source`, one message for each destination, in the order of the workers."""
     receives: tuple[Move, ...]
@@ -93,7 +93,7 @@ class ExchangePlan:
         return True
 
     def forward(self, worker: int) -> Way:
-        """Return what a worker gives from its owned box, and what it receives for its needed one."""
+        """Return what moves from the owned box of a worker, and to its needed one."""
         have, need = self.owned[worker], self.needed[worker]
         if self.kind == "none":
             return Way(have, need, (), ())
@@ -102,7 +102,7 @@ class ExchangePlan:
         return Way(have, need, tuple(sends), tuple(receives))
 
     def offered(self, worker: int) -> dict[Box, int]:
-        """Return what others need of the worker's own, each box once, and where it begins if all are laid in a row.
+        """Return the parts of the worker's box that others need, each once, and where each begins if all lie in a row.
 
         Workers with the same needs are treated together: for all workers, this costs no more than the boxes returned.
         """
@@ -116,7 +116,7 @@ class ExchangePlan:
         return starts
 
     def returned(self, worker: int, owner: int) -> int:
-        """Return where what a worker gives back to an owner begins, if all for others is laid in a row by owners."""
+        """Return where the part that a worker returns to an owner begins, if all parts lie in a row by owners."""
         need = self.needed[worker]
         if need not in self._returned:
             position, starts = 0, dict[int, int]()

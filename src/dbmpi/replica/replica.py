@@ -155,13 +155,13 @@ class Replica(Collective):
         buffer = gradient if callable(gradient) else self.parameters.cut(gradient, "gradient").__getitem__
         batch = self._checked(batch)
         sweep = self._sweep(batch.samples, Context(True, self._network.seed, step))
-        terms = self._forward(views, batch.inputs, sweep)
+        added = self._forward(views, batch.inputs, sweep)
         top = sweep.work.output_gradient(len(self._layers) - 1)
         if self._loss is None:
             top.fill(0)
         elif top is not sweep.work.outputs[-1]:
             np.copyto(top, sweep.work.outputs[-1])
-        outcome = self._outcome(top, batch, terms)
+        outcome = self._outcome(top, batch, added)
         for layer in reversed(range(len(self._layers))):
             part = buffer(layer)
             self._clock.start()  # the buffer may have been waited for
@@ -177,8 +177,8 @@ class Replica(Collective):
         """Return the outcome of `batch`, with dropout off; `parameters` are as for `loss_and_gradient`."""
         batch = self._checked(batch)
         sweep = self._sweep(batch.samples, Context(training=False))
-        terms = self._forward(self.parameters.views(parameters, "parameters"), batch.inputs, sweep)
-        return self._outcome(sweep.work.outputs[-1], batch, terms)
+        added = self._forward(self.parameters.views(parameters, "parameters"), batch.inputs, sweep)
+        return self._outcome(sweep.work.outputs[-1], batch, added)
 
     def outputs(self, parameters: np.ndarray, inputs: np.ndarray) -> np.ndarray:
         """Return the last layer's outputs (outputs, samples) of all workers, before the loss; a new array.
@@ -216,8 +216,11 @@ class Replica(Collective):
         if aside:
             updates.add(part, computed)
 
-    def _outcome(self, values: np.ndarray, batch: Batch, terms: float) -> Outcome:
-        """Return loss and correct samples of the whole batch; `values` becomes this worker's part of the gradient."""
+    def _outcome(self, values: np.ndarray, batch: Batch, added: float) -> Outcome:
+        """Return loss and correct samples of the whole batch; `values` becomes this worker's part of the gradient.
+
+        `added` is this worker's part of the terms.
+        """
         loss, correct = 0.0, -1
         if self._loss is not None:
             flat = values.reshape(-1, values.shape[-1])
@@ -225,11 +228,11 @@ class Replica(Collective):
             loss, correct = apply(flat, batch.targets, batch.weights)
         if self._terms and self._group.size > 1:
             members, what = range(self._group.size), "the terms of the loss on the other partitions"
-            terms = float(self._group.sum(self._sum_of_terms, np.array([terms]), members, what)[0])
-        return Outcome(batch.samples, loss + terms, correct)
+            added = float(self._group.sum(self._sum_of_terms, np.array([added]), members, what)[0])
+        return Outcome(batch.samples, loss + added, correct)
 
     def _checked(self, batch: Batch) -> Batch:
-        """Return the batch with targets as the kernels expect them; these use classes as indices without looking."""
+        """Return the batch with targets as the kernels expect them; these use classes as indices unchecked."""
         batch = batch._replace(inputs=self._checked_inputs(batch.inputs))
         targets, samples, outputs = batch.targets, batch.samples, self._layers[-1].output_shape[0]
         if self._loss is None:

@@ -95,7 +95,7 @@ def stretches(part: Part, whole: Iterable[range], box: Box, local: int, worker: 
     whole
         Ranges of the whole vector with the elements of the part, in C order.
     box
-        What the worker needs of the tensor.
+        The part of the tensor that the worker needs.
     local
         Where `box` begins in its vector.
     worker

@@ -33,7 +33,7 @@ def try_layer(layer: Layer, dtype: np.dtype[np.floating]) -> None:
     Raises
     ------
     UserError
-        If not; names the layer, what it gave and what was expected.
+        If not; names the layer, the result and the expectation.
     """
     whole = Box.whole(layer.output_shape)
     needed_box(layer, whole)
@@ -116,7 +116,7 @@ def _try_box(layer: Layer, box: Box, dtype: np.dtype[np.floating]) -> np.ndarray
         for short, values in of_parameters.items():
             _check(layer, "backward", f"parameter_gradient[{short!r}]", values)
     if not all(map(np.array_equal, read, before)):
-        raise UserError(f"layer {layer.name!r} changes its inputs or parameters; they are to be read only")
+        raise UserError(f"layer {layer.name!r} changes its inputs or parameters; expected that it only reads them")
     return outputs
 
 
