@@ -96,6 +96,8 @@ class Objective(Protocol):
     ) -> Outcome:
         """Return the outcome of a batch and write the gradient of its **mean** loss.
 
+        Where several processes compute it, the outcome is that of the whole batch, and the gradient this process's.
+
         Parameters
         ----------
         parameters : (size,) array

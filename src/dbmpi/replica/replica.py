@@ -19,7 +19,7 @@ from dbmpi.kernels import updates
 from dbmpi.mpi.blocking import Collective
 from dbmpi.network.description import Network
 from dbmpi.network.layer import Arrays, Context, accrues, takes_parts
-from dbmpi.objective import Batch, Gradient, Outcome
+from dbmpi.objective import Batch, Gradient, Objective, Outcome
 from dbmpi.replica.exchange import Exchange
 from dbmpi.replica.group import Group
 from dbmpi.replica.loss import LossExchange
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 _WORKSPACES = 2  # a batch and the shorter one at the end of an epoch
 
 
-class Replica(Collective):
+class Replica(Collective, Objective):
     """Loss and gradient of a network on one of the workers that compute it together.
 
     All workers of a replica call the same methods with the same batch (collective).  A context manager: at its end,
@@ -136,20 +136,14 @@ class Replica(Collective):
         step: int = 0,
         add: bool = False,
     ) -> Outcome:
-        """Return the outcome of the whole batch and write this worker's part of the gradient of its mean loss.
+        """Return the outcome of the whole batch and write this worker's part of the gradient of its **mean** loss.
 
-        Parameters
-        ----------
-        parameters, gradient
-            This worker's part, flat; for the gradient also a function that returns the buffer for one layer.
-        batch
-            Inputs ``(*input shape, samples)`` of all of the batch, in `dtype`.
-        on_gradient
-            Called with each layer's index, from the last to the first, as soon as its part of `gradient` is complete.
-        step
-            A number for masks that are drawn anew each step.
-        add
-            Add to what is in `gradient`, instead of overwriting it.
+        Raises
+        ------
+        ValueError
+            If a shape or dtype does not fit.
+        UserError
+            If a class is not one of the outputs.
         """
         views = self.parameters.views(parameters, "parameters")
         buffer = gradient if callable(gradient) else self.parameters.cut(gradient, "gradient").__getitem__
