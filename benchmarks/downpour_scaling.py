@@ -167,7 +167,7 @@ def contestant(which: str, way: str, period: int, steps: int, replicas: int, sha
                     answer = np.array([time.perf_counter() - self._began, transfers, processor])
                     waiting.complete(comm.Isend(answer, 0, _ANSWER), "rank 0")
                 order = np.empty(1)
-                waiting.until(comm.Irecv(order, 0, _ORDER).Test, "an order", seconds=3600, longest_nap=0.01)
+                waiting.until(comm.Irecv(order, 0, _ORDER).Test, "an order", seconds=3600, longest_sleep=0.01)
                 if not order[0]:
                     return False
                 self._began, self._processor = time.perf_counter(), time.process_time()
@@ -222,7 +222,7 @@ def contestant(which: str, way: str, period: int, steps: int, replicas: int, sha
 
             common.serve(steps=take_steps)
             tell(0.0)
-        waiting.until(comm.Ibarrier().Test, "the others", serve=server.poll, seconds=3600, longest_nap=0.001)
+        waiting.until(comm.Ibarrier().Test, "the others", serve=server.poll, seconds=3600, longest_sleep=0.001)
 
 
 if __name__ == "__main__":

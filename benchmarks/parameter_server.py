@@ -123,7 +123,7 @@ def contestant(way: str) -> None:
             go = np.ones(1)
             while True:
                 request = comm.Irecv(go, 0, _ORDER)
-                waiting.until(request.Test, "an order", seconds=3600, longest_nap=0.01)
+                waiting.until(request.Test, "an order", seconds=3600, longest_sleep=0.01)
                 if not go[0]:
                     break
                 start = time.perf_counter()

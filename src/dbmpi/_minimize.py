@@ -37,13 +37,10 @@ from dbmpi.methods.warm import use_kernels
 from dbmpi.mpi import blocking, pieces, waiting
 from dbmpi.mpi.silent_ends import aloud
 from dbmpi.mpi.world import end_all_on_failure, start, together
-from dbmpi.replica.warmup import first_on_each_node
 
 if TYPE_CHECKING:
     from dbmpi.methods.own import Method
-
-Objective = Callable[[np.ndarray], tuple[float, np.ndarray]]
-"""``objective(x)``: this rank's term of the loss at x, and its gradient, an array of the shape of x."""
+    from dbmpi.objective import Function
 
 MESSAGES = {
     "gradient": "the gradient is as small as gtol",
@@ -90,7 +87,7 @@ class Minimum(NamedTuple):
 
 
 def minimize(
-    objective: Objective,
+    objective: Function,
     x: np.ndarray,
     comm: MPI.Intracomm | None = None,
     *,
@@ -233,7 +230,7 @@ class _Problem:
     def __init__(
         self,
         comm: MPI.Intracomm,
-        objective: Objective,
+        objective: Function,
         begin: np.ndarray,
         parameters: str,
         callback: Callable[[Progress, np.ndarray], bool | None] | None,
@@ -268,7 +265,7 @@ class _Problem:
             if comm.size > 1:
                 self._say(threads.prepare().line)
         if comm.size > 1:
-            first_on_each_node(comm, partial(use_kernels, begin.dtype.name))
+            blocking.first_on_each_node(comm, partial(use_kernels, begin.dtype.name))
 
     def point(self, name: str = POINT) -> np.ndarray:
         """Return what the objective is to see of a vector, not to be written (collective).

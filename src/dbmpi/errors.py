@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 DIED = 75
-"""Exit code where a rank's death has ended the run, and the same command would go on (EX_TEMPFAIL of sysexits.h)."""
+"""Exit code where a rank's death has ended the run, which the same command would resume (EX_TEMPFAIL of sysexits.h)."""
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave: a file, a setting, a launch line.
+    """A mistake of the user: in a file, a setting, a launch line.
 
     The message says what was given, what was expected and how to fix it.  The command line prints it
     once, on one rank, without a traceback, and ends with exit code 2.
@@ -17,7 +17,7 @@ class UserError(ValueError):
 
 
 class KnownToAll(UserError):
-    """A mistake that every rank has heard of: all leave at the same place, and none waits for another."""
+    """A mistake that every rank knows of: all leave at the same point, and none waits for another."""
 
 
 class ToldElsewhere(KnownToAll):
@@ -25,19 +25,19 @@ class ToldElsewhere(KnownToAll):
 
 
 class RunFailed(RuntimeError):
-    """A run that started well and cannot go on, e.g. because the loss is no longer finite (exit code 1)."""
+    """A run that started well and cannot continue, e.g. because the loss is no longer finite (exit code 1)."""
 
 
 class DiskFailed(RunFailed):
-    """A file could not be written, because of its disk or directory: what was there before is whole."""
+    """A file could not be written, because of its disk or directory; its earlier version is whole."""
 
 
 class Damaged(UserError):
-    """A file that is torn, or not what was written."""
+    """A file that is torn, or has changed since it was written."""
 
 
 class EndedByDeath(RunFailed):
-    """A run that cannot go on because a rank has died (exit code 75)."""
+    """A run that cannot continue because a rank has died (exit code 75)."""
 
 
 def suggestion(word: str, known: Iterable[str], otherwise: str | None = None) -> str:

@@ -1,7 +1,7 @@
 """What an optimizer sees: parameters and a batch in, a loss and a gradient out.
 
-A network is one implementation (:mod:`dbmpi.network`); a user's own function is another.  The optimizers
-know nothing else, so that they work for both.
+Training takes an :class:`Objective`, of which a network is one implementation (:class:`dbmpi.replica.replica.Replica`).
+Outside training, :func:`dbmpi.minimize` takes a :data:`Function`, which has its data in it.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class Batch(NamedTuple):
     targets: np.ndarray
     """int32 ``(samples,)`` for classes, or float32 ``(outputs, samples)`` for values."""
     weights: np.ndarray | None = None
-    """float32 ``(samples,)``: by which the loss of each sample is multiplied; None: all count alike.  The mean over all
-    samples of the data is to be 1, so that the mean loss of many batches is the weighted mean."""
+    """float32 ``(samples,)``: factors of the samples' losses; None: all count alike.  Their mean over the whole data
+    must be 1, so that the mean loss of many batches is the weighted mean."""
 
     @property
     def samples(self) -> int:
@@ -43,7 +43,7 @@ class Outcome(NamedTuple):
     """Number of samples whose largest output is that of their class; -1 if the targets are not classes."""
 
     def plus(self, other: Outcome) -> Outcome:
-        """Return the outcome of both sets of samples together."""
+        """Return the outcome of the samples of this one and of `other` together."""
         correct = -1 if min(self.correct, other.correct) < 0 else self.correct + other.correct
         return Outcome(self.samples + other.samples, self.loss + other.loss, correct)
 
@@ -64,12 +64,20 @@ class Outcome(NamedTuple):
 
 
 Gradient: TypeAlias = "np.ndarray | Callable[[int], np.ndarray]"
-"""Where a gradient goes: a flat vector, or what gives room for the part of a layer, asked with the layer's number
-just before this is computed; not before the layer above is complete."""
+"""Where to write a gradient: a flat vector, or a function that returns the buffer for one layer, called with the
+layer's index just before that layer's backward pass, and after the one above is complete."""
+
+
+Function: TypeAlias = "Callable[[np.ndarray], tuple[float, np.ndarray]]"
+"""``function(x)`` returns a loss at x, e.g. one rank's term of it, and its gradient, an array of the shape of x."""
 
 
 class Objective(Protocol):
-    """A differentiable function of a flat parameter vector and a batch."""
+    """A differentiable function of a flat parameter vector and a batch.
+
+    Where several processes compute it together, each has its own part of the parameters and of the gradient, and all
+    call the same methods with the same batch.
+    """
 
     @property
     def size(self) -> int:
@@ -86,15 +94,27 @@ class Objective(Protocol):
         step: int = 0,
         add: bool = False,
     ) -> Outcome:
-        """Return the outcome of the batch and write the gradient of its **mean** loss into `gradient`.
+        """Return the outcome of a batch and write the gradient of its **mean** loss.
 
-        With `add` it is added to what is there.
+        Where several processes compute it, the outcome is that of the whole batch, and the gradient this process's.
 
-        `on_gradient` is called with each layer's number as soon as its part of `gradient` is complete.
-        `step` differs from step to step and from replica to replica, for what is drawn anew each time.
+        Parameters
+        ----------
+        parameters : (size,) array
+            Read only; those of a layer are needed no more once its part of the gradient is complete.
+        batch
+            The samples.
+        gradient : (size,) array or callable
+            Where to write the gradient, in the dtype of `parameters`.
+        on_gradient
+            Called with each layer's index, from the last to the first, as soon as its part of `gradient` is complete.
+        step
+            A number that differs from step to step and from replica to replica, for masks that are drawn anew.
+        add
+            Add to `gradient` instead of overwriting it.
         """
         ...
 
     def evaluate(self, parameters: np.ndarray, batch: Batch) -> Outcome:
-        """Return the outcome of the batch; dropout and the like are off."""
+        """Return the outcome of `batch` with `parameters`; dropout and the like are off."""
         ...

@@ -18,7 +18,7 @@ from dbmpi.errors import KnownToAll, UserError
 from dbmpi.kernels import matmul
 from dbmpi.mpi import waiting
 from dbmpi.objective import Batch
-from dbmpi.replica.products import agree_on_products
+from dbmpi.replica.warmup import agree_on_products
 from dbmpi.replica.whole import WholeNetwork
 from dbmpi.runs.inference import Inference
 

@@ -13,7 +13,7 @@ from dbmpi.monitor.records import read_records
 from dbmpi.network.description import Network
 from dbmpi.network.own import from_directory
 from dbmpi.replica import placement
-from dbmpi.replica.tensors import worker_layout
+from dbmpi.replica.tensors import tensor_boxes
 from dbmpi.runs.training import train
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -150,7 +150,7 @@ def test_shards_that_follow_partitions_learn_the_same_and_move_the_least(comm, p
             network = Network(run.network, (tiny.FEATURES,), run.run.seed)
             placed = placement.from_config(run.placement, network.layers, partitions)
             for partition, mine in found.items() if align == "partition" else ():
-                own = worker_layout(network.layers, placed, partition).size
+                own = sum(box.size for box in tensor_boxes(network.layers, placed, partition).values())
                 assert mine["pushed_bytes"] == mine["fetched_bytes"] == 4 * own * mine["step"]
                 # One piece for each shard that holds something of this partition.
                 most = -(-shards // partitions) if shards % partitions == 0 or partitions % shards == 0 else shards

@@ -403,13 +403,13 @@ def test_a_stop_while_a_warmstart_waits_ends_the_run(comm, place, loads, rank, n
     """Whoever gets the signal: the lead, the replica that learns, or the one that waits."""
     run = tiny.describe(place, topology={"shards": 1}, optimizer={"epochs": 10**6, "warmstart": ALL})
     learning, sent = place / "learning", comm.rank != rank
-    serve = waiting.Backoff.nap
+    serve = waiting.Backoff.sleep
 
     def learn(batch: int) -> None:
         if batch == 5:
             learning.touch()
 
-    def nap(backoff: waiting.Backoff) -> None:
+    def sleep(backoff: waiting.Backoff) -> None:
         nonlocal sent
         if not sent and learning.exists():
             sent = True
@@ -418,7 +418,7 @@ def test_a_stop_while_a_warmstart_waits_ends_the_run(comm, place, loads, rank, n
 
     loads.before = learn
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(waiting.Backoff, "nap", nap)
+        patch.setattr(waiting.Backoff, "sleep", sleep)
         result = train(run, comm)
     assert result.stopped_by == number
     assert result.steps >= 5

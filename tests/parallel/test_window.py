@@ -115,7 +115,7 @@ def test_the_probe_measures_both_transports_and_takes_the_faster(comm, monkeypat
 
     def measured(comm, transport, target, origin) -> mpi_transport.Speed:
         assert (target, origin) == (0, 1)
-        return mpi_transport.Speed(1e9, 1e9 if transport == faster else 1e6, 1e-5)
+        return mpi_transport.Speed(1e9, 1e9 if transport == faster else 1e6, 1e-5, True, False)
 
     monkeypatch.setattr(mpi_transport, "measure", measured)
     for faster in mpi_transport.TRANSPORTS:

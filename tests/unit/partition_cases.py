@@ -6,7 +6,16 @@ from hypothesis import strategies as st
 from unit.partition_layers import Dense, Elementwise, Filter, Normalisation, Pooling, SplitDense
 
 from dbmpi.index.boxes import Box
+from dbmpi.replica.group import Group
 from dbmpi.replica.placement import Placement, can_split_by_inputs
+
+
+class Seat(Group):
+    """A place in a group of workers of which only the plans are asked."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(None)
+        self.rank = rank
 
 
 def shares():

@@ -6,24 +6,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from unit.partition_cases import networks, random_placements, shares
+from unit.partition_cases import Seat, networks, random_placements, shares
 from unit.partition_layers import Dense, Filter, SplitDense, layout_of
 
 from dbmpi.config import ServerSection
 from dbmpi.errors import UserError
 from dbmpi.index.layout import pieces
 from dbmpi.replica.arrangement import aligned, equal, from_config
-from dbmpi.replica.group import Group
 from dbmpi.replica.parameters import LocalParameters
 from dbmpi.replica.placement import automatic
-
-
-class Seat(Group):
-    """A place in a group of workers of which only the plans are asked."""
-
-    def __init__(self, rank: int) -> None:
-        super().__init__(None)
-        self.rank = rank
 
 
 def local_parameters(layers, placement, worker):

@@ -10,7 +10,7 @@ from unit.partition_layers import indices
 
 from dbmpi.index.boxes import Box
 from dbmpi.index.lookup import Index
-from dbmpi.replica.grid import Grid, cut_axes, proportional
+from dbmpi.replica.cut import Grid, cut_axes, proportional
 
 
 @st.composite

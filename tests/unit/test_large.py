@@ -12,7 +12,7 @@ from mpi4py import MPI
 from dbmpi.index.layout import Stretch, cut
 from dbmpi.kernels import sums, vectors
 from dbmpi.mpi import pieces
-from dbmpi.mpi.window import Window
+from dbmpi.mpi.window import Window, _OneSided
 from dbmpi.network.initial import fill_uniform
 from dbmpi.paramserver.client import Client
 from dbmpi.paramserver.memory import Memory
@@ -114,9 +114,13 @@ def test_windows_move_a_shard_of_8_gib(transport):
         return Done()
 
     window = Window.__new__(Window)
-    window._comm, window._near, window._gets, window._puts = Counting(0, 2), {}, {}, {}
-    window._messages = SimpleNamespace(get=get, put=get, serve=lambda: False) if transport == "p2p" else None
-    window._win = SimpleNamespace(Rget=get, Rput=get)
+    window._comm, window._near, window._gets = Counting(0, 2), {}, {}
+    if transport == "p2p":
+        window._remote = SimpleNamespace(get=get, put=get, complete=lambda *_: None)
+    else:
+        window._remote = _OneSided.__new__(_OneSided)
+        window._remote._comm, window._remote._puts = window._comm, {}
+        window._remote._win = SimpleNamespace(Rget=get, Rput=get)
     values, start = empty(MANY), 2**33 + 64
     for move in (window.get, window.put):
         asked.clear()

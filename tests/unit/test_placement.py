@@ -12,8 +12,8 @@ from unit.partition_layers import NETWORKS, Dense, Elementwise, Filter, Normalis
 from dbmpi.config import PlacementSection
 from dbmpi.errors import UserError
 from dbmpi.index.boxes import Box
+from dbmpi.replica.cut import Reach
 from dbmpi.replica.placement import Placement, automatic, check, explicit, from_config, needed_inputs, values_moved
-from dbmpi.replica.reach import Reach
 
 
 def times_owned(layer, owned):

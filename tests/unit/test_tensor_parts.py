@@ -1,27 +1,29 @@
 """Which parameters a worker needs and pushes: everybody's together are the whole vector, each element pushed once."""
 
-from itertools import pairwise
+from itertools import accumulate
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from unit.partition_cases import networks, random_placements, shares
+from unit.partition_cases import Seat, networks, random_placements, shares
 from unit.partition_layers import NETWORKS, Dense, Filter, SplitDense, indices, layout_of
 
 from dbmpi.errors import UserError
 from dbmpi.index.boxes import Box
+from dbmpi.index.layout import pieces
+from dbmpi.replica.parameters import LocalParameters
 from dbmpi.replica.placement import automatic, explicit
-from dbmpi.replica.tensors import pushed_runs, tensor_boxes, tensor_parts, tensor_runs, worker_layout
+from dbmpi.replica.tensors import tensor_boxes, tensor_parts
 
 
-def positions(runs):
-    return [position for run in runs for position in run]
-
-
-def tidy(runs):
-    """Whether ranges are sorted and merged, and none is empty."""
-    return all(len(run) for run in runs) and all(a.stop < b.start for a, b in pairwise(runs))
+def runs_of(layers, placement, worker):
+    """Return where a worker's own vector lies in the whole, merged; and whether it pushes the gradient."""
+    parameters = LocalParameters(layers, layout_of(layers), placement, Seat(worker), np.dtype(np.float32))
+    (runs,) = pieces(parameters.runs, [range(layout_of(layers).size)])
+    assert [run.local for run in runs] == [0, *accumulate(run.length for run in runs)][:-1]
+    assert sum(run.length for run in runs) == parameters.size
+    return [(range(run.start, run.start + run.length), run.pushed) for run in runs]
 
 
 @settings(max_examples=60)
@@ -38,20 +40,16 @@ def test_everything_is_pushed_once_by_one_who_needs_it(layers, data):
     needers = [set() for _ in range(layout.size)]
     pushes = np.zeros(layout.size, int)
     for worker in range(placement.partitions):
-        runs = tensor_runs(layers, layout, placement, worker)
-        assert tidy(runs)
+        runs = runs_of(layers, placement, worker)
+        assert all(len(run) for run, _ in runs)
         boxes = tensor_boxes(layers, placement, worker)
         views = layout.views(numbers)
         expected = [n for tensor in layout.tensors for n in views[tensor.name][boxes[tensor.name].slices()].ravel()]
-        assert positions(runs) == expected
-        own = worker_layout(layers, placement, worker)
-        assert own.size == len(expected)
+        assert [position for run, _ in runs for position in run] == expected
         for position in expected:
             needers[position].add(worker)
-        pushed = pushed_runs(layout, parts, worker)
-        assert tidy(pushed)
-        assert set(positions(pushed)) <= set(expected)
-        pushes[positions(pushed)] += 1
+        for run, pushed in runs:
+            pushes[run.start : run.stop] += pushed
     # Fields reach everything, so that every parameter is needed by somebody.
     assert (pushes == 1).all()
     for part in parts:
@@ -103,7 +101,7 @@ def test_columns_of_a_layer_split_by_inputs():
     assert placement.splits[1] == "inputs"
     layout = layout_of(layers)
     start = layout.offsets["narrow/weights"]
-    runs = tensor_runs(layers, layout, placement, 1)
+    runs = [run for run, _ in runs_of(layers, placement, 1)]
     assert runs[2:-1] == [range(start + 40 * unit + 10, start + 40 * unit + 20) for unit in range(6)]
     assert [len(run) for run in runs[:2]] == [50, 10]
     assert len(runs[-1]) == placement.boxes[1][1].size
@@ -114,8 +112,7 @@ def test_one_worker_needs_the_whole_vector_as_one_run():
         layers = network()
         layout = layout_of(layers)
         placement = automatic(layers, 1)
-        assert tensor_runs(layers, layout, placement, 0) == [range(layout.size)]
-        assert pushed_runs(layout, tensor_parts(layers, placement), 0) == [range(layout.size)]
+        assert runs_of(layers, placement, 0) == [(range(layout.size), True)]
 
 
 @pytest.mark.parametrize("network", NETWORKS)
@@ -126,7 +123,8 @@ def test_the_papers_networks_are_divided_without_remainder(network):
     parts = tensor_parts(layers, placement)
     assert not any(part.shared for part in parts)
     assert sum(part.box.size for part in parts) == layout.size
-    sizes = [sum(map(len, tensor_runs(layers, layout, placement, worker))) for worker in range(144)]
+    boxes = [tensor_boxes(layers, placement, worker) for worker in range(144)]
+    sizes = [sum(box.size for box in its.values()) for its in boxes]
     assert sum(sizes) == layout.size
     if network == "speech":
         assert layout.size == 41_777_152

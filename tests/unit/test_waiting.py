@@ -1,4 +1,4 @@
-"""Waiting: it serves, naps longer and longer, and ends with a reason; a slow or suspended run is no stall."""
+"""Waiting: it serves, sleeps longer and longer, and ends with a reason; a slow or suspended run is no stall."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from dbmpi.mpi import waiting
 
 
 class Clock:
-    """A clock that only naps and the test move."""
+    """A clock that only sleeps and the test move."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
-        self.naps: list[float] = []
+        self.sleeps: list[float] = []
         monkeypatch.setattr(time, "monotonic", lambda: self.now)
         monkeypatch.setattr(time, "sleep", self.sleep)
         monkeypatch.setattr(os, "sched_yield", lambda: self.sleep(0))
 
     def sleep(self, seconds: float) -> None:
-        self.naps.append(seconds)
+        self.sleeps.append(seconds)
         self.now += max(seconds, 1e-6)
 
 
@@ -35,22 +35,22 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 def test_what_holds_already_is_not_waited_for(clock: Clock) -> None:
     waiting.until(lambda: True, "nothing")
-    assert clock.naps == []
+    assert clock.sleeps == []
 
 
-def test_naps_grow_up_to_the_longest(clock: Clock) -> None:
+def test_sleeps_grow_up_to_the_longest(clock: Clock) -> None:
     backoff = waiting.Backoff(shortest=1e-5, longest=1e-3)
     for _ in range(140):
-        backoff.nap()
-    yields = clock.naps.count(0)  # the first nap included
-    assert sum(clock.naps) + 1e-6 * yields == pytest.approx(clock.now)
+        backoff.sleep()
+    yields = clock.sleeps.count(0)  # the first sleep included
+    assert sum(clock.sleeps) + 1e-6 * yields == pytest.approx(clock.now)
     assert 1e-6 * yields == pytest.approx(1e-4, rel=0.1)
-    assert clock.naps[yields : yields + 3] == pytest.approx([1e-5, 1.25e-5, 1.5625e-5])
-    assert clock.naps[-3:] == [1e-3] * 3
-    assert clock.naps == sorted(clock.naps)
+    assert clock.sleeps[yields : yields + 3] == pytest.approx([1e-5, 1.25e-5, 1.5625e-5])
+    assert clock.sleeps[-3:] == [1e-3] * 3
+    assert clock.sleeps == sorted(clock.sleeps)
     backoff.reset()
-    backoff.nap()
-    assert clock.naps[-1] == 0
+    backoff.sleep()
+    assert clock.sleeps[-1] == 0
 
 
 def test_a_stall_ends_with_what_was_waited_for(clock: Clock) -> None:
@@ -92,12 +92,12 @@ def test_signs_of_life_put_the_end_off(clock: Clock) -> None:
     assert 44 < clock.now < 44.2
 
 
-def test_a_sign_of_life_makes_the_naps_short_again(clock: Clock) -> None:
+def test_a_sign_of_life_makes_the_sleeps_short_again(clock: Clock) -> None:
     served = [False] * 150 + [True] + [False] * 5
     answers = iter(served)
-    waiting.until(lambda: len(clock.naps) >= 155, "naps", serve=lambda: next(answers))
-    assert clock.naps[149] == 1e-3
-    assert clock.naps[150] == 0
+    waiting.until(lambda: len(clock.sleeps) >= 155, "sleeps", serve=lambda: next(answers))
+    assert clock.sleeps[149] == 1e-3
+    assert clock.sleeps[150] == 0
 
 
 def test_what_others_want_is_served_in_every_wait_and_is_no_sign_of_life(clock: Clock) -> None:
@@ -105,9 +105,9 @@ def test_what_others_want_is_served_in_every_wait_and_is_no_sign_of_life(clock: 
     with waiting.serving(lambda: bool(looks.append(0)) or True), pytest.raises(RunFailed):
         waiting.until(lambda: False, "anything", seconds=1e-4)
     assert len(looks) > 10
-    assert not any(clock.naps)
+    assert not any(clock.sleeps)
     served = len(looks)
-    waiting.until(lambda: len(clock.naps) > 200, "naps")
+    waiting.until(lambda: len(clock.sleeps) > 200, "sleeps")
     assert len(looks) == served
 
 

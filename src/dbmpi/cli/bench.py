@@ -67,7 +67,7 @@ def _network(arguments: argparse.Namespace, comm: MPI.Intracomm | None, chosen: 
         here = min(ranks_on_node(os.environ), ranks)
         limits.check_activations(network.activations, samples, setting=setting, partitions=ranks, workers=here)
     if comm is not None:
-        from dbmpi.replica.products import agree_on_products
+        from dbmpi.replica.warmup import agree_on_products
 
         agree_on_products(comm, network.layers, samples)
     if speaks and not arguments.json:

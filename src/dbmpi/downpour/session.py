@@ -16,14 +16,14 @@ from dbmpi.downpour.lead import StartingPoint
 from dbmpi.kernels import updates
 from dbmpi.machine.signals import StopSignal
 from dbmpi.monitor.records import Recorder
+from dbmpi.mpi import blocking
 from dbmpi.mpi.failures import Watch
 from dbmpi.mpi.topology import Communicators, Plan
 from dbmpi.network.description import Network
 from dbmpi.paramserver.rules import rule
 from dbmpi.replica.placement import Placement
-from dbmpi.replica.products import agree_on_products
 from dbmpi.replica.replica import Replica
-from dbmpi.replica.warmup import first_on_each_node, use_layers
+from dbmpi.replica.warmup import agree_on_products, use_layers
 
 DTYPE = np.dtype(np.float32)
 """Of parameters and gradients."""
@@ -73,7 +73,7 @@ class Session:
         comm = self.comms.world
         agree_on_products(comm, self.network.layers, self.run.optimizer.batch_size)
         for use in (self._use_kernels, *others):
-            first_on_each_node(comm, use)
+            blocking.first_on_each_node(comm, use)
         self.compiled()
 
     def _use_kernels(self) -> None:

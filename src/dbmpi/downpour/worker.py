@@ -156,7 +156,7 @@ class Worker:
         """Say that all is pushed and applied, and stay until the lead ends training; return the batches learned."""
         self._report()
         self._say(MessageKind.FINISHED, self._learned)
-        self._wait_for_lead(lambda: self._ended, "the end of training", longest_nap=0.01)
+        self._wait_for_lead(lambda: self._ended, "the end of training", longest_sleep=0.01)
         return self._learned
 
     def give_up(self) -> None:
@@ -164,7 +164,7 @@ class Worker:
         with suppress(RunFailed):
             self._client.settle()
             self._mailbox.send(self._lead, Role.SHARD, MessageKind.FAILED, self._learned)
-            self._wait_for_lead(lambda: self._ended, "the lead to write a last checkpoint", longest_nap=0.01)
+            self._wait_for_lead(lambda: self._ended, "the lead to write a last checkpoint", longest_sleep=0.01)
 
     def evaluate(self, source: Source, part: int, parts: int) -> Outcome:
         """Return the outcome of one of `parts` shares of a source at the shards' present parameters.
@@ -213,7 +213,7 @@ class Worker:
                 self._wait_for_lead(
                     lambda: self._released or self._paused or self._stopping,
                     "the end of the warmstart",
-                    longest_nap=0.02,
+                    longest_sleep=0.02,
                 )
         if self._stopping:
             return Decision.STOP
@@ -236,9 +236,9 @@ class Worker:
         if self._team.speaks:
             self._mailbox.send(self._lead, Role.SHARD, kind, *values)
 
-    def _wait_for_lead(self, condition: Callable[[], bool], what: str, longest_nap: float = 1e-3) -> None:
+    def _wait_for_lead(self, condition: Callable[[], bool], what: str, longest_sleep: float = 1e-3) -> None:
         seconds = _FOR_THE_LEAD * waiting.STALL_SECONDS
-        waiting.until(condition, what, serve=self.obey, seconds=seconds, longest_nap=longest_nap)
+        waiting.until(condition, what, serve=self.obey, seconds=seconds, longest_sleep=longest_sleep)
 
     def _at_work(self) -> bool:
         """Obey, and let the others know now and then that this rank is at work though it pushes nothing."""

@@ -75,20 +75,24 @@ class Box:
         """Whether every index of `other` is one of this box."""
         return other.empty or self.meet(other) == other
 
+    def along(self, axis: int, start: int, stop: int) -> Box:
+        """Return this box with the range ``start ... stop`` on an axis."""
+        starts, stops = self.starts, self.stops
+        return Box((*starts[:axis], start, *starts[axis + 1 :]), (*stops[:axis], stop, *stops[axis + 1 :]))
+
     def minus(self, other: Box) -> tuple[Box, ...]:
         """Return boxes that together hold each index of this box that is not in `other`, once; at most two an axis."""
         common = self.meet(other)
         if common.empty:
             return () if self.empty else (self,)
-        parts = []
-        starts, stops = list(self.starts), list(self.stops)
+        parts, left = [], self
         for axis, (first, last) in enumerate(zip(common.starts, common.stops, strict=True)):
-            if starts[axis] < first:
-                parts.append(Box(tuple(starts), (*stops[:axis], first, *stops[axis + 1 :])))
-            if last < stops[axis]:
-                parts.append(Box((*starts[:axis], last, *starts[axis + 1 :]), tuple(stops)))
+            if left.starts[axis] < first:
+                parts.append(left.along(axis, left.starts[axis], first))
+            if last < left.stops[axis]:
+                parts.append(left.along(axis, last, left.stops[axis]))
             # What is left on this axis is within `other`: the next axis goes on from there.
-            starts[axis], stops[axis] = first, last
+            left = left.along(axis, first, last)
         return tuple(parts)
 
     def runs(self, shape: Sequence[int]) -> Iterator[range]:

@@ -1,15 +1,15 @@
-"""Ranks that die while the job goes on: the only file that touches MPI's fault tolerance.
+"""Ranks that die while the job continues: the only file that touches MPI's fault tolerance.
 
 Most MPIs end the whole job when a rank dies.  Open MPI 5 can let the others live: started with ``mpirun --with-ft
-ulfm`` it tells them which ranks are gone (User-Level Failure Mitigation), and everything that does not need the dead
-rank goes on.  Little is asked of it here: which ranks have died, which is known locally, and that probes for messages
-from any rank go on.  Memory that a dead rank has shared with its host stays where it is.
+ulfm`` it reports which ranks are gone (User-Level Failure Mitigation), and everything that does not need the dead
+rank continues.  Little is asked of it here: which ranks have died, which is known locally, and that probes for messages
+from any rank still work.  Memory that a dead rank has shared with its host remains.
 
-What does not go on was seen with Open MPI 5.0.  One-sided operations between hosts may not return when a rank has died,
+Some things fail, as seen with Open MPI 5.0.  One-sided operations between hosts may not return when a rank has died,
 even towards another one, so such runs use messages.  One ``MPI_Finalize`` in thirty does not return, and an Abort does
 not end the other ranks; so neither is called then.
 
-Without fault tolerance nothing here asks MPI for anything, and nobody is ever dead.
+Without fault tolerance nothing here asks MPI for anything, and no rank is ever dead.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 _abandoned: list[tuple[MPI.Request, np.ndarray | None]] = []
-"""Transfers that never end, and where MPI may still write."""
-_BETWEEN_LOOKS = 0.1
+"""Transfers that never end, and the arrays that MPI may still write to."""
+_BETWEEN_POLLS = 0.1
 _NAME = 64
-"""Bytes of a host's name, at most."""
+"""Largest number of bytes of a host's name."""
 _FIRST_TO_SPEAK = 5.0
-"""Seconds for which all but the lowest rank leave it to that one to say which rank has died."""
+"""Seconds for which all other ranks leave it to the lowest one to report which rank has died."""
 
 
 RESUMING = "The same command with --set checkpoint.resume=auto goes on from the last checkpoint, if there is one"
 
 
 class RankLost(RunFailed):
-    """What was to come from a rank will not come, because it has died."""
+    """A rank that this one waits for has died."""
 
 
 def tolerated(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether this job's MPI lets ranks live on when another one dies."""
+    """Whether this job's MPI lets ranks live on when another one dies, by the variables of an environment."""
     return outlived(environment)
 
 
@@ -56,7 +56,7 @@ _TOLERATED = tolerated()
 
 
 def dead(comm: MPI.Comm) -> tuple[int, ...]:
-    """Return the ranks of `comm` that are known to have died, in order; asks nobody, and costs microseconds.
+    """Return the ranks of `comm` that are known to have died, in order; sends nothing, and costs microseconds.
 
     MPI hears of a death when this rank enters it, e.g. by a probe.
     """
@@ -71,8 +71,8 @@ def dead(comm: MPI.Comm) -> tuple[int, ...]:
     return tuple(ranks)
 
 
-def told(error: BaseException) -> bool:
-    """Whether an exception is MPI's way to say that a rank has died."""
+def reports_death(error: BaseException) -> bool:
+    """Whether `error` is MPI's report that a rank has died."""
     if not _TOLERATED:
         return False
     from mpi4py import MPI
@@ -85,27 +85,27 @@ def told(error: BaseException) -> bool:
 
 
 def probe(comm: MPI.Comm, tag: int, status: MPI.Status | None = None) -> bool:
-    """Return whether a message with this tag has come from anybody; the deaths of others are no hindrance."""
+    """Return whether a message with this `tag` has arrived on `comm`, even where ranks have died; fill in `status`."""
     from mpi4py import MPI
 
     try:
         return comm.Iprobe(MPI.ANY_SOURCE, tag, status)
     except MPI.Exception as error:
-        if not told(error):
+        if not reports_death(error):
             raise
-        comm.Ack_failed()  # now messages from anybody are those of the living; the next probe finds them
+        comm.Ack_failed()  # the next probe finds messages of the ranks that live
         return False
 
 
 @contextmanager
 def partner(comm: MPI.Comm, rank: int) -> Iterator[None]:
-    """Raise RankLost where what is done together with a rank fails because that has died."""
+    """Raise RankLost where the block, which needs a rank of `comm`, fails because that rank has died."""
     if rank in dead(comm):
         raise RankLost(f"rank {rank} has died")
     try:
         yield
     except Exception as error:  # MPI's own, whose name is not known without importing it
-        if told(error):
+        if reports_death(error):
             raise RankLost(f"rank {rank} has died") from error
         raise
 
@@ -118,14 +118,22 @@ def complete(
     *,
     memory: np.ndarray | None = None,
     serve: Callable[[], bool] | None = None,
-    longest_nap: float = 1e-3,
+    longest_sleep: float = 1e-3,
 ) -> None:
     """Wait for a transfer with a rank by testing it.
 
     Parameters
     ----------
+    request
+        The transfer.
+    comm, rank
+        The communicator, and the rank of it that takes part.
+    what
+        What is waited for, for the message if it never comes.
     memory
-        What the transfer writes to; it is kept for good where the transfer does not end.
+        The array that the transfer writes to; it is kept for good where the transfer does not end.
+    serve, longest_sleep
+        As for :func:`waiting.until`.
 
     Raises
     ------
@@ -138,7 +146,7 @@ def complete(
 
     try:
         with partner(comm, rank):
-            waiting.until(done if _TOLERATED else request.Test, what, serve=serve, longest_nap=longest_nap)
+            waiting.until(done if _TOLERATED else request.Test, what, serve=serve, longest_sleep=longest_sleep)
     except RankLost:
         _abandoned.append((request, memory))
         raise
@@ -149,9 +157,9 @@ def _raise(rank: int) -> bool:
 
 
 def depart(comm: MPI.Comm) -> None:
-    """Wait until the first rank comes here, too; for all that are left of `comm`, as their last words."""
+    """Wait until the first rank arrives, too; the last call of all ranks of `comm` that are left."""
     word = np.zeros(1, np.int64)
-    with suppress(RunFailed):  # whatever is wrong now, the end is near
+    with suppress(RunFailed):  # whatever is wrong now, the process is about to end
         for rank in range(1, comm.size) if comm.rank == 0 else (0,):
             with suppress(RankLost), partner(comm, rank):
                 request = (
@@ -161,21 +169,21 @@ def depart(comm: MPI.Comm) -> None:
 
 
 class Watch:
-    """Looks now and then whether a rank has died, and ends the run where it cannot go on without that one.
+    """Checks now and then whether a rank has died, and ends the run where it cannot continue without that one.
 
-    As a context manager it looks in every wait, and says which rank has died where MPI has said no more than that.
+    As a context manager it checks in every wait, and reports which rank has died where MPI does not.
 
     Parameters
     ----------
     comm
-        The ranks that are looked at (collective).
+        The ranks that are watched (collective).
 
     Attributes
     ----------
     on
-        Whether there is anything to look for: without fault tolerance MPI itself ends the job.
+        Whether there is anything to check: without fault tolerance MPI itself ends the job.
     dead
-        Ranks that have died, as of the last look.
+        Ranks that have died, as of the last check.
     """
 
     def __init__(self, comm: MPI.Comm) -> None:
@@ -187,30 +195,33 @@ class Watch:
         self._dispensable: Collection[int] = ()
         self._speaker: int | None = None
         self._speaks_until = 0.0
-        self._looking = ExitStack()
+        self._serving = ExitStack()
         self.dead: frozenset[int] = frozenset()
 
     def do_without(self, dispensable: Collection[int], roles: Mapping[int, str]) -> None:
-        """From now on the run survives the death of some ranks; `roles` says of others why it does not."""
+        """Let the run survive the death of the `dispensable` ranks from now on.
+
+        `roles` gives for other ranks what messages say behind their names: why the run cannot continue without them.
+        """
         self._dispensable, self._roles = dispensable, roles
 
-    def look(self, *, now: bool = False) -> bool:
-        """Look at the ranks, a few times a second at most unless it is to be now; to be called in every wait.
+    def check(self, *, now: bool = False) -> bool:
+        """Check the ranks, a few times a second at most unless `now`; called in every wait.
 
-        Returns False: it is no sign of life.
+        Returns False: this is no sign of life.
 
         Raises
         ------
         RunFailed
-            If a rank has died without which the run cannot go on.
+            If a rank has died without which the run cannot continue.
         """
         if not self.on or (time.monotonic() < self._next and not now):
             return False
-        self._next = time.monotonic() + _BETWEEN_LOOKS
+        self._next = time.monotonic() + _BETWEEN_POLLS
         if probe(self._comm, Tag.DEATHS):
-            raise EndedByDeath("")  # why, another rank has said
-        if len(found := dead(self._comm)) > len(self.dead):
-            self.dead = frozenset(found)
+            raise EndedByDeath("")  # another rank has reported why
+        if len(gone := dead(self._comm)) > len(self.dead):
+            self.dead = frozenset(gone)
         missed = sorted(self.dead.difference(self._dispensable))
         if missed:
             self._give_up(missed)
@@ -218,25 +229,25 @@ class Watch:
 
     def __enter__(self) -> Watch:
         if self.on:
-            self._looking.enter_context(waiting.serving(self.look))
+            self._serving.enter_context(waiting.serving(self.check))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._looking.close()
-        if error is not None and told(error):
+        self._serving.close()
+        if error is not None and reports_death(error):
             until = time.monotonic() + 2 * _FIRST_TO_SPEAK
             while time.monotonic() < until:
-                self.look()  # raises
-                time.sleep(_BETWEEN_LOOKS)
+                self.check()  # raises
+                time.sleep(_BETWEEN_POLLS)
 
     def name(self, rank: int) -> str:
-        """Say which rank it was, and where."""
+        """Return the name of a rank for messages, with its host and its role."""
         return f"rank {rank} on {self._hosts[rank]}{self._roles.get(rank, '')}"
 
     def _give_up(self, missed: list[int]) -> None:
-        """Say which rank has died, on one rank, and let the others end; MPI's Abort does not where one has died."""
+        """Report on one rank which rank has died, and let the others end; MPI's Abort does not where one has died."""
         if self._speaker is None:
             self._speaker = min(set(range(self._comm.size)) - self.dead)
             self._speaks_until = time.monotonic() + _FIRST_TO_SPEAK
@@ -257,5 +268,5 @@ def _hosts(comm: MPI.Comm) -> list[str]:
     letters = MPI.Get_processor_name().encode()[:_NAME]
     name[: len(letters)] = np.frombuffer(letters, np.uint8)
     names = np.empty((comm.size, _NAME), np.uint8)
-    waiting.complete(comm.Iallgather(name, names), "the other ranks to say where they are")
+    waiting.complete(comm.Iallgather(name, names), "the names of the other ranks' hosts")
     return [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in names]

@@ -1,4 +1,4 @@
-"""Loading mpi4py's MPI, or saying in one sentence why there is none."""
+"""Loading mpi4py's MPI, or a message of one sentence why there is none."""
 
 from __future__ import annotations
 
@@ -33,5 +33,5 @@ def _one_sentence(kind: type[BaseException], error: BaseException, trace: object
 
     if launched(os.environ)[2] == 0:
         print(f"dbmpi: {error}", file=sys.stderr, flush=True)
-    if not hasattr(sys, "ps1"):  # a Python that somebody types into goes on
+    if not hasattr(sys, "ps1"):  # an interactive Python continues
         raise SystemExit(2)

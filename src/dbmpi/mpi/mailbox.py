@@ -1,7 +1,7 @@
 """Small orders between ranks, as messages of a kind and a few integers.
 
-A rank has two mailboxes: one for its role as a shard, one for its role as a worker.  Receiving never waits; what is
-sent is kept until it has left.
+A rank has two mailboxes: one for its role as a shard, one for its role as a worker.  Receiving never waits; a message
+is kept until it has left.
 """
 
 from __future__ import annotations
@@ -22,43 +22,43 @@ _WORDS = 8
 
 
 class Role(IntEnum):
-    """Whom a message is for; its number is the message's tag."""
+    """The role that a message is for; its number is the message's tag."""
 
     SHARD = Tag.SHARD
     WORKER = Tag.WORKER
 
 
 class MessageKind(IntEnum):
-    """What a message says."""
+    """The meaning of a message."""
 
     PAUSE = 1
-    """Lead to worker: come to rest before the next step and say PAUSED."""
+    """Lead to worker: pause before the next step and reply PAUSED."""
     GO = 2
-    """Lead to worker: go on after a pause."""
+    """Lead to worker: continue after a pause."""
     STOP = 3
-    """Lead to worker: take no further step and say FINISHED."""
+    """Lead to worker: take no further step and reply FINISHED."""
     END = 4
-    """Lead to everybody: training is over."""
+    """Lead to all: training is over."""
     CHECKPOINT = 5
     """Lead to shard: send me your vectors."""
     PAUSED = 6
-    """Worker to lead: at rest; how many of my batches are learned."""
+    """Worker to lead: paused; how many of my batches are learned."""
     FINISHED = 7
     """Worker to lead: my last step is taken and applied; how many of my batches are learned."""
     WARM = 8
     """Worker to lead: the warmstart is over, release the others."""
     STOP_ASKED = 9
-    """Anybody to lead: a signal asks for the end."""
+    """Any rank to lead: a signal asks for the end."""
     RELEASE = 10
     """Lead to worker: the warmstart is over, begin."""
     EVALUATION = 11
     """Worker to lead: batches of the stream passed, samples tested, correct, and the bits of the loss."""
     ALIVE = 12
-    """Worker to lead: at work, though nothing is pushed.  Lead to everybody: the run moves, keep waiting."""
+    """Worker to lead: at work, though nothing is pushed.  Lead to all: the run moves, keep waiting."""
     FAILED = 13
     """Worker to lead: I cannot take another step; in Downpour, how many of my batches are learned.
 
-    Then as after a STOP_ASKED, and the lead says END when a checkpoint is written.
+    Then as after a STOP_ASKED, and the lead sends END when a checkpoint is written.
     """
 
 
@@ -71,7 +71,15 @@ class Message(NamedTuple):
 
 
 class Mailbox:
-    """One role's messages on a communicator of dbmpi's own."""
+    """One role's messages on a communicator of dbmpi's own.
+
+    Parameters
+    ----------
+    comm
+        The ranks.
+    role
+        The role whose messages are received.
+    """
 
     def __init__(self, comm: MPI.Intracomm, role: Role) -> None:
         self._comm = comm
@@ -79,10 +87,20 @@ class Mailbox:
         self._leaving: deque[tuple[MPI.Request, np.ndarray]] = deque()
 
     def send(self, rank: int, role: Role, kind: MessageKind, *values: int) -> None:
-        """Send a message; returns at once."""
+        """Send a message; returns at once.
+
+        Parameters
+        ----------
+        rank, role
+            The destination.
+        kind
+            Of the message.
+        *values
+            Up to seven integers of 64 bits.
+        """
         words = np.zeros(_WORDS, np.int64)
         words[: 1 + len(values)] = (kind, *values)
-        # Two looks for each message: the list gets shorter, and an order to everybody does not look at all for each.
+        # Two tests for each message: the list gets shorter, and an order to all ranks does not test all for each.
         for _ in range(min(2, len(self._leaving))):
             earlier = self._leaving.popleft()
             if not earlier[0].Test():
@@ -101,7 +119,7 @@ class Mailbox:
         return Message(MessageKind(int(words[0])), status.source, tuple(int(word) for word in words[1:]))
 
     def close(self) -> None:
-        """Wait until everything sent has left."""
+        """Wait until all messages have left."""
         for request, _ in self._leaving:
             waiting.complete(request, "a message to leave")
         self._leaving.clear()

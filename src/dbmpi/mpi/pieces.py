@@ -1,8 +1,8 @@
 """Transfers of any size, in pieces that every MPI can carry.
 
 An MPI counts in C integers, or says that it does not: Open MPI 5.0 has no transfer of 2 GiB or more, and its
-collectives place what they gather by C integers, too.  So nothing that grows with a model or with data is handed to MPI
-as one: functions of this module do what the communicator's method of that name does, piece by piece where it is large.
+collectives count offsets in C integers, too.  So nothing that grows with a model or with data is handed to MPI in one
+piece: functions of this module do the same as the communicator's method of that name, piece by piece for large arrays.
 
 All pieces are begun at once, in one order on all ranks, so that they can be mixed with other operations.
 """
@@ -24,14 +24,14 @@ Parts = tuple[np.ndarray, Sequence[range]]
 
 
 class Operation(Protocol):
-    """Something that goes on, as ``MPI.Request`` does."""
+    """An operation that has begun, e.g. an ``MPI.Request``."""
 
     def Test(self) -> bool:  # noqa: N802 (MPI's name)
         """Return whether it is complete; must not be asked again then."""
 
 
 class Several:
-    """Operations that are complete when all are."""
+    """The operations given to it as one, which is complete when all of them are."""
 
     def __init__(self, operations: Iterable[Operation]) -> None:
         self._left = list(operations)
@@ -43,7 +43,7 @@ class Several:
 
 
 def divide(values: np.ndarray) -> list[np.ndarray]:
-    """Return the pieces of a contiguous array, flat and in order: views of at most `LARGEST` bytes."""
+    """Return the pieces of `values`, which is contiguous, flat and in order: views of at most `LARGEST` bytes."""
     if values.nbytes <= LARGEST:
         return [values]
     flat, step = _flat(values), max(LARGEST // values.itemsize, 1)
@@ -51,37 +51,89 @@ def divide(values: np.ndarray) -> list[np.ndarray]:
 
 
 def isend(comm: MPI.Comm, values: np.ndarray, rank: int, tag: int) -> Operation:
-    """Begin to send; the receiver calls :func:`irecv` with as many elements."""
+    """Begin to send a contiguous array; the receiver calls :func:`irecv` with as many elements.
+
+    Parameters
+    ----------
+    comm, rank, tag
+        The communicator, the destination and the message's tag.
+    values
+        Must stay until the operation is complete.
+    """
     return _together(comm.Isend(piece, rank, tag) for piece in divide(values))
 
 
 def irecv(comm: MPI.Comm, values: np.ndarray, rank: int, tag: int) -> Operation:
-    """Begin to receive what :func:`isend` sends."""
+    """Begin to receive an array that :func:`isend` sends.
+
+    Parameters
+    ----------
+    comm, rank, tag
+        The communicator, the source and the message's tag.
+    values
+        Contiguous; filled when the operation is complete.
+    """
     return _together(comm.Irecv(piece, rank, tag) for piece in divide(values))
 
 
 def ibcast(comm: MPI.Comm, values: np.ndarray, root: int) -> Operation:
-    """Begin to fill `values` on all ranks with those of `root`."""
+    """Begin to fill `values` on all ranks of `comm` with those of `root`."""
     return _together(comm.Ibcast(piece, root) for piece in divide(values))
 
 
 def iallreduce(comm: MPI.Comm, values: np.ndarray, result: np.ndarray, operation: MPI.Op) -> Operation:
-    """Begin to reduce `values` over all ranks; `result` is another array of that size."""
+    """Begin to reduce an array over all ranks.
+
+    Parameters
+    ----------
+    comm
+        The ranks.
+    values
+        This rank's; contiguous.
+    result
+        Another array of that size and dtype.
+    operation
+        How elements are combined.
+    """
     both = zip(divide(values), divide(result), strict=True)
     return _together(comm.Iallreduce(piece, into, operation) for piece, into in both)
 
 
 def iallgatherv(comm: MPI.Comm, part: np.ndarray, whole: np.ndarray, counts: Sequence[int]) -> Operation:
-    """Begin to gather everybody's `part`, of ``counts[rank]`` elements, in `whole` on all ranks."""
+    """Begin to gather all ranks' parts on all ranks.
+
+    Parameters
+    ----------
+    comm
+        The ranks.
+    part
+        This rank's ``counts[rank]`` elements.
+    whole
+        All parts in the order of the ranks; contiguous.
+    counts
+        Elements of each rank's part.
+    """
     if whole.nbytes <= LARGEST:
         return comm.Iallgatherv(part, [whole, counts])
     parts = _parts(whole, counts)
     parts[comm.rank][:] = part.reshape(-1)
-    return Several(ibcast(comm, its, owner) for owner, its in enumerate(parts))
+    return Several(ibcast(comm, values, owner) for owner, values in enumerate(parts))
 
 
 def ireduce_scatter(comm: MPI.Comm, whole: np.ndarray, part: np.ndarray, counts: Sequence[int]) -> Operation:
-    """Begin to add up `whole` over all ranks of `comm`; each gets its ``counts[rank]`` elements in `part`."""
+    """Begin to add up an array over all ranks, each of which gets a part of the sum.
+
+    Parameters
+    ----------
+    comm
+        The ranks.
+    whole
+        This rank's summand; contiguous.
+    part
+        This rank's ``counts[rank]`` elements of the sum.
+    counts
+        Elements of each rank's part, in the order of the ranks.
+    """
     if whole.nbytes <= LARGEST:
         return comm.Ireduce_scatter(whole, part, counts)
     from mpi4py import MPI
@@ -89,8 +141,8 @@ def ireduce_scatter(comm: MPI.Comm, whole: np.ndarray, part: np.ndarray, counts:
     into = divide(part)
     return Several(
         comm.Ireduce(piece, into[number] if owner == comm.rank else None, MPI.SUM, owner)
-        for owner, its in enumerate(_parts(whole, counts))
-        for number, piece in enumerate(divide(its))
+        for owner, values in enumerate(_parts(whole, counts))
+        for number, piece in enumerate(divide(values))
     )
 
 

@@ -1,4 +1,4 @@
-"""Ends of one rank that Python says nothing about: the other ranks wait for it, so they become failures with a message.
+"""Ends of one rank that Python does not report: the other ranks wait for it, so they become failures with a message.
 
 ``sys.exit`` in a user's objective, layer, method or callback leaves no traceback, and ``os._exit`` leaves nothing at
 all: MPICH's launcher then ends the job without a line, after ``os._exit(0)`` even with exit code 0.
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 def aloud(comm: MPI.Comm) -> Iterator[None]:
     """Let no rank leave the block by ending itself without a message.
 
-    ``SystemExit`` becomes RunFailed, which ends all ranks like any exception; ``os._exit`` says where it was called
-    and ends all ranks.  A process alone may end as it likes, and so may children that this one has forked,
-    and a watchdog in another thread.
+    ``SystemExit`` becomes RunFailed, which ends all ranks like any exception; ``os._exit`` reports where it was called
+    and ends all ranks.  A process alone may end in any way, and so may children that this one has forked, and a
+    watchdog in another thread.
 
     Raises
     ------
@@ -52,12 +52,12 @@ def aloud(comm: MPI.Comm) -> Iterator[None]:
         yield
     except SystemExit as error:
         where = _where(traceback.extract_tb(error.__traceback__))
-        said = f"SystemExit: {error.code}" if error.code is not None else "SystemExit"
-        raise RunFailed(f"{said}, raised{where}; the other ranks cannot go on without this one") from error
+        name = f"SystemExit: {error.code}" if error.code is not None else "SystemExit"
+        raise RunFailed(f"{name}, raised{where}; the other ranks cannot go on without this one") from error
     finally:
         os._exit = before
 
 
 def _where(frames: traceback.StackSummary) -> str:
-    """Return the place of the innermost call."""
+    """Return the file and line of the innermost call."""
     return f" in {frames[-1].filename}, line {frames[-1].lineno}" if frames else ""

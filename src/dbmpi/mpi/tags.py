@@ -6,25 +6,25 @@ from enum import IntEnum
 
 
 class Tag(IntEnum):
-    """What a message belongs to."""
+    """The purpose of a message."""
 
     SHARD = 1
     """Orders for the role of a shard (:class:`dbmpi.mpi.mailbox.Role`)."""
     WORKER = 2
     """Orders for the role of a worker."""
     CONCLUSION = 5
-    """What the lead of a run by Sandblaster tells every rank in the end."""
+    """The result of a run by Sandblaster, from its lead to every rank."""
     EXCHANGE = 7
     """Activations and their gradients between partitions."""
     LOSS = 8
     """Outputs that change from a cut by units to one by samples."""
     SUMS = 9
-    """Gradients of parameters that several partitions have."""
+    """Gradients of parameters that several partitions share."""
     PREDICTIONS = 11
     """Outputs for the rank that writes them."""
     LAST_TRANSFER = 30000
     """The largest tag of transfers, which number theirs from 1 on a communicator of their own."""
     DEATHS = 30001
-    """That another rank has said why the run ends."""
+    """A notice that another rank has reported why the run ends."""
     DEPARTURE = 30002
-    """That the first rank ends, of a world in which others have died."""
+    """A notice that the first rank ends, in a world in which others have died."""

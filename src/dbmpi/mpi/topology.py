@@ -1,6 +1,6 @@
-"""Which rank plays which role, and the communicators by role.
+"""The role of each rank, and the communicators by role.
 
-The plan is pure arithmetic, computable for any world without MPI; the communicators are made from it.
+The plan is pure arithmetic, computable for any world without MPI; the communicators follow from it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from dbmpi.errors import UserError
 from dbmpi.mpi import blocking
-from dbmpi.mpi.collective import Collective
+from dbmpi.mpi.blocking import Collective
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -79,7 +79,7 @@ class Plan:
 
 
 def plan(section: TopologySection, world: int) -> Plan:
-    """Fit the ``[topology]`` section to a world of `world` ranks.
+    """Fit the ``[topology]`` `section` to a world of `world` ranks.
 
     A number that is left out follows from the others; ``shards`` and ``partitions`` default to 1 where ``replicas``
     can follow.  A world of one rank plays all roles.
@@ -114,7 +114,7 @@ def _filled_in(section: TopologySection, world: int) -> Plan:
 
 
 def _problem(plan: Plan, world: int) -> str:
-    """Say why a plan does not fit a world; empty if it does."""
+    """Return why a plan does not fit a world; empty if it does."""
     if plan.world != world:
         return f"the topology does not fit the world: {_count(world, 'rank')} started, but {_sum(plan)}"
     if plan.colocate and plan.shards > plan.workers:
@@ -126,7 +126,7 @@ def _problem(plan: Plan, world: int) -> str:
 
 
 def _advice(section: TopologySection, world: int) -> str:
-    """Say what would fit, changing as little as can be: every way out has been tried."""
+    """Return which settings would fit, changing as few as possible; all of them have been tried."""
     numbers = range(world, 0, -1)
     changes: list[dict[str, int | bool]] = [
         {name: number} for name in ("replicas", "shards", "partitions") for number in numbers
@@ -135,7 +135,7 @@ def _advice(section: TopologySection, world: int) -> str:
     changes.append({"shards": 1, "replicas": max(world - 1, 1), "partitions": 1, "colocate": world == 1})
     fits = next(change for change in changes if _fits(section.model_copy(update=change), world))
     settings = " and ".join(f"topology.{name} = {str(value).lower()}" for name, value in fits.items())
-    # What the numbers add up to, and worlds near this one: a mistyped number of shards must not make a list as long.
+    # The sum of the numbers, and worlds near this one: a mistyped number of shards must not make a list as long.
     near = range(1, 2 * world + 64)
     others = sorted({_filled_in(section, world).world, *near}, key=lambda ranks: abs(ranks - world))
     ranks = next((other for other in others if _fits(section, other)), None)
@@ -157,7 +157,14 @@ def _sum(plan: Plan) -> str:
 
 
 class Communicators(Collective):
-    """The communicators of one plan; made and freed by all ranks together.
+    """The communicators of one plan; created and freed by all ranks together.
+
+    Parameters
+    ----------
+    comm
+        All ranks, as many as the plan needs.
+    plan
+        The role of each.
 
     Attributes
     ----------
@@ -177,16 +184,17 @@ class Communicators(Collective):
         if comm.size != plan.world:
             raise ValueError(f"the plan needs {plan.world} ranks, the communicator has {comm.size}")
         shard, worker = plan.shard_of(comm.rank), plan.worker_of(comm.rank)
-        none = MPI.UNDEFINED
+        replica = None if worker is None else worker // plan.partitions
+
+        def split(color: int | None, number: int | None, roles: str) -> MPI.Intracomm:
+            """Return the communicator of the ranks with the same color, by their numbers in a role."""
+            what = f"all ranks to set apart the {roles}"
+            return blocking.split(comm, MPI.UNDEFINED if color is None else color, number or 0, what)
+
         self.world = blocking.duplicate(comm, "all ranks to begin the run")
-        self.shards = blocking.split(
-            comm, none if shard is None else 0, shard or 0, "all ranks to set apart the shards"
-        )
-        self.workers = blocking.split(
-            comm, none if worker is None else 0, worker or 0, "all ranks to set apart the workers"
-        )
-        mine = none if worker is None else worker // plan.partitions
-        self.replica = blocking.split(comm, mine, worker or 0, "all ranks to set apart the replicas")
+        self.shards = split(None if shard is None else 0, shard, "shards")
+        self.workers = split(None if worker is None else 0, worker, "workers")
+        self.replica = split(replica, worker, "replicas")
 
     def free(self) -> None:
         """Free the communicators (collective); a second call does nothing."""
@@ -195,7 +203,7 @@ class Communicators(Collective):
         from dbmpi.mpi import failures
 
         if self.world != MPI.COMM_NULL and failures.dead(self.world):
-            return  # nobody can do anything together with the dead
+            return  # nothing collective is possible once a rank has died
         for name in ("replica", "workers", "shards", "world"):
             comm = getattr(self, name)
             if comm != MPI.COMM_NULL:

@@ -1,10 +1,10 @@
-"""Memory of ranks on other hosts, reached by two-sided messages: the twin of ``MPI.Win`` with the same results.
+"""Memory of ranks on other hosts, reached by two-sided messages: the twin of one-sided operations, with their results.
 
 Some MPIs carry out one-sided operations between hosts slowly, or only when their target happens to enter MPI.  Here the
 target knows of every transfer, because it takes part in it: it receives what is put straight into its memory, answers
-what is asked for, and sees by :meth:`Messages.serve` that something is under way.
+requests, and sees by :meth:`Messages.serve` that something is under way.
 
-What one rank asks of another is done in the order of asking: a store after all earlier puts, a load after all earlier
+A rank carries out the requests of another in their order: a store after all earlier puts, a load after all earlier
 gets.  Puts may overlap one another, and so may gets, but nothing else may.  A swap is carried out by the owner of the
 word, between two other orders.
 """
@@ -12,6 +12,7 @@ word, between two other orders.
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -25,8 +26,119 @@ from dbmpi.mpi.tags import Tag
 
 _ORDERS = 0
 """Tag of orders; the data that belong to one have the tag that it names."""
-_NAP = 1e-4
-"""Longest sleep, in seconds, while waiting for data; MPI only makes progress when polled."""
+_LONGEST_SLEEP = 1e-4
+"""Longest sleep, in seconds, while waiting for remote data; MPI only makes progress when polled."""
+
+
+class Remote(ABC):
+    """One rank's transfers with ranks that share no memory with it.
+
+    Parameters
+    ----------
+    comm
+        All ranks.
+
+    Attributes
+    ----------
+    swaps_all
+        Whether words of memory that ranks do share are swapped by it, too: all must use the same way to a word.
+    """
+
+    swaps_all: bool
+
+    def __init__(self, comm: MPI.Intracomm) -> None:
+        self._comm = comm
+        self._lock = threading.Lock()
+        # Several threads of this rank may have transfers on the way; each has put what its own flag announces.
+        self._puts: dict[tuple[int, int], list[MPI.Request]] = {}
+        self._leaving: dict[int, deque[tuple[MPI.Request, np.ndarray]]] = {}
+
+    @abstractmethod
+    def get(self, rank: int, offset: int, out: np.ndarray) -> MPI.Request:
+        """Begin to copy from `offset` of a rank's memory into `out`, for which the caller waits by `complete`."""
+
+    def put(self, rank: int, offset: int, data: np.ndarray) -> None:
+        """Begin to copy `data` to `offset` of a rank's memory; it must stay until this thread's next store there."""
+        self._puts.setdefault((threading.get_ident(), rank), []).append(self._put(rank, offset, data))
+
+    def store(self, rank: int, offset: int, value: int) -> None:
+        """Set the flag at `offset` of a rank's memory to `value` after all of this thread's earlier puts there."""
+        pending = self._puts.pop((threading.get_ident(), rank), ())
+        for request in pending:
+            self.complete(request, rank, f"data to leave for rank {rank}")
+        self._store(rank, offset, value, after_puts=bool(pending))
+
+    @abstractmethod
+    def load(self, rank: int, offset: int) -> int:
+        """Return the flag at `offset` of a rank's memory."""
+
+    @abstractmethod
+    def compare_and_swap(self, rank: int, offset: int, expected: int, value: int) -> int:
+        """Set a word of a rank's memory if it is as expected; return its value before.
+
+        Parameters
+        ----------
+        rank, offset
+            The rank, and where in its memory, in bytes.
+        expected, value
+            What the word must be, and what it becomes.
+        """
+
+    @abstractmethod
+    def serve(self) -> bool:
+        """Help with the transfers of other ranks; return whether any is under way, as far as that is known."""
+
+    @abstractmethod
+    def sync(self) -> None:
+        """Make what others stored visible here, and what was stored here visible to others, where that needs help."""
+
+    def free(self) -> None:
+        """Wait until everything has left, and give back what was opened (collective)."""
+        for rank, leaving in self._leaving.items():
+            for request, memory in leaving:
+                self.complete(request, rank, f"a message to leave for rank {rank}", memory)
+        self._leaving.clear()
+        self._close()
+
+    def complete(self, request: MPI.Request, rank: int, what: str, memory: np.ndarray | None = None) -> None:
+        """Wait for a transfer, and serve other ranks.
+
+        Parameters
+        ----------
+        request
+            The transfer.
+        rank
+            The rank that takes part in it.
+        what
+            What is waited for, for the message if it never comes.
+        memory
+            The array that the transfer writes to, if any.
+
+        Raises
+        ------
+        RankLost
+            If the rank has died, or dies meanwhile.
+        """
+        failures.complete(
+            request, self._comm, rank, what, memory=memory, serve=self.serve, longest_sleep=_LONGEST_SLEEP
+        )
+
+    def _leave(self, rank: int, request: MPI.Request, memory: np.ndarray) -> None:
+        """Keep the memory of a request until it is complete."""
+        # They are carried out in order: to test the first is enough, however many are on the way.
+        earlier = self._leaving.setdefault(rank, deque())
+        while earlier and earlier[0][0].Test():
+            earlier.popleft()
+        earlier.append((request, memory))
+
+    @abstractmethod
+    def _put(self, rank: int, offset: int, data: np.ndarray) -> MPI.Request: ...
+
+    @abstractmethod
+    def _store(self, rank: int, offset: int, value: int, *, after_puts: bool) -> None: ...
+
+    @abstractmethod
+    def _close(self) -> None: ...
 
 
 class _Kind(IntEnum):
@@ -41,68 +153,53 @@ _WORDS = 5
 """Of an order: kind, offset, value or bytes, tag, and what a swap expects."""
 
 
-class Messages:
-    """One rank's transfers with ranks that share no memory with it.
+class Messages(Remote):
+    """Transfers by messages, which travel on a duplicate of the communicator.
 
     Parameters
     ----------
     comm
-        All ranks; the messages travel on a duplicate (collective).
+        All ranks (collective).
     local
         This rank's memory, uint8, open to the others.
     swap
-        ``swap(offset, expected, value)`` sets a word of this rank's memory if it is as expected, and returns what it
-        was, as one operation for all ranks that reach that memory without messages.
+        ``swap(offset, expected, value)`` sets a word of this rank's memory if it is as expected, and returns its
+        value before, as one operation for all ranks that reach that memory without messages.
     """
 
+    swaps_all = False
+
     def __init__(self, comm: MPI.Intracomm, local: np.ndarray, swap: Callable[[int, int, int], int]) -> None:
-        self._comm = blocking.duplicate(comm, "the other ranks to open their windows")
+        super().__init__(blocking.duplicate(comm, "the other ranks to open their windows"))
         self._local = local
         self._swap = swap
-        self._lock = threading.Lock()
         self._serving = threading.Lock()
         self._tag = 0
-        self._leaving: dict[int, deque[tuple[MPI.Request, np.ndarray]]] = {}
-        self._puts: dict[tuple[int, int], list[MPI.Request]] = {}
-        # Of each rank: the orders that are not begun, and the transfers of earlier ones that go on, all of one kind.
+        # Of each rank: the orders that are not begun, and the transfers of earlier ones under way, all of one kind.
         self._orders: dict[int, deque[list[int]]] = {}
         self._going: dict[int, list[tuple[int, MPI.Request, np.ndarray]]] = {}
         self._abandoned: list[tuple[int, MPI.Request, np.ndarray]] = []
-        """Transfers with ranks that have died; MPI may still look at that memory."""
+        """Transfers with ranks that have died; MPI may still use that memory."""
 
-    def put(self, rank: int, offset: int, data: np.ndarray) -> None:
-        """Begin to copy `data` to `offset` of a rank's memory; it must stay until the next store there."""
-        with self._lock:
-            tag = self._order(rank, _Kind.PUT, offset, data.nbytes)
-            request = self._comm.Isend([data, MPI.BYTE], rank, tag)
-        self._puts.setdefault((threading.get_ident(), rank), []).append(request)
-
-    def store(self, rank: int, offset: int, value: int) -> None:
-        """Set the flag at `offset` of a rank's memory after all earlier puts."""
-        for request in self._puts.pop((threading.get_ident(), rank), ()):
-            self._complete(request, rank, f"data to leave for rank {rank}")
-        with self._lock:
-            self._order(rank, _Kind.STORE, offset, value)
+    def get(self, rank: int, offset: int, out: np.ndarray) -> MPI.Request:
+        """Begin to copy from `offset` of a rank's memory into `out`."""
+        return self._ask(_Kind.GET, rank, offset, out, out.nbytes)
 
     def load(self, rank: int, offset: int) -> int:
         """Return the flag at `offset` of a rank's memory."""
         word = np.empty(1, np.int64)
-        self._complete(self._ask(_Kind.LOAD, rank, offset, word, word.nbytes), rank, f"a flag of rank {rank}", word)
+        self.complete(self._ask(_Kind.LOAD, rank, offset, word, word.nbytes), rank, f"a flag of rank {rank}", word)
         return int(word[0])
 
     def compare_and_swap(self, rank: int, offset: int, expected: int, value: int) -> int:
-        """Set the word at `offset` of a rank's memory if it is `expected`; return what it was before."""
+        """Let the owner of a word set it."""
         word = np.empty(1, np.int64)
         request = self._ask(_Kind.SWAP, rank, offset, word, value, expected)
-        self._complete(request, rank, f"a flag of rank {rank} to be swapped", word)
+        self.complete(request, rank, f"a flag of rank {rank} to be swapped", word)
         return int(word[0])
 
-    def get(self, rank: int, offset: int, out: np.ndarray) -> MPI.Request:
-        """Begin to copy from `offset` of a rank's memory into `out`; a rank that waits for it calls :meth:`serve`."""
-        return self._ask(_Kind.GET, rank, offset, out, out.nbytes)
-
     def serve(self) -> bool:
-        """Do what others ask, as far as it can be done now; return whether something is under way."""
+        """Carry out the requests of others as far as possible now; return whether something is under way."""
         if not self._serving.acquire(blocking=False):
             return True
         try:
@@ -123,12 +220,19 @@ class Messages:
         finally:
             self._serving.release()
 
-    def free(self) -> None:
-        """Wait until everything sent has left, and give the communicator back (collective)."""
-        for rank, orders in self._leaving.items():
-            for request, _ in orders:
-                self._complete(request, rank, f"a message to leave for rank {rank}")
-        self._leaving.clear()
+    def sync(self) -> None:
+        """Do nothing: a message that has arrived is visible."""
+
+    def _put(self, rank: int, offset: int, data: np.ndarray) -> MPI.Request:
+        with self._lock:
+            tag = self._order(rank, _Kind.PUT, offset, data.nbytes)
+            return self._comm.Isend([data, MPI.BYTE], rank, tag)
+
+    def _store(self, rank: int, offset: int, value: int, *, after_puts: bool) -> None:
+        with self._lock:
+            self._order(rank, _Kind.STORE, offset, value)
+
+    def _close(self) -> None:
         waiting.barrier(self._comm, "the other ranks to close their windows", serve=self.serve)
         blocking.free(self._comm)
 
@@ -144,19 +248,12 @@ class Messages:
         """Send an order, and return the tag of its data; the lock keeps orders and their data in one sequence."""
         tag = self._next_tag() if tag is None else tag
         words = np.array([kind, offset, value, tag, expected], np.int64)
-        # They leave in order: to look at the first is enough, however many wait.
-        earlier = self._leaving.setdefault(rank, deque())
-        while earlier and earlier[0][0].Test():
-            earlier.popleft()
-        earlier.append((self._comm.Isend(words, rank, _ORDERS), words))
+        self._leave(rank, self._comm.Isend(words, rank, _ORDERS), words)
         return tag
 
     def _next_tag(self) -> int:
         self._tag = self._tag % Tag.LAST_TRANSFER + 1
         return self._tag
-
-    def _complete(self, request: MPI.Request, rank: int, what: str, memory: np.ndarray | None = None) -> None:
-        failures.complete(request, self._comm, rank, what, memory=memory, serve=self.serve, longest_nap=_NAP)
 
     def _obey(self, rank: int, orders: deque[list[int]]) -> None:
         """Carry out a rank's orders up to the first that must wait."""

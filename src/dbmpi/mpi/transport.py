@@ -1,4 +1,4 @@
-"""Measure how fast ranks that share no memory reach that of each other, and choose the faster way."""
+"""Measure how fast a rank reaches the memory of another, and choose the faster transport."""
 
 from __future__ import annotations
 
@@ -22,14 +22,18 @@ TRANSPORTS: tuple[Transport, ...] = ("rma", "p2p")
 
 @dataclass(frozen=True)
 class Speed:
-    """What one way of transfers gives between two ranks; the same on all ranks."""
+    """The speed of one transport between two ranks; the same on all ranks."""
 
     get_bytes: float
     """Bytes fetched a second."""
     put_bytes: float
     """Bytes put a second, each piece with its flag seen by the target."""
     flag_seconds: float
-    """Time of asking for a flag."""
+    """Time to load a flag."""
+    correct: bool
+    """Whether what was fetched is what had been put."""
+    shared: bool
+    """Whether ranks of one host shared the memory."""
 
     @property
     def seconds(self) -> float:
@@ -50,13 +54,17 @@ def transport_between(
 
     Parameters
     ----------
+    comm
+        All ranks.
+    wanted
+        The setting.
     memories
         For each rank the lowest rank that it shares memory with.
 
     Returns
     -------
     tuple
-        The transport, and what the user should know of it.
+        The transport, and remarks on it for the user.
 
     Raises
     ------
@@ -84,22 +92,37 @@ def choose(comm: MPI.Intracomm, memories: np.ndarray) -> tuple[Transport, str]:
 
     Parameters
     ----------
+    comm
+        All ranks.
     memories
         For each rank the lowest rank that it shares memory with.
     """
     other = int(np.flatnonzero(memories != memories[0])[0])
     speeds = {transport: measure(comm, transport, 0, other) for transport in TRANSPORTS}
     best = min(speeds, key=lambda transport: speeds[transport].seconds)
-    found = "; ".join(f"{transport}: {speed}" for transport, speed in speeds.items())
-    return best, f"without shared memory transport = {best!r} (ranks 0 and {other}: {found})"
+    measured = "; ".join(f"{transport}: {speed}" for transport, speed in speeds.items())
+    return best, f"without shared memory transport = {best!r} (ranks 0 and {other}: {measured})"
 
 
-def measure(comm: MPI.Intracomm, transport: Transport, target: int, origin: int) -> Speed:
-    """Let `origin` put, fetch and ask for flags, all in the memory of `target` (collective)."""
-    numbers = np.ones(3)
-    with Window.allocate(comm, _DATA + _BYTES, shared=False, transport=transport) as window:
+def measure(comm: MPI.Intracomm, transport: Transport, target: int, origin: int, *, shared: bool = False) -> Speed:
+    """Let a rank put and get data and load flags, all in the memory of another (collective).
+
+    Parameters
+    ----------
+    comm
+        All ranks.
+    transport
+        How they reach memory that they do not share.
+    target, origin
+        The rank whose memory it is, and the one that uses it.
+    shared
+        Whether ranks of one host may share the memory.
+    """
+    numbers = np.ones(4)
+    with Window.allocate(comm, _DATA + _BYTES, shared=shared, transport=transport) as window:
         if comm.rank == origin:
-            data = np.ones(_BYTES, np.uint8)
+            data = np.arange(_BYTES // 4, dtype=np.int32)
+            back, wrong = np.empty_like(data), 0
             for number in range(-1, _ROUNDS):  # the first round opens connections
                 if number == 0:
                     numbers[:] = 0
@@ -108,18 +131,21 @@ def measure(comm: MPI.Intracomm, transport: Transport, target: int, origin: int)
                 window.store(target, _FLAG, number + 2)
                 waiting.until(lambda n=number: window.load(target, _FLAG) == n + 2, "the flag", seconds=60)  # type: ignore[misc]
                 put = time.perf_counter()
-                window.get(target, _DATA, data)
+                window.get(target, _DATA, back)
                 got = time.perf_counter()
                 window.load(target, _FLAG)
-                numbers += (got - put, put - began, time.perf_counter() - got)
+                numbers[:3] += (got - put, put - began, time.perf_counter() - got)
+                wrong += not np.array_equal(back, data)
+                data += 1
             numbers /= _ROUNDS
+            numbers[3] = wrong
 
         def serve() -> bool:
             window.sync()
             return comm.rank == target  # as a shard does while a transfer goes on
 
         waiting.complete(comm.Ibcast(numbers, origin), "transfers to be measured", serve=serve)
-        # Nobody closes the window while another may still need his help.
+        # Nobody closes the window while another may still need help.
         waiting.barrier(comm, "the end of the probe", serve=serve)
-    get, put, flag = np.maximum(numbers, 1e-9).tolist()
-    return Speed(_BYTES / get, _BYTES / put, flag)
+        get, put, flag = np.maximum(numbers[:3], 1e-9).tolist()
+        return Speed(_BYTES / get, _BYTES / put, flag, not numbers[3], window.shared)

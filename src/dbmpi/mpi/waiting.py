@@ -1,7 +1,7 @@
-"""How a rank waits: it polls, serves other ranks meanwhile, sleeps in between, and gives up in the end.
+"""How a rank waits: it polls, serves other ranks, sleeps in between, and gives up in the end.
 
 A rank that blocks inside MPI spins and takes a core from a rank that computes; and it cannot notice that a peer is
-gone.  So nothing in dbmpi blocks: collectives are started and tested, flags are looked at, and between two looks the
+gone.  So nothing in dbmpi blocks: collectives are started and tested, flags are polled, and between two polls the
 rank yields the core, then sleeps, each time a quarter longer up to `longest`.
 """
 
@@ -27,7 +27,7 @@ LONG_SECONDS = 86400.0
 
 
 def stall_seconds() -> float:
-    """Return how long a wait may last in which nothing moves: 600 s, or what ``DBMPI_STALL_SECONDS`` says.
+    """Return how long a wait may last in which nothing moves: 600 s, or the value of ``DBMPI_STALL_SECONDS``.
 
     Raises
     ------
@@ -47,8 +47,8 @@ def stall_seconds() -> float:
 _in_every_wait: list[Callable[[], bool]] = []
 STALL_SECONDS = stall_seconds()
 """A wait in which nothing moves for this long ends the run."""
-_LONGEST_LOOK = 1.0
-"""Seconds that count between two looks, at most."""
+_LONGEST_GAP = 1.0
+"""Seconds that count between two polls, at most."""
 _YIELDING = 1e-4
 """Seconds for which a wait only yields."""
 
@@ -56,7 +56,7 @@ _YIELDING = 1e-4
 class Backoff:
     """Yields for a tenth of a millisecond, then sleeps that grow by a quarter from `shortest` to `longest` seconds.
 
-    A sleep is then about a fifth of the time since something happened: what comes after T seconds is delayed by T / 5
+    A sleep is then about a fifth of the time since something happened: an event after T seconds is noticed T / 5 late
     at most.  (Several in a row matter where an MPI needs the rank's help for every step of a transfer.)  With the
     longest sleep of one millisecond, an idle rank polls about 900 times a second, which costs some 1 to 2 % of a core.
 
@@ -75,7 +75,7 @@ class Backoff:
         """Make the next sleep the shortest one: something happened."""
         self._next = 0.0
 
-    def nap(self) -> None:
+    def sleep(self) -> None:
         """Yield the core, and sleep a quarter longer than the last time."""
         if self._yields_until and time.monotonic() < self._yields_until:
             os.sched_yield()
@@ -87,10 +87,10 @@ class Backoff:
 
 @contextmanager
 def serving(serve: Callable[[], bool]) -> Iterator[None]:
-    """Call `serve` in every wait of this process, whatever it waits for; it returns whether something goes on.
+    """Call `serve` in every wait of this process, whatever it waits for; it returns whether something is under way.
 
-    For what others may want of this rank at any time, so that two ranks that wait for each other's answers come on.
-    While something goes on this rank does not sleep; a sign of life it is not.  `serve` must not wait.
+    For requests that may come from others at any time, so that two ranks that wait for each other's answers proceed.
+    While something is under way this rank does not sleep, but that is no sign of life.  `serve` must not wait.
     """
     _in_every_wait.append(serve)
     try:
@@ -105,21 +105,21 @@ def until(
     *,
     serve: Callable[[], bool] | None = None,
     seconds: float | None = None,
-    longest_nap: float = 1e-3,
+    longest_sleep: float = 1e-3,
 ) -> None:
     """Wait until `condition()` holds.
 
     Parameters
     ----------
     condition
-        Asked again and again; must not block.
+        Called again and again; must not block.
     what
-        What is waited for, for the message if it never comes; a function is asked when it is needed.
+        What is waited for, for the message if it never comes; a function is called only then.
     serve
-        Called between two looks; returns whether it did something, which also counts as a sign of life.
+        Called between two polls; returns whether it did something, which also counts as a sign of life.
     seconds
         Give up after this long without a sign of life; by default ``STALL_SECONDS``.
-    longest_nap
+    longest_sleep
         Upper limit of the sleeps, in seconds.
 
     Raises
@@ -128,15 +128,15 @@ def until(
         If nothing moved for `seconds`.
     """
     limit = STALL_SECONDS if seconds is None else seconds
-    backoff = Backoff(longest=longest_nap)
-    waited, looked = 0.0, time.monotonic()
+    backoff = Backoff(longest=longest_sleep)
+    waited, polled = 0.0, time.monotonic()
     while not condition():
         for others in _in_every_wait:
             if others():
                 backoff.reset()
         now = time.monotonic()
         # A process that was suspended, perhaps with the whole job, has not waited all that time.
-        waited, looked = waited + min(now - looked, _LONGEST_LOOK), now
+        waited, polled = waited + min(now - polled, _LONGEST_GAP), now
         if serve is not None and serve():
             waited = 0.0
             backoff.reset()
@@ -144,18 +144,28 @@ def until(
             awaited = what if isinstance(what, str) else what()
             raise RunFailed(f"stalled: nothing moved for {limit:g} s while waiting for {awaited}")
         else:
-            backoff.nap()
+            backoff.sleep()
 
 
 def complete(
     request: pieces.Operation, what: str, *, serve: Callable[[], bool] | None = None, seconds: float | None = None
 ) -> None:
-    """Wait for a non-blocking operation by testing it."""
+    """Wait for a non-blocking operation by testing it.
+
+    Parameters
+    ----------
+    request
+        The operation.
+    what
+        What is waited for, for the message if it never comes.
+    serve, seconds
+        As for `until`.
+    """
     until(request.Test, what, serve=serve, seconds=seconds)
 
 
 def barrier(comm: MPI.Comm, what: str, *, serve: Callable[[], bool] | None = None) -> None:
-    """Wait until every rank of `comm` has come here."""
+    """Wait until every rank of `comm` has arrived; `what` and `serve` are as for `until`."""
     complete(comm.Ibarrier(), what, serve=serve)
 
 
@@ -168,19 +178,57 @@ def allreduce(
     serve: Callable[[], bool] | None = None,
     seconds: float | None = None,
 ) -> np.ndarray:
-    """Return `values` reduced over all ranks of `comm`; a new array of the same shape and dtype."""
+    """Return an array reduced over all ranks; a new one of the same shape and dtype.
+
+    Parameters
+    ----------
+    comm
+        The ranks.
+    values
+        This rank's; contiguous.
+    operation
+        How elements are combined.
+    what
+        What is waited for, for the message if it never comes.
+    serve, seconds
+        As for `until`.
+    """
     result = np.empty_like(values)
     complete(pieces.iallreduce(comm, values, result, operation), what, serve=serve, seconds=seconds)
     return result
 
 
 def broadcast(comm: MPI.Comm, values: np.ndarray, root: int, what: str) -> None:
-    """Fill `values` on every rank of `comm` with those of `root`."""
+    """Fill an array on every rank with the root's.
+
+    Parameters
+    ----------
+    comm
+        The ranks.
+    values
+        Contiguous, of the same size and dtype on all ranks.
+    root
+        The rank whose values they are.
+    what
+        What is waited for, for the message if it never comes.
+    """
     complete(pieces.ibcast(comm, values, root), what)
 
 
 def broadcast_text(comm: MPI.Comm, text: str, root: int, what: str) -> str:
-    """Return the text of `root` on every rank of `comm`."""
+    """Return the root's text on every rank.
+
+    Parameters
+    ----------
+    comm
+        The ranks.
+    text
+        Of this rank; only the root's counts.
+    root
+        The rank whose text it is.
+    what
+        What is waited for, for the message if it never comes.
+    """
     data = np.frombuffer(text.encode(), np.uint8).copy()
     length = np.array([data.size], np.int64)
     broadcast(comm, length, root, what)

@@ -8,7 +8,7 @@ memory calls :meth:`Window.sync` first, and one that stores into a neighbour's s
 and the flag.
 
 Over networks without remote direct memory access an MPI carries out Put, Get and atomics with the help of the target,
-when that enters MPI.  The target may be a worker in the middle of a long gradient, or a shard that sleeps; so flags are
+when it enters MPI.  The target may be a worker in the middle of a long gradient, or a shard that sleeps; so flags are
 stored without waiting for it, transfers to one rank travel together, and a wait tests for its end.  Where that is too
 slow, :mod:`dbmpi.mpi.transfers` does the same by messages.
 """
@@ -27,23 +27,19 @@ from mpi4py import MPI
 
 from dbmpi.kernels.memory import CACHE_LINE
 from dbmpi.mpi import blocking, failures, pieces, waiting
-from dbmpi.mpi.collective import Collective
-from dbmpi.mpi.transfers import Messages
+from dbmpi.mpi.blocking import Collective
+from dbmpi.mpi.transfers import Messages, Remote
 
-"""Bytes of a cache line: regions begin at multiples, so that two ranks' words never share one."""
-
-_NAP = 1e-4
-"""Longest sleep, in seconds, while waiting for remote data; MPI only makes progress when polled."""
 _MOST_GETS = 64
 """Gets of one thread that are on the way at a time."""
 Transport = Literal["rma", "p2p"]
 _OPENING, _CLOSING = "the other ranks to open their windows", "the other ranks to close their windows"
 _HINTS = {"acc_single_intrinsic": "true", "which_accumulate_ops": "replace,no_op,cswap"}
-"""What Open MPI and MPICH, in this order, may rely on to use a network's own atomics; others pass over it."""
+"""Assurances by which Open MPI and MPICH, in this order, may use a network's own atomics; other MPIs ignore them."""
 
 
 def aligned(nbytes: int) -> int:
-    """Round up to whole cache lines."""
+    """Round `nbytes` up to whole cache lines: regions begin at multiples, so that two ranks' words never share one."""
     return -(-nbytes // CACHE_LINE) * CACHE_LINE
 
 
@@ -52,6 +48,15 @@ class Window(Collective):
 
     Use :meth:`allocate`; free with :meth:`free` or as a context manager (both collective).  Where an exception of one
     rank alone ends the block, nothing is freed: the job is about to end.
+
+    Parameters
+    ----------
+    comm
+        The ranks.
+    nbytes
+        Size of this rank's memory.
+    shared, transport
+        See below.
 
     Attributes
     ----------
@@ -62,13 +67,11 @@ class Window(Collective):
     transport
         How ranks reach memory that they do not share.
     busy
-        Whether the last :meth:`sync` has seen another rank's transfer under way; only messages tell.
+        Whether the last :meth:`sync` has seen another rank's transfer under way; known only with messages.
     """
 
     def __init__(self, comm: MPI.Intracomm, nbytes: int, shared: bool, transport: Transport) -> None:
         self._comm = comm
-        # To enter MPI by a probe.  A probe that finds a message does nothing else; here there is never one to find.
-        self._empty = blocking.duplicate(comm, _OPENING)
         self._node = blocking.on_this_host(comm, _OPENING)
         self.shared = shared
         self.busy = False
@@ -86,9 +89,9 @@ class Window(Collective):
             ranks = np.empty(self._node.size, np.int64)
             request = self._node.Iallgather(np.array([comm.rank], np.int64), ranks)
             waiting.complete(request, "the node's other ranks")
-            self._node_rank = {int(rank): place for place, rank in enumerate(ranks)}
-            for place, rank in enumerate(ranks):
-                self._near[int(rank)] = _bytes(self._memory.Shared_query(place)[0])
+            self._node_rank = {int(rank): position for position, rank in enumerate(ranks)}
+            for position, rank in enumerate(ranks):
+                self._near[int(rank)] = _bytes(self._memory.Shared_query(position)[0])
             self.local = self._near[comm.rank]
             with blocking.blocking(_OPENING):
                 self._memory.Lock_all(MPI.MODE_NOCHECK)
@@ -96,35 +99,36 @@ class Window(Collective):
             self.local = np.zeros(size, np.uint8)
             self._near[comm.rank] = self.local
         self.local.fill(0)
-        self._messages: Messages | None = None
-        self._win = MPI.WIN_NULL
+        self._all_near = len(self._near) == comm.size
         self._swapping = threading.Lock()
+        self._remote: Remote
         if transport == "p2p":
-            self._messages = Messages(comm, self.local, partial(self._swap_near, comm.rank))
+            self._remote = Messages(comm, self.local, partial(self._swap_near, comm.rank))
         else:
-            info = MPI.Info.Create()
-            for key, hint in _HINTS.items():
-                info.Set(key, hint)
-            with blocking.meeting(comm, _OPENING):
-                self._win = MPI.Win.Create(self.local, 1, info, comm)
-                self._win.Lock_all(MPI.MODE_NOCHECK)
-            info.Free()
+            self._remote = _OneSided(comm, self.local)
         self._open = True
-        # Several threads of this rank may have transfers on the way; each has put what its own flag announces.
         self._gets: dict[int, deque[tuple[int, MPI.Request, np.ndarray]]] = {}
-        self._puts: dict[tuple[int, int], list[MPI.Request]] = {}
-        self._stores: dict[int, deque[MPI.Request]] = {}
-        self._storing = threading.Lock()
+        """By thread: several of this rank may have transfers on the way."""
         self.sync()
         waiting.barrier(comm, _OPENING)
 
     @classmethod
     def allocate(cls, comm: MPI.Intracomm, nbytes: int, *, shared: bool = True, transport: Transport = "rma") -> Window:
-        """Open `nbytes` bytes of this rank to all of `comm` (collective; every rank may give another number).
+        """Open memory of this rank to all of a communicator (collective).
 
-        Where the node's ``/dev/shm`` is too small for what its ranks ask for (a common default in containers), or
-        with ``shared=False``, the memory is private and even neighbours use Put and Get.  With the transport "p2p"
-        these are two-sided messages.
+        Where the node's ``/dev/shm`` is too small for the windows of its ranks (a common default in containers), the
+        memory is private, as with ``shared=False``, and even neighbours use Put and Get.
+
+        Parameters
+        ----------
+        comm
+            The ranks.
+        nbytes
+            Size of this rank's memory; every rank may give another number.
+        shared
+            Whether ranks of one node are to share their memory.
+        transport
+            How ranks reach memory that they do not share: "rma", by Put and Get, or "p2p", by two-sided messages.
         """
         return cls(comm, nbytes, shared and missing(comm, nbytes) <= 0, transport)
 
@@ -138,15 +142,11 @@ class Window(Collective):
         Also lets MPI serve the operations of other nodes, which may need this rank's help; so a rank that waits for a
         flag must call it.
         """
-        if len(self._near) < self._comm.size:
-            if self._messages is not None:
-                self.busy = self._messages.serve()
-            else:
-                failures.probe(self._empty, MPI.ANY_TAG)
+        if not self._all_near:
+            self.busy = self._remote.serve()
         if self._memory is not None:
             self._memory.Sync()
-        if self._messages is None:
-            self._win.Sync()
+        self._remote.sync()
 
     def get(self, rank: int, offset: int, out: np.ndarray) -> None:
         """Copy ``out.nbytes`` bytes from `offset` of a rank's memory into the contiguous array `out`.
@@ -160,7 +160,20 @@ class Window(Collective):
         self.complete_gets()
 
     def begin_get(self, rank: int, offset: int, out: np.ndarray) -> None:
-        """Begin what :meth:`get` does; `out` is complete after this thread's next :meth:`complete_gets`."""
+        """Begin to copy from a rank's memory; complete after this thread's next :meth:`complete_gets`.
+
+        Parameters
+        ----------
+        rank, offset
+            The rank, and where in its memory, in bytes.
+        out
+            Contiguous; filled with as many bytes as it has.
+
+        Raises
+        ------
+        RankLost
+            As :meth:`get`.
+        """
         near = self._near.get(rank)
         if near is not None:
             np.copyto(out, near[offset : offset + out.nbytes].view(out.dtype).reshape(out.shape))
@@ -170,15 +183,12 @@ class Window(Collective):
             if len(gets) >= _MOST_GETS:
                 self._complete_get(*gets.popleft())
             with failures.partner(self._comm, rank):
-                if self._messages is not None:
-                    request = self._messages.get(rank, offset, piece)
-                else:
-                    request = self._win.Rget([piece, MPI.BYTE], rank, [offset, piece.nbytes, MPI.BYTE])
+                request = self._remote.get(rank, offset, piece)
             gets.append((rank, request, piece))
             offset += piece.nbytes
 
     def complete_gets(self) -> None:
-        """Wait for all that this thread has begun to get."""
+        """Wait for all copies that this thread has begun by `begin_get`."""
         for rank, request, out in self._gets.pop(threading.get_ident(), ()):
             self._complete_get(rank, request, out)
 
@@ -192,31 +202,23 @@ class Window(Collective):
             np.copyto(near[offset : offset + data.nbytes].view(data.dtype).reshape(data.shape), data)
             return
         for piece in pieces.divide(data):
-            if self._messages is not None:
-                self._messages.put(rank, offset, piece)
-            else:
-                request = self._win.Rput([piece, MPI.BYTE], rank, [offset, piece.nbytes, MPI.BYTE])
-                self._puts.setdefault((threading.get_ident(), rank), []).append(request)
+            self._remote.put(rank, offset, piece)
             offset += piece.nbytes
 
     def load(self, rank: int, offset: int) -> int:
-        """Return the flag at `offset` of a rank's memory, atomically; RankLost where :meth:`get` has it."""
+        """Return the flag at `offset` of a rank's memory, atomically; raises RankLost as :meth:`get` does."""
         near = self._near.get(rank)
         if near is not None:
             self.sync()
             return int(near[offset : offset + 8].view(np.int64)[0])
         with failures.partner(self._comm, rank):
-            if self._messages is not None:
-                return self._messages.load(rank, offset)
-            request, result = self._atomic(rank, offset, 0, MPI.NO_OP)
-        failures.complete(request, self._comm, rank, f"a flag of rank {rank}", memory=result)
-        return int(result[0])
+            return self._remote.load(rank, offset)
 
     def store(self, rank: int, offset: int, value: int) -> None:
-        """Set the flag at `offset` of a rank's memory, atomically, after all earlier puts to that rank.
+        """Set the flag at `offset` of a rank's memory to `value`, atomically, after all earlier puts to that rank.
 
         The rank may see it a while after the return, but sees several values of a flag in order.  Where it has died
-        and is no neighbour nothing is done.
+        and shares no memory with this one, nothing is done.
         """
         near = self._near.get(rank)
         if near is not None:
@@ -225,58 +227,35 @@ class Window(Collective):
             self.sync()
             return
         with suppress(failures.RankLost), failures.partner(self._comm, rank):
-            self._store_far(rank, offset, value)
-
-    def _store_far(self, rank: int, offset: int, value: int) -> None:
-        """Set a flag of a rank of another host."""
-        if self._messages is not None:
-            self._messages.store(rank, offset, value)
-            return
-        pending = self._puts.pop((threading.get_ident(), rank), None)
-        if pending is not None:
-            for request in pending:
-                waiting.until(request.Test, f"data to leave for rank {rank}", longest_nap=_NAP)
-            with blocking.blocking(f"data to arrive at rank {rank}"):
-                self._win.Flush(rank)
-        with self._storing:
-            # They are carried out in order: to look at the first is enough, however many are on the way.
-            earlier = self._stores.setdefault(rank, deque())
-            while earlier and earlier[0].Test():
-                earlier.popleft()
-            earlier.append(self._atomic(rank, offset, value, MPI.REPLACE)[0])
+            self._remote.store(rank, offset, value)
 
     def compare_and_swap(self, rank: int, offset: int, expected: int, value: int) -> int:
-        """Set the word at `offset` of a rank's memory if it is `expected`, atomically; return what it was before.
+        """Set a word of a rank's memory if it is as expected, atomically; return its value before.
 
-        It does not wait for earlier puts.  Within one node nobody's help is needed.  Between nodes this waits until the
-        target looks: inside MPI, where the network has no atomics of its own; with the transport "p2p" while this rank
-        serves others.
+        It does not wait for earlier puts.  Within one node no other rank's help is needed.  Between nodes this waits
+        until the target enters MPI, where the network has no atomics of its own; with the transport "p2p" until it
+        serves, and this rank serves others meanwhile.
+
+        Parameters
+        ----------
+        rank, offset
+            The rank, and where in its memory, in bytes.
+        expected, value
+            What the word must be, and what it becomes.
         """
         self.sync()
-        if self._messages is None and len(self._near) < self._comm.size:
-            # All must use the same way to a word: the shared window's atomics know nothing of the other window's.
-            return _swap(self._win, rank, offset, expected, value)
-        if rank not in self._near:
-            assert self._messages is not None
-            return self._messages.compare_and_swap(rank, offset, expected, value)
-        return self._swap_near(rank, offset, expected, value)
+        if self._all_near or (rank in self._near and not self._remote.swaps_all):
+            return self._swap_near(rank, offset, expected, value)
+        return self._remote.compare_and_swap(rank, offset, expected, value)
 
     def free(self) -> None:
-        """Give the memory back (collective); a second call does nothing."""
+        """Free the memory (collective); a second call does nothing."""
         if not self._open:
             return
         self._open = False
         if failures.dead(self._comm):
-            return  # nothing can be done together with the dead: the memory goes when the process ends
-        for rank, stores in self._stores.items():
-            for request in stores:
-                waiting.complete(request, f"a flag to arrive at rank {rank}")
-        if self._messages is not None:
-            self._messages.free()
-        else:
-            with blocking.meeting(self._comm, _CLOSING):
-                self._win.Unlock_all()
-                self._win.Free()
+            return  # nothing collective is possible then: the memory goes when the process ends
+        self._remote.free()
         self._near.clear()
         self.local = np.empty(0, np.uint8)
         if self._memory is not None:
@@ -285,12 +264,9 @@ class Window(Collective):
                 self._memory.Free()
             self._memory = None
         blocking.free(self._node)
-        blocking.free(self._empty)
 
     def _complete_get(self, rank: int, request: MPI.Request, out: np.ndarray) -> None:
-        serve = None if self._messages is None else self._messages.serve
-        what = f"data of rank {rank}"
-        failures.complete(request, self._comm, rank, what, memory=out, serve=serve, longest_nap=_NAP)
+        self._remote.complete(request, rank, f"data of rank {rank}", out)
 
     def _swap_near(self, rank: int, offset: int, expected: int, value: int) -> int:
         """Swap a word of a rank of this node; without shared memory that is this rank, which alone reaches it."""
@@ -303,8 +279,60 @@ class Window(Collective):
                 word[0] = value
             return before
 
+
+class _OneSided(Remote):
+    """Transfers by one-sided operations."""
+
+    swaps_all = True
+
+    def __init__(self, comm: MPI.Intracomm, local: np.ndarray) -> None:
+        super().__init__(comm)
+        # To enter MPI by a probe.  A probe that finds a message does nothing else; here there is never one to find.
+        self._empty = blocking.duplicate(comm, _OPENING)
+        info = MPI.Info.Create()
+        for key, hint in _HINTS.items():
+            info.Set(key, hint)
+        with blocking.meeting(comm, _OPENING):
+            self._win = MPI.Win.Create(local, 1, info, comm)
+            self._win.Lock_all(MPI.MODE_NOCHECK)
+        info.Free()
+
+    def get(self, rank: int, offset: int, out: np.ndarray) -> MPI.Request:
+        return self._win.Rget([out, MPI.BYTE], rank, [offset, out.nbytes, MPI.BYTE])
+
+    def load(self, rank: int, offset: int) -> int:
+        request, result = self._atomic(rank, offset, 0, MPI.NO_OP)
+        self.complete(request, rank, f"a flag of rank {rank}", result)
+        return int(result[0])
+
+    def compare_and_swap(self, rank: int, offset: int, expected: int, value: int) -> int:
+        return _swap(self._win, rank, offset, expected, value)
+
+    def serve(self) -> bool:
+        failures.probe(self._empty, MPI.ANY_TAG)
+        return False
+
+    def sync(self) -> None:
+        self._win.Sync()
+
+    def _put(self, rank: int, offset: int, data: np.ndarray) -> MPI.Request:
+        return self._win.Rput([data, MPI.BYTE], rank, [offset, data.nbytes, MPI.BYTE])
+
+    def _store(self, rank: int, offset: int, value: int, *, after_puts: bool) -> None:
+        if after_puts:
+            with blocking.blocking(f"data to arrive at rank {rank}"):
+                self._win.Flush(rank)
+        with self._lock:
+            self._leave(rank, *self._atomic(rank, offset, value, MPI.REPLACE))
+
+    def _close(self) -> None:
+        with blocking.meeting(self._comm, _CLOSING):
+            self._win.Unlock_all()
+            self._win.Free()
+        blocking.free(self._empty)
+
     def _atomic(self, rank: int, offset: int, value: int, operation: MPI.Op) -> tuple[MPI.Request, np.ndarray]:
-        """Begin an atomic operation on a flag; its request completes when it has been carried out at the target.
+        """Begin an atomic operation on a flag; the request completes when it has been carried out at the target.
 
         An Accumulate would need a flush to know that, and a flush blocks.  Operations of one rank on one flag keep
         their order (MPI 4.1, section 12.7.2).
@@ -316,22 +344,19 @@ class Window(Collective):
 
 
 def hosts(comm: MPI.Intracomm) -> np.ndarray:
-    """Return for each rank the lowest rank on its host, int64 (collective)."""
-    node = blocking.on_this_host(comm, "the other ranks to say where they are")
+    """Return for each rank of `comm` the lowest rank on its host, int64 (collective)."""
+    node = blocking.on_this_host(comm, "the names of the other ranks' hosts")
     first = waiting.allreduce(node, np.array([comm.rank], np.int64), MPI.MIN, "the node's other ranks")
     blocking.free(node)
-    found = np.empty(comm.size, np.int64)
-    waiting.complete(comm.Iallgather(first, found), "the other ranks to say where they are")
-    return found
+    lowest = np.empty(comm.size, np.int64)
+    waiting.complete(comm.Iallgather(first, lowest), "the names of the other ranks' hosts")
+    return lowest
 
 
 def missing(comm: MPI.Intracomm, nbytes: int) -> int:
     """Return how many bytes the fullest node's ``/dev/shm`` lacks for shared windows (collective); 0 or less: none.
 
-    Parameters
-    ----------
-    nbytes
-        Of this rank's window.
+    `nbytes` is the size of this rank's window, and `comm` are the ranks that open one each.
     """
     node = blocking.on_this_host(comm, "the other ranks to plan windows")
     need = waiting.allreduce(node, np.array([aligned(nbytes)], np.int64), MPI.SUM, "the node's other ranks")
@@ -355,7 +380,7 @@ def _bytes(memory: MPI.buffer) -> np.ndarray:
 def _shared_memory_free() -> int:
     """Bytes that shared memory can still take on this node, with a tenth left for others."""
     try:
-        room = os.statvfs("/dev/shm")
+        disk = os.statvfs("/dev/shm")
     except OSError:
         return 0
-    return room.f_bavail * room.f_frsize * 9 // 10
+    return disk.f_bavail * disk.f_frsize * 9 // 10

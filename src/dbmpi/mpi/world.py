@@ -1,4 +1,4 @@
-"""MPI's start and end: the only place that names the world.
+"""MPI's start and end: the only file that names the world.
 
 One rank's exception ends the whole job with that rank's traceback; a mistake of the user ends every rank with exit
 code 2 and is printed once; SIGTERM and Ctrl-C ask for a clean end.
@@ -36,7 +36,7 @@ _FOR_THE_FIRST = 0.5
 """Seconds that the first rank is given to end the job, if it was interrupted as well."""
 
 
-_EVERYBODY = (
+_ALL_RANKS = (
     "all ranks that were started to call dbmpi: each of them must, or those that do must be given as a communicator of "
     "their own"
 )
@@ -45,7 +45,7 @@ _EVERYBODY = (
 def start() -> MPI.Intracomm:
     """Start MPI and return a communicator of all ranks that belongs to dbmpi alone (collective).
 
-    From here on an exception that nobody catches aborts the job instead of leaving the other ranks waiting.
+    From here on an uncaught exception aborts the job instead of leaving the other ranks waiting.
 
     Raises
     ------
@@ -75,7 +75,7 @@ def start() -> MPI.Intracomm:
     if MPI.COMM_WORLD.rank == 0 and (note := os.environ.get(endings.UNFINISHED)):
         _leave_until_the_end(Path(note))
     end_all_on_failure()
-    comm = blocking.duplicate(MPI.COMM_WORLD, _EVERYBODY)
+    comm = blocking.duplicate(MPI.COMM_WORLD, _ALL_RANKS)
     if failures.tolerated():
         atexit.register(_end, comm)
     return comm
@@ -84,8 +84,8 @@ def start() -> MPI.Intracomm:
 def _wait_for_all_ranks_to_start_mpi() -> ModuleType:
     """Return ``mpi4py.MPI``, which starts MPI when it is loaded first: with all ranks, and without end.
 
-    Nothing in Python runs meanwhile, so that Python's fault handler is what ends a wait in vain.  It says no more than
-    where that was, for which this function has its name.
+    Nothing in Python runs meanwhile, so that only Python's fault handler can end a wait in vain.  It prints just the
+    name of the function, hence the name of this one.
     """
     if "mpi4py.MPI" not in sys.modules:
         faulthandler.dump_traceback_later(waiting.STALL_SECONDS, exit=True)
@@ -98,7 +98,7 @@ def _wait_for_all_ranks_to_start_mpi() -> ModuleType:
 
 
 def end_all_on_failure() -> None:
-    """From now on an exception that nobody catches ends all ranks, which may wait for this one inside MPI."""
+    """Let an uncaught exception end all ranks, which may wait for this one inside MPI."""
     sys.excepthook = _abort_hook
 
 
@@ -123,12 +123,12 @@ def ranks() -> Iterator[MPI.Intracomm]:
             yield comm
     except KnownToAll:
         raise
-    except BaseException as error:  # whatever it is, the other ranks wait for this one
+    except BaseException as error:  # of any kind: the other ranks wait for this one
         report_and_abort(error)
 
 
 def report_and_abort(error: BaseException) -> NoReturn:
-    """Print what happened on this rank, with a traceback unless the message says it all, and end all ranks.
+    """Print an `error` of this rank, with a traceback unless its message is enough, and end all ranks.
 
     Never returns: it raises SystemExit where this process is the only rank.
     """
@@ -140,11 +140,11 @@ def report_and_abort(error: BaseException) -> NoReturn:
         code = 128 + signal.SIGINT
         if size > 1:
             text = f"dbmpi: rank {rank} was interrupted (KeyboardInterrupt) and ends the job\n"
-            # A Ctrl-C may have reached all ranks: one of them says so.
+            # A Ctrl-C may have reached all ranks: one of them reports it.
             time.sleep(_FOR_THE_FIRST if rank else 0.0)
     elif isinstance(error, UserError):
         text, code = f"dbmpi: {error}\n", 2
-    elif failures.told(error):
+    elif failures.reports_death(error):
         lost = failures.dead(MPI.COMM_WORLD)
         code = DIED
         if rank == min({*range(size)}.difference(lost)):
@@ -166,16 +166,16 @@ def report_and_abort(error: BaseException) -> NoReturn:
         sys.stderr.flush()
     if size == 1:
         raise SystemExit(code)
-    # MPICH's launcher passes on what a rank has written when it gets round to it, and drops the rest at an abort.
+    # MPICH's launcher passes on a rank's output with a delay, and drops the rest at an abort.
     time.sleep(_FOR_THE_LAUNCHER)
-    # Where a rank has died already, Open MPI's Abort ends no other rank; they hear that this one is gone, too.
+    # Where a rank has died already, Open MPI's Abort ends no other rank; they notice that this one is gone, too.
     if not failures.dead(MPI.COMM_WORLD):
         MPI.COMM_WORLD.Abort(code)
     os._exit(code)  # MPICH's Abort may return before the launcher has killed this rank
 
 
 def abort_from_thread(error: Exception) -> NoReturn:
-    """Do the same in a thread of its own, while another one is blocked inside MPI, which may allow no second call."""
+    """Report an `error` and end all ranks while another thread is blocked in MPI, which may allow no second call."""
     from mpi4py import MPI
 
     if MPI.Query_thread() == MPI.THREAD_MULTIPLE and MPI.COMM_WORLD.size > 1:
@@ -188,10 +188,10 @@ def abort_from_thread(error: Exception) -> NoReturn:
 
 
 def _end(comm: MPI.Intracomm) -> None:
-    """End MPI where ranks may have died: it does not end well then, and processes end without it.
+    """End MPI where ranks may have died: its end may fail then, and processes end without it.
 
-    Open MPI kills all that are left when a rank ends with an exit code other than 0, so the first rank, which has most
-    to say, is waited for.
+    Open MPI kills all that are left when a rank ends with an exit code other than 0, so the others wait for the first
+    rank, which has most to print.
     """
     from mpi4py import MPI
 
@@ -212,14 +212,18 @@ def _abort_hook(kind: type[BaseException], error: BaseException, trace: Tracebac
 
 @contextmanager
 def together(comm: MPI.Comm, what: str, *, seconds: float | None = None) -> Iterator[None]:
-    """Make a mistake of the user that one rank found an error on all ranks (collective).
+    """Turn a user's mistake that one rank has noticed into an error on all ranks (collective).
 
     If any rank raises UserError inside the block, every rank leaves it with one: the lowest such rank with its own,
-    which is to be printed and is now a KnownToAll, all others with ToldElsewhere.  Any other exception goes on at once:
-    the other ranks do not hear of it.
+    to be printed, as a KnownToAll, all others with ToldElsewhere.  Any other exception is raised at once, and the other
+    ranks do not learn of it.
 
     Parameters
     ----------
+    comm
+        The ranks.
+    what
+        What the block does, for the message if a rank does not arrive.
     seconds
         How long to wait for the slowest rank, where that may rightly take longer than the stall limit.
     """

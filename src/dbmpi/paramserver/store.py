@@ -12,7 +12,7 @@ from dbmpi.config import ServerSection
 from dbmpi.errors import UserError
 from dbmpi.index.layout import Stretch
 from dbmpi.mpi import window as windows
-from dbmpi.mpi.collective import Collective
+from dbmpi.mpi.blocking import Collective
 from dbmpi.mpi.transport import transport_between
 from dbmpi.mpi.window import Window
 from dbmpi.paramserver.client import Client

@@ -1,4 +1,4 @@
-"""In which order the shards hold the whole parameters, and where one shard ends and the next one begins.
+"""The order in which the shards hold the whole parameters, and where one shard ends and the next one begins.
 
 Checkpoints, initial values and replicas know one order of the whole vector, that of the layout.  The shards may hold it
 in another: first all that the first partition pushes, then the second's, and so on, so that a worker's own vector is
@@ -8,7 +8,7 @@ one piece and lies on few shards.  Pure integers, computed alike on every rank.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from heapq import heapify, heapreplace
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from dbmpi.errors import UserError
 from dbmpi.index.boxes import Box
-from dbmpi.index.layout import Layout, Stretch, cut
+from dbmpi.index.layout import Layout, cut
 from dbmpi.replica.tensors import Part, tensor_parts
 
 if TYPE_CHECKING:
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 
 
 class Piece(NamedTuple):
-    """Consecutive elements of the whole vector that lie one behind the other on a shard, too."""
+    """Consecutive elements of the whole vector that are consecutive on a shard, too."""
 
     start: int
     """In the whole vector."""
     local: int
-    """Counted from the beginning of what was asked for."""
+    """Counted from the beginning of the range that was asked for."""
     length: int
 
 
@@ -45,49 +45,41 @@ class Arrangement:
     ranges
         What each shard holds, in the shards' order.
     parts
-        What the shards' order is made of, one behind the other, each in C order; empty where it is the layout's own.
+        The parts that follow one another in the shards' order, each in C order; empty where it is the layout's own.
     """
 
     layout: Layout
     ranges: tuple[range, ...]
     parts: tuple[Part, ...] = ()
 
-    def pieces(self, held: range) -> Iterator[Piece]:
-        """Yield of which pieces of the whole vector a range in the shards' order is made."""
+    def pieces(self, wanted: range) -> Iterator[Piece]:
+        """Yield the pieces of the whole vector that make up the range `wanted` of the shards' order."""
         if not self.parts:
-            yield Piece(held.start, 0, len(held))
+            yield Piece(wanted.start, 0, len(wanted))
             return
-        number = max(bisect_right(self._starts, held.start) - 1, 0)
+        number = max(bisect_right(self._starts, wanted.start) - 1, 0)
         for part, first in zip(self.parts[number:], self._starts[number:], strict=True):
-            if first >= held.stop:
+            if first >= wanted.stop:
                 return
             offset, position = self.layout.offsets[part.tensor.name], first
             for run in part.box.runs(part.tensor.shape):
-                start, stop = max(position, held.start), min(position + len(run), held.stop)
+                start, stop = max(position, wanted.start), min(position + len(run), wanted.stop)
                 if start < stop:
-                    yield Piece(offset + run.start + start - position, start - held.start, stop - start)
+                    yield Piece(offset + run.start + start - position, start - wanted.start, stop - start)
                 position += len(run)
 
-    def runs(self, worker: int, held: Mapping[str, tuple[Box, int]]) -> tuple[Stretch, ...]:
-        """Return where a worker's own vector lies in the shards' order, in the order of its vector.
+    def ranges_of(self, part: Part) -> Iterator[range]:
+        """Yield the ranges of the shards' order with the elements of a part, in C order."""
+        if self.parts:
+            start = self._starts[self._numbers[part]]
+            yield range(start, start + part.box.size)
+            return
+        offset = self.layout.offsets[part.tensor.name]
+        yield from (range(offset + run.start, offset + run.stop) for run in part.box.runs(part.tensor.shape))
 
-        Parameters
-        ----------
-        worker
-            Number of its partition.
-        held
-            For each tensor by its full name, the box that the worker holds and where this begins in its vector.
-        """
-        found = []
-        for part, first in zip(self.parts, self._starts, strict=True):
-            if worker in part.workers:
-                position = first
-                box, local = held[part.tensor.name]
-                within = Box(*(tuple(map(int.__sub__, ends, box.starts)) for ends in (part.box.starts, part.box.stops)))
-                for run in within.runs(box.shape):
-                    found.append(Stretch(position, local + run.start, len(run), part.owner == worker))
-                    position += len(run)
-        return tuple(sorted(found, key=lambda run: run.local))
+    @cached_property
+    def _numbers(self) -> dict[Part, int]:
+        return {part: number for number, part in enumerate(self.parts)}
 
     @cached_property
     def _starts(self) -> tuple[int, ...]:
@@ -99,6 +91,13 @@ def from_config(
 ) -> Arrangement:
     """Return the arrangement that a configuration asks for.
 
+    Parameters
+    ----------
+    section
+        The ``[server]`` section.
+    layers, layout, placement, shards
+        As for `aligned`.
+
     Raises
     ------
     UserError
@@ -106,19 +105,19 @@ def from_config(
     """
     if section.align == "equal":
         return equal(layout, shards)
-    found = aligned(layers, layout, placement, shards)
-    shared = [part.tensor.name for part in found.parts if part.shared]
+    arrangement = aligned(layers, layout, placement, shards)
+    shared = [part.tensor.name for part in arrangement.parts if part.shared]
     if shared and section.fetch == "shared":
         raise UserError(
             f'server.fetch = "shared": several partitions hold {shared[0]!r}, which lies with one of them only; '
             'expected that each tensor is of one partition: set server.fetch = "copied", or cut that layer by maps in '
             "[placement]"
         )
-    return found
+    return arrangement
 
 
 def equal(layout: Layout, shards: int) -> Arrangement:
-    """Return the layout's own order, cut into equal ranges."""
+    """Return the layout's own order, cut into as many equal ranges as there are `shards`."""
     return Arrangement(layout, cut(layout.size, shards))
 
 
@@ -127,10 +126,19 @@ def aligned(layers: Sequence[Layer], layout: Layout, placement: Placement, shard
 
     With as many shards as partitions, or a multiple, each shard holds of one partition only; with fewer, each holds
     some partitions wholly.  Where neither number divides the other, some shards hold more than others.
+
+    Parameters
+    ----------
+    layers, layout
+        The network, and the whole vector of its parameters.
+    placement
+        What each partition computes.
+    shards
+        Number of shards.
     """
     parts = list(tensor_parts(layers, placement))
     for tensor in layout.tensors:
-        # What nobody needs must lie somewhere, too.
+        # Elements that no worker needs must lie somewhere, too.
         rest = [Box.whole(tensor.shape)]
         mine = [part.box for part in parts if part.tensor == tensor]
         if sum(box.size for box in mine) < tensor.size:
@@ -157,7 +165,7 @@ def _ranges(sizes: Sequence[int], shards: int) -> tuple[range, ...]:
         counts[partition] += 1
         heapreplace(fullest, (-sizes[partition] / counts[partition], partition))
     return tuple(
-        range(start + held.start, start + held.stop)
+        range(start + part.start, start + part.stop)
         for start, size, count in zip(starts, sizes, counts, strict=False)
-        for held in cut(size, count)
+        for part in cut(size, count)
     )

@@ -1,4 +1,4 @@
-"""A placement as a table: what is cut how, what moves, and why."""
+"""A placement as a table: how layers are cut, what moves, and why."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def describe(layers: Sequence[Layer], placement: Placement, samples: int = 1, itemsize: int = 4) -> str:
-    """Return a table of what every layer's cut is, what moves, and why it was chosen so.
+    """Return a table of how every layer is cut, what moves, and why.
 
     Parameters
     ----------
@@ -33,8 +33,8 @@ def describe(layers: Sequence[Layer], placement: Placement, samples: int = 1, it
     """
     head = ("layer", "outputs", "cut", "largest box", "load", "split by", "exchange", "KiB worst", "KiB all", "because")
     rows: list[tuple[str, ...]] = [head]
-    for place, (layer, plan) in enumerate(zip(layers, plan_exchanges(layers, placement), strict=True)):
-        owned = placement.boxes[place]
+    for number, (layer, plan) in enumerate(zip(layers, plan_exchanges(layers, placement), strict=True)):
+        owned = placement.boxes[number]
         largest = max(owned, key=lambda box: box.size)
         exchange = plan.outputs or plan.inputs
         worst = max(exchange.received(worker) for worker in range(placement.partitions)) if plan.values else 0
@@ -56,7 +56,7 @@ def describe(layers: Sequence[Layer], placement: Placement, samples: int = 1, it
                 kind,
                 f"{worst * samples * itemsize / 1024:.1f}",
                 f"{plan.values * samples * itemsize / 1024:.1f}",
-                _reason(layers, placement, place, plan),
+                _reason(layers, placement, number, plan),
             )
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
@@ -65,7 +65,15 @@ def describe(layers: Sequence[Layer], placement: Placement, samples: int = 1, it
 
 
 def summarise(layers: Sequence[Layer], placement: Placement, samples: int, itemsize: int = 4) -> str:
-    """Return one line: into how many parts each layer is cut, and what moves in a step of so many samples."""
+    """Return one line: into how many parts each layer is cut, and how much moves in a step.
+
+    Parameters
+    ----------
+    layers, placement
+        As for `plan_exchanges`.
+    samples, itemsize
+        Samples of a batch and bytes of a value.
+    """
     plans = plan_exchanges(layers, placement)
     cuts = (
         f"{layer.name} {_cut(owned)}{' by inputs' if split == 'inputs' else ''}"
@@ -75,14 +83,14 @@ def summarise(layers: Sequence[Layer], placement: Placement, samples: int, items
     return f"{placement.partitions} partitions: {', '.join(cuts)}; {moved / 1024:,.1f} KiB between them a step"
 
 
-def _reason(layers: Sequence[Layer], placement: Placement, place: int, plan: LayerPlan) -> str:
-    """Say why a layer is exchanged for as it is."""
-    layer, owned = layers[place], placement.boxes[place]
+def _reason(layers: Sequence[Layer], placement: Placement, number: int, plan: LayerPlan) -> str:
+    """Return why values move for a layer as they do."""
+    layer, owned = layers[number], placement.boxes[number]
     if placement.partitions == 1:
         return "one worker computes all"
-    if place == 0:
+    if number == 0:
         return "every worker reads the inputs that it needs"
-    below = placement.boxes[place - 1]
+    below = placement.boxes[number - 1]
     if can_split_by_inputs(layer):
         other: Split = "inputs" if plan.split == "outputs" else "outputs"
         moved = values_moved(layer, below, owned, other)
@@ -96,7 +104,7 @@ def _reason(layers: Sequence[Layer], placement: Placement, place: int, plan: Lay
 
 
 def _cut(owned: Sequence[Box]) -> str:
-    """Say into how many parts each axis is cut."""
+    """Return into how many parts each axis is cut."""
     boxes = [box for box in owned if not box.empty]
     parts = [len(set(axis)) for axis in zip(*(zip(b.starts, b.stops, strict=True) for b in boxes), strict=True)]
     even = _by(parts) if math.prod(parts) == len(boxes) else f"{len(boxes)} boxes, bands differ"

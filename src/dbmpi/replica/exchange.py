@@ -51,7 +51,7 @@ class Exchange:
             sizes = [box.size for box in plan.owned]
             self._far = Gathered(group, forward, sizes, add=False), Gathered(group, reverse, sizes, add=True)
         elif not self._still:
-            self._far = Messages(group, forward, add=False), Messages(group, reverse, add=True)
+            self._far = Messaged(group, forward, add=False), Messaged(group, reverse, add=True)
         if group.near and not self._still:
             offered = [plan.offered(worker) for worker in workers]
             starts = [offered[other][box] for other, box in forward.receives]
@@ -112,7 +112,7 @@ class Transfer:
         self.finish(target)
 
     def start(self, source: np.ndarray, target: np.ndarray) -> None:
-        """Start to move: the own part of `target` is there at once, the rest after `finish`.
+        """Start to move from `source`: the own part of `target` is there at once, the rest after `finish`.
 
         Until then neither array may be written.
         """
@@ -168,7 +168,7 @@ class Shelved(Transfer):
         self._starts = starts
 
     def start(self, source: np.ndarray, target: np.ndarray) -> None:
-        """Put the boxes for others on the shelf."""
+        """Put the boxes of `source` for others on the shelf; copy the own part to `target`."""
         samples = source.shape[-1]
         self._shelf.clear(self._takers)
         for box, start in self._offered.items():
@@ -194,8 +194,14 @@ class _Going(NamedTuple):
     box: Box | None
 
 
-class Messages(Transfer):
-    """Moves by messages; what is contiguous in an array is neither packed nor unpacked."""
+class Messaged(Transfer):
+    """Moves by messages; what is contiguous in an array is neither packed nor unpacked.
+
+    Parameters
+    ----------
+    group, way, add
+        As for `Transfer`.
+    """
 
     def __init__(self, group: Group, way: Way, *, add: bool) -> None:
         super().__init__(group, way, add=add)
@@ -203,7 +209,7 @@ class Messages(Transfer):
         self._going: list[_Going] = []
 
     def start(self, source: np.ndarray, target: np.ndarray) -> None:
-        """Post all messages, receives first."""
+        """Post all messages from `source`, receives first; copy the own part to `target`."""
         comm, way, samples = self._group.comm, self._way, source.shape[-1]
         self._going = []
         for other, box in way.receives:
@@ -254,7 +260,7 @@ class Gathered(Transfer):
         self._request: Operation | None = None
 
     def start(self, source: np.ndarray, target: np.ndarray) -> None:
-        """Begin the collective, which moves the own part as well."""
+        """Begin the collective, from `source` to `target`, which moves the own part as well."""
         comm, counts = self._group.comm, [size * source.shape[-1] for size in self._sizes]
         if self._add:
             self._request = pieces.ireduce_scatter(comm, source, target, counts)

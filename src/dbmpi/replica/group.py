@@ -16,7 +16,7 @@ import numpy as np
 
 from dbmpi.kernels.memory import CACHE_LINE
 from dbmpi.mpi import blocking, pieces, waiting
-from dbmpi.mpi.collective import Collective
+from dbmpi.mpi.blocking import Collective
 from dbmpi.mpi.tags import Tag
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class Group(Collective):
     window
         The memory of the shelves, once `reserve` has opened it.
     serve
-        Called while this worker waits for others, so that its other duties go on.
+        Called while this worker waits for others, for this rank's other duties.
     """
 
     def __init__(self, comm: MPI.Intracomm | None, *, shared: bool = True) -> None:
@@ -71,7 +71,7 @@ class Group(Collective):
         return self._comm
 
     def complete(self, request: pieces.Operation, what: str) -> None:
-        """Wait for a non-blocking operation; `what` names it for the message if it never completes."""
+        """Wait for a non-blocking `request`; `what` is waited for, for the message if it never comes."""
         waiting.complete(request, what, serve=self.serve)
 
     def shelf(self, fixed: int = 0, each: int = 0) -> Shelf:
@@ -143,7 +143,7 @@ class Group(Collective):
         return total
 
     def free(self) -> None:
-        """Give the memory of the shelves back (collective)."""
+        """Free the memory of the shelves (collective)."""
         if self.window is not None:
             self.window.free()
             self.window = None
@@ -186,7 +186,7 @@ class Shelf:
             waiting.until(partial(self._reached, group.rank, 1 + other, before), what, serve=group.serve)
 
     def fill(self, shape: tuple[int, ...], dtype: np.dtype[np.floating]) -> np.ndarray:
-        """Return this worker's memory as an array to be filled, when all others need no more of its last turn."""
+        """Return this worker's memory as an array of a `shape` and `dtype`, when no other reads its last turn."""
         self.clear()
         return self.array(self._group.rank, shape, dtype)
 
@@ -196,7 +196,13 @@ class Shelf:
         self._window.store(self._group.rank, self._flag(0), self.filled)
 
     def take(self, owner: int, shape: tuple[int, ...], dtype: np.dtype[np.floating], first: int = 0) -> np.ndarray:
-        """Return a worker's array, to be read, when it has been offered in this turn; arguments as for `array`."""
+        """Return a worker's array, to be read, when it has been offered in this turn.
+
+        Parameters
+        ----------
+        owner, shape, dtype, first
+            As for `array`.
+        """
         what = f"partition {owner} of the replica"
         waiting.until(partial(self._reached, owner, 0, self.filled), what, serve=self._group.serve)
         return self.array(owner, shape, dtype, first)

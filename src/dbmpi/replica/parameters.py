@@ -1,10 +1,8 @@
-"""The parameters that one worker of a replica holds: a part of the whole vector, in one vector of its own."""
+"""The parameters that one worker of a replica needs: a part of the whole vector, in one vector of its own."""
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -12,19 +10,19 @@ import numpy as np
 from dbmpi.index.boxes import Box
 from dbmpi.index.layout import Layout, Stretch
 from dbmpi.network.layer import Arrays, Layer
-from dbmpi.replica.arrangement import Arrangement
+from dbmpi.replica.arrangement import Arrangement, equal
 from dbmpi.replica.group import Group, Shelf
 from dbmpi.replica.placement import Placement
-from dbmpi.replica.tensors import Part, pushed_runs, tensor_boxes, tensor_parts
+from dbmpi.replica.tensors import Part, stretches, tensor_boxes, tensor_parts
 
 
-class _Held(NamedTuple):
-    """A tensor's box on this worker."""
+class _Local(NamedTuple):
+    """The box of a tensor that this worker needs."""
 
     short: str
     box: Box
     local: int
-    """Where it starts in the layer's part of the worker's vector."""
+    """Where it starts in the worker's vector."""
 
 
 class LocalParameters:
@@ -62,47 +60,40 @@ class LocalParameters:
         group: Group,
         dtype: np.dtype[np.floating],
     ) -> None:
-        worker = group.rank
-        self._dtype = dtype
-        self._group = group
-        boxes = tensor_boxes(layers, placement, worker)
+        self._dtype, self._group = dtype, group
+        boxes = tensor_boxes(layers, placement, group.rank)
         parts = tensor_parts(layers, placement)
-        self._layers: list[list[_Held]] = []
-        self._shared: list[list[tuple[Part, _Held, Shelf]]] = []
-        self._held: dict[str, tuple[Box, int]] = {}
-        runs: list[Stretch] = []
-        ends = [0]
-        position = 0
-        pushed = pushed_runs(layout, parts, worker)
+        self._parts = [part for part in parts if group.rank in part.workers]
+        self._locals: dict[str, _Local] = {}
+        self._layers: list[dict[str, _Local]] = []
+        self._shared: list[list[tuple[Part, _Local, Shelf]]] = []
+        self.parts: tuple[range, ...] = ()
+        self.size = 0
         for layer in layers:
-            held, shared = [], []
+            begin, mine = self.size, {}
             for short, tensor in layer.tensors.items():
-                mine = _Held(short, boxes[tensor.name], position - ends[-1])
-                held.append(mine)
-                self._held[tensor.name] = mine.box, position
-                for part in parts:
-                    if part.tensor == tensor and part.shared:
-                        shared.append((part, mine, group.shelf(fixed=part.box.size)))
-                for run in mine.box.runs(tensor.shape):
-                    offset = layout.offsets[tensor.name]
-                    for piece, push in _divided(range(offset + run.start, offset + run.stop), pushed):
-                        runs.append(Stretch(piece.start, position, len(piece), push))
-                        position += len(piece)
-            self._layers.append(held)
-            self._shared.append(shared)
-            ends.append(position)
-        self.size = position
-        self.runs = tuple(runs)
-        self.parts = tuple(range(start, stop) for start, stop in pairwise(ends))
+                mine[tensor.name] = _Local(short, boxes[tensor.name], self.size)
+                self.size += boxes[tensor.name].size
+            shared = [part for part in parts if part.shared and part.tensor.name in mine]
+            self._shared.append([(part, mine[part.tensor.name], group.shelf(fixed=part.box.size)) for part in shared])
+            self._layers.append(mine)
+            self._locals |= mine
+            self.parts += (range(begin, self.size),)
+        self.runs = self.runs_in(equal(layout, 1))
 
     def runs_in(self, arrangement: Arrangement) -> tuple[Stretch, ...]:
-        """Return :attr:`runs` as they lie in the shards' order."""
-        if not arrangement.parts:
-            return self.runs
-        return arrangement.runs(self._group.rank, self._held)
+        """Return :attr:`runs` as they lie in the shards' order, which `arrangement` says."""
+        runs: list[Stretch] = []
+        for part in self._parts:
+            _, box, local = self._locals[part.tensor.name]
+            runs += stretches(part, arrangement.ranges_of(part), box, local, self._group.rank)
+        return tuple(sorted(runs, key=lambda run: run.local))
 
     def cut(self, vector: np.ndarray, what: str) -> list[np.ndarray]:
-        """Return every layer's part of the worker's flat vector; views."""
+        """Return every layer's part of the worker's flat vector; views.
+
+        Raises ValueError, which calls the vector `what`, if its shape, dtype or strides are wrong.
+        """
         if vector.shape != (self.size,) or vector.dtype != self._dtype or not vector.flags.c_contiguous:
             raise ValueError(
                 f"{what}: given {vector.dtype} {vector.shape}, expected contiguous {self._dtype} ({self.size},)"
@@ -111,10 +102,10 @@ class LocalParameters:
 
     def tensors(self, layer: int, part: np.ndarray) -> Arrays:
         """Return a layer's tensors, by their short names, as views into its part of a vector."""
-        return {held.short: _view(part, held) for held in self._layers[layer]}
+        return {mine.short: self._view(layer, part, mine) for mine in self._layers[layer].values()}
 
     def views(self, vector: np.ndarray, what: str) -> list[Arrays]:
-        """Return every layer's tensors, by their short names, as views into the worker's flat vector."""
+        """Return every layer's tensors, by short names, as views into `vector`; raises as `cut`, calling it `what`."""
         return [self.tensors(layer, part) for layer, part in enumerate(self.cut(vector, what))]
 
     def shared(self, layer: int) -> bool:
@@ -126,32 +117,18 @@ class LocalParameters:
 
         Called by all workers with their layer's part of it; nothing is done for what one of them holds alone.
         """
-        for part, held, shelf in self._shared[layer]:
+        for part, mine, shelf in self._shared[layer]:
             if self._group.rank in part.workers:
-                place = _view(gradient, held)[part.box.slices(held.box)]
+                summand = self._view(layer, gradient, mine)[part.box.slices(mine.box)]
             else:
-                place = np.empty(part.box.shape, self._dtype)
-            values = np.ascontiguousarray(place)
-            place[...] = self._group.sum(shelf, values, part.workers, "the gradient of shared parameters")
+                summand = np.empty(part.box.shape, self._dtype)
+            values = np.ascontiguousarray(summand)
+            summand[...] = self._group.sum(shelf, values, part.workers, "the gradient of shared parameters")
 
     def take(self, whole: np.ndarray) -> np.ndarray:
         """Return this worker's part of a whole parameter vector; a new array."""
         return np.concatenate([whole[run.start : run.start + run.length] for run in self.runs] or [whole[:0]])
 
-
-def _view(part: np.ndarray, held: _Held) -> np.ndarray:
-    return part[held.local :][: held.box.size].reshape(held.box.shape)
-
-
-def _divided(run: range, pushed: Sequence[range]) -> Iterator[tuple[range, bool]]:
-    """Cut a run where the sorted ranges that are pushed begin and end."""
-    start = run.start
-    place = max(bisect_right(pushed, start, key=lambda one: one.start) - 1, 0)
-    while start < run.stop:
-        while place < len(pushed) and pushed[place].stop <= start:
-            place += 1
-        inside = place < len(pushed) and pushed[place].start <= start
-        border = pushed[place].stop if inside else pushed[place].start if place < len(pushed) else run.stop
-        stop = min(run.stop, border)
-        yield range(start, stop), inside
-        start = stop
+    def _view(self, layer: int, part: np.ndarray, mine: _Local) -> np.ndarray:
+        start = mine.local - self.parts[layer].start
+        return part[start : start + mine.box.size].reshape(mine.box.shape)

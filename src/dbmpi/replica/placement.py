@@ -1,6 +1,6 @@
-"""Which worker computes which outputs of each layer: chosen automatically, or given by the user, and checked.
+"""The outputs of each layer that each worker computes: chosen automatically, or given by the user, and checked.
 
-The network's inputs belong to nobody: every worker reads the part of the data that it needs.
+The network's inputs belong to no worker: every worker reads the part of the data that it needs.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from dbmpi.errors import UserError
 from dbmpi.index.boxes import Box
 from dbmpi.index.lookup import Index
 from dbmpi.network.layer import SplitByInputs
-from dbmpi.replica.cuts import Reaches, choose_boxes
-from dbmpi.replica.reach import needed_box
+from dbmpi.replica.cut import Boxes, Reaches, choose_boxes, needed_box
 
 if TYPE_CHECKING:
     from dbmpi.config import PlacementSection
@@ -41,12 +40,18 @@ class Placement:
         return len(self.boxes[0])
 
 
-def automatic(layers: Sequence[Layer], partitions: int, weights: Sequence[float] | None = None) -> Placement:
+def automatic(
+    layers: Sequence[Layer],
+    partitions: int,
+    weights: Sequence[float] | None = None,
+    fixed: Mapping[str, Boxes] | None = None,
+    splits: Mapping[str, Split | None] | None = None,
+) -> Placement:
     """Place layers on workers so that boxes are in proportion to weights and little has to be exchanged.
 
     - Outputs along one axis (dense layers) are cut by units.
     - (maps, height, width) are cut by a grid over height and width, and by maps where space alone gives no good cut.
-      Of the grids, one is taken whose slowest worker is expected to be done first, the layers up to the next
+      Of the grids, the one is taken whose slowest worker is expected to finish first, the layers up to the next
       parameters included.
     - Layers without parameters go with the layer below: element-wise ones exchange nothing, pooling and
       normalisation the least possible.
@@ -60,13 +65,35 @@ def automatic(layers: Sequence[Layer], partitions: int, weights: Sequence[float]
         Number of workers.
     weights
         One a worker: how fast it is relative to others; equal by default.
+    fixed
+        Boxes of layers, by their names, that are not to be chosen.
+    splits
+        How the work of layers, by their names, is split; None for what moves the fewest bytes.
 
     Raises
     ------
     UserError
         If the weights do not fit, or a layer does not fit the one below.
     """
-    return _place(layers, partitions, weights, {}, {})
+    if partitions < 1:
+        raise UserError(f"a network cannot be placed on {partitions} partitions: give at least 1")
+    shares = _checked_weights(weights, partitions)
+    _check_chain(layers)
+    reaches = Reaches(layers)
+    placed: list[tuple[Box, ...]] = []
+    chosen: list[Split] = []
+    for number, layer in enumerate(layers):
+        below = placed[-1] if number > 0 else None
+        boxes = (fixed or {}).get(layer.name) or choose_boxes(reaches, number, below, shares)
+        split = (splits or {}).get(layer.name)
+        if split is None:
+            split = "outputs"
+            if below is not None and can_split_by_inputs(layer):
+                # Outputs first: equal bytes are no reason to leave the order of summation.
+                split = min(("outputs", "inputs"), key=lambda way: values_moved(layer, below, boxes, cast(Split, way)))
+        placed.append(boxes)
+        chosen.append(cast(Split, split))
+    return Placement(tuple(placed), tuple(chosen))
 
 
 def explicit(
@@ -76,7 +103,7 @@ def explicit(
     weights: Sequence[float] | None = None,
     splits: Mapping[str, Split | None] | None = None,
 ) -> Placement:
-    """Place layers as the user says, and those that he does not name automatically.
+    """Place layers as the user says, and those without boxes automatically.
 
     Parameters
     ----------
@@ -90,7 +117,7 @@ def explicit(
     weights
         As for `automatic`, for layers that are not named.
     splits
-        Name of a layer -> how its work is split; by default, or for None, what moves the fewest bytes.
+        Name of a layer -> how the work is split; by default, or for None, the way that moves the fewest bytes.
 
     Raises
     ------
@@ -111,13 +138,13 @@ def explicit(
             )
         fixed[name] = tuple(_parsed(box, named[name], worker) for worker, box in enumerate(given))
         _check_cover(named[name], fixed[name])
-    placement = _place(layers, partitions, weights, fixed, splits or {})
+    placement = automatic(layers, partitions, weights, fixed, splits)
     check(layers, placement)
     return placement
 
 
 def from_config(section: PlacementSection, layers: Sequence[Layer], partitions: int) -> Placement:
-    """Place layers as a configuration says.
+    """Place layers as the ``[placement]`` `section` of a configuration says, on so many `partitions`.
 
     Raises
     ------
@@ -130,7 +157,7 @@ def from_config(section: PlacementSection, layers: Sequence[Layer], partitions: 
 
 
 def check(layers: Sequence[Layer], placement: Placement) -> None:
-    """Check that each output of each layer is owned by exactly one worker, and that every split is possible.
+    """Check that `placement` gives each output of all `layers` to exactly one worker, and that every split is possible.
 
     Raises
     ------
@@ -140,14 +167,14 @@ def check(layers: Sequence[Layer], placement: Placement) -> None:
     _check_chain(layers)
     if not len(layers) == len(placement.boxes) == len(placement.splits):
         raise UserError(f"placement: {len(placement.boxes)} layers are placed, but the network has {len(layers)}")
-    for place, (layer, owned, split) in enumerate(zip(layers, placement.boxes, placement.splits, strict=True)):
+    for number, (layer, owned, split) in enumerate(zip(layers, placement.boxes, placement.splits, strict=True)):
         if len(owned) != placement.partitions:
             raise UserError(
                 f"placement: layer {layer.name!r} is given to {len(owned)} partitions, "
                 f"layer {layers[0].name!r} to {placement.partitions}"
             )
         _check_cover(layer, owned)
-        if split == "inputs" and not (place > 0 and can_split_by_inputs(layer)):
+        if split == "inputs" and not (number > 0 and can_split_by_inputs(layer)):
             raise UserError(
                 f"placement: layer {layer.name!r} cannot be split by inputs: only a dense layer with inputs "
                 "along one axis, and not the first, can; use 'outputs'"
@@ -155,7 +182,7 @@ def check(layers: Sequence[Layer], placement: Placement) -> None:
 
 
 def needed_inputs(layers: Sequence[Layer], placement: Placement) -> tuple[tuple[Box, ...], ...]:
-    """Return for each layer the box of its inputs that each worker needs; empty where it computes nothing.
+    """Return for each of the `layers` the box of inputs that each worker of a `placement` needs, perhaps empty.
 
     Raises
     ------
@@ -163,9 +190,9 @@ def needed_inputs(layers: Sequence[Layer], placement: Placement) -> tuple[tuple[
         If a layer (a user's own) asks for inputs that it does not have.
     """
     result = []
-    for place, (layer, owned) in enumerate(zip(layers, placement.boxes, strict=True)):
-        if placement.splits[place] == "inputs":
-            result.append(placement.boxes[place - 1])
+    for number, (layer, owned) in enumerate(zip(layers, placement.boxes, strict=True)):
+        if placement.splits[number] == "inputs":
+            result.append(placement.boxes[number - 1])
         else:
             result.append(tuple(needed_box(layer, box) for box in owned))
     return tuple(result)
@@ -189,40 +216,11 @@ def values_moved(layer: Layer, below: Sequence[Box], owned: Sequence[Box], split
         How the layer's work is split.
     """
     if split == "inputs":
-        # Who has inputs makes a sum for each output, and hands on those that it does not own.
+        # A worker with inputs computes a sum for each output, and sends those that it does not own.
         units = math.prod(layer.output_shape)
         return sum(units - box.size for inputs, box in zip(below, owned, strict=True) if not inputs.empty)
     needed = (needed_box(layer, box) for box in owned)
     return sum(need.size - need.common(have) for need, have in zip(needed, below, strict=True))
-
-
-def _place(
-    layers: Sequence[Layer],
-    partitions: int,
-    weights: Sequence[float] | None,
-    fixed: Mapping[str, tuple[Box, ...]],
-    splits: Mapping[str, Split | None],
-) -> Placement:
-    """Place the layers that are not fixed, one after the other, from the input upwards."""
-    if partitions < 1:
-        raise UserError(f"a network cannot be placed on {partitions} partitions: give at least 1")
-    shares = _checked_weights(weights, partitions)
-    _check_chain(layers)
-    reaches = Reaches(layers)
-    placed: list[tuple[Box, ...]] = []
-    chosen: list[Split] = []
-    for place, layer in enumerate(layers):
-        below = placed[-1] if place > 0 else None
-        boxes = fixed.get(layer.name) or choose_boxes(reaches, place, below, shares)
-        split = splits.get(layer.name)
-        if split is None:
-            split = "outputs"
-            if below is not None and can_split_by_inputs(layer):
-                # Outputs first: equal bytes are no reason to leave the order of summation.
-                split = min(("outputs", "inputs"), key=lambda way: values_moved(layer, below, boxes, cast(Split, way)))
-        placed.append(boxes)
-        chosen.append(cast(Split, split))
-    return Placement(tuple(placed), tuple(chosen))
 
 
 def _checked_weights(weights: Sequence[float] | None, partitions: int) -> Sequence[float]:
@@ -280,10 +278,10 @@ def _parsed(given: Box | str, layer: Layer, worker: int) -> Box:
     if not text:
         return Box((0,) * len(shape), (0,) * len(shape))
     parts = [re.fullmatch(r"\s*(\d*)\s*:\s*(\d*)\s*", part) for part in text.split(",")]
-    found = [part.groups() for part in parts if part is not None]
-    if len(parts) == len(found) == len(shape):
-        starts = tuple(int(start or 0) for start, _ in found)
-        stops = tuple(int(stop) if stop else size for (_, stop), size in zip(found, shape, strict=True))
+    ranges = [part.groups() for part in parts if part is not None]
+    if len(parts) == len(ranges) == len(shape):
+        starts = tuple(int(start or 0) for start, _ in ranges)
+        stops = tuple(int(stop) if stop else size for (_, stop), size in zip(ranges, shape, strict=True))
         if all(start <= stop for start, stop in zip(starts, stops, strict=True)):
             return Box(starts, stops)
     example = ", ".join(f"0:{size}" for size in shape)

@@ -1,4 +1,4 @@
-"""What moves between workers: planned once for a placement, without MPI, for any number of workers.
+"""The values that move between workers: planned once for a placement, without MPI, for any number of workers.
 
 Forward, every worker gets the inputs that its outputs need and that others own; each value reaches each
 destination once.  Backward runs the same plan in reverse and adds.
@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from dbmpi.index.boxes import Box
 from dbmpi.index.lookup import Index
+from dbmpi.replica.cut import Reach, needed_box
 from dbmpi.replica.placement import Placement, Split, check, needed_inputs
-from dbmpi.replica.reach import needed_box
 
 if TYPE_CHECKING:
     from dbmpi.network.layer import Layer
@@ -34,9 +34,9 @@ class Way:
     """One direction of an exchange, as one worker sees it."""
 
     source: Box
-    """What the array that it gives from holds."""
+    """The box of the array that parts are sent from."""
     target: Box
-    """What the array that it fills, or adds to, holds."""
+    """The box of the array that is filled or added to."""
     sends: tuple[Move, ...]
     """Parts of `source`, one message for each destination, in the order of the workers."""
     receives: tuple[Move, ...]
@@ -53,7 +53,7 @@ class ExchangePlan:
     """The plan of one exchange: from the boxes that workers own of an array to those that they need.
 
     Run forward, it fills the needed boxes; in reverse, it adds parts for the needed boxes up in the owned ones.
-    What a worker sends and receives is worked out when it is asked for, so that a plan for thousands of workers costs
+    What a worker sends and receives is computed when it is first used, so that a plan for thousands of workers costs
     no more than their boxes and, on each of them, its own messages.
     """
 
@@ -93,7 +93,7 @@ class ExchangePlan:
         return True
 
     def forward(self, worker: int) -> Way:
-        """Return what a worker gives from its owned box, and what it receives for its needed one."""
+        """Return what moves from the owned box of a worker, and to its needed one."""
         have, need = self.owned[worker], self.needed[worker]
         if self.kind == "none":
             return Way(have, need, (), ())
@@ -102,21 +102,21 @@ class ExchangePlan:
         return Way(have, need, tuple(sends), tuple(receives))
 
     def offered(self, worker: int) -> dict[Box, int]:
-        """Return what others need of the worker's own, each box once, and where it begins if all are laid in a row.
+        """Return the parts of the worker's box that others need, each once, and where each begins if all lie in a row.
 
-        Workers with the same needs are looked at together: for all workers, this costs no more than the boxes found.
+        Workers with the same needs are treated together: for all workers, this costs no more than the boxes returned.
         """
-        have, places, position = self.owned[worker], dict[Box, int](), 0
+        have, starts, position = self.owned[worker], dict[Box, int](), 0
         for number in self._distinct_needs.meeting(have):
-            need, who = self._needs[number]
+            need, needers = self._needs[number]
             box = need.meet(have)
-            if who != (worker,) and box not in places:
-                places[box] = position
+            if needers != (worker,) and box not in starts:
+                starts[box] = position
                 position += box.size
-        return places
+        return starts
 
     def returned(self, worker: int, owner: int) -> int:
-        """Return where what a worker gives back to an owner begins, if all for others is laid in a row by owners."""
+        """Return where the part that a worker returns to an owner begins, if all parts lie in a row by owners."""
         need = self.needed[worker]
         if need not in self._returned:
             position, starts = 0, dict[int, int]()
@@ -146,10 +146,10 @@ class ExchangePlan:
     @cached_property
     def _needs(self) -> tuple[tuple[Box, tuple[int, ...]], ...]:
         """Every box that is needed, once, and the first two workers that need it."""
-        found: dict[Box, tuple[int, ...]] = {}
+        needs: dict[Box, tuple[int, ...]] = {}
         for worker, need in enumerate(self.needed):
-            found[need] = (*found.get(need, ()), worker)[:2]
-        return tuple(found.items())
+            needs[need] = (*needs.get(need, ()), worker)[:2]
+        return tuple(needs.items())
 
     @cached_property
     def _distinct_needs(self) -> Index:
@@ -171,7 +171,6 @@ class LayerPlan:
     and gives every worker the whole gradient before the activation; the gradient for the inputs is then complete.
     """
 
-    layer: str
     split: Split
     inputs: ExchangePlan
     outputs: ExchangePlan | None = None
@@ -193,16 +192,16 @@ def plan_exchanges(layers: Sequence[Layer], placement: Placement) -> tuple[Layer
     check(layers, placement)
     needed = needed_inputs(layers, placement)
     plans = []
-    for place, (layer, split) in enumerate(zip(layers, placement.splits, strict=True)):
+    for number, (layer, split) in enumerate(zip(layers, placement.splits, strict=True)):
         # Every worker reads the network's inputs itself, as if it owned what it needs.
-        below = placement.boxes[place - 1] if place > 0 else needed[0]
+        below = placement.boxes[number - 1] if number > 0 else needed[0]
         outputs = None
         if split == "inputs":
             whole = Box.whole(layer.output_shape)
             nothing = Box(whole.starts, whole.starts)
             parts = tuple(nothing if box.empty else whole for box in below)
-            outputs = ExchangePlan(layer.output_shape, placement.boxes[place], parts)
-        plans.append(LayerPlan(layer.name, split, ExchangePlan(layer.input_shape, below, needed[place]), outputs))
+            outputs = ExchangePlan(layer.output_shape, placement.boxes[number], parts)
+        plans.append(LayerPlan(split, ExchangePlan(layer.input_shape, below, needed[number]), outputs))
     return tuple(plans)
 
 
@@ -223,24 +222,9 @@ def interior(layer: Layer, output: Box, owned: Box) -> tuple[Box, tuple[Box, ...
     interior, rest
         The largest such box, which may be empty, and boxes that hold the other outputs.
     """
-    starts, stops = list(output.starts), list(output.stops)
-    for axis, (low, high) in enumerate(zip(owned.starts, owned.stops, strict=True)):
-        if len(owned.starts) != len(starts):
-            break
-
-        def slab(y: int, axis: int = axis) -> tuple[int, int]:
-            box = Box(
-                (*output.starts[:axis], y, *output.starts[axis + 1 :]),
-                (*output.stops[:axis], y + 1, *output.stops[axis + 1 :]),
-            )
-            need = needed_box(layer, box)
-            return need.starts[axis], need.stops[axis]
-
-        while starts[axis] < stops[axis] and slab(starts[axis])[0] < low:
-            starts[axis] += 1
-        while starts[axis] < stops[axis] and slab(stops[axis] - 1)[1] > high:
-            stops[axis] -= 1
-    inside = Box(tuple(starts), tuple(stops))
-    if inside.empty or not owned.holds(needed_box(layer, inside)):
-        return Box(output.starts, output.starts), (output,)
-    return inside, output.minus(inside)
+    if len(owned.starts) == len(output.starts):
+        inside = output.meet(Reach(layer).suffices(owned))
+        # Needs along an axis may depend on the other axes in a layer of a user's own.
+        if not inside.empty and owned.holds(needed_box(layer, inside)):
+            return inside, output.minus(inside)
+    return Box(output.starts, output.starts), (output,)

@@ -1,7 +1,7 @@
 """One worker's part of a replica: the layers one after the other, and the loss on top.
 
-Every worker computes what its placement gives it of each layer.  A worker alone, without a communicator, is the same
-program without exchanges.
+Every worker computes the part of each layer that the placement gives it.  A worker alone, without a communicator, is
+the same program without exchanges.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import numpy as np
 from dbmpi.errors import UserError
 from dbmpi.index.boxes import Box
 from dbmpi.kernels import updates
-from dbmpi.mpi.collective import Collective
+from dbmpi.mpi.blocking import Collective
 from dbmpi.network.description import Network
 from dbmpi.network.layer import Arrays, Context, accrues, takes_parts
-from dbmpi.objective import Batch, Gradient, Outcome
+from dbmpi.objective import Batch, Gradient, Objective, Outcome
 from dbmpi.replica.exchange import Exchange
 from dbmpi.replica.group import Group
 from dbmpi.replica.loss import LossExchange
@@ -36,11 +36,11 @@ if TYPE_CHECKING:
 _WORKSPACES = 2  # a batch and the shorter one at the end of an epoch
 
 
-class Replica(Collective):
+class Replica(Collective, Objective):
     """Loss and gradient of a network on one of the workers that compute it together.
 
     All workers of a replica call the same methods with the same batch (collective).  A context manager: at its end,
-    memory that they share is given back.
+    memory that they share is freed.
 
     Parameters
     ----------
@@ -112,18 +112,18 @@ class Replica(Collective):
         return self._clock.seconds
 
     def serve_while_waiting(self, serve: Callable[[], bool] | None) -> None:
-        """Let this rank go on with other duties while it waits for the other partitions."""
+        """Call `serve` while this rank waits for the other partitions; it returns whether it did something."""
         self._group.serve = serve
 
     def prepare(self, samples: int) -> None:
-        """Make room for what the workers share in batches of up to so many samples (collective).
+        """Open the memory that the workers share, for batches of up to so many samples (collective).
 
-        Otherwise the first such batch does, in which this rank does not serve others.
+        Otherwise the first such batch does this, and this rank does not serve others meanwhile.
         """
         self._group.reserve(samples, self._dtype.itemsize)
 
     def free(self) -> None:
-        """Give back what the workers share (collective)."""
+        """Free the memory that the workers share (collective)."""
         self._group.free()
 
     def loss_and_gradient(
@@ -136,32 +136,26 @@ class Replica(Collective):
         step: int = 0,
         add: bool = False,
     ) -> Outcome:
-        """Return the outcome of the whole batch and write this worker's part of the gradient of its mean loss.
+        """Return the outcome of the whole batch and write this worker's part of the gradient of its **mean** loss.
 
-        Parameters
-        ----------
-        parameters, gradient
-            This worker's part, flat; for the gradient also what gives room for a layer's.
-        batch
-            Inputs ``(*input shape, samples)`` of all of the batch, in `dtype`.
-        on_gradient
-            Called with each layer's number, from the last to the first, as soon as its part of `gradient` is complete.
-        step
-            A number for masks that are drawn anew each step.
-        add
-            Add to what is in `gradient`, instead of overwriting it.
+        Raises
+        ------
+        ValueError
+            If a shape or dtype does not fit.
+        UserError
+            If a class is not one of the outputs.
         """
         views = self.parameters.views(parameters, "parameters")
         buffer = gradient if callable(gradient) else self.parameters.cut(gradient, "gradient").__getitem__
         batch = self._checked(batch)
         sweep = self._sweep(batch.samples, Context(True, self._network.seed, step))
-        terms = self._forward(views, batch.inputs, sweep)
+        added = self._forward(views, batch.inputs, sweep)
         top = sweep.work.output_gradient(len(self._layers) - 1)
         if self._loss is None:
             top.fill(0)
         elif top is not sweep.work.outputs[-1]:
             np.copyto(top, sweep.work.outputs[-1])
-        outcome = self._outcome(top, batch, terms)
+        outcome = self._outcome(top, batch, added)
         for layer in reversed(range(len(self._layers))):
             part = buffer(layer)
             self._clock.start()  # the buffer may have been waited for
@@ -174,11 +168,11 @@ class Replica(Collective):
         return outcome
 
     def evaluate(self, parameters: np.ndarray, batch: Batch) -> Outcome:
-        """Return the outcome of the batch; arguments as for `loss_and_gradient`, and dropout is off."""
+        """Return the outcome of `batch`, with dropout off; `parameters` are as for `loss_and_gradient`."""
         batch = self._checked(batch)
         sweep = self._sweep(batch.samples, Context(training=False))
-        terms = self._forward(self.parameters.views(parameters, "parameters"), batch.inputs, sweep)
-        return self._outcome(sweep.work.outputs[-1], batch, terms)
+        added = self._forward(self.parameters.views(parameters, "parameters"), batch.inputs, sweep)
+        return self._outcome(sweep.work.outputs[-1], batch, added)
 
     def outputs(self, parameters: np.ndarray, inputs: np.ndarray) -> np.ndarray:
         """Return the last layer's outputs (outputs, samples) of all workers, before the loss; a new array.
@@ -216,20 +210,23 @@ class Replica(Collective):
         if aside:
             updates.add(part, computed)
 
-    def _outcome(self, values: np.ndarray, batch: Batch, terms: float) -> Outcome:
-        """Return loss and correct samples of the whole batch; `values` becomes this worker's part of the gradient."""
+    def _outcome(self, values: np.ndarray, batch: Batch, added: float) -> Outcome:
+        """Return loss and correct samples of the whole batch; `values` becomes this worker's part of the gradient.
+
+        `added` is this worker's part of the terms.
+        """
         loss, correct = 0.0, -1
         if self._loss is not None:
             flat = values.reshape(-1, values.shape[-1])
             apply = self._loss.apply if self._turned is None else partial(self._turned.apply, self._loss)
             loss, correct = apply(flat, batch.targets, batch.weights)
         if self._terms and self._group.size > 1:
-            everybody, what = range(self._group.size), "the terms of the loss on the other partitions"
-            terms = float(self._group.sum(self._sum_of_terms, np.array([terms]), everybody, what)[0])
-        return Outcome(batch.samples, loss + terms, correct)
+            members, what = range(self._group.size), "the terms of the loss on the other partitions"
+            added = float(self._group.sum(self._sum_of_terms, np.array([added]), members, what)[0])
+        return Outcome(batch.samples, loss + added, correct)
 
     def _checked(self, batch: Batch) -> Batch:
-        """Return the batch with targets as the kernels expect them; these use classes as indices without looking."""
+        """Return the batch with targets as the kernels expect them; these use classes as indices unchecked."""
         batch = batch._replace(inputs=self._checked_inputs(batch.inputs))
         targets, samples, outputs = batch.targets, batch.samples, self._layers[-1].output_shape[0]
         if self._loss is None:

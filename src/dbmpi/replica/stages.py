@@ -77,7 +77,10 @@ class Stage(ABC):
 
     @abstractmethod
     def forward(self, parameters: Arrays, sweep: Sweep) -> None:
-        """Compute this worker's outputs from every worker's outputs of the layer below."""
+        """Compute this worker's outputs from every worker's outputs of the layer below.
+
+        `parameters` are those of the layer on this worker, and `sweep` has the arrays.
+        """
 
     @abstractmethod
     def backward(self, parameters: Arrays, gradient: Arrays, sweep: Sweep, *, add: bool) -> None:
@@ -99,7 +102,7 @@ class Stage(ABC):
 
     @abstractmethod
     def finish_backward(self, sweep: Sweep) -> None:
-        """Complete the gradient for this worker's outputs of the layer below."""
+        """Complete the gradient for this worker's outputs of the layer below, in the arrays of `sweep`."""
 
 
 def stage(number: int, layer: Layer, output: Box, plan: LayerPlan, group: Group) -> Stage:
@@ -167,8 +170,15 @@ class _ByOutputs(Stage):
         self._adding = False
         if not self._output.empty:
             inputs, outputs, of_outputs = work.inputs[number], work.outputs[number], work.output_gradient(number)
-            forward = self._output, parameters, inputs, outputs, context
-            self._layer.backward(Backward(*forward, of_outputs, gradient, below, add, start))
+            task = Backward(
+                *(self._output, parameters, inputs, outputs, context),
+                gradient=of_outputs,
+                parameter_gradient=gradient,
+                input_gradient=below,
+                add=add,
+                inputs_done=start,
+            )
+            self._layer.backward(task)
         elif below is not None:
             below.fill(0)
         start()
@@ -208,7 +218,13 @@ class _ByInputs(Stage):
         number, (work, context, clock), layer = self._number, sweep, cast(SplitByInputs, self._layer)
         inputs, outputs, below = work.inputs[number], work.outputs[number], work.input_gradient(number)
         of_outputs, of_sums = work.output_gradient(number), work.sums(number)
-        task = Backward(self._output, parameters, inputs, outputs, context, of_outputs, gradient, below, add)
+        task = Backward(
+            *(self._output, parameters, inputs, outputs, context),
+            gradient=of_outputs,
+            parameter_gradient=gradient,
+            input_gradient=below,
+            add=add,
+        )
         if of_outputs.size:
             layer.begin_backward(task)
         clock.lap("backward", number)

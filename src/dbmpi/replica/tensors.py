@@ -1,17 +1,17 @@
-"""Which parts of the parameters each worker needs, which by several, and which of these pushes the gradient."""
+"""The parts of the parameters that each worker needs, and which of several that share one pushes the gradient."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import sub
 from typing import TYPE_CHECKING, cast
 
-from dbmpi.errors import UserError
 from dbmpi.index.boxes import Box
-from dbmpi.index.layout import Layout, Tensor
+from dbmpi.index.layout import Stretch, Tensor
 from dbmpi.index.lookup import Index
 from dbmpi.network.layer import SplitByInputs
-from dbmpi.network.own import calling
+from dbmpi.replica.cut import needed_tensor_box
 from dbmpi.replica.placement import Placement
 
 if TYPE_CHECKING:
@@ -37,100 +37,91 @@ class Part:
 
 
 def tensor_boxes(layers: Sequence[Layer], placement: Placement, worker: int) -> dict[str, Box]:
-    """Return by the tensor's full name which box of it the worker needs; in the order of the layout, some empty."""
+    """Return the box of each tensor that a worker needs, perhaps empty, by the tensor's full name.
+
+    Parameters
+    ----------
+    layers, placement
+        The network, and what each worker computes.
+    worker
+        Its number.
+
+    Returns
+    -------
+    dict
+        In the order of the layout, and of the worker's own vector.
+    """
     return {
-        tensor.name: _needed(layer, short, tensor, placement, place, worker)
-        for place, layer in enumerate(layers)
+        tensor.name: _needed(layer, short, tensor, placement, number, worker)
+        for number, layer in enumerate(layers)
         for short, tensor in layer.tensors.items()
     }
 
 
-def worker_layout(layers: Sequence[Layer], placement: Placement, worker: int) -> Layout:
-    """Return the layout of the worker's own vector: the boxes of `tensor_boxes` one behind the other.
-
-    It is made of the elements of `tensor_runs` in their order.
-    """
-    return Layout(tuple(Tensor(name, box.shape) for name, box in tensor_boxes(layers, placement, worker).items()))
-
-
-def tensor_runs(layers: Sequence[Layer], layout: Layout, placement: Placement, worker: int) -> list[range]:
-    """Return the positions of the whole flat vector that the worker needs: sorted, disjoint, merged."""
-    boxes = tensor_boxes(layers, placement, worker)
-    return _merged(layout, boxes.items())
-
-
 def tensor_parts(layers: Sequence[Layer], placement: Placement) -> tuple[Part, ...]:
-    """Return disjoint parts with every element of a tensor that a worker needs, and the workers that need and push it.
+    """Return disjoint parts with every element of the layers' tensors that a `placement` needs, and their workers.
 
     Owners are chosen so that pushes are about equally large; the same on every rank.
     """
-    found: list[tuple[Tensor, Box, tuple[int, ...]]] = []
-    for place, layer in enumerate(layers):
+    needed: list[tuple[Tensor, Box, tuple[int, ...]]] = []
+    for number, layer in enumerate(layers):
         for short, tensor in layer.tensors.items():
             workers: dict[Box, list[int]] = {}
             for worker in range(placement.partitions):
-                box = _needed(layer, short, tensor, placement, place, worker)
+                box = _needed(layer, short, tensor, placement, number, worker)
                 if not box.empty:
                     workers.setdefault(box, []).append(worker)
-            found += ((tensor, box, who) for box, who in _disjoint(workers))
+            needed += ((tensor, box, needers) for box, needers in _disjoint(workers))
     pushed = [0] * placement.partitions
-    for _, box, who in found:
-        if len(who) == 1:
-            pushed[who[0]] += box.size
+    for _, box, needers in needed:
+        if len(needers) == 1:
+            pushed[needers[0]] += box.size
     parts = []
-    for tensor, box, who in found:
-        owner = who[0] if len(who) == 1 else min(who, key=lambda worker: (pushed[worker], worker))
-        if len(who) > 1:
+    for tensor, box, needers in needed:
+        owner = needers[0] if len(needers) == 1 else min(needers, key=lambda worker: (pushed[worker], worker))
+        if len(needers) > 1:
             pushed[owner] += box.size
-        parts.append(Part(tensor, box, who, owner))
+        parts.append(Part(tensor, box, needers, owner))
     return tuple(parts)
 
 
-def pushed_runs(layout: Layout, parts: Sequence[Part], worker: int) -> list[range]:
-    """Return the positions of the whole flat vector whose gradient the worker pushes: sorted, disjoint, merged.
+def stretches(part: Part, whole: Iterable[range], box: Box, local: int, worker: int) -> Iterator[Stretch]:
+    """Yield where a part of a tensor lies in a whole vector, and in the own vector of a worker that needs it.
 
-    Over all workers these are the positions that anybody needs, each once.
+    Parameters
+    ----------
+    part
+        The part.
+    whole
+        Ranges of the whole vector with the elements of the part, in C order.
+    box
+        The part of the tensor that the worker needs.
+    local
+        Where `box` begins in its vector.
+    worker
+        Its number.
     """
-    return _merged(layout, ((part.tensor.name, part.box) for part in parts if part.owner == worker))
+    starts, stops = (tuple(map(sub, ends, box.starts)) for ends in (part.box.starts, part.box.stops))
+    own = Box(starts, stops).runs(box.shape)
+    here = range(0)
+    for there in whole:
+        position = there.start
+        while position < there.stop:
+            here = here or next(own)
+            length = min(len(here), there.stop - position)
+            yield Stretch(position, local + here.start, length, part.owner == worker)
+            position, here = position + length, here[length:]
 
 
-def _needed(layer: Layer, short: str, tensor: Tensor, placement: Placement, place: int, worker: int) -> Box:
+def _needed(layer: Layer, short: str, tensor: Tensor, placement: Placement, number: int, worker: int) -> Box:
     """Return the part of a tensor that a worker needs."""
-    output = placement.boxes[place][worker]
-    whole = Box.whole(tensor.shape)
-    if placement.splits[place] == "inputs":
-        inputs = placement.boxes[place - 1][worker]
-        if inputs.empty and output.empty:
-            return Box(whole.starts, whole.starts)
-        need = cast(SplitByInputs, layer).partial_tensor_box(short, inputs, output)
-    elif output.empty:
-        return Box(whole.starts, whole.starts)
-    else:
-        with calling(layer.name, f"asked what its outputs {output} need of {short!r}"):
-            need = layer.tensor_box(short, output)
-    if len(need.starts) != len(whole.starts) or not whole.holds(need):
-        raise UserError(
-            f"layer {layer.name!r}: for its outputs {output}, of shape {tuple(layer.output_shape)}, it asks for "
-            f"the part {need} of {short!r}, which has shape {tensor.shape}; expected a box within it"
-        )
-    return need
-
-
-def _merged(layout: Layout, boxes: Iterable[tuple[str, Box]]) -> list[range]:
-    """Return the positions in the flat vector of disjoint boxes of tensors."""
-    shapes = {tensor.name: tensor.shape for tensor in layout.tensors}
-    runs = sorted(
-        (layout.offsets[name] + run.start, layout.offsets[name] + run.stop)
-        for name, box in boxes
-        for run in box.runs(shapes[name])
-    )
-    merged: list[range] = []
-    for start, stop in runs:
-        if merged and merged[-1].stop == start:
-            merged[-1] = range(merged[-1].start, stop)
-        else:
-            merged.append(range(start, stop))
-    return merged
+    output = placement.boxes[number][worker]
+    if placement.splits[number] == "outputs":
+        return needed_tensor_box(layer, short, output)
+    inputs = placement.boxes[number - 1][worker]
+    if inputs.empty and output.empty:
+        return Box((0,) * len(tensor.shape), (0,) * len(tensor.shape))
+    return cast(SplitByInputs, layer).partial_tensor_box(short, inputs, output)
 
 
 def _disjoint(workers: dict[Box, list[int]]) -> list[tuple[Box, tuple[int, ...]]]:
@@ -145,14 +136,14 @@ def _disjoint(workers: dict[Box, list[int]]) -> list[tuple[Box, tuple[int, ...]]
     divided: list[tuple[Box, tuple[int, ...]]] = []
     for box in overlapping:
         new, kept = [box], []
-        for part, who in divided:
+        for part, needers in divided:
             common = part.meet(box)
             if common.empty:
-                kept.append((part, who))
+                kept.append((part, needers))
                 continue
-            kept.append((common, tuple(sorted((*who, *workers[box])))))
-            kept += ((rest, who) for rest in part.minus(common))
+            kept.append((common, tuple(sorted((*needers, *workers[box])))))
+            kept += ((rest, needers) for rest in part.minus(common))
             new = [rest for piece in new for rest in piece.minus(common)]
         divided = kept + [(rest, tuple(workers[box])) for rest in new]
-    # In the order of the tensor, so that the list does not depend on how it was found.
+    # In the order of the tensor, so that the list does not depend on how it was computed.
     return sorted(parts + divided, key=lambda part: (part[0].starts, part[0].stops))

@@ -1,4 +1,4 @@
-"""What is learned without targets: terms that layers in the middle of a network add to the loss.
+"""Learning without targets: terms that layers in the middle of a network add to the loss.
 
 Together, over the stages of a network, these are the objective of Le et al. ("Building high-level features using large
 scale unsupervised learning", ICML 2012, equation 1): for each, ``|W2 W1^T x - x|^2 + lambda sum_j sqrt(epsilon +
@@ -64,7 +64,7 @@ class Term(ABC):
 
     @abstractmethod
     def backward_below(self, work: Workspace) -> None:
-        """Add the gradient of the term's mean to that for the outputs of the layer below, when that is complete."""
+        """Add the gradient of the term's mean to that in `work` for the layer below, which is complete."""
 
 
 def terms(layers: Sequence[Layer], placement: Placement, group: Group) -> dict[int, Term]:
@@ -77,7 +77,7 @@ def terms(layers: Sequence[Layer], placement: Placement, group: Group) -> dict[i
     group
         The workers, of which this is one.
     """
-    found: dict[int, Term] = {}
+    result: dict[int, Term] = {}
     for number, layer in enumerate(layers):
         penalty = getattr(layer, "penalty", 0.0)
         if isinstance(layer, Reconstructing) and layer.reconstruction > 0:
@@ -85,10 +85,10 @@ def terms(layers: Sequence[Layer], placement: Placement, group: Group) -> dict[i
             needed = needed_inputs(layers, placement)[number]
             owned = placement.boxes[number - 1] if number > 0 else _shared_out(layer, placement.boxes[0])
             plan = ExchangePlan(tuple(layer.input_shape), owned, needed)
-            found[number] = _Reconstruction(number, layer, output, Exchange(group, plan))
+            result[number] = _Reconstruction(number, layer, output, Exchange(group, plan))
         elif penalty > 0:
-            found[number] = _Penalty(number, penalty)
-    return found
+            result[number] = _Penalty(number, penalty)
+    return result
 
 
 class _Penalty(Term):
@@ -151,7 +151,7 @@ def _maps(activations: np.ndarray) -> np.ndarray:
 
 
 def _shared_out(layer: Layer, boxes: Sequence[Box]) -> tuple[Box, ...]:
-    """Give each input of a network to one worker: about those at the places of the outputs that it owns."""
+    """Give each input of a network to one worker: about those at the positions of the outputs that it owns."""
     sizes = list(zip(layer.input_shape, layer.output_shape, strict=True))
     return tuple(
         Box(

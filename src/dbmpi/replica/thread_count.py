@@ -1,4 +1,4 @@
-"""How many of a rank's threads are worth waking for a network: few, where a layer is computed in less than a moment.
+"""How many of a rank's threads are worth waking for a network: few, where a layer takes less than a millisecond.
 
 A parallel loop or product costs some ten microseconds to wake each thread, and far more on cores that others use, too:
 a thread that does not run lets all others wait at the end of each loop.  The number follows from the network alone, not
@@ -45,6 +45,11 @@ def worthwhile(layers: Sequence[Layer], partitions: int, samples: int) -> int:
 def fitted(layers: Sequence[Layer], partitions: int, samples: int) -> Iterator[str]:
     """Use no more threads in the block than are worthwhile, unless the user has chosen a number; give a remark on it.
 
+    Parameters
+    ----------
+    layers, partitions, samples
+        As for `worthwhile`.
+
     Yields
     ------
     str
@@ -56,7 +61,7 @@ def fitted(layers: Sequence[Layer], partitions: int, samples: int) -> Iterator[s
         compiling.limit_threads(prepared.kernels)
         yield ""
         return
-    # Another number than dbmpi has set is somebody's wish.
+    # A number that dbmpi has not set is a user's choice.
     changed = [library for library in openblas.loaded() if library.threads == prepared.threads]
     try:
         compiling.limit_threads(number)

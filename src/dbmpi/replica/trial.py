@@ -1,4 +1,4 @@
-"""Trying a user's own layer on a few outputs, as workers would use it, before hours are spent on it."""
+"""Trying a user's own layer on a few outputs, as workers would use it, before a long run depends on it."""
 
 from __future__ import annotations
 
@@ -13,38 +13,36 @@ from dbmpi.errors import UserError
 from dbmpi.index.boxes import Box
 from dbmpi.network.layer import Backward, Context, Forward, InParts, takes_parts
 from dbmpi.network.own import calling
-from dbmpi.replica.reach import needed_box
+from dbmpi.replica.cut import needed_box, needed_tensor_box
 
 if TYPE_CHECKING:
     from dbmpi.network.layer import Layer
 
 _SAMPLES = 3
 _SIDE = 2  # outputs along each axis
-_VALUES = 16  # initial values that are looked at
+_VALUES = 16  # initial values that are checked
 _SAME = 1e-3  # relative
 
 
 def try_layer(layer: Layer, dtype: np.dtype[np.floating]) -> None:
-    """Compute outputs and gradients of small boxes of a layer and look at what comes out.
+    """Compute outputs and gradients of small boxes of a layer, in `dtype`, and check them.
 
-    Boxes that it asks for must lie within its inputs and tensors.  It must write what it is asked to write, in the
-    arrays that it is given, change none that it is given to read, and compute the same outputs however they are cut.
+    Boxes that it asks for must lie within its inputs and tensors.  It must write its results into the arrays that it is
+    given for them, change no other array, and compute the same outputs however they are cut.
 
     Raises
     ------
     UserError
-        If not; names the layer, what it gave and what was expected.
+        If not; names the layer, the result and the expectation.
     """
     whole = Box.whole(layer.output_shape)
-    with calling(layer.name, f"asked what its outputs {whole} need"):
-        needed_box(layer, whole)
-        for short, tensor in layer.tensors.items():
-            _check_tensor_box(layer, short, whole)
-            if layer.tensor_box(short, whole) != Box.whole(tensor.shape):
-                raise UserError(
-                    f"layer {layer.name!r}: all of its outputs together need {layer.tensor_box(short, whole)} of "
-                    f"{short!r}, which has shape {tensor.shape}; expected all of it"
-                )
+    needed_box(layer, whole)
+    for short, tensor in layer.tensors.items():
+        if (part := needed_tensor_box(layer, short, whole)) != Box.whole(tensor.shape):
+            raise UserError(
+                f"layer {layer.name!r}: all of its outputs together need {part} of {short!r}, which has shape "
+                f"{tensor.shape}; expected all of it"
+            )
     for number, short in enumerate(layer.tensors):
         _try_initial(layer, short, number, dtype)
     for box in sorted({*_boxes(layer.output_shape)}, key=lambda box: box.starts):
@@ -69,13 +67,13 @@ def _boxes(shape: tuple[int, ...]) -> Iterator[Box]:
 
 
 def _try_initial(layer: Layer, short: str, number: int, dtype: np.dtype[np.floating]) -> None:
-    """Check that initial values are numbers, and the same for whoever asks for which part."""
+    """Check that initial values are numbers, and do not depend on the part that is asked for."""
     size = min(layer.tensors[short].size, _VALUES)
     values, part = np.full(size, np.nan, dtype), np.full(size - size // 2, np.nan, dtype)
     with calling(layer.name, f"asked for initial values of {short!r}"):
         layer.initial(short, values, 1, number, 0)
         layer.initial(short, part, 1, number, size // 2)
-    _check_written(layer, f"initial({short!r})", "out", values)
+    _check(layer, f"initial({short!r})", "out", values)
     if not np.array_equal(values[size // 2 :], part):
         raise UserError(
             f"layer {layer.name!r}: the initial values of {short!r} from {size // 2} on are others than those from 0 "
@@ -86,17 +84,15 @@ def _try_initial(layer: Layer, short: str, number: int, dtype: np.dtype[np.float
 def _try_box(layer: Layer, box: Box, dtype: np.dtype[np.floating]) -> np.ndarray:
     """Compute the outputs of a box and all gradients, and return the outputs."""
     context = Context(training=False)
-    with calling(layer.name, f"asked what its outputs {box} need"):
-        need = needed_box(layer, box)
-        for short in layer.tensors:
-            _check_tensor_box(layer, short, box)
-        held = {short: layer.tensor_box(short, box) for short in layer.tensors}
+    need = needed_box(layer, box)
+    needed = {short: needed_tensor_box(layer, short, box) for short in layer.tensors}
+    with calling(layer.name, f"asked for the operations for its outputs {box}"):
         flops: Any = layer.flops(box, _SAMPLES, input_gradient=True)
     if not isinstance(flops, int | float | np.number):
         raise UserError(f"layer {layer.name!r}: flops returns {type(flops).__name__}; expected a number of operations")
-    # Positive, as there are functions that are defined for such numbers only; at each place always the same.
+    # Positive, as some functions are defined for such numbers only; at each position always the same.
     inputs = _numbers(need, _SAMPLES, dtype)
-    parameters = {short: _numbers(part, 0, dtype) for short, part in held.items()}
+    parameters = {short: _numbers(part, 0, dtype) for short, part in needed.items()}
     read = [inputs, *parameters.values()]
     before = [array.copy() for array in read]
     outputs = _unwritten(layer, box, dtype)
@@ -106,25 +102,21 @@ def _try_box(layer: Layer, box: Box, dtype: np.dtype[np.floating]) -> np.ndarray
         returned: Any = layer.forward(task)  # type: ignore[func-returns-value]
     if isinstance(layer, InParts):
         _try_parts(layer, task)
-    _check_returned(layer, "forward", "outputs", outputs, returned)
-    _check_written(layer, "forward", "outputs", outputs)
+    _check(layer, "forward", "outputs", outputs, returned)
     for input_gradient in (None, np.full_like(inputs, np.nan)):
-        gradient, of_parameters = (
-            _unwritten(layer, box, dtype),
-            {k: np.full_like(v, np.nan) for k, v in parameters.items()},
-        )
+        gradient = _unwritten(layer, box, dtype)
         gradient[...] = 1
+        of_parameters = {short: np.full_like(values, np.nan) for short, values in parameters.items()}
         with calling(layer.name, f"backward is called {shapes}"):
             returned = layer.backward(  # type: ignore[func-returns-value]
                 Backward(box, parameters, inputs, outputs.copy(), context, gradient, of_parameters, input_gradient)
             )
         if input_gradient is not None:
-            _check_returned(layer, "backward", "input_gradient", input_gradient, returned)
-            _check_written(layer, "backward", "input_gradient", input_gradient)
+            _check(layer, "backward", "input_gradient", input_gradient, returned)
         for short, values in of_parameters.items():
-            _check_written(layer, "backward", f"parameter_gradient[{short!r}]", values)
+            _check(layer, "backward", f"parameter_gradient[{short!r}]", values)
     if not all(map(np.array_equal, read, before)):
-        raise UserError(f"layer {layer.name!r} changes its inputs or parameters; they are to be read only")
+        raise UserError(f"layer {layer.name!r} changes its inputs or parameters; expected that it only reads them")
     return outputs
 
 
@@ -133,13 +125,13 @@ def _try_parts(layer: Layer, task: Forward) -> None:
     box, outputs = task.output, task.outputs
     parts = np.full_like(outputs, np.nan)
     apart = replace(task, outputs=parts)
-    for places in product(*(range(start, stop) for start, stop in zip(box.starts[1:], box.stops[1:], strict=True))):
-        part = Box((box.starts[0], *places), (box.stops[0], *(place + 1 for place in places)))
+    for position in product(*(range(start, stop) for start, stop in zip(box.starts[1:], box.stops[1:], strict=True))):
+        part = Box((box.starts[0], *position), (box.stops[0], *(index + 1 for index in position)))
         with calling(layer.name, f"forward_part is called for {part} of its outputs {box}"):
             cast(InParts, layer).forward_part(apart, part)
     if not _same(parts, outputs, outputs):
         raise UserError(
-            f"layer {layer.name!r}: forward_part computes other outputs for the places of {box} than forward, "
+            f"layer {layer.name!r}: forward_part computes other outputs for the positions of {box} than forward, "
             f"{parts.dtype} {parts.shape}, or leaves some unwritten"
         )
 
@@ -150,31 +142,14 @@ def _same(some: np.ndarray, others: np.ndarray, outputs: np.ndarray) -> bool:
     return np.allclose(some, others, rtol=_SAME, atol=_SAME * float(largest))
 
 
-def _check_tensor_box(layer: Layer, short: str, output: Box) -> None:
-    shape = layer.tensors[short].shape
-    part: Any = layer.tensor_box(short, output)
-    if not isinstance(part, Box):
-        raise UserError(
-            f"layer {layer.name!r}: tensor_box returns {type(part).__name__} for {short!r} and its outputs {output}; "
-            "expected a Box"
-        )
-    if len(part.starts) != len(shape) or part.empty or not Box.whole(shape).holds(part):
-        raise UserError(
-            f"layer {layer.name!r}: for its outputs {output}, of shape {tuple(layer.output_shape)}, it asks for the "
-            f"part {part} of {short!r}, which has shape {shape}; expected a box within it"
-        )
-
-
-def _check_returned(layer: Layer, method: str, name: str, expected: np.ndarray, returned: Any) -> None:
+def _check(layer: Layer, method: str, name: str, values: np.ndarray, returned: Any = None) -> None:
+    """Check that a method has written the values that it was given by this name, and returned nothing."""
     if returned is not None:
         given = f"{returned.dtype} {returned.shape}" if isinstance(returned, np.ndarray) else type(returned).__name__
         raise UserError(
             f"layer {layer.name!r}: {method} returns {given}; expected nothing, and the result written into {name!r}, "
-            f"{expected.dtype} {expected.shape}"
+            f"{values.dtype} {values.shape}"
         )
-
-
-def _check_written(layer: Layer, method: str, name: str, values: np.ndarray) -> None:
     left = int(np.isnan(values).sum())
     if left:
         raise UserError(
@@ -190,12 +165,12 @@ def _unwritten(layer: Layer, box: Box, dtype: np.dtype[np.floating]) -> np.ndarr
 
 
 def _numbers(box: Box, samples: int, dtype: np.dtype[np.floating]) -> np.ndarray:
-    """Return numbers between 1/4 and 1 for a box, with `samples` for each place if there are any."""
+    """Return numbers between 1/4 and 1 for a box, with `samples` for each position if there are any."""
     shape = (*box.shape, samples) if samples else box.shape
     starts = (*box.starts, 0) if samples else box.starts
-    places = np.zeros(shape)
+    phases = np.zeros(shape)
     for axis, (start, length) in enumerate(zip(starts, shape, strict=True)):
         along = (start + np.arange(length)) * (0.37 + 0.21 * axis)
-        places += along.reshape(-1, *(1,) * (len(shape) - axis - 1))
-    values: np.ndarray = (0.625 + 0.375 * np.sin(places)).astype(dtype)
+        phases += along.reshape(-1, *(1,) * (len(shape) - axis - 1))
+    values: np.ndarray = (0.625 + 0.375 * np.sin(phases)).astype(dtype)
     return values

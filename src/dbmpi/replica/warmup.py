@@ -1,14 +1,17 @@
-"""Calling what a network's layers compile, before a clock runs."""
+"""Before a clock runs: compile what a network needs, and let all ranks multiply matrices by the same provider."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dbmpi.index.boxes import Box
-from dbmpi.mpi import blocking, waiting
+from dbmpi.kernels import matmul
+from dbmpi.mpi import waiting
+from dbmpi.mpi.world import together
+from dbmpi.network.dense import DenseLayer
 from dbmpi.network.layer import Backward, Context, Forward
 
 if TYPE_CHECKING:
@@ -17,22 +20,24 @@ if TYPE_CHECKING:
     from dbmpi.network.layer import Layer
 
 _UNITS = 64
-_COMPILING_SECONDS = 3600.0
-"""How long the ranks of a node wait for the one that compiles the kernels."""
-
-
-def first_on_each_node(comm: MPI.Intracomm, use_kernels: Callable[[], object]) -> None:
-    """Compile on one rank of each node; the others then find the kernels in the cache (collective)."""
-    node = blocking.on_this_host(comm, "the other ranks to compile the kernels")
-    for turn in (0, 1):
-        if (node.rank != 0) == bool(turn):
-            use_kernels()
-        waiting.complete(node.Ibarrier(), "the kernels to be compiled", seconds=_COMPILING_SECONDS)
-    blocking.free(node)
+_PROBE_SECONDS = 600.0
+"""How long the ranks wait for the first one to measure the providers of matrix products."""
 
 
 def use_layers(layers: Sequence[Layer], samples: int, dtype: np.dtype[np.floating], *, backward: bool = True) -> None:
-    """Compute a few outputs of every layer, and their gradients, on zeros."""
+    """Compute a few outputs of every layer, and their gradients, on zeros.
+
+    Parameters
+    ----------
+    layers
+        Of the network.
+    samples
+        Samples of a batch.
+    dtype
+        Of parameters and activations.
+    backward
+        Whether gradients will be computed, too.
+    """
     context = Context(training=backward)
     for layer in layers:
         # A small box of outputs, so that a large network costs no more than a small one, but a whole batch: which
@@ -47,3 +52,50 @@ def use_layers(layers: Sequence[Layer], samples: int, dtype: np.dtype[np.floatin
             gradients = {name: np.zeros_like(values) for name, values in tensors.items()}
             below = np.empty_like(inputs)
             layer.backward(Backward(output, tensors, inputs, outputs, context, outputs.copy(), gradients, below))
+
+
+def agree_on_products(comm: MPI.Intracomm, layers: Sequence[Layer], samples: int) -> str | None:
+    """Let all ranks use the provider that the first one has chosen (collective).
+
+    Where one of them does not have it, all use the one that is always available.
+
+    Parameters
+    ----------
+    comm
+        The ranks.
+    layers
+        Of the network; without a large product there is no choice.
+    samples
+        Samples of a batch.
+
+    Returns
+    -------
+    str or None
+        The provider; None where there is no choice, which saves the measurement.
+
+    Raises
+    ------
+    UserError
+        On every rank, if the environment of the first one names a provider that is not there.
+    """
+    from mpi4py import MPI
+
+    if not any(_products(layer, samples) >= matmul.LARGE for layer in layers):
+        return None
+    usable = np.array([name in matmul.available() for name in matmul.PROVIDERS], np.int64)
+    usable = waiting.allreduce(comm, usable, MPI.MIN, "the providers of matrix products of the other ranks")
+    chosen = np.zeros(1, np.int64)
+    with together(comm, "choosing the provider of matrix products", seconds=_PROBE_SECONDS):
+        if comm.rank == 0:
+            chosen[0] = matmul.PROVIDERS.index(matmul.provider())
+    waiting.broadcast(comm, chosen, 0, "the provider of matrix products")
+    name = matmul.PROVIDERS[int(chosen[0]) if usable[chosen[0]] else 0]
+    matmul.use(name)
+    return name
+
+
+def _products(layer: Layer, samples: int) -> int:
+    """Return the multiplications of a layer's largest matrix product."""
+    if not isinstance(layer, DenseLayer):
+        return 0
+    return layer.flops(Box.whole(layer.output_shape), samples, input_gradient=False) // 4

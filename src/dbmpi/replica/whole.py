@@ -1,4 +1,4 @@
-"""What computes a network: one worker's part of it, or the whole of it in one process."""
+"""A network that one process computes as a whole."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from dbmpi.network.description import Network
+from dbmpi.objective import Batch, Gradient, Objective, Outcome
 from dbmpi.replica.placement import automatic
 from dbmpi.replica.replica import Replica
 
@@ -14,14 +15,11 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-    from dbmpi.objective import Batch, Gradient, Outcome
 
-
-class WholeNetwork(Network):
+class WholeNetwork(Network, Objective):
     """A network that one process computes: a replica of one partition.
 
-    Implements :class:`dbmpi.objective.Objective`.  Constructed as :class:`dbmpi.network.description.Network` is.  One
-    object must not be used by two threads at once.
+    Constructed as :class:`dbmpi.network.description.Network` is.  One object must not be used by two threads at once.
     """
 
     def loss_and_gradient(
@@ -34,37 +32,15 @@ class WholeNetwork(Network):
         step: int = 0,
         add: bool = False,
     ) -> Outcome:
-        """Return the outcome of the batch and write the gradient of its **mean** loss into `gradient`.
-
-        Parameters
-        ----------
-        parameters : (layout.size,) array of `dtype`
-        gradient : (layout.size,) array of `dtype`, or a function that returns the buffer for one layer's part
-        batch : Batch
-            Inputs ``(*input_shape, samples)``; targets int32 ``(samples,)`` or ``(outputs, samples)``.
-        on_gradient : callable, optional
-            Called with each layer's number, from the last to the first, as soon as its part of `gradient` is complete
-            and its parameters are needed no more.
-        step : int
-            A number for masks that are drawn anew each step.
-        add : bool
-            Add to what is in `gradient`, instead of overwriting it.
-
-        Raises
-        ------
-        ValueError
-            If a shape or dtype does not fit.
-        UserError
-            If a class is not one of the outputs.
-        """
+        """Return the outcome of a batch and write the gradient of its mean loss; raises as `Replica` does."""
         return self._replica.loss_and_gradient(parameters, batch, gradient, on_gradient, step=step, add=add)
 
     def evaluate(self, parameters: np.ndarray, batch: Batch) -> Outcome:
-        """Return the outcome of the batch; raises as `loss_and_gradient` does."""
+        """Return the outcome of `batch` with `parameters`; raises as `loss_and_gradient` does."""
         return self._replica.evaluate(parameters, batch)
 
     def predict(self, parameters: np.ndarray, inputs: np.ndarray) -> np.ndarray:
-        """Return the predictions (outputs, samples) for inputs ``(*input_shape, samples)``.
+        """Return the predictions (outputs, samples) by `parameters` for inputs ``(*input_shape, samples)``.
 
         They are probabilities for the losses ``softmax`` and ``logistic``; otherwise, the last layer's outputs.
         """

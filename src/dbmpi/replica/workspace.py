@@ -40,7 +40,7 @@ class Workspace:
     Parameters
     ----------
     layers
-        What is kept of each.
+        The boxes of each.
     samples
         Of a batch.
     dtype

@@ -21,13 +21,12 @@ from dbmpi.errors import UserError
 from dbmpi.kernels.announce import announced, stderr_line
 from dbmpi.machine.rank_variables import ranks_on_node
 from dbmpi.mpi import blocking, pieces, waiting
-from dbmpi.mpi.collective import Collective
+from dbmpi.mpi.blocking import Collective
 from dbmpi.mpi.tags import Tag
 from dbmpi.objective import Outcome
 from dbmpi.replica import placement, thread_count
-from dbmpi.replica.products import agree_on_products
 from dbmpi.replica.replica import Replica
-from dbmpi.replica.warmup import first_on_each_node, use_layers
+from dbmpi.replica.warmup import agree_on_products, use_layers
 from dbmpi.runs import trained_network
 
 if TYPE_CHECKING:
@@ -239,7 +238,7 @@ class Inference(Collective):
         if self._comm is not None:
             layers, dtype = trained.network.layers, trained.network.dtype
             agree_on_products(self._comm, layers, size)
-            first_on_each_node(self._comm, lambda: use_layers(layers, size, dtype, backward=False))
+            blocking.first_on_each_node(self._comm, lambda: use_layers(layers, size, dtype, backward=False))
         return [np.arange(start, min(start + size, source.samples)) for start in range(0, source.samples, size)]
 
 

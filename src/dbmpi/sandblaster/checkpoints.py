@@ -114,7 +114,7 @@ class Keeper:
                     self._attempts.fail(error)
                     return
                 self._attempts.fail_at_the_end(error)
-                waiting.until(lambda: self._attempts.ready_at_the_end, "the disk", serve=self._serve, longest_nap=0.1)
+                waiting.until(lambda: self._attempts.ready_at_the_end, "the disk", serve=self._serve, longest_sleep=0.1)
             else:
                 self._attempts.succeed()
                 return

@@ -144,7 +144,7 @@ class Evaluator:
 
     def serve(self) -> bool:
         """Do what is due on this rank; return whether there was anything."""
-        self._watch.look()
+        self._watch.check()
         if len(self._watch.dead) > len(self._mourned):
             self._mourn()
         moved = self.passes.poll()

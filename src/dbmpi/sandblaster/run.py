@@ -128,7 +128,7 @@ def _poll(worker: BatchWorker, mailbox: Mailbox) -> bool:
     try:
         return worker.poll()
     except Exception as error:
-        if not (isinstance(error, (EndedByDeath, RankLost)) or failures.told(error)):
+        if not (isinstance(error, (EndedByDeath, RankLost)) or failures.reports_death(error)):
             worker.let_lead_write(mailbox)
         raise
 

@@ -69,7 +69,7 @@ class BatchWorker:
                 "the lead to write a last checkpoint",
                 serve=None if space is None else space.poll,
                 seconds=FOR_THE_LEAD * waiting.STALL_SECONDS,
-                longest_nap=0.01,
+                longest_sleep=0.01,
             )
 
 
@@ -141,7 +141,7 @@ class _Partitions:
 
     def broken(self) -> bool:
         """Whether one of the others has died."""
-        self._watch.look(now=True)
+        self._watch.check(now=True)
         return not self._watch.dead.isdisjoint(self._others)
 
     def _check(self) -> None:
