@@ -20,9 +20,7 @@ from dbmpi import config
 
 PROJECT = Path(__file__).parents[2]
 DOCS = PROJECT / "docs"
-UNLABELLED = ("checkpoints", "checkpoint-format", "data", "data-format", "networks", "own-layers", "own-methods", "sandblaster", "split-models", "failures")
-"""Pages whose blocks do not say yet whether they are run."""
-PAGES = [*(page for page in sorted(DOCS.glob("*.md")) if page.stem not in UNLABELLED), PROJECT / "CONTRIBUTING.md"]
+PAGES = [*sorted(DOCS.glob("*.md")), PROJECT / "CONTRIBUTING.md"]
 PAGES_IN_ROOT = ("CONTRIBUTING.md", "CHANGELOG.md")
 
 
@@ -197,8 +195,22 @@ def command(block: Block, here: Path) -> list[str]:
     return [sys.executable, "block.py"]
 
 
+def typed(page: Path) -> list[Block]:
+    """Return the blocks that are typed for a page: its own, then those of other pages that continue where it ends."""
+    others = [block for other in PAGES if other != page for block in blocks(other.read_text(encoding="utf-8"))]
+    return blocks(page.read_text(encoding="utf-8")) + [block for block in others if block.continues == page.stem]
+
+
+def test_blocks_continue_pages_that_exist():
+    continued = {block.continues for page in PAGES for block in blocks(page.read_text(encoding="utf-8"))} - {None}
+    assert continued
+    assert continued <= {page.stem for page in PAGES if "<!-- test: quick -->" in page.read_text(encoding="utf-8")}
+
+
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("page", [page for page in PAGES if "<!-- test: quick" in page.read_text("utf-8")], ids=stem)
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if "<!-- test: quick -->" in page.read_text("utf-8")], ids=stem
+)
 def test_a_page_can_be_typed(page, tmp_path, launch):
     """In a directory with nothing in it, block after block."""
     environment = {
@@ -208,10 +220,10 @@ def test_a_page_can_be_typed(page, tmp_path, launch):
         "OMPI_MCA_mpi_yield_when_idle": "1",
         "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",  # however few cores there are
     }
-    for block in blocks(page.read_text(encoding="utf-8")):
+    for block in typed(page):
         if block.saved_as:
             (tmp_path / block.saved_as).write_text(block.code, encoding="utf-8")
-        elif block.label == "quick":
+        elif block.is_run:
             done = launch(None, command(block, tmp_path), 180, environment, tmp_path)
             assert done.returncode == 0, f"{page.name}:{block.line}\n{done.transcript}"
             assert not done.left
