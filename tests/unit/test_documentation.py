@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import doctest
 import importlib.util
+import itertools
 import os
 import re
 import shutil
@@ -59,6 +60,16 @@ def test_the_page_of_commands_has_every_option():
 def test_the_diagrams_are_what_the_tool_draws():
     for name, text in tool("draw_diagrams").files().items():
         assert (DOCS / "images" / name).read_text(encoding="utf-8") == text, "run: python tools/draw_diagrams.py"
+
+
+def test_the_diagram_of_folders_has_the_order_of_imports():
+    from unit.test_imports import ROWS
+
+    rows = [[ROWS[name] for name in names] for _, names in tool("draw_diagrams").FOLDERS]
+    assert all(min(above) >= max(below) for above, below in itertools.pairwise(rows))
+    assert {name for _, names in tool("draw_diagrams").FOLDERS for name in names} == {
+        path.parent.name for path in (PROJECT / "src" / "dbmpi").glob("*/__init__.py")
+    }
 
 
 # Public names
