@@ -50,8 +50,3 @@ def blocks(text: str) -> list[Block]:
         line = text.count("\n", 0, match.start()) + 1
         found.append(Block(line, label and label["label"], match["code"], match["language"]))
     return found
-
-
-def sh_blocks(text: str) -> list[Block]:
-    """Return the shell's blocks of a page."""
-    return [block for block in blocks(text) if block.language == "sh"]
