@@ -6,10 +6,12 @@ import ast
 import doctest
 import importlib.util
 import itertools
+import json
 import os
 import re
 import shutil
 import sys
+import tomllib
 from pathlib import Path
 from types import ModuleType
 
@@ -22,6 +24,7 @@ from dbmpi import config
 PROJECT = Path(__file__).parents[2]
 DOCS = PROJECT / "docs"
 PAGES = [*sorted(DOCS.glob("*.md")), PROJECT / "CONTRIBUTING.md"]
+GENERATED = ("command-line.md", "configuration.md")
 PAGES_IN_ROOT = ("CONTRIBUTING.md", "CHANGELOG.md")
 
 
@@ -190,6 +193,33 @@ def stem(page: Path) -> str:
 def test_every_block_is_run_or_says_why_not(page):
     found = blocks(page.read_text(encoding="utf-8"))
     assert [f"{page.name}:{block.line}" for block in found if block.language in RUNNABLE and not block.label] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=stem)
+def test_configurations_that_are_shown_are_valid(page, tmp_path):
+    """Each block of TOML, completed by data and layers where it is a fragment."""
+    complete = {"data": {"train": "train.h5"}, "network": {"layers": [{"type": "dense", "units": 2}]}}
+    for block in blocks(page.read_text(encoding="utf-8")):
+        if block.language == "toml":
+            shown = tomllib.loads(block.code)
+            sections = {name: complete.get(name, {}) | shown.get(name, {}) for name in {*complete, *shown}}
+            config.Run.model_validate_json(json.dumps(sections))
+
+
+WORDS = re.compile(
+    r"\b(who|whoever|whom|he|him|his|somebody|nobody|nap|naps)\b|\b(is|are) to be told\b"
+    r"|\bcomes? to (rest|an end|its end|their end)\b|\blet in\b|\bgone on\b"
+)
+"""Words for people that are not meant for processes, and phrases that a reader stumbles over."""
+
+
+@pytest.mark.parametrize("page", [*PAGES, PROJECT / "README.md"], ids=stem)
+def test_pages_are_in_plain_words(page):
+    if page.name in GENERATED:
+        pytest.skip("its sentences are those of the code")
+    text = page.read_text(encoding="utf-8")
+    lines = enumerate(text.splitlines(), 1)
+    assert [f"{page.name}:{number}: {line}" for number, line in lines if WORDS.search(line)] == []
 
 
 def test_the_tests_that_are_named_exist():
