@@ -64,7 +64,7 @@ class Maxout:
         }
 
     def initial(self, tensor: str, out: np.ndarray, seed: int, number: int, start: int) -> None:
-        """Fill `out` with the values of a flattened tensor from `start` on: the same, whoever asks for which part."""
+        """Fill `out` with the values of a flattened tensor from `start` on: the same for any part that is requested."""
         if tensor == "bias":
             out[:] = 0
         else:

@@ -3,6 +3,7 @@
 - CONTRIBUTING.md and CHANGELOG.md become pages.
 - A link to a file outside docs/, e.g. ``../examples/digits.toml``, leads to a page that shows this file.
 - ``::: dbmpi.NAME`` is rendered from the module that defines the public name.
+- Roles in docstrings, e.g. ``:meth:``, are left out, as mkdocstrings shows them as they are written.
 - The build ends if a public name is not documented (tools/documented.py).
 """
 
@@ -28,6 +29,7 @@ PROJECT = Path(__file__).parent.parent
 FROM_ROOT = ("CONTRIBUTING.md", "CHANGELOG.md")
 LINK = re.compile(r"(?<=\]\()(?P<target>[^)#\s:]+)(?P<anchor>#[^)\s]*)?(?=\))")
 CODE = re.compile(r"`[^`]+`")
+ROLE = re.compile(r":(?:attr|class|func|meth|mod):(?=<code>)")
 LANGUAGES = {".py": "python", ".toml": "toml", ".sbatch": "bash", ".sh": "bash"}
 
 
@@ -65,6 +67,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         r"^\|.*\|$", lambda row: CODE.sub(lambda m: m[0].replace(r"\|", "|"), row[0]), markdown, flags=re.M
     )
     return re.sub(r"^::: dbmpi\.(\w+)$", _rendered, markdown, flags=re.MULTILINE)
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Leave out the roles before names in docstrings."""
+    return ROLE.sub("", html)
 
 
 def _rendered(match: re.Match[str]) -> str:

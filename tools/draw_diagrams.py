@@ -1,4 +1,4 @@
-"""Draw the diagrams of docs/background.md: docs/images/roles.svg, gradient.svg and portion.svg.
+"""Draw the diagrams of docs/background.md and docs/architecture.md into docs/images.
 
 Run it after a change here; a test compares the files with what this program would write.
 """
@@ -172,9 +172,104 @@ def portion() -> Drawing:
     return drawing
 
 
+FOLDERS = (
+    ("lead", ("cli",)),
+    ("lead", ("runs",)),
+    ("worker", ("sandblaster",)),
+    ("worker", ("downpour",)),
+    ("plain", ("data",)),
+    ("plain", ("checkpoint",)),
+    ("shard", ("methods", "paramserver", "replica")),
+    ("shard", ("mpi", "network")),
+    ("plain", ("kernels",)),
+    ("plain", ("config", "machine", "monitor")),
+    ("plain", ("index",)),
+)
+"""Folders of the source from the top to the bottom: each imports only from its own row's folder and from rows below."""
+CONTENTS = {
+    "cli": "one file for each command",
+    "runs": "training and inference from a description",
+    "sandblaster": "section 4.2: coordinator, portions",
+    "downpour": "section 4.1: push and fetch without waiting",
+    "data": "HDF5 source, stream of batches, importers",
+    "checkpoint": "one HDF5 file with everything",
+    "methods": "batch methods",
+    "paramserver": "push and fetch",
+    "replica": "a model on ranks",
+    "mpi": "the only folder that names MPI",
+    "network": "layers, without ranks",
+    "kernels": "arrays in, arrays out: Numba and LLVM",
+    "config": "description of a run",
+    "machine": "before NumPy loads",
+    "monitor": "records, plots",
+    "index": "boxes and layouts: pure integers",
+}
+
+
+def folders() -> Drawing:
+    """Draw the folders of the source in the order of imports."""
+    drawing = Drawing(480, 12 + 56 * len(FOLDERS), "Folders in the order of imports")
+    for row, (kind, names) in enumerate(FOLDERS):
+        width = (440 - 8 * (len(names) - 1)) // len(names)
+        for column, name in enumerate(names):
+            drawing.box(8 + column * (width + 8), 8 + 56 * row, width, 48, kind, name, CONTENTS[name])
+    drawing.arrow((464, 12), (464, 56 * len(FOLDERS)))
+    return drawing
+
+
+def exchange() -> Drawing:
+    """Draw how two workers exchange the rows that filters of 10 x 10 need at the boundary of 100 x 100 images."""
+    drawing = Drawing(480, 424, "An exchange between two workers")
+    for number, left in enumerate((8, 250)):
+        drawing.box(left, 10, 222, 404, "group", f"worker {number}")
+    drawing.box(24, 24, 190, 44, "worker", "outputs of the layer", "rows 0 to 45")
+    drawing.box(266, 24, 190, 44, "worker", "outputs of the layer", "rows 46 to 90")
+    drawing.text(24, 100, "need input rows 0 to 54:")
+    drawing.text(266, 100, "need input rows 46 to 99:")
+    drawing.box(24, 112, 190, 130, "lead", "owned", "rows 0 to 49")
+    drawing.box(24, 246, 190, 62, "plain", "halo, from worker 1", "rows 50 to 54")
+    drawing.box(266, 112, 190, 62, "plain", "halo, from worker 0", "rows 46 to 49")
+    drawing.box(266, 178, 190, 130, "lead", "owned", "rows 50 to 99")
+    drawing.arrow((214, 132), (265, 132))
+    drawing.arrow((266, 288), (215, 288))
+    drawing.arrow((266, 158), (215, 158), dashed=True)
+    drawing.arrow((214, 262), (265, 262), dashed=True)
+    drawing.arrow((30, 338), (70, 338))
+    drawing.text(78, 343, "forward: fills the halo")
+    drawing.arrow((30, 366), (70, 366), dashed=True)
+    drawing.text(78, 371, "backward: adds")
+    drawing.text(266, 343, "each pair of ranks")
+    drawing.text(266, 361, "exchanges one message,")
+    drawing.text(266, 379, "planned once")
+    return drawing
+
+
+def inbox() -> Drawing:
+    """Draw a push to a shard on another host: chunks, slots and flags."""
+    drawing = Drawing(480, 356, "A push to another host")
+    drawing.box(8, 10, 180, 336, "group", "worker")
+    drawing.box(24, 24, 148, 62, "worker", "gradient", "what this shard", "owns of it")
+    drawing.box(24, 106, 148, 44, "worker", "chunk 1")
+    drawing.box(24, 158, 148, 44, "worker", "chunk 2")
+    drawing.box(24, 210, 148, 44, "worker", "chunk 3", "waits for a free slot")
+    drawing.box(292, 10, 180, 336, "group", "shard")
+    drawing.box(308, 24, 148, 62, "plain", "inbox", "slots of the", "other workers")
+    drawing.box(308, 106, 148, 44, "shard", "slot 1", "of this worker")
+    drawing.box(308, 158, 148, 44, "shard", "slot 2", "of this worker")
+    drawing.box(308, 236, 148, 80, "shard", "apply", "polls the flags, runs", "the rule's kernel,", "frees the slot")
+    drawing.arrow((172, 122), (307, 122))
+    drawing.text(240, 114, "put, then flag", anchor="middle")
+    drawing.arrow((172, 174), (307, 174))
+    drawing.arrow((382, 202), (382, 235))
+    drawing.arrow((308, 276), (240, 276), (240, 232), (173, 232), dashed=True)
+    drawing.text(240, 296, "slot is free", anchor="middle")
+    return drawing
+
+
 def files() -> dict[str, str]:
     """Return the text of each file by its name."""
-    return {"roles.svg": roles().svg(), "gradient.svg": gradient().svg(), "portion.svg": portion().svg()}
+    drawings = (roles, gradient, portion, folders, exchange, inbox)
+    return {f"{draw.__name__}.svg": draw().svg() for draw in drawings}
 
 
 if __name__ == "__main__":

@@ -126,7 +126,7 @@ def minimize(
         parameters of other ranks itself.
     method : str or callable
         ``"lbfgs"``, ``"conjugate_gradients"``, ``"gradient_descent"``, or a function
-        ``(space, evaluate, *, limits, callback)`` of your own (docs/sandblaster.md).
+        ``(space, evaluate, *, limits, callback)`` of your own (docs/own-methods.md).
     memory : int
         Number of pairs in the history of L-BFGS.
     line_search : {"strong_wolfe", "backtracking"}

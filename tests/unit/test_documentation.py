@@ -5,10 +5,13 @@ from __future__ import annotations
 import ast
 import doctest
 import importlib.util
+import itertools
+import json
 import os
 import re
 import shutil
 import sys
+import tomllib
 from pathlib import Path
 from types import ModuleType
 
@@ -20,9 +23,8 @@ from dbmpi import config
 
 PROJECT = Path(__file__).parents[2]
 DOCS = PROJECT / "docs"
-UNLABELLED = ("checkpoints", "checkpoint-format", "data", "data-format", "networks", "own-layers", "own-methods", "sandblaster", "split-models", "failures")
-"""Pages whose blocks do not say yet whether they are run."""
-PAGES = [*(page for page in sorted(DOCS.glob("*.md")) if page.stem not in UNLABELLED), PROJECT / "CONTRIBUTING.md"]
+PAGES = [*sorted(DOCS.glob("*.md")), PROJECT / "CONTRIBUTING.md"]
+GENERATED = ("command-line.md", "configuration.md")
 PAGES_IN_ROOT = ("CONTRIBUTING.md", "CHANGELOG.md")
 
 
@@ -61,6 +63,16 @@ def test_the_page_of_commands_has_every_option():
 def test_the_diagrams_are_what_the_tool_draws():
     for name, text in tool("draw_diagrams").files().items():
         assert (DOCS / "images" / name).read_text(encoding="utf-8") == text, "run: python tools/draw_diagrams.py"
+
+
+def test_the_diagram_of_folders_has_the_order_of_imports():
+    from unit.test_imports import ROWS
+
+    rows = [[ROWS[name] for name in names] for _, names in tool("draw_diagrams").FOLDERS]
+    assert all(min(above) >= max(below) for above, below in itertools.pairwise(rows))
+    assert {name for _, names in tool("draw_diagrams").FOLDERS for name in names} == {
+        path.parent.name for path in (PROJECT / "src" / "dbmpi").glob("*/__init__.py")
+    }
 
 
 # Public names
@@ -183,6 +195,33 @@ def test_every_block_is_run_or_says_why_not(page):
     assert [f"{page.name}:{block.line}" for block in found if block.language in RUNNABLE and not block.label] == []
 
 
+@pytest.mark.parametrize("page", PAGES, ids=stem)
+def test_configurations_that_are_shown_are_valid(page, tmp_path):
+    """Each block of TOML, completed by data and layers where it is a fragment."""
+    complete = {"data": {"train": "train.h5"}, "network": {"layers": [{"type": "dense", "units": 2}]}}
+    for block in blocks(page.read_text(encoding="utf-8")):
+        if block.language == "toml":
+            shown = tomllib.loads(block.code)
+            sections = {name: complete.get(name, {}) | shown.get(name, {}) for name in {*complete, *shown}}
+            config.Run.model_validate_json(json.dumps(sections))
+
+
+WORDS = re.compile(
+    r"\b(who|whoever|whom|he|him|his|somebody|nobody|nap|naps)\b|\b(is|are) to be told\b"
+    r"|\bcomes? to (rest|an end|its end|their end)\b|\blet in\b|\bgone on\b"
+)
+"""Words for people that are not meant for processes, and phrases that a reader stumbles over."""
+
+
+@pytest.mark.parametrize("page", [*PAGES, PROJECT / "README.md"], ids=stem)
+def test_pages_are_in_plain_words(page):
+    if page.name in GENERATED:
+        pytest.skip("its sentences are those of the code")
+    text = page.read_text(encoding="utf-8")
+    lines = enumerate(text.splitlines(), 1)
+    assert [f"{page.name}:{number}: {line}" for number, line in lines if WORDS.search(line)] == []
+
+
 def test_the_tests_that_are_named_exist():
     named = re.findall(r"tests/[\w/]+\.py", (PROJECT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
     assert named
@@ -197,8 +236,22 @@ def command(block: Block, here: Path) -> list[str]:
     return [sys.executable, "block.py"]
 
 
+def typed(page: Path) -> list[Block]:
+    """Return the blocks that are typed for a page: its own, then those of other pages that continue where it ends."""
+    others = [block for other in PAGES if other != page for block in blocks(other.read_text(encoding="utf-8"))]
+    return blocks(page.read_text(encoding="utf-8")) + [block for block in others if block.continues == page.stem]
+
+
+def test_blocks_continue_pages_that_exist():
+    continued = {block.continues for page in PAGES for block in blocks(page.read_text(encoding="utf-8"))} - {None}
+    assert continued
+    assert continued <= {page.stem for page in PAGES if "<!-- test: quick -->" in page.read_text(encoding="utf-8")}
+
+
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("page", [page for page in PAGES if "<!-- test: quick" in page.read_text("utf-8")], ids=stem)
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if "<!-- test: quick -->" in page.read_text("utf-8")], ids=stem
+)
 def test_a_page_can_be_typed(page, tmp_path, launch):
     """In a directory with nothing in it, block after block."""
     environment = {
@@ -208,10 +261,10 @@ def test_a_page_can_be_typed(page, tmp_path, launch):
         "OMPI_MCA_mpi_yield_when_idle": "1",
         "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",  # however few cores there are
     }
-    for block in blocks(page.read_text(encoding="utf-8")):
+    for block in typed(page):
         if block.saved_as:
             (tmp_path / block.saved_as).write_text(block.code, encoding="utf-8")
-        elif block.label == "quick":
+        elif block.is_run:
             done = launch(None, command(block, tmp_path), 180, environment, tmp_path)
             assert done.returncode == 0, f"{page.name}:{block.line}\n{done.transcript}"
             assert not done.left

@@ -1,6 +1,6 @@
 """The project's files: the version is told, no machine shines through, and what the README says can be typed.
 
-Every ``sh`` block of the README has a comment before it that says what becomes of it here (unit/documentation.py).
+Every block of code in the README has a comment before it that says what a test does with it (unit/documentation.py).
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from unit.documentation import Block
-from unit.documentation import sh_blocks as blocks
+from unit.documentation import Block, blocks
 
 import dbmpi
 
@@ -82,7 +81,7 @@ def test_blocks_are_found_with_their_labels():
 def test_every_command_of_the_readme_is_tested_or_says_why_not():
     found = blocks(README.read_text(encoding="utf-8"))
     if not found:
-        pytest.skip("the README has no sh blocks")
+        pytest.skip("the README has no blocks")
     assert [f"README.md:{block.line}" for block in found if block.label is None] == []
     assert any(block.label == "quick" for block in found)
 
@@ -96,6 +95,9 @@ def newcomer(tmp_path_factory: pytest.TempPathFactory) -> Path:
             copy = here / path.relative_to(PROJECT)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(path, copy)
+    for block in blocks(README.read_text(encoding="utf-8")):
+        if block.saved_as:
+            (here / block.saved_as).write_text(block.code, encoding="utf-8")
     return here
 
 
