@@ -1,4 +1,4 @@
-"""Finding boxes that meet a box, without looking at all of them."""
+"""An index of boxes, to find those that meet a box without comparing it with all."""
 
 from __future__ import annotations
 
@@ -73,9 +73,9 @@ def _borders(boxes: list[Box]) -> list[list[int]]:
     if not boxes:
         return []
     starts = [sorted(set(axis)) for axis in zip(*(box.starts for box in boxes), strict=True)]
-    room = 2 * len(boxes)
+    most = 2 * len(boxes)
     for axis in sorted(range(len(starts)), key=lambda axis: len(starts[axis])):
-        step = -(-len(starts[axis]) // max(room, 1))
+        step = -(-len(starts[axis]) // max(most, 1))
         starts[axis] = starts[axis][::step]
-        room //= len(starts[axis])
+        most //= len(starts[axis])
     return starts

@@ -40,15 +40,22 @@ def aligned_empty(shape: int | tuple[int, ...], dtype: Any = np.float32, line: i
 
 
 @contextmanager
-def widened(target: np.ndarray) -> Iterator[np.ndarray]:
-    """Yield room for what is computed in float64; afterwards it is rounded into `target`."""
-    wide = np.empty(target.shape, np.float64)
+def widened(target: np.ndarray, dtype: Any) -> Iterator[np.ndarray]:
+    """Yield an array of `dtype` that is rounded into `target` at the end: `target` itself where that is its dtype."""
+    if target.dtype == dtype:
+        yield target
+        return
+    wide = np.empty(target.shape, dtype)
     yield wide
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         target[...] = wide
 
 
-def rows_of(array: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
+Rows = tuple[np.ndarray, tuple[int, int]]
+"""An array (maps, rows, columns, samples) as kernels take it that may be a part of a larger one: see `rows_of`."""
+
+
+def rows_of(array: np.ndarray) -> Rows:
     """Return an array (maps, rows, columns, samples), which may be a part of a larger one, as kernels take it.
 
     A kernel is compiled once for such arrays, whether they have gaps or not, and knows that rows have none.

@@ -41,6 +41,15 @@ def adagrad(parameters: np.ndarray, gradient: np.ndarray, accumulator: np.ndarra
 
     ``accumulator += gradient^2;  parameters -= rate * gradient / (sqrt(accumulator) + epsilon)``
 
+    Parameters
+    ----------
+    parameters, gradient, accumulator : (n,) arrays
+        The accumulator, the sum of squares, is updated, and then the parameters.
+    rate, epsilon : float
+        Learning rate, and the term that bounds the step where the sum is small.
+
+    Notes
+    -----
     Where both are 0, the parameter stays.  A sum that float32 cannot hold, because gradients are large, or smaller than
     1e-15 where so small ones matter, is kept as minus its root: see `FOLD`.
     """

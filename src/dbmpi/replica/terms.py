@@ -71,7 +71,7 @@ class _Penalty:
 
     def forward(self, parameters: Arrays, inputs: np.ndarray, work: Workspace) -> float:
         outputs = _maps(work.outputs[self.place])
-        return self._penalty * float(total(*rows_of(outputs), outputs.shape))
+        return self._penalty * float(total(rows_of(outputs), outputs.shape))
 
     def backward(self, parameters: Arrays, parameter_gradient: Arrays, work: Workspace) -> None:
         gradient = work.gradient(self.place + 1)
@@ -99,7 +99,7 @@ class _Reconstruction:
         exchange.add(self._spread, self._error)
         below = _maps(work.outputs[self.place - 1] if self.place > 0 else inputs[exchange.mine.slices()])
         weight = self._layer.reconstruction
-        return weight * float(squared_error(_maps(self._error), *rows_of(below), 2 * weight / samples))
+        return weight * float(squared_error(_maps(self._error), rows_of(below), 2 * weight / samples))
 
     def backward(self, parameters: Arrays, parameter_gradient: Arrays, work: Workspace) -> None:
         self._exchange.fill(self._error, self._spread)
