@@ -87,7 +87,7 @@ class Box:
                 parts.append(Box(tuple(starts), (*stops[:axis], first, *stops[axis + 1 :])))
             if last < stops[axis]:
                 parts.append(Box((*starts[:axis], last, *starts[axis + 1 :]), tuple(stops)))
-            # What is left on this axis is within `other`: the next axis goes on from there.
+            # The rest on this axis is within `other`, and is cut along the next axis.
             starts[axis], stops[axis] = first, last
         return tuple(parts)
 

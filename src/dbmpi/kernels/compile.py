@@ -115,7 +115,7 @@ def _jitted(function: Callable[P, R_co], kind: str, options: dict[str, Any]) -> 
     # functions that one factory made, compiled in two processes, may have the same symbols for a third that loads both.
     function.__qualname__ = f"{function.__qualname__}{_variant(function)}_{kind}_{digest_of(_SOURCES)}"
     disabled, numba.config.DISABLE_JIT = numba.config.DISABLE_JIT, 0  # type: ignore[attr-defined]
-    try:  # some kernels hold LLVM's instructions, which Python cannot run: what is disabled is a user's own
+    try:  # some kernels contain LLVM's instructions, which Python cannot run; only a user's own code is not compiled
         compiled = numba.njit(nogil=True, error_model="numpy", **options)(function)
     finally:
         numba.config.DISABLE_JIT = disabled  # type: ignore[attr-defined]

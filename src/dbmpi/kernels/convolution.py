@@ -36,7 +36,7 @@ class Tied(Filters):
     def input_gradient(self, weights: np.ndarray, gradient: np.ndarray, result: np.ndarray) -> None:
         """Write the gradient for the inputs (see `Filters`).
 
-        At stride 1 every input can be looked at once, to sum up the gradients of the outputs whose fields it lies in.
+        At stride 1 every input is visited once, to sum up the gradients of the outputs whose fields it lies in.
         """
         if self.stride > 1 or weights.shape[1] < _GATHERED:
             self._added_gradient(weights, gradient, result)
@@ -105,7 +105,7 @@ class _Feeding(NamedTuple):
     """Positions of the outputs relative to that at an input's own row and column, for one kind after the other, int64.
 
     Each by rows of the filters first, so that the rows that count are one piece; then by maps, and by columns of the
-    outputs, so that what is read together is together in memory.
+    outputs, in the order in which they are read.
     """
     starts: np.ndarray
     """Where each kind starts in `offsets`, and the end, int64."""
@@ -128,7 +128,7 @@ def _feeding(shape: tuple[int, int], gradient_shape: tuple[int, int, int, int]) 
 def _added_gradient(tile: tuple[int, int, int]) -> Kernel[..., None]:
     """Return the kernel of the inputs' gradient that adds to them, for blocks of maps.
 
-    Every thread writes a band of rows of its own, for which it looks at the fields that reach into it.  Filters stay in
+    Every thread writes a band of rows of its own, from the fields that reach into it.  Filters stay in
     the caches, unlike those of a local layer, and so it is the gradients of a block of maps that stay in registers.
     Columns of the field come after one another: rows of several channels, which may lie a multiple of 4096 bytes apart,
     would wait for each other (twice the time for 128 samples of 100 x 100).

@@ -67,7 +67,7 @@ def fill_words(unit: np.uint64, chunk: np.uint64, key: np.uint64, words: np.ndar
         x0, x1 = np.uint64(lane), chunk & _WORD
         x2, x3 = unit & _WORD, unit >> _SHIFT
         key_0, key_1 = key & _WORD, key >> _SHIFT
-        # 32-bit words in 64-bit integers: their products, of which both halves are needed, are vector instructions.
+        # 32-bit words in 64-bit integers: both halves of their products are needed, and these are vector instructions.
         for _ in range(10):
             product_0, product_1 = _MULTIPLIER_0 * x0, _MULTIPLIER_1 * x2
             x0, x2 = (product_1 >> _SHIFT) ^ x1 ^ key_0, (product_0 >> _SHIFT) ^ x3 ^ key_1

@@ -6,7 +6,7 @@ weight multiplies vectors of them.  The field is not copied: a table says where 
 maps times two vectors of samples is summed in registers.
 
 Untied filters are read once for all samples; forward and backward pass then do ``6 * samples`` operations for every
-weight, of which 4 bytes are read twice and, as its gradient, written once.  With few samples that flow of memory is as
+weight, whose 4 bytes are read twice and, as its gradient, written once.  With few samples that flow of memory is as
 much of a limit as the arithmetic, so the next filters are prefetched.  With many samples the rows of inputs under a
 field exceed the second cache: the column that the next field takes in is then prefetched, too.
 
@@ -154,7 +154,7 @@ class Filters:
 def _forward(tile: tuple[int, int, int], ahead: bool) -> Kernel[..., None]:
     """Return the kernel for blocks of maps.
 
-    With `ahead` it asks for the filters of the next block early: where positions have their own, they come from memory.
+    With `ahead` it prefetches the filters of the next block: where positions have their own, they come from memory.
     """
 
     def forward(

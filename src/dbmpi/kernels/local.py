@@ -73,7 +73,7 @@ class Untied(Filters):
 def _input_gradient(tile: tuple[int, int, int]) -> Kernel[..., None]:
     """Return the kernel for blocks of rows of a field.
 
-    Every thread writes a band of rows of its own, for which it looks at the fields that reach into it.  Filters come
+    Every thread writes a band of rows of its own, from the fields that reach into it.  Filters come
     from memory, each once, and are added up over the maps while some rows of the field stay in registers.
     """
 

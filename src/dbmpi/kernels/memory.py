@@ -1,4 +1,4 @@
-"""Arrays as the processor likes them."""
+"""Arrays that are aligned, converted and flattened for kernels."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from numpy.lib.stride_tricks import as_strided
 CACHE_LINE = 64
 """Bytes of a cache line, and of the widest vector: a vector that crosses a line costs two accesses."""
 PAGE = 4096
-"""Bytes after which lines share their places in the first cache again."""
+"""Bytes after which lines fall into the same sets of the first cache again."""
 SAFE = 1e12
-"""Float32 from its inverse to it may be squared, or divided by twice, and what comes of it be rounded as ever."""
+"""Float32 between 1 / SAFE and SAFE can be squared, or used as a divisor twice, without loss of precision."""
 
 
 def aligned_empty(shape: int | tuple[int, ...], dtype: Any = np.float32, line: int | None = None) -> np.ndarray:
     """Return an uninitialised C-contiguous array that starts at a cache line.
 
-    NumPy aligns to 16 bytes only.  It does ask for huge pages where an array is large, and so this does too.
+    NumPy aligns to 16 bytes only.  It requests huge pages for large arrays, and so does this function.
 
     Parameters
     ----------
@@ -63,7 +63,7 @@ def rows_of(array: np.ndarray) -> Rows:
     Returns
     -------
     elements : 1-D array
-        From the first element to the last one, with what lies between them; the same memory.
+        From the first element to the last one, with the gaps between them; the same memory.
     steps : (int, int)
         Elements from map to map, and from row to row.
 

@@ -101,7 +101,7 @@ def sum_centred_squares(
 def deviation(variance: np.ndarray, floor: float) -> bool:
     """Replace a variance by its root, or by `floor` where that is larger; NaN stays NaN.
 
-    Infinity becomes NaN, so that what is divided by it is not silently zero.
+    Infinity becomes NaN, so that quotients are not silently zero.
 
     Returns
     -------
@@ -173,7 +173,7 @@ def divide_gradient(
     of_squares: np.ndarray,
     total: np.ndarray,
 ) -> None:
-    """Divide the gradient by the divisor, and compute what goes back by way of the divisor.
+    """Divide the gradient by the divisor, and compute the gradient that passes through the divisor.
 
     Parameters
     ----------

@@ -67,7 +67,7 @@ def l2_forward(inputs: np.ndarray, window: Window, epsilon: float, shape: Shape,
 
 
 def _combined(combine: Kernel[..., None], finish: Kernel[..., None]) -> Kernel[..., None]:
-    """Return the forward pass that combines the elements of each window, and finishes what comes of them."""
+    """Return the forward pass that combines the elements of each window, and finishes the results."""
 
     def forward(inputs: np.ndarray, window: Window, shape: Shape, output_rows: Rows) -> None:
         (rows, columns, stride), (outputs, steps) = window, output_rows
@@ -281,7 +281,7 @@ def _leave(values: np.ndarray, factor: float) -> None:
 
 @inlined
 def _hand_over(values: np.ndarray, largest: np.ndarray, gradient: np.ndarray, target: np.ndarray) -> None:
-    """Move the gradient to the target where a value is the largest, or NaN: what comes after finds zero there."""
+    """Move the gradient to the target where a value is the largest, or NaN; the gradient becomes zero there."""
     zero = gradient.dtype.type(0)
     for i in range(values.size):
         value = values[i]

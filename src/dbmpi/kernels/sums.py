@@ -43,7 +43,7 @@ LOWEST, HIGHEST = -800, 1000
 CHUNK = 2048
 """Elements whose multiples of a grain, each at most 2^51, an int64 can hold the sum of, and as many again."""
 BLOCK = CHUNK * LANES
-"""Elements that a thread takes at a time: few enough for what is read twice to stay in a cache."""
+"""Elements that a thread takes at a time: few enough for vectors that are read twice to stay in a cache."""
 
 COARSE, FINE = 1, 2
 """Numbers of levels."""
@@ -85,7 +85,7 @@ def sum_products(
         magic = np.array(
             [3 * 2.0 ** _top(bounds[left], bounds[right]) for left, right in plan.products[group.products]]
         )
-        # Whole vectors, although only their types are looked at: by its arguments' sizes a kernel takes its threads.
+        # Whole vectors, although only their types count: a kernel chooses its threads by the sizes of its arguments.
         likes = [
             next(vector for vector in vectors if vector.dtype.itemsize == itemsize) for itemsize in group.itemsizes
         ]
@@ -131,7 +131,7 @@ def _limbs(totals: np.ndarray) -> np.ndarray:
 
 
 def _integers(limbs: np.ndarray) -> list[int]:
-    """Return the integers that rows of limbs hold, of which each may be a sum of many."""
+    """Return the integers that rows of limbs hold, each of them possibly a sum of many."""
     carried = limbs.astype(np.int64)
     _carry(carried)
     # Now each limb has its 32 bits, and the last one the sign: together a number as processors write it.
@@ -161,7 +161,7 @@ def _add_shifted(limbs: np.ndarray, first: int, number: int, shift: int) -> None
 
 @kernel
 def _carry(limbs: np.ndarray) -> None:
-    """Let every limb but the last be its 32 bits, and the next one hold what is more."""
+    """Reduce every limb but the last to its 32 bits, and carry the rest to the next one."""
     for row in range(len(limbs)):
         for limb in range(LIMBS - 1):
             limbs[row, limb + 1] += limbs[row, limb] >> 32
@@ -182,7 +182,7 @@ class _Plan(NamedTuple):
     groups: tuple[_Group, ...]
     products: list[Pair]
     wanted: np.ndarray
-    """For every pair that was asked for, its position in `products`."""
+    """For every pair of the call, its position in `products`."""
 
 
 @lru_cache(maxsize=64)

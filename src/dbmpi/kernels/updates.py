@@ -13,7 +13,7 @@ from numba import prange
 from dbmpi.kernels.compile import exact_parallel_kernel, kernel
 
 BLOCK = 2048
-"""Elements that are updated at a time, and looked at again where there was one that float32 is not made for."""
+"""Elements that are updated at a time, and checked again where one was outside the range of float32."""
 SMALLEST, LARGEST = 2.0**-100, 2.0**100
 """Sums of squares between these are kept as they are, in float32."""
 FOLD = 2.0**32

@@ -28,7 +28,7 @@ def addresses(vectors: Sequence[np.ndarray]) -> np.ndarray:
     more to pass than many a kernel takes to run.  The caller keeps the arrays alive, and is responsible for their types
     and lengths.
     """
-    # (Several times as fast as `ctypes.data`, of which an iteration with few parameters needs 50.)
+    # (Several times as fast as `ctypes.data`, and an iteration with few parameters needs 50 addresses.)
     return np.array([vector.__array_interface__["data"][0] for vector in vectors], np.int64)
 
 

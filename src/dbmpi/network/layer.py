@@ -89,7 +89,7 @@ class Computation(Protocol):
         ...
 
     def initial(self, tensor: str, out: np.ndarray, seed: int, number: int, start: int) -> None:
-        """Fill `out` with the initial values of a flattened tensor: the same, whichever part is asked for.
+        """Fill `out` with the initial values of a flattened tensor: the same values for any part.
 
         Parameters
         ----------
@@ -184,7 +184,7 @@ class SplitByInputs(Protocol):
 class Reconstructing(Protocol):
     """Offered by a layer, beyond `Layer`, if its inputs can be estimated from its outputs: an autoencoder's decoder.
 
-    Then ``reconstruction * sum (estimate - input)^2`` may be a part of what is learned.
+    Then ``reconstruction * sum (estimate - input)^2`` may be a part of the loss.
     """
 
     @property
@@ -227,7 +227,7 @@ class Reconstructing(Protocol):
         parameter_gradient
             Overwritten for the tensors of the decoder; `Layer.backward` leaves these alone.
         gradient
-            For the outputs in the box; what comes from the estimate is added.
+            For the outputs in the box; the part that comes from the estimate is added.
         """
         ...
 
@@ -245,7 +245,7 @@ def takes_parts(layer: Layer) -> bool:
     """Whether a layer's class says ``takes_parts = True``: its `outputs` and `gradient` need not be C-contiguous.
 
     They may then be parts of larger arrays, the inputs of the next layer and their gradient, which saves copying them
-    there and back; only what lies along the last two axes, columns and samples, is sure to be in one piece.  It holds
+    there and back; only the last two axes, columns and samples, are sure to be in one piece.  It holds
     for this class alone.
     """
     return bool(vars(type(layer)).get("takes_parts", False))

@@ -29,7 +29,7 @@ class NormalisationLayer(BuiltIn[config.Normalisation]):
     section 3 (and its constant floor of 0.01), after Jarrett et al., "What is the best multi-stage architecture for
     object recognition?", ICCV 2009, section 2.
 
-    At the borders the window is what of it lies within the image, its weights again with a sum of one, so that
+    At the borders only the part of the window within the image counts, its weights again with a sum of one, so that
     constant inputs give zero everywhere.  Inputs and outputs are ``(maps, height, width)``.
 
     Raises

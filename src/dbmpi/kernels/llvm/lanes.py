@@ -93,7 +93,7 @@ class _Lanes(MaskedWriter):
     def multiply(
         self, strips: list[Any], a_step: Any, others: list[Any], b_step: Any, runs: Any, length: Any, out: Any
     ) -> None:
-        """Add the products along strips of `a` and rows of `b` to what is at `out`."""
+        """Add the products along strips of `a` and rows of `b` to the sums at `out`."""
         builder, rows = self.builder, len(strips)
 
         def one_run(n: Any, sums: list[Any]) -> list[Any]:
@@ -129,7 +129,7 @@ class _Lanes(MaskedWriter):
     def _along(
         self, length: Any, carried: list[Any], steps: Callable[[list[Any], Any, list[Any]], list[Any]]
     ) -> list[Any]:
-        """Loop along rows of a length by vectors, the last of which may have a mask; return what is carried."""
+        """Loop along rows of a length by vectors, the last of which may have a mask; return the carried vectors."""
         whole = self.builder.and_(length, self.index(-self.lanes))
 
         def rest(s: Any, values: list[Any]) -> list[Any]:
@@ -150,7 +150,7 @@ class _Lanes(MaskedWriter):
         vectors = vectors + [self.zero] * (self.lanes - len(vectors))
         half = self.lanes // 2
         while half:
-            # Every vector holds pieces of 2 * half elements, each of which is to be summed.
+            # Every vector holds pieces of 2 * half elements, each of which is summed.
             lower = [n + k for n in range(0, 2 * self.lanes, 2 * half) for k in range(half)]
             upper = [n + half for n in lower]
             pairs = zip(vectors[::2], vectors[1::2], strict=True)

@@ -68,7 +68,7 @@ def add_multiples(call: Call) -> Any:
     Arguments of the call
     ---------------------
     vectors, first, last : constants
-        Number of vectors; whether the total is what it was or 0; whether the sum goes to `out`.
+        Number of vectors; whether the total starts as 0; whether the sum goes to `out`.
     at : int64 array
         Addresses, from `at_start` on.
     like : 1-D array

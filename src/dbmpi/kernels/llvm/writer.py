@@ -95,7 +95,7 @@ def _elements(kind: Any) -> Sequence[Any]:
 
 
 class Call:
-    """A call of instructions, of which the arguments are known by their names.
+    """A call of instructions, whose arguments have names.
 
     Parameters
     ----------
