@@ -13,6 +13,7 @@ and so that threads share nothing.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -123,11 +124,13 @@ def softmax(values: np.ndarray) -> None:
         _multiply_samples(values, start, stop, factor)
 
 
-def _of_classes(at_class: Kernel[..., Any], of_output: Kernel[..., Any]) -> Kernel[..., Any]:
+def _of_classes(
+    at_class: Kernel[..., Any], loss_of: Kernel[..., Any], gradient_of: Callable[..., Any]
+) -> Kernel[..., Any]:
     """Return the loss of independent outputs whose targets are 1 for the class and 0 for all others.
 
-    The targets of all outputs are never written out.  `of_output` returns an output's loss and gradient for the target
-    0, and `at_class` how the loss of the class's output differs from that, as its target is 1.
+    The targets of all outputs are never written out.  `loss_of` and `gradient_of` are an output's for the target 0, and
+    `at_class` is how the loss of the class's output differs from that, as its target is 1.
     """
 
     def loss_of_classes(values: np.ndarray, classes: np.ndarray, weights: np.ndarray) -> tuple[float, int]:
@@ -149,9 +152,9 @@ def _of_classes(at_class: Kernel[..., Any], of_output: Kernel[..., Any]) -> Kern
             for unit in range(units):
                 row = values[unit][start:stop]
                 for sample in range(size):
-                    of_one, gradient = of_output(row[sample])
-                    loss[sample] += of_one
-                    row[sample] = gradient * (mean * weight[sample])
+                    value = row[sample]
+                    loss[sample] += loss_of(value)
+                    row[sample] = gradient_of(value) * (mean * weight[sample])
             for sample in range(size):
                 values[target[sample], start + sample] -= mean * weight[sample]
                 loss[sample] *= np.float64(weight[sample])
@@ -167,8 +170,8 @@ def _logistic_at_class(z: Any) -> Any:
 
 
 @inlined
-def _logistic_of_output(z: Any) -> Any:
-    return np.float64(log1p_exp(z)), sigmoid(z)
+def _logistic_loss(z: Any) -> Any:
+    return np.float64(log1p_exp(z))
 
 
 @inlined
@@ -177,16 +180,21 @@ def _squared_at_class(y: Any) -> Any:
 
 
 @inlined
-def _squared_of_output(y: Any) -> Any:
-    return 0.5 * np.float64(y) * np.float64(y), y
+def _squared_loss(y: Any) -> Any:
+    return 0.5 * np.float64(y) * np.float64(y)
 
 
-logistic_classes = _of_classes(_logistic_at_class, _logistic_of_output)
+@inlined
+def _same(y: Any) -> Any:
+    return y
+
+
+logistic_classes = _of_classes(_logistic_at_class, _logistic_loss, sigmoid)
 """One-vs-all logistic loss: ``sum_u log(1 + exp(z_u)) - z_class``; gradient ``sigmoid(z_u) - [u = class]``.
 
 Parameters and result as in `softmax_cross_entropy`.
 """
-squared_classes = _of_classes(_squared_at_class, _squared_of_output)
+squared_classes = _of_classes(_squared_at_class, _squared_loss, _same)
 """Half the squared distance to 1 at the class and 0 elsewhere; parameters and result as in `softmax_cross_entropy`."""
 
 

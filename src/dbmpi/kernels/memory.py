@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -39,12 +39,13 @@ def aligned_empty(shape: int | tuple[int, ...], dtype: Any = np.float32, line: i
     return aligned
 
 
-@contextmanager
-def widened(target: np.ndarray, dtype: Any) -> Iterator[np.ndarray]:
+def widened(target: np.ndarray, dtype: Any) -> AbstractContextManager[np.ndarray]:
     """Yield an array of `dtype` that is rounded into `target` at the end: `target` itself where that is its dtype."""
-    if target.dtype == dtype:
-        yield target
-        return
+    return nullcontext(target) if target.dtype == dtype else _rounded(target, dtype)
+
+
+@contextmanager
+def _rounded(target: np.ndarray, dtype: Any) -> Iterator[np.ndarray]:
     wide = np.empty(target.shape, dtype)
     yield wide
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):

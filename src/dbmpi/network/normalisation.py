@@ -132,15 +132,16 @@ class NormalisationLayer(BuiltIn[config.Normalisation]):
         (rows, columns, samples) array
             In the rows and columns of `wanted`.
         """
-        maps, *lengths = self.input_shape
-        spans = zip(lengths, *(zip(box.starts[1:], box.stops[1:], strict=True) for box in (given, wanted)), strict=True)
-        (rows, row_weights), (columns, column_weights) = (
-            _taps(length, self.section.window, *ends, transposed) for length, *ends in spans
-        )
+        rows, row_weights = self._taps_along(1, given, wanted, transposed)
+        columns, column_weights = self._taps_along(2, given, wanted, transposed)
+        row_weights = (row_weights / self.input_shape[0]).astype(field.dtype)
         result = np.empty((*wanted.shape[1:], field.shape[-1]), field.dtype)
-        row_weights, column_weights = (one.astype(field.dtype) for one in (row_weights / maps, column_weights))
-        kernels.smooth(field, rows, row_weights, columns, column_weights, result)
+        kernels.smooth(field, rows, row_weights, columns, column_weights.astype(field.dtype), result)
         return result
+
+    def _taps_along(self, axis: int, given: Box, wanted: Box, transposed: bool) -> tuple[np.ndarray, np.ndarray]:
+        some, others = (given.starts[axis], given.stops[axis]), (wanted.starts[axis], wanted.stops[axis])
+        return _taps(self.input_shape[axis], self.section.window, some, others, transposed)
 
 
 def _start(inner: Box, outer: Box) -> tuple[int, int, int]:
