@@ -9,6 +9,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import common
@@ -63,25 +64,20 @@ class Case(NamedTuple):
 
     def layer(self) -> Layer:
         """Return our layer."""
-        from dbmpi.network.convolution import ConvolutionLayer
-        from dbmpi.network.dense import DenseLayer
-        from dbmpi.network.dropout import DropoutLayer
-        from dbmpi.network.local import LocalLayer
-        from dbmpi.network.normalisation import NormalisationLayer
-        from dbmpi.network.pooling import PoolingLayer
+        from dbmpi import config
+        from dbmpi.network.description import layer_of
 
-        if self.kind == "dense":
-            return DenseLayer(self.kind, self.inputs, self.maps, self.activation)
-        if self.kind == "dropout":
-            return DropoutLayer(self.kind, self.inputs, 0.5)
-        if self.kind == "normalisation":
-            return NormalisationLayer(self.kind, self.inputs, self.size)
         window = (self.size, self.size)
-        if self.kind == "local":
-            return LocalLayer(self.kind, self.inputs, self.maps, window, self.stride, self.activation)
-        if self.kind == "convolution":
-            return ConvolutionLayer(self.kind, self.inputs, self.maps, window, self.stride, self.activation)
-        return PoolingLayer(self.kind, self.inputs, self.kind, window, self.stride)
+        filters = {"maps": self.maps, "field": window, "stride": self.stride, "activation": self.activation}
+        sections = {
+            "dense": lambda: config.Dense(units=self.maps, activation=self.activation),
+            "dropout": lambda: config.Dropout(rate=0.5),
+            "normalisation": lambda: config.Normalisation(window=self.size),
+            "local": lambda: config.Local(**filters),
+            "convolution": lambda: config.Convolution(**filters),
+        }
+        pooling = partial(config.Pooling, kind=self.kind, size=window, stride=self.stride)
+        return layer_of(sections.get(self.kind, pooling)(), self.kind, self.inputs)
 
 
 def main() -> None:

@@ -105,7 +105,7 @@ def _rows(activations: np.ndarray) -> np.ndarray:
     return activations.reshape(-1, activations.shape[-1])
 
 
-# Kernels are compiled once and kept (cache), and release the GIL (nogil), as a run may move parameters in a thread
+# Kernels are compiled once and cached, and release the GIL (nogil), because a run may move parameters in a thread
 # while they compute.  Loops over prange are shared by the threads of the process; those over samples, which lie side
 # by side, become vector instructions.
 

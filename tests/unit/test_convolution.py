@@ -12,10 +12,13 @@ from dbmpi import config
 from dbmpi.errors import UserError
 from dbmpi.index.boxes import Box
 from dbmpi.kernels import convolution
-from dbmpi.network.convolution import ConvolutionLayer
-from dbmpi.network.local import LocalLayer
+from dbmpi.network.field import ConvolutionLayer, LocalLayer
 
 pytestmark = pytest.mark.timeout(240)  # kernels are compiled for every number of maps
+
+
+def convolved(shape, maps, field, stride=1, name="convolution", **settings):
+    return ConvolutionLayer(name, shape, config.Convolution(maps=maps, field=field, stride=stride, **settings))
 
 
 @st.composite
@@ -23,21 +26,21 @@ def layers(draw, maps=MAPS, activations=tuple(FUNCTIONS)):
     field = (draw(st.integers(1, 4)), draw(st.integers(1, 4)))
     shape = (draw(st.integers(1, 5)), *(window + draw(st.integers(0, 6)) for window in field))
     stride, activation = draw(st.integers(1, 5)), draw(st.sampled_from(activations))
-    return ConvolutionLayer("convolution", shape, draw(st.sampled_from(maps)), field, stride, activation)
+    return convolved(shape, draw(st.sampled_from(maps)), field, stride, activation=activation)
 
 
 def scipy_convolution(layer, inputs, parameters):
     """Return the outputs by SciPy's correlation of each channel and sample, in float64."""
     _, height, width = layer.output_shape
     outputs = np.empty((*layer.output_shape, inputs.shape[-1]))
-    for m in range(layer.maps):
+    for m in range(layer.section.maps):
         for sample in range(inputs.shape[-1]):
             everywhere = sum(
                 signal.correlate2d(inputs[c, ..., sample], parameters["weights"][m, c], mode="valid")
                 for c in range(layer.input_shape[0])
             )
-            outputs[m, ..., sample] = everywhere[:: layer.stride, :: layer.stride][:height, :width]
-    return FUNCTIONS[layer.activation][0](outputs + parameters["bias"][:, None, None, None])
+            outputs[m, ..., sample] = everywhere[:: layer.section.stride, :: layer.section.stride][:height, :width]
+    return FUNCTIONS[layer.section.activation][0](outputs + parameters["bias"][:, None, None, None])
 
 
 @settings(max_examples=25)
@@ -59,7 +62,7 @@ def test_it_is_a_local_layer_whose_filters_are_all_the_same(layer, samples, dtyp
 
 @pytest.mark.parametrize("stride", [1, 2])
 def test_rows_longer_than_one_pass_are_summed_in_several(stride):
-    layer = ConvolutionLayer("convolution", (2, 7, 45), 3, (3, 3), stride)
+    layer = convolved((2, 7, 45), 3, (3, 3), stride)
     assert layer.output_shape[2] * 67 > convolution.PIECE
     check_against_local(layer, 67, np.float32, 1)
 
@@ -67,7 +70,7 @@ def test_rows_longer_than_one_pass_are_summed_in_several(stride):
 @pytest.mark.parametrize(("dtype", "samples"), [(np.float32, 19), (np.float32, 61), (np.float64, 19)])
 def test_the_inputs_gradient_of_many_channels_is_gathered(dtype, samples):
     """In blocks with two vectors of samples, and with four."""
-    layer = ConvolutionLayer("convolution", (11, 8, 9), 3, (3, 2))
+    layer = convolved((11, 8, 9), 3, (3, 2))
     assert layer.input_shape[0] >= convolution._GATHERED
     check_against_local(layer, samples, dtype, 1)
 
@@ -77,7 +80,8 @@ def check_against_local(layer, samples, dtype, seed):
     inputs = random.normal(size=(*layer.input_shape, samples)).astype(dtype)
     parameters = parameters_of(layer, dtype, seed)
     gradient = random.normal(size=(*layer.output_shape, samples)).astype(dtype)
-    untied = LocalLayer("local", layer.input_shape, layer.maps, layer.field, layer.stride, layer.activation)
+    section = layer.section.model_dump(exclude={"type"})
+    untied = LocalLayer("local", layer.input_shape, config.Local(**section))
     places = layer.output_shape[1:]
     repeated = {
         "weights": np.tile(parameters["weights"].transpose(0, 2, 3, 1), (*places, 1, 1, 1, 1)),
@@ -117,7 +121,7 @@ def test_outputs_do_not_depend_on_the_box_by_a_bit(layer, samples, seed):
 
 
 def test_many_rows_are_summed_in_bands():
-    layer = ConvolutionLayer("convolution", (2, 3 * convolution.BANDS, 9), 3, (3, 3))
+    layer = convolved((2, 3 * convolution.BANDS, 9), 3, (3, 3))
     inputs = np.random.default_rng(1).normal(size=(*layer.input_shape, 20))
     _, _, of_parameters = run(layer, inputs, None, parameters_of(layer, np.float64))
     rows, columns = (length - 2 for length in layer.input_shape[1:])
@@ -128,9 +132,7 @@ def test_many_rows_are_summed_in_bands():
 
 
 def test_the_configuration_describes_it():
-    section = config.Convolution(maps=4, field=(3, 2), stride=2, activation="relu", initial_scale=2.0)
-    layer = ConvolutionLayer.from_config(section, "convolution1", (3, 9, 8))
-    assert layer == ConvolutionLayer("convolution1", (3, 9, 8), 4, (3, 2), 2, "relu", 2.0)
+    layer = convolved((3, 9, 8), 4, (3, 2), 2)
     assert layer.output_shape == (4, 4, 4)
     assert {short: tensor.shape for short, tensor in layer.tensors.items()} == {
         "weights": (4, 3, 3, 2),
@@ -139,7 +141,7 @@ def test_the_configuration_describes_it():
 
 
 def test_initial_weights_are_those_of_their_place_and_biases_zero():
-    layer = ConvolutionLayer("convolution", (30, 9, 8), 14, (3, 2))
+    layer = convolved((30, 9, 8), 14, (3, 2))
     whole = np.empty(layer.tensors["weights"].size, np.float32)
     layer.initial("weights", whole, 7, 2, 0)
     part = np.empty(100, np.float32)
@@ -152,11 +154,11 @@ def test_initial_weights_are_those_of_their_place_and_biases_zero():
 
 
 def test_operations_are_counted():
-    layer = ConvolutionLayer("convolution", (3, 100, 100), 8, (10, 10))
+    layer = convolved((3, 100, 100), 8, (10, 10))
     whole = Box.whole(layer.output_shape)
     assert layer.flops(whole, 32) == 6 * 8 * 91 * 91 * 300 * 32
 
 
 def test_a_field_larger_than_its_inputs_is_refused():
     with pytest.raises(UserError, match=r"layer 'second'.*field of shape \(5, 6\).*\(3, 20, 5\)"):
-        ConvolutionLayer("second", (3, 20, 5), 8, (5, 6))
+        convolved((3, 20, 5), 8, (5, 6), name="second")

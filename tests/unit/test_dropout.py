@@ -15,6 +15,10 @@ from dbmpi.network.dropout import DropoutLayer
 from dbmpi.network.layer import Context
 
 
+def dropout(shape, rate, name="drop"):
+    return DropoutLayer(name, shape, config.Dropout(rate=rate))
+
+
 @kernel
 def words_of(unit, chunk, key, words):
     fill_words(unit, chunk, key, words)
@@ -57,11 +61,11 @@ def test_the_words_are_those_of_the_twin(unit, chunk, key):
     st.data(),
 )
 def test_pieces_make_the_whole(shape, rate, samples, dtype, data):
-    check_cuts(DropoutLayer("drop", shape, rate), samples, dtype, data)
+    check_cuts(dropout(shape, rate), samples, dtype, data)
 
 
 def test_gradients_are_finite_differences():
-    check_gradients(DropoutLayer("drop", (4, 3), 0.4), 70, 1)
+    check_gradients(dropout((4, 3), 0.4), 70, 1)
 
 
 def mask(layer, context, samples=200):
@@ -69,7 +73,7 @@ def mask(layer, context, samples=200):
 
 
 def test_as_many_are_dropped_as_the_rate_says_and_the_others_are_scaled():
-    layer = DropoutLayer("drop", (100, 7), 0.25)
+    layer = dropout((100, 7), 0.25)
     outputs, input_gradient, _ = run(layer, np.ones((100, 7, 200), np.float32))
     assert set(np.unique(outputs)) == {0, np.float32(1 / 0.75)}
     np.testing.assert_array_equal(outputs, input_gradient)
@@ -82,12 +86,12 @@ def test_as_many_are_dropped_as_the_rate_says_and_the_others_are_scaled():
 
 
 def test_masks_differ_with_the_seed_the_step_and_the_layer():
-    layer = DropoutLayer("drop", (50,), 0.5)
+    layer = dropout((50,), 0.5)
     masks = [
         mask(layer, CONTEXT),
         mask(layer, Context(True, CONTEXT.seed + 1, CONTEXT.step)),
         mask(layer, Context(True, CONTEXT.seed, CONTEXT.step + 1)),
-        mask(DropoutLayer("another", (50,), 0.5), CONTEXT),
+        mask(dropout((50,), 0.5, "another"), CONTEXT),
     ]
     for number, one in enumerate(masks):
         for other in masks[:number]:
@@ -96,18 +100,18 @@ def test_masks_differ_with_the_seed_the_step_and_the_layer():
 
 
 def test_a_sample_has_the_same_mask_in_a_shorter_batch():
-    layer = DropoutLayer("drop", (20,), 0.5)
+    layer = dropout((20,), 0.5)
     np.testing.assert_array_equal(mask(layer, CONTEXT, 77), mask(layer, CONTEXT, 200)[:, :77])
 
 
 def test_evaluation_drops_nothing():
     inputs = np.random.default_rng(1).normal(size=(5, 9))
-    outputs, input_gradient, _ = run(DropoutLayer("drop", (5,), 0.5), inputs, context=Context(training=False))
+    outputs, input_gradient, _ = run(dropout((5,), 0.5), inputs, context=Context(training=False))
     np.testing.assert_array_equal(outputs, inputs)
     np.testing.assert_array_equal(input_gradient, 1)
 
 
-def test_a_layer_is_made_of_its_description():
-    assert DropoutLayer.from_config(config.Dropout(rate=0.3), "d", (4, 9)) == DropoutLayer("d", (4, 9), 0.3)
-    with pytest.raises(UserError, match=r"'d'.*1\.0"):
-        DropoutLayer("d", (4,), 1.0)
+@pytest.mark.parametrize("rate", [-0.1, 1.0, float("nan")])
+def test_a_rate_that_is_no_probability_below_one_is_refused(rate):
+    with pytest.raises(UserError, match="rate"):
+        config.Dropout(rate=rate)

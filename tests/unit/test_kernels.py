@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numba
 import numpy as np
@@ -14,6 +15,7 @@ from numba.core.codegen import get_host_cpu_features
 from scipy import special
 
 from dbmpi.kernels import activations, elementary, losses, reconstruction, updates
+from dbmpi.kernels import compile as compiling
 from dbmpi.kernels.compile import kernel
 from dbmpi.kernels.fields import Blocks
 from dbmpi.kernels.llvm.lanes import sum_along_rows
@@ -276,7 +278,7 @@ def test_squared_losses_hold_from_the_smallest_to_the_largest_outputs(magnitude)
     for wanted, found in (
         (targets, lambda y: losses.squared_values(y, targets, ones)),
         (np.eye(3)[:, classes], lambda y: losses.squared_classes(y, classes, ones)[0]),
-        (targets, lambda y: reconstruction.squared_error(y[None, None], targets.reshape(-1), steps, 0.2) / 2),
+        (targets, lambda y: reconstruction.squared_error(y[None, None], (targets.reshape(-1), steps), 0.2) / 2),
     ):
         loss, gradient = naive_squared(values.astype(np.float64), wanted.astype(np.float64))
         computed = values.copy()
@@ -467,6 +469,18 @@ def test_few_elements_are_left_to_one_thread(tmp_path):
         check=True,
     )
     assert done.stdout.splitlines() == ["{1.0} 2", "{2.0} 2", "True"]
+
+
+def test_kernels_are_compiled_anew_where_any_source_has_changed(tmp_path):
+    """Numba sees changes of a function's own file alone, and kernels are made of functions of several."""
+    (tmp_path / "below").mkdir()
+    digests = []
+    for place, text in (("one.py", "a"), ("below/other.py", "a"), ("below/other.py", "b"), ("one.py", "b")):
+        (tmp_path / place).write_text(text, encoding="utf-8")
+        digests.append(compiling.digest_of.__wrapped__(tmp_path))
+    assert len(set(digests)) == 4
+    sources = Path(compiling.__file__).parent
+    assert losses.softmax.py_func.__qualname__.endswith(compiling.digest_of(sources))
 
 
 def test_functions_that_one_factory_made_have_names_of_their_own():

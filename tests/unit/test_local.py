@@ -17,8 +17,8 @@ from dbmpi.errors import UserError
 from dbmpi.index.boxes import Box
 from dbmpi.kernels import fields
 from dbmpi.kernels.local import Untied
+from dbmpi.network.field import LocalLayer
 from dbmpi.network.layer import Backward, Forward
-from dbmpi.network.local import LocalLayer
 
 pytestmark = pytest.mark.timeout(240)  # kernels are compiled for every number of maps
 
@@ -33,17 +33,22 @@ MAPS = (1, 3, 11)
 """One map, a few and two blocks: each number is compiled anew, a second long, and so all tests take these and 2."""
 
 
+def local(shape, maps, field, stride=1, name="local", **settings):
+    return LocalLayer(name, shape, config.Local(maps=maps, field=field, stride=stride, **settings))
+
+
 @st.composite
 def layers(draw, maps=MAPS, activations=tuple(FUNCTIONS)):
     field = (draw(st.integers(1, 4)), draw(st.integers(1, 4)))
     shape = (draw(st.integers(1, 5)), *(window + draw(st.integers(0, 6)) for window in field))
     stride = draw(st.integers(1, 5))
-    return LocalLayer("local", shape, draw(st.sampled_from(maps)), field, stride, draw(st.sampled_from(activations)))
+    maps, activation = draw(st.sampled_from(maps)), draw(st.sampled_from(activations))
+    return local(shape, maps, field, stride, activation=activation)
 
 
 def naive(layer, inputs, parameters, gradient):
     """Return outputs, input gradient and the parameters' as the formulas say, in float64."""
-    function, derivative = FUNCTIONS[layer.activation]
+    function, derivative = FUNCTIONS[layer.section.activation]
     inputs = inputs.astype(np.float64)
     weights, bias = (parameters[short].astype(np.float64) for short in ("weights", "bias"))
     outputs = np.empty(gradient.shape)
@@ -51,7 +56,7 @@ def naive(layer, inputs, parameters, gradient):
     rows, columns = layer.field
     for i in range(layer.output_shape[1]):
         for j in range(layer.output_shape[2]):
-            top, left = i * layer.stride, j * layer.stride
+            top, left = i * layer.section.stride, j * layer.section.stride
             place = np.s_[:, top : top + rows, left : left + columns]
             outputs[:, i, j] = function(np.einsum("muvc,cuvb->mb", weights[i, j], inputs[place]) + bias[i, j][:, None])
             delta = gradient[:, i, j] * derivative(outputs[:, i, j])
@@ -112,7 +117,7 @@ def test_outputs_do_not_depend_on_the_box_or_the_batch_by_a_bit(layer, samples, 
 
 
 def test_a_field_deeper_than_one_pass_is_summed_in_several():
-    layer = LocalLayer("local", (9, 12, 13), 11, (10, 10))
+    layer = local((9, 12, 13), 11, (10, 10))
     assert layer.inputs > 2 * fields.DEPTH
     random = np.random.default_rng(1)
     inputs = random.normal(size=(*layer.input_shape, 37)).astype(np.float32)
@@ -125,7 +130,7 @@ def test_a_field_deeper_than_one_pass_is_summed_in_several():
 
 
 def test_nothing_is_written_beyond_the_results():
-    layer = LocalLayer("local", (2, 7, 9), 11, (3, 2))
+    layer = local((2, 7, 9), 11, (3, 2))
     samples = 21
     guarded = {}
 
@@ -148,7 +153,7 @@ def test_nothing_is_written_beyond_the_results():
 
 
 def test_not_a_number_reaches_the_fields_that_see_it_only():
-    layer = LocalLayer("local", (2, 6, 6), 3, (2, 2))
+    layer = local((2, 6, 6), 3, (2, 2))
     inputs = np.ones((*layer.input_shape, 20), np.float32)
     inputs[1, 3, 3, 4] = np.nan
     outputs, _, of_parameters = run(layer, inputs, None, parameters_of(layer, np.float32))
@@ -159,7 +164,7 @@ def test_not_a_number_reaches_the_fields_that_see_it_only():
 
 
 def test_without_an_input_gradient_the_rest_is_the_same():
-    layer = LocalLayer("local", (2, 6, 6), 3, (2, 2), activation="tanh")
+    layer = local((2, 6, 6), 3, (2, 2), activation="tanh")
     inputs = np.random.default_rng(1).normal(size=(2, 6, 6, 9))
     parameters = parameters_of(layer, np.float64)
     box = Box.whole(layer.output_shape)
@@ -173,9 +178,9 @@ def test_without_an_input_gradient_the_rest_is_the_same():
 def test_arrays_with_gaps_are_refused_instead_of_copied():
     weights, bias, inputs = np.ones((3, 3, 2, 2, 2, 1)), np.ones((3, 3, 2)), np.ones((1, 4, 4, 4))
     with pytest.raises(ValueError, match=r"\(2, 3, 3, 4\).*rows without gaps"):
-        Untied().forward(weights, bias, inputs, np.ones((2, 3, 3, 8))[..., ::2], 1, "linear")
+        Untied(1).forward(weights, bias, inputs, np.ones((2, 3, 3, 8))[..., ::2])
     with pytest.raises(ValueError, match=r"\(1, 4, 4, 4\).*C-contiguous"):
-        Untied().forward(weights, bias, np.ones((1, 4, 4, 8))[..., ::2], np.ones((2, 3, 3, 4)), 1, "linear")
+        Untied(1).forward(weights, bias, np.ones((1, 4, 4, 8))[..., ::2], np.ones((2, 3, 3, 4)))
 
 
 @settings(max_examples=40)
@@ -203,13 +208,14 @@ from dbmpi.kernels.convolution import Tied
 from dbmpi.kernels.local import Untied
 random = np.random.default_rng(1)
 inputs, gradient = (random.normal(size=shape).astype(np.float32) for shape in ((3, 20, 17, 40), (11, 16, 15, 40)))
-for kernels, shape, places in ((Untied(), (16, 15, 11, 5, 3, 3), (16, 15, 11)), (Tied(), (11, 3, 5, 3), (11,))):
+for kind, shape, places in ((Untied, (16, 15, 11, 5, 3, 3), (16, 15, 11)), (Tied, (11, 3, 5, 3), (11,))):
+    kernels = kind(1, "tanh")
     weights, bias = random.normal(size=shape).astype(np.float32), random.normal(size=places).astype(np.float32)
     outputs, of_weights, of_bias, below, mine = map(np.empty_like, (gradient, weights, bias, inputs, gradient))
     mine[...] = gradient
-    kernels.forward(weights, bias, inputs, outputs, 1, "tanh")
-    kernels.parameter_gradient(inputs, outputs, mine, of_weights, of_bias, 1, "tanh")
-    kernels.input_gradient(weights, mine, below, 1)
+    kernels.forward(weights, bias, inputs, outputs)
+    kernels.parameter_gradient(inputs, outputs, mine, of_weights, of_bias)
+    kernels.input_gradient(weights, mine, below)
     for array in (outputs, of_weights, of_bias, below):
         print(hashlib.sha256(array.tobytes()).hexdigest(), float(np.abs(array).max()) > 0)
 """
@@ -232,19 +238,17 @@ def test_results_do_not_depend_on_the_number_of_threads():
 
 
 def test_the_configuration_describes_it():
-    section = config.Local(maps=4, field=(3, 2), stride=2, activation="relu", initial_scale=2.0)
-    layer = LocalLayer.from_config(section, "local1", (3, 9, 8))
-    assert layer == LocalLayer("local1", (3, 9, 8), 4, (3, 2), 2, "relu", 2.0)
+    layer = local((3, 9, 8), 4, (3, 2), 2)
     assert layer.output_shape == (4, 4, 4)
     assert {short: tensor.shape for short, tensor in layer.tensors.items()} == {
         "weights": (4, 4, 4, 3, 2, 3),
         "bias": (4, 4, 4),
     }
-    assert LocalLayer.from_config(config.Local(maps=1, field=5), "local2", (1, 5, 5)).field == (5, 5)
+    assert local((1, 5, 5), 1, 5).field == (5, 5)
 
 
 def test_initial_weights_are_those_of_their_place_and_biases_zero():
-    layer = LocalLayer("local", (3, 9, 8), 4, (3, 2), activation="relu", initial_scale=0.5)
+    layer = local((3, 9, 8), 4, (3, 2), activation="relu", initial_scale=0.5)
     whole = np.empty(layer.tensors["weights"].size, np.float32)
     layer.initial("weights", whole, 7, 2, 0)
     part = np.empty(100, np.float32)
@@ -257,7 +261,7 @@ def test_initial_weights_are_those_of_their_place_and_biases_zero():
 
 
 def test_operations_are_counted():
-    layer = LocalLayer("local", (3, 100, 100), 8, (10, 10))
+    layer = local((3, 100, 100), 8, (10, 10))
     whole = Box.whole(layer.output_shape)
     assert layer.flops(whole, 32) == 6 * 8 * 91 * 91 * 300 * 32
     assert layer.flops(whole, 32, input_gradient=False) == 4 * 8 * 91 * 91 * 300 * 32
@@ -266,9 +270,9 @@ def test_operations_are_counted():
 @pytest.mark.parametrize("shape", [(3, 9, 20), (3, 20, 9)])
 def test_a_field_larger_than_its_inputs_is_refused(shape):
     with pytest.raises(UserError, match=r"layer 'third'.*field of shape \(10, 10\).*" + re.escape(str(shape))):
-        LocalLayer("third", shape, 8, (10, 10))
+        local(shape, 8, (10, 10), name="third")
 
 
 def test_inputs_without_rows_and_columns_are_refused():
     with pytest.raises(UserError, match=r"layer 'local1'.*\(maps, height, width\).*\(784,\)"):
-        LocalLayer("local1", (784,), 8, (10, 10))
+        local((784,), 8, (10, 10), name="local1")

@@ -15,7 +15,13 @@ from dbmpi.network.normalisation import NormalisationLayer
 
 FLOORS = st.sampled_from([0.01, 0.8, 100.0])
 SHAPES = st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 9))
-LAYERS = st.builds(NormalisationLayer, st.just("lcn"), SHAPES, st.sampled_from([1, 3, 5]), FLOORS)
+
+
+def normalisation(shape, window=5, floor=0.01, name="lcn"):
+    return NormalisationLayer(name, shape, config.Normalisation(window=window, floor=floor))
+
+
+LAYERS = st.builds(normalisation, SHAPES, st.sampled_from([1, 3, 5]), FLOORS)
 
 
 def normalised(inputs, window, floor):
@@ -37,10 +43,10 @@ def normalised(inputs, window, floor):
 def test_outputs_are_those_of_scipy(layer, samples, dtype, seed):
     inputs = np.random.default_rng(seed).normal(1.0, 1.0, size=(*layer.input_shape, samples)).astype(dtype)
     outputs, _, _ = run(layer, inputs)
-    expected = normalised(inputs.astype(np.float64), layer.window, layer.floor)
-    if layer.input_shape[0] * layer.window == 1 or layer.input_shape == (1, 1, 1):
+    expected = normalised(inputs.astype(np.float64), layer.section.window, layer.section.floor)
+    if layer.input_shape[0] * layer.section.window == 1 or layer.input_shape == (1, 1, 1):
         expected[:] = 0  # a value minus itself, where SciPy's rounding is not ours
-    precision = 1e-12 if dtype == np.float64 else 2e-5 / min(layer.floor, 1)
+    precision = 1e-12 if dtype == np.float64 else 2e-5 / min(layer.section.floor, 1)
     np.testing.assert_allclose(outputs, expected, rtol=precision, atol=precision)
 
 
@@ -53,12 +59,12 @@ def test_gradients_are_finite_differences(layer, seed):
 @settings(max_examples=25)
 @given(LAYERS, st.sampled_from([np.float32, np.float64]), st.data())
 def test_pieces_make_the_whole(layer, dtype, data):
-    check_cuts(layer, 3, dtype, data, amplified=4 / layer.floor)
+    check_cuts(layer, 3, dtype, data, amplified=4 / layer.section.floor)
 
 
 @pytest.mark.parametrize("window", [1, 3, 5, 7])
 def test_the_inputs_asked_for_are_those_that_outputs_depend_on(window):
-    layer = NormalisationLayer("lcn", (2, 15, 14), window, 1e-6)
+    layer = normalisation((2, 15, 14), window, 1e-6)
     inputs = np.random.default_rng(1).normal(size=(2, 15, 14, 1))
     for place in ((0, 7, 7), (1, 0, 0), (0, 14, 3)):
         box = Box(place, tuple(index + 1 for index in place))
@@ -70,39 +76,41 @@ def test_the_inputs_asked_for_are_those_that_outputs_depend_on(window):
         needed = layer.input_box(box)
         others = np.random.default_rng(2).normal(size=inputs.shape)
         others[needed.slices()] = inputs[needed.slices()]
-        near = normalised(others, window, layer.floor)[place]
-        np.testing.assert_allclose(near, normalised(inputs, window, layer.floor)[place], rtol=1e-12)
+        near = normalised(others, window, layer.section.floor)[place]
+        np.testing.assert_allclose(near, normalised(inputs, window, layer.section.floor)[place], rtol=1e-12)
 
 
 def test_constant_inputs_give_zero_up_to_the_borders():
-    outputs, _, _ = run(NormalisationLayer("lcn", (3, 8, 7), 5, 0.01), np.full((3, 8, 7, 2), 5.0))
+    outputs, _, _ = run(normalisation((3, 8, 7), 5, 0.01), np.full((3, 8, 7, 2), 5.0))
     np.testing.assert_allclose(outputs, 0, atol=1e-10)
 
 
 def test_local_deviation_becomes_one():
     inputs = 30 * np.random.default_rng(1).normal(size=(4, 40, 40, 2)) + np.linspace(0, 500, 40)[:, None, None]
-    outputs, _, _ = run(NormalisationLayer("lcn", (4, 40, 40)), inputs)
+    outputs, _, _ = run(normalisation((4, 40, 40)), inputs)
     assert outputs[:, 5:-5].std() == pytest.approx(1, abs=0.05)
     assert abs(outputs[:, 5:-5].mean()) < 0.01
 
 
 def test_a_layer_is_made_of_its_description():
-    section = config.Normalisation(window=7, floor=0.1)
-    assert NormalisationLayer.from_config(section, "n", (4, 9, 9)) == NormalisationLayer("n", (4, 9, 9), 7, 0.1)
+    layer = normalisation((4, 9, 9), window=7)
+    assert layer.output_shape == (4, 9, 9)
+    assert layer.input_box(Box((1, 7, 8), (2, 8, 9))) == Box((0, 1, 2), (4, 9, 9))
+    assert not layer.tensors
     with pytest.raises(ValueError, match="odd"):
         config.Normalisation(window=4)
 
 
 def test_inputs_without_rows_and_columns_are_refused():
     with pytest.raises(UserError, match=r"'flat'.*\(100,\)"):
-        NormalisationLayer("flat", (100,))
+        normalisation((100,), name="flat")
 
 
 def naive_gradient(layer, inputs, gradient):
     """Return the inputs' gradient by the transposed matrix of each step, in float64, for one sample."""
     shape, size = layer.input_shape, int(np.prod(layer.input_shape))
-    single = gaussian(layer.window, layer.window / 4)
-    weights, radius = np.outer(single, single), layer.window // 2
+    single = gaussian(layer.section.window, layer.section.window / 4)
+    weights, radius = np.outer(single, single), layer.section.window // 2
     mean = np.zeros((*shape[1:], *shape))
     for row, column in np.ndindex(shape[1:]):
         for v, u in np.ndindex(weights.shape):
@@ -114,9 +122,9 @@ def naive_gradient(layer, inputs, gradient):
     centre = np.eye(size) - mean
     centred = centre @ inputs.reshape(-1)
     root = np.sqrt(mean @ centred**2)
-    divisor = np.maximum(root, layer.floor)
+    divisor = np.maximum(root, layer.section.floor)
     quotient = gradient.reshape(-1) / divisor
-    of_squares = np.where(root > layer.floor, -quotient * (centred / divisor) / divisor, 0.0)
+    of_squares = np.where(root > layer.section.floor, -quotient * (centred / divisor) / divisor, 0.0)
     return (centre.T @ (quotient + centred * (mean.T @ of_squares))).reshape(shape)
 
 
@@ -124,7 +132,7 @@ def naive_gradient(layer, inputs, gradient):
 @pytest.mark.parametrize("floor", [0.01, 1e-28])
 def test_it_holds_from_the_smallest_to_the_largest_inputs(magnitude, floor):
     """Squares of float32 overflow from 1.9e19 on and vanish below 1e-22, where the outputs are as large as ever."""
-    layer, random = NormalisationLayer("lcn", (2, 5, 6), 3, floor), np.random.default_rng(3)
+    layer, random = normalisation((2, 5, 6), 3, floor), np.random.default_rng(3)
     scales = np.array([10.0**magnitude, 1.0])
     inputs = (random.normal(size=(2, 5, 6, 2)) * scales).astype(np.float32)
     gradient = random.normal(size=inputs.shape).astype(np.float32)
@@ -140,6 +148,6 @@ def test_it_holds_from_the_smallest_to_the_largest_inputs(magnitude, floor):
 def test_what_is_not_finite_shows(value):
     inputs = np.random.default_rng(1).normal(size=(1, 5, 5, 2)).astype(np.float32)
     inputs[0, 2, 2, 1] = value
-    outputs, _, _ = run(NormalisationLayer("lcn", (1, 5, 5), 3), inputs)
+    outputs, _, _ = run(normalisation((1, 5, 5), 3), inputs)
     assert np.isfinite(outputs[..., 0]).all()
     assert not np.isfinite(outputs[..., 1]).any()

@@ -292,25 +292,33 @@ def test_a_layer_that_asks_for_inputs_it_does_not_have_is_named(wrong):
 @given(st.data())
 def test_the_stand_ins_ask_for_what_real_layers_ask_for(data):
     """What the tests of placements and plans use instead of layers is not easier than these."""
-    from dbmpi.network import convolution, dense, dropout, local, normalisation, pooling
+    from dbmpi import config
+    from dbmpi.network.dense import DenseLayer
+    from dbmpi.network.dropout import DropoutLayer
+    from dbmpi.network.field import ConvolutionLayer, LocalLayer
+    from dbmpi.network.normalisation import NormalisationLayer
+    from dbmpi.network.pooling import PoolingLayer
 
     shape = data.draw(st.tuples(st.integers(1, 3), st.integers(3, 9), st.integers(3, 9)))
     field, window = data.draw(st.integers(1, 3)), data.draw(st.sampled_from([1, 3, 5]))
     stride = data.draw(st.integers(1, field))
     for real, stand_in in [
-        (pooling.PoolingLayer("a", shape, "l2", (field, field), stride), Pooling("a", shape, field, stride)),
-        (normalisation.NormalisationLayer("a", shape, window), Normalisation("a", shape, window)),
-        (dropout.DropoutLayer("a", shape, 0.5), Elementwise("a", shape)),
-        (dense.DenseLayer("a", shape, 5, "linear"), Dense("a", shape, 5)),
-        (local.LocalLayer("a", shape, 2, (field, 2), stride), Filter("a", shape, 2, (field, 2), stride)),
+        (PoolingLayer("a", shape, config.Pooling(size=field, stride=stride)), Pooling("a", shape, field, stride)),
+        (NormalisationLayer("a", shape, config.Normalisation(window=window)), Normalisation("a", shape, window)),
+        (DropoutLayer("a", shape, config.Dropout(rate=0.5)), Elementwise("a", shape)),
+        (DenseLayer("a", shape, config.Dense(units=5)), Dense("a", shape, 5)),
         (
-            convolution.ConvolutionLayer("a", shape, 2, (field, 2), stride),
+            LocalLayer("a", shape, config.Local(maps=2, field=(field, 2), stride=stride)),
+            Filter("a", shape, 2, (field, 2), stride),
+        ),
+        (
+            ConvolutionLayer("a", shape, config.Convolution(maps=2, field=(field, 2), stride=stride)),
             Filter("a", shape, 2, (field, 2), stride, True),
         ),
     ]:
         assert real.output_shape == stand_in.output_shape
         mine, theirs = dict(real.tensors), dict(stand_in.tensors)
-        untied = isinstance(real, local.LocalLayer)  # has its tensors' axes in another order
+        untied = isinstance(real, LocalLayer)  # has its tensors' axes in another order
         assert {name: tensor.size for name, tensor in mine.items()} == {name: one.size for name, one in theirs.items()}
         assert untied or mine == theirs
         pairs = [sorted((data.draw(st.integers(0, n - 1)), data.draw(st.integers(1, n)))) for n in real.output_shape]

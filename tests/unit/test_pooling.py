@@ -15,26 +15,30 @@ from dbmpi.network.pooling import EPSILON, PoolingLayer
 KINDS = ("l2", "average", "max")
 
 
+def pooling(shape, kind, size, stride=1, name="pool"):
+    return PoolingLayer(name, shape, config.Pooling(kind=kind, size=size, stride=stride))
+
+
 @st.composite
 def layers(draw):
     size = (draw(st.integers(1, 4)), draw(st.integers(1, 4)))
     shape = (draw(st.integers(1, 3)), *(window + draw(st.integers(0, 6)) for window in size))
-    return PoolingLayer("pool", shape, draw(st.sampled_from(KINDS)), size, draw(st.integers(1, 5)))
+    return pooling(shape, draw(st.sampled_from(KINDS)), size, draw(st.integers(1, 5)))
 
 
 def scipy_pooling(layer, inputs):
     rows, columns = layer.size
     # `origin` moves the window so that it starts at its output's place
     window = {"size": (1, rows, columns, 1), "origin": (0, -(rows // 2), -(columns // 2), 0)}
-    if layer.kind == "max":
+    if layer.section.kind == "max":
         everywhere = ndimage.maximum_filter(inputs, **window)
     else:
-        values = inputs**2 if layer.kind == "l2" else inputs
+        values = inputs**2 if layer.section.kind == "l2" else inputs
         everywhere = ndimage.uniform_filter(values, **window)
-        if layer.kind == "l2":
+        if layer.section.kind == "l2":
             everywhere = np.sqrt(EPSILON + rows * columns * everywhere)
     _, height, width = layer.output_shape
-    return everywhere[:, :: layer.stride, :: layer.stride][:, :height, :width]
+    return everywhere[:, :: layer.section.stride, :: layer.section.stride][:, :height, :width]
 
 
 @settings(max_examples=25)
@@ -60,7 +64,7 @@ def test_pieces_make_the_whole(layer, dtype, data):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_the_gradient_goes_to_the_first_maximum_in_the_order_of_the_window(dtype):
-    layer = PoolingLayer("pool", (1, 2, 3), "max", (2, 2))
+    layer = pooling((1, 2, 3), "max", (2, 2))
     inputs = np.array([[[0, 5, 5], [5, 5, 1]]], dtype)[..., np.newaxis]
     outputs, input_gradient, _ = run(layer, inputs, np.array([[[1, 10]]], dtype)[..., np.newaxis])
     np.testing.assert_array_equal(outputs[0, 0, :, 0], [5, 5])
@@ -71,7 +75,7 @@ def test_the_gradient_goes_to_the_first_maximum_in_the_order_of_the_window(dtype
 def test_not_a_number_is_passed_on_to_the_windows_that_hold_it(kind):
     inputs = np.zeros((1, 3, 4, 40), np.float32)
     inputs[0, 1, 1, 7] = np.nan
-    outputs, input_gradient, _ = run(PoolingLayer("pool", (1, 3, 4), kind, (2, 2)), inputs)
+    outputs, input_gradient, _ = run(pooling((1, 3, 4), kind, (2, 2)), inputs)
     lost = np.isnan(outputs)
     assert lost[0, :, :2, 7].all()
     assert lost.sum() == 4
@@ -82,32 +86,29 @@ def test_not_a_number_is_passed_on_to_the_windows_that_hold_it(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_are_finite_where_all_inputs_are_zero(kind):
-    layer = PoolingLayer("pool", (2, 4, 4), kind, (3, 3))
+    layer = pooling((2, 4, 4), kind, (3, 3))
     _, input_gradient, _ = run(layer, np.zeros((2, 4, 4, 3)))
     assert np.isfinite(input_gradient).all()
 
 
 def test_a_layer_is_made_of_its_description():
-    assert PoolingLayer.from_config(config.Pooling(size=3, kind="max", stride=2), "p", (4, 9, 9)).output_shape == (
-        4,
-        4,
-        4,
-    )
-    layer = PoolingLayer.from_config(config.Pooling(size=(5, 2)), "p", (4, 9, 9))
-    assert layer == PoolingLayer("p", (4, 9, 9), "l2", (5, 2), 1)
+    assert pooling((4, 9, 9), "max", 3, 2).output_shape == (4, 4, 4)
+    layer = PoolingLayer("p", (4, 9, 9), config.Pooling(size=(5, 2), penalty=0.5))
+    assert layer.output_shape == (4, 5, 8)
+    assert layer.penalty == 0.5
     assert not layer.tensors
 
 
 def test_what_does_not_fit_is_refused_with_its_name_and_both_shapes():
     with pytest.raises(UserError, match=r"'small'.*\(3, 3\).*\(8, 2, 5\)"):
-        PoolingLayer("small", (8, 2, 5), "l2", (3, 3))
+        pooling((8, 2, 5), "l2", (3, 3), name="small")
     with pytest.raises(UserError, match=r"'flat'.*\(100,\)"):
-        PoolingLayer("flat", (100,), "l2", (3, 3))
+        pooling((100,), "l2", (3, 3), name="flat")
 
 
 def naive_l2(layer, inputs, gradient):
     """Return outputs and inputs' gradient of L2 pooling, one window after another, in float64."""
-    (rows, columns), stride = layer.size, layer.stride
+    (rows, columns), stride = layer.size, layer.section.stride
     outputs, input_gradient = np.empty((*layer.output_shape, inputs.shape[-1])), np.zeros(inputs.shape)
     for place, row, column in np.ndindex(layer.output_shape):
         window = np.s_[place, row * stride : row * stride + rows, column * stride : column * stride + columns]
@@ -120,7 +121,7 @@ def naive_l2(layer, inputs, gradient):
 @pytest.mark.parametrize(("size", "stride"), [((2, 3), 2), ((3, 1), 1), ((1, 1), 2)])
 def test_l2_pooling_holds_from_the_smallest_to_the_largest_inputs(magnitude, size, stride):
     """Squares of float32 overflow from 1.9e19 on, and their root does not."""
-    layer, random = PoolingLayer("pool", (2, 7, 8), "l2", size, stride), np.random.default_rng(4)
+    layer, random = pooling((2, 7, 8), "l2", size, stride), np.random.default_rng(4)
     inputs = random.normal(size=(2, 7, 8, 3)) * np.array([10.0**magnitude, 1.0, 1e-3])
     inputs, gradient = (values.astype(np.float32) for values in (inputs, random.normal(size=(*layer.output_shape, 3))))
     outputs, input_gradient, _ = run(layer, inputs, gradient)
@@ -133,7 +134,7 @@ def test_l2_pooling_holds_from_the_smallest_to_the_largest_inputs(magnitude, siz
 
 @pytest.mark.parametrize("place", [0, 6])
 def test_one_large_input_among_small_ones_is_found_wherever_it_is(place):
-    layer = PoolingLayer("pool", (1, 7, 7), "l2", (3, 3), 2)
+    layer = pooling((1, 7, 7), "l2", (3, 3), 2)
     inputs = np.ones((1, 7, 7, 2), np.float32)
     inputs[0, place, 3, 1] = 1e25
     outputs, input_gradient, _ = run(layer, inputs)
@@ -146,6 +147,6 @@ def test_one_large_input_among_small_ones_is_found_wherever_it_is(place):
 def test_what_has_no_finite_root_shows(value):
     inputs = np.ones((1, 2, 2, 2), np.float32)
     inputs[..., 1] = value
-    outputs, _, _ = run(PoolingLayer("pool", (1, 2, 2), "l2", (2, 2), 1), inputs)
+    outputs, _, _ = run(pooling((1, 2, 2), "l2", (2, 2), 1), inputs)
     assert np.isfinite(outputs[..., 0]).all()
     assert not np.isfinite(outputs[..., 1]).any()

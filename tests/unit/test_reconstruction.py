@@ -8,8 +8,7 @@ from dbmpi import config
 from dbmpi.index.boxes import Box
 from dbmpi.kernels import reconstruction
 from dbmpi.kernels.memory import rows_of
-from dbmpi.network.convolution import ConvolutionLayer
-from dbmpi.network.local import LocalLayer
+from dbmpi.network.field import ConvolutionLayer, LocalLayer
 from dbmpi.objective import Batch
 from dbmpi.replica.whole import WholeNetwork
 from dbmpi.runs.training import train
@@ -71,10 +70,12 @@ def test_the_gradient_is_that_of_finite_differences(activation, kind):
         assert (there - here) / 2e-5 == pytest.approx(gradient @ direction, rel=1e-6)
 
 
-@pytest.mark.parametrize(("kind", "filters"), [(LocalLayer, "ijmuvc"), (ConvolutionLayer, "mcuv")])
+@pytest.mark.parametrize(("kind", "filters"), [("local", "ijmuvc"), ("convolution", "mcuv")])
 def test_what_comes_from_an_estimate_is_added(kind, filters):
     """Over fields deeper than one pass, and two blocks of maps."""
-    layer, samples, rng = kind("layer", (9, 12, 13), 11, (10, 10), reconstruction=1.0), 37, np.random.default_rng(1)
+    made, described = {"local": (LocalLayer, config.Local), "convolution": (ConvolutionLayer, config.Convolution)}[kind]
+    layer = made("layer", (9, 12, 13), described(maps=11, field=10, reconstruction=1.0))
+    samples, rng = 37, np.random.default_rng(1)
     parameters = {name: rng.normal(size=one.shape).astype(np.float32) for name, one in layer.tensors.items()}
     of_parameters = {name: np.zeros_like(values) for name, values in parameters.items()}
     outputs, gradient = (rng.normal(size=(*layer.output_shape, samples)).astype(np.float32) for _ in range(2))
@@ -94,11 +95,9 @@ def test_terms_of_a_part_of_an_array_against_naive_twins(dtype):
     rng = np.random.default_rng(1)
     values = rng.normal(size=(4, 9, 8, 300)).astype(dtype)[1:, 2:7, 3:]
     estimate = rng.normal(size=values.shape).astype(dtype)
-    assert reconstruction.total(*rows_of(values), values.shape) == pytest.approx(
-        values.sum(dtype=np.float64), rel=1e-10
-    )
+    assert reconstruction.total(rows_of(values), values.shape) == pytest.approx(values.sum(dtype=np.float64), rel=1e-10)
     difference = estimate - values
-    found = reconstruction.squared_error(estimate, *rows_of(values), 0.25)
+    found = reconstruction.squared_error(estimate, rows_of(values), 0.25)
     assert found == pytest.approx((difference.astype(np.float64) ** 2).sum(), rel=1e-12)
     np.testing.assert_array_equal(estimate, dtype(0.25) * difference)
 

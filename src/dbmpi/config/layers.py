@@ -17,7 +17,7 @@ class Dense(Section):
 
     type: Literal["dense"] = "dense"
     name: Name | None = None
-    """Name in checkpoints; by default the type and the place, e.g. ``dense1``."""
+    """Name in checkpoints; by default the type and its number, e.g. ``dense1``."""
     units: Count
     """Number of outputs."""
     activation: Activation = "linear"
@@ -31,9 +31,9 @@ class _Filters(Section):
 
     type: str
     name: Name | None = None
-    """Name in checkpoints; by default the type and the place, e.g. ``local1`` or ``convolution2``."""
+    """Name in checkpoints; by default the type and its number, e.g. ``local1`` or ``convolution2``."""
     maps: Count
-    """Number of maps: filters at every place."""
+    """Number of maps: filters at every position."""
     field: Count | tuple[Count, Count]
     """Rows and columns of the inputs that a filter sees; one number for a square."""
     stride: Count = 1
@@ -47,13 +47,13 @@ class _Filters(Section):
 
 
 class Local(_Filters):
-    """A locally connected layer: a filter of its own at every place (not shared), valid borders."""
+    """A locally connected layer: a filter of its own at every position (not shared), valid borders."""
 
     type: Literal["local"] = "local"
 
 
 class Convolution(_Filters):
-    """A convolution: the same filters at every place, valid borders."""
+    """A convolution: the same filters at every position, valid borders."""
 
     type: Literal["convolution"] = "convolution"
 
@@ -63,7 +63,7 @@ class Pooling(Section):
 
     type: Literal["pooling"] = "pooling"
     name: Name | None = None
-    """Name in messages; by default the type and the place, e.g. ``pooling2``."""
+    """Name in messages; by default the type and its number, e.g. ``pooling2``."""
     kind: Literal["l2", "average", "max"] = "l2"
     """``l2``: root of the sum of squares; ``average``: mean; ``max``: maximum."""
     size: Count | tuple[Count, Count]
@@ -79,7 +79,7 @@ class Normalisation(Section):
 
     type: Literal["normalisation"] = "normalisation"
     name: Name | None = None
-    """Name in messages; by default the type and the place, e.g. ``normalisation3``."""
+    """Name in messages; by default the type and its number, e.g. ``normalisation3``."""
     window: Odd = 5
     """Rows and columns of the Gaussian window; odd."""
     floor: Positive = 0.01
@@ -91,7 +91,7 @@ class Dropout(Section):
 
     type: Literal["dropout"] = "dropout"
     name: Name | None = None
-    """Name in messages, and a part of the masks' seed; by default the type and the place, e.g. ``dropout2``."""
+    """Name in messages, and a part of the masks' seed; by default the type and its number, e.g. ``dropout2``."""
     rate: Annotated[float, Field(ge=0, lt=1, strict=True)]
     """Probability that a value is dropped."""
 
@@ -111,7 +111,7 @@ class OwnLayer(Section):
     type: Annotated[str, Field(pattern=f"^{OWN}$", max_length=200)]
     """``module:Class``; the module is looked for in `network.code` first, then where Python finds modules."""
     name: Name | None = None
-    """Name in checkpoints; by default the class and the place, e.g. ``maxout2``."""
+    """Name in checkpoints; by default the class and its number, e.g. ``maxout2``."""
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -52,20 +52,20 @@ class Box:
         )
 
     def meet(self, other: Box) -> Box:
-        """Return the box of the indices in both; with no common index it is empty."""
+        """Return the box of the indices in this box and in `other`; with no common index it is empty."""
         starts = tuple(max(a, b) for a, b in zip(self.starts, other.starts, strict=True))
         stops = tuple(max(s, min(a, b)) for s, a, b in zip(starts, self.stops, other.stops, strict=True))
         return Box(starts, stops)
 
     def common(self, other: Box) -> int:
-        """Return the number of indices in both."""
+        """Return the number of indices in this box and in `other`."""
         size = 1
         for a, b, c, d in zip(self.starts, self.stops, other.starts, other.stops, strict=True):
             size *= max(min(b, d) - max(a, c), 0)
         return size
 
     def join(self, other: Box) -> Box:
-        """Return the smallest box that holds both; an empty one counts for nothing."""
+        """Return the smallest box that holds this one and `other`; an empty one counts for nothing."""
         if self.empty or other.empty:
             return other if self.empty else self
         starts = tuple(min(a, b) for a, b in zip(self.starts, other.starts, strict=True))
@@ -91,7 +91,7 @@ class Box:
                 parts.append(left.along(axis, left.starts[axis], first))
             if last < left.stops[axis]:
                 parts.append(left.along(axis, last, left.stops[axis]))
-            # What is left on this axis is within `other`: the next axis goes on from there.
+            # The rest on this axis is within `other`, and is cut along the next axis.
             left = left.along(axis, first, last)
         return tuple(parts)
 

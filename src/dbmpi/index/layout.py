@@ -100,7 +100,9 @@ def cut(size: int, parts: int) -> tuple[range, ...]:
 
 
 def pieces(runs: Sequence[Stretch], ranges: Sequence[range]) -> list[list[Stretch]]:
-    """Return for each shard the pieces of the runs that it holds; their `start` counts from its first element.
+    """Return for each shard, whose parts of the vector are `ranges`, its pieces of `runs`.
+
+    The `start` of a piece counts from the shard's first element.
 
     Runs that lie one behind the other in both vectors make one piece: every piece costs a transfer and a flag.
     """

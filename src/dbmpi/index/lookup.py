@@ -1,4 +1,4 @@
-"""Finding boxes that meet a box, without looking at all of them."""
+"""An index of boxes, to find those that meet a box without comparing it with all."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ class Index:
     """Which of many boxes meet a given one.
 
     Space is divided into about as many cells as there are boxes, along the boxes' own borders.  A cell knows the boxes
-    that reach into it, so that for boxes of similar sizes a look-up costs what it finds, not the number of boxes.
+    that reach into it, so that for boxes of similar sizes the cost of a look-up follows from the boxes that it finds,
+    not from the number of all.
 
     Parameters
     ----------
@@ -49,13 +50,13 @@ class Index:
         return sorted(number for number in found if box.common(self._boxes[number]))
 
     def missing(self, box: Box) -> Iterator[Box]:
-        """Yield parts of `box` that no box of the index holds; together they are all of what is missing."""
+        """Yield parts of `box` that no box of the index holds; together they are all that is missing."""
         waiting = [box]
         while waiting:
             part = waiting.pop()
             found = self.meeting(part)
             if found:
-                # The middle one divides what is left most evenly.
+                # The middle one divides the rest most evenly.
                 waiting.extend(part.minus(self._boxes[found[len(found) // 2]]))
             elif not part.empty:
                 yield part
@@ -73,9 +74,9 @@ def _borders(boxes: list[Box]) -> list[list[int]]:
     if not boxes:
         return []
     starts = [sorted(set(axis)) for axis in zip(*(box.starts for box in boxes), strict=True)]
-    room = 2 * len(boxes)
+    most = 2 * len(boxes)
     for axis in sorted(range(len(starts)), key=lambda axis: len(starts[axis])):
-        step = -(-len(starts[axis]) // max(room, 1))
+        step = -(-len(starts[axis]) // max(most, 1))
         starts[axis] = starts[axis][::step]
-        room //= len(starts[axis])
+        most //= len(starts[axis])
     return starts

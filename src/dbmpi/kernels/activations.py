@@ -1,123 +1,122 @@
-"""Bias, activation and its derivative, each in one pass over an array ``(units, samples)``.
+"""The activations: each is one function of an element and its derivative, and the kernels made of these.
 
-Every activation is a pair of kernels::
-
-    forward(outputs, bias)                        outputs <- f(outputs + bias)
-    backward(outputs, gradient, bias_gradient)    gradient <- gradient * f'(.);  bias_gradient <- its sum over samples
-
-where f' is expressed by the outputs, so that nothing else need be kept.  Arrays may hold a part of a layer's units.
+The derivative takes the gradient for an output and the output itself, so that nothing else need be kept, and returns
+the gradient for the sum before the activation.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import prange
 
-from dbmpi.kernels.compile import parallel_kernel
+from dbmpi.kernels.compile import Kernel, inlined, parallel_kernel
 from dbmpi.kernels.elementary import sigmoid, tanh
 
 
-@parallel_kernel
-def linear_forward(outputs: np.ndarray, bias: np.ndarray) -> None:
-    """Add the bias (units,) to the outputs (units, samples)."""
-    for unit in prange(outputs.shape[0]):
-        row, addend = outputs[unit], bias[unit]
-        for sample in range(row.size):
-            row[sample] += addend
-
-
-@parallel_kernel
-def linear_backward(outputs: np.ndarray, gradient: np.ndarray, bias_gradient: np.ndarray) -> None:
-    """Sum the gradient over the samples, in float64."""
-    for unit in prange(gradient.shape[0]):
-        row = gradient[unit]
-        total = 0.0
-        for sample in range(row.size):
-            total += np.float64(row[sample])
-        bias_gradient[unit] = total
-
-
-@parallel_kernel
-def sigmoid_forward(outputs: np.ndarray, bias: np.ndarray) -> None:
-    """Apply ``1 / (1 + exp(-(x + bias)))``."""
-    for unit in prange(outputs.shape[0]):
-        row, addend = outputs[unit], bias[unit]
-        for sample in range(row.size):
-            row[sample] = sigmoid(row[sample] + addend)
-
-
-@parallel_kernel
-def sigmoid_backward(outputs: np.ndarray, gradient: np.ndarray, bias_gradient: np.ndarray) -> None:
-    """Multiply by ``y (1 - y)``, and sum over the samples in float64."""
-    for unit in prange(gradient.shape[0]):
-        row, y = gradient[unit], outputs[unit]
-        total = 0.0
-        for sample in range(row.size):
-            value = row[sample] * (y[sample] - y[sample] * y[sample])
-            row[sample] = value
-            total += np.float64(value)
-        bias_gradient[unit] = total
-
-
-@parallel_kernel
-def tanh_forward(outputs: np.ndarray, bias: np.ndarray) -> None:
-    """Apply ``tanh(x + bias)``."""
-    for unit in prange(outputs.shape[0]):
-        row, addend = outputs[unit], bias[unit]
-        for sample in range(row.size):
-            row[sample] = tanh(row[sample] + addend)
-
-
-@parallel_kernel
-def tanh_backward(outputs: np.ndarray, gradient: np.ndarray, bias_gradient: np.ndarray) -> None:
-    """Multiply by ``1 - y^2``, and sum over the samples in float64."""
-    for unit in prange(gradient.shape[0]):
-        row, y = gradient[unit], outputs[unit]
-        total = 0.0
-        for sample in range(row.size):
-            value = row[sample] - row[sample] * (y[sample] * y[sample])
-            row[sample] = value
-            total += np.float64(value)
-        bias_gradient[unit] = total
-
-
-@parallel_kernel
-def relu_forward(outputs: np.ndarray, bias: np.ndarray) -> None:
-    """Apply ``max(x + bias, 0)``; NaN stays NaN."""
-    for unit in prange(outputs.shape[0]):
-        row, addend = outputs[unit], bias[unit]
-        for sample in range(row.size):
-            value = row[sample] + addend
-            row[sample] = row.dtype.type(0) if value < 0 else value
-
-
-@parallel_kernel
-def relu_backward(outputs: np.ndarray, gradient: np.ndarray, bias_gradient: np.ndarray) -> None:
-    """Set to zero where the output is zero, and sum over the samples in float64."""
-    for unit in prange(gradient.shape[0]):
-        row, y = gradient[unit], outputs[unit]
-        total = 0.0
-        for sample in range(row.size):
-            value = row.dtype.type(0) if y[sample] <= 0 else row[sample]
-            row[sample] = value
-            total += np.float64(value)
-        bias_gradient[unit] = total
-
-
 class Activation(NamedTuple):
-    """The kernels of one activation."""
+    """The kernels of one activation, on all units of a layer or a part of them; each is one pass over memory."""
 
     forward: Callable[[np.ndarray, np.ndarray], None]
+    """``forward(outputs, bias)``: sums (units, samples) become ``f(sums + bias)``; the bias is (units,)."""
     backward: Callable[[np.ndarray, np.ndarray, np.ndarray], None]
+    """``backward(outputs, gradient, bias_gradient)``: the gradient for outputs (units, samples) becomes that for the
+    sums; its sum over the samples, added up in float64, becomes that for the bias (units,)."""
+
+
+@inlined
+def _same(x: Any) -> Any:
+    return x
+
+
+@inlined
+def _relu(x: Any) -> Any:
+    """Return max(x, 0); NaN stays NaN."""
+    return type(x)(0) if x < 0 else x
+
+
+@inlined
+def _linear_gradient(gradient: Any, y: Any) -> Any:
+    return gradient
+
+
+@inlined
+def _sigmoid_gradient(gradient: Any, y: Any) -> Any:
+    return gradient * (y - y * y)
+
+
+@inlined
+def _tanh_gradient(gradient: Any, y: Any) -> Any:
+    return gradient - gradient * (y * y)
+
+
+@inlined
+def _relu_gradient(gradient: Any, y: Any) -> Any:
+    return type(gradient)(0) if y <= 0 else gradient
+
+
+def _activation(function: Callable[..., Any], derivative: Kernel[..., Any]) -> Activation:
+    """Return the kernels of an activation."""
+
+    def forward(outputs: np.ndarray, bias: np.ndarray) -> None:
+        for unit in prange(outputs.shape[0]):
+            row, addend = outputs[unit], bias[unit]
+            for sample in range(row.size):
+                row[sample] = function(row[sample] + addend)
+
+    def backward(outputs: np.ndarray, gradient: np.ndarray, bias_gradient: np.ndarray) -> None:
+        for unit in prange(gradient.shape[0]):
+            row, y = gradient[unit], outputs[unit]
+            total = 0.0
+            for sample in range(row.size):
+                value = derivative(row[sample], y[sample])
+                row[sample] = value
+                total += np.float64(value)
+            bias_gradient[unit] = total
+
+    return Activation(parallel_kernel(forward), parallel_kernel(backward))
 
 
 ACTIVATIONS = {
-    "linear": Activation(linear_forward, linear_backward),
-    "sigmoid": Activation(sigmoid_forward, sigmoid_backward),
-    "tanh": Activation(tanh_forward, tanh_backward),
-    "relu": Activation(relu_forward, relu_backward),
+    "linear": _activation(_same, _linear_gradient),
+    "sigmoid": _activation(sigmoid, _sigmoid_gradient),
+    "tanh": _activation(tanh, _tanh_gradient),
+    "relu": _activation(_relu, _relu_gradient),
 }
 """The activations by their names in a configuration."""
+
+# A layer of filters activates the outputs of one position at a time, in kernels that serve all activations.
+
+CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
+"""How such kernels know the activations."""
+LINEAR, SIGMOID, TANH, RELU = range(4)
+
+
+@inlined
+def activate(values: np.ndarray, code: int) -> None:
+    """Apply the activation `code` to values (n,), in place."""
+    if code == SIGMOID:
+        for i in range(values.size):
+            values[i] = sigmoid(values[i])
+    elif code == TANH:
+        for i in range(values.size):
+            values[i] = tanh(values[i])
+    elif code == RELU:
+        for i in range(values.size):
+            values[i] = _relu(values[i])
+
+
+@inlined
+def derive(gradient: np.ndarray, outputs: np.ndarray, code: int) -> None:
+    """Turn the gradient for outputs (n,) of the activation `code` into that for the sums before it, in place."""
+    if code == SIGMOID:
+        for i in range(outputs.size):
+            gradient[i] = _sigmoid_gradient(gradient[i], outputs[i])
+    elif code == TANH:
+        for i in range(outputs.size):
+            gradient[i] = _tanh_gradient(gradient[i], outputs[i])
+    elif code == RELU:
+        for i in range(outputs.size):
+            gradient[i] = _relu_gradient(gradient[i], outputs[i])

@@ -1,4 +1,4 @@
-"""Saying that kernels are being compiled: the first start on a machine takes much longer than others."""
+"""Reports on kernels that are being compiled: the first start on a machine takes much longer than others."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ EVERY = 3.0
 
 @contextmanager
 def announced(say: Callable[[str], object] | None) -> Iterator[Callable[[], object]]:
-    """Let `say` hear of kernels that are compiled in the block, from the first one on; of those found on disk nothing.
+    """Report kernels that are compiled in the block, from the first one on; those loaded from disk are not reported.
 
     Parameters
     ----------
     say
-        Takes a line of text; None: nothing is said.
+        Takes a line of text; None reports nothing.
 
     Yields
     ------
     callable
-        To be called when all kernels are there: it says how many were compiled, if any were.
+        Call it when all kernels are compiled: it reports how many there were, if any.
     """
     if say is None:
         yield lambda: None
@@ -39,13 +39,13 @@ def announced(say: Callable[[str], object] | None) -> Iterator[Callable[[], obje
 
 
 def stderr_line(name: str, line: str) -> None:
-    """Write a line on standard error, if anybody still reads it."""
+    """Write ``name: line`` on standard error; a closed stream is ignored."""
     with suppress(OSError):
         print(f"{name}: {line}", file=sys.stderr, flush=True)
 
 
 def _is_foreign(event: Any) -> bool:
-    """Whether a function is no kernel of ours: an objective, for instance, or what one calls."""
+    """Whether a function is no kernel of ours: a user's objective, for instance, or a function that it calls."""
     return not event.data["dispatcher"].py_func.__module__.startswith("dbmpi.")
 
 
@@ -56,7 +56,7 @@ class _Listener(event.Listener):
         self._began = self._said = 0.0
 
     def on_start(self, event: Any) -> None:
-        """Hear that a function begins to be compiled: a kernel, or one that it calls."""
+        """Report that a function begins to be compiled: a kernel, or one that it calls."""
         if _is_foreign(event):
             return
         now = time.monotonic()
@@ -69,14 +69,14 @@ class _Listener(event.Listener):
         self._depth += 1
 
     def on_end(self, event: Any) -> None:
-        """Hear that it is done."""
+        """Count it."""
         if _is_foreign(event):
             return
         self._depth -= 1
         self._kernels += self._depth == 0
 
     def finish(self) -> None:
-        """Say how many there were."""
+        """Report how many there were."""
         if not self._kernels:
             return
         kept = "later starts find them"

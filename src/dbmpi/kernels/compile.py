@@ -41,6 +41,8 @@ THREADS: int = min(numba.config.NUMBA_NUM_THREADS, threads.prepare().kernels)  #
 SERIAL = 1 << 16
 """Elements, in all arrays of a call, up to which a kernel runs on one thread."""
 
+_SOURCES = Path(__file__).parent
+
 REORDERED = {"reassoc", "nsz", "contract"}
 """Fast-math flags of sums: order and fusing are free, NaN and infinity are not."""
 
@@ -59,27 +61,27 @@ class Kernel(Protocol[P, R_co]):
 
 
 def kernel(function: Callable[P, R_co]) -> Kernel[P, R_co]:
-    """Compile with IEEE arithmetic in the order of the source."""
+    """Compile `function` with IEEE arithmetic in the order of the source."""
     return _compile(function, "exact")
 
 
 def exact_parallel_kernel(function: Callable[P, R_co]) -> Kernel[P, R_co]:
-    """Compile as `kernel` does, with loops over ``prange`` shared by the threads."""
+    """Compile `function` as `kernel` does, with loops over ``prange`` shared by the threads."""
     return _compile(function, "exact_parallel", parallel=True)
 
 
 def fast_kernel(function: Callable[P, R_co]) -> Kernel[P, R_co]:
-    """Compile with sums that may be reordered."""
+    """Compile `function` with sums that may be reordered."""
     return _compile(function, "fast", fastmath=REORDERED)
 
 
 def parallel_kernel(function: Callable[P, R_co]) -> Kernel[P, R_co]:
-    """Compile as `fast_kernel` does, with loops over ``prange`` shared by the threads."""
+    """Compile `function` as `fast_kernel` does, with loops over ``prange`` shared by the threads."""
     return _compile(function, "fast_parallel", fastmath=REORDERED, parallel=True)
 
 
 def inlined(function: Callable[P, R_co]) -> Kernel[P, R_co]:
-    """Compile an element's function into the loops that call it, so that they vectorise; products may be fused."""
+    """Compile `function`, of an element or a row, into the loops that call it; products may be fused into additions."""
     return _compile(function, "inlined", fastmath={"contract"}, forceinline=True)
 
 
@@ -91,7 +93,7 @@ class _Limit:
 
 
 def limit_threads(number: int) -> int:
-    """Let kernels use at most so many threads from now on, and return how many they will use."""
+    """Let kernels use at most `number` threads from now on, and return how many they will use."""
     _Limit.threads = max(1, min(number, THREADS))
     return _Limit.threads
 
@@ -111,9 +113,9 @@ def _jitted(function: Callable[P, R_co], kind: str, options: dict[str, Any]) -> 
     # Numba's cache knows a function by its name and the age of its own file.  It would neither see that a function
     # of another file which was compiled into it has changed, nor that it was compiled with other options.  And
     # functions that one factory made, compiled in two processes, may have the same symbols for a third that loads both.
-    function.__qualname__ = f"{function.__qualname__}{_variant(function)}_{kind}_{_digest()}"
+    function.__qualname__ = f"{function.__qualname__}{_variant(function)}_{kind}_{digest_of(_SOURCES)}"
     disabled, numba.config.DISABLE_JIT = numba.config.DISABLE_JIT, 0  # type: ignore[attr-defined]
-    try:  # some kernels hold LLVM's instructions, which Python cannot run: what is disabled is a user's own
+    try:  # some kernels contain LLVM's instructions, which Python cannot run; only a user's own code is not compiled
         compiled = numba.njit(nogil=True, error_model="numpy", **options)(function)
     finally:
         numba.config.DISABLE_JIT = disabled  # type: ignore[attr-defined]
@@ -157,8 +159,9 @@ class _Threaded(Generic[P, R_co]):
             return self._alone(*args, **kwargs)
         elements = 0
         for value in (*args, *kwargs.values()):
-            if isinstance(value, np.ndarray):
-                elements += value.size
+            for one in value if isinstance(value, tuple) else (value,):  # an array may come with its steps
+                if isinstance(one, np.ndarray):
+                    elements += one.size
         before = numba.get_num_threads()  # of this thread of Python's
         if elements <= SERIAL:
             most = 1
@@ -182,7 +185,7 @@ def _copy(function: Callable[P, R_co]) -> Callable[P, R_co]:
 
 
 def _variant(function: Callable[..., Any]) -> str:
-    """Return what tells apart the functions that one factory makes: what they hold of its variables."""
+    """Return a suffix that distinguishes functions of one factory, by the variables that they close over."""
     held = [cell.cell_contents for cell in function.__closure__ or ()]
     if not held:
         return ""
@@ -195,9 +198,9 @@ def _variant(function: Callable[..., Any]) -> str:
 
 
 @cache
-def _digest() -> str:
-    """Return a short digest of the sources of all kernels."""
+def digest_of(directory: Path) -> str:
+    """Return a short digest of the Python files in a directory and all below it."""
     digest = hashlib.blake2s(digest_size=4)
-    for source in sorted(Path(__file__).parent.glob("*.py")):
+    for source in sorted(directory.rglob("*.py")):
         digest.update(source.read_bytes())
     return digest.hexdigest()

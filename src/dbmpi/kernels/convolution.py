@@ -1,4 +1,4 @@
-"""Convolutions: filters that are shared by all places; valid borders.
+"""Convolutions: filters that are shared by all positions; valid borders.
 
 Weights are (maps, channels, field rows, field columns).
 """
@@ -29,17 +29,17 @@ _MOST = 1 << 24  # elements that they may take, altogether
 
 
 class Tied(Filters):
-    """Filters that all places share."""
+    """Filters that all positions share."""
 
     tied, order = True, "cuv"
 
-    def input_gradient(self, weights: np.ndarray, gradient: np.ndarray, result: np.ndarray, stride: int) -> None:
+    def input_gradient(self, weights: np.ndarray, gradient: np.ndarray, result: np.ndarray) -> None:
         """Write the gradient for the inputs (see `Filters`).
 
-        At stride 1 every input can be looked at once, to sum up the gradients of the outputs whose fields it lies in.
+        At stride 1 every input is visited once, to sum up the gradients of the outputs whose fields it lies in.
         """
-        if stride > 1 or weights.shape[1] < _GATHERED:
-            self._added_gradient(weights, gradient, result, stride)
+        if self.stride > 1 or weights.shape[1] < _GATHERED:
+            self._added_gradient(weights, gradient, result)
             return
         feeding = _feeding(weights.shape[2:], gradient.shape)
         blocks = Blocks.of_tied(weights.shape[1], gradient.shape[3], gradient.itemsize)
@@ -47,19 +47,19 @@ class Tied(Filters):
         filters = [sorted_weights[..., left:right][..., ::-1].reshape(-1) for left, right in feeding.columns]
         contiguous(gradient, result)
         _gathered_gradient(blocks.tile)(
-            *(np.concatenate(filters), gradient, result, feeding.places, feeding.starts, feeding.kinds),
+            *(np.concatenate(filters), gradient, result, (feeding.offsets, feeding.starts, feeding.kinds)),
             *(weights.shape[2], blocks.numbers, blocks.vectors * lanes(gradient.itemsize)),
         )
 
-    def _added_gradient(self, weights: np.ndarray, gradient: np.ndarray, result: np.ndarray, stride: int) -> None:
+    def _added_gradient(self, weights: np.ndarray, gradient: np.ndarray, result: np.ndarray) -> None:
         """Write the gradient for the inputs: for every output, add it to the inputs in its field."""
         shape = self.field_shape(weights)
         field, blocks = field_of(self.order, shape, result.shape), Blocks.of(len(weights))
-        bands = bands_of(gradient.shape[1], result.shape[1], shape[0], stride, THREADS)
+        bands = bands_of(gradient.shape[1], result.shape[1], shape[0], self.stride, THREADS)
         contiguous(gradient, result)
         _added_gradient(blocks.tile)(
-            *(flat(weights), gradient, result, field.places, shape, blocks.numbers),
-            *(bands, stride, blocks.vectors * lanes(gradient.itemsize)),
+            *(flat(weights), gradient, result, field.offsets, blocks.numbers, bands),
+            (shape, self.stride, blocks.vectors * lanes(gradient.itemsize)),
         )
 
     def parameter_gradient(
@@ -69,27 +69,25 @@ class Tied(Filters):
         gradient: np.ndarray,
         weight_gradient: np.ndarray,
         bias_gradient: np.ndarray,
-        stride: int,
-        activation: str,
     ) -> None:
         """Write the gradients for weights and bias (see `Filters`)."""
         contiguous(inputs, outputs, gradient, weight_gradient)
         maps = len(weight_gradient)
-        ACTIVATIONS[activation].backward(outputs.reshape(maps, -1), gradient.reshape(maps, -1), bias_gradient)
+        ACTIVATIONS[self.activation].backward(outputs.reshape(maps, -1), gradient.reshape(maps, -1), bias_gradient)
         blocks = Blocks.of(maps)
         columns = 3 if blocks.height > 4 or REGISTERS < 32 else 6
-        places = field_of(self.order, self.field_shape(weight_gradient), inputs.shape).places
-        depth = -(-places.size // columns) * columns  # the last place is taken again until the tiles are full
+        offsets = field_of(self.order, self.field_shape(weight_gradient), inputs.shape).offsets
+        depth = -(-offsets.size // columns) * columns  # the last offset is taken again until the tiles are full
         bands = max(1, min(BANDS, gradient.shape[1], _MOST // (maps * depth)))
         sums = np.zeros((bands, maps * depth), inputs.dtype)
-        every = np.pad(places, (0, depth - places.size), "edge")
-        _weight_gradient((*blocks.heights, columns))(inputs, gradient, sums, every, blocks.numbers, stride)
+        every = np.pad(offsets, (0, depth - offsets.size), "edge")
+        _weight_gradient((*blocks.heights, columns))(inputs, gradient, sums, every, blocks.numbers, self.stride)
         total, first_short = sums.sum(axis=0), blocks.tall * blocks.height
         of_maps = weight_gradient.reshape(maps, -1)
         for height, first, last in ((blocks.height, 0, first_short), (blocks.height - 1, first_short, maps)):
             if last > first:
                 tiles = total[first * depth : last * depth].reshape(-1, depth, height)
-                of_maps[first:last] = tiles.swapaxes(1, 2).reshape(-1, depth)[:, : places.size]
+                of_maps[first:last] = tiles.swapaxes(1, 2).reshape(-1, depth)[:, : offsets.size]
 
 
 class _Feeding(NamedTuple):
@@ -103,14 +101,14 @@ class _Feeding(NamedTuple):
     """First and last (exclusive) column of the filters, for every kind."""
     kinds: np.ndarray
     """Kind of every column of the inputs, int64."""
-    places: np.ndarray
+    offsets: np.ndarray
     """Positions of the outputs relative to that at an input's own row and column, for one kind after the other, int64.
 
     Each by rows of the filters first, so that the rows that count are one piece; then by maps, and by columns of the
-    outputs, so that what is read together is together in memory.
+    outputs, in the order in which they are read.
     """
     starts: np.ndarray
-    """Where each kind starts in `places`, and the end, int64."""
+    """Where each kind starts in `offsets`, and the end, int64."""
 
 
 @lru_cache(maxsize=256)
@@ -118,19 +116,19 @@ def _feeding(shape: tuple[int, int], gradient_shape: tuple[int, int, int, int]) 
     """Return what inputs feed through filters of so many rows and columns."""
     maps, height, width, samples = gradient_shape
     spans = [(max(0, column - width + 1), min(shape[1], column + 1)) for column in range(width + shape[1] - 1)]
-    columns, places = sorted(set(spans)), []
+    columns, offsets = sorted(set(spans)), []
     for left, right in columns:
         u, m, v = np.meshgrid(range(shape[0]), range(maps), range(left, right)[::-1], indexing="ij")
-        places.append((((m * height - u) * width - v) * samples).reshape(-1))
-    starts = np.cumsum([0, *map(len, places)], dtype=np.int64)
-    return _Feeding(columns, np.array([columns.index(span) for span in spans]), np.concatenate(places), starts)
+        offsets.append((((m * height - u) * width - v) * samples).reshape(-1))
+    starts = np.cumsum([0, *map(len, offsets)], dtype=np.int64)
+    return _Feeding(columns, np.array([columns.index(span) for span in spans]), np.concatenate(offsets), starts)
 
 
 @cache
 def _added_gradient(tile: tuple[int, int, int]) -> Kernel[..., None]:
     """Return the kernel of the inputs' gradient that adds to them, for blocks of maps.
 
-    Every thread writes a band of rows of its own, for which it looks at the fields that reach into it.  Filters stay in
+    Every thread writes a band of rows of its own, from the fields that reach into it.  Filters stay in
     the caches, unlike those of a local layer, and so it is the gradients of a block of maps that stay in registers.
     Columns of the field come after one another: rows of several channels, which may lie a multiple of 4096 bytes apart,
     would wait for each other (twice the time for 128 samples of 100 x 100).
@@ -140,16 +138,15 @@ def _added_gradient(tile: tuple[int, int, int]) -> Kernel[..., None]:
         w: np.ndarray,
         gradient: np.ndarray,
         result: np.ndarray,
-        places: np.ndarray,
-        field: tuple[int, int],
+        offsets: np.ndarray,
         blocks: tuple[int, int],
         bands: np.ndarray,
-        stride: int,
-        width: int,
+        sizes: tuple[tuple[int, int], int, int],
     ) -> None:
+        field, stride, width = sizes
         _, out_height, out_width, samples = gradient.shape
         in_width, source, target = result.shape[2], gradient.reshape(-1), result.reshape(-1)
-        depth, plane, size = places.size, out_height * out_width * samples, field[0] * field[1]
+        depth, plane, size = offsets.size, out_height * out_width * samples, field[0] * field[1]
         for band in prange(bands.size - 1):
             top, bottom = bands[band], bands[band + 1]
             result[:, top:bottom] = 0
@@ -173,7 +170,7 @@ def _added_gradient(tile: tuple[int, int, int]) -> Kernel[..., None]:
                                 # fmt: off
                                 add_to_rows(
                                     tile, blocks, w, 0, depth, source, g_start, plane,
-                                    target, x_start, places, first, min(first + longest, begin + length), filled,
+                                    target, x_start, offsets, first, min(first + longest, begin + length), filled,
                                 )
                                 # fmt: on
 
@@ -184,20 +181,19 @@ def _added_gradient(tile: tuple[int, int, int]) -> Kernel[..., None]:
 def _gathered_gradient(tile: tuple[int, int, int]) -> Kernel[..., None]:
     """Return the kernel of the inputs' gradient at stride 1, for blocks of channels.
 
-    It takes the filters in the order of `_Feeding.places`, (channels, depth) for each kind.
+    It takes the filters in the order of `_Feeding.offsets`, (channels, depth) for each kind.
     """
 
     def gathered_gradient(
         w: np.ndarray,
         gradient: np.ndarray,
         result: np.ndarray,
-        places: np.ndarray,
-        starts: np.ndarray,
-        kinds: np.ndarray,
+        feeding: tuple[np.ndarray, np.ndarray, np.ndarray],
         field_height: int,
         blocks: tuple[int, int],
         width: int,
     ) -> None:
+        offsets, starts, kinds = feeding
         _, out_height, out_width, samples = gradient.shape
         channels, in_height, in_width, _ = result.shape
         source, target, plane = gradient.reshape(-1), result.reshape(-1), in_height * in_width * samples
@@ -217,7 +213,7 @@ def _gathered_gradient(tile: tuple[int, int, int]) -> Kernel[..., None]:
                         x_start = (i * in_width + j) * samples + start
                         # fmt: off
                         multiply_rows(
-                            tile, blocks, w, (channels - 1) * start_of_kind, depth, source, g_start, places,
+                            tile, blocks, w, (channels - 1) * start_of_kind, depth, source, g_start, offsets,
                             first, last, target, x_start, plane, filled, first > begin, None, 0, False,
                         )
                         # fmt: on
@@ -236,7 +232,7 @@ def _weight_gradient(tile: tuple[int, int, int]) -> Kernel[..., None]:
     """
 
     def weight_gradient(
-        x: np.ndarray, gradient: np.ndarray, sums: np.ndarray, places: np.ndarray, blocks: tuple[int, int], stride: int
+        x: np.ndarray, gradient: np.ndarray, sums: np.ndarray, offsets: np.ndarray, blocks: tuple[int, int], stride: int
     ) -> None:
         _, out_height, out_width, samples = gradient.shape
         plane, row, step = out_height * out_width * samples, x.shape[2] * samples, stride * samples
@@ -256,7 +252,7 @@ def _weight_gradient(tile: tuple[int, int, int]) -> Kernel[..., None]:
                         # fmt: off
                         multiply_along_rows(
                             tile, blocks, source, g_start, plane, samples, below, x_start, step,
-                            places, places.size, some, elements, out,
+                            offsets, offsets.size, some, elements, out,
                         )
                         # fmt: on
 

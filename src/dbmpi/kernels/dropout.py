@@ -1,7 +1,7 @@
-"""Dropout: random masks that are a function of a unit's place and a sample's number.
+"""Dropout: random masks that are a function of a unit's position and a sample's number.
 
 The generator is counter-based: Philox4x32 with ten rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2,
-3", SC 2011).  Whoever computes a unit draws the same mask for it, and the backward pass draws it again.
+3", SC 2011).  Every worker that computes a unit draws the same mask for it, and the backward pass draws it again.
 """
 
 from __future__ import annotations
@@ -55,13 +55,19 @@ def drop(
 def fill_words(unit: np.uint64, chunk: np.uint64, key: np.uint64, words: np.ndarray) -> None:
     """Fill `words` with the 32-bit random numbers of a unit for the samples from ``CHUNK * chunk`` on.
 
-    Number ``lane + w * CHUNK / 4`` is word `w` of the counter (lane, chunk, low half of unit, high half of unit).
+    Parameters
+    ----------
+    unit, chunk, key : uint64
+        Number of the unit in its layer; number of the chunk of samples; the stream.
+    words : (CHUNK,) uint32 array
+        Number ``lane + w * CHUNK / 4`` is word `w` of the counter (lane, chunk, low half of unit, high half of
+        unit).
     """
     for lane in range(_LANES):
         x0, x1 = np.uint64(lane), chunk & _WORD
         x2, x3 = unit & _WORD, unit >> _SHIFT
         key_0, key_1 = key & _WORD, key >> _SHIFT
-        # 32-bit words in 64-bit integers: their products, of which both halves are needed, are vector instructions.
+        # 32-bit words in 64-bit integers: both halves of their products are needed, and these are vector instructions.
         for _ in range(10):
             product_0, product_1 = _MULTIPLIER_0 * x0, _MULTIPLIER_1 * x2
             x0, x2 = (product_1 >> _SHIFT) ^ x1 ^ key_0, (product_0 >> _SHIFT) ^ x3 ^ key_1

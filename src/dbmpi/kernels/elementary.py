@@ -11,13 +11,14 @@ NaN gives NaN; infinities give the limits.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numba import types
 from numba.extending import overload
 
-from dbmpi.kernels.compile import inlined
+from dbmpi.kernels.compile import Kernel, inlined
 
 _LOG2_E = np.float32(math.log2(math.e))
 _LN2_HIGH = np.float32(0.693145751953125)  # 16 bits, so that its product with a small integer is exact
@@ -108,51 +109,43 @@ def _log1p_exp_double(x: Any) -> Any:
     return (x if x > 0 else 0.0) + math.log1p(math.exp(-abs(x)))
 
 
-def exp(x: Any) -> Any:
-    """Return exp(x), in the type of `x`."""
-    return exp_single.py_func(x) if isinstance(x, np.float32) else np.exp(x)
+@inlined
+def add(total: np.ndarray, values: np.ndarray) -> None:
+    """Add values (n,) to `total` (n,)."""
+    for i in range(total.size):
+        total[i] += values[i]
 
 
-def sigmoid(x: Any) -> Any:
-    """Return 1 / (1 + exp(-x)), in the type of `x`."""
-    return sigmoid_single.py_func(x) if isinstance(x, np.float32) else _sigmoid_double.py_func(x)
+def _elementary(single: Kernel[..., Any], double: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Return a function of one number, in its type: `single` for float32, else `double`.
+
+    Numba compiles one of the two in its place, by the type of the argument.
+    """
+
+    def function(x: Any) -> Any:
+        chosen = single if isinstance(x, np.float32) else double
+        return getattr(chosen, "py_func", chosen)(x)
+
+    # Kernels that a factory makes of such functions are told apart by these names.
+    function.__name__ = function.__qualname__ = single.py_func.__name__.removesuffix("_single")
+
+    @overload(function, strict=False)
+    def typed(x: Any) -> Any:
+        chosen = single if x == types.float32 else double
+
+        def call(x):  # type: ignore[no-untyped-def]
+            return chosen(x)
+
+        return call
+
+    return function
 
 
-def tanh(x: Any) -> Any:
-    """Return tanh(x), in the type of `x`."""
-    return tanh_single.py_func(x) if isinstance(x, np.float32) else np.tanh(x)
-
-
-def log1p_exp(x: Any) -> Any:
-    """Return log(1 + exp(x)), in the type of `x`."""
-    return log1p_exp_single.py_func(x) if isinstance(x, np.float32) else _log1p_exp_double.py_func(x)
-
-
-# Numba compiles what these return in the place of the functions above, for the type of the argument.
-
-
-@overload(exp, strict=False)
-def _exp(x: Any) -> Any:
-    return _one_argument(exp_single if x == types.float32 else math.exp)
-
-
-@overload(sigmoid, strict=False)
-def _sigmoid(x: Any) -> Any:
-    return _one_argument(sigmoid_single if x == types.float32 else _sigmoid_double)
-
-
-@overload(tanh, strict=False)
-def _tanh(x: Any) -> Any:
-    return _one_argument(tanh_single if x == types.float32 else math.tanh)
-
-
-@overload(log1p_exp, strict=False)
-def _log1p_exp(x: Any) -> Any:
-    return _one_argument(log1p_exp_single if x == types.float32 else _log1p_exp_double)
-
-
-def _one_argument(function: Any) -> Any:
-    def call(x):  # type: ignore[no-untyped-def]
-        return function(x)
-
-    return call
+exp = _elementary(exp_single, np.exp)
+"""Return exp(x), in the type of `x`."""
+sigmoid = _elementary(sigmoid_single, _sigmoid_double)
+"""Return 1 / (1 + exp(-x)), in the type of `x`."""
+tanh = _elementary(tanh_single, np.tanh)
+"""Return tanh(x), in the type of `x`."""
+log1p_exp = _elementary(log1p_exp_single, _log1p_exp_double)
+"""Return log(1 + exp(x)), in the type of `x`."""

@@ -21,7 +21,7 @@ BY_ROWS = "uvc"
 
 
 class Blocks(NamedTuple):
-    """Maps or rows in blocks of nearly the same height: `tall` blocks of `height`, then `short` blocks of one less."""
+    """Maps or rows in blocks of nearly equal height: `tall` blocks of `height`, then `short` blocks of one less."""
 
     height: int
     tall: int
@@ -31,7 +31,7 @@ class Blocks(NamedTuple):
 
     @classmethod
     def of(cls, maps: int, most: int = MAPS) -> Blocks:
-        """Cut the maps into as few blocks as possible, of at most so many."""
+        """Cut `maps` maps into as few blocks as possible, of at most `most` maps."""
         number = -(-maps // most)
         height = -(-maps // number)
         short = number * height - maps
@@ -39,10 +39,10 @@ class Blocks(NamedTuple):
 
     @classmethod
     def of_tied(cls, maps: int, samples: int, itemsize: int) -> Blocks:
-        """Cut the maps for filters that stay in the caches: what must be brought there are rows of samples.
+        """Cut `maps` maps for filters that stay in the caches, and rows of `samples` elements of `itemsize` bytes.
 
         Blocks of fewer maps with four vectors of samples take longer pieces of these, which is faster where samples
-        fill four vectors as well as two.  (With filters of its own at every place it is slower.)
+        fill four vectors as well as two.  (With filters of its own at every position it is slower.)
         """
         blocks = cls.of(maps)
         if REGISTERS < 32 or blocks.vectors == 4 or -(-samples // (2 * lanes(itemsize))) % 2 == 1:
@@ -51,7 +51,7 @@ class Blocks(NamedTuple):
 
     @property
     def heights(self) -> tuple[int, int]:
-        """Heights of tall and short blocks that there are; 0 where there are no short ones."""
+        """Heights of tall and short blocks; 0 where there are no short ones."""
         return self.height, self.height - 1 if self.short else 0
 
     @property
@@ -61,17 +61,17 @@ class Blocks(NamedTuple):
 
     @property
     def tile(self) -> tuple[int, int, int]:
-        """What is constant in a kernel: the heights and the vectors."""
+        """The constants of a kernel: the heights and the vectors."""
         return (*self.heights, self.vectors)
 
 
 class Field(NamedTuple):
     """Where the elements of a field lie in inputs (channels, height, width, samples); in the order of the weights."""
 
-    places: np.ndarray
+    offsets: np.ndarray
     """Positions (depth,) relative to the first element of the field, int64."""
     beyond: np.ndarray
-    """Positions (channels x rows,) of the column right of the field, which the next one takes in at stride 1; int64."""
+    """Positions (channels x rows,) of the column right of the field, the next field's last one at stride 1; int64."""
 
 
 @lru_cache(maxsize=256)
@@ -89,9 +89,9 @@ def field_of(order: str, shape: tuple[int, int], input_shape: tuple[int, int, in
     channels, height, width, samples = input_shape
     axes = {"c": np.arange(channels), "u": np.arange(shape[0]), "v": np.arange(shape[1])}
     grid = dict(zip(order, np.meshgrid(*(axes[axis] for axis in order), indexing="ij"), strict=True))
-    places = ((grid["c"] * height + grid["u"]) * width + grid["v"]) * samples
-    beyond = places[grid["v"] == shape[1] - 1] + samples
-    return Field(places.reshape(-1).astype(np.int64), beyond.astype(np.int64))
+    offsets = ((grid["c"] * height + grid["u"]) * width + grid["v"]) * samples
+    beyond = offsets[grid["v"] == shape[1] - 1] + samples
+    return Field(offsets.reshape(-1).astype(np.int64), beyond.astype(np.int64))
 
 
 def flat(array: np.ndarray) -> np.ndarray:
@@ -115,14 +115,29 @@ def contiguous(*arrays: np.ndarray) -> None:
 
 @inlined
 def piece_of(depth: int) -> int:
-    """Return how many rows of a field to multiply in one go: nearly equal pieces."""
+    """Return how many of a field's `depth` rows to multiply in one go: nearly equal pieces."""
     pieces = -(-depth // DEPTH)
     return -(-depth // pieces)
 
 
 @lru_cache(maxsize=256)
 def bands_of(out_height: int, height: int, field_height: int, stride: int, number: int) -> np.ndarray:
-    """Cut the rows of the inputs into bands into which about equally many rows of fields fall."""
+    """Cut the rows of the inputs into bands that about equally many rows of fields reach into.
+
+    Parameters
+    ----------
+    out_height, height : int
+        Rows of the outputs and of the inputs.
+    field_height, stride : int
+        Rows of a field, and from one field to the next.
+    number : int
+        How many bands.
+
+    Returns
+    -------
+    (number + 1,) int64 array
+        First row of each band, and the end.
+    """
     load = np.zeros(height)
     for i in range(out_height):
         load[i * stride : i * stride + field_height] += 1

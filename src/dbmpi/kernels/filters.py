@@ -1,13 +1,13 @@
 """Filters on fields: the products that locally connected layers and convolutions have in common.
 
-At every place of the output lies a small matrix product: the filters of the place, (maps, depth), times its field of
+Every position of the output is a small matrix product: the filters of the position, (maps, depth), times its field of
 the inputs, (depth, samples), where depth is channels x field rows x field columns.  Samples are innermost, so that one
-weight multiplies vectors of them.  The field is not copied: a table says where its rows of samples lie.  A block of
+weight multiplies vectors of them.  The field is not copied: a table says where its rows of samples are.  A block of
 maps times two vectors of samples is summed in registers.
 
 Untied filters are read once for all samples; forward and backward pass then do ``6 * samples`` operations for every
-weight, of which 4 bytes are read twice and, as its gradient, written once.  With few samples that flow of memory is as
-much of a limit as the arithmetic, and so what comes next is prefetched.  With many samples the rows of inputs under a
+weight, whose 4 bytes are read twice and, as its gradient, written once.  With few samples that flow of memory is as
+much of a limit as the arithmetic, so the next filters are prefetched.  With many samples the rows of inputs under a
 field exceed the second cache: the column that the next field takes in is then prefetched, too.
 
 Every output is summed in an order that depends on the depth alone, not on the box that is computed, its maps, the
@@ -16,39 +16,53 @@ samples or the threads.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 from typing import ClassVar
 
 import numpy as np
 from numba import prange
 
-from dbmpi.kernels.compile import Kernel, inlined, parallel_kernel
-from dbmpi.kernels.elementary import sigmoid, tanh
+from dbmpi.kernels.activations import CODES, LINEAR, activate
+from dbmpi.kernels.compile import Kernel, parallel_kernel
 from dbmpi.kernels.fields import Blocks, field_of, flat, piece_of
 from dbmpi.kernels.llvm.rows import multiply_rows, prefetch
 from dbmpi.kernels.llvm.writer import lanes
-from dbmpi.kernels.memory import rows_of
+from dbmpi.kernels.memory import Rows, rows_of
 
-CODES = {"linear": 0, "sigmoid": 1, "tanh": 2, "relu": 3}
-"""How kernels know the activations."""
-LINEAR, SIGMOID, TANH, RELU = CODES["linear"], CODES["sigmoid"], CODES["tanh"], CODES["relu"]
-
-
-Places = tuple[tuple[int, int], tuple[int, int]]
+Region = tuple[tuple[int, int], tuple[int, int]]
 """First and last (exclusive) row and column of outputs."""
 
 
+@dataclass(frozen=True)
 class Filters:
     """The passes of a layer of filters: those of :mod:`dbmpi.kernels.local` and of :mod:`dbmpi.kernels.convolution`.
 
     All arrays are C-contiguous, and float32 or float64 alike.  Untied, `outputs` and `gradient` may be parts of larger
     arrays, with rows in one piece.
+
+    ========================  ===============================================================
+    weights                   (rows, columns, maps, *filter), tied: (maps, *filter)
+    bias                      (rows, columns, maps), tied: (maps,)
+    inputs                    (channels, height, width, samples)
+    outputs, their gradient   (maps, rows, columns, samples)
+    ========================  ===============================================================
+
+    Parameters
+    ----------
+    stride : int
+        Rows, and columns, of the inputs from one field to the next.
+    activation : str
+        One of `ACTIVATIONS`.
     """
 
     tied: ClassVar[bool]
-    """Whether all places share their filters."""
+    """Whether all positions share their filters."""
     order: ClassVar[str]
     """Axes of a filter in the weights: a permutation of ``c`` (channel), ``u`` (row) and ``v`` (column)."""
+
+    stride: int
+    activation: str = "linear"
 
     def forward(
         self,
@@ -56,9 +70,7 @@ class Filters:
         bias: np.ndarray,
         inputs: np.ndarray,
         outputs: np.ndarray,
-        stride: int,
-        activation: str,
-        places: Places | None = None,
+        region: Region | None = None,
     ) -> None:
         """Write ``activation(sum of weights times field + bias)``.
 
@@ -67,22 +79,16 @@ class Filters:
 
         Parameters
         ----------
-        weights : (rows, columns, maps, *filter) array, tied: (maps, *filter)
-            Axes of the filter in this `order`.
-        bias : (rows, columns, maps) array, tied: (maps,)
-        inputs : (channels, height, width, samples) array
-        outputs : (maps, rows, columns, samples) array
-        stride : int
-        activation : str
-            One of `CODES`.
-        places
+        weights, bias, inputs, outputs
+            As above.
+        region
             Which rows and columns of the outputs to write; by default all.
         """
-        self._multiply(weights, flat(bias), inputs, outputs, stride, activation, places)
+        self._multiply(weights, flat(bias), inputs, outputs, CODES[self.activation], region)
 
-    def add_sums(self, weights: np.ndarray, inputs: np.ndarray, outputs: np.ndarray, stride: int) -> None:
-        """Add the sums of weights times field to `outputs`: as `forward`, without bias and activation."""
-        self._multiply(weights, None, inputs, outputs, stride, "linear", None)
+    def add_sums(self, weights: np.ndarray, inputs: np.ndarray, outputs: np.ndarray) -> None:
+        """Add the sums of `weights` times the field in `inputs` to `outputs`, without bias and activation."""
+        self._multiply(weights, None, inputs, outputs, LINEAR, None)
 
     def _multiply(
         self,
@@ -90,26 +96,32 @@ class Filters:
         bias: np.ndarray | None,
         inputs: np.ndarray,
         outputs: np.ndarray,
-        stride: int,
-        activation: str,
-        places: Places | None,
+        code: int,
+        region: Region | None,
     ) -> None:
         """Compute sums with a bias, or add them where there is none."""
         maps, rows, columns, samples = outputs.shape
-        within = places or ((0, rows), (0, columns))
+        within = region or ((0, rows), (0, columns))
         field = field_of(self.order, self.field_shape(weights), inputs.shape)
         blocks = Blocks.of_tied(maps, samples, outputs.itemsize) if self.tied else Blocks.of(maps)
-        step, place, width = stride * samples, 0 if self.tied else maps, blocks.vectors * lanes(outputs.itemsize)
+        step, filters, width = self.stride * samples, 0 if self.tied else maps, blocks.vectors * lanes(outputs.itemsize)
         beyond = field.beyond if samples > width else field.beyond[:0]
         _forward(blocks.tile, not self.tied)(
-            *(flat(weights), flat(weights)[:0] if bias is None else bias, flat(inputs), *rows_of(outputs)),
-            *(field.places, beyond, blocks.numbers, bias is None),
-            *((step * inputs.shape[2], step), (columns * place, place), width, CODES[activation]),
-            *((maps, samples), *within),
+            *(flat(weights), flat(weights)[:0] if bias is None else bias, flat(inputs), rows_of(outputs)),
+            *((field.offsets, beyond), blocks.numbers, bias is None),
+            *(((step * inputs.shape[2], step), (columns * filters, filters), width, maps, samples), code, within),
         )
 
-    def input_gradient(self, weights: np.ndarray, gradient: np.ndarray, result: np.ndarray, stride: int) -> None:
-        """Write the gradient for the inputs into `result`, from that for the outputs before the activation."""
+    def input_gradient(self, weights: np.ndarray, gradient: np.ndarray, result: np.ndarray) -> None:
+        """Write the gradient for the inputs into `result`.
+
+        Parameters
+        ----------
+        weights : array
+        gradient : (maps, rows, columns, samples) array
+            For the outputs before the activation.
+        result : (channels, height, width, samples) array
+        """
         raise NotImplementedError
 
     def parameter_gradient(
@@ -119,14 +131,12 @@ class Filters:
         gradient: np.ndarray,
         weight_gradient: np.ndarray,
         bias_gradient: np.ndarray,
-        stride: int,
-        activation: str,
     ) -> None:
         """Write the gradients for weights and bias; afterwards `gradient` is that before the activation.
 
         Parameters
         ----------
-        inputs, outputs, stride, activation
+        inputs, outputs
             As in `forward`, after it.
         gradient : (maps, rows, columns, samples) array
             For the outputs.
@@ -135,7 +145,7 @@ class Filters:
         raise NotImplementedError
 
     def field_shape(self, weights: np.ndarray) -> tuple[int, int]:
-        """Return the rows and columns of the field."""
+        """Return the rows and columns of the field, from the shape of `weights`."""
         filters = dict(zip(self.order, weights.shape[-3:], strict=True))
         return filters["u"], filters["v"]
 
@@ -144,29 +154,24 @@ class Filters:
 def _forward(tile: tuple[int, int, int], ahead: bool) -> Kernel[..., None]:
     """Return the kernel for blocks of maps.
 
-    With `ahead` it asks for the filters of the next block early: where places have their own, they come from memory.
+    With `ahead` it prefetches the filters of the next block: where positions have their own, they come from memory.
     """
 
     def forward(
         w: np.ndarray,
         bias: np.ndarray,
         x: np.ndarray,
-        y: np.ndarray,
-        y_steps: tuple[int, int],
-        places: np.ndarray,
-        beyond: np.ndarray,
+        y_rows: Rows,
+        field: tuple[np.ndarray, np.ndarray],
         blocks: tuple[int, int],
         add: bool,
-        steps: tuple[int, int],
-        filters: tuple[int, int],
-        width: int,
+        sizes: tuple[tuple[int, int], tuple[int, int], int, int, int],
         code: int,
-        shape: tuple[int, int],
-        rows: tuple[int, int],
-        columns: tuple[int, int],
+        region: Region,
     ) -> None:
-        maps, samples = shape
-        depth, plane = places.size, y_steps[0]
+        (y, y_steps), (offsets, beyond), (rows, columns) = y_rows, field, region
+        steps, filters, width, maps, samples = sizes
+        depth, plane = offsets.size, y_steps[0]
         piece = piece_of(depth)
         for i in prange(rows[0], rows[1]):
             for j in range(columns[0], columns[1]):
@@ -178,31 +183,17 @@ def _forward(tile: tuple[int, int, int], ahead: bool) -> Kernel[..., None]:
                         x_start = i * steps[0] + j * steps[1] + start
                         y_start = i * y_steps[1] + j * samples + start
                         if ahead:
-                            for place in beyond:
-                                prefetch(x, x_start + place, x_start + place + filled, False)
+                            for offset in beyond:
+                                prefetch(x, x_start + offset, x_start + offset + filled, False)
                         # fmt: off
                         multiply_rows(
-                            tile, blocks, w, filters_start * depth, depth, x, x_start, places, first, last,
+                            tile, blocks, w, filters_start * depth, depth, x, x_start, offsets, first, last,
                             y, y_start, plane, filled, add or first > 0, bias, filters_start, ahead,
                         )
                         # fmt: on
                 if code == LINEAR:
                     continue
                 for m in range(maps):
-                    _activate(y[m * plane + i * y_steps[1] + j * samples :][:samples], code)
+                    activate(y[m * plane + i * y_steps[1] + j * samples :][:samples], code)
 
     return parallel_kernel(forward)
-
-
-@inlined
-def _activate(y: np.ndarray, code: int) -> None:
-    """Apply an activation that is not linear to the outputs (samples,) of one map at one place."""
-    if code == SIGMOID:
-        for sample in range(y.size):
-            y[sample] = sigmoid(y[sample])
-    elif code == TANH:
-        for sample in range(y.size):
-            y[sample] = tanh(y[sample])
-    elif code == RELU:
-        for sample in range(y.size):
-            y[sample] = y.dtype.type(0) if y[sample] < 0 else y[sample]

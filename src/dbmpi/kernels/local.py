@@ -1,7 +1,7 @@
-"""Locally connected layers: filters that are not shared between places.
+"""Locally connected layers: filters that are not shared between positions.
 
-Weights are (rows, columns, maps, field rows, field columns, channels): what belongs to a place is one piece, so that a
-box of places is a few long runs.  Within a filter the rows come first, as they do in `_Window`.
+Weights are (rows, columns, maps, field rows, field columns, channels): those of a position are one piece, so that a box
+of positions is a few long runs.  Within a filter the rows come first, as they do in `_Window`.
 """
 
 from __future__ import annotations
@@ -12,13 +12,16 @@ from typing import NamedTuple
 import numpy as np
 from numba import prange
 
+from dbmpi.kernels.activations import CODES, LINEAR, derive
 from dbmpi.kernels.compile import THREADS, Kernel, inlined, parallel_kernel
 from dbmpi.kernels.fields import BY_ROWS, MAPS, Blocks, bands_of, contiguous, field_of, flat
-from dbmpi.kernels.filters import CODES, LINEAR, RELU, SIGMOID, TANH, Filters
+from dbmpi.kernels.filters import Filters
 from dbmpi.kernels.llvm.lanes import sum_along_rows, transpose_block
 from dbmpi.kernels.llvm.rows import add_maps_to_rows, multiply_rows, prefetch
 from dbmpi.kernels.llvm.writer import REGISTERS, lanes
-from dbmpi.kernels.memory import rows_of
+from dbmpi.kernels.memory import Rows, rows_of
+
+Shape = tuple[int, int, int, int]
 
 ROWS, ROWS_OF_FEW_MAPS = 6, 8 if REGISTERS == 32 else 6
 """Most rows of a field in a block whose sums stay in registers while the maps are added: found by trying.
@@ -28,11 +31,11 @@ Of 5, 6, 8 and 10, for 16 maps 6 was the fastest, and for 8 maps, where a block 
 
 
 class Untied(Filters):
-    """Filters of its own at every place."""
+    """Filters of its own at every position."""
 
     tied, order = False, BY_ROWS
 
-    def input_gradient(self, weights: np.ndarray, gradient: np.ndarray, result: np.ndarray, stride: int) -> None:
+    def input_gradient(self, weights: np.ndarray, gradient: np.ndarray, result: np.ndarray) -> None:
         """Write the gradient for the inputs (see `Filters`)."""
         maps, rows, columns, samples = gradient.shape
         shape = self.field_shape(weights)
@@ -40,10 +43,11 @@ class Untied(Filters):
         blocks = Blocks.of(run, ROWS if maps > MAPS else ROWS_OF_FEW_MAPS)
         width = blocks.vectors * lanes(gradient.itemsize)
         beyond = field.beyond if samples > width else field.beyond[:0]
+        bands = bands_of(rows, result.shape[1], shape[0], self.stride, THREADS)
         contiguous(result)
         _input_gradient(blocks.tile)(
-            *(flat(weights), *rows_of(gradient), result, field.places, beyond, run, blocks.numbers),
-            *(bands_of(rows, result.shape[1], shape[0], stride, THREADS), stride, width, (maps, rows, columns)),
+            *(flat(weights), rows_of(gradient), result, (field.offsets, beyond, run)),
+            *(blocks.numbers, bands, (self.stride, width, (maps, rows, columns))),
         )
 
     def parameter_gradient(
@@ -53,17 +57,15 @@ class Untied(Filters):
         gradient: np.ndarray,
         weight_gradient: np.ndarray,
         bias_gradient: np.ndarray,
-        stride: int,
-        activation: str,
     ) -> None:
         """Write the gradients for weights and bias (see `Filters`)."""
         rows, columns = self.field_shape(weight_gradient)
         window, blocks = _window_of(rows, inputs.shape, inputs.itemsize), Blocks.of(gradient.shape[0])
+        width, code = blocks.vectors * window.lanes, CODES[self.activation]
         _parameter_gradient(blocks.tile)(
-            *(flat(inputs), *rows_of(outputs), *rows_of(gradient), flat(weight_gradient), flat(bias_gradient)),
-            *(np.empty((THREADS, window.size), inputs.dtype), window.places, window.samples, window.slot, window.lanes),
-            *(blocks.numbers, (rows, columns), inputs.shape, gradient.shape, stride),
-            *(blocks.vectors * window.lanes, CODES[activation]),
+            *(flat(inputs), rows_of(outputs), rows_of(gradient), flat(weight_gradient), flat(bias_gradient)),
+            *(np.empty((THREADS, window.size), inputs.dtype), tuple(window), blocks.numbers),
+            ((rows, columns), inputs.shape, gradient.shape, self.stride, width, code),
         )
 
 
@@ -71,27 +73,23 @@ class Untied(Filters):
 def _input_gradient(tile: tuple[int, int, int]) -> Kernel[..., None]:
     """Return the kernel for blocks of rows of a field.
 
-    Every thread writes a band of rows of its own, for which it looks at the fields that reach into it.  Filters come
+    Every thread writes a band of rows of its own, from the fields that reach into it.  Filters come
     from memory, each once, and are added up over the maps while some rows of the field stay in registers.
     """
 
     def input_gradient(
         w: np.ndarray,
-        gradient: np.ndarray,
-        steps: tuple[int, int],
+        gradient_rows: Rows,
         result: np.ndarray,
-        places: np.ndarray,
-        beyond: np.ndarray,
-        run: int,
+        field: tuple[np.ndarray, np.ndarray, int],
         blocks: tuple[int, int],
         bands: np.ndarray,
-        stride: int,
-        width: int,
-        shape: tuple[int, int, int],
+        sizes: tuple[int, int, tuple[int, int, int]],
     ) -> None:
-        maps, out_height, out_width = shape
+        (gradient, steps), (offsets, beyond, run) = gradient_rows, field
+        stride, width, (maps, out_height, out_width) = sizes
         in_width, samples, target = result.shape[2], result.shape[3], result.reshape(-1)
-        depth, plane = places.size, steps[0]
+        depth, plane = offsets.size, steps[0]
         for band in prange(bands.size - 1):
             top, bottom = bands[band], bands[band + 1]
             result[:, top:bottom] = 0
@@ -106,8 +104,8 @@ def _input_gradient(tile: tuple[int, int, int]) -> Kernel[..., None]:
                         filled = min(width, samples - start)
                         x_start = (i * in_width + j) * stride * samples + start
                         g_start = i * steps[1] + j * samples + start
-                        for place in beyond:
-                            prefetch(target, x_start + place, x_start + place + filled, True)
+                        for offset in beyond:
+                            prefetch(target, x_start + offset, x_start + offset + filled, True)
                         for m in range(maps):
                             later = g_start + m * plane + width
                             prefetch(gradient, later, min(later + width, gradient.size), False)
@@ -115,7 +113,7 @@ def _input_gradient(tile: tuple[int, int, int]) -> Kernel[..., None]:
                             # fmt: off
                             add_maps_to_rows(
                                 tile, blocks, w, w_start, depth, gradient, g_start, plane,
-                                target, x_start, places, row, maps, filled,
+                                target, x_start, offsets, row, maps, filled,
                             )
                             # fmt: on
 
@@ -128,26 +126,18 @@ def _parameter_gradient(tile: tuple[int, int, int]) -> Kernel[..., None]:
 
     def parameter_gradient(
         x: np.ndarray,
-        y: np.ndarray,
-        y_steps: tuple[int, int],
-        gradient: np.ndarray,
-        steps: tuple[int, int],
+        y_rows: Rows,
+        gradient_rows: Rows,
         weight_gradient: np.ndarray,
         bias_gradient: np.ndarray,
         windows: np.ndarray,
-        places: np.ndarray,
-        starts: np.ndarray,
-        slot: int,
-        vector: int,
+        of_window: tuple[np.ndarray, np.ndarray, int, int, int],
         blocks: tuple[int, int],
-        field: tuple[int, int],
-        x_shape: tuple[int, int, int, int],
-        shape: tuple[int, int, int, int],
-        stride: int,
-        width: int,
-        code: int,
+        sizes: tuple[tuple[int, int], Shape, Shape, int, int, int],
     ) -> None:
-        maps, out_height, out_width, samples = shape
+        (y, y_steps), (gradient, steps) = y_rows, gradient_rows
+        offsets, starts, slot, _, vector = of_window
+        field, x_shape, (maps, out_height, out_width, samples), stride, width, code = sizes
         plane, row_size = steps[0], out_width * samples
         rows, run = field[0], field[1] * x_shape[0]
         depth, bands = rows * run, windows.shape[0]
@@ -158,9 +148,8 @@ def _parameter_gradient(tile: tuple[int, int, int]) -> Kernel[..., None]:
                 g_start, y_start = i * steps[1], i * y_steps[1]
                 if code != LINEAR:
                     for m in range(maps):
-                        _derive(
-                            gradient[m * plane + g_start :][:row_size], y[m * y_steps[0] + y_start :][:row_size], code
-                        )
+                        outputs = y[m * y_steps[0] + y_start :][:row_size]
+                        derive(gradient[m * plane + g_start :][:row_size], outputs, code)
                 for j in range(out_width):
                     # fmt: off
                     sum_along_rows(
@@ -172,22 +161,22 @@ def _parameter_gradient(tile: tuple[int, int, int]) -> Kernel[..., None]:
                 # fmt: off
                 _fill_window(
                     x, x_shape[2] * samples, max(done, top), top + rows, samples,
-                    window, places, starts, slot, rows, vector,
+                    window, offsets, starts, slot, rows, vector,
                 )
                 # fmt: on
                 done = top + rows
                 for j in range(out_width):
-                    place = (i * out_width + j) * maps * depth
+                    w_start = (i * out_width + j) * maps * depth
                     for u in range(rows):
                         x_start = (top + u) % rows * slot + j * stride * x_shape[0]
                         for first in range(0, run, width):
                             filled = min(width, run - first)
-                            ahead = place + maps * (depth + u * run + first)
+                            ahead = w_start + maps * (depth + u * run + first)
                             prefetch(weight_gradient, ahead, min(ahead + maps * filled, weight_gradient.size), True)
                             # fmt: off
                             multiply_rows(
                                 tile, blocks, gradient, g_start + j * samples, plane, window, x_start + first,
-                                starts, 0, samples, weight_gradient, place + u * run + first, depth,
+                                starts, 0, samples, weight_gradient, w_start + u * run + first, depth,
                                 filled, False, None, 0, False,
                             )
                             # fmt: on
@@ -196,13 +185,13 @@ def _parameter_gradient(tile: tuple[int, int, int]) -> Kernel[..., None]:
 
 
 class _Window(NamedTuple):
-    """The rows of inputs that the present place's field lies in, transposed for sums over samples.
+    """The rows of inputs that the current position's field covers, transposed for sums over samples.
 
-    Each is (samples, columns x channels), so that a row of the field is one piece.  The next row of places has all but
-    some of its rows in common with the present one: row number n stays in slot n modulo the field's rows.
+    Each is (samples, columns x channels), so that a row of the field is one piece.  The next row of positions shares
+    most of these rows with the current one: row number n stays in slot n modulo the field's rows.
     """
 
-    places: np.ndarray
+    offsets: np.ndarray
     """Positions in the inputs of the elements of the first row, int64 (columns x channels,)."""
     samples: np.ndarray
     """Where each sample starts in a slot, int64."""
@@ -227,8 +216,8 @@ def _window_of(field_rows: int, input_shape: tuple[int, int, int, int], itemsize
     # An odd number of vectors from sample to sample, so that a column does not fall into few sets of the cache.
     step = (-(-channels * width // vector) | 1) * vector
     starts = np.arange(-(-samples // vector) * vector, dtype=np.int64) * step
-    places = (np.arange(width)[:, None] + np.arange(channels) * height * width) * samples
-    return _Window(places.reshape(-1).astype(np.int64), starts, starts.size * step, field_rows, vector)
+    offsets = (np.arange(width)[:, None] + np.arange(channels) * height * width) * samples
+    return _Window(offsets.reshape(-1).astype(np.int64), starts, starts.size * step, field_rows, vector)
 
 
 @inlined
@@ -239,7 +228,7 @@ def _fill_window(
     last: int,
     samples: int,
     window: np.ndarray,
-    places: np.ndarray,
+    offsets: np.ndarray,
     starts: np.ndarray,
     slot: int,
     slots: int,
@@ -247,25 +236,11 @@ def _fill_window(
 ) -> None:
     """Bring rows ``first <= n < last`` of the inputs, `x_step` elements each, into the window."""
     for n in range(first, last):
-        for place in range(0, places.size, vector):
+        for first_offset in range(0, offsets.size, vector):
             for sample in range(0, samples, vector):
                 # fmt: off
                 transpose_block(
-                    x, n * x_step + sample, places, place, places.size - place, samples - sample,
-                    window, n % slots * slot + starts[sample] + place, starts[1],
+                    x, n * x_step + sample, offsets, first_offset, offsets.size - first_offset, samples - sample,
+                    window, n % slots * slot + starts[sample] + first_offset, starts[1],
                 )
                 # fmt: on
-
-
-@inlined
-def _derive(gradient: np.ndarray, y: np.ndarray, code: int) -> None:
-    """Multiply the gradient of a row of one map by the activation's derivative."""
-    if code == SIGMOID:
-        for b in range(y.size):
-            gradient[b] *= y[b] - y[b] * y[b]
-    elif code == TANH:
-        for b in range(y.size):
-            gradient[b] -= gradient[b] * (y[b] * y[b])
-    elif code == RELU:
-        for b in range(y.size):
-            gradient[b] = gradient.dtype.type(0) if y[b] <= 0 else gradient[b]

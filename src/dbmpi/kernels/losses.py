@@ -13,11 +13,13 @@ and so that threads share nothing.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numba import prange
 
-from dbmpi.kernels.compile import inlined, parallel_kernel
+from dbmpi.kernels.compile import Kernel, inlined, parallel_kernel
 from dbmpi.kernels.elementary import exp, log1p_exp, sigmoid
 
 BLOCK = 128
@@ -25,20 +27,20 @@ BLOCK = 128
 
 
 @inlined
-def _find_largest(values: np.ndarray, start: int, stop: int, largest: np.ndarray, place: np.ndarray) -> None:
+def _find_largest(values: np.ndarray, start: int, stop: int, largest: np.ndarray, winner: np.ndarray) -> None:
     """Find the largest value of each sample and the unit that has it; NaN and -1 where a value is NaN."""
     largest[:] = values[0][start:stop]
-    place[:] = 0
+    winner[:] = 0
     for unit in range(1, values.shape[0]):
         row = values[unit][start:stop]
         for sample in range(row.size):
             value = row[sample]
             if (value > largest[sample]) | (value != value):  # noqa: PLR0124 - NaN
                 largest[sample] = value
-                place[sample] = unit
-    for sample in range(place.size):
+                winner[sample] = unit
+    for sample in range(winner.size):
         if not math.isfinite(largest[sample]):
-            place[sample] = -1
+            winner[sample] = -1
 
 
 @inlined
@@ -51,6 +53,14 @@ def _exponentials(values: np.ndarray, start: int, stop: int, largest: np.ndarray
             value = exp(row[sample] - largest[sample])
             row[sample] = value
             total[sample] += np.float64(value)
+
+
+@inlined
+def _multiply_samples(values: np.ndarray, start: int, stop: int, factor: np.ndarray) -> None:
+    for unit in range(values.shape[0]):
+        row = values[unit][start:stop]
+        for sample in range(row.size):
+            row[sample] *= factor[sample]
 
 
 @parallel_kernel
@@ -70,7 +80,7 @@ def softmax_cross_entropy(values: np.ndarray, classes: np.ndarray, weights: np.n
     tuple[float, int]
         Sum of the losses, number of samples classified correctly.
     """
-    units, samples = values.shape
+    samples = values.shape[1]
     losses = np.empty(samples, np.float64)
     hits = np.zeros(samples, np.int64)
     for block in prange(-(-samples // BLOCK)):
@@ -78,22 +88,19 @@ def softmax_cross_entropy(values: np.ndarray, classes: np.ndarray, weights: np.n
         target = classes[start:stop]
         size = stop - start
         largest = np.empty(size, values.dtype)
-        place = np.empty(size, np.int32)
+        winner = np.empty(size, np.int32)
         total = np.empty(size, np.float64)
         factor = np.empty(size, values.dtype)
-        _find_largest(values, start, stop, largest, place)
+        _find_largest(values, start, stop, largest, winner)
         for sample in range(size):
             losses[start + sample] = np.float64(largest[sample]) - np.float64(values[target[sample], start + sample])
-            hits[start + sample] = place[sample] == target[sample]
+            hits[start + sample] = winner[sample] == target[sample]
         _exponentials(values, start, stop, largest, total)
         for sample in range(size):
             weight = np.float64(weights[start + sample])
             losses[start + sample] = weight * (losses[start + sample] + math.log(total[sample]))
             factor[sample] = weight / (total[sample] * samples)
-        for unit in range(units):
-            row = values[unit][start:stop]
-            for sample in range(size):
-                row[sample] *= factor[sample]
+        _multiply_samples(values, start, stop, factor)
         for sample in range(size):
             values[target[sample], start + sample] -= values.dtype.type(np.float64(weights[start + sample]) / samples)
     return losses.sum(), hits.sum()
@@ -101,58 +108,94 @@ def softmax_cross_entropy(values: np.ndarray, classes: np.ndarray, weights: np.n
 
 @parallel_kernel
 def softmax(values: np.ndarray) -> None:
-    """Replace the logits of each sample by their softmax."""
-    units, samples = values.shape
+    """Replace the logits of each sample, `values` (outputs, samples), by their softmax."""
+    samples = values.shape[1]
     for block in prange(-(-samples // BLOCK)):
         start, stop = block * BLOCK, min(samples, block * BLOCK + BLOCK)
         size = stop - start
         largest = np.empty(size, values.dtype)
-        place = np.empty(size, np.int32)
+        winner = np.empty(size, np.int32)
         total = np.empty(size, np.float64)
         factor = np.empty(size, values.dtype)
-        _find_largest(values, start, stop, largest, place)
+        _find_largest(values, start, stop, largest, winner)
         _exponentials(values, start, stop, largest, total)
         for sample in range(size):
             factor[sample] = 1.0 / total[sample]
-        for unit in range(units):
-            row = values[unit][start:stop]
-            for sample in range(size):
-                row[sample] *= factor[sample]
+        _multiply_samples(values, start, stop, factor)
 
 
-@parallel_kernel
-def logistic_classes(values: np.ndarray, classes: np.ndarray, weights: np.ndarray) -> tuple[float, int]:
-    """One-vs-all logistic loss: ``sum_u log(1 + exp(z_u)) - z_class``; gradient ``sigmoid(z_u) - [u = class]``.
+def _of_classes(
+    at_class: Kernel[..., Any], loss_of: Kernel[..., Any], gradient_of: Callable[..., Any]
+) -> Kernel[..., Any]:
+    """Return the loss of independent outputs whose targets are 1 for the class and 0 for all others.
 
-    Parameters and result as in `softmax_cross_entropy`.  The targets of all outputs are never written out.
+    The targets of all outputs are never written out.  `loss_of` and `gradient_of` are an output's for the target 0, and
+    `at_class` is how the loss of the class's output differs from that, as its target is 1.
     """
-    units, samples = values.shape
-    losses = np.empty(samples, np.float64)
-    hits = np.zeros(samples, np.int64)
-    for block in prange(-(-samples // BLOCK)):
-        start, stop = block * BLOCK, min(samples, block * BLOCK + BLOCK)
-        target, loss = classes[start:stop], losses[start:stop]
-        size = stop - start
-        largest = np.empty(size, values.dtype)
-        place = np.empty(size, np.int32)
-        mean = values.dtype.type(1.0 / samples)
-        weight = weights[start:stop]
-        _find_largest(values, start, stop, largest, place)
-        for sample in range(size):
-            # log(1 + exp(z)) - z = log(1 + exp(-z)), where the left side would lose its digits
-            value = values[target[sample], start + sample]
-            loss[sample] = np.float64(log1p_exp(-value)) - np.float64(log1p_exp(value))
-            hits[start + sample] = place[sample] == target[sample]
-        for unit in range(units):
-            row = values[unit][start:stop]
+
+    def loss_of_classes(values: np.ndarray, classes: np.ndarray, weights: np.ndarray) -> tuple[float, int]:
+        units, samples = values.shape
+        losses = np.empty(samples, np.float64)
+        hits = np.zeros(samples, np.int64)
+        for block in prange(-(-samples // BLOCK)):
+            start, stop = block * BLOCK, min(samples, block * BLOCK + BLOCK)
+            target, loss = classes[start:stop], losses[start:stop]
+            size = stop - start
+            largest = np.empty(size, values.dtype)
+            winner = np.empty(size, np.int32)
+            mean = values.dtype.type(1.0 / samples)
+            weight = weights[start:stop]
+            _find_largest(values, start, stop, largest, winner)
             for sample in range(size):
-                value = row[sample]
-                loss[sample] += np.float64(log1p_exp(value))
-                row[sample] = sigmoid(value) * (mean * weight[sample])
-        for sample in range(size):
-            values[target[sample], start + sample] -= mean * weight[sample]
-            loss[sample] *= np.float64(weight[sample])
-    return losses.sum(), hits.sum()
+                loss[sample] = at_class(values[target[sample], start + sample])
+                hits[start + sample] = winner[sample] == target[sample]
+            for unit in range(units):
+                row = values[unit][start:stop]
+                for sample in range(size):
+                    value = row[sample]
+                    loss[sample] += loss_of(value)
+                    row[sample] = gradient_of(value) * (mean * weight[sample])
+            for sample in range(size):
+                values[target[sample], start + sample] -= mean * weight[sample]
+                loss[sample] *= np.float64(weight[sample])
+        return losses.sum(), hits.sum()
+
+    return parallel_kernel(loss_of_classes)
+
+
+@inlined
+def _logistic_at_class(z: Any) -> Any:
+    # log(1 + exp(z)) - z = log(1 + exp(-z)), where the left side would lose its digits
+    return np.float64(log1p_exp(-z)) - np.float64(log1p_exp(z))
+
+
+@inlined
+def _logistic_loss(z: Any) -> Any:
+    return np.float64(log1p_exp(z))
+
+
+@inlined
+def _squared_at_class(y: Any) -> Any:
+    return 0.5 - np.float64(y)  # (y - 1)^2 = y^2 - 2 y + 1
+
+
+@inlined
+def _squared_loss(y: Any) -> Any:
+    return 0.5 * np.float64(y) * np.float64(y)
+
+
+@inlined
+def _same(y: Any) -> Any:
+    return y
+
+
+logistic_classes = _of_classes(_logistic_at_class, _logistic_loss, sigmoid)
+"""One-vs-all logistic loss: ``sum_u log(1 + exp(z_u)) - z_class``; gradient ``sigmoid(z_u) - [u = class]``.
+
+Parameters and result as in `softmax_cross_entropy`.
+"""
+squared_classes = _of_classes(_squared_at_class, _squared_loss, _same)
+"""Half the squared distance to 1 at the class and 0 elsewhere; parameters and result as in `softmax_cross_entropy`."""
 
 
 @parallel_kernel
@@ -195,7 +238,15 @@ def logistic_values(values: np.ndarray, targets: np.ndarray, weights: np.ndarray
 def squared_values(values: np.ndarray, targets: np.ndarray, weights: np.ndarray) -> float:
     """Half the squared distance: ``1/2 sum_u (y_u - t_u)^2``; gradient ``y_u - t_u``.
 
-    Parameters and result as in `logistic_values`.
+    Parameters
+    ----------
+    values, targets, weights
+        As in `logistic_values`; here `values` are the outputs y.
+
+    Returns
+    -------
+    float
+        Sum of the losses.
     """
     units, samples = values.shape
     mean = values.dtype.type(1.0 / samples)
@@ -209,40 +260,6 @@ def squared_values(values: np.ndarray, targets: np.ndarray, weights: np.ndarray)
             row[sample] = difference * (mean * weights[sample])
         losses[unit] = 0.5 * total
     return float(losses.sum())
-
-
-@parallel_kernel
-def squared_classes(values: np.ndarray, classes: np.ndarray, weights: np.ndarray) -> tuple[float, int]:
-    """Half the squared distance to 1 at the class and 0 elsewhere.
-
-    Parameters and result as in `softmax_cross_entropy`.  The targets of all outputs are never written out.
-    """
-    units, samples = values.shape
-    losses = np.empty(samples, np.float64)
-    hits = np.zeros(samples, np.int64)
-    for block in prange(-(-samples // BLOCK)):
-        start, stop = block * BLOCK, min(samples, block * BLOCK + BLOCK)
-        target, loss = classes[start:stop], losses[start:stop]
-        size = stop - start
-        largest = np.empty(size, values.dtype)
-        place = np.empty(size, np.int32)
-        mean = values.dtype.type(1.0 / samples)
-        weight = weights[start:stop]
-        _find_largest(values, start, stop, largest, place)
-        for sample in range(size):
-            # (y - 1)^2 = y^2 - 2 y + 1 at the class
-            loss[sample] = 0.5 - np.float64(values[target[sample], start + sample])
-            hits[start + sample] = place[sample] == target[sample]
-        for unit in range(units):
-            row = values[unit][start:stop]
-            for sample in range(size):
-                value = row[sample]
-                loss[sample] += 0.5 * np.float64(value) * np.float64(value)
-                row[sample] = value * (mean * weight[sample])
-        for sample in range(size):
-            values[target[sample], start + sample] -= mean * weight[sample]
-            loss[sample] *= np.float64(weight[sample])
-    return losses.sum(), hits.sum()
 
 
 @parallel_kernel

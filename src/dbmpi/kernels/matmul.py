@@ -47,6 +47,8 @@ def product(a: np.ndarray, b: np.ndarray, out: np.ndarray, add: bool = False) ->
         float32 or float64; fastest where C- or F-contiguous (a transposed view is).
     out : (m, n) array
         C-contiguous, of the same dtype; must not overlap the others.
+    add : bool
+        Add to `out`, instead of replacing it.
 
     Raises
     ------
@@ -103,7 +105,7 @@ def use(name: str) -> None:
 
 
 def probe(repeats: int = 6) -> dict[str, float]:
-    """Return the seconds that each provider needs for the three float32 products of a layer, batch 128."""
+    """Return the least seconds, of `repeats`, that each provider takes for a layer's three float32 products."""
     units, inputs, samples = 2048, 1024, 128
     weights, activations, gradient = (
         aligned_empty(shape) for shape in ((units, inputs), (inputs, samples), (units, samples))
@@ -178,7 +180,7 @@ def _plain(a: np.ndarray, b: np.ndarray, out: np.ndarray) -> bool:
 
 
 def _numpy(a: np.ndarray, b: np.ndarray, out: np.ndarray, add: bool) -> None:
-    with np.errstate(over="ignore", invalid="ignore"):  # as by the other providers: the loss tells, and once
+    with np.errstate(over="ignore", invalid="ignore"):  # as in the other providers: the loss reports it, once
         if add:
             out += np.matmul(a, b)
         else:

@@ -1,9 +1,9 @@
-"""Arrays as the processor likes them."""
+"""Arrays that are aligned, converted and flattened for kernels."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -12,15 +12,15 @@ from numpy.lib.stride_tricks import as_strided
 CACHE_LINE = 64
 """Bytes of a cache line, and of the widest vector: a vector that crosses a line costs two accesses."""
 PAGE = 4096
-"""Bytes after which lines share their places in the first cache again."""
+"""Bytes after which lines fall into the same sets of the first cache again."""
 SAFE = 1e12
-"""Float32 from its inverse to it may be squared, or divided by twice, and what comes of it be rounded as ever."""
+"""Float32 between 1 / SAFE and SAFE can be squared, or used as a divisor twice, without loss of precision."""
 
 
 def aligned_empty(shape: int | tuple[int, ...], dtype: Any = np.float32, line: int | None = None) -> np.ndarray:
     """Return an uninitialised C-contiguous array that starts at a cache line.
 
-    NumPy aligns to 16 bytes only.  It does ask for huge pages where an array is large, and so this does too.
+    NumPy aligns to 16 bytes only.  It requests huge pages for large arrays, and so does this function.
 
     Parameters
     ----------
@@ -39,16 +39,24 @@ def aligned_empty(shape: int | tuple[int, ...], dtype: Any = np.float32, line: i
     return aligned
 
 
+def widened(target: np.ndarray, dtype: Any) -> AbstractContextManager[np.ndarray]:
+    """Yield an array of `dtype` that is rounded into `target` at the end: `target` itself where that is its dtype."""
+    return nullcontext(target) if target.dtype == dtype else _rounded(target, dtype)
+
+
 @contextmanager
-def widened(target: np.ndarray) -> Iterator[np.ndarray]:
-    """Yield room for what is computed in float64; afterwards it is rounded into `target`."""
-    wide = np.empty(target.shape, np.float64)
+def _rounded(target: np.ndarray, dtype: Any) -> Iterator[np.ndarray]:
+    wide = np.empty(target.shape, dtype)
     yield wide
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         target[...] = wide
 
 
-def rows_of(array: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
+Rows = tuple[np.ndarray, tuple[int, int]]
+"""An array (maps, rows, columns, samples) as kernels take it that may be a part of a larger one: see `rows_of`."""
+
+
+def rows_of(array: np.ndarray) -> Rows:
     """Return an array (maps, rows, columns, samples), which may be a part of a larger one, as kernels take it.
 
     A kernel is compiled once for such arrays, whether they have gaps or not, and knows that rows have none.
@@ -56,7 +64,7 @@ def rows_of(array: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
     Returns
     -------
     elements : 1-D array
-        From the first element to the last one, with what lies between them; the same memory.
+        From the first element to the last one, with the gaps between them; the same memory.
     steps : (int, int)
         Elements from map to map, and from row to row.
 

@@ -1,8 +1,8 @@
 """Local contrast normalisation of ``(maps, rows, columns, samples)``: its passes over rows.
 
 The Gaussian window is a product of one for rows and one for columns, and the same for all maps: maps are summed first,
-then rows, then columns.  Arrays may be any parts of a layer; what a place is made of, and in which order it is summed,
-is the same everywhere.  Loops over the samples, which lie side by side, vectorise; loops over rows are shared by the
+then rows, then columns.  Arrays may be any parts of a layer; the terms of a sum and their order are the same in all of
+them.  Loops over the samples, which lie side by side, vectorise; loops over rows are shared by the
 threads.
 
 Regions of a pass are rows and columns (first row, first column) by which an array lies within a larger one.
@@ -14,7 +14,8 @@ import numpy as np
 from numba import prange
 
 from dbmpi.kernels.compile import inlined, parallel_kernel
-from dbmpi.kernels.memory import SAFE
+from dbmpi.kernels.elementary import add
+from dbmpi.kernels.memory import SAFE, Rows
 
 
 @parallel_kernel
@@ -24,8 +25,8 @@ def sum_maps(inputs: np.ndarray, total: np.ndarray) -> None:
     flat, sums = inputs.reshape(maps, rows, -1), total.reshape(rows, -1)
     for row in prange(rows):
         sums[row] = flat[0, row]
-        for place in range(1, maps):
-            _add(sums[row], flat[place, row])
+        for m in range(1, maps):
+            add(sums[row], flat[m, row])
 
 
 @parallel_kernel
@@ -37,15 +38,15 @@ def smooth(
     column_weights: np.ndarray,
     result: np.ndarray,
 ) -> None:
-    """Compute a weighted sum of rows and then of columns for each place.
+    """Compute a weighted sum of rows and then of columns for each position.
 
     Parameters
     ----------
     field : array (rows, columns, samples)
     first_rows, first_columns : int64 arrays (result rows,) and (result columns,)
-        Index in `field` of the first place that each result sums; may be outside of `field` where weights are zero.
+        Index in `field` of the first position that each result sums; may be outside of `field` where weights are zero.
     row_weights, column_weights : arrays (result rows, window) and (result columns, window)
-        Weights of the places from there on; where they are zero, `field` is not read.
+        Weights of the positions from there on; where they are zero, `field` is not read.
     result : array (result rows, result columns, samples)
         Overwritten.
     """
@@ -63,8 +64,8 @@ def smooth(
             for offset in range(column_weights.shape[1]):
                 weight = column_weights[column, offset]
                 if weight != 0:
-                    place = (first_columns[column] + offset) * samples
-                    _add_scaled(output, weight, sums[place : place + samples])
+                    start = (first_columns[column] + offset) * samples
+                    _add_scaled(output, weight, sums[start : start + samples])
 
 
 @parallel_kernel
@@ -73,7 +74,14 @@ def sum_centred_squares(
 ) -> None:
     """Set `total` to the sum over the maps of ``(inputs - mean)**2``.
 
-    `mean` and `total` (rows, columns, samples) lie within `inputs` (maps, more rows, more columns, samples).
+    Parameters
+    ----------
+    inputs : array (maps, more rows, more columns, samples)
+    first_row, first_column : int
+        Row and column of `inputs` where `mean` starts.
+    mean : array (rows, columns, samples)
+    total : array (rows, columns, samples)
+        Overwritten.
     """
     rows, columns, samples = mean.shape
     flat = inputs.reshape(inputs.shape[0], inputs.shape[1], -1)
@@ -82,8 +90,8 @@ def sum_centred_squares(
     for row in prange(rows):
         average, squares = means[row], sums[row]
         squares[:] = 0
-        for place in range(inputs.shape[0]):
-            values = flat[place, first_row + row, start:stop]
+        for m in range(inputs.shape[0]):
+            values = flat[m, first_row + row, start:stop]
             for i in range(values.size):
                 centred = values[i] - average[i]
                 squares[i] += centred * centred
@@ -93,7 +101,7 @@ def sum_centred_squares(
 def deviation(variance: np.ndarray, floor: float) -> bool:
     """Replace a variance by its root, or by `floor` where that is larger; NaN stays NaN.
 
-    Infinity becomes NaN, so that what is divided by it is not silently zero.
+    Infinity becomes NaN, so that quotients are not silently zero.
 
     Returns
     -------
@@ -119,38 +127,38 @@ def deviation(variance: np.ndarray, floor: float) -> bool:
 @parallel_kernel
 def normalise(
     inputs: np.ndarray,
-    input_place: tuple[int, int, int],
+    input_start: tuple[int, int, int],
     mean: np.ndarray,
-    mean_place: tuple[int, int],
+    mean_start: tuple[int, int],
     divisor: np.ndarray,
     maps: int,
-    outputs: np.ndarray,
-    output_steps: tuple[int, int],
+    output_rows: Rows,
 ) -> None:
     """Compute ``(inputs - mean) / divisor``.
 
     Parameters
     ----------
     inputs : array (maps, rows, columns, samples)
-    input_place : (int, int, int)
+    input_start : (int, int, int)
         Map, row and column of `inputs` where the outputs start.
     mean : array (rows, columns, samples)
-    mean_place : (int, int)
+    mean_start : (int, int)
         Row and column of `mean` where the outputs start.
     divisor : array (output rows, output columns, samples)
     maps : int
         Maps of the outputs.
-    outputs, output_steps
+    output_rows
         The outputs (maps, output rows, output columns, samples) as :func:`dbmpi.kernels.memory.rows_of` gives them.
     """
+    outputs, output_steps = output_rows
     rows, columns, samples = divisor.shape
-    first_map, first_row, first_column = input_place
+    first_map, first_row, first_column = input_start
     for line in prange(maps * rows):
-        place, row = line // rows, line % rows
-        values = inputs[first_map + place, first_row + row, first_column : first_column + columns].reshape(-1)
-        average = mean[mean_place[0] + row, mean_place[1] : mean_place[1] + columns].reshape(-1)
+        m, row = line // rows, line % rows
+        values = inputs[first_map + m, first_row + row, first_column : first_column + columns].reshape(-1)
+        average = mean[mean_start[0] + row, mean_start[1] : mean_start[1] + columns].reshape(-1)
         below = divisor[row].reshape(-1)
-        output = outputs[place * output_steps[0] + row * output_steps[1] :][: columns * samples]
+        output = outputs[m * output_steps[0] + row * output_steps[1] :][: columns * samples]
         for i in range(output.size):
             output[i] = (values[i] - average[i]) / below[i]
 
@@ -158,23 +166,21 @@ def normalise(
 @parallel_kernel
 def divide_gradient(
     maps: int,
-    outputs: np.ndarray,
-    output_steps: tuple[int, int],
-    gradient: np.ndarray,
-    gradient_steps: tuple[int, int],
+    output_rows: Rows,
+    gradient_rows: Rows,
     divisor: np.ndarray,
     floor: float,
     of_squares: np.ndarray,
     total: np.ndarray,
 ) -> None:
-    """Divide the gradient by the divisor, and compute what goes back by way of the divisor.
+    """Divide the gradient by the divisor, and compute the gradient that passes through the divisor.
 
     Parameters
     ----------
     maps : int
         Maps of the outputs.
-    outputs, output_steps, gradient, gradient_steps
-        Both (maps, rows, columns, samples), as :func:`dbmpi.kernels.memory.rows_of` gives them; `gradient` is
+    output_rows, gradient_rows
+        Both (maps, rows, columns, samples), as :func:`dbmpi.kernels.memory.rows_of` gives them; the gradient is
         overwritten with ``gradient / divisor``.
     divisor : array (rows, columns, samples)
     floor : float
@@ -184,15 +190,16 @@ def divide_gradient(
     total : array (rows, columns, samples)
         Overwritten with the sum over the maps of ``gradient / divisor``.
     """
+    (outputs, output_steps), (gradient, gradient_steps) = output_rows, gradient_rows
     rows, columns, samples = divisor.shape
     zero, least = gradient.dtype.type(0), gradient.dtype.type(floor)
     for row in prange(rows):
         below, squares, sums = divisor[row].reshape(-1), of_squares[row].reshape(-1), total[row].reshape(-1)
         squares[:] = 0
         sums[:] = 0
-        for place in range(maps):
-            output = outputs[place * output_steps[0] + row * output_steps[1] :][: columns * samples]
-            values = gradient[place * gradient_steps[0] + row * gradient_steps[1] :][: columns * samples]
+        for m in range(maps):
+            output = outputs[m * output_steps[0] + row * output_steps[1] :][: columns * samples]
+            values = gradient[m * gradient_steps[0] + row * gradient_steps[1] :][: columns * samples]
             for i in range(values.size):
                 quotient = values[i] / below[i]
                 values[i] = quotient
@@ -206,11 +213,11 @@ def divide_gradient(
 def sum_centred_gradient(
     of_squares: np.ndarray,
     total_inputs: np.ndarray,
-    input_place: tuple[int, int],
+    input_start: tuple[int, int],
     mean: np.ndarray,
     maps: int,
     divided: np.ndarray,
-    divided_place: tuple[int, int],
+    divided_start: tuple[int, int],
     total: np.ndarray,
 ) -> None:
     """Compute the sum over the maps of the gradient for the centred inputs.
@@ -220,36 +227,35 @@ def sum_centred_gradient(
     of_squares, mean, total : arrays (rows, columns, samples)
         The smoothed gradient for the squares; the local mean; the result, overwritten.
     total_inputs : array (more rows, more columns, samples)
-        Sum of the inputs over the maps; the others lie within it at `input_place`.
+        Sum of the inputs over the maps; the others lie within it at `input_start`.
     divided : array (fewer rows, fewer columns, samples)
-        Sum over the maps of gradient / divisor; lies within the others at `divided_place`.
+        Sum over the maps of gradient / divisor; lies within the others at `divided_start`.
     """
     rows, columns, samples = total.shape
     count = total.dtype.type(maps)
     height, width = divided.shape[0], divided.shape[1]
     for row in prange(rows):
-        left = input_place[1]
-        sums = total_inputs[input_place[0] + row, left : left + columns].reshape(-1)
+        left = input_start[1]
+        sums = total_inputs[input_start[0] + row, left : left + columns].reshape(-1)
         average, factor, result = mean[row].reshape(-1), of_squares[row].reshape(-1), total[row].reshape(-1)
         for i in range(result.size):
             result[i] = factor[i] * (sums[i] - count * average[i])
-        inner = row - divided_place[0]
+        inner = row - divided_start[0]
         if 0 <= inner < height:
-            start = divided_place[1] * samples
-            _add(result[start : start + width * samples], divided[inner].reshape(-1))
+            start = divided_start[1] * samples
+            add(result[start : start + width * samples], divided[inner].reshape(-1))
 
 
 @parallel_kernel
 def input_gradient(
     inputs: np.ndarray,
     mean: np.ndarray,
-    mean_place: tuple[int, int],
+    mean_start: tuple[int, int],
     of_squares: np.ndarray,
     of_mean: np.ndarray,
-    divided: np.ndarray,
-    divided_steps: tuple[int, int],
+    divided_rows: Rows,
     divided_shape: tuple[int, int, int],
-    divided_place: tuple[int, int, int],
+    divided_start: tuple[int, int, int],
     result: np.ndarray,
 ) -> None:
     """Add up the three ways by which the outputs depend on the inputs.
@@ -259,42 +265,37 @@ def input_gradient(
     inputs, result : arrays (maps, rows, columns, samples)
         `result` is overwritten.
     mean, of_squares : arrays (fewer rows, fewer columns, samples)
-        The local mean and the smoothed gradient for the squares; lie within `inputs` at `mean_place`.
+        The local mean and the smoothed gradient for the squares; lie within `inputs` at `mean_start`.
     of_mean : array (rows, columns, samples)
         The smoothed sum over the maps of the gradient for the centred inputs.
-    divided, divided_steps
+    divided_rows
         gradient / divisor, as :func:`dbmpi.kernels.memory.rows_of` gives it.
-    divided_shape, divided_place : (int, int, int)
+    divided_shape, divided_start : (int, int, int)
         Its maps, rows and columns, and where among those of `inputs` they start.
     """
+    divided, divided_steps = divided_rows
     maps, rows, _, samples = inputs.shape
     for line in prange(maps * rows):
-        place, row = line // rows, line % rows
+        m, row = line // rows, line % rows
         target, values, subtracted = (
-            result[place, row].reshape(-1),
-            inputs[place, row].reshape(-1),
+            result[m, row].reshape(-1),
+            inputs[m, row].reshape(-1),
             of_mean[row].reshape(-1),
         )
         for i in range(target.size):
             target[i] = -subtracted[i]
-        inner = row - mean_place[0]
+        inner = row - mean_start[0]
         if 0 <= inner < mean.shape[0]:
-            start = mean_place[1] * samples
+            start = mean_start[1] * samples
             average, factor = mean[inner].reshape(-1), of_squares[inner].reshape(-1)
             part, value = target[start : start + average.size], values[start : start + average.size]
             for i in range(part.size):
                 part[i] += factor[i] * (value[i] - average[i])
-        inner_map, inner = place - divided_place[0], row - divided_place[1]
+        inner_map, inner = m - divided_start[0], row - divided_start[1]
         if 0 <= inner_map < divided_shape[0] and 0 <= inner < divided_shape[1]:
-            start = divided_place[2] * samples
+            start = divided_start[2] * samples
             quotient = divided[inner_map * divided_steps[0] + inner * divided_steps[1] :][: divided_shape[2] * samples]
-            _add(target[start : start + quotient.size], quotient)
-
-
-@inlined
-def _add(total: np.ndarray, values: np.ndarray) -> None:
-    for i in range(total.size):
-        total[i] += values[i]
+            add(target[start : start + quotient.size], quotient)
 
 
 @inlined

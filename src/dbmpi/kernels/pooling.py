@@ -6,7 +6,8 @@ Output row `r` is made of the input rows ``r * stride`` to ``r * stride + size``
 layer the arrays are: an output's sum has the same order everywhere.
 
 Outputs and their gradient, (maps, rows, columns, samples), may be parts of larger arrays: kernels take their shape, and
-elements and steps as :func:`dbmpi.kernels.memory.rows_of` gives them.
+them as :func:`dbmpi.kernels.memory.rows_of` gives them.  A window is (rows, columns, stride): its size, and the
+distance of two windows.
 """
 
 from __future__ import annotations
@@ -16,55 +17,47 @@ import math
 import numpy as np
 from numba import prange
 
-from dbmpi.kernels.compile import inlined, parallel_kernel
-from dbmpi.kernels.memory import SAFE
+from dbmpi.kernels.compile import Kernel, inlined, parallel_kernel
+from dbmpi.kernels.elementary import add
+from dbmpi.kernels.memory import SAFE, Rows
 
 Shape = tuple[int, int, int, int]
-Steps = tuple[int, int]
+Window = tuple[int, int, int]
 
 
 @parallel_kernel
-def l2_forward(
-    inputs: np.ndarray,
-    rows: int,
-    columns: int,
-    stride: int,
-    epsilon: float,
-    shape: Shape,
-    outputs: np.ndarray,
-    steps: Steps,
-) -> bool:
+def l2_forward(inputs: np.ndarray, window: Window, epsilon: float, shape: Shape, output_rows: Rows) -> bool:
     """Compute the root of `epsilon` plus the sum of squares of each window.
 
     Parameters
     ----------
     inputs : array (maps, input rows, input columns, samples)
-    rows, columns, stride : int
-        Size of a window, and the distance between two.
+    window : (int, int, int)
     epsilon : float
-    shape, outputs, steps
-        The outputs.
+    shape, output_rows
+        The outputs, which are overwritten.
 
     Returns
     -------
     bool
         Whether all outputs, but for NaN, are at most `SAFE`; perhaps False where some are not far below.
     """
+    (rows, columns, stride), (outputs, steps) = window, output_rows
     maps, height, width, samples = shape
     square = inputs.reshape(maps, inputs.shape[1], inputs.shape[2] * samples)
     unsafe, apart = np.zeros(maps * height, np.uint8), max(1, rows // stride)
     large = inputs.dtype.type(SAFE / math.sqrt(rows * columns))
     for line in prange(maps * height):
-        place, row = line // height, line % height
+        m, row = line // height, line % height
         sums = np.zeros(square.shape[2], inputs.dtype)
         for below in range(row * stride, row * stride + rows):
-            _add_squares(sums, square[place, below])
-        first = place * steps[0] + row * steps[1]
+            _add_squares(sums, square[m, below])
+        first = m * steps[0] + row * steps[1]
         for column in range(width):
             output = outputs[first + column * samples : first + (column + 1) * samples]
             output[:] = epsilon
             for right in range(column * stride, column * stride + columns):
-                _add(output, sums[right * samples : (right + 1) * samples])
+                add(output, sums[right * samples : (right + 1) * samples])
             for sample in range(samples):
                 output[sample] = np.sqrt(output[sample])
         # Windows that lie side by side hold all inputs.
@@ -73,72 +66,47 @@ def l2_forward(
     return not unsafe.any()
 
 
-@parallel_kernel
-def average_forward(
-    inputs: np.ndarray, rows: int, columns: int, stride: int, shape: Shape, outputs: np.ndarray, steps: Steps
-) -> None:
-    """Compute the mean of each window; arrays and sizes as for `l2_forward`."""
-    maps, height, width, samples = shape
-    flat = inputs.reshape(maps, inputs.shape[1], inputs.shape[2] * samples)
-    factor = inputs.dtype.type(1.0 / (rows * columns))
-    for line in prange(maps * height):
-        place, row = line // height, line % height
-        sums = flat[place, row * stride].copy()
-        for below in range(row * stride + 1, row * stride + rows):
-            _add(sums, flat[place, below])
-        first = place * steps[0] + row * steps[1]
-        for column in range(width):
-            output = outputs[first + column * samples : first + (column + 1) * samples]
-            output[:] = sums[column * stride * samples : (column * stride + 1) * samples]
-            for right in range(column * stride + 1, column * stride + columns):
-                _add(output, sums[right * samples : (right + 1) * samples])
-            for sample in range(samples):
-                output[sample] *= factor
+def _combined(combine: Kernel[..., None], finish: Kernel[..., None]) -> Kernel[..., None]:
+    """Return the forward pass that combines the elements of each window, and finishes the results."""
 
+    def forward(inputs: np.ndarray, window: Window, shape: Shape, output_rows: Rows) -> None:
+        (rows, columns, stride), (outputs, steps) = window, output_rows
+        maps, height, width, samples = shape
+        flat = inputs.reshape(maps, inputs.shape[1], inputs.shape[2] * samples)
+        factor = inputs.dtype.type(1.0 / (rows * columns))
+        for line in prange(maps * height):
+            m, row = line // height, line % height
+            combined = flat[m, row * stride].copy()
+            for below in range(row * stride + 1, row * stride + rows):
+                combine(combined, flat[m, below])
+            first = m * steps[0] + row * steps[1]
+            for column in range(width):
+                output = outputs[first + column * samples : first + (column + 1) * samples]
+                output[:] = combined[column * stride * samples : (column * stride + 1) * samples]
+                for right in range(column * stride + 1, column * stride + columns):
+                    combine(output, combined[right * samples : (right + 1) * samples])
+                finish(output, factor)
 
-@parallel_kernel
-def max_forward(
-    inputs: np.ndarray, rows: int, columns: int, stride: int, shape: Shape, outputs: np.ndarray, steps: Steps
-) -> None:
-    """Compute the maximum of each window, NaN if it holds one; arrays and sizes as for `l2_forward`."""
-    maps, height, width, samples = shape
-    flat = inputs.reshape(maps, inputs.shape[1], inputs.shape[2] * samples)
-    for line in prange(maps * height):
-        place, row = line // height, line % height
-        largest = flat[place, row * stride].copy()
-        for below in range(row * stride + 1, row * stride + rows):
-            _keep_larger(largest, flat[place, below])
-        first = place * steps[0] + row * steps[1]
-        for column in range(width):
-            output = outputs[first + column * samples : first + (column + 1) * samples]
-            output[:] = largest[column * stride * samples : (column * stride + 1) * samples]
-            for right in range(column * stride + 1, column * stride + columns):
-                _keep_larger(output, largest[right * samples : (right + 1) * samples])
+    return parallel_kernel(forward)
 
 
 @parallel_kernel
 def l2_backward(
     inputs: np.ndarray,
+    window: Window,
     shape: Shape,
-    outputs: np.ndarray,
-    output_steps: Steps,
-    gradient: np.ndarray,
-    steps: Steps,
-    rows: int,
-    columns: int,
-    stride: int,
+    output_rows: Rows,
+    gradient_rows: Rows,
     input_gradient: np.ndarray,
 ) -> bool:
     """Compute the inputs' gradient: input times the sum of gradient over output, of the windows that hold it.
 
     Parameters
     ----------
-    inputs, shape, outputs, output_steps
+    inputs, window, shape, output_rows
         As for `l2_forward`.
-    gradient, steps
+    gradient_rows
         For the outputs; overwritten with its quotient by the outputs.
-    rows, columns, stride
-        As for `l2_forward`.
     input_gradient
         Overwritten.
 
@@ -147,45 +115,51 @@ def l2_backward(
     bool
         False where float32 may not do, and nothing has been computed: some outputs are above `SAFE`, or not far below.
     """
+    (rows, columns, stride), (outputs, output_steps), (gradient, steps) = window, output_rows, gradient_rows
     maps, out_height, width, samples = shape
     unsafe, apart = np.zeros(maps * out_height, np.uint8), max(1, rows // stride)
     large = inputs.dtype.type(SAFE / math.sqrt(rows * columns))
     for line in prange(maps * out_height):
-        place, row = line // out_height, line % out_height
-        below = outputs[place * output_steps[0] + row * output_steps[1] :][: width * samples]
+        m, row = line // out_height, line % out_height
+        below = outputs[m * output_steps[0] + row * output_steps[1] :][: width * samples]
         if row % apart == 0 or row == out_height - 1:
             unsafe[line] = _any_above(below, large)
     if inputs.itemsize == 4 and unsafe.any():
         return False
     for line in prange(maps * out_height):
-        place, row = line // out_height, line % out_height
-        above = gradient[place * steps[0] + row * steps[1] :][: width * samples]
-        below = outputs[place * output_steps[0] + row * output_steps[1] :][: width * samples]
+        m, row = line // out_height, line % out_height
+        above = gradient[m * steps[0] + row * steps[1] :][: width * samples]
+        below = outputs[m * output_steps[0] + row * output_steps[1] :][: width * samples]
         for i in range(above.size):
             above[i] /= below[i]
     height = inputs.shape[1]
     for line in prange(inputs.shape[0] * height):
-        place, row = line // height, line % height
-        target = input_gradient[place, row]
-        _spread_row(shape, gradient[place * steps[0] :], steps[1], row, rows, columns, stride, target)
+        m, row = line // height, line % height
+        target = input_gradient[m, row]
+        _spread_row(shape, gradient[m * steps[0] :], steps[1], row, rows, columns, stride, target)
         for column in range(target.shape[0]):
-            factor, result = inputs[place, row, column], target[column]
+            factor, result = inputs[m, row, column], target[column]
             for sample in range(result.size):
                 result[sample] *= factor[sample]
     return True
 
 
 @parallel_kernel
-def average_backward(
-    shape: Shape, gradient: np.ndarray, steps: Steps, rows: int, columns: int, stride: int, input_gradient: np.ndarray
-) -> None:
-    """Compute the inputs' gradient: the sum of the gradient of the windows that hold it, over the size of a window."""
+def average_backward(window: Window, shape: Shape, gradient_rows: Rows, input_gradient: np.ndarray) -> None:
+    """Compute the inputs' gradient: the sum of the gradient of the windows that hold it, over the size of a window.
+
+    Parameters
+    ----------
+    window, shape, gradient_rows, input_gradient
+        As for `l2_backward`; the gradient for the outputs stays as it is.
+    """
+    (rows, columns, stride), (gradient, steps) = window, gradient_rows
     height = input_gradient.shape[1]
     factor = gradient.dtype.type(1.0 / (rows * columns))
     for line in prange(input_gradient.shape[0] * height):
-        place, row = line // height, line % height
-        target = input_gradient[place, row]
-        _spread_row(shape, gradient[place * steps[0] :], steps[1], row, rows, columns, stride, target)
+        m, row = line // height, line % height
+        target = input_gradient[m, row]
+        _spread_row(shape, gradient[m * steps[0] :], steps[1], row, rows, columns, stride, target)
         for column in range(target.shape[0]):
             result = target[column]
             for sample in range(result.size):
@@ -195,36 +169,39 @@ def average_backward(
 @parallel_kernel
 def max_backward(
     inputs: np.ndarray,
+    window: Window,
     shape: Shape,
-    outputs: np.ndarray,
-    output_steps: Steps,
-    gradient: np.ndarray,
-    steps: Steps,
-    rows: int,
-    columns: int,
-    stride: int,
+    output_rows: Rows,
+    gradient_rows: Rows,
     input_gradient: np.ndarray,
 ) -> None:
-    """Give each window's gradient to its first maximum, row after row; `gradient` is overwritten."""
+    """Give each window's gradient to its first maximum, row after row.
+
+    Parameters
+    ----------
+    inputs, window, shape, output_rows, gradient_rows, input_gradient
+        As for `l2_backward`; the gradient for the outputs is overwritten.
+    """
+    (rows, columns, stride), (outputs, output_steps), (gradient, steps) = window, output_rows, gradient_rows
     maps, height, width, samples = shape
-    for place in prange(maps):
-        input_gradient[place] = 0
+    for m in prange(maps):
+        input_gradient[m] = 0
         largest, passed = np.empty(samples, inputs.dtype), np.empty(samples, inputs.dtype)
         # Each row of inputs hands out what the rows above it, which come first in all windows, have left.
         for row in range(inputs.shape[1]):
             first, last = _windows(row, rows, stride, height)
             if first > last:
                 continue
-            values, targets = inputs[place, row], input_gradient[place, row]
+            values, targets = inputs[m, row], input_gradient[m, row]
             for column in range(width):
                 left = column * stride
                 largest[:] = values[left]
                 for right in range(left + 1, left + columns):
                     _keep_larger(largest, values[right])
                 passed[:] = 0
-                for window in range(first, last + 1):
-                    output = outputs[place * output_steps[0] + window * output_steps[1] + column * samples :][:samples]
-                    handed = gradient[place * steps[0] + window * steps[1] + column * samples :][:samples]
+                for reached in range(first, last + 1):
+                    output = outputs[m * output_steps[0] + reached * output_steps[1] + column * samples :][:samples]
+                    handed = gradient[m * steps[0] + reached * steps[1] + column * samples :][:samples]
                     _hand_over(largest, output, handed, passed)
                 for right in range(left, left + columns):
                     _hand_over(values[right], largest, passed, targets[right])
@@ -252,7 +229,7 @@ def _spread_row(
         return
     sums = gradient[first * step :][: width * samples].copy()
     for above in range(first + 1, last + 1):
-        _add(sums, gradient[above * step :][: width * samples])
+        add(sums, gradient[above * step :][: width * samples])
     for column in range(target.shape[0]):
         result = target[column]
         left, right = _windows(column, columns, stride, width)
@@ -261,19 +238,13 @@ def _spread_row(
         else:
             result[:] = sums[left * samples : (left + 1) * samples]
         for window in range(left + 1, right + 1):
-            _add(result, sums[window * samples : (window + 1) * samples])
+            add(result, sums[window * samples : (window + 1) * samples])
 
 
 @inlined
-def _windows(place: int, size: int, stride: int, windows: int) -> tuple[int, int]:
-    """Return the first and the last window that holds a place of an axis; none if the last is before the first."""
-    return max(0, (place - size + stride) // stride), min(windows - 1, place // stride)
-
-
-@inlined
-def _add(total: np.ndarray, values: np.ndarray) -> None:
-    for i in range(total.size):
-        total[i] += values[i]
+def _windows(position: int, size: int, stride: int, windows: int) -> tuple[int, int]:
+    """Return the first and the last window that holds a position of an axis; none if the last is before the first."""
+    return max(0, (position - size + stride) // stride), min(windows - 1, position // stride)
 
 
 @inlined
@@ -298,11 +269,28 @@ def _keep_larger(largest: np.ndarray, values: np.ndarray) -> None:
 
 
 @inlined
+def _scale(values: np.ndarray, factor: float) -> None:
+    for i in range(values.size):
+        values[i] *= factor
+
+
+@inlined
+def _leave(values: np.ndarray, factor: float) -> None:
+    pass
+
+
+@inlined
 def _hand_over(values: np.ndarray, largest: np.ndarray, gradient: np.ndarray, target: np.ndarray) -> None:
-    """Move the gradient to the target where a value is the largest, or NaN: what comes after finds zero there."""
+    """Move the gradient to the target where a value is the largest, or NaN; the gradient becomes zero there."""
     zero = gradient.dtype.type(0)
     for i in range(values.size):
         value = values[i]
         found = (value == largest[i]) | (value != value)  # noqa: PLR0124 - NaN
         target[i] += gradient[i] if found else zero
         gradient[i] = zero if found else gradient[i]
+
+
+average_forward = _combined(add, _scale)
+"""``average_forward(inputs, window, shape, output_rows)``: the mean of each window; arguments as for `l2_forward`."""
+max_forward = _combined(_keep_larger, _leave)
+"""``max_forward(inputs, window, shape, output_rows)``: the maximum of each window, NaN if it holds one."""

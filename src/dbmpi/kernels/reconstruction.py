@@ -1,7 +1,6 @@
 """Terms of a loss that need no targets, over arrays ``(maps, rows, columns, samples)``; sums are in float64.
 
-What a layer put out may be a part of a larger array: kernels take elements and steps as
-:func:`dbmpi.kernels.memory.rows_of` gives them.
+A layer's outputs may be a part of a larger array: kernels take them as :func:`dbmpi.kernels.memory.rows_of` gives them.
 """
 
 from __future__ import annotations
@@ -10,19 +9,21 @@ import numpy as np
 from numba import prange
 
 from dbmpi.kernels.compile import parallel_kernel
+from dbmpi.kernels.memory import Rows
 
 
 @parallel_kernel
-def squared_error(estimate: np.ndarray, values: np.ndarray, steps: tuple[int, int], factor: float) -> float:
+def squared_error(estimate: np.ndarray, value_rows: Rows, factor: float) -> float:
     """Return ``sum (estimate - value)^2``; each estimate becomes ``factor * (estimate - value)``.
 
     Parameters
     ----------
     estimate : array (maps, rows, columns, samples)
-    values, steps
-        What is estimated.
+    value_rows
+        The values that are estimated.
     factor : float
     """
+    values, steps = value_rows
     maps, rows, columns, samples = estimate.shape
     flat, length, scale = estimate.reshape(-1), columns * samples, estimate.dtype.type(factor)
     sums = np.empty(maps * rows, np.float64)
@@ -40,8 +41,9 @@ def squared_error(estimate: np.ndarray, values: np.ndarray, steps: tuple[int, in
 
 
 @parallel_kernel
-def total(values: np.ndarray, steps: tuple[int, int], shape: tuple[int, int, int, int]) -> float:
-    """Return the sum of the values."""
+def total(value_rows: Rows, shape: tuple[int, int, int, int]) -> float:
+    """Return the sum of the values in `value_rows`, an array of this shape."""
+    values, steps = value_rows
     maps, rows, columns, samples = shape
     length = columns * samples
     sums = np.empty(maps * rows, np.float64)

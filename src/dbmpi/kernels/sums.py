@@ -2,7 +2,7 @@
 
 Floating-point sums depend on their order.  Here every product is first rounded to a multiple of one *grain*, and
 the multiples are added as integers, in any order.  This is reproducible summation (Demmel and Nguyen, "Parallel
-reproducible summation", IEEE Trans. Computers 64(7), 2015), with integers in the place of floating-point bins, and
+reproducible summation", IEEE Trans. Computers 64(7), 2015), with integers instead of floating-point bins, and
 with one grain for the whole sum: it follows from the largest magnitudes of the two vectors.
 
 Adding ``magic = 3 * 2^k`` to a product p with ``|p| <= 2^k`` rounds it to a multiple of the grain ``2^(k - 51)``, and
@@ -43,7 +43,7 @@ LOWEST, HIGHEST = -800, 1000
 CHUNK = 2048
 """Elements whose multiples of a grain, each at most 2^51, an int64 can hold the sum of, and as many again."""
 BLOCK = CHUNK * LANES
-"""Elements that a thread takes at a time: few enough for what is read twice to stay in a cache."""
+"""Elements that a thread takes at a time: few enough for vectors that are read twice to stay in a cache."""
 
 COARSE, FINE = 1, 2
 """Numbers of levels."""
@@ -67,7 +67,7 @@ def sum_products(
     vectors : sequence of (n,) arrays
         float32 or float64, contiguous, of one length.
     pairs : sequence of (int, int)
-        Which vectors to multiply, by their places in `vectors`.
+        Which vectors to multiply, by their positions in `vectors`.
     bounds : sequence of int
         For every vector an e with ``|x_i| <= 2^e``, the same for all parts of the vectors.
     levels : int
@@ -79,23 +79,26 @@ def sum_products(
         The sums over these parts of the vectors: add those of all parts, and give them to `values`.
     """
     plan = _plan(tuple(pairs), tuple(vector.dtype.itemsize for vector in vectors), RIGHTS[levels])
-    places, size = addresses(vectors), vectors[0].size
+    at, size = addresses(vectors), vectors[0].size
     totals = np.empty((len(plan.products), 4), np.int64)
     for group in plan.groups:
         magic = np.array(
             [3 * 2.0 ** _top(bounds[left], bounds[right]) for left, right in plan.products[group.products]]
         )
-        # Whole vectors, although only their types are looked at: by its arguments' sizes a kernel takes its threads.
+        # Whole vectors, although only their types count: a kernel chooses its threads by the sizes of its arguments.
         likes = [
             next(vector for vector in vectors if vector.dtype.itemsize == itemsize) for itemsize in group.itemsizes
         ]
-        sums = _sums(levels)(places, *likes, group.tiles, group.pairs, magic, size)
+        sums = _sums(levels)(at, *likes, group.tiles, group.pairs, magic, size)
         totals[group.products] = sums.sum(axis=0)
     return _limbs(totals[plan.wanted])
 
 
 def sum_magnitudes(vector: np.ndarray, largest: int) -> np.ndarray:
-    """Sum ``|x_i|`` in two levels; `largest` and the result are as in `sum_products`, with 0 as the other bound."""
+    """Return the limbs of the sum of ``|x_i|`` over `vector`, in two levels, as `sum_products` does.
+
+    `largest` is an e with ``|x_i| <= 2^e``; in `values` the other bound of the pair is 0.
+    """
     return _limbs(_magnitudes(vector, 3 * 2.0 ** _top(largest, 0)).sum(axis=0)[None])
 
 
@@ -106,7 +109,7 @@ def values(limbs: np.ndarray, bounds: Sequence[Pair]) -> list[float]:
 
 
 def doubtful(limbs: np.ndarray, size: int) -> list[bool]:
-    """Return which sums of `size` products in one level may have fewer than 12 correct bits.
+    """Return which of the sums in `limbs`, of `size` products in one level, may have fewer than 12 correct bits.
 
     Their errors are some ``2^-51 sqrt(n) |x| |y|`` at most, far below that of float32 vectors; but where vectors are
     scaled against one another, a sum itself may be smaller still.
@@ -122,13 +125,13 @@ def _top(left: int, right: int) -> int:
 def _limbs(totals: np.ndarray) -> np.ndarray:
     """Write sums of two levels, each as a high and a low half, in limbs; all but the last are not negative."""
     limbs = np.zeros((len(totals), LIMBS), np.int64)
-    _place_halves(totals, limbs)
+    _add_halves(totals, limbs)
     _carry(limbs)
     return limbs.astype(np.float64)
 
 
 def _integers(limbs: np.ndarray) -> list[int]:
-    """Return the integers that rows of limbs hold, of which each may be a sum of many."""
+    """Return the integers that rows of limbs hold, each of them possibly a sum of many."""
     carried = limbs.astype(np.int64)
     _carry(carried)
     # Now each limb has its 32 bits, and the last one the sign: together a number as processors write it.
@@ -138,17 +141,17 @@ def _integers(limbs: np.ndarray) -> list[int]:
 
 
 @kernel
-def _place_halves(totals: np.ndarray, limbs: np.ndarray) -> None:
+def _add_halves(totals: np.ndarray, limbs: np.ndarray) -> None:
     """Add the halves to the limbs that their bits belong to: ``high 2^84 + low 2^52 + fine high 2^32 + fine low``."""
     for row in range(len(totals)):
-        _place(limbs[row], 0, totals[row, 3], 0)
-        _place(limbs[row], 1, totals[row, 2], 0)
-        _place(limbs[row], 1, totals[row, 1], 20)
-        _place(limbs[row], 2, totals[row, 0], 20)
+        _add_shifted(limbs[row], 0, totals[row, 3], 0)
+        _add_shifted(limbs[row], 1, totals[row, 2], 0)
+        _add_shifted(limbs[row], 1, totals[row, 1], 20)
+        _add_shifted(limbs[row], 2, totals[row, 0], 20)
 
 
 @kernel
-def _place(limbs: np.ndarray, first: int, number: int, shift: int) -> None:
+def _add_shifted(limbs: np.ndarray, first: int, number: int, shift: int) -> None:
     """Add an int64, shifted left by less than a limb, from a limb on."""
     low, high = (number & 0xFFFFFFFF) << shift, (number >> 32) << shift
     limbs[first] += low & 0xFFFFFFFF
@@ -158,11 +161,11 @@ def _place(limbs: np.ndarray, first: int, number: int, shift: int) -> None:
 
 @kernel
 def _carry(limbs: np.ndarray) -> None:
-    """Let every limb but the last be its 32 bits, and the next one hold what is more."""
+    """Reduce every limb but the last to its 32 bits, and carry the rest to the next one."""
     for row in range(len(limbs)):
-        for place in range(LIMBS - 1):
-            limbs[row, place + 1] += limbs[row, place] >> 32
-            limbs[row, place] &= 0xFFFFFFFF
+        for limb in range(LIMBS - 1):
+            limbs[row, limb + 1] += limbs[row, limb] >> 32
+            limbs[row, limb] &= 0xFFFFFFFF
 
 
 class _Group(NamedTuple):
@@ -179,7 +182,7 @@ class _Plan(NamedTuple):
     groups: tuple[_Group, ...]
     products: list[Pair]
     wanted: np.ndarray
-    """For every pair that was asked for, its place in `products`."""
+    """For every pair of the call, its position in `products`."""
 
 
 @lru_cache(maxsize=64)
@@ -206,7 +209,7 @@ def _plan(pairs: tuple[Pair, ...], itemsizes: tuple[int, ...], width: int) -> _P
         products += [(left, right) for tile in its_tiles for right in tile[2:] for left in tile[:2]] + its_pairs
         shaped = np.array(its_tiles, np.int64).reshape(-1, 2 + width), np.array(its_pairs, np.int64).reshape(-1, 2)
         groups.append(_Group(kind, *shaped, slice(first, len(products))))
-    found = {_ordered(pair): place for place, pair in enumerate(products)}
+    found = {_ordered(pair): position for position, pair in enumerate(products)}
     return _Plan(tuple(groups), products, np.array([found[_ordered(pair)] for pair in pairs], np.int64))
 
 

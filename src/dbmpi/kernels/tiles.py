@@ -21,6 +21,8 @@ from dbmpi.kernels.llvm.tiles import SHAPES, multiply_tile
 from dbmpi.kernels.llvm.writer import lanes
 from dbmpi.kernels.memory import aligned_empty
 
+Pair = tuple[int, int]
+
 DEPTH = 128
 """Products summed in registers before a tile is added to `out`: a panel of this depth fits into the first cache."""
 BLOCK = 192
@@ -63,19 +65,15 @@ class TiledProduct:
         rows, columns = (k, -(-panels // pieces)) if k < 2 * n else (-(-k // (pieces * DEPTH)) * DEPTH, panels)
         packed = self._workspace(min(rows, k) * columns * width, out.dtype)
         block = _block(-(-m // tile_rows), BLOCK // tile_rows) * tile_rows
+        pack, b = (_pack_rows, b) if b.flags.c_contiguous else (_pack_columns, b.T)
+        by_columns = not a.flags.c_contiguous
+        multiply, a = _multiply(by_columns, tile_rows, vectors), a.T if by_columns else a
         for left in range(0, panels, columns):
-            right = min(panels, left + columns)
+            some = left, min(panels, left + columns)
             for first in range(0, k, rows):
-                last = min(k, first + rows)
-                if b.flags.c_contiguous:
-                    _pack_rows(b.reshape(-1), first, last, left, right, n, width, packed)
-                else:
-                    _pack_columns(b.T.reshape(-1), first, last, left, right, k, n, width, packed)
-                by_columns = not a.flags.c_contiguous
-                flat = (a.T if by_columns else a).reshape(-1)
-                _multiply(by_columns, tile_rows, vectors)(
-                    flat, packed, out.reshape(-1), m, n, k, first, last, left, right, width, block, add
-                )
+                depth = first, min(k, first + rows)
+                pack(b.reshape(-1), depth, some, (k, n), width, packed)
+                multiply(a.reshape(-1), packed, out.reshape(-1), (m, n, k), depth, some, (width, block), add)
 
     def _workspace(self, size: int, dtype: np.dtype) -> np.ndarray:
         size *= dtype.itemsize
@@ -85,7 +83,7 @@ class TiledProduct:
 
 
 def tile_shape(columns: int, dtype: np.dtype) -> tuple[int, int] | None:
-    """Return rows and vectors of the widest tiles that so many columns nearly fill; None if there are none."""
+    """Return rows and vectors of the widest tiles of `dtype` that `columns` columns nearly fill, or None."""
     for rows, vectors in SHAPES:
         width = vectors * lanes(dtype.itemsize)
         if -(-columns // width) * width <= _WASTE * columns:
@@ -100,10 +98,9 @@ def _block(strips: int, most: int) -> int:
 
 
 @parallel_kernel
-def _pack_rows(
-    b: np.ndarray, first: int, last: int, left: int, right: int, n: int, width: int, packed: np.ndarray
-) -> None:
-    """Cut rows [first, last) of `b` (k, n) into panels of `width` columns, filled up with zeros; pack [left, right)."""
+def _pack_rows(b: np.ndarray, rows: Pair, panels: Pair, shape: Pair, width: int, packed: np.ndarray) -> None:
+    """Pack rows and panels [first, last) of `b`, of this shape, in panels of `width` columns, filled up with zeros."""
+    (first, last), (left, right), (_, n) = rows, panels, shape
     for number in prange(right - left):
         start = (left + number) * width
         filled = min(width, n - start)
@@ -118,10 +115,9 @@ def _pack_rows(
 
 
 @parallel_kernel
-def _pack_columns(
-    b: np.ndarray, first: int, last: int, left: int, right: int, k: int, n: int, width: int, packed: np.ndarray
-) -> None:
+def _pack_columns(b: np.ndarray, rows: Pair, panels: Pair, shape: Pair, width: int, packed: np.ndarray) -> None:
     """As `_pack_rows`, for a `b` whose columns are contiguous: element (row, column) at ``column * k + row``."""
+    (first, last), (left, right), (k, n) = rows, panels, shape
     for number in prange(right - left):
         panel = left + number
         filled = min(width, n - panel * width)
@@ -143,17 +139,13 @@ def _multiply(by_columns: bool, tile_rows: int, vectors: int) -> Kernel[..., Non
         a: np.ndarray,
         packed: np.ndarray,
         out: np.ndarray,
-        m: int,
-        n: int,
-        k: int,
-        first: int,
-        last: int,
-        left: int,
-        right: int,
-        width: int,
-        block: int,
+        shape: tuple[int, int, int],
+        rows: Pair,
+        panels: Pair,
+        sizes: Pair,
         add: bool,
     ) -> None:
+        (m, n, k), (first, last), (left, right), (width, block) = shape, rows, panels, sizes
         row_step, column_step = (1, m) if by_columns else (k, 1)
         for number in prange(-(-m // block)):
             top, bottom = number * block, min(m, number * block + block)
@@ -167,13 +159,13 @@ def _multiply(by_columns: bool, tile_rows: int, vectors: int) -> Kernel[..., Non
                         columns = min(width, n - panel * width)
                         for row in range(top, bottom, tile_rows):
                             a_start = row * row_step + start * column_step
-                            place = row * n + panel * width
+                            out_start = row * n + panel * width
                             height = min(tile_rows, bottom - row)
                             # fmt: off
                             if height == tile_rows and columns == width:
                                 multiply_tile(
                                     tile_rows, vectors, by_columns, a, a_start, m if by_columns else k,
-                                    packed, b_start, out, place, n, depth, adding,
+                                    packed, b_start, out, out_start, n, depth, adding,
                                 )
                                 continue
                             # At the edges, through a whole tile of our own, and a whole strip of `a`.
@@ -183,41 +175,34 @@ def _multiply(by_columns: bool, tile_rows: int, vectors: int) -> Kernel[..., Non
                                     packed, b_start, tile, 0, width, depth, False,
                                 )
                             else:
-                                _copy_strip(a, a_start, row_step, column_step, height, depth, tile_rows, strip)
+                                _copy_strip(a, a_start, (row_step, column_step), height, depth, tile_rows, strip)
                                 multiply_tile(
                                     tile_rows, vectors, True, strip, 0, tile_rows,
                                     packed, b_start, tile, 0, width, depth, False,
                                 )
                             # fmt: on
-                            _put_tile(tile, width, height, columns, adding, out, place, n)
+                            _put_tile(tile, width, height, columns, adding, out, out_start, n)
 
     return parallel_kernel(multiply)
 
 
 @inlined
 def _copy_strip(
-    a: np.ndarray,
-    start: int,
-    row_step: int,
-    column_step: int,
-    height: int,
-    depth: int,
-    tile_rows: int,
-    strip: np.ndarray,
+    a: np.ndarray, start: int, steps: Pair, height: int, depth: int, tile_rows: int, strip: np.ndarray
 ) -> None:
     """Copy the last rows of `a`, fewer than a tile has, column by column into a strip of `tile_rows`."""
     for column in range(depth):
         for row in range(height):
-            strip[column * tile_rows + row] = a[start + row * row_step + column * column_step]
+            strip[column * tile_rows + row] = a[start + row * steps[0] + column * steps[1]]
 
 
 @inlined
 def _put_tile(
-    tile: np.ndarray, width: int, height: int, columns: int, add: bool, out: np.ndarray, place: int, n: int
+    tile: np.ndarray, width: int, height: int, columns: int, add: bool, out: np.ndarray, out_start: int, n: int
 ) -> None:
-    """Put the upper left part of a tile to its place in `out`."""
+    """Put the upper left part of a tile to `out`, where it begins at `out_start`."""
     for row in range(height):
         source = tile[row * width :][:columns]
-        target = out[place + row * n :][:columns]
+        target = out[out_start + row * n :][:columns]
         for column in range(columns):
             target[column] = target[column] + source[column] if add else source[column]

@@ -13,7 +13,7 @@ from numba import prange
 from dbmpi.kernels.compile import exact_parallel_kernel, kernel
 
 BLOCK = 2048
-"""Elements that are updated at a time, and looked at again where there was one that float32 is not made for."""
+"""Elements that are updated at a time, and checked again where one was outside the range of float32."""
 SMALLEST, LARGEST = 2.0**-100, 2.0**100
 """Sums of squares between these are kept as they are, in float32."""
 FOLD = 2.0**32
@@ -41,6 +41,15 @@ def adagrad(parameters: np.ndarray, gradient: np.ndarray, accumulator: np.ndarra
 
     ``accumulator += gradient^2;  parameters -= rate * gradient / (sqrt(accumulator) + epsilon)``
 
+    Parameters
+    ----------
+    parameters, gradient, accumulator : (n,) arrays
+        The accumulator, the sum of squares, is updated, and then the parameters.
+    rate, epsilon : float
+        Learning rate, and the term that bounds the step where the sum is small.
+
+    Notes
+    -----
     Where both are 0, the parameter stays.  A sum that float32 cannot hold, because gradients are large, or smaller than
     1e-15 where so small ones matter, is kept as minus its root: see `FOLD`.
     """

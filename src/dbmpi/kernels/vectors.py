@@ -1,7 +1,7 @@
 """Arithmetic of whole vectors, each in one pass over memory: what a batch method does on a shard.
 
 Vectors are 1-D, contiguous, float32 or float64, and of one length.  Every element follows from the elements at the
-same place alone, in IEEE double precision, rounded once to the target's dtype: the result is the same however the
+same position alone, in IEEE double precision, rounded once to the target's dtype: the result is the same however the
 vectors are cut, on any number of threads.
 """
 
@@ -25,15 +25,15 @@ def addresses(vectors: Sequence[np.ndarray]) -> np.ndarray:
     """Return where the vectors lie in memory, as int64, for :mod:`dbmpi.kernels.llvm.streams`.
 
     A kernel that takes its vectors as arguments is compiled anew for every number of them; and a list of arrays costs
-    more to hand over than many a kernel takes to run.  Whoever passes addresses keeps the arrays alive, and answers
-    for their types and lengths.
+    more to pass than many a kernel takes to run.  The caller keeps the arrays alive, and is responsible for their types
+    and lengths.
     """
-    # (Several times as fast as `ctypes.data`, of which an iteration with few parameters would take 50.)
+    # (Several times as fast as `ctypes.data`, and an iteration with few parameters needs 50 addresses.)
     return np.array([vector.__array_interface__["data"][0] for vector in vectors], np.int64)
 
 
 def combine(target: np.ndarray, coefficients: Sequence[float], sources: Sequence[np.ndarray]) -> float:
-    """Set ``target = sum of c_i v_i`` over the sources, summed in their order; `target` may be one of them.
+    """Set `target` to the sum of `coefficients` times `sources`, added in their order; `target` may be one of them.
 
     Returns
     -------
@@ -50,7 +50,7 @@ def combine(target: np.ndarray, coefficients: Sequence[float], sources: Sequence
 
 
 def largest_magnitude(vector: np.ndarray) -> float:
-    """Return the largest magnitude of the elements; not a number where one is none."""
+    """Return the largest magnitude of the elements of `vector`; NaN if one is NaN."""
     return float(_largest_magnitude(vector).max(initial=0.0))
 
 
@@ -71,7 +71,14 @@ def multiply(left: np.ndarray, right: np.ndarray, target: np.ndarray) -> None:
 
 @exact_parallel_kernel
 def advance(point: np.ndarray, origin: np.ndarray, step: float, direction: np.ndarray) -> None:
-    """Keep where one is, and go on: ``origin = point;  point = point + step * direction``."""
+    """Take a step and keep the old point: ``origin = point;  point = point + step * direction``.
+
+    Parameters
+    ----------
+    point, origin, direction : (n,) arrays
+        `origin` is overwritten.
+    step : float
+    """
     for i in prange(point.size):
         origin[i] = point[i]
         point[i] = np.float64(point[i]) + step * np.float64(direction[i])
@@ -86,6 +93,15 @@ def pseudo_gradient(point: np.ndarray, gradient: np.ndarray, strength: float, ta
     """Write the pseudo-gradient of the loss with its L1 term: equation (4) of Andrew and Gao.
 
     It is the one-sided derivative that descends most, and zero where the loss grows on both sides.
+
+    Parameters
+    ----------
+    point, gradient : (n,) arrays
+        x, and the gradient of f there.
+    strength : float
+        Factor of the L1 term.
+    target : (n,) array
+        Overwritten.
     """
     zero = 0.0
     for i in prange(point.size):
@@ -192,16 +208,16 @@ def _add_group(
     group: int, at: np.ndarray, like: np.ndarray, factors: np.ndarray, start: int, total: np.ndarray, out: np.ndarray
 ) -> np.int64:
     """Add a group to the total; the last one goes to `out`, and returns the bits of the largest magnitude there."""
-    place, last = group * GROUP, group == len(at) - 1
+    first, last = group * GROUP, group == len(at) - 1
     highest: np.int64
     if group == 0 and last:
-        highest = add_multiples(GROUP, True, True, at, place, like, factors, start, total, out)
+        highest = add_multiples(GROUP, True, True, at, first, like, factors, start, total, out)
     elif group == 0:
-        highest = add_multiples(GROUP, True, False, at, place, like, factors, start, total, out)
+        highest = add_multiples(GROUP, True, False, at, first, like, factors, start, total, out)
     elif last:
-        highest = add_multiples(GROUP, False, True, at, place, like, factors, start, total, out)
+        highest = add_multiples(GROUP, False, True, at, first, like, factors, start, total, out)
     else:
-        highest = add_multiples(GROUP, False, False, at, place, like, factors, start, total, out)
+        highest = add_multiples(GROUP, False, False, at, first, like, factors, start, total, out)
     return highest
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
 
@@ -11,64 +10,30 @@ import numpy as np
 
 from dbmpi import config
 from dbmpi.index.boxes import Box
-from dbmpi.index.layout import Tensor
 from dbmpi.kernels.activations import ACTIVATIONS
 from dbmpi.kernels.matmul import product
-from dbmpi.network.initial import fill_uniform, weight_deviation
-from dbmpi.network.layer import Arrays, Backward, Forward
+from dbmpi.network.builtin import Weighted
+from dbmpi.network.layer import Arrays, Backward, Forward, SplitByInputs
 
 
-@dataclass(frozen=True)
-class DenseLayer:
+class DenseLayer(Weighted[config.Dense], SplitByInputs):
     """A fully connected layer: ``y = activation(W x + b)`` with W of shape (units, inputs)."""
 
-    name: str
-    input_shape: tuple[int, ...]
-    units: int
-    activation: str
-    initial_scale: float = 1.0
     accruing: ClassVar[bool] = True
-
-    @classmethod
-    def from_config(cls, section: config.Dense, name: str, input_shape: tuple[int, ...]) -> DenseLayer:
-        """Make the layer that a configuration describes."""
-        return cls(name, input_shape, section.units, section.activation, section.initial_scale)
 
     @property
     def output_shape(self) -> tuple[int, ...]:
         """Shape of the outputs of one sample."""
-        return (self.units,)
+        return (self.section.units,)
 
     @cached_property
     def inputs(self) -> int:
-        """Number of inputs of one sample."""
+        """Number of inputs of one sample, all of which each output needs."""
         return math.prod(self.input_shape)
 
-    @cached_property
-    def tensors(self) -> dict[str, Tensor]:
-        """The parameters: short name in `Arrays` -> tensor of the layout."""
-        return {
-            "weights": Tensor(f"{self.name}/weights", (self.units, self.inputs)),
-            "bias": Tensor(f"{self.name}/bias", (self.units,)),
-        }
-
-    def initial(self, tensor: str, out: np.ndarray, seed: int, number: int, start: int) -> None:
-        """Fill `out` with the initial values of a flattened tensor from position `start` on.
-
-        Parameters
-        ----------
-        tensor : str
-            Short name of the tensor.
-        out : 1-D array
-        seed, number : int
-            Seed of the run and number of the tensor in the layout.
-        start : int
-        """
-        if tensor == "bias":
-            out[:] = 0
-        else:
-            deviation = self.initial_scale * weight_deviation(self.inputs, self.activation)
-            fill_uniform(out, seed, number, start, deviation)
+    @property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"weights": (self.section.units, self.inputs), "bias": (self.section.units,)}
 
     def input_box(self, output: Box) -> Box:
         """Every unit needs all inputs."""
@@ -78,10 +43,6 @@ class DenseLayer:
         """Return the rows of the units in the box."""
         whole = Box.whole(self.tensors[tensor].shape)
         return Box(output.starts + whole.starts[1:], output.stops + whole.stops[1:])
-
-    def flops(self, output: Box, samples: int, *, input_gradient: bool = True) -> int:
-        """Return the floating-point operations of the matrix products of a forward and a backward pass."""
-        return (6 if input_gradient else 4) * output.size * self.inputs * samples
 
     def forward(self, task: Forward) -> None:
         """Compute the outputs (units in the box, samples) of inputs ``(*input shape, samples)``."""
@@ -99,21 +60,21 @@ class DenseLayer:
         """Return the columns of the inputs; the biases of the outputs."""
         if tensor == "bias":
             return output
-        return Box((0, *inputs.starts), (0 if inputs.empty else self.units, *inputs.stops))
+        return Box((0, *inputs.starts), (0 if inputs.empty else self.section.units, *inputs.stops))
 
     def partial_forward(self, parameters: Arrays, inputs: np.ndarray, sums: np.ndarray) -> None:
-        """Multiply inputs by the weights that are there for them."""
+        """Multiply the inputs by their columns of the weights in `parameters`."""
         product(parameters["weights"], _rows(inputs), sums)
 
     def finish_forward(self, parameters: Arrays, outputs: np.ndarray) -> None:
-        """Turn sums over all inputs into outputs."""
-        ACTIVATIONS[self.activation].forward(outputs, parameters["bias"])
+        """Add the bias in `parameters` to sums over all inputs, and apply the activation."""
+        ACTIVATIONS[self.section.activation].forward(outputs, parameters["bias"])
 
     def begin_backward(self, task: Backward) -> None:
-        """Turn the gradient for the outputs into that for the sums."""
+        """Turn the gradient for the outputs of `task` into that for the sums, and write that for the bias."""
         bias = task.parameter_gradient["bias"]
         of_this_pass = np.empty_like(bias) if task.add else bias
-        ACTIVATIONS[self.activation].backward(task.outputs, task.gradient, of_this_pass)
+        ACTIVATIONS[self.section.activation].backward(task.outputs, task.gradient, of_this_pass)
         if task.add:
             bias += of_this_pass
 

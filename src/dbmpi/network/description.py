@@ -1,8 +1,9 @@
-"""A network: layers and a loss, from their description; what computes it is :mod:`dbmpi.replica.replica`."""
+"""A network: layers and a loss, from their description; :mod:`dbmpi.replica.replica` computes it."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
@@ -13,11 +14,10 @@ from dbmpi.errors import UserError
 from dbmpi.index.boxes import Box
 from dbmpi.index.layout import Layout
 from dbmpi.network import own
-from dbmpi.network.convolution import ConvolutionLayer
 from dbmpi.network.dense import DenseLayer
 from dbmpi.network.dropout import DropoutLayer
+from dbmpi.network.field import ConvolutionLayer, LocalLayer
 from dbmpi.network.layer import Layer
-from dbmpi.network.local import LocalLayer
 from dbmpi.network.losses import Loss, Targets
 from dbmpi.network.normalisation import NormalisationLayer
 from dbmpi.network.pooling import PoolingLayer
@@ -37,7 +37,7 @@ class Network:
     dtype : dtype
         float32, or float64 for tests.
     targets : "classes" or "values"
-        What the loss is computed against.
+        Kind of the targets of the loss.
     load : own.Loader
         Where classes of a user's own layers may come from; by default none is loaded.
 
@@ -64,10 +64,7 @@ class Network:
         layers: list[Layer] = []
         shape = _with_maps(section, self.input_shape)
         for name, described in zip(section.layer_names, section.layers, strict=True):
-            if isinstance(described, config.OwnLayer):
-                layers.append(own.make(described, name, shape, load))
-            else:
-                layers.append(_layer(described, name, shape))
+            layers.append(layer_of(described, name, shape, load))
             shape = layers[-1].output_shape
         if len(shape) != 1 and self.loss is not None:
             raise UserError(
@@ -75,11 +72,8 @@ class Network:
                 "axis; end with a dense layer, or one of your own with outputs of shape (units,)"
             )
         self.layers = tuple(layers)
-        self.own_layers = tuple(
-            layer
-            for layer, described in zip(layers, section.layers, strict=True)
-            if isinstance(described, config.OwnLayer)
-        )
+        sections = zip(layers, section.layers, strict=True)
+        self.own_layers = tuple(layer for layer, described in sections if isinstance(described, config.OwnLayer))
 
     @cached_property
     def layout(self) -> Layout:
@@ -102,10 +96,10 @@ class Network:
         return math.prod(self.input_shape), *(math.prod(layer.output_shape) for layer in self.layers)
 
     def flops(self, samples: int) -> int:
-        """Return the floating-point operations of the matrix products of one gradient; all else is left out."""
+        """Return the floating-point operations of one gradient of a batch of `samples`, without loss and update."""
         return sum(
-            layer.flops(Box.whole(layer.output_shape), samples, input_gradient=place > 0)
-            for place, layer in enumerate(self.layers)
+            layer.flops(Box.whole(layer.output_shape), samples, input_gradient=number > 0)
+            for number, layer in enumerate(self.layers)
         )
 
     def initial(self, start: int, out: np.ndarray) -> None:
@@ -119,24 +113,41 @@ class Network:
             layer.initial(short, out[position : position + last - first], self.seed, number, first)
 
 
-def _layer(described: config.BuiltInLayer, name: str, input_shape: tuple[int, ...]) -> Layer:
-    """Return the layer that a section describes."""
-    match described:
-        case config.Dense():
-            return DenseLayer.from_config(described, name, input_shape)
-        case config.Local():
-            return LocalLayer.from_config(described, name, input_shape)
-        case config.Convolution():
-            return ConvolutionLayer.from_config(described, name, input_shape)
-        case config.Pooling():
-            return PoolingLayer.from_config(described, name, input_shape)
-        case config.Normalisation():
-            return NormalisationLayer.from_config(described, name, input_shape)
-        case config.Dropout():
-            return DropoutLayer.from_config(described, name, input_shape)
+def layer_of(section: config.Section, name: str, input_shape: tuple[int, ...], load: own.Loader = own.refuse) -> Layer:
+    """Return the layer that a section describes: the one function that turns sections into layers.
+
+    Parameters
+    ----------
+    section
+        Its settings.
+    name : str
+        Unique in the network.
+    input_shape : tuple[int, ...]
+        Of one sample.
+    load
+        Where the class of a layer of the user's own may come from.
+
+    Raises
+    ------
+    UserError
+        If the layer does not fit the inputs, or its class may not be loaded or is no layer.
+    """
+    if isinstance(section, config.OwnLayer):
+        return own.make(section, name, input_shape, load)
+    return _LAYERS[type(section)](name, input_shape, section)
+
+
+_LAYERS: dict[type[config.Section], Callable[[str, tuple[int, ...], Any], Layer]] = {
+    config.Dense: DenseLayer,
+    config.Local: LocalLayer,
+    config.Convolution: ConvolutionLayer,
+    config.Pooling: PoolingLayer,
+    config.Normalisation: NormalisationLayer,
+    config.Dropout: DropoutLayer,
+}
 
 
 def _with_maps(section: config.NetworkSection, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the shape that the first layer sees: an image without maps is an image of one map."""
+    """Return the shape of the first layer's inputs: an image without maps is an image of one map."""
     first = next(layer for layer in section.layers if not isinstance(layer, config.Dropout))
     return (1, *shape) if len(shape) == 2 and not isinstance(first, config.Dense) else shape

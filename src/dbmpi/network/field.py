@@ -1,112 +1,75 @@
-"""What locally connected layers and convolutions have in common: filters that see a field of all maps below."""
+"""Layers of filters that see a field of all maps below: locally connected ones, and convolutions."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import cached_property
-from typing import ClassVar, Self
+from typing import ClassVar, TypeVar
 
 import numpy as np
 
 from dbmpi import config
 from dbmpi.index.boxes import Box
-from dbmpi.index.layout import Tensor
+from dbmpi.kernels.convolution import Tied
 from dbmpi.kernels.filters import Filters
+from dbmpi.kernels.local import Untied
 from dbmpi.network import windows
-from dbmpi.network.initial import fill_uniform, weight_deviation
-from dbmpi.network.layer import Arrays, Backward, Forward
+from dbmpi.network.builtin import Weighted
+from dbmpi.network.layer import Arrays, Backward, Forward, InParts, Reconstructing
+
+F = TypeVar("F", bound=config.Local | config.Convolution)
 
 
-@dataclass(frozen=True)
-class FieldLayer:
+class FieldLayer(Weighted[F], InParts, Reconstructing):
     """A layer of filters, valid borders.
 
     Inputs are ``(channels, height, width)``, outputs ``(maps, (height - rows) // stride + 1, (width - columns) //
-    stride + 1)`` for a field of ``(rows, columns)``.
-
-    Raises
-    ------
-    UserError
-        If the inputs have no rows and columns, or the field is larger than they are.
+    stride + 1)`` for a field of ``(rows, columns)``.  If the inputs' estimate is a part of the loss, there is a
+    ``decoder`` like the weights.
     """
 
-    _kernels: ClassVar[Filters]
-
-    name: str
-    input_shape: tuple[int, ...]
-    maps: int
-    field: tuple[int, int]
-    stride: int = 1
-    activation: str = "linear"
-    initial_scale: float = 1.0
-    reconstruction: float = 0.0
-    """Weight of the squared error of the inputs' estimate; if not 0, there is a ``decoder`` like the weights."""
+    _kind: ClassVar[type[Filters]]
 
     def __post_init__(self) -> None:
         windows.check_windows(self.name, "a field", self.field, self.input_shape)
 
-    @property
-    def _shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Shapes of the weights and of the bias."""
-        raise NotImplementedError
+    @cached_property
+    def field(self) -> tuple[int, int]:
+        """Rows and columns that a filter sees."""
+        return windows.rows_and_columns(self.section.field)
 
-    @classmethod
-    def from_config(cls, section: config.Local | config.Convolution, name: str, input_shape: tuple[int, ...]) -> Self:
-        """Make the layer that a configuration describes."""
-        field = section.field if isinstance(section.field, tuple) else (section.field, section.field)
-        return cls(
-            name,
-            input_shape,
-            section.maps,
-            field,
-            section.stride,
-            section.activation,
-            section.initial_scale,
-            section.reconstruction,
-        )
+    @cached_property
+    def _filters(self) -> Filters:
+        return self._kind(self.section.stride, self.section.activation)
+
+    @property
+    def reconstruction(self) -> float:
+        """Weight of the squared error of the inputs' estimate."""
+        return self.section.reconstruction
 
     @cached_property
     def output_shape(self) -> tuple[int, ...]:
         """Shape of the outputs of one sample."""
-        return (self.maps, *windows.count(self.input_shape, self.field, self.stride))
-
-    @cached_property
-    def tensors(self) -> dict[str, Tensor]:
-        """The parameters: short name in `Arrays` -> tensor of the layout."""
-        weights, bias = self._shapes
-        shapes = {"weights": weights, "bias": bias} | ({"decoder": weights} if self.reconstruction > 0 else {})
-        return {short: Tensor(f"{self.name}/{short}", shape) for short, shape in shapes.items()}
+        return (self.section.maps, *windows.count(self.input_shape, self.field, self.section.stride))
 
     @property
     def inputs(self) -> int:
         """Number of inputs of one output."""
         return self.input_shape[0] * self.field[0] * self.field[1]
 
+    @property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        weights, bias = self._filter_shapes
+        return {"weights": weights, "bias": bias} | ({"decoder": weights} if self.reconstruction > 0 else {})
+
+    @property
+    def _filter_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of the weights and of the bias."""
+        raise NotImplementedError
+
     def input_box(self, output: Box) -> Box:
         """Return the rows and columns of the fields, of all channels."""
-        return windows.seen(output, (0, self.input_shape[0]), self.field, self.stride)
-
-    def flops(self, output: Box, samples: int, *, input_gradient: bool = True) -> int:
-        """Return the floating-point operations of the filters in a forward and a backward pass."""
-        return (6 if input_gradient else 4) * output.size * self.inputs * samples
-
-    def initial(self, tensor: str, out: np.ndarray, seed: int, number: int, start: int) -> None:
-        """Fill `out` with the initial values of a flattened tensor from position `start` on.
-
-        Parameters
-        ----------
-        tensor : str
-            Short name of the tensor.
-        out : 1-D array
-        seed, number : int
-            Seed of the run and number of the tensor in the layout.
-        start : int
-        """
-        if tensor == "bias":
-            out[:] = 0
-        else:
-            deviation = self.initial_scale * weight_deviation(self.inputs, self.activation)
-            fill_uniform(out, seed, number, start, deviation)
+        return windows.seen(output, (0, self.input_shape[0]), self.field, self.section.stride)
 
     def forward(self, task: Forward) -> None:
         """Compute the outputs in a box (see the contract of a layer)."""
@@ -116,26 +79,33 @@ class FieldLayer:
         """Compute a part of the outputs in a box: all of its maps at some positions."""
         rows, columns = ((one.start, one.stop) for one in part.slices(task.output)[1:])
         weights, bias = task.parameters["weights"], task.parameters["bias"]
-        self._kernels.forward(weights, bias, task.inputs, task.outputs, self.stride, self.activation, (rows, columns))
+        self._filters.forward(weights, bias, task.inputs, task.outputs, (rows, columns))
 
     def backward(self, task: Backward) -> None:
         """Compute the gradients of a box (see the contract of a layer)."""
-        gradient = task.gradient
         weights, bias = task.parameter_gradient["weights"], task.parameter_gradient["bias"]
         # The gradient before the activation is a by-product of the parameters'; without an activation it is there now.
-        early = self.activation == "linear"
-        if early and task.input_gradient is not None:
-            self._kernels.input_gradient(task.parameters["weights"], gradient, task.input_gradient, self.stride)
+        early = self.section.activation == "linear"
+        if early:
+            self._inputs_backward(task)
+        self._filters.parameter_gradient(task.inputs, task.outputs, task.gradient, weights, bias)
+        if not early:
+            self._inputs_backward(task)
+
+    def _inputs_backward(self, task: Backward) -> None:
+        if task.input_gradient is not None:
+            self._filters.input_gradient(task.parameters["weights"], task.gradient, task.input_gradient)
             task.inputs_done()
-        self._kernels.parameter_gradient(
-            task.inputs, task.outputs, gradient, weights, bias, self.stride, self.activation
-        )
-        if not early and task.input_gradient is not None:
-            self._kernels.input_gradient(task.parameters["weights"], gradient, task.input_gradient, self.stride)
 
     def reconstruct(self, output: Box, parameters: Arrays, outputs: np.ndarray, estimate: np.ndarray) -> None:
-        """Estimate the inputs: every output times its filter of the decoder, added up where fields overlap."""
-        self._kernels.input_gradient(parameters["decoder"], outputs, estimate, self.stride)
+        """Estimate the inputs: every output times its filter of the decoder, added up where fields overlap.
+
+        Parameters
+        ----------
+        output, parameters, outputs, estimate
+            See :class:`dbmpi.network.layer.Reconstructing`.
+        """
+        self._filters.input_gradient(parameters["decoder"], outputs, estimate)
 
     def reconstruct_backward(
         self,
@@ -148,8 +118,53 @@ class FieldLayer:
     ) -> None:
         """Compute the gradients of an estimate (see the contract of a reconstructing layer)."""
         decoder, of_decoder = parameters["decoder"], parameter_gradient["decoder"]
-        self._kernels.add_sums(decoder, estimate_gradient, gradient, self.stride)
-        # For the decoder, outputs and the estimate's gradient have each other's part: a linear filter from one to the
-        # other.  (The kernel changes its gradient for other activations only.)
+        self._filters.add_sums(decoder, estimate_gradient, gradient)
+        # For the decoder, a linear filter, the estimate's gradient is the input and the outputs are the gradient.  (The
+        # kernel changes its gradient for other activations only.)
         unused = np.empty_like(parameters["bias"])
-        self._kernels.parameter_gradient(estimate_gradient, outputs, outputs, of_decoder, unused, self.stride, "linear")
+        linear = replace(self._filters, activation="linear")
+        linear.parameter_gradient(estimate_gradient, outputs, outputs, of_decoder, unused)
+
+
+class LocalLayer(FieldLayer[config.Local]):
+    """A locally connected layer, whose filters are not shared (Le et al., ICML 2012; the image networks of the paper).
+
+    Weights are ``(rows, columns, maps, field rows, field columns, channels)`` and biases ``(rows, columns, maps)``: the
+    parameters of a row of positions lie together, so that those of a box are a few long runs.
+    """
+
+    takes_parts: ClassVar[bool] = True
+    _kind: ClassVar[type[Filters]] = Untied
+
+    @property
+    def _filter_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        maps, *positions = self.output_shape
+        return (*positions, maps, *self.field, self.input_shape[0]), (*positions, maps)
+
+    def tensor_box(self, tensor: str, output: Box) -> Box:
+        """Return the filters of the positions and maps in the box."""
+        whole = Box.whole(self.tensors[tensor].shape)
+        return Box(
+            (*output.starts[1:], output.starts[0], *whole.starts[3:]),
+            (*output.stops[1:], output.stops[0], *whole.stops[3:]),
+        )
+
+
+class ConvolutionLayer(FieldLayer[config.Convolution]):
+    """A convolution (a correlation, as everywhere in the field); valid borders.
+
+    Weights are ``(maps, channels, field rows, field columns)`` and biases ``(maps,)``.  Boxes at different positions
+    share the filters of their maps; their gradients for these add up.
+    """
+
+    _kind: ClassVar[type[Filters]] = Tied
+
+    @property
+    def _filter_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        maps = self.section.maps
+        return (maps, self.input_shape[0], *self.field), (maps,)
+
+    def tensor_box(self, tensor: str, output: Box) -> Box:
+        """Return the filters of the maps in the box."""
+        whole = Box.whole(self.tensors[tensor].shape)
+        return Box((output.starts[0], *whole.starts[1:]), (output.stops[0], *whole.stops[1:]))

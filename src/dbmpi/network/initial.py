@@ -1,4 +1,4 @@
-"""Initial weights that depend on the seed and on a weight's place alone.
+"""Initial weights that depend on the seed and on a weight's position alone.
 
 The generator is counter-based (Philox; Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): value
 number i of a tensor is a function of (seed, tensor, i).  Any range of a tensor can therefore be made by itself, by any
@@ -41,6 +41,8 @@ def fill_uniform(out: np.ndarray, seed: int, tensor: int, start: int, deviation:
 
 def weight_deviation(inputs: int, activation: str) -> float:
     """Return the standard deviation of initial weights that keeps the size of activations from layer to layer.
+
+    `inputs` is the number of inputs of a unit, `activation` the name of its activation.
 
     ``sqrt(1 / inputs)`` (LeCun et al., "Efficient BackProp", 1998, section 4.6), and ``sqrt(2 / inputs)`` for units
     that are off half of the time (He et al., "Delving deep into rectifiers", ICCV 2015, section 2.2).

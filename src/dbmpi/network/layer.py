@@ -1,4 +1,4 @@
-"""What a layer is: it answers which input box an output box needs, and computes any output box of its own.
+"""The contract of a layer: it answers which input box an output box needs, and computes any output box of its own.
 
 No layer contains communication.  From :meth:`Layer.input_box` alone an exchange between ranks is planned, so that any
 layer can be cut in any way, and a new layer is parallel for free.
@@ -21,7 +21,7 @@ Arrays = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Context:
-    """What a layer may know of the step that it is part of."""
+    """The step that a pass of a layer is part of."""
 
     training: bool = True
     """False while evaluating: dropout is off."""
@@ -70,7 +70,49 @@ class Backward(Forward):
     """May be called as soon as `input_gradient` is complete, if there is more to do: other ranks wait for it."""
 
 
-class Layer(Protocol):
+class Computation(Protocol):
+    """What a layer can be asked: everything but its shapes."""
+
+    def input_box(self, output: Box) -> Box:
+        """Return the inputs that the outputs in the box `output` need."""
+        ...
+
+    def tensor_box(self, tensor: str, output: Box) -> Box:
+        """Return the part of a tensor, by its short name, that the outputs in the box `output` need."""
+        ...
+
+    def flops(self, output: Box, samples: int, *, input_gradient: bool = True) -> int:
+        """Return the floating-point operations of a forward and a backward pass for the outputs in the box `output`.
+
+        `samples` is the size of the batch; `input_gradient` says whether the gradient for the inputs is computed, too.
+        """
+        ...
+
+    def initial(self, tensor: str, out: np.ndarray, seed: int, number: int, start: int) -> None:
+        """Fill `out` with the initial values of a flattened tensor: the same values for any part.
+
+        Parameters
+        ----------
+        tensor : str
+            Short name of the tensor.
+        out : 1-D array
+        seed, number : int
+            Seed of the run; number of the tensor in the layout.
+        start : int
+            Position in the flattened tensor of the first value.
+        """
+        ...
+
+    def forward(self, task: Forward) -> None:
+        """Write ``task.outputs``."""
+        ...
+
+    def backward(self, task: Backward) -> None:
+        """Write ``task.parameter_gradient`` and, where there is one, ``task.input_gradient``."""
+        ...
+
+
+class Layer(Computation, Protocol):
     """A description of a layer; frozen, holds no arrays.
 
     It is never asked for an empty box: a worker that owns none of its outputs needs and computes nothing.
@@ -96,60 +138,19 @@ class Layer(Protocol):
         """The whole parameters: short name -> tensor of the layout."""
         ...
 
-    def input_box(self, output: Box) -> Box:
-        """Return the inputs that the outputs in a box need."""
-        ...
-
-    def tensor_box(self, tensor: str, output: Box) -> Box:
-        """Return the part of a tensor that the outputs in a box need."""
-        ...
-
-    def flops(self, output: Box, samples: int, *, input_gradient: bool = True) -> int:
-        """Return the floating-point operations of a forward and a backward pass for the outputs in a box."""
-        ...
-
-    def initial(self, tensor: str, out: np.ndarray, seed: int, number: int, start: int) -> None:
-        """Fill `out` with the initial values of a whole flattened tensor from position `start` on."""
-        ...
-
-    def forward(self, task: Forward) -> None:
-        """Write ``task.outputs``."""
-        ...
-
-    def backward(self, task: Backward) -> None:
-        """Write ``task.parameter_gradient`` and, where there is one, ``task.input_gradient``."""
-        ...
-
-
-class Parameterless:
-    """What layers without parameters have in common."""
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        """No parameters."""
-        return {}
-
-    def tensor_box(self, tensor: str, output: Box) -> Box:
-        """Never called: there are no parameters."""
-        raise KeyError(tensor)
-
-    def initial(self, tensor: str, out: np.ndarray, seed: int, number: int, start: int) -> None:
-        """Never called: there are no parameters."""
-        raise KeyError(tensor)
-
 
 @runtime_checkable
 class InParts(Protocol):
-    """What a layer of maps offers, beyond `Layer`, if it can compute some outputs before all inputs are there."""
+    """Offered by a layer of maps, beyond `Layer`, if it can compute some outputs before all inputs have arrived."""
 
     def forward_part(self, task: Forward, part: Box) -> None:
-        """Do of a forward pass what is in a part of its box: all of its maps at some positions."""
+        """Write the outputs in `part`, a box within ``task.output``: all of its maps at some rows and columns."""
         ...
 
 
 @runtime_checkable
 class SplitByInputs(Protocol):
-    """What a layer with one axis of inputs offers, beyond `Layer`, if its work can be split by inputs, too.
+    """Offered by a layer with one axis of inputs, beyond `Layer`, if its work can be split by inputs, too.
 
     A worker then makes of the inputs that it owns a part of the sums behind *all* outputs; added up, they become the
     outputs of the workers that own them.
@@ -160,15 +161,18 @@ class SplitByInputs(Protocol):
         ...
 
     def partial_forward(self, parameters: Arrays, inputs: np.ndarray, sums: np.ndarray) -> None:
-        """Compute what some inputs (inputs, samples) contribute to the sums (all outputs, samples)."""
+        """Compute what some inputs (inputs, samples) contribute to the sums (all outputs, samples).
+
+        `parameters` are the parts in ``partial_tensor_box`` of these inputs.
+        """
         ...
 
     def finish_forward(self, parameters: Arrays, outputs: np.ndarray) -> None:
-        """Turn the complete sums of the outputs that a worker owns into these outputs, in place."""
+        """Turn the complete sums of the outputs that a worker owns into outputs, in place, with its `parameters`."""
         ...
 
     def begin_backward(self, task: Backward) -> None:
-        """Turn the gradient for owned outputs into that for their sums, in place; complete what follows from it."""
+        """Turn ``task.gradient`` for owned outputs into that for their sums, in place; write the bias' gradient."""
         ...
 
     def partial_backward(self, task: Backward) -> None:
@@ -178,18 +182,29 @@ class SplitByInputs(Protocol):
 
 @runtime_checkable
 class Reconstructing(Protocol):
-    """What a layer offers, beyond `Layer`, if its inputs can be estimated from its outputs: an autoencoder's decoder.
+    """Offered by a layer, beyond `Layer`, if its inputs can be estimated from its outputs: an autoencoder's decoder.
 
-    Then ``reconstruction * sum (estimate - input)^2`` may be a part of what is learned.
+    Then ``reconstruction * sum (estimate - input)^2`` may be a part of the loss.
     """
 
     @property
     def reconstruction(self) -> float:
-        """Weight of the squared error; 0 where nothing is to be reconstructed."""
+        """Weight of the squared error; 0 where nothing is reconstructed."""
         ...
 
     def reconstruct(self, output: Box, parameters: Arrays, outputs: np.ndarray, estimate: np.ndarray) -> None:
-        """Compute what the outputs in a box contribute to the estimate of the inputs in ``input_box(output)``."""
+        """Compute what the outputs in a box contribute to the estimate of the inputs in ``input_box(output)``.
+
+        Parameters
+        ----------
+        output : Box
+            The outputs.
+        parameters
+            Of each tensor the part in ``tensor_box(name, output)``.
+        outputs : (*box shape, samples) array
+        estimate : (*input box shape, samples) array
+            Overwritten.
+        """
         ...
 
     def reconstruct_backward(
@@ -212,7 +227,7 @@ class Reconstructing(Protocol):
         parameter_gradient
             Overwritten for the tensors of the decoder; `Layer.backward` leaves these alone.
         gradient
-            For the outputs in the box; what comes from the estimate is added.
+            For the outputs in the box; the part that comes from the estimate is added.
         """
         ...
 
@@ -220,7 +235,7 @@ class Reconstructing(Protocol):
 def accrues(layer: Layer) -> bool:
     """Whether a layer's class says ``accruing = True``: it adds to the gradient of its parameters if a task says so.
 
-    That saves a pass over memory where the gradients of several steps are added up.  A class must say it itself: one
+    That saves a pass over memory where the gradients of several steps are added up.  It holds for this class alone: one
     that is derived from it may compute otherwise.
     """
     return bool(vars(type(layer)).get("accruing", False))
@@ -230,7 +245,7 @@ def takes_parts(layer: Layer) -> bool:
     """Whether a layer's class says ``takes_parts = True``: its `outputs` and `gradient` need not be C-contiguous.
 
     They may then be parts of larger arrays, the inputs of the next layer and their gradient, which saves copying them
-    there and back; only what lies along the last two axes, columns and samples, is sure to be in one piece.  A class
-    must say it itself.
+    there and back; only the last two axes, columns and samples, are sure to be in one piece.  It holds
+    for this class alone.
     """
     return bool(vars(type(layer)).get("takes_parts", False))

@@ -15,6 +15,11 @@ Targets = Literal["classes", "values"]
 class Loss:
     """One of the losses of a configuration, for classes or for values.
 
+    Parameters
+    ----------
+    name : "softmax", "logistic" or "squared"
+    targets : "classes" or "values"
+
     Raises
     ------
     UserError
@@ -39,7 +44,7 @@ class Loss:
         targets : array
             int32 (samples,) of classes, or (outputs, samples) of the dtype of `values`.
         weights : (samples,) array, optional
-            By which each sample's loss is multiplied, of the dtype of `values`; correct samples are counted as ever.
+            Factor of each sample's loss, of the dtype of `values`; it does not change the count of correct samples.
         """
         if weights is None:
             weights = np.ones(values.shape[1], values.dtype)
@@ -67,7 +72,9 @@ class Loss:
         return "values", "estimate of each value of the target"
 
     def predict(self, values: np.ndarray) -> None:
-        """Turn the last layer's outputs (outputs, samples) into predictions: probabilities, or themselves.
+        """Turn `values`, the last layer's outputs (outputs, samples), into predictions in place.
+
+        Predictions are probabilities; with the loss ``squared``, the outputs themselves.
 
         All probabilities of a sample are NaN where one of its outputs is, or the largest one is infinite.
         """

@@ -2,8 +2,8 @@
 
 (`member` serves batch methods of a user's own, too.)
 
-A configuration, or a checkpoint, only names a class.  Whoever makes a network says where such classes may come from;
-unless he does, none is loaded, as loading one runs the code of its file.
+A configuration, or a checkpoint, only names a class.  The caller that makes a network says where such classes may come
+from; by default none is loaded, because loading one runs the code of its file.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ _NOT_THE_USERS = (
     str(Path(__file__).parents[1]),
     "<frozen ",
 )
-"""How the names of files begin that are Python's, installed, or dbmpi's."""
+"""Prefixes of the names of files that belong to Python, installed packages or dbmpi."""
 
 
 def refuse(kind: str, layer: str) -> Any:
-    """Load nothing: the description may come from anybody."""
+    """Raise UserError instead of loading `kind`, the class of `layer`: the `Loader` for untrusted files."""
     raise UserError(
         f"layer {layer!r} is of type {kind!r}: that is code which does not belong to dbmpi, and it is not run because "
         f"a file names it; if you trust it, say so: --allow-code {_file_of(kind)}"
@@ -114,17 +114,20 @@ def make(section: config.OwnLayer, name: str, input_shape: tuple[int, ...], load
 
 @contextmanager
 def calling(layer: str, when: str) -> Iterator[None]:
-    """Turn what a user's code raises into a message that names the layer and the line."""
+    """Turn an exception of a user's code into a UserError that names the layer and the line.
+
+    `layer` is its name; `when` ends the sentence "layer ... fails when ...".
+    """
     try:
         yield
     except UserError:
         raise
-    except (Exception, SystemExit) as error:  # a run that ended here, and without a word, would say that all is well
+    except (Exception, SystemExit) as error:  # an exit here would look like success
         raise UserError(f"layer {layer!r} fails when {when}: {_where(error)}") from error
 
 
 def _where(error: BaseException) -> str:
-    """Say what was raised, and in which line of whose file: the user's, though what he calls has raised it."""
+    """Describe an exception with the last line of the user's own code in its traceback."""
     if isinstance(error, SyntaxError):
         return f"{type(error).__name__}: {error.msg} ({error.filename}, line {error.lineno})"
     frames = traceback.extract_tb(error.__traceback__)
@@ -133,12 +136,12 @@ def _where(error: BaseException) -> str:
 
 
 def member(kind: str, where: str, directory: Path | None) -> Any:
-    """Return what ``module:name`` names; looked for in the directory first.
+    """Return the object that `kind`, ``module:name``, names; its module is looked for in `directory` first.
 
     Raises
     ------
     UserError
-        If it is not there or cannot be loaded; begins with `where` the user has named it.
+        If it is missing or cannot be loaded; the message begins with `where`, the setting that names it.
     """
     module, _, name = kind.partition(":")
     if directory is not None and not directory.is_dir():
@@ -148,8 +151,8 @@ def member(kind: str, where: str, directory: Path | None) -> Any:
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise UserError(f"{where}: {module!r} cannot be loaded: {error}") from error
-        place = f"{directory} has no {_file_of(kind)}, and Python finds" if directory is not None else "Python finds"
-        raise UserError(f"{where}: {place} no module {module!r}") from None
+        searched = f"{directory} has no {_file_of(kind)}, and Python finds" if directory is not None else "Python finds"
+        raise UserError(f"{where}: {searched} no module {module!r}") from None
     except UserError:
         raise
     except (Exception, SystemExit) as error:
@@ -162,8 +165,8 @@ def member(kind: str, where: str, directory: Path | None) -> Any:
 def _imported(module: str, directory: Path | None) -> ModuleType:
     """Import a module, its outermost package from the directory if it is there."""
     top = module.partition(".")[0]
-    place = "" if directory is None else str(directory.resolve())
-    spec = PathFinder.find_spec(top, [place]) if place else None
+    first = "" if directory is None else str(directory.resolve())
+    spec = PathFinder.find_spec(top, [first]) if first else None
     if spec is not None and spec.loader is not None and spec.origin is not None:
         loaded = sys.modules.get(top)
         if loaded is not None and loaded.__file__ != spec.origin:
@@ -171,9 +174,9 @@ def _imported(module: str, directory: Path | None) -> ModuleType:
                 f"{spec.origin}: there is another module {top!r} already, {loaded.__file__ or 'a part of Python'}; "
                 "give the file another name"
             )
-        # The directory comes last, so that what lies there is no substitute for what others import.
-        if place not in sys.path:
-            sys.path.append(place)
+        # The directory comes last, so that its files do not replace modules that others import.
+        if first not in sys.path:
+            sys.path.append(first)
         if loaded is None:
             made = module_from_spec(spec)
             sys.modules[top] = made
@@ -210,8 +213,8 @@ def _check_class(found: Any, kind: str, name: str) -> None:
 
 
 def _check_description(layer: Any, kind: str, name: str, input_shape: tuple[int, ...]) -> None:
-    """Check what a layer says of itself."""
-    # A property that is there and fails says why below.
+    """Check the name, the shapes and the tensors of a layer."""
+    # A property that exists and raises is reported below.
     missing = [a for a in _ATTRIBUTES if not hasattr(layer, a) and not hasattr(type(layer), a)]
     if missing:
         raise UserError(f"layer {name!r}: {kind} is no layer: it has no {', '.join(missing)}")

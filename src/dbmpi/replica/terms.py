@@ -100,7 +100,7 @@ class _Penalty(Term):
 
     def forward(self, parameters: Arrays, work: Workspace) -> float:
         outputs = _maps(work.outputs[self._number])
-        return self._penalty * float(total(*rows_of(outputs), outputs.shape))
+        return self._penalty * float(total(rows_of(outputs), outputs.shape))
 
     def backward(self, parameters: Arrays, gradient: Arrays, work: Workspace) -> None:
         of_outputs = work.output_gradient(self._number)
@@ -129,7 +129,7 @@ class _Reconstruction(Term):
         exchange.add(self._spread, self._error)
         below = _maps(work.outputs[number - 1] if number > 0 else work.batch[exchange.owned.slices()])
         weight = self._layer.reconstruction
-        return weight * float(squared_error(_maps(self._error), *rows_of(below), 2 * weight / samples))
+        return weight * float(squared_error(_maps(self._error), rows_of(below), 2 * weight / samples))
 
     def backward(self, parameters: Arrays, gradient: Arrays, work: Workspace) -> None:
         self._exchange.fill(self._error, self._spread)

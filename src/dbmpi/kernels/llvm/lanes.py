@@ -1,4 +1,4 @@
-"""What goes across the lanes of vectors: sums along rows, and transposition."""
+"""Operations across the lanes of vectors: sums along rows, and transposition."""
 
 from __future__ import annotations
 
@@ -8,86 +8,50 @@ from typing import Any
 
 from llvmlite import ir  # type: ignore[import-untyped]
 
-from dbmpi.kernels.llvm.writer import Arguments, MaskedWriter, constants, instructions, literals, signature_of
+from dbmpi.kernels.llvm.writer import Call, MaskedWriter, instructions
 
 
-@instructions
-def multiply_along_rows(
-    typingctx: Any,
-    tile: Any,
-    blocks: Any,
-    a: Any,
-    a_start: Any,
-    a_stride: Any,
-    a_step: Any,
-    b: Any,
-    b_start: Any,
-    b_step: Any,
-    places: Any,
-    depth: Any,
-    runs: Any,
-    length: Any,
-    out: Any,
-) -> Any:
+@instructions("tile blocks a a_start a_stride a_step b b_start b_step offsets depth runs length out", constants="tile")
+def multiply_along_rows(call: Call) -> None:
     """Multiply rows of `a` by rows of `b` that lie anywhere, each along the row, and add the sums to `out`.
 
     The sum for rows r of `a` and c of `b` is that of ``a[a_start + n * a_step + r * a_stride + s] *
-    b[b_start + n * b_step + places[c] + s]`` over n < `runs` and s < `length`.  Every lane of a vector has a sum of its
-    own; these are added at the end.  In `out`, the sums of each block of rows of `a` are (rows of `b`, rows of `a`).
+    b[b_start + n * b_step + offsets[c] + s]`` over n < `runs` and s < `length`.  Every lane of a vector has a sum, and
+    these are added at the end.  In `out`, the sums of each block of rows of `a` are (rows of `b`, rows of `a`).
 
-    Parameters
-    ----------
+    Arguments of the call
+    ---------------------
     tile : constants
         Height of the first blocks of rows of `a`, that of the others (0 if there are none), and rows of `b` at a time.
     blocks : (int, int)
         How many there are of each height.
     a, b, out : 1-D arrays of one float type
-    places : 1-D int64 array
+    offsets : 1-D int64 array
     depth : int
         Rows of `b`, a multiple of those at a time.
     runs, length : int
         Number of pieces that the rows consist of, and elements of each.
     """
-    if not constants(tile):
-        return None
-
-    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        given = Arguments(context, builder, signature, values)
-        a, b, places, out = (given.pointer(*at) for at in ((2, 3), (6, 7), (9,), (13,)))
-        a_stride, a_step, b_step, depth, runs, length = (values[at] for at in (4, 5, 8, 10, 11, 12))
-        writer = _Lanes(builder, given.itemsize(2))
-        *heights, columns = literals(tile)
-        for rows, top in writer.blocks(heights, given.numbers(1)):
-            strips = writer.strided(writer.at(a, builder.mul(top, a_stride)), a_stride, rows)
-            sums = writer.at(out, builder.mul(top, depth))
-            for _, first in writer.blocks([columns], [builder.udiv(depth, writer.index(columns))]):
-                some = [writer.at(b, builder.load(writer.at(places, first, column))) for column in range(columns)]
-                sums_of_some = writer.at(sums, builder.mul(first, writer.index(rows)))
-                writer.multiply(strips, a_step, some, b_step, runs, length, sums_of_some)
-        return context.get_dummy_value()
-
-    given = (a, a_start, a_stride, a_step, b, b_start, b_step, places, depth, runs, length, out)
-    return signature_of(tile, blocks, *given), generate
+    writer, builder = _Lanes(call.builder, call.itemsize("a")), call.builder
+    a, b, offsets = call.pointer("a", "a_start"), call.pointer("b", "b_start"), call.pointer("offsets")
+    *heights, columns = call.constant("tile")
+    for rows, top in writer.blocks(heights, call.numbers("blocks")):
+        strips = writer.strided(writer.at(a, builder.mul(top, call["a_stride"])), call["a_stride"], rows)
+        sums = writer.at(call.pointer("out"), builder.mul(top, call["depth"]))
+        for _, first in writer.blocks([columns], [builder.udiv(call["depth"], writer.index(columns))]):
+            some = [writer.at(b, builder.load(writer.at(offsets, first, column))) for column in range(columns)]
+            sums_of_some = writer.at(sums, builder.mul(first, writer.index(rows)))
+            writer.multiply(strips, call["a_step"], some, call["b_step"], call["runs"], call["length"], sums_of_some)
 
 
-@instructions
-def sum_along_rows(
-    typingctx: Any,
-    tile: Any,
-    blocks: Any,
-    a: Any,
-    a_start: Any,
-    a_stride: Any,
-    length: Any,
-    out: Any,
-    out_start: Any,
-) -> Any:
+@instructions("tile blocks a a_start a_stride length out out_start", constants="tile")
+def sum_along_rows(call: Call) -> None:
     """Write the sum of each row of `a` into `out`: of ``a[a_start + r * a_stride + s]`` over s < `length`.
 
     Every lane of a vector has a sum of its own; these are added at the end.
 
-    Parameters
-    ----------
+    Arguments of the call
+    ---------------------
     tile : constants
         Height of the first blocks of rows, that of the others (0 if there are none), and a number that does not count.
     blocks : (int, int)
@@ -96,54 +60,31 @@ def sum_along_rows(
     length : int
         Elements of a row.
     """
-    if not constants(tile):
-        return None
-
-    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        given = Arguments(context, builder, signature, values)
-        writer, a, out = _Lanes(builder, given.itemsize(2)), given.pointer(2, 3), given.pointer(6, 7)
-        *heights, _ = literals(tile)
-        for rows, top in writer.blocks(heights, given.numbers(1)):
-            strips = writer.strided(writer.at(a, builder.mul(top, values[4])), values[4], rows)
-            writer.sum(strips, values[5], writer.at(out, top))
-        return context.get_dummy_value()
-
-    return signature_of(tile, blocks, a, a_start, a_stride, length, out, out_start), generate
+    writer, stride = _Lanes(call.builder, call.itemsize("a")), call["a_stride"]
+    a, out = call.pointer("a", "a_start"), call.pointer("out", "out_start")
+    *heights, _ = call.constant("tile")
+    for rows, top in writer.blocks(heights, call.numbers("blocks")):
+        strips = writer.strided(writer.at(a, call.builder.mul(top, stride)), stride, rows)
+        writer.sum(strips, call["length"], writer.at(out, top))
 
 
-@instructions
-def transpose_block(
-    typingctx: Any,
-    a: Any,
-    a_start: Any,
-    places: Any,
-    first: Any,
-    height: Any,
-    width: Any,
-    out: Any,
-    out_start: Any,
-    out_stride: Any,
-) -> Any:
+@instructions("a a_start offsets first height width out out_start out_stride")
+def transpose_block(call: Call) -> None:
     """Transpose a block of at most lanes x lanes elements whose rows lie anywhere.
 
-    ``out[out_start + c * out_stride + r] = a[a_start + places[first + r] + c]`` for r < `height` and c < `width`.
+    ``out[out_start + c * out_stride + r] = a[a_start + offsets[first + r] + c]`` for r < `height` and c < `width`.
     Where these are less than lanes, the rest of a whole block of `out` is overwritten, too.
 
-    Parameters
-    ----------
+    Arguments of the call
+    ---------------------
     a, out : 1-D arrays of one float type
-    places : 1-D int64 array
+    offsets : 1-D int64 array
     height, width : int
         At least 1; more than the lanes count as so many.
     """
-
-    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        given = Arguments(context, builder, signature, values)
-        block = _Lanes(builder, given.itemsize(0))
-        block.transpose(given.pointer(0, 1), given.pointer(2, 3), values[4], values[5], given.pointer(6, 7), values[8])
-        return context.get_dummy_value()
-
-    return signature_of(a, a_start, places, first, height, width, out, out_start, out_stride), generate
+    block = _Lanes(call.builder, call.itemsize("a"))
+    a, offsets, out = call.pointer("a", "a_start"), call.pointer("offsets", "first"), call.pointer("out", "out_start")
+    block.transpose(a, offsets, call["height"], call["width"], out, call["out_stride"])
 
 
 class _Lanes(MaskedWriter):
@@ -152,7 +93,7 @@ class _Lanes(MaskedWriter):
     def multiply(
         self, strips: list[Any], a_step: Any, others: list[Any], b_step: Any, runs: Any, length: Any, out: Any
     ) -> None:
-        """Add the products along strips of `a` and rows of `b` to what is at `out`."""
+        """Add the products along strips of `a` and rows of `b` to the sums at `out`."""
         builder, rows = self.builder, len(strips)
 
         def one_run(n: Any, sums: list[Any]) -> list[Any]:
@@ -164,16 +105,16 @@ class _Lanes(MaskedWriter):
                 sums = list(sums)
                 for number, row in enumerate(a_rows):  # one at a time: there is no register for more
                     (factor,) = self.load_row(self.at(row, s), masks)
-                    for place in range(number, len(sums), rows):
-                        sums[place] = self.multiply_add(factor, values[place // rows], sums[place])
+                    for position in range(number, len(sums), rows):
+                        sums[position] = self.multiply_add(factor, values[position // rows], sums[position])
                 return sums
 
             return self._along(length, sums, steps)
 
         _, sums = self.loop(1, self.index(0), runs, [self.zero] * (rows * len(others)), one_run)
-        for place, masks, some in self._totals(out, sums):
-            (before,) = self.load_row(place, masks)
-            self.store_row([builder.fadd(before, some)], place, masks)
+        for address, masks, some in self._totals(out, sums):
+            (before,) = self.load_row(address, masks)
+            self.store_row([builder.fadd(before, some)], address, masks)
 
     def sum(self, strips: list[Any], length: Any, out: Any) -> None:
         """Write the sums of strips to `out`."""
@@ -182,13 +123,13 @@ class _Lanes(MaskedWriter):
             values = [self.load_row(self.at(strip, s), masks)[0] for strip in strips]
             return [self.builder.fadd(total, value) for total, value in zip(sums, values, strict=True)]
 
-        for place, masks, some in self._totals(out, self._along(length, [self.zero] * len(strips), steps)):
-            self.store_row([some], place, masks)
+        for address, masks, some in self._totals(out, self._along(length, [self.zero] * len(strips), steps)):
+            self.store_row([some], address, masks)
 
     def _along(
         self, length: Any, carried: list[Any], steps: Callable[[list[Any], Any, list[Any]], list[Any]]
     ) -> list[Any]:
-        """Loop along rows of a length by vectors, the last of which may have a mask; return what is carried."""
+        """Loop along rows of a length by vectors, the last of which may have a mask; return the carried vectors."""
         whole = self.builder.and_(length, self.index(-self.lanes))
 
         def rest(s: Any, values: list[Any]) -> list[Any]:
@@ -198,7 +139,7 @@ class _Lanes(MaskedWriter):
         return self.loop(self.lanes, s, length, carried, rest)[1]
 
     def _totals(self, out: Any, sums: list[Any]) -> Iterator[tuple[Any, list[Any], Any]]:
-        """Yield where in `out`, under which masks, and what the sums of the lanes of vectors are."""
+        """Yield the sums of the lanes of vectors, after their address in `out` and their masks."""
         for first in range(0, len(sums), self.lanes):
             some = sums[first : first + self.lanes]
             mask = ir.Constant(ir.VectorType(ir.IntType(1), self.lanes), [n < len(some) for n in range(self.lanes)])
@@ -209,7 +150,7 @@ class _Lanes(MaskedWriter):
         vectors = vectors + [self.zero] * (self.lanes - len(vectors))
         half = self.lanes // 2
         while half:
-            # Every vector holds pieces of 2 * half elements, each of which is to be summed.
+            # Every vector holds pieces of 2 * half elements, each of which is summed.
             lower = [n + k for n in range(0, 2 * self.lanes, 2 * half) for k in range(half)]
             upper = [n + half for n in lower]
             pairs = zip(vectors[::2], vectors[1::2], strict=True)
@@ -217,16 +158,16 @@ class _Lanes(MaskedWriter):
             half //= 2
         return vectors[0]
 
-    def transpose(self, a: Any, places: Any, height: Any, width: Any, out: Any, out_stride: Any) -> None:
+    def transpose(self, a: Any, offsets: Any, height: Any, width: Any, out: Any, out_stride: Any) -> None:
         """Write `transpose_block`; arrays are addresses."""
         builder = self.builder
         within = self.masks(1, width)
         rows = []
         for row in range(self.lanes):
-            # Rows that there are not are read from the place of the first.
+            # Rows beyond the height are read where the first one is.
             inside = builder.icmp_signed("<", self.index(row), height)
-            place = builder.load(self.at(places, builder.select(inside, self.index(row), self.index(0))))
-            rows += self.load_row(self.at(a, place), within)
+            offset = builder.load(self.at(offsets, builder.select(inside, self.index(row), self.index(0))))
+            rows += self.load_row(self.at(a, offset), within)
         for bit, lower, upper in self._exchanges():
             swapped = list(rows)
             for row in range(self.lanes):

@@ -1,4 +1,4 @@
-"""Products with rows that lie anywhere in memory: what layers of filters on fields are made of.
+"""Products with rows at any offsets in memory: the parts of layers of filters on fields.
 
 Rows are taken in blocks whose sums stay in registers.  `tile` is a constant: the height of the first blocks, that of
 the others (0 if there are none), and the vectors of a row; `blocks` says how many there are of each height.  Arrays
@@ -13,206 +13,123 @@ from typing import Any
 
 from numba import types
 
-from dbmpi.kernels.llvm.writer import (
-    Arguments,
-    MaskedWriter,
-    Writer,
-    constants,
-    instructions,
-    literals,
-    signature_of,
-)
+from dbmpi.kernels.llvm.writer import Call, MaskedWriter, Writer, instructions
 from dbmpi.kernels.memory import CACHE_LINE
 
 
-@instructions
-def multiply_rows(
-    typingctx: Any,
-    tile: Any,
-    blocks: Any,
-    a: Any,
-    a_start: Any,
-    a_stride: Any,
-    b: Any,
-    b_start: Any,
-    places: Any,
-    first: Any,
-    last: Any,
-    out: Any,
-    out_start: Any,
-    out_stride: Any,
-    filled: Any,
-    add: Any,
-    addends: Any,
-    addends_start: Any,
-    ahead: Any,
-) -> Any:
+@instructions(
+    "tile blocks a a_start a_stride b b_start offsets first last out out_start out_stride filled add addends"
+    " addends_start ahead",
+    constants="tile ahead",
+)
+def multiply_rows(call: Call) -> None:
     """Multiply rows of `a` by rows of `b` that lie anywhere, into rows of `out`.
 
-    ``out[r, c] (+)= sum over first <= k < last of a[r, k] * b[places[k] + c]`` for the rows r of all blocks and
+    ``out[r, c] (+)= sum over first <= k < last of a[r, k] * b[offsets[k] + c]`` for the rows r of all blocks and
     `filled` columns c, summed in the order of k.
 
-    Parameters
-    ----------
+    Arguments of the call
+    ---------------------
     a, b, out : 1-D arrays
         Element (r, k) of the first is ``a[a_start + r * a_stride + k]``, element (r, c) of the last
         ``out[out_start + r * out_stride + c]``.
     b_start : int
-        Added to all places.
-    places : 1-D int64 array
+        Added to all offsets.
+    offsets : 1-D int64 array
         Where the rows of `b` start.
     add : bool
         Add to what is in `out`, instead of replacing it.
     addends : 1-D array or None
         What comes to all elements of a row that is replaced: ``addends[addends_start + r]`` to those of row r.
     ahead : constant
-        Whether to ask for the rows of `a` two blocks on.
+        Whether to prefetch the rows of `a` two blocks on.
     """
-    if not constants(tile, ahead):
-        return None
-
-    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        given = Arguments(context, builder, signature, values)
-        writer = _RowTiles(builder, given.itemsize(2))
-        a, b, places, out = (given.pointer(*at) for at in ((2, 3), (5, 6), (7,), (10, 11)))
-        a_stride, first, last, out_stride, filled, add = (values[at] for at in (4, 8, 9, 12, 13, 14))
-        addends = None if isinstance(signature.args[15], types.NoneType) else given.pointer(15, 16)
-        for rows, top, masks in writer.tiles(tile, given.numbers(1), filled):
-            strips = writer.strided(writer.at(a, builder.mul(top, a_stride)), a_stride, rows)
-            sums = writer.strided(writer.at(out, builder.mul(top, out_stride)), out_stride, rows)
-            later = writer.at(strips[0], builder.mul(a_stride, writer.index(2 * rows))) if ahead.literal_value else None
-            own = [] if addends is None else writer.strided(writer.at(addends, top), writer.index(1), rows)
-            writer.multiply(masks, strips, later, b, places, first, last, sums, add, own)
-        return context.get_dummy_value()
-
-    given = (a, a_start, a_stride, b, b_start, places, first, last, out, out_start, out_stride, filled, types.boolean)
-    return signature_of(tile, blocks, *given, addends, addends_start, ahead), generate
+    writer, builder = _RowTiles(call.builder, call.itemsize("a")), call.builder
+    a, b, out = (call.pointer(array, f"{array}_start") for array in ("a", "b", "out"))
+    offsets, addends = call.pointer("offsets"), None
+    if not isinstance(call.kinds["addends"], types.NoneType):
+        addends = call.pointer("addends", "addends_start")
+    for rows, top, masks in writer.tiles(call):
+        strips = writer.strided(writer.at(a, builder.mul(top, call["a_stride"])), call["a_stride"], rows)
+        sums = writer.strided(writer.at(out, builder.mul(top, call["out_stride"])), call["out_stride"], rows)
+        later = None
+        if call.constant("ahead"):
+            later = writer.at(strips[0], builder.mul(call["a_stride"], writer.index(2 * rows)))
+        own = [] if addends is None else writer.strided(writer.at(addends, top), writer.index(1), rows)
+        writer.multiply(masks, strips, later, b, offsets, call["first"], call["last"], sums, call["add"], own)
 
 
-@instructions
-def add_to_rows(
-    typingctx: Any,
-    tile: Any,
-    blocks: Any,
-    a: Any,
-    a_start: Any,
-    a_stride: Any,
-    b: Any,
-    b_start: Any,
-    b_stride: Any,
-    out: Any,
-    out_start: Any,
-    places: Any,
-    first: Any,
-    last: Any,
-    filled: Any,
-) -> Any:
+@instructions(
+    "tile blocks a a_start a_stride b b_start b_stride out out_start offsets first last filled", constants="tile"
+)
+def add_to_rows(call: Call) -> None:
     """Multiply columns of `a` by rows of `b`, and add to rows of `out` that lie anywhere: `multiply_rows` transposed.
 
-    ``out[places[n] + c] += sum over r of a[r, n] * b[r, c]`` for ``first <= n < last`` and `filled` columns c, summed
+    ``out[offsets[n] + c] += sum over r of a[r, n] * b[r, c]`` for ``first <= n < last`` and `filled` columns c, summed
     in the order of r: the rows of all blocks, and those of `b` are in registers.  The rows of `out` must not overlap.
 
-    Parameters
-    ----------
+    Arguments of the call
+    ---------------------
     a, b, out : 1-D arrays
         Element (r, n) of the first is ``a[a_start + r * a_stride + n]``, element (r, c) of the second
         ``b[b_start + r * b_stride + c]``.
     out_start : int
-        Added to all places.
-    places : 1-D int64 array
+        Added to all offsets.
+    offsets : 1-D int64 array
         Where the rows of `out` start.
     """
-    if not constants(tile):
-        return None
-
-    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        given = Arguments(context, builder, signature, values)
-        writer = _RowTiles(builder, given.itemsize(2))
-        a, b, out, places = (given.pointer(*at) for at in ((2, 3), (5, 6), (8, 9), (10,)))
-        a_stride, b_stride, first, last, filled = (values[at] for at in (4, 7, 11, 12, 13))
-        for rows, top, masks in writer.tiles(tile, given.numbers(1), filled):
-            strips = writer.strided(writer.at(a, builder.mul(top, a_stride)), a_stride, rows)
-            others = writer.strided(writer.at(b, builder.mul(top, b_stride)), b_stride, rows)
-            writer.add(masks, strips, others, out, places, first, last)
-        return context.get_dummy_value()
-
-    given = (a, a_start, a_stride, b, b_start, b_stride, out, out_start, places, first, last, filled)
-    return signature_of(tile, blocks, *given), generate
+    writer, builder = _RowTiles(call.builder, call.itemsize("a")), call.builder
+    a, b, out = (call.pointer(array, f"{array}_start") for array in ("a", "b", "out"))
+    offsets = call.pointer("offsets")
+    for rows, top, masks in writer.tiles(call):
+        strips = writer.strided(writer.at(a, builder.mul(top, call["a_stride"])), call["a_stride"], rows)
+        others = writer.strided(writer.at(b, builder.mul(top, call["b_stride"])), call["b_stride"], rows)
+        writer.add(masks, strips, others, out, offsets, call["first"], call["last"])
 
 
-@instructions
-def add_maps_to_rows(
-    typingctx: Any,
-    tile: Any,
-    blocks: Any,
-    a: Any,
-    a_start: Any,
-    a_stride: Any,
-    b: Any,
-    b_start: Any,
-    b_stride: Any,
-    out: Any,
-    out_start: Any,
-    places: Any,
-    first: Any,
-    depth: Any,
-    filled: Any,
-) -> Any:
+@instructions(
+    "tile blocks a a_start a_stride b b_start b_stride out out_start offsets first depth filled", constants="tile"
+)
+def add_maps_to_rows(call: Call) -> None:
     """Do as `add_to_rows` does, with the rows of `out` in registers, which are those of all blocks.
 
-    ``out[places[first + n] + c] += sum over r < depth of a[r, first + n] * b[r, c]``.  As many rows of `a` as come
-    after these are asked for, a share in every tile.
+    ``out[offsets[first + n] + c] += sum over r < depth of a[r, first + n] * b[r, c]``.  As many rows of `a` as come
+    after these are prefetched, a share in every tile.  Arguments of the call are as for `add_to_rows`, but for `depth`.
     """
-    if not constants(tile):
-        return None
-
-    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        given = Arguments(context, builder, signature, values)
-        writer = _RowTiles(builder, given.itemsize(2))
-        a, b, out, places = (given.pointer(*at) for at in ((2, 3), (5, 6), (8, 9), (10, 11)))
-        a_stride, b_stride, first, depth, filled = (values[at] for at in (4, 7, 11, 12, 13))
-        for rows, top, masks in writer.tiles(tile, given.numbers(1), filled):
-            column = builder.add(first, top)
-            # What comes next is asked for in the order of memory, by tiles and then by rows.
-            later = writer.at(a, builder.mul(depth, builder.add(a_stride, column)))
-            sums = [writer.at(out, builder.load(writer.at(places, top, n))) for n in range(rows)]
-            writer.add_all(masks, writer.at(a, column), a_stride, later, b, b_stride, depth, sums)
-        return context.get_dummy_value()
-
-    given = (a, a_start, a_stride, b, b_start, b_stride, out, out_start, places, first, depth, filled)
-    return signature_of(tile, blocks, *given), generate
+    writer, builder = _RowTiles(call.builder, call.itemsize("a")), call.builder
+    a, b, out = (call.pointer(array, f"{array}_start") for array in ("a", "b", "out"))
+    offsets, stride, depth = call.pointer("offsets", "first"), call["a_stride"], call["depth"]
+    for rows, top, masks in writer.tiles(call):
+        column = builder.add(call["first"], top)
+        # Prefetched in the order of memory, by tiles and then by rows.
+        later = writer.at(a, builder.mul(depth, builder.add(stride, column)))
+        sums = [writer.at(out, builder.load(writer.at(offsets, top, n))) for n in range(rows)]
+        writer.add_all(masks, writer.at(a, column), stride, later, b, call["b_stride"], depth, sums)
 
 
-@instructions
-def prefetch(typingctx: Any, a: Any, first: Any, last: Any, written: Any) -> Any:
-    """Ask for the cache lines of the elements ``first <= n < last`` of a 1-D array.
+@instructions("a first last written", constants="written")
+def prefetch(call: Call) -> None:
+    """Prefetch the cache lines of the elements ``first <= n < last`` of a 1-D array.
 
-    `written` is a constant: whether they will be written.
+    `written`, a constant of the call, is whether they will be written.
     """
-    if not constants(written):
-        return None
+    writer, start = Writer(call.builder, call.itemsize("a")), call.pointer("a")
 
-    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        given = Arguments(context, builder, signature, values)
-        writer, start = Writer(builder, given.itemsize(0)), given.pointer(0)
+    def ask(n: Any, nothing: list[Any]) -> list[Any]:
+        writer.prefetch(writer.at(start, n), write=call.constant("written"))
+        return nothing
 
-        def ask(n: Any, nothing: list[Any]) -> list[Any]:
-            writer.prefetch(writer.at(start, n), write=written.literal_value)
-            return nothing
-
-        writer.loop(CACHE_LINE // writer.itemsize, values[1], values[2], [], ask)
-        return context.get_dummy_value()
-
-    return signature_of(a, first, last, written), generate
+    writer.loop(CACHE_LINE // writer.itemsize, call["first"], call["last"], [], ask)
 
 
 class _RowTiles(MaskedWriter):
     """The instructions of the products above; arrays are addresses."""
 
-    def tiles(self, tile: Any, blocks: list[Any], filled: Any) -> Iterator[tuple[int, Any, list[Any]]]:
-        """Yield the height, the first row and the masks of tiles, where the instructions for them belong."""
-        *heights, vectors = literals(tile)
-        for masks in self._variants(vectors, filled):
+    def tiles(self, call: Call) -> Iterator[tuple[int, Any, list[Any]]]:
+        """Yield the height, the first row and the masks of the tiles of `call`, where their instructions belong."""
+        *heights, vectors = call.constant("tile")
+        blocks = call.numbers("blocks")
+        for masks in self._variants(vectors, call["filled"]):
             for rows, top in self.blocks(heights, blocks):
                 yield rows, top, masks
 
@@ -238,14 +155,14 @@ class _RowTiles(MaskedWriter):
         strips: list[Any],
         later: Any,
         b: Any,
-        places: Any,
+        offsets: Any,
         first: Any,
         last: Any,
         sums: list[Any],
         add: Any,
         addends: list[Any],
     ) -> None:
-        """Multiply a strip by rows of `b` into the rows at `sums`; ask for the strip that starts at `later`.
+        """Multiply a strip by rows of `b` into the rows at `sums`; prefetch the strip that starts at `later`.
 
         Rows that are replaced have the elements at `addends` added to them, if there are any.
         """
@@ -256,9 +173,9 @@ class _RowTiles(MaskedWriter):
                 ahead = self.at(later, builder.mul(k, self.index(rows)))
                 for byte in range(0, count * rows * self.itemsize, CACHE_LINE):
                     self.prefetch(self.at(ahead, byte // self.itemsize))
-            for offset in range(count):
-                b_row = self.load_row(self.at(b, builder.load(self.at(places, k, offset))), masks)
-                factors = [self.spread_at(strip, k, offset) for strip in strips]
+            for step in range(count):
+                b_row = self.load_row(self.at(b, builder.load(self.at(offsets, k, step))), masks)
+                factors = [self.spread_at(strip, k, step) for strip in strips]
                 totals = self._products(factors, b_row, totals)
             return totals
 
@@ -279,18 +196,18 @@ class _RowTiles(MaskedWriter):
                 self._store(totals, sums, masks)
 
     def add(
-        self, masks: list[Any], strips: list[Any], others: list[Any], out: Any, places: Any, first: Any, last: Any
+        self, masks: list[Any], strips: list[Any], others: list[Any], out: Any, offsets: Any, first: Any, last: Any
     ) -> None:
         """Add the products of strips and the rows at `others` to rows of `out`."""
         builder = self.builder
         tile = [self.load_row(row, masks) for row in others]
 
         def steps(n: Any, count: int, nothing: list[Any]) -> list[Any]:
-            rows = [self.at(out, builder.load(self.at(places, n, offset))) for offset in range(count)]
+            rows = [self.at(out, builder.load(self.at(offsets, n, step))) for step in range(count)]
             totals = [self.load_row(row, masks) for row in rows]
             for strip, values in zip(strips, tile, strict=True):
-                for offset in range(count):
-                    totals[offset] = self._products([self.spread_at(strip, n, offset)], values, totals[offset])
+                for step in range(count):
+                    totals[step] = self._products([self.spread_at(strip, n, step)], values, totals[step])
             for row, total in zip(rows, totals, strict=True):
                 self.store_row(total, row, masks)
             return nothing
@@ -308,7 +225,7 @@ class _RowTiles(MaskedWriter):
         depth: Any,
         sums: list[Any],
     ) -> None:
-        """Add the products of columns of factors and rows of `b` to the rows at `sums`; ask for what is at `later`."""
+        """Add the products of columns of factors and rows of `b` to the rows at `sums`; prefetch `later`."""
         builder, rows = self.builder, len(sums)
 
         def step(r: Any, totals: list[Any]) -> list[Any]:

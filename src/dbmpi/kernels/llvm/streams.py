@@ -1,9 +1,9 @@
-"""Passes over many long vectors at once, with every cache line asked for while earlier ones are computed with.
+"""Passes over many long vectors at once, which prefetch every cache line while they compute with earlier ones.
 
-Memory is as fast as the number of lines that are on their way.  A processor guesses what comes next of a few streams,
-and of each only within a page: of seven vectors, read a page or two at a time, it guesses too little.  A loop that asks
-for each line itself, some lines ahead, needs the vectors' instructions written out, as LLVM's compiler
-vectorises no loop that does.
+Memory is as fast as the number of lines that are in flight.  A processor predicts only a few streams, and each of them
+only within a page: of seven vectors, read a page or two at a time, it predicts too little.  A loop that prefetches
+each line itself, some lines ahead, needs the vectors' instructions written out, because LLVM's compiler vectorises no
+such loop.
 """
 
 from __future__ import annotations
@@ -14,44 +14,31 @@ from typing import Any
 from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
 
-from dbmpi.kernels.llvm.writer import Arguments, Writer, instructions, lanes
+from dbmpi.kernels.llvm.writer import Call, Writer, instructions, lanes
 from dbmpi.kernels.memory import CACHE_LINE
 
 AHEAD = 32 * CACHE_LINE
-"""Bytes that are asked for in advance: 1 to 3 KB are equally good, where pages of many vectors are on their way."""
+"""Bytes that are prefetched in advance: from 1 to 3 KB the speed is the same for pages of many vectors."""
 STEP = CACHE_LINE // 4
 """Elements of a step of a loop."""
 LANES = lanes(8)
-"""Elements of which sums are kept apart."""
+"""Sums that are kept apart."""
 
 
-@instructions
-def add_products(
-    typingctx: Any,
-    levels: Any,
-    lefts: Any,
-    rights: Any,
-    at: Any,
-    places: Any,
-    first: Any,
-    left: Any,
-    right: Any,
-    start: Any,
-    count: Any,
-    magic: Any,
-    magic_start: Any,
-    totals: Any,
-    totals_start: Any,
-) -> Any:
+@instructions(
+    "levels lefts rights at positions first left right start count magic magic_start totals totals_start",
+    constants="levels lefts rights",
+)
+def add_products(call: Call) -> None:
     """Add the products of some left and right vectors, in grains, to totals: see :mod:`dbmpi.kernels.sums`.
 
     Products are added one right vector after the other, and for each the left ones in turn.  Indices are not checked.
 
-    Parameters
-    ----------
+    Arguments of the call
+    ---------------------
     levels, lefts, rights : constants
         1 or 2 levels of grains; numbers of vectors.
-    at, places : int64 arrays
+    at, positions : int64 arrays
         Addresses, and where in `at` those of the left and then of the right vectors are, from `first` on.
     left, right : 1-D arrays
         Of the dtypes of the vectors, float32 or float64.
@@ -62,49 +49,28 @@ def add_products(
     totals : int64 array
         From `totals_start` on, four numbers for every product: high and low halves of the sums of both levels.
     """
-    if not all(isinstance(constant, types.IntegerLiteral) for constant in (levels, lefts, rights)):
-        return None
-    index = types.intp
-    signature = types.void(
-        levels, lefts, rights, at, places, index, left, right, index, index, magic, index, totals, index
-    )
-
-    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        given = Arguments(context, builder, signature, values)
-        sums = _Grains(builder, levels.literal_value)
-        itemsizes = [given.itemsize(6)] * lefts.literal_value + [given.itemsize(7)] * rights.literal_value
-        streams = sums.streams(given.pointer(3), given.pointer(4, 5), itemsizes, values[8])
-        sums.add(streams, lefts.literal_value, values[9], given.pointer(10, 11), given.pointer(12, 13))
-        return context.get_dummy_value()
-
-    return signature, generate
+    grains, lefts = _Grains(call.builder, call.constant("levels")), call.constant("lefts")
+    itemsizes = [call.itemsize("left")] * lefts + [call.itemsize("right")] * call.constant("rights")
+    streams = grains.streams(call.pointer("at"), call.pointer("positions", "first"), itemsizes, call["start"])
+    magic, totals = call.pointer("magic", "magic_start"), call.pointer("totals", "totals_start")
+    grains.add(streams, lefts, call["count"], magic, totals)
 
 
-@instructions
-def add_multiples(
-    typingctx: Any,
-    vectors: Any,
-    first: Any,
-    last: Any,
-    at: Any,
-    places: Any,
-    like: Any,
-    factors: Any,
-    start: Any,
-    total: Any,
-    out: Any,
-) -> Any:
+@instructions(
+    "vectors first last at at_start like factors start total out", constants="vectors first last", result=types.int64
+)
+def add_multiples(call: Call) -> Any:
     """Add multiples of vectors to a total, in their order; return the bits of the largest magnitude of the last sum.
 
-    ``total[i] (+)= sum of factors[places + k] * vector k [start + i]`` over the elements of `out`; the last
+    ``total[i] (+)= sum of factors[at_start + k] * vector k [start + i]`` over the elements of `out`; the last
     sum goes to `out` instead.  Products and sums are rounded each, in double precision.
 
-    Parameters
-    ----------
+    Arguments of the call
+    ---------------------
     vectors, first, last : constants
-        Number of vectors; whether the total is what it was or 0; whether the sum goes to `out`.
+        Number of vectors; whether the total starts as 0; whether the sum goes to `out`.
     at : int64 array
-        Addresses, from `places` on.
+        Addresses, from `at_start` on.
     like : 1-D array
         Of the dtype of the vectors.
     factors : float64 array
@@ -112,23 +78,14 @@ def add_multiples(
     out : 1-D array, float32 or float64
         It may be a part of one of the vectors.
     """
-    if not isinstance(vectors, types.IntegerLiteral) or not all(
-        isinstance(constant, types.BooleanLiteral) for constant in (first, last)
-    ):
-        return None
-    index = types.intp
-    signature = types.int64(vectors, first, last, at, index, like, factors, index, total, out)
-
-    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        given = Arguments(context, builder, signature, values)
-        multiples = _Multiples(builder, given.itemsize(9), first.literal_value, last.literal_value)
-        places = builder.alloca(multiples.index, multiples.index(vectors.literal_value))
-        for k in range(vectors.literal_value):
-            builder.store(builder.add(values[4], multiples.index(k)), multiples.at(places, k))
-        streams = multiples.streams(given.pointer(3), places, [given.itemsize(5)] * vectors.literal_value, values[7])
-        return multiples.add(streams, given.pointer(6, 4), given.pointer(8), given.pointer(9), given.size(9))
-
-    return signature, generate
+    builder, vectors = call.builder, call.constant("vectors")
+    multiples = _Multiples(builder, call.itemsize("out"), call.constant("first"), call.constant("last"))
+    positions = builder.alloca(multiples.index, multiples.index(vectors))
+    for k in range(vectors):
+        builder.store(builder.add(call["at_start"], multiples.index(k)), multiples.at(positions, k))
+    streams = multiples.streams(call.pointer("at"), positions, [call.itemsize("like")] * vectors, call["start"])
+    factors = call.pointer("factors", "at_start")
+    return multiples.add(streams, factors, call.pointer("total"), call.pointer("out"), call.size("out"))
 
 
 class _Stream:
@@ -138,15 +95,15 @@ class _Stream:
         self._writer, self._pointer, self._itemsize = writer, pointer, itemsize
 
     def ask(self, i: Any) -> None:
-        """Ask for what a step reads that begins `AHEAD` bytes after element i."""
+        """Prefetch the elements of a step, from `AHEAD` bytes after element i on."""
         for line in range(0, STEP * self._itemsize, CACHE_LINE):
             offset = self._writer.builder.add(i, self._writer.index((AHEAD + line) // self._itemsize))
             self._writer.prefetch(self._writer.builder.gep(self._pointer, [offset]))  # the end may be nearer
 
     def load(self, i: Any, whole: bool) -> Any:
         """Return as doubles the elements from i on; or element i alone, and zeros."""
-        place = self._writer.at(self._pointer, i)
-        return self._writer.load_as_double(place, self._itemsize, whole)
+        address = self._writer.at(self._pointer, i)
+        return self._writer.load_as_double(address, self._itemsize, whole)
 
 
 class _Streams(Writer):
@@ -156,23 +113,23 @@ class _Streams(Writer):
         super().__init__(builder, 8)
         self.integers = ir.VectorType(self.index, self.lanes)
 
-    def streams(self, at: Any, places: Any, itemsizes: Sequence[int], start: Any) -> list[_Stream]:
-        """Return the vectors whose addresses are at some places, from an element on."""
+    def streams(self, at: Any, positions: Any, itemsizes: Sequence[int], start: Any) -> list[_Stream]:
+        """Return the vectors whose addresses are at some positions in `at`, from element `start` on."""
         found = []
         for number, itemsize in enumerate(itemsizes):
-            address = self.builder.load(self.at(at, self.builder.load(self.at(places, number))))
+            address = self.builder.load(self.at(at, self.builder.load(self.at(positions, number))))
             kind = ir.FloatType() if itemsize == 4 else ir.DoubleType()
             found.append(_Stream(self, self.at(self.builder.inttoptr(address, kind.as_pointer()), start), itemsize))
         return found
 
-    def load_as_double(self, place: Any, itemsize: int, whole: bool) -> Any:
+    def load_as_double(self, address: Any, itemsize: int, whole: bool) -> Any:
         """Return a vector of doubles; unless it is whole, with one element and zeros."""
         if whole:
             kind = self.vector if itemsize == 8 else ir.VectorType(ir.FloatType(), self.lanes)
-            value = self.builder.load(self.builder.bitcast(place, kind.as_pointer()))
+            value = self.builder.load(self.builder.bitcast(address, kind.as_pointer()))
             value.align = itemsize
             return value if itemsize == 8 else self.builder.fpext(value, self.vector)
-        single = self.builder.load(place)
+        single = self.builder.load(address)
         single = single if itemsize == 8 else self.builder.fpext(single, self.element)
         return self.builder.insert_element(self.zero, single, self.short(0))
 
@@ -181,7 +138,7 @@ class _Streams(Writer):
         return self.builder.bitcast(value, self.integers)
 
     def whole_steps(self, count: Any) -> Any:
-        """Return how many of so many elements whole steps take."""
+        """Return how many of `count` elements whole steps take."""
         return self.builder.and_(count, self.index(-STEP))
 
 
@@ -207,12 +164,12 @@ class _Grains(_Streams):
                 for stream in streams if vectors > 1 else ():
                     stream.ask(i)
                 for vector in range(vectors):
-                    place = builder.add(i, self.index(vector * self.lanes))
-                    values = {stream: stream.load(place, whole) for stream in streams[:lefts]}
+                    position = builder.add(i, self.index(vector * self.lanes))
+                    values = {stream: stream.load(position, whole) for stream in streams[:lefts]}
                     grains = []
                     for number, (left, right) in enumerate(pairs):
                         if right not in values:
-                            values[right] = right.load(place, whole)
+                            values[right] = right.load(position, whole)
                         grains += self._grains(values[left], values[right], magics[number])
                     sums = [builder.add(total, self.bits(its)) for total, its in zip(sums, grains, strict=True)]
                 return sums
@@ -226,18 +183,14 @@ class _Grains(_Streams):
         # Every lane has added a magic number for each vector that it took part in.
         rest = builder.sub(count, end)
         taken = builder.add(builder.sdiv(end, self.index(self.lanes)), rest)
-        taken = builder.shuffle_vector(
-            builder.insert_element(nothing, taken, self.short(0)),
-            nothing,
-            ir.Constant(ir.VectorType(self.short, self.lanes), [0] * self.lanes),
-        )
+        taken = self.spread(taken, self.integers)
         half, low = (ir.Constant(self.integers, [value] * self.lanes) for value in (32, 0xFFFFFFFF))
         for number, its in enumerate(magics):
             for level, one in enumerate(its):
                 grains = builder.sub(sums[number * self.levels + level], builder.mul(taken, self.bits(one)))
                 for part, value in enumerate((builder.ashr(grains, half), builder.and_(grains, low))):
-                    place = self.at(totals, 4 * number + 2 * level + part)
-                    builder.store(builder.add(builder.load(place), builder.call(self._sum, [value])), place)
+                    address = self.at(totals, 4 * number + 2 * level + part)
+                    builder.store(builder.add(builder.load(address), builder.call(self._sum, [value])), address)
 
     def _grains(self, left: Any, right: Any, magics: list[Any]) -> list[Any]:
         """Return sums whose bits grow with the grains of each level."""
@@ -270,14 +223,14 @@ class _Multiples(_Streams):
                 for stream in streams if vectors > 1 else ():
                     stream.ask(i)
                 for vector in range(vectors):
-                    place = builder.add(i, self.index(vector * self.lanes))
-                    value = self.zero if self._first else self.load_as_double(self.at(total, place), 8, whole)
+                    position = builder.add(i, self.index(vector * self.lanes))
+                    value = self.zero if self._first else self.load_as_double(self.at(total, position), 8, whole)
                     for stream, factor in zip(streams, multiples, strict=True):
-                        value = builder.fadd(value, builder.fmul(factor, stream.load(place, whole)))
+                        value = builder.fadd(value, builder.fmul(factor, stream.load(position, whole)))
                     if self._last:
-                        largest = [builder.call(self._larger, [largest[0], self._written(value, out, place, whole)])]
+                        largest = [builder.call(self._larger, [largest[0], self._written(value, out, position, whole)])]
                     else:
-                        self._store(value, self.at(total, place), whole)
+                        self._store(value, self.at(total, position), whole)
                 return largest
 
             return step
@@ -287,21 +240,21 @@ class _Multiples(_Streams):
         _, largest = self.loop(1, end, count, largest, several(1, False))
         return builder.call(self._largest, largest)
 
-    def _written(self, value: Any, out: Any, place: Any, whole: bool) -> Any:
-        """Store what was asked for, and return the bits of its magnitude in double precision."""
+    def _written(self, value: Any, out: Any, position: Any, whole: bool) -> Any:
+        """Store the sum, and return the bits of its magnitude in double precision."""
         builder = self.builder
         if self._itemsize == 4:
             single = builder.fptrunc(value, ir.VectorType(ir.FloatType(), self.lanes))
-            self._store(single, self.at(out, place), whole)
+            self._store(single, self.at(out, position), whole)
             value = builder.fpext(single, self.vector)
         else:
-            self._store(value, self.at(out, place), whole)
+            self._store(value, self.at(out, position), whole)
         magnitude = ir.Constant(self.integers, [0x7FFFFFFFFFFFFFFF] * self.lanes)
         return builder.and_(self.bits(value), magnitude)
 
-    def _store(self, value: Any, place: Any, whole: bool) -> None:
+    def _store(self, value: Any, address: Any, whole: bool) -> None:
         if whole:
-            stored = self.builder.store(value, self.builder.bitcast(place, value.type.as_pointer()))
+            stored = self.builder.store(value, self.builder.bitcast(address, value.type.as_pointer()))
             stored.align = 8 if value.type == self.vector else 4
         else:
-            self.builder.store(self.builder.extract_element(value, self.short(0)), place)
+            self.builder.store(self.builder.extract_element(value, self.short(0)), address)

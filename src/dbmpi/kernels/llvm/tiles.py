@@ -3,52 +3,32 @@
 from __future__ import annotations
 
 import math
+from functools import reduce
 from typing import Any
 
 from llvmlite import ir  # type: ignore[import-untyped]
-from numba import types
 
-from dbmpi.kernels.llvm.writer import (
-    REGISTERS,
-    VECTOR_BYTES,
-    Arguments,
-    Writer,
-    constants,
-    instructions,
-    signature_of,
-)
+from dbmpi.kernels.llvm.writer import REGISTERS, VECTOR_BYTES, Call, Writer, instructions
 from dbmpi.kernels.memory import CACHE_LINE
 
 SHAPES = ((6, 4), (12, 2), (24, 1)) if REGISTERS == 32 else ((6, 2), (12, 1))
 """Rows and vectors of a tile, the widest first: its sums, a row of its factors and one more fill the registers."""
 _POINTERS = 6
-"""Rows whose addresses the processor's other registers have room for."""
+"""Rows whose addresses fit into the processor's other registers."""
 
 
-@instructions
-def multiply_tile(
-    typingctx: Any,
-    rows: Any,
-    vectors: Any,
-    by_columns: Any,
-    a: Any,
-    a_start: Any,
-    a_stride: Any,
-    b: Any,
-    b_start: Any,
-    out: Any,
-    out_start: Any,
-    out_stride: Any,
-    depth: Any,
-    add: Any,
-) -> Any:
+@instructions(
+    "rows vectors by_columns a a_start a_stride b b_start out out_start out_stride depth add",
+    constants="rows vectors by_columns",
+)
+def multiply_tile(call: Call) -> None:
     """Multiply a strip of `a` by a packed panel of `b` into one tile of `out`, all of it in registers.
 
     ``out[r, c] (+)= sum over k < depth of a[r, k] * b[k, c]`` for `rows` rows and ``vectors * lanes`` columns,
     summed in the order of k.  The arrays are flat; indices are not checked.
 
-    Parameters
-    ----------
+    Arguments of the call
+    ---------------------
     rows, vectors, by_columns : constants
         Shape of the tile; and whether the strip of `a` lies column after column (element (r, k) at
         ``a_start + r + k * a_stride``) or row after row (at ``a_start + r * a_stride + k``).
@@ -61,18 +41,9 @@ def multiply_tile(
     add : bool
         Add to what is in `out`, instead of replacing it.
     """
-    if not constants(rows, vectors, by_columns):
-        return None
-    shape = (rows.literal_value, vectors.literal_value, by_columns.literal_value)
-
-    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        given = Arguments(context, builder, signature, values)
-        tile = _Tile(builder, given.itemsize(3), *shape)
-        tile.write(given.pointer(3, 4), values[5], given.pointer(6, 7), given.pointer(8, 9), *values[10:13])
-        return context.get_dummy_value()
-
-    given = (a, a_start, a_stride, b, b_start, out, out_start, out_stride, depth, types.boolean)
-    return signature_of(rows, vectors, by_columns, *given), generate
+    tile = _Tile(call.builder, call.itemsize("a"), *map(call.constant, ("rows", "vectors", "by_columns")))
+    a, b, out = (call.pointer(array, f"{array}_start") for array in ("a", "b", "out"))
+    tile.write(a, call["a_stride"], b, out, call["out_stride"], call["depth"], call["add"])
 
 
 class _Tile(Writer):
@@ -94,25 +65,25 @@ class _Tile(Writer):
                     self.load(self.at(panel, step * width + vector * self.lanes), VECTOR_BYTES)
                     for vector in range(self.vectors)
                 ]
-                products = [(self.spread_at(*place), values) for place in strip[step] for values in b_row]
+                products = [(self.spread_at(*factor), values) for factor in strip[step] for values in b_row]
                 sums = [self.multiply_add(*pair, total) for pair, total in zip(products, sums, strict=True)]
             return sums
 
-        places = [
+        targets = [
             self.at(row, vector * self.lanes)
             for row in self.strided(out, out_stride, self.rows)
             for vector in range(self.vectors)
         ]
-        for place in places:
-            self.prefetch(place, write=True)
-        sums = self.unrolled_loop(self.unrolled, self.index(0), depth, [self.zero] * len(places), steps)
+        for target in targets:
+            self.prefetch(target, write=True)
+        sums = self.unrolled_loop(self.unrolled, self.index(0), depth, [self.zero] * len(targets), steps)
         with builder.if_else(builder.icmp_signed("!=", add, add.type(0))) as (adding, replacing):
             with adding:
-                for place, total in zip(places, sums, strict=True):
-                    self.store(builder.fadd(self.load(place), total), place)
+                for target, total in zip(targets, sums, strict=True):
+                    self.store(builder.fadd(self.load(target), total), target)
             with replacing:
-                for place, total in zip(places, sums, strict=True):
-                    self.store(total, place)
+                for target, total in zip(targets, sums, strict=True):
+                    self.store(total, target)
 
     def _factors_by_columns(self, a: Any, a_stride: Any, k: Any, count: int) -> list[list[tuple[Any, int]]]:
         """Return for each step where the strip's elements lie, as addresses and offsets."""
@@ -140,12 +111,12 @@ CHAINS = 16
 """Independent chains of `multiply_add_chains`: more than two units times their latency."""
 
 
-@instructions
-def multiply_add_chains(typingctx: Any, sample: Any, rounds: Any) -> Any:
+@instructions("sample rounds", result="sample")
+def multiply_add_chains(call: Call) -> Any:
     """Run `CHAINS` chains of `rounds` dependent vector multiply-adds: the fastest that a core computes.
 
-    Parameters
-    ----------
+    Arguments of the call
+    ---------------------
     sample : float32 or float64
         Start value of the chains; its type is the type of the arithmetic.
     rounds : int
@@ -154,30 +125,18 @@ def multiply_add_chains(typingctx: Any, sample: Any, rounds: Any) -> Any:
     Returns
     -------
     float
-        One element of the sum of the chains, so that they cannot be left out.
+        One element of the sum of the chains, so that the compiler cannot omit them.
     """
-    if not isinstance(sample, types.Float):
-        return None
+    builder, writer = call.builder, Writer(call.builder, call.kinds["sample"].bitwidth // 8)
 
-    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        writer = Writer(builder, signature.args[0].bitwidth // 8)
+    def constant(value: float) -> Any:
+        return ir.Constant(writer.vector, [value] * writer.lanes)
 
-        def constant(value: float) -> Any:
-            return ir.Constant(writer.vector, [value] * writer.lanes)
+    def steps(_: Any, carried: list[Any]) -> list[Any]:
+        return [writer.multiply_add(value, factor, addend) for value in carried]
 
-        factor, addend = constant(1.0 - math.ldexp(1, -10)), constant(math.ldexp(1, -17))
-        start = writer.spread(values[0])
-        chains = [builder.fadd(start, constant(math.ldexp(chain, -10))) for chain in range(CHAINS)]
-        _, results = writer.loop(
-            1,
-            writer.index(0),
-            values[1],
-            chains,
-            lambda _, carried: [writer.multiply_add(value, factor, addend) for value in carried],
-        )
-        total = start
-        for result in results:
-            total = builder.fadd(total, result)
-        return builder.extract_element(total, writer.short(0))
-
-    return sample(sample, types.intp), generate
+    factor, addend = constant(1.0 - math.ldexp(1, -10)), constant(math.ldexp(1, -17))
+    start = writer.spread(call["sample"])
+    chains = [builder.fadd(start, constant(math.ldexp(chain, -10))) for chain in range(CHAINS)]
+    _, results = writer.loop(1, writer.index(0), call["rounds"], chains, steps)
+    return builder.extract_element(reduce(builder.fadd, results, start), writer.short(0))

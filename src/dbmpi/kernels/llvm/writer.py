@@ -1,17 +1,21 @@
-"""Vector instructions for kernels, written in LLVM's language: what its compiler does not find by itself.
+"""Vector instructions for kernels, written in LLVM's language, which its compiler does not find by itself.
 
 LLVM turns plain loops into vector instructions well, but does not keep a block of two dozen vector accumulators in
 registers across a loop.  That is what dense arithmetic lives on: with one accumulator every multiply-add waits for
 the one before it, and from memory the core's two multiply-add units starve.
 
-This module knows the processor's vectors and has what the instructions are made of.  ``vector_tiles`` has tiles of
-matrix products, ``vector_rows`` products with rows that lie anywhere, ``vector_lanes`` what goes across the lanes
-of vectors, and ``vector_streams`` passes over many long vectors.  Nothing else writes LLVM instructions.
+This module knows the processor's vectors and has the parts that instructions are made of.  `tiles` has tiles of matrix
+products, `rows` products with rows at any offsets, `lanes` operations across the lanes of vectors, and `streams`
+passes over many long vectors.  Nothing else writes LLVM instructions.
+
+Instructions are functions of a `Call`; their docstrings describe the arguments of the call.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import update_wrapper
+from inspect import Parameter, Signature
 from typing import Any
 
 from llvmlite import ir  # type: ignore[import-untyped]
@@ -41,55 +45,103 @@ def lanes(itemsize: int) -> int:
     return VECTOR_BYTES // itemsize
 
 
-def instructions(function: Callable[..., Any]) -> Any:
-    """Let kernels call what a function of (typing context, types) describes."""
-    return intrinsic(prefer_literal=True)(function)
+def instructions(
+    arguments: str, constants: str = "", result: Any = types.void
+) -> Callable[[Callable[[Call], Any]], Any]:
+    """Let kernels call what the decorated function writes: it is given the `Call`.
+
+    Parameters
+    ----------
+    arguments : str
+        Names of the call's arguments, in order.  Integers among them are as wide as addresses.
+    constants : str
+        Names of those that must be constants, or tuples of them, when a kernel is compiled.
+    result
+        Numba's type of the result, or the name of an argument of the same type; by default there is none.
+    """
+    names, fixed = arguments.split(), constants.split()
+
+    def decorated(write: Callable[[Call], Any]) -> Any:
+        def typed(typingctx: Any, *given: Any) -> Any:
+            kinds = {name: _passed(kind, name in fixed) for name, kind in zip(names, given, strict=True)}
+            if not all(isinstance(one, types.Literal) for name in fixed for one in _elements(kinds[name])):
+                return None
+
+            def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+                written = write(Call(context, builder, kinds, dict(zip(names, values, strict=True))))
+                return context.get_dummy_value() if written is None else written
+
+            return kinds.get(result, result)(*kinds.values()), generate
+
+        parameters = [Parameter(name, Parameter.POSITIONAL_ONLY) for name in ("typingctx", *names)]
+        typed.__signature__ = Signature(parameters)  # type: ignore[attr-defined]  # Numba reads the arguments from it
+        return intrinsic(prefer_literal=True)(update_wrapper(typed, write, updated=()))
+
+    return decorated
 
 
-def constants(*given: Any) -> bool:
-    """Return whether the types of arguments are those of constants, or of tuples of them."""
-    return all(isinstance(one, types.Literal) for some in given for one in getattr(some, "types", [some]))
+def _passed(kind: Any, constant: bool) -> Any:
+    """Return the type that an argument is passed as."""
+    if constant:
+        return kind
+    kind = getattr(kind, "literal_type", kind)
+    return types.intp if isinstance(kind, types.Integer) else kind
 
 
-def literals(given: Any) -> list[Any]:
-    """Return the values of a tuple of constants, of which the type is given."""
-    return [one.literal_value for one in given]
+def _elements(kind: Any) -> Sequence[Any]:
+    """Return the types of a tuple's elements; of anything else, its own."""
+    elements: Sequence[Any] = getattr(kind, "types", [kind])
+    return elements
 
 
-def signature_of(*given: Any) -> Any:
-    """Return the signature of a call without a result: integers are as wide as addresses, all else is as given."""
-    return types.void(
-        *(types.intp if isinstance(one, types.Integer) and not isinstance(one, types.Literal) else one for one in given)
-    )
+class Call:
+    """A call of instructions, whose arguments have names.
 
+    Parameters
+    ----------
+    context, builder
+        Numba's and llvmlite's: where instructions go.
+    kinds : dict[str, type]
+        Numba's types of the arguments.
+    values : dict[str, value]
+        Their values in LLVM.
+    """
 
-class Arguments:
-    """The arguments of a call of instructions, by their places."""
+    def __init__(self, context: Any, builder: Any, kinds: dict[str, Any], values: dict[str, Any]) -> None:
+        self.builder, self.kinds, self.values = builder, kinds, values
+        self._context = context
 
-    def __init__(self, context: Any, builder: Any, signature: Any, values: Any) -> None:
-        self._context, self._builder, self._types, self.values = context, builder, signature.args, values
+    def __getitem__(self, name: str) -> Any:
+        return self.values[name]
 
-    def pointer(self, array: int, start: int | None = None) -> Any:
-        """Return the address in the array that is one argument, at the index that is another."""
-        data = self._context.make_array(self._types[array])(self._context, self._builder, self.values[array]).data
-        return data if start is None else self._builder.gep(data, [self.values[start]], inbounds=True)
+    def constant(self, name: str) -> Any:
+        """Return the value of the constant `name`; that of a tuple of constants as a list."""
+        kind = self.kinds[name]
+        return kind.literal_value if isinstance(kind, types.Literal) else [one.literal_value for one in kind]
 
-    def size(self, array: int) -> Any:
-        """Return the number of elements of the array that is one argument, 1-D."""
-        made = self._context.make_array(self._types[array])(self._context, self._builder, self.values[array])
-        return self._builder.extract_value(made.shape, 0)
+    def pointer(self, array: str, start: str = "") -> Any:
+        """Return the address of the first element of `array`, or that of the element whose index is `start`."""
+        data = self._made(array).data
+        return self.builder.gep(data, [self.values[start]], inbounds=True) if start else data
 
-    def numbers(self, argument: int) -> list[Any]:
-        """Return the elements of the tuple that is one argument."""
-        return list(cgutils.unpack_tuple(self._builder, self.values[argument]))  # type: ignore[no-untyped-call]
+    def size(self, array: str) -> Any:
+        """Return the number of elements of `array`, 1-D."""
+        return self.builder.extract_value(self._made(array).shape, 0)
 
-    def itemsize(self, array: int) -> int:
-        """Return the bytes of an element of the array that is one argument."""
-        return int(self._context.get_abi_sizeof(self._context.get_data_type(self._types[array].dtype)))
+    def numbers(self, name: str) -> list[Any]:
+        """Return the elements of the tuple `name`."""
+        return list(cgutils.unpack_tuple(self.builder, self.values[name]))  # type: ignore[no-untyped-call]
+
+    def itemsize(self, array: str) -> int:
+        """Return the bytes of an element of `array`."""
+        return int(self._context.get_abi_sizeof(self._context.get_data_type(self.kinds[array].dtype)))
+
+    def _made(self, array: str) -> Any:
+        return self._context.make_array(self.kinds[array])(self._context, self.builder, self.values[array])
 
 
 class Writer:
-    """Writes instructions on vectors of one float type: what all larger pieces are made of.
+    """Writes instructions on vectors of one float type, the base of all others.
 
     Parameters
     ----------
@@ -113,7 +165,7 @@ class Writer:
         self._prefetch = self.declared("llvm.prefetch.p0", ir.VoidType(), [byte, *[self.short] * 3])
 
     def declared(self, name: str, result: Any, arguments: list[Any]) -> Any:
-        """Return one of LLVM's own functions."""
+        """Return the function of LLVM's own that is called `name`, with types of its `result` and `arguments`."""
         return cgutils.get_or_insert_function(self.builder.module, ir.FunctionType(result, arguments), name)  # type: ignore[no-untyped-call]
 
     def multiply_add(self, one: Any, other: Any, addend: Any) -> Any:
@@ -125,8 +177,20 @@ class Writer:
     ) -> tuple[Any, list[Any]]:
         """Loop k from `start` to `stop`, `count` at a time; vectors that are carried on stay in registers.
 
-        `steps` writes the body for k and the carried vectors, and returns the new ones.  Returns the last k
-        and vectors.
+        Parameters
+        ----------
+        count : int
+            How much k grows each time.
+        start, stop : value
+        carried : list of vectors
+            Before the loop.
+        steps
+            Writes the body for k and the carried vectors, and returns the new ones.
+
+        Returns
+        -------
+        tuple
+            The last k, and the last vectors.
         """
         builder = self.builder
         before = builder.block
@@ -157,9 +221,19 @@ class Writer:
         carried: list[Any],
         steps: Callable[[Any, int, list[Any]], list[Any]],
     ) -> list[Any]:
-        """Loop as `loop` does, for as long as `count` steps remain (a power of two), and by single ones then.
+        """Loop as `loop` does, as long as `count` steps remain (a power of two), and by single ones then.
 
-        `steps` is told, after k, how many steps to write.
+        Parameters
+        ----------
+        count, start, stop, carried
+            As for `loop`.
+        steps
+            Writes some steps: takes k, their number and the carried vectors, and returns the new ones.
+
+        Returns
+        -------
+        list
+            The last vectors.
         """
         if count == 1:
             return self.loop(1, start, stop, carried, lambda k, values: steps(k, 1, values))[1]
@@ -170,7 +244,7 @@ class Writer:
     def blocks(self, heights: list[int], numbers: list[Any]) -> Iterator[tuple[int, Any]]:
         """Yield the height and the first row of blocks of rows, one below the other, where their instructions belong.
 
-        There are so many of each height; heights of 0 are passed over.
+        There are ``numbers[i]`` blocks of ``heights[i]`` rows; heights of 0 are passed over.
         """
         first = self.index(0)
         for height, number in zip(heights, numbers, strict=True):
@@ -181,54 +255,54 @@ class Writer:
                 first = stop
 
     def at(self, pointer: Any, *offsets: Any) -> Any:
-        """Return the address so many elements on; offsets are numbers or values."""
+        """Return the address that is all `offsets` elements, numbers or values, after `pointer`."""
         for offset in offsets:
             steps = self.index(offset) if isinstance(offset, int) else offset
             pointer = self.builder.gep(pointer, [steps], inbounds=True)
         return pointer
 
     def strided(self, start: Any, stride: Any, count: int) -> list[Any]:
-        """Return `count` addresses, each `stride` elements after the one before."""
+        """Return `count` addresses from `start` on, each `stride` elements after the one before."""
         pointers = [start]
         for _ in range(count - 1):
             pointers.append(self.at(pointers[-1], stride))
         return pointers
 
     def opaque(self, pointer: Any) -> Any:
-        """Return an address of which the compiler does not know how it was made."""
+        """Return `pointer` in a way that hides from the compiler how it was computed."""
         kind = ir.FunctionType(pointer.type, [pointer.type])
         return self.builder.asm(kind, "", "=r,0", [pointer], side_effect=False)
 
-    def spread(self, value: Any) -> Any:
-        """Return a vector of one value."""
-        nothing = ir.Constant(self.vector, ir.Undefined)
+    def spread(self, value: Any, kind: Any = None) -> Any:
+        """Return a vector of one value; of the type `kind` where its elements are no floats."""
+        nothing = ir.Constant(kind or self.vector, ir.Undefined)
         single = self.builder.insert_element(nothing, value, self.short(0))
         return self.shuffle(single, nothing, [0] * self.lanes)
 
     def spread_at(self, pointer: Any, *offsets: Any) -> Any:
-        """Return a vector of the one value at an address."""
+        """Return a vector of the one value at an address: `offsets` elements after `pointer`."""
         return self.spread(self.builder.load(self.at(pointer, *offsets)))
 
     def shuffle(self, one: Any, other: Any, order: list[int]) -> Any:
-        """Return the elements of two vectors, numbered on through both, in an order."""
+        """Return the elements of the vectors `one` and `other`, numbered on through both, in the order `order`."""
         return self.builder.shuffle_vector(one, other, ir.Constant(ir.VectorType(self.short, len(order)), order))
 
     def load(self, pointer: Any, alignment: int | None = None) -> Any:
-        """Return the vector at an address, which is aligned to an element, or to so many bytes."""
+        """Return the vector at `pointer`, which is aligned to an element, or to `alignment` bytes."""
         value = self.builder.load(self.as_vector(pointer))
         value.align = alignment or self.itemsize
         return value
 
     def store(self, value: Any, pointer: Any) -> None:
-        """Store a vector at an address, which is aligned to an element."""
+        """Store the vector `value` at `pointer`, which is aligned to an element."""
         self.builder.store(value, self.as_vector(pointer)).align = self.itemsize
 
     def as_vector(self, pointer: Any) -> Any:
-        """Return the address as that of a vector."""
+        """Return the address `pointer` as that of a vector."""
         return self.builder.bitcast(pointer, self.vector.as_pointer())
 
     def prefetch(self, pointer: Any, write: bool = False, level: int = 3) -> None:
-        """Ask for a cache line: 3 is the first cache, 2 the second."""
+        """Prefetch the cache line at `pointer`, to `write` or to read; `level` 3 is the first cache, 2 the second."""
         address = self.builder.bitcast(pointer, ir.IntType(8).as_pointer())
         flags = [self.short(flag) for flag in (int(write), level, 1)]
         self.builder.call(self._prefetch, [address, *flags])
@@ -237,8 +311,13 @@ class Writer:
 class MaskedWriter(Writer):
     """Writes instructions on rows of vectors that need not be full.
 
-    A row comes with a list of masks, one a vector, that say which of its elements there are: all where a mask is None.
-    Nothing is read or written beyond them.
+    A row comes with a list of masks, one a vector, that mark its elements: all where a mask is None.  Nothing else is
+    read or written.
+
+    Parameters
+    ----------
+    builder, itemsize
+        As for `Writer`.
     """
 
     def __init__(self, builder: Any, itemsize: int) -> None:
@@ -253,33 +332,32 @@ class MaskedWriter(Writer):
         )
 
     def masks(self, vectors: int, filled: Any) -> list[Any]:
-        """Return the masks of vectors of which so many elements are filled."""
+        """Return the masks of `vectors` vectors of which `filled` elements are used."""
         builder, many = self.builder, ir.VectorType(self.index, self.lanes)
-        start = ir.Constant(many, ir.Undefined)
-        counts = self.shuffle(builder.insert_element(start, filled, self.short(0)), start, [0] * self.lanes)
+        counts = self.spread(filled, many)
         return [
             builder.icmp_signed("<", ir.Constant(many, list(range(first, first + self.lanes))), counts)
             for first in range(0, vectors * self.lanes, self.lanes)
         ]
 
     def load_row(self, row: Any, masks: list[Any]) -> list[Any]:
-        """Return the vectors of a row, 0 where there is no element."""
+        """Return the vectors of the row at an address, 0 where `masks` have no element."""
         values = []
         for vector, mask in enumerate(masks):
-            place = self.at(row, vector * self.lanes)
+            address = self.at(row, vector * self.lanes)
             if mask is None:
-                values.append(self.load(place))
+                values.append(self.load(address))
             else:
-                arguments = [self.as_vector(place), self.short(self.itemsize), mask, self.zero]
+                arguments = [self.as_vector(address), self.short(self.itemsize), mask, self.zero]
                 values.append(self.builder.call(self._masked_load, arguments))
         return values
 
     def store_row(self, values: list[Any], row: Any, masks: list[Any]) -> None:
-        """Store the vectors of a row."""
+        """Store the vectors `values` of the row at an address, but for elements that `masks` leave out."""
         for vector, (value, mask) in enumerate(zip(values, masks, strict=True)):
-            place = self.at(row, vector * self.lanes)
+            address = self.at(row, vector * self.lanes)
             if mask is None:
-                self.store(value, place)
+                self.store(value, address)
             else:
-                arguments = [value, self.as_vector(place), self.short(self.itemsize), mask]
+                arguments = [value, self.as_vector(address), self.short(self.itemsize), mask]
                 self.builder.call(self._masked_store, arguments)
