@@ -16,6 +16,8 @@ PYTHON ?= python3
 PYTEST_ARGS ?=
 PIP = -m pip --disable-pip-version-check install --quiet
 PROJECT = pyproject.toml setup.cfg
+# Compiled kernels, for the demo and the tests of all checkouts and environments.
+export NUMBA_CACHE_DIR ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/dbmpi
 
 .PHONY: demo test test-mpich test-failures test-cluster test-families lint docs bench-peers clean distclean
 # Two pips in one environment would get into each other's way.

@@ -68,9 +68,19 @@ def mpi_environment() -> dict[str, str]:
     return THREADS | _OPEN_MPI | plain_environment()
 
 
-def prepare(numba_cache: Path) -> None:
+def kernel_cache() -> Path:
+    """Return where compiled kernels are kept for all sessions, checkouts and environments of this user.
+
+    ``NUMBA_CACHE_DIR`` or, as in the Makefile, the user's cache directory.
+    """
+    return Path(
+        os.environ.get("NUMBA_CACHE_DIR") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dbmpi"
+    )
+
+
+def prepare() -> None:
     """Set this process's environment; to be called before NumPy, Numba and MPI are imported."""
-    for name, value in (THREADS | {"NUMBA_CACHE_DIR": str(numba_cache)}).items():
+    for name, value in (THREADS | {"NUMBA_CACHE_DIR": str(kernel_cache())}).items():
         os.environ.setdefault(name, value)
     if rank_by_environment() is not None:
         for name, value in _OPEN_MPI.items():
