@@ -24,6 +24,7 @@ import numba
 import numpy as np
 from numba.core.caching import IndexDataCacheFile, NullCache
 from numba.core.compiler import CompileResult
+from numba.core.runtime.nrt import rtsys
 
 from dbmpi.machine import kernel_cache
 
@@ -67,8 +68,16 @@ class KernelStore(NullCache):
         return compile_alone
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
-        """Return the code for a signature; None if this process is to compile it."""
-        target_context.refresh()
+        """Return the code for a signature; None if this process is to compile it.
+
+        Numba's own cache first imports whatever can be compiled, SciPy included, which takes longer than all else in
+        the start of a small run.  Code that is there needs Numba's memory management alone; and compiling imports the
+        rest by itself.
+        """
+        if Path(self._function.__code__.co_filename).is_relative_to(_FOLDER):
+            rtsys.initialize(target_context)
+        else:  # a user's kernel may call anything
+            target_context.refresh()
         codegen = target_context.codegen()
         if (base := self._base(sig, codegen)) is None:
             return None
