@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
 import sys
+import time
 from functools import cache
 from pathlib import Path
 
@@ -78,10 +80,20 @@ def kernel_cache() -> Path:
     )
 
 
+def forget_old_kernels(directory: Path, days: float = 30.0) -> None:
+    """Delete compiled code of that age: most of it is of sources that have changed, and the rest is compiled again."""
+    for path in directory.glob("**/*.nb[ci]"):
+        with contextlib.suppress(FileNotFoundError):  # another session does the same
+            if path.stat().st_mtime < time.time() - days * 86400:
+                path.unlink()
+
+
 def prepare() -> None:
     """Set this process's environment; to be called before NumPy, Numba and MPI are imported."""
     for name, value in (THREADS | {"NUMBA_CACHE_DIR": str(kernel_cache())}).items():
         os.environ.setdefault(name, value)
-    if rank_by_environment() is not None:
+    if rank_by_environment() is None:
+        forget_old_kernels(kernel_cache())
+    else:
         for name, value in _OPEN_MPI.items():
             os.environ.setdefault(name, value)
