@@ -400,9 +400,7 @@ def test_job(variant): pass
     assert "10 deselected" in session.done.stdout
 
 
-@pytest.mark.parametrize(
-    ("chosen", "code"), [("passes", 0), ("unit", 1), ("failure", 1), ("nothing", 5)], ids=lambda value: str(value)
-)
+@pytest.mark.parametrize(("chosen", "code"), [("passes", 0), ("unit", 1), ("failure", 1), ("nothing", 5)], ids=str)
 def test_two_sessions_have_one_outcome(launch, tmp_path, chosen, code):
     for folder in ("unit", "harness", "failure"):
         (tmp_path / "tests" / folder).mkdir(parents=True)

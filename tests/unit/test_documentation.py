@@ -197,6 +197,7 @@ def command(block: Block, here: Path) -> list[str]:
     return [sys.executable, "block.py"]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("page", [page for page in PAGES if "<!-- test: quick" in page.read_text("utf-8")], ids=stem)
 def test_a_page_can_be_typed(page, tmp_path, launch):

@@ -124,25 +124,30 @@ class KernelStore(NullCache):
 def source_digest(function: Any) -> str | None:
     """Return a digest of the sources that a kernel is compiled from; None where they are no file.
 
-    They are the kernel's own file and the files of this folder that it imports, directly or not.  Functions from other
-    folders may depend on more, which only their path tells apart.
+    Functions from other folders may depend on more than `sources_of` finds: only their path tells these apart.
     """
     return _digest_of(function.__code__.co_filename)
 
 
+def sources_of(file: Path) -> dict[Path, bytes]:
+    """Return a file's content, and that of all files of this folder that it imports, directly or not."""
+    sources: dict[Path, bytes] = {}
+    wanted = [file]
+    while wanted:
+        path = wanted.pop()
+        if path in sources:
+            continue
+        sources[path] = path.read_bytes()
+        for module, names in _IMPORTS.findall(sources[path].decode()):
+            found = [module] if module else [name.split()[0] for name in names.split(",")]
+            wanted += [_FOLDER.joinpath(*name.split(".")).with_suffix(".py") for name in found]
+    return sources
+
+
 @cache
 def _digest_of(file: str) -> str | None:
-    sources: dict[Path, bytes] = {}
-    wanted = [Path(file)]
     try:
-        while wanted:
-            path = wanted.pop()
-            if path in sources:
-                continue
-            sources[path] = path.read_bytes()
-            for module, names in _IMPORTS.findall(sources[path].decode()):
-                found = [module] if module else [name.split()[0] for name in names.split(",")]
-                wanted += [_FOLDER.joinpath(*name.split(".")).with_suffix(".py") for name in found]
+        sources = sources_of(Path(file))
     except (OSError, UnicodeDecodeError):
         return None
     digest = hashlib.blake2s(digest_size=8)
