@@ -1,4 +1,5 @@
 # make demo          train a network and see what came out
+# make test-quick    a cross-section of the tests, on the Open MPI wheel
 # make test          all tests, on the Open MPI wheel
 # make test-mpich    all tests, on the MPICH wheel
 # make test-failures all variants of the tests of failures, of which the others run the first ones, on both MPIs
@@ -16,8 +17,12 @@ PYTHON ?= python3
 PYTEST_ARGS ?=
 PIP = -m pip --disable-pip-version-check install --quiet
 PROJECT = pyproject.toml setup.cfg
+# Two sessions at a time; one, where it is given what to run.
+SESSIONS = $(if $(PYTEST_ARGS),-m pytest $(PYTEST_ARGS),tests/harness/sessions.py)
+# Compiled kernels, for the demo and the tests of all checkouts and environments.
+export NUMBA_CACHE_DIR ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/dbmpi
 
-.PHONY: demo test test-mpich test-failures test-cluster test-families lint docs bench-peers clean distclean
+.PHONY: demo test-quick test test-mpich test-failures test-cluster test-families lint docs bench-peers clean distclean
 # Two pips in one environment would get into each other's way.
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
@@ -25,11 +30,14 @@ PROJECT = pyproject.toml setup.cfg
 demo: .venv/.installed-demo
 	@.venv/bin/python tools/demo.py
 
+test-quick: .venv/.installed-test
+	.venv/bin/python tests/harness/sessions.py --quick $(PYTEST_ARGS)
+
 test: .venv/.installed-test
-	.venv/bin/python -m pytest $(PYTEST_ARGS)
+	.venv/bin/python $(SESSIONS)
 
 test-mpich: .venv-mpich/.installed-test
-	.venv-mpich/bin/python -m pytest $(PYTEST_ARGS)
+	.venv-mpich/bin/python $(SESSIONS)
 
 test-failures: .venv/.installed-test .venv-mpich/.installed-test
 	DBMPI_TEST_VARIANTS=99 .venv/bin/python -m pytest tests/failure $(PYTEST_ARGS)

@@ -1,11 +1,8 @@
 """Prepares every test session: threads, caches, the launcher's tests and the watchdog."""
 
-from pathlib import Path
-
 from harness.environment import prepare, rank_by_environment
 
-# Before NumPy and Numba are imported by any test.  The kernels' cache lasts from one session to the next.
-prepare(numba_cache=Path(__file__).parent.parent / ".pytest_cache" / "numba")
+prepare()  # before NumPy and Numba are imported by any test
 
 import hypothesis  # noqa: E402
 

@@ -31,7 +31,7 @@ def assert_ended_by(done: Completed, number: int, name: str, since: float) -> No
 @pytest.mark.parametrize(
     ("rank", "number"),
     [
-        (0, signal.SIGTERM),
+        pytest.param(0, signal.SIGTERM, marks=pytest.mark.quick),
         (1, signal.SIGINT),
         (2, signal.SIGTERM),
         (2, signal.SIGUSR2),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
 import sys
+import time
 from functools import cache
 from pathlib import Path
 
@@ -68,10 +70,30 @@ def mpi_environment() -> dict[str, str]:
     return THREADS | _OPEN_MPI | plain_environment()
 
 
-def prepare(numba_cache: Path) -> None:
+def kernel_cache() -> Path:
+    """Return where compiled kernels are kept for all sessions, checkouts and environments of this user.
+
+    ``NUMBA_CACHE_DIR`` or, as in the Makefile, the user's cache directory.
+    """
+    return Path(
+        os.environ.get("NUMBA_CACHE_DIR") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dbmpi"
+    )
+
+
+def forget_old_kernels(directory: Path, days: float = 30.0) -> None:
+    """Delete compiled code of that age: most of it is of sources that have changed, and the rest is compiled again."""
+    for path in directory.glob("**/*.nb[ci]"):
+        with contextlib.suppress(FileNotFoundError):  # another session does the same
+            if path.stat().st_mtime < time.time() - days * 86400:
+                path.unlink()
+
+
+def prepare() -> None:
     """Set this process's environment; to be called before NumPy, Numba and MPI are imported."""
-    for name, value in (THREADS | {"NUMBA_CACHE_DIR": str(numba_cache)}).items():
+    for name, value in (THREADS | {"NUMBA_CACHE_DIR": str(kernel_cache())}).items():
         os.environ.setdefault(name, value)
-    if rank_by_environment() is not None:
+    if rank_by_environment() is None:
+        forget_old_kernels(kernel_cache())
+    else:
         for name, value in _OPEN_MPI.items():
             os.environ.setdefault(name, value)

@@ -29,7 +29,7 @@ import pytest
 from harness import rank, supervisor, watchdog
 from harness.environment import rank_by_environment
 from harness.launching import Launch
-from harness.selection import sizes_of
+from harness.selection import quick, sizes_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -39,6 +39,10 @@ if TYPE_CHECKING:
 _RANK = pytest.StashKey[rank.RankSession]()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="run a cross-section of the tests, in two minutes or less")
+
+
 @pytest.hookimpl(tryfirst=True)  # the terminal and the temporary directories find what a rank prepares for them
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
@@ -46,6 +50,8 @@ def pytest_configure(config: pytest.Config) -> None:
         "parallel(sizes, timeout=60): run under the launcher, once with each number of ranks; seconds allowed",
     )
     config.addinivalue_line("markers", "timeout(seconds): time allowed to each phase of a test, by default 60 s")
+    config.addinivalue_line("markers", "slow: takes more than a few seconds, and is left out by --quick")
+    config.addinivalue_line("markers", "quick: run by --quick although it starts whole jobs")
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         # A shell's background job ignores Ctrl-C, and so would all programs that are tested.
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -55,6 +61,13 @@ def pytest_configure(config: pytest.Config) -> None:
     else:
         config.pluginmanager.register(watchdog.Watchdog(config), "harness-watchdog")
         config.pluginmanager.register(supervisor.Supervisor(config), "harness-supervisor")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.option.quick:
+        kept = quick(items)
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = kept
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -1,12 +1,16 @@
-"""What a test's markers say: on how many ranks it runs, and how long it may take."""
+"""What a test's markers say: on how many ranks it runs, how long it may take, and whether a quick session has it."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import pytest
 
 from harness.environment import timeout_scale
 
 DEFAULT_SECONDS = 60.0
+QUICK_RANKS = (2, 3)
+"""Rank counts of a quick session, which starts the launcher once for each."""
 
 
 def sizes_of(node: pytest.Item) -> list[int] | None:
@@ -40,3 +44,26 @@ def seconds_of(item: pytest.Item) -> float:
         if marker is not None:
             seconds = marker.kwargs.get("timeout", marker.args[0] if name == "timeout" and marker.args else seconds)
     return float(seconds) * timeout_scale()
+
+
+def quick(items: Sequence[pytest.Item]) -> list[pytest.Item]:
+    """Return the cross-section that a quick session runs.
+
+    That is every test of `tests/unit` that is not marked ``slow``; of every function in `tests/parallel` the first
+    variant on the smallest of `QUICK_RANKS`, if it is not slow; and elsewhere those that are marked ``quick``.
+    """
+    chosen: dict[str, pytest.Item] = {}
+    for item in items:
+        size = size_of(item)
+        function = item.nodeid.partition("[")[0]
+        if "unit" not in item.path.parts and "parallel" not in item.path.parts:
+            wanted = item.get_closest_marker("quick") is not None
+        else:
+            wanted = item.get_closest_marker("slow") is None and (size is None or size in QUICK_RANKS)
+        if not wanted:
+            continue
+        if size is None:
+            chosen[item.nodeid] = item
+        elif function not in chosen or size < (size_of(chosen[function]) or 0):
+            chosen[function] = item
+    return list(chosen.values())

@@ -360,6 +360,61 @@ def test_needs_it_too(shared_path):
     assert "needs @pytest.mark.parallel" in session.cases["test_needs_the_mark"].text
 
 
+def test_a_quick_session_has_a_cross_section(nested, tmp_path):
+    files = {
+        "unit": """
+@pytest.mark.parametrize("variant", "ab")
+def test_unit(variant): pass
+
+@pytest.mark.slow
+def test_slow(): pass
+""",
+        "parallel": """
+@pytest.mark.parallel([1, 3, 6])
+@pytest.mark.parametrize("variant", "ab")
+def test_few_ranks(comm, variant): pass
+
+@pytest.mark.parallel([1, 2, 3])
+def test_two_ranks(comm): pass
+
+@pytest.mark.parallel([6])
+def test_many_ranks(comm): pass
+""",
+        "failure": """
+@pytest.mark.parametrize("variant", ["a", pytest.param("b", marks=pytest.mark.quick)])
+def test_job(variant): pass
+""",
+    }
+    for folder, source in files.items():
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / f"test_{folder}.py").write_text("import pytest\n" + source)
+    session = nested("", "--quick", "--collect-only", "-q")
+    chosen = {line.partition("::")[2] for line in session.done.stdout.splitlines() if "::" in line}
+    assert chosen == {
+        "test_unit[a]",
+        "test_unit[b]",
+        "test_few_ranks[n3-a]",
+        "test_two_ranks[n2]",
+        "test_job[b]",
+    }, session.done.transcript
+    assert "10 deselected" in session.done.stdout
+
+
+@pytest.mark.parametrize(("chosen", "code"), [("passes", 0), ("unit", 1), ("failure", 1), ("nothing", 5)], ids=str)
+def test_two_sessions_have_one_outcome(launch, tmp_path, chosen, code):
+    for folder in ("unit", "harness", "failure"):
+        (tmp_path / "tests" / folder).mkdir(parents=True)
+        (tmp_path / "tests" / folder / f"test_{folder}.py").write_text(
+            f"def test_passes_{folder}():\n    pass\n\n\ndef test_{folder}_fails():\n    assert False\n"
+        )
+    (tmp_path / "pytest.ini").touch()
+    sessions = [sys.executable, Path(__file__).with_name("sessions.py"), "-p", "no:cacheprovider"]
+    done = launch(None, [*sessions, "-k", f"passes or {chosen}" if code == 1 else chosen], cwd=tmp_path)
+    assert done.returncode == code, done.transcript
+    assert done.stdout.count("test session starts") == 2
+    assert (f"test_{chosen}_fails" in done.stdout) == (code == 1), done.transcript
+
+
 def test_watchdog_without_a_launcher(nested):
     session = nested(
         """

@@ -248,6 +248,7 @@ def test_blocks_continue_pages_that_exist():
     assert continued <= {page.stem for page in PAGES if "<!-- test: quick -->" in page.read_text(encoding="utf-8")}
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if "<!-- test: quick -->" in page.read_text("utf-8")], ids=stem

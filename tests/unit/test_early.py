@@ -213,13 +213,13 @@ assert {nowhere!r} in loss
 def test_kernels_work_where_the_disk_is_full(tmp_path: Path) -> None:
     program = """
 import numpy as np
-from dbmpi.kernels import compile, updates
+from dbmpi.kernels import store, updates
 from numba.core import caching
 def full(self, *args): raise OSError(28, "No space left on device")
 caching.IndexDataCacheFile.save = full
 x = np.ones(3, np.float32)
 updates.add(x, x.copy())
-assert x.tolist() == [2, 2, 2] and "No space left" in compile.unkept()
+assert x.tolist() == [2, 2, 2] and "No space left" in store.KernelStore.unkept
 """
     python(program, tmp_path)
 

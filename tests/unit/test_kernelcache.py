@@ -119,6 +119,22 @@ def test_a_cache_directory_that_cannot_be_written_is_replaced(
     assert str(tmp_path / "file" / "cache") in kernel_cache.notes()[0]
 
 
+def test_a_cache_directory_that_everybody_can_change_is_replaced(
+    temporary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(shared))
+    shared.chmod(0o777)
+    assert kernel_cache.private_part(shared, "kernels") is None
+    assert own(temporary) in kernel_cache.prepare().parents
+    assert "can be changed by everybody" in kernel_cache.notes()[0]
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(shared))
+    shared.chmod(0o1777)  # sticky: a part that is ours stays ours
+    assert kernel_cache.prepare() == shared
+    assert is_private(kernel_cache.private_part(shared, "kernels"))
+
+
 def test_where_nothing_can_be_written_it_says_so(
     temporary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,7 +4,6 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import numba
 import numpy as np
@@ -15,7 +14,6 @@ from numba.core.codegen import get_host_cpu_features
 from scipy import special
 
 from dbmpi.kernels import activations, elementary, losses, reconstruction, updates
-from dbmpi.kernels import compile as compiling
 from dbmpi.kernels.compile import kernel
 from dbmpi.kernels.fields import Blocks
 from dbmpi.kernels.llvm.lanes import sum_along_rows
@@ -469,18 +467,6 @@ def test_few_elements_are_left_to_one_thread(tmp_path):
         check=True,
     )
     assert done.stdout.splitlines() == ["{1.0} 2", "{2.0} 2", "True"]
-
-
-def test_kernels_are_compiled_anew_where_any_source_has_changed(tmp_path):
-    """Numba sees changes of a function's own file alone, and kernels are made of functions of several."""
-    (tmp_path / "below").mkdir()
-    digests = []
-    for place, text in (("one.py", "a"), ("below/other.py", "a"), ("below/other.py", "b"), ("one.py", "b")):
-        (tmp_path / place).write_text(text, encoding="utf-8")
-        digests.append(compiling.digest_of.__wrapped__(tmp_path))
-    assert len(set(digests)) == 4
-    sources = Path(compiling.__file__).parent
-    assert losses.softmax.py_func.__qualname__.endswith(compiling.digest_of(sources))
 
 
 def test_functions_that_one_factory_made_have_names_of_their_own():

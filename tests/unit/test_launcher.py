@@ -413,6 +413,7 @@ def test_dry_run_starts_nothing() -> None:
     assert " -n 5 " in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(150)
 def test_doctor_finds_this_environment_in_order() -> None:
     done = run_dbmpi("doctor", "--json")
@@ -424,6 +425,7 @@ def test_doctor_finds_this_environment_in_order() -> None:
     assert by_name["MPI"]["found"].startswith("mpi4py ")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(150)
 def test_doctor_finds_what_is_broken(tmp_path: Path) -> None:
     (tmp_path / "h5py.py").write_text("raise ImportError('libhdf5.so: cannot open shared object file')")
@@ -439,6 +441,7 @@ def test_doctor_finds_what_is_broken(tmp_path: Path) -> None:
     assert last == "broken: h5py"
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(150)
 def test_doctor_under_the_launcher_looks_at_the_world() -> None:
     done = run_dbmpi("launch", "-n", "2", "--", "doctor")

@@ -101,6 +101,7 @@ def newcomer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return here
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("block", quick_blocks(), ids=lambda block: f"line{block.line}")
 def test_the_readme_can_be_typed(block, newcomer, launch):

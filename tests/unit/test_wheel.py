@@ -53,6 +53,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return here / "venv" / "bin"
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_the_command_line_and_its_examples(installed: Path, tmp_path: Path) -> None:
     done = run(installed / "dbmpi", "--version", cwd=tmp_path)
@@ -66,6 +67,7 @@ def test_the_command_line_and_its_examples(installed: Path, tmp_path: Path) -> N
         assert (tmp_path / source.name).read_text() == source.read_text().replace(" examples/", " ")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_it_is_a_typed_package_of_its_own(installed: Path, tmp_path: Path) -> None:
     """The libraries that it needs are those of this environment."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from numba.core import event
 
-from dbmpi.kernels import compile as compiling
+from dbmpi.kernels.store import KernelStore
 
 EVERY = 3.0
 """Seconds between two lines."""
@@ -80,8 +80,8 @@ class _Listener(event.Listener):
         if not self._kernels:
             return
         kept = "later starts find them"
-        if compiling.unkept():
-            kept = f"later starts will compile them again, as they cannot be kept: {compiling.unkept()}"
+        if KernelStore.unkept:
+            kept = f"later starts will compile them again, as they cannot be kept: {KernelStore.unkept}"
         seconds = time.monotonic() - self._began
         self._say(f"compiled {self._kernels} kernel{'s' if self._kernels > 1 else ''} in {seconds:.0f} s; {kept}")
         self._kernels = 0

@@ -21,14 +21,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from functools import cache, cached_property, update_wrapper
-from pathlib import Path
+from functools import cached_property, update_wrapper
 from types import FunctionType
 from typing import Any, Generic, ParamSpec, Protocol, TypeVar, cast
 
 import numba
 import numpy as np
 
+from dbmpi.kernels.store import KernelStore, source_digest
 from dbmpi.machine import threads
 
 P = ParamSpec("P")
@@ -40,8 +40,6 @@ THREADS: int = min(numba.config.NUMBA_NUM_THREADS, threads.prepare().kernels)  #
 
 SERIAL = 1 << 16
 """Elements, in all arrays of a call, up to which a kernel runs on one thread."""
-
-_SOURCES = Path(__file__).parent
 
 REORDERED = {"reassoc", "nsz", "contract"}
 """Fast-math flags of sums: order and fusing are free, NaN and infinity are not."""
@@ -89,18 +87,12 @@ class _Limit:
     """How many threads kernels use at present."""
 
     threads = THREADS
-    unkept = ""
 
 
 def limit_threads(number: int) -> int:
     """Let kernels use at most `number` threads from now on, and return how many they will use."""
     _Limit.threads = max(1, min(number, THREADS))
     return _Limit.threads
-
-
-def unkept() -> str:
-    """Return why compiled code could not be kept on disk; empty if it could."""
-    return _Limit.unkept
 
 
 def _compile(function: Callable[P, R_co], kind: str, parallel: bool = False, **options: Any) -> Kernel[P, R_co]:
@@ -110,34 +102,18 @@ def _compile(function: Callable[P, R_co], kind: str, parallel: bool = False, **o
 
 
 def _jitted(function: Callable[P, R_co], kind: str, options: dict[str, Any]) -> Kernel[P, R_co]:
-    # Numba's cache knows a function by its name and the age of its own file.  It would neither see that a function
-    # of another file which was compiled into it has changed, nor that it was compiled with other options.  And
-    # functions that one factory made, compiled in two processes, may have the same symbols for a third that loads both.
-    function.__qualname__ = f"{function.__qualname__}{_variant(function)}_{kind}_{digest_of(_SOURCES)}"
+    # Symbols follow from names: functions that one factory made, or that were compiled from other sources or with other
+    # options, may meet in a process that loads all of them from disk.
+    sources = source_digest(function) or ""
+    function.__qualname__ = f"{function.__qualname__}{_variant(function)}_{kind}_{sources}"
     disabled, numba.config.DISABLE_JIT = numba.config.DISABLE_JIT, 0  # type: ignore[attr-defined]
     try:  # some kernels contain LLVM's instructions, which Python cannot run; only a user's own code is not compiled
         compiled = numba.njit(nogil=True, error_model="numpy", **options)(function)
     finally:
         numba.config.DISABLE_JIT = disabled  # type: ignore[attr-defined]
-    _keep(compiled)
+    store = KernelStore(function)
+    compiled._cache, compiled.compile = store, store.compile_once(compiled.compile)
     return cast(Kernel[P, R_co], compiled)
-
-
-def _keep(compiled: Any) -> None:
-    """Let a function's code be kept on disk, if it can be: where it cannot, it is compiled at each start."""
-    try:
-        compiled.enable_caching()
-    except (RuntimeError, OSError):  # no directory at all
-        return
-    save = compiled._cache.save_overload
-
-    def keep(*arguments: Any) -> None:
-        try:
-            save(*arguments)
-        except OSError as error:  # a disk that is full, or has become read-only
-            _Limit.unkept = str(error)
-
-    compiled._cache.save_overload = keep
 
 
 class _Threaded(Generic[P, R_co]):
@@ -189,18 +165,9 @@ def _variant(function: Callable[..., Any]) -> str:
     held = [cell.cell_contents for cell in function.__closure__ or ()]
     if not held:
         return ""
-    plain = (bool, int, float, tuple)
+    plain = (bool, int, float, str, tuple, type(None))
     texts = [
         repr(value) if isinstance(value, plain) else getattr(value, "__qualname__", type(value).__name__)
         for value in (getattr(value, "py_func", value) for value in held)
     ]
     return "_" + hashlib.blake2s(" ".join(texts).encode(), digest_size=4).hexdigest()
-
-
-@cache
-def digest_of(directory: Path) -> str:
-    """Return a short digest of the Python files in a directory and all below it."""
-    digest = hashlib.blake2s(digest_size=4)
-    for source in sorted(directory.rglob("*.py")):
-        digest.update(source.read_bytes())
-    return digest.hexdigest()

@@ -47,7 +47,8 @@ def prepare() -> Path | None:
     """
     theirs = threads.without_prepared(os.environ)
     given = theirs.get(VARIABLE, "").strip()
-    if given and _can_be_written(Path(given)):
+    problem = _problem(Path(given)) if given else ""
+    if given and not problem:
         return Path(given)
     kind = "serial" if os.environ.get("NUMBA_NUM_THREADS", "").strip() == "1" else "threads"
     place = hashlib.blake2b("\n".join((cpu_description(), sys.prefix, sys.version)).encode(), digest_size=6).hexdigest()
@@ -62,7 +63,7 @@ def prepare() -> Path | None:
         )
         return None
     if given:
-        _notes.append(f"{VARIABLE}={given} cannot be written: compiled kernels are kept in {directory}")
+        _notes.append(f"{VARIABLE}={given} {problem}: compiled kernels are kept in {directory}")
     threads.put({VARIABLE: str(directory)})
     return directory
 
@@ -89,6 +90,15 @@ def private_directory(name: str) -> Path | None:
         except OSError:
             return None
     return place
+
+
+def private_part(directory: Path, name: str) -> Path | None:
+    """Return a directory of this user's alone in one that others may use, too; made if missing (mode 0700).
+
+    None where there cannot be one.
+    """
+    part = directory / f"{name}-{os.getuid()}"
+    return part if not _problem(directory) and _make_private(part) else None
 
 
 @contextlib.contextmanager
@@ -153,15 +163,17 @@ def _private_root() -> Path | None:
     return Path(made)
 
 
-def _can_be_written(directory: Path) -> bool:
-    """Return whether files can be made in a directory, or it can be made."""
-    with contextlib.suppress(OSError):
-        directory.mkdir(parents=True, exist_ok=True)
+def _problem(directory: Path) -> str:
+    """Return why compiled code cannot be kept in a directory, which is made if missing; empty if it can."""
     try:
+        directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory):
-            return True
+            mode = directory.stat().st_mode
     except OSError:
-        return False
+        return "cannot be written"
+    if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+        return "can be changed by everybody"
+    return ""
 
 
 def _is_safe(base: Path) -> bool:
