@@ -9,7 +9,7 @@ its own part, what results stays there, and only scalars come back.  `Space` is 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -76,25 +76,4 @@ class Space(Protocol):
 
     def project(self, point: str, origin: str, gradient: str) -> None:
         """Set elements of the point to zero that left the orthant of `origin` and ``-gradient`` (OWL-QN)."""
-        ...
-
-
-@runtime_checkable
-class RunningSpace(Protocol):
-    """What the shards of a run do beside arithmetic."""
-
-    def accrue(self, name: str, replica: int, bundle: int) -> None:
-        """Add the gradient that a replica has committed to a vector."""
-        ...
-
-    def meet(self) -> np.ndarray:
-        """Wait until all shards have come here; return how many bundles were out of reach since the last time."""
-        ...
-
-    def hand_over(self, names: Sequence[str]) -> None:
-        """Send vectors to the lead, for a checkpoint."""
-        ...
-
-    def end(self) -> None:
-        """Hear that the run is over."""
         ...

@@ -13,7 +13,6 @@ from dbmpi.checkpoint.meaning import Meaning, check_same_data
 from dbmpi.checkpoint.reader import Checkpoint
 from dbmpi.config import Run
 from dbmpi.data.stream import Order, Stream
-from dbmpi.downpour.lead import StartingPoint
 from dbmpi.errors import UserError
 from dbmpi.index.layout import Layout
 from dbmpi.machine.endings import note_run
@@ -22,6 +21,7 @@ from dbmpi.mpi import waiting
 from dbmpi.mpi.world import together
 from dbmpi.paramserver.rules import rule
 from dbmpi.runs.resume import check_same_order, previous
+from dbmpi.session import StartingPoint
 
 _LEAD = 0
 """The rank of shard 0, which looks at the run directory for all."""

@@ -18,7 +18,6 @@ from dbmpi.data import limits
 from dbmpi.data.run_data import open_data
 from dbmpi.data.stream import Order
 from dbmpi.downpour import run as downpour_run
-from dbmpi.downpour.session import DTYPE, Session
 from dbmpi.errors import UserError
 from dbmpi.kernels.announce import announced
 from dbmpi.machine import capacity, environment
@@ -40,6 +39,7 @@ from dbmpi.replica.whole import make_replica
 from dbmpi.result import Result
 from dbmpi.runs import start as runs_start
 from dbmpi.sandblaster import run as sandblaster_run
+from dbmpi.session import DTYPE, Session
 
 if TYPE_CHECKING:
     from collections.abc import Callable

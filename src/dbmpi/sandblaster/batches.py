@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dbmpi.sandblaster.state import Position
 
 if TYPE_CHECKING:
-    from dbmpi.checkpoint.meaning import Meaning
     from dbmpi.config import Run
-    from dbmpi.data.stream import Order, Stream
+    from dbmpi.data.stream import Order
     from dbmpi.methods.descent import Reason
-    from dbmpi.sandblaster.state import MethodState
 
 REASONS: dict[Reason, str] = {
     "gradient": "the gradient is as small as sandblaster.gtol asks",
@@ -26,42 +23,10 @@ REASONS: dict[Reason, str] = {
 """Why a run has ended, for people."""
 
 
-@dataclass(frozen=True)
-class BatchStart:
-    """Where a session begins."""
-
-    stream: Stream
-    step: int = 0
-    """Portions, or steps of Downpour, in earlier sessions."""
-    samples: int = 0
-    state: MethodState | None = None
-    """Of the batch method, if its vectors are on the shards."""
-
-    def place(self, portions: int) -> int:
-        """Return the place in the stream that is reached with so many portions of this session."""
-        return min(self.stream.frontier + portions, self.stream.total)
-
-
-@dataclass(frozen=True)
-class Samples:
-    """What there is to learn from and to test on."""
-
-    order: Order
-    tests: int
-    """Held-out samples; 0 without any."""
-    input_shape: tuple[int, ...]
-    classes: int
-    meaning: Meaning | None = None
-
-    @property
-    def test_portions(self) -> int:
-        """Portions of the held-out samples."""
-        return -(-self.tests // self.order.batch_size)
-
-    def of(self, portions: range) -> int:
-        """Return the number of samples of portions of the stream."""
-        epochs, rest = divmod(len(portions), self.order.batches_per_epoch)
-        return epochs * self.order.samples + sum(map(self.order.size, portions[len(portions) - rest :]))
+def samples_of(order: Order, portions: range) -> int:
+    """Return the number of samples of portions of the stream."""
+    epochs, rest = divmod(len(portions), order.batches_per_epoch)
+    return epochs * order.samples + sum(map(order.size, portions[len(portions) - rest :]))
 
 
 class Sampling:

@@ -26,6 +26,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from dbmpi.kernels.memory import CACHE_LINE
+from dbmpi.paramserver.memory import lines
 
 _WORD = 8
 _BATCH_SHIFT, _OWNER_SHIFT = 32, 20
@@ -82,8 +83,8 @@ class PostedBatch(NamedTuple):
     """Number of the first portion's samples in the stream."""
     samples: int
     """Of the whole batch."""
-    place: int = 0
-    """Portions of all batches up to its end, for reports."""
+    reached: int = 0
+    """Position in the stream at its end, for reports."""
 
 
 END = -1
@@ -283,6 +284,8 @@ class Bundles:
     the list, say which bundles they have taken: one more than the last one in that slot.
     """
 
+    rank: int
+    """Of the worker."""
     offset: int
     """Where they begin."""
     elements: int
@@ -298,7 +301,7 @@ class Bundles:
 
     def gradient_of(self, bundle: int) -> int:
         """Where the gradient of a bundle lies."""
-        return self.list_of(bundle) + _lines(self.list_words * _WORD)
+        return self.list_of(bundle) + lines(self.list_words * _WORD)
 
     def taken(self, taker: int, bundle: int) -> int:
         """Word of a shard, or of the lead as the last one, for the slot of a bundle: up to which one it is free."""
@@ -310,13 +313,13 @@ class Bundles:
         return _HEAD + 4 * self.results
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of all."""
-        return _lines(self.taken(self.shards + 1, 0) - self.offset)
+    def end(self) -> int:
+        """Where the window may end."""
+        return self.offset + lines(self.taken(self.shards + 1, 0) - self.offset)
 
     @property
     def _slot_bytes(self) -> int:
-        return _lines(self.list_words * _WORD) + _lines(self.elements * self.itemsize)
+        return lines(self.list_words * _WORD) + lines(self.elements * self.itemsize)
 
 
 def pack(words: np.ndarray, batch: int, seconds: float, results: list[PortionResult]) -> None:
@@ -338,7 +341,3 @@ def unpack(words: np.ndarray) -> tuple[int, float, list[PortionResult]]:
         for (portion, samples, correct), loss in zip(rows[:, :3].tolist(), losses, strict=True)
     ]
     return batch, 1e-6 * microseconds, results
-
-
-def _lines(nbytes: int) -> int:
-    return -(-nbytes // CACHE_LINE) * CACHE_LINE

@@ -15,6 +15,7 @@ from dbmpi.sandblaster.board import END, SLOTS, Board, Bundles, PassKind, Portio
 
 if TYPE_CHECKING:
     from dbmpi.mpi.window import Window
+    from dbmpi.replica.team import Team
 
 
 class Work(Protocol):
@@ -34,7 +35,7 @@ class Work(Protocol):
 
 
 class _Action(IntEnum):
-    """What partition 0 tells all partitions to do, itself included."""
+    """What partition 0 decides for all partitions, itself included."""
 
     FETCH = 0
     """A batch begins: its words, and the number of the open bundle."""
@@ -47,19 +48,6 @@ class _Action(IntEnum):
     END = 5
 
 
-SAID = 8
-"""Numbers that partition 0 says at a time."""
-
-Agree = Callable[[list[int] | None], list[int] | None]
-"""Tells all partitions what partition 0 says: called with numbers there and with None elsewhere; returns the numbers,
-or None where there are none yet."""
-
-
-def alone(numbers: list[int] | None) -> list[int] | None:
-    """Agree with oneself."""
-    return numbers
-
-
 class Portions:
     """The life of one worker, in small steps: :meth:`poll` does the next one, and never waits for another replica.
 
@@ -68,22 +56,19 @@ class Portions:
     board
         The lead's board.
     window
-        This worker's window; its bundles lie there.
-    bundles
-        Where.
-    replica, partition
-        Which worker this is.
-    takers
-        Shards that take something of this worker's bundles.
+        This worker's.
+    team
+        The partitions of the replica.
     work
         What to compute.
-    per_bundle
-        Portions that make a bundle.
-    ordered
-        Whether the lead takes bundles in the order of their portions.
-    agree, gather, wait
-        How the partitions of a replica act as one: see `Agree`; `gather` waits for all of them, and `wait` for a
-        condition, while this rank goes on with other duties.
+    replica
+        Which one this is.
+    bundles
+        Where this worker's bundles lie.
+    takers
+        Shards that take something of them.
+    clock
+        Seconds; for tests.
 
     Attributes
     ----------
@@ -99,24 +84,18 @@ class Portions:
         self,
         board: Board,
         window: Window,
-        bundles: Bundles,
-        replica: int,
-        partition: int,
-        takers: Sequence[int],
+        team: Team,
         work: Work,
-        per_bundle: int,
-        ordered: bool = False,
-        agree: Agree = alone,
-        gather: Callable[[], None] = lambda: None,
-        wait: Callable[[Callable[[], bool]], None] = lambda condition: None,
+        *,
+        replica: int,
+        bundles: Bundles,
+        takers: Sequence[int],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._board, self._window, self._bundles = board, window, bundles
-        self._replica, self._speaks = replica, partition == 0
-        self._work, self._per_bundle, self._ordered = work, per_bundle, ordered
-        self._agree, self._gather, self._wait, self._clock = agree, gather, wait, clock
+        self._board, self._window, self._team, self._work = board, window, team, work
+        self._replica, self._bundles, self._clock = replica, bundles, clock
         self._taken = [_words(window, bundles, taker) for taker in takers]
-        self._read = _words(window, bundles, bundles.shards) if self._speaks else None
+        self._read = _words(window, bundles, bundles.shards) if team.speaks else None
         self._gradient = np.zeros(bundles.elements, np.float32)
         self._batch = PostedBatch(0, PassKind.GRADIENT, 0, 0, 0)
         self._bundle, self._sums = 0, 0
@@ -141,7 +120,7 @@ class Portions:
             return False
         if self.given_up:
             return self._watch_others()
-        said = self._agree(self._decide() if self._speaks else None)
+        said = self._team.poll(self._decide() if self._team.speaks else None)
         if said is None:
             return False
         action, *numbers = said
@@ -200,7 +179,7 @@ class Portions:
                 self._results.append(PortionResult(self._portion, *self._outcome_words()))
                 return [_Action.KEEP]
             self.lost += 1
-        if self._sums >= self._per_bundle:
+        if self._sums >= self._bundles.results:
             return [_Action.COMMIT]
         if not (self._sums or self._slot_free()):
             return None
@@ -230,7 +209,7 @@ class Portions:
         self.copies += 1
         # Those that were drawn first are the latest; two that copy at a time had better not copy the same, unless the
         # first one is what all others wait for.
-        return outstanding[0 if self._ordered else self._replica % len(outstanding)]
+        return outstanding[0 if self._board.ordered else self._replica % len(outstanding)]
 
     def _compute(self, portion: int) -> None:
         began = self._clock()
@@ -243,7 +222,7 @@ class Portions:
         """Add the gradient of the portion to the bundle, by its share of the batch."""
         self._undecided = False
         if self._sums == 0:
-            self._wait(self._slot_free)
+            self._team.wait(self._slot_free, "the shards to take a gradient")
         self._sums += 1
         if self._batch.kind == PassKind.TEST:
             return
@@ -257,8 +236,8 @@ class Portions:
 
     def _commit(self) -> None:
         """Let the bundle count, unless it has been revoked."""
-        self._gather()
-        if self._speaks:
+        self._team.gather()
+        if self._team.speaks:
             place = self._bundles.list_of(self._bundle)
             words = self._window.local[place : place + 8 * self._bundles.list_words].view(np.int64)
             pack(words, self._batch.number, self._seconds / self.computed, self._results)
