@@ -374,7 +374,11 @@ def test_negative_curvature_is_not_learned():
     space, evaluate, _ = local_problem(function, np.full(3, 0.1))
     history = History(space)
     lbfgs(
-        space, evaluate, history=history, search=lambda *line: fixed(*line, step=0.1), limits=Limits(0, 0, iterations=3)
+        space,
+        evaluate,
+        history=history,
+        search=lambda loss, slope, _: fixed(loss, slope, 0.1),
+        limits=Limits(0, 0, iterations=3),
     )
     assert history.skipped == 3
     assert history.fresh

@@ -65,12 +65,17 @@ def named(name: str, step_length: float) -> LineSearch:
     return searches[name]
 
 
-def fixed(loss: float, slope: float, first: float, *, step: float | None = None, factor: float = 1.0) -> Search:
-    """Take one step, `step` or else `factor` times `first`, whatever it gives: for losses that change with a batch.
+def fixed(loss: float, slope: float, first: float, *, factor: float = 1.0) -> Search:
+    """Take one step, whatever it gives, for losses that change with a batch; shrink it where the loss is not finite.
 
-    Only where the loss is not finite, it is shrunk.
+    Parameters
+    ----------
+    loss, slope, first
+        As for every line search.
+    factor
+        Multiple of `first` to take.
     """
-    given = taken = factor * first if step is None else step
+    given = taken = factor * first
     known = [Trial(0.0, loss, slope)]
     for _ in range(SHRINKS):
         trial = Trial(taken, *(yield taken))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from dbmpi.sandblaster.state import Position
 
 if TYPE_CHECKING:
-    from dbmpi.config import Run
+    from dbmpi.config.sections import SandblasterSection
     from dbmpi.data.stream import Order
     from dbmpi.methods.descent import Reason
 
@@ -124,9 +124,21 @@ class Sampling:
             self._first = 0
 
 
-def sampling(run: Run, order: Order, overlap: int = 0) -> Sampling:
-    """Return the first batch of a run."""
-    settings = run.sandblaster
+def sampling(settings: SandblasterSection, order: Order, drawn: bool) -> Sampling:
+    """Return the first batch of a run.
+
+    Parameters
+    ----------
+    settings, order
+        Of the batches, and of the samples.
+    drawn
+        Whether losses depend on what is drawn at random.
+    """
     return Sampling(
-        order, settings.batch_portions, settings.batch_iterations, settings.batch_growth, overlap, run.network.drops
+        order,
+        settings.batch_portions,
+        settings.batch_iterations,
+        settings.batch_growth,
+        settings.batch_overlap,
+        drawn,
     )

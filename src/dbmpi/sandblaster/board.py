@@ -21,12 +21,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from dbmpi.kernels.memory import CACHE_LINE
 from dbmpi.paramserver.memory import lines
+
+if TYPE_CHECKING:
+    from dbmpi.mpi.window import Window
 
 _WORD = 8
 _BATCH_SHIFT, _OWNER_SHIFT = 32, 20
@@ -46,30 +49,6 @@ class PassKind(IntEnum):
     GRADIENT = 0
     TEST = 1
     """The loss on held-out samples, without a gradient."""
-
-
-class Words(Protocol):
-    """The operations on windows that the protocol needs: those of :class:`dbmpi.mpi.window.Window`."""
-
-    def load(self, rank: int, offset: int) -> int:
-        """Return a word."""
-        ...
-
-    def store(self, rank: int, offset: int, value: int) -> None:
-        """Set a word, after all earlier puts to that rank."""
-        ...
-
-    def compare_and_swap(self, rank: int, offset: int, expected: int, value: int) -> int:
-        """Set a word if it is as expected; return what it was."""
-        ...
-
-    def get(self, rank: int, offset: int, out: np.ndarray) -> None:
-        """Copy memory of a rank."""
-        ...
-
-    def sync(self) -> None:
-        """Make stores visible."""
-        ...
 
 
 class PostedBatch(NamedTuple):
@@ -100,7 +79,7 @@ class Board:
     Parameters
     ----------
     words
-        The window.
+        This rank's window.
     rank
         The lead's.
     offset
@@ -111,7 +90,7 @@ class Board:
         Whether all replicas draw from one stretch, so that portions are done about in their order.
     """
 
-    words: Words
+    words: Window
     rank: int
     offset: int
     replicas: int
@@ -270,7 +249,9 @@ class PortionResult(NamedTuple):
     """Sum over the samples."""
 
 
-_HEAD = 3
+_RESULT = np.dtype([("portion", "i8"), ("samples", "i8"), ("correct", "i8"), ("loss", "f8")])
+_HEAD, _ROW = 3, _RESULT.itemsize // _WORD
+"""Words of the head of a list, and of each result in it."""
 SLOTS = 2
 """Bundles of a worker: one is filled while the shards take in the other."""
 
@@ -310,7 +291,7 @@ class Bundles:
     @property
     def list_words(self) -> int:
         """Words of a list."""
-        return _HEAD + 4 * self.results
+        return _HEAD + _ROW * self.results
 
     @property
     def end(self) -> int:
@@ -323,21 +304,25 @@ class Bundles:
 
 
 def pack(words: np.ndarray, batch: int, seconds: float, results: list[PortionResult]) -> None:
-    """Write the list of a bundle into int64 `words`; `seconds` is the mean time that a portion takes this replica."""
+    """Write the list of a bundle.
+
+    Parameters
+    ----------
+    words
+        int64, `Bundles.list_words` of them.
+    batch
+        Number of the batch.
+    seconds
+        Mean time that a portion takes this replica.
+    results
+        Of the portions in the bundle.
+    """
     words[:_HEAD] = batch, len(results), round(1e6 * seconds)
-    for place, result in enumerate(results):
-        row = words[_HEAD + 4 * place :][:4]
-        row[:3] = result[:3]
-        row[3:].view(np.float64)[0] = result.loss
+    words[_HEAD:].view(_RESULT)[: len(results)] = results
 
 
 def unpack(words: np.ndarray) -> tuple[int, float, list[PortionResult]]:
-    """Read what :func:`pack` wrote."""
+    """Return batch, seconds and results from the words that :func:`pack` wrote."""
     batch, count, microseconds = words[:_HEAD].tolist()
-    rows = words[_HEAD : _HEAD + 4 * count].reshape(count, 4)
-    losses = rows[:, 3].copy().view(np.float64).tolist()
-    results = [
-        PortionResult(portion, samples, correct, loss)
-        for (portion, samples, correct), loss in zip(rows[:, :3].tolist(), losses, strict=True)
-    ]
-    return batch, 1e-6 * microseconds, results
+    rows = words[_HEAD:].view(_RESULT)[:count].tolist()
+    return batch, 1e-6 * microseconds, [PortionResult(*row) for row in rows]

@@ -83,7 +83,7 @@ class Coordinator:
         self._recorder, self._progress = session.recorder("shard", 0), progress
         self._total = round(session.order.samples * session.run.optimizer.epochs)
         self._method = method
-        self._sampling = sampling(session.run, session.order, self._settings.batch_overlap)
+        self._sampling = sampling(self._settings, session.order, session.run.network.drops)
         self._left = session.begin.stream.total - session.begin.stream.frontier
         self._counted = 0, 0
         """Portions and samples that had counted after the last iteration."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from enum import IntEnum
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,22 +16,7 @@ from dbmpi.sandblaster.board import END, SLOTS, Board, Bundles, PassKind, Portio
 if TYPE_CHECKING:
     from dbmpi.mpi.window import Window
     from dbmpi.replica.team import Team
-
-
-class Work(Protocol):
-    """What is computed: loss and gradient of portions at the parameters that the shards hold."""
-
-    def begin(self, batch: PostedBatch) -> None:
-        """Get the parameters for a batch."""
-        ...
-
-    def end(self) -> None:
-        """Hear that there is no further batch."""
-        ...
-
-    def compute(self, batch: PostedBatch, portion: int, gradient: np.ndarray) -> Outcome:
-        """Return the outcome of a portion; for a batch of kind GRADIENT, write the gradient of its mean loss."""
-        ...
+    from dbmpi.sandblaster.work import PortionWork
 
 
 class _Action(IntEnum):
@@ -85,7 +70,7 @@ class Portions:
         board: Board,
         window: Window,
         team: Team,
-        work: Work,
+        work: PortionWork,
         *,
         replica: int,
         bundles: Bundles,

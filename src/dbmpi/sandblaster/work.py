@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class PortionWork:
-    """Loss and gradient of portions on one worker (the `Work` of :class:`dbmpi.sandblaster.replica.Portions`).
+    """Loss and gradient of portions on one worker, at the parameters that the shards hold.
 
     Parameters
     ----------
