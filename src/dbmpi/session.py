@@ -62,7 +62,15 @@ class StartingPoint:
         return min(self.stream.frontier + batches, self.stream.total)
 
     def gone_on(self, epochs: float, kept: str = "") -> str:
-        """Say from where a run goes on, with `kept` beside the parameters, or that it has nothing left to learn."""
+        """Return a line on where a run resumes, or that it has nothing left to learn.
+
+        Parameters
+        ----------
+        epochs
+            Of the run.
+        kept
+            What else was resumed beside the parameters.
+        """
         if len(self.stream):
             return f"going on after {self.step:,} steps{kept}"
         return (
@@ -155,8 +163,8 @@ class Session:
     def conclude(self, result: Result | None, seconds: float) -> Result:
         """Send the result from the lead to every rank, and return it there (collective).
 
-        Point to point, because collectives fail once a rank has died; and to no rank before all that are left have
-        come here, and need the memory of no other rank any more.
+        Point to point, because collectives fail once a rank has died; and only after all living ranks have called
+        this, when none needs the memory of another any more.
 
         Parameters
         ----------
@@ -179,7 +187,7 @@ class Session:
                     failures.complete(request, comm, rank, f"rank {rank} to take the result", memory=data)
         else:
             request = comm.Isend(word, 0, Tag.CONCLUSION)
-            failures.complete(request, comm, 0, "the lead to hear that this rank has finished", memory=word)
+            failures.complete(request, comm, 0, "the lead to learn that this rank has finished", memory=word)
             status = MPI.Status()
             waiting.until(lambda: comm.Iprobe(0, Tag.CONCLUSION, status), "the lead to conclude")
             data = np.empty(status.Get_count(MPI.BYTE), np.uint8)

@@ -202,7 +202,7 @@ def test_a_damaged_state_is_refused():
     text = capture(
         history, Position(3, 4, 1, 0.5), Progress(1, 2, 0.5, 0.1, 1.0, 0.2), space.bounds()
     ).model_dump_json()
-    assert read_state(text, space.names, Path("file.h5")).place == Position(3, 4, 1, 0.5)
+    assert read_state(text, space.names, Path("file.h5")).batches == Position(3, 4, 1, 0.5)
     assert read_state("", space.names, Path("file.h5")) is None
     for change, reason in {
         "{}": "memory",

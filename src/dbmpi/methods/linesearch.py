@@ -33,7 +33,7 @@ LineSearch = Callable[[float, float, float], Search]
 
 
 class LineSearchFailed(RuntimeError):
-    """No step was found that is good enough."""
+    """No step was found that is good enough; the `message` says why, after these `trials`."""
 
     def __init__(self, message: str, trials: Sequence[Trial]) -> None:
         super().__init__(message)
@@ -210,6 +210,15 @@ def level(trial: Trial, loss: float, slope: float, curvature: float = 0.9) -> bo
     """Return whether the loss is the same but for its rounding error, and a step has led on: it is less steep there.
 
     The "approximate Wolfe condition" near a minimum: W. W. Hager and H. Zhang, SIAM J. Optim. 16(1), 2005.
+
+    Parameters
+    ----------
+    trial
+        That led there.
+    loss, slope
+        Where the line begins.
+    curvature
+        The slope must be at most this fraction of `slope` in magnitude.
     """
     return abs(trial.loss - loss) <= ROUNDING * abs(loss) and abs(trial.slope) <= -curvature * slope
 

@@ -36,7 +36,7 @@ class Team:
 
     @property
     def speaks(self) -> bool:
-        """Whether this worker is the one that decides, and that hears and answers the lead."""
+        """Whether this worker is the one that decides, and that talks with the lead."""
         return self.partition == 0
 
     def poll(self, decision: Sequence[int] | None) -> Sequence[int] | None:
@@ -66,7 +66,7 @@ class Team:
         return numbers
 
     def agree(self, decision: int) -> int:
-        """Return what the first partition passes; wait for it."""
+        """Return the `decision` of the first partition, whatever the others pass; wait for it."""
         agreed: Sequence[int] | None = None
 
         def heard() -> bool:
@@ -81,7 +81,7 @@ class Team:
         return agreed[0]
 
     def gather(self) -> None:
-        """Wait until all partitions have come here."""
+        """Wait for all partitions."""
         if self._comm.size > 1:
             waiting.barrier(self._comm, _OTHERS, serve=self._serve)
 

@@ -24,7 +24,7 @@ REASONS: dict[Reason, str] = {
 
 
 def samples_of(order: Order, portions: range) -> int:
-    """Return the number of samples of portions of the stream."""
+    """Return the number of samples of some `portions` of a stream, in this `order`."""
     epochs, rest = divmod(len(portions), order.batches_per_epoch)
     return epochs * order.samples + sum(map(order.size, portions[len(portions) - rest :]))
 
@@ -83,13 +83,13 @@ class Sampling:
         return Position(self._first, self._portions, self._here, self._before if self._began is None else self._began)
 
     def restore(self, position: Position) -> None:
-        """Go on where another session stood, if that is possible with these settings."""
+        """Resume at the `position` of another session, if that is possible with these settings."""
         first, portions, here, loss = position
         if 0 <= first <= self._order.batches - portions and self._portions <= portions <= self._most:
             self._first, self._portions, self._here, self._began = first, portions, here, loss
 
     def evaluated(self, loss: float) -> None:
-        """Hear of the mean loss of an evaluation on this batch."""
+        """Note the mean loss of an evaluation on this batch."""
         if self._began is None:
             self._began = loss
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 _WORD = 8
 _BATCH_SHIFT, _OWNER_SHIFT = 32, 20
 _LOW = (1 << _OWNER_SHIFT) - 1
-_PLACE = (1 << _BATCH_SHIFT) - 1
+_CLAIM = (1 << _BATCH_SHIFT) - 1
 _TAG_SHIFT, _FRONT_SHIFT = 48, 24
 _TAG, _TAKEN = (1 << 15) - 1, (1 << _FRONT_SHIFT) - 1
 """What says of a stretch: the last bits of the batch's number, portions drawn from its front, and from its end."""
@@ -52,7 +52,7 @@ class PassKind(IntEnum):
 
 
 class PostedBatch(NamedTuple):
-    """What the replicas are told of a batch."""
+    """A batch, as the board describes it to the replicas."""
 
     number: int
     """Counts from 1."""
@@ -69,7 +69,7 @@ class PostedBatch(NamedTuple):
 END = -1
 """Number of the batch after the last one."""
 RETIRED = -1
-"""In place of the number of its open bundle: the replica has been given up, and can commit nothing any more."""
+"""Instead of the number of an open bundle: the replica has been given up, and can commit nothing any more."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Board:
 
     @staticmethod
     def nbytes(replicas: int, capacity: int) -> int:
-        """Return the bytes of a board."""
+        """Return the bytes of a board for so many `replicas` and, as its `capacity`, portions."""
         return CACHE_LINE + (2 * replicas + capacity) * _WORD
 
     # What the lead does
@@ -108,8 +108,8 @@ class Board:
         """Offer a batch; all portions of the one before have been won."""
         for portion in range(batch.portions):
             self.words.store(self.rank, self._portion(portion), batch.number << _BATCH_SHIFT)
-        for place, word in enumerate(batch[1:], 1):
-            self.words.store(self.rank, self.offset + place * _WORD, int(word))
+        for position, word in enumerate(batch[1:], 1):
+            self.words.store(self.rank, self.offset + position * _WORD, int(word))
         for stretch in range(self._stretches):
             self.words.store(self.rank, self._drawn(stretch), (batch.number & _TAG) << _TAG_SHIFT)
         self.words.store(self.rank, self.offset, batch.number)
@@ -121,10 +121,11 @@ class Board:
     def claims(self, batch: PostedBatch, seen: Sequence[int]) -> list[tuple[int, int]]:
         """Return the winner of each portion: replica and bundle, or -1 and 0.
 
-        A claim holds the last bits of the bundle's number; the rest is that of the replicas' latest bundles, `seen`.
+        A claim on a portion of `batch` holds the last bits of the bundle's number; the other bits are those of the
+        latest bundles of the replicas, `seen`.
         """
         found = self._words_at(self._portion(0), batch.portions)
-        owners = ((found & _PLACE) >> _OWNER_SHIFT) - 1
+        owners = ((found & _CLAIM) >> _OWNER_SHIFT) - 1
         claims = zip(owners.tolist(), (found & _LOW).tolist(), strict=True)
         half = (_LOW + 1) // 2
         return [
@@ -133,12 +134,20 @@ class Board:
         ]
 
     def open_bundles(self) -> list[int]:
-        """Return for every replica the number of the bundle that it may commit, at one look."""
+        """Return for every replica the number of the bundle that it may commit, all read at once."""
         found: list[int] = self._words_at(self._bundle(0), self.replicas).tolist()
         return found
 
     def reopen(self, batch: PostedBatch, portion: int, replica: int, bundle: int) -> bool:
-        """Hand out a portion again that was won in a bundle which does not count."""
+        """Hand out a portion again; return whether it was still won in the bundle that does not count.
+
+        Parameters
+        ----------
+        batch, portion
+            Which one.
+        replica, bundle
+            Its winner, and the bundle.
+        """
         claimed, unclaimed = _claim(batch.number, replica, bundle), batch.number << _BATCH_SHIFT
         return self.words.compare_and_swap(self.rank, self._portion(portion), claimed, unclaimed) == claimed
 
@@ -170,7 +179,15 @@ class Board:
         return self.words.load(self.rank, self.offset)
 
     def draw(self, batch: PostedBatch, replica: int) -> int | None:
-        """Return a portion that nobody has drawn yet; None if there is none, or the batch is over."""
+        """Return a portion that no replica has drawn; None if all are drawn, or the batch is over.
+
+        Parameters
+        ----------
+        batch
+            The one that is drawn from.
+        replica
+            Which one draws.
+        """
         count, tag = self._stretches, batch.number & _TAG
         bounds = np.arange(count + 1) * batch.portions // count
         own = replica % count
@@ -195,12 +212,20 @@ class Board:
                 return int(bounds[most + 1]) - 1 - (word & _TAKEN)
 
     def outstanding(self, batch: PostedBatch) -> list[int]:
-        """Return the portions that nobody has won."""
+        """Return the portions of a batch that no replica has won."""
         found = self._words_at(self._portion(0), batch.portions)
         return np.flatnonzero(found == batch.number << _BATCH_SHIFT).tolist()
 
     def win(self, batch: PostedBatch, portion: int, replica: int, bundle: int) -> bool:
-        """Claim a portion for the open bundle of a replica; only the first of several succeeds."""
+        """Claim a portion for the open bundle of a replica; only the first of several succeeds.
+
+        Parameters
+        ----------
+        batch, portion
+            Which one.
+        replica, bundle
+            The claimant, and its open bundle.
+        """
         unclaimed = batch.number << _BATCH_SHIFT
         claimed = _claim(batch.number, replica, bundle)
         return self.words.compare_and_swap(self.rank, self._portion(portion), unclaimed, claimed) == unclaimed
@@ -285,7 +310,7 @@ class Bundles:
         return self.list_of(bundle) + lines(self.list_words * _WORD)
 
     def taken(self, taker: int, bundle: int) -> int:
-        """Word of a shard, or of the lead as the last one, for the slot of a bundle: up to which one it is free."""
+        """Return where a `taker`, a shard or last the lead, writes up to which bundle the slot of `bundle` is free."""
         return self.offset + SLOTS * self._slot_bytes + (taker * SLOTS + bundle % SLOTS) * _WORD
 
     @property

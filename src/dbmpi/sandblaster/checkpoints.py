@@ -66,7 +66,7 @@ class Keeper:
         self._session, self._shards, self._carried = session, shards, tuple(carried)
         self._state = state
         """Where the method stood after its last iteration."""
-        # The other ranks wait meanwhile, and hear little of it.
+        # The other ranks wait meanwhile, without a sign of life.
         settings = session.run.checkpoint
         patience = min(settings.retry_seconds, waiting.STALL_SECONDS / 2)
         self._attempts, self._serve = Attempts(settings, patience, warn), serve
@@ -78,7 +78,15 @@ class Keeper:
         return self._attempts.due
 
     def note(self, history: History, position: Position, progress: Progress) -> None:
-        """Note where L-BFGS stands after an iteration."""
+        """Note where L-BFGS stands after an iteration.
+
+        Parameters
+        ----------
+        history, progress
+            Of the method.
+        position
+            Of the batches.
+        """
         # What goes on from a gradient goes on to the last bit; the other methods begin with an evaluation.
         settings = self._session.run.sandblaster
         bounds = None if settings.l1 or settings.batch_overlap else self._shards.lead.bounds()

@@ -72,7 +72,7 @@ class Command(NamedTuple):
 
     @classmethod
     def decode(cls, data: bytes | bytearray) -> Command:
-        """Read bytes that `encode` wrote; a ValueError for any others."""
+        """Return the command that `data` holds, bytes that `encode` wrote; a ValueError for any others."""
         try:
             operation, arguments = json.loads(data)
             command = cls(operation, arguments).checked()
@@ -105,7 +105,7 @@ def execute(space: Space, command: Command) -> np.ndarray:
 
 
 class RemoteSpace:
-    """A space whose vectors lie on shards: every operation becomes a command.
+    """A :class:`~dbmpi.methods.space.Space` whose vectors lie on shards: every operation becomes a command.
 
     Parameters
     ----------
@@ -126,7 +126,7 @@ class RemoteSpace:
         return tuple(self._names)
 
     def create(self, name: str, dtype: str | None = None) -> None:
-        """Make a vector of zeros."""
+        """Make a vector `name` of zeros, of the given `dtype` or that of the space."""
         self._do("create", name, dtype)
         self._names[name] = None
 
@@ -135,7 +135,7 @@ class RemoteSpace:
         self._do("copy", source, target)
 
     def scale(self, name: str, factor: float) -> None:
-        """Multiply a vector by a number."""
+        """Multiply the vector `name` by `factor`."""
         self._do("scale", name, factor)
 
     def axpy(self, factor: float, source: str, target: str) -> None:
@@ -143,7 +143,7 @@ class RemoteSpace:
         self._do("axpy", factor, source, target)
 
     def combine(self, target: str, terms: Sequence[tuple[float, str]]) -> None:
-        """Set `target` to a sum of multiples of vectors."""
+        """Set `target` to the sum of ``coefficient * vector`` over the `terms`."""
         self._do("combine", target, terms)
 
     def multiply(self, left: str, right: str, target: str) -> None:
@@ -151,7 +151,13 @@ class RemoteSpace:
         self._do("multiply", left, right, target)
 
     def advance(self, point: str, origin: str, step: float, direction: str) -> None:
-        """Set ``origin = point`` and then ``point = point + step * direction``."""
+        """Set ``origin = point`` and then ``point = point + step * direction``.
+
+        Parameters
+        ----------
+        point, origin, step, direction
+            As for `Space`.
+        """
         self._do("advance", point, origin, step, direction)
 
     def dots(self, pairs: Sequence[tuple[str, str]], maxima: Sequence[str] = ()) -> np.ndarray:
@@ -159,19 +165,25 @@ class RemoteSpace:
         return self._do("dots", pairs, maxima)
 
     def norms(self, names: Sequence[str], order: Order = "max") -> np.ndarray:
-        """Return the largest magnitude of every vector, or with ``order="one"`` the sum of its magnitudes."""
+        """Return the largest magnitude of each of the vectors `names`, or with ``order="one"`` the sum."""
         return self._do("norms", names, order)
 
     def pseudo_gradient(self, point: str, gradient: str, strength: float, target: str) -> None:
-        """Set `target` to the pseudo-gradient."""
+        """Set `target` to the pseudo-gradient.
+
+        Parameters
+        ----------
+        point, gradient, strength, target
+            As for `Space`.
+        """
         self._do("pseudo_gradient", point, gradient, strength, target)
 
     def align(self, direction: str, gradient: str) -> None:
-        """Set elements of the direction to zero where they do not descend."""
+        """Set elements of `direction` to zero where they do not descend along ``-gradient``."""
         self._do("align", direction, gradient)
 
     def project(self, point: str, origin: str, gradient: str) -> None:
-        """Set elements of the point to zero that left the orthant."""
+        """Set elements of `point` to zero that left the orthant of `origin` and ``-gradient``."""
         self._do("project", point, origin, gradient)
 
     def _do(self, operation: str, *arguments: Any) -> np.ndarray:

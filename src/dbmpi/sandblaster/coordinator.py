@@ -45,11 +45,13 @@ class Coordinator:
     state
         Where the method stood at the end of an earlier session.
     tests
-        Held-out samples.
+        Number of held-out samples.
     evaluator
         Evaluates losses and gradients.
     keeper
         Writes checkpoints.
+    progress
+        Shows how the run advances.
     method
         The user's own batch method, if it is not one of ours.
 
@@ -128,10 +130,10 @@ class Coordinator:
             if self.steps == 0:
                 raise
             self._keeper.write(self.steps, self.samples, last=True)
-            said = f"what was learned before is in {self.checkpoint}"
+            kept = f"what was learned before is in {self.checkpoint}"
             if isinstance(failure, RunFailed):
-                raise RunFailed(f"{failure}  {said[0].upper()}{said[1:]}.") from failure
-            self._progress.message(said)
+                raise RunFailed(f"{failure}  {kept[0].upper()}{kept[1:]}.") from failure
+            self._progress.message(kept)
             raise
         try:
             self._keeper.write(self.steps, self.samples, last=True)
@@ -174,7 +176,7 @@ class Coordinator:
     # What a batch method calls
 
     def evaluate(self, point: str, gradient: str) -> float:
-        """Pass over the batch: return the mean loss at the parameters, and leave its gradient on the shards."""
+        """Pass over the batch: return the mean loss at `point`, and leave its `gradient` on the shards."""
         if self._moved:
             self._moved = self._trying = False  # the same point on other samples
         loss = self._evaluate(self._sampling.portions, point, gradient)
@@ -186,6 +188,13 @@ class Coordinator:
         """Pass over the batch in three parts: what the last batch has, too, the rest, and what the next one will have.
 
         See :class:`dbmpi.methods.multibatch.SharingBatches`.
+
+        Parameters
+        ----------
+        point
+            Name of the vector with the parameters.
+        gradient, shared, following
+            Names of the vectors for the gradients of the mean losses of the whole batch, and of both shared parts.
         """
         portions, overlap = self._sampling.portions, self._settings.batch_overlap
         inner = portions[overlap : len(portions) - overlap]
@@ -254,7 +263,7 @@ class Coordinator:
     def _minimise(self) -> Report | None:
         settings, state = self._settings, self._state
         if state is not None:
-            self._sampling.restore(state.place)
+            self._sampling.restore(state.batches)
         if self._used_up:
             return None
         history = None
@@ -284,7 +293,7 @@ class Coordinator:
 
     @property
     def _used_up(self) -> bool:
-        """Whether the epochs have no room for another batch."""
+        """Whether the epochs leave too few portions for another batch."""
         return self._left - self.steps < len(self._sampling.portions)
 
     def _after_iteration(self, progress: descent.Progress) -> bool:

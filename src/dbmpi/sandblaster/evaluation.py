@@ -110,7 +110,7 @@ class Evaluator:
         Interrupted
             If a signal asks for the end, or a worker has failed.
         EndedByDeath
-            If nobody is left to compute it.
+            If no replica is left to compute it.
         """
         self._gradient = name
         while True:
@@ -121,7 +121,15 @@ class Evaluator:
             self._say("what a dead replica had delivered is out of reach: the evaluation begins anew")
 
     def test(self, portions: int, samples: int, reached: int) -> None:
-        """Evaluate the held-out samples; raises as :meth:`gradient` does."""
+        """Evaluate the held-out samples; raises as :meth:`gradient` does.
+
+        Parameters
+        ----------
+        portions, samples
+            Numbers of them.
+        reached
+            Position in the stream, for reports.
+        """
         self._pass(PassKind.TEST, portions, 0, samples, reached)
 
     def serve(self) -> bool:

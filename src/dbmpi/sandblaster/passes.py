@@ -77,7 +77,13 @@ class Passes:
         self.lost: set[int] = set()
 
     def begin(self, kind: PassKind, portions: int, first: int, samples: int, reached: int = 0) -> None:
-        """Offer a batch to the replicas; see :class:`~dbmpi.sandblaster.board.PostedBatch`."""
+        """Offer a batch to the replicas.
+
+        Parameters
+        ----------
+        kind, portions, first, samples, reached
+            Fields of :class:`~dbmpi.sandblaster.board.PostedBatch`.
+        """
         self._batch = PostedBatch(self._batch.number + 1, kind, portions, first, samples, reached)
         self._results, self._queue, self._turn = {}, {}, 0
         self.ledger, self.revoked = [], 0
@@ -209,7 +215,7 @@ class Passes:
         self._words.store(bundles.rank, bundles.taken(bundles.shards, bundle), bundle + 1)
 
     def _free(self, replica: int, bundle: int) -> None:
-        """Give a bundle back that nobody will take."""
+        """Give a bundle back that will not be taken."""
         for bundles in self._bundles[replica]:
             for taker in range(bundles.shards + 1):
                 self._words.store(bundles.rank, bundles.taken(taker, bundle), bundle + 1)

@@ -91,9 +91,9 @@ class Portions:
         self._undecided = False
         """Whether a portion has been computed that is neither won nor lost."""
         self._all_drawn = False
-        """Whether a look has shown that nothing of the batch is left to be drawn."""
+        """Whether nothing of the batch is left to be drawn, as the board has shown."""
         self._closed: list[int] | None = None
-        """What is to be said after a commit."""
+        """The decision after a commit."""
         self._idle_since: float | None = None
         self._seconds = 0.0
         self.ended = self.given_up = False
@@ -105,10 +105,10 @@ class Portions:
             return False
         if self.given_up:
             return self._watch_others()
-        said = self._team.poll(self._decide() if self._team.speaks else None)
-        if said is None:
+        decision = self._team.poll(self._decide() if self._team.speaks else None)
+        if decision is None:
             return False
-        action, *numbers = said
+        action, *numbers = decision
         if action == _Action.FETCH:
             number, kind, *others = numbers[:6]
             self._batch, self._bundle = PostedBatch(number, PassKind(kind), *others), numbers[6]
@@ -211,8 +211,8 @@ class Portions:
         self._sums += 1
         if self._batch.kind == PassKind.TEST:
             return
-        place = self._bundles.gradient_of(self._bundle)
-        target = self._window.local[place : place + self._gradient.nbytes].view(np.float32)
+        offset = self._bundles.gradient_of(self._bundle)
+        target = self._window.local[offset : offset + self._gradient.nbytes].view(np.float32)
         share = self._outcome.samples / self._batch.samples
         if self._sums == 1:
             vectors.combine(target, [share], [self._gradient])
@@ -223,15 +223,15 @@ class Portions:
         """Let the bundle count, unless it has been revoked."""
         self._team.gather()
         if self._team.speaks:
-            place = self._bundles.list_of(self._bundle)
-            words = self._window.local[place : place + 8 * self._bundles.list_words].view(np.int64)
+            offset = self._bundles.list_of(self._bundle)
+            words = self._window.local[offset : offset + 8 * self._bundles.list_words].view(np.int64)
             pack(words, self._batch.number, self._seconds / self.computed, self._results)
             self._window.sync()
             committed = self._board.close_bundle(self._replica, self._bundle)
             self._closed = [_Action.BUNDLE, self._bundle + 1, int(committed)]
 
     def _slot_free(self) -> bool:
-        """Whether what was last committed in the slot of the open bundle has been taken by everybody."""
+        """Whether what was last committed in the slot of the open bundle has been taken by all takers."""
         self._window.sync()
         slot = self._bundle % SLOTS
         read = self._read is None or int(self._read[slot]) > self._committed[slot]

@@ -46,7 +46,15 @@ _FEWEST_ITERATIONS = 10
 
 
 def learn(session: Session, stack: ExitStack) -> Result:
-    """Play this rank's roles until the run ends, and return its result (collective)."""
+    """Play this rank's roles until the run ends, and return its result (collective).
+
+    Parameters
+    ----------
+    session
+        Of this rank.
+    stack
+        Closes what is opened.
+    """
     session.compile_kernels(use_kernels)
     plan, comm, number = session.plan, session.comms.world, session.shard
     setup = lay_out(comm, session)
@@ -92,7 +100,7 @@ def _window(session: Session, setup: Setup, stack: ExitStack) -> tuple[Window, S
 def _serve(session: Session, worker: BatchWorker | None, space: ShardSpace | None) -> None:
     """Execute commands and compute portions until the run ends; `space` is that of a shard other than the lead's."""
     mailbox = Mailbox(session.comms.world, mpi_mailbox.Role.WORKER)
-    told = session.shard == 0  # the coordinator has its own ear for signals
+    told = session.shard == 0  # the coordinator notices signals itself
 
     def ended() -> bool:
         return (space is None or space.ended) and (worker is None or worker.ended)

@@ -74,7 +74,7 @@ class Setup:
 
 
 def lay_out(comm: MPI.Intracomm, session: Session) -> Setup:
-    """Return how a run is laid out; the first replica tells all ranks how it is cut (collective).
+    """Return how a run is laid out; the first replica sends how it is cut to all ranks (collective).
 
     Parameters
     ----------

@@ -74,10 +74,10 @@ class ShardSpace(LocalSpace):
         self._missed = 0
 
     def accrue(self, name: str, replica: int, bundle: int) -> None:
-        """Add the gradient that a replica has committed to a vector.
+        """Add the gradient that a replica has committed in a `bundle` to the vector `name`.
 
         The worker has no part in it: its memory is read, even while it computes or is halted, and where it has died on
-        this host.  Where it cannot be read any more the next :meth:`meet` tells.
+        this host.  Where it cannot be read any more the next :meth:`meet` counts it.
         """
         target = self.writable(name)
         try:
@@ -87,7 +87,7 @@ class ShardSpace(LocalSpace):
             self._missed += 1
 
     def meet(self) -> np.ndarray:
-        """Wait until all shards have come here; what was written before is then visible in their windows.
+        """Wait for all shards; what was written before is then visible in their windows.
 
         Returns how many bundles some shard could not read since the last time, because their worker has died.
         """
@@ -96,12 +96,12 @@ class ShardSpace(LocalSpace):
         return self._sum_over_shards(np.array([float(missed)]))
 
     def hand_over(self, names: Sequence[str]) -> None:
-        """Send vectors to the lead, for a checkpoint."""
+        """Send the vectors `names` to the lead, for a checkpoint."""
         if self._others.rank > 0:
             hand_over(self._comm, self.version, [self.array(name) for name in names])
 
     def end(self) -> None:
-        """Hear that the run is over."""
+        """Note that the run is over."""
         self.ended = True
 
     def poll(self) -> bool:

@@ -90,14 +90,24 @@ class MethodState(BaseModel):
         return Start(self.gradient, loss, square, largest, decrease, int(iteration))
 
     @property
-    def place(self) -> Position:
+    def batches(self) -> Position:
         """Where the run stands in its batches."""
         first, portions, iterations = self.position or (0, 0, 0)
         return Position(first, portions, iterations, self.batch_loss)
 
 
 def capture(history: History, position: Position, progress: Progress, bounds: Bounds | None) -> MethodState:
-    """Return where a search stands; without `bounds` it will begin anew from there, with its history."""
+    """Return where a search stands.
+
+    Parameters
+    ----------
+    history, progress
+        Of the method.
+    position
+        Of the batches.
+    bounds
+        Of the vectors; None where the search cannot resume from its gradient, but with its history alone.
+    """
     here: dict[str, Any] = {}
     if bounds is not None:
         numbers = [progress.loss, progress.square, progress.largest, progress.decrease, float(progress.iteration)]

@@ -67,6 +67,11 @@ class BatchWorker:
     def let_lead_write(self, mailbox: Mailbox) -> None:
         """Before this worker fails, let the lead write a checkpoint of what has been learned; return when it has.
 
+        Parameters
+        ----------
+        mailbox
+            To reach the lead.
+
         It also returns where the run is over, where this rank's shard cannot take part or is the lead's, whose
         coordinator sees the failure itself, and where nothing moves.
         """
