@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numba
 import numpy as np
@@ -27,13 +27,12 @@ from dbmpi.index.layout import cut
 from dbmpi.kernels.announce import announced, stderr_line
 from dbmpi.machine import threads
 from dbmpi.machine.signals import StopSignal
-from dbmpi.methods import linesearch
 from dbmpi.methods import own as methods_own
 from dbmpi.methods.descent import POINT, Limits, Progress, TooSteep, prepare
-from dbmpi.methods.gradients import conjugate_gradients, exact_search, gradient_descent, owlqn, with_l2
-from dbmpi.methods.lbfgs import lbfgs
+from dbmpi.methods.lbfgs import History
 from dbmpi.methods.local_space import LocalSpace
-from dbmpi.methods.warm import use_kernels
+from dbmpi.methods.select import Choice, minimise
+from dbmpi.methods.warmup import use_kernels
 from dbmpi.mpi import blocking, pieces, waiting
 from dbmpi.mpi.silent_ends import aloud
 from dbmpi.mpi.world import end_all_on_failure, start, together
@@ -182,16 +181,24 @@ def minimize(
         with together(own, "looking at the arguments"):
             begin = checked(objective, x, chosen, callback)
         agree(own, begin, chosen, callback is not None)
+        by = methods_own.checked(method, "minimize: method") if callable(method) else method
         say = partial(stderr_line, "minimize") if own.rank == 0 else None
         with aloud(own), _fair_threads(), _signals() as stop, announced(say) as compiled:
             problem = _Problem(own, objective, begin, parameters, callback, stop, progress)
             while True:
                 unit = problem.unit
-                run = _method(method, line_search, int(memory), l1 * unit)
-                evaluate = with_l2(problem.space, problem.evaluate, l2 * unit) if l2 else problem.evaluate
+                choice = Choice(by, line_search, l1=l1 * unit, l2=l2 * unit)
                 limits = Limits(gtol * unit, ftol, iterations, evaluations)
+                history = History(problem.space, int(memory)) if method == "lbfgs" else None
                 try:
-                    report = run(problem.space, evaluate, limits=limits, callback=problem.told)
+                    report = minimise(
+                        problem.space,
+                        problem.evaluate,
+                        choice,
+                        limits=limits,
+                        callback=problem.told,
+                        history=history,
+                    )
                     break
                 except TooSteep as steep:  # a gradient of 1e200 has no square: the same loss in larger units
                     if unit != 1:
@@ -209,19 +216,6 @@ def minimize(
 @cache
 def _everybody() -> MPI.Intracomm:
     return start()
-
-
-def _method(method: str | Method, line_search: str, memory: int, l1: float) -> Method | partial[Any]:
-    if callable(method):
-        return methods_own.checked(method, "minimize: method")
-    search = linesearch.named(line_search, 1.0)
-    if l1:
-        return partial(owlqn, strength=l1, memory=int(memory))
-    if method == "lbfgs":
-        return partial(lbfgs, search=search, memory=int(memory))
-    if method == "gradient_descent":
-        return partial(gradient_descent, search=search)
-    return partial(conjugate_gradients, search=exact_search if line_search == "strong_wolfe" else search)
 
 
 class _Problem:

@@ -362,7 +362,7 @@ def test_a_slow_replica_gets_fewer_portions(comm, shared_path, monkeypatch) -> N
 
     def slowly(self: PortionWork, batch: PostedBatch, portion: int, gradient: np.ndarray) -> Outcome:
         """By the count of what the others compute, and not by a clock, which also counts what else the cores do."""
-        if self._replica == 0:
+        if comm.rank == 1:  # that of replica 0, behind the shard
             wanted = total() + 20
             while total() < wanted and not (shared_path / "over").exists():
                 time.sleep(0.001)
@@ -402,6 +402,6 @@ def test_a_batch_smaller_than_a_portion_and_fewer_portions_than_replicas(comm, p
 @pytest.mark.parallel([1, 2])
 def test_less_than_one_batch_is_refused(comm, place) -> None:
     with pytest.raises(
-        UserError, match=r"that is 4 portions, and a batch of Sandblaster has 7|rank 0 reports a mistake"
+        UserError, match=r"gives 4 portions, but one Sandblaster batch needs 7|rank 0 reports a mistake"
     ):
         train(describe(place, {}, epochs=0.5), comm)

@@ -105,7 +105,8 @@ def test_the_coordinator_holds_no_vector(comm):
                 break
             command = Command.decode(data.tobytes())
             if command.operation == "multiply":  # stands for the replicas: the gradient of |x - 3|^2 / 2
-                space.writable(command.names[2])[:] = space.array(command.names[0]) - 3
+                point, _, gradient = command.arguments
+                space.writable(gradient)[:] = space.array(point) - 3
             else:
                 result = execute(space, command)
                 if comm.rank == 1:

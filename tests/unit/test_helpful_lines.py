@@ -9,8 +9,8 @@ import pytest
 from dbmpi.cli.main import main
 from dbmpi.config import load
 from dbmpi.data.stream import Stream
-from dbmpi.downpour.lead import StartingPoint
 from dbmpi.errors import UserError
+from dbmpi.session import StartingPoint
 
 CONFIG = """
 [run]

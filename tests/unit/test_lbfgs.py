@@ -202,7 +202,7 @@ def test_a_damaged_state_is_refused():
     text = capture(
         history, Position(3, 4, 1, 0.5), Progress(1, 2, 0.5, 0.1, 1.0, 0.2), space.bounds()
     ).model_dump_json()
-    assert read_state(text, space.names, Path("file.h5")).place == Position(3, 4, 1, 0.5)
+    assert read_state(text, space.names, Path("file.h5")).batches == Position(3, 4, 1, 0.5)
     assert read_state("", space.names, Path("file.h5")) is None
     for change, reason in {
         "{}": "memory",
@@ -374,7 +374,11 @@ def test_negative_curvature_is_not_learned():
     space, evaluate, _ = local_problem(function, np.full(3, 0.1))
     history = History(space)
     lbfgs(
-        space, evaluate, history=history, search=lambda *line: fixed(*line, step=0.1), limits=Limits(0, 0, iterations=3)
+        space,
+        evaluate,
+        history=history,
+        search=lambda loss, slope, _: fixed(loss, slope, 0.1),
+        limits=Limits(0, 0, iterations=3),
     )
     assert history.skipped == 3
     assert history.fresh

@@ -125,7 +125,7 @@ def test_backtracking_decreases_enough_and_never_lengthens(shift, first):
 
 def test_a_fixed_step_is_taken_whatever_it_gives():
     assert run(fixed, lambda a: a, lambda a: 1.0, 3.0)[0].step == 3.0
-    assert run(fixed, lambda a: a, lambda a: 1.0, 3.0, step=0.25)[0].step == 0.25
+    assert run(fixed, lambda a: a, lambda a: 1.0, 3.0, factor=0.25)[0].step == 0.75
     with pytest.raises(LineSearchFailed, match="not finite from the fixed step 3 down to 3e-11"):
         run(fixed, lambda a: math.inf if a else 0.0, lambda a: -1.0, 3.0)
 

@@ -10,7 +10,7 @@ import pytest
 from dbmpi.mpi.failures import RankLost
 from dbmpi.objective import Outcome
 from dbmpi.sandblaster.board import Board, Bundles, PassKind, PortionResult, PostedBatch, pack, unpack
-from dbmpi.sandblaster.passes import Passes, Station
+from dbmpi.sandblaster.passes import Passes
 from dbmpi.sandblaster.replica import Portions
 
 SIZE, SHARDS = 7, 2
@@ -85,6 +85,21 @@ class Work:
         return Outcome(SAMPLES, float(self.point * portion), portion % SAMPLES)
 
 
+class Alone:
+    """The team of one worker, which does not wait: what it waits for may need the lead, on the same thread."""
+
+    speaks = True
+
+    def poll(self, decision):
+        return decision
+
+    def gather(self):
+        pass
+
+    def wait(self, condition, what):
+        pass
+
+
 class World:
     """A lead on rank 0, shards that take in bundles late, and replicas on the ranks behind."""
 
@@ -92,28 +107,28 @@ class World:
         self.random, self.clock = np.random.default_rng(seed), Clock()
         self.replicas, self.ordered = replicas, ordered
         capacity, per_bundle = 64, 1 if ordered else per_bundle
-        bundles = Bundles(64, SIZE, per_bundle, SHARDS)
-        self.memory = Memory([Board.nbytes(replicas, capacity)] + [64 + bundles.nbytes] * replicas)
+        self.bundles = [Bundles(1 + r, 64, SIZE, per_bundle, SHARDS) for r in range(replicas)]
+        self.memory = Memory([Board.nbytes(replicas, capacity), *(bundles.end for bundles in self.bundles)])
         board = self.board = Board(self.memory, 0, 0, replicas, capacity, ordered)
         self.works = [Work(self.clock) for _ in range(replicas)]
         self.workers = [
             Portions(
-                board, self.memory.view(1 + r), bundles, r, 0, range(SHARDS), self.works[r], per_bundle, ordered,
-                clock=self.clock,
+                board, self.memory.view(1 + r), Alone(), self.works[r],
+                replica=r, bundles=self.bundles[r], takers=range(SHARDS), clock=self.clock,
             )
             for r in range(replicas)
         ]  # fmt: skip
-        self.bundles = bundles
-        stations = [[Station(1 + r, bundles)] for r in range(replicas)]
-        self.passes = Passes(board, self.memory, stations, self.deliver, ordered=ordered, clock=self.clock)
+        self.passes = Passes(board, [[bundles] for bundles in self.bundles], self.clock)
         self.queues: list[list[tuple[int, int]]] = [[] for _ in range(SHARDS)]
         self.accrued = np.zeros((SHARDS, SIZE), np.float32)
         self.halted: set[int] = set()
         self.dead: set[int] = set()
 
-    def deliver(self, replica, bundle):
+    def poll(self):
+        """Let the lead take what is committed, and tell the shards what counts."""
+        counting = self.passes.poll()
         for queue in self.queues:
-            queue.append((replica, bundle))
+            queue.extend(counting or ())
 
     def take(self, shard):
         """Let a shard take in what it was told of first."""
@@ -121,12 +136,12 @@ class World:
             replica, bundle = self.queues[shard].pop(0)
             gradient = np.empty(SIZE, np.float32)
             try:
-                self.memory.get(1 + replica, self.bundles.gradient_of(bundle), gradient)
+                self.memory.get(1 + replica, self.bundles[replica].gradient_of(bundle), gradient)
             except RankLost:
                 self.missed += 1
                 return
             self.accrued[shard] += gradient
-            self.memory.store(1 + replica, self.bundles.taken(shard, bundle), bundle + 1)
+            self.memory.store(1 + replica, self.bundles[replica].taken(shard, bundle), bundle + 1)
 
     def kill(self, replica, probability):
         """Perhaps let a replica die, with its memory or without; the lead hears of it later."""
@@ -170,7 +185,7 @@ class World:
             else:
                 for replica in self.dead if self.random.random() < 0.1 else ():
                     self.passes.give_up(replica)
-                self.passes.poll()
+                self.poll()
                 if self.passes.finished:
                     break
         for shard in range(SHARDS):
@@ -232,7 +247,7 @@ def test_an_even_run_in_step_makes_no_copies():
     for _ in range(200):
         for worker in world.workers:
             worker.poll()
-        world.passes.poll()
+        world.poll()
         for shard in range(SHARDS):
             world.take(shard)
     assert world.passes.finished
@@ -268,7 +283,7 @@ def test_what_a_halted_replica_holds_is_handed_out_again():
     while not world.passes.finished:
         world.clock.now += 0.1
         second.poll()
-        world.passes.poll()
+        world.poll()
         world.take(0)
         world.take(1)
     world.check(1, 8)
@@ -297,7 +312,7 @@ def test_a_batch_ends_wherever_a_replica_is_halted_for_good(ordered):
             world.clock.now += 0.1
             for worker in world.workers[1:]:
                 worker.poll()
-            world.passes.poll()
+            world.poll()
             world.take(0)
             world.take(1)
             if world.passes.finished:
@@ -321,7 +336,7 @@ def test_replicas_that_are_slow_to_commit_are_not_revoked_for_ever(ordered):
             worker.poll()
         for _ in range(40):
             world.clock.now += 0.01
-            world.passes.poll()
+            world.poll()
         world.take(0)
         world.take(1)
         if world.passes.finished and not any(world.queues):
@@ -370,7 +385,7 @@ def test_a_batch_of_held_out_samples_sends_no_gradients():
 
 def test_lists_of_results_survive_the_journey():
     results = [PortionResult(3, 8, -1, 0.1), PortionResult(2**40, 1, 5, float("nan"))]
-    words = np.zeros(Bundles(0, 1, 3, 1).list_words, np.int64)
+    words = np.zeros(Bundles(0, 0, 1, 3, 1).list_words, np.int64)
     pack(words, 77, 0.25, results)
     batch, seconds, found = unpack(words)
     assert (batch, seconds) == (77, 0.25)

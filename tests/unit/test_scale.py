@@ -27,7 +27,6 @@ from unit.partition_layers import NETWORKS
 import dbmpi
 from dbmpi.downpour import run as downpour_run
 from dbmpi.downpour import shard
-from dbmpi.downpour.session import Session
 from dbmpi.errors import RunFailed
 from dbmpi.index.layout import Layout
 from dbmpi.machine.signals import StopSignal
@@ -42,6 +41,7 @@ from dbmpi.replica.placement import automatic
 from dbmpi.replica.plan import plan_exchanges
 from dbmpi.sandblaster import run
 from dbmpi.sandblaster.coordinator import Coordinator
+from dbmpi.session import Session
 
 TRAIN = import_module("dbmpi.runs.training")
 WORLDS = (8, 64, 512)

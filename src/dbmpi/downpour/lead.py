@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import signal
 import time
-from dataclasses import dataclass
 from enum import Enum, auto
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,7 +23,6 @@ from dbmpi.checkpoint.meaning import Meaning
 from dbmpi.checkpoint.retention import kept
 from dbmpi.checkpoint.schema import CheckpointInfo, library_versions
 from dbmpi.config import Run
-from dbmpi.data.stream import Stream
 from dbmpi.errors import DiskFailed, RunFailed
 from dbmpi.monitor.measures import Rate
 from dbmpi.monitor.progress import RunProgress
@@ -36,6 +34,7 @@ from dbmpi.mpi.topology import Plan
 from dbmpi.objective import Outcome
 from dbmpi.paramserver.server import Tally
 from dbmpi.replica.arrangement import Arrangement
+from dbmpi.session import StartingPoint
 
 if TYPE_CHECKING:
     from dbmpi.downpour.shard import Shard
@@ -45,35 +44,6 @@ class _State(Enum):
     RUNNING = auto()
     PAUSED = auto()
     FINISHED = auto()
-
-
-@dataclass(frozen=True)
-class StartingPoint:
-    """Where a session begins: at zero, or where the checkpoint that it goes on from was taken."""
-
-    stream: Stream
-    """The batches that are left."""
-    warmstart: int = 0
-    """Batches that replica 0 is to learn alone."""
-    step: int = 0
-    """Steps of all replicas in earlier sessions."""
-    samples: int = 0
-    """Samples behind these steps."""
-    done: tuple[int, ...] = ()
-    """Steps of each replica in earlier sessions; empty if they had another number of replicas."""
-    fresh: tuple[str, ...] = ()
-    """State of the rule that the checkpoint does not have, because it was written under another rule."""
-    notices: tuple[str, ...] = ()
-    """On the lead: why this checkpoint, and which ones are damaged."""
-
-    def gone_on(self, epochs: float, kept: str = "") -> str:
-        """Say from where a run goes on, with `kept` beside the parameters, or that it has nothing left to learn."""
-        if len(self.stream):
-            return f"going on after {self.step:,} steps{kept}"
-        return (
-            f"already done: all of {epochs:g} epochs was learned in {self.step:,} steps; to go on raise "
-            f"optimizer.epochs, e.g. --set optimizer.epochs={2 * epochs:g}"
-        )
 
 
 class Lead:

@@ -12,17 +12,14 @@ from mpi4py import MPI
 
 from dbmpi.checkpoint.reader import Checkpoint
 from dbmpi.checkpoint.schema import PARAMETERS
-from dbmpi.data.run_data import network_notes
 from dbmpi.downpour.algorithm import downpour
 from dbmpi.downpour.datapath import Blocking, DataPath, Layerwise, Overlapped
 from dbmpi.downpour.lead import Lead
 from dbmpi.downpour.room import gradient_size
-from dbmpi.downpour.session import DTYPE, Session
 from dbmpi.downpour.shard import Shard
 from dbmpi.downpour.worker import Worker
 from dbmpi.errors import RunFailed
 from dbmpi.monitor import verdict
-from dbmpi.monitor.progress import RunProgress
 from dbmpi.monitor.records import Recorder
 from dbmpi.mpi import waiting
 from dbmpi.mpi.mailbox import Mailbox, Role
@@ -36,9 +33,9 @@ from dbmpi.paramserver.server import Server
 from dbmpi.paramserver.store import Store
 from dbmpi.replica.arrangement import Arrangement
 from dbmpi.replica.arrangement import from_config as arranged
-from dbmpi.replica.describe import summarise
 from dbmpi.replica.replica import Replica
 from dbmpi.result import Result
+from dbmpi.session import DTYPE, Session
 
 _FEWEST_STEPS = 100
 """Fewer, or less than an epoch, may be too few to learn anything."""
@@ -78,21 +75,8 @@ def _lead(
     session: Session, store: Store, arrangement: Arrangement, mailbox: Mailbox, recorder: Recorder, stack: ExitStack
 ) -> Lead:
     """Return what leads the run, with a progress line that has said how it begins."""
-    run, network, data, begin = session.run, session.network, session.data, session.begin
-    total = round(data.samples * run.optimizer.epochs)
-    progress = RunProgress(total, run.monitor.progress, epochs=run.optimizer.epochs)
-    stack.enter_context(progress)
-    size = f"{network.layout.size:,} parameters; {data.samples:,} samples of {data.input_shape}"
-    progress.message(f"{session.plan}; {size}")
-    if session.plan.partitions > 1:
-        progress.message(summarise(network.layers, session.placement, run.optimizer.batch_size))
-    for notice in begin.notices:
-        progress.warn(notice)
-    if begin.step:
-        left = f", {len(begin.stream):,} batches are left"
-        progress.message(begin.gone_on(run.optimizer.epochs, left))
-    for note in (*data.notes, *network_notes(run.network, data.input_shape, run.data.channels), *store.notes):
-        progress.message(note)
+    run, data, begin = session.run, session.data, session.begin
+    progress = session.progress(stack, store.notes, f", {len(begin.stream):,} batches are left")
     for name in begin.fresh:
         progress.message(f"the checkpoint has no {name!r}: the rule {run.optimizer.rule!r} starts it afresh")
     return Lead(
@@ -130,7 +114,7 @@ def _work(session: Session, replica: Replica, store: Store, arrangement: Arrange
         order=session.order,
         train=data.train,
         test=data.test,
-        recorder=session.recorder("worker", number),
+        log=session.log(number),
         stop=session.stop,
         serve=serve,
         released=place == 0 or not begin.warmstart,
@@ -174,45 +158,48 @@ def _data_path(session: Session, replica: Replica, store: Store, client: Client,
 def _conclude(
     session: Session, worker: Worker | None, shard: Shard | None, lead: Lead | None, seconds: float
 ) -> Result:
-    """Evaluate the final parameters on all workers together, and tell everybody what came out."""
-    comm, run, plan, data = session.comms.world, session.run, session.plan, session.data
-    numbers = np.zeros(5)
-    path = ""
-    if lead is not None:
-        numbers[:] = (lead.steps, lead.samples, lead.stopped_by, lead.staleness.mean, lead.recent.mean_loss)
-        path = str(lead.checkpoint)
-    waiting.broadcast(comm, numbers, 0, "the lead to conclude")
-    path = waiting.broadcast_text(comm, path, 0, "the lead to conclude")
-    steps, samples, stopped_by = (int(number) for number in numbers[:3])
+    """Evaluate the final parameters on all workers together, and return the result on every rank."""
+    comm, run, data = session.comms.world, session.run, session.data
+    stopped_by = np.array([0 if lead is None else lead.stopped_by])
+    waiting.broadcast(comm, stopped_by, 0, "the lead to conclude")
     advice = _advice(comm, worker, shard)
-    test = None
-    if not stopped_by and run.data.test is not None:
-        mine = Outcome(0, 0.0, 0)
-        if worker is not None and data.test is not None:
-            place, partition = divmod(session.worker or 0, plan.partitions)
-            mine = worker.evaluate(data.test, place, plan.replicas)
-            if partition > 0:
-                mine = Outcome(0, 0.0, 0)  # the first partition counts it
-        serve = worker.obey if worker is not None else shard.poll if shard is not None else None
-        sums = np.array([mine.samples, mine.loss, max(mine.correct, 0), mine.correct < 0], np.float64)
-        total = waiting.allreduce(comm, sums, MPI.SUM, "the evaluation of the other workers", serve=serve)
-        test = Outcome(int(total[0]), float(total[1]), -1 if total[3] else int(total[2]))
-        if lead is not None:
-            lead.evaluated(test, lead.epoch)
+    test = None if stopped_by[0] or run.data.test is None else _test(session, worker, shard)
+    if lead is None:
+        return session.conclude(None, seconds)
+    if test is not None:
+        lead.evaluated(test, lead.epoch)
     warning = verdict.warning(
         data.guessing,
-        float(numbers[4]),
+        lead.recent.mean_loss,
         test,
-        enough=steps >= _FEWEST_STEPS and samples >= data.samples,
+        enough=lead.steps >= _FEWEST_STEPS and lead.samples >= data.samples,
         remedy=f"another optimizer.learning_rate ({run.optimizer.learning_rate:g})",
     )
-    return Result(steps, samples, seconds, test, stopped_by, Path(path), float(numbers[3]), advice, warning)
+    assert lead.checkpoint is not None
+    result = Result(
+        lead.steps, lead.samples, seconds, test, lead.stopped_by, lead.checkpoint, lead.staleness.mean, advice, warning
+    )
+    return session.conclude(result, seconds)
+
+
+def _test(session: Session, worker: Worker | None, shard: Shard | None) -> Outcome:
+    """Return the outcome on the held-out samples, of which each replica evaluates a share (collective)."""
+    mine, plan = Outcome(0, 0.0, 0), session.plan
+    if worker is not None and session.data.test is not None:
+        replica, partition = divmod(session.worker or 0, plan.partitions)
+        outcome = worker.evaluate(session.data.test, replica, plan.replicas)
+        mine = mine if partition else outcome  # the first partition counts it
+    serve = worker.obey if worker is not None else shard.poll if shard is not None else None
+    sums = np.array([mine.samples, mine.loss, max(mine.correct, 0), mine.correct < 0], np.float64)
+    what = "the evaluation of the other workers"
+    samples, loss, correct, unknown = waiting.allreduce(session.comms.world, sums, MPI.SUM, what, serve=serve).tolist()
+    return Outcome(int(samples), loss, -1 if unknown else int(correct))
 
 
 def _advice(comm: MPI.Intracomm, worker: Worker | None, shard: Shard | None) -> str:
     """Say whether the shards were what the workers waited for (collective)."""
     applying = np.array([0.0 if shard is None else shard.applying])
-    times = np.zeros(2) if worker is None else np.array([worker.waited, worker.spent])
+    times = np.zeros(2) if worker is None else np.array([worker.log.waited, worker.log.spent])
     what = "the other ranks to say what they waited for"
     busiest = waiting.allreduce(comm, applying, MPI.MAX, what)
     waited, spent = waiting.allreduce(comm, times, MPI.SUM, what)

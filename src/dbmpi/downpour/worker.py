@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from enum import IntEnum
 
 import numpy as np
 from mpi4py import MPI
@@ -14,20 +15,26 @@ from dbmpi.checkpoint.retention import kept
 from dbmpi.config import Run
 from dbmpi.data.source import Source
 from dbmpi.data.stream import Order
-from dbmpi.downpour.team import Decision, Team
 from dbmpi.errors import RunFailed
 from dbmpi.machine.signals import StopSignal
-from dbmpi.monitor.measures import LayerTimes, set_exchange_apart
-from dbmpi.monitor.records import Recorder, Stopwatch, WorkerReport
+from dbmpi.monitor.worker_log import WorkerLog
 from dbmpi.mpi import waiting
 from dbmpi.mpi.mailbox import Mailbox, MessageKind, Role
 from dbmpi.objective import Batch, Objective, Outcome
 from dbmpi.paramserver.client import Client
 from dbmpi.replica.replica import Replica
+from dbmpi.replica.team import Team
 
-_ACTIVITIES = ("compute", "fetch", "push", "wait", "data")
 _FOR_THE_LEAD = 1.25
 """Factor on the stall limit where a worker waits for the lead, which knows better which rank is late."""
+
+
+class Decision(IntEnum):
+    """What a replica does next."""
+
+    GO_ON = 0
+    REST = 1
+    STOP = 2
 
 
 class Worker:
@@ -48,8 +55,8 @@ class Worker:
 
     Attributes
     ----------
-    waited, spent
-        Seconds in fetches and pushes, and in all, up to the last report.
+    log
+        Of its steps and its time.
     """
 
     def __init__(
@@ -64,14 +71,13 @@ class Worker:
         order: Order,
         train: Source,
         test: Source | None,
-        recorder: Recorder,
+        log: WorkerLog,
         stop: StopSignal,
         serve: Callable[[], bool] | None,
         released: bool,
         warm_steps: int,
         partitions: MPI.Intracomm,
     ) -> None:
-        self.stopwatch = Stopwatch()
         self._run = run
         self._number = number
         self._objective = objective
@@ -81,10 +87,10 @@ class Worker:
         self._order = order
         self._train = train
         self._test = test
-        self._recorder = recorder
         self._stop = stop
         self._serve = serve
         self._team = Team(partitions, self.obey)
+        self.log, self.stopwatch = log, log.stopwatch
         self._released = released
         self._warm_steps = warm_steps
         self._stopping = False
@@ -94,14 +100,7 @@ class Worker:
         self._asked_to_pause = False
         self._alive = time.monotonic()
         self._batch = 0
-        self._steps = 0
         self._learned = 0
-        self._samples = 0
-        self._recent = Outcome(0, 0.0, 0)
-        self._reported = time.monotonic()
-        self._moved = (0, 0, 0, 0)
-        self._layer_times = LayerTimes()
-        self.waited = self.spent = 0.0
         self._next_evaluation = run.monitor.evaluate_epochs
 
     # What the loop asks for
@@ -109,7 +108,7 @@ class Worker:
     def proceed(self) -> bool:
         """Serve this rank's shard, obey the lead's orders, and return whether to take another step."""
         while True:
-            decision = self._team.agree(self._next_decision())
+            decision = Decision(self._team.agree(self._next_decision()))
             if decision == Decision.GO_ON:
                 return True
             if decision == Decision.STOP:
@@ -126,13 +125,12 @@ class Worker:
         """Count a step; a loss that is not finite ends the run before its gradient is pushed."""
         if not math.isfinite(outcome.loss) and self._team.speaks:
             raise RunFailed(
-                f"the loss is {outcome.mean_loss} at step {self._steps} of replica {self._number}, batch {self._batch} "
-                f"of the stream; {kept(self._run.run.directory / 'checkpoints')}; lower optimizer.learning_rate "
-                f"({self._run.optimizer.learning_rate:g}), or look for extreme values in {self._run.data.train}"
+                f"the loss is {outcome.mean_loss} at step {self.log.steps} of replica {self._number}, "
+                f"batch {self._batch} of the stream; {kept(self._run.run.directory / 'checkpoints')}; lower "
+                f"optimizer.learning_rate ({self._run.optimizer.learning_rate:g}), or look for extreme values in "
+                f"{self._run.data.train}"
             )
-        self._steps += 1
-        self._samples += outcome.samples
-        self._recent = self._recent.plus(outcome)
+        self.log.count(outcome)
 
     def pushed(self, steps: int) -> None:
         """Count what is learned, report when it is time, and evaluate when replica 0 comes to the next epoch."""
@@ -141,7 +139,7 @@ class Worker:
             self._warm_steps = 0
             self._client.settle()
             self._say(MessageKind.WARM)
-        if time.monotonic() - self._reported >= self._run.monitor.report_seconds:
+        if self.log.due:
             self._report()
         every = self._run.monitor.evaluate_epochs
         epoch = self._epoch
@@ -255,40 +253,7 @@ class Worker:
         self._say(MessageKind.EVALUATION, self._batch + 1, outcome.samples, outcome.correct, bits)
 
     def _report(self) -> None:
-        now = time.monotonic()
-        moved, recent = self._client.moved, self._recent
-        pushed_bytes, fetched_bytes, chunks, pieces = map(int.__sub__, moved, self._moved)
-        seconds, layers = self._time_spent()
-        if recent.samples:
-            self._recorder.write(
-                WorkerReport(
-                    step=self._steps,
-                    epoch=self._epoch,
-                    samples=self._samples,
-                    loss=recent.mean_loss,
-                    accuracy=recent.accuracy,
-                    samples_per_second=recent.samples / max(now - self._reported, 1e-9),
-                    pushed_bytes=pushed_bytes,
-                    fetched_bytes=fetched_bytes,
-                    seconds=seconds,
-                    layers=layers,
-                    replica=self._number,
-                    partition=self._team.partition,
-                    pushed_chunks=chunks,
-                    fetched_pieces=pieces,
-                )
-            )
-        self._reported, self._recent, self._moved = now, Outcome(0, 0.0, 0), moved
-
-    def _time_spent(self) -> tuple[dict[str, float], dict[str, float]]:
-        """Return the time since the last report by activity, and by phase and layer."""
-        layers = self._layer_times.take(self._objective.seconds)
-        seconds = self.stopwatch.take(_ACTIVITIES)
-        self.waited += seconds["fetch"] + seconds["push"]
-        self.spent += sum(seconds.values())
-        if self._objective.partitions > 1:
-            set_exchange_apart(seconds, layers)  # that of evaluations, too, which count as waiting
-        return seconds, layers
+        self.log.report(self._epoch, self._client.moved, self._objective.seconds)
 
 
 def evaluate(

@@ -40,7 +40,7 @@ class Limits:
     """Number of evaluations after which no iteration begins."""
 
     def flat(self, largest: float, square: float) -> bool:
-        """Return whether a gradient counts as zero: its largest magnitude is small, or too small to be squared."""
+        """Return whether a gradient counts as zero: its `largest` magnitude is small, or its `square` vanishes."""
         return largest <= self.gtol or square == 0
 
     def little(self, decrease: float, loss: float) -> bool:
@@ -133,7 +133,7 @@ class Directions(Protocol):
         ...
 
     def choose(self, gradient: str) -> Line:
-        """Return the next line."""
+        """Return the next line, from where the gradient is `gradient`."""
         ...
 
     def products(self, gradient: str, after: str, before: str) -> list[tuple[str, str]]:
@@ -162,12 +162,12 @@ class Depth(NamedTuple):
     largest: float
 
     def bottomless(self, loss: float, largest: float) -> bool:
-        """Return whether a loss has no bound: it has fallen very far, and the gradient has not become smaller."""
+        """Return whether a loss has no bound: it has fallen very far, and the gradient's `largest` has not shrunk."""
         return largest >= self.largest and loss < -UNBOUNDED * self.loss < 0
 
 
 class TooSteep(RunFailed):
-    """The squares of a gradient are beyond what numbers can hold, although it is finite itself."""
+    """The squares of a gradient overflow, although its `largest` magnitude is finite."""
 
     def __init__(self, largest: float) -> None:
         super().__init__(f"the gradient has elements up to {largest:g}: minimise a small multiple of the loss")
@@ -175,7 +175,7 @@ class TooSteep(RunFailed):
 
 
 class Evaluations:
-    """Counts evaluations, and refuses a start from where the loss is not finite."""
+    """Counts the calls of `evaluate`, and refuses a start from where the loss is not finite."""
 
     def __init__(self, evaluate: Evaluate) -> None:
         self._evaluate, self.count = evaluate, 0
@@ -187,6 +187,13 @@ class Evaluations:
 
     def start(self, space: Space, point: str, gradient: str) -> tuple[float, float, float]:
         """Evaluate where there is no way back; return loss, square and largest magnitude of the gradient.
+
+        Parameters
+        ----------
+        space
+            Where the vectors are.
+        point, gradient
+            Names of the vector to evaluate at, and of the one for the gradient.
 
         Raises
         ------
@@ -206,7 +213,7 @@ class Evaluations:
 
 
 def prepare(space: Space, *names: str) -> None:
-    """Make the vectors that are not there yet."""
+    """Make the vectors of these `names` that the `space` lacks."""
     for name in names:
         if name not in space.names:
             space.create(name)
@@ -224,7 +231,18 @@ def descend(  # noqa: PLR0912, PLR0915
 ) -> Report:
     """Minimise from the point in the vector `POINT`: choose a direction, search along it, learn from the step.
 
-    With a `start`, and directions that were restored, everything goes on as if it had never ended.
+    Parameters
+    ----------
+    space, evaluate
+        Where the vectors are, and what to minimise.
+    directions
+        Of the method.
+    search
+        Along a direction.
+    limits, callback, batches
+        When to stop; called after every iteration; how the samples change.
+    start
+        Where an earlier search ended; with `directions` that were restored this one continues as that would have.
 
     Raises
     ------

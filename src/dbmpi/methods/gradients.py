@@ -19,7 +19,15 @@ A stricter search (0.1) costs half as many evaluations again on the usual test p
 
 
 def with_l2(space: Space, evaluate: Evaluate, strength: float) -> Evaluate:
-    """Return the evaluation of ``loss(x) + strength / 2 |x|^2``."""
+    """Return the evaluation of ``loss(x) + strength / 2 |x|^2``.
+
+    Parameters
+    ----------
+    space, evaluate
+        Where the vectors are, and the evaluation of the loss.
+    strength
+        Not negative.
+    """
 
     def evaluate_with_l2(point: str, gradient: str) -> float:
         loss = evaluate(point, gradient)
@@ -38,7 +46,13 @@ def gradient_descent(
     callback: Callback | None = None,
     batches: Batches | None = None,
 ) -> Report:
-    """Minimise along the negative gradient; parameters as for :func:`dbmpi.methods.lbfgs.lbfgs`, with a memory of 0."""
+    """Minimise along the negative gradient.
+
+    Parameters
+    ----------
+    space, evaluate, search, limits, callback, batches
+        As for :func:`dbmpi.methods.lbfgs.lbfgs`.
+    """
     return descend(space, evaluate, History(space, 0), search, limits, callback, batches)
 
 
@@ -53,7 +67,12 @@ def conjugate_gradients(
 ) -> Report:
     """Minimise by nonlinear conjugate gradients, PR+: Nocedal and Wright, algorithm 5.4 and equation 5.45.
 
-    Parameters as for :func:`dbmpi.methods.lbfgs.lbfgs`.  The method needs a line search more exact than L-BFGS does.
+    The method needs a line search more exact than L-BFGS does.
+
+    Parameters
+    ----------
+    space, evaluate, search, limits, callback, batches
+        As for :func:`dbmpi.methods.lbfgs.lbfgs`.
     """
     return descend(space, evaluate, _PolakRibiere(space), search, limits, callback, batches)
 

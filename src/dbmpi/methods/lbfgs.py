@@ -181,7 +181,7 @@ class History:
         self._square, self._slope = scalars.tolist()
 
     def measure(self, gradient: str, square: float) -> None:
-        """Compute the products of a gradient with the history."""
+        """Compute the products of the vector `gradient`, whose square is `square`, with the history."""
         self._square = square
         rows = [name for slot in self._slots for name in (_s(slot), _y(slot))]
         if rows:
@@ -189,7 +189,7 @@ class History:
             self._sg[self._slots], self._yg[self._slots] = products[::2], products[1::2]
 
     def choose(self, gradient: str) -> Line:
-        """Form the direction ``-H g`` in the free slot."""
+        """Form the direction ``-H g`` in the free slot, for the vector `gradient`."""
         name = _s(self._free())
         if not self._slots:
             self._space.combine(name, [(-1.0, gradient)])
@@ -211,7 +211,7 @@ class History:
         return Line(name, slope, 1.0)
 
     def products(self, gradient: str, after: str, before: str) -> list[tuple[str, str]]:
-        """Form the next y, and name its products and those of the gradient with what will be the history."""
+        """Form the next y, ``after - before``, and name the products of it and of `gradient` with the next history."""
         if not self.memory:
             return []
         new = self._free()
@@ -222,7 +222,7 @@ class History:
         return [(vector, name) for vector in (_y(new), gradient) for row in rows for name in row]
 
     def learn(self, step: Step, gradient: str) -> None:
-        """Make a pair of the step and the difference of the gradients."""
+        """Make a pair of the step, which led to `gradient`, and the difference of the gradients."""
         self._square = step.gradient_square
         if not self.memory:
             return
@@ -283,6 +283,13 @@ def two_loop(space: Space, history: History, gradient: str, target: str) -> None
     """Set `target` to the direction ``-H g`` by the recursion on vectors, as it is written in algorithm 7.4.
 
     The plain twin of `History.choose`: it needs 2m passes and reductions, one after the other.
+
+    Parameters
+    ----------
+    space, history
+        Where the vectors and the pairs are.
+    gradient, target
+        Names of vectors.
     """
     alphas = []
     space.copy(gradient, target)

@@ -33,7 +33,7 @@ LineSearch = Callable[[float, float, float], Search]
 
 
 class LineSearchFailed(RuntimeError):
-    """No step was found that is good enough."""
+    """No step was found that is good enough; the `message` says why, after these `trials`."""
 
     def __init__(self, message: str, trials: Sequence[Trial]) -> None:
         super().__init__(message)
@@ -65,12 +65,17 @@ def named(name: str, step_length: float) -> LineSearch:
     return searches[name]
 
 
-def fixed(loss: float, slope: float, first: float, *, step: float | None = None, factor: float = 1.0) -> Search:
-    """Take one step, `step` or else `factor` times `first`, whatever it gives: for losses that change with a batch.
+def fixed(loss: float, slope: float, first: float, *, factor: float = 1.0) -> Search:
+    """Take one step, whatever it gives, for losses that change with a batch; shrink it where the loss is not finite.
 
-    Only where the loss is not finite, it is shrunk.
+    Parameters
+    ----------
+    loss, slope, first
+        As for every line search.
+    factor
+        Multiple of `first` to take.
     """
-    given = taken = factor * first if step is None else step
+    given = taken = factor * first
     known = [Trial(0.0, loss, slope)]
     for _ in range(SHRINKS):
         trial = Trial(taken, *(yield taken))
@@ -205,6 +210,15 @@ def level(trial: Trial, loss: float, slope: float, curvature: float = 0.9) -> bo
     """Return whether the loss is the same but for its rounding error, and a step has led on: it is less steep there.
 
     The "approximate Wolfe condition" near a minimum: W. W. Hager and H. Zhang, SIAM J. Optim. 16(1), 2005.
+
+    Parameters
+    ----------
+    trial
+        That led there.
+    loss, slope
+        Where the line begins.
+    curvature
+        The slope must be at most this fraction of `slope` in magnitude.
     """
     return abs(trial.loss - loss) <= ROUNDING * abs(loss) and abs(trial.slope) <= -curvature * slope
 

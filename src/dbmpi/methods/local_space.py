@@ -30,7 +30,7 @@ STAGGER = 3
 
 
 def alone(values: np.ndarray) -> np.ndarray:
-    """Reduce over the one shard that there is."""
+    """Return the `values`, which are the sum over the only shard."""
     return values
 
 
@@ -110,13 +110,13 @@ class LocalSpace:
                     known[name] = number  # type: ignore[assignment]
 
     def array(self, name: str) -> np.ndarray:
-        """Return this shard's part of a vector, to be read."""
+        """Return this shard's part of the vector `name`, to be read."""
         view = self._get(name).view()
         view.flags.writeable = False
         return view
 
     def writable(self, name: str) -> np.ndarray:
-        """Return this shard's part of a vector, to be written before the next operation.
+        """Return this shard's part of the vector `name`, to be written before the next operation.
 
         All shards call this for the same vectors between the same operations.
         """
@@ -125,7 +125,7 @@ class LocalSpace:
         return vector
 
     def create(self, name: str, dtype: str | None = None) -> None:
-        """Make a vector of zeros."""
+        """Make a vector `name` of zeros, of the given `dtype` or that of the space."""
         wanted = self._dtype if dtype is None else _float_type(dtype)
         if name not in self._vectors:
             self._vectors[name] = aligned_empty(self._size, wanted, STAGGER * len(self._vectors))
@@ -142,7 +142,7 @@ class LocalSpace:
         self.combine(target, [(1.0, source)])
 
     def scale(self, name: str, factor: float) -> None:
-        """Multiply a vector by a number."""
+        """Multiply the vector `name` by `factor`."""
         self.combine(name, [(factor, name)])
 
     def axpy(self, factor: float, source: str, target: str) -> None:
@@ -150,7 +150,7 @@ class LocalSpace:
         self.combine(target, [(1.0, target), (factor, source)])
 
     def combine(self, target: str, terms: Sequence[tuple[float, str]]) -> None:
-        """Set `target` to a sum of multiples of vectors."""
+        """Set `target` to the sum of ``coefficient * vector`` over the `terms`."""
         if not terms:
             raise ValueError("nothing to combine: give at least one term (coefficient, name)")
         sources = [self._get(name) for _, name in terms]
@@ -164,7 +164,13 @@ class LocalSpace:
         self._wrote(target)
 
     def advance(self, point: str, origin: str, step: float, direction: str) -> None:
-        """Set ``origin = point`` and then ``point = point + step * direction``."""
+        """Set ``origin = point`` and then ``point = point + step * direction``.
+
+        Parameters
+        ----------
+        point, origin, step, direction
+            As for `Space`.
+        """
         if origin in (point, direction):
             raise ValueError(f"the origin {origin!r} must be a vector of its own")
         vectors.advance(self._get(point), self._get(origin), float(step), self._get(direction))
@@ -172,17 +178,23 @@ class LocalSpace:
         self._wrote(origin)
 
     def pseudo_gradient(self, point: str, gradient: str, strength: float, target: str) -> None:
-        """Set `target` to the pseudo-gradient."""
+        """Set `target` to the pseudo-gradient.
+
+        Parameters
+        ----------
+        point, gradient, strength, target
+            As for `Space`.
+        """
         vectors.pseudo_gradient(self._get(point), self._get(gradient), float(strength), self._get(target))
         self._wrote(target)
 
     def align(self, direction: str, gradient: str) -> None:
-        """Set elements of the direction to zero where they do not descend."""
+        """Set elements of `direction` to zero where they do not descend along ``-gradient``."""
         vectors.align(self._get(direction), self._get(gradient))
         self._wrote(direction)
 
     def project(self, point: str, origin: str, gradient: str) -> None:
-        """Set elements of the point to zero that left the orthant."""
+        """Set elements of `point` to zero that left the orthant of `origin` and ``-gradient``."""
         vectors.project(self._get(point), self._get(origin), self._get(gradient))
         self._wrote(point)
 
@@ -205,7 +217,7 @@ class LocalSpace:
         return result
 
     def norms(self, names: Sequence[str], order: Order = "max") -> np.ndarray:
-        """Return the largest magnitude of every vector, or with ``order="one"`` the sum of its magnitudes."""
+        """Return the largest magnitude of each of `names`, or with ``order="one"`` the sum of its magnitudes."""
         if order not in ("max", "one"):
             raise ValueError(f"a norm has order 'max' or 'one', not {order!r}")
         self._measure(self._unknown(names))

@@ -31,6 +31,13 @@ class SharingBatches(Protocol):
 
         Leave the gradient of the whole batch, and those of the mean losses over what it shares with the batch before
         and with the next one.
+
+        Parameters
+        ----------
+        point
+            Name of the vector to evaluate at.
+        gradient, shared, following
+            Names of the vectors for the three gradients.
         """
         ...
 
@@ -52,12 +59,16 @@ def multi_batch_lbfgs(
 
     Parameters
     ----------
+    space, batches
+        Where the vectors are, and what to minimise.
     history
         Its caution keeps pairs away whose curvature is noise.
     step_length
         Multiple of the quasi-Newton step.  Shrunk where a loss is not finite.
     limits
         `gtol` and `ftol` do not apply: every batch has another gradient and another loss.
+    callback
+        Called after every iteration.
 
     Raises
     ------

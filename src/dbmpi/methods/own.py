@@ -25,7 +25,7 @@ class Method(Protocol):
 
 
 def load(name: str, directory: Path | None) -> Method:
-    """Return the function that ``module:function`` names; the module is looked for in the directory first.
+    """Return the function of this `name`, ``module:function``; the module is looked for in the directory first.
 
     Raises
     ------
@@ -37,7 +37,7 @@ def load(name: str, directory: Path | None) -> Method:
 
 
 def checked(found: Any, where: str) -> Method:
-    """Return a user's function as a method that says what is wrong with what it returns; `where` is for messages.
+    """Return the function `found` as a method that checks the report it returns; `where` is for messages.
 
     Raises
     ------

@@ -1,86 +1,85 @@
-"""The batch method that a configuration describes, run on the batches of Sandblaster."""
+"""The batch method that is chosen by name, with its line search and its terms beside the loss."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from dbmpi.methods import linesearch
 from dbmpi.methods.descent import Batches, Callback, Evaluate, Limits, Report, Start
-from dbmpi.methods.gradients import conjugate_gradients, exact_search, gradient_descent, owlqn, with_l2
+from dbmpi.methods.gradients import conjugate_gradients, exact_search, gradient_descent, with_l2
 from dbmpi.methods.lbfgs import History, lbfgs
-from dbmpi.methods.multibatch import SharingBatches, multi_batch_lbfgs
+from dbmpi.methods.owlqn import owlqn
 from dbmpi.methods.space import Space
 
 if TYPE_CHECKING:
-    from dbmpi.config.sections import SandblasterSection
     from dbmpi.methods.own import Method
 
 
-class Problem(Batches, SharingBatches, Protocol):
-    """What is minimised: vectors, passes over batches, and batches that change."""
+@dataclass(frozen=True)
+class Choice:
+    """What a user chooses of a method."""
 
-    @property
-    def space(self) -> Space:
-        """The vectors on the shards."""
-        ...
-
-    def evaluate(self, point: str, gradient: str) -> float:
-        """Pass over the batch; see :data:`dbmpi.methods.descent.Evaluate`."""
-        ...
+    method: str | Method
+    """``lbfgs``, ``conjugate_gradients``, ``gradient_descent``, or a checked function of the user's own."""
+    line_search: str = "strong_wolfe"
+    """One of :func:`dbmpi.methods.linesearch.named`."""
+    step_length: float = 1.0
+    """With a fixed line search."""
+    l1: float = 0.0
+    """Factor of the sum of magnitudes, added to the loss: L-BFGS only."""
+    l2: float = 0.0
+    """Half of this times the sum of squares is added to the loss."""
 
 
 def minimise(
-    problem: Problem,
-    settings: SandblasterSection,
+    space: Space,
+    evaluate: Evaluate,
+    choice: Choice,
     *,
-    whole: bool,
-    own: Method | None,
+    limits: Limits,
     callback: Callback,
-    history: History | None,
-    start: Start | None,
+    batches: Batches | None = None,
+    history: History | None = None,
+    start: Start | None = None,
 ) -> Report:
-    """Minimise from the vector "parameters" by the method that the settings name.
+    """Minimise from the vector "parameters" by the method that was chosen.
 
     Parameters
     ----------
-    whole
-        Whether every batch is all samples, so that batches never change.
-    own
-        The user's own method, if it is his.
+    space, evaluate
+        Where the vectors are, and the loss without the terms of `choice`.
+    choice
+        Of the method.
+    limits, callback
+        When to stop; called after every iteration.
+    batches
+        How the samples change; None where they never do.
     history
-        That of L-BFGS, for this method.
+        For L-BFGS, which needs one.
     start
-        Where L-BFGS goes on.
+        Where L-BFGS resumes.
+
+    Returns
+    -------
+    Report
+        How it ended.
     """
-    space = problem.space
-    evaluate: Evaluate = problem.evaluate
-    if settings.l2:
-        evaluate = with_l2(space, evaluate, settings.l2)
-    limits = Limits(settings.gtol, settings.ftol)
-    batches = None if whole else problem
-    search = linesearch.named(settings.line_search, settings.step_length)
-    if history is None:
-        method = own
-        if settings.algorithm == "gradient_descent":
-            method = partial(gradient_descent, search=search, batches=batches)
-        elif settings.algorithm == "conjugate_gradients":
-            exact = exact_search if settings.line_search == "strong_wolfe" else search
-            method = partial(conjugate_gradients, search=exact, batches=batches)
-        assert method is not None
-        return method(space, evaluate, limits=limits, callback=callback)
-    if settings.l1:
-        return owlqn(space, evaluate, strength=settings.l1, limits=limits, callback=callback, history=history)
-    if settings.batch_overlap:
-        length = settings.step_length
-        return multi_batch_lbfgs(space, problem, history, step_length=length, limits=limits, callback=callback)
-    return lbfgs(
-        space,
-        evaluate,
-        search=search,
-        limits=limits,
-        callback=callback,
-        batches=batches,
-        history=history,
-        start=start,
-    )
+    if choice.l2:
+        evaluate = with_l2(space, evaluate, choice.l2)
+    if callable(choice.method):
+        return choice.method(space, evaluate, limits=limits, callback=callback)
+    search = linesearch.named(choice.line_search, choice.step_length)
+    if choice.method == "lbfgs":
+        assert history is not None
+        if choice.l1:
+            return owlqn(space, evaluate, strength=choice.l1, limits=limits, callback=callback, history=history)
+        method: Callable[..., Report] = partial(lbfgs, history=history, start=start)
+    elif choice.method == "gradient_descent":
+        method = gradient_descent
+    else:
+        method = conjugate_gradients
+        search = exact_search if choice.line_search == "strong_wolfe" else search
+    return method(space, evaluate, search=search, limits=limits, callback=callback, batches=batches)

@@ -9,7 +9,7 @@ its own part, what results stays there, and only scalars come back.  `Space` is 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -25,7 +25,7 @@ class Space(Protocol):
         ...
 
     def create(self, name: str, dtype: str | None = None) -> None:
-        """Make a vector of zeros, of the space's dtype, or "float32" or "float64"; one that is there becomes zero."""
+        """Make a vector `name` of zeros, of the space's dtype, "float32" or "float64"; one that exists becomes zero."""
         ...
 
     def copy(self, source: str, target: str) -> None:
@@ -33,7 +33,7 @@ class Space(Protocol):
         ...
 
     def scale(self, name: str, factor: float) -> None:
-        """Multiply a vector by a number."""
+        """Multiply the vector `name` by `factor`."""
         ...
 
     def axpy(self, factor: float, source: str, target: str) -> None:
@@ -49,7 +49,15 @@ class Space(Protocol):
         ...
 
     def advance(self, point: str, origin: str, step: float, direction: str) -> None:
-        """Set ``origin = point`` and then ``point = point + step * direction``, in one pass."""
+        """Set ``origin = point`` and then ``point = point + step * direction``, in one pass.
+
+        Parameters
+        ----------
+        point, origin, direction
+            Names of vectors.
+        step
+            A number.
+        """
         ...
 
     def dots(self, pairs: Sequence[tuple[str, str]], maxima: Sequence[str] = ()) -> np.ndarray:
@@ -60,41 +68,30 @@ class Space(Protocol):
         ...
 
     def norms(self, names: Sequence[str], order: Order = "max") -> np.ndarray:
-        """Return the largest magnitude of every vector, or with ``order="one"`` the sum of its magnitudes.
+        """Return the largest magnitude of each of `names`, or with ``order="one"`` the sum of its magnitudes.
 
         Not a number where an element is none.
         """
         ...
 
     def pseudo_gradient(self, point: str, gradient: str, strength: float, target: str) -> None:
-        """Set `target` to the pseudo-gradient of the loss plus ``strength * |point|_1`` (OWL-QN)."""
+        """Set `target` to the pseudo-gradient of the loss plus ``strength * |point|_1`` (OWL-QN).
+
+        Parameters
+        ----------
+        point, gradient
+            Names of the vectors with the parameters and the gradient of the loss.
+        strength
+            A number.
+        target
+            Name of the vector to write.
+        """
         ...
 
     def align(self, direction: str, gradient: str) -> None:
-        """Set elements of the direction to zero where they do not descend (OWL-QN)."""
+        """Set elements of `direction` to zero where they do not descend along ``-gradient`` (OWL-QN)."""
         ...
 
     def project(self, point: str, origin: str, gradient: str) -> None:
-        """Set elements of the point to zero that left the orthant of `origin` and ``-gradient`` (OWL-QN)."""
-        ...
-
-
-@runtime_checkable
-class RunningSpace(Protocol):
-    """What the shards of a run do beside arithmetic."""
-
-    def accrue(self, name: str, replica: int, bundle: int) -> None:
-        """Add the gradient that a replica has committed to a vector."""
-        ...
-
-    def meet(self) -> np.ndarray:
-        """Wait until all shards have come here; return how many bundles were out of reach since the last time."""
-        ...
-
-    def hand_over(self, names: Sequence[str]) -> None:
-        """Send vectors to the lead, for a checkpoint."""
-        ...
-
-    def end(self) -> None:
-        """Hear that the run is over."""
+        """Set elements of `point` to zero that left the orthant of `origin` and ``-gradient`` (OWL-QN)."""
         ...

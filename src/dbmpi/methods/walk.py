@@ -54,6 +54,10 @@ def scaled(space: Space, line: Line, loss: float, gain: float = math.nan) -> Lin
 
     Parameters
     ----------
+    space
+        Where the vectors are.
+    line, loss
+        The line, and the loss where it begins.
     gain
         How much the last step has decreased the loss; not a number without one.
     """
@@ -82,6 +86,14 @@ def walk(
 
     Parameters
     ----------
+    space, evaluate
+        Where the vectors are, and what to minimise.
+    search, line
+        Along which line, and how.
+    after
+        Name of the vector for the gradient.
+    loss
+        Where the line begins.
     pairs
         Names the products that a trial is to be measured by, beside those of the search.
     """
@@ -142,7 +154,14 @@ def explain(failure: LineSearchFailed, probe: Callable[[float], float] | None = 
 def prober(space: Space, evaluate: Evaluate, direction: str, gradient: str) -> Callable[[float], float]:
     """Return a function that evaluates at other steps along a line from `POINT`, and comes back.
 
-    `gradient` names a vector that may be overwritten.
+    Parameters
+    ----------
+    space, evaluate
+        Where the vectors are, and the loss.
+    direction
+        Name of the vector along the line.
+    gradient
+        Name of a vector that may be overwritten.
     """
 
     def probe(length: float) -> float:

@@ -12,8 +12,10 @@ class Tag(IntEnum):
     """Orders for the role of a shard (:class:`dbmpi.mpi.mailbox.Role`)."""
     WORKER = 2
     """Orders for the role of a worker."""
+    COMMANDS = 4
+    """Commands for the shards of a run by Sandblaster."""
     CONCLUSION = 5
-    """The result of a run by Sandblaster, from its lead to every rank."""
+    """The result of a run, from the lead to every rank."""
     EXCHANGE = 7
     """Activations and their gradients between partitions."""
     LOSS = 8

@@ -15,7 +15,6 @@ from dbmpi.checkpoint.meaning import Meaning, check_same_data
 from dbmpi.checkpoint.reader import Checkpoint
 from dbmpi.config import CheckpointSection, Run
 from dbmpi.data.stream import Order, Stream
-from dbmpi.downpour.lead import StartingPoint
 from dbmpi.errors import Damaged, UserError
 from dbmpi.index.layout import Layout
 from dbmpi.machine.endings import note_run
@@ -23,6 +22,7 @@ from dbmpi.monitor.records import next_session
 from dbmpi.mpi import waiting
 from dbmpi.mpi.world import together
 from dbmpi.paramserver.rules import rule
+from dbmpi.session import StartingPoint
 
 _LEAD = 0
 """The rank of shard 0, which reads the run directory for all."""

@@ -17,7 +17,6 @@ from dbmpi.data import limits
 from dbmpi.data.run_data import RunData, open_data
 from dbmpi.data.stream import Order
 from dbmpi.downpour import run as downpour_run
-from dbmpi.downpour.session import DTYPE, Session
 from dbmpi.errors import UserError
 from dbmpi.kernels.announce import announced
 from dbmpi.machine import capacity, environment
@@ -39,6 +38,7 @@ from dbmpi.replica.trial import try_layer
 from dbmpi.result import Result
 from dbmpi.runs import start as runs_start
 from dbmpi.sandblaster import run as sandblaster_run
+from dbmpi.session import DTYPE, Session
 
 _MOST_BATCHES = 2**62
 """Of a run: counts of steps and batches travel and are stored as 64-bit integers."""

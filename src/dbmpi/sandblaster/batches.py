@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dbmpi.sandblaster.state import Position
 
 if TYPE_CHECKING:
-    from dbmpi.checkpoint.meaning import Meaning
-    from dbmpi.config import Run
-    from dbmpi.data.stream import Order, Stream
+    from dbmpi.config.sections import SandblasterSection
+    from dbmpi.data.stream import Order
     from dbmpi.methods.descent import Reason
-    from dbmpi.sandblaster.state import MethodState
 
 REASONS: dict[Reason, str] = {
     "gradient": "the gradient is as small as sandblaster.gtol asks",
@@ -26,42 +23,10 @@ REASONS: dict[Reason, str] = {
 """Why a run has ended, for people."""
 
 
-@dataclass(frozen=True)
-class BatchStart:
-    """Where a session begins."""
-
-    stream: Stream
-    step: int = 0
-    """Portions, or steps of Downpour, in earlier sessions."""
-    samples: int = 0
-    state: MethodState | None = None
-    """Of the batch method, if its vectors are on the shards."""
-
-    def place(self, portions: int) -> int:
-        """Return the place in the stream that is reached with so many portions of this session."""
-        return min(self.stream.frontier + portions, self.stream.total)
-
-
-@dataclass(frozen=True)
-class Samples:
-    """What there is to learn from and to test on."""
-
-    order: Order
-    tests: int
-    """Held-out samples; 0 without any."""
-    input_shape: tuple[int, ...]
-    classes: int
-    meaning: Meaning | None = None
-
-    @property
-    def test_portions(self) -> int:
-        """Portions of the held-out samples."""
-        return -(-self.tests // self.order.batch_size)
-
-    def of(self, portions: range) -> int:
-        """Return the number of samples of portions of the stream."""
-        epochs, rest = divmod(len(portions), self.order.batches_per_epoch)
-        return epochs * self.order.samples + sum(map(self.order.size, portions[len(portions) - rest :]))
+def samples_of(order: Order, portions: range) -> int:
+    """Return the number of samples of some `portions` of a stream, in this `order`."""
+    epochs, rest = divmod(len(portions), order.batches_per_epoch)
+    return epochs * order.samples + sum(map(order.size, portions[len(portions) - rest :]))
 
 
 class Sampling:
@@ -118,13 +83,13 @@ class Sampling:
         return Position(self._first, self._portions, self._here, self._before if self._began is None else self._began)
 
     def restore(self, position: Position) -> None:
-        """Go on where another session stood, if that is possible with these settings."""
+        """Resume at the `position` of another session, if that is possible with these settings."""
         first, portions, here, loss = position
         if 0 <= first <= self._order.batches - portions and self._portions <= portions <= self._most:
             self._first, self._portions, self._here, self._began = first, portions, here, loss
 
     def evaluated(self, loss: float) -> None:
-        """Hear of the mean loss of an evaluation on this batch."""
+        """Note the mean loss of an evaluation on this batch."""
         if self._began is None:
             self._began = loss
 
@@ -159,9 +124,21 @@ class Sampling:
             self._first = 0
 
 
-def sampling(run: Run, order: Order, overlap: int = 0) -> Sampling:
-    """Return the first batch of a run."""
-    settings = run.sandblaster
+def sampling(settings: SandblasterSection, order: Order, drawn: bool) -> Sampling:
+    """Return the first batch of a run.
+
+    Parameters
+    ----------
+    settings, order
+        Of the batches, and of the samples.
+    drawn
+        Whether losses depend on what is drawn at random.
+    """
     return Sampling(
-        order, settings.batch_portions, settings.batch_iterations, settings.batch_growth, overlap, run.network.drops
+        order,
+        settings.batch_portions,
+        settings.batch_iterations,
+        settings.batch_growth,
+        settings.batch_overlap,
+        drawn,
     )

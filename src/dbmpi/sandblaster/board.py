@@ -21,16 +21,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from dbmpi.kernels.memory import CACHE_LINE
+from dbmpi.paramserver.memory import lines
+
+if TYPE_CHECKING:
+    from dbmpi.mpi.window import Window
 
 _WORD = 8
 _BATCH_SHIFT, _OWNER_SHIFT = 32, 20
 _LOW = (1 << _OWNER_SHIFT) - 1
-_PLACE = (1 << _BATCH_SHIFT) - 1
+_CLAIM = (1 << _BATCH_SHIFT) - 1
 _TAG_SHIFT, _FRONT_SHIFT = 48, 24
 _TAG, _TAKEN = (1 << 15) - 1, (1 << _FRONT_SHIFT) - 1
 """What says of a stretch: the last bits of the batch's number, portions drawn from its front, and from its end."""
@@ -47,32 +51,8 @@ class PassKind(IntEnum):
     """The loss on held-out samples, without a gradient."""
 
 
-class Words(Protocol):
-    """The operations on windows that the protocol needs: those of :class:`dbmpi.mpi.window.Window`."""
-
-    def load(self, rank: int, offset: int) -> int:
-        """Return a word."""
-        ...
-
-    def store(self, rank: int, offset: int, value: int) -> None:
-        """Set a word, after all earlier puts to that rank."""
-        ...
-
-    def compare_and_swap(self, rank: int, offset: int, expected: int, value: int) -> int:
-        """Set a word if it is as expected; return what it was."""
-        ...
-
-    def get(self, rank: int, offset: int, out: np.ndarray) -> None:
-        """Copy memory of a rank."""
-        ...
-
-    def sync(self) -> None:
-        """Make stores visible."""
-        ...
-
-
 class PostedBatch(NamedTuple):
-    """What the replicas are told of a batch."""
+    """A batch, as the board describes it to the replicas."""
 
     number: int
     """Counts from 1."""
@@ -82,14 +62,14 @@ class PostedBatch(NamedTuple):
     """Number of the first portion's samples in the stream."""
     samples: int
     """Of the whole batch."""
-    place: int = 0
-    """Portions of all batches up to its end, for reports."""
+    reached: int = 0
+    """Position in the stream at its end, for reports."""
 
 
 END = -1
 """Number of the batch after the last one."""
 RETIRED = -1
-"""In place of the number of its open bundle: the replica has been given up, and can commit nothing any more."""
+"""Instead of the number of an open bundle: the replica has been given up, and can commit nothing any more."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +79,7 @@ class Board:
     Parameters
     ----------
     words
-        The window.
+        This rank's window.
     rank
         The lead's.
     offset
@@ -110,7 +90,7 @@ class Board:
         Whether all replicas draw from one stretch, so that portions are done about in their order.
     """
 
-    words: Words
+    words: Window
     rank: int
     offset: int
     replicas: int
@@ -119,7 +99,7 @@ class Board:
 
     @staticmethod
     def nbytes(replicas: int, capacity: int) -> int:
-        """Return the bytes of a board."""
+        """Return the bytes of a board for so many `replicas` and, as its `capacity`, portions."""
         return CACHE_LINE + (2 * replicas + capacity) * _WORD
 
     # What the lead does
@@ -128,8 +108,8 @@ class Board:
         """Offer a batch; all portions of the one before have been won."""
         for portion in range(batch.portions):
             self.words.store(self.rank, self._portion(portion), batch.number << _BATCH_SHIFT)
-        for place, word in enumerate(batch[1:], 1):
-            self.words.store(self.rank, self.offset + place * _WORD, int(word))
+        for position, word in enumerate(batch[1:], 1):
+            self.words.store(self.rank, self.offset + position * _WORD, int(word))
         for stretch in range(self._stretches):
             self.words.store(self.rank, self._drawn(stretch), (batch.number & _TAG) << _TAG_SHIFT)
         self.words.store(self.rank, self.offset, batch.number)
@@ -141,10 +121,11 @@ class Board:
     def claims(self, batch: PostedBatch, seen: Sequence[int]) -> list[tuple[int, int]]:
         """Return the winner of each portion: replica and bundle, or -1 and 0.
 
-        A claim holds the last bits of the bundle's number; the rest is that of the replicas' latest bundles, `seen`.
+        A claim on a portion of `batch` holds the last bits of the bundle's number; the other bits are those of the
+        latest bundles of the replicas, `seen`.
         """
         found = self._words_at(self._portion(0), batch.portions)
-        owners = ((found & _PLACE) >> _OWNER_SHIFT) - 1
+        owners = ((found & _CLAIM) >> _OWNER_SHIFT) - 1
         claims = zip(owners.tolist(), (found & _LOW).tolist(), strict=True)
         half = (_LOW + 1) // 2
         return [
@@ -153,12 +134,20 @@ class Board:
         ]
 
     def open_bundles(self) -> list[int]:
-        """Return for every replica the number of the bundle that it may commit, at one look."""
+        """Return for every replica the number of the bundle that it may commit, all read at once."""
         found: list[int] = self._words_at(self._bundle(0), self.replicas).tolist()
         return found
 
     def reopen(self, batch: PostedBatch, portion: int, replica: int, bundle: int) -> bool:
-        """Hand out a portion again that was won in a bundle which does not count."""
+        """Hand out a portion again; return whether it was still won in the bundle that does not count.
+
+        Parameters
+        ----------
+        batch, portion
+            Which one.
+        replica, bundle
+            Its winner, and the bundle.
+        """
         claimed, unclaimed = _claim(batch.number, replica, bundle), batch.number << _BATCH_SHIFT
         return self.words.compare_and_swap(self.rank, self._portion(portion), claimed, unclaimed) == claimed
 
@@ -190,7 +179,15 @@ class Board:
         return self.words.load(self.rank, self.offset)
 
     def draw(self, batch: PostedBatch, replica: int) -> int | None:
-        """Return a portion that nobody has drawn yet; None if there is none, or the batch is over."""
+        """Return a portion that no replica has drawn; None if all are drawn, or the batch is over.
+
+        Parameters
+        ----------
+        batch
+            The one that is drawn from.
+        replica
+            Which one draws.
+        """
         count, tag = self._stretches, batch.number & _TAG
         bounds = np.arange(count + 1) * batch.portions // count
         own = replica % count
@@ -215,12 +212,20 @@ class Board:
                 return int(bounds[most + 1]) - 1 - (word & _TAKEN)
 
     def outstanding(self, batch: PostedBatch) -> list[int]:
-        """Return the portions that nobody has won."""
+        """Return the portions of a batch that no replica has won."""
         found = self._words_at(self._portion(0), batch.portions)
         return np.flatnonzero(found == batch.number << _BATCH_SHIFT).tolist()
 
     def win(self, batch: PostedBatch, portion: int, replica: int, bundle: int) -> bool:
-        """Claim a portion for the open bundle of a replica; only the first of several succeeds."""
+        """Claim a portion for the open bundle of a replica; only the first of several succeeds.
+
+        Parameters
+        ----------
+        batch, portion
+            Which one.
+        replica, bundle
+            The claimant, and its open bundle.
+        """
         unclaimed = batch.number << _BATCH_SHIFT
         claimed = _claim(batch.number, replica, bundle)
         return self.words.compare_and_swap(self.rank, self._portion(portion), unclaimed, claimed) == unclaimed
@@ -269,7 +274,9 @@ class PortionResult(NamedTuple):
     """Sum over the samples."""
 
 
-_HEAD = 3
+_RESULT = np.dtype([("portion", "i8"), ("samples", "i8"), ("correct", "i8"), ("loss", "f8")])
+_HEAD, _ROW = 3, _RESULT.itemsize // _WORD
+"""Words of the head of a list, and of each result in it."""
 SLOTS = 2
 """Bundles of a worker: one is filled while the shards take in the other."""
 
@@ -283,6 +290,8 @@ class Bundles:
     the list, say which bundles they have taken: one more than the last one in that slot.
     """
 
+    rank: int
+    """Of the worker."""
     offset: int
     """Where they begin."""
     elements: int
@@ -298,47 +307,47 @@ class Bundles:
 
     def gradient_of(self, bundle: int) -> int:
         """Where the gradient of a bundle lies."""
-        return self.list_of(bundle) + _lines(self.list_words * _WORD)
+        return self.list_of(bundle) + lines(self.list_words * _WORD)
 
     def taken(self, taker: int, bundle: int) -> int:
-        """Word of a shard, or of the lead as the last one, for the slot of a bundle: up to which one it is free."""
+        """Return where a `taker`, a shard or last the lead, writes up to which bundle the slot of `bundle` is free."""
         return self.offset + SLOTS * self._slot_bytes + (taker * SLOTS + bundle % SLOTS) * _WORD
 
     @property
     def list_words(self) -> int:
         """Words of a list."""
-        return _HEAD + 4 * self.results
+        return _HEAD + _ROW * self.results
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of all."""
-        return _lines(self.taken(self.shards + 1, 0) - self.offset)
+    def end(self) -> int:
+        """Where the window may end."""
+        return self.offset + lines(self.taken(self.shards + 1, 0) - self.offset)
 
     @property
     def _slot_bytes(self) -> int:
-        return _lines(self.list_words * _WORD) + _lines(self.elements * self.itemsize)
+        return lines(self.list_words * _WORD) + lines(self.elements * self.itemsize)
 
 
 def pack(words: np.ndarray, batch: int, seconds: float, results: list[PortionResult]) -> None:
-    """Write the list of a bundle into int64 `words`; `seconds` is the mean time that a portion takes this replica."""
+    """Write the list of a bundle.
+
+    Parameters
+    ----------
+    words
+        int64, `Bundles.list_words` of them.
+    batch
+        Number of the batch.
+    seconds
+        Mean time that a portion takes this replica.
+    results
+        Of the portions in the bundle.
+    """
     words[:_HEAD] = batch, len(results), round(1e6 * seconds)
-    for place, result in enumerate(results):
-        row = words[_HEAD + 4 * place :][:4]
-        row[:3] = result[:3]
-        row[3:].view(np.float64)[0] = result.loss
+    words[_HEAD:].view(_RESULT)[: len(results)] = results
 
 
 def unpack(words: np.ndarray) -> tuple[int, float, list[PortionResult]]:
-    """Read what :func:`pack` wrote."""
+    """Return batch, seconds and results from the words that :func:`pack` wrote."""
     batch, count, microseconds = words[:_HEAD].tolist()
-    rows = words[_HEAD : _HEAD + 4 * count].reshape(count, 4)
-    losses = rows[:, 3].copy().view(np.float64).tolist()
-    results = [
-        PortionResult(portion, samples, correct, loss)
-        for (portion, samples, correct), loss in zip(rows[:, :3].tolist(), losses, strict=True)
-    ]
-    return batch, 1e-6 * microseconds, results
-
-
-def _lines(nbytes: int) -> int:
-    return -(-nbytes // CACHE_LINE) * CACHE_LINE
+    rows = words[_HEAD:].view(_RESULT)[:count].tolist()
+    return batch, 1e-6 * microseconds, [PortionResult(*row) for row in rows]

@@ -6,28 +6,27 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-import numpy as np
 from mpi4py import MPI
 
 from dbmpi.checkpoint.attempts import Attempts
 from dbmpi.checkpoint.collect import Part, check_finite, save
 from dbmpi.checkpoint.directory import checkpoint_path
 from dbmpi.checkpoint.schema import CheckpointInfo, library_versions
-from dbmpi.config import Run
 from dbmpi.errors import DiskFailed
+from dbmpi.index.layout import cut
 from dbmpi.methods.descent import POINT, Progress
 from dbmpi.methods.lbfgs import History
 from dbmpi.mpi import waiting
 from dbmpi.replica.arrangement import Arrangement
-from dbmpi.sandblaster.batches import BatchStart, Samples
 from dbmpi.sandblaster.commands import Command
-from dbmpi.sandblaster.shard import ShardSpace
 from dbmpi.sandblaster.state import Position, capture
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from dbmpi.mpi.topology import Plan
+    from dbmpi.sandblaster.shard import Shards
+    from dbmpi.sandblaster.state import MethodState
+    from dbmpi.session import Session
 
 
 class Keeper:
@@ -35,12 +34,14 @@ class Keeper:
 
     Parameters
     ----------
-    comm, plan, arrangement
-        Who holds what of the vectors.
-    lead, carried
-        The lead's own shard, and the names of its vectors that are kept for another optimizer.
-    submit
-        Lets all shards carry out a command.
+    session
+        What the run is.
+    state
+        Where the method stands, until it is noted again.
+    shards
+        Hold the vectors.
+    carried
+        Names of the vectors that are kept for another optimizer.
     warn
         Tells the user a line.
     serve
@@ -54,27 +55,21 @@ class Keeper:
 
     def __init__(
         self,
-        comm: MPI.Intracomm,
-        run: Run,
-        plan: Plan,
-        arrangement: Arrangement,
-        samples: Samples,
-        beginning: BatchStart,
+        session: Session,
+        state: MethodState | None,
+        shards: Shards,
         *,
-        lead: ShardSpace,
         carried: Sequence[str],
-        submit: Callable[[Command], np.ndarray],
         warn: Callable[[str], None],
         serve: Callable[[], bool],
     ) -> None:
-        self._comm, self._run, self._plan, self._arrangement = comm, run, plan, arrangement
-        self._samples, self._beginning = samples, beginning
-        self._lead, self._carried, self._submit = lead, tuple(carried), submit
-        self._state = beginning.state
+        self._session, self._shards, self._carried = session, shards, tuple(carried)
+        self._state = state
         """Where the method stood after its last iteration."""
-        # The other ranks wait meanwhile, and hear little of it.
-        patience = min(run.checkpoint.retry_seconds, waiting.STALL_SECONDS / 2)
-        self._attempts, self._serve = Attempts(run.checkpoint, patience, warn), serve
+        # The other ranks wait meanwhile, without a sign of life.
+        settings = session.run.checkpoint
+        patience = min(settings.retry_seconds, waiting.STALL_SECONDS / 2)
+        self._attempts, self._serve = Attempts(settings, patience, warn), serve
         self.last: Path | None = None
 
     @property
@@ -83,10 +78,18 @@ class Keeper:
         return self._attempts.due
 
     def note(self, history: History, position: Position, progress: Progress) -> None:
-        """Note where L-BFGS stands after an iteration."""
+        """Note where L-BFGS stands after an iteration.
+
+        Parameters
+        ----------
+        history, progress
+            Of the method.
+        position
+            Of the batches.
+        """
         # What goes on from a gradient goes on to the last bit; the other methods begin with an evaluation.
-        settings = self._run.sandblaster
-        bounds = None if settings.l1 or settings.batch_overlap else self._lead.bounds()
+        settings = self._session.run.sandblaster
+        bounds = None if settings.l1 or settings.batch_overlap else self._shards.lead.bounds()
         self._state = capture(history, position, progress, bounds)
 
     def write(self, steps: int, samples: int, *, last: bool = False) -> None:
@@ -120,35 +123,40 @@ class Keeper:
                 return
 
     def _write(self, steps: int, samples: int) -> None:
-        plan, beginning, state = self._plan, self._beginning, self._state
+        session, lead, state = self._session, self._shards.lead, self._state
+        run, plan, data, begin = session.run, session.plan, session.data, session.begin
         names = (POINT, *self._carried, *(state.vectors if state is not None else ()))
-        self._submit(Command("hand_over", names, ()))
+        self._shards.submit(Command("hand_over", (names,)))
 
         def describe(versions: tuple[int, ...]) -> CheckpointInfo:
             return CheckpointInfo(
-                configuration=self._run.to_json(),
-                step=beginning.step + steps,
-                samples=beginning.samples + samples,
+                configuration=run.to_json(),
+                step=begin.step + steps,
+                samples=begin.samples + samples,
                 shard_versions=versions,
                 shards=plan.shards,
                 replicas=plan.replicas,
                 partitions=plan.partitions,
-                input_shape=self._samples.input_shape,
-                classes=self._samples.classes,
-                meaning=self._samples.meaning,
-                frontier=beginning.place(steps),
-                total=beginning.stream.total,
-                holes=beginning.stream.holes,
+                input_shape=data.input_shape,
+                classes=data.classes,
+                meaning=data.meaning,
+                frontier=begin.after(steps),
+                total=begin.stream.total,
+                holes=begin.stream.holes,
                 method="" if state is None else state.model_dump_json(),
                 libraries=library_versions(MPI.Get_library_version()),
             )
 
         self.last = save(
-            self._comm,
+            session.comms.world,
             plan.shard_ranks,
-            checkpoint_path(self._run.run.directory, beginning.step + steps),
-            Part(self._arrangement, {name: self._lead.array(name) for name in names}, self._lead.version),
+            checkpoint_path(run.run.directory, begin.step + steps),
+            Part(
+                Arrangement(session.network.layout, cut(session.network.layout.size, plan.shards)),
+                {name: lead.array(name) for name in names},
+                lead.version,
+            ),
             describe,
-            keep=self._run.checkpoint.keep,
-            check=partial(check_finite, self._run.run.directory),
+            keep=run.checkpoint.keep,
+            check=partial(check_finite, run.run.directory),
         )

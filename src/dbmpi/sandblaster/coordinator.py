@@ -11,16 +11,16 @@ import math
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from dbmpi.config import Run
 from dbmpi.errors import RunFailed
 from dbmpi.methods import descent
-from dbmpi.methods.descent import ORIGIN, POINT, Report
+from dbmpi.methods.descent import ORIGIN, POINT, Limits, Report
 from dbmpi.methods.lbfgs import History
-from dbmpi.methods.select import minimise
+from dbmpi.methods.multibatch import multi_batch_lbfgs
+from dbmpi.methods.select import Choice, minimise
 from dbmpi.monitor.progress import RunProgress
-from dbmpi.monitor.records import BatchReport, EvaluationReport, Recorder
+from dbmpi.monitor.records import BatchReport, EvaluationReport
 from dbmpi.objective import Outcome
-from dbmpi.sandblaster.batches import REASONS, BatchStart, Samples, sampling
+from dbmpi.sandblaster.batches import REASONS, samples_of, sampling
 from dbmpi.sandblaster.checkpoints import Keeper
 from dbmpi.sandblaster.evaluation import Evaluator, Interrupted
 
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from dbmpi.methods.own import Method
+    from dbmpi.sandblaster.state import MethodState
+    from dbmpi.session import Session
 
 _LONGEST_LEDGER = 8192
 """Portions whose replicas fit into a line of the records."""
@@ -38,10 +40,18 @@ class Coordinator:
 
     Parameters
     ----------
+    session
+        The run.
+    state
+        Where the method stood at the end of an earlier session.
+    tests
+        Number of held-out samples.
     evaluator
         Evaluates losses and gradients.
     keeper
         Writes checkpoints.
+    progress
+        Shows how the run advances.
     method
         The user's own batch method, if it is not one of ours.
 
@@ -59,23 +69,24 @@ class Coordinator:
 
     def __init__(
         self,
-        run: Run,
-        samples: Samples,
-        beginning: BatchStart,
+        session: Session,
+        state: MethodState | None,
+        tests: int,
         *,
         evaluator: Evaluator,
         keeper: Keeper,
-        recorder: Recorder,
         progress: RunProgress,
         method: Method | None = None,
     ) -> None:
-        self._run, self._samples, self._beginning = run, samples, beginning
+        self._settings, self._order, self._begin = session.run.sandblaster, session.order, session.begin
+        self._state, self._tests = state, tests
         self._evaluator, self._keeper = evaluator, keeper
         self.space = evaluator.space
-        self._recorder, self._progress = recorder, progress
+        self._recorder, self._progress = session.recorder("shard", 0), progress
+        self._total = round(session.order.samples * session.run.optimizer.epochs)
         self._method = method
-        self._sampling = sampling(run, samples.order, run.sandblaster.batch_overlap)
-        self._left = beginning.stream.total - beginning.stream.frontier
+        self._sampling = sampling(self._settings, session.order, session.run.network.drops)
+        self._left = session.begin.stream.total - session.begin.stream.frontier
         self._counted = 0, 0
         """Portions and samples that had counted after the last iteration."""
         self._history: History | None = None
@@ -83,7 +94,7 @@ class Coordinator:
         self._trying = self._moved = False
         """Whether the point is one that is only tried; whether the batch has changed since."""
         self._tested_at = -1
-        self._next_test = run.monitor.evaluate_epochs
+        self._every = self._next_test = session.run.monitor.evaluate_epochs
         self.steps = self.samples = 0
         self.best = math.nan
         self.converged = False
@@ -119,10 +130,10 @@ class Coordinator:
             if self.steps == 0:
                 raise
             self._keeper.write(self.steps, self.samples, last=True)
-            said = f"what was learned before is in {self.checkpoint}"
+            kept = f"what was learned before is in {self.checkpoint}"
             if isinstance(failure, RunFailed):
-                raise RunFailed(f"{failure}  {said[0].upper()}{said[1:]}.") from failure
-            self._progress.message(said)
+                raise RunFailed(f"{failure}  {kept[0].upper()}{kept[1:]}.") from failure
+            self._progress.message(kept)
             raise
         try:
             self._keeper.write(self.steps, self.samples, last=True)
@@ -130,7 +141,7 @@ class Coordinator:
             if self._evaluator.failed is None:
                 raise
             self._progress.warn(f"no checkpoint could be written: {failure}")  # and the worker says what came first
-        if self._samples.tests and not self._evaluator.interrupted and self._tested_at != self.steps:
+        if self._tests and not self._evaluator.interrupted and self._tested_at != self.steps:
             with suppress(Interrupted):
                 self._evaluate_test()
         if self.stopped_by or self._tested_at != self.steps:
@@ -160,12 +171,12 @@ class Coordinator:
     @property
     def epoch(self) -> float:
         """Passes over the training samples, over all sessions."""
-        return (self._beginning.samples + self.samples) / self._samples.order.samples
+        return (self._begin.samples + self.samples) / self._order.samples
 
     # What a batch method calls
 
     def evaluate(self, point: str, gradient: str) -> float:
-        """Pass over the batch: return the mean loss at the parameters, and leave its gradient on the shards."""
+        """Pass over the batch: return the mean loss at `point`, and leave its `gradient` on the shards."""
         if self._moved:
             self._moved = self._trying = False  # the same point on other samples
         loss = self._evaluate(self._sampling.portions, point, gradient)
@@ -177,18 +188,25 @@ class Coordinator:
         """Pass over the batch in three parts: what the last batch has, too, the rest, and what the next one will have.
 
         See :class:`dbmpi.methods.multibatch.SharingBatches`.
+
+        Parameters
+        ----------
+        point
+            Name of the vector with the parameters.
+        gradient, shared, following
+            Names of the vectors for the gradients of the mean losses of the whole batch, and of both shared parts.
         """
-        portions, overlap = self._sampling.portions, self._run.sandblaster.batch_overlap
+        portions, overlap = self._sampling.portions, self._settings.batch_overlap
         inner = portions[overlap : len(portions) - overlap]
         parts = [(portions[:overlap], shared), (portions[len(portions) - overlap :], following), (inner, gradient)]
-        total, loss, terms = self._samples.of(portions), 0.0, []
+        total, loss, terms = samples_of(self._order, portions), 0.0, []
         for part, name in parts if inner else parts[:-1]:
-            share = self._samples.of(part) / total
+            share = samples_of(self._order, part) / total
             loss += share * self._evaluate(part, point, name)
             terms.append((share, name))
         self._trying = True
         self.space.combine(gradient, terms)
-        if strength := self._run.sandblaster.l2:
+        if strength := self._settings.l2:
             for name in (gradient, shared, following):
                 self.space.axpy(strength, point, name)
             loss += strength / 2 * float(self.space.dots([(point, point)])[0])
@@ -197,7 +215,7 @@ class Coordinator:
     def proceed(self) -> bool:
         """Go on to the next batch, when it is time."""
         moved = self._sampling.proceed()
-        self._moved = moved and not self._run.sandblaster.batch_overlap
+        self._moved = moved and not self._settings.batch_overlap
         return moved
 
     def exhausted(self) -> bool:
@@ -207,8 +225,8 @@ class Coordinator:
 
     def _evaluate(self, portions: range, point: str, gradient: str) -> float:
         assert point == POINT, f"replicas fetch {POINT!r}, and not {point!r}"
-        count, place = self._samples.of(portions), self._beginning.place(self.steps + len(portions))
-        seconds = self._evaluator.gradient(gradient, portions, count, place)
+        count, reached = samples_of(self._order, portions), self._begin.after(self.steps + len(portions))
+        seconds = self._evaluator.gradient(gradient, portions, count, reached)
         passes = self._evaluator.passes
         outcome = passes.outcome
         self.steps += len(portions)
@@ -228,8 +246,7 @@ class Coordinator:
                 lost=self.lost,
             )
         )
-        total = round(self._samples.order.samples * self._run.optimizer.epochs)
-        shown = min(self._beginning.samples + self.samples, total)
+        shown = min(self._begin.samples + self.samples, self._total)
         rate = outcome.samples / max(seconds, 1e-9)
         self._progress.update(shown, outcome.mean_loss, outcome.accuracy, rate, None)
         return outcome.mean_loss
@@ -244,29 +261,39 @@ class Coordinator:
         self.steps, self.samples = self._counted
 
     def _minimise(self) -> Report | None:
-        settings, state = self._run.sandblaster, self._beginning.state
+        settings, state = self._settings, self._state
         if state is not None:
-            self._sampling.restore(state.place)
+            self._sampling.restore(state.batches)
         if self._used_up:
             return None
+        history = None
         if settings.algorithm == "lbfgs":
-            self._history = History(self.space, settings.memory)
+            self._history = history = History(self.space, settings.memory)
             if state is not None:
-                self._history.restore(state.arrays)
+                history.restore(state.arrays)
                 self._trying = state.start is not None
+        limits, callback = Limits(settings.gtol, settings.ftol), self._after_iteration
+        if settings.batch_overlap:
+            assert history is not None
+            length = settings.step_length
+            return multi_batch_lbfgs(self.space, self, history, step_length=length, limits=limits, callback=callback)
+        choice = Choice(
+            self._method or settings.algorithm, settings.line_search, settings.step_length, settings.l1, settings.l2
+        )
         return minimise(
-            self,
-            settings,
-            whole=self._sampling.whole,
-            own=self._method,
-            callback=self._after_iteration,
-            history=self._history,
+            self.space,
+            self.evaluate,
+            choice,
+            limits=limits,
+            callback=callback,
+            batches=None if self._sampling.whole else self,
+            history=history,
             start=None if state is None else state.start,
         )
 
     @property
     def _used_up(self) -> bool:
-        """Whether the epochs have no room for another batch."""
+        """Whether the epochs leave too few portions for another batch."""
         return self._left - self.steps < len(self._sampling.portions)
 
     def _after_iteration(self, progress: descent.Progress) -> bool:
@@ -276,8 +303,8 @@ class Coordinator:
         if self._history is not None:
             self._keeper.note(self._history, self._sampling.position, progress)
         self._evaluator.serve()
-        every = self._run.monitor.evaluate_epochs
-        if every and self._samples.tests and self.epoch >= self._next_test and not self._evaluator.interrupted:
+        every = self._every
+        if every and self._tests and self.epoch >= self._next_test and not self._evaluator.interrupted:
             self._next_test = (self.epoch // every + 1) * every
             self._evaluate_test()
         if self._keeper.due and not self._evaluator.interrupted:
@@ -287,7 +314,8 @@ class Coordinator:
 
     def _evaluate_test(self) -> None:
         """Record and show the outcome on the held-out samples at the present parameters."""
-        self._evaluator.test(self._samples.test_portions, self._samples.tests, self._beginning.place(self.steps))
+        portions = -(-self._tests // self._order.batch_size)
+        self._evaluator.test(portions, self._tests, self._begin.after(self.steps))
         self.test = outcome = self._evaluator.passes.outcome
         self._tested_at = self.steps
         self._recorder.write(

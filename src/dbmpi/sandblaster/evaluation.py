@@ -14,27 +14,24 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn
-
-import numpy as np
-from mpi4py import MPI
 
 from dbmpi.errors import EndedByDeath, RunFailed
 from dbmpi.mpi import mailbox as mpi_mailbox
 from dbmpi.mpi import waiting
 from dbmpi.mpi.failures import RESUMING
-from dbmpi.sandblaster.board import Board, PassKind
-from dbmpi.sandblaster.commands import Command, RemoteSpace, execute
-from dbmpi.sandblaster.passes import Passes, Station
-from dbmpi.sandblaster.shard import COMMANDS, ShardSpace
+from dbmpi.sandblaster.board import PassKind
+from dbmpi.sandblaster.commands import Command, RemoteSpace
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from dbmpi.machine.signals import StopSignal
     from dbmpi.mpi.failures import Watch
     from dbmpi.mpi.mailbox import Mailbox
-    from dbmpi.mpi.topology import Plan
-    from dbmpi.mpi.window import Window
+    from dbmpi.sandblaster.passes import Passes
+    from dbmpi.sandblaster.shard import Shards
 
 
 class Interrupted(Exception):
@@ -46,12 +43,14 @@ class Evaluator:
 
     Parameters
     ----------
-    lead
-        The lead's own shard.
-    board, window, stations
-        Where the replicas find their work, and where they leave it; see :class:`~dbmpi.sandblaster.passes.Passes`.
-    ordered
-        Whether gradients are added up in the order of the portions.
+    shards
+        Carry out commands.
+    passes
+        The batches that replicas work through.
+    mailbox
+        For what workers and shards report.
+    stop
+        A signal to this rank.
     watch
         Knows of ranks that have died.
     say
@@ -63,8 +62,6 @@ class Evaluator:
     ----------
     space
         The vectors on the shards.
-    passes
-        How the last batch came to count.
     stopped_by
         Number of the signal that asks for the end; 0 without any.
     failed
@@ -73,28 +70,21 @@ class Evaluator:
 
     def __init__(
         self,
-        comm: MPI.Intracomm,
-        plan: Plan,
-        lead: ShardSpace,
-        board: Board,
-        window: Window,
-        stations: Sequence[Sequence[Station]],
+        shards: Shards,
+        passes: Passes,
         *,
-        ordered: bool,
         mailbox: Mailbox,
         stop: StopSignal,
         watch: Watch,
         say: Callable[[str], None],
         serve: Callable[[], bool],
     ) -> None:
-        self._comm, self._plan, self._lead, self._board = comm, plan, lead, board
+        self._shards, self.passes = shards, passes
         self._mailbox, self._stop, self._watch, self._say = mailbox, stop, watch, say
         self._serve_others = serve
         self._mourned: set[int] = set()
-        self._leaving: list[tuple[MPI.Request, np.ndarray]] = []
         self._gradient = ""
-        self.space = RemoteSpace(self.submit, lead.names)
-        self.passes = Passes(board, window, stations, self._accrue, ordered=ordered)
+        self.space = RemoteSpace(shards.submit, shards.lead.names)
         self.stopped_by = 0
         self.failed: int | None = None
 
@@ -103,7 +93,7 @@ class Evaluator:
         """Whether the run ends here, because of a signal or a worker that has failed."""
         return bool(self.stopped_by) or self.failed is not None
 
-    def gradient(self, name: str, portions: range, samples: int, place: int) -> float:
+    def gradient(self, name: str, portions: range, samples: int, reached: int) -> float:
         """Accrue the gradient of some portions of the stream in a vector; return the seconds it took.
 
         Parameters
@@ -112,53 +102,55 @@ class Evaluator:
             Of the vector.
         samples
             Of these portions.
-        place
-            In the stream, see :class:`~dbmpi.sandblaster.board.PostedBatch`.
+        reached
+            Position in the stream, see :class:`~dbmpi.sandblaster.board.PostedBatch`.
 
         Raises
         ------
         Interrupted
             If a signal asks for the end, or a worker has failed.
         EndedByDeath
-            If nobody is left to compute it.
+            If no replica is left to compute it.
         """
         self._gradient = name
         while True:
             self.space.create(name)
-            seconds = self._pass(PassKind.GRADIENT, len(portions), portions.start, samples, place)
-            if not (self._watch.on and self.submit(Command("meet", (), ())).any()):
+            seconds = self._pass(PassKind.GRADIENT, len(portions), portions.start, samples, reached)
+            if not (self._watch.on and self._meet().any()):
                 return seconds
             self._say("what a dead replica had delivered is out of reach: the evaluation begins anew")
 
-    def test(self, portions: int, samples: int, place: int) -> None:
-        """Evaluate the held-out samples; raises as :meth:`gradient` does."""
-        self._pass(PassKind.TEST, portions, 0, samples, place)
+    def test(self, portions: int, samples: int, reached: int) -> None:
+        """Evaluate the held-out samples; raises as :meth:`gradient` does.
 
-    def submit(self, command: Command) -> np.ndarray:
-        """Let all shards carry out a command; return what the lead's shard says, which is what they all say."""
-        data = np.frombuffer(command.encode(), np.uint8)
-        self._leaving = [(request, sent) for request, sent in self._leaving if not request.Test()]
-        for rank in self._plan.shard_ranks[1:]:
-            self._leaving.append((self._comm.Isend([data, MPI.BYTE], rank, COMMANDS), data))
-        return execute(self._lead, command)
+        Parameters
+        ----------
+        portions, samples
+            Numbers of them.
+        reached
+            Position in the stream, for reports.
+        """
+        self._pass(PassKind.TEST, portions, 0, samples, reached)
 
     def serve(self) -> bool:
         """Do what is due on this rank; return whether there was anything."""
         self._watch.check()
         if len(self._watch.dead) > len(self._mourned):
             self._mourn()
-        moved = self.passes.poll()
+        counting = self.passes.poll()
+        for replica, bundle in counting or ():
+            self._shards.submit(Command("accrue", (self._gradient, replica, bundle)))
         while (message := self._mailbox.receive()) is not None:
             if message.kind == mpi_mailbox.MessageKind.STOP_ASKED:
                 self._stop_asked(message.values[0])
             elif message.kind == mpi_mailbox.MessageKind.FAILED and self.failed is None:
-                self.failed, worker = message.source, self._plan.worker_of(message.source)
+                self.failed, worker = message.source, self._shards.plan.worker_of(message.source)
                 assert worker is not None
-                replica = worker // self._plan.partitions
+                replica = worker // self._shards.plan.partitions
                 self._say(f"replica {replica} has failed: a checkpoint is written, and the run ends")
         if self._stop.number:
             self._stop_asked(self._stop.number)
-        return self._serve_others() or moved
+        return self._serve_others() or counting is not None
 
     def end(self) -> None:
         """Let shards and replicas end.
@@ -170,29 +162,27 @@ class Evaluator:
         """
         if self.failed is not None:
             self._end_by(self.failed)
-        self.submit(Command("end", (), ()))
-        self._board.end()
-        for request, _ in self._leaving:
-            waiting.complete(request, "the last commands to leave")
+        self.passes.end()
+        self._shards.end()
 
     # Helpers
 
-    def _pass(self, kind: PassKind, portions: int, first: int, samples: int, place: int) -> float:
+    def _pass(self, kind: PassKind, portions: int, first: int, samples: int, reached: int) -> float:
         """Let the replicas work through a batch; return the seconds it took."""
-        self.submit(Command("meet", (), ()))
+        self._meet()
         began = time.monotonic()
-        self.passes.begin(kind, portions, first, samples, place)
+        self.passes.begin(kind, portions, first, samples, reached)
         waiting.until(lambda: self.passes.finished or self.interrupted, self.passes.awaited, serve=self.serve)
         if not self.passes.finished:
             raise Interrupted
         return time.monotonic() - began
 
-    def _accrue(self, replica: int, bundle: int) -> None:
-        self.submit(Command("accrue", (self._gradient,), (float(replica), float(bundle))))
+    def _meet(self) -> np.ndarray:
+        return self._shards.submit(Command("meet", ()))
 
     def _mourn(self) -> None:
         """Go on without the replicas of which a rank has died."""
-        plan, lost = self._plan, self.passes.lost
+        plan, lost = self._shards.plan, self.passes.lost
         for rank in sorted(self._watch.dead - self._mourned):
             self._mourned.add(rank)
             worker = plan.worker_of(rank)

@@ -12,19 +12,12 @@ import numpy as np
 from dbmpi.errors import RunFailed
 from dbmpi.mpi.failures import RankLost
 from dbmpi.objective import Outcome
-from dbmpi.sandblaster.board import Board, Bundles, PassKind, PortionResult, PostedBatch, Words, unpack
+from dbmpi.sandblaster.board import Board, Bundles, PassKind, PortionResult, PostedBatch, unpack
 
 SHORTEST_PATIENCE = 0.05
 """Seconds without any commit before a bundle is revoked, at least."""
 _MOST_DOUBLINGS = 7
 """Of that time, where nothing has come of it."""
-
-
-class Station(NamedTuple):
-    """Where a worker keeps its bundles."""
-
-    rank: int
-    bundles: Bundles
 
 
 class Entry(NamedTuple):
@@ -40,14 +33,13 @@ class Passes:
 
     Parameters
     ----------
-    board, words
-        The board, and the windows.
-    stations
-        For every replica, its workers, partition 0 first.
-    deliver
-        ``deliver(replica, bundle)`` lets the shards take in a bundle; called once for each that counts.
-    ordered
-        Deliver in the order of the portions, so that sums do not depend on timing; bundles are then of one portion.
+    board
+        The board.  Where it is ordered, bundles are of one portion, and count in the order of the portions, so that
+        sums do not depend on timing.
+    bundles
+        Where the workers keep their bundles: for each replica, partition 0 first.
+    clock
+        Seconds; for tests.
 
     Attributes
     ----------
@@ -62,22 +54,20 @@ class Passes:
     def __init__(
         self,
         board: Board,
-        words: Words,
-        stations: Sequence[Sequence[Station]],
-        deliver: Callable[[int, int], None],
-        *,
-        ordered: bool = False,
+        bundles: Sequence[Sequence[Bundles]],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._board, self._words, self._stations = board, words, stations
-        self._deliver, self._ordered, self._clock = deliver, ordered, clock
+        self._board, self._bundles, self._clock = board, bundles, clock
+        self._words, self._ordered = board.words, board.ordered
         self._batch = PostedBatch(0, PassKind.GRADIENT, 0, 0, 0)
-        self._seen = [0] * len(stations)
+        self._seen = [0] * len(bundles)
         """For every replica, the first bundle that has not been looked at."""
         self._revoked: set[tuple[int, int]] = set()
         self._results: dict[int, PortionResult] = {}
         self._queue: dict[int, tuple[int, int]] = {}
         """By portion, bundles that wait for their turn."""
+        self._counting: list[tuple[int, int]] = []
+        """Replica and number of bundles of gradients that count, and have not been returned."""
         self._turn = 0
         self._moved, self._tries = 0.0, 0
         self._slowest = 0.0
@@ -86,18 +76,28 @@ class Passes:
         self.revoked = 0
         self.lost: set[int] = set()
 
-    def begin(self, kind: PassKind, portions: int, first: int, samples: int, place: int = 0) -> None:
-        """Offer a batch to the replicas; see :class:`~dbmpi.sandblaster.board.PostedBatch`."""
-        self._batch = PostedBatch(self._batch.number + 1, kind, portions, first, samples, place)
+    def begin(self, kind: PassKind, portions: int, first: int, samples: int, reached: int = 0) -> None:
+        """Offer a batch to the replicas.
+
+        Parameters
+        ----------
+        kind, portions, first, samples, reached
+            Fields of :class:`~dbmpi.sandblaster.board.PostedBatch`.
+        """
+        self._batch = PostedBatch(self._batch.number + 1, kind, portions, first, samples, reached)
         self._results, self._queue, self._turn = {}, {}, 0
         self.ledger, self.revoked = [], 0
         self._moved, self._tries = self._clock(), 0
         self._board.open(self._batch)
 
+    def end(self) -> None:
+        """Offer no further batch."""
+        self._board.end()
+
     @property
     def finished(self) -> bool:
-        """Whether every portion counts, and all bundles are on their way."""
-        return len(self._results) == self._batch.portions and not self._queue
+        """Whether every portion counts, and `poll` has returned all bundles."""
+        return len(self._results) == self._batch.portions and not (self._queue or self._counting)
 
     @property
     def outcome(self) -> Outcome:
@@ -118,8 +118,14 @@ class Passes:
         """For each portion of the last batch the replica whose result counts."""
         return [entry.replica for entry in sorted(self.ledger)]
 
-    def poll(self) -> bool:
-        """Take what has been committed; return whether there was anything."""
+    def poll(self) -> list[tuple[int, int]] | None:
+        """Take what has been committed; None if there was nothing.
+
+        Returns
+        -------
+        list of (replica, bundle)
+            Bundles of gradients that count from now on, each of them once: the shards are to add them up.
+        """
         moved = False
         for replica, opened in enumerate(self._board.open_bundles()):
             moved = self._take_until(replica, opened) or moved
@@ -129,7 +135,8 @@ class Passes:
             self._hand_out_again()
             self._moved = self._clock()
             self._tries += 1
-        return moved
+        counting, self._counting = self._counting, []
+        return counting if moved or counting else None
 
     @property
     def _patience(self) -> float:
@@ -173,11 +180,11 @@ class Passes:
         return moved
 
     def _take(self, replica: int, bundle: int) -> None:
-        station = self._stations[replica][0]
-        words = np.empty(station.bundles.list_words, np.int64)
+        bundles = self._bundles[replica][0]
+        words = np.empty(bundles.list_words, np.int64)
         self._words.sync()
         try:
-            self._words.get(station.rank, station.bundles.list_of(bundle), words)
+            self._words.get(bundles.rank, bundles.list_of(bundle), words)
         except RankLost:
             self.revoked += 1  # it does not count; its portions are soon found to be missing, and handed out again
             return
@@ -193,25 +200,25 @@ class Passes:
             self.ledger.append(Entry(result.portion, replica, bundle))
         self._tries = 0
         if not self._ordered:
-            self._send(replica, bundle)
+            self._accept(replica, bundle)
             return
         self._queue[results[0].portion] = replica, bundle
         while self._turn in self._queue:
-            self._send(*self._queue.pop(self._turn))
+            self._accept(*self._queue.pop(self._turn))
             self._turn += 1
 
-    def _send(self, replica: int, bundle: int) -> None:
-        """Let the shards have a bundle; its list is needed no more."""
+    def _accept(self, replica: int, bundle: int) -> None:
+        """Let a bundle count; its list is needed no more."""
         if self._batch.kind == PassKind.GRADIENT:
-            self._deliver(replica, bundle)
-        station = self._stations[replica][0]
-        self._words.store(station.rank, station.bundles.taken(station.bundles.shards, bundle), bundle + 1)
+            self._counting.append((replica, bundle))
+        bundles = self._bundles[replica][0]
+        self._words.store(bundles.rank, bundles.taken(bundles.shards, bundle), bundle + 1)
 
     def _free(self, replica: int, bundle: int) -> None:
-        """Give a bundle back that nobody will take."""
-        for station in self._stations[replica]:
-            for taker in range(station.bundles.shards + 1):
-                self._words.store(station.rank, station.bundles.taken(taker, bundle), bundle + 1)
+        """Give a bundle back that will not be taken."""
+        for bundles in self._bundles[replica]:
+            for taker in range(bundles.shards + 1):
+                self._words.store(bundles.rank, bundles.taken(taker, bundle), bundle + 1)
 
     def _hand_out_again(self) -> None:
         """Revoke bundles that are not committed and that all others wait for, and reopen what they hold."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from enum import IntEnum
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,26 +15,12 @@ from dbmpi.sandblaster.board import END, SLOTS, Board, Bundles, PassKind, Portio
 
 if TYPE_CHECKING:
     from dbmpi.mpi.window import Window
-
-
-class Work(Protocol):
-    """What is computed: loss and gradient of portions at the parameters that the shards hold."""
-
-    def begin(self, batch: PostedBatch) -> None:
-        """Get the parameters for a batch."""
-        ...
-
-    def end(self) -> None:
-        """Hear that there is no further batch."""
-        ...
-
-    def compute(self, batch: PostedBatch, portion: int, gradient: np.ndarray) -> Outcome:
-        """Return the outcome of a portion; for a batch of kind GRADIENT, write the gradient of its mean loss."""
-        ...
+    from dbmpi.replica.team import Team
+    from dbmpi.sandblaster.work import PortionWork
 
 
 class _Action(IntEnum):
-    """What partition 0 tells all partitions to do, itself included."""
+    """What partition 0 decides for all partitions, itself included."""
 
     FETCH = 0
     """A batch begins: its words, and the number of the open bundle."""
@@ -47,19 +33,6 @@ class _Action(IntEnum):
     END = 5
 
 
-SAID = 8
-"""Numbers that partition 0 says at a time."""
-
-Agree = Callable[[list[int] | None], list[int] | None]
-"""Tells all partitions what partition 0 says: called with numbers there and with None elsewhere; returns the numbers,
-or None where there are none yet."""
-
-
-def alone(numbers: list[int] | None) -> list[int] | None:
-    """Agree with oneself."""
-    return numbers
-
-
 class Portions:
     """The life of one worker, in small steps: :meth:`poll` does the next one, and never waits for another replica.
 
@@ -68,22 +41,19 @@ class Portions:
     board
         The lead's board.
     window
-        This worker's window; its bundles lie there.
-    bundles
-        Where.
-    replica, partition
-        Which worker this is.
-    takers
-        Shards that take something of this worker's bundles.
+        This worker's.
+    team
+        The partitions of the replica.
     work
         What to compute.
-    per_bundle
-        Portions that make a bundle.
-    ordered
-        Whether the lead takes bundles in the order of their portions.
-    agree, gather, wait
-        How the partitions of a replica act as one: see `Agree`; `gather` waits for all of them, and `wait` for a
-        condition, while this rank goes on with other duties.
+    replica
+        Which one this is.
+    bundles
+        Where this worker's bundles lie.
+    takers
+        Shards that take something of them.
+    clock
+        Seconds; for tests.
 
     Attributes
     ----------
@@ -99,24 +69,18 @@ class Portions:
         self,
         board: Board,
         window: Window,
-        bundles: Bundles,
+        team: Team,
+        work: PortionWork,
+        *,
         replica: int,
-        partition: int,
+        bundles: Bundles,
         takers: Sequence[int],
-        work: Work,
-        per_bundle: int,
-        ordered: bool = False,
-        agree: Agree = alone,
-        gather: Callable[[], None] = lambda: None,
-        wait: Callable[[Callable[[], bool]], None] = lambda condition: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._board, self._window, self._bundles = board, window, bundles
-        self._replica, self._speaks = replica, partition == 0
-        self._work, self._per_bundle, self._ordered = work, per_bundle, ordered
-        self._agree, self._gather, self._wait, self._clock = agree, gather, wait, clock
+        self._board, self._window, self._team, self._work = board, window, team, work
+        self._replica, self._bundles, self._clock = replica, bundles, clock
         self._taken = [_words(window, bundles, taker) for taker in takers]
-        self._read = _words(window, bundles, bundles.shards) if self._speaks else None
+        self._read = _words(window, bundles, bundles.shards) if team.speaks else None
         self._gradient = np.zeros(bundles.elements, np.float32)
         self._batch = PostedBatch(0, PassKind.GRADIENT, 0, 0, 0)
         self._bundle, self._sums = 0, 0
@@ -127,9 +91,9 @@ class Portions:
         self._undecided = False
         """Whether a portion has been computed that is neither won nor lost."""
         self._all_drawn = False
-        """Whether a look has shown that nothing of the batch is left to be drawn."""
+        """Whether nothing of the batch is left to be drawn, as the board has shown."""
         self._closed: list[int] | None = None
-        """What is to be said after a commit."""
+        """The decision after a commit."""
         self._idle_since: float | None = None
         self._seconds = 0.0
         self.ended = self.given_up = False
@@ -141,10 +105,10 @@ class Portions:
             return False
         if self.given_up:
             return self._watch_others()
-        said = self._agree(self._decide() if self._speaks else None)
-        if said is None:
+        decision = self._team.poll(self._decide() if self._team.speaks else None)
+        if decision is None:
             return False
-        action, *numbers = said
+        action, *numbers = decision
         if action == _Action.FETCH:
             number, kind, *others = numbers[:6]
             self._batch, self._bundle = PostedBatch(number, PassKind(kind), *others), numbers[6]
@@ -200,7 +164,7 @@ class Portions:
                 self._results.append(PortionResult(self._portion, *self._outcome_words()))
                 return [_Action.KEEP]
             self.lost += 1
-        if self._sums >= self._per_bundle:
+        if self._sums >= self._bundles.results:
             return [_Action.COMMIT]
         if not (self._sums or self._slot_free()):
             return None
@@ -230,7 +194,7 @@ class Portions:
         self.copies += 1
         # Those that were drawn first are the latest; two that copy at a time had better not copy the same, unless the
         # first one is what all others wait for.
-        return outstanding[0 if self._ordered else self._replica % len(outstanding)]
+        return outstanding[0 if self._board.ordered else self._replica % len(outstanding)]
 
     def _compute(self, portion: int) -> None:
         began = self._clock()
@@ -243,12 +207,12 @@ class Portions:
         """Add the gradient of the portion to the bundle, by its share of the batch."""
         self._undecided = False
         if self._sums == 0:
-            self._wait(self._slot_free)
+            self._team.wait(self._slot_free, "the shards to take a gradient")
         self._sums += 1
         if self._batch.kind == PassKind.TEST:
             return
-        place = self._bundles.gradient_of(self._bundle)
-        target = self._window.local[place : place + self._gradient.nbytes].view(np.float32)
+        offset = self._bundles.gradient_of(self._bundle)
+        target = self._window.local[offset : offset + self._gradient.nbytes].view(np.float32)
         share = self._outcome.samples / self._batch.samples
         if self._sums == 1:
             vectors.combine(target, [share], [self._gradient])
@@ -257,17 +221,17 @@ class Portions:
 
     def _commit(self) -> None:
         """Let the bundle count, unless it has been revoked."""
-        self._gather()
-        if self._speaks:
-            place = self._bundles.list_of(self._bundle)
-            words = self._window.local[place : place + 8 * self._bundles.list_words].view(np.int64)
+        self._team.gather()
+        if self._team.speaks:
+            offset = self._bundles.list_of(self._bundle)
+            words = self._window.local[offset : offset + 8 * self._bundles.list_words].view(np.int64)
             pack(words, self._batch.number, self._seconds / self.computed, self._results)
             self._window.sync()
             committed = self._board.close_bundle(self._replica, self._bundle)
             self._closed = [_Action.BUNDLE, self._bundle + 1, int(committed)]
 
     def _slot_free(self) -> bool:
-        """Whether what was last committed in the slot of the open bundle has been taken by everybody."""
+        """Whether what was last committed in the slot of the open bundle has been taken by all takers."""
         self._window.sync()
         slot = self._bundle % SLOTS
         read = self._read is None or int(self._read[slot]) > self._committed[slot]

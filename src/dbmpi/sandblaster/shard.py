@@ -13,24 +13,22 @@ from dbmpi.kernels import updates
 from dbmpi.methods.local_space import LocalSpace
 from dbmpi.mpi import blocking, waiting
 from dbmpi.mpi.failures import RankLost
+from dbmpi.mpi.tags import Tag
 from dbmpi.sandblaster.board import Bundles
 from dbmpi.sandblaster.commands import Command, execute
 
 if TYPE_CHECKING:
     from dbmpi.index.layout import Stretch
+    from dbmpi.mpi.topology import Plan
     from dbmpi.mpi.window import Window
-
-COMMANDS = 4
-"""Tag of commands."""
 
 
 class BundleSource(NamedTuple):
     """What a shard takes of the bundles of one worker."""
 
-    rank: int
     bundles: Bundles
     pieces: Sequence[Stretch]
-    """With starts within the shard; nothing of others is taken."""
+    """With starts within the shard."""
 
 
 class ShardSpace(LocalSpace):
@@ -76,10 +74,10 @@ class ShardSpace(LocalSpace):
         self._missed = 0
 
     def accrue(self, name: str, replica: int, bundle: int) -> None:
-        """Add the gradient that a replica has committed to a vector.
+        """Add the gradient that a replica has committed in a `bundle` to the vector `name`.
 
         The worker has no part in it: its memory is read, even while it computes or is halted, and where it has died on
-        this host.  Where it cannot be read any more the next :meth:`meet` tells.
+        this host.  Where it cannot be read any more the next :meth:`meet` counts it.
         """
         target = self.writable(name)
         try:
@@ -89,7 +87,7 @@ class ShardSpace(LocalSpace):
             self._missed += 1
 
     def meet(self) -> np.ndarray:
-        """Wait until all shards have come here; what was written before is then visible in their windows.
+        """Wait for all shards; what was written before is then visible in their windows.
 
         Returns how many bundles some shard could not read since the last time, because their worker has died.
         """
@@ -98,22 +96,22 @@ class ShardSpace(LocalSpace):
         return self._sum_over_shards(np.array([float(missed)]))
 
     def hand_over(self, names: Sequence[str]) -> None:
-        """Send vectors to the lead, for a checkpoint."""
+        """Send the vectors `names` to the lead, for a checkpoint."""
         if self._others.rank > 0:
             hand_over(self._comm, self.version, [self.array(name) for name in names])
 
     def end(self) -> None:
-        """Hear that the run is over."""
+        """Note that the run is over."""
         self.ended = True
 
     def poll(self) -> bool:
         """Execute the next command, if one has arrived: what all shards but the lead's do."""
         status = MPI.Status()
-        if self.ended or not self._comm.Iprobe(0, COMMANDS, status):
+        if self.ended or not self._comm.Iprobe(0, Tag.COMMANDS, status):
             return False
         data = np.empty(status.Get_count(MPI.BYTE), np.uint8)
         with blocking.blocking("the rest of a command of the coordinator"):
-            self._comm.Recv([data, MPI.BYTE], 0, COMMANDS)
+            self._comm.Recv([data, MPI.BYTE], 0, Tag.COMMANDS)
         self.whole = False
         execute(self, Command.decode(data.tobytes()))
         self.whole = True
@@ -121,14 +119,13 @@ class ShardSpace(LocalSpace):
 
     def _accrue(self, target: np.ndarray, source: BundleSource, bundle: int) -> None:
         """Add what a shard takes of one worker's bundle."""
-        rank, bundles, pieces = source
-        place = bundles.gradient_of(bundle)
-        pushed = [piece for piece in pieces if piece.pushed]
+        bundles = source.bundles
+        rank, begin = bundles.rank, bundles.gradient_of(bundle)
         near = self._window.near(rank)
         if near is not None:
             self._window.sync()
-        for start, local, length, _ in pushed:
-            offset = place + 4 * local
+        for start, local, length, _ in source.pieces:
+            offset = begin + 4 * local
             if near is not None:
                 part = near[offset : offset + 4 * length].view(np.float32)
             else:
@@ -136,10 +133,40 @@ class ShardSpace(LocalSpace):
                 self._window.get(rank, offset, part)
             updates.add(target[start : start + length], part)
             self.accrued_bytes += part.nbytes
-        if pushed:
+        if source.pieces:
             self._window.store(rank, bundles.taken(self._others.rank, bundle), bundle + 1)
 
     def _sum_over_shards(self, values: np.ndarray) -> np.ndarray:
         if self._others.size == 1:
             return values
         return waiting.allreduce(self._others, values, MPI.SUM, "the other shards to carry out a command")
+
+
+class Shards:
+    """All shards, as the lead's rank commands them.
+
+    Parameters
+    ----------
+    comm, plan
+        The communicator of all ranks, and their roles.
+    lead
+        The lead's own shard.
+    """
+
+    def __init__(self, comm: MPI.Intracomm, plan: Plan, lead: ShardSpace) -> None:
+        self.comm, self.plan, self.lead = comm, plan, lead
+        self._leaving: list[tuple[MPI.Request, np.ndarray]] = []
+
+    def submit(self, command: Command) -> np.ndarray:
+        """Let all shards carry out a command; return the result on the lead's, which is the same on all."""
+        data = np.frombuffer(command.encode(), np.uint8)
+        self._leaving = [(request, sent) for request, sent in self._leaving if not request.Test()]
+        for rank in self.plan.shard_ranks[1:]:
+            self._leaving.append((self.comm.Isend([data, MPI.BYTE], rank, Tag.COMMANDS), data))
+        return execute(self.lead, command)
+
+    def end(self) -> None:
+        """Let the shards end, and wait until the last commands have left."""
+        self.submit(Command("end", ()))
+        for request, _ in self._leaving:
+            waiting.complete(request, "the last commands to leave")

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dbmpi.config import explain
 from dbmpi.errors import Damaged
@@ -62,9 +62,9 @@ class MethodState(BaseModel):
     """Name of the gradient's vector, or nothing where the search begins anew."""
     numbers: list[float] = []
     """Loss, square and largest magnitude of the gradient, decrease, number of iterations."""
-    position: list[int] = []
+    position: list[Annotated[int, Field(ge=0, lt=_MOST)]] = []
     """First portion and portions of the batch, iterations on it."""
-    batch_loss: float | None = None
+    batch_loss: Annotated[float, Field(allow_inf_nan=False)] | None = None
     """See :class:`Position`."""
     bounds: dict[str, tuple[int | None, float | None]] = {}
     """What is known of the sizes of all vectors: :meth:`dbmpi.methods.local_space.LocalSpace.bounds`."""
@@ -90,14 +90,24 @@ class MethodState(BaseModel):
         return Start(self.gradient, loss, square, largest, decrease, int(iteration))
 
     @property
-    def place(self) -> Position:
+    def batches(self) -> Position:
         """Where the run stands in its batches."""
         first, portions, iterations = self.position or (0, 0, 0)
         return Position(first, portions, iterations, self.batch_loss)
 
 
 def capture(history: History, position: Position, progress: Progress, bounds: Bounds | None) -> MethodState:
-    """Return where a search stands; without `bounds` it will begin anew from there, with its history."""
+    """Return where a search stands.
+
+    Parameters
+    ----------
+    history, progress
+        Of the method.
+    position
+        Of the batches.
+    bounds
+        Of the vectors; None where the search cannot resume from its gradient, but with its history alone.
+    """
     here: dict[str, Any] = {}
     if bounds is not None:
         numbers = [progress.loss, progress.square, progress.largest, progress.decrease, float(progress.iteration)]
@@ -152,10 +162,8 @@ def _check(state: MethodState, vectors: Collection[str]) -> None:
     slots = check_history(state.memory, state.arrays)
     if state.pairs != [name for slot in slots for name in names_of(slot)]:
         raise ValueError(f"its pairs are {state.pairs[:6]}, and its history has the slots {slots[:6]}")
-    if len(state.position) not in (0, 3) or any(not 0 <= number < _MOST for number in state.position):
+    if len(state.position) not in (0, 3):
         raise ValueError(f"its position is {state.position[:6]}, expected three counts")
-    if state.batch_loss is not None and not math.isfinite(state.batch_loss):
-        raise ValueError(f"the loss of its batch is {state.batch_loss}")
     _check_bounds(state, vectors)
     if not state.gradient:
         return

@@ -1,30 +1,25 @@
-"""What a worker computes of a portion, and what it reports of that."""
+"""What a worker computes of a portion."""
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dbmpi.data.ahead import Ahead
-from dbmpi.monitor.measures import LayerTimes, set_exchange_apart
-from dbmpi.monitor.records import Recorder, Stopwatch, WorkerReport
-from dbmpi.objective import Batch as Samples
 from dbmpi.objective import Outcome
 from dbmpi.sandblaster.board import PassKind, PostedBatch
 
 if TYPE_CHECKING:
     from dbmpi.data.source import Source
     from dbmpi.data.stream import Order
+    from dbmpi.monitor.worker_log import WorkerLog
     from dbmpi.paramserver.client import Client
     from dbmpi.replica.replica import Replica
 
-_ACTIVITIES = ("compute", "fetch", "push", "wait", "data")
-
 
 class PortionWork:
-    """Loss and gradient of portions on one worker (the `Work` of :class:`dbmpi.sandblaster.replica.Portions`).
+    """Loss and gradient of portions on one worker, at the parameters that the shards hold.
 
     Parameters
     ----------
@@ -34,12 +29,14 @@ class PortionWork:
         Fetches the parameters.
     order
         Which samples make up each portion of the stream.
-    stride
-        How far apart a replica's portions in succession usually are, to read the next one in advance.
     train, test
         The samples, and the held-out ones.
+    log
+        Of the worker.
+    stride
+        How far apart a replica's portions in succession usually are, to read the next one in advance.
     keep_bytes
-        Room for portions that are kept as they are computed with, because they will come again.
+        For portions that are kept as they are computed with, because they will come again.
     """
 
     def __init__(
@@ -50,30 +47,22 @@ class PortionWork:
         train: Source,
         test: Source | None,
         *,
-        recorder: Recorder,
-        report_seconds: float,
-        replica: int,
+        log: WorkerLog,
         stride: int,
-        partition: int,
         keep_bytes: int,
     ) -> None:
         self._objective, self._client, self._order = objective, client, order
         self._train, self._test = Ahead(train, order, keep_bytes), test
-        self._recorder, self._report_seconds = recorder, report_seconds
-        self._replica, self._stride, self._partition = replica, stride, partition
+        self._log, self._stride = log, stride
         self._parameters = np.zeros(objective.size, np.float32)
-        self._stopwatch, self._layer_times = Stopwatch(), LayerTimes()
-        self._steps = self._samples = 0
-        self._place = 0
-        self._recent = Outcome(0, 0.0, 0)
-        self._reported, self._fetched = time.monotonic(), 0
+        self._reached = 0
 
     def begin(self, batch: PostedBatch) -> None:
         """Fetch the parameters, once for all portions of a batch."""
-        if time.monotonic() - self._reported >= self._report_seconds:
+        if self._log.due:
             self._report()
-        self._place = batch.place
-        with self._stopwatch("fetch"):
+        self._reached = batch.reached
+        with self._log.stopwatch("fetch"):
             self._client.peek(self._parameters)
 
     def end(self) -> None:
@@ -82,43 +71,30 @@ class PortionWork:
         self._report()
 
     def compute(self, batch: PostedBatch, portion: int, gradient: np.ndarray) -> Outcome:
-        """Return the outcome of a portion; of training samples also write the gradient."""
+        """Return the outcome of a portion; of training samples also write the gradient.
+
+        Parameters
+        ----------
+        batch, portion
+            Which one.
+        gradient
+            float32, of this worker's parameters; not written for held-out samples.
+        """
         if batch.kind == PassKind.TEST:
             assert self._test is not None
             start = portion * self._order.batch_size
             indices = np.arange(start, min(start + self._order.batch_size, self._test.samples))
             return self._objective.evaluate(self._parameters, self._test.batch(indices))
         number = batch.first + portion
-        with self._stopwatch("data"):
-            samples: Samples = self._train.batch(number)
+        with self._log.stopwatch("data"):
+            samples = self._train.batch(number)
             if portion + self._stride < batch.portions:
                 self._train.expect(number + self._stride)
-        with self._stopwatch("compute"):
+        with self._log.stopwatch("compute"):
             outcome = self._objective.loss_and_gradient(self._parameters, samples, gradient, step=number)
-        self._steps, self._samples = self._steps + 1, self._samples + outcome.samples
-        self._recent = self._recent.plus(outcome)
+        self._log.count(outcome)
         return outcome
 
     def _report(self) -> None:
-        now, recent = time.monotonic(), self._recent
-        if recent.samples:
-            seconds, layers = self._stopwatch.take(_ACTIVITIES), self._layer_times.take(self._objective.seconds)
-            if self._objective.partitions > 1:
-                set_exchange_apart(seconds, layers)
-            self._recorder.write(
-                WorkerReport(
-                    step=self._steps,
-                    epoch=self._place / self._order.batches_per_epoch,
-                    samples=self._samples,
-                    loss=recent.mean_loss,
-                    accuracy=recent.accuracy,
-                    samples_per_second=recent.samples / max(now - self._reported, 1e-9),
-                    pushed_bytes=0,
-                    fetched_bytes=self._client.fetched_bytes - self._fetched,
-                    seconds=seconds,
-                    layers=layers,
-                    replica=self._replica,
-                    partition=self._partition,
-                )
-            )
-        self._reported, self._recent, self._fetched = now, Outcome(0, 0.0, 0), self._client.fetched_bytes
+        epoch = self._reached / self._order.batches_per_epoch
+        self._log.report(epoch, self._client.moved, self._objective.seconds)

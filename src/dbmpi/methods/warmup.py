@@ -15,7 +15,7 @@ from dbmpi.methods.owlqn import owlqn
 
 @cache
 def use_kernels(dtype: str = "float32") -> None:
-    """Call all kernels of vectors once, so that they are compiled or loaded before the clock runs."""
+    """Call all kernels of vectors of this `dtype` once, so that they are compiled or loaded before the clock runs."""
     few = np.linspace(1, 2, 8, dtype=dtype)
     space = LocalSpace(8, dtype, vectors={POINT: few})
 

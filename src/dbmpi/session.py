@@ -1,0 +1,212 @@
+"""One start of a run: what a rank knows of it, how it begins, and how its result reaches every rank."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from mpi4py import MPI
+
+from dbmpi.config import Run
+from dbmpi.data.gather import gather
+from dbmpi.data.run_data import RunData, network_notes
+from dbmpi.data.stream import Order, Stream
+from dbmpi.kernels import updates
+from dbmpi.machine.signals import StopSignal
+from dbmpi.monitor.progress import RunProgress
+from dbmpi.monitor.records import Recorder
+from dbmpi.monitor.worker_log import WorkerLog
+from dbmpi.mpi import blocking, failures, waiting
+from dbmpi.mpi.failures import RankLost, Watch
+from dbmpi.mpi.tags import Tag
+from dbmpi.mpi.topology import Communicators, Plan
+from dbmpi.network.description import Network
+from dbmpi.objective import Outcome
+from dbmpi.paramserver.rules import rule
+from dbmpi.replica.describe import summarise
+from dbmpi.replica.placement import Placement
+from dbmpi.replica.replica import Replica
+from dbmpi.replica.warmup import agree_on_products, use_layers
+from dbmpi.result import Result
+
+DTYPE = np.dtype(np.float32)
+"""Of parameters and gradients."""
+
+
+@dataclass(frozen=True)
+class StartingPoint:
+    """Where a session begins: at zero, or where the checkpoint was taken that it resumes from."""
+
+    stream: Stream
+    """The batches that are left."""
+    warmstart: int = 0
+    """Batches that replica 0 is to learn alone."""
+    step: int = 0
+    """Steps of all replicas in earlier sessions."""
+    samples: int = 0
+    """Samples behind these steps."""
+    done: tuple[int, ...] = ()
+    """Steps of each replica in earlier sessions; empty if they had another number of replicas."""
+    fresh: tuple[str, ...] = ()
+    """State of the rule that the checkpoint does not have, because it was written under another rule."""
+    notices: tuple[str, ...] = ()
+    """On the lead: why this checkpoint, and which ones are damaged."""
+
+    def after(self, batches: int) -> int:
+        """Return the position in the stream after so many batches of this session, learned in their order."""
+        return min(self.stream.frontier + batches, self.stream.total)
+
+    def gone_on(self, epochs: float, kept: str = "") -> str:
+        """Return a line on where a run resumes, or that it has nothing left to learn.
+
+        Parameters
+        ----------
+        epochs
+            Of the run.
+        kept
+            What else was resumed beside the parameters.
+        """
+        if len(self.stream):
+            return f"going on after {self.step:,} steps{kept}"
+        return (
+            f"already done: all of {epochs:g} epochs was learned in {self.step:,} steps; to go on raise "
+            f"optimizer.epochs, e.g. --set optimizer.epochs={2 * epochs:g}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """One start of a run on one rank."""
+
+    run: Run
+    plan: Plan
+    comms: Communicators
+    network: Network
+    placement: Placement
+    replica: Replica | None
+    """This rank's part of one, if it is a worker."""
+    order: Order
+    begin: StartingPoint
+    checkpoint: Path | None
+    """Where the parameters are; None if they are fresh."""
+    data: RunData
+    stop: StopSignal
+    recorder: Callable[[str, int], Recorder]
+    """Makes the recorder of a role of that number."""
+    watch: Watch
+    compiled: Callable[[], object]
+    """To be called when everything is compiled."""
+
+    @property
+    def shard(self) -> int | None:
+        """Number of the shard that this rank is."""
+        return self.plan.shard_of(self.comms.world.rank)
+
+    @property
+    def worker(self) -> int | None:
+        """Number of the worker that this rank is."""
+        return self.plan.worker_of(self.comms.world.rank)
+
+    def log(self, worker: int) -> WorkerLog:
+        """Return the log of a worker, which is this rank."""
+        replica, partition = divmod(worker, self.plan.partitions)
+        recorder, every = self.recorder("worker", worker), self.run.monitor.report_seconds
+        return WorkerLog(recorder, every, replica=replica, partition=partition, partitions=self.plan.partitions)
+
+    def compile_kernels(self, *others: Callable[[], object]) -> None:
+        """Choose products alike on all ranks, and compile everything on one rank of each node (collective).
+
+        Parameters
+        ----------
+        others
+            Functions that call what else is compiled.
+        """
+        comm = self.comms.world
+        agree_on_products(comm, self.network.layers, self.run.optimizer.batch_size)
+        for use in (self._use_kernels, *others):
+            blocking.first_on_each_node(comm, use)
+        self.compiled()
+
+    def progress(self, stack: ExitStack, notes: Sequence[str], kept: str = "") -> RunProgress:
+        """Return the progress of the run, after lines that say how it begins.
+
+        Parameters
+        ----------
+        stack
+            Closes it.
+        notes
+            Further lines.
+        kept
+            What a resumed run has beside the parameters.
+        """
+        run, data, begin = self.run, self.data, self.begin
+        total = round(data.samples * run.optimizer.epochs)
+        progress = stack.enter_context(RunProgress(total, run.monitor.progress, epochs=run.optimizer.epochs))
+        size = f"{self.network.layout.size:,} parameters; {data.samples:,} samples of {data.input_shape}"
+        method = "; Sandblaster" if run.optimizer.method == "sandblaster" else ""
+        progress.message(f"{self.plan}; {size}{method}")
+        if self.plan.partitions > 1:
+            progress.message(summarise(self.network.layers, self.placement, run.optimizer.batch_size))
+        for notice in begin.notices:
+            progress.warn(notice)
+        if begin.step:
+            progress.message(begin.gone_on(run.optimizer.epochs, kept))
+        for note in (*data.notes, *network_notes(run.network, data.input_shape, run.data.channels), *notes):
+            progress.message(note)
+        return progress
+
+    def conclude(self, result: Result | None, seconds: float) -> Result:
+        """Send the result from the lead to every rank, and return it there (collective).
+
+        Point to point, because collectives fail once a rank has died; and only after all living ranks have called
+        this, when none needs the memory of another any more.
+
+        Parameters
+        ----------
+        result
+            On the lead; None elsewhere.
+        seconds
+            Those of this rank.
+        """
+        comm, word = self.comms.world, np.zeros(1, np.int64)
+        if result is not None:
+            for rank in range(1, comm.size):
+                with suppress(RankLost), failures.partner(comm, rank):
+                    request = comm.Irecv(word, rank, Tag.CONCLUSION)
+                    failures.complete(request, comm, rank, f"rank {rank} to finish", memory=word)
+            told = asdict(result) | {"checkpoint": str(result.checkpoint)}
+            data = np.frombuffer(json.dumps(told).encode(), np.uint8)
+            for rank in range(1, comm.size):
+                with suppress(RankLost), failures.partner(comm, rank):
+                    request = comm.Isend([data, MPI.BYTE], rank, Tag.CONCLUSION)
+                    failures.complete(request, comm, rank, f"rank {rank} to take the result", memory=data)
+        else:
+            request = comm.Isend(word, 0, Tag.CONCLUSION)
+            failures.complete(request, comm, 0, "the lead to learn that this rank has finished", memory=word)
+            status = MPI.Status()
+            waiting.until(lambda: comm.Iprobe(0, Tag.CONCLUSION, status), "the lead to conclude")
+            data = np.empty(status.Get_count(MPI.BYTE), np.uint8)
+            with blocking.blocking("the rest of the result"):
+                comm.Recv([data, MPI.BYTE], 0, Tag.CONCLUSION)
+        fields = json.loads(data.tobytes())
+        test = None if fields["test"] is None else Outcome(*fields["test"])
+        checkpoint, lost = Path(fields["checkpoint"]), tuple(fields["lost"])
+        return Result(**fields | {"seconds": seconds, "test": test, "checkpoint": checkpoint, "lost": lost})
+
+    def _use_kernels(self) -> None:
+        """Call everything compiled once, on little data, so that it is compiled or loaded before the clock runs."""
+        network, applied_rule = self.network, rule(self.run.optimizer)
+        use_layers(network.layers, self.run.optimizer.batch_size, DTYPE)
+        values = np.zeros((network.outputs, 1), DTYPE)
+        if network.loss is not None:
+            network.loss.apply(values, np.zeros(1, np.int32) if self.data.classes else np.zeros_like(values))
+        few = np.zeros(1, DTYPE)
+        applied_rule.apply(few, few.copy(), applied_rule.init(few))
+        updates.sgd(few, few.copy(), 0.1)
+        updates.add(few, few.copy())
+        for kind in (np.float32, np.uint8):  # of rows; a shard without data may be the one that compiles
+            gather(np.zeros((1, 1), kind), np.zeros(1, np.int64), np.float32(1))
