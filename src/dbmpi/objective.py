@@ -1,7 +1,7 @@
 """What an optimizer sees: parameters and a batch in, a loss and a gradient out.
 
-A network is one implementation (:mod:`dbmpi.network`); a user's own function is another.  The optimizers
-know nothing else, so that they work for both.
+A worker's part of a network is one implementation (:mod:`dbmpi.replica.replica`); a function of one's own is another.
+The workers of both optimizers ask for nothing else, so that they work with either.
 """
 
 from __future__ import annotations
@@ -64,12 +64,16 @@ class Outcome(NamedTuple):
 
 
 Gradient: TypeAlias = "np.ndarray | Callable[[int], np.ndarray]"
-"""Where a gradient goes: a flat vector, or what gives room for the part of a layer, asked with the layer's number
-just before this is computed; not before the layer above is complete."""
+"""Where to write a gradient: a flat vector, or a function that returns the buffer for one layer, called with the layer's
+number just before that layer's gradient is computed, and after the layer above is complete."""
 
 
 class Objective(Protocol):
-    """A differentiable function of a flat parameter vector and a batch."""
+    """A differentiable function of a flat parameter vector and a batch.
+
+    Its parameters may belong to layers, which lie one behind the other in the vector.  One without layers has a single
+    one, number 0.
+    """
 
     @property
     def size(self) -> int:
@@ -88,10 +92,21 @@ class Objective(Protocol):
     ) -> Outcome:
         """Return the outcome of the batch and write the gradient of its **mean** loss into `gradient`.
 
-        With `add` it is added to what is there.
-
-        `on_gradient` is called with each layer's number as soon as its part of `gradient` is complete.
-        `step` differs from step to step and from replica to replica, for what is drawn anew each time.
+        Parameters
+        ----------
+        parameters
+            Flat vector of `size` elements.
+        batch
+            The samples.
+        gradient
+            Where to write, see `Gradient`.
+        on_gradient
+            To be called with each layer's number, from the last to the first, as soon as its part of the gradient is
+            complete and its parameters are needed no more: both may change from then on.
+        step
+            Differs from step to step and from replica to replica, for random numbers such as dropout masks.
+        add
+            Add the gradient to what is in `gradient`, instead of overwriting it.
         """
         ...
 

@@ -1,4 +1,4 @@
-"""The lead: shard 0, which keeps the order of a run.
+"""The lead: shard 0, which also keeps the order of a run.
 
 It shows progress, lets the workers pause for a checkpoint and writes it, releases them after the warmstart, and ends
 the run when all have finished or a signal asked for it.  It acts on messages and on the clock, and never waits for a
@@ -9,36 +9,32 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum, auto
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
-from mpi4py import MPI
 
 from dbmpi.checkpoint.attempts import Attempts
 from dbmpi.checkpoint.collect import finite, save
 from dbmpi.checkpoint.directory import checkpoint_path
-from dbmpi.checkpoint.meaning import Meaning
 from dbmpi.checkpoint.retention import kept
-from dbmpi.checkpoint.schema import CheckpointInfo, library_versions
-from dbmpi.config import Run
-from dbmpi.data.stream import Stream
+from dbmpi.checkpoint.schema import CheckpointInfo
+from dbmpi.config import CheckpointSection
+from dbmpi.data.stream import Order, Stream
+from dbmpi.downpour.shard import Shard, ShardRole
 from dbmpi.errors import DiskFailed, RunFailed
 from dbmpi.monitor.progress import RunProgress
 from dbmpi.monitor.rate import Rate
-from dbmpi.monitor.records import EvaluationReport, Recorder, StalenessHistogram
+from dbmpi.monitor.records import EvaluationReport, StalenessHistogram
 from dbmpi.monitor.verdict import Recent
 from dbmpi.mpi import waiting
-from dbmpi.mpi.mailbox import Mailbox, Message, MessageKind, Role
+from dbmpi.mpi.mailbox import Message, MessageKind, Role
 from dbmpi.mpi.topology import Plan
 from dbmpi.objective import Outcome
 from dbmpi.paramserver.server import Tally
 from dbmpi.replica.arrangement import Arrangement
-
-if TYPE_CHECKING:
-    from dbmpi.downpour.shard import Shard
 
 
 class _State(Enum):
@@ -76,13 +72,42 @@ class StartingPoint:
         )
 
 
-class Lead:
-    """Keeps the order of a run.
+@dataclass(frozen=True, kw_only=True)
+class CheckpointPlan:
+    """Where and how the lead writes checkpoints."""
+
+    section: CheckpointSection
+    """When, and how many are kept."""
+    directory: Path
+    """That of the run."""
+    arrangement: Arrangement
+    """In which order the shards hold the parameters."""
+    info: Callable[..., CheckpointInfo]
+    """Describes a checkpoint: :class:`CheckpointInfo` with everything that is the same in all of a run's."""
+    remedy: str
+    """What a user may do against parameters that are not finite."""
+
+
+class Lead(Shard):
+    """Shard 0, which keeps the order of a run.
+
+    Parameters
+    ----------
+    role
+        What it works with as a shard.
+    plan
+        Which rank plays which role.
+    begin
+        Where the session begins.
+    order
+        Which samples make up each batch of the stream.
+    progress
+        Shows what the run does.
+    checkpoints
+        Where and how they are written.
 
     Attributes
     ----------
-    ended
-        Whether training is over.
     stopped_by
         Number of the signal that ended it early; 0 if it ran to its end.
     checkpoint
@@ -97,52 +122,43 @@ class Lead:
 
     def __init__(
         self,
-        comm: MPI.Intracomm,
-        run: Run,
+        role: ShardRole,
         plan: Plan,
-        arrangement: Arrangement,
         begin: StartingPoint,
-        *,
-        mailbox: Mailbox,
-        recorder: Recorder,
+        order: Order,
         progress: RunProgress,
-        input_shape: tuple[int, ...],
-        classes: int,
-        meaning: Meaning,
-        samples_per_epoch: int,
-        batches_per_epoch: int,
+        checkpoints: CheckpointPlan,
     ) -> None:
-        self._comm = comm
-        self._run = run
+        super().__init__(role)
         self._plan = plan
-        self._arrangement = arrangement
         self._begin = begin
-        self._mailbox = mailbox
-        self._recorder = recorder
+        self._order = order
         self._progress = progress
+        self._checkpoints = checkpoints
         self._rate = Rate()
-        self._input_shape = input_shape
-        self._classes = classes
-        self._meaning = meaning
-        self._samples_per_epoch = samples_per_epoch
-        self._batches_per_epoch = batches_per_epoch
         self._states = [_State.RUNNING] * plan.replicas
         self._learned = [0] * plan.replicas
         self._pausing = False
-        self._version = 0
+        self._seen_version = 0
         self._said_alive = time.monotonic()
-        self._attempts = Attempts(run.checkpoint, run.checkpoint.retry_seconds, progress.warn)
-        self._saved_version: int | None = None
+        self._attempts = Attempts(checkpoints.section, checkpoints.section.retry_seconds, progress.warn)
+        # What the run begins with needs no checkpoint.
+        self._saved_version = self.version
         self.steps = 0
         self.samples = 0
         self.staleness = StalenessHistogram()
-        self.recent = Recent(samples_per_epoch)
-        self.ended = False
+        self.recent = Recent(order.samples)
         self.stopped_by = 0
         self.checkpoint: Path | None = None
 
+    def poll(self) -> bool:
+        """Do what there is to do as a shard, and act on what has been heard and on the clock."""
+        moved = super().poll()
+        return (False if self.ended else self._act()) or moved
+
     def hear(self, message: Message) -> None:
-        """Take in what a worker or another shard says."""
+        """Take in what a worker or another shard says; an order is the lead's own."""
+        super().hear(message)
         kind, values = message.kind, message.values
         if kind in (MessageKind.PAUSED, MessageKind.FINISHED):
             replica = self._replica(message.source)
@@ -162,38 +178,13 @@ class Lead:
             self._tell_workers(MessageKind.STOP)
         elif kind == MessageKind.EVALUATION:
             loss = float(np.array([values[3]], np.int64).view(np.float64)[0])
-            self.evaluated(Outcome(values[1], loss, values[2]), values[0] / self._batches_per_epoch)
+            self.evaluated(Outcome(values[1], loss, values[2]), values[0] / self._order.batches_per_epoch)
         elif kind == MessageKind.ALIVE:
             self._say_alive()
 
-    def look(self, shard: Shard) -> bool:
-        """Act on what has been heard and on the clock; return whether anything was done."""
-        if self.ended:
-            return False
-        if self._saved_version is None:  # what the run begins with needs no checkpoint
-            self._saved_version = shard.version
-        if shard.version != self._version:
-            self._version = shard.version
-            self._say_alive()
-        if all(state == _State.FINISHED for state in self._states):
-            return self._end(shard)
-        if self._pausing:
-            if any(state == _State.RUNNING for state in self._states):
-                return False
-            self._write_checkpoint(shard)
-            self._pausing = False
-            self._states = [_State.RUNNING if s == _State.PAUSED else s for s in self._states]
-            self._tell_workers(MessageKind.GO)
-            return True
-        # What has been written need not be written again; and nobody is to pause for ever where the time is tiny.
-        if self._attempts.due and not self.stopped_by and shard.version != self._saved_version:
-            self._pausing = True
-            self._tell_workers(MessageKind.PAUSE)
-            return True
-        return False
-
-    def advance(self, tally: Tally, seconds: float) -> None:
-        """Show what was learned in the last `seconds`."""
+    def report(self) -> tuple[Tally, float]:
+        """Write what the shard has done since the last report, and show what was learned."""
+        tally, seconds = super().report()
         outcome = tally.outcome
         self.steps += tally.steps
         self.samples += outcome.samples
@@ -208,10 +199,11 @@ class Lead:
                 self._rate.per_second,
                 tally.staleness.mean,
             )
+        return tally, seconds
 
     def evaluated(self, outcome: Outcome, epoch: float) -> None:
         """Record and show an evaluation on the test data."""
-        self._recorder.write(
+        self._role.recorder.write(
             EvaluationReport(
                 step=self.steps,
                 epoch=epoch,
@@ -234,7 +226,29 @@ class Lead:
     @property
     def epoch(self) -> float:
         """Passes through the training samples by all replicas together, over all sessions."""
-        return (self._begin.samples + self.samples) / self._samples_per_epoch
+        return (self._begin.samples + self.samples) / self._order.samples
+
+    def _act(self) -> bool:
+        """Do what is due; return whether anything was."""
+        if self.version != self._seen_version:
+            self._seen_version = self.version
+            self._say_alive()
+        if all(state == _State.FINISHED for state in self._states):
+            return self._end()
+        if self._pausing:
+            if any(state == _State.RUNNING for state in self._states):
+                return False
+            self._write_checkpoint()
+            self._pausing = False
+            self._states = [_State.RUNNING if s == _State.PAUSED else s for s in self._states]
+            self._tell_workers(MessageKind.GO)
+            return True
+        # What has been written need not be written again; and nobody is to pause for ever where the time is tiny.
+        if self._attempts.due and not self.stopped_by and self.version != self._saved_version:
+            self._pausing = True
+            self._tell_workers(MessageKind.PAUSE)
+            return True
+        return False
 
     def _replica(self, rank: int) -> int:
         worker = self._plan.worker_of(rank)
@@ -258,35 +272,35 @@ class Lead:
             for rank in self._plan.shard_ranks[1:]:
                 self._mailbox.send(rank, Role.SHARD, MessageKind.ALIVE)
 
-    def _end(self, shard: Shard) -> bool:
+    def _end(self) -> bool:
         """Write the last checkpoint, and let all end; return whether anything was done."""
         failed = self._attempts.failed
-        if not self._write_checkpoint(shard, last=True):
+        if not self._write_checkpoint(last=True):
             return self._attempts.failed != failed
         self._tell_workers(MessageKind.END)
-        for rank in self._plan.shard_ranks:
+        for rank in self._plan.shard_ranks[1:]:
             self._mailbox.send(rank, Role.SHARD, MessageKind.END)
         self.ended = True
         return True
 
-    def _write_checkpoint(self, shard: Shard, *, last: bool = False) -> bool:
+    def _write_checkpoint(self, *, last: bool = False) -> bool:
         """Write the state of all shards, which are at rest; return whether the disk has taken it."""
         if last and not self._attempts.ready_at_the_end:
             self._say_alive()
             return False
         try:
-            self._write(shard)
+            self._write()
         except DiskFailed as error:
             (self._attempts.fail_at_the_end if last else self._attempts.fail)(error)
             return False
         self._attempts.succeed()
-        self._saved_version = shard.version
+        self._saved_version = self.version
         return True
 
-    def _write(self, shard: Shard) -> None:
+    def _write(self) -> None:
         """Write one file."""
-        shard.report()
-        begin, replicas, vectors = self._begin, self._plan.replicas, shard.vectors()
+        self.report()
+        begin, checkpoints, replicas = self._begin, self._checkpoints, self._plan.replicas
         steps = begin.step + self.steps
         left = begin.stream.after(self._learned, begin.warmstart)
         earlier = begin.done or (0,) * replicas
@@ -294,33 +308,25 @@ class Lead:
             self._mailbox.send(rank, Role.SHARD, MessageKind.CHECKPOINT)
 
         def describe(versions: tuple[int, ...]) -> CheckpointInfo:
-            return CheckpointInfo(
-                configuration=self._run.to_json(),
+            return checkpoints.info(
                 step=steps,
                 samples=begin.samples + self.samples,
                 shard_versions=versions,
-                shards=self._plan.shards,
-                replicas=replicas,
-                partitions=self._plan.partitions,
-                input_shape=self._input_shape,
-                classes=self._classes,
-                meaning=self._meaning,
                 frontier=left.frontier,
                 total=left.total,
                 holes=left.holes,
                 done=tuple(before + now for before, now in zip(earlier, self._learned, strict=True)),
-                libraries=library_versions(MPI.Get_library_version()),
             )
 
         self.checkpoint = save(
             self._comm,
             self._plan.shard_ranks,
-            checkpoint_path(self._run.run.directory, steps),
-            self._arrangement,
-            vectors,
-            shard.version,
+            checkpoint_path(checkpoints.directory, steps),
+            checkpoints.arrangement,
+            self.vectors(),
+            self.version,
             describe,
-            keep=self._run.checkpoint.keep,
+            keep=checkpoints.section.keep,
             check=self._check_finite,
             alive=self._say_alive,
         )
@@ -328,8 +334,8 @@ class Lead:
     def _check_finite(self, name: str, values: np.ndarray) -> None:
         """Do not put useless parameters in the place of the last good ones."""
         if name == "parameters" and not finite(values):
+            plan = self._checkpoints
             raise RunFailed(
                 f"after {self._begin.step + self.steps} steps some parameters are NaN or infinite; no checkpoint is "
-                f"written; {kept(self._run.run.directory / 'checkpoints')}; lower optimizer.learning_rate "
-                f"({self._run.optimizer.learning_rate:g})"
+                f"written; {kept(plan.directory / 'checkpoints')}; {plan.remedy}"
             )

@@ -4,30 +4,50 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from mpi4py import MPI
 
 from dbmpi.checkpoint.retention import kept
-from dbmpi.config import Run
+from dbmpi.config import MonitorSection
 from dbmpi.data.source import Source
 from dbmpi.data.stream import Order
+from dbmpi.downpour.orders import Orders
 from dbmpi.downpour.team import Decision, Team
 from dbmpi.errors import RunFailed
-from dbmpi.machine.signals import StopSignal
 from dbmpi.monitor.measures import LayerTimes, set_exchange_apart
 from dbmpi.monitor.records import Recorder, Stopwatch, WorkerReport
-from dbmpi.mpi import waiting
-from dbmpi.mpi.mailbox import Mailbox, MessageKind, Role
+from dbmpi.mpi.mailbox import MessageKind
 from dbmpi.objective import Batch, Objective, Outcome
 from dbmpi.paramserver.client import Client
-from dbmpi.replica.replica import Replica
 
 _ACTIVITIES = ("compute", "fetch", "push", "wait", "data")
-_FOR_THE_LEAD = 1.25
-"""Factor on the stall limit where a worker waits for the lead, which knows better which rank is late."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assignment:
+    """What one worker of a run learns, and what it does beside that."""
+
+    replica: int
+    """Number of this worker's replica."""
+    order: Order
+    """Which samples make up each batch of the stream."""
+    train: Source
+    """The samples to learn from."""
+    test: Source | None = None
+    """Held-out samples."""
+    warm_steps: int = 0
+    """Steps after which this worker reports to the lead that the warmstart is over; 0 for never."""
+    monitor: MonitorSection
+    """When to report and to evaluate."""
+    directory: Path
+    """That of the run."""
+    remedy: str = ""
+    """What a user may do against a loss that is not finite."""
 
 
 class Worker:
@@ -35,16 +55,20 @@ class Worker:
 
     Parameters
     ----------
-    run
-        The description of the run.
-    number
-        Number of this worker's replica.
-    released
-        Whether this worker may begin at once; otherwise it waits for the end of the warmstart.
-    warm_steps
-        Steps after which this worker tells the lead that the warmstart is over; 0 for never.
+    assignment
+        What the worker does.
+    objective
+        What the loop computes, for evaluations.
+    client
+        The worker's connection with the shards.
+    orders
+        Its connection with the lead.
+    recorder
+        Writes its reports.
     partitions
         The workers of this replica; the first one hears and answers the lead.
+    layer_seconds
+        Time spent so far by phase, for each layer, if the objective measures it.
 
     Attributes
     ----------
@@ -54,45 +78,26 @@ class Worker:
 
     def __init__(
         self,
-        run: Run,
-        number: int,
-        *,
-        objective: Replica,
+        assignment: Assignment,
+        objective: Objective,
         client: Client,
-        mailbox: Mailbox,
-        lead: int,
-        order: Order,
-        train: Source,
-        test: Source | None,
+        orders: Orders,
         recorder: Recorder,
-        stop: StopSignal,
-        serve: Callable[[], bool] | None,
-        released: bool,
-        warm_steps: int,
         partitions: MPI.Intracomm,
+        layer_seconds: Mapping[str, Sequence[float]] | None = None,
     ) -> None:
         self.stopwatch = Stopwatch()
-        self._run = run
-        self._number = number
+        self._assignment = assignment
+        self._number = assignment.replica
+        self._order = assignment.order
         self._objective = objective
         self._client = client
-        self._mailbox = mailbox
-        self._lead = lead
-        self._order = order
-        self._train = train
-        self._test = test
+        self._orders = orders
         self._recorder = recorder
-        self._stop = stop
-        self._serve = serve
-        self._team = Team(partitions, self.obey)
-        self._released = released
-        self._warm_steps = warm_steps
-        self._stopping = False
-        self._stop_told = False
-        self._ended = False
-        self._paused = False
-        self._asked_to_pause = False
-        self._alive = time.monotonic()
+        self._partitions = partitions.size
+        self._team = Team(partitions, orders.obey)
+        self._layer_seconds = layer_seconds or {}
+        self._warm_steps = assignment.warm_steps
         self._batch = 0
         self._steps = 0
         self._learned = 0
@@ -102,7 +107,7 @@ class Worker:
         self._moved = (0, 0, 0, 0)
         self._layer_times = LayerTimes()
         self.waited = self.spent = 0.0
-        self._next_evaluation = run.monitor.evaluate_epochs
+        self._next_evaluation = assignment.monitor.evaluate_epochs
 
     # What the loop asks for
 
@@ -120,35 +125,35 @@ class Worker:
     def load(self, number: int) -> Batch:
         """Return a batch of the stream."""
         self._batch = number
-        return self._train.batch(self._order.indices(number))
+        return self._assignment.train.batch(self._order.indices(number))
 
     def stepped(self, outcome: Outcome) -> None:
         """Count a step; a loss that is not finite ends the run before its gradient is pushed."""
         if not math.isfinite(outcome.loss) and self._team.speaks:
             raise RunFailed(
                 f"the loss is {outcome.mean_loss} at step {self._steps} of replica {self._number}, batch {self._batch} "
-                f"of the stream; {kept(self._run.run.directory / 'checkpoints')}; lower optimizer.learning_rate "
-                f"({self._run.optimizer.learning_rate:g}), or look for extreme values in {self._run.data.train}"
+                f"of the stream; {kept(self._assignment.directory / 'checkpoints')}; {self._assignment.remedy}"
             )
         self._steps += 1
         self._samples += outcome.samples
         self._recent = self._recent.plus(outcome)
 
     def pushed(self, steps: int) -> None:
-        """Count what is learned, report when it is time, and evaluate when replica 0 comes to the next epoch."""
+        """Count `steps` as learned, report when it is time, and evaluate when replica 0 comes to the next epoch."""
+        assignment = self._assignment
         self._learned += steps
         if self._warm_steps and self._learned >= self._warm_steps:
             self._warm_steps = 0
-            self._client.settle()
+            self._client.wait()
             self._say(MessageKind.WARM)
-        if time.monotonic() - self._reported >= self._run.monitor.report_seconds:
+        if time.monotonic() - self._reported >= assignment.monitor.report_seconds:
             self._report()
-        every = self._run.monitor.evaluate_epochs
+        every = assignment.monitor.evaluate_epochs
         epoch = self._epoch
         if self._number == 0 and every and epoch >= self._next_evaluation:
             self._next_evaluation = (epoch // every + 1) * every
-            if self._test is not None and self._batch + 1 < self._order.batches:
-                self._evaluate_now()
+            if assignment.test is not None and self._batch + 1 < self._order.batches:
+                self._evaluate_now(assignment.test)
 
     # The end
 
@@ -156,48 +161,31 @@ class Worker:
         """Say that all is pushed and applied, and stay until the lead ends training; return the batches learned."""
         self._report()
         self._say(MessageKind.FINISHED, self._learned)
-        self._wait_for_lead(lambda: self._ended, "the end of training", longest_nap=0.01)
+        self._orders.wait(lambda: self._orders.ended, "the end of training", longest_sleep=0.01)
         return self._learned
 
     def give_up(self) -> None:
         """Before this worker fails, let the lead write a checkpoint of what has been learned; return when it has."""
         with suppress(RunFailed):
-            self._client.settle()
-            self._mailbox.send(self._lead, Role.SHARD, MessageKind.FAILED, self._learned)
-            self._wait_for_lead(lambda: self._ended, "the lead to write a last checkpoint", longest_nap=0.01)
+            self._client.wait()
+            self._orders.send(MessageKind.FAILED, self._learned)
+            self._orders.wait(lambda: self._orders.ended, "the lead to write a last checkpoint", longest_sleep=0.01)
 
     def evaluate(self, source: Source, part: int, parts: int) -> Outcome:
-        """Return the outcome of one of `parts` shares of a source at the shards' present parameters.
+        """Return the outcome of one of `parts` shares of a source, number `part`, at the shards' present parameters.
 
         All partitions of the replica take part, and get the same.
         """
-        # Where they lie, if they are computed on there: no room for a second copy may be left.
+        # Where they lie, if they are computed on there: there may be no memory left for a second copy.
         parameters = self._client.parameters
         if parameters is None:
             parameters = np.empty(self._objective.size, np.float32)
-        self._client.peek(parameters)
-        batch_size = self._run.optimizer.batch_size
-        return evaluate(self._objective, parameters, source, batch_size, part, parts, self._at_work)
+        self._client.fetch(parameters, for_gradient=False)
+        return evaluate(self._objective, parameters, source, self._order.batch_size, part, parts, self._orders.work)
 
     def obey(self) -> bool:
         """Serve this rank's shard and take in the lead's orders; return whether there was anything."""
-        moved = self._serve() if self._serve is not None else False
-        if self._stop.number and not self._stop_told:
-            self._stop_told = True
-            self._mailbox.send(self._lead, Role.SHARD, MessageKind.STOP_ASKED, self._stop.number)
-        while (message := self._mailbox.receive()) is not None:
-            moved = True
-            if message.kind == MessageKind.PAUSE:
-                self._paused = self._asked_to_pause = True
-            elif message.kind == MessageKind.GO:
-                self._paused = False
-            elif message.kind == MessageKind.RELEASE:
-                self._released = True
-            elif message.kind == MessageKind.STOP:
-                self._stopping = True
-            elif message.kind == MessageKind.END:
-                self._ended = True
-        return moved
+        return self._orders.obey()
 
     # Helpers
 
@@ -207,50 +195,40 @@ class Worker:
 
     def _next_decision(self) -> Decision:
         """Return what the replica is to do next, when this worker may say so; the first partition decides."""
-        self.obey()
-        if self._team.speaks and not (self._released or self._paused or self._stopping):
+        orders = self._orders
+        orders.obey()
+        if self._team.speaks and not (orders.released or orders.paused or orders.stopping):
             with self.stopwatch("wait"):
-                self._wait_for_lead(
-                    lambda: self._released or self._paused or self._stopping,
+                orders.wait(
+                    lambda: orders.released or orders.paused or orders.stopping,
                     "the end of the warmstart",
-                    longest_nap=0.02,
+                    longest_sleep=0.02,
                 )
-        if self._stopping:
+        if orders.stopping:
             return Decision.STOP
-        return Decision.REST if self._paused else Decision.GO_ON
+        return Decision.REST if orders.paused else Decision.GO_ON
 
     def _rest(self) -> None:
-        """Come to rest, say so, and wait until the lead lets this replica go on."""
-        self._client.settle()
-        self._asked_to_pause = False
+        """Pause, tell the lead, and wait until it lets this replica go on."""
+        orders = self._orders
+        self._client.wait()
+        orders.asked_to_pause = False
         self._say(MessageKind.PAUSED, self._learned)
         if self._team.speaks:
-            # The next pause may come at one look with the end of this one, and wants an answer of its own.
-            self._wait_for_lead(
-                lambda: not self._paused or self._stopping or self._asked_to_pause, "the lead to write a checkpoint"
+            # The next pause may arrive together with the end of this one, and needs an answer of its own.
+            orders.wait(
+                lambda: not orders.paused or orders.stopping or orders.asked_to_pause, "the lead to write a checkpoint"
             )
 
     def _say(self, kind: MessageKind, *values: int) -> None:
         """Tell the lead something that holds for all partitions of the replica, when it does."""
         self._team.gather()
         if self._team.speaks:
-            self._mailbox.send(self._lead, Role.SHARD, kind, *values)
+            self._orders.send(kind, *values)
 
-    def _wait_for_lead(self, condition: Callable[[], bool], what: str, longest_nap: float = 1e-3) -> None:
-        seconds = _FOR_THE_LEAD * waiting.STALL_SECONDS
-        waiting.until(condition, what, serve=self.obey, seconds=seconds, longest_nap=longest_nap)
-
-    def _at_work(self) -> bool:
-        """Obey, and let the others know now and then that this rank is at work though it pushes nothing."""
-        if time.monotonic() - self._alive >= waiting.STALL_SECONDS / 4:
-            self._alive = time.monotonic()
-            self._mailbox.send(self._lead, Role.SHARD, MessageKind.ALIVE)
-        return self.obey()
-
-    def _evaluate_now(self) -> None:
-        assert self._test is not None
+    def _evaluate_now(self, test: Source) -> None:
         with self.stopwatch("wait"):
-            outcome = self.evaluate(self._test, 0, 1)
+            outcome = self.evaluate(test, 0, 1)
         bits = int(np.array([outcome.loss]).view(np.int64)[0])
         self._say(MessageKind.EVALUATION, self._batch + 1, outcome.samples, outcome.correct, bits)
 
@@ -282,11 +260,11 @@ class Worker:
 
     def _time_spent(self) -> tuple[dict[str, float], dict[str, float]]:
         """Return the time since the last report by activity, and by phase and layer."""
-        layers = self._layer_times.take(self._objective.seconds)
+        layers = self._layer_times.take(self._layer_seconds)
         seconds = self.stopwatch.take(_ACTIVITIES)
         self.waited += seconds["fetch"] + seconds["push"]
         self.spent += sum(seconds.values())
-        if self._objective.partitions > 1:
+        if self._partitions > 1:
             set_exchange_apart(seconds, layers)  # that of evaluations, too, which count as waiting
         return seconds, layers
 

@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from dbmpi.errors import UserError
 from dbmpi.index.layout import Layout
 from dbmpi.kernels.memory import CACHE_LINE
+from dbmpi.paramserver.protocol import HEADER_WORDS
 
 _WORD = 8
-HEADER_WORDS = 16
-"""64-bit words of a header, two cache lines."""
 HEADERS = 64
 """Chunks read in place that a client may have posted to one shard; each costs a header and no more."""
 SLOTS = 4
@@ -76,7 +75,7 @@ class Memory:
         """Whether the shard reads the client's gradients where they lie."""
         return self._before(client) < self._before(client + 1)
 
-    def room(self, client: int) -> int:
+    def slots(self, client: int) -> int:
         """Return how many chunks the client may have on the way."""
         return HEADERS if self.reads(client) else SLOTS
 
@@ -85,7 +84,7 @@ class Memory:
         start = self.parameters + lines(self.elements * self.itemsize)
         near = self._before(client)
         # Of the many clients of other hosts, each has no more headers than it has slots.
-        headers = near * HEADERS + (client - near) * SLOTS + count % self.room(client)
+        headers = near * HEADERS + (client - near) * SLOTS + count % self.slots(client)
         return start + headers * HEADER_WORDS * _WORD
 
     def data(self, client: int, count: int) -> int:
@@ -131,8 +130,8 @@ def chunk_elements(inbox_bytes: float, chunk_bytes: float, clients: int, itemsiz
     return most // itemsize
 
 
-def check_room(layout: Layout, shards: int, itemsize: int, available: int) -> None:
-    """Refuse parameters of which a shard could not hold its part: a number too many in a description, as a rule.
+def check_fits(layout: Layout, shards: int, itemsize: int, available: int) -> None:
+    """Refuse parameters that need more memory than the shards have: usually one digit too many in a description.
 
     Parameters
     ----------

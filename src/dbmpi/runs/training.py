@@ -32,7 +32,7 @@ from dbmpi.mpi.silent_ends import aloud
 from dbmpi.mpi.world import end_all_on_failure, together
 from dbmpi.network import own
 from dbmpi.network.description import Network
-from dbmpi.paramserver.memory import check_room
+from dbmpi.paramserver.memory import check_fits
 from dbmpi.replica import placement
 from dbmpi.replica.thread_count import fitted
 from dbmpi.replica.trial import try_layer
@@ -184,7 +184,7 @@ class _Session:
                 targets=data.targets,
                 load=own.from_directory(run.network.code),
             )
-            check_room(network.layout, self._plan.shards, DTYPE.itemsize, capacity.available())
+            check_fits(network.layout, self._plan.shards, DTYPE.itemsize, capacity.available())
             if self._worker_number is not None:
                 limits.check_activations(
                     network.activations,

@@ -11,14 +11,15 @@ from dbmpi.data.ahead import Ahead
 from dbmpi.monitor.measures import LayerTimes, set_exchange_apart
 from dbmpi.monitor.records import Recorder, Stopwatch, WorkerReport
 from dbmpi.objective import Batch as Samples
-from dbmpi.objective import Outcome
+from dbmpi.objective import Objective, Outcome
 from dbmpi.sandblaster.board import PassKind, PostedBatch
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from dbmpi.data.source import Source
     from dbmpi.data.stream import Order
     from dbmpi.paramserver.client import Client
-    from dbmpi.replica.replica import Replica
 
 _ACTIVITIES = ("compute", "fetch", "push", "wait", "data")
 
@@ -40,11 +41,15 @@ class PortionWork:
         The samples, and the held-out ones.
     keep_bytes
         Room for portions that are kept as they are computed with, because they will come again.
+    partitions
+        The number of partitions of the replica.
+    layer_seconds
+        Time spent so far by phase, for each layer, if the objective measures it.
     """
 
     def __init__(
         self,
-        objective: Replica,
+        objective: Objective,
         client: Client,
         order: Order,
         train: Source,
@@ -56,11 +61,14 @@ class PortionWork:
         stride: int,
         partition: int,
         keep_bytes: int,
+        partitions: int = 1,
+        layer_seconds: Mapping[str, Sequence[float]] | None = None,
     ) -> None:
         self._objective, self._client, self._order = objective, client, order
         self._train, self._test = Ahead(train, order, keep_bytes), test
         self._recorder, self._report_seconds = recorder, report_seconds
         self._replica, self._stride, self._partition = replica, stride, partition
+        self._partitions, self._layer_seconds = partitions, layer_seconds or {}
         self._parameters = np.zeros(objective.size, np.float32)
         self._stopwatch, self._layer_times = Stopwatch(), LayerTimes()
         self._steps = self._samples = 0
@@ -74,7 +82,7 @@ class PortionWork:
             self._report()
         self._place = batch.place
         with self._stopwatch("fetch"):
-            self._client.peek(self._parameters)
+            self._client.fetch(self._parameters)
 
     def end(self) -> None:
         """Report what has not been reported."""
@@ -102,8 +110,8 @@ class PortionWork:
     def _report(self) -> None:
         now, recent = time.monotonic(), self._recent
         if recent.samples:
-            seconds, layers = self._stopwatch.take(_ACTIVITIES), self._layer_times.take(self._objective.seconds)
-            if self._objective.partitions > 1:
+            seconds, layers = self._stopwatch.take(_ACTIVITIES), self._layer_times.take(self._layer_seconds)
+            if self._partitions > 1:
                 set_exchange_apart(seconds, layers)
             self._recorder.write(
                 WorkerReport(

@@ -15,6 +15,7 @@ from dbmpi.mpi.failures import RankLost, Watch
 from dbmpi.mpi.mailbox import Mailbox, MessageKind, Role
 from dbmpi.mpi.window import Window
 from dbmpi.paramserver.client import Client
+from dbmpi.paramserver.protocol import Shards
 from dbmpi.sandblaster.board import END
 from dbmpi.sandblaster.replica import SAID, Portions
 from dbmpi.sandblaster.setup import Setup
@@ -81,7 +82,8 @@ def _portions(setup: Setup, window: Window, number: int, team: _Partitions) -> P
     serve = team.serve
     setup.replica.serve_while_waiting(serve)
     runs = setup.stretches[partition]
-    client = Client(window, setup.memories, plan.shard_ranks, setup.ranges, number, serve=serve, runs=runs)
+    shards = Shards(window=window, memories=setup.memories, ranks=plan.shard_ranks, ranges=setup.ranges)
+    client = Client(shards, number, stretches=runs, serve=serve)
     # Batches of all samples are the same portions in every pass.
     again = not run.sandblaster.batch_portions
     work = PortionWork(
@@ -96,6 +98,8 @@ def _portions(setup: Setup, window: Window, number: int, team: _Partitions) -> P
         stride=plan.replicas if run.sandblaster.deterministic else 1,
         partition=partition,
         keep_bytes=setup.data.train.spare_bytes if again else 0,
+        partitions=plan.partitions,
+        layer_seconds=setup.replica.seconds,
     )
     takers = [shard for shard, its in enumerate(pieces(runs, setup.ranges)) if any(piece.pushed for piece in its)]
     return Portions(
