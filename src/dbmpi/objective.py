@@ -64,8 +64,8 @@ class Outcome(NamedTuple):
 
 
 Gradient: TypeAlias = "np.ndarray | Callable[[int], np.ndarray]"
-"""Where to write a gradient: a flat vector, or a function that returns the buffer for one layer, called with the layer's
-number just before that layer's gradient is computed, and after the layer above is complete."""
+"""Where to write a gradient: a flat vector, or a function that returns the buffer for one layer.  It is called with the
+layer's number just before that layer's gradient is computed, and after the layer above is complete."""
 
 
 class Objective(Protocol):

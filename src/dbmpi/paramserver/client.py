@@ -82,18 +82,19 @@ class Client:
         self.pushed_bytes = self.fetched_bytes = self.pushed_chunks = self.fetched_pieces = 0
         if stretches is None:
             stretches = [Stretch(0, 0, shards.ranges[-1].stop, pushed=True)]
-        self._pieces = pieces(stretches, shards.ranges)
+        self._pieces = _by_shard(pieces(stretches, shards.ranges))
         if parts is None:
             self.parts: tuple[range, ...] = (range(sum(stretch.length for stretch in stretches)),)
-            cut = [self._pieces]
+            divided = [list(stretches)]
         else:
             self.parts = tuple(parts)
-            cut = [pieces(within, shards.ranges) for within in _divide(stretches, parts)]
-        self._pushed = [[[piece for piece in found if piece.pushed] for found in part] for part in cut]
+            divided = list(_divide(stretches, parts))
+        pushed = [[stretch for stretch in part if stretch.pushed] for part in divided]
+        self._pushed = [_by_shard(pieces(part, shards.ranges)) for part in pushed]
         # A push ends, for each shard, with the first part of which it holds something.
-        self._final = {shard: part for part in reversed(range(len(cut))) for shard in _holders(self._pushed[part])}
+        self._final = {shard: part for part in reversed(range(len(pushed))) for shard in self._pushed[part]}
         # Every client begins with another shard, so that they do not all crowd at the first one.
-        holders = _holders(self._pieces)
+        holders = list(self._pieces)
         turn = number % max(len(holders), 1)
         self._order = holders[turn:] + holders[:turn]
         self.far = any(not memories[shard].reads(number) for shard in holders)
@@ -140,7 +141,7 @@ class Client:
             For :meth:`wait`, until the part has been applied.
         """
         for shard in self._order:
-            memory, found = self._memories[shard], self._pushed[part][shard]
+            memory, found = self._memories[shard], self._pushed[part].get(shard, ())
             size = _READ_AT_ONCE if memory.reads(self._number) else memory.chunk
             for piece in found:
                 for first in range(0, piece.length, size):
@@ -305,9 +306,9 @@ class Client:
         return start
 
 
-def _holders(found: Sequence[Sequence[Stretch]]) -> list[int]:
-    """Return the shards that hold any of the pieces."""
-    return [shard for shard, held in enumerate(found) if held]
+def _by_shard(found: Sequence[list[Stretch]]) -> dict[int, list[Stretch]]:
+    """Return the pieces of the shards that hold any."""
+    return {shard: held for shard, held in enumerate(found) if held}
 
 
 def _divide(stretches: Sequence[Stretch], parts: Sequence[range]) -> Iterator[list[Stretch]]:
