@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 
 import numpy as np
 
-from dbmpi.paramserver.client import Client
+from dbmpi.paramserver.client import Client, Mark
 
 _ENOUGH = 1 << 24
 """Elements (64 MiB) up to which a buffer holds a whole gradient, so that small layers need not wait for each other."""
@@ -37,8 +37,7 @@ class Buffer:
             [other for other, its in enumerate(self._ranges) if max(mine.start, its.start) < min(mine.stop, its.stop)]
             for mine in self._ranges
         ]
-        nothing = (0,) * len(client.versions)
-        self._marks = [nothing] * len(client.parts)
+        self._marks: dict[int, Mark] = {}
 
     def __call__(self, part: int) -> np.ndarray:
         """Return the memory for a part's flat gradient, when the shards have applied what was there."""
@@ -47,18 +46,18 @@ class Buffer:
 
     def whole(self) -> np.ndarray:
         """Return all of the memory, when the shards have applied what was there."""
-        self._wait(range(len(self._marks)))
+        self._wait(self._marks)
         return self.memory
 
     def push(self, part: int) -> None:
         """Put a part's complete gradient in line for the shards."""
         self._marks[part] = self._client.push(self._view(part), part)
 
-    def _wait(self, parts: Sequence[int]) -> None:
-        if parts:
+    def _wait(self, parts: Iterable[int]) -> None:
+        marks = [self._marks[part] for part in parts if part in self._marks]
+        if marks:
             with self._waiting:
-                # Marks only grow: the latest holds for all.
-                self._client.wait(max(self._marks[part] for part in parts))
+                self._client.wait(max(marks))  # they only grow: the latest holds for all
 
     def _view(self, part: int) -> np.ndarray:
         return self.memory[self._ranges[part].start : self._ranges[part].stop]

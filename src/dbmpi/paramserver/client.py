@@ -82,19 +82,17 @@ class Client:
         self.pushed_bytes = self.fetched_bytes = self.pushed_chunks = self.fetched_pieces = 0
         if stretches is None:
             stretches = [Stretch(0, 0, shards.ranges[-1].stop, pushed=True)]
-        self._pieces = _by_shard(pieces(stretches, shards.ranges))
+        self._pieces = pieces(stretches, shards.ranges)
         if parts is None:
             self.parts: tuple[range, ...] = (range(sum(stretch.length for stretch in stretches)),)
-            divided = [list(stretches)]
+            self._divided = [self._pieces]
         else:
             self.parts = tuple(parts)
-            divided = list(_divide(stretches, parts))
-        pushed = [[stretch for stretch in part if stretch.pushed] for part in divided]
-        self._pushed = [_by_shard(pieces(part, shards.ranges)) for part in pushed]
-        # A push ends, for each shard, with the first part of which it holds something.
-        self._final = {shard: part for part in reversed(range(len(pushed))) for shard in self._pushed[part]}
+            self._divided = [pieces(part, shards.ranges) for part in _divide(stretches, parts)]
+        # A push ends, for each shard, with the first part of which it takes something.
+        self._final = [self._first_pushed(shard) for shard in range(len(ranks))]
         # Every client begins with another shard, so that they do not all crowd at the first one.
-        holders = list(self._pieces)
+        holders = [shard for shard in range(len(ranks)) if self._pieces[shard]]
         turn = number % max(len(holders), 1)
         self._order = holders[turn:] + holders[:turn]
         self.far = any(not memories[shard].reads(number) for shard in holders)
@@ -141,7 +139,7 @@ class Client:
             For :meth:`wait`, until the part has been applied.
         """
         for shard in self._order:
-            memory, found = self._memories[shard], self._pushed[part].get(shard, ())
+            memory, found = self._memories[shard], [piece for piece in self._divided[part][shard] if piece.pushed]
             size = _READ_AT_ONCE if memory.reads(self._number) else memory.chunk
             for piece in found:
                 for first in range(0, piece.length, size):
@@ -217,6 +215,11 @@ class Client:
     def moved(self) -> tuple[int, int, int, int]:
         """Bytes pushed and fetched so far, and the numbers of their pieces."""
         return self.pushed_bytes, self.fetched_bytes, self.pushed_chunks, self.fetched_pieces
+
+    def _first_pushed(self, shard: int) -> int:
+        """Return the first part of which a shard takes something."""
+        takes = (part for part in range(len(self.parts)) if any(piece.pushed for piece in self._divided[part][shard]))
+        return next(takes, 0)
 
     def _version(self, shard: int) -> int:
         memory = self._memories[shard]
@@ -304,11 +307,6 @@ class Client:
         start: int = vector.ctypes.data - self._window.local.ctypes.data
         assert 0 <= start < self._window.local.nbytes, "a shard can read a gradient in this rank's window alone"
         return start
-
-
-def _by_shard(found: Sequence[list[Stretch]]) -> dict[int, list[Stretch]]:
-    """Return the pieces of the shards that hold any."""
-    return {shard: held for shard, held in enumerate(found) if held}
 
 
 def _divide(stretches: Sequence[Stretch], parts: Sequence[range]) -> Iterator[list[Stretch]]:
