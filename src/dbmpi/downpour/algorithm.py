@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Watcher(Protocol):
-    """Who accompanies the loop: gives it its batches, hears of its steps, and may end it."""
+    """Accompanies the loop: provides its batches, is notified of its steps, and may end it."""
 
     stopwatch: Stopwatch
 
@@ -22,15 +22,15 @@ class Watcher(Protocol):
         ...
 
     def load(self, number: int) -> Batch:
-        """Return a batch of the stream."""
+        """Return the batch of that `number` in the stream."""
         ...
 
     def stepped(self, outcome: Outcome) -> None:
-        """Hear that a gradient has been computed; raise if its loss makes no sense."""
+        """Note the `outcome` of a gradient that has been computed; raise if the loss is not finite."""
         ...
 
     def pushed(self, steps: int) -> None:
-        """Hear that the gradients of so many steps are on their way to the shards."""
+        """Note that the gradients of so many `steps` are on their way to the shards."""
         ...
 
 

@@ -14,10 +14,10 @@ _ENOUGH = 1 << 24
 
 
 class Buffer:
-    """Gives each part of a gradient its memory, and waits for the shards before this is used again.
+    """Provides the memory for each part of a gradient, once the shards have applied the gradients written there before.
 
-    A gradient is computed from the last part to the first.  In memory for a whole gradient each part lies where it
-    lies in the client's own vector; otherwise parts share memory, see :func:`offsets`.
+    A gradient is computed from the last part to the first.  Where the memory holds a whole gradient, each part has the
+    offset that it has in the client's own vector; otherwise parts share memory, see :func:`offsets`.
 
     Parameters
     ----------
@@ -34,23 +34,27 @@ class Buffer:
         self.memory = memory
         self._ranges = offsets(client.parts, memory.size)
         self._sharing = [
-            [other for other, its in enumerate(self._ranges) if max(mine.start, its.start) < min(mine.stop, its.stop)]
+            [
+                other
+                for other, theirs in enumerate(self._ranges)
+                if max(mine.start, theirs.start) < min(mine.stop, theirs.stop)
+            ]
             for mine in self._ranges
         ]
         self._marks: dict[int, Mark] = {}
 
     def __call__(self, part: int) -> np.ndarray:
-        """Return the memory for a part's flat gradient, when the shards have applied what was there."""
+        """Return the memory for the flat gradient of that `part`, when the shards have applied its old content."""
         self._wait(self._sharing[part])
         return self._view(part)
 
     def whole(self) -> np.ndarray:
-        """Return all of the memory, when the shards have applied what was there."""
+        """Return all of the memory, when the shards have applied its old content."""
         self._wait(self._marks)
         return self.memory
 
     def push(self, part: int) -> None:
-        """Put a part's complete gradient in line for the shards."""
+        """Put the complete gradient of that `part` in line for the shards."""
         self._marks[part] = self._client.push(self._view(part), part)
 
     def _wait(self, parts: Iterable[int]) -> None:
@@ -64,20 +68,20 @@ class Buffer:
 
 
 def buffer_size(parts: Sequence[range]) -> int:
-    """Return the elements of a buffer that parts share: the largest part's, but those of all where that is little."""
+    """Return the elements of a buffer that `parts` share: the size of the largest, or of all if that is little."""
     return max(max(map(len, parts), default=0), min(sum(map(len, parts)), _ENOUGH))
 
 
 def offsets(parts: Sequence[range], size: int) -> list[range]:
-    """Return for each part where its gradient lies in a buffer of `size` elements.
+    """Return for each part the range of a buffer of `size` elements that its gradient uses.
 
-    The last part lies at the end, each other one before the part computed before it, and at the end again where the
-    buffer is used up.  In a buffer as long as all parts together, these are the parts themselves.
+    The last part is at the end of the buffer.  Each other part precedes the one above it, or is at the end again when
+    too little is left in front.  In a buffer as long as all parts together, the ranges are the parts themselves.
     """
-    found, stop = [range(0)] * len(parts), size
+    ranges, stop = [range(0)] * len(parts), size
     for part in reversed(range(len(parts))):
         length = len(parts[part])
         stop = stop if length <= stop else size
-        found[part] = range(stop - length, stop)
+        ranges[part] = range(stop - length, stop)
         stop -= length
-    return found
+    return ranges

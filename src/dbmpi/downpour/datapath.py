@@ -26,12 +26,12 @@ class Flow:
     """How the gradients of one client leave.
 
     Without overlap the loop fetches, computes and pushes in turn; with one client this is plain serial learning, bit
-    for bit.  With overlap the next parameters arrive and gradients leave while one is computed, and what is fetched
+    for bit.  With overlap the next parameters arrive and gradients leave while one is computed, and fetched parameters
     may lack the client's own last push.
     """
 
     layers: tuple[range, ...]
-    """For each layer the range of the client's own vector that holds its parameters."""
+    """For each layer, the range of its parameters in the client's own vector."""
     overlap: bool = False
     """Whether fetches and pushes go on while a gradient is computed."""
     whole: bool = True
@@ -42,7 +42,15 @@ class Flow:
 
     @classmethod
     def from_config(cls, server: ServerSection, optimizer: OptimizerSection, layers: tuple[range, ...]) -> Flow:
-        """Return what the sections describe, for such `layers`."""
+        """Return the flow that the ``[server]`` and ``[optimizer]`` sections describe.
+
+        Parameters
+        ----------
+        server, optimizer
+            The sections.
+        layers
+            As the field.
+        """
         apart = optimizer.local_rate > 0 and optimizer.n_push > 1
         return cls(layers, server.overlap == "threads", server.gradients == "whole", apart)
 
@@ -87,7 +95,10 @@ class DataPath:
     parameters
         What the next gradient is computed from; another array after `fetch` or `refresh`.
     on_gradient
-        To be called in a step that ends in a push, with the number of each layer whose gradient is complete; or None.
+        To be called in a step that ends in a push, with the number of each layer once its gradient is complete; or
+        None.
+    steps
+        Number of gradients accrued since the last push.
     """
 
     def __init__(self, client: Client, flow: Flow, waiting: AbstractContextManager[None]) -> None:
@@ -96,7 +107,7 @@ class DataPath:
         self._buffers = deque(Buffer(client, memory, waiting) for memory in client.gradients)
         dtype = client.gradients[0].dtype
         self._apart = np.zeros(flow.size, dtype) if flow.apart else None
-        self._accrued, self._steps = Outcome(0, 0.0, 0), 0
+        self._accrued, self.steps = Outcome(0, 0.0, 0), 0
         self._handed_over = False
         self.on_gradient: Callable[[int], None] | None = self._hand_over if flow.by_layers else None
         self.parameters = np.zeros(flow.size, dtype) if client.parameters is None else client.parameters
@@ -107,14 +118,9 @@ class DataPath:
         self._sending: list[Future[None]] = []
 
     @property
-    def steps(self) -> int:
-        """Number of gradients accrued since the last push."""
-        return self._steps
-
-    @property
     def add(self) -> bool:
-        """Whether the next gradient is to be added to what is there, the gradients of earlier steps."""
-        return self._apart is None and self._steps > 0
+        """Whether to add the next gradient to those of earlier steps, instead of overwriting."""
+        return self._apart is None and self.steps > 0
 
     def fetch(self) -> None:
         """Get parameters from the shards, where the algorithm says so.
@@ -123,7 +129,7 @@ class DataPath:
         """
         client = self._client
         if self._flow.overlap and client.parameters is not None:
-            client.versions = client.copy(self.parameters)  # they are where they are computed on
+            client.versions = client.copy(self.parameters)  # the worker computes on the shards' memory
         elif self._flow.overlap and self._next is not None:
             self._take()
             self._fetch = self._fetcher.submit(client.copy, self._next)
@@ -137,43 +143,51 @@ class DataPath:
             self._take()
 
     def begin(self) -> Gradient:
-        """Return where the next gradient goes, when the shards have applied what was there."""
+        """Return where to write the next gradient, when the shards have applied the old content."""
         buffer = self._buffers[0]
         if not self._flow.whole:
             return buffer
         if self._apart is not None:
             return self._apart
-        return buffer.memory if self._steps else buffer.whole()
+        return buffer.memory if self.steps else buffer.whole()
 
     def accrue(self, outcome: Outcome, local_rate: float) -> None:
-        """Count the gradient among those to be pushed, and walk along it by plain SGD if there is a `local_rate`."""
+        """Count the gradient among those to be pushed, and take a local step of plain SGD.
+
+        Parameters
+        ----------
+        outcome
+            Of the gradient's samples.
+        local_rate
+            Learning rate of the local step; 0 for none.
+        """
         accrued = self._buffers[0].memory
         gradient = accrued if self._apart is None else self._apart
         if local_rate:
             updates.sgd(self.parameters, gradient, local_rate)
-        if self._apart is not None and self._steps == 0:
+        if self._apart is not None and self.steps == 0:
             np.copyto(self._buffers[0].whole(), gradient)
         elif self._apart is not None:
             updates.add(accrued, gradient)
-        self._accrued, self._steps = self._accrued.plus(outcome), self._steps + 1
+        self._accrued, self.steps = self._accrued.plus(outcome), self.steps + 1
 
     def push(self) -> int:
-        """Give what was accrued to the shards; return how many steps that was."""
+        """Push the accrued gradient; return the number of steps it is the sum of."""
         if not self._handed_over:
             for part in reversed(range(len(self._flow.parts))):
                 self._buffers[0].push(part)
-        self._client.report(self._accrued, self._steps)
+        self._client.report(self._accrued, self.steps)
         if self._flow.overlap:
             self._send()
         else:
             self._client.drain(self._client.serve)
         self._buffers.rotate()
-        steps = self._steps
-        self._accrued, self._steps, self._handed_over = Outcome(0, 0.0, 0), 0, False
+        steps = self.steps
+        self._accrued, self.steps, self._handed_over = Outcome(0, 0.0, 0), 0, False
         return steps
 
     def close(self) -> None:
-        """Wait until all is pushed and applied, and nothing is on the way."""
+        """Wait until everything is pushed and applied, and no transfer is under way."""
         self._take()
         for future in self._sending:
             waiting.until(future.done, "gradients to leave", serve=self._client.serve)
@@ -189,7 +203,7 @@ class DataPath:
         self._send()
 
     def _send(self) -> None:
-        """Let what is in line leave, without waiting for it."""
+        """Send what is in line, without waiting for it."""
         if self._flow.overlap and self._client.far:
             for ended in [future for future in self._sending if future.done()]:
                 ended.result()
@@ -199,7 +213,7 @@ class DataPath:
             self._client.progress()
 
     def _take(self) -> None:
-        """Make the parameters that a fetch on the way brings current."""
+        """Wait for the fetch under way, and make its parameters current."""
         if self._fetch is not None and self._next is not None:
             waiting.until(self._fetch.done, "parameters to arrive", serve=self._client.serve)
             self._client.versions = self._fetch.result()

@@ -45,12 +45,12 @@ class _State(Enum):
 
 @dataclass(frozen=True)
 class StartingPoint:
-    """Where a session begins: at zero, or where the checkpoint that it goes on from was taken."""
+    """Where a session starts: at zero, or at the checkpoint from which it is resumed."""
 
     stream: Stream
-    """The batches that are left."""
+    """The batches that remain."""
     warmstart: int = 0
-    """Batches that replica 0 is to learn alone."""
+    """Batches that replica 0 learns alone."""
     step: int = 0
     """Steps of all replicas in earlier sessions."""
     samples: int = 0
@@ -58,14 +58,22 @@ class StartingPoint:
     done: tuple[int, ...] = ()
     """Steps of each replica in earlier sessions; empty if they had another number of replicas."""
     fresh: tuple[str, ...] = ()
-    """State of the rule that the checkpoint does not have, because it was written under another rule."""
+    """State of the rule that is not in the checkpoint, because it was written under another rule."""
     notices: tuple[str, ...] = ()
-    """On the lead: why this checkpoint, and which ones are damaged."""
+    """On the lead: why this checkpoint was chosen, and which ones are damaged."""
 
-    def gone_on(self, epochs: float, kept: str = "") -> str:
-        """Say from where a run goes on, with `kept` beside the parameters, or that it has nothing left to learn."""
+    def resumed(self, epochs: float, details: str = "") -> str:
+        """Return a line that says where a run is resumed, or that it has nothing left to learn.
+
+        Parameters
+        ----------
+        epochs
+            Length of the run.
+        details
+            Follow the number of steps.
+        """
         if len(self.stream):
-            return f"going on after {self.step:,} steps{kept}"
+            return f"going on after {self.step:,} steps{details}"
         return (
             f"already done: all of {epochs:g} epochs was learned in {self.step:,} steps; to go on raise "
             f"optimizer.epochs, e.g. --set optimizer.epochs={2 * epochs:g}"
@@ -94,17 +102,17 @@ class Lead(Shard):
     Parameters
     ----------
     role
-        What it works with as a shard.
+        Its means as a shard.
     plan
         Which rank plays which role.
     begin
-        Where the session begins.
+        Where the session starts.
     order
         Which samples make up each batch of the stream.
     progress
-        Shows what the run does.
+        Shows the run's progress and messages.
     checkpoints
-        Where and how they are written.
+        Where and how to write them.
 
     Attributes
     ----------
@@ -113,7 +121,7 @@ class Lead(Shard):
     checkpoint
         The last checkpoint written.
     steps, samples
-        What all replicas have taken and learned from in this session, as far as it is applied.
+        Steps of all replicas in this session, and the samples behind them, as far as they have been applied.
     staleness
         Of all pushes of this session that shard 0 has applied.
     recent
@@ -140,9 +148,9 @@ class Lead(Shard):
         self._learned = [0] * plan.replicas
         self._pausing = False
         self._seen_version = 0
-        self._said_alive = time.monotonic()
+        self._reported_alive = time.monotonic()
         self._attempts = Attempts(checkpoints.section, checkpoints.section.retry_seconds, progress.warn)
-        # What the run begins with needs no checkpoint.
+        # The state at the start needs no checkpoint.
         self._saved_version = self.version
         self.steps = 0
         self.samples = 0
@@ -152,12 +160,12 @@ class Lead(Shard):
         self.checkpoint: Path | None = None
 
     def poll(self) -> bool:
-        """Do what there is to do as a shard, and act on what has been heard and on the clock."""
+        """Poll as a shard, and act on the messages and on the clock; return whether anything was done."""
         moved = super().poll()
         return (False if self.ended else self._act()) or moved
 
     def hear(self, message: Message) -> None:
-        """Take in what a worker or another shard says; an order is the lead's own."""
+        """Obey a `message` as a shard, or note what a worker or another shard reports in it."""
         super().hear(message)
         kind, values = message.kind, message.values
         if kind in (MessageKind.PAUSED, MessageKind.FINISHED):
@@ -183,7 +191,7 @@ class Lead(Shard):
             self._say_alive()
 
     def report(self) -> tuple[Tally, float]:
-        """Write what the shard has done since the last report, and show what was learned."""
+        """Write a report as a shard, and show the progress; return as a shard does."""
         tally, seconds = super().report()
         outcome = tally.outcome
         self.steps += tally.steps
@@ -202,7 +210,7 @@ class Lead(Shard):
         return tally, seconds
 
     def evaluated(self, outcome: Outcome, epoch: float) -> None:
-        """Record and show an evaluation on the test data."""
+        """Record and show the `outcome` of an evaluation on the test data, at that `epoch`."""
         self._role.recorder.write(
             EvaluationReport(
                 step=self.steps,
@@ -215,13 +223,13 @@ class Lead(Shard):
         self._progress.evaluation(epoch, outcome.mean_loss, outcome.accuracy, outcome.samples)
 
     def awaited(self) -> str:
-        """Say whom the run waits for."""
+        """Name the replicas that the run waits for."""
         late = [replica for replica, state in enumerate(self._states) if state == _State.RUNNING]
         if not late:
             return "the workers to leave"
         ranks = [self._plan.worker_ranks[replica * self._plan.partitions] for replica in late]
-        who = ", ".join(f"replica {replica} on rank {rank}" for replica, rank in zip(late, ranks, strict=True))
-        return f"{who} to {'come to rest for a checkpoint' if self._pausing else 'push or to finish'}"
+        names = ", ".join(f"replica {replica} on rank {rank}" for replica, rank in zip(late, ranks, strict=True))
+        return f"{names} to {'pause for a checkpoint' if self._pausing else 'push or to finish'}"
 
     @property
     def epoch(self) -> float:
@@ -229,7 +237,7 @@ class Lead(Shard):
         return (self._begin.samples + self.samples) / self._order.samples
 
     def _act(self) -> bool:
-        """Do what is due; return whether anything was."""
+        """Start or end a pause, or the run, if it is time; return whether anything was done."""
         if self.version != self._seen_version:
             self._seen_version = self.version
             self._say_alive()
@@ -243,7 +251,7 @@ class Lead(Shard):
             self._states = [_State.RUNNING if s == _State.PAUSED else s for s in self._states]
             self._tell_workers(MessageKind.GO)
             return True
-        # What has been written need not be written again; and nobody is to pause for ever where the time is tiny.
+        # Without the last condition, a tiny interval would keep the workers pausing for ever.
         if self._attempts.due and not self.stopped_by and self.version != self._saved_version:
             self._pausing = True
             self._tell_workers(MessageKind.PAUSE)
@@ -256,24 +264,24 @@ class Lead(Shard):
         return worker // self._plan.partitions
 
     def _tell_workers(self, kind: MessageKind) -> None:
-        """Send an order to all replicas that can still obey: to their first workers, and to all what concerns all."""
-        for replica, state in enumerate(self._states):
-            everybody = kind in (MessageKind.END, MessageKind.ALIVE)
-            if state != _State.FINISHED or everybody:
-                first = replica * self._plan.partitions
-                for worker in range(first, first + (self._plan.partitions if everybody else 1)):
-                    self._mailbox.send(self._plan.worker_ranks[worker], Role.WORKER, kind)
+        """Send END or ALIVE to all workers, and another order to the first worker of each replica still running."""
+        ranks, partitions = self._plan.worker_ranks, self._plan.partitions
+        if kind not in (MessageKind.END, MessageKind.ALIVE):
+            running = [replica for replica, state in enumerate(self._states) if state != _State.FINISHED]
+            ranks = tuple(ranks[replica * partitions] for replica in running)
+        for rank in ranks:
+            self._mailbox.send(rank, Role.WORKER, kind)
 
     def _say_alive(self) -> None:
-        """Tell all ranks that wait that the run moves, in time before they give it up."""
-        if time.monotonic() - self._said_alive >= waiting.STALL_SECONDS / 4:
-            self._said_alive = time.monotonic()
+        """Tell all ranks that the run moves, in time before those that wait give up."""
+        if time.monotonic() - self._reported_alive >= waiting.STALL_SECONDS / 4:
+            self._reported_alive = time.monotonic()
             self._tell_workers(MessageKind.ALIVE)
             for rank in self._plan.shard_ranks[1:]:
                 self._mailbox.send(rank, Role.SHARD, MessageKind.ALIVE)
 
     def _end(self) -> bool:
-        """Write the last checkpoint, and let all end; return whether anything was done."""
+        """Write the last checkpoint, and end training on all ranks; return whether anything was done."""
         failed = self._attempts.failed
         if not self._write_checkpoint(last=True):
             return self._attempts.failed != failed
@@ -284,7 +292,7 @@ class Lead(Shard):
         return True
 
     def _write_checkpoint(self, *, last: bool = False) -> bool:
-        """Write the state of all shards, which are at rest; return whether the disk has taken it."""
+        """Write the state of all shards while no worker pushes; return whether that succeeded."""
         if last and not self._attempts.ready_at_the_end:
             self._say_alive()
             return False
@@ -332,7 +340,7 @@ class Lead(Shard):
         )
 
     def _check_finite(self, name: str, values: np.ndarray) -> None:
-        """Do not put useless parameters in the place of the last good ones."""
+        """Refuse to replace the last good parameters by useless ones."""
         if name == "parameters" and not finite(values):
             plan = self._checkpoints
             raise RunFailed(

@@ -1,4 +1,4 @@
-"""What the lead orders a worker to do, and what the worker reports back."""
+"""The lead's orders to a worker, and the worker's answers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from dbmpi.machine.signals import StopSignal
 
 _FOR_THE_LEAD = 1.25
-"""Factor on the stall limit where a worker waits for the lead, which knows better which rank is late."""
+"""Factor on the stall limit where a worker waits for the lead, which has more to say about the rank that is late."""
 
 
 class Orders:
@@ -30,16 +30,16 @@ class Orders:
     stop
         Collects the signals that end the run, which are reported to the lead.
     serve
-        Serves this rank's shard, if it has one, and returns whether there was anything to do.
+        Polls this rank's shard, if it has one; returns whether there was anything to do.
     released
         Whether this worker may begin at once; otherwise it waits for the end of the warmstart.
 
     Attributes
     ----------
     released, paused, stopping, ended
-        What the lead has ordered so far.
+        The state that the lead's orders have led to.
     asked_to_pause
-        Whether it has ordered a pause since this was last set to False.
+        Whether the lead has ordered a pause since this was last set to False.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Orders:
         self.paused = self.asked_to_pause = self.stopping = self.ended = False
 
     def obey(self) -> bool:
-        """Serve this rank's shard and take in the lead's orders; return whether there was anything."""
+        """Poll this rank's shard and read the lead's orders; return whether there was anything."""
         moved = self._serve() if self._serve is not None else False
         if self._stop.number and not self._reported_stop:
             self._reported_stop = True
@@ -79,7 +79,7 @@ class Orders:
         return moved
 
     def send(self, kind: MessageKind, *values: int) -> None:
-        """Send the lead a message of that kind, with its values."""
+        """Send the lead a message of that `kind` with `values`, which :class:`MessageKind` describes."""
         self._mailbox.send(self._lead, Role.SHARD, kind, *values)
 
     def wait(self, condition: Callable[[], bool], what: str, longest_sleep: float = 1e-3) -> None:
@@ -90,7 +90,7 @@ class Orders:
         condition
             Returns whether to stop waiting.
         what
-            What is waited for, for the message if it never comes.
+            Names what this waits for, in the message of an error.
         longest_sleep
             Seconds between two polls, at most.
         """
@@ -98,7 +98,7 @@ class Orders:
         waiting.until(condition, what, serve=self.obey, seconds=seconds, longest_nap=longest_sleep)
 
     def work(self) -> bool:
-        """Obey, and let the others know now and then that this rank is at work though it pushes nothing."""
+        """Obey, and let the lead know now and then that this rank is at work, though it pushes nothing."""
         if time.monotonic() - self._alive >= waiting.STALL_SECONDS / 4:
             self._alive = time.monotonic()
             self.send(MessageKind.ALIVE)

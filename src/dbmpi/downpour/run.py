@@ -43,7 +43,15 @@ _FEWEST_STEPS = 100
 
 
 def learn(session: Session, stack: ExitStack) -> Result:
-    """Play this rank's roles until the run ends (collective)."""
+    """Play this rank's roles until the run ends (collective).
+
+    Parameters
+    ----------
+    session
+        Everything that is known when the roles are put together.
+    stack
+        Closes what is opened here when the run has ended.
+    """
     run, plan, network, replica = session.run, session.plan, session.network, session.replica
     comm, applied_rule, number = session.comms.world, rule(run.optimizer), session.shard
     # Before the lead's clock runs, and before the windows take their memory.
@@ -78,7 +86,7 @@ def learn(session: Session, stack: ExitStack) -> Result:
 
 
 def _progress(session: Session, stack: ExitStack, notes: tuple[str, ...]) -> RunProgress:
-    """Return a progress line that has said how the run begins, with these notes last."""
+    """Return a progress display that has shown how the run starts, with these notes last."""
     run, network, data, begin = session.run, session.network, session.data, session.begin
     total = round(data.samples * run.optimizer.epochs)
     progress = RunProgress(total, run.monitor.progress, epochs=run.optimizer.epochs)
@@ -91,7 +99,7 @@ def _progress(session: Session, stack: ExitStack, notes: tuple[str, ...]) -> Run
         progress.warn(notice)
     if begin.step:
         left = f", {len(begin.stream):,} batches are left"
-        progress.message(begin.gone_on(run.optimizer.epochs, left))
+        progress.message(begin.resumed(run.optimizer.epochs, left))
     for note in (*data.notes, *network_notes(run.network, data.input_shape, run.data.channels), *notes):
         progress.message(note)
     for name in begin.fresh:
@@ -100,7 +108,7 @@ def _progress(session: Session, stack: ExitStack, notes: tuple[str, ...]) -> Run
 
 
 def _lead(session: Session, role: ShardRole, arrangement: Arrangement, progress: RunProgress) -> Lead:
-    """Return what leads the run."""
+    """Return the lead of the run."""
     run, plan, data = session.run, session.plan, session.data
     info = partial(
         CheckpointInfo,
@@ -238,15 +246,15 @@ def _fill(
     Parameters
     ----------
     server
-        To be filled; it serves from now on.
+        To be filled; it is ready to serve afterwards.
     arrangement, held
-        The order of the shards' vector, and the range of it that is this shard's.
+        The order of the shards' vector, and this shard's range of it.
     network
-        Makes fresh parameters.
+        Computes the initial parameters.
     checkpoint
-        Holds others, if there are any.
+        Where to read parameters instead; None for a new run.
     applied_rule
-        Makes the state that a checkpoint lacks.
+        Initialises state that is missing in the checkpoint.
     """
     if checkpoint is None:
         for start, local, length in arrangement.pieces(held):
@@ -259,5 +267,5 @@ def _fill(
             for start, local, length in arrangement.pieces(held) if name in opened.vectors else ():
                 opened.load(name, start, values[local : local + length])
         versions = opened.info.shard_versions
-    # Cut otherwise, the shards have no versions of their own to go on from.
+    # The shards of the checkpoint may have been others, so none has a version of its own.
     server.begin(state, max(versions))

@@ -1,4 +1,4 @@
-"""What a rank knows of a run when its roles are put together, for both optimizers."""
+"""Everything that a rank knows about a run when its roles are put together, for both optimizers."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ class Session:
     network: Network
     placement: Placement
     replica: Replica | None
-    """This rank's part of one, if it is a worker."""
+    """This rank's part of a replica, if it is a worker."""
     order: Order
     begin: StartingPoint
     checkpoint: Path | None
-    """Where the parameters are; None if they are fresh."""
+    """Where the parameters are stored; None in a new run."""
     data: RunData
     stop: StopSignal
     recorder: Callable[[str, int], Recorder]
@@ -68,7 +68,7 @@ class Session:
         Parameters
         ----------
         others
-            Functions that call what else is compiled.
+            Functions that call further compiled functions.
         """
         comm = self.comms.world
         agree_on_products(comm, self.network.layers, self.run.optimizer.batch_size)

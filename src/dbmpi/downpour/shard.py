@@ -1,4 +1,4 @@
-"""A shard's duties around its server: hear the lead, hand its vectors over for a checkpoint, report."""
+"""A shard's duties around its server: obey the lead, hand over vectors for a checkpoint, report."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _LEAD_RANK = 0
 
 @dataclass(frozen=True, kw_only=True)
 class ShardRole:
-    """What one shard works with."""
+    """The means of one shard."""
 
     comm: MPI.Intracomm
     """All ranks."""
@@ -41,7 +41,12 @@ class ShardRole:
 
 
 class Shard:
-    """The duties of one shard; :meth:`poll` is called again and again and never waits for a worker.
+    """The duties of one shard; :meth:`poll` is called repeatedly and never waits for a worker.
+
+    Parameters
+    ----------
+    role
+        The means of the shard.
 
     Attributes
     ----------
@@ -61,15 +66,15 @@ class Shard:
         self._reported = time.monotonic()
 
     def serve(self) -> None:
-        """Do nothing else until the lead ends the run: the life of a rank that is only a shard."""
+        """Poll until the lead ends the run: all that a rank does which is only a shard."""
         waiting.until(lambda: self.ended, self.awaited, serve=self.poll)
 
     def awaited(self) -> str:
-        """Return what the shard waits for."""
+        """Name what this shard waits for, in the message of an error."""
         return "the lead to end the run"
 
     def poll(self) -> bool:
-        """Do what there is to do; return whether there was anything."""
+        """Apply pushes, obey messages and report when it is time; return whether there was anything."""
         role, began = self._role, time.perf_counter()
         moved = self._server.poll()
         while (message := self._mailbox.receive()) is not None:
@@ -85,14 +90,22 @@ class Shard:
         return moved
 
     def hear(self, message: Message) -> None:
-        """Obey an order of the lead."""
+        """Obey the order of the lead in a `message`."""
         if message.kind == MessageKind.END:
             self.ended = True
         elif message.kind == MessageKind.CHECKPOINT:
             hand_over(self._comm, self._server.version, self.vectors().values())
 
     def report(self) -> tuple[Tally, float]:
-        """Write what was done since the last report, if there was anything; return it, and the seconds it took."""
+        """Write a report if there were pushes since the last one.
+
+        Returns
+        -------
+        Tally
+            Everything since the last report.
+        float
+            Seconds since then.
+        """
         role, now = self._role, time.monotonic()
         tally = self._server.take_tally()
         interval, self._reported = now - self._reported, now
@@ -128,9 +141,9 @@ class Shard:
 
     @property
     def applying(self) -> float:
-        """Share of the time in the rule's kernel, while pushes came."""
+        """Fraction of the time spent in the rule's kernel, over the intervals with pushes."""
         return self._applying / max(self._reporting, 1e-9)
 
     def vectors(self) -> dict[str, np.ndarray]:
-        """Return all vectors that this shard holds a range of, by name."""
+        """Return this shard's range of each vector, by name: the parameters and the rule's state."""
         return {"parameters": self._server.parameters, **self._server.state}

@@ -30,7 +30,7 @@ _ACTIVITIES = ("compute", "fetch", "push", "wait", "data")
 
 @dataclass(frozen=True, kw_only=True)
 class Assignment:
-    """What one worker of a run learns, and what it does beside that."""
+    """The task of one worker of a run."""
 
     replica: int
     """Number of this worker's replica."""
@@ -47,7 +47,7 @@ class Assignment:
     directory: Path
     """That of the run."""
     remedy: str = ""
-    """What a user may do against a loss that is not finite."""
+    """Advice against a loss that is not finite, for the message of the error."""
 
 
 class Worker:
@@ -56,17 +56,17 @@ class Worker:
     Parameters
     ----------
     assignment
-        What the worker does.
+        The worker's task.
     objective
-        What the loop computes, for evaluations.
+        Computes evaluations.
     client
         The worker's connection with the shards.
     orders
-        Its connection with the lead.
+        The worker's connection with the lead.
     recorder
-        Writes its reports.
+        Writes the worker's reports.
     partitions
-        The workers of this replica; the first one hears and answers the lead.
+        The workers of this replica; only the first one obeys and answers the lead.
     layer_seconds
         Time spent so far by phase, for each layer, if the objective measures it.
 
@@ -109,10 +109,8 @@ class Worker:
         self.waited = self.spent = 0.0
         self._next_evaluation = assignment.monitor.evaluate_epochs
 
-    # What the loop asks for
-
     def proceed(self) -> bool:
-        """Serve this rank's shard, obey the lead's orders, and return whether to take another step."""
+        """Obey the lead's orders, and return whether to take another step."""
         while True:
             decision = self._team.agree(self._next_decision())
             if decision == Decision.GO_ON:
@@ -123,12 +121,12 @@ class Worker:
                 self._rest()
 
     def load(self, number: int) -> Batch:
-        """Return a batch of the stream."""
+        """Return the batch of that `number` in the stream."""
         self._batch = number
         return self._assignment.train.batch(self._order.indices(number))
 
     def stepped(self, outcome: Outcome) -> None:
-        """Count a step; a loss that is not finite ends the run before its gradient is pushed."""
+        """Count a step and its `outcome`; a loss that is not finite ends the run."""
         if not math.isfinite(outcome.loss) and self._team.speaks:
             raise RunFailed(
                 f"the loss is {outcome.mean_loss} at step {self._steps} of replica {self._number}, batch {self._batch} "
@@ -139,7 +137,7 @@ class Worker:
         self._recent = self._recent.plus(outcome)
 
     def pushed(self, steps: int) -> None:
-        """Count `steps` as learned, report when it is time, and evaluate when replica 0 comes to the next epoch."""
+        """Count `steps` as learned, report when it is time, and evaluate when replica 0 reaches the next epoch."""
         assignment = self._assignment
         self._learned += steps
         if self._warm_steps and self._learned >= self._warm_steps:
@@ -155,28 +153,26 @@ class Worker:
             if assignment.test is not None and self._batch + 1 < self._order.batches:
                 self._evaluate_now(assignment.test)
 
-    # The end
-
     def finish(self) -> int:
-        """Say that all is pushed and applied, and stay until the lead ends training; return the batches learned."""
+        """Report to the lead that all is applied, and wait until it ends training; return the batches learned."""
         self._report()
         self._say(MessageKind.FINISHED, self._learned)
         self._orders.wait(lambda: self._orders.ended, "the end of training", longest_sleep=0.01)
         return self._learned
 
     def give_up(self) -> None:
-        """Before this worker fails, let the lead write a checkpoint of what has been learned; return when it has."""
+        """Before this worker fails, let the lead write a last checkpoint; return when it has."""
         with suppress(RunFailed):
             self._client.wait()
             self._orders.send(MessageKind.FAILED, self._learned)
             self._orders.wait(lambda: self._orders.ended, "the lead to write a last checkpoint", longest_sleep=0.01)
 
     def evaluate(self, source: Source, part: int, parts: int) -> Outcome:
-        """Return the outcome of one of `parts` shares of a source, number `part`, at the shards' present parameters.
+        """Return the outcome of every `parts`-th batch of a `source` from number `part`, at the present parameters.
 
-        All partitions of the replica take part, and get the same.
+        All partitions of the replica take part, and get the same outcome.
         """
-        # Where they lie, if they are computed on there: there may be no memory left for a second copy.
+        # In the shards' memory if the worker computes there: there may be too little left for a second copy.
         parameters = self._client.parameters
         if parameters is None:
             parameters = np.empty(self._objective.size, np.float32)
@@ -184,17 +180,15 @@ class Worker:
         return evaluate(self._objective, parameters, source, self._order.batch_size, part, parts, self._orders.work)
 
     def obey(self) -> bool:
-        """Serve this rank's shard and take in the lead's orders; return whether there was anything."""
+        """Poll this rank's shard and read the lead's orders; return whether there was anything."""
         return self._orders.obey()
-
-    # Helpers
 
     @property
     def _epoch(self) -> float:
         return (self._batch + 1) / self._order.batches_per_epoch
 
     def _next_decision(self) -> Decision:
-        """Return what the replica is to do next, when this worker may say so; the first partition decides."""
+        """Return what the replica does next, as this worker sees it; the first partition decides."""
         orders = self._orders
         orders.obey()
         if self._team.speaks and not (orders.released or orders.paused or orders.stopping):
@@ -209,7 +203,7 @@ class Worker:
         return Decision.REST if orders.paused else Decision.GO_ON
 
     def _rest(self) -> None:
-        """Pause, tell the lead, and wait until it lets this replica go on."""
+        """Pause, tell the lead, and wait until it lets this replica continue."""
         orders = self._orders
         self._client.wait()
         orders.asked_to_pause = False
@@ -221,7 +215,7 @@ class Worker:
             )
 
     def _say(self, kind: MessageKind, *values: int) -> None:
-        """Tell the lead something that holds for all partitions of the replica, when it does."""
+        """Send the lead a message about the whole replica, when all partitions have got here."""
         self._team.gather()
         if self._team.speaks:
             self._orders.send(kind, *values)
@@ -278,7 +272,23 @@ def evaluate(
     parts: int = 1,
     serve: Callable[[], bool] | None = None,
 ) -> Outcome:
-    """Return the outcome of every `parts`-th batch of a source, beginning with number `part`."""
+    """Return the outcome of every `parts`-th batch of a source, beginning with number `part`.
+
+    Parameters
+    ----------
+    objective
+        Computes it.
+    parameters
+        Flat vector.
+    source
+        The samples.
+    batch_size
+        How many to compute at a time.
+    part, parts
+        This share, and the number of shares.
+    serve
+        Called after each batch.
+    """
     total = Outcome(0, 0.0, 0)
     for start in range(part * batch_size, source.samples, parts * batch_size):
         indices = np.arange(start, min(start + batch_size, source.samples))

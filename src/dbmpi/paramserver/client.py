@@ -16,7 +16,7 @@ from dbmpi.objective import Outcome
 from dbmpi.paramserver.protocol import LAST, LEAD, MORE, REPORT, Header, Shards
 
 _READ_AT_ONCE = 1 << 24
-"""Elements of a chunk that is read in place: it costs the shard no memory, but others wait while it is applied."""
+"""Elements of a chunk that is read in place: it costs no memory, but other clients wait while it is applied."""
 _FETCHES, _PUSHES = 0, 1
 _NO_DATA = np.empty(0, np.uint8)
 Mark = tuple[int, ...]
@@ -35,7 +35,7 @@ class Client:
     number
         Number of this client.
     stretches
-        Which pieces of the whole vector this client's own is made of; by default all.  Only these are moved.
+        The pieces of the whole vector that make up this client's own; by default all.  Only these are moved.
     parts
         The ranges of the client's own vector that are pushed one by one.
     gradients
@@ -43,7 +43,7 @@ class Client:
     parameters
         This client's own vector where the shards hold it, if this worker is to compute on it.
     serve
-        Called while this rank waits, so that a shard or other duties on the same rank go on.
+        Called while this rank waits, so that its other duties, such as a shard, go on.
 
     Attributes
     ----------
@@ -52,11 +52,11 @@ class Client:
     versions
         Each shard's version that the next gradient is computed from; the staleness of pushes is counted from there.
     pushed_bytes
-        Gradients given to the shards so far, also where they read them in place.
+        Bytes of gradients pushed so far, including those that shards read in place.
     fetched_bytes
-        Parameters copied from the shards so far.
+        Bytes of parameters copied from the shards so far.
     pushed_chunks, fetched_pieces
-        In how many transfers that was.
+        Number of transfers.
     far
         Whether some shard cannot read the gradient in place, so that sending it takes time.
     """
@@ -89,7 +89,7 @@ class Client:
         else:
             self.parts = tuple(parts)
             self._divided = [pieces(part, shards.ranges) for part in _divide(stretches, parts)]
-        # A push ends, for each shard, with the first part of which it takes something.
+        # For each shard a push ends with the first part that it takes something of.
         self._final = [self._first_pushed(shard) for shard in range(len(ranks))]
         # Every client begins with another shard, so that they do not all crowd at the first one.
         holders = [shard for shard in range(len(ranks)) if self._pieces[shard]]
@@ -151,7 +151,7 @@ class Client:
         return tuple(self._queued)
 
     def report(self, outcome: Outcome, steps: int) -> None:
-        """Tell shard 0, which keeps the run's count, what is behind a push.
+        """Report the steps and samples behind a push to shard 0, which counts those of the run.
 
         The partitions of a replica learn from the same samples, and only the first one's report is sent.
 
@@ -191,14 +191,19 @@ class Client:
         return not any(self._queues)
 
     def drain(self, serve: Callable[[], bool] | None = None) -> None:
-        """Send everything that is in line; another thread than the worker's must not `serve` meanwhile."""
+        """Send everything that is in line, and `serve` meanwhile; only the worker's own thread may do that."""
         with self._announced(_PUSHES):
             waiting.until(self.progress, lambda: f"{self._late()} to take in a gradient", serve=serve)
 
     def copy(self, parameters: np.ndarray, serve: Callable[[], bool] | None = None) -> list[int]:
-        """Copy the parameters as they are, own pushes applied or not; return the shards' versions before that.
+        """Copy the parameters whether own pushes have been applied or not; return the shards' versions before that.
 
-        Another thread than the worker's must not `serve` meanwhile.
+        Parameters
+        ----------
+        parameters
+            This client's own vector, to be filled.
+        serve
+            Called meanwhile; only the worker's own thread may do that.
         """
         versions = [0] * len(self._ranks)
         with self._announced(_FETCHES):
@@ -213,11 +218,11 @@ class Client:
 
     @property
     def moved(self) -> tuple[int, int, int, int]:
-        """Bytes pushed and fetched so far, and the numbers of their pieces."""
+        """Bytes pushed and fetched so far, and the numbers of transfers."""
         return self.pushed_bytes, self.fetched_bytes, self.pushed_chunks, self.fetched_pieces
 
     def _first_pushed(self, shard: int) -> int:
-        """Return the first part of which a shard takes something."""
+        """Return the first part that a shard takes something of."""
         takes = (part for part in range(len(self.parts)) if any(piece.pushed for piece in self._divided[part][shard]))
         return next(takes, 0)
 
@@ -226,7 +231,7 @@ class Client:
         return self._window.load(self._ranks[shard], memory.version(self._number % memory.partitions))
 
     def _begin_copy(self, shard: int, parameters: np.ndarray) -> None:
-        """Begin to copy a shard's parameters, unless the vector is where they lie."""
+        """Begin to copy a shard's parameters, unless the vector is the shard's own memory."""
         memory, rank = self._memories[shard], self._ranks[shard]
         for piece in self._pieces[shard] if parameters is not self.parameters else ():
             part = parameters[piece.local : piece.local + piece.length]
@@ -240,7 +245,7 @@ class Client:
     def _copy_consistently(self, shard: int, parameters: np.ndarray, serve: Callable[[], bool] | None) -> int:
         """Copy a shard's parameters until no push was begun or ended meanwhile; return its version.
 
-        After the first copy in vain the shard is asked to begin no other push, so that the next one succeeds.
+        After the first failure the shard is asked not to start another push, so that the next copy succeeds.
         """
         memory, rank = self._memories[shard], self._ranks[shard]
         asked, version = False, 0
@@ -266,7 +271,7 @@ class Client:
 
     @contextmanager
     def _announced(self, activity: int) -> Iterator[None]:
-        """Tell shards on other hosts that data are on their way: while it does not sleep, its MPI moves them faster."""
+        """Tell shards on other hosts that data are on the way, so that they do not sleep: MPI is faster then."""
         self._announce(activity, 1)
         yield
         self._announce(activity, 0)
@@ -310,7 +315,7 @@ class Client:
 
 
 def _divide(stretches: Sequence[Stretch], parts: Sequence[range]) -> Iterator[list[Stretch]]:
-    """Yield what each part of a client's own vector is made of."""
+    """Yield the stretches of each part of a client's own vector."""
     starts = [stretch.local for stretch in stretches]
     for part in parts:
         clipped = []

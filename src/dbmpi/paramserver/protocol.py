@@ -1,7 +1,7 @@
-"""What clients and shards agree on: where the shards are, and what the header of a chunk says.
+"""The protocol between clients and shards: where the shards are, and the header of a chunk.
 
-A push to a shard is a sequence of chunks; the last one is marked, so that the shard counts its version.  How many
-steps and samples are behind a push travels by itself, to the first shard alone.
+A push to a shard is a sequence of chunks, and the shard counts a version for the one marked as the last.  The numbers
+of steps and samples behind a push travel by themselves, to the first shard alone.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Shards:
     window: Window
     """The window of all ranks."""
     memories: Sequence[Memory]
-    """What lies where in each shard's window."""
+    """The layout of each shard's window."""
     ranks: Sequence[int]
     """World rank of each shard."""
     ranges: Sequence[range]
@@ -43,7 +43,7 @@ class Shards:
 
 
 class Header(NamedTuple):
-    """What a client says about a chunk."""
+    """A client's description of a chunk."""
 
     start: int
     """First element of the shard's range that the chunk covers."""
@@ -54,7 +54,7 @@ class Header(NamedTuple):
     fetched: int
     """Version of the shard that the client's parameters came from."""
     samples: int = 0
-    """Of a report, like the following: samples behind the push."""
+    """Samples behind the push; this and the next three are those of a report."""
     correct: int = 0
     """Of these, samples classified correctly; -1 if that has no meaning."""
     loss: float = 0.0
@@ -62,7 +62,7 @@ class Header(NamedTuple):
     steps: int = 0
     """Steps whose gradients were accrued."""
     source: int = -1
-    """Byte of the client's window where the chunk is to be read; -1 where it lies in the inbox."""
+    """Offset of the chunk in the client's window if it is read in place; -1 if it is in the inbox."""
 
     def pack(self) -> np.ndarray:
         """Return the words, int64."""

@@ -1,7 +1,7 @@
 """A shard: it owns a range of the parameters and applies the gradients that arrive in its inbox.
 
-The shard looks whether a client has posted a chunk, applies the rule to the part of its range that the chunk covers,
-and tells the client that it has.  The chunk of a client on the same node is not moved: the rule's kernel reads it where
+The shard polls for a chunk that a client has posted, applies the rule to the part of its range that the chunk covers,
+and sets a flag for the client.  The chunk of a client on the same node is not moved: the rule's kernel reads it where
 the client has computed it, in one pass over gradient, parameters and state.  The shard never waits, so that a rank
 which is also a worker can call :meth:`Server.poll` between two steps and while it waits.
 """
@@ -22,7 +22,7 @@ _LONGEST_TRANSFER = 10.0
 
 
 class Tally:
-    """What a shard has done since the last :meth:`take`."""
+    """The work of a shard since the last :meth:`Server.take_tally`."""
 
     def __init__(self) -> None:
         self.pushes = 0
@@ -34,7 +34,7 @@ class Tally:
         self.outcome = Outcome(0, 0.0, 0)
 
     def add(self, header: Header) -> None:
-        """Count the steps and samples behind a push."""
+        """Count the steps and samples in the `header` of a report."""
         self.steps += header.steps
         self.outcome = self.outcome.plus(Outcome(header.samples, header.loss, header.correct))
 
@@ -42,8 +42,8 @@ class Tally:
 class Server:
     """The work of one shard.
 
-    With consistent shards a push is applied at one go, with a sequence number for its readers: odd from the push's
-    first chunk to its last, then even again.  Otherwise chunks of several clients take turns.
+    Consistent shards apply each push without interruption, with a sequence number for readers: odd from the first chunk
+    of a push to the last, then even again.  Otherwise chunks of several clients take turns.
 
     Parameters
     ----------
@@ -54,7 +54,7 @@ class Server:
     clients
         World rank of each client.
     rule
-        How gradients are applied.
+        Applies the gradients.
     parameters
         The shard's range, flat, in a window: fetches read it while it is being updated.
 
@@ -94,13 +94,21 @@ class Server:
         return int(self._versions.max())
 
     def begin(self, state: State | None, version: int = 0) -> None:
-        """Start from `state` (None: the rule's own) after `parameters` have been filled."""
+        """Start after :attr:`parameters` have been filled.
+
+        Parameters
+        ----------
+        state
+            The rule's state; None for the initial one.
+        version
+            Number of pushes applied so far.
+        """
         self.state = self._rule.init(self.parameters) if state is None else state
         self._versions[:] = version
         self._window.sync()
 
     def poll(self) -> bool:
-        """Apply what has arrived; return whether there was anything, or something is about to arrive or leave."""
+        """Apply the chunks that have arrived; return whether there were any, or a transfer is under way."""
         self._window.sync()
         waiting_chunks = self._posted - self._applied
         queue = int(waiting_chunks.sum())
@@ -115,14 +123,14 @@ class Server:
         return True
 
     def take_tally(self) -> Tally:
-        """Return what was done since the last call."""
+        """Return the tally since the last call, and start another."""
         tally, self.tally = self.tally, Tally()
         return tally
 
     def _transfers_go_on(self) -> bool:
         """Whether a client of another host moves data: its MPI may need this rank to poll, and not to sleep.
 
-        A client that has said so long ago may have halted.
+        Flags that have not changed for long do not count, for the client may have halted.
         """
         if not self._active.any():
             return False
@@ -131,7 +139,7 @@ class Server:
         return time.monotonic() - self._active_since < _LONGEST_TRANSFER
 
     def _apply_whole(self, ready: list[int]) -> bool:
-        """Go on with the push that has been begun, or begin one; return whether anything was done."""
+        """Continue the current push, or start one; return whether anything was done."""
         if self._current is None:
             # A reader whose copy overlapped a push gets a turn before the next one.
             if self._wanted.any():
@@ -187,7 +195,7 @@ class Server:
         return header.kind
 
     def _chunk(self, client: int, count: int, header: Header) -> np.ndarray:
-        """Return the data of a chunk, where they lie."""
+        """Return the data of a chunk, in place."""
         memory, start = self._window.local, header.source
         if self._memory.reads(client):
             near = self._window.near(self._clients[client])
@@ -200,7 +208,7 @@ class Server:
         return chunk
 
     def _update(self, header: Header, chunk: np.ndarray) -> None:
-        """Apply the rule to what a chunk covers."""
+        """Apply the rule to the range that a chunk covers."""
         covered = slice(header.start, header.start + header.length)
         began = time.perf_counter()
         self._rule.apply(self.parameters[covered], chunk, {name: array[covered] for name, array in self.state.items()})

@@ -33,7 +33,7 @@ class Store(Collective):
     comm
         All ranks of the plan.
     plan
-        Which rank plays which role.
+        The role of each rank.
     ranges
         The range of the flat vector that each shard holds.
     section
@@ -41,7 +41,7 @@ class Store(Collective):
     dtype
         Of the parameters.
     gradient_size
-        Elements for which a worker has memory to compute a gradient in.
+        Elements of a buffer to compute a gradient in, if this rank is a worker.
     shared
         Whether ranks of a host may share memory.
     chunk
@@ -54,14 +54,14 @@ class Store(Collective):
     ranges, window
         Those of the shards.
     notes
-        What the user should know of how the memory is shared; the same on all ranks.
+        What a user should know about how the memory is shared; the same on all ranks.
     overlap
         Whether a worker may fetch and push while it computes.
 
     Raises
     ------
     UserError
-        On every rank, if the section asks for what these ranks and hosts do not have.
+        On every rank, if these ranks and hosts cannot do what the section asks for.
     """
 
     def __init__(
@@ -93,9 +93,9 @@ class Store(Collective):
             _check_common(plan, hosts, section.align)
         if chunk is None:
             chunk = chunk_elements(section.inbox_mib * 2**20, section.chunk_kib * 2**10, plan.workers, dtype.itemsize)
-        nobody: list[tuple[int, ...]] = [()] * plan.shards
-        near = _neighbours(plan, hosts) if shared and section.push == "shared" else nobody
-        for in_place in (near, nobody):
+        none: list[tuple[int, ...]] = [()] * plan.shards
+        near = _neighbours(plan, hosts) if shared and section.push == "shared" else none
+        for in_place in (near, none):
             self._memories = [self._memory(shard, chunk, in_place[shard]) for shard in range(plan.shards)]
             lacks = windows.missing(comm, self._nbytes())
             if lacks <= 0:
@@ -103,7 +103,7 @@ class Store(Collective):
         if shared and lacks > 0:
             self._refuse_or_note(lacks)
         shared = shared and lacks <= 0
-        if shared and in_place is nobody and any(near):
+        if shared and in_place is none and any(near):
             less = ' (server.gradients = "layers" needs less)' if section.gradients == "whole" else ""
             self.notes += (f"/dev/shm has no room for gradients that shards read in place{less}: they are copied",)
         transport, notes = transport_between(comm, section.transport, hosts if shared else np.arange(comm.size))
@@ -139,9 +139,9 @@ class Store(Collective):
         Parameters
         ----------
         stretches
-            Which pieces of the shards' vector the worker's own is made of; by default all.
+            The pieces of the shards' vector that make up the worker's own; by default all.
         parts
-            Which ranges of the worker's own vector are pushed one by one; by default it is one.
+            The ranges of the worker's own vector that are pushed one by one; by default one range, all of it.
         serve
             Called while the rank waits.
         """
@@ -190,7 +190,7 @@ class Store(Collective):
         return self._words() + gradients * lines(self._gradient_size * self._dtype.itemsize)
 
     def _common_parameters(self) -> np.ndarray:
-        """Return the whole parameters, which lie on the first shard's rank."""
+        """Return the whole parameters, which are in the first shard's window."""
         near = self.window.near(self._plan.shard_ranks[0])
         assert near is not None
         return self._vector(near, self._memories[0].parameters, self.ranges[-1].stop)
@@ -200,7 +200,7 @@ class Store(Collective):
         return vector
 
     def _refuse_or_note(self, lacks: int) -> None:
-        """Say that not even the parameters fit into shared memory."""
+        """Refuse the run, or note that not even the parameters fit into shared memory."""
         lacking = f"/dev/shm lacks {lacks / 2**20:.0f} MiB for the memory that the ranks of a host share"
         fix = "enlarge it (docker run --shm-size, or mount -o remount,size=... /dev/shm)"
         if self._common:
@@ -238,6 +238,6 @@ def _own(whole: np.ndarray, stretches: Sequence[Stretch] | None) -> np.ndarray:
         return whole
     start = stretches[0].start if stretches else 0
     for stretch in stretches:
-        # The caller has refused tensors that several partitions hold; then all that is left is in order.
+        # The caller has refused tensors that several partitions hold, so the stretches are in order.
         assert stretch.start == start + stretch.local
     return whole[start : start + sum(stretch.length for stretch in stretches)]

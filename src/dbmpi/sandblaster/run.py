@@ -244,7 +244,7 @@ def _coordinator(
         progress.warn(notice)
     if begin.step:
         kept = ", with the history of L-BFGS" if state is not None and state.pairs else ""
-        progress.message(begin.gone_on(run.optimizer.epochs, kept))
+        progress.message(begin.resumed(run.optimizer.epochs, kept))
     stations = [
         [
             Station(plan.worker_ranks[worker], setup.bundles(worker))
