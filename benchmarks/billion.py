@@ -113,24 +113,24 @@ def account(configuration: Path) -> dict[str, float]:
     import numpy as np
 
     from dbmpi.config import load
-    from dbmpi.downpour.room import room_size
+    from dbmpi.downpour.buffer import buffer_size
     from dbmpi.network.description import Network
     from dbmpi.replica.placement import automatic
     from dbmpi.replica.tensors import tensor_boxes
 
     network = Network(load(configuration).network, (3, 100, 100), 1)
     placed = automatic(network.layers, PARTITIONS)
-    rooms, activations = 0, 0
+    gradients, activations = 0, 0
     for worker in range(PARTITIONS):
         boxes = tensor_boxes(network.layers, placed, worker)
         sizes = [sum(boxes[one.name].size for one in layer.tensors.values()) for layer in network.layers]
         ends = np.cumsum([0, *sizes]).tolist()
-        rooms += room_size([range(start, stop) for start, stop in pairwise(ends)])
+        gradients += buffer_size([range(start, stop) for start, stop in pairwise(ends)])
         activations += BATCH * sum(2 * boxes[worker].size for boxes in placed.boxes)
     return {
         "parameters": 4 * network.size,
         "sums of Adagrad": 4 * network.size,
-        "gradients on their way": 4 * rooms,
+        "gradients on their way": 4 * gradients,
         "activations, at least": 4 * activations,
     }
 

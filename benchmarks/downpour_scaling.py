@@ -128,21 +128,21 @@ def contestant(which: str, way: str, period: int, steps: int, replicas: int, sha
 
     from dbmpi import config
     from dbmpi.downpour.algorithm import downpour
-    from dbmpi.downpour.datapath import Blocking, DataPath, Overlapped
+    from dbmpi.downpour.datapath import DataPath, Flow
     from dbmpi.index.layout import cut
     from dbmpi.monitor.records import Stopwatch
     from dbmpi.mpi import waiting, world
     from dbmpi.mpi.topology import Plan
-    from dbmpi.network.description import Network
     from dbmpi.objective import Batch, Outcome
     from dbmpi.paramserver.rules import Sgd
     from dbmpi.paramserver.store import Store
+    from dbmpi.replica.whole import WholeNetwork
 
     comm, dtype = world.start(), np.dtype(np.float32)
     plan, sizes = Plan(shards, replicas), {"speech": SPEECH, "small": SMALL}[which]
     hidden = [config.Dense(units=units, activation="sigmoid") for units in sizes[1:-1]]
     section = config.NetworkSection(loss="softmax", layers=(*hidden, config.Dense(units=sizes[-1])))
-    network = Network(section, (sizes[0],), 1)
+    network = WholeNetwork(section, (sizes[0],), 1)
     size = network.layout.size
     ends = np.cumsum([(inputs + 1) * outputs for inputs, outputs in pairwise(sizes)]).tolist()
     parts = tuple(range(start, stop) for start, stop in pairwise((0, *ends)))
@@ -187,14 +187,9 @@ def contestant(which: str, way: str, period: int, steps: int, replicas: int, sha
     with Store(comm, plan, cut(size, plan.shards), config.ServerSection(**WAYS[way]), dtype, size) as store:
         shard = plan.shard_of(comm.rank)
         if shard is None:
-            client = store.client()
-            path: DataPath
-            path = (
-                Overlapped(client, size, dtype, parts, lambda: False)
-                if store.overlap
-                else Blocking(client, size, dtype)
-            )
-            downpour(network, path, iter(int, 1), Gate(), n_push=period, n_fetch=period)
+            gate, flow = Gate(), Flow(parts, overlap=store.overlap)
+            path = DataPath(store.client(parts=flow.parts), flow, gate.stopwatch("push"))
+            downpour(network, path, iter(int, 1), gate, n_push=period, n_fetch=period)
             waiting.barrier(comm, "the others")
             return
         server = store.server(Sgd(1e-6))

@@ -134,7 +134,6 @@ def contestant(transport: str, repeats: int) -> None:
     from dbmpi.index.layout import cut
     from dbmpi.mpi import waiting, world
     from dbmpi.mpi.topology import Plan
-    from dbmpi.objective import Outcome
     from dbmpi.paramserver.rules import Sgd
     from dbmpi.paramserver.store import Store
 
@@ -151,11 +150,12 @@ def contestant(transport: str, repeats: int) -> None:
             print(json.dumps({"push": push, "fetch": fetch, "transport": store.window.transport}), flush=True)
             return
         client = store.client()
-        gradient, parameters = np.ones(FLOATS, dtype), np.zeros(FLOATS, dtype)
+        gradient, parameters = client.gradients[0], np.zeros(FLOATS, dtype)
+        gradient.fill(1)
         for number in range(-1, repeats):  # the first one sets up connections, and does not count
             times = [time.perf_counter()]
-            client.push(gradient, Outcome(0, 0.0, 0))
-            client.settle()
+            client.push(gradient)
+            client.wait()
             times.append(time.perf_counter())
             client.fetch(parameters)
             times.append(time.perf_counter())

@@ -79,7 +79,6 @@ def contestant(way: str) -> None:
     from dbmpi.index.layout import cut
     from dbmpi.mpi import waiting, world
     from dbmpi.mpi.topology import Plan
-    from dbmpi.objective import Outcome
     from dbmpi.paramserver.rules import Adagrad, Rule, Sgd, State
     from dbmpi.paramserver.store import Store
 
@@ -117,7 +116,7 @@ def contestant(way: str) -> None:
             waiting.complete(comm.Isend(np.zeros(1), 1, _ORDER), "the worker")
         else:
             client = store.client()
-            gradient = client.gradients[0] if client.gradients else np.empty(FLOATS, dtype)
+            gradient = client.gradients[0]
             parameters = client.parameters if client.parameters is not None else np.zeros(FLOATS, dtype)
             gradient.fill(1)
             go = np.ones(1)
@@ -127,7 +126,7 @@ def contestant(way: str) -> None:
                 if not go[0]:
                     break
                 start = time.perf_counter()
-                client.push(gradient, Outcome(0, 0.0, 0))
+                client.push(gradient)
                 client.fetch(parameters)
                 waiting.complete(comm.Isend(np.array([time.perf_counter() - start]), 0, _ANSWER), "the shard")
 

@@ -1,7 +1,8 @@
 """What an optimizer sees: parameters and a batch in, a loss and a gradient out.
 
 Training takes an :class:`Objective`, of which a network is one implementation (:class:`dbmpi.replica.replica.Replica`).
-Outside training, :func:`dbmpi.minimize` takes a :data:`Function`, which has its data in it.
+The workers of both optimizers ask for nothing else, so that they work with any other.  Outside training,
+:func:`dbmpi.minimize` takes a :data:`Function`, which has its data in it.
 """
 
 from __future__ import annotations
@@ -75,8 +76,9 @@ Function: TypeAlias = "Callable[[np.ndarray], tuple[float, np.ndarray]]"
 class Objective(Protocol):
     """A differentiable function of a flat parameter vector and a batch.
 
-    Where several processes compute it together, each has its own part of the parameters and of the gradient, and all
-    call the same methods with the same batch.
+    Its parameters may belong to layers, which lie one behind the other in the vector; one without layers has a single
+    one, number 0.  Where several processes compute it together, each has its own part of the parameters and of the
+    gradient, and all call the same methods with the same batch.
     """
 
     @property
@@ -101,15 +103,16 @@ class Objective(Protocol):
         Parameters
         ----------
         parameters : (size,) array
-            Read only; those of a layer are needed no more once its part of the gradient is complete.
+            Read only.
         batch
             The samples.
         gradient : (size,) array or callable
-            Where to write the gradient, in the dtype of `parameters`.
+            Where to write the gradient, in the dtype of `parameters`: see `Gradient`.
         on_gradient
-            Called with each layer's index, from the last to the first, as soon as its part of `gradient` is complete.
+            To be called with each layer's number, from the last to the first, as soon as its part of the gradient is
+            complete and its parameters are needed no more: both may change from then on.
         step
-            A number that differs from step to step and from replica to replica, for masks that are drawn anew.
+            Differs from step to step and from replica to replica, for random numbers such as dropout masks.
         add
             Add to `gradient` instead of overwriting it.
         """

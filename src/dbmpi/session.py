@@ -60,7 +60,7 @@ class StartingPoint:
         """Return the position in the stream after so many batches of this session, learned in their order."""
         return min(self.stream.frontier + batches, self.stream.total)
 
-    def gone_on(self, epochs: float, kept: str = "") -> str:
+    def resumed(self, epochs: float, kept: str = "") -> str:
         """Return a line on where a run resumes, or that it has nothing left to learn.
 
         Parameters
@@ -154,7 +154,7 @@ class Session:
         for notice in begin.notices:
             progress.warn(notice)
         if begin.step:
-            progress.message(begin.gone_on(run.optimizer.epochs, kept))
+            progress.message(begin.resumed(run.optimizer.epochs, kept))
         for note in (*data.notes, *network_notes(run.network, data.input_shape, run.data.channels), *notes):
             progress.message(note)
         return progress

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import time
+from itertools import accumulate, pairwise
 
 import numpy as np
 import pytest
 from parallel import tiny
 from parallel.test_paramserver import WAYS, parameter_server
 
-from dbmpi.downpour import room
+from dbmpi.downpour import buffer
 from dbmpi.downpour.algorithm import downpour
-from dbmpi.downpour.datapath import Blocking, Layerwise, Overlapped
+from dbmpi.downpour.datapath import DataPath, Flow
 from dbmpi.monitor.records import Stopwatch
 from dbmpi.mpi import waiting
 from dbmpi.mpi.window import Window
 from dbmpi.objective import Batch, Outcome
 from dbmpi.runs.training import train
 
-FLOAT = np.dtype(np.float32)
 LAYERS = (300, 0, 7, 1000, 93)
+PARTS = tuple(range(start, stop) for start, stop in pairwise(accumulate(LAYERS, initial=0)))
 
 
 class Integers:
@@ -27,18 +28,16 @@ class Integers:
 
     def __init__(self, seed: int) -> None:
         self.size = sum(LAYERS)
-        ends = np.cumsum(LAYERS)
-        self.parts = tuple(range(stop - size, stop) for size, stop in zip(LAYERS, ends.tolist(), strict=True))
         self.total = np.zeros(self.size)
         self._rng = np.random.default_rng(seed)
 
     def loss_and_gradient(self, parameters, batch, gradient, on_gradient=None, *, step=0, add=False) -> Outcome:
         before = parameters.copy()
         for layer in reversed(range(len(LAYERS))):
-            part = slice(self.parts[layer].start, self.parts[layer].stop)
+            part = slice(PARTS[layer].start, PARTS[layer].stop)
             new = self._rng.integers(-8, 8, LAYERS[layer])
-            room = gradient(layer) if callable(gradient) else gradient[part]
-            room[:] = room + new if add else new
+            out = gradient(layer) if callable(gradient) else gradient[part]
+            out[:] = out + new if add else new
             self.total[part] += new
             if on_gradient is not None:
                 on_gradient(layer)
@@ -82,14 +81,15 @@ def test_the_sum_of_all_pushes_is_the_sum_of_all_gradients(
         time.sleep(0.0005)
         put(window, *arguments)
 
-    with parameter_server(comm, sum(LAYERS), shards=max(1, comm.size // 2), way=way, overlap="threads") as bench:
+    shards, flow = max(1, comm.size // 2), Flow(PARTS, overlap=True, apart=apart)
+    with parameter_server(comm, sum(LAYERS), shards=shards, way=way, overlap="threads", parts=flow.parts) as bench:
         total, objective, watch = np.zeros(sum(LAYERS)), Integers(comm.rank), Watch()
         if slow == "sender":
             monkeypatch.setattr(Window, "put", slow_put)
         elif bench.server is not None:
             bench.delay = 0.001
         if bench.client is not None:
-            path = Overlapped(bench.client, objective.size, FLOAT, objective.parts, bench.serve, apart=apart)
+            path = DataPath(bench.client, flow, watch.stopwatch("push"))
             downpour(objective, path, range(steps), watch, n_push=n_push, n_fetch=n_fetch)
             total = objective.total
             assert watch.steps == steps
@@ -111,21 +111,21 @@ def test_the_sum_of_all_pushes_is_the_sum_of_all_gradients(
 @pytest.mark.parallel([1, 4])
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("overlap", ["none", "threads"])
-def test_layers_that_share_their_room_leave_it_before_it_is_used_again(comm, monkeypatch, way, overlap) -> None:
-    """The room is that of the largest layer, and the shards are slow: a layer that does not wait would show."""
-    steps = 12
-    monkeypatch.setattr(room, "_ENOUGH", 1)
-    assert room.room_size(Integers(0).parts) == max(LAYERS)
+def test_layers_that_share_a_buffer_leave_it_before_it_is_used_again(comm, monkeypatch, way, overlap) -> None:
+    """The buffer is that of the largest layer, and the shards are slow: a layer that does not wait would show."""
+    steps, flow = 12, Flow(PARTS, overlap=overlap == "threads", whole=False)
+    monkeypatch.setattr(buffer, "_ENOUGH", 1)
+    assert flow.buffer_size == max(LAYERS)
     shards, size = max(1, comm.size // 2), sum(LAYERS)
-    with parameter_server(comm, size, shards=shards, way=way, overlap=overlap, room=max(LAYERS)) as bench:
+    with parameter_server(
+        comm, size, shards=shards, way=way, overlap=overlap, buffer=max(LAYERS), parts=flow.parts
+    ) as bench:
         total, objective, watch = np.zeros(sum(LAYERS)), Integers(comm.rank), Watch()
         if bench.server is not None:
             bench.delay = 0.0005
         if bench.client is not None:
-            assert sum(map(len, bench.client.gradients)) in (0, max(LAYERS))
-            parts = objective.parts
-            ahead, clock = overlap == "threads", watch.stopwatch("push")
-            path = Layerwise(bench.client, objective.size, FLOAT, parts, bench.serve, overlap=ahead, pushing=clock)
+            assert sum(map(len, bench.client.gradients)) == max(LAYERS)
+            path = DataPath(bench.client, flow, watch.stopwatch("push"))
             downpour(objective, path, range(steps), watch)
             total = objective.total
             assert objective.still or way == "all in place"
@@ -144,17 +144,16 @@ def test_layers_that_share_their_room_leave_it_before_it_is_used_again(comm, mon
 @pytest.mark.parallel([2])
 def test_computing_goes_on_while_a_push_is_applied_and_a_fetch_is_under_way(comm) -> None:
     """The shard sleeps until the worker has taken its step: with the blocking path it never would."""
-    size = sum(LAYERS)
-    with parameter_server(comm, size, overlap="threads") as bench:
+    flow = Flow(PARTS, overlap=True)
+    with parameter_server(comm, sum(LAYERS), overlap="threads", parts=flow.parts) as bench:
         if bench.client is not None:
             objective = Integers(0)
-            path = Overlapped(bench.client, size, FLOAT, objective.parts, bench.serve)
+            path = DataPath(bench.client, flow, Stopwatch()("push"))
             path.fetch()
             for _ in range(2):  # two gradients are on their way, and no shard moves
-                path.begin()
-                objective.loss_and_gradient(path.parameters, Watch().load(0), path.gradient, path.on_gradient)
-                path.accrue(True)
-                path.push(Outcome(1, 0.0, 0), 1)
+                batch, gradient = Watch().load(0), path.begin()
+                path.accrue(objective.loss_and_gradient(path.parameters, batch, gradient, path.on_gradient), 0.0)
+                path.push()
             waiting.complete(comm.Isend(np.ones(1), 0, 7), "the shard to wake up")
             path.close()
         else:
@@ -171,7 +170,7 @@ def test_the_blocking_path_computes_from_all_own_pushes(comm) -> None:
     with parameter_server(comm, size) as bench:
         if bench.client is not None:
             objective = Integers(0)
-            path = Blocking(bench.client, size, FLOAT)
+            path = DataPath(bench.client, Flow(PARTS), Stopwatch()("push"))
             downpour(objective, path, range(5), Watch())
             path.fetch()
             np.testing.assert_array_equal(path.parameters, -objective.total)

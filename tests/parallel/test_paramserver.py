@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 import numpy as np
@@ -16,6 +16,7 @@ from dbmpi.mpi import waiting, window
 from dbmpi.mpi.topology import Communicators, Plan
 from dbmpi.objective import Outcome
 from dbmpi.paramserver import client as client_module
+from dbmpi.paramserver.client import Client
 from dbmpi.paramserver.rules import Adagrad, Rule, Sgd
 from dbmpi.paramserver.server import Server
 from dbmpi.paramserver.store import Store
@@ -30,6 +31,19 @@ WAYS = {
     "p2p": {"transport": "p2p"},
 }
 """How gradients and parameters travel; the last two as between hosts."""
+
+
+def push(client: Client, gradient: np.ndarray, outcome: Outcome = NOTHING, steps: int = 1) -> None:
+    """Push a whole gradient, which may be changed at once."""
+    if client.far:
+        pushed = gradient.copy()
+    else:
+        client.wait()  # until the shards have read the last one
+        pushed = client.gradients[0]
+        np.copyto(pushed, gradient)
+    client.push(pushed)
+    client.report(outcome, steps)
+    client.drain(client.serve)
 
 
 class Served:
@@ -57,7 +71,7 @@ class Served:
 class Bench(Served):
     """A parameter server set up on all ranks of a communicator; every rank has the parts of its roles."""
 
-    def __init__(self, plan: Plan, store: Store, rule: Rule, comm) -> None:
+    def __init__(self, plan: Plan, store: Store, rule: Rule, comm, parts: Sequence[range] | None) -> None:
         self.plan = plan
         shard, worker = plan.shard_of(comm.rank), plan.worker_of(comm.rank)
         server = self.client = None
@@ -67,7 +81,7 @@ class Bench(Served):
             server.begin(None)
         super().__init__(store, server, comm)
         if worker is not None:
-            self.client = store.client(serve=self.serve)
+            self.client = store.client(parts=parts, serve=self.serve)
         waiting.barrier(comm, "everybody's set-up")
 
 
@@ -82,21 +96,26 @@ def parameter_server(
     way: str = "in place",
     overlap: str = "none",
     consistent: bool = False,
-    room: int | None = None,
+    buffer: int | None = None,
+    parts: Sequence[range] | None = None,
 ) -> Iterator[Bench]:
-    """Open a server; `room` is how many elements a worker may have on their way where there is no whole gradient."""
+    """Open a server.
+
+    `buffer` is how many elements a worker may have on their way where there is no whole gradient; `parts` are pushed
+    one by one.
+    """
     if comm.size > shards:
         plan = Plan(shards, comm.size - shards)
     else:
         plan = Plan(min(shards, comm.size), comm.size, colocate=True)
-    gradients = "whole" if room is None else "layers"
+    gradients = "whole" if buffer is None else "layers"
     section = ServerSection(**WAYS[way], overlap=overlap, consistent=consistent, gradients=gradients)
-    shared, ranges, own = "transport" not in WAYS[way], cut(elements, plan.shards), room or elements
+    shared, ranges, own = "transport" not in WAYS[way], cut(elements, plan.shards), buffer or elements
     with (
         Communicators(comm, plan) as comms,
         Store(comms.world, plan, ranges, section, FLOAT, own, shared=shared, chunk=chunk) as store,
     ):
-        yield Bench(plan, store, rule or Sgd(1.0), comms.world)
+        yield Bench(plan, store, rule or Sgd(1.0), comms.world, parts)
 
 
 @pytest.mark.parallel([1, 2, 3, 4, 6])
@@ -107,9 +126,9 @@ def test_n_pushes_of_v_read_n_times_v(comm, way) -> None:
         if bench.client is not None:
             gradient = -np.arange(elements, dtype=FLOAT)
             for _ in range(rounds):
-                bench.client.push(gradient, NOTHING)
-            gradient[:] = np.nan  # a pushed gradient may be changed at once
-            bench.client.settle()
+                push(bench.client, gradient)
+            gradient[:] = np.nan
+            bench.client.wait()
         bench.together()
         if bench.client is not None:
             parameters = np.empty(elements, FLOAT)
@@ -128,8 +147,8 @@ def test_any_cut_of_the_vector_gives_the_same(comm, elements) -> None:
     for shards in range(1, comm.size):
         with parameter_server(comm, elements, shards=shards, chunk=3) as bench:
             if bench.client is not None:
-                bench.client.push(np.full(elements, -1, FLOAT), NOTHING)
-                bench.client.settle()
+                push(bench.client, np.full(elements, -1, FLOAT))
+                bench.client.wait()
             bench.together()
             if bench.server is not None:
                 np.testing.assert_array_equal(bench.server.parameters, np.full(len(bench.held), bench.plan.workers))
@@ -148,10 +167,10 @@ def test_concurrent_pushes_add_up_exactly(comm) -> None:
             for _ in range(50):
                 gradient = rng.integers(-8, 8, elements).astype(FLOAT)
                 mine -= gradient
-                bench.client.push(gradient, NOTHING)
+                push(bench.client, gradient)
                 if rng.random() < 0.3:
                     bench.client.fetch(parameters)
-            bench.client.settle()
+            bench.client.wait()
         bench.together()
         total = np.empty_like(mine)
         comm.Allreduce(mine, total)
@@ -166,8 +185,8 @@ def test_staleness_counts_the_pushes_of_others(comm) -> None:
             bench.client.fetch(np.empty(10, FLOAT))
         bench.together()
         if bench.client is not None:
-            bench.client.push(np.ones(10, FLOAT), Outcome(4, 2.0, 3))
-            bench.client.settle()
+            push(bench.client, np.ones(10, FLOAT), Outcome(4, 2.0, 3))
+            bench.client.wait()
         bench.together()
         if bench.server is not None:
             tally = bench.server.take_tally()
@@ -195,8 +214,8 @@ def test_partitions_of_one_replica_do_not_make_each_other_stale(comm) -> None:
                 client.fetch(np.empty(half, FLOAT))
             bench.together()
             if client is not None:
-                client.push(np.ones(half, FLOAT), NOTHING)
-                client.settle()
+                push(client, np.ones(half, FLOAT))
+                client.wait()
                 assert client.fetched_bytes == client.pushed_bytes  # no more than its own part
         bench.together()
         if client is not None:
@@ -207,21 +226,21 @@ def test_partitions_of_one_replica_do_not_make_each_other_stale(comm) -> None:
 
 
 @pytest.mark.parallel([3])
-@pytest.mark.parametrize("room", ["parameters alone", "nothing"])
-def test_too_little_shared_memory_is_worked_around(comm, monkeypatch, room) -> None:
+@pytest.mark.parametrize("left", ["parameters alone", "nothing"])
+def test_too_little_shared_memory_is_worked_around(comm, monkeypatch, left) -> None:
     elements = 10_000
-    free = {"parameters alone": 2.5 * 4 * elements, "nothing": 0}[room]
+    free = {"parameters alone": 2.5 * 4 * elements, "nothing": 0}[left]
     monkeypatch.setattr(window, "_shared_memory_free", lambda: int(free))
     with parameter_server(comm, elements) as bench:
         note, *chosen = bench.store.notes
         assert "/dev/shm" in note
         assert [line for line in chosen if "transport" in line] == chosen
-        assert len(chosen) == (room == "nothing")  # who shares no memory must know the faster way
-        assert bench.window.shared == (room != "nothing")
+        assert len(chosen) == (left == "nothing")  # who shares no memory must know the faster way
+        assert bench.window.shared == (left != "nothing")
         if bench.client is not None:
-            assert not bench.client.gradients
-            bench.client.push(np.full(elements, -1, FLOAT), NOTHING)
-            bench.client.settle()
+            assert bench.client.far  # no shard reads its gradient in place
+            push(bench.client, np.full(elements, -1, FLOAT))
+            bench.client.wait()
         bench.together()
         if bench.server is not None:
             np.testing.assert_array_equal(bench.server.parameters, np.full(elements, 2))
@@ -254,8 +273,8 @@ def test_a_consistent_fetch_sees_whole_pushes(comm, monkeypatch, way, consistent
             assert torn == 0 or not consistent
         else:
             while not comm.Iprobe(reader, 5):
-                bench.client.push(np.full(elements, -1, FLOAT), NOTHING)
-                bench.client.settle()
+                push(bench.client, np.full(elements, -1, FLOAT))
+                bench.client.wait()
             comm.Recv(np.empty(1), reader, 5)
         bench.together()
 
@@ -268,8 +287,8 @@ def test_adagrad_on_shards_equals_adagrad_in_one_piece(comm) -> None:
         gradients = rng.standard_normal((20, elements)).astype(FLOAT)
         if bench.client is not None:
             for gradient in gradients:
-                bench.client.push(gradient, NOTHING)
-            bench.client.settle()
+                push(bench.client, gradient)
+            bench.client.wait()
         bench.together()
         if bench.server is not None:
             parameters = np.zeros(elements, FLOAT)

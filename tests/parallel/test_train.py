@@ -18,7 +18,7 @@ from dbmpi.checkpoint.reader import Checkpoint
 from dbmpi.checkpoint.writer import CheckpointWriter
 from dbmpi.config import Run
 from dbmpi.data.stream import Order, Stream
-from dbmpi.downpour import room
+from dbmpi.downpour import buffer
 from dbmpi.downpour.worker import Worker
 from dbmpi.monitor.records import read_records
 from dbmpi.mpi import waiting
@@ -111,7 +111,7 @@ def test_one_worker_equals_algorithm_1_1_bit_for_bit(comm, place, n_push, n_fetc
 def test_computing_on_the_shards_own_memory_and_layer_by_layer_equals_copies(
     comm, place, monkeypatch, push, gradients, fetch
 ) -> None:
-    monkeypatch.setattr(room, "_ENOUGH", 1)
+    monkeypatch.setattr(buffer, "_ENOUGH", 1)
     server = {"push": push, "fetch": fetch, "gradients": gradients}
     topology = {"shards": comm.size - 1, "replicas": 1}
     run = tiny.describe(place, server=server, topology=topology)
@@ -197,9 +197,10 @@ def test_other_replicas_begin_after_the_warmstart(comm, place, loads, monkeypatc
     versions: list[int] = []
     fetch = Client.fetch
 
-    def noted(client: Client, parameters: np.ndarray) -> None:
-        fetch(client, parameters)
-        versions.append(client._fetched_version[0])
+    def noted(client: Client, parameters: np.ndarray, **options: bool) -> None:
+        fetch(client, parameters, **options)
+        if options.get("for_gradient", True):
+            versions.append(client.versions[0])
 
     monkeypatch.setattr(Client, "fetch", noted)
     run = tiny.describe(place, topology={"shards": 1, "colocate": colocate}, optimizer={"epochs": 6, "warmstart": 20})

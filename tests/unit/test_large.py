@@ -16,7 +16,7 @@ from dbmpi.mpi.window import Window, _OneSided
 from dbmpi.network.initial import fill_uniform
 from dbmpi.paramserver.client import Client
 from dbmpi.paramserver.memory import Memory
-from dbmpi.paramserver.server import LAST, Header
+from dbmpi.paramserver.protocol import LAST, Header, ShardMap
 
 MANY = 2**31 + 11
 """Elements; of float32, 8 GiB."""
@@ -149,7 +149,7 @@ def test_a_client_of_many_parameters_knows_where_they_lie():
     # The last elements of each shard, and the first.
     runs = [Stretch(held.stop - 3, 3 * shard, 3, True) for shard, held in enumerate(ranges)]
     runs.append(Stretch(0, 9, 2, True))
-    client = Client(window, memories, (4, 5, 6), ranges, 0, runs=runs)
+    client = Client(ShardMap(window=window, memories=memories, ranks=(4, 5, 6), ranges=ranges), 0, stretches=runs)
     assert client.copy(np.zeros(11, np.float32)) == [2**40] * 3
     expected = [(4 + shard, memories[shard].parameters + 4 * (MANY - 3), 3) for shard in range(3)]
     assert sorted(moved) == sorted([*expected, (4, memories[0].parameters, 2)])

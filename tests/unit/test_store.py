@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from dbmpi.errors import UserError
 from dbmpi.mpi.topology import Plan
-from dbmpi.paramserver.memory import HEADER_WORDS, Memory
+from dbmpi.paramserver.memory import Memory
+from dbmpi.paramserver.protocol import HEADER_WORDS
 from dbmpi.paramserver.store import _check_common
 
 
@@ -34,7 +35,7 @@ def test_nothing_in_a_shards_window_overlaps(data: st.DataObject) -> None:
     regions.append((memory.sequence, 8))
     regions.append((memory.parameters, memory.elements * 4))
     for client in range(clients):
-        for count in range(memory.room(client)):
+        for count in range(memory.slots(client)):
             regions.append((memory.header(client, count), HEADER_WORDS * 8))
             if client not in in_place:
                 regions.append((memory.data(client, count), memory.chunk * 4))

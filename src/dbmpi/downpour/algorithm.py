@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
-
-from dbmpi.kernels import updates
 from dbmpi.objective import Batch, Objective, Outcome
 
 if TYPE_CHECKING:
@@ -16,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Watcher(Protocol):
-    """Who accompanies the loop: gives it its batches, hears of its steps, and may end it."""
+    """Accompanies the loop: provides its batches, is notified of its steps, and may end it."""
 
     stopwatch: Stopwatch
 
@@ -25,15 +22,15 @@ class Watcher(Protocol):
         ...
 
     def load(self, number: int) -> Batch:
-        """Return a batch of the stream."""
+        """Return the batch of that `number` in the stream."""
         ...
 
     def stepped(self, outcome: Outcome) -> None:
-        """Hear that a gradient has been computed; raise if its loss makes no sense."""
+        """Note the `outcome` of a gradient that has been computed; raise if the loss is not finite."""
         ...
 
     def pushed(self, steps: int) -> None:
-        """Hear that the gradients of so many steps are on their way to the shards."""
+        """Note that the gradients of so many `steps` are on their way to the shards."""
         ...
 
 
@@ -68,17 +65,14 @@ def downpour(
     n_fetch, n_push, local_rate
         As above; the paper's experiments use 1, 1 and no local steps.
     first_step
-        Where the count of steps begins: not at 0 in a run that goes on from a checkpoint.
+        Where the count of steps begins: not at 0 in a run that is resumed from a checkpoint.
     """
-    unpushed, steps = Outcome(0, 0.0, 0), 0
     clock = watcher.stopwatch
 
     def push() -> None:
-        nonlocal unpushed, steps
         with clock("push"):
-            path.push(unpushed, steps)
+            steps = path.push()
         watcher.pushed(steps)
-        unpushed, steps = Outcome(0, 0.0, 0), 0
 
     for step, number in enumerate(batches, first_step):
         if not watcher.proceed():
@@ -87,26 +81,20 @@ def downpour(
             if step % n_fetch == 0 or step == first_step:
                 path.fetch()
             else:
-                path.look()
+                path.refresh()
         with clock("data"):
             batch = watcher.load(number)
         with clock("push"):
-            path.begin()
+            gradient = path.begin()
         pushing = step % n_push == 0
         with clock("compute"):
-            on_gradient = path.on_gradient if pushing else None
-            outcome = objective.loss_and_gradient(
-                path.parameters, batch, path.gradient, on_gradient, step=number, add=path.add
-            )
+            leave = path.on_gradient if pushing else None
+            outcome = objective.loss_and_gradient(path.parameters, batch, gradient, leave, step=number, add=path.add)
             watcher.stepped(outcome)
-            if local_rate:
-                assert isinstance(path.gradient, np.ndarray)  # the configuration refuses the other
-                updates.sgd(path.parameters, path.gradient, local_rate)
-            path.accrue(pushing)
-        unpushed, steps = unpushed.plus(outcome), steps + 1
+            path.accrue(outcome, local_rate)
         if pushing:
             push()
-    if steps:
+    if path.steps:
         push()
     with clock("wait"):
         path.close()

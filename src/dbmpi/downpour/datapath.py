@@ -1,355 +1,221 @@
-"""How a Downpour client's loop comes by its parameters and gets rid of its gradients: in turn, or all at once.
+"""How a Downpour client's loop gets its parameters and hands over its gradients: one after the other, or all at once.
 
-The paper (section 4.1) lets a client fetch, push and compute in three threads that are only weakly synchronised.  Both
-paths have the form that algorithm 1.1 needs; `Blocking` does one after the other, as it is written there.
+The paper (section 4.1) lets a client fetch, push and compute in three threads that are only weakly synchronised.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from typing import Protocol
+from dataclasses import dataclass
 
 import numpy as np
 
-from dbmpi.downpour.room import Room
+from dbmpi.config import OptimizerSection, ServerSection
+from dbmpi.downpour.buffer import Buffer, buffer_size
 from dbmpi.kernels import updates
 from dbmpi.mpi import waiting
 from dbmpi.objective import Gradient, Outcome
-from dbmpi.paramserver.client import Client, Mark
+from dbmpi.paramserver.client import Client
 
 
-class DataPath(Protocol):
-    """Parameters and gradients of one client.
+@dataclass(frozen=True)
+class Flow:
+    """How the gradients of one client leave.
 
-    Attributes
-    ----------
-    parameters
-        What the next gradient is computed from; another array after `fetch` or `look`.
-    gradient
-        Where the next gradient goes; another array after `push`.
-    on_gradient
-        To be called in a step that ends in a push, with the number of each layer whose gradient is complete; or None.
+    Without overlap the loop fetches, computes and pushes in turn; with one client this is plain serial learning, bit
+    for bit.  With overlap the next parameters arrive and gradients leave while one is computed, and fetched parameters
+    may lack the client's own last push.
     """
 
-    parameters: np.ndarray
-    gradient: Gradient
-    on_gradient: Callable[[int], None] | None
+    layers: tuple[range, ...]
+    """For each layer, the range of its parameters in the client's own vector."""
+    overlap: bool = False
+    """Whether fetches and pushes go on while a gradient is computed."""
+    whole: bool = True
+    """Whether there is memory for a whole gradient; with overlap for two, one of which grows while the other leaves.
+    Otherwise each layer waits for memory that layers share, and a gradient is pushed in every step."""
+    apart: bool = False
+    """Whether the gradient of each step is needed by itself before it is added to those of earlier steps."""
+
+    @classmethod
+    def from_config(cls, server: ServerSection, optimizer: OptimizerSection, layers: tuple[range, ...]) -> Flow:
+        """Return the flow that the ``[server]`` and ``[optimizer]`` sections describe.
+
+        Parameters
+        ----------
+        server, optimizer
+            The sections.
+        layers
+            As the field.
+        """
+        apart = optimizer.local_rate > 0 and optimizer.n_push > 1
+        return cls(layers, server.overlap == "threads", server.gradients == "whole", apart)
 
     @property
-    def add(self) -> bool:
-        """Whether the next gradient is to be added to what is there, the gradients of earlier steps."""
-        ...
-
-    def fetch(self) -> None:
-        """Get parameters from the shards, where the algorithm says so."""
-        ...
-
-    def look(self) -> None:
-        """Take what has arrived between two steps, without waiting."""
-        ...
-
-    def begin(self) -> None:
-        """Wait until the next gradient has a place to go to."""
-        ...
-
-    def accrue(self, pushing: bool) -> None:
-        """Count the gradient among those of earlier steps; `pushing` in a step that ends in a push."""
-        ...
-
-    def push(self, outcome: Outcome, steps: int) -> None:
-        """Give what was accrued in so many steps to the shards."""
-        ...
-
-    def close(self) -> None:
-        """Wait until all is pushed and applied, and nothing is on the way."""
-        ...
-
-
-class Blocking:
-    """One after the other: a fetch waits for the own pushes, and computing waits for the fetch.
-
-    With one client this is plain serial learning, bit for bit.
-
-    Parameters
-    ----------
-    apart
-        Whether the gradient of each step is needed by itself before it is accrued.
-    """
-
-    on_gradient: Callable[[int], None] | None = None
-
-    def __init__(self, client: Client, size: int, dtype: np.dtype[np.floating], *, apart: bool = False) -> None:
-        self._client = client
-        self.parameters = np.zeros(size, dtype) if client.parameters is None else client.parameters
-        # What is pushed lies where shards on this host can read it.
-        self._accrued = client.gradients[0] if client.gradients else np.zeros(size, dtype)
-        self.gradient: Gradient = np.zeros(size, dtype) if apart else self._accrued
-        self._steps = 0
+    def by_layers(self) -> bool:
+        """Whether each layer's gradient leaves as soon as it is complete."""
+        return (self.overlap or not self.whole) and not self.apart
 
     @property
-    def add(self) -> bool:
-        """Whether the next gradient is to be added to those of earlier steps."""
-        return self.gradient is self._accrued and self._steps > 0
+    def parts(self) -> tuple[range, ...]:
+        """The ranges of the client's own vector that are pushed one by one."""
+        return self.layers if self.by_layers else (range(self.size),)
 
-    def fetch(self) -> None:
-        """Copy the parameters, after all own pushes have been applied."""
-        self._client.fetch(self.parameters)
+    @property
+    def size(self) -> int:
+        """Elements of the client's own vector."""
+        return sum(map(len, self.layers))
 
-    def look(self) -> None:
-        """Do nothing: nothing is on the way."""
-
-    def begin(self) -> None:
-        """Wait until the last push has been applied, if the next gradient goes to the same place."""
-        if self._steps == 0:
-            self._client.settle()
-
-    def accrue(self, pushing: bool) -> None:
-        """Add the gradient to those of earlier steps, if it has been computed apart."""
-        if self.gradient is not self._accrued:
-            assert isinstance(self.gradient, np.ndarray)
-            _add(self._accrued, self.gradient, first=self._steps == 0)
-        self._steps += 1
-
-    def push(self, outcome: Outcome, steps: int) -> None:
-        """Send the accrued gradient."""
-        self._client.push(self._accrued, outcome, steps)
-        self._steps = 0
-
-    def close(self) -> None:
-        """Wait until all pushes have been applied."""
-        self._client.settle()
+    @property
+    def buffer_size(self) -> int:
+        """Elements of memory to compute gradients in."""
+        return self.size if self.whole else buffer_size(self.layers)
 
 
-class Concurrent:
-    """What goes on while a gradient is computed: the next parameters arrive, and gradients leave.
+class DataPath:
+    """Parameters and gradients of one client, in the form that algorithm 1.1 of the paper needs.
 
-    Within a host a fetch is a copy by a thread that releases the interpreter, and a push needs no thread: shards read
-    the gradient in place.  To other hosts a second thread drives the transfers.
+    Within a host an overlapped fetch is a copy by a thread that releases the interpreter, and a push needs no thread:
+    shards read the gradient in place.  To other hosts a second thread drives the transfers.
 
     Parameters
     ----------
     client
-        Fetches and pushes.
-    size, dtype
-        Of the worker's flat vector.
-    parts
-        For each layer the range of the flat vector that holds its parameters.
-    serve
-        Called while the loop waits.
+        Fetches and pushes; its parts and gradients are those of the flow.
+    flow
+        How gradients leave.
+    waiting
+        Entered while a gradient waits for its memory, to account for that time.
+
+    Attributes
+    ----------
+    parameters
+        What the next gradient is computed from; another array after `fetch` or `refresh`.
+    on_gradient
+        To be called in a step that ends in a push, with the number of each layer once its gradient is complete; or
+        None.
+    steps
+        Number of gradients accrued since the last push.
     """
 
-    def __init__(
-        self,
-        client: Client,
-        size: int,
-        dtype: np.dtype[np.floating],
-        parts: Sequence[range],
-        serve: Callable[[], bool],
-    ) -> None:
-        client.divide(parts)
-        self._client = client
-        self._parts = parts
-        self._serve = serve
-        self._in_place = client.parameters is not None
-        self.parameters = np.zeros(size, dtype) if client.parameters is None else client.parameters
-        self._next = self.parameters if self._in_place else np.zeros(size, dtype)
+    def __init__(self, client: Client, flow: Flow, waiting: AbstractContextManager[None]) -> None:
+        self._client, self._flow = client, flow
+        # The first one grows; the other one, if there is one, leaves.
+        self._buffers = deque(Buffer(client, memory, waiting) for memory in client.gradients)
+        dtype = client.gradients[0].dtype
+        self._apart = np.zeros(flow.size, dtype) if flow.apart else None
+        self._accrued, self.steps = Outcome(0, 0.0, 0), 0
+        self._handed_over = False
+        self.on_gradient: Callable[[int], None] | None = self._hand_over if flow.by_layers else None
+        self.parameters = np.zeros(flow.size, dtype) if client.parameters is None else client.parameters
+        self._next: np.ndarray | None = None
         self._fetcher = ThreadPoolExecutor(1, "dbmpi-fetch")
         self._sender = ThreadPoolExecutor(1, "dbmpi-push")
         self._fetch: Future[list[int]] | None = None
         self._sending: list[Future[None]] = []
-        self._first = True
+
+    @property
+    def add(self) -> bool:
+        """Whether to add the next gradient to those of earlier steps, instead of overwriting."""
+        return self._apart is None and self.steps > 0
 
     def fetch(self) -> None:
-        """Make the fetch before this one current, and begin the next; the very first one is waited for."""
-        if self._in_place:
-            self._client.fetched(self._client.versions())
-        elif self._first:
-            self._client.fetch(self.parameters)
-        else:
-            self._take()
-            self._fetch = self._fetcher.submit(self._client.copy, self._next)
-        self._first = False
+        """Get parameters from the shards, where the algorithm says so.
 
-    def look(self) -> None:
-        """Make a fetch current that has ended meanwhile."""
+        With overlap this makes the fetch before this one current and begins the next; only the first is waited for.
+        """
+        client = self._client
+        if self._flow.overlap and client.parameters is not None:
+            client.versions = client.copy(self.parameters)  # the worker computes on the shards' memory
+        elif self._flow.overlap and self._next is not None:
+            self._take()
+            self._fetch = self._fetcher.submit(client.copy, self._next)
+        else:
+            client.fetch(self.parameters)
+            self._next = np.zeros_like(self.parameters) if self._flow.overlap else None
+
+    def refresh(self) -> None:
+        """Make a fetch current that has ended since the last step, without waiting."""
         if self._fetch is not None and self._fetch.done():
             self._take()
 
+    def begin(self) -> Gradient:
+        """Return where to write the next gradient, when the shards have applied the old content."""
+        buffer = self._buffers[0]
+        if not self._flow.whole:
+            return buffer
+        if self._apart is not None:
+            return self._apart
+        return buffer.memory if self.steps else buffer.whole()
+
+    def accrue(self, outcome: Outcome, local_rate: float) -> None:
+        """Count the gradient among those to be pushed, and take a local step of plain SGD.
+
+        Parameters
+        ----------
+        outcome
+            Of the gradient's samples.
+        local_rate
+            Learning rate of the local step; 0 for none.
+        """
+        accrued = self._buffers[0].memory
+        gradient = accrued if self._apart is None else self._apart
+        if local_rate:
+            updates.sgd(self.parameters, gradient, local_rate)
+        if self._apart is not None and self.steps == 0:
+            np.copyto(self._buffers[0].whole(), gradient)
+        elif self._apart is not None:
+            updates.add(accrued, gradient)
+        self._accrued, self.steps = self._accrued.plus(outcome), self.steps + 1
+
+    def push(self) -> int:
+        """Push the accrued gradient; return the number of steps it is the sum of."""
+        if not self._handed_over:
+            for part in reversed(range(len(self._flow.parts))):
+                self._buffers[0].push(part)
+        self._client.report(self._accrued, self.steps)
+        if self._flow.overlap:
+            self._send()
+        else:
+            self._client.drain(self._client.serve)
+        self._buffers.rotate()
+        steps = self.steps
+        self._accrued, self.steps, self._handed_over = Outcome(0, 0.0, 0), 0, False
+        return steps
+
     def close(self) -> None:
-        """Wait until all pushes have been applied and the last fetch has ended."""
+        """Wait until everything is pushed and applied, and no transfer is under way."""
         self._take()
         for future in self._sending:
-            waiting.until(future.done, "gradients to leave", serve=self._serve)
+            waiting.until(future.done, "gradients to leave", serve=self._client.serve)
             future.result()
-        self._client.settle()
+        self._client.wait()
         self._fetcher.shutdown()
         self._sender.shutdown()
 
-    def _take(self) -> None:
-        """Make what a fetch on the way brings current."""
-        if self._fetch is not None:
-            waiting.until(self._fetch.done, "parameters to arrive", serve=self._serve)
-            self._client.fetched(self._fetch.result())
-            self.parameters, self._next = self._next, self.parameters
-            self._fetch = None
+    def _hand_over(self, layer: int) -> None:
+        """Let a layer's accrued gradient leave, now that the last step's is complete."""
+        self._handed_over = True
+        self._buffers[0].push(layer)
+        self._send()
 
-    def _drive(self) -> None:
-        """See that what was posted leaves, without waiting for it."""
-        if not self._client.far:
-            self._client.progress()
-        else:
+    def _send(self) -> None:
+        """Send what is in line, without waiting for it."""
+        if self._flow.overlap and self._client.far:
             for ended in [future for future in self._sending if future.done()]:
                 ended.result()
                 self._sending.remove(ended)
             self._sending.append(self._sender.submit(self._client.drain))
-
-
-class Overlapped(Concurrent):
-    """All at once: while a gradient is computed, the next parameters arrive and the last gradient leaves.
-
-    There are two accrued gradients: one is computed while the shards take the other one in, so that nothing is lost or
-    sent twice; and two vectors of parameters: a fetch fills one and it becomes current between two steps, at the next
-    fetch point at the latest.  The layers of a gradient leave as backward completes them.  A client's own last push may
-    be missing in what it fetches.
-
-    Parameters
-    ----------
-    client, size, dtype, parts, serve
-        See `Concurrent`.
-    apart
-        Whether the gradient of each step is needed by itself before it is accrued.
-    """
-
-    def __init__(
-        self,
-        client: Client,
-        size: int,
-        dtype: np.dtype[np.floating],
-        parts: Sequence[range],
-        serve: Callable[[], bool],
-        *,
-        apart: bool = False,
-    ) -> None:
-        super().__init__(client, size, dtype, parts, serve)
-        # One accrued gradient grows and one leaves; the marks say what must be applied before each is used again.
-        self._growing, self._leaving = list(client.gradients) or [np.zeros(size, dtype) for _ in range(2)]
-        self._marks: list[Mark] = [client.mark(), client.mark()]
-        self._scratch = np.zeros(size, dtype) if apart else None
-        self.gradient: Gradient = self._growing if self._scratch is None else self._scratch
-        self.on_gradient: Callable[[int], None] | None = self._complete
-        self._steps = 0
-        self._posting = False
-
-    @property
-    def add(self) -> bool:
-        """Whether the next gradient is to be added to those of earlier steps."""
-        return self._scratch is None and self._steps > 0
-
-    def begin(self) -> None:
-        """Wait until the shards have taken in what was accrued in the same place, two pushes ago."""
-        if self._steps == 0:
-            self._client.wait(self._marks[0], self._serve)
-
-    def accrue(self, pushing: bool) -> None:
-        """Add a gradient that has been computed apart; in a step that pushes, layers have been added one by one."""
-        if self._scratch is not None and not pushing:
-            _add(self._growing, self._scratch, first=self._steps == 0)
-        self._steps += 1
-
-    def push(self, outcome: Outcome, steps: int) -> None:
-        """Send what has not left yet, and let the two accrued gradients change places."""
-        if not self._posting:
-            for layer in reversed(range(len(self._parts))):
-                self._post(layer)
-        self._client.report(outcome, steps)
-        self._drive()
-        self._posting = False
-        self._marks = [self._marks[1], self._client.mark()]
-        self._growing, self._leaving = self._leaving, self._growing
-        if self._scratch is None:
-            self.gradient = self._growing
-        self._steps = 0
-
-    def _complete(self, layer: int) -> None:
-        """Send a layer's accrued gradient, now that the last step's is complete."""
-        if self._scratch is not None:
-            part = slice(self._parts[layer].start, self._parts[layer].stop)
-            _add(self._growing[part], self._scratch[part], first=self._steps == 0)
-        self._posting = True
-        self._post(layer)
-
-    def _post(self, layer: int) -> None:
-        self._client.post(self._growing[self._parts[layer].start : self._parts[layer].stop], layer)
-        self._drive()
-
-
-class Layerwise(Concurrent):
-    """No gradient is ever there as a whole: each layer's leaves when it is complete, and makes room for others.
-
-    With ``overlap=False`` a fetch waits for the own pushes, and one client is serial learning, bit for bit: a layer's
-    parameters may change as soon as backward needs them no more.  With it, a fetch goes on meanwhile.
-
-    Parameters
-    ----------
-    client, size, dtype, parts, serve
-        See `Concurrent`.
-    overlap
-        Whether fetches and pushes go on while a gradient is computed.
-    pushing
-        Entered while a layer waits for its room: whose time it is.
-    """
-
-    def __init__(
-        self,
-        client: Client,
-        size: int,
-        dtype: np.dtype[np.floating],
-        parts: Sequence[range],
-        serve: Callable[[], bool],
-        *,
-        overlap: bool,
-        pushing: AbstractContextManager[None],
-    ) -> None:
-        super().__init__(client, size, dtype, parts, serve)
-        self._overlap = overlap
-        self._room = Room(client, parts, dtype, serve, pushing)
-        self.gradient: Gradient = self._room
-        self.on_gradient: Callable[[int], None] | None = self._complete
-        self.add = False
-
-    def fetch(self) -> None:
-        """Get parameters: at once, after all own pushes have been applied, or as they arrive."""
-        if self._overlap:
-            super().fetch()
-        else:
-            self._client.fetch(self.parameters)
-
-    def begin(self) -> None:
-        """Do nothing: what waits is a layer for its room."""
-
-    def accrue(self, pushing: bool) -> None:
-        """Do nothing: every step pushes, and its layers are on their way."""
-
-    def push(self, outcome: Outcome, steps: int) -> None:
-        """Report the steps, and send what has not left yet."""
-        self._client.report(outcome, steps)
-        if self._overlap:
-            self._drive()
-        else:
-            self._client.drain(self._serve)
-
-    def _complete(self, layer: int) -> None:
-        self._room.post(layer)
-        if self._overlap:
-            self._drive()
         else:
             self._client.progress()
 
-
-def _add(accrued: np.ndarray, gradient: np.ndarray, *, first: bool) -> None:
-    if first:
-        np.copyto(accrued, gradient)
-    else:
-        updates.add(accrued, gradient)
+    def _take(self) -> None:
+        """Wait for the fetch under way, and make its parameters current."""
+        if self._fetch is not None and self._next is not None:
+            waiting.until(self._fetch.done, "parameters to arrive", serve=self._client.serve)
+            self._client.versions = self._fetch.result()
+            self.parameters, self._next = self._next, self.parameters
+            self._fetch = None

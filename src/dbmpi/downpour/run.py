@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from mpi4py import MPI
 
 from dbmpi.checkpoint.reader import Checkpoint
-from dbmpi.checkpoint.schema import PARAMETERS
+from dbmpi.checkpoint.schema import PARAMETERS, CheckpointInfo, library_versions
 from dbmpi.downpour.algorithm import downpour
-from dbmpi.downpour.datapath import Blocking, DataPath, Layerwise, Overlapped
-from dbmpi.downpour.lead import Lead
-from dbmpi.downpour.room import gradient_size
-from dbmpi.downpour.shard import Shard
-from dbmpi.downpour.worker import Worker
+from dbmpi.downpour.datapath import DataPath, Flow
+from dbmpi.downpour.lead import CheckpointPlan, Lead
+from dbmpi.downpour.orders import Orders
+from dbmpi.downpour.shard import Shard, ShardRole
+from dbmpi.downpour.worker import Assignment, Worker
 from dbmpi.errors import RunFailed
 from dbmpi.monitor import verdict
-from dbmpi.monitor.records import Recorder
+from dbmpi.monitor.progress import RunProgress
 from dbmpi.mpi import waiting
-from dbmpi.mpi.mailbox import Mailbox, Role
 from dbmpi.mpi.world import together
 from dbmpi.network.description import Network
 from dbmpi.objective import Outcome
 from dbmpi.paramserver import bottleneck
-from dbmpi.paramserver.client import Client
 from dbmpi.paramserver.rules import Rule, State, rule
 from dbmpi.paramserver.server import Server
 from dbmpi.paramserver.store import Store
@@ -42,97 +41,120 @@ _FEWEST_STEPS = 100
 
 
 def learn(session: Session, stack: ExitStack) -> Result:
-    """Play this rank's roles until the run ends (collective)."""
+    """Play this rank's roles until the run ends (collective).
+
+    Parameters
+    ----------
+    session
+        Everything that is known when the roles are put together.
+    stack
+        Closes what is opened here when the run has ended.
+    """
     run, plan, network, replica = session.run, session.plan, session.network, session.replica
     comm, applied_rule, number = session.comms.world, rule(run.optimizer), session.shard
     # Before the lead's clock runs, and before the windows take their memory.
     bandwidth = 0.0 if number is None else bottleneck.copy_bandwidth()
     with together(comm, "planning the shards' memory"):
         arrangement = arranged(run.server, network.layers, network.layout, session.placement, plan.shards)
-        size = 0 if replica is None else gradient_size(run.server, replica.parameters.parts)
-        store = Store(comm, plan, arrangement.ranges, run.server, DTYPE, size)
+        flow = Flow.from_config(run.server, run.optimizer, () if replica is None else replica.parameters.parts)
+        store = Store(comm, plan, arrangement.ranges, run.server, DTYPE, flow.buffer_size)
     stack.enter_context(store)
     session.compile_kernels()
     shard = lead = worker = None
     with together(comm, "preparing the shards", seconds=waiting.LONG_SECONDS):
         if number is not None:
-            recorder, mailbox = session.recorder("shard", number), Mailbox(comm, Role.SHARD)
-            held, served = store.ranges[number], store.server(applied_rule)
-            _fill(served, arrangement, held, network, session.checkpoint, applied_rule)
-            if number == 0:
-                lead = _lead(session, store, arrangement, mailbox, recorder, stack)
-            every = run.monitor.report_seconds
-            shard = Shard(comm, served, held, mailbox, recorder, session.stop, every, bandwidth, lead)
+            served = store.server(applied_rule)
+            _fill(served, arrangement, store.ranges[number], network, session.checkpoint, applied_rule)
+            role = ShardRole(
+                comm=comm,
+                server=served,
+                recorder=session.recorder("shard", number),
+                stop=session.stop,
+                report_seconds=run.monitor.report_seconds,
+                bandwidth=bandwidth,
+            )
+            lead = _lead(session, role, arrangement, _progress(session, stack, store.notes)) if number == 0 else None
+            shard = lead or Shard(role)
     began = time.monotonic()
     if replica is not None:
-        worker = _work(session, replica, store, arrangement, shard)
+        worker = _work(session, replica, store, arrangement, replace(flow, overlap=store.overlap), shard)
     if shard is not None:
         shard.serve()
     return _conclude(session, worker, shard, lead, time.monotonic() - began)
 
 
-def _lead(
-    session: Session, store: Store, arrangement: Arrangement, mailbox: Mailbox, recorder: Recorder, stack: ExitStack
-) -> Lead:
-    """Return what leads the run, with a progress line that has said how it begins."""
-    run, data, begin = session.run, session.data, session.begin
-    progress = session.progress(stack, store.notes, f", {len(begin.stream):,} batches are left")
+def _progress(session: Session, stack: ExitStack, notes: tuple[str, ...]) -> RunProgress:
+    """Return a progress display that has shown how the run starts, with these notes last."""
+    begin, applied = session.begin, session.run.optimizer.rule
+    progress = session.progress(stack, notes, f", {len(begin.stream):,} batches are left")
     for name in begin.fresh:
-        progress.message(f"the checkpoint has no {name!r}: the rule {run.optimizer.rule!r} starts it afresh")
-    return Lead(
-        session.comms.world,
-        run,
-        session.plan,
-        arrangement,
-        begin,
-        mailbox=mailbox,
-        recorder=recorder,
-        progress=progress,
+        progress.message(f"the checkpoint has no {name!r}: the rule {applied!r} starts it afresh")
+    return progress
+
+
+def _lead(session: Session, role: ShardRole, arrangement: Arrangement, progress: RunProgress) -> Lead:
+    """Return the lead of the run."""
+    run, plan, data = session.run, session.plan, session.data
+    info = partial(
+        CheckpointInfo,
+        configuration=run.to_json(),
+        shards=plan.shards,
+        replicas=plan.replicas,
+        partitions=plan.partitions,
         input_shape=data.input_shape,
         classes=data.classes,
         meaning=data.meaning,
-        samples_per_epoch=data.samples,
-        batches_per_epoch=session.order.batches_per_epoch,
+        libraries=library_versions(MPI.Get_library_version()),
     )
+    checkpoints = CheckpointPlan(
+        section=run.checkpoint,
+        directory=run.run.directory,
+        arrangement=arrangement,
+        info=info,
+        remedy=_lower(run.optimizer.learning_rate),
+    )
+    return Lead(role, plan, session.begin, session.order, progress, checkpoints)
 
 
-def _work(session: Session, replica: Replica, store: Store, arrangement: Arrangement, shard: Shard | None) -> Worker:
-    """Train as a worker; return when the lead has ended training."""
+def _work(
+    session: Session, replica: Replica, store: Store, arrangement: Arrangement, flow: Flow, shard: Shard | None
+) -> Worker:
+    """Learn until the stream is used up or the run is stopped, and wait for its end."""
     run, plan, begin, data, number = session.run, session.plan, session.begin, session.data, session.worker
     assert number is not None
     assert data.train is not None
-    serve: Callable[[], bool] | None = None if shard is None else shard.poll
-    place = number // plan.partitions
-    client = store.client(replica.parameters.runs_in(arrangement), serve)
-    worker = Worker(
-        run,
-        place,
-        objective=replica,
-        client=client,
-        mailbox=Mailbox(session.comms.world, Role.WORKER),
-        lead=plan.shard_ranks[0],
+    replica_number = number // plan.partitions
+    orders = Orders(
+        session.comms.world,
+        plan.shard_ranks[0],
+        session.stop,
+        None if shard is None else shard.poll,
+        released=replica_number == 0 or not begin.warmstart,
+    )
+    client = store.client(replica.parameters.runs_in(arrangement), flow.parts, orders.obey)
+    assignment = Assignment(
+        replica=replica_number,
         order=session.order,
         train=data.train,
         test=data.test,
-        log=session.log(number),
-        stop=session.stop,
-        serve=serve,
-        released=place == 0 or not begin.warmstart,
-        warm_steps=begin.warmstart if place == 0 else 0,
-        partitions=session.comms.replica,
+        warm_steps=begin.warmstart if replica_number == 0 else 0,
+        evaluate_epochs=run.monitor.evaluate_epochs,
+        directory=run.run.directory,
+        remedy=f"{_lower(run.optimizer.learning_rate)}, or look for extreme values in {run.data.train}",
     )
-    replica.serve_while_waiting(worker.obey)
-    path = _data_path(session, replica, store, client, worker)
+    log = session.log(number)
+    worker = Worker(assignment, replica, client, orders, log, session.comms.replica, replica.seconds)
+    replica.serve_while_waiting(orders.obey)
     try:
         downpour(
             replica,
-            path,
-            begin.stream.dealt(place, plan.replicas, begin.warmstart),
+            DataPath(client, flow, worker.stopwatch("push")),
+            begin.stream.dealt(replica_number, plan.replicas, begin.warmstart),
             worker,
             n_fetch=run.optimizer.n_fetch,
             n_push=run.optimizer.n_push,
             local_rate=run.optimizer.local_rate,
-            first_step=begin.done[place] if begin.done else 0,
+            first_step=begin.done[replica_number] if begin.done else 0,
         )
     except RunFailed:  # a loss that is not finite, or a rank that cannot be waited for: there is nothing good to keep
         raise
@@ -143,16 +165,8 @@ def _work(session: Session, replica: Replica, store: Store, arrangement: Arrange
     return worker
 
 
-def _data_path(session: Session, replica: Replica, store: Store, client: Client, worker: Worker) -> DataPath:
-    """Return how the loop comes by parameters and gets rid of gradients."""
-    run, parts = session.run, replica.parameters.parts
-    apart = run.optimizer.local_rate > 0 and run.optimizer.n_push > 1
-    if run.server.gradients == "layers":
-        pushing = worker.stopwatch("push")
-        return Layerwise(client, replica.size, DTYPE, parts, worker.obey, overlap=store.overlap, pushing=pushing)
-    if store.overlap:
-        return Overlapped(client, replica.size, DTYPE, parts, worker.obey, apart=apart)
-    return Blocking(client, replica.size, DTYPE, apart=apart)
+def _lower(learning_rate: float) -> str:
+    return f"lower optimizer.learning_rate ({learning_rate:g})"
 
 
 def _conclude(
@@ -220,15 +234,15 @@ def _fill(
     Parameters
     ----------
     server
-        To be filled; it serves from now on.
+        To be filled; it is ready to serve afterwards.
     arrangement, held
-        The order of the shards' vector, and the range of it that is this shard's.
+        The order of the shards' vector, and this shard's range of it.
     network
-        Makes fresh parameters.
+        Computes the initial parameters.
     checkpoint
-        Holds others, if there are any.
+        Where to read parameters instead; None for a new run.
     applied_rule
-        Makes the state that a checkpoint lacks.
+        Initialises state that is missing in the checkpoint.
     """
     if checkpoint is None:
         for start, local, length in arrangement.pieces(held):
@@ -241,5 +255,5 @@ def _fill(
             for start, local, length in arrangement.pieces(held) if name in opened.vectors else ():
                 opened.load(name, start, values[local : local + length])
         versions = opened.info.shard_versions
-    # Cut otherwise, the shards have no versions of their own to go on from.
+    # The shards of the checkpoint may have been others, so none has a version of its own.
     server.begin(state, max(versions))

@@ -1,105 +1,116 @@
-"""A shard's duties around its server: hear the lead, hand its vectors over for a checkpoint, report."""
+"""A shard's duties around its server: obey the lead, hand over vectors for a checkpoint, report."""
 
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from mpi4py import MPI
 
 from dbmpi.checkpoint.collect import hand_over
 from dbmpi.machine.signals import StopSignal
 from dbmpi.monitor.records import Recorder, ShardReport
 from dbmpi.mpi import waiting
-from dbmpi.mpi.mailbox import Mailbox, MessageKind, Role
+from dbmpi.mpi.mailbox import Mailbox, Message, MessageKind, Role
 from dbmpi.paramserver.bottleneck import moved_bytes
-from dbmpi.paramserver.server import Server
+from dbmpi.paramserver.server import Server, Tally
 
 if TYPE_CHECKING:
-    from dbmpi.downpour.lead import Lead
+    from mpi4py import MPI
 
 _LEAD_RANK = 0
 
 
+@dataclass(frozen=True, kw_only=True)
+class ShardRole:
+    """The means of one shard."""
+
+    comm: MPI.Intracomm
+    """All ranks."""
+    server: Server
+    """Applies the pushes."""
+    recorder: Recorder
+    """Writes the shard's reports."""
+    stop: StopSignal
+    """Collects the signals that end the run."""
+    report_seconds: float
+    """Time between two reports."""
+    bandwidth: float
+    """Bytes a second that this core reads and writes when it copies."""
+
+
 class Shard:
-    """The duties of one shard; :meth:`poll` is called again and again and never waits for a worker.
+    """The duties of one shard; :meth:`poll` is called repeatedly and never waits for a worker.
 
     Parameters
     ----------
-    server
-        Applies the pushes.
-    held
-        The range of the flat vector that this shard holds.
-    lead
-        On shard 0, what keeps the run's order; None elsewhere.
+    role
+        The means of the shard.
+
+    Attributes
+    ----------
+    ended
+        Whether the lead has ended training.
     """
 
-    def __init__(
-        self,
-        comm: MPI.Intracomm,
-        server: Server,
-        held: range,
-        mailbox: Mailbox,
-        recorder: Recorder,
-        stop: StopSignal,
-        report_seconds: float,
-        bandwidth: float,
-        lead: Lead | None,
-    ) -> None:
-        self._comm = comm
-        self._server = server
-        self._held = held
-        self._mailbox = mailbox
-        self._recorder = recorder
-        self._stop = stop
-        self._stop_told = False
-        self._report_seconds = report_seconds
-        self._lead = lead
+    def __init__(self, role: ShardRole) -> None:
+        self._role = role
+        self._comm, self._server = role.comm, role.server
+        self._mailbox = Mailbox(role.comm, Role.SHARD)
+        self._reported_stop = False
         self.ended = False
         self._pushes = 0
         self._busy = 0.0
-        self._bandwidth = bandwidth
         self._applying = self._reporting = 0.0
         self._reported = time.monotonic()
 
     def serve(self) -> None:
-        """Do nothing else until the lead ends the run: the life of a rank that is only a shard."""
-        awaited = "the lead to end the run" if self._lead is None else self._lead.awaited
-        waiting.until(lambda: self.ended, awaited, serve=self.poll)
+        """Poll until the lead ends the run: all that a rank does which is only a shard."""
+        waiting.until(lambda: self.ended, self.awaited, serve=self.poll)
+
+    def awaited(self) -> str:
+        """Name what this shard waits for, in the message of an error."""
+        return "the lead to end the run"
 
     def poll(self) -> bool:
-        """Do what there is to do; return whether there was anything."""
-        began = time.perf_counter()
+        """Apply pushes, obey messages and report when it is time; return whether there was anything."""
+        role, began = self._role, time.perf_counter()
         moved = self._server.poll()
         while (message := self._mailbox.receive()) is not None:
             moved = True
-            if message.kind == MessageKind.END:
-                self.ended = True
-            elif message.kind == MessageKind.CHECKPOINT:
-                hand_over(self._comm, self._server.version, self.vectors().values())
-            elif self._lead is not None:
-                self._lead.hear(message)
-        if self._stop.number and not self._stop_told:
-            self._stop_told = True
-            self._mailbox.send(_LEAD_RANK, Role.SHARD, MessageKind.STOP_ASKED, self._stop.number)
+            self.hear(message)
+        if role.stop.number and not self._reported_stop:
+            self._reported_stop = True
+            self._mailbox.send(_LEAD_RANK, Role.SHARD, MessageKind.STOP_ASKED, role.stop.number)
         if moved:
             self._busy += time.perf_counter() - began
-        if time.monotonic() - self._reported >= self._report_seconds:
+        if time.monotonic() - self._reported >= role.report_seconds:
             self.report()
-        if self._lead is not None:
-            moved |= self._lead.look(self)
         return moved
 
-    def report(self) -> None:
-        """Write what was done since the last report, if there was anything."""
-        now = time.monotonic()
+    def hear(self, message: Message) -> None:
+        """Obey the order of the lead in a `message`."""
+        if message.kind == MessageKind.END:
+            self.ended = True
+        elif message.kind == MessageKind.CHECKPOINT:
+            hand_over(self._comm, self._server.version, self.vectors().values())
+
+    def report(self) -> tuple[Tally, float]:
+        """Write a report if there were pushes since the last one.
+
+        Returns
+        -------
+        Tally
+            Everything since the last report.
+        float
+            Seconds since then.
+        """
+        role, now = self._role, time.monotonic()
         tally = self._server.take_tally()
         interval, self._reported = now - self._reported, now
         busy, self._busy = self._busy, 0.0
         self._pushes += tally.pushes
-        if self._lead is not None:
-            self._lead.advance(tally, interval)
         if tally.pushes:
             self._applying += tally.apply_seconds
             self._reporting += interval
@@ -109,7 +120,7 @@ class Shard:
                 "serve": max(busy - tally.apply_seconds, 0.0),
                 "idle": max(interval - busy, 0.0),
             }
-            self._recorder.write(
+            role.recorder.write(
                 ShardReport(
                     version=self._server.version,
                     pushes=self._pushes,
@@ -118,9 +129,10 @@ class Shard:
                     queue=tally.deepest_queue,
                     seconds=seconds,
                     applied_bytes=tally.applied_bytes,
-                    bandwidth=moved / max(tally.apply_seconds, 1e-9) / self._bandwidth,
+                    bandwidth=moved / max(tally.apply_seconds, 1e-9) / role.bandwidth,
                 )
             )
+        return tally, interval
 
     @property
     def version(self) -> int:
@@ -129,9 +141,9 @@ class Shard:
 
     @property
     def applying(self) -> float:
-        """Share of the time in the rule's kernel, while pushes came."""
+        """Fraction of the time spent in the rule's kernel, over the intervals with pushes."""
         return self._applying / max(self._reporting, 1e-9)
 
     def vectors(self) -> dict[str, np.ndarray]:
-        """Return all vectors that this shard holds a range of, by name."""
+        """Return this shard's range of each vector, by name: the parameters and the rule's state."""
         return {"parameters": self._server.parameters, **self._server.state}

@@ -1,4 +1,4 @@
-"""Are the shards what a run waits for?  What they and the workers have measured of themselves, and advice from it."""
+"""Do the shards limit the speed of a run?  Advice from what shards and workers measure of themselves."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import time
 import numpy as np
 
 APPLYING = 0.8
-"""Share of a shard's time, applying gradients, from which it is a bottleneck whatever the workers say."""
+"""Fraction of a shard's time spent applying gradients from which it is a bottleneck, however little workers wait."""
 WAITING = 0.25
-"""Share of the workers' time, in fetches and pushes, from which a shard busy half the time is a bottleneck, too."""
+"""Fraction of the workers' time spent in transfers from which a shard busy half the time is a bottleneck too."""
 _BYTES = 32 << 20
 _ROUNDS = 3
 
@@ -26,22 +26,29 @@ def copy_bandwidth() -> float:
 
 
 def moved_bytes(applied_bytes: int, states: int) -> int:
-    """Return what a rule's kernel has read and written for so many bytes of gradients, with so many arrays of state.
+    """Return the bytes that a rule's kernel has read and written.
 
-    It reads the gradient, and reads and writes the parameters and each array.
+    It reads the gradient, and reads and writes the parameters and each array of state.
+
+    Parameters
+    ----------
+    applied_bytes
+        Bytes of gradients applied.
+    states
+        Number of arrays in the rule's state.
     """
     return (3 + 2 * states) * applied_bytes
 
 
 def advice(applying: float, waiting: float) -> str:
-    """Return one line for the user if the shards are what a run waits for, otherwise nothing.
+    """Return one line for the user if the shards limit the speed of a run, otherwise an empty string.
 
     Parameters
     ----------
     applying
-        Share of its time that the busiest shard spent in the rule's kernel, 0 to 1.
+        Fraction of the busiest shard's time spent in the rule's kernel, 0 to 1.
     waiting
-        Share of their time that the workers spent in fetches and pushes, 0 to 1.
+        Fraction of the workers' time spent in fetches and pushes, 0 to 1.
     """
     if applying < APPLYING and not (waiting >= WAITING and applying >= 0.5):
         return ""

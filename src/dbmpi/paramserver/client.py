@@ -7,100 +7,90 @@ from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import numpy as np
 
 from dbmpi.index.layout import Stretch, pieces
 from dbmpi.mpi import waiting
-from dbmpi.mpi.window import Window
 from dbmpi.objective import Outcome
-from dbmpi.paramserver.memory import Memory
-from dbmpi.paramserver.server import LAST, MORE, REPORT, Header
+from dbmpi.paramserver.protocol import LAST, LEAD, MORE, REPORT, Header, ShardMap
 
-LEAD = 0
-"""The shard that keeps the run's order."""
 _READ_AT_ONCE = 1 << 24
-"""Elements of a chunk that is read in place: it costs the shard no memory, but others wait while it is applied."""
-_NOTHING = Outcome(0, 0.0, 0)
+"""Elements of a chunk that is read in place: it costs no memory, but other clients wait while it is applied."""
 _FETCHES, _PUSHES = 0, 1
+_NO_DATA = np.empty(0, np.uint8)
 Mark = tuple[int, ...]
-"""A point in the sequence of what a client pushes, see :meth:`Client.mark`."""
+"""A point in the sequence of pushes: for each shard, how many chunks had been put in line for it."""
 
 
 class Client:
     """The connection of one worker with all shards.
 
+    A gradient is pushed in parts, from the last to the first; by default it has one part, which is all of it.
+
     Parameters
     ----------
-    window
-        The window of all ranks.
-    memories
-        What lies where in each shard's window.
-    ranks
-        World rank of each shard.
-    ranges
-        The range of the flat parameter vector that each shard holds.
+    shards
+        Where the shards are.
     number
         Number of this client.
+    stretches
+        The pieces of the whole vector that make up this client's own; by default all.  Only these are moved.
+    parts
+        The ranges of the client's own vector that are pushed one by one.
     gradients
-        Vectors in this rank's window for gradients that shards read in place; none if there are no such shards.
+        Vectors to compute gradients in, in this rank's window if shards read them in place.
     parameters
         This client's own vector where the shards hold it, if this worker is to compute on it.
     serve
-        Called while this rank waits, so that a shard or other duties on the same rank go on.
-    counts
-        Whether the run counts this client's steps and samples: of the partitions of a replica, only the first one's.
-    runs
-        Which parts of the whole vector this client's own is made of; by default all.  Only these are moved.
-    consistent
-        Whether what is fetched of a shard must be of one version, with no push half applied.
+        Called while this rank waits, so that its other duties, such as a shard, go on.
 
     Attributes
     ----------
+    parts, gradients, parameters, serve
+        As given.
+    versions
+        Each shard's version that the next gradient is computed from; the staleness of pushes is counted from there.
     pushed_bytes
-        Gradients given to the shards so far, also where they read them in place.
+        Bytes of gradients pushed so far, including those that shards read in place.
     fetched_bytes
-        Parameters copied from the shards so far.
+        Bytes of parameters copied from the shards so far.
     pushed_chunks, fetched_pieces
-        In how many transfers that was.
+        Number of transfers.
     far
         Whether some shard cannot read the gradient in place, so that sending it takes time.
     """
 
     def __init__(
         self,
-        window: Window,
-        memories: Sequence[Memory],
-        ranks: Sequence[int],
-        ranges: Sequence[range],
+        shards: ShardMap,
         number: int,
         *,
+        stretches: Sequence[Stretch] | None = None,
+        parts: Sequence[range] | None = None,
         gradients: Sequence[np.ndarray] = (),
         parameters: np.ndarray | None = None,
         serve: Callable[[], bool] | None = None,
-        runs: Sequence[Stretch] | None = None,
-        counts: bool = True,
-        consistent: bool = False,
     ) -> None:
-        self._consistent = consistent
+        ranks, memories, window = shards.ranks, shards.memories, shards.window
+        self._shards = shards
+        self._window, self._memories, self._ranks = window, memories, ranks
+        self._number = number
         self.gradients = tuple(gradients)
         self.parameters = parameters
-        self.pushed_bytes = 0
-        self.fetched_bytes = 0
-        self.pushed_chunks = 0
-        self.fetched_pieces = 0
-        self._window = window
-        self._memories = memories
-        self._ranks = ranks
-        self._number = number
-        self._partition = number % memories[0].partitions
-        self._serve = serve
-        self._counts = counts
-        whole = [Stretch(0, 0, ranges[-1].stop, pushed=True)]
-        self._runs = whole if runs is None else runs
-        self._ranges = ranges
-        self._pieces = pieces(self._runs, ranges)
+        self.serve = serve
+        self.pushed_bytes = self.fetched_bytes = self.pushed_chunks = self.fetched_pieces = 0
+        if stretches is None:
+            stretches = [Stretch(0, 0, shards.ranges[-1].stop, pushed=True)]
+        self._pieces = pieces(stretches, shards.ranges)
+        if parts is None:
+            self.parts: tuple[range, ...] = (range(sum(stretch.length for stretch in stretches)),)
+            self._divided = [self._pieces]
+        else:
+            self.parts = tuple(parts)
+            self._divided = [pieces(part, shards.ranges) for part in _divide(stretches, parts)]
+        # For each shard a push ends with the first part that it takes something of.
+        self._final = [self._first_pushed(shard) for shard in range(len(ranks))]
         # Every client begins with another shard, so that they do not all crowd at the first one.
         holders = [shard for shard in range(len(ranks)) if self._pieces[shard]]
         turn = number % max(len(holders), 1)
@@ -108,106 +98,86 @@ class Client:
         self.far = any(not memories[shard].reads(number) for shard in holders)
         distant = [shard for shard in holders if window.near(ranks[shard]) is None]
         self._unheard = distant if window.transport == "rma" else []
-        self._parts: list[list[list[Stretch]]] = []
-        self._starts: list[int] = []
-        self._final: list[int | None] = [None] * len(ranks)
         self._sending = threading.Lock()
         self._queues: list[deque[tuple[Header, np.ndarray]]] = [deque() for _ in ranks]
         self._queued = [0] * len(ranks)
         self._posted = [0] * len(ranks)
-        self._fetched_version = [0] * len(ranks)
+        self.versions = [0] * len(ranks)
         self._applied = window.local[memories[0].applied(0) :][: len(ranks) * 8].view(np.int64)
 
-    def fetch(self, parameters: np.ndarray) -> None:
+    def fetch(self, parameters: np.ndarray, *, for_gradient: bool = True) -> None:
         """Copy the shards' parameters into the flat vector, after all own pushes have been applied.
 
         A shard may apply another client's push meanwhile: parts of the vector may be of different versions, as in the
-        paper.  The staleness of later pushes is counted from here.  If the vector is :attr:`parameters`, nothing has to
-        be copied.
+        paper.  If the vector is :attr:`parameters`, nothing has to be copied.
+
+        Parameters
+        ----------
+        parameters
+            This client's own vector, to be filled.
+        for_gradient
+            Whether the next gradient is computed from them; the staleness of later pushes is counted from here.
         """
-        self.settle()
-        self.fetched(self.copy(parameters, self._serve))
+        self.wait()
+        versions = self.copy(parameters, self.serve)
+        if for_gradient:
+            self.versions = versions
 
-    def peek(self, parameters: np.ndarray) -> None:
-        """Copy the parameters as :meth:`fetch` does, but for something else than the next gradient."""
-        self.settle()
-        self.copy(parameters, self._serve)
-
-    def push(self, gradient: np.ndarray, outcome: Outcome, steps: int = 1) -> None:
-        """Send the flat gradient to the shards.
-
-        On return `gradient` may be changed, unless it is one of :attr:`gradients`: the shards may still be reading that
-        (see :meth:`settle`).
+    def push(self, gradient: np.ndarray, part: int = 0) -> Mark:
+        """Put a part of a gradient in line for the shards; :meth:`progress` or :meth:`drain` sends it.
 
         Parameters
         ----------
         gradient
-            Sum of the gradients of `steps` steps.
-        outcome
-            What these steps' samples gave, for the run's reports.
-        steps
-            Number of steps behind the gradient.
+            The part alone, in one of :attr:`gradients`; it must stay as it is until :meth:`wait` has returned.
+        part
+            Its number in :attr:`parts`.
+
+        Returns
+        -------
+        Mark
+            For :meth:`wait`, until the part has been applied.
         """
-        if not self._counts:
-            outcome, steps = _NOTHING, 0
-        if self.gradients and self._place(gradient) is None:
-            self.settle()
-            np.copyto(self.gradients[0], gradient)
-            gradient = self.gradients[0]
-        told = _Told(outcome.samples, outcome.correct, outcome.loss, steps)
         for shard in self._order:
-            self._enqueue_pieces(shard, self._pieces[shard], gradient, told, last=True)
-        if not any(piece.pushed for piece in self._pieces[LEAD]):
-            self.report(outcome, steps)
-        self.drain(self._serve)
-
-    @property
-    def moved(self) -> tuple[int, int, int, int]:
-        """Bytes pushed and fetched so far, and the numbers of their pieces."""
-        return self.pushed_bytes, self.fetched_bytes, self.pushed_chunks, self.fetched_pieces
-
-    def settle(self) -> None:
-        """Wait until everything pushed has been applied."""
-        self.wait(self.mark(), self._serve)
-
-    # For transfers while something else is done
-
-    def divide(self, parts: Sequence[range]) -> None:
-        """Learn which ranges of the own vector are pushed one by one with :meth:`post`, the last one first."""
-        starts = [run.local for run in self._runs]
-        for part in parts:
-            first = max(bisect_right(starts, part.start) - 1, 0)
-            clipped = []
-            for run in self._runs[first : bisect_left(starts, part.stop)]:
-                start, stop = max(run.local, part.start), min(run.local + run.length, part.stop)
-                if start < stop:
-                    clipped.append(Stretch(run.start + start - run.local, start, stop - start, run.pushed))
-            self._parts.append(pieces(clipped, self._ranges))
-        self._starts = [part.start for part in parts]
-        for number in reversed(range(len(parts))):
-            for shard, found in enumerate(self._parts[number]):
-                if any(piece.pushed for piece in found):
-                    self._final[shard] = number
-
-    def post(self, gradient: np.ndarray, part: int) -> None:
-        """Put a part of a gradient in line for the shards; :meth:`progress` or :meth:`drain` sends it.
-
-        A push is made of all parts, from the last to the first, and a :meth:`report`.  Until it is applied (see
-        :meth:`mark`), the part, which is given alone, must stay as it is.
-        """
-        start, nothing = self._starts[part], _Told(0, 0, 0.0, 0)
-        for shard in self._order:
-            found, last = self._parts[part][shard], self._final[shard] == part
-            self._enqueue_pieces(shard, found, gradient, nothing, last=last, origin=start)
+            memory, found = self._memories[shard], [piece for piece in self._divided[part][shard] if piece.pushed]
+            size = _READ_AT_ONCE if memory.reads(self._number) else memory.chunk
+            for piece in found:
+                for first in range(0, piece.length, size):
+                    length = min(size, piece.length - first)
+                    ends = self._final[shard] == part and piece is found[-1] and first + length == piece.length
+                    local = piece.local - self.parts[part].start + first
+                    header = Header(piece.start + first, length, LAST if ends else MORE, self.versions[shard])
+                    self._enqueue(shard, header, gradient[local : local + length])
+        return tuple(self._queued)
 
     def report(self, outcome: Outcome, steps: int) -> None:
-        """Tell shard 0, which keeps the run's count, of steps and samples; only what comes before is in it."""
-        if self._counts and steps:
+        """Report the steps and samples behind a push to shard 0, which counts those of the run.
+
+        The partitions of a replica learn from the same samples, and only the first one's report is sent.
+
+        Parameters
+        ----------
+        outcome
+            Of all samples behind the push.
+        steps
+            Number of gradients that were added up.
+        """
+        if self._number % self._memories[0].partitions == 0:
             header = Header(0, 0, REPORT, 0, outcome.samples, outcome.correct, outcome.loss, steps)
-            self._enqueue(LEAD, header, self._applied[:0])
+            self._enqueue(LEAD, header, _NO_DATA)
+
+    def wait(self, mark: Mark | None = None) -> None:
+        """Wait until everything before a mark has been applied; by default everything."""
+        wanted = tuple(self._queued) if mark is None else mark
+
+        def reached() -> bool:
+            self.progress()
+            return all(done >= count for done, count in zip(self._applied.tolist(), wanted, strict=True))
+
+        waiting.until(reached, lambda: f"{self._late()} to apply the last push", serve=self.serve)
 
     def progress(self) -> bool:
-        """Send what the shards have room for; return whether nothing is left.  Never waits for a shard."""
+        """Send as much as the shards can take; return whether nothing is left.  Never waits for a shard."""
         self._window.sync()
         if self._sending.acquire(blocking=False):
             try:
@@ -221,29 +191,24 @@ class Client:
         return not any(self._queues)
 
     def drain(self, serve: Callable[[], bool] | None = None) -> None:
-        """Send everything that is in line."""
+        """Send everything that is in line, and `serve` meanwhile; only the worker's own thread may do that."""
         with self._announced(_PUSHES):
             waiting.until(self.progress, lambda: f"{self._late()} to take in a gradient", serve=serve)
 
-    def mark(self) -> Mark:
-        """Return the point in the sequence of pushes that is reached with what is in line now."""
-        return tuple(self._queued)
-
-    def wait(self, mark: Mark, serve: Callable[[], bool] | None = None) -> None:
-        """Wait until everything before a mark has been applied."""
-
-        def reached() -> bool:
-            self.progress()
-            return all(done >= wanted for done, wanted in zip(self._applied.tolist(), mark, strict=True))
-
-        waiting.until(reached, lambda: f"{self._late()} to apply the last push", serve=serve)
-
     def copy(self, parameters: np.ndarray, serve: Callable[[], bool] | None = None) -> list[int]:
-        """Copy the parameters as they are, own pushes applied or not; return the shards' versions before that."""
+        """Copy the parameters whether own pushes have been applied or not; return the shards' versions before that.
+
+        Parameters
+        ----------
+        parameters
+            This client's own vector, to be filled.
+        serve
+            Called meanwhile; only the worker's own thread may do that.
+        """
         versions = [0] * len(self._ranks)
         with self._announced(_FETCHES):
             for shard in self._order:
-                if self._consistent:
+                if self._shards.consistent:
                     versions[shard] = self._copy_consistently(shard, parameters, serve)
                 else:
                     versions[shard] = self._version(shard)
@@ -251,24 +216,22 @@ class Client:
             self._window.complete_gets()
         return versions
 
-    def versions(self) -> list[int]:
-        """Return each shard's version, as far as this client has a part in it."""
-        versions = [0] * len(self._ranks)
-        for shard in self._order:
-            versions[shard] = self._version(shard)
-        return versions
+    @property
+    def moved(self) -> tuple[int, int, int, int]:
+        """Bytes pushed and fetched so far, and the numbers of transfers."""
+        return self.pushed_bytes, self.fetched_bytes, self.pushed_chunks, self.fetched_pieces
 
-    def fetched(self, versions: list[int]) -> None:
-        """Count the staleness of later pushes from these versions: the next gradient is computed from them."""
-        self._fetched_version = versions
-
-    # Helpers
+    def _first_pushed(self, shard: int) -> int:
+        """Return the first part that a shard takes something of."""
+        takes = (part for part in range(len(self.parts)) if any(piece.pushed for piece in self._divided[part][shard]))
+        return next(takes, 0)
 
     def _version(self, shard: int) -> int:
-        return self._window.load(self._ranks[shard], self._memories[shard].version(self._partition))
+        memory = self._memories[shard]
+        return self._window.load(self._ranks[shard], memory.version(self._number % memory.partitions))
 
     def _begin_copy(self, shard: int, parameters: np.ndarray) -> None:
-        """Begin to copy what a shard holds, unless the vector is where it lies."""
+        """Begin to copy a shard's parameters, unless the vector is the shard's own memory."""
         memory, rank = self._memories[shard], self._ranks[shard]
         for piece in self._pieces[shard] if parameters is not self.parameters else ():
             part = parameters[piece.local : piece.local + piece.length]
@@ -280,9 +243,9 @@ class Client:
             self.fetched_pieces += 1
 
     def _copy_consistently(self, shard: int, parameters: np.ndarray, serve: Callable[[], bool] | None) -> int:
-        """Copy what a shard holds until no push was begun or ended meanwhile; return its version.
+        """Copy a shard's parameters until no push was begun or ended meanwhile; return its version.
 
-        After the first copy in vain the shard is asked to begin no other push, so that the next one succeeds.
+        After the first failure the shard is asked not to start another push, so that the next copy succeeds.
         """
         memory, rank = self._memories[shard], self._ranks[shard]
         asked, version = False, 0
@@ -308,13 +271,14 @@ class Client:
 
     @contextmanager
     def _announced(self, activity: int) -> Iterator[None]:
-        """Tell shards on other hosts that data are on their way: while it does not sleep, its MPI moves them faster."""
-        shards = self._unheard
-        for shard in shards:
-            self._window.store(self._ranks[shard], self._memories[shard].active(self._number, activity), 1)
+        """Tell shards on other hosts that data are on the way, so that they do not sleep: MPI is faster then."""
+        self._announce(activity, 1)
         yield
-        for shard in shards:
-            self._window.store(self._ranks[shard], self._memories[shard].active(self._number, activity), 0)
+        self._announce(activity, 0)
+
+    def _announce(self, activity: int, value: int) -> None:
+        for shard in self._unheard:
+            self._window.store(self._ranks[shard], self._memories[shard].active(self._number, activity), value)
 
     def _late(self) -> str:
         """Name the shards that have not applied all yet."""
@@ -325,32 +289,15 @@ class Client:
         self._queues[shard].append((header, data))
         self._queued[shard] += 1
 
-    def _enqueue_pieces(
-        self, shard: int, found: list[Stretch], gradient: np.ndarray, told: _Told, *, last: bool, origin: int = 0
-    ) -> None:
-        """Cut pieces of the gradient into chunks with their headers, and put them in line for a shard."""
-        memory = self._memories[shard]
-        size = _READ_AT_ONCE if memory.reads(self._number) else memory.chunk
-        pushed = [piece for piece in found if piece.pushed]
-        for piece in pushed:
-            for start in range(0, piece.length, size):
-                length = min(size, piece.length - start)
-                ends = last and piece is pushed[-1] and start + length == piece.length
-                local = piece.local + start - origin
-                header = Header(
-                    piece.start + start, length, LAST if ends else MORE, self._fetched_version[shard], *told
-                )
-                self._enqueue(shard, header, gradient[local : local + length])
-
     def _send_next(self, shard: int) -> bool:
-        """Send the next chunk to a shard and raise the flag, if there is room; return whether there was."""
+        """Send the next chunk to a shard and raise the flag, if there is a free slot; return whether there was."""
         rank, memory, count = self._ranks[shard], self._memories[shard], self._posted[shard]
-        if count - int(self._applied[shard]) >= memory.room(self._number):
+        if count - int(self._applied[shard]) >= memory.slots(self._number):
             return False
         header, data = self._queues[shard][0]
-        if memory.reads(self._number):
-            header = header._replace(source=self._place(data) or 0)
-        else:
+        if data.size and memory.reads(self._number):
+            header = header._replace(source=self._offset(data))
+        elif data.size:
             self._window.put(rank, memory.data(self._number, count), data)
         self._window.put(rank, memory.header(self._number, count), header.pack())
         self._posted[shard] = count + 1
@@ -360,16 +307,21 @@ class Client:
         self._queues[shard].popleft()
         return True
 
-    def _place(self, vector: np.ndarray) -> int | None:
-        """Return where in this rank's window a vector lies, if it does."""
-        start = vector.ctypes.data - self._window.local.ctypes.data
-        return start if 0 <= start < self._window.local.nbytes else None
+    def _offset(self, vector: np.ndarray) -> int:
+        """Return where in this rank's window a vector lies."""
+        start: int = vector.ctypes.data - self._window.local.ctypes.data
+        assert 0 <= start < self._window.local.nbytes, "a shard can read a gradient in this rank's window alone"
+        return start
 
 
-class _Told(NamedTuple):
-    """What the header of a chunk says of the samples behind it."""
-
-    samples: int
-    correct: int
-    loss: float
-    steps: int
+def _divide(stretches: Sequence[Stretch], parts: Sequence[range]) -> Iterator[list[Stretch]]:
+    """Yield the stretches of each part of a client's own vector."""
+    starts = [stretch.local for stretch in stretches]
+    for part in parts:
+        clipped = []
+        first = max(bisect_right(starts, part.start) - 1, 0)
+        for stretch in stretches[first : bisect_left(starts, part.stop)]:
+            start, stop = max(stretch.local, part.start), min(stretch.local + stretch.length, part.stop)
+            if start < stop:
+                clipped.append(Stretch(stretch.start + start - stretch.local, start, stop - start, stretch.pushed))
+        yield clipped

@@ -1,7 +1,7 @@
-"""What lies where in a rank's window: pure integers, computed alike by the owner and by the ranks that write there.
+"""The layout of a rank's window: pure integers, computed alike by the owner and by the ranks that write there.
 
-A rank's window begins with its words as a client: for each shard, how many of its chunks that shard has applied.  On
-a shard there follow its words (versions, and for each client how many chunks it has posted), its parameters, the
+A rank's window begins with its words as a client: for each shard, the number of the client's chunks applied there.  On
+a shard there follow its words (versions, and for each client the number of chunks posted), its parameters, the
 headers of the chunks, a ring for each client, and the inbox: a ring of slots for the chunks of each client that
 cannot be read in place.  The window of a client whose gradient is read in place ends with the gradient.
 """
@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from dbmpi.errors import UserError
 from dbmpi.index.layout import Layout
 from dbmpi.kernels.memory import CACHE_LINE
+from dbmpi.paramserver.protocol import HEADER_WORDS
 
 _WORD = 8
-HEADER_WORDS = 16
-"""64-bit words of a header, two cache lines."""
 HEADERS = 64
 """Chunks read in place that a client may have posted to one shard; each costs a header and no more."""
 SLOTS = 4
@@ -38,28 +37,28 @@ class Memory:
     chunk: int
     """Elements of a chunk in the inbox."""
     partitions: int = 1
-    """Clients of one replica; each is told of the pushes to its own part alone."""
+    """Clients of one replica; each counts the pushes to its own part alone."""
     in_place: tuple[int, ...] = ()
-    """Clients whose gradients this shard reads where they lie, in order; shards of one host share the tuple."""
+    """Clients whose gradients this shard reads in place, in order; shards of one host share the tuple."""
 
     def applied(self, shard: int) -> int:
-        """Word in a client's window: how many of its chunks the shard has applied."""
+        """Word in a client's window: the number of its chunks that the shard has applied."""
         return shard * _WORD
 
     def version(self, partition: int) -> int:
-        """Word in a shard's window: how many pushes by this partition of all replicas it has applied."""
+        """Word in a shard's window: the number of pushes applied that came from this partition of any replica."""
         return lines(self.shards * _WORD) + partition * _WORD
 
     def posted(self, client: int) -> int:
-        """Word in a shard's window: how many chunks the client has posted."""
+        """Word in a shard's window: the number of chunks that the client has posted."""
         return self.version(0) + lines(self.partitions * _WORD) + client * _WORD
 
     def active(self, client: int, activity: int) -> int:
-        """Word in a shard's window: whether the client fetches (0) or pushes (1) from another host right now."""
+        """Word in a shard's window: whether the client, on another host, is fetching (`activity` 0) or pushing (1)."""
         return self.posted(0) + lines(self.clients * _WORD) + (2 * client + activity) * _WORD
 
     def wanted(self, client: int) -> int:
-        """Word in a shard's window: whether the client waits for a moment between two pushes to read."""
+        """Word in a shard's window: whether the client waits to read between two pushes."""
         return self.active(0, 0) + lines(2 * self.clients * _WORD) + client * _WORD
 
     @property
@@ -69,27 +68,27 @@ class Memory:
 
     @property
     def parameters(self) -> int:
-        """Where a shard's parameters begin."""
+        """Offset of a shard's parameters."""
         return self.sequence + CACHE_LINE
 
     def reads(self, client: int) -> bool:
-        """Whether the shard reads the client's gradients where they lie."""
+        """Whether the shard reads the client's gradients in place."""
         return self._before(client) < self._before(client + 1)
 
-    def room(self, client: int) -> int:
-        """Return how many chunks the client may have on the way."""
+    def slots(self, client: int) -> int:
+        """Return the number of chunks that the client may have on the way."""
         return HEADERS if self.reads(client) else SLOTS
 
     def header(self, client: int, count: int) -> int:
-        """Where the header of the client's chunk number `count` lies."""
+        """Offset of the header of the client's chunk number `count`."""
         start = self.parameters + lines(self.elements * self.itemsize)
         near = self._before(client)
-        # Of the many clients of other hosts, each has no more headers than it has slots.
-        headers = near * HEADERS + (client - near) * SLOTS + count % self.room(client)
+        # Clients of other hosts, which may be many, have one header for each slot.
+        headers = near * HEADERS + (client - near) * SLOTS + count % self.slots(client)
         return start + headers * HEADER_WORDS * _WORD
 
     def data(self, client: int, count: int) -> int:
-        """Where the client's chunk number `count` lies in the inbox."""
+        """Offset of the client's chunk number `count` in the inbox."""
         return self._slot((client - self._before(client)) * SLOTS + count % SLOTS)
 
     @property
@@ -111,9 +110,18 @@ class Memory:
 
 
 def chunk_elements(inbox_bytes: float, chunk_bytes: float, clients: int, itemsize: int) -> int:
-    """Return how many elements a chunk may have, so that the slots of so many clients fit in the inbox.
+    """Return the number of elements that a chunk may have, so that the slots of all clients fit in the inbox.
 
     The inbox does not grow with the number of clients; their chunks shrink.
+
+    Parameters
+    ----------
+    inbox_bytes, chunk_bytes
+        Size of the inbox, and of the largest chunk to use.
+    clients
+        Number of clients.
+    itemsize
+        Bytes of an element.
 
     Raises
     ------
@@ -131,33 +139,33 @@ def chunk_elements(inbox_bytes: float, chunk_bytes: float, clients: int, itemsiz
     return most // itemsize
 
 
-def check_room(layout: Layout, shards: int, itemsize: int, available: int) -> None:
-    """Refuse parameters of which a shard could not hold its part: a number too many in a description, as a rule.
+def check_fits(layout: Layout, shards: int, itemsize: int, available: int) -> None:
+    """Refuse parameters that need more memory than the shards have: usually one digit too many in a description.
 
     Parameters
     ----------
     layout
         The parameters.
     shards
-        How many ranks share them.
-    itemsize, available : int
+        Number of ranks that share them.
+    itemsize, available
         Bytes of a parameter, and of the memory of this rank's machine.
 
     Raises
     ------
     UserError
-        If a shard's parameters alone need more; names the largest tensor.
+        If a shard's parameters alone need more memory; names the largest tensor.
     """
-    held = -(-layout.size // shards) * itemsize
-    if held > available:
+    needed = -(-layout.size // shards) * itemsize
+    if needed > available:
         largest = max(layout.tensors, key=lambda tensor: tensor.size)
         raise UserError(
             f"the network has {layout.size:,} parameters, {largest.size:,} of them in {largest.name!r} of shape "
-            f"{largest.shape}: that is {held / 2**30:,.1f} GiB on each of {shards} shards, but there are "
+            f"{largest.shape}: that is {needed / 2**30:,.1f} GiB on each of {shards} shards, but there are "
             f"{available / 2**30:,.1f} GiB of memory; make that layer smaller, or start more shards on more machines"
         )
 
 
 def lines(nbytes: int) -> int:
-    """Round up to whole cache lines."""
+    """Round `nbytes` up to whole cache lines."""
     return -(-nbytes // CACHE_LINE) * CACHE_LINE

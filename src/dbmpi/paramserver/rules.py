@@ -32,7 +32,7 @@ class Rule(Protocol):
         ...
 
     def apply(self, parameters: np.ndarray, gradient: np.ndarray, state: State) -> None:
-        """Update `parameters` and `state` in place; all arrays are flat and equally long."""
+        """Update `parameters` and `state` in place by a `gradient`; all arrays are flat and equally long."""
         ...
 
 
@@ -44,11 +44,11 @@ class Sgd:
     state_names = ()
 
     def init(self, parameters: np.ndarray) -> State:
-        """Return an empty state."""
+        """Return an empty state, for any `parameters`."""
         return {}
 
     def apply(self, parameters: np.ndarray, gradient: np.ndarray, state: State) -> None:
-        """Take one step."""
+        """Update `parameters` by one step along the `gradient`; the `state` is empty."""
         updates.sgd(parameters, gradient, self.learning_rate)
 
 
@@ -63,8 +63,8 @@ class Adagrad:
 
     The sum includes the current gradient.  The paper has neither `initial_accumulator` nor `epsilon`; with 0 and
     1e-10, the defaults, the first step is its ``learning_rate * sign(dw)``, and 0 where the gradient is 0 (the
-    paper's formula is 0/0 there), also with an `epsilon` of 0.  Gradients may be of any size that float32 holds; how
-    their squares are kept is told in :mod:`dbmpi.kernels.updates`.
+    paper's formula is 0/0 there), also with an `epsilon` of 0.  Gradients may have any size that float32 holds;
+    :mod:`dbmpi.kernels.updates` explains how their squares are stored.
     """
 
     learning_rate: float
@@ -73,11 +73,11 @@ class Adagrad:
     state_names = ("accumulator",)
 
     def init(self, parameters: np.ndarray) -> State:
-        """Return the sums of squared gradients before the first one."""
+        """Return the sums of squared gradients, as long as `parameters`, before the first gradient."""
         return {"accumulator": np.full_like(parameters, self.initial_accumulator)}
 
     def apply(self, parameters: np.ndarray, gradient: np.ndarray, state: State) -> None:
-        """Add the squared gradient to the sums and take one step."""
+        """Add the squared `gradient` to the sums in `state`, and update `parameters` by one step."""
         updates.adagrad(parameters, gradient, state["accumulator"], self.learning_rate, self.epsilon)
 
 

@@ -1,7 +1,7 @@
 """A shard: it owns a range of the parameters and applies the gradients that arrive in its inbox.
 
-The shard looks whether a client has posted a chunk, applies the rule to the part of its range that the chunk covers,
-and tells the client that it has.  The chunk of a client on the same node is not moved: the rule's kernel reads it where
+The shard polls for a chunk that a client has posted, applies the rule to the part of its range that the chunk covers,
+and sets a flag for the client.  The chunk of a client on the same node is not moved: the rule's kernel reads it where
 the client has computed it, in one pass over gradient, parameters and state.  The shard never waits, so that a rank
 which is also a worker can call :meth:`Server.poll` between two steps and while it waits.
 """
@@ -9,63 +9,20 @@ which is also a worker can call :meth:`Server.poll` between two steps and while 
 from __future__ import annotations
 
 import time
-from typing import NamedTuple
 
 import numpy as np
 
 from dbmpi.monitor.records import StalenessHistogram
-from dbmpi.mpi.window import Window
 from dbmpi.objective import Outcome
-from dbmpi.paramserver.memory import HEADER_WORDS, Memory
+from dbmpi.paramserver.protocol import HEADER_WORDS, LAST, MORE, REPORT, Header, ShardMap
 from dbmpi.paramserver.rules import Rule, State
 
-MORE, LAST, REPORT = 0, 1, 2
 _LONGEST_TRANSFER = 10.0
 """Seconds for which a shard does not sleep while a client's transfer goes on."""
 
 
-class Header(NamedTuple):
-    """What a client says about a chunk; nine of the 64-bit words of a header."""
-
-    start: int
-    """First element of the shard's range that the chunk covers."""
-    length: int
-    """Elements of the chunk."""
-    last: int
-    """`MORE`, `LAST` for the last chunk of a push to this shard, or `REPORT` for none: only the counts are news."""
-    fetched: int
-    """Version of the shard that the client's parameters came from."""
-    samples: int
-    """Samples behind the push."""
-    correct: int
-    """Of these, samples classified correctly; -1 if that has no meaning."""
-    loss: float
-    """Sum of the losses of the samples."""
-    steps: int
-    """Steps whose gradients were accrued."""
-    source: int = -1
-    """Byte of the client's window where the chunk is to be read; -1 where it lies in the inbox."""
-
-    def pack(self) -> np.ndarray:
-        """Return the words."""
-        words = np.zeros(HEADER_WORDS, np.int64)
-        words[:9] = (
-            *(self.start, self.length, self.last, self.fetched),
-            *(self.samples, self.correct, 0, self.steps, self.source),
-        )
-        words[6:7].view(np.float64)[0] = self.loss
-        return words
-
-    @classmethod
-    def unpack(cls, words: np.ndarray) -> Header:
-        """Read what :meth:`pack` wrote."""
-        start, length, last, fetched, samples, correct, _, steps, source = words[:9].tolist()
-        loss = float(words[6:7].view(np.float64)[0])
-        return cls(start, length, last, fetched, samples, correct, loss, steps, source)
-
-
 class Tally:
-    """What a shard has done since the last :meth:`take`."""
+    """The work of a shard since the last :meth:`Server.take_tally`."""
 
     def __init__(self) -> None:
         self.pushes = 0
@@ -77,7 +34,7 @@ class Tally:
         self.outcome = Outcome(0, 0.0, 0)
 
     def add(self, header: Header) -> None:
-        """Count the steps and samples behind a push."""
+        """Count the steps and samples in the `header` of a report."""
         self.steps += header.steps
         self.outcome = self.outcome.plus(Outcome(header.samples, header.loss, header.correct))
 
@@ -85,23 +42,21 @@ class Tally:
 class Server:
     """The work of one shard.
 
+    Consistent shards apply each push without interruption, with a sequence number for readers: odd from the first chunk
+    of a push to the last, then even again.  Otherwise chunks of several clients take turns.
+
     Parameters
     ----------
-    window
-        The window of all ranks.
-    memory
-        What lies where in this rank's window.
-    shard
+    shards
+        Where the shards are.
+    number
         Number of this shard.
     clients
         World rank of each client.
     rule
-        How gradients are applied.
+        Applies the gradients.
     parameters
         The shard's range, flat, in a window: fetches read it while it is being updated.
-    consistent
-        Whether a push is applied at one go, with a sequence number that tells readers of it: odd from its first chunk
-        to its last, then even again.  By default chunks of several clients take turns.
 
     Attributes
     ----------
@@ -112,31 +67,23 @@ class Server:
     """
 
     def __init__(
-        self,
-        window: Window,
-        memory: Memory,
-        shard: int,
-        clients: tuple[int, ...],
-        rule: Rule,
-        parameters: np.ndarray,
-        consistent: bool = False,
+        self, shards: ShardMap, number: int, clients: tuple[int, ...], rule: Rule, parameters: np.ndarray
     ) -> None:
-        self._consistent = consistent
+        window, memory = shards.window, shards.memories[number]
+        self._window, self._memory = window, memory
+        self._consistent = shards.consistent
         self._current: int | None = None
-        self._window = window
-        self._memory = memory
-        self._shard = shard
+        self._number = number
         self._clients = clients
         self._rule = rule
-        local = window.local
         self.parameters = parameters
         self.state: State = {}
-        self._posted = local[memory.posted(0) :][: len(clients) * 8].view(np.int64)
-        self._versions = local[memory.version(0) :][: memory.partitions * 8].view(np.int64)
+        self._posted = self._words(memory.posted(0), len(clients))
+        self._versions = self._words(memory.version(0), memory.partitions)
         self._applied = np.zeros(len(clients), np.int64)
-        self._active = local[memory.active(0, 0) :][: len(clients) * 16].view(np.int64)
-        self._wanted = local[memory.wanted(0) :][: len(clients) * 8].view(np.int64)
-        self._sequence = local[memory.sequence :][:8].view(np.int64)
+        self._active = self._words(memory.active(0, 0), 2 * len(clients))
+        self._wanted = self._words(memory.wanted(0), len(clients))
+        self._sequence = self._words(memory.sequence, 1)
         self._last = -1
         self._seen_active, self._active_since = self._active.copy(), 0.0
         self.tally = Tally()
@@ -147,13 +94,21 @@ class Server:
         return int(self._versions.max())
 
     def begin(self, state: State | None, version: int = 0) -> None:
-        """Start from `state` (None: the rule's own) after `parameters` have been filled."""
+        """Start after :attr:`parameters` have been filled.
+
+        Parameters
+        ----------
+        state
+            The rule's state; None for the initial one.
+        version
+            Number of pushes applied so far.
+        """
         self.state = self._rule.init(self.parameters) if state is None else state
         self._versions[:] = version
         self._window.sync()
 
     def poll(self) -> bool:
-        """Apply what has arrived; return whether there was anything, or something is about to arrive or leave."""
+        """Apply the chunks that have arrived; return whether there were any, or a transfer is under way."""
         self._window.sync()
         waiting_chunks = self._posted - self._applied
         queue = int(waiting_chunks.sum())
@@ -168,14 +123,14 @@ class Server:
         return True
 
     def take_tally(self) -> Tally:
-        """Return what was done since the last call."""
+        """Return the tally since the last call, and start another."""
         tally, self.tally = self.tally, Tally()
         return tally
 
     def _transfers_go_on(self) -> bool:
         """Whether a client of another host moves data: its MPI may need this rank to poll, and not to sleep.
 
-        A client that has said so long ago may have halted.
+        Flags that have not changed for long do not count, for the client may have halted.
         """
         if not self._active.any():
             return False
@@ -184,9 +139,9 @@ class Server:
         return time.monotonic() - self._active_since < _LONGEST_TRANSFER
 
     def _apply_whole(self, ready: list[int]) -> bool:
-        """Go on with the push that has been begun, or begin one; return whether anything was done."""
+        """Continue the current push, or start one; return whether anything was done."""
         if self._current is None:
-            # Who has read a torn vector is let in before the next push.
+            # A reader whose copy overlapped a push gets a turn before the next one.
             if self._wanted.any():
                 return True
             candidates = [client for client in ready if self._is_whole(client)]
@@ -203,10 +158,10 @@ class Server:
         return True
 
     def _is_whole(self, client: int) -> bool:
-        """Whether all of a push has been posted, or as much as there is room for."""
+        """Whether all of a push has been posted, or as much as there are slots for."""
         first, stop = int(self._applied[client]), int(self._posted[client])
-        return stop - first >= self._memory.room(client) or any(
-            self._header(client, count).last != MORE for count in range(first, stop)
+        return stop - first >= self._memory.slots(client) or any(
+            self._header(client, count).kind != MORE for count in range(first, stop)
         )
 
     def _step_sequence(self) -> None:
@@ -214,35 +169,48 @@ class Server:
         self._sequence[0] += 1
         self._window.sync()
 
+    def _words(self, offset: int, count: int) -> np.ndarray:
+        """Return words of this rank's window, int64."""
+        words: np.ndarray = self._window.local[offset : offset + 8 * count].view(np.int64)
+        return words
+
     def _header(self, client: int, count: int) -> Header:
-        place = self._memory.header(client, count)
-        return Header.unpack(self._window.local[place : place + HEADER_WORDS * 8].view(np.int64))
+        return Header.unpack(self._words(self._memory.header(client, count), HEADER_WORDS))
 
     def _apply(self, client: int) -> int:
         """Apply the client's next chunk: one a turn, so that no client starves another; return its kind."""
-        count = int(self._applied[client])
-        local, memory, dtype = self._window.local, self._memory, self.parameters.dtype
+        count, memory = int(self._applied[client]), self._memory
         header = self._header(client, count)
-        start = header.source
-        if memory.reads(client):
+        if header.kind == REPORT:
+            self.tally.add(header)
+        else:
+            self._update(header, self._chunk(client, count, header))
+        if header.kind == LAST:
+            partition = client % memory.partitions
+            self.tally.staleness.add(int(self._versions[partition]) - header.fetched)
+            self.tally.pushes += 1
+            self._versions[partition] += 1
+        self._applied[client] = count + 1
+        self._window.store(self._clients[client], memory.applied(self._number), count + 1)
+        return header.kind
+
+    def _chunk(self, client: int, count: int, header: Header) -> np.ndarray:
+        """Return the data of a chunk, in place."""
+        memory, start = self._window.local, header.source
+        if self._memory.reads(client):
             near = self._window.near(self._clients[client])
             assert near is not None
-            local = near
+            memory = near
         else:
-            start = memory.data(client, count)
-        chunk = local[start : start + header.length * dtype.itemsize].view(dtype)
+            start = self._memory.data(client, count)
+        dtype = self.parameters.dtype
+        chunk: np.ndarray = memory[start : start + header.length * dtype.itemsize].view(dtype)
+        return chunk
+
+    def _update(self, header: Header, chunk: np.ndarray) -> None:
+        """Apply the rule to the range that a chunk covers."""
         covered = slice(header.start, header.start + header.length)
         began = time.perf_counter()
         self._rule.apply(self.parameters[covered], chunk, {name: array[covered] for name, array in self.state.items()})
         self.tally.apply_seconds += time.perf_counter() - began
         self.tally.applied_bytes += chunk.nbytes
-        if header.last == LAST:
-            partition = client % memory.partitions
-            self.tally.staleness.add(int(self._versions[partition]) - header.fetched)
-            self.tally.pushes += 1
-            self._versions[partition] += 1
-        if header.last != MORE:
-            self.tally.add(header)
-        self._applied[client] = count + 1
-        self._window.store(self._clients[client], memory.applied(self._shard), count + 1)
-        return header.last

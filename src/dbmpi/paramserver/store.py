@@ -17,6 +17,7 @@ from dbmpi.mpi.transport import transport_between
 from dbmpi.mpi.window import Window
 from dbmpi.paramserver.client import Client
 from dbmpi.paramserver.memory import Memory, chunk_elements, lines
+from dbmpi.paramserver.protocol import ShardMap
 from dbmpi.paramserver.rules import Rule
 from dbmpi.paramserver.server import Server
 
@@ -27,16 +28,40 @@ if TYPE_CHECKING:
 class Store(Collective):
     """The shards' memory and one rank's ways to it (collective to open and to free).
 
-    Attributes
+    Parameters
     ----------
+    comm
+        All ranks of the plan.
+    plan
+        The role of each rank.
     ranges
         The range of the flat vector that each shard holds.
+    section
+        How gradients and parameters travel.
+    dtype
+        Of the parameters.
+    gradient_size
+        Elements of a buffer to compute a gradient in, if this rank is a worker.
+    shared
+        Whether ranks of a host may share memory.
+    chunk
+        Elements of a chunk in the inbox; by default as many as the section allows.
+
+    Attributes
+    ----------
+    shards
+        Where the shards are.
+    ranges, window
+        Those of the shards.
     notes
-        What the user should know of how the memory is shared; the same on all ranks.
+        What a user should know about how the memory is shared; the same on all ranks.
     overlap
         Whether a worker may fetch and push while it computes.
-    window
-        The window of all ranks.
+
+    Raises
+    ------
+    UserError
+        On every rank, if these ranks and hosts cannot do what the section asks for.
     """
 
     def __init__(
@@ -46,40 +71,14 @@ class Store(Collective):
         ranges: Sequence[range],
         section: ServerSection,
         dtype: np.dtype[np.floating],
-        own: int,
+        gradient_size: int,
         *,
         shared: bool = True,
         chunk: int | None = None,
     ) -> None:
-        """Open the memory.
-
-        Parameters
-        ----------
-        comm
-            All ranks of the plan.
-        plan
-            Which rank plays which role.
-        ranges
-            The range of the flat vector that each shard holds.
-        section
-            How gradients and parameters travel.
-        dtype
-            Of the parameters.
-        own
-            Elements of a gradient of this rank, if it is a worker.
-        shared
-            Whether ranks of a host may share memory.
-        chunk
-            Elements of a chunk in the inbox; by default as many as the section allows.
-
-        Raises
-        ------
-        UserError
-            On every rank, if the section asks for what these ranks and hosts do not have.
-        """
         self._plan = plan
         self._dtype = dtype
-        self._own = own
+        self._gradient_size = gradient_size
         self.overlap = section.overlap == "threads" and MPI.Query_thread() == MPI.THREAD_MULTIPLE
         self._gradients = 2 if self.overlap and section.gradients == "whole" else 1
         self._shard = plan.shard_of(comm.rank)
@@ -89,72 +88,78 @@ class Store(Collective):
         if section.overlap == "threads" and not self.overlap:
             self.notes += ("this MPI does not let several threads call it: nothing is overlapped",)
         self._common = section.fetch == "shared"
-        self._consistent = section.consistent
         hosts = windows.hosts(comm)
         if self._common:
             _check_common(plan, hosts, section.align)
         if chunk is None:
             chunk = chunk_elements(section.inbox_mib * 2**20, section.chunk_kib * 2**10, plan.workers, dtype.itemsize)
-        near = _neighbours(plan, hosts) if section.push == "shared" else [()] * plan.shards
-        nobody: list[tuple[int, ...]] = [()] * plan.shards
-        for in_place in (near, nobody):
+        none: list[tuple[int, ...]] = [()] * plan.shards
+        near = _neighbours(plan, hosts) if shared and section.push == "shared" else none
+        for in_place in (near, none):
             self._memories = [self._memory(shard, chunk, in_place[shard]) for shard in range(plan.shards)]
             lacks = windows.missing(comm, self._nbytes())
             if lacks <= 0:
                 break
-        if lacks > 0 and shared:
+        if shared and lacks > 0:
             self._refuse_or_note(lacks)
-        if lacks <= 0 and shared and in_place is nobody and any(near):
+        shared = shared and lacks <= 0
+        if shared and in_place is none and any(near):
             less = ' (server.gradients = "layers" needs less)' if section.gradients == "whole" else ""
             self.notes += (f"/dev/shm has no room for gradients that shards read in place{less}: they are copied",)
-        if not shared:
-            self._memories = [self._memory(shard, chunk, nobody[shard]) for shard in range(plan.shards)]
-        memories = hosts if shared and lacks <= 0 else np.arange(comm.size)
-        transport, notes = transport_between(comm, section.transport, memories)
+        transport, notes = transport_between(comm, section.transport, hosts if shared else np.arange(comm.size))
         self.notes += notes
         self.window = Window.allocate(comm, self._nbytes(), shared=shared, transport=transport)
+        self.shards = ShardMap(
+            window=self.window,
+            memories=self._memories,
+            ranks=plan.shard_ranks,
+            ranges=self.ranges,
+            consistent=section.consistent,
+        )
         self._whole = self._common_parameters() if self._common else None
 
     def server(self, rule: Rule) -> Server:
-        """Return the server of this rank's shard."""
+        """Return the server of this rank's shard, which applies gradients by the `rule`."""
         assert self._shard is not None
-        held, memory = self.ranges[self._shard], self._memories[self._shard]
+        held = self.ranges[self._shard]
         if self._whole is not None:
             parameters = self._whole[held.start : held.stop]
         else:
-            parameters = self._vector(self.window.local, memory.parameters, len(held))
-        return Server(self.window, memory, self._shard, self._plan.worker_ranks, rule, parameters, self._consistent)
+            parameters = self._vector(self.window.local, self._memories[self._shard].parameters, len(held))
+        return Server(self.shards, self._shard, self._plan.worker_ranks, rule, parameters)
 
-    def client(self, runs: Sequence[Stretch] | None = None, serve: Callable[[], bool] | None = None) -> Client:
+    def client(
+        self,
+        stretches: Sequence[Stretch] | None = None,
+        parts: Sequence[range] | None = None,
+        serve: Callable[[], bool] | None = None,
+    ) -> Client:
         """Return the client of this rank's worker.
 
         Parameters
         ----------
-        runs
-            Which parts of the shards' vector the worker's own is made of; by default all.
+        stretches
+            The pieces of the shards' vector that make up the worker's own; by default all.
+        parts
+            The ranges of the worker's own vector that are pushed one by one; by default one range, all of it.
         serve
             Called while the rank waits.
         """
         assert self._worker is not None
-        gradients = []
-        if any(memory.reads(self._worker) for memory in self._memories):
-            size = lines(self._own * self._dtype.itemsize)
-            start = self._words()
-            gradients = [
-                self._vector(self.window.local, start + number * size, self._own) for number in range(self._gradients)
-            ]
+        size, nbytes = self._gradient_size, lines(self._gradient_size * self._dtype.itemsize)
+        if self._in_place:
+            starts = [self._words() + number * nbytes for number in range(self._gradients)]
+            gradients = [self._vector(self.window.local, start, size) for start in starts]
+        else:
+            gradients = [np.zeros(size, self._dtype) for _ in range(self._gradients)]
         return Client(
-            self.window,
-            self._memories,
-            self._plan.shard_ranks,
-            self.ranges,
+            self.shards,
             self._worker,
+            stretches=stretches,
+            parts=parts,
             gradients=gradients,
-            parameters=None if self._whole is None else _own(self._whole, runs),
+            parameters=None if self._whole is None else _own(self._whole, stretches),
             serve=serve,
-            runs=runs,
-            counts=self._worker % self._plan.partitions == 0,
-            consistent=self._consistent,
         )
 
     def free(self) -> None:
@@ -174,16 +179,18 @@ class Store(Collective):
         """Return the bytes of this rank's window before its gradients."""
         return self._memories[0].words_nbytes if self._shard is None else self._memories[self._shard].nbytes
 
+    @property
+    def _in_place(self) -> bool:
+        """Whether some shard reads this rank's gradients where they lie."""
+        return self._worker is not None and any(memory.reads(self._worker) for memory in self._memories)
+
     def _nbytes(self) -> int:
         """Return the bytes of this rank's window."""
-        nbytes = self._words()
-        worker = self._worker
-        if worker is not None and any(memory.reads(worker) for memory in self._memories):
-            nbytes += self._gradients * lines(self._own * self._dtype.itemsize)
-        return nbytes
+        gradients = self._gradients if self._in_place else 0
+        return self._words() + gradients * lines(self._gradient_size * self._dtype.itemsize)
 
     def _common_parameters(self) -> np.ndarray:
-        """Return the whole parameters, which lie on the first shard's rank."""
+        """Return the whole parameters, which are in the first shard's window."""
         near = self.window.near(self._plan.shard_ranks[0])
         assert near is not None
         return self._vector(near, self._memories[0].parameters, self.ranges[-1].stop)
@@ -193,7 +200,7 @@ class Store(Collective):
         return vector
 
     def _refuse_or_note(self, lacks: int) -> None:
-        """Say that not even the parameters fit into shared memory."""
+        """Refuse the run, or note that not even the parameters fit into shared memory."""
         lacking = f"/dev/shm lacks {lacks / 2**20:.0f} MiB for the memory that the ranks of a host share"
         fix = "enlarge it (docker run --shm-size, or mount -o remount,size=... /dev/shm)"
         if self._common:
@@ -225,12 +232,12 @@ def _check_common(plan: Plan, hosts: np.ndarray, align: Literal["equal", "partit
         )
 
 
-def _own(whole: np.ndarray, runs: Sequence[Stretch] | None) -> np.ndarray:
+def _own(whole: np.ndarray, stretches: Sequence[Stretch] | None) -> np.ndarray:
     """Return a worker's own vector, a piece of the whole."""
-    if runs is None:
+    if stretches is None:
         return whole
-    start = runs[0].start if runs else 0
-    for run in runs:
-        # The caller has refused tensors that several partitions hold; then all that is left is in order.
-        assert run.start == start + run.local
-    return whole[start : start + sum(run.length for run in runs)]
+    start = stretches[0].start if stretches else 0
+    for stretch in stretches:
+        # The caller has refused tensors that several partitions hold, so the stretches are in order.
+        assert stretch.start == start + stretch.local
+    return whole[start : start + sum(stretch.length for stretch in stretches)]

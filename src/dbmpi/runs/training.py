@@ -30,7 +30,7 @@ from dbmpi.mpi.silent_ends import aloud
 from dbmpi.mpi.world import end_all_on_failure, together
 from dbmpi.network import own
 from dbmpi.network.description import Network
-from dbmpi.paramserver.memory import check_room
+from dbmpi.paramserver.memory import check_fits
 from dbmpi.replica import placement
 from dbmpi.replica.replica import Replica
 from dbmpi.replica.thread_count import fitted
@@ -162,7 +162,7 @@ def _plan_network(run: Run, data: RunData, comm: MPI.Intracomm, plan: topology.P
     with together(comm, "planning the network"):
         load = own.from_directory(section.code)
         network = Network(section, data.input_shape, seed, targets=data.targets, load=load)
-        check_room(network.layout, plan.shards, DTYPE.itemsize, capacity.available())
+        check_fits(network.layout, plan.shards, DTYPE.itemsize, capacity.available())
         if worker is not None:
             limits.check_activations(
                 network.activations,

@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dbmpi.data.ahead import Ahead
-from dbmpi.objective import Outcome
+from dbmpi.objective import Objective, Outcome
 from dbmpi.sandblaster.board import PassKind, PostedBatch
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from dbmpi.data.source import Source
     from dbmpi.data.stream import Order
     from dbmpi.monitor.worker_log import WorkerLog
     from dbmpi.paramserver.client import Client
-    from dbmpi.replica.replica import Replica
 
 
 class PortionWork:
@@ -37,11 +38,13 @@ class PortionWork:
         How far apart a replica's portions in succession usually are, to read the next one in advance.
     keep_bytes
         For portions that are kept as they are computed with, because they will come again.
+    layer_seconds
+        Time spent so far by phase, for each layer, if the objective measures it.
     """
 
     def __init__(
         self,
-        objective: Replica,
+        objective: Objective,
         client: Client,
         order: Order,
         train: Source,
@@ -50,10 +53,11 @@ class PortionWork:
         log: WorkerLog,
         stride: int,
         keep_bytes: int,
+        layer_seconds: Mapping[str, Sequence[float]] | None = None,
     ) -> None:
         self._objective, self._client, self._order = objective, client, order
         self._train, self._test = Ahead(train, order, keep_bytes), test
-        self._log, self._stride = log, stride
+        self._log, self._stride, self._layer_seconds = log, stride, layer_seconds or {}
         self._parameters = np.zeros(objective.size, np.float32)
         self._reached = 0
 
@@ -63,7 +67,7 @@ class PortionWork:
             self._report()
         self._reached = batch.reached
         with self._log.stopwatch("fetch"):
-            self._client.peek(self._parameters)
+            self._client.fetch(self._parameters, for_gradient=False)
 
     def end(self) -> None:
         """Report what has not been reported."""
@@ -97,4 +101,4 @@ class PortionWork:
 
     def _report(self) -> None:
         epoch = self._reached / self._order.batches_per_epoch
-        self._log.report(epoch, self._client.moved, self._objective.seconds)
+        self._log.report(epoch, self._client.moved, self._layer_seconds)

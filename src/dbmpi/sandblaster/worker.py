@@ -11,6 +11,7 @@ from dbmpi.mpi.failures import RankLost
 from dbmpi.mpi.mailbox import Mailbox, MessageKind, Role
 from dbmpi.mpi.window import Window
 from dbmpi.paramserver.client import Client
+from dbmpi.paramserver.protocol import ShardMap
 from dbmpi.replica.team import Team
 from dbmpi.sandblaster.board import END
 from dbmpi.sandblaster.replica import Portions
@@ -106,9 +107,8 @@ class BatchWorker:
         replica, partition = divmod(number, plan.partitions)
         session.replica.serve_while_waiting(self._serve)
         stretches = setup.stretches[partition]
-        client = Client(
-            window, setup.memories, plan.shard_ranks, setup.ranges, number, serve=self._serve, runs=stretches
-        )
+        shards = ShardMap(window=window, memories=setup.memories, ranks=plan.shard_ranks, ranges=setup.ranges)
+        client = Client(shards, number, stretches=stretches, serve=self._serve)
         # Batches of all samples are the same portions in every pass.
         again = not run.sandblaster.batch_portions
         work = PortionWork(
@@ -120,6 +120,7 @@ class BatchWorker:
             log=session.log(number),
             stride=plan.replicas if run.sandblaster.deterministic else 1,
             keep_bytes=data.train.spare_bytes if again else 0,
+            layer_seconds=session.replica.seconds,
         )
         held = pieces(stretches, setup.ranges)
         return Portions(
