@@ -19,7 +19,15 @@ LINE_SEARCHES = ("strong_wolfe", "backtracking")
 
 
 def checked(objective: Any, x: Any, chosen: tuple[Any, ...], callback: object) -> np.ndarray:
-    """Return a copy of the start, after a look at all arguments."""
+    """Return a copy of the start, once all arguments of :func:`dbmpi.minimize` have been checked.
+
+    Parameters
+    ----------
+    objective, x, callback
+        As given.
+    chosen
+        The arguments between them, in their order.
+    """
     parameters, method, memory, line_search, l1, l2, gtol, ftol, iterations, evaluations = chosen
     names: dict[str, tuple[Any, tuple[str, ...]]] = {
         "parameters": (parameters, ("whole", "cut")),
@@ -53,7 +61,19 @@ def checked(objective: Any, x: Any, chosen: tuple[Any, ...], callback: object) -
 
 
 def agree(comm: MPI.Intracomm, begin: np.ndarray, chosen: tuple[Any, ...], calls: bool) -> None:
-    """See that all ranks were given the same; what they do would not fit together."""
+    """Raise UserError on all ranks if they were not given the same (collective).
+
+    Parameters
+    ----------
+    comm
+        The ranks.
+    begin
+        The start, as checked.
+    chosen
+        As in `checked`.
+    calls
+        Whether there is a callback.
+    """
     parameters, method, *others = chosen
     name = method if isinstance(method, str) else getattr(method, "__qualname__", "")
     whole = parameters == "whole"
@@ -75,7 +95,15 @@ def agree(comm: MPI.Intracomm, begin: np.ndarray, chosen: tuple[Any, ...], calls
 
 
 def returned(result: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[float, np.ndarray]:
-    """Return loss and gradient as an objective has returned them; raise UserError if they are none."""
+    """Return loss and gradient as an objective has returned them; raise UserError if they are none.
+
+    Parameters
+    ----------
+    result
+        What the objective returned.
+    shape, dtype
+        Those of x.
+    """
     expected = "minimize: the objective must return (loss, gradient)"
     if not isinstance(result, (tuple, list)) or len(result) != 2:
         raise UserError(f"{expected}, not {type(result).__name__}")

@@ -30,7 +30,7 @@ _LEAD_RANK = 0
 
 
 @dataclass(frozen=True)
-class Part:
+class ShardPart:
     """The lead's own part of the vectors."""
 
     arrangement: Arrangement
@@ -45,7 +45,7 @@ def save(
     comm: MPI.Intracomm,
     shard_ranks: Sequence[int],
     path: Path,
-    part: Part,
+    part: ShardPart,
     describe: Callable[[tuple[int, ...]], CheckpointInfo],
     *,
     keep: int,

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from dbmpi.checkpoint.attempts import Attempts
-from dbmpi.checkpoint.collect import Part, finite, save
+from dbmpi.checkpoint.collect import ShardPart, finite, save
 from dbmpi.checkpoint.directory import checkpoint_path
 from dbmpi.checkpoint.retention import kept
 from dbmpi.checkpoint.schema import CheckpointInfo
@@ -295,7 +295,7 @@ class Lead(Shard):
             self._comm,
             self._plan.shard_ranks,
             checkpoint_path(checkpoints.directory, steps),
-            Part(checkpoints.arrangement, self.vectors(), self.version),
+            ShardPart(checkpoints.arrangement, self.vectors(), self.version),
             describe,
             keep=checkpoints.section.keep,
             check=self._check_finite,

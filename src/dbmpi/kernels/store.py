@@ -59,7 +59,7 @@ class KernelStore(NullCache):
         return None if directory is None else str(directory)
 
     def compile_once(self, compile_: Any) -> Any:
-        """Return Numba's function that finds or compiles the code for a signature, for one process at a time."""
+        """Wrap Numba's function `compile_`, which finds or compiles code, so that one process at a time compiles it."""
 
         def compile_alone(sig: Any) -> Any:
             with self._lock:  # released even if it cannot be compiled
@@ -68,7 +68,7 @@ class KernelStore(NullCache):
         return compile_alone
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
-        """Return the code for a signature; None if this process is to compile it.
+        """Return the code for the signature `sig` in `target_context`; None if this process has to compile it.
 
         Numba's own cache first imports whatever can be compiled, SciPy included, which takes longer than all else in
         the start of a small run.  Code that is there needs Numba's memory management alone; and compiling imports the
@@ -91,7 +91,7 @@ class KernelStore(NullCache):
         return None if content is None else CompileResult._rebuild(target_context, *content)  # type: ignore[no-untyped-call]
 
     def save_overload(self, sig: Any, data: Any) -> None:
-        """Keep the code for a signature, if other processes can use it."""
+        """Keep `data`, the code for the signature `sig`, if other processes can use it."""
         base = self._base(sig, data.codegen)
         if base is None or data.lifted or data.library.has_dynamic_globals:
             return
@@ -122,7 +122,7 @@ class KernelStore(NullCache):
 
 
 def source_digest(function: Any) -> str | None:
-    """Return a digest of the sources that a kernel is compiled from; None where they are no file.
+    """Return a digest of the sources that the kernel `function` is compiled from; None where they are no file.
 
     Functions from other folders may depend on more than `sources_of` finds: only their path tells these apart.
     """

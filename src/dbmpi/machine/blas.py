@@ -79,7 +79,7 @@ class Measurement:
 
 
 @dataclass(frozen=True)
-class Choice:
+class BlasChoice:
     """What was decided about BLAS."""
 
     kernel: str | None
@@ -93,10 +93,10 @@ class Choice:
         return self.line
 
 
-_prepared: Choice | None = None
+_prepared: BlasChoice | None = None
 
 
-def prepare() -> Choice:
+def prepare() -> BlasChoice:
     """Choose the fastest kernel that this processor can run, by setting ``OPENBLAS_CORETYPE`` in this process.
 
     The user's own setting stays; nothing can be done where NumPy is loaded already, or does not use OpenBLAS, or on
@@ -220,22 +220,22 @@ def remembered() -> Measurement | None:
     return found if possible and (numbers or not found.openblas) else None
 
 
-def _decide(environment: Mapping[str, str]) -> Choice:
+def _decide(environment: Mapping[str, str]) -> BlasChoice:
     given = environment.get(VARIABLE, "").strip()
     flags = processor_flags()
     if given:
-        return Choice(given, f"BLAS: {VARIABLE}={given} is set{_remark(given, flags)}")
+        return BlasChoice(given, f"BLAS: {VARIABLE}={given} is set{_remark(given, flags)}")
     if not flags:
-        return Choice(None, "BLAS: left alone, as this is no x86 processor")
+        return BlasChoice(None, "BLAS: left alone, as this is no x86 processor")
     found = _measured(flags, environment)
-    if isinstance(found, Choice):
+    if isinstance(found, BlasChoice):
         return found
     if "numpy" in sys.modules and found.openblas:
         return _as_loaded(found)
-    return Choice(found.kernel, found.line, _slow(found))
+    return BlasChoice(found.kernel, found.line, _slow(found))
 
 
-def _measured(flags: frozenset[str], environment: Mapping[str, str]) -> Measurement | Choice:
+def _measured(flags: frozenset[str], environment: Mapping[str, str]) -> Measurement | BlasChoice:
     """Return what was measured on this node, by this process or before it; where that is not possible, what follows."""
     found, file = remembered(), _file()
     if found is not None:
@@ -243,26 +243,26 @@ def _measured(flags: frozenset[str], environment: Mapping[str, str]) -> Measurem
     own = "BLAS: OpenBLAS's own choice"
     if "mpi4py.MPI" in sys.modules:  # its libraries may not support starting processes
         loss = "MPI was started before dbmpi, and BLAS kernels have not been compared on this node: import dbmpi first"
-        return Choice(None, own, (loss,))
+        return BlasChoice(None, own, (loss,))
     lock = None if file is None else file.with_suffix(".lock")
     with nullcontext(True) if lock is None else kernel_cache.locked(lock, _WAIT_SECONDS) as mine:
         found = remembered()
         if found is None and not mine:
-            return Choice(None, f"{own}; a probe took longer than {_WAIT_SECONDS:.0f} s")
+            return BlasChoice(None, f"{own}; a probe took longer than {_WAIT_SECONDS:.0f} s")
         found = found or measure(flags, threads.without_prepared(environment))
         if found is None:
-            return Choice(None, f"{own}; it could not be probed ('dbmpi doctor' shows why)")
+            return BlasChoice(None, f"{own}; it could not be probed ('dbmpi doctor' shows why)")
         remember(found)
         return found
 
 
-def _as_loaded(found: Measurement) -> Choice:
+def _as_loaded(found: Measurement) -> BlasChoice:
     """Return the choice where OpenBLAS was loaded before it could be set."""
     core = next((library.core for library in openblas.loaded()), found.own_core)
     if found.kernel is None or core.lower() != found.own_core.lower():
-        return Choice(None, f"BLAS: OpenBLAS's {core}, as NumPy was loaded before dbmpi", _slow(found))
+        return BlasChoice(None, f"BLAS: OpenBLAS's {core}, as NumPy was loaded before dbmpi", _slow(found))
     speed = f"{found.own_gflops:.0f} GFLOP/s a core, where {found.kernel} would do {found.gflops:.0f}"
-    return Choice(
+    return BlasChoice(
         None,
         f"BLAS: OpenBLAS's own choice {core}, as NumPy was loaded before dbmpi",
         (f"NumPy was loaded before dbmpi, so OpenBLAS uses its own choice {core}, {speed}: import dbmpi before numpy",),

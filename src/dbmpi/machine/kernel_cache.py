@@ -93,7 +93,7 @@ def private_directory(name: str) -> Path | None:
 
 
 def private_part(directory: Path, name: str) -> Path | None:
-    """Return a directory of this user's alone in one that others may use, too; made if missing (mode 0700).
+    """Return the directory `name` of this user's alone in `directory`, which others may use; made if missing (0700).
 
     None where there cannot be one.
     """

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from mpi4py import MPI
 
 from dbmpi.checkpoint.attempts import Attempts
-from dbmpi.checkpoint.collect import Part, check_finite, save
+from dbmpi.checkpoint.collect import ShardPart, check_finite, save
 from dbmpi.checkpoint.directory import checkpoint_path
 from dbmpi.checkpoint.schema import CheckpointInfo, library_versions
 from dbmpi.errors import DiskFailed
@@ -151,7 +151,7 @@ class Keeper:
             session.comms.world,
             plan.shard_ranks,
             checkpoint_path(run.run.directory, begin.step + steps),
-            Part(
+            ShardPart(
                 Arrangement(session.network.layout, cut(session.network.layout.size, plan.shards)),
                 {name: lead.array(name) for name in names},
                 lead.version,
