@@ -1,1 +1,1 @@
-"""Checkpoints: one HDF5 file with whole, named arrays that any HDF5 tool reads (``docs/checkpoints.md``)."""
+"""Checkpoints: one HDF5 file with whole, named arrays that any HDF5 tool reads (``docs/checkpoint-format.md``)."""

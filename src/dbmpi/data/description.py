@@ -1,7 +1,7 @@
 """What a data file holds, and whether a given HDF5 file is one.
 
 The format is two datasets whose first axis is the sample: inputs, and targets that are classes or values.
-``docs/data.md`` describes it for users, and the conventions of other tools that are understood.
+``docs/data-format.md`` describes it for users, and the conventions of other tools that are understood.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ Label = int | str
 
 @dataclass(frozen=True)
 class Reading:
-    """How to read a data file; by default the format of ``docs/data.md``."""
+    """How to read a data file; by default the format of ``docs/data-format.md``."""
 
     inputs: str = "inputs"
     targets: str = "targets"

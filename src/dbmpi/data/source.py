@@ -106,13 +106,13 @@ class Source:
         Parameters
         ----------
         path
-            HDF5 file as described in ``docs/data.md``.
+            HDF5 file as described in ``docs/data-format.md``.
         memory_mib
             A file up to this size (MiB, as float32) is kept in memory.
         targets
             Whether the file must have targets; to predict, inputs are enough.
         reading
-            How to read it; by default the format of ``docs/data.md``.
+            How to read it; by default the format of ``docs/data-format.md``.
 
         Raises
         ------
