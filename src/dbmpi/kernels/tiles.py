@@ -145,7 +145,10 @@ def _multiply(by_columns: bool, tile_rows: int, vectors: int) -> Kernel[..., Non
         sizes: Pair,
         add: bool,
     ) -> None:
-        (m, n, k), (first, last), (left, right), (width, block) = shape, rows, panels, sizes
+        m, n, k = shape
+        first, last = rows
+        left, right = panels
+        width, block = sizes
         row_step, column_step = (1, m) if by_columns else (k, 1)
         for number in prange(-(-m // block)):
             top, bottom = number * block, min(m, number * block + block)
