@@ -56,11 +56,14 @@ def test_the_first_rank_leaves_where_its_run_writes(tmp_path: Path, monkeypatch:
 
 @pytest.mark.parametrize("number", HEEDED)
 def test_all_signals_that_ask_for_the_end_are_noted(number: signal.Signals) -> None:
-    before = signal.getsignal(number)
-    with StopSignal() as stop:
-        os.kill(os.getpid(), number)
-        assert stop.number == number
-    assert signal.getsignal(number) == before
+    inherited = signal.signal(number, signal.SIG_DFL)  # nohup lets a program ignore SIGHUP
+    try:
+        with StopSignal() as stop:
+            os.kill(os.getpid(), number)
+            assert stop.number == number
+        assert signal.getsignal(number) == signal.SIG_DFL
+    finally:
+        signal.signal(number, inherited)
 
 
 def test_what_is_ignored_stays_ignored() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_left, bisect_right
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -99,7 +98,8 @@ class Client:
         distant = [shard for shard in holders if window.near(ranks[shard]) is None]
         self._unheard = distant if window.transport == "rma" else []
         self._sending = threading.Lock()
-        self._queues: list[deque[tuple[Header, np.ndarray]]] = [deque() for _ in ranks]
+        # Short lists: a deque takes half a KiB for each shard, even an empty one.
+        self._queues: list[list[tuple[Header, np.ndarray]]] = [[] for _ in ranks]
         self._queued = [0] * len(ranks)
         self._posted = [0] * len(ranks)
         self.versions = [0] * len(ranks)
@@ -304,7 +304,7 @@ class Client:
         self._window.store(rank, memory.posted(self._number), count + 1)
         self.pushed_bytes += data.nbytes
         self.pushed_chunks += bool(data.size)
-        self._queues[shard].popleft()
+        self._queues[shard].pop(0)
         return True
 
     def _offset(self, vector: np.ndarray) -> int:
