@@ -105,3 +105,38 @@ def everything_imported(path: Path) -> set[Path]:
             names = [module.with_suffix(".py"), *((module / alias.name).with_suffix(".py") for alias in node.names)]
             wanted += [name for name in names if name.is_file() and name not in found]
     return found
+
+
+def test_kernels_that_differ_in_a_constant_alone_are_told_apart() -> None:
+    def made(number):
+        @kernel
+        def scaled(x):
+            return x[0] * number
+
+        return scaled
+
+    @kernel
+    def added(x):
+        return x[0] + 1.0
+
+    first = added
+
+    @kernel
+    def added(x):
+        return x[0] + 2.0
+
+    one = np.ones(1)
+    assert (first(one), added(one)) == (2, 3)
+    assert [made(np.float64(number))(one) for number in (2, 3)] == [2, 3]
+    assert made(2.0)(one) == 2
+
+
+def test_a_kernel_outside_of_the_package_depends_on_all_of_its_kernels(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text("import dbmpi.kernels.elementary as e\n")
+    assert set(store.sources_of(tmp_path / "own.py")) == {tmp_path / "own.py", *FOLDER.rglob("*.py")}
+
+
+def test_a_cache_that_other_users_can_change_is_not_used(tmp_path: Path) -> None:
+    for mode, used in ((0o755, True), (0o1777, True), (0o775, False), (0o777, False)):
+        tmp_path.chmod(mode)
+        assert (kernel_cache.private_part(tmp_path, "kernels") is not None) == used

@@ -128,7 +128,7 @@ def test_a_cache_directory_that_everybody_can_change_is_replaced(
     shared.chmod(0o777)
     assert kernel_cache.private_part(shared, "kernels") is None
     assert own(temporary) in kernel_cache.prepare().parents
-    assert "can be changed by everybody" in kernel_cache.notes()[0]
+    assert "can be changed by other users" in kernel_cache.notes()[0]
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(shared))
     shared.chmod(0o1777)  # sticky: a part that is ours stays ours
     assert kernel_cache.prepare() == shared

@@ -28,7 +28,7 @@ from typing import Any, Generic, ParamSpec, Protocol, TypeVar, cast
 import numba
 import numpy as np
 
-from dbmpi.kernels.store import KernelStore, source_digest
+from dbmpi.kernels.store import KernelStore, code_text, source_digest
 from dbmpi.machine import threads
 
 P = ParamSpec("P")
@@ -165,9 +165,16 @@ def _variant(function: Callable[..., Any]) -> str:
     held = [cell.cell_contents for cell in function.__closure__ or ()]
     if not held:
         return ""
-    plain = (bool, int, float, str, tuple, type(None))
-    texts = [
-        repr(value) if isinstance(value, plain) else getattr(value, "__qualname__", type(value).__name__)
-        for value in (getattr(value, "py_func", value) for value in held)
-    ]
-    return "_" + hashlib.blake2s(" ".join(texts).encode(), digest_size=4).hexdigest()
+    return "_" + hashlib.blake2s(" ".join(map(_text, held)).encode(), digest_size=4).hexdigest()
+
+
+def _text(value: Any) -> str:
+    """Return a text that distinguishes a value, or a function, from others that a kernel may close over."""
+    value = getattr(value, "py_func", value)
+    if isinstance(value, FunctionType):
+        return f"{value.__qualname__} {code_text(value.__code__)}"
+    if isinstance(value, (np.generic, np.ndarray)):
+        return f"{value.dtype} {value.shape} {value.tobytes().hex()}"
+    if isinstance(value, (bool, int, float, str, tuple, type(None))):
+        return repr(value)
+    return str(getattr(value, "__qualname__", type(value).__name__))

@@ -14,10 +14,12 @@ from __future__ import annotations
 import hashlib
 import re
 import sys
+import threading
 from contextlib import ExitStack
 from functools import cache
 from importlib import metadata
 from pathlib import Path
+from types import CodeType
 from typing import Any, ClassVar
 
 import numba
@@ -33,7 +35,7 @@ _COMPILING_SECONDS = 120.0
 
 _FOLDER = Path(__file__).parent
 _IMPORTS = re.compile(r"^from dbmpi\.kernels(?:\.([\w.]+) import | import (.+))", re.MULTILINE)
-_SETTINGS = ("OPT", "BOUNDSCHECK", "DEBUGINFO_DEFAULT", "LOOP_VECTORIZE", "SLP_VECTORIZE")
+_SETTINGS = ("OPT", "BOUNDSCHECK", "DEBUGINFO_DEFAULT", "LOOP_VECTORIZE", "SLP_VECTORIZE", "USING_SVML")
 
 
 class KernelStore(NullCache):
@@ -50,7 +52,8 @@ class KernelStore(NullCache):
 
     def __init__(self, function: Any) -> None:
         self._function = function
-        self._lock = ExitStack()
+        self._compiling = threading.local()
+        """For each thread, the locks that it holds while it compiles."""
 
     @property
     def cache_path(self) -> str | None:
@@ -62,7 +65,7 @@ class KernelStore(NullCache):
         """Wrap Numba's function `compile_`, which finds or compiles code, so that one process at a time compiles it."""
 
         def compile_alone(sig: Any) -> Any:
-            with self._lock:  # released even if it cannot be compiled
+            with ExitStack() as self._compiling.locks:  # released even if it cannot be compiled
                 return compile_(sig)
 
         return compile_alone
@@ -83,8 +86,9 @@ class KernelStore(NullCache):
             return None
         key = _key(sig, codegen)
         content = _load(base, key)
-        if content is None and not self._lock.enter_context(kernel_cache.locked(_data(base), 0.0)):
-            with kernel_cache.locked(_data(base), _COMPILING_SECONDS):
+        if content is None and not self._compiling.locks.enter_context(kernel_cache.locked(_data(base), 0.0)):
+            # On a full disk there will be nothing to load.
+            with kernel_cache.locked(_data(base), 0.0 if KernelStore.unkept else _COMPILING_SECONDS):
                 content = _load(base, key)
         elif content is None:
             content = _load(base, key)  # it may have been compiled since the first look
@@ -111,7 +115,7 @@ class KernelStore(NullCache):
         parts = (
             function.__module__,
             function.__qualname__,
-            function.__code__.co_code.hex(),
+            code_text(function.__code__),
             sources,
             str(sig),
             repr(codegen.magic_tuple()),
@@ -119,6 +123,12 @@ class KernelStore(NullCache):
         )
         digest = hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()
         return directory / f"{function.__name__}-{digest}"
+
+
+def code_text(code: CodeType) -> str:
+    """Return a text that is the same for the same `code` in another checkout: all but the path of its file."""
+    constants = [code_text(value) if isinstance(value, CodeType) else repr(value) for value in code.co_consts]
+    return repr((code.co_code.hex(), constants, code.co_names, code.co_varnames, code.co_freevars))
 
 
 def source_digest(function: Any) -> str | None:
@@ -130,9 +140,12 @@ def source_digest(function: Any) -> str | None:
 
 
 def sources_of(file: Path) -> dict[Path, bytes]:
-    """Return a file's content, and that of all files of this folder that it imports, directly or not."""
+    """Return a file's content, and that of all files of this folder that it may have imported, directly or not.
+
+    A file of this folder imports by lines that begin with ``from dbmpi.kernels``; another one may do so in any way.
+    """
     sources: dict[Path, bytes] = {}
-    wanted = [file]
+    wanted = [file] if file.is_relative_to(_FOLDER) else [file, *_FOLDER.rglob("*.py")]
     while wanted:
         path = wanted.pop()
         if path in sources:

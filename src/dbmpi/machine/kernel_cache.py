@@ -168,21 +168,20 @@ def _problem(directory: Path) -> str:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory):
-            mode = directory.stat().st_mode
+            pass
     except OSError:
         return "cannot be written"
-    if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
-        return "can be changed by everybody"
-    return ""
+    return "" if _is_safe(directory) else "can be changed by other users"
 
 
 def _is_safe(base: Path) -> bool:
     """Return whether nobody else can put another directory in the place of one of ours in `base`."""
     try:
-        mode = base.stat().st_mode
+        found = base.stat()
     except OSError:
         return False
-    return bool(mode & stat.S_ISVTX) or not mode & (stat.S_IWGRP | stat.S_IWOTH)
+    closed = bool(found.st_mode & stat.S_ISVTX) or not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return closed and found.st_uid in (0, os.getuid())
 
 
 def _make_private(directory: Path) -> bool:

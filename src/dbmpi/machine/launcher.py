@@ -190,7 +190,7 @@ class _Relay:
         self.kill = signal.SIGTERM if mpi.is_open_mpi else signal.SIGKILL
         self.asked: list[int] = []
         self._end = STOP if mpi.is_open_mpi else signal.SIGTERM
-        self._killed = False
+        self._killed = self._sent = False
         self._child: subprocess.Popen[bytes] | None = None
         self._before: dict[int, Any] = {}
 
@@ -219,15 +219,17 @@ class _Relay:
 
     def _heed(self, number: int, frame: FrameType | None) -> None:
         self.asked.append(number)
-        if len(self.asked) == 1:
-            os.write(2, b"dbmpi launch: asked the ranks to end with a checkpoint; Ctrl-C ends them at once\n")
-        elif number == signal.SIGINT:
-            self._killed = True
-        if self._killed or len(self.asked) == 1:
-            self._send()
+        first = len(self.asked) == 1
+        self._killed = self._killed or (number == signal.SIGINT and not first)
+        self._send()
+        if first:
+            with suppress(OSError):  # nobody may be there to read it
+                os.write(2, b"dbmpi launch: asked the ranks to end with a checkpoint; Ctrl-C ends them at once\n")
 
     def _send(self) -> None:
-        if self._child is not None:
+        """Ask the launcher once to end its ranks; end them whenever that is asked for."""
+        if self._child is not None and (self._killed or not self._sent):
+            self._sent = True
             self._child.send_signal(self.kill if self._killed else self._end)
 
 
@@ -253,6 +255,9 @@ def _wait_through_start(mpirun: subprocess.Popen[bytes], started: Path) -> int:
         elif time.monotonic() - complete > _GRACE and not started.exists():
             sys.stderr.write("dbmpi launch: a rank has died while MPI started, and the others would wait for it\n")
             mpirun.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                mpirun.wait(_GRACE)
+            mpirun.kill()
             mpirun.wait()
             return 128 + signal.SIGKILL
     return mpirun.wait()
