@@ -47,6 +47,40 @@ def test_flags_arrive_while_a_message_waits_to_be_received(comm, way) -> None:
             comm.Recv(np.empty_like(words), 0, 1)
 
 
+@pytest.mark.parallel([2, 3])
+@pytest.mark.parametrize("way", ["shared memory", "rma", "p2p"])
+def test_what_two_ranks_put_and_get_from_one_another_does_not_cross(comm, way) -> None:
+    """Both count their transfers for themselves: a fetch and a push between them may bear the same number."""
+    target, source = 256, 512
+    other = comm.size - 1 - comm.rank
+    with Window.allocate(comm, 1024, **WAYS[way]) as window:
+        window.local[source : source + 32].view(np.float64)[:] = comm.rank + 1
+        window.sync()
+        waiting.barrier(comm, "the others to fill their memory")
+        for step in range(3):
+            fetched = np.zeros(4)
+            if other != comm.rank:
+                pushed = np.full(4, 10.0 * (step + 1) + comm.rank)
+                if comm.rank < other:
+                    window.begin_get(other, source, fetched)
+                window.put(other, target, pushed)
+                window.store(other, FLAG, step + 1)
+                if comm.rank > other:
+                    window.begin_get(other, source, fetched)
+                window.complete_gets()
+                np.testing.assert_array_equal(fetched, np.full(4, other + 1))
+                flag = window.local[FLAG : FLAG + 8].view(np.int64)
+
+                def arrived() -> bool:
+                    window.sync()
+                    return bool(flag[0] == step + 1)  # noqa: B023
+
+                waiting.until(arrived, "the flag")
+                held = window.local[target : target + 32].view(np.float64)
+                np.testing.assert_array_equal(held, np.full(4, 10.0 * (step + 1) + other))
+            waiting.barrier(comm, "the others to see theirs")
+
+
 @pytest.mark.parallel([2, 4])
 @pytest.mark.parametrize("way", ["shared memory", "rma", "p2p"])
 def test_a_flag_is_stored_while_its_owner_does_something_else(comm, way) -> None:

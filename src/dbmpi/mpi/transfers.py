@@ -239,21 +239,22 @@ class Messages(Remote):
     def _ask(self, kind: _Kind, rank: int, offset: int, out: np.ndarray, value: int, expected: int = 0) -> MPI.Request:
         """Give an order that is answered; return what completes when the answer is in `out`."""
         with self._lock:
-            tag = self._next_tag()
+            tag = self._next_tag(answer=True)
             request = self._comm.Irecv([out, MPI.BYTE], rank, tag)
             self._order(rank, kind, offset, value, tag, expected)
         return request
 
     def _order(self, rank: int, kind: _Kind, offset: int, value: int, tag: int | None = None, expected: int = 0) -> int:
         """Send an order, and return the tag of its data; the lock keeps orders and their data in one sequence."""
-        tag = self._next_tag() if tag is None else tag
+        tag = self._next_tag(answer=False) if tag is None else tag
         words = np.array([kind, offset, value, tag, expected], np.int64)
         self._leave(rank, self._comm.Isend(words, rank, _ORDERS), words)
         return tag
 
-    def _next_tag(self) -> int:
-        self._tag = self._tag % Tag.LAST_TRANSFER + 1
-        return self._tag
+    def _next_tag(self, *, answer: bool) -> int:
+        """Return an even tag for an answer, an odd one for what this rank sends: the other rank counts for itself."""
+        self._tag = self._tag % (Tag.LAST_TRANSFER // 2) + 1
+        return 2 * self._tag - (not answer)
 
     def _obey(self, rank: int, orders: deque[list[int]]) -> None:
         """Carry out a rank's orders up to the first that must wait."""

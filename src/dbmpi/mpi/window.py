@@ -188,9 +188,21 @@ class Window(Collective):
             offset += piece.nbytes
 
     def complete_gets(self) -> None:
-        """Wait for all copies that this thread has begun by `begin_get`."""
+        """Wait for all copies that this thread has begun by `begin_get`.
+
+        Raises
+        ------
+        RankLost
+            As :meth:`get`, once the copies from all other ranks are complete, too.
+        """
+        lost: failures.RankLost | None = None
         for rank, request, out in self._gets.pop(threading.get_ident(), ()):
-            self._complete_get(rank, request, out)
+            try:
+                self._complete_get(rank, request, out)
+            except failures.RankLost as error:
+                lost = lost or error
+        if lost is not None:
+            raise lost
 
     def put(self, rank: int, offset: int, data: np.ndarray) -> None:
         """Copy the contiguous array `data` to `offset` of a rank's memory, which sees it before a flag stored next.
