@@ -1,4 +1,4 @@
-"""What `dbmpi.minimize` is called with: looked at on each rank, and compared over all of them."""
+"""The arguments of `dbmpi.minimize`: checked on each rank, and compared over all."""
 
 from __future__ import annotations
 

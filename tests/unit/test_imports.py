@@ -20,7 +20,7 @@ MODULES = {
     for path in sorted(SOURCE.glob("dbmpi/**/*.py"))
 }
 
-# docs/architecture.md, "Import direction": a module imports from its own folder and from the rows above its own.
+# docs/architecture.md, "Folders": a module imports from its own folder and from those in the rows above here.
 ORDER = (
     ("index", "errors", "objective"),
     ("config", "machine", "monitor", "result"),

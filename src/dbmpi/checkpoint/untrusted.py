@@ -87,6 +87,8 @@ def open_file(
         if not h5py.is_hdf5(path):
             raise Damaged(f"{path}: is not an HDF5 file, or a torn one; {expected}")
         return h5py.File(path, "r", locking=locking, rdcc_nbytes=cache_bytes, rdcc_nslots=CACHE_SLOTS)
+    except FileNotFoundError:  # removed since
+        raise UserError(f"{path}: no such {kind}; {expected}") from None
     except PermissionError:
         raise UserError(f"{path}: the {kind} may not be read by this user") from None
     except OSError as error:

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from dbmpi.cli import options
+from dbmpi.data.importers.table import count
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -24,12 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     network = actions.add_parser("network", help=text, description=text)
     options.add_configuration(network, "description of a run; its data are not read", "topology.partitions=2")
     options.add_input_shape(network)
-    network.add_argument(
-        "--batch", type=options.count, metavar="N", help="samples of a step (default: optimizer.batch_size)"
-    )
-    network.add_argument(
-        "--steps", type=options.count, default=5, metavar="N", help="steps to take the median of (default: 5)"
-    )
+    network.add_argument("--batch", type=count, metavar="N", help="samples of a step (default: optimizer.batch_size)")
+    network.add_argument("--steps", type=count, default=5, metavar="N", help="steps to take the median of (default: 5)")
     options.add_json(network)
 
 

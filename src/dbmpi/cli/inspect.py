@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dbmpi.cli import options
+from dbmpi.data.importers.table import count
 from dbmpi.errors import Damaged, UserError
 
 if TYPE_CHECKING:
@@ -34,9 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="PATH is a configuration: show how its network is cut over the partitions, what moves, and why",
     )
-    parser.add_argument(
-        "--partitions", type=options.count, metavar="P", help="with --placement (default: topology.partitions)"
-    )
+    parser.add_argument("--partitions", type=count, metavar="P", help="with --placement (default: topology.partitions)")
     options.add_input_shape(parser)
     options.add_allow_code(parser)
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dbmpi.data.importers.table import count
 from dbmpi.errors import UserError
 
 if TYPE_CHECKING:
@@ -106,14 +107,6 @@ def add_inference(parser: argparse.ArgumentParser) -> None:
         help="value to use where an input is missing (default: as in training)",
     )
     add_allow_code(parser)
-
-
-def count(text: str) -> int:
-    """Return the number in an argument's `text`, which must be at least 1."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {number}")
-    return number
 
 
 def make_network(

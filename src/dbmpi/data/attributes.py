@@ -42,7 +42,7 @@ def declared(path: Path, inputs: h5py.Dataset, targets: h5py.Dataset | None) -> 
             "deviation": _numbers(file, "deviation"),
             "input_names": _names(file, INPUT_NAMES, int(np.prod(inputs.shape[1:], dtype=np.int64))),
         }
-        digest = attribute(file, "digest")
+        digest = _attribute(file, "digest")
         if isinstance(digest, str | bytes):
             found["content"] = decoded(digest)
         if targets is not None and targets.ndim > 1:
@@ -55,8 +55,16 @@ def _bytes(inputs: h5py.Dataset) -> bool:
     return inputs.dtype == np.uint8 and not {"scale_factor", "add_offset"} & set(inputs.attrs)
 
 
+def _attribute(node: h5py.HLObject, name: str) -> Any:
+    """Return an attribute, or None also if it is too large to be a convention that is known here."""
+    try:
+        return attribute(node, name)
+    except ValueError:
+        return None
+
+
 def _numbers(file: h5py.File, name: str) -> tuple[float, ...]:
-    value = attribute(file, name)
+    value = _attribute(file, name)
     values = np.asarray(() if value is None else value)
     if values.dtype.kind not in "iuf" or not np.isfinite(values).all():
         return ()
@@ -65,7 +73,7 @@ def _numbers(file: h5py.File, name: str) -> tuple[float, ...]:
 
 def _axes(inputs: h5py.Dataset) -> tuple[str, ...]:
     """Return the names of a sample's axes, if all of them have one."""
-    names = np.asarray(attribute(inputs, "DIMENSION_LABELS"))
+    names = np.asarray(_attribute(inputs, "DIMENSION_LABELS"))
     if names.shape != (inputs.ndim,) or names.dtype.kind not in "OSU":
         return ()
     axes = tuple(decoded(name or "") for name in names[1:])

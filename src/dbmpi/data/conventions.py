@@ -1,10 +1,9 @@
 """What the numbers of a dataset stand for, by the conventions of the tools that write HDF5.
 
 netCDF and CF: ``value = stored * scale_factor + add_offset``; `_FillValue`, `missing_value` and what lies outside of
-`valid_min`, `valid_max` or `valid_range` are no values; `_Unsigned` makes signed integers
-unsigned ones.  All but the first are compared with the stored numbers (CF conventions, sections 2.5.1 and 8.1; NetCDF
-users' guide, appendix A).  PyTables stores truth values as HDF5's bit fields, MATLAB 7.3 the axes of arrays in reversed
-order.
+`valid_min`, `valid_max` or `valid_range` are no values; `_Unsigned` makes signed integers unsigned ones.  All but the
+first are compared with the stored numbers (CF conventions, sections 2.5.1 and 8.1; NetCDF users' guide, appendix A).
+PyTables stores truth values as HDF5's bit fields, MATLAB 7.3 the axes of arrays in reversed order.
 """
 
 from __future__ import annotations

@@ -112,12 +112,12 @@ def lives(process: int, start: str) -> bool:
         What :func:`started` returned for it.
     """
     now = started(process)
-    if now or Path("/proc/self/stat").exists():
-        return bool(now) and now == start
-    try:  # a system without /proc
+    if now:
+        return now == start
+    try:  # a system without /proc, or one that hides the processes of other users
         os.kill(process, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
         return True
-    return True
+    return not Path("/proc/self/stat").exists()  # where there is /proc, one of ours that is not in it is a zombie

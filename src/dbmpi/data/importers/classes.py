@@ -72,7 +72,7 @@ def whole(path: Path, labels: np.ndarray, where: Callable[[int], str]) -> np.nda
     wrong = np.flatnonzero((labels != np.rint(labels)) | (np.abs(labels) > 2.0**53))
     if len(wrong):
         raise UserError(
-            f"{path}: {where(int(wrong[0]))}: the label {labels[wrong[0]]:g} is not a class; expected whole numbers or "
-            "text (for values say --values)"
+            f"{path}: {where(int(wrong[0]))}: the label {labels[wrong[0]]:g} is not a class; expected a whole "
+            "number, or in CSV a text (for values say --values)"
         )
     return labels.astype(np.int64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -43,6 +44,14 @@ class Importer:
         return getattr(module, self.function)  # type: ignore[no-any-return]
 
 
+def count(text: str) -> int:
+    """Return the number in an argument's `text`, which must be at least 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {number}")
+    return number
+
+
 def _argument(name: str, text: str, *, alternative: bool = False, **settings: Any) -> Argument:
     return Argument(name, {"help": text, **settings}, alternative)
 
@@ -57,7 +66,7 @@ def _names(text: str) -> tuple[str, ...]:
 
 _path = partial(_argument, type=Path, metavar="FILE")
 _given = partial(_path, required=True)
-_count = partial(_argument, type=int, metavar="N")
+_count = partial(_argument, type=count, metavar="N")
 _columns = partial(_argument, action="append", metavar="COLUMN")
 _values = partial(_argument, "--values", action="store_const", dest="kind", const="values", default="classes")
 _like = partial(_path, "--like", metavar="TRAIN.h5")
