@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_left, bisect_right
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -82,8 +83,9 @@ class Client:
         if stretches is None:
             stretches = [Stretch(0, 0, shards.ranges[-1].stop, pushed=True)]
         self._pieces = pieces(stretches, shards.ranges)
-        if parts is None:
-            self.parts: tuple[range, ...] = (range(sum(stretch.length for stretch in stretches)),)
+        whole = range(sum(stretch.length for stretch in stretches))
+        if parts is None or tuple(parts) == (whole,):
+            self.parts: tuple[range, ...] = (whole,)
             self._divided = [self._pieces]
         else:
             self.parts = tuple(parts)
@@ -98,8 +100,8 @@ class Client:
         distant = [shard for shard in holders if window.near(ranks[shard]) is None]
         self._unheard = distant if window.transport == "rma" else []
         self._sending = threading.Lock()
-        # Short lists: a deque takes half a KiB for each shard, even an empty one.
-        self._queues: list[list[tuple[Header, np.ndarray]]] = [[] for _ in ranks]
+        # Made when they are used: even an empty one takes half a KiB, and few clients push to all shards.
+        self._queues: dict[int, deque[tuple[Header, np.ndarray]]] = {}
         self._queued = [0] * len(ranks)
         self._posted = [0] * len(ranks)
         self.versions = [0] * len(ranks)
@@ -181,14 +183,14 @@ class Client:
         self._window.sync()
         if self._sending.acquire(blocking=False):
             try:
-                ready = [shard for shard, queue in enumerate(self._queues) if queue]
+                ready = [shard for shard, queue in list(self._queues.items()) if queue]
                 ready.sort(key=lambda shard: (shard - self._number) % len(self._ranks))
                 while ready:
                     # Chunks go to the shards in turn: all of them work at the same time.
                     ready = [shard for shard in ready if self._send_next(shard) and self._queues[shard]]
             finally:
                 self._sending.release()
-        return not any(self._queues)
+        return not any(list(self._queues.values()))
 
     def drain(self, serve: Callable[[], bool] | None = None) -> None:
         """Send everything that is in line, and `serve` meanwhile; only the worker's own thread may do that."""
@@ -286,7 +288,7 @@ class Client:
         return ", ".join(f"shard {shard} on rank {self._ranks[shard]}" for shard in late)
 
     def _enqueue(self, shard: int, header: Header, data: np.ndarray) -> None:
-        self._queues[shard].append((header, data))
+        self._queues.setdefault(shard, deque()).append((header, data))
         self._queued[shard] += 1
 
     def _send_next(self, shard: int) -> bool:
@@ -304,7 +306,7 @@ class Client:
         self._window.store(rank, memory.posted(self._number), count + 1)
         self.pushed_bytes += data.nbytes
         self.pushed_chunks += bool(data.size)
-        self._queues[shard].pop(0)
+        self._queues[shard].popleft()
         return True
 
     def _offset(self, vector: np.ndarray) -> int:

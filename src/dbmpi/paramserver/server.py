@@ -141,6 +141,12 @@ class Server:
     def _apply_whole(self, ready: list[int]) -> bool:
         """Continue the current push, or start one; return whether anything was done."""
         if self._current is None:
+            # A report changes no parameters, and takes no turn.
+            reports = [client for client in ready if self._next(client).kind == REPORT]
+            for client in reports:
+                self._apply(client)
+            if reports:
+                return True
             # A reader whose copy overlapped a push gets a turn before the next one.
             if self._wanted.any():
                 return True
@@ -177,10 +183,13 @@ class Server:
     def _header(self, client: int, count: int) -> Header:
         return Header.unpack(self._words(self._memory.header(client, count), HEADER_WORDS))
 
+    def _next(self, client: int) -> Header:
+        return self._header(client, int(self._applied[client]))
+
     def _apply(self, client: int) -> int:
         """Apply the client's next chunk: one a turn, so that no client starves another; return its kind."""
         count, memory = int(self._applied[client]), self._memory
-        header = self._header(client, count)
+        header = self._next(client)
         if header.kind == REPORT:
             self.tally.add(header)
         else:
