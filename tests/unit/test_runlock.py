@@ -165,7 +165,7 @@ if not {links}:
 print("ready", flush=True)
 sys.stdin.readline()
 try:
-    runlock.RunLock.acquire(Path({str(tmp_path)!r}), print, lease=0.05)
+    runlock.RunLock.acquire(Path({str(tmp_path)!r}), lambda text: None, lease=0.05)
     print("mine", flush=True)
 except UserError as error:
     print("refused", flush=True)
