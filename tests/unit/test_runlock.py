@@ -106,12 +106,15 @@ def test_a_lease_of_another_host_runs_out_when_it_is_not_renewed(tmp_path):
     ]
 
 
-def test_a_lease_that_is_renewed_is_respected(tmp_path):
+@pytest.mark.parametrize("rest", [0.1, 0.6])
+def test_a_lease_that_is_renewed_is_respected(tmp_path, monkeypatch, rest):
+    """Also where it was renewed while this process rested for longer than the lease had left."""
+    monkeypatch.setattr(run_lock, "_LOOK", rest)
     path = leave(tmp_path)
     renewing = threading.Timer(0.3, lambda: leave(tmp_path, renewals="000000000008"))
     renewing.start()
     with pytest.raises(UserError, match=r"in use by process 77 on elsewhere.*stop it on elsewhere.*delete .*in-use\.1"):
-        RunLock.acquire(tmp_path, lambda text: None, lease=60)
+        RunLock.acquire(tmp_path, lambda text: None, lease=60 if rest < 0.3 else 0.5)
     renewing.join()
     assert path.exists()
     assert locks(tmp_path) == ["in-use.1.json"]
@@ -165,7 +168,7 @@ if not {links}:
 print("ready", flush=True)
 sys.stdin.readline()
 try:
-    runlock.RunLock.acquire(Path({str(tmp_path)!r}), lambda text: None, lease=0.05)
+    runlock.RunLock.acquire(Path({str(tmp_path)!r}), lambda text: None)
     print("mine", flush=True)
 except UserError as error:
     print("refused", flush=True)

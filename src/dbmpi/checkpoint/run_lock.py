@@ -232,8 +232,9 @@ def _refuse_living(path: Path, holder: dict[str, Any], say: Callable[[str], obje
     if not here and _age(path) > _LONG_AGO:
         return
     patience = _ENDING if here else lease
-    began, reported = time.monotonic(), False
-    while time.monotonic() - began < patience:
+    until, reported = time.monotonic() + patience, False
+    while True:
+        last = time.monotonic() >= until  # asked before the file is read: where this process rested, it looks again
         found = _read(path)
         if (
             found is None
@@ -244,13 +245,14 @@ def _refuse_living(path: Path, holder: dict[str, Any], say: Callable[[str], obje
             return  # it has ended, or another run was faster: the caller tries again
         if not here and found["renewals"] != holder["renewals"]:
             break
+        if last:
+            if here:
+                break
+            return
         if not here and not reported:
             say(f"{path.parent}: was in use by {_name(holder)}; waiting up to {lease:g} s to see whether it still is")
             reported = True
         time.sleep(_LOOK)
-    else:
-        if not here:
-            return
     how = f"stop it (kill {holder['process']})" if here else f"stop it on {holder['host']}"
     raise UserError(
         f"{path.parent}: is in use by {_name(holder)}, and two runs would overwrite one another's files; wait for its "
