@@ -42,9 +42,6 @@ class World:
         self._directory = Path(tempfile.mkdtemp(prefix="dbmpi-tests-"))
         (self._directory / "plan.json").write_text(json.dumps(self.tests), encoding="utf-8")
         environment = mpi_environment() | {rank.DIRECTORY: str(self._directory), "PYTHONFAULTHANDLER": "1"}
-        if environment.pop("PYTHONDONTWRITEBYTECODE", ""):
-            # pytest would translate its plugins and all tests anew in every rank: seconds for each start
-            environment.setdefault("PYTHONPYCACHEPREFIX", str(config.rootpath / ".pytest_cache" / "bytecode"))
         self._program = Program(
             command(size, [sys.executable, "-m", "pytest", *self._arguments()]),
             directory=self._directory,

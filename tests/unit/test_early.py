@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import py_compile
 import subprocess
 import sys
 from pathlib import Path
@@ -224,19 +225,33 @@ assert x.tolist() == [2, 2, 2] and "No space left" in store.KernelStore.unkept
     python(program, tmp_path)
 
 
-def test_bytecode_is_kept_where_the_installation_has_none(node: Path, tmp_path: Path) -> None:
-    lone = tmp_path / "site"
-    (lone / "numba").mkdir(parents=True)
-    (lone / "numba" / "__init__.py").write_text("")
+@pytest.mark.parametrize("compiled", [set(), {"numba"}, {"dbmpi"}, {"numba", "dbmpi"}])
+def test_bytecode_is_kept_where_the_installation_has_none(node: Path, tmp_path: Path, compiled: set[str]) -> None:
+    """Also where only one of the two was installed with it."""
+    for name in ("numba", "dbmpi"):
+        source = tmp_path / name / "__init__.py"
+        source.parent.mkdir()
+        source.write_text("")
+        if name in compiled:
+            kept = source.parent / "__pycache__" / f"__init__.{sys.implementation.cache_tag}.pyc"
+            py_compile.compile(str(source), cfile=str(kept))
     program = f"""
 import sys
-sys.path.insert(0, {str(lone)!r})
-from dbmpi.machine.environment import keep_bytecode
-print(keep_bytecode(), sys.dont_write_bytecode)
+from importlib.util import spec_from_file_location
+from dbmpi.machine import early, environment
+early.leave()
+sys.path.insert(0, {str(tmp_path)!r})
+environment.__spec__ = spec_from_file_location("dbmpi", {str(tmp_path / "dbmpi" / "__init__.py")!r})
+print(environment.keep_bytecode(), sys.dont_write_bytecode)
 """
-    place, switched_off = python(program, node, PYTHONDONTWRITEBYTECODE="1").split()
-    assert place.startswith(str(node))
-    assert switched_off == "False"
-    assert python(program, node, PYTHONDONTWRITEBYTECODE="").split()[0] == "None", "Python writes it by itself"
-    prefix = {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPYCACHEPREFIX": str(tmp_path)}
-    assert python(program, node, **prefix).split() == ["None", "True"]
+    off = {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPYCACHEPREFIX": ""}
+    place, switched_off = python(program, node, **off).split()
+    if len(compiled) == 2:
+        assert (place, switched_off) == ("None", "True")
+    else:
+        assert place.startswith(str(node))
+        assert switched_off == "False"
+    assert python(program, node, **off | {"PYTHONDONTWRITEBYTECODE": ""}).split()[0] == "None", (
+        "Python writes it by itself"
+    )
+    assert python(program, node, **off | {"PYTHONPYCACHEPREFIX": str(tmp_path)}).split() == ["None", "True"]

@@ -19,11 +19,23 @@ from typing import Any
 import numpy as np
 from numba import prange
 
-from dbmpi.kernels.compile import Kernel, inlined, parallel_kernel
+from dbmpi.kernels.compile import Kernel, inlined, kernel, parallel_kernel
 from dbmpi.kernels.elementary import exp, log1p_exp, sigmoid
 
 BLOCK = 128
 """Samples that a thread takes at a time."""
+
+
+@kernel
+def add_up(numbers: np.ndarray) -> Any:
+    """Return the sum of a vector, added in its order whatever the number of threads; for use in kernels.
+
+    NumPy's own ``sum`` in a kernel is shared by the threads, and loads SciPy's linear algebra into every rank.
+    """
+    total = numbers.dtype.type(0)
+    for number in numbers:
+        total += number
+    return total
 
 
 @inlined
@@ -103,7 +115,7 @@ def softmax_cross_entropy(values: np.ndarray, classes: np.ndarray, weights: np.n
         _multiply_samples(values, start, stop, factor)
         for sample in range(size):
             values[target[sample], start + sample] -= values.dtype.type(np.float64(weights[start + sample]) / samples)
-    return losses.sum(), hits.sum()
+    return add_up(losses), add_up(hits)
 
 
 @parallel_kernel
@@ -158,7 +170,7 @@ def _of_classes(
             for sample in range(size):
                 values[target[sample], start + sample] -= mean * weight[sample]
                 loss[sample] *= np.float64(weight[sample])
-        return losses.sum(), hits.sum()
+        return add_up(losses), add_up(hits)
 
     return parallel_kernel(loss_of_classes)
 
@@ -231,7 +243,7 @@ def logistic_values(values: np.ndarray, targets: np.ndarray, weights: np.ndarray
             total += weight * np.float64(value * ((one if value > 0 else zero) - target[sample]))
             row[sample] = (sigmoid(value) - target[sample]) * (mean * weights[sample])
         losses[unit] = total
-    return float(losses.sum())
+    return add_up(losses)
 
 
 @parallel_kernel
@@ -259,7 +271,7 @@ def squared_values(values: np.ndarray, targets: np.ndarray, weights: np.ndarray)
             total += np.float64(weights[sample]) * (np.float64(difference) * np.float64(difference))
             row[sample] = difference * (mean * weights[sample])
         losses[unit] = 0.5 * total
-    return float(losses.sum())
+    return add_up(losses)
 
 
 @parallel_kernel

@@ -9,6 +9,7 @@ import numpy as np
 from numba import prange
 
 from dbmpi.kernels.compile import parallel_kernel
+from dbmpi.kernels.losses import add_up
 from dbmpi.kernels.memory import Rows
 
 
@@ -37,7 +38,7 @@ def squared_error(estimate: np.ndarray, value_rows: Rows, factor: float) -> floa
             total += np.float64(error) * np.float64(error)
             mine[i] = error * scale
         sums[line] = total
-    return float(sums.sum())
+    return add_up(sums)
 
 
 @parallel_kernel
@@ -54,4 +55,4 @@ def total(value_rows: Rows, shape: tuple[int, int, int, int]) -> float:
         for i in range(length):
             of_line += np.float64(value[i])
         sums[line] = of_line
-    return float(sums.sum())
+    return add_up(sums)

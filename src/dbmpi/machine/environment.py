@@ -119,7 +119,7 @@ def _set_blas(number: int, theirs: Mapping[str, str], inherited: Mapping[str, st
 def keep_bytecode() -> Path | None:
     """Let Python keep bytecode in the user's private directory of this node, where it has no better place.
 
-    Without bytecode every rank compiles the sources of NumPy, Numba and SciPy whenever it starts, which doubles the
+    Without bytecode every rank compiles the sources of NumPy, Numba and dbmpi whenever it starts, which doubles the
     processor time of a start: installers such as uv leave none behind, ``PYTHONDONTWRITEBYTECODE`` is usual in images
     of containers, and an installation may belong to somebody else.
 
@@ -131,14 +131,18 @@ def keep_bytecode() -> Path | None:
     """
     if sys.pycache_prefix is not None:
         return None
-    spec = util.find_spec("numba")  # the largest library
-    if spec is None or spec.origin is None:
-        return None
-    kept = Path(util.cache_from_source(spec.origin))
-    writable = os.access(kept.parent if kept.parent.exists() else kept.parent.parent, os.W_OK | os.X_OK)
-    if kept.exists() or (writable and not sys.dont_write_bytecode):
+    # Numba stands for the libraries, as the largest one; dbmpi may be installed otherwise, e.g. from a checkout.
+    sources = [spec.origin for spec in (util.find_spec("numba"), __spec__) if spec is not None and spec.origin]
+    if all(map(_has_bytecode, sources)):
         return None
     directory = kernel_cache.private_directory(f"bytecode-py{sys.version_info.major}{sys.version_info.minor}")
     if directory is not None:
         sys.pycache_prefix, sys.dont_write_bytecode = str(directory), False
     return directory
+
+
+def _has_bytecode(source: str) -> bool:
+    """Return whether the bytecode of a source is kept beside it, or is going to be."""
+    kept = Path(util.cache_from_source(source))
+    writable = os.access(kept.parent if kept.parent.exists() else kept.parent.parent, os.W_OK | os.X_OK)
+    return kept.exists() or (writable and not sys.dont_write_bytecode)
