@@ -24,11 +24,19 @@ UP = 60 * timeout_scale()
 """Seconds in which a program must have started."""
 
 HEAD = """
-import atexit, ctypes, itertools, os, signal, threading, time
+import atexit, ctypes, os, signal, threading, time
 import pytest
 pytestmark = pytest.mark.parallel([2])
-hangs = pytest.mark.parallel([2], timeout=3)
+hangs = pytest.mark.parallel([2], timeout=2)
 """
+HELD = """
+def hold_the_interpreter():
+    import ctypes
+    mutex = ctypes.create_string_buffer(64)  # of zeros: one that waits for itself
+    for _ in range(2):
+        ctypes.PyDLL(None).pthread_mutex_lock(mutex)
+"""
+"""Hangs in compiled code that lets no other thread of Python run, nor a signal's handler."""
 AFTER_FAILURE = "from harness import rank\nrank.AFTER_FAILURE_SECONDS = 2.0\n"
 AT_THE_END = "from harness import rank\nrank.END_SECONDS = 6.0\n"
 GRACE = "from harness import watchdog\nwatchdog._GRACE_SECONDS = 2.0\n"
@@ -119,6 +127,15 @@ def test_directories(comm, shared_path, tmp_path):
 
 def test_not_parallel_after_all(request):
     pass
+
+def as_the_library(comm):
+    return eval("comm.allreduce(1)", {"__name__": "dbmpi.somewhere", "comm": comm})
+
+def test_the_library_may_not_pickle(comm):
+    as_the_library(comm)
+
+def test_itself_may(comm):
+    assert comm.allreduce(1) == 2
 """
     )
     assert session.outcomes() == {
@@ -133,9 +150,12 @@ def test_not_parallel_after_all(request):
         "test_expected[n2]": "skipped",
         "test_directories[n2]": "passed",
         "test_not_parallel_after_all[n2]": "passed",
+        "test_the_library_may_not_pickle[n2]": "failure",
+        "test_itself_may[n2]": "passed",
     }, session.done.transcript
     assert session.done.returncode == 1
     assert "assert 1 == 0" in session.cases["test_fails_on_rank_1[n2]"].text
+    assert "dbmpi.somewhere uses a method" in session.cases["test_the_library_may_not_pickle[n2]"].text
     assert "failed on rank 1 of 2" in session.done.stdout
     assert "failed on rank 0, 1 of 2" in session.done.stdout
     assert "printed by 1" in session.done.stdout
@@ -147,6 +167,7 @@ def test_not_parallel_after_all(request):
 def test_hangs_end_with_the_stacks_of_all_ranks(nested):
     session = nested(
         HEAD
+        + HELD
         + """
 def test_before(comm):
     comm.Barrier()
@@ -171,7 +192,7 @@ def test_waits_for_a_message_that_nobody_sends(comm):
 @hangs
 def test_in_compiled_code_with_the_interpreter_locked(comm):
     if comm.rank == 0:
-        sum(itertools.repeat(0))
+        hold_the_interpreter()
 
 def test_waits_for_a_rank_that_failed(comm):
     if comm.rank == 1:
@@ -200,7 +221,7 @@ def test_after(comm):
         "test_after[n2]": "passed",
     }, session.done.transcript
     sleeps = session.cases["test_one_rank_sleeps[n2]"]
-    assert "is still running after 3 s: rank 0, 1 of 2" in sleeps.text
+    assert "is still running after 2 s: rank 0, 1 of 2" in sleeps.text
     assert "in sleeps_for_ever" in sleeps.text
     assert "stacks of rank 0 of 2" in sleeps.text
     recv = session.cases["test_waits_for_a_message_that_nobody_sends[n2]"].text
@@ -326,40 +347,6 @@ def test_sleeps(comm):
     assert not session.done.left
 
 
-def test_the_library_may_not_pickle(nested):
-    session = nested(
-        HEAD
-        + """
-def as_the_library(comm):
-    return eval("comm.allreduce(1)", {"__name__": "dbmpi.somewhere", "comm": comm})
-
-def test_of_the_library(comm):
-    as_the_library(comm)
-
-def test_itself_may(comm):
-    assert comm.allreduce(1) == 2
-"""
-    )
-    assert session.outcomes() == {"test_of_the_library[n2]": "failure", "test_itself_may[n2]": "passed"}
-    assert "dbmpi.somewhere uses a method" in session.cases["test_of_the_library[n2]"].text
-
-
-def test_tests_that_cannot_be_what_they_say(nested):
-    session = nested(
-        """
-import pytest
-
-def test_needs_the_mark(comm):
-    pass
-
-def test_needs_it_too(shared_path):
-    pass
-"""
-    )
-    assert session.outcomes() == {"test_needs_the_mark": "error", "test_needs_it_too": "error"}, session.done.transcript
-    assert "needs @pytest.mark.parallel" in session.cases["test_needs_the_mark"].text
-
-
 def test_a_quick_session_has_a_cross_section(nested, tmp_path):
     files = {
         "unit": """
@@ -415,7 +402,7 @@ def test_two_sessions_have_one_outcome(launch, tmp_path, chosen, code):
     assert (f"test_{chosen}_fails" in done.stdout) == (code == 1), done.transcript
 
 
-def test_watchdog_without_a_launcher(nested):
+def test_without_a_launcher_hangs_are_ended_and_marks_missed(nested):
     session = nested(
         """
 import threading, time
@@ -440,26 +427,36 @@ def test_ends_late(sleepy):
 
 def test_passes():
     pass
+
+def test_needs_the_mark(comm):
+    pass
+
+def test_needs_it_too(shared_path):
+    pass
 """
     )
     assert session.outcomes() == {
+        "test_needs_the_mark": "error",
+        "test_needs_it_too": "error",
         "test_sleeps": "failure",
         "test_waits_for_a_thread": "failure",
         "test_ends_late": "error",
         "test_passes": "passed",
     }, session.done.transcript
+    assert "needs @pytest.mark.parallel" in session.cases["test_needs_the_mark"].text
     assert "still running after 0.6 s" in session.cases["test_sleeps"].text
     assert "in test_sleeps" in session.cases["test_sleeps"].text
 
 
 def test_watchdog_in_compiled_code(nested):
     session = nested(
-        """
-import itertools, pytest
+        HELD
+        + """
+import pytest
 
 @pytest.mark.timeout(0.6)
 def test_holds_the_interpreter():
-    sum(itertools.repeat(0))
+    hold_the_interpreter()
 """,
         limits=GRACE,
     )

@@ -55,25 +55,92 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-@pytest.mark.parametrize(
-    "program",
-    [
-        "import dbmpi; import numpy",
-        "import dbmpi; import mpi4py",
-        "from dbmpi import load; import numpy",
-        "from dbmpi import train",
-        "from dbmpi import minimize",
-        "import dbmpi.runs.training",
-        "import dbmpi.runs.inference",
-        "from dbmpi.methods.lbfgs import lbfgs",
-        "from dbmpi.kernels import matmul",
-        "from dbmpi.paramserver import rules",
-        "from dbmpi.mpi import world",
-        "from dbmpi.data.source import Source",
-        "import dbmpi.cli.main; import dbmpi.runs.inference",
-    ],
+WAYS = (
+    "import dbmpi; import numpy",
+    "import dbmpi; import mpi4py",
+    "from dbmpi import load; import numpy",
+    "from dbmpi import train",
+    "from dbmpi import minimize",
+    "import dbmpi.runs.training",
+    "import dbmpi.runs.inference",
+    "from dbmpi.methods.lbfgs import lbfgs",
+    "from dbmpi.kernels import matmul",
+    "from dbmpi.paramserver import rules",
+    "from dbmpi.mpi import world",
+    "from dbmpi.data.source import Source",
+    "import dbmpi.cli.main; import dbmpi.runs.inference",
 )
-def test_every_way_in_prepares_before_numpy(program: str, node: Path) -> None:
+_FORKED = """
+import os, sys
+def forked(work):
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+def test_every_way_in_prepares_before_numpy(node: Path) -> None:
+    """Each in a process of its own, up to the moment at which the first of the libraries would be loaded."""
+    program = f"""{_FORKED}
+import json
+from importlib.abc import Loader
+from importlib.machinery import PathFinder
+import pydantic, tomllib  # which take long, and load none of the libraries
+libraries = ("numpy", "numba", "mpi4py", "llvmlite")
+assert not [name for name in libraries if name in sys.modules]
+
+class Loaded(BaseException):
+    pass
+
+class Last(Loader):
+    def find_spec(self, name, path=None, target=None):
+        if name in libraries:
+            spec = PathFinder.find_spec(name, path)
+            spec.loader = self
+            return spec
+
+    def exec_module(self, module):
+        raise Loaded
+
+def enter(way):
+    # Behind dbmpi's finder, which takes itself out of the list, so that Python passes over the one after it.
+    sys.meta_path[:0] = [Last(), Last()]
+    try:
+        exec(way, {{}})
+    except Loaded:
+        pass
+    else:
+        raise AssertionError(way + " has loaded none")
+    from dbmpi.machine import environment
+    chosen = environment._prepared
+    assert chosen is not None, way
+    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS", "NUMBA_CACHE_DIR")
+    print(json.dumps([way, [os.environ.get(name) for name in names], chosen.line, chosen.losses]))
+
+for way in {WAYS!r}:
+    forked(lambda: enter(way))
+"""
+    rows = [json.loads(line) for line in python(program, node).splitlines()]
+    assert [way for way, *_ in rows] == list(WAYS)
+    for way, (*threads_of, cache), line, losses in rows:
+        assert threads_of == ["1", "1", "1"], way
+        assert cache.startswith(str(node)), way
+        assert "loaded before" not in line, way
+        assert not [loss for loss in losses if "loaded before" in loss], way
+
+
+@pytest.mark.parametrize("program", ["import dbmpi; import numpy", "from dbmpi import train"])
+def test_libraries_follow_what_was_prepared(program: str, node: Path) -> None:
     found = shown(program, node)
     assert found["prepared"]
     assert found["threads"] == "1"
@@ -84,16 +151,22 @@ def test_every_way_in_prepares_before_numpy(program: str, node: Path) -> None:
     assert not [loss for loss in found["losses"] if "loaded before" in loss]  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize(
-    "way", ["dbmpi.runs.training", "dbmpi._minimize", "dbmpi.runs.inference", "dbmpi.kernels.vectors"]
-)
 @pytest.mark.parametrize("before", ["numpy", "numpy, numba", "scipy.linalg, numba"])
-def test_numpy_and_numba_loaded_before_are_adapted(way: str, before: str, node: Path) -> None:
-    found = shown(f"import {before}\nimport {way}", node)
-    assert found["prepared"]
-    assert set(found["blas"]) <= {1}  # type: ignore[call-overload]
-    assert str(found["cache"]).startswith(str(node))
-    assert "NumPy was loaded before dbmpi" in found["line"]  # type: ignore[operator]
+def test_numpy_and_numba_loaded_before_are_adapted(before: str, node: Path) -> None:
+    ways = ("dbmpi.runs.training", "dbmpi._minimize", "dbmpi.runs.inference", "dbmpi.kernels.vectors")
+    program = f"""{_FORKED}
+import {before}
+show = compile({_SHOW!r}, "show", "exec")
+for way in {ways!r}:
+    forked(lambda: exec("import " + way) or exec(show))
+"""
+    lines = python(program, node).splitlines()
+    assert len(lines) == len(ways)
+    for way, found in zip(ways, map(json.loads, lines), strict=True):
+        assert found["prepared"], way
+        assert set(found["blas"]) <= {1}, way
+        assert str(found["cache"]).startswith(str(node)), way
+        assert "NumPy was loaded before dbmpi" in found["line"], way
 
 
 def test_numba_with_threads_that_run_already_still_compiles(node: Path) -> None:
@@ -153,12 +226,10 @@ own_program.main([sys.executable, "-c", {program + _SHOW!r}])
         assert not [loss for loss in found["losses"] if "spin" in loss]
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "said"), [("NUMBA_OPT", "0", "optimised"), ("NUMBA_BOUNDSCHECK", "1", "every index")]
-)
-def test_settings_for_finding_mistakes_are_named(name: str, value: str, said: str, node: Path) -> None:
-    found = shown("import dbmpi.runs.training", node, **{name: value})
-    assert any(f"{name}={value}" in loss and said in loss for loss in found["losses"])  # type: ignore[attr-defined]
+def test_settings_for_finding_mistakes_are_named(node: Path) -> None:
+    found = shown("import dbmpi.runs.training", node, NUMBA_OPT="0", NUMBA_BOUNDSCHECK="1")
+    for setting, said in (("NUMBA_OPT=0", "optimised"), ("NUMBA_BOUNDSCHECK=1", "every index")):
+        assert any(setting in loss and said in loss for loss in found["losses"])  # type: ignore[attr-defined]
 
 
 def test_kernels_are_compiled_even_where_numba_is_told_not_to(node: Path) -> None:
@@ -174,7 +245,7 @@ assert x.tolist() == [2, 2, 2] and updates.add.signatures
     python(program, node, NUMBA_DISABLE_JIT="1", OMP_NUM_THREADS="1")
 
 
-def test_importing_it_does_nothing(tmp_path: Path) -> None:
+def test_importing_it_does_nothing(node: Path) -> None:
     program = """
 import os, sys
 before = dict(os.environ)
@@ -186,7 +257,7 @@ assert early._finder in sys.meta_path
 import numpy
 assert early._finder not in sys.meta_path
 """
-    python(program, tmp_path)
+    python(program, node)
 
 
 def test_kernels_work_where_nothing_can_be_kept(tmp_path: Path) -> None:
@@ -211,7 +282,7 @@ assert {nowhere!r} in loss
     python(program, tmp_path, NUMBA_CACHE_DIR=nowhere, HOME=nowhere, XDG_RUNTIME_DIR=nowhere)
 
 
-def test_kernels_work_where_the_disk_is_full(tmp_path: Path) -> None:
+def test_kernels_work_where_the_disk_is_full(node: Path, tmp_path: Path) -> None:
     program = """
 import numpy as np
 from dbmpi.kernels import store, updates
@@ -222,7 +293,7 @@ x = np.ones(3, np.float32)
 updates.add(x, x.copy())
 assert x.tolist() == [2, 2, 2] and "No space left" in store.KernelStore.unkept
 """
-    python(program, tmp_path)
+    python(program, node, NUMBA_CACHE_DIR=str(tmp_path))
 
 
 @pytest.mark.parametrize("compiled", [set(), {"numba"}, {"dbmpi"}, {"numba", "dbmpi"}])

@@ -72,13 +72,14 @@ def replay(plan, least):
     """
     numbers = np.arange(np.prod(plan.shape)).reshape(plan.shape)
     workers = range(len(plan.owned))
+    ways = [plan.forward(worker) for worker in workers]
     mailbox = {}
     for worker in workers:
-        destinations = [message.worker for message in plan.forward(worker).sends]
+        destinations = [message.worker for message in ways[worker].sends]
         assert len(set(destinations)) == len(destinations)
         assert worker not in destinations
         local = numbers[plan.owned[worker].slices()]
-        for destination, box in plan.forward(worker).sends:
+        for destination, box in ways[worker].sends:
             assert plan.owned[worker].holds(box)
             mailbox[worker, destination] = local[box.slices(plan.owned[worker])]
     moved = 0
@@ -90,7 +91,7 @@ def replay(plan, least):
         inputs[box.slices(needed)] = numbers[plan.owned[worker].slices()][box.slices(plan.owned[worker])]
         times[box.slices(needed)] += 1
         arrived = 0
-        for source, box in plan.forward(worker).receives:
+        for source, box in ways[worker].receives:
             message = mailbox.pop((source, worker))
             assert message.shape == box.shape
             inputs[box.slices(needed)] = message
@@ -102,21 +103,21 @@ def replay(plan, least):
         moved += arrived
     assert mailbox == {}
     assert moved == plan.values
-    check_shelves(plan)
+    check_shelves(plan, ways)
     return moved
 
 
-def check_shelves(plan):
+def check_shelves(plan, ways):
     """What others take from a worker's shelf lies there without gap or overlap, forward and in reverse."""
     if plan.kind == "none":
         return
-    workers = range(len(plan.owned))
+    workers = range(len(ways))
     gives = {worker: [] for worker in workers}
     for worker in workers:
-        assert set(plan.offered(worker)) == {box for _, box in plan.forward(worker).sends}
+        assert set(plan.offered(worker)) == {box for _, box in ways[worker].sends}
         shelf = sorted((start, box.size) for box, start in plan.offered(worker).items())
         assert [start for start, _ in shelf] == np.cumsum([0, *(size for _, size in shelf)])[:-1].tolist()
-        for other, box in plan.forward(worker).sends:
+        for other, box in ways[worker].sends:
             gives[other].append((plan.returned(other, worker), box.size))
     for worker in workers:
         shelf = sorted(gives[worker])
@@ -153,8 +154,8 @@ def check_network(layers, placement, least=by_elements):
             moved = replayed(plan.outputs, [partial(of_everything, part) for part in parts])
         assert place == 0 or moved == values_moved(layer, below, owned, plan.split)
         assert moved == plan.values
+        exchange = plan.outputs or plan.inputs
         for worker in range(len(owned)):
-            exchange = plan.outputs or plan.inputs
             way = exchange.forward(worker)
             assert way.reversed.reversed == way
             assert (way.reversed.sends, way.reversed.receives) == (way.receives, way.sends)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 
 import numpy as np
 import pytest
@@ -22,19 +23,19 @@ class Memory:
 
     def __init__(self, nbytes: list[int]) -> None:
         self.locals = [np.zeros(size, np.uint8) for size in nbytes]
+        self.words = [memoryview(local[: local.nbytes // 8 * 8]).cast("q") for local in self.locals]
         self.gone: set[int] = set()
 
     def view(self, rank):
         return View(self, rank)
 
-    def word(self, rank, offset):
-        return self.locals[rank][offset : offset + 8].view(np.int64)
-
     def load(self, rank, offset):
-        return int(self.word(rank, offset)[0])
+        assert offset % 8 == 0
+        return self.words[rank][offset // 8]
 
     def store(self, rank, offset, value):
-        self.word(rank, offset)[0] = value
+        assert offset % 8 == 0
+        self.words[rank][offset // 8] = value
 
     def compare_and_swap(self, rank, offset, expected, value):
         before = self.load(rank, offset)
@@ -104,7 +105,7 @@ class World:
     """A lead on rank 0, shards that take in bundles late, and replicas on the ranks behind."""
 
     def __init__(self, seed, replicas, *, per_bundle=3, ordered=False, partitions=1):
-        self.random, self.clock = np.random.default_rng(seed), Clock()
+        self.random, self.clock = random.Random(seed), Clock()
         self.replicas, self.ordered = replicas, ordered
         capacity, per_bundle = 64, 1 if ordered else per_bundle
         self.bundles = [Bundles(1 + r, 64, SIZE, per_bundle, SHARDS) for r in range(replicas)]
@@ -145,7 +146,7 @@ class World:
 
     def kill(self, replica, probability):
         """Perhaps let a replica die, with its memory or without; the lead hears of it later."""
-        if self.random.random() >= probability or len(self.dead) == self.replicas - 1:
+        if probability == 0 or self.random.random() >= probability or len(self.dead) == self.replicas - 1:
             return
         self.dead.add(replica)
         if self.random.random() < 0.5:
@@ -166,14 +167,15 @@ class World:
         self.accrued[:] = 0
         for work in self.works:
             work.points[0] = point
-            work.seconds = float(self.random.choice([0.1, 1.0, 10.0]))
+            work.seconds = self.random.choice([0.1, 1.0, 10.0])
         self.passes.begin(kind, portions, first, portions * SAMPLES)
+        chance = self.random.random
         for step in itertools.count():
             assert step < 100_000, self.passes.awaited()
             self.clock.now += 0.01
-            actor = int(self.random.integers(self.replicas + SHARDS + 1))
+            actor = int(chance() * (self.replicas + SHARDS + 1))
             if actor < self.replicas:
-                if self.random.random() < halting:
+                if halting and chance() < halting:
                     self.halted ^= {actor}
                     if len(self.halted | self.dead) == self.replicas:  # somebody has to be left
                         self.halted -= {next(iter(set(range(self.replicas)) - self.dead))}

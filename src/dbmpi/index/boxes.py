@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import product
+from operator import lt, sub
 
 
 @dataclass(frozen=True)
@@ -30,18 +30,15 @@ class Box:
         """Length along each axis."""
         return tuple(max(stop - start, 0) for start, stop in zip(self.starts, self.stops, strict=True))
 
-    @cached_property
+    @property
     def size(self) -> int:
         """Number of indices."""
-        size = 1
-        for start, stop in zip(self.starts, self.stops, strict=True):
-            size *= max(stop - start, 0)
-        return size
+        return 0 if self.empty else math.prod(map(sub, self.stops, self.starts))
 
     @property
     def empty(self) -> bool:
         """Whether the box holds no index."""
-        return self.size == 0
+        return not all(map(lt, self.starts, self.stops))
 
     def slices(self, origin: Box | None = None) -> tuple[slice, ...]:
         """Return slices that select this box from an array that holds the box `origin` (default: from index 0 on)."""
@@ -53,9 +50,14 @@ class Box:
 
     def meet(self, other: Box) -> Box:
         """Return the box of the indices in this box and in `other`; with no common index it is empty."""
-        starts = tuple(max(a, b) for a, b in zip(self.starts, other.starts, strict=True))
-        stops = tuple(max(s, min(a, b)) for s, a, b in zip(starts, self.stops, other.stops, strict=True))
-        return Box(starts, stops)
+        _check_axes(self, other)
+        starts = tuple(map(max, self.starts, other.starts))
+        return Box(starts, tuple(map(max, starts, map(min, self.stops, other.stops))))
+
+    def meets(self, other: Box) -> bool:
+        """Whether this box and `other` have an index in common."""
+        _check_axes(self, other)
+        return all(map(lt, map(max, self.starts, other.starts), map(min, self.stops, other.stops)))
 
     def common(self, other: Box) -> int:
         """Return the number of indices in this box and in `other`."""
@@ -120,3 +122,8 @@ class Box:
 
     def __str__(self) -> str:
         return "[" + ", ".join(f"{start}:{stop}" for start, stop in zip(self.starts, self.stops, strict=True)) + "]"
+
+
+def _check_axes(one: Box, other: Box) -> None:
+    if len(one.starts) != len(other.starts):
+        raise ValueError(f"boxes of different numbers of axes have nothing to do with each other: {one} and {other}")

@@ -47,7 +47,7 @@ class Index:
         found = set(self._wide)
         for cell in product(*self._over(box)):
             found.update(self._cells.get(cell, ()))
-        return sorted(number for number in found if box.common(self._boxes[number]))
+        return sorted(number for number in found if box.meets(self._boxes[number]))
 
     def missing(self, box: Box) -> Iterator[Box]:
         """Yield parts of `box` that no box of the index holds; together they are all that is missing."""
