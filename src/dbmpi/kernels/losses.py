@@ -20,7 +20,7 @@ import numpy as np
 from numba import prange
 
 from dbmpi.kernels.compile import Kernel, inlined, kernel, parallel_kernel
-from dbmpi.kernels.elementary import exp, log1p_exp, sigmoid
+from dbmpi.kernels.elementary import copy, exp, log1p_exp, sigmoid
 
 BLOCK = 128
 """Samples that a thread takes at a time."""
@@ -41,7 +41,7 @@ def add_up(numbers: np.ndarray) -> Any:
 @inlined
 def _find_largest(values: np.ndarray, start: int, stop: int, largest: np.ndarray, winner: np.ndarray) -> None:
     """Find the largest value of each sample and the unit that has it; NaN and -1 where a value is NaN."""
-    largest[:] = values[0][start:stop]
+    copy(largest, values[0][start:stop])
     winner[:] = 0
     for unit in range(1, values.shape[0]):
         row = values[unit][start:stop]
