@@ -337,7 +337,7 @@ def test_checkpoints_in_mid_run_are_consistent(comm, place, n_push, colocate) ->
     assert result.steps == order.batches
     files = directory.checkpoints(run.run.directory / "checkpoints")
     assert len(files) > 3
-    for path in files:
+    for path in files[comm.rank :: comm.size]:
         with Checkpoint.open(path) as checkpoint:
             info = checkpoint.info
         batches = learned(path)

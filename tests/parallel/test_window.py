@@ -161,7 +161,7 @@ def test_the_probe_measures_both_transports_and_takes_the_faster(comm, monkeypat
 @pytest.mark.parametrize("way", WAYS)
 def test_of_all_that_compare_and_swap_one_wins(comm, way, hosts) -> None:
     """Every rank counts up by compare-and-swap, and no count is lost; rank 0 goes on serving others when it is done."""
-    turns, won = 200, []
+    turns, won = 60, []
     settings = WAYS[way] | {"shared": True} if hosts else WAYS[way]
     with Window.allocate(tiny.Hosts(comm) if hosts else comm, 1024, **settings) as window:
         while len(won) < turns:

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from dbmpi.checkpoint import checksums, consistency, schema
 from dbmpi.checkpoint.checksums import Mismatch, StoredArray
 from dbmpi.checkpoint.meaning import Meaning
-from dbmpi.checkpoint.untrusted import LARGEST_TEXT, attribute, lies_inside, link
+from dbmpi.checkpoint.untrusted import LARGEST_TEXT, attribute, link
 from dbmpi.index.layout import Layout, Tensor
 
 
@@ -44,6 +44,7 @@ class Contents:
     def __init__(self, file: Any, file_size: int) -> None:
         self._file = file
         self._file_size = file_size
+        self._groups = {"": file}
         form = self._attribute("format")
         if form != schema.FORMAT.encode():
             raise Foreign(f"expected the attribute format = {schema.FORMAT!r}; is it a data file?")
@@ -122,15 +123,18 @@ class Contents:
 
     def _find(self, path: str, kind: type) -> Any:
         """Return an object of the file, going through hard links only: other links may lead to other files."""
-        node = self._file
-        for part in path.split("/"):
-            if part in ("", ".", "..") or link(node, part) is None:
-                raise Malformed(f"/{path} is missing")
-            if not lies_inside(node, part):
-                raise Malformed(f"/{path}: {part!r} is a link to somewhere else")
-            node = node[part]
+        folder, _, name = path.rpartition("/")
+        group = self._groups.get(folder) or self._find(folder, h5py.Group)
+        way = link(group, name) if name not in ("", ".", "..") else None
+        if way is None:
+            raise Malformed(f"/{path} is missing")
+        if not isinstance(way, h5py.HardLink):
+            raise Malformed(f"/{path}: {name!r} is a link to somewhere else")
+        node = group[name]
         if not isinstance(node, kind):
             raise Malformed(f"/{path}: expected a {kind.__name__.lower()}, found a {type(node).__name__.lower()}")
+        if kind is h5py.Group:
+            self._groups[path] = node
         return node
 
     def _has(self, path: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from datetime import datetime, timedelta
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,9 +25,17 @@ def whole(folder: Path) -> list[Whole]:
     """Return the checkpoints in the directory `folder` that can be read, the newest first."""
     found = []
     for path in directory.checkpoints(folder) if folder.is_dir() else ():
-        with suppress(UserError), Checkpoint.open(path) as checkpoint:
-            found.append(Whole(checkpoint.info.created, checkpoint.info.step, path))
+        with suppress(UserError, OSError):
+            status = path.stat()
+            found.append(_read(path, (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)))
     return sorted(found, reverse=True)
+
+
+@lru_cache(maxsize=1024)
+def _read(path: Path, state: tuple[int, ...]) -> Whole:
+    """Read a checkpoint, once in each state of its file: a run asks at every checkpoint, while all workers rest."""
+    with Checkpoint.open(path) as checkpoint:
+        return Whole(checkpoint.info.created, checkpoint.info.step, path)
 
 
 def kept(folder: Path) -> str:
