@@ -243,7 +243,8 @@ def logistic_values(values: np.ndarray, targets: np.ndarray, weights: np.ndarray
             total += weight * np.float64(value * ((one if value > 0 else zero) - target[sample]))
             row[sample] = (sigmoid(value) - target[sample]) * (mean * weights[sample])
         losses[unit] = total
-    return add_up(losses)
+    result: float = add_up(losses)
+    return result
 
 
 @parallel_kernel
@@ -271,7 +272,8 @@ def squared_values(values: np.ndarray, targets: np.ndarray, weights: np.ndarray)
             total += np.float64(weights[sample]) * (np.float64(difference) * np.float64(difference))
             row[sample] = difference * (mean * weights[sample])
         losses[unit] = 0.5 * total
-    return add_up(losses)
+    result: float = add_up(losses)
+    return result
 
 
 @parallel_kernel
