@@ -28,7 +28,7 @@ BLOCK = 128
 
 @kernel
 def add_up(numbers: np.ndarray) -> Any:
-    """Return the sum of a vector, added in its order whatever the number of threads; for use in kernels.
+    """Return the sum of `numbers`, added in their order whatever the number of threads; for use in kernels.
 
     NumPy's own ``sum`` in a kernel is shared by the threads, and loads SciPy's linear algebra into every rank.
     """
