@@ -23,12 +23,12 @@ CASES = {
         config.Dense(units=40, activation=name) for name in ("sigmoid", "tanh", "relu", "linear")
     ], "softmax"),
     "local": ((3, 12, 12), [
-        config.Local(maps=4, field=(3, 3), activation="sigmoid", reconstruction=0.1),
+        config.Local(maps=11, field=(3, 3), activation="sigmoid", reconstruction=0.1),
         config.Pooling(kind="l2", size=(2, 2), stride=2, penalty=0.1), config.Normalisation(window=3),
     ], "reconstruction"),
     "convolution": ((3, 12, 12), [
-        config.Convolution(maps=16, field=(3, 3), activation="tanh"), config.Pooling(kind="max", size=(2, 2)),
-        config.Convolution(maps=4, field=(3, 3)), config.Pooling(kind="average", size=(3, 3), stride=2),
+        config.Convolution(maps=11, field=(3, 3), activation="tanh"), config.Pooling(kind="max", size=(2, 2)),
+        config.Convolution(maps=11, field=(3, 3)), config.Pooling(kind="average", size=(3, 3), stride=2),
         config.Dropout(rate=0.5), config.Dense(units=5),
     ], "logistic"),
 }
@@ -36,8 +36,8 @@ found = {}
 random = np.random.default_rng(3)
 for name, (shape, layers, loss) in CASES.items():
     network = WholeNetwork(config.NetworkSection(layers=tuple(layers), loss=loss), shape, 1)
-    inputs = random.random((*shape, 32), dtype=np.float32)
-    targets = None if loss == "reconstruction" else random.integers(0, 5, 32).astype(np.int32)
+    inputs = random.random((*shape, 40), dtype=np.float32)
+    targets = None if loss == "reconstruction" else random.integers(0, 5, 40).astype(np.int32)
     parameters, gradient = np.empty(network.size, np.float32), np.empty(network.size, np.float32)
     network.initial(0, parameters)
     for provider in ("tiles", "numpy"):

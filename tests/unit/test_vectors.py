@@ -105,8 +105,15 @@ def test_orthant_operations(dtype, seed):
     np.testing.assert_array_equal(projected, np.where(np.sign(d) == orthant, d, 0))
 
 
+def integers(values):
+    """Return numbers as integers, exactly: in units of 2^-300."""
+    ratios = [value.as_integer_ratio() for value in values.tolist()]
+    return [numerator << (301 - denominator.bit_length()) for numerator, denominator in ratios]
+
+
 def exact(x, y):
-    return sum((Fraction(float(a)) * Fraction(float(b)) for a, b in zip(x, y, strict=True)), Fraction(0))
+    """Return the sum of the products of integers in these units."""
+    return Fraction(sum(a * b for a, b in zip(x, y, strict=True)), 1 << 600)
 
 
 def bounds_of(arrays):
@@ -124,20 +131,21 @@ def test_sums_of_products_are_as_precise_as_they_say(size, kinds, seed, share):
     random = np.random.default_rng(seed)
     arrays = [random_vector(random, size, np.float32 if single else np.float64) for single in kinds]
     pairs = [(i, j) for i in range(len(arrays)) for j in range(len(arrays)) if random.random() < share] or [(0, 0)]
-    bounds = bounds_of(arrays)
+    bounds, exactly = bounds_of(arrays), [integers(array) for array in arrays]
+    magnitudes = [[abs(value) for value in values] for values in exactly]
     for levels in (sums.COARSE, sums.FINE):
         if levels == sums.COARSE and not all(kinds):
             continue
         limbs = sums.sum_products(arrays, pairs, bounds, levels)
         values = sums.values(limbs, [(bounds[i], bounds[j]) for i, j in pairs])
         for (i, j), found in zip(pairs, values, strict=True):
-            expected = exact(arrays[i], arrays[j])
+            expected = exact(exactly[i], exactly[j])
             top = 2.0 ** (bounds[i] + bounds[j])
             error = abs(Fraction(found) - expected)
             if levels == sums.COARSE:
                 assert error <= size * 2.0**-52 * top + 2.0**-53 * abs(expected)
             else:
-                magnitude = exact(abs(arrays[i]), abs(arrays[j]))
+                magnitude = exact(magnitudes[i], magnitudes[j])
                 rounded = 0 if kinds[i] and kinds[j] else 2.0**-53 * float(magnitude)
                 assert error <= size * 2.0**-104 * top + rounded + 2.0**-53 * abs(expected)
 

@@ -110,6 +110,17 @@ def _log1p_exp_double(x: Any) -> Any:
 
 
 @inlined
+def copy(target: np.ndarray, values: np.ndarray) -> None:
+    """Set `target` (n,) to `values` (n,).
+
+    Numba's ``target[:] = values`` does the same, but it takes as long as all else in a kernel to compile: it compares
+    the shapes, and writes a message about those that differ.
+    """
+    for i in range(target.size):
+        target[i] = values[i]
+
+
+@inlined
 def add(total: np.ndarray, values: np.ndarray) -> None:
     """Add values (n,) to `total` (n,)."""
     for i in range(total.size):

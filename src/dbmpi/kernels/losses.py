@@ -20,7 +20,7 @@ import numpy as np
 from numba import prange
 
 from dbmpi.kernels.compile import Kernel, inlined, kernel, parallel_kernel
-from dbmpi.kernels.elementary import exp, log1p_exp, sigmoid
+from dbmpi.kernels.elementary import copy, exp, log1p_exp, sigmoid
 
 BLOCK = 128
 """Samples that a thread takes at a time."""
@@ -28,7 +28,7 @@ BLOCK = 128
 
 @kernel
 def add_up(numbers: np.ndarray) -> Any:
-    """Return the sum of a vector, added in its order whatever the number of threads; for use in kernels.
+    """Return the sum of `numbers`, added in their order whatever the number of threads; for use in kernels.
 
     NumPy's own ``sum`` in a kernel is shared by the threads, and loads SciPy's linear algebra into every rank.
     """
@@ -41,7 +41,7 @@ def add_up(numbers: np.ndarray) -> Any:
 @inlined
 def _find_largest(values: np.ndarray, start: int, stop: int, largest: np.ndarray, winner: np.ndarray) -> None:
     """Find the largest value of each sample and the unit that has it; NaN and -1 where a value is NaN."""
-    largest[:] = values[0][start:stop]
+    copy(largest, values[0][start:stop])
     winner[:] = 0
     for unit in range(1, values.shape[0]):
         row = values[unit][start:stop]
@@ -243,7 +243,8 @@ def logistic_values(values: np.ndarray, targets: np.ndarray, weights: np.ndarray
             total += weight * np.float64(value * ((one if value > 0 else zero) - target[sample]))
             row[sample] = (sigmoid(value) - target[sample]) * (mean * weights[sample])
         losses[unit] = total
-    return add_up(losses)
+    result: float = add_up(losses)
+    return result
 
 
 @parallel_kernel
@@ -271,7 +272,8 @@ def squared_values(values: np.ndarray, targets: np.ndarray, weights: np.ndarray)
             total += np.float64(weights[sample]) * (np.float64(difference) * np.float64(difference))
             row[sample] = difference * (mean * weights[sample])
         losses[unit] = 0.5 * total
-    return add_up(losses)
+    result: float = add_up(losses)
+    return result
 
 
 @parallel_kernel

@@ -14,7 +14,7 @@ import numpy as np
 from numba import prange
 
 from dbmpi.kernels.compile import inlined, parallel_kernel
-from dbmpi.kernels.elementary import add
+from dbmpi.kernels.elementary import add, copy
 from dbmpi.kernels.memory import SAFE, Rows
 
 
@@ -24,7 +24,7 @@ def sum_maps(inputs: np.ndarray, total: np.ndarray) -> None:
     maps, rows = inputs.shape[0], inputs.shape[1]
     flat, sums = inputs.reshape(maps, rows, -1), total.reshape(rows, -1)
     for row in prange(rows):
-        sums[row] = flat[0, row]
+        copy(sums[row], flat[0, row])
         for m in range(1, maps):
             add(sums[row], flat[m, row])
 

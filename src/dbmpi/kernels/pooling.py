@@ -18,7 +18,7 @@ import numpy as np
 from numba import prange
 
 from dbmpi.kernels.compile import Kernel, inlined, parallel_kernel
-from dbmpi.kernels.elementary import add
+from dbmpi.kernels.elementary import add, copy
 from dbmpi.kernels.memory import SAFE, Rows
 
 Shape = tuple[int, int, int, int]
@@ -82,7 +82,7 @@ def _combined(combine: Kernel[..., None], finish: Kernel[..., None]) -> Kernel[.
             first = m * steps[0] + row * steps[1]
             for column in range(width):
                 output = outputs[first + column * samples : first + (column + 1) * samples]
-                output[:] = combined[column * stride * samples : (column * stride + 1) * samples]
+                copy(output, combined[column * stride * samples : (column * stride + 1) * samples])
                 for right in range(column * stride + 1, column * stride + columns):
                     combine(output, combined[right * samples : (right + 1) * samples])
                 finish(output, factor)
@@ -195,7 +195,7 @@ def max_backward(
             values, targets = inputs[m, row], input_gradient[m, row]
             for column in range(width):
                 left = column * stride
-                largest[:] = values[left]
+                copy(largest, values[left])
                 for right in range(left + 1, left + columns):
                     _keep_larger(largest, values[right])
                 passed[:] = 0
@@ -236,7 +236,7 @@ def _spread_row(
         if left > right:
             result[:] = 0
         else:
-            result[:] = sums[left * samples : (left + 1) * samples]
+            copy(result, sums[left * samples : (left + 1) * samples])
         for window in range(left + 1, right + 1):
             add(result, sums[window * samples : (window + 1) * samples])
 

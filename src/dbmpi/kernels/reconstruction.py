@@ -38,7 +38,8 @@ def squared_error(estimate: np.ndarray, value_rows: Rows, factor: float) -> floa
             total += np.float64(error) * np.float64(error)
             mine[i] = error * scale
         sums[line] = total
-    return add_up(sums)
+    result: float = add_up(sums)
+    return result
 
 
 @parallel_kernel
@@ -55,4 +56,5 @@ def total(value_rows: Rows, shape: tuple[int, int, int, int]) -> float:
         for i in range(length):
             of_line += np.float64(value[i])
         sums[line] = of_line
-    return add_up(sums)
+    result: float = add_up(sums)
+    return result
