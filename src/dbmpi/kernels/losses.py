@@ -243,8 +243,7 @@ def logistic_values(values: np.ndarray, targets: np.ndarray, weights: np.ndarray
             total += weight * np.float64(value * ((one if value > 0 else zero) - target[sample]))
             row[sample] = (sigmoid(value) - target[sample]) * (mean * weights[sample])
         losses[unit] = total
-    result: float = add_up(losses)
-    return result
+    return float(add_up(losses))
 
 
 @parallel_kernel
@@ -272,8 +271,7 @@ def squared_values(values: np.ndarray, targets: np.ndarray, weights: np.ndarray)
             total += np.float64(weights[sample]) * (np.float64(difference) * np.float64(difference))
             row[sample] = difference * (mean * weights[sample])
         losses[unit] = 0.5 * total
-    result: float = add_up(losses)
-    return result
+    return float(add_up(losses))
 
 
 @parallel_kernel

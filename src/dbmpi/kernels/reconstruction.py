@@ -38,8 +38,7 @@ def squared_error(estimate: np.ndarray, value_rows: Rows, factor: float) -> floa
             total += np.float64(error) * np.float64(error)
             mine[i] = error * scale
         sums[line] = total
-    result: float = add_up(sums)
-    return result
+    return float(add_up(sums))
 
 
 @parallel_kernel
@@ -56,5 +55,4 @@ def total(value_rows: Rows, shape: tuple[int, int, int, int]) -> float:
         for i in range(length):
             of_line += np.float64(value[i])
         sums[line] = of_line
-    result: float = add_up(sums)
-    return result
+    return float(add_up(sums))
