@@ -1,8 +1,9 @@
-"""All tests, in two sessions at a time: without MPI most tests keep one core busy, with MPI they wait a good deal.
+"""All tests, in three sessions at a time, because tests that start jobs, and those that end them, mostly wait.
 
     python tests/harness/sessions.py [pytest's options]
 
-Shows the session with MPI as it goes, then what the other one has written; ends with the code of the first that failed.
+Shows the session of tests on several ranks as it goes, then what the others have written; ends with the code of the
+first that failed.
 """
 
 from __future__ import annotations
@@ -15,22 +16,24 @@ import sys
 import tempfile
 from contextlib import ExitStack
 
-WITHOUT_MPI = ("tests/unit", "tests/harness")
+SHOWN = ("tests/parallel",)
+ASIDE = (("tests/unit", "tests/harness"), ("tests/failure", "tests/cluster", "tests/families"))
 NOTHING_COLLECTED = 5
 SCALE = {"DBMPI_TEST_TIMEOUT_SCALE": "3"}
 """Unless it is set: the sessions share the cores, and the first one on a machine compiles."""
 
 
 def main(options: list[str]) -> int:
-    """Run both sessions, and return an exit code."""
+    """Run all sessions, and return an exit code."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     pytest = [sys.executable, "-m", "pytest", *options]
-    with ExitStack() as stack, tempfile.TemporaryFile() as written:
-        without_mpi = _start([*pytest, *WITHOUT_MPI], stack, written)
-        with_mpi = _start([*pytest, "tests", *(f"--ignore={folder}" for folder in WITHOUT_MPI)], stack)
-        codes = [with_mpi.wait(), without_mpi.wait()]
-        written.seek(0)
-        shutil.copyfileobj(written, sys.stdout.buffer)
+    with ExitStack() as stack:
+        written = [stack.enter_context(tempfile.TemporaryFile()) for _ in ASIDE]
+        aside = [_start([*pytest, *folders], stack, file) for folders, file in zip(ASIDE, written, strict=True)]
+        codes = [session.wait() for session in (_start([*pytest, *SHOWN], stack), *aside)]
+        for file in written:
+            file.seek(0)
+            shutil.copyfileobj(file, sys.stdout.buffer)
     chosen = [code for code in codes if code != NOTHING_COLLECTED]
     return next((code for code in chosen if code), 0) if chosen else NOTHING_COLLECTED
 

@@ -387,9 +387,9 @@ def test_job(variant): pass
     assert "10 deselected" in session.done.stdout
 
 
-@pytest.mark.parametrize(("chosen", "code"), [("passes", 0), ("unit", 1), ("failure", 1), ("nothing", 5)], ids=str)
-def test_two_sessions_have_one_outcome(launch, tmp_path, chosen, code):
-    for folder in ("unit", "harness", "failure"):
+@pytest.mark.parametrize(("chosen", "code"), [("passes", 0), ("unit", 1), ("parallel", 1), ("nothing", 5)], ids=str)
+def test_three_sessions_have_one_outcome(launch, tmp_path, chosen, code):
+    for folder in ("parallel", "unit", "harness", "failure", "cluster", "families"):
         (tmp_path / "tests" / folder).mkdir(parents=True)
         (tmp_path / "tests" / folder / f"test_{folder}.py").write_text(
             f"def test_passes_{folder}():\n    pass\n\n\ndef test_{folder}_fails():\n    assert False\n"
@@ -398,7 +398,7 @@ def test_two_sessions_have_one_outcome(launch, tmp_path, chosen, code):
     sessions = [sys.executable, Path(__file__).with_name("sessions.py"), "-p", "no:cacheprovider"]
     done = launch(None, [*sessions, "-k", f"passes or {chosen}" if code == 1 else chosen], cwd=tmp_path)
     assert done.returncode == code, done.transcript
-    assert done.stdout.count("test session starts") == 2
+    assert done.stdout.count("test session starts") == 3
     assert (f"test_{chosen}_fails" in done.stdout) == (code == 1), done.transcript
 
 
