@@ -35,7 +35,7 @@ def text() -> str:
     """Return the whole page."""
     parts = [HEAD]
     for name, field in config.Run.model_fields.items():
-        model = field.annotation
+        model = next(part for part in (*get_args(field.annotation), field.annotation) if part is not type(None))
         assert isinstance(model, type)
         assert issubclass(model, BaseModel)
         parts.append(_section(f"[{name}]", model))
@@ -67,7 +67,7 @@ def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "*required*"
     value = field.default
-    if value is None or value == {}:
+    if value is None or value in ({}, ()):
         return ""
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 

@@ -1,14 +1,15 @@
 """What an optimizer sees: parameters and a batch in, a loss and a gradient out.
 
-Training takes an :class:`Objective`, of which a network is one implementation (:class:`dbmpi.replica.replica.Replica`).
-The workers of both optimizers ask for nothing else, so that they work with any other.  Outside training,
+Training takes an :class:`Objective`, of which a network is one implementation (:class:`dbmpi.replica.replica.Replica`),
+and :class:`OwnObjective`, a user's code that knows named arrays, is made into another one
+(:mod:`dbmpi.replica.own_objective`).  The workers of both optimizers ask for nothing else.  Outside training,
 :func:`dbmpi.minimize` takes a :data:`Function`, which has its data in it.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,6 +32,30 @@ class Batch(NamedTuple):
     def samples(self) -> int:
         """Number of samples in the batch."""
         return int(self.inputs.shape[-1])
+
+
+class Samples(NamedTuple):
+    """A batch as an objective of a user's own gets it: **samples first**.  Views, which are not contiguous."""
+
+    inputs: np.ndarray
+    """float32 ``(samples, *features)``."""
+    targets: np.ndarray
+    """int32 ``(samples,)`` for classes, or float32 ``(samples, outputs)`` for values."""
+    weights: np.ndarray | None = None
+    """float32 ``(samples,)``: factors of the samples' losses, if the run has any."""
+    step: int = 0
+    """Differs from step to step and from replica to replica, for random numbers."""
+
+    @classmethod
+    def of(cls, batch: Batch, step: int = 0) -> Samples:
+        """Return the samples of a `batch` for this `step`."""
+        return cls(samples_first(batch.inputs), batch.targets.T, batch.weights, step)
+
+
+def samples_first(inputs: np.ndarray) -> np.ndarray:
+    """Return `inputs` (*features, samples) as (samples, *features); a view."""
+    features = inputs.ndim - 1
+    return inputs.transpose(features, *range(features))
 
 
 class Outcome(NamedTuple):
@@ -71,6 +96,52 @@ layer's index just before that layer's backward pass, and after the one above is
 
 Function: TypeAlias = "Callable[[np.ndarray], tuple[float, np.ndarray]]"
 """``function(x)`` returns a loss at x, e.g. one rank's term of it, and its gradient, an array of the shape of x."""
+
+
+NamedArrays: TypeAlias = "dict[str, Any]"
+"""Arrays by name; a dictionary of them may take the place of an array, within one another."""
+
+
+class OwnObjective(Protocol):
+    """What a user's own objective has: named parameters, and the loss of a batch with its gradient.
+
+    The first values of the parameters are an attribute ``parameters``, or what a method ``initial(seed)`` returns:
+    float arrays by name, dictionaries of which may be within one another.  They are learned as float32.
+
+    Two methods are optional.  ``evaluate(parameters, batch)`` returns the mean loss of held-out samples, or that and
+    how many of them are classified correctly; without it, their loss is that of ``loss_and_gradient``.
+    ``predict(parameters, inputs)`` returns an array with a row for each sample, for ``dbmpi predict``.
+
+    Examples
+    --------
+    >>> import numpy
+    >>> class LeastSquares:
+    ...     parameters = {"weights": numpy.zeros(3), "bias": numpy.zeros(())}
+    ...
+    ...     def loss_and_gradient(self, parameters, batch):
+    ...         errors = batch.inputs @ parameters["weights"] + parameters["bias"] - batch.targets[:, 0]
+    ...         gradient = {"weights": errors @ batch.inputs / len(errors), "bias": errors.mean()}
+    ...         return (errors**2).mean() / 2, gradient
+    """
+
+    def loss_and_gradient(self, parameters: NamedArrays, batch: Samples) -> tuple[Any, NamedArrays]:
+        """Return the mean loss of a batch, and the gradient of that by the names of the parameters.
+
+        Parameters
+        ----------
+        parameters
+            Arrays by name, nested as the first values were; read only.
+        batch
+            The samples.
+
+        Returns
+        -------
+        float or (float, int)
+            The mean loss; or that and the number of samples that are classified correctly.
+        dict
+            An array for each parameter, in its shape.
+        """
+        ...
 
 
 class Objective(Protocol):

@@ -28,6 +28,7 @@ from dbmpi.network.description import Network
 from dbmpi.objective import Outcome
 from dbmpi.paramserver.rules import rule
 from dbmpi.replica.describe import summarise
+from dbmpi.replica.own_objective import OwnModel, OwnReplica
 from dbmpi.replica.placement import Placement
 from dbmpi.replica.replica import Replica
 from dbmpi.replica.warmup import agree_on_products, use_layers
@@ -85,9 +86,10 @@ class Session:
     run: Run
     plan: Plan
     comms: Communicators
-    network: Network
-    placement: Placement
-    replica: Replica | None
+    model: Network | OwnModel
+    placement: Placement | None
+    """How a network is cut; None for an objective of the user's own."""
+    replica: Replica | OwnReplica | None
     """This rank's part of one, if it is a worker."""
     order: Order
     begin: StartingPoint
@@ -126,7 +128,7 @@ class Session:
             Functions that call what else is compiled.
         """
         comm = self.comms.world
-        agree_on_products(comm, self.network.layers, self.run.optimizer.batch_size)
+        agree_on_products(comm, self.model.layers, self.run.optimizer.batch_size)
         for use in (self._use_kernels, *others):
             blocking.first_on_each_node(comm, use)
         self.compiled()
@@ -146,11 +148,11 @@ class Session:
         run, data, begin = self.run, self.data, self.begin
         total = round(data.samples * run.optimizer.epochs)
         progress = stack.enter_context(RunProgress(total, run.monitor.progress, epochs=run.optimizer.epochs))
-        size = f"{self.network.layout.size:,} parameters; {data.samples:,} samples of {data.input_shape}"
+        size = f"{self.model.layout.size:,} parameters; {data.samples:,} samples of {data.input_shape}"
         method = "; Sandblaster" if run.optimizer.method == "sandblaster" else ""
         progress.message(f"{self.plan}; {size}{method}")
-        if self.plan.partitions > 1:
-            progress.message(summarise(self.network.layers, self.placement, run.optimizer.batch_size))
+        if self.placement is not None and self.plan.partitions > 1:
+            progress.message(summarise(self.model.layers, self.placement, run.optimizer.batch_size))
         for notice in begin.notices:
             progress.warn(notice)
         if begin.step:
@@ -199,11 +201,11 @@ class Session:
 
     def _use_kernels(self) -> None:
         """Call everything compiled once, on little data, so that it is compiled or loaded before the clock runs."""
-        network, applied_rule = self.network, rule(self.run.optimizer)
-        use_layers(network.layers, self.run.optimizer.batch_size, DTYPE)
-        values = np.zeros((network.outputs, 1), DTYPE)
-        if network.loss is not None:
-            network.loss.apply(values, np.zeros(1, np.int32) if self.data.classes else np.zeros_like(values))
+        model, applied_rule = self.model, rule(self.run.optimizer)
+        use_layers(model.layers, self.run.optimizer.batch_size, DTYPE)
+        values = np.zeros((model.outputs, 1), DTYPE)
+        if model.loss is not None:
+            model.loss.apply(values, np.zeros(1, np.int32) if self.data.classes else np.zeros_like(values))
         few = np.zeros(1, DTYPE)
         applied_rule.apply(few, few.copy(), applied_rule.init(few))
         updates.sgd(few, few.copy(), 0.1)

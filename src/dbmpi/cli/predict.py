@@ -45,9 +45,9 @@ def run(arguments: argparse.Namespace) -> int:
             _check_out(arguments.out, read, arguments.force)
 
     with options.opened(arguments, targets=False, check=check) as (network, source):
-        broken = 0
+        broken, units = 0, network.units(source)
         if network.is_first:
-            broken = _write(arguments, network, source)
+            broken = _write(arguments, network, source, units)
         else:
             deque(network.predict(source), maxlen=0)
         broken = network.total(broken)
@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
         return options.verdict(network, text if broken else "")
 
 
-def _write(arguments: argparse.Namespace, network: Inference, source: Source) -> int:
+def _write(arguments: argparse.Namespace, network: Inference, source: Source, units: int) -> int:
     """Write the file, while all ranks predict; return of how many samples the outputs are no numbers."""
     import numpy as np
 
@@ -65,10 +65,10 @@ def _write(arguments: argparse.Namespace, network: Inference, source: Source) ->
     from dbmpi.checkpoint.new_file import ARRAYS, NewFile
 
     trained = network.trained
-    units, classifies, broken = trained.units, trained.info.classes > 0, 0
+    classifies, broken = 0 < trained.info.classes <= units, 0
     loss, meaning = trained.network.loss, trained.info.meaning or Meaning()
     labels = _labels(meaning.labels, units) if classifies and meaning.labels else None
-    kind, description = ("outputs", "outputs of the last layer") if loss is None else loss.predicts
+    kind, description = ("outputs", "outputs of the last layer, or of the objective") if loss is None else loss.predicts
     attributes: dict[str, str | int] = {
         "format": FORMAT,
         "format_version": 1,

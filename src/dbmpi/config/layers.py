@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
 
@@ -100,26 +100,18 @@ OWN = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*"
 """How code of a user's own is named: ``module:name``."""
 
 
-class OwnLayer(Section):
-    """A layer of your own: a class that fulfils the contract of a layer (see own-layers.md), with settings of its own.
-
-    All keys but those below go to the class, which is called with the layer's name, the shape of its inputs, and them.
-    """
+class OwnCode(Section):
+    """A table that names a class or function of your own: its other keys are settings that this is called with."""
 
     model_config = ConfigDict(extra="allow")
 
-    type: Annotated[str, Field(pattern=f"^{OWN}$", max_length=200)]
-    """``module:Class``; the module is looked for in `network.code` first, then where Python finds modules."""
-    name: Name | None = None
-    """Name in checkpoints; by default the class and its number, e.g. ``maxout2``."""
-
     @property
     def settings(self) -> dict[str, Any]:
-        """The keys that go to the class."""
+        """The keys that go to the class or function."""
         return dict(self.model_extra or {})
 
     @model_validator(mode="after")
-    def _settings_can_be_stored(self) -> OwnLayer:
+    def _settings_can_be_stored(self) -> Self:
         for key, value in self.settings.items():
             if not key.isidentifier() or key == "input_shape":
                 raise ValueError(f"{key!r} cannot be the name of a setting; expected a word like 'units'")
@@ -128,6 +120,18 @@ class OwnLayer(Section):
                     f"{key} = {shown(value)}: expected numbers, texts, true, false, lists or tables of them"
                 )
         return self
+
+
+class OwnLayer(OwnCode):
+    """A layer of your own: a class that fulfils the contract of a layer (see own-layers.md), with settings of its own.
+
+    All keys but those below go to the class, which is called with the layer's name, the shape of its inputs, and them.
+    """
+
+    type: Annotated[str, Field(pattern=f"^{OWN}$", max_length=200)]
+    """``module:Class``; the module is looked for in `network.code` first, then where Python finds modules."""
+    name: Name | None = None
+    """Name in checkpoints; by default the class and its number, e.g. ``maxout2``."""
 
 
 def _is_plain(value: Any) -> bool:

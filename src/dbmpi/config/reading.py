@@ -61,15 +61,29 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Run:
     written = copy.deepcopy(table)
     for override in overrides:
         _apply(table, override)
+    origin, problems = partial(_origin, path, written, overrides), []
+    if _lacks_model(table):
+        problems.append(
+            f"{origin(('network', 'layers'))}: 'network.layers' is missing: the layers, each a [[network.layers]] "
+            "table; or an [objective] of your own instead of a network"
+        )
     try:
         run = Run.model_validate(table)
     except ValidationError as error:
-        raise UserError(explain(error, Run, partial(_origin, path, written, overrides), table)) from None
-    names_code = run.sandblaster.own or any(isinstance(layer, OwnLayer) for layer in run.network.layers)
-    if run.network.code is None and names_code:
+        problems.insert(0, explain(error, Run, origin, table))
+    if problems:
+        raise UserError("\n".join(problems))
+    own_layers = any(isinstance(layer, OwnLayer) for layer in run.network.layers)
+    if run.network.code is None and (run.sandblaster.own or run.objective is not None or own_layers):
         here = run.network.model_copy(update={"code": path.parent})
         return run.model_copy(update={"network": here})
     return run
+
+
+def _lacks_model(table: dict[str, Any]) -> bool:
+    """Return whether a table describes neither a network nor an objective."""
+    network = table.get("network", {})
+    return "objective" not in table and isinstance(network, dict) and network.get("layers", []) == []
 
 
 def _read(path: Path) -> dict[str, Any]:

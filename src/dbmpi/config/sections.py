@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from dbmpi.config.layers import OWN, AnyLayer, Dense, Dropout, OwnLayer
+from dbmpi.config.layers import OWN, AnyLayer, Dense, Dropout, OwnCode, OwnLayer
 from dbmpi.config.messages import explain
 from dbmpi.config.values import Count, CountOrNone, DatasetName, Name, NotNegative, Positive, Section
 from dbmpi.errors import UserError
@@ -55,10 +55,11 @@ class NetworkSection(Section):
     class_weights: Literal["balanced"] | Annotated[tuple[NotNegative, ...], Field(min_length=1)] | None = None
     """Weight of each class in the loss that is learned, in the order of the classes; ``balanced``: in inverse
     proportion to the number of its samples."""
-    layers: tuple[AnyLayer, ...]
-    """The layers, each a ``[[network.layers]]`` table."""
+    layers: tuple[AnyLayer, ...] = ()
+    """The layers, each a ``[[network.layers]]`` table; required, unless there is an ``[objective]``."""
     code: Path | None = None
-    """Directory in which modules of your own layers are looked for first; by default that of the configuration."""
+    """Directory in which modules of your own layers, methods and objectives are looked for first; by default that of
+    the configuration."""
 
     @property
     def drops(self) -> bool:
@@ -68,7 +69,7 @@ class NetworkSection(Section):
     @model_validator(mode="after")
     def _layers_fit(self) -> NetworkSection:
         if not self.layers:
-            raise ValueError("a network needs at least one [[network.layers]] table")
+            return self
         names = self.layer_names
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
@@ -102,6 +103,17 @@ class NetworkSection(Section):
             layer.name or f"{layer.type.rpartition(':')[2].lower()}{number}"
             for number, layer in enumerate(self.layers, 1)
         )
+
+
+class ObjectiveSection(OwnCode):
+    """An objective of your own instead of a network (see own-objectives.md), with settings of its own.
+
+    All keys but `use` go to the class or function.
+    """
+
+    use: Annotated[str, Field(pattern=f"^{OWN}$", max_length=200)]
+    """``module:name`` of a class, or a function, that returns the objective; the module is looked for in `network.code`
+    first, then where Python finds modules."""
 
 
 class TopologySection(Section):
@@ -267,16 +279,18 @@ class MonitorSection(Section):
 class Run(Section):
     """The complete description of a run: immutable, and validated when it is made.
 
-    Each argument is a section of the same name as in a TOML file; `data` and `network` are required.  A mistake raises
-    pydantic's ``ValidationError``, a ValueError.
+    Each argument is a section of the same name as in a TOML file; `data` and either `network` or `objective` are
+    required.  A mistake raises pydantic's ``ValidationError``, a ValueError.
     """
 
     run: RunSection = RunSection()
     """Directory of the run, and its seed."""
     data: DataSection
     """Files with the training and test samples."""
-    network: NetworkSection
+    network: NetworkSection = NetworkSection()
     """Layers and loss."""
+    objective: ObjectiveSection | None = None
+    """Function of your own that is learned instead of a network."""
     topology: TopologySection = TopologySection()
     """How many ranks are shards, replicas, and partitions of a replica."""
     placement: PlacementSection = PlacementSection()
@@ -291,6 +305,17 @@ class Run(Section):
     """When checkpoints are written, and whether the run resumes from one."""
     monitor: MonitorSection = MonitorSection()
     """What is reported during the run."""
+
+    @model_validator(mode="after")
+    def _objective_is_alone(self) -> Run:
+        if self.objective is not None and self.network.layers:
+            raise ValueError("an [objective] takes the place of [[network.layers]]: leave one of the two out")
+        if self.objective is not None and (self.topology.partitions or 1) > 1:
+            raise ValueError(
+                f"topology.partitions = {self.topology.partitions}: an objective of your own is computed by one rank, "
+                "as only layers say how they can be cut: leave it out, and use more replicas"
+            )
+        return self
 
     @model_validator(mode="after")
     def _steps_fit_the_server(self) -> Run:

@@ -43,7 +43,7 @@ class Reading:
             weights=data.weights,
             channels=data.channels,
             missing=data.missing,
-            wanted=_WANTED.get(network.loss, "any"),
+            wanted=_WANTED.get(network.loss, "any") if network.layers else "any",
             class_weights=network.class_weights,
         )
 

@@ -54,10 +54,13 @@ class RunData:
         """What a loss compares outputs with."""
         return "classes" if self.classes else "values"
 
-    def validate(self, outputs: int, loss: str, *, fully: bool) -> None:
-        """Raise UserError unless the targets fit so many `outputs` and this `loss`, or, if `fully`, a value is bad."""
+    def expect(self, outputs: int, loss: str) -> None:
+        """Raise UserError unless the targets fit so many `outputs` of a network and this `loss`."""
         if self.train is not None and loss != "reconstruction":
             self.train.expect(outputs, loss)
+
+    def validate(self, *, fully: bool) -> None:
+        """Raise UserError where, if `fully`, a value is bad."""
         for source in (self.train, self.test):
             if source is not None and fully:
                 source.validate(full=True)
@@ -86,7 +89,8 @@ def open_data(run: Run, comm: MPI.Intracomm, plan: Plan, stack: ExitStack) -> Ru
         if plan.worker_of(comm.rank) is not None:
             memory = run.data.memory_mib
             targets: Literal["required", "optional"]
-            targets = "optional" if run.network.loss == "reconstruction" else "required"
+            own = run.objective is not None
+            targets = "optional" if own or run.network.loss == "reconstruction" else "required"
             reading = Reading.of(run.data, run.network)
             train = stack.enter_context(Source.open(run.data.train, memory, targets, reading))
             notes = [*train.notes]
@@ -101,7 +105,7 @@ def open_data(run: Run, comm: MPI.Intracomm, plan: Plan, stack: ExitStack) -> Ru
         if train is not None:
             train.load()
             if comm.rank == plan.worker_ranks[0]:
-                guessing = loss_of_guessing(train, run.network.loss)
+                guessing = math.nan if run.objective is not None else loss_of_guessing(train, run.network.loss)
                 numbers = (train.samples, train.input_shape, train.classes or 0)
                 outline = json.dumps([*numbers, train.meaning.model_dump(), notes, guessing])
     text = waiting.broadcast_text(comm, outline, plan.worker_ranks[0], "the outline of the data")

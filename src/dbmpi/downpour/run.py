@@ -30,8 +30,9 @@ from dbmpi.paramserver import bottleneck
 from dbmpi.paramserver.rules import Rule, State, rule
 from dbmpi.paramserver.server import Server
 from dbmpi.paramserver.store import Store
-from dbmpi.replica.arrangement import Arrangement
+from dbmpi.replica.arrangement import Arrangement, equal
 from dbmpi.replica.arrangement import from_config as arranged
+from dbmpi.replica.own_objective import OwnModel, OwnReplica
 from dbmpi.replica.replica import Replica
 from dbmpi.result import Result
 from dbmpi.session import DTYPE, Session
@@ -50,12 +51,15 @@ def learn(session: Session, stack: ExitStack) -> Result:
     stack
         Closes what is opened here when the run has ended.
     """
-    run, plan, network, replica = session.run, session.plan, session.network, session.replica
+    run, plan, model, replica = session.run, session.plan, session.model, session.replica
     comm, applied_rule, number = session.comms.world, rule(run.optimizer), session.shard
     # Before the lead's clock runs, and before the windows take their memory.
     bandwidth = 0.0 if number is None else bottleneck.copy_bandwidth()
     with together(comm, "planning the shards' memory"):
-        arrangement = arranged(run.server, network.layers, network.layout, session.placement, plan.shards)
+        if session.placement is None:
+            arrangement = equal(model.layout, plan.shards)
+        else:
+            arrangement = arranged(run.server, model.layers, model.layout, session.placement, plan.shards)
         flow = Flow.from_config(run.server, run.optimizer, () if replica is None else replica.parameters.parts)
         store = Store(comm, plan, arrangement.ranges, run.server, DTYPE, flow.buffer_size)
     stack.enter_context(store)
@@ -64,7 +68,7 @@ def learn(session: Session, stack: ExitStack) -> Result:
     with together(comm, "preparing the shards", seconds=waiting.LONG_SECONDS):
         if number is not None:
             served = store.server(applied_rule)
-            _fill(served, arrangement, store.ranges[number], network, session.checkpoint, applied_rule)
+            _fill(served, arrangement, store.ranges[number], model, session.checkpoint, applied_rule)
             role = ShardRole(
                 comm=comm,
                 server=served,
@@ -117,7 +121,12 @@ def _lead(session: Session, role: ShardRole, arrangement: Arrangement, progress:
 
 
 def _work(
-    session: Session, replica: Replica, store: Store, arrangement: Arrangement, flow: Flow, shard: Shard | None
+    session: Session,
+    replica: Replica | OwnReplica,
+    store: Store,
+    arrangement: Arrangement,
+    flow: Flow,
+    shard: Shard | None,
 ) -> Worker:
     """Learn until the stream is used up or the run is stopped, and wait for its end."""
     run, plan, begin, data, number = session.run, session.plan, session.begin, session.data, session.worker
@@ -225,7 +234,7 @@ def _fill(
     server: Server,
     arrangement: Arrangement,
     held: range,
-    network: Network,
+    model: Network | OwnModel,
     checkpoint: Path | None,
     applied_rule: Rule,
 ) -> None:
@@ -237,7 +246,7 @@ def _fill(
         To be filled; it is ready to serve afterwards.
     arrangement, held
         The order of the shards' vector, and this shard's range of it.
-    network
+    model
         Computes the initial parameters.
     checkpoint
         Where to read parameters instead; None for a new run.
@@ -246,7 +255,7 @@ def _fill(
     """
     if checkpoint is None:
         for start, local, length in arrangement.pieces(held):
-            network.initial(start, server.parameters[local : local + length])
+            model.initial(start, server.parameters[local : local + length])
         server.begin(None)
         return
     with Checkpoint.open(checkpoint) as opened:

@@ -22,12 +22,12 @@ from types import ModuleType
 from typing import Any
 
 from dbmpi import config
-from dbmpi.errors import UserError
+from dbmpi.errors import RunFailed, UserError
 from dbmpi.index.layout import Tensor
 from dbmpi.network.layer import Layer
 
 Loader = Callable[[str, str], Any]
-"""Returns what ``module:Class``, the first argument, names; the second is the layer's name, for messages."""
+"""Returns what ``module:name``, the first argument, names; the second says what is of that type, for messages."""
 
 _METHODS = ("input_box", "tensor_box", "flops", "initial", "forward", "backward")
 _ATTRIBUTES = ("name", "input_shape", "output_shape", "tensors")
@@ -39,10 +39,10 @@ _NOT_THE_USERS = (
 """Prefixes of the names of files that belong to Python, installed packages or dbmpi."""
 
 
-def refuse(kind: str, layer: str) -> Any:
-    """Raise UserError instead of loading `kind`, the class of `layer`: the `Loader` for untrusted files."""
+def refuse(kind: str, what: str) -> Any:
+    """Raise UserError instead of loading `kind`, the type of `what`: the `Loader` for untrusted files."""
     raise UserError(
-        f"layer {layer!r} is of type {kind!r}: that is code which does not belong to dbmpi, and it is not run because "
+        f"{what} is of type {kind!r}: that is code which does not belong to dbmpi, and it is not run because "
         f"a file names it; if you trust it, say so: --allow-code {_file_of(kind)}"
     )
 
@@ -50,8 +50,8 @@ def refuse(kind: str, layer: str) -> Any:
 def from_directory(directory: Path | None) -> Loader:
     """Look for modules in a directory first, then where Python finds modules: for a user's own configuration."""
 
-    def load(kind: str, layer: str) -> Any:
-        return member(kind, f"layer {layer!r}", directory)
+    def load(kind: str, what: str) -> Any:
+        return member(kind, what, directory)
 
     return load
 
@@ -59,19 +59,19 @@ def from_directory(directory: Path | None) -> Loader:
 def from_files(files: Sequence[Path]) -> Loader:
     """Load modules from just these files, which the user has named for this purpose."""
 
-    def load(kind: str, layer: str) -> Any:
+    def load(kind: str, what: str) -> Any:
         module = kind.partition(":")[0].split(".")
         suiting = [file for file in files if [*file.resolve().parts[-len(module) : -1], file.stem] == module]
         if not suiting:
             if not files:
-                refuse(kind, layer)
+                refuse(kind, what)
             raise UserError(
-                f"layer {layer!r} is of type {kind!r}, but --allow-code names only {', '.join(map(str, files))}; "
+                f"{what} is of type {kind!r}, but --allow-code names only {', '.join(map(str, files))}; "
                 f"expected the file that defines it, {_file_of(kind)}"
             )
         if not suiting[0].is_file():
             raise UserError(f"--allow-code {suiting[0]}: no such file; expected the one that defines {kind!r}")
-        return member(kind, f"layer {layer!r}", suiting[0].resolve().parents[len(module) - 1])
+        return member(kind, what, suiting[0].resolve().parents[len(module) - 1])
 
     return load
 
@@ -95,7 +95,7 @@ def make(section: config.OwnLayer, name: str, input_shape: tuple[int, ...], load
         whose name, shapes or tensors are wrong.
     """
     kind = section.type
-    found = load(kind, name)
+    found = load(kind, f"layer {name!r}")
     _check_class(found, kind, name)
     try:
         inspect.signature(found).bind(name, input_shape, **section.settings)
@@ -104,26 +104,45 @@ def make(section: config.OwnLayer, name: str, input_shape: tuple[int, ...], load
             f"layer {name!r}: {kind} cannot be called with the settings of its table: {error}; it is called with "
             f"(name, input_shape, **settings) and takes {inspect.signature(found)}"
         ) from None
-    with calling(name, "its class is called"):
+    with calling(f"layer {name!r}", "its class is called"):
         layer = found(name, input_shape, **section.settings)
-    with calling(name, "it is asked for its shapes and tensors"):
+    with calling(f"layer {name!r}", "it is asked for its shapes and tensors"):
         _check_description(layer, kind, name, input_shape)
     made: Layer = layer
     return made
 
 
-@contextmanager
-def calling(layer: str, when: str) -> Iterator[None]:
-    """Turn an exception of a user's code into a UserError that names the layer and the line.
+def make_objective(section: config.ObjectiveSection, load: Loader) -> Any:
+    """Make the objective that a configuration describes; raises UserError as `make` does for layers.
 
-    `layer` is its name; `when` ends the sentence "layer ... fails when ...".
+    Parameters
+    ----------
+    section
+        What to use, and settings.
+    load
+        Where the class or function may come from.
     """
+    found = load(section.use, "the objective")
+    try:
+        inspect.signature(found).bind(**section.settings)
+    except TypeError as error:
+        raise UserError(
+            f"the objective is of type {section.use!r}, which cannot be called with the settings of its table: {error};"
+            " expected a class, or a function that returns an objective"
+        ) from None
+    with calling("the objective", "it is made"):
+        return found(**section.settings)
+
+
+@contextmanager
+def calling(what: str, when: str) -> Iterator[None]:
+    """Turn an exception of a user's code into a UserError that says `what` fails `when`, and names the line."""
     try:
         yield
-    except UserError:
+    except (UserError, RunFailed):
         raise
     except (Exception, SystemExit) as error:  # an exit here would look like success
-        raise UserError(f"layer {layer!r} fails when {when}: {_where(error)}") from error
+        raise UserError(f"{what} fails when {when}: {_where(error)}") from error
 
 
 def _where(error: BaseException) -> str:

@@ -151,7 +151,7 @@ def needed_box(layer: Layer, output: Box) -> Box:
     """
     if output.empty:
         return Box((0,) * len(layer.input_shape), (0,) * len(layer.input_shape))
-    with calling(layer.name, f"asked what its outputs {output} need"):
+    with calling(f"layer {layer.name!r}", f"asked what its outputs {output} need"):
         need = layer.input_box(output)
     return _checked(layer, "input_box", "", need, layer.input_shape, output)
 
@@ -167,7 +167,7 @@ def needed_tensor_box(layer: Layer, short: str, output: Box) -> Box:
     shape = layer.tensors[short].shape
     if output.empty:
         return Box((0,) * len(shape), (0,) * len(shape))
-    with calling(layer.name, f"asked what its outputs {output} need of {short!r}"):
+    with calling(f"layer {layer.name!r}", f"asked what its outputs {output} need of {short!r}"):
         need = layer.tensor_box(short, output)
     return _checked(layer, "tensor_box", short, need, shape, output)
 

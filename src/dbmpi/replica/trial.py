@@ -70,7 +70,7 @@ def _try_initial(layer: Layer, short: str, number: int, dtype: np.dtype[np.float
     """Check that initial values are numbers, and do not depend on the part that is asked for."""
     size = min(layer.tensors[short].size, _VALUES)
     values, part = np.full(size, np.nan, dtype), np.full(size - size // 2, np.nan, dtype)
-    with calling(layer.name, f"asked for initial values of {short!r}"):
+    with calling(f"layer {layer.name!r}", f"asked for initial values of {short!r}"):
         layer.initial(short, values, 1, number, 0)
         layer.initial(short, part, 1, number, size // 2)
     _check(layer, f"initial({short!r})", "out", values)
@@ -86,7 +86,7 @@ def _try_box(layer: Layer, box: Box, dtype: np.dtype[np.floating]) -> np.ndarray
     context = Context(training=False)
     need = needed_box(layer, box)
     needed = {short: needed_tensor_box(layer, short, box) for short in layer.tensors}
-    with calling(layer.name, f"asked for the operations for its outputs {box}"):
+    with calling(f"layer {layer.name!r}", f"asked for the operations for its outputs {box}"):
         flops: Any = layer.flops(box, _SAMPLES, input_gradient=True)
     if not isinstance(flops, int | float | np.number):
         raise UserError(f"layer {layer.name!r}: flops returns {type(flops).__name__}; expected a number of operations")
@@ -98,7 +98,7 @@ def _try_box(layer: Layer, box: Box, dtype: np.dtype[np.floating]) -> np.ndarray
     outputs = _unwritten(layer, box, dtype)
     shapes = f"for inputs of shape {inputs.shape} and outputs of shape {outputs.shape}"
     task = Forward(box, parameters, inputs, outputs, context)
-    with calling(layer.name, f"forward is called {shapes}"):
+    with calling(f"layer {layer.name!r}", f"forward is called {shapes}"):
         returned: Any = layer.forward(task)  # type: ignore[func-returns-value]
     if isinstance(layer, InParts):
         _try_parts(layer, task)
@@ -107,7 +107,7 @@ def _try_box(layer: Layer, box: Box, dtype: np.dtype[np.floating]) -> np.ndarray
         gradient = _unwritten(layer, box, dtype)
         gradient[...] = 1
         of_parameters = {short: np.full_like(values, np.nan) for short, values in parameters.items()}
-        with calling(layer.name, f"backward is called {shapes}"):
+        with calling(f"layer {layer.name!r}", f"backward is called {shapes}"):
             returned = layer.backward(  # type: ignore[func-returns-value]
                 Backward(box, parameters, inputs, outputs.copy(), context, gradient, of_parameters, input_gradient)
             )
@@ -127,7 +127,7 @@ def _try_parts(layer: Layer, task: Forward) -> None:
     apart = replace(task, outputs=parts)
     for position in product(*(range(start, stop) for start, stop in zip(box.starts[1:], box.stops[1:], strict=True))):
         part = Box((box.starts[0], *position), (box.stops[0], *(index + 1 for index in position)))
-        with calling(layer.name, f"forward_part is called for {part} of its outputs {box}"):
+        with calling(f"layer {layer.name!r}", f"forward_part is called for {part} of its outputs {box}"):
             cast(InParts, layer).forward_part(apart, part)
     if not _same(parts, outputs, outputs):
         raise UserError(

@@ -25,6 +25,7 @@ from dbmpi.mpi.blocking import Collective
 from dbmpi.mpi.tags import Tag
 from dbmpi.objective import Outcome
 from dbmpi.replica import placement, thread_count
+from dbmpi.replica.own_objective import OwnModel, OwnReplica
 from dbmpi.replica.replica import Replica
 from dbmpi.replica.warmup import agree_on_products, use_layers
 from dbmpi.runs import trained_network
@@ -83,9 +84,15 @@ class Inference(Collective):
                 if not self.is_first:
                     self.trained = trained_network.load(path, code)
         network = self.trained.network
+        placed = None
         with self.together("placing the layers"):
             self.partitions = _partitions(ranks, partitions, self.trained.info.partitions)
-            if self.partitions == self.trained.info.partitions:
+            if isinstance(network, OwnModel):
+                if self.partitions > 1:
+                    raise UserError(
+                        f"--partitions {self.partitions}: {network.called} is computed by one rank; leave it out"
+                    )
+            elif self.partitions == self.trained.info.partitions:
                 placed = placement.from_config(self.trained.placement, network.layers, self.partitions)
             else:
                 placed = placement.automatic(network.layers, self.partitions)
@@ -96,7 +103,11 @@ class Inference(Collective):
             self._stack.callback(blocking.free, self._replica_comm)
         say = partial(stderr_line, "dbmpi") if self.is_first else None
         self._compiled = self._stack.enter_context(announced(say))
-        self._replica = self._stack.enter_context(Replica(network, placed, self._replica_comm))
+        if isinstance(network, OwnModel):
+            self._replica: Replica | OwnReplica = OwnReplica(network)
+        else:
+            assert placed is not None
+            self._replica = self._stack.enter_context(Replica(network, placed, self._replica_comm))
         with self.together("reading the parameters", waiting.LONG_SECONDS):
             self._parameters = self.trained.parameters(self._replica.parameters.runs)
 
@@ -142,7 +153,7 @@ class Inference(Collective):
         int, (samples, outputs) array
             The number of the first sample, and the predictions as float32.
         """
-        batches = self._begin(source)
+        units, batches = self.units(source), self._begin(source)
         for first in range(0, len(batches), self.replicas):
             number = first + self._number
             mine = None
@@ -163,11 +174,18 @@ class Inference(Collective):
                 rows = mine
                 if other > 0:
                     assert self._comm is not None
-                    rows = np.empty((len(indices), self.trained.units), np.float32)
+                    rows = np.empty((len(indices), units), np.float32)
                     request = pieces.irecv(self._comm, rows, other * self.partitions, Tag.PREDICTIONS)
                     waiting.complete(request, "the outputs of the other replicas", seconds=waiting.LONG_SECONDS)
                 assert rows is not None
                 yield int(indices[0]), rows
+
+    def units(self, source: Source) -> int:
+        """Return the number of outputs: for an objective of the user's own, of the first sample of this `source`."""
+        if not isinstance(self._replica, OwnReplica):
+            return self.trained.units
+        with self.together("trying to predict"):
+            return len(self._replica.outputs(self._parameters, source.inputs(np.zeros(1, np.int64))))
 
     def broken_parameters(self) -> tuple[str, ...]:
         """Return the names of the tensors that hold NaN or infinite numbers, the same on every rank."""
@@ -225,6 +243,9 @@ class Inference(Collective):
     def _begin(self, source: Source) -> list[np.ndarray]:
         """Return the samples of each batch, once the batches are known to fit and what they need is compiled."""
         trained, size = self.trained, min(self._batch_size, source.samples)
+        batches = [np.arange(start, min(start + size, source.samples)) for start in range(0, source.samples, size)]
+        if isinstance(trained.network, OwnModel):
+            return batches
         with self.together("planning the batches"):
             limits.check_activations(
                 trained.network.activations,
@@ -239,7 +260,7 @@ class Inference(Collective):
             layers, dtype = trained.network.layers, trained.network.dtype
             agree_on_products(self._comm, layers, size)
             blocking.first_on_each_node(self._comm, lambda: use_layers(layers, size, dtype, backward=False))
-        return [np.arange(start, min(start + size, source.samples)) for start in range(0, source.samples, size)]
+        return batches
 
 
 def _partitions(ranks: int, asked: int | None, trained_with: int) -> int:

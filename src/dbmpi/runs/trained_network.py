@@ -13,13 +13,14 @@ from pydantic import ValidationError
 
 from dbmpi.checkpoint.reader import Checkpoint
 from dbmpi.checkpoint.schema import PARAMETERS, CheckpointInfo
-from dbmpi.config import NetworkSection, PlacementSection, explain
+from dbmpi.config import NetworkSection, ObjectiveSection, PlacementSection, Section, explain
 from dbmpi.data.source import Source
 from dbmpi.errors import Damaged, UserError
 from dbmpi.index.layout import Stretch
 from dbmpi.network.description import Network
 from dbmpi.network.losses import Targets
-from dbmpi.network.own import from_files
+from dbmpi.network.own import from_files, make_objective
+from dbmpi.replica.own_objective import OwnModel
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class TrainedNetwork:
     section: NetworkSection
     placement: PlacementSection
     """How it was to be cut over the partitions of the training."""
-    network: Network
+    network: Network | OwnModel
 
     @property
     def path(self) -> Path:
@@ -82,7 +83,8 @@ class TrainedNetwork:
                 f"{source.path}: samples have shape {source.input_shape}, but the network in {self.path} was trained "
                 f"on {info.input_shape}; expected the same"
             )
-        targets = targets and self.network.loss is not None
+        own = isinstance(self.network, OwnModel)
+        targets = targets and (source.has_targets if own else self.network.loss is not None)
         if targets and not source.has_targets:
             raise UserError(f"{source.path}: has no dataset {source.names['targets']!r} to compare the outputs with")
         learner = f"the network in {self.path}"
@@ -90,7 +92,8 @@ class TrainedNetwork:
         if not targets:
             return notices
         if info.classes == 0:
-            source.expect(self.units, self.section.loss)
+            if not own:
+                source.expect(self.units, self.section.loss)
         elif source.classes is None:
             raise UserError(
                 f"{source.path}: the targets are {source.target_size} values a sample, but the network in {self.path} "
@@ -122,12 +125,15 @@ def load(path: Path, code: Sequence[Path] = ()) -> TrainedNetwork:
     checkpoint = Checkpoint.open(path)
     try:
         info = checkpoint.info
-        section, placement = _sections(checkpoint.path, info.configuration)
+        section, placement, objective = _sections(checkpoint.path, info.configuration)
         # The seed is only for initial weights.
         targets: Targets = "classes" if info.classes else "values"
-        network = Network(section, info.input_shape, 0, targets=targets, load=from_files(code))
+        if objective is None:
+            network: Network | OwnModel = Network(section, info.input_shape, 0, targets=targets, load=from_files(code))
+        else:
+            network = OwnModel(make_objective(objective, from_files(code)), 0, f"the objective {objective.use!r}")
         checkpoint.expect(network.layout)
-        if info.classes > network.outputs:
+        if isinstance(network, Network) and info.classes > network.outputs:
             raise Damaged(
                 f"{checkpoint.path}: /run/classes is {info.classes}, expected at most the {network.outputs} outputs of "
                 "its network"
@@ -138,19 +144,24 @@ def load(path: Path, code: Sequence[Path] = ()) -> TrainedNetwork:
     return TrainedNetwork(checkpoint, checkpoint.notice, info, section, placement, network)
 
 
-def _sections(path: Path, configuration: str) -> tuple[NetworkSection, PlacementSection]:
-    """Return the description of the network, and how it was cut: the rest may be of another version of dbmpi."""
+def _sections(path: Path, configuration: str) -> tuple[NetworkSection, PlacementSection, ObjectiveSection | None]:
+    """Return the description of what was learned, and how it was cut: the rest may be of another version of dbmpi."""
     try:
         described = json.loads(configuration)
         network, placement = described["network"], described.get("placement", {})
+        objective = described.get("objective")
+        if objective is None and not network["layers"]:
+            raise KeyError("layers")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(
             f"{path}: the run was not described with a [network]; evaluate it with the program that trained it"
         ) from None
-    section: type[NetworkSection | PlacementSection] = NetworkSection
+    section: type[Section] = NetworkSection
     try:
         found = NetworkSection.model_validate(network)
         section = PlacementSection
-        return found, PlacementSection.model_validate(placement)
+        placed = PlacementSection.model_validate(placement)
+        section = ObjectiveSection
+        return found, placed, None if objective is None else ObjectiveSection.model_validate(objective)
     except ValidationError as error:
         raise UserError(explain(error, section, str(path))) from None

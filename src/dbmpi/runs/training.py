@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
@@ -12,7 +13,7 @@ from functools import partial
 from mpi4py import MPI
 
 from dbmpi.checkpoint.run_lock import locked
-from dbmpi.config import Run
+from dbmpi.config import ObjectiveSection, Run
 from dbmpi.data import limits
 from dbmpi.data.run_data import RunData, open_data
 from dbmpi.data.stream import Order
@@ -30,8 +31,10 @@ from dbmpi.mpi.silent_ends import aloud
 from dbmpi.mpi.world import end_all_on_failure, together
 from dbmpi.network import own
 from dbmpi.network.description import Network
+from dbmpi.objective import OwnObjective
 from dbmpi.paramserver.memory import check_fits
 from dbmpi.replica import placement
+from dbmpi.replica.own_objective import OwnModel, OwnReplica, try_objective
 from dbmpi.replica.replica import Replica
 from dbmpi.replica.thread_count import fitted
 from dbmpi.replica.trial import try_layer
@@ -44,8 +47,14 @@ _MOST_BATCHES = 2**62
 """Of a run: counts of steps and batches travel and are stored as 64-bit integers."""
 
 
-def train(run: Run, comm: MPI.Intracomm | None = None, stop: StopSignal | None = None) -> Result:
-    """Train the network that `run` describes, on all ranks of `comm` together (collective).
+def train(
+    run: Run,
+    comm: MPI.Intracomm | None = None,
+    stop: StopSignal | None = None,
+    *,
+    objective: OwnObjective | None = None,
+) -> Result:
+    """Train the network, or the objective, that `run` describes, on all ranks of `comm` together (collective).
 
     Checkpoints and records are written to ``run.run.directory``, progress to the standard output of one rank.
 
@@ -58,6 +67,8 @@ def train(run: Run, comm: MPI.Intracomm | None = None, stop: StopSignal | None =
     stop : StopSignal, optional
         Collects the signals that end the run with a checkpoint.  By default SIGINT, SIGTERM and SIGUSR2 do so while
         the function runs.
+    objective : OwnObjective, optional
+        What to learn instead of a network, for a run that describes none.
 
     Returns
     -------
@@ -82,6 +93,7 @@ def train(run: Run, comm: MPI.Intracomm | None = None, stop: StopSignal | None =
     """
     if not isinstance(run, Run):
         raise UserError(f"train: expected a description of a run, e.g. dbmpi.load('CONFIG.toml'), not {run!r:.80}")
+    run = _with_objective(run, objective)
     if comm is None:
         from dbmpi.mpi.world import start
 
@@ -89,22 +101,44 @@ def train(run: Run, comm: MPI.Intracomm | None = None, stop: StopSignal | None =
     elif comm.size > 1:
         end_all_on_failure()
     with aloud(comm), ExitStack() as stack:
-        return _run(run, comm, stack, stop or stack.enter_context(StopSignal()))
+        return _run(run, objective, comm, stack, stop or stack.enter_context(StopSignal()))
 
 
-def _run(run: Run, comm: MPI.Intracomm, stack: ExitStack, stop: StopSignal) -> Result:
+def _with_objective(run: Run, objective: OwnObjective | None) -> Run:
+    """Return the run with a name for an `objective` that is an object; check that there is one thing to learn."""
+    if objective is None:
+        if not run.network.layers and run.objective is None:
+            raise UserError(
+                "train: the run describes neither network.layers nor an objective; give one of them, or train(run, "
+                "objective=...)"
+            )
+        return run
+    if run.network.layers or run.objective is not None:
+        what = "network.layers" if run.network.layers else f"the objective {run.objective.use!r}"  # type: ignore[union-attr]
+        raise UserError(f"train: given objective={objective!r:.60}, but the run has {what} already; leave out either")
+    kind = objective if isinstance(objective, type) else type(objective)
+    return Run.model_validate(dict(run) | {"objective": ObjectiveSection(use=f"{kind.__module__}:{kind.__name__}")})
+
+
+def _run(run: Run, objective: OwnObjective | None, comm: MPI.Intracomm, stack: ExitStack, stop: StopSignal) -> Result:
     """Set up this rank, train, evaluate (collective); the stack closes everything that is opened."""
     with together(comm, "planning the topology"):
         plan = topology.plan(run.topology, comm.size)
     comms = stack.enter_context(topology.Communicators(comm, plan))
     with Watch(comms.world) as watch:
-        session = _session(run, plan, comms, watch, stop, stack)
+        session = _session(run, objective, plan, comms, watch, stop, stack)
         learn = sandblaster_run.learn if session.run.optimizer.method == "sandblaster" else downpour_run.learn
         return learn(session, stack)
 
 
 def _session(
-    run: Run, plan: topology.Plan, comms: topology.Communicators, watch: Watch, stop: StopSignal, stack: ExitStack
+    run: Run,
+    objective: OwnObjective | None,
+    plan: topology.Plan,
+    comms: topology.Communicators,
+    watch: Watch,
+    stop: StopSignal,
+    stack: ExitStack,
 ) -> Session:
     """Open the data, cut the network, lock the run directory and find the checkpoint to resume from (collective)."""
     comm = comms.world
@@ -113,23 +147,36 @@ def _session(
     data = replace(data, notes=data.notes + notices)
     say = RunProgress(0, run.monitor.progress).message if comm.rank == 0 else None
     compiled = stack.enter_context(announced(say))
-    network, order = _plan_network(run, data, comm, plan)
-    remark = stack.enter_context(fitted(network.layers, plan.partitions, run.optimizer.batch_size))
+    order = _order(run, data, comm)
+    if run.objective is None:
+        model: Network | OwnModel = _network(run, data, comm, plan)
+        remark = stack.enter_context(fitted(model.layers, plan.partitions, run.optimizer.batch_size))
+    else:
+        model, remark = _own_model(run, objective, comm, plan), ""
+    with together(comm, "looking at the data", seconds=waiting.LONG_SECONDS):
+        data.validate(fully=plan.worker_of(comm.rank) == 0)
     if say is not None:
         prepared = environment.prepare()
         say(f"{prepared}{f'; {remark}' if remark else ''}")
         for loss in prepared.losses:
             print(f"dbmpi: slower than it could be: {loss}", file=sys.stderr, flush=True)
-    with together(comm, "placing the layers"):
-        placed = placement.from_config(run.placement, network.layers, plan.partitions)
+    placed = None
+    if isinstance(model, Network):
+        with together(comm, "placing the layers"):
+            placed = placement.from_config(run.placement, model.layers, plan.partitions)
     with together(comm, "locking the run directory", seconds=waiting.LONG_SECONDS):
         if plan.shard_of(comm.rank) == 0:
             stack.enter_context(locked(run.run.directory, partial(print, "dbmpi:", file=sys.stderr, flush=True)))
-    replica = None
-    if plan.worker_of(comm.rank) is not None:
-        replica = stack.enter_context(Replica(network, placed, comms.replica))
+    replica: Replica | OwnReplica | None = None
+    if isinstance(model, OwnModel):
+        replica = OwnReplica(model) if data.train is not None else None
+        with together(comm, "trying the objective", seconds=waiting.LONG_SECONDS):
+            if replica is not None and data.train is not None and plan.worker_of(comm.rank) == 0:
+                try_objective(replica, model, data.train.batch(order.indices(0)))
+    elif plan.worker_of(comm.rank) is not None and placed is not None:
+        replica = stack.enter_context(Replica(model, placed, comms.replica))
         replica.prepare(run.optimizer.batch_size)
-    begin, checkpoint, number = runs_start.find(run, comm, plan.replicas, network.layout, order, data.meaning)
+    begin, checkpoint, number = runs_start.find(run, comm, plan.replicas, model.layout, order, data.meaning)
     recorder = partial(
         Recorder,
         run.run.directory,
@@ -142,7 +189,7 @@ def _session(
         run=run,
         plan=plan,
         comms=comms,
-        network=network,
+        model=model,
         placement=placed,
         replica=replica,
         order=order,
@@ -156,9 +203,22 @@ def _session(
     )
 
 
-def _plan_network(run: Run, data: RunData, comm: MPI.Intracomm, plan: topology.Plan) -> tuple[Network, Order]:
-    """Make the network for the data, and the order of its samples; check the data and a user's own layers."""
-    section, optimizer, seed, worker = run.network, run.optimizer, run.run.seed, plan.worker_of(comm.rank)
+def _order(run: Run, data: RunData, comm: MPI.Intracomm) -> Order:
+    """Return the order of the samples (collective)."""
+    optimizer = run.optimizer
+    with together(comm, "planning the batches"):
+        order = Order(data.samples, optimizer.batch_size, optimizer.epochs, run.run.seed)
+        if order.batches > _MOST_BATCHES:
+            raise UserError(
+                f"optimizer.epochs = {optimizer.epochs:g}: that is {order.batches:.3g} batches of "
+                f"{optimizer.batch_size}, more than can be counted; lower optimizer.epochs"
+            )
+    return order
+
+
+def _network(run: Run, data: RunData, comm: MPI.Intracomm, plan: topology.Plan) -> Network:
+    """Make the network for the data; check their targets and a user's own layers (collective)."""
+    section, seed, worker = run.network, run.run.seed, plan.worker_of(comm.rank)
     with together(comm, "planning the network"):
         load = own.from_directory(section.code)
         network = Network(section, data.input_shape, seed, targets=data.targets, load=load)
@@ -166,22 +226,34 @@ def _plan_network(run: Run, data: RunData, comm: MPI.Intracomm, plan: topology.P
         if worker is not None:
             limits.check_activations(
                 network.activations,
-                optimizer.batch_size,
+                run.optimizer.batch_size,
                 setting="optimizer.batch_size",
                 partitions=plan.partitions,
                 workers=min(ranks_on_node(os.environ), plan.workers),
             )
-        order = Order(data.samples, optimizer.batch_size, optimizer.epochs, seed)
-        if order.batches > _MOST_BATCHES:
-            raise UserError(
-                f"optimizer.epochs = {optimizer.epochs:g}: that is {order.batches:.3g} batches of "
-                f"{optimizer.batch_size}, more than can be counted; lower optimizer.epochs"
-            )
-    with together(comm, "looking at the data", seconds=waiting.LONG_SECONDS):
-        data.validate(network.outputs, section.loss, fully=worker == 0)
+        data.expect(network.outputs, section.loss)
     if network.own_layers:
         # The first rank alone: one compilation is enough, and one report.
         with together(comm, "trying your own layers", seconds=waiting.LONG_SECONDS):
             for layer in network.own_layers if comm.rank == 0 else ():
                 try_layer(layer, DTYPE)
-    return network, order
+    return network
+
+
+def _own_model(run: Run, objective: OwnObjective | None, comm: MPI.Intracomm, plan: topology.Plan) -> OwnModel:
+    """Make the model of an objective of the user's own, whose parameters must be alike on all ranks (collective)."""
+    section = run.objective
+    assert section is not None
+    with together(comm, "preparing the objective", seconds=waiting.LONG_SECONDS):
+        if objective is None:
+            objective = own.make_objective(section, own.from_directory(run.network.code))
+        model = OwnModel(objective, run.run.seed, f"the objective {section.use!r}")
+        check_fits(model.layout, plan.shards, DTYPE.itemsize, capacity.available())
+    mine = json.dumps([[tensor.name, *tensor.shape] for tensor in model.layout.tensors])
+    first = waiting.broadcast_text(comm, mine, 0, "the names of the parameters")
+    with together(comm, "comparing the parameters"):
+        if mine != first:
+            raise UserError(
+                f"{model.called}: its parameters are {mine:.200} on rank {comm.rank}, and {first:.200} on rank 0"
+            )
+    return model

@@ -152,7 +152,7 @@ class Keeper:
             plan.shard_ranks,
             checkpoint_path(run.run.directory, begin.step + steps),
             ShardPart(
-                Arrangement(session.network.layout, cut(session.network.layout.size, plan.shards)),
+                Arrangement(session.model.layout, cut(session.model.layout.size, plan.shards)),
                 {name: lead.array(name) for name in names},
                 lead.version,
             ),

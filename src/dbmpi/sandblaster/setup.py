@@ -100,7 +100,7 @@ def lay_out(comm: MPI.Intracomm, session: Session) -> Setup:
     return Setup(
         plan=plan,
         settings=session.run.sandblaster,
-        ranges=cut(session.network.layout.size, plan.shards),
+        ranges=cut(session.model.layout.size, plan.shards),
         stretches=tuple(stretches),
         tests=tests,
         capacity=max(order.batches_per_epoch, -(-tests // order.batch_size)),

@@ -1,0 +1,75 @@
+"""An objective of a user's own that fails while it is trained: its traceback, soon, and what was learned is kept."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+from failure.jobs import SECONDS, Jobs, messages
+from harness.environment import timeout_scale
+
+CONFIGURATION = """
+[run]
+directory = "run"
+[data]
+train = "train.h5"
+test = "test.h5"
+[objective]
+use = "mine:Mine"
+[optimizer]
+batch_size = 6
+epochs = 50
+[monitor]
+progress = "lines"
+evaluate_epochs = 0
+"""
+MINE = """
+import numpy as np
+from mpi4py import MPI
+
+class Mine:
+    parameters = {"weights": np.zeros((6, 3))}
+
+    def __init__(self):
+        self.calls = 0
+
+    def loss_and_gradient(self, parameters, batch):
+        self.calls += 1
+        if self.calls == 20 and MPI.COMM_WORLD.rank == MPI.COMM_WORLD.size - 1:
+            raise ZeroDivisionError("one sample too many")
+        errors = batch.inputs @ parameters["weights"] - np.eye(3)[batch.targets]
+        return (errors**2).sum(axis=1).mean() / 2, {"weights": batch.inputs.T @ errors / len(errors)}
+"""
+
+
+@pytest.mark.parametrize(("ranks", "method"), [(3, "downpour"), (3, "sandblaster"), (None, "downpour")])
+def test_an_exception_in_it_ends_the_job_with_its_traceback(jobs: Jobs, ranks, method) -> None:
+    (jobs.directory / "config.toml").write_text(CONFIGURATION)
+    (jobs.directory / "mine.py").write_text(MINE)
+    done = jobs(ranks, f"optimizer.method={method}")
+    assert done.returncode != 0, done.transcript
+    assert done.output.count("ZeroDivisionError: one sample too many") >= 1, done.transcript
+    assert 'raise ZeroDivisionError("one sample too many")' in done.output, done.transcript
+    assert done.seconds < SECONDS * timeout_scale(), done.transcript
+    with jobs.checkpoint() as checkpoint:
+        assert np.isfinite(checkpoint.parameters()).all()
+    if method == "downpour":
+        jobs.assert_whole()
+
+
+def test_a_checkpoint_runs_no_code_that_is_not_allowed(jobs: Jobs) -> None:
+    (jobs.directory / "config.toml").write_text(CONFIGURATION)
+    (jobs.directory / "mine.py").write_text(MINE.replace("self.calls == 20", "False"))
+    done = jobs(None, "optimizer.epochs=2")
+    assert done.returncode == 0, done.transcript
+    (jobs.directory / "mine.py").write_text("raise SystemExit('this was run')")
+    words = [sys.executable, "-m", "dbmpi", "evaluate", "run", "--data", "test.h5"]
+    refused = jobs.launch(None, words, cwd=jobs.directory)
+    assert refused.returncode == 2, refused.transcript
+    assert "this was run" not in refused.output
+    assert "--allow-code mine.py" in messages(refused)[0], refused.transcript
+    (jobs.directory / "mine.py").write_text(MINE)
+    allowed = jobs.launch(None, [*words, "--allow-code", "mine.py"], cwd=jobs.directory)
+    assert allowed.returncode == 0, allowed.transcript
+    assert "loss" in allowed.stdout, allowed.transcript

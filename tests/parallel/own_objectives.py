@@ -1,0 +1,94 @@
+"""Objectives in NumPy, as users write them, for tests of runs; good ones, and some that are wrong."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+class Plane:
+    """Least squares: ``w x + b`` for targets of one value; all in float64, as NumPy computes."""
+
+    def __init__(self, features: int = 6, scale: float = 0.1) -> None:
+        self._features, self._scale = features, scale
+
+    def initial(self, seed):
+        weights = np.random.default_rng(seed).normal(0, self._scale, self._features)
+        return {"slope": {"weights": weights}, "bias": np.zeros(())}
+
+    def loss_and_gradient(self, parameters, batch):
+        weights, bias = parameters["slope"]["weights"].astype(float), parameters["bias"]
+        errors = batch.inputs @ weights + bias - batch.targets[:, 0]
+        gradient = {"bias": errors.mean(), "slope": {"weights": errors @ batch.inputs / len(errors)}}
+        return (errors**2).mean() / 2, gradient
+
+    def predict(self, parameters, inputs):
+        return inputs @ parameters["slope"]["weights"] + parameters["bias"]
+
+
+class Softmax:
+    """Classes; counts those that are right."""
+
+    parameters = {"weights": np.zeros((6, 3), np.float32)}  # noqa: RUF012
+
+    def _probabilities(self, parameters, batch):
+        values = batch.inputs @ parameters["weights"]
+        values = np.exp(values - values.max(axis=1, keepdims=True))
+        return values / values.sum(axis=1, keepdims=True)
+
+    def loss_and_gradient(self, parameters, batch):
+        found = self._probabilities(parameters, batch)
+        of_class = found[np.arange(len(found)), batch.targets]
+        right = int((found.argmax(axis=1) == batch.targets).sum())
+        found[np.arange(len(found)), batch.targets] -= 1
+        return (-np.log(of_class).mean(), right), {"weights": batch.inputs.T @ found / len(found)}
+
+    def evaluate(self, parameters, batch):
+        found = self._probabilities(parameters, batch)
+        right = int((found.argmax(axis=1) == batch.targets).sum())
+        return -np.log(found[np.arange(len(found)), batch.targets]).mean(), right
+
+
+class Wrong(Plane):
+    """Wrong in the way that its setting names."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self._way, self._calls = way, 0
+        if way == "making":
+            raise ValueError("nothing works today")
+
+    def initial(self, seed):
+        first = super().initial(seed)
+        ways = {
+            "no parameters": {},
+            "no dictionary": np.zeros(3),
+            "integers": {"weights": np.zeros(6, int)},
+            "a name": {"a/b": np.zeros(6)},
+            "nothing in it": {"weights": np.zeros(0)},
+            "not finite at first": {"weights": np.full(6, np.nan)},
+        }
+        return ways.get(self._way, first)
+
+    def loss_and_gradient(self, parameters, batch):
+        loss, gradient = super().loss_and_gradient(parameters, batch)
+        self._calls += 1
+        match self._way:
+            case "shape":
+                gradient["slope"]["weights"] = gradient["slope"]["weights"][:, None]
+            case "name":
+                gradient["slope"]["weight"] = gradient["slope"].pop("weights")
+            case "missing":
+                del gradient["bias"]
+            case "complex":
+                gradient["bias"] = np.ones((), complex)
+            case "loss alone":
+                return loss
+            case "loss of each sample":
+                return np.ones(len(batch.inputs)), gradient
+            case "writing":
+                parameters["slope"]["weights"][0] = 1
+            case "infinite" if self._calls > 3:
+                gradient["bias"] = np.inf
+            case "raising" if self._calls > 3:
+                raise ZeroDivisionError("one sample too many")
+        return loss, gradient
