@@ -46,7 +46,7 @@ def settings() -> list[str]:
     found = [
         f"{name}.{key}"
         for name, field in Run.model_fields.items()
-        if name != "placement"
+        if name not in ("placement", "objective")  # tables by name, and of the user's own
         for key in whole_numbers(field.annotation)
     ]
     return [name for name in (*found, *FLOATS) if name not in NO_SIZES]
