@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -21,6 +22,12 @@ _COLOURS = {"ok": "green", "note": "yellow", "broken": "red"}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments to its `parser`."""
+    parser.add_argument(
+        "--objective",
+        type=Path,
+        metavar="CONFIG.toml",
+        help="check the gradient of a configuration's [objective] by differences of its loss, instead of the machine",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
 
 
@@ -30,6 +37,12 @@ def run(arguments: argparse.Namespace) -> int:
     Under mpirun or srun only the world is looked at: that the ranks which were started are one world, and how its
     hosts reach each other's memory.
     """
+    if arguments.objective is not None:
+        from dbmpi.config import load
+        from dbmpi.runs.gradient_check import check_gradient
+
+        checked = load(arguments.objective)
+        return _concluded(check_gradient(checked), "the gradient fits the loss", as_json=arguments.json)
     from dbmpi.machine.doctor import diagnose
     from dbmpi.machine.rank_variables import launched
 
@@ -48,14 +61,19 @@ def run(arguments: argparse.Namespace) -> int:
             if comm.rank == 0:
                 print(line)
         return 0
-    findings = list(_shown(diagnose(), quiet=arguments.json))
+    return _concluded(diagnose(), "everything that a run needs works", as_json=arguments.json)
+
+
+def _concluded(diagnosis: Iterator[Finding], good: str, *, as_json: bool) -> int:
+    """Print all findings of a diagnosis, and in the end what is broken, or that all is `good`; return the exit code."""
+    findings = list(_shown(diagnosis, quiet=as_json))
     broken = [finding.what for finding in findings if finding.status == "broken"]
-    if arguments.json:
+    if as_json:
         print(json.dumps({"ok": not broken, "findings": [asdict(finding) for finding in findings]}))
     elif broken:
         print(f"broken: {', '.join(broken)}")
     else:
-        print("everything that a run needs works")
+        print(good)
     return 1 if broken else 0
 
 

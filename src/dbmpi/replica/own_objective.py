@@ -191,12 +191,15 @@ class OwnReplica(Objective):
 
     def evaluate(self, parameters: np.ndarray, batch: Batch) -> Outcome:
         """Return the outcome of `batch` with `parameters`, by the user's ``evaluate`` if there is one."""
-        model = self._model
-        named, samples = model.named(parameters), Samples.of(batch)
-        evaluate = getattr(model.objective, "evaluate", None)
-        if evaluate is not None:
-            return self._outcome(evaluate(named, samples), batch.samples, "evaluate")
-        return self._outcome(model.objective.loss_and_gradient(named, samples)[0], batch.samples, "loss_and_gradient")
+        evaluate = getattr(self._model.objective, "evaluate", None)
+        if evaluate is None:
+            return self.learned(parameters, batch)
+        return self._outcome(evaluate(self._model.named(parameters), Samples.of(batch)), batch.samples, "evaluate")
+
+    def learned(self, parameters: np.ndarray, batch: Batch) -> Outcome:
+        """Return the outcome of `batch` with `parameters` that is learned from: that of ``loss_and_gradient``."""
+        found = self._model.objective.loss_and_gradient(self._model.named(parameters), Samples.of(batch))
+        return self._outcome(found[0], batch.samples, "loss_and_gradient")
 
     def outputs(self, parameters: np.ndarray, inputs: np.ndarray) -> np.ndarray:
         """Return what the user's ``predict`` says of some samples; (outputs, samples).
