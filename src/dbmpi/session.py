@@ -199,7 +199,7 @@ class Session:
 
     def _use_kernels(self) -> None:
         """Call everything compiled once, on little data, so that it is compiled or loaded before the clock runs."""
-        network, applied_rule = self.network, rule(self.run.optimizer)
+        network, applied_rule = self.network, rule(self.run.optimizer, code=self.run.network.code)
         use_layers(network.layers, self.run.optimizer.batch_size, DTYPE)
         values = np.zeros((network.outputs, 1), DTYPE)
         if network.loss is not None:

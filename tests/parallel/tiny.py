@@ -8,6 +8,7 @@ from typing import Any
 import h5py
 import numpy as np
 from mpi4py import MPI
+from unit.rule_twins import RuleTwin
 
 from dbmpi.checkpoint.reader import Checkpoint
 from dbmpi.config import Run
@@ -78,7 +79,7 @@ class Twin:
         self.order = Order(len(self.inputs), settings.batch_size, settings.epochs, run.run.seed)
         self.server = np.empty(self.network.layout.size, np.float32)
         self.network.initial(0, self.server)
-        self.accumulator = np.full_like(self.server, settings.initial_accumulator)
+        self.rule = RuleTwin(settings, self.server)
 
     def learn(self) -> np.ndarray:
         """Learn by algorithm 1.1 of the paper with one replica; return the parameters."""
@@ -99,12 +100,7 @@ class Twin:
 
     def apply(self, gradient: np.ndarray) -> None:
         """Update the server's parameters."""
-        rate, epsilon = np.float32(self.run.optimizer.learning_rate), np.float32(self.run.optimizer.epsilon)
-        if self.run.optimizer.rule == "sgd":
-            self.server -= rate * gradient
-        else:
-            self.accumulator += gradient * gradient
-            self.server -= rate * gradient / (np.sqrt(self.accumulator) + epsilon)
+        self.server[:] = self.rule.step(self.server, gradient)
 
     def batch(self, number: int) -> Batch:
         """Return a batch of the stream."""

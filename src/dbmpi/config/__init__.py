@@ -18,13 +18,13 @@ from dbmpi.config.layers import (
     Pooling,
 )
 from dbmpi.config.messages import explain
+from dbmpi.config.optimizer import OptimizerSection
 from dbmpi.config.reading import load
 from dbmpi.config.sections import (
     CheckpointSection,
     DataSection,
     MonitorSection,
     NetworkSection,
-    OptimizerSection,
     PlacedLayer,
     PlacementSection,
     Run,

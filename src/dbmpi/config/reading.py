@@ -65,7 +65,9 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Run:
         run = Run.model_validate(table)
     except ValidationError as error:
         raise UserError(explain(error, Run, partial(_origin, path, written, overrides), table)) from None
-    names_code = run.sandblaster.own or any(isinstance(layer, OwnLayer) for layer in run.network.layers)
+    names_code = (
+        run.sandblaster.own or run.optimizer.own or any(isinstance(layer, OwnLayer) for layer in run.network.layers)
+    )
     if run.network.code is None and names_code:
         here = run.network.model_copy(update={"code": path.parent})
         return run.model_copy(update={"network": here})

@@ -51,10 +51,11 @@ def learn(session: Session, stack: ExitStack) -> Result:
         Closes what is opened here when the run has ended.
     """
     run, plan, network, replica = session.run, session.plan, session.network, session.replica
-    comm, applied_rule, number = session.comms.world, rule(run.optimizer), session.shard
+    comm, number = session.comms.world, session.shard
     # Before the lead's clock runs, and before the windows take their memory.
     bandwidth = 0.0 if number is None else bottleneck.copy_bandwidth()
     with together(comm, "planning the shards' memory"):
+        applied_rule = rule(run.optimizer, session.order.samples, run.network.code)
         arrangement = arranged(run.server, network.layers, network.layout, session.placement, plan.shards)
         flow = Flow.from_config(run.server, run.optimizer, () if replica is None else replica.parameters.parts)
         store = Store(comm, plan, arrangement.ranges, run.server, DTYPE, flow.buffer_size)
@@ -105,6 +106,7 @@ def _lead(session: Session, role: ShardRole, arrangement: Arrangement, progress:
         classes=data.classes,
         meaning=data.meaning,
         libraries=library_versions(MPI.Get_library_version()),
+        begun=role.server.begun,
     )
     checkpoints = CheckpointPlan(
         section=run.checkpoint,
@@ -254,6 +256,7 @@ def _fill(
         for name, values in {PARAMETERS: server.parameters, **state}.items():
             for start, local, length in arrangement.pieces(held) if name in opened.vectors else ():
                 opened.load(name, start, values[local : local + length])
-        versions = opened.info.shard_versions
+        info, fresh = opened.info, any(name not in opened.vectors for name in state)
     # The shards of the checkpoint may have been others, so none has a version of its own.
-    server.begin(state, max(versions))
+    version = max(info.shard_versions)
+    server.begin(state, version, begun=version if fresh else info.begun, samples=info.samples)

@@ -113,6 +113,7 @@ class Worker:
     def load(self, number: int) -> Batch:
         """Return the batch of that `number` in the stream."""
         self._batch = number
+        self._client.samples += self._order.size(number)
         return self._assignment.train.batch(self._order.indices(number))
 
     def stepped(self, outcome: Outcome) -> None:
