@@ -208,5 +208,7 @@ class Session:
         applied_rule.apply(few, few.copy(), applied_rule.init(few))
         updates.sgd(few, few.copy(), 0.1)
         updates.add(few, few.copy())
+        if self.run.optimizer.clip_norm:
+            updates.scale(few, updates.sum_of_squares(few))
         for kind in (np.float32, np.uint8):  # of rows; a shard without data may be the one that compiles
             gather(np.zeros((1, 1), kind), np.zeros(1, np.int64), np.float32(1))

@@ -71,3 +71,62 @@ def test_adam_learns_with_several_replicas_of_two_partitions(comm, place) -> Non
         result = train(tiny.describe(place, topology=topology, optimizer=optimizer), comm)
     assert result.test.accuracy > 0.8
     assert set(tiny.vectors(result.checkpoint)) == {"parameters", "first_moment", "second_moment"}
+
+
+SCHEDULES = {
+    "warm-up": {"warmup_epochs": 1.5},
+    "step": {"schedule": "step", "decay_epochs": 0.7, "decay_factor": 0.5},
+    "cosine": {"schedule": "cosine", "warmup_epochs": 0.5},
+    "inverse root": {"schedule": "inverse_root", "warmup_epochs": 1.2},
+}
+
+
+@pytest.mark.parallel([1, 2, 3, 4])
+@pytest.mark.parametrize("kind", SCHEDULES)
+@pytest.mark.parametrize("others", [{"rule": "sgd"}, {"rule": "adamw", "weight_decay": 0.1, "learning_rate": 0.02}])
+def test_a_schedule_follows_the_samples_on_every_shard(comm, place, kind, others) -> None:
+    """Also in a run that is resumed; to a few units in the last place, for its formulas may be written in many ways."""
+    settings = SCHEDULES[kind] | others
+    if kind == "cosine":
+        settings = settings | {"decay_epochs": 2.5}  # the sessions of a test end earlier
+    for epochs in (1.3, 3.0):
+        result = train(describe_one(place, comm.size, comm.size == 4, **settings | {"epochs": epochs}), comm)
+    expected = tiny.Twin(describe_one(place, comm.size, comm.size == 4, **settings | {"epochs": 3.0})).learn()
+    np.testing.assert_allclose(tiny.vectors(result.checkpoint)["parameters"], expected, rtol=1e-4, atol=1e-5)
+    constant = tiny.Twin(describe_one(place, comm.size, False, **others | {"epochs": 3.0})).learn()
+    assert np.abs(expected - constant).max() > 1e-2
+
+
+@pytest.mark.parallel([1, 2])
+@pytest.mark.parametrize(("n_push", "n_fetch", "local_rate"), [(3, 2, 0.05), (1, 4, 0.2), (4, 1, 0.1)])
+def test_local_steps_follow_the_same_schedule(comm, place, n_push, n_fetch, local_rate) -> None:
+    settings = {"schedule": "step", "decay_epochs": 1.0, "decay_factor": 0.25, "warmup_epochs": 0.5, "epochs": 4.0}
+    settings |= {"rule": "sgd", "n_push": n_push, "n_fetch": n_fetch, "local_rate": local_rate}
+    run = describe_one(place, comm.size, False, **settings)
+    result = train(run, comm)
+    twin = tiny.Twin(run)
+    np.testing.assert_array_equal(tiny.vectors(result.checkpoint)["parameters"], twin.learn())
+
+
+@pytest.mark.parallel([1, 2, 3])
+@pytest.mark.parametrize("overlap", ["none", "threads"])
+@pytest.mark.parametrize("n_push", [1, 3])
+def test_the_gradient_of_a_replica_is_clipped(comm, place, overlap, n_push) -> None:
+    partitions = max(comm.size - 1, 1)
+    topology = {"shards": 1, "replicas": 1, "partitions": partitions, "colocate": comm.size == 1}
+    found = {}
+    for largest in (0.0, 0.3, 1e9):
+        run = tiny.describe(
+            place,
+            run={"directory": place / f"run-{largest:g}"},
+            topology=topology,
+            optimizer={"rule": "sgd", "clip_norm": largest, "n_push": n_push},
+            server={"overlap": overlap},
+        )
+        result = train(run, comm)
+        found[largest] = tiny.vectors(result.checkpoint)["parameters"]
+        if overlap == "none":
+            np.testing.assert_allclose(found[largest], tiny.Twin(run).learn(), rtol=1e-4, atol=1e-5)
+    if overlap == "none":
+        np.testing.assert_array_equal(found[1e9], found[0.0])
+    assert np.abs(found[0.3] - found[0.0]).max() > 1e-2

@@ -10,10 +10,12 @@ from unit.rule_twins import RuleTwin
 
 from dbmpi.config import OptimizerSection
 from dbmpi.config.optimizer import RULES
+from dbmpi.downpour.clip import Clip
+from dbmpi.index.layout import Stretch
 from dbmpi.kernels import compile as compiling
 from dbmpi.kernels import moments, updates
 from dbmpi.paramserver.rules import rule
-from dbmpi.paramserver.schedule import Moment
+from dbmpi.paramserver.schedule import Moment, Schedule
 
 DTYPES = [np.float32, np.float64]
 KINDS = [*RULES, "nesterov"]
@@ -180,3 +182,54 @@ def test_rules_equal_those_of_pytorch_step_by_step(kind, dtype, plain):
         ours.apply(w, g, state, Moment(update))
         largest = 10 * update * np.finfo(dtype).eps
         np.testing.assert_allclose(w, theirs.detach().numpy(), rtol=largest, atol=largest)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        (Schedule(), {0: 1.0, 10**9: 1.0}),
+        (Schedule(warmup=100), {0: 0.1, 50: 0.6, 90: 1.0, 100: 1.0, 1000: 1.0}),
+        (Schedule("step", period=50, factor=0.5), {0: 1.0, 49: 1.0, 50: 0.5, 99: 0.5, 100: 0.25}),
+        (Schedule("step", 100, 50, 0.5), {0: 0.1, 149: 1.0, 150: 0.5, 200: 0.25}),
+        (Schedule("cosine", period=100, factor=0.0), {0: 1.0, 50: 0.5, 100: 0.0, 1000: 0.0}),
+        (Schedule("cosine", 100, 100, 0.2), {0: 0.1, 100: 1.0, 150: 0.6, 200: 0.2, 300: 0.2}),
+        (Schedule("inverse_root", 100, 100), {0: 0.1, 100: 1.0, 400: 0.5, 900: 1 / 3}),
+    ],
+)
+def test_schedules(schedule, expected):
+    """At so many samples before a push of ten."""
+    found = {samples: schedule(Moment(samples=samples, pushed=10)) for samples in expected}
+    assert found == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [0, 1, 2047, 2048, 2049, 300_003])
+def test_the_norm_of_a_gradient(dtype, size):
+    vector = np.random.default_rng(size).normal(size=size).astype(dtype)
+    square = updates.sum_of_squares(vector)
+    assert square == pytest.approx(np.sum(vector.astype(np.float64) ** 2), rel=1e-12)
+    before = compiling._Limit.threads
+    try:
+        compiling.limit_threads(1)
+        assert updates.sum_of_squares(vector) == square
+    finally:
+        compiling.limit_threads(before)
+    scaled = vector.copy()
+    updates.scale(scaled, 0.3)
+    np.testing.assert_array_equal(scaled, vector * dtype(0.3))
+
+
+def test_only_what_is_pushed_counts_for_the_norm():
+    stretches = [Stretch(10, 0, 2, pushed=True), Stretch(50, 2, 1, pushed=True), Stretch(3, 3, 2, pushed=False)]
+    gradient = np.array([2, 1, 2, 100, 100], np.float32)
+    asked = []
+
+    def add_up(square: float) -> float:
+        asked.append(square)
+        return square + 16.0  # of another partition: the norm is 5
+
+    Clip(5.0, stretches, add_up)(gradient)
+    np.testing.assert_array_equal(gradient, np.array([2, 1, 2, 100, 100], np.float32))
+    Clip(2.5, stretches, add_up)(gradient)
+    np.testing.assert_array_equal(gradient, np.array([1, 0.5, 1, 50, 50], np.float32))
+    assert asked == [9.0, 9.0]

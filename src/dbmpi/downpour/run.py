@@ -14,6 +14,7 @@ from mpi4py import MPI
 from dbmpi.checkpoint.reader import Checkpoint
 from dbmpi.checkpoint.schema import PARAMETERS, CheckpointInfo, library_versions
 from dbmpi.downpour.algorithm import downpour
+from dbmpi.downpour.clip import Clip
 from dbmpi.downpour.datapath import DataPath, Flow
 from dbmpi.downpour.lead import CheckpointPlan, Lead
 from dbmpi.downpour.orders import Orders
@@ -28,6 +29,7 @@ from dbmpi.network.description import Network
 from dbmpi.objective import Outcome
 from dbmpi.paramserver import bottleneck
 from dbmpi.paramserver.rules import Rule, State, rule
+from dbmpi.paramserver.schedule import Moment, Schedule
 from dbmpi.paramserver.server import Server
 from dbmpi.paramserver.store import Store
 from dbmpi.replica.arrangement import Arrangement
@@ -133,7 +135,8 @@ def _work(
         None if shard is None else shard.poll,
         released=replica_number == 0 or not begin.warmstart,
     )
-    client = store.client(replica.parameters.runs_in(arrangement), flow.parts, orders.obey)
+    stretches = replica.parameters.runs_in(arrangement)
+    client = store.client(stretches, flow.parts, orders.obey)
     assignment = Assignment(
         replica=replica_number,
         order=session.order,
@@ -147,15 +150,20 @@ def _work(
     log = session.log(number)
     worker = Worker(assignment, replica, client, orders, log, session.comms.replica, replica.seconds)
     replica.serve_while_waiting(orders.obey)
+    clip = Clip(run.optimizer.clip_norm, stretches, worker.add_up) if flow.clipped else None
+    schedule = Schedule.from_config(run.optimizer, session.order.samples)
     try:
         downpour(
             replica,
-            DataPath(client, flow, worker.stopwatch("push")),
+            DataPath(client, flow, worker.stopwatch("push"), clip),
             begin.stream.dealt(replica_number, plan.replicas, begin.warmstart),
             worker,
             n_fetch=run.optimizer.n_fetch,
             n_push=run.optimizer.n_push,
-            local_rate=run.optimizer.local_rate,
+            local_rate=lambda number: (
+                run.optimizer.local_rate
+                * schedule(Moment(samples=session.order.before(number), pushed=session.order.size(number)))
+            ),
             first_step=begin.done[replica_number] if begin.done else 0,
         )
     except RunFailed:  # a loss that is not finite, or a rank that cannot be waited for: there is nothing good to keep

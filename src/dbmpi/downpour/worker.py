@@ -169,6 +169,10 @@ class Worker:
         self._client.fetch(parameters, for_gradient=False)
         return evaluate(self._objective, parameters, source, self._order.batch_size, part, parts, self._orders.work)
 
+    def add_up(self, value: float) -> float:
+        """Return the sum of the `value` that each partition of the replica passes (collective among them)."""
+        return self._team.add_up(value)
+
     def obey(self) -> bool:
         """Poll this rank's shard and read the lead's orders; return whether there was anything."""
         return self._orders.obey()

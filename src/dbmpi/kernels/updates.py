@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numba import prange
 
-from dbmpi.kernels.compile import Kernel, exact_parallel_kernel, kernel
+from dbmpi.kernels.compile import Kernel, exact_parallel_kernel, fast_kernel, kernel
 
 BLOCK = 2048
 """Elements that are updated at a time, and checked again where one was outside the range of float32."""
@@ -163,3 +163,33 @@ def add(target: np.ndarray, source: np.ndarray) -> None:
     """Accrue: ``target += source``."""
     for i in prange(target.size):
         target[i] += source[i]
+
+
+@exact_parallel_kernel
+def scale(vector: np.ndarray, factor: float) -> None:
+    """Scale in place: ``vector *= factor``."""
+    times = vector.dtype.type(factor)
+    for i in prange(vector.size):
+        vector[i] *= times
+
+
+def sum_of_squares(vector: np.ndarray) -> float:
+    """Return the sum of the squares of a `vector`, in float64; blocks are added in their order."""
+    return float(np.add.accumulate(_squares(vector))[-1]) if vector.size else 0.0
+
+
+@exact_parallel_kernel
+def _squares(vector: np.ndarray) -> np.ndarray:
+    """Return the sum of the squares of each block."""
+    sums = np.zeros(-(-vector.size // BLOCK))
+    for number in prange(len(sums)):
+        sums[number] = _square_sum(vector[number * BLOCK : min(number * BLOCK + BLOCK, vector.size)])
+    return sums
+
+
+@fast_kernel
+def _square_sum(block: np.ndarray) -> float:
+    total = 0.0
+    for i in range(block.size):
+        total += np.float64(block[i]) * np.float64(block[i])
+    return total
