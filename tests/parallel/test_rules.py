@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 from parallel import tiny
@@ -9,8 +12,11 @@ from parallel.test_train import describe_one
 from unit.rule_twins import RuleTwin
 
 from dbmpi.checkpoint.reader import Checkpoint
+from dbmpi.errors import UserError
+from dbmpi.runs import trained_network
 from dbmpi.runs.training import train
 
+UNIT = Path(__file__).parents[1] / "unit"
 SETTINGS = {
     "sgd": {"rule": "sgd", "weight_decay": 0.01},
     "momentum": {"rule": "momentum", "momentum": 0.8, "learning_rate": 0.02},
@@ -130,3 +136,31 @@ def test_the_gradient_of_a_replica_is_clipped(comm, place, overlap, n_push) -> N
     if overlap == "none":
         np.testing.assert_array_equal(found[1e9], found[0.0])
     assert np.abs(found[0.3] - found[0.0]).max() > 1e-2
+
+
+@pytest.mark.parallel([1, 2, 4])
+def test_a_rule_of_ones_own_trains_and_is_resumed(comm, place) -> None:
+    """And its checkpoint is evaluated without its code."""
+    own = {"rule": "own_rules:mean_of_all", "learning_rate": 0.05}
+    for epochs in (1.3, 3.0):
+        run = describe_one(place, comm.size, comm.size == 4, **own | {"epochs": epochs})
+        run = run.model_copy(update={"network": run.network.model_copy(update={"code": UNIT})})
+        result = train(run, comm)
+    twin = tiny.Twin(run.model_copy(update={"optimizer": run.optimizer.model_copy(update={"rule": "sgd"})}))
+    mean, gradient = np.zeros_like(twin.server), np.empty_like(twin.server)
+    for step in range(21):
+        twin.network.loss_and_gradient(twin.server.copy(), twin.batch(step), gradient)
+        mean += (gradient - mean) / np.float32(step + 1)
+        twin.server -= np.float32(0.05) * mean
+    found = tiny.vectors(result.checkpoint)
+    np.testing.assert_array_equal(found["parameters"], twin.server)
+    np.testing.assert_array_equal(found["mean"], mean)
+    sys.modules["own_rules"] = None  # what imports it fails
+    try:
+        with trained_network.load(result.checkpoint).checkpoint as checkpoint:
+            np.testing.assert_array_equal(checkpoint.parameters(), twin.server)
+    finally:
+        del sys.modules["own_rules"]
+    comm.Barrier()
+    with pytest.raises(UserError, match="that is a function" if comm.rank == 0 else "rank 0"):
+        train(run.model_copy(update={"optimizer": run.optimizer.model_copy(update={"rule": "own_rules:plain"})}), comm)

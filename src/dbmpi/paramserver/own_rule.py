@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numba
 import numpy as np
 
 from dbmpi.errors import UserError
@@ -67,7 +68,8 @@ class OwnRule:
         """
         where = f"optimizer.rule = {name!r}"
         function = own.member(name, where, directory)
-        if not callable(function) or not hasattr(function, "py_func"):
+        # (With NUMBA_DISABLE_JIT the decorator returns the function itself.)
+        if not callable(function) or not (hasattr(function, "py_func") or numba.config.DISABLE_JIT):  # type: ignore[attr-defined]
             raise UserError(f"{where}: that is a {type(function).__name__}; {_EXPECTED}, compiled by numba.njit")
         states, defaults = _arguments(function, where)
         unknown = sorted(set(settings) - set(defaults))
@@ -118,7 +120,7 @@ class OwnRule:
 
 def _arguments(function: Any, where: str) -> tuple[tuple[str, ...], dict[str, float]]:
     """Return the names of a function's state, and its settings with their defaults."""
-    signature = inspect.signature(function.py_func)
+    signature = inspect.signature(getattr(function, "py_func", function))
     arguments = list(signature.parameters.values())
     names = tuple(argument.name for argument in arguments)
     if names[: len(_GIVEN)] != _GIVEN or any(a.kind is not a.POSITIONAL_OR_KEYWORD for a in arguments):
