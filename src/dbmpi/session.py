@@ -55,6 +55,8 @@ class StartingPoint:
     """State of the rule that the checkpoint does not have, because it was written under another rule."""
     notices: tuple[str, ...] = ()
     """On the lead: why this checkpoint, and which ones are damaged."""
+    begun: int = 0
+    """Version at which the checkpoint's state of the rule was begun."""
 
     def after(self, batches: int) -> int:
         """Return the position in the stream after so many batches of this session, learned in their order."""

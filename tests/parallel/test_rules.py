@@ -79,6 +79,21 @@ def test_adam_learns_with_several_replicas_of_two_partitions(comm, place) -> Non
     assert set(tiny.vectors(result.checkpoint)) == {"parameters", "first_moment", "second_moment"}
 
 
+@pytest.mark.parallel([1, 3])
+def test_a_session_of_sandblaster_in_between_keeps_state_and_count(comm, place) -> None:
+    """Adam after SGD, so that its count did not begin with the run."""
+    for epochs, settings in ((1.0, {"rule": "sgd"}), (2.0, SETTINGS["adam"])):
+        result = train(describe_one(place, comm.size, False, **settings | {"epochs": epochs}), comm)
+    before = tiny.vectors(result.checkpoint)
+    batch = describe_one(place, comm.size, False, method="sandblaster", epochs=2.9, batch_size=6)
+    result = train(batch, comm)
+    between = tiny.vectors(result.checkpoint)
+    for name in ("first_moment", "second_moment"):
+        np.testing.assert_array_equal(between[name], before[name])
+    with Checkpoint.open(result.checkpoint) as checkpoint:
+        assert (checkpoint.info.begun, set(checkpoint.info.shard_versions)) == (7, {14})
+
+
 SCHEDULES = {
     "warm-up": {"warmup_epochs": 1.5},
     "step": {"schedule": "step", "decay_epochs": 0.7, "decay_factor": 0.5},

@@ -28,6 +28,11 @@ def stateless(parameters, gradient, rate, update):
         parameters[i] -= np.float32(rate) * gradient[i]
 
 
+@numba.njit
+def name_of_another(parameters, gradient, rate, update, s1):
+    pass
+
+
 def plain(parameters, gradient, rate, update):
     pass
 

@@ -53,6 +53,7 @@ def test_a_rule_of_ones_own_may_have_no_state():
         ("NUMBER", "that is a int; expected a function (parameters, gradient, rate, update, "),
         ("plain", "that is a function; expected a function (parameters, gradient, rate, update, "),
         ("other_arguments", "it takes (weights, gradient, rate, update); expected"),
+        ("name_of_another", "vectors of L-BFGS have names like 's1'"),
         ("text_setting", "the default of mode is 'fast'; expected a finite number"),
         ("changes_the_gradient", "it changes the gradient, which belongs to a worker"),
         ("not_a_number", "gives {'parameters': 1.0, 'mean': nan}"),

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -127,6 +128,9 @@ def _arguments(function: Any, where: str) -> tuple[tuple[str, ...], dict[str, fl
         raise UserError(f"{where}: it takes {signature}; {_EXPECTED}")
     others = arguments[len(_GIVEN) :]
     states = tuple(a.name for a in others if a.default is a.empty)
+    taken = [name for name in states if re.fullmatch(r"[sy]\d+", name)]
+    if taken:
+        raise UserError(f"{where}: vectors of L-BFGS have names like {taken[0]!r}: call that state something else")
     defaults = {a.name: a.default for a in others if a.default is not a.empty}
     for name, value in defaults.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):

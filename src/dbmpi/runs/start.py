@@ -84,6 +84,7 @@ def find(
             info.done if len(info.done) == replicas and same_size else (),
             tuple(name for name in rule(run.optimizer, code=run.network.code).state_names if name not in vectors),
             notices,
+            info.begun,
         )
     return RunStart(begin, Path(path), int(session[0]))
 
