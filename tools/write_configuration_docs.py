@@ -67,7 +67,7 @@ def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "*required*"
     value = field.default
-    if value is None or value in ({}, ()):
+    if value is None or value in ({}, ()) or field.default_factory is not None:  # the meaning says it
         return ""
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 

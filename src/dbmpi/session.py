@@ -56,6 +56,8 @@ class StartingPoint:
     """State of the rule that the checkpoint does not have, because it was written under another rule."""
     notices: tuple[str, ...] = ()
     """On the lead: why this checkpoint, and which ones are damaged."""
+    begun: int = 0
+    """Version at which the checkpoint's state of the rule was begun."""
 
     def after(self, batches: int) -> int:
         """Return the position in the stream after so many batches of this session, learned in their order."""
@@ -201,7 +203,7 @@ class Session:
 
     def _use_kernels(self) -> None:
         """Call everything compiled once, on little data, so that it is compiled or loaded before the clock runs."""
-        model, applied_rule = self.model, rule(self.run.optimizer)
+        model, applied_rule = self.model, rule(self.run.optimizer, code=self.run.network.code)
         use_layers(model.layers, self.run.optimizer.batch_size, DTYPE)
         values = np.zeros((model.outputs, 1), DTYPE)
         if model.loss is not None:
@@ -210,5 +212,7 @@ class Session:
         applied_rule.apply(few, few.copy(), applied_rule.init(few))
         updates.sgd(few, few.copy(), 0.1)
         updates.add(few, few.copy())
+        if self.run.optimizer.clip_norm:
+            updates.scale(few, updates.sum_of_squares(few))
         for kind in (np.float32, np.uint8):  # of rows; a shard without data may be the one that compiles
             gather(np.zeros((1, 1), kind), np.zeros(1, np.int64), np.float32(1))

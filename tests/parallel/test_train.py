@@ -88,7 +88,7 @@ def test_one_worker_equals_the_serial_loop_bit_for_bit(comm, place, rule, coloca
     expected, found = twin.learn(), tiny.vectors(result.checkpoint)
     np.testing.assert_array_equal(found["parameters"], expected)
     if rule == "adagrad":
-        np.testing.assert_array_equal(found["accumulator"], twin.accumulator)
+        np.testing.assert_array_equal(found["accumulator"], twin.rule.state["accumulator"])
     assert result.staleness == 0
 
 
@@ -260,7 +260,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(comm, place, colo
     twin = tiny.Twin(whole)
     found = tiny.vectors(result.checkpoint)
     np.testing.assert_array_equal(found["parameters"], twin.learn())
-    np.testing.assert_array_equal(found["accumulator"], twin.accumulator)
+    np.testing.assert_array_equal(found["accumulator"], twin.rule.state["accumulator"])
     with Checkpoint.open(result.checkpoint) as checkpoint:
         info = checkpoint.info
     assert (info.step, max(info.shard_versions), info.frontier, info.holes) == (50, 50, 50, ())

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
 from mpi4py import MPI
+from unit.rule_twins import RuleTwin
 
 from dbmpi.checkpoint.reader import Checkpoint
 from dbmpi.config import Run
@@ -78,33 +80,52 @@ class Twin:
         self.order = Order(len(self.inputs), settings.batch_size, settings.epochs, run.run.seed)
         self.server = np.empty(self.network.layout.size, np.float32)
         self.network.initial(0, self.server)
-        self.accumulator = np.full_like(self.server, settings.initial_accumulator)
+        self.rule = RuleTwin(settings, self.server)
 
     def learn(self) -> np.ndarray:
         """Learn by algorithm 1.1 of the paper with one replica; return the parameters."""
         settings = self.run.optimizer
         accrued, gradient = np.zeros_like(self.server), np.empty_like(self.server)
+        before = samples = 0
         for step in range(self.order.batches):
             if step % settings.n_fetch == 0:
                 parameters = self.server.copy()
             self.network.loss_and_gradient(parameters, self.batch(step), gradient)
             accrued += gradient
-            parameters -= np.float32(settings.local_rate) * gradient
-            if step % settings.n_push == 0:
-                self.apply(accrued)
+            size = len(self.order.indices(step))
+            parameters -= np.float32(settings.local_rate * self.factor(before + samples, size)) * gradient
+            samples += size
+            if step % settings.n_push == 0 or step == self.order.batches - 1:
+                self.apply(accrued, self.factor(before, samples))
+                before, samples = before + samples, 0
                 accrued[:] = 0
-        if (self.order.batches - 1) % settings.n_push:
-            self.apply(accrued)
         return self.server
 
-    def apply(self, gradient: np.ndarray) -> None:
+    def apply(self, gradient: np.ndarray, factor: float = 1.0) -> None:
         """Update the server's parameters."""
-        rate, epsilon = np.float32(self.run.optimizer.learning_rate), np.float32(self.run.optimizer.epsilon)
-        if self.run.optimizer.rule == "sgd":
-            self.server -= rate * gradient
-        else:
-            self.accumulator += gradient * gradient
-            self.server -= rate * gradient / (np.sqrt(self.accumulator) + epsilon)
+        largest = self.run.optimizer.clip_norm
+        if largest:
+            norm = np.linalg.norm(gradient.astype(np.float64))
+            gradient = gradient * np.float32(min(1, largest / norm))
+        self.server[:] = self.rule.step(self.server, gradient, factor)
+
+    def factor(self, before: int, samples: int) -> float:
+        """Return the factor of the learning rate for a push of so many samples, after all those before."""
+        settings, epoch = self.run.optimizer, len(self.inputs)
+        warm = settings.warmup_epochs * epoch
+        factor = min(1, (before + samples) / warm) if warm else 1.0
+        later = max(0, before - warm) / epoch
+        match settings.schedule:
+            case "step":
+                factor *= settings.decay_factor ** int(later / settings.decay_epochs)
+            case "cosine":
+                whole = settings.decay_epochs or settings.epochs - settings.warmup_epochs
+                wave = (1 + math.cos(math.pi * min(1, later / whole))) / 2
+                factor *= settings.decay_factor + (1 - settings.decay_factor) * wave
+            case "inverse_root":
+                whole = settings.decay_epochs or settings.warmup_epochs
+                factor *= (1 / (1 + later / whole)) ** 0.5
+        return factor
 
     def batch(self, number: int) -> Batch:
         """Return a batch of the stream."""

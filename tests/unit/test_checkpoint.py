@@ -331,6 +331,7 @@ CONTRADICTIONS = {
     "step": 100,
     "samples": 5,
     "shard_versions": (120,),
+    "begun": 124,
     "shards": 0,
     "replicas": 4,
     "total": 2**62,
@@ -344,14 +345,24 @@ def test_numbers_that_contradict_one_another_are_refused_by_name(tmp_path, name)
     with pytest.raises(ValueError, match=name):
         write(tmp_path / "written", **({"done": (41, 41, 41)} | {name: CONTRADICTIONS[name]}))
     path = write(tmp_path)
-    place = (schema.TEXTS | schema.INTEGERS | schema.INTEGER_LISTS)[name]
+    place = (schema.TEXTS | schema.INTEGERS | schema.OPTIONAL_INTEGERS | schema.INTEGER_LISTS)[name]
     value = CONTRADICTIONS[name]
     with h5py.File(path, "r+") as file:
         as_version_1(file)
-        del file[place]
+        file.pop(place, None)
         file[place] = np.bytes_(value) if isinstance(value, str) else np.array(value, np.int64)
     with pytest.raises(Damaged, match=rf"step-000000123\.h5: .*{name}"):
         Checkpoint.open(path)
+
+
+@pytest.mark.parametrize("begun", [0, 1, 123])
+def test_a_count_of_updates_is_kept_where_it_is_one(tmp_path, begun):
+    """Files of earlier versions of dbmpi have none."""
+    path = write(tmp_path, begun=begun)
+    with Checkpoint.open(path) as checkpoint:
+        assert checkpoint.info.begun == begun
+    with h5py.File(path) as file:
+        assert ("run/begun" in file) == (begun > 0)
 
 
 def test_nothing_to_open(tmp_path):

@@ -73,6 +73,39 @@ def test_gradients_that_leave_by_layers_cannot_be_kept(file: Path, other: str) -
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
+        (["rule=adamax"], ["'adamax' is no update rule", "adamw", "module:function"]),
+        (["rule=adam", "nesterov=true"], ["nesterov = true needs optimizer.rule = 'momentum', not 'adam'"]),
+        (["rule=my:rule", "weight_decay=0.1"], ["goes with the rules of dbmpi, not with 'my:rule'", "add it to"]),
+        (["settings={beta=0.1}"], ["goes with a rule of your own, module:function, not 'adagrad'"]),
+        (["decay_epochs=3"], ["decay_epochs = 3 needs a schedule", "'step', 'cosine' or 'inverse_root'"]),
+        (["schedule=step"], ["'step' needs optimizer.decay_epochs"]),
+        (["schedule=inverse_root"], ["'inverse_root' needs optimizer.decay_epochs", "or a warm-up"]),
+        (["schedule=cosine", "warmup_epochs=10"], ["warmup_epochs = 10 leaves nothing of optimizer.epochs = 10"]),
+    ],
+)
+def test_settings_of_rules_that_do_not_go_together(file: Path, overrides: list[str], words: list[str]) -> None:
+    with pytest.raises(UserError) as refused:
+        load(file, tuple(f"optimizer.{override}" for override in overrides))
+    assert all(word in str(refused.value) for word in words), refused.value
+
+
+def test_the_whole_gradient_is_clipped(file: Path) -> None:
+    with pytest.raises(UserError, match=r'clip_norm needs the norm of the whole .*server.gradients = "whole"'):
+        load(file, ("server.gradients=layers", "optimizer.clip_norm=1"))
+
+
+def test_defaults_of_rules_differ_and_are_stored(file: Path) -> None:
+    settings = {name: load(file, (f"optimizer.rule={name}",)) for name in ("adagrad", "rmsprop", "adam")}
+    found = {name: (run.optimizer.epsilon, run.optimizer.beta2) for name, run in settings.items()}
+    assert found == {"adagrad": (1e-10, 0.999), "rmsprop": (1e-8, 0.99), "adam": (1e-8, 0.999)}
+    run = load(file, ("optimizer.rule=adam", "optimizer.epsilon=0.5"))
+    assert Run.from_json(run.to_json()) == run
+    assert run.optimizer.epsilon == 0.5
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
         (["algorithm=newton"], ["'newton' is no batch method", "lbfgs", "module:function"]),
         (["algorithm=mine:method", "batch_portions=2"], ["'mine:method' goes with batches of all samples only"]),
         (["l1=0.1", "algorithm=gradient_descent"], ["l1 = 0.1 needs sandblaster.algorithm = 'lbfgs', not 'gradient_"]),
@@ -236,7 +269,18 @@ def test_what_is_expected_is_said_in_words_of_toml(file: Path) -> None:
         ("topology.partitions", ["0", "2.5"]),
         ("topology.colocate", ["maybe", "2", "[]"]),
         ("optimizer.method", ["upour", "1"]),
-        ("optimizer.rule", ["adam", "[]"]),
+        ("optimizer.rule", ["adamax", "[]", "mine:", ":rule"]),
+        ("optimizer.momentum", ["1", "-0.1", "nan"]),
+        ("optimizer.nesterov", ["1", '"yes"']),
+        ("optimizer.beta1", ["1.0", "-1"]),
+        ("optimizer.beta2", ["1.0", "inf"]),
+        ("optimizer.weight_decay", ["-1", "nan", "true"]),
+        ("optimizer.schedule", ["linear", "1"]),
+        ("optimizer.warmup_epochs", ["-1", "inf"]),
+        ("optimizer.decay_epochs", ["0", "-1", "nan"]),
+        ("optimizer.decay_factor", ["-0.1", "1.1"]),
+        ("optimizer.clip_norm", ["-1", "nan", "inf"]),
+        ("optimizer.settings", ["5", "{a = 'b'}", "{a = inf}"]),
         ("optimizer.learning_rate", ["0", "-1", "nan", "inf", "fast", "true", '"0.1"']),
         ("optimizer.initial_accumulator", ["-1", "nan"]),
         ("optimizer.epsilon", ["-1e-9", "inf"]),
@@ -272,7 +316,7 @@ def test_a_wrong_value_is_told_with_its_place(file: Path, key: str, values: list
 
 def test_the_value_that_was_given_is_shown(file: Path) -> None:
     assert "(given: -3)" in refusal(file, "network.layers.0.units=-3")
-    assert '(given: "adam")' in refusal(file, "optimizer.rule=adam")
+    assert '(given: "hinge")' in refusal(file, "network.loss=hinge")
 
 
 def test_what_is_missing_is_explained(file: Path) -> None:

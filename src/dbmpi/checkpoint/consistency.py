@@ -11,7 +11,7 @@ _MOST = 2**62
 """Counts are added to and stored as 64-bit integers."""
 _LAST_YEAR = 9000
 """Moments are added to times, and there is no year 10000."""
-_PLACES = schema.INTEGERS | schema.INTEGER_LISTS | schema.TEXTS
+_PLACES = schema.INTEGERS | schema.OPTIONAL_INTEGERS | schema.INTEGER_LISTS | schema.TEXTS
 
 
 class Contradiction(Exception):
@@ -33,6 +33,9 @@ def check(info: schema.CheckpointInfo) -> None:
     _expect("holes", rising, info.holes, f"increasing numbers below {_where('frontier')} = {frontier}")
     versions, done = info.shard_versions, info.done
     _expect("shard_versions", len(versions) == info.shards, versions, f"one for each of {info.shards} shards")
+    _expect(
+        "begun", 0 <= info.begun <= max(versions), info.begun, f"at least 0, and at most {max(versions)}, a version"
+    )
     _expect("done", len(done) in (0, info.replicas), done, f"one for each of {info.replicas} replicas, or none")
     _expect("done", sum(done) <= learned, done, f"no more than the {learned} batches that are learned")
     _expect("step", info.step >= sum(done), info.step, f"at least the {sum(done)} steps of {_where('done')}")

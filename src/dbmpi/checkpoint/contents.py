@@ -59,7 +59,8 @@ class Contents:
         """Return the description."""
         present = {name: path for name, path in schema.OPTIONAL_TEXTS.items() if self._has(path)}
         fields: dict[str, Any] = {name: self._small(path, "S", 0) for name, path in (schema.TEXTS | present).items()}
-        fields |= {name: self._small(path, "i", 0) for name, path in schema.INTEGERS.items()}
+        present = {name: path for name, path in schema.OPTIONAL_INTEGERS.items() if self._has(path)}
+        fields |= {name: self._small(path, "i", 0) for name, path in (schema.INTEGERS | present).items()}
         fields |= {name: self._small(path, "i", 1) for name, path in schema.INTEGER_LISTS.items()}
         libraries = self._find(schema.LIBRARIES, h5py.Group)
         fields["libraries"] = {name: self._small(f"{schema.LIBRARIES}/{name}", "S", 0) for name in libraries}

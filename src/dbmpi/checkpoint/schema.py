@@ -64,6 +64,9 @@ INTEGERS = {
 }
 """Fields that are stored as an int64 scalar, and where."""
 
+OPTIONAL_INTEGERS = {"begun": "run/begun"}
+"""Fields that are stored as `INTEGERS` are, where they are not 0."""
+
 INTEGER_LISTS = {
     "shard_versions": "run/shard_versions",
     "input_shape": "run/input_shape",
@@ -126,6 +129,8 @@ class CheckpointInfo:
     """Batches before the frontier that have not been learned."""
     done: tuple[int, ...] = ()
     """Batches learned, per replica of the run that wrote the file."""
+    begun: int = 0
+    """Version at which the state of the update rule was begun."""
     method: str = ""
     """State of a batch method as JSON text (:class:`dbmpi.sandblaster.state.MethodState`); empty after Downpour."""
     meaning: Meaning | None = None

@@ -189,7 +189,7 @@ def _check_names(layout: Layout, vectors: Sequence[str]) -> None:
 def _write_info(file: NewFile, layout: Layout, info: schema.CheckpointInfo) -> None:
     for name, path in (schema.TEXTS | schema.INTEGERS | schema.INTEGER_LISTS).items():
         file.put(path, getattr(info, name))
-    for name, path in schema.OPTIONAL_TEXTS.items():
+    for name, path in (schema.OPTIONAL_TEXTS | schema.OPTIONAL_INTEGERS).items():
         if getattr(info, name):
             file.put(path, getattr(info, name))
     for library, text in {**info.libraries, "hdf5": h5py.version.hdf5_version}.items():

@@ -18,6 +18,7 @@ from dbmpi.config.layers import (
     Pooling,
 )
 from dbmpi.config.messages import explain
+from dbmpi.config.optimizer import OptimizerSection
 from dbmpi.config.reading import load
 from dbmpi.config.sections import (
     CheckpointSection,
@@ -25,7 +26,6 @@ from dbmpi.config.sections import (
     MonitorSection,
     NetworkSection,
     ObjectiveSection,
-    OptimizerSection,
     PlacedLayer,
     PlacementSection,
     Run,

@@ -10,6 +10,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from dbmpi.config.layers import OWN, AnyLayer, Dense, Dropout, OwnCode, OwnLayer
 from dbmpi.config.messages import explain
+from dbmpi.config.optimizer import OptimizerSection
 from dbmpi.config.values import Count, CountOrNone, DatasetName, Name, NotNegative, Positive, Section
 from dbmpi.errors import UserError
 
@@ -145,34 +146,6 @@ class PlacementSection(Section):
     """Relative speed of the machine of each partition; boxes are in proportion.  By default all are equal."""
     layers: dict[Name, PlacedLayer] = {}  # noqa: RUF012 - copied for each section
     """A ``[placement.layers.NAME]`` table for each layer that is not to be cut automatically."""
-
-
-class OptimizerSection(Section):
-    """How the parameters are learned."""
-
-    method: Literal["downpour", "sandblaster"] = "downpour"
-    """``downpour``: asynchronous SGD over the parameter server (paper, section 4.1); ``sandblaster``: distributed batch
-    optimisation (section 4.2), see ``[sandblaster]``."""
-    rule: Literal["sgd", "adagrad"] = "adagrad"
-    """The update that the shards apply."""
-    learning_rate: Positive = 0.01
-    """Rate of the rule; for ``adagrad`` the paper's gamma, about ten times the best fixed rate."""
-    initial_accumulator: NotNegative = 0.0
-    """Adagrad: what the sum of squared gradients starts from."""
-    epsilon: NotNegative = 1e-10
-    """Adagrad: added to the root of the sum, so that gradients much smaller than this give smaller steps."""
-    batch_size: Count = 128
-    """Samples of one step of one replica; at most all training samples."""
-    epochs: Positive = 10.0
-    """Passes through the training samples, all replicas together."""
-    n_push: Count = 1
-    """Push the accrued gradient every this many steps."""
-    n_fetch: Count = 1
-    """Fetch the parameters every this many steps."""
-    local_rate: NotNegative = 0.0
-    """Rate alpha of the replica's own steps between two fetches (algorithm 1.1); 0 takes none."""
-    warmstart: CountOrNone = 0
-    """One replica takes this many steps alone before the others are released."""
 
 
 ALGORITHMS = ("lbfgs", "conjugate_gradients", "gradient_descent")
@@ -333,6 +306,11 @@ class Run(Section):
             raise ValueError(
                 "server.consistent = true applies a push at one go, for which all of it must be there: set "
                 'server.gradients = "whole", or server.consistent = false'
+            )
+        if self.server.gradients == "layers" and self.optimizer.clip_norm:
+            raise ValueError(
+                "optimizer.clip_norm needs the norm of the whole gradient before any of it is pushed: set "
+                'server.gradients = "whole", or optimizer.clip_norm = 0'
             )
         if self.server.fetch == "shared" and (self.optimizer.n_fetch > 1 or self.optimizer.local_rate):
             raise ValueError(

@@ -72,6 +72,11 @@ class Order:
         index = batch_number % self.batches_per_epoch
         return min(self.batch_size, self.samples - index * self.batch_size)
 
+    def before(self, batch_number: int) -> int:
+        """Return the number of samples of all batches before `batch_number`."""
+        epoch, index = divmod(batch_number, self.batches_per_epoch)
+        return epoch * self.samples + index * self.batch_size
+
     def _permutation(self, epoch: int) -> np.ndarray:
         if epoch not in self._permutations:
             # Sorting raw bits, rather than Generator.permutation: NumPy promises that the bits of a bit generator stay

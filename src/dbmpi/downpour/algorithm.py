@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Protocol
 
 from dbmpi.objective import Batch, Objective, Outcome
@@ -42,7 +42,7 @@ def downpour(
     *,
     n_fetch: int = 1,
     n_push: int = 1,
-    local_rate: float = 0.0,
+    local_rate: float | Callable[[int], float] = 0.0,
     first_step: int = 0,
 ) -> None:
     """Learn from `batches` against the shards, until they are used up or the watcher ends it.
@@ -63,7 +63,7 @@ def downpour(
     watcher
         Accompanies the loop.
     n_fetch, n_push, local_rate
-        As above; the paper's experiments use 1, 1 and no local steps.
+        As above; the paper's experiments use 1, 1 and no local steps.  A rate may be a function of the batch's number.
     first_step
         Where the count of steps begins: not at 0 in a run that is resumed from a checkpoint.
     """
@@ -91,7 +91,7 @@ def downpour(
             leave = path.on_gradient if pushing else None
             outcome = objective.loss_and_gradient(path.parameters, batch, gradient, leave, step=number, add=path.add)
             watcher.stepped(outcome)
-            path.accrue(outcome, local_rate)
+            path.accrue(outcome, local_rate(number) if callable(local_rate) else local_rate)
         if pushing:
             push()
     if path.steps:

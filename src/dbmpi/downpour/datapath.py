@@ -15,6 +15,7 @@ import numpy as np
 
 from dbmpi.config import OptimizerSection, ServerSection
 from dbmpi.downpour.buffer import Buffer, buffer_size
+from dbmpi.downpour.clip import Clip
 from dbmpi.kernels import updates
 from dbmpi.mpi import waiting
 from dbmpi.objective import Gradient, Outcome
@@ -39,6 +40,8 @@ class Flow:
     Otherwise each layer waits for memory that layers share, and a gradient is pushed in every step."""
     apart: bool = False
     """Whether the gradient of each step is needed by itself before it is added to those of earlier steps."""
+    clipped: bool = False
+    """Whether the whole gradient is needed before any of it leaves."""
 
     @classmethod
     def from_config(cls, server: ServerSection, optimizer: OptimizerSection, layers: tuple[range, ...]) -> Flow:
@@ -52,12 +55,12 @@ class Flow:
             As the field.
         """
         apart = optimizer.local_rate > 0 and optimizer.n_push > 1
-        return cls(layers, server.overlap == "threads", server.gradients == "whole", apart)
+        return cls(layers, server.overlap == "threads", server.gradients == "whole", apart, optimizer.clip_norm > 0)
 
     @property
     def by_layers(self) -> bool:
         """Whether each layer's gradient leaves as soon as it is complete."""
-        return (self.overlap or not self.whole) and not self.apart
+        return (self.overlap or not self.whole) and not self.apart and not self.clipped
 
     @property
     def parts(self) -> tuple[range, ...]:
@@ -89,6 +92,8 @@ class DataPath:
         How gradients leave.
     waiting
         Entered while a gradient waits for its memory, to account for that time.
+    clip
+        Scales a gradient before it is pushed, if it is clipped.
 
     Attributes
     ----------
@@ -101,8 +106,10 @@ class DataPath:
         Number of gradients accrued since the last push.
     """
 
-    def __init__(self, client: Client, flow: Flow, waiting: AbstractContextManager[None]) -> None:
-        self._client, self._flow = client, flow
+    def __init__(
+        self, client: Client, flow: Flow, waiting: AbstractContextManager[None], clip: Clip | None = None
+    ) -> None:
+        self._client, self._flow, self._clip = client, flow, clip
         # The first one grows; the other one, if there is one, leaves.
         self._buffers = deque(Buffer(client, memory, waiting) for memory in client.gradients)
         dtype = client.gradients[0].dtype
@@ -174,6 +181,8 @@ class DataPath:
     def push(self) -> int:
         """Push the accrued gradient; return the number of steps it is the sum of."""
         if not self._handed_over:
+            if self._clip is not None:
+                self._clip(self._buffers[0].memory)
             for part in reversed(range(len(self._flow.parts))):
                 self._buffers[0].push(part)
         self._client.report(self._accrued, self.steps)

@@ -14,6 +14,7 @@ from mpi4py import MPI
 from dbmpi.checkpoint.reader import Checkpoint
 from dbmpi.checkpoint.schema import PARAMETERS, CheckpointInfo, library_versions
 from dbmpi.downpour.algorithm import downpour
+from dbmpi.downpour.clip import Clip
 from dbmpi.downpour.datapath import DataPath, Flow
 from dbmpi.downpour.lead import CheckpointPlan, Lead
 from dbmpi.downpour.orders import Orders
@@ -28,6 +29,7 @@ from dbmpi.network.description import Network
 from dbmpi.objective import Outcome
 from dbmpi.paramserver import bottleneck
 from dbmpi.paramserver.rules import Rule, State, rule
+from dbmpi.paramserver.schedule import Moment, Schedule
 from dbmpi.paramserver.server import Server
 from dbmpi.paramserver.store import Store
 from dbmpi.replica.arrangement import Arrangement, equal
@@ -52,10 +54,11 @@ def learn(session: Session, stack: ExitStack) -> Result:
         Closes what is opened here when the run has ended.
     """
     run, plan, model, replica = session.run, session.plan, session.model, session.replica
-    comm, applied_rule, number = session.comms.world, rule(run.optimizer), session.shard
+    comm, number = session.comms.world, session.shard
     # Before the lead's clock runs, and before the windows take their memory.
     bandwidth = 0.0 if number is None else bottleneck.copy_bandwidth()
     with together(comm, "planning the shards' memory"):
+        applied_rule = rule(run.optimizer, session.order.samples, run.network.code)
         if session.placement is None:
             arrangement = equal(model.layout, plan.shards)
         else:
@@ -109,6 +112,7 @@ def _lead(session: Session, role: ShardRole, arrangement: Arrangement, progress:
         classes=data.classes,
         meaning=data.meaning,
         libraries=library_versions(MPI.Get_library_version()),
+        begun=role.server.begun,
     )
     checkpoints = CheckpointPlan(
         section=run.checkpoint,
@@ -140,7 +144,8 @@ def _work(
         None if shard is None else shard.poll,
         released=replica_number == 0 or not begin.warmstart,
     )
-    client = store.client(replica.parameters.runs_in(arrangement), flow.parts, orders.obey)
+    stretches = replica.parameters.runs_in(arrangement)
+    client = store.client(stretches, flow.parts, orders.obey)
     assignment = Assignment(
         replica=replica_number,
         order=session.order,
@@ -154,15 +159,20 @@ def _work(
     log = session.log(number)
     worker = Worker(assignment, replica, client, orders, log, session.comms.replica, replica.seconds)
     replica.serve_while_waiting(orders.obey)
+    clip = Clip(run.optimizer.clip_norm, stretches, worker.add_up) if flow.clipped else None
+    schedule = Schedule.from_config(run.optimizer, session.order.samples)
     try:
         downpour(
             replica,
-            DataPath(client, flow, worker.stopwatch("push")),
+            DataPath(client, flow, worker.stopwatch("push"), clip),
             begin.stream.dealt(replica_number, plan.replicas, begin.warmstart),
             worker,
             n_fetch=run.optimizer.n_fetch,
             n_push=run.optimizer.n_push,
-            local_rate=run.optimizer.local_rate,
+            local_rate=lambda number: (
+                run.optimizer.local_rate
+                * schedule(Moment(samples=session.order.before(number), pushed=session.order.size(number)))
+            ),
             first_step=begin.done[replica_number] if begin.done else 0,
         )
     except RunFailed:  # a loss that is not finite, or a rank that cannot be waited for: there is nothing good to keep
@@ -263,6 +273,7 @@ def _fill(
         for name, values in {PARAMETERS: server.parameters, **state}.items():
             for start, local, length in arrangement.pieces(held) if name in opened.vectors else ():
                 opened.load(name, start, values[local : local + length])
-        versions = opened.info.shard_versions
+        info, fresh = opened.info, any(name not in opened.vectors for name in state)
     # The shards of the checkpoint may have been others, so none has a version of its own.
-    server.begin(state, max(versions))
+    version = max(info.shard_versions)
+    server.begin(state, version, begun=version if fresh else info.begun, samples=info.samples)

@@ -113,6 +113,7 @@ class Worker:
     def load(self, number: int) -> Batch:
         """Return the batch of that `number` in the stream."""
         self._batch = number
+        self._client.samples += self._order.size(number)
         return self._assignment.train.batch(self._order.indices(number))
 
     def stepped(self, outcome: Outcome) -> None:
@@ -167,6 +168,10 @@ class Worker:
             parameters = np.empty(self._objective.size, np.float32)
         self._client.fetch(parameters, for_gradient=False)
         return evaluate(self._objective, parameters, source, self._order.batch_size, part, parts, self._orders.work)
+
+    def add_up(self, value: float) -> float:
+        """Return the sum of the `value` that each partition of the replica passes (collective among them)."""
+        return self._team.add_up(value)
 
     def obey(self) -> bool:
         """Poll this rank's shard and read the lead's orders; return whether there was anything."""

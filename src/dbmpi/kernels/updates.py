@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numba import prange
 
-from dbmpi.kernels.compile import exact_parallel_kernel, kernel
+from dbmpi.kernels.compile import Kernel, exact_parallel_kernel, fast_kernel, kernel
 
 BLOCK = 2048
 """Elements that are updated at a time, and checked again where one was outside the range of float32."""
@@ -36,82 +36,117 @@ def sgd(parameters: np.ndarray, gradient: np.ndarray, rate: float) -> None:
 
 
 @exact_parallel_kernel
-def adagrad(parameters: np.ndarray, gradient: np.ndarray, accumulator: np.ndarray, rate: float, epsilon: float) -> None:
-    """Take a step of Adagrad (paper, section 4.1): the sum of squares includes the gradient itself.
-
-    ``accumulator += gradient^2;  parameters -= rate * gradient / (sqrt(accumulator) + epsilon)``
+def sgd_with_decay(parameters: np.ndarray, gradient: np.ndarray, rate: float, decay: float) -> None:
+    """Take a step of gradient descent with weight decay: ``parameters -= rate * (gradient + decay * parameters)``.
 
     Parameters
     ----------
-    parameters, gradient, accumulator : (n,) arrays
-        The accumulator, the sum of squares, is updated, and then the parameters.
-    rate, epsilon : float
-        Learning rate, and the term that bounds the step where the sum is small.
-
-    Notes
-    -----
-    Where both are 0, the parameter stays.  A sum that float32 cannot hold, because gradients are large, or smaller than
-    1e-15 where so small ones matter, is kept as minus its root: see `FOLD`.
+    parameters, gradient : (n,) arrays
+        The parameters are updated.
+    rate, decay : float
+        Learning rate, and factor of the weight decay.
     """
-    step, floor = parameters.dtype.type(rate), parameters.dtype.type(epsilon)
-    zero, least, infinite = parameters.dtype.type(0), parameters.dtype.type(_TINY), parameters.dtype.type(np.inf)
-    single = parameters.itemsize == 4
-    small_matter = single and floor * NEGLIGIBLE < np.sqrt(SMALLEST)
-    for number in prange(-(-parameters.size // BLOCK)):
-        start, stop = number * BLOCK, min(number * BLOCK + BLOCK, parameters.size)
-        w, g, sums = parameters[start:stop], gradient[start:stop], accumulator[start:stop]
-        if small_matter and _below(g, sums):
-            _adagrad_any(w, g, sums, step, floor, True)
-            continue
-        high = np.uint32(0)
-        # What is kept as a root stays as it is here, and its parameter, too.  All this hides behind root and division.
+    step, shrink = parameters.dtype.type(rate), parameters.dtype.type(decay)
+    for i in prange(parameters.size):
+        parameters[i] -= step * (gradient[i] + shrink * parameters[i])
+
+
+def _adagrad(decays: bool) -> Kernel[..., None]:
+    """Return the kernel of Adagrad with weight decay, or without: gradients then keep their bits."""
+
+    @kernel
+    def below(w: np.ndarray, g: np.ndarray, sums: np.ndarray, shrink: float) -> bool:
+        """Return whether a sum becomes too small, and not zero."""
+        found = False
+        for i in range(g.size):
+            slope = g[i] + shrink * w[i] if decays else g[i]
+            found |= sums[i] + slope * slope < SMALLEST and (slope != 0 or sums[i] != 0)
+        return found
+
+    @kernel
+    def adagrad_any(
+        w: np.ndarray, g: np.ndarray, sums: np.ndarray, step: float, floor: float, shrink: float, anew: bool
+    ) -> None:
+        """Take a step in double precision where sums of squares are beyond what float32 can hold.
+
+        Of all elements, or else of those that have not taken it: their sums are kept as roots, or overflowed.  (What a
+        gradient was added to was below `LARGEST` then, which is nothing beside its square.)
+        """
         for i in range(w.size):
-            before, total = sums[i], sums[i] + g[i] * g[i]
-            divisor = max(np.sqrt(total) + floor, least)
-            divisor = divisor if before >= zero else infinite
-            total = total if before >= zero else before
-            bits = np.float32(total).view(np.uint32)
-            high = np.uint32(high | bits | np.uint32(bits + _TO_SIGN))
-            sums[i] = total
-            w[i] -= step * g[i] / divisor
-        if single and high >= _SIGN:
-            _adagrad_any(w, g, sums, step, floor, False)
+            gradient, kept = np.float64(g[i]), np.float64(sums[i])
+            if decays:
+                gradient += np.float64(shrink) * np.float64(w[i])
+            stepped = not anew and 0 <= kept < np.inf
+            if stepped:
+                total = kept
+            elif kept == np.inf:
+                total = gradient * gradient
+            else:
+                total = (kept if kept >= 0 else _square(kept)) + gradient * gradient
+            root = np.sqrt(total)
+            if root > 0 and not stepped:
+                w[i] = np.float64(w[i]) - np.float64(step) * (gradient / (root + np.float64(floor)))
+            if total >= LARGEST:
+                sums[i] = -root / FOLD
+            elif anew and 0 < total < SMALLEST:
+                sums[i] = -root * FOLD
+            else:
+                sums[i] = total
 
+    @exact_parallel_kernel
+    def adagrad(
+        parameters: np.ndarray,
+        gradient: np.ndarray,
+        accumulator: np.ndarray,
+        rate: float,
+        epsilon: float,
+        decay: float = 0.0,
+    ) -> None:
+        """Take a step of Adagrad (paper, section 4.1): the sum of squares includes the gradient itself.
 
-@kernel
-def _below(g: np.ndarray, sums: np.ndarray) -> bool:
-    """Return whether a sum becomes too small, and not zero."""
-    found = False
-    for i in range(g.size):
-        found |= sums[i] + g[i] * g[i] < SMALLEST and (g[i] != 0 or sums[i] != 0)
-    return found
+        ``accumulator += gradient^2;  parameters -= rate * gradient / (sqrt(accumulator) + epsilon)``
 
+        Parameters
+        ----------
+        parameters, gradient, accumulator : (n,) arrays
+            The accumulator, the sum of squares, is updated, and then the parameters.
+        rate, epsilon : float
+            Learning rate, and the term that bounds the step where the sum is small.
+        decay : float
+            Factor of the weight decay: the gradient is ``gradient + decay * parameters``.
 
-@kernel
-def _adagrad_any(w: np.ndarray, g: np.ndarray, sums: np.ndarray, step: float, floor: float, anew: bool) -> None:
-    """Take a step in double precision where sums of squares are beyond what float32 can hold.
+        Notes
+        -----
+        Where both are 0, the parameter stays.  A sum that float32 cannot hold, because gradients are large, or smaller
+        than 1e-15 where so small ones matter, is kept as minus its root: see `FOLD`.
+        """
+        step, floor, shrink = parameters.dtype.type(rate), parameters.dtype.type(epsilon), parameters.dtype.type(decay)
+        zero, least, infinite = parameters.dtype.type(0), parameters.dtype.type(_TINY), parameters.dtype.type(np.inf)
+        single = parameters.itemsize == 4
+        small_matter = single and floor * NEGLIGIBLE < np.sqrt(SMALLEST)
+        for number in prange(-(-parameters.size // BLOCK)):
+            start, stop = number * BLOCK, min(number * BLOCK + BLOCK, parameters.size)
+            w, g, sums = parameters[start:stop], gradient[start:stop], accumulator[start:stop]
+            if small_matter and below(w, g, sums, shrink):
+                adagrad_any(w, g, sums, step, floor, shrink, True)
+                continue
+            high = np.uint32(0)
+            # What is kept as a root stays as it is here, and its parameter, too.  All this hides behind root and
+            # division.
+            for i in range(w.size):
+                slope = g[i] + shrink * w[i] if decays else g[i]
+                before, total = sums[i], sums[i] + slope * slope
+                divisor = max(np.sqrt(total) + floor, least)
+                divisor = divisor if before >= zero else infinite
+                total = total if before >= zero else before
+                bits = np.float32(total).view(np.uint32)
+                high = np.uint32(high | bits | np.uint32(bits + _TO_SIGN))
+                sums[i] = total
+                w[i] -= step * slope / divisor
+            if single and high >= _SIGN:
+                adagrad_any(w, g, sums, step, floor, shrink, False)
 
-    Of all elements, or else of those that have not taken it: their sums are kept as roots, or overflowed.  (What a
-    gradient was added to was below `LARGEST` then, which is nothing beside its square.)
-    """
-    for i in range(w.size):
-        gradient, kept = np.float64(g[i]), np.float64(sums[i])
-        stepped = not anew and 0 <= kept < np.inf
-        if stepped:
-            total = kept
-        elif kept == np.inf:
-            total = gradient * gradient
-        else:
-            total = (kept if kept >= 0 else _square(kept)) + gradient * gradient
-        root = np.sqrt(total)
-        if root > 0 and not stepped:
-            w[i] = np.float64(w[i]) - np.float64(step) * (gradient / (root + np.float64(floor)))
-        if total >= LARGEST:
-            sums[i] = -root / FOLD
-        elif anew and 0 < total < SMALLEST:
-            sums[i] = -root * FOLD
-        else:
-            sums[i] = total
+    return adagrad
 
 
 @kernel
@@ -120,8 +155,41 @@ def _square(kept: float) -> float:
     return root * root
 
 
+adagrad, adagrad_with_decay = _adagrad(False), _adagrad(True)
+
+
 @exact_parallel_kernel
 def add(target: np.ndarray, source: np.ndarray) -> None:
     """Accrue: ``target += source``."""
     for i in prange(target.size):
         target[i] += source[i]
+
+
+@exact_parallel_kernel
+def scale(vector: np.ndarray, factor: float) -> None:
+    """Scale in place: ``vector *= factor``."""
+    times = vector.dtype.type(factor)
+    for i in prange(vector.size):
+        vector[i] *= times
+
+
+def sum_of_squares(vector: np.ndarray) -> float:
+    """Return the sum of the squares of a `vector`, in float64; blocks are added in their order."""
+    return float(np.add.accumulate(_squares(vector))[-1]) if vector.size else 0.0
+
+
+@exact_parallel_kernel
+def _squares(vector: np.ndarray) -> np.ndarray:
+    """Return the sum of the squares of each block."""
+    sums = np.zeros(-(-vector.size // BLOCK))
+    for number in prange(len(sums)):
+        sums[number] = _square_sum(vector[number * BLOCK : min(number * BLOCK + BLOCK, vector.size)])
+    return sums
+
+
+@fast_kernel
+def _square_sum(block: np.ndarray) -> float:
+    total = 0.0
+    for i in range(block.size):
+        total += np.float64(block[i]) * np.float64(block[i])
+    return total

@@ -51,6 +51,8 @@ class Client:
         As given.
     versions
         Each shard's version that the next gradient is computed from; the staleness of pushes is counted from there.
+    samples
+        Samples behind the next push, for schedules of the learning rate: to be set before it, 0 again after its report.
     pushed_bytes
         Bytes of gradients pushed so far, including those that shards read in place.
     fetched_bytes
@@ -79,6 +81,7 @@ class Client:
         self.gradients = tuple(gradients)
         self.parameters = parameters
         self.serve = serve
+        self.samples = 0
         self.pushed_bytes = self.fetched_bytes = self.pushed_chunks = self.fetched_pieces = 0
         if stretches is None:
             stretches = [Stretch(0, 0, shards.ranges[-1].stop, pushed=True)]
@@ -148,7 +151,9 @@ class Client:
                     length = min(size, piece.length - first)
                     ends = self._final[shard] == part and piece is found[-1] and first + length == piece.length
                     local = piece.local - self.parts[part].start + first
-                    header = Header(piece.start + first, length, LAST if ends else MORE, self.versions[shard])
+                    header = Header(
+                        piece.start + first, length, LAST if ends else MORE, self.versions[shard], self.samples
+                    )
                     self._enqueue(shard, header, gradient[local : local + length])
         return tuple(self._queued)
 
@@ -167,6 +172,7 @@ class Client:
         if self._number % self._memories[0].partitions == 0:
             header = Header(0, 0, REPORT, 0, outcome.samples, outcome.correct, outcome.loss, steps)
             self._enqueue(LEAD, header, _NO_DATA)
+        self.samples = 0
 
     def wait(self, mark: Mark | None = None) -> None:
         """Wait until everything before a mark has been applied; by default everything."""

@@ -54,7 +54,7 @@ class Header(NamedTuple):
     fetched: int
     """Version of the shard that the client's parameters came from."""
     samples: int = 0
-    """Samples behind the push; this and the next three are those of a report."""
+    """Samples behind the push; the next three are those of a report alone."""
     correct: int = 0
     """Of these, samples classified correctly; -1 if that has no meaning."""
     loss: float = 0.0

@@ -16,6 +16,7 @@ from dbmpi.monitor.records import StalenessHistogram
 from dbmpi.objective import Outcome
 from dbmpi.paramserver.protocol import HEADER_WORDS, LAST, MORE, REPORT, Header, ShardMap
 from dbmpi.paramserver.rules import Rule, State
+from dbmpi.paramserver.schedule import Moment
 
 _LONGEST_TRANSFER = 10.0
 """Seconds for which a shard does not sleep while a client's transfer goes on."""
@@ -64,6 +65,8 @@ class Server:
         As given.
     state
         The rule's named arrays, each as long as `parameters`.
+    begun
+        The version at which the state was begun: the rule counts its updates from there.
     """
 
     def __init__(
@@ -78,6 +81,8 @@ class Server:
         self._rule = rule
         self.parameters = parameters
         self.state: State = {}
+        self.begun = 0
+        self._samples = [0] * memory.partitions
         self._posted = self._words(memory.posted(0), len(clients))
         self._versions = self._words(memory.version(0), memory.partitions)
         self._applied = np.zeros(len(clients), np.int64)
@@ -93,7 +98,7 @@ class Server:
         """Count of pushes applied so far; the partitions of a replica push together, so that theirs count once."""
         return int(self._versions.max())
 
-    def begin(self, state: State | None, version: int = 0) -> None:
+    def begin(self, state: State | None, version: int = 0, *, begun: int = 0, samples: int = 0) -> None:
         """Start after :attr:`parameters` have been filled.
 
         Parameters
@@ -102,8 +107,14 @@ class Server:
             The rule's state; None for the initial one.
         version
             Number of pushes applied so far.
+        begun
+            Of these, the number before the state was begun.
+        samples
+            Samples behind the pushes applied so far.
         """
         self.state = self._rule.init(self.parameters) if state is None else state
+        self.begun = begun
+        self._samples = [samples] * len(self._samples)
         self._versions[:] = version
         self._window.sync()
 
@@ -193,9 +204,10 @@ class Server:
         if header.kind == REPORT:
             self.tally.add(header)
         else:
-            self._update(header, self._chunk(client, count, header))
-        if header.kind == LAST:
             partition = client % memory.partitions
+            self._update(header, self._chunk(client, count, header), partition)
+        if header.kind == LAST:
+            self._samples[partition] += header.samples
             self.tally.staleness.add(int(self._versions[partition]) - header.fetched)
             self.tally.pushes += 1
             self._versions[partition] += 1
@@ -216,10 +228,12 @@ class Server:
         chunk: np.ndarray = memory[start : start + header.length * dtype.itemsize].view(dtype)
         return chunk
 
-    def _update(self, header: Header, chunk: np.ndarray) -> None:
-        """Apply the rule to the range that a chunk covers."""
+    def _update(self, header: Header, chunk: np.ndarray, partition: int) -> None:
+        """Apply the rule to the range that a chunk of a client with that `partition` covers."""
         covered = slice(header.start, header.start + header.length)
         began = time.perf_counter()
-        self._rule.apply(self.parameters[covered], chunk, {name: array[covered] for name, array in self.state.items()})
+        moment = Moment(int(self._versions[partition]) + 1 - self.begun, self._samples[partition], header.samples)
+        state = {name: array[covered] for name, array in self.state.items()}
+        self._rule.apply(self.parameters[covered], chunk, state, moment)
         self.tally.apply_seconds += time.perf_counter() - began
         self.tally.applied_bytes += chunk.nbytes

@@ -80,6 +80,14 @@ class Team:
         assert agreed is not None
         return agreed[0]
 
+    def add_up(self, value: float) -> float:
+        """Return the sum of the `value` that each partition passes, the same on all of them; wait for it."""
+        if self._comm.size == 1:
+            return value
+        from mpi4py import MPI
+
+        return float(waiting.allreduce(self._comm, np.array([value]), MPI.SUM, _OTHERS, serve=self._serve)[0])
+
     def gather(self) -> None:
         """Wait for all partitions."""
         if self._comm.size > 1:

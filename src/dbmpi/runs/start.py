@@ -72,7 +72,7 @@ def find(
         return RunStart(StartingPoint(Stream(order.batches), warmstart), None, int(session[0]))
     with together(comm, "reading the checkpoint"), Checkpoint.open(Path(path)) as checkpoint:
         checkpoint.expect(layout)
-        info = checkpoint.info
+        info, vectors = checkpoint.info, checkpoint.vectors
         before = _check_same_order(run, info.configuration, order, info.total, Path(path))
         check_same_data(info.meaning, meaning, checkpoint=path, file=str(run.data.train))
         same_size = before.batch_size == order.batch_size
@@ -82,8 +82,9 @@ def find(
             info.step,
             info.samples,
             info.done if len(info.done) == replicas and same_size else (),
-            tuple(name for name in rule(run.optimizer).state_names if name not in checkpoint.vectors),
+            tuple(name for name in rule(run.optimizer, code=run.network.code).state_names if name not in vectors),
             notices,
+            info.begun,
         )
     return RunStart(begin, Path(path), int(session[0]))
 

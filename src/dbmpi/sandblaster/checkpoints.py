@@ -143,6 +143,7 @@ class Keeper:
                 frontier=begin.after(steps),
                 total=begin.stream.total,
                 holes=begin.stream.holes,
+                begun=begin.begun,
                 method="" if state is None else state.model_dump_json(),
                 libraries=library_versions(MPI.Get_library_version()),
             )

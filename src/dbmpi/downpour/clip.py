@@ -1,0 +1,47 @@
+"""Clipping: the gradient of a replica is scaled down where its norm is too large."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+from dbmpi.index.layout import Stretch
+from dbmpi.kernels import updates
+
+
+class Clip:
+    """Scales gradients down to a largest norm: Pascanu et al., "On the difficulty of training RNNs", ICML 2013.
+
+    The norm is that of the whole gradient of a replica, whose partitions add up their squares.  A gradient whose norm
+    is not larger keeps its bits.
+
+    Parameters
+    ----------
+    largest
+        The largest norm.
+    stretches
+        The pieces of the worker's own vector.  Those of which another partition pushes the same gradient do not count.
+    add_up
+        Returns the sum of what all partitions of the replica pass to it, the same on all of them.
+    """
+
+    def __init__(self, largest: float, stretches: Iterable[Stretch], add_up: Callable[[float], float]) -> None:
+        self._largest = largest
+        self._add_up = add_up
+        self._ranges: list[range] = []
+        for stretch in stretches:
+            if not stretch.pushed:
+                continue
+            start, stop = stretch.local, stretch.local + stretch.length
+            if self._ranges and self._ranges[-1].stop == start:
+                start = self._ranges.pop().start
+            self._ranges.append(range(start, stop))
+
+    def __call__(self, gradient: np.ndarray) -> None:
+        """Scale the worker's own vector `gradient`, together with the other partitions (collective)."""
+        squares = sum((updates.sum_of_squares(gradient[one.start : one.stop]) for one in self._ranges), 0.0)
+        norm = math.sqrt(self._add_up(squares))
+        if norm > self._largest:
+            updates.scale(gradient, self._largest / norm)
