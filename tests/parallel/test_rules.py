@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from parallel import tiny
+from parallel.test_paramserver import parameter_server, push
 from parallel.test_train import describe_one
 from unit.rule_twins import RuleTwin
 
 from dbmpi.checkpoint.reader import Checkpoint
 from dbmpi.errors import UserError
+from dbmpi.paramserver.schedule import Moment
 from dbmpi.runs import trained_network
 from dbmpi.runs.training import train
 
@@ -183,3 +185,54 @@ def test_a_rule_of_ones_own_trains_and_is_resumed(comm, place) -> None:
     comm.Barrier()
     with pytest.raises(UserError, match="that is a function" if comm.rank == 0 else "rank 0"):
         train(run.model_copy(update={"optimizer": run.optimizer.model_copy(update={"rule": "own_rules:plain"})}), comm)
+
+
+class Recorded:
+    """A rule that notes when it is applied, and to how much."""
+
+    state_names = ()
+
+    def __init__(self) -> None:
+        self.moments: list[tuple[Moment, int]] = []
+
+    def init(self, parameters: np.ndarray) -> dict[str, np.ndarray]:
+        return {}
+
+    def apply(self, parameters, gradient, state, moment) -> None:
+        self.moments.append((moment, gradient.size))
+
+
+@pytest.mark.parallel([1, 2, 3, 4])
+@pytest.mark.parametrize("way", ["in place", "copied", "p2p"])
+@pytest.mark.parametrize("consistent", [True, False])
+def test_shards_count_updates_and_samples(comm, way, consistent) -> None:
+    """A push at a time if they are consistent; otherwise pushes that overlap may have the same numbers."""
+    elements, pushes, rule = 300, 6, Recorded()
+    with parameter_server(comm, elements, shards=2, rule=rule, way=way, consistent=consistent) as bench:
+        if bench.server is not None:
+            bench.server.begin({}, 40, begun=30, samples=500)
+        bench.together()
+        if bench.client is not None:
+            for number in range(pushes):
+                bench.client.samples = 1 + number % 3
+                push(bench.client, np.ones(elements, np.float32))
+            bench.client.wait()
+        bench.together()
+        if bench.server is not None:
+            total = pushes * bench.plan.workers
+            covered: dict[int, int] = {}
+            for moment, length in rule.moments:
+                covered[moment.update] = covered.get(moment.update, 0) + length
+                assert 1 <= moment.pushed <= 3
+                assert 500 <= moment.samples < 500 + 2 * total
+            updates = [moment.update for moment, _ in rule.moments]
+            assert (updates[0], updates) == (11, sorted(updates))
+            assert sum(covered.values()) == total * len(bench.held)
+            if consistent or bench.plan.workers == 1:
+                assert covered == dict.fromkeys(range(11, 11 + total), len(bench.held))
+                seen = dict(rule.moments)
+                for moment in seen:
+                    earlier = {one.update: one.pushed for one in seen if one.update < moment.update}
+                    assert moment.samples == 500 + sum(earlier.values())
+            assert bench.server.version == 40 + total
+        bench.together()
