@@ -80,6 +80,7 @@ def contestant(way: str) -> None:
     from dbmpi.mpi import waiting, world
     from dbmpi.mpi.topology import Plan
     from dbmpi.paramserver.rules import Adagrad, Rule, Sgd, State
+    from dbmpi.paramserver.schedule import Moment
     from dbmpi.paramserver.store import Store
 
     class Either:
@@ -94,8 +95,8 @@ def contestant(way: str) -> None:
         def init(self, parameters: np.ndarray) -> State:
             return self.rules["adagrad"].init(parameters)
 
-        def apply(self, parameters: np.ndarray, gradient: np.ndarray, state: State) -> None:
-            self.rules[self.name].apply(parameters, gradient, state)
+        def apply(self, parameters: np.ndarray, gradient: np.ndarray, state: State, moment: Moment) -> None:
+            self.rules[self.name].apply(parameters, gradient, state, moment)
 
     comm, rule, dtype = world.start(), Either(), np.dtype(np.float32)
     plan = Plan(shards=1, replicas=1)

@@ -203,16 +203,18 @@ class Session:
 
     def _use_kernels(self) -> None:
         """Call everything compiled once, on little data, so that it is compiled or loaded before the clock runs."""
-        model, applied_rule = self.model, rule(self.run.optimizer, code=self.run.network.code)
-        use_layers(model.layers, self.run.optimizer.batch_size, DTYPE)
+        model, optimizer = self.model, self.run.optimizer
+        use_layers(model.layers, optimizer.batch_size, DTYPE)
         values = np.zeros((model.outputs, 1), DTYPE)
         if model.loss is not None:
             model.loss.apply(values, np.zeros(1, np.int32) if self.data.classes else np.zeros_like(values))
         few = np.zeros(1, DTYPE)
-        applied_rule.apply(few, few.copy(), applied_rule.init(few))
+        if optimizer.method == "downpour":
+            applied_rule = rule(optimizer, code=self.run.network.code)
+            applied_rule.apply(few, few.copy(), applied_rule.init(few))
         updates.sgd(few, few.copy(), 0.1)
         updates.add(few, few.copy())
-        if self.run.optimizer.clip_norm:
+        if optimizer.clip_norm:
             updates.scale(few, updates.sum_of_squares(few))
         for kind in (np.float32, np.uint8):  # of rows; a shard without data may be the one that compiles
             gather(np.zeros((1, 1), kind), np.zeros(1, np.int64), np.float32(1))

@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from parallel import tiny
+from parallel.test_paramserver import parameter_server, push
 from parallel.test_train import describe_one
 from unit.rule_twins import RuleTwin
 
 from dbmpi.checkpoint.reader import Checkpoint
 from dbmpi.errors import UserError
+from dbmpi.paramserver.schedule import Moment
 from dbmpi.runs import trained_network
 from dbmpi.runs.training import train
 
@@ -120,13 +122,17 @@ def test_a_schedule_follows_the_samples_on_every_shard(comm, place, kind, others
 
 @pytest.mark.parallel([1, 2])
 @pytest.mark.parametrize(("n_push", "n_fetch", "local_rate"), [(3, 2, 0.05), (1, 4, 0.2), (4, 1, 0.1)])
-def test_local_steps_follow_the_same_schedule(comm, place, n_push, n_fetch, local_rate) -> None:
+@pytest.mark.parametrize("clip_norm", [0.0, 0.4])
+def test_local_steps_follow_the_same_schedule(comm, place, n_push, n_fetch, local_rate, clip_norm) -> None:
+    """And are not clipped."""
     settings = {"schedule": "step", "decay_epochs": 1.0, "decay_factor": 0.25, "warmup_epochs": 0.5, "epochs": 4.0}
     settings |= {"rule": "sgd", "n_push": n_push, "n_fetch": n_fetch, "local_rate": local_rate}
-    run = describe_one(place, comm.size, False, **settings)
+    run = describe_one(place, comm.size, False, **settings, clip_norm=clip_norm)
     result = train(run, comm)
     twin = tiny.Twin(run)
-    np.testing.assert_array_equal(tiny.vectors(result.checkpoint)["parameters"], twin.learn())
+    tolerance = 1e-5 if clip_norm else 0
+    found = tiny.vectors(result.checkpoint)["parameters"]
+    np.testing.assert_allclose(found, twin.learn(), rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parallel([1, 2, 3])
@@ -142,7 +148,7 @@ def test_the_gradient_of_a_replica_is_clipped(comm, place, overlap, n_push) -> N
             run={"directory": place / f"run-{largest:g}"},
             topology=topology,
             optimizer={"rule": "sgd", "clip_norm": largest, "n_push": n_push},
-            server={"overlap": overlap},
+            server={"overlap": overlap, "align": "equal" if n_push == 3 else "partition"},
         )
         result = train(run, comm)
         found[largest] = tiny.vectors(result.checkpoint)["parameters"]
@@ -179,3 +185,54 @@ def test_a_rule_of_ones_own_trains_and_is_resumed(comm, place) -> None:
     comm.Barrier()
     with pytest.raises(UserError, match="that is a function" if comm.rank == 0 else "rank 0"):
         train(run.model_copy(update={"optimizer": run.optimizer.model_copy(update={"rule": "own_rules:plain"})}), comm)
+
+
+class Recorded:
+    """A rule that notes when it is applied, and to how much."""
+
+    state_names = ()
+
+    def __init__(self) -> None:
+        self.moments: list[tuple[Moment, int]] = []
+
+    def init(self, parameters: np.ndarray) -> dict[str, np.ndarray]:
+        return {}
+
+    def apply(self, parameters, gradient, state, moment) -> None:
+        self.moments.append((moment, gradient.size))
+
+
+@pytest.mark.parallel([1, 2, 3, 4])
+@pytest.mark.parametrize("way", ["in place", "copied", "p2p"])
+@pytest.mark.parametrize("consistent", [True, False])
+def test_shards_count_updates_and_samples(comm, way, consistent) -> None:
+    """A push at a time if they are consistent; otherwise pushes that overlap may have the same numbers."""
+    elements, pushes, rule = 300, 6, Recorded()
+    with parameter_server(comm, elements, shards=2, rule=rule, way=way, consistent=consistent) as bench:
+        if bench.server is not None:
+            bench.server.begin({}, 40, begun=30, samples=500)
+        bench.together()
+        if bench.client is not None:
+            for number in range(pushes):
+                bench.client.samples = 1 + number % 3
+                push(bench.client, np.ones(elements, np.float32))
+            bench.client.wait()
+        bench.together()
+        if bench.server is not None:
+            total = pushes * bench.plan.workers
+            covered: dict[int, int] = {}
+            for moment, length in rule.moments:
+                covered[moment.update] = covered.get(moment.update, 0) + length
+                assert 1 <= moment.pushed <= 3
+                assert 500 <= moment.samples < 500 + 2 * total
+            updates = [moment.update for moment, _ in rule.moments]
+            assert (updates[0], updates) == (11, sorted(updates))
+            assert sum(covered.values()) == total * len(bench.held)
+            if consistent or bench.plan.workers == 1:
+                assert covered == dict.fromkeys(range(11, 11 + total), len(bench.held))
+                seen = dict(rule.moments)
+                for moment in seen:
+                    earlier = {one.update: one.pushed for one in seen if one.update < moment.update}
+                    assert moment.samples == 500 + sum(earlier.values())
+            assert bench.server.version == 40 + total
+        bench.together()

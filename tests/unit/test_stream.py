@@ -28,6 +28,9 @@ def test_an_epoch_holds_every_sample_exactly_once(samples, batch_size, epochs, s
         batches = [order.indices(number) for number in range(first, first + order.batches_per_epoch)]
         assert [len(batch) for batch in batches] == [order.size(first + place) for place in range(len(batches))]
         assert all(len(batch) == batch_size for batch in batches[:-1])
+        assert [order.before(first + place) for place in range(len(batches))] == [
+            epoch * samples + sum(map(len, batches[:place])) for place in range(len(batches))
+        ]
         assert sorted(np.concatenate(batches).tolist()) == list(range(samples))
         assert all(batch.dtype == np.int64 for batch in batches)
 
