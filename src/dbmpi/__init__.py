@@ -1,7 +1,8 @@
 """DistBelief on MPI: Downpour SGD and Sandblaster over a sharded parameter server.
 
 The description of a run and its start are here: ``dbmpi.load(path)``, ``dbmpi.Run(...)``, ``dbmpi.train(run)``; and
-the batch methods for a function of one's own: ``dbmpi.minimize(objective, x)``.
+the batch methods for a function of one's own: ``dbmpi.minimize(objective, x)``; and the parameter server for a loop of
+one's own: ``dbmpi.ParameterServer(comm, arrays)``, ``dbmpi.serve(shards=1)``.
 They are loaded when they are first used, so that importing dbmpi starts no MPI and takes no time.  What comes before
 NumPy, Numba and MPI are loaded is prepared by itself, whatever a program uses of the package (`dbmpi.machine.early`).
 """
@@ -15,13 +16,27 @@ if TYPE_CHECKING:
     from dbmpi._minimize import Minimum, minimize
     from dbmpi.config import Run, load
     from dbmpi.errors import RunFailed, UserError
+    from dbmpi.loops.parameter_server import ParameterServer
+    from dbmpi.loops.service import serve
     from dbmpi.result import Result
     from dbmpi.runs.training import train
 
 early.watch()
 
 __version__ = "0.1.0"
-__all__ = ["Minimum", "Result", "Run", "RunFailed", "UserError", "__version__", "load", "minimize", "train"]
+__all__ = [
+    "Minimum",
+    "ParameterServer",
+    "Result",
+    "Run",
+    "RunFailed",
+    "UserError",
+    "__version__",
+    "load",
+    "minimize",
+    "serve",
+    "train",
+]
 
 _HOMES = {
     "Run": "dbmpi.config",
@@ -30,6 +45,8 @@ _HOMES = {
     "UserError": "dbmpi.errors",
     "Minimum": "dbmpi._minimize",
     "minimize": "dbmpi._minimize",
+    "ParameterServer": "dbmpi.loops.parameter_server",
+    "serve": "dbmpi.loops.service",
     "Result": "dbmpi.result",
     "train": "dbmpi.runs.training",
 }
@@ -40,7 +57,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'dbmpi' has no attribute {name!r}")
     home = _HOMES[name]
-    if home in ("dbmpi.runs.training", "dbmpi._minimize"):
+    if home.startswith(("dbmpi.runs.", "dbmpi.loops.", "dbmpi._minimize")):
         import_module("dbmpi.mpi.load").load()
     globals()[name] = getattr(import_module(home), name)
     return globals()[name]

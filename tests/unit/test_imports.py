@@ -28,7 +28,7 @@ ORDER = (
     ("mpi", "network"),
     ("methods", "paramserver", "replica"),
     ("checkpoint", "_arguments"),
-    ("data", "_minimize"),
+    ("data", "_minimize", "loops"),
     ("session",),
     ("downpour", "sandblaster"),
     ("runs",),

@@ -177,6 +177,8 @@ class Watch:
     ----------
     comm
         The ranks that are watched (collective).
+    advice
+        What a user can do after a death, a sentence.
 
     Attributes
     ----------
@@ -186,8 +188,8 @@ class Watch:
         Ranks that have died, as of the last check.
     """
 
-    def __init__(self, comm: MPI.Comm) -> None:
-        self._comm = comm
+    def __init__(self, comm: MPI.Comm, advice: str = RESUMING) -> None:
+        self._comm, self._advice = comm, advice
         self.on = _TOLERATED
         self._hosts = _hosts(comm) if self.on else []
         self._next = 0.0
@@ -257,7 +259,7 @@ class Watch:
         for rank in set(range(self._comm.size)) - self.dead - {self._comm.rank}:
             with suppress(RankLost), partner(self._comm, rank):
                 _abandoned.append((self._comm.Isend(word, rank, Tag.DEATHS), word))
-        raise EndedByDeath(f"{self.name(missed[0])} has died, and the run cannot go on without it.  {RESUMING}")
+        raise EndedByDeath(f"{self.name(missed[0])} has died, and the run cannot go on without it.  {self._advice}")
 
 
 def _hosts(comm: MPI.Comm) -> list[str]:

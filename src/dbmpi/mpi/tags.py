@@ -24,6 +24,8 @@ class Tag(IntEnum):
     """Gradients of parameters that several partitions share."""
     PREDICTIONS = 11
     """Outputs for the rank that writes them."""
+    INITIAL = 12
+    """Initial parameters, from a worker of a user's own loop to the shards."""
     LAST_TRANSFER = 30000
     """The largest tag of transfers, which number theirs from 1 on a communicator of their own."""
     DEATHS = 30001

@@ -38,6 +38,8 @@ class Client:
         The pieces of the whole vector that make up this client's own; by default all.  Only these are moved.
     parts
         The ranges of the client's own vector that are pushed one by one.
+    fetched
+        The ranges of it that are fetched into arrays of their own; by default one range, all of it.
     gradients
         Vectors to compute gradients in, in this rank's window if shards read them in place.
     parameters
@@ -70,6 +72,7 @@ class Client:
         *,
         stretches: Sequence[Stretch] | None = None,
         parts: Sequence[range] | None = None,
+        fetched: Sequence[range] | None = None,
         gradients: Sequence[np.ndarray] = (),
         parameters: np.ndarray | None = None,
         serve: Callable[[], bool] | None = None,
@@ -93,6 +96,13 @@ class Client:
         else:
             self.parts = tuple(parts)
             self._divided = [pieces(part, shards.ranges) for part in _divide(stretches, parts)]
+        self._fetched = [self._pieces]
+        if fetched is not None:
+            apart = [
+                [part._replace(local=part.local - own.start) for part in found]
+                for own, found in zip(fetched, _divide(stretches, fetched), strict=True)
+            ]
+            self._fetched = [pieces(part, shards.ranges) for part in apart]
         # For each shard a push ends with the first part that it takes something of.
         self._final = [self._first_pushed(shard) for shard in range(len(ranks))]
         # Every client begins with another shard, so that they do not all crowd at the first one.
@@ -110,7 +120,7 @@ class Client:
         self.versions = [0] * len(ranks)
         self._applied = window.local[memories[0].applied(0) :][: len(ranks) * 8].view(np.int64)
 
-    def fetch(self, parameters: np.ndarray, *, for_gradient: bool = True) -> None:
+    def fetch(self, *parameters: np.ndarray, for_gradient: bool = True) -> None:
         """Copy the shards' parameters into the flat vector, after all own pushes have been applied.
 
         A shard may apply another client's push meanwhile: parts of the vector may be of different versions, as in the
@@ -118,13 +128,13 @@ class Client:
 
         Parameters
         ----------
-        parameters
-            This client's own vector, to be filled.
+        *parameters
+            This client's own vector, to be filled, or one for each range that is fetched into an array of its own.
         for_gradient
             Whether the next gradient is computed from them; the staleness of later pushes is counted from here.
         """
         self.wait()
-        versions = self.copy(parameters, self.serve)
+        versions = self.copy(*parameters, serve=self.serve)
         if for_gradient:
             self.versions = versions
 
@@ -203,13 +213,13 @@ class Client:
         with self._announced(_PUSHES):
             waiting.until(self.progress, lambda: f"{self._late()} to take in a gradient", serve=serve)
 
-    def copy(self, parameters: np.ndarray, serve: Callable[[], bool] | None = None) -> list[int]:
+    def copy(self, *parameters: np.ndarray, serve: Callable[[], bool] | None = None) -> list[int]:
         """Copy the parameters whether own pushes have been applied or not; return the shards' versions before that.
 
         Parameters
         ----------
-        parameters
-            This client's own vector, to be filled.
+        *parameters
+            As for :meth:`fetch`.
         serve
             Called meanwhile; only the worker's own thread may do that.
         """
@@ -238,19 +248,22 @@ class Client:
         memory = self._memories[shard]
         return self._window.load(self._ranks[shard], memory.version(self._number % memory.partitions))
 
-    def _begin_copy(self, shard: int, parameters: np.ndarray) -> None:
+    def _begin_copy(self, shard: int, parameters: tuple[np.ndarray, ...]) -> None:
         """Begin to copy a shard's parameters, unless the vector is the shard's own memory."""
         memory, rank = self._memories[shard], self._ranks[shard]
-        for piece in self._pieces[shard] if parameters is not self.parameters else ():
-            part = parameters[piece.local : piece.local + piece.length]
-            if self.parameters is not None:
-                np.copyto(part, self.parameters[piece.local : piece.local + piece.length])
-            else:
-                self._window.begin_get(rank, memory.parameters + piece.start * memory.itemsize, part)
-            self.fetched_bytes += part.nbytes
-            self.fetched_pieces += 1
+        for vector, held in zip(parameters, self._fetched, strict=True):
+            for piece in held[shard] if vector is not self.parameters else ():
+                part = vector[piece.local : piece.local + piece.length]
+                if self.parameters is not None:
+                    np.copyto(part, self.parameters[piece.local : piece.local + piece.length])
+                else:
+                    self._window.begin_get(rank, memory.parameters + piece.start * memory.itemsize, part)
+                self.fetched_bytes += part.nbytes
+                self.fetched_pieces += 1
 
-    def _copy_consistently(self, shard: int, parameters: np.ndarray, serve: Callable[[], bool] | None) -> int:
+    def _copy_consistently(
+        self, shard: int, parameters: tuple[np.ndarray, ...], serve: Callable[[], bool] | None
+    ) -> int:
         """Copy a shard's parameters until no push was begun or ended meanwhile; return its version.
 
         After the first failure the shard is asked not to start another push, so that the next copy succeeds.

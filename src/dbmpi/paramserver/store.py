@@ -133,6 +133,7 @@ class Store(Collective):
         stretches: Sequence[Stretch] | None = None,
         parts: Sequence[range] | None = None,
         serve: Callable[[], bool] | None = None,
+        fetched: Sequence[range] | None = None,
     ) -> Client:
         """Return the client of this rank's worker.
 
@@ -144,6 +145,8 @@ class Store(Collective):
             The ranges of the worker's own vector that are pushed one by one; by default one range, all of it.
         serve
             Called while the rank waits.
+        fetched
+            The ranges of the worker's own vector that are fetched into arrays of their own.
         """
         assert self._worker is not None
         size, nbytes = self._gradient_size, lines(self._gradient_size * self._dtype.itemsize)
@@ -157,6 +160,7 @@ class Store(Collective):
             self._worker,
             stretches=stretches,
             parts=parts,
+            fetched=fetched,
             gradients=gradients,
             parameters=None if self._whole is None else _own(self._whole, stretches),
             serve=serve,

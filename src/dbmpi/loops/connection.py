@@ -1,0 +1,198 @@
+"""One parameter server of a user's own loop, as each of its ranks has it: a shard, a worker's connection, or both."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dbmpi.config import ServerSection
+from dbmpi.index.layout import Layout, cut
+from dbmpi.kernels.announce import announced, stderr_line
+from dbmpi.kernels.checks import copy_finite
+from dbmpi.kernels.vectors import largest_magnitude
+from dbmpi.mpi import blocking, pieces, waiting
+from dbmpi.mpi.failures import Watch
+from dbmpi.mpi.tags import Tag
+from dbmpi.mpi.topology import Plan
+from dbmpi.mpi.world import together
+from dbmpi.objective import Outcome
+from dbmpi.paramserver.rules import Rule
+from dbmpi.paramserver.store import Store
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+ADVICE = "Start the program again, from parameters that it has saved"
+"""After the death of a rank."""
+_END = "all workers to close the parameter server"
+
+
+class Connection:
+    """Shards and workers of one parameter server (collective to make and to end).
+
+    Parameters
+    ----------
+    comm
+        All ranks, a communicator of dbmpi's own; it is freed at the end.
+    plan
+        The role of each.
+    layout, dtype
+        Of the parameters.
+    rule
+        Applied by the shards.
+    section
+        How gradients and parameters travel.
+
+    Attributes
+    ----------
+    server, client
+        Those of this rank's roles, or None.
+    gradients
+        On a worker, where each gradient is pushed from, by name.
+    """
+
+    def __init__(
+        self,
+        comm: MPI.Intracomm,
+        plan: Plan,
+        layout: Layout,
+        dtype: np.dtype[Any],
+        rule: Rule,
+        section: ServerSection,
+    ) -> None:
+        self._comm, self._plan, self._layout = comm, plan, layout
+        self._stack = ExitStack()
+        self._stack.enter_context(Watch(comm, ADVICE))
+        with together(comm, "planning the shards' memory"):
+            self._store = Store(comm, plan, cut(layout.size, plan.shards), section, dtype, layout.size)
+        say = partial(stderr_line, "dbmpi") if comm.rank == 0 else None
+        for note in self._store.notes if say else ():
+            stderr_line("dbmpi", note)
+        with announced(say) as compiled:
+            blocking.first_on_each_node(comm, partial(_use_kernels, rule, dtype))
+            compiled()
+        shard, worker = plan.shard_of(comm.rank), plan.worker_of(comm.rank)
+        self.server = None if shard is None else self._store.server(rule)
+        self.client, self.gradients = None, {}
+        if worker is not None:
+            starts = [layout.offsets[tensor.name] for tensor in layout.tensors]
+            ranges = [range(start, start + t.size) for start, t in zip(starts, layout.tensors, strict=True)]
+            self.client = self._store.client(serve=self.poll, fetched=ranges)
+            self.gradients = layout.views(self.client.gradients[0])
+
+    def begin(self, initial: Sequence[np.ndarray] | None) -> None:
+        """Fill the shards with the first worker's parameters (collective).
+
+        Parameters
+        ----------
+        initial
+            On the workers, the parameters in the order of the layout; None elsewhere.
+        """
+        comm, source = self._comm, self._plan.worker_ranks[0]
+        operations = []
+        if comm.rank == source:
+            assert self.client is not None
+            assert initial is not None
+            vector = self.client.gradients[0]  # which is not used yet
+            for place, array in zip(self.gradients.values(), initial, strict=True):
+                np.copyto(place, array)
+            for held, rank in zip(self._store.ranges, self._plan.shard_ranks, strict=True):
+                part = vector[held.start : held.stop]
+                if rank == source:
+                    assert self.server is not None
+                    np.copyto(self.server.parameters, part)
+                elif part.size:
+                    operations.append(pieces.isend(comm, part, rank, Tag.INITIAL))
+        elif self.server is not None and self.server.parameters.size:
+            operations.append(pieces.irecv(comm, self.server.parameters, source, Tag.INITIAL))
+        waiting.complete(pieces.Several(operations), "the initial parameters", serve=self.poll)
+        if self.server is not None:
+            self.server.begin(None)
+        self._meet("the other ranks to have the initial parameters", waiting.STALL_SECONDS)
+
+    def settle(self) -> None:
+        """Serve until all workers have their first parameters (collective)."""
+        self._meet("the other ranks to fetch their first parameters", waiting.STALL_SECONDS)
+
+    def fetch(self, targets: Sequence[np.ndarray]) -> None:
+        """Fill flat arrays, one for each tensor, with the shards' parameters, once own pushes have been applied.
+
+        Parameters
+        ----------
+        targets
+            The arrays.
+        """
+        assert self.client is not None
+        self.client.fetch(*targets)
+
+    def push(self) -> None:
+        """Push what is in :attr:`gradients`, which must not change before the next call of :meth:`wait` or `fetch`."""
+        assert self.client is not None
+        self.client.push(self.client.gradients[0])
+        self.client.report(Outcome(0, 0.0, 0), 1)
+        self.client.drain(self.poll)
+
+    def wait(self) -> None:
+        """Wait until the shards have applied what this worker has pushed."""
+        assert self.client is not None
+        self.client.wait()
+
+    @property
+    def version(self) -> int:
+        """Pushes that all shards had applied when this worker last fetched; on a shard alone, those applied by now."""
+        if self.client is None:
+            assert self.server is not None
+            return self.server.version
+        held = self._store.ranges
+        return min(version for version, part in zip(self.client.versions, held, strict=True) if part)
+
+    def poll(self) -> bool:
+        """Apply what has arrived for this rank's shard; return whether there was anything."""
+        self._store.window.sync()
+        return self.server is not None and self.server.poll()
+
+    def end(self, targets: Sequence[np.ndarray] | None) -> None:
+        """Serve until all workers have come here, and give everything back (collective).
+
+        Parameters
+        ----------
+        targets
+            On a worker, the arrays to fill with the final parameters.
+        """
+        if self.client is not None:
+            self.client.wait()
+        self._meet(_END)
+        if self.client is not None and targets is not None:
+            self.client.fetch(*targets)
+        self._meet(_END)
+        self.free()
+
+    def ending(self) -> Iterator[bool]:
+        """Yield, on a shard alone, whether all workers have closed; each time without waiting."""
+        for _ in range(2):
+            request = self._comm.Ibarrier()
+            while not request.Test():
+                yield False
+        yield True
+
+    def free(self) -> None:
+        """Give everything back, after the end (collective)."""
+        self.client, self.gradients, self.server = None, {}, None
+        self._store.free()
+        blocking.free(self._comm)
+        self._stack.close()
+
+    def _meet(self, what: str, seconds: float = waiting.LONG_SECONDS) -> None:
+        waiting.complete(self._comm.Ibarrier(), what, serve=self.poll, seconds=seconds)
+
+
+def _use_kernels(rule: Rule, dtype: np.dtype[Any]) -> None:
+    """Call everything compiled once."""
+    few = np.zeros(1, dtype)
+    rule.apply(few, few.copy(), rule.init(few))
+    copy_finite(few, few.copy())
+    largest_magnitude(few)

@@ -1,0 +1,265 @@
+"""The parameter server as a library: the paper's two verbs, fetch and push, for the loop of a user's own."""
+
+from __future__ import annotations
+
+import atexit
+import json
+from collections.abc import Mapping
+from contextlib import ExitStack
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+
+from dbmpi.config import ServerSection
+from dbmpi.errors import KnownToAll, RunFailed, UserError
+from dbmpi.loops import arrays as named
+from dbmpi.loops import choice
+from dbmpi.loops.agreement import agree, everybody, planned
+from dbmpi.loops.connection import Connection
+from dbmpi.loops.service import Service
+from dbmpi.mpi import blocking
+from dbmpi.mpi.silent_ends import aloud
+from dbmpi.mpi.world import end_all_on_failure, report_and_abort, together
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+    from dbmpi.paramserver.rules import Rule
+
+_CALLED = "all ranks of the communicator to make the ParameterServer"
+
+
+class ParameterServer:
+    """Parameters that shards hold and update by the gradients of all workers (collective to make and to close).
+
+    Workers `push` gradients and `fetch` parameters whenever they like, and never wait for each other.  By default the
+    first rank is a shard and all others are workers; one process alone is both.  A rank that is a shard calls
+    :meth:`serve`, which returns when all workers have closed.
+
+    As a context manager it is closed at the end of the block.  An exception that leaves the block on one rank ends all
+    ranks with its traceback.
+
+    Parameters
+    ----------
+    comm : MPI.Intracomm or None
+        The ranks to use; None for all ranks that were started, or this process alone.
+    arrays : dict
+        The parameters: named NumPy arrays, float32 or float64, all of one dtype; dicts in it give names such as
+        ``layer/weights``.  :meth:`fetch` writes into them.  Names, shapes and dtypes are the same on all ranks; the
+        values of the first worker are those that training starts from, and are in all workers' arrays afterwards.
+    rule : str or rule
+        How shards apply a gradient: the name of a rule, with its settings as further arguments, or an object with
+        the methods of :class:`dbmpi.paramserver.rules.Rule`.
+    shards : int
+        Number of shards.
+    colocate : bool
+        Put the shards on the first of the workers' ranks, instead of on ranks of their own.  Such a shard serves only
+        while its rank is inside a call of this class: the others wait for it meanwhile.
+    server : ServerSection, optional
+        How gradients and parameters travel, e.g. ``dbmpi.config.ServerSection(consistent=True)``.
+    finite : bool
+        Refuse gradients with numbers that are not finite.
+    **settings
+        Of a rule by name, as in ``[optimizer]``, e.g. ``learning_rate=0.1``.
+
+    Attributes
+    ----------
+    gradients : dict
+        On a worker, arrays in the memory that gradients are pushed from.  Gradients that are computed in them are not
+        copied; they may be changed again after :meth:`wait` or :meth:`fetch`.  Elsewhere it is empty.
+
+    Raises
+    ------
+    UserError
+        On all ranks, for a mistake in the arguments, or if ranks were given different ones.
+
+    Examples
+    --------
+    >>> import dbmpi
+    >>> import numpy as np
+    >>> weights = {"w": np.array([1.0, 2.0])}
+    >>> with dbmpi.ParameterServer(None, weights, rule="sgd", learning_rate=0.5) as server:
+    ...     if not server.serve():
+    ...         for _ in range(2):
+    ...             server.fetch()
+    ...             server.push({"w": weights["w"] - 4.0})
+    >>> weights["w"]
+    array([3.25, 3.5 ])
+    """
+
+    def __init__(
+        self,
+        comm: MPI.Intracomm | None,
+        arrays: Mapping[str, Any],
+        rule: str | Rule = "adagrad",
+        *,
+        shards: int = 1,
+        colocate: bool = False,
+        server: ServerSection | None = None,
+        finite: bool = True,
+        **settings: Any,
+    ) -> None:
+        service = Service.current if comm is None else None
+        if comm is None:
+            comm = everybody() if service is None else service.connect()
+        elif comm.size > 1:
+            end_all_on_failure()
+        self._finite, self._open = finite, False
+        own = blocking.duplicate(comm, _CALLED)
+        try:
+            with together(own, "looking at the arguments"):
+                mine = named.flatten(arrays)
+                layout, dtype = named.check(mine)
+                chosen = choice.choose(rule, settings)
+                section = _travel(server)
+                plan = service.plan if service else planned(own.size, shards, colocate)
+            numbers = f"shards = {plan.shards}, colocate = {plan.colocate}"
+            text = json.dumps([named.described(mine), choice.written(chosen), numbers, section.model_dump_json()])
+            agree(own, text, plan.worker_ranks[0] if service else 0)
+            if service is not None:
+                with together(own, "reading the rule"):
+                    choice.read(choice.written(chosen))
+            self._connection = Connection(own, plan, layout, dtype, chosen, section)
+        except KnownToAll:
+            blocking.free(own)
+            raise
+        self._alone = own.size == 1
+        self._stack = ExitStack()
+        self._stack.enter_context(aloud(own))
+        self._open = True
+        self._arrays = mine
+        # Arrays that are not contiguous, and get what was fetched from memory beside them.
+        self._beside = {name: np.empty_like(a, order="C") for name, a in mine.items() if not a.flags.c_contiguous}
+        self._targets = [self._beside.get(name, array).reshape(-1) for name, array in mine.items()]
+        self.gradients = self._connection.gradients
+        self._connection.begin(list(mine.values()))
+        if self.is_worker:
+            self.fetch()
+        self._connection.settle()
+        atexit.register(self.close)
+
+    @property
+    def is_worker(self) -> bool:
+        """Whether this rank fetches and pushes."""
+        return self._connection.client is not None
+
+    @property
+    def version(self) -> int:
+        """Pushes of all workers that the shards had applied when this one last fetched.
+
+        On a rank that is a shard alone, those applied so far.
+        """
+        self._check_open()
+        return self._connection.version
+
+    def serve(self) -> bool:
+        """Serve until all workers have closed, if this rank is a shard alone; return whether it was.
+
+        The parameter server is then closed on this rank, too.
+        """
+        if self._open and self.is_worker:
+            return False
+        self.close()
+        return True
+
+    def fetch(self) -> None:
+        """Write the shards' parameters into the arrays, once they contain this worker's own pushes.
+
+        Others may push meanwhile: parts of the parameters may then be of different versions, as in the paper.
+
+        Raises
+        ------
+        UserError
+            On a rank that is no worker, or after the end.
+        RunFailed
+            If a shard does not answer within the stall limit.
+        """
+        self._check_worker("fetch")
+        self._connection.fetch(self._targets)
+        for name, array in self._beside.items():
+            np.copyto(self._arrays[name], array)
+
+    def push(self, gradients: Mapping[str, Any] | None = None) -> None:
+        """Send gradients to the shards; returns before they have been applied.
+
+        Parameters
+        ----------
+        gradients : dict, optional
+            The gradient of every parameter, by the names, and in the shapes and the dtype, of the parameters; by
+            default :attr:`gradients`.  It may be changed afterwards, unless it is part of :attr:`gradients`.
+
+        Raises
+        ------
+        UserError
+            If a gradient is missing, does not fit its parameter, or is not finite: nothing is pushed then.
+        RunFailed
+            If a shard does not take it within the stall limit.
+        """
+        self._check_worker("push")
+        connection = self._connection
+        connection.wait()
+        named.take(connection.gradients if gradients is None else gradients, connection.gradients, finite=self._finite)
+        connection.push()
+
+    def wait(self) -> None:
+        """Wait until the shards have applied this worker's pushes."""
+        self._check_worker("wait")
+        self._connection.wait()
+
+    def close(self) -> None:
+        """Wait for all workers, and write the final parameters into the arrays (collective); again does nothing.
+
+        The final parameters are the same on all workers.  On a rank that is a shard alone this is :meth:`serve`, and
+        the arrays stay as they were.
+        """
+        if not self._open:
+            return
+        self._open, worker = False, self.is_worker
+        atexit.unregister(self.close)
+        self._connection.end(self._targets if worker else None)
+        for name, array in self._beside.items() if worker else ():
+            np.copyto(self._arrays[name], array)
+        self.gradients = {}
+        self._stack.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()
+            return
+        if self._open and not self._alone and not isinstance(error, KnownToAll):
+            try:
+                self._stack.__exit__(kind, error, trace)
+            except RunFailed as other:  # instead of SystemExit, which leaves no traceback
+                error = other
+            report_and_abort(error)
+        if self._alone:
+            self.close()
+
+    def _check_open(self) -> None:
+        if not self._open:
+            raise UserError("ParameterServer: it is closed: fetch and push before the end of its block")
+
+    def _check_worker(self, what: str) -> None:
+        self._check_open()
+        if not self.is_worker:
+            raise UserError(
+                f"ParameterServer: {what} is for workers, and this rank is a shard: leave the loop to the others, "
+                "e.g. by `if not server.serve():` before it"
+            )
+
+
+def _travel(server: ServerSection | None) -> ServerSection:
+    """Return how gradients and parameters travel."""
+    section = ServerSection() if server is None else server
+    if not isinstance(section, ServerSection):
+        raise UserError(f"ParameterServer: server is a {type(server).__name__}: expected dbmpi.config.ServerSection")
+    for name, only in (("fetch", "copied"), ("gradients", "whole"), ("overlap", "none")):
+        if getattr(section, name) != only:
+            raise UserError(f"ParameterServer: server.{name} = {getattr(section, name)!r}: expected {only!r}")
+    return section
