@@ -162,7 +162,7 @@ def test_ranks_that_were_given_different_arrays(comm, other, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"rule": "sdg"}, "'sgd'"),
+        ({"rule": "sdg"}, "known are sgd"),
         ({"rule": "sgd", "learning_rate": -1.0}, "learning_rate"),
         ({"rule": "sgd", "lerning_rate": 1.0}, "learning_rate"),
         ({"rule": "sgd", "batch_size": 3}, "the rule 'sgd' has no 'batch_size'"),
@@ -273,7 +273,7 @@ class Halves:
     def init(self, parameters):
         return {}
 
-    def apply(self, parameters, gradient, state):
+    def apply(self, parameters, gradient, state, moment):
         parameters *= 0.5
 
 

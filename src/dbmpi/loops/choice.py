@@ -12,6 +12,7 @@ from dbmpi.config import OptimizerSection, explain
 from dbmpi.errors import UserError, suggestion
 from dbmpi.paramserver import rules
 from dbmpi.paramserver.rules import Rule
+from dbmpi.paramserver.schedule import Schedule
 
 
 def choose(chosen: str | Rule, settings: dict[str, Any]) -> Rule:
@@ -39,7 +40,8 @@ def choose(chosen: str | Rule, settings: dict[str, Any]) -> Rule:
         rule = rules.rule(OptimizerSection.model_validate({"rule": chosen, **settings}))
     except ValidationError as error:
         raise UserError(explain(error, OptimizerSection, "ParameterServer", {"rule": chosen, **settings})) from None
-    known: list[str] = [field.name for field in fields(rule)] if is_dataclass(rule) else []
+    # Schedules count samples, of which a loop of a user's own says nothing.
+    known: list[str] = [field.name for field in fields(rule) if field.name != "schedule"] if is_dataclass(rule) else []
     for name in settings:
         if name not in known:
             raise UserError(f"ParameterServer: the rule {chosen!r} has no {name!r}; {suggestion(name, known)}")
@@ -49,7 +51,7 @@ def choose(chosen: str | Rule, settings: dict[str, Any]) -> Rule:
 def written(rule: Rule) -> str:
     """Return a `rule` as text, the same for equal rules; one of dbmpi's own can be read again by `read`."""
     name = type(rule).__name__
-    if type(rule) is getattr(rules, name, None) and is_dataclass(rule):
+    if type(rule).__module__ == rules.__name__ and is_dataclass(rule):
         return json.dumps([name, asdict(rule)])
     return json.dumps([f"{type(rule).__module__}.{type(rule).__qualname__}", None])
 
@@ -73,5 +75,5 @@ def read(text: str) -> Rule:
             f"ParameterServer: the shards of dbmpi.serve know dbmpi's own rules alone, not {name}; leave serve out and "
             "make the ParameterServer on all ranks"
         )
-    rule: Rule = getattr(rules, name)(**settings)
+    rule: Rule = getattr(rules, name)(**settings | {"schedule": Schedule(**settings["schedule"])})
     return rule
