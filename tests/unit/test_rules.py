@@ -233,3 +233,34 @@ def test_only_what_is_pushed_counts_for_the_norm():
     Clip(2.5, stretches, add_up)(gradient)
     np.testing.assert_array_equal(gradient, np.array([1, 0.5, 1, 50, 50], np.float32))
     assert asked == [9.0, 9.0]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "name", "others"),
+    [
+        (Schedule("step", period=30, factor=0.3), "StepLR", {"step_size": 3, "gamma": 0.3}),
+        (Schedule("cosine", period=200, factor=0.1), "CosineAnnealingLR", {"T_max": 20, "eta_min": 0.1}),
+        (Schedule(warmup=40), "LinearLR", {"start_factor": 0.25, "total_iters": 3}),
+    ],
+)
+def test_schedules_equal_those_of_pytorch(schedule, name, others):
+    """Ten samples a step."""
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed: schedules are compared with numbers alone")
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    scheduler = getattr(torch.optim.lr_scheduler, name)(optimizer, **others)
+    for step in range(20):
+        assert schedule(Moment(samples=10 * step, pushed=10)) == pytest.approx(scheduler.get_last_lr()[0], rel=1e-12)
+        optimizer.step()
+        scheduler.step()
+
+
+@pytest.mark.parametrize("largest", [0.5, 1e6])
+def test_clipping_equals_that_of_pytorch(largest):
+    """But for the 1e-6 that PyTorch adds to the norm."""
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed: clipping is compared with NumPy alone")
+    gradient = np.random.default_rng(2).normal(size=1000).astype(np.float32)
+    theirs = torch.zeros(1000, requires_grad=True)
+    theirs.grad = torch.tensor(gradient.copy())
+    torch.nn.utils.clip_grad_norm_([theirs], largest)
+    Clip(largest, [Stretch(0, 0, 1000, pushed=True)], lambda square: square)(gradient)
+    np.testing.assert_allclose(gradient, theirs.grad.numpy(), rtol=1e-6)

@@ -74,7 +74,7 @@ class Schedule:
 
     def _decayed(self, periods: float) -> float:
         if self.kind == "step":
-            return float(self.factor ** math.floor(periods))
+            return float(self.factor ** math.floor(min(periods, 2.0**53)))
         if self.kind == "cosine":
             return self.factor + (1 - self.factor) * (1 + math.cos(math.pi * min(1.0, periods))) / 2
         if self.kind == "inverse_root":
