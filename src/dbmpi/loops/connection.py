@@ -187,7 +187,11 @@ class Connection:
         self._stack.close()
 
     def _meet(self, what: str, seconds: float = waiting.LONG_SECONDS) -> None:
-        waiting.complete(self._comm.Ibarrier(), what, serve=self.poll, seconds=seconds)
+        try:
+            waiting.complete(self._comm.Ibarrier(), what, serve=self.poll, seconds=seconds)
+        except Exception as error:  # of MPI, if a rank has died: the watch reports which one
+            self._stack.__exit__(type(error), error, error.__traceback__)
+            raise
 
 
 def _use_kernels(rule: Rule, dtype: np.dtype[Any]) -> None:

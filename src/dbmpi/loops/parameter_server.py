@@ -20,7 +20,7 @@ from dbmpi.loops.connection import Connection
 from dbmpi.loops.service import Service
 from dbmpi.mpi import blocking
 from dbmpi.mpi.silent_ends import aloud
-from dbmpi.mpi.world import end_all_on_failure, report_and_abort, together
+from dbmpi.mpi.world import aborting, end_all_on_failure, report_and_abort, together
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -137,7 +137,7 @@ class ParameterServer:
         if self.is_worker:
             self.fetch()
         self._connection.settle()
-        atexit.register(self.close)
+        self._at_exit = atexit.register(aborting(self.close))
 
     @property
     def is_worker(self) -> bool:
@@ -216,7 +216,7 @@ class ParameterServer:
         if not self._open:
             return
         self._open, worker = False, self.is_worker
-        atexit.unregister(self.close)
+        atexit.unregister(self._at_exit)
         self._connection.end(self._targets if worker else None)
         for name, array in self._beside.items() if worker else ():
             np.copyto(self._arrays[name], array)

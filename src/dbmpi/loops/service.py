@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import atexit
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -17,7 +17,7 @@ from dbmpi.loops.agreement import agree, everybody, planned
 from dbmpi.loops.connection import ADVICE, Connection
 from dbmpi.mpi import blocking, waiting
 from dbmpi.mpi.failures import Watch
-from dbmpi.mpi.world import end_all_on_failure, together
+from dbmpi.mpi.world import aborting, end_all_on_failure, together
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -84,7 +84,7 @@ def serve(comm: MPI.Intracomm | None = None, *, shards: int = 1) -> bool:
     service = Service(own, plan)
     if plan.shard_of(own.rank) is None:
         Service.current = service
-        atexit.register(service.leave)
+        service.at_exit = atexit.register(aborting(service.leave))
         return False
     service.serve()
     return True
@@ -104,6 +104,8 @@ class Service:
     ----------
     current
         On a worker, that of this program, if it has one.
+    at_exit
+        What is registered for the end of the process.
     """
 
     current: ClassVar[Service | None] = None
@@ -113,6 +115,7 @@ class Service:
         self._root = plan.worker_ranks[0]
         self._connections: list[tuple[Connection, Iterator[bool]]] = []
         self._polling = False
+        self.at_exit: Callable[[], None] = self.leave
 
     def connect(self) -> MPI.Intracomm:
         """Ask the shards for another parameter server, and return the communicator (collective over the workers)."""
@@ -124,7 +127,7 @@ class Service:
         if Service.current is not self:
             return
         Service.current = None
-        atexit.unregister(self.leave)
+        atexit.unregister(self.at_exit)
         self._announce(_LEAVE)
         blocking.free(self._comm)
 

@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType, TracebackType
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 
+_exit = os._exit
+"""That of the system, also where the ends of a user's code are reported (`silent_ends`)."""
 _FOR_THE_LAUNCHER = 0.2
 """Seconds that the launcher is given to read a last message."""
 _FOR_THE_FIRST = 0.5
@@ -171,7 +173,27 @@ def report_and_abort(error: BaseException) -> NoReturn:
     # Where a rank has died already, Open MPI's Abort ends no other rank; they notice that this one is gone, too.
     if not failures.dead(MPI.COMM_WORLD):
         MPI.COMM_WORLD.Abort(code)
-    os._exit(code)  # MPICH's Abort may return before the launcher has killed this rank
+    _exit(code)  # MPICH's Abort may return before the launcher has killed this rank
+
+
+def aborting(call: Callable[[], object]) -> Callable[[], None]:
+    """Return a function that does the same and ends all ranks if it fails, for the end of a process.
+
+    An exception would be printed and ignored there.
+
+    Parameters
+    ----------
+    call
+        What to do.
+    """
+
+    def do() -> None:
+        try:
+            call()
+        except BaseException as error:
+            report_and_abort(error)
+
+    return do
 
 
 def abort_from_thread(error: Exception) -> NoReturn:
