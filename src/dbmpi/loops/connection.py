@@ -21,6 +21,7 @@ from dbmpi.mpi.topology import Plan
 from dbmpi.mpi.world import together
 from dbmpi.objective import Outcome
 from dbmpi.paramserver.rules import Rule
+from dbmpi.paramserver.schedule import Moment
 from dbmpi.paramserver.store import Store
 
 if TYPE_CHECKING:
@@ -197,6 +198,6 @@ class Connection:
 def _use_kernels(rule: Rule, dtype: np.dtype[Any]) -> None:
     """Call everything compiled once."""
     few = np.zeros(1, dtype)
-    rule.apply(few, few.copy(), rule.init(few))
+    rule.apply(few, few.copy(), rule.init(few), Moment())
     copy_finite(few, few.copy())
     largest_magnitude(few)
