@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dbmpi.cli.main import main
 from dbmpi.objective import Batch, Samples, samples_first
 from dbmpi.replica.own_objective import OwnModel, OwnReplica
 
@@ -99,6 +100,14 @@ def test_samples_come_first(shape):
     values = Samples.of(Batch(inputs, np.arange(10, dtype=np.float32).reshape(2, 5)), step=4)
     assert values.targets[3].tolist() == [3, 8]
     assert values.step == 4
+
+
+@pytest.mark.parametrize("words", [["bench", "network"], ["inspect", "--placement"]])
+def test_commands_for_networks_say_that_there_is_none(tmp_path, capsys, words):
+    config = tmp_path / "run.toml"
+    config.write_text('[data]\ntrain = "train.h5"\n[objective]\nuse = "mine:Mine"\n')
+    assert main([*words, str(config), "--input-shape", "4"]) == 2
+    assert "there is no network" in capsys.readouterr().err
 
 
 def test_an_evaluation_of_its_own_is_preferred():

@@ -56,6 +56,11 @@ class Network:
         targets: Targets = "classes",
         load: own.Loader = own.refuse,
     ) -> None:
+        if not section.layers:
+            raise UserError(
+                "there is no network: the configuration has no [[network.layers]]; an [objective] of your own has no "
+                "layers that could be cut or timed"
+            )
         self.input_shape = tuple(input_shape)
         self.seed = seed
         self.dtype = np.dtype(dtype)

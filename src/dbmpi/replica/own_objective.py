@@ -131,8 +131,6 @@ class OwnReplica(Objective):
         The objective with the layout of its parameters.
     """
 
-    partitions = 1
-
     def __init__(self, model: OwnModel) -> None:
         self._model = model
         self.parameters = WholeParameters(model.layout)
