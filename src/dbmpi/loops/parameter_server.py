@@ -65,6 +65,10 @@ class ParameterServer:
 
     Attributes
     ----------
+    worker : int or None
+        Number of this worker, from 0, e.g. for its part of the data; None on a rank that is a shard alone.
+    workers : int
+        How many there are.
     gradients : dict
         On a worker, arrays in the memory that gradients are pushed from.  Gradients that are computed in them are not
         copied; they may be changed again after :meth:`wait` or :meth:`fetch`.  Elsewhere it is empty.
@@ -133,16 +137,12 @@ class ParameterServer:
         self._beside = {name: np.empty_like(a, order="C") for name, a in mine.items() if not a.flags.c_contiguous}
         self._targets = [self._beside.get(name, array).reshape(-1) for name, array in mine.items()]
         self.gradients = self._connection.gradients
+        self.worker, self.workers = plan.worker_of(own.rank), plan.workers
         self._connection.begin(list(mine.values()))
-        if self.is_worker:
+        if self.worker is not None:
             self.fetch()
         self._connection.settle()
         self._at_exit = atexit.register(aborting(self.close))
-
-    @property
-    def is_worker(self) -> bool:
-        """Whether this rank fetches and pushes."""
-        return self._connection.client is not None
 
     @property
     def version(self) -> int:
@@ -158,7 +158,7 @@ class ParameterServer:
 
         The parameter server is then closed on this rank, too.
         """
-        if self._open and self.is_worker:
+        if self._open and self.worker is not None:
             return False
         self.close()
         return True
@@ -215,7 +215,7 @@ class ParameterServer:
         """
         if not self._open:
             return
-        self._open, worker = False, self.is_worker
+        self._open, worker = False, self.worker is not None
         atexit.unregister(self._at_exit)
         self._connection.end(self._targets if worker else None)
         for name, array in self._beside.items() if worker else ():
@@ -247,7 +247,7 @@ class ParameterServer:
 
     def _check_worker(self, what: str) -> None:
         self._check_open()
-        if not self.is_worker:
+        if self.worker is None:
             raise UserError(
                 f"ParameterServer: {what} is for workers, and this rank is a shard: leave the loop to the others, "
                 "e.g. by `if not server.serve():` before it"

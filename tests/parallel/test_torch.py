@@ -1,0 +1,217 @@
+"""Downpour as an optimizer of PyTorch, beside PyTorch's own and beside the same loop in NumPy."""
+
+from __future__ import annotations
+
+import copy
+import doctest
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="needs PyTorch: the extra dbmpi[torch]")
+nn = torch.nn
+
+from dbmpi.errors import UserError  # noqa: E402
+from dbmpi.loops.service import Service, serve  # noqa: E402
+from dbmpi.torch import Downpour  # noqa: E402
+
+pytestmark = pytest.mark.timeout(120)
+
+
+class Net(nn.Module):
+    """Convolution, batch normalisation, and a weight that is used twice."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.convolution, self.normalisation = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)
+        self.one, self.two = nn.Linear(36, 36), nn.Linear(36, 36, bias=False)
+        self.two.weight = self.one.weight
+        self.last = nn.Linear(36, 3)
+
+    def forward(self, x):
+        x = self.normalisation(self.convolution(x)).flatten(1).tanh()
+        return self.last(self.two(self.one(x)).tanh())
+
+
+def batch(number):
+    random = torch.Generator().manual_seed(number)
+    x = torch.randn(8, 1, 5, 5, generator=random)
+    return x, (x.sum((1, 2, 3)) > 0).long()
+
+
+def loss_of(net, number):
+    x, y = batch(number)
+    return nn.functional.cross_entropy(net(x), y)
+
+
+@pytest.fixture
+def shards(comm):
+    """Serve on all ranks but the last; the value is whether this rank was a shard."""
+    served = serve(comm, shards=max(comm.size - 1, 1))
+    yield served
+    if Service.current is not None:
+        Service.current.leave()
+
+
+@pytest.mark.parallel([1, 2, 3])
+@pytest.mark.parametrize("to_none", [True, False])
+def test_one_worker_learns_what_pytorch_does(comm, shards, to_none):
+    """By SGD within rounding, as PyTorch fuses products and additions; and what the same loop in NumPy does exactly."""
+    if shards:
+        return
+    net = Net()
+    theirs, exact = copy.deepcopy(net), copy.deepcopy(net)
+    before = {name: parameter.data_ptr() for name, parameter in net.named_parameters()}
+    optimizer = Downpour(net.named_parameters(), rule="sgd", learning_rate=0.1)
+    sgd = torch.optim.SGD(theirs.parameters(), lr=0.1)
+    for number in range(50):
+        for each, model in ((optimizer, net), (sgd, theirs)):
+            each.zero_grad(set_to_none=to_none)
+            loss_of(model, number).backward()
+            each.step()
+        exact.zero_grad()
+        loss_of(exact, number).backward()
+        for parameter in exact.parameters():
+            parameter.data.numpy()[...] -= np.float32(0.1) * parameter.grad.numpy()
+    assert optimizer.version == 50
+    assert (optimizer.worker, optimizer.workers) == (0, 1)
+    optimizer.close()
+    for name, value in exact.state_dict().items():
+        assert torch.equal(net.state_dict()[name], value), name
+        assert torch.allclose(theirs.state_dict()[name], value, atol=1e-6), name
+    assert {name: parameter.data_ptr() for name, parameter in net.named_parameters()} == before
+
+
+@pytest.mark.parallel([2, 3, 4])
+@pytest.mark.parametrize("colocate", [False, True])
+def test_what_workers_push_adds_up(comm, colocate):
+    """Each adds its own number, in turns of two steps; all begin with the first worker's parameters."""
+    if not colocate and serve(comm):
+        return
+    module = nn.Linear(3, 2)
+    nn.init.constant_(module.weight, float(comm.rank))
+    nn.init.zeros_(module.bias)
+    group = comm if colocate else None
+    optimizer = Downpour(
+        module.parameters(), "sgd", learning_rate=1.0, n_push=2, n_fetch=3, comm=group, colocate=colocate
+    )
+    first = 0.0 if colocate else 1.0
+    assert module.weight.unique().item() == first
+    for _ in range(6):
+        optimizer.zero_grad()
+        (-(optimizer.worker + 1.0) * module.weight.sum()).backward()
+        optimizer.step()
+    optimizer.close()
+    total = 6 * sum(range(1, optimizer.workers + 1))
+    assert module.weight.unique().item() == first + total
+    assert not module.bias.any()  # it had no gradient
+    if Service.current is not None:
+        Service.current.leave()
+
+
+@pytest.mark.parallel([1, 2])
+def test_frozen_parameters_and_buffers_stay(comm, shards):
+    if shards:
+        return
+    net = Net()
+    net.last.requires_grad_(False)
+    frozen, used = copy.deepcopy(net.last.state_dict()), net.one.weight.detach().clone()
+    optimizer = Downpour(net.parameters(), "adagrad", learning_rate=0.1)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = loss_of(net, 0)
+        loss.backward()
+        return loss
+
+    losses = [float(optimizer.step(closure)) for _ in range(20)]
+    optimizer.close()
+    assert losses[-1] < losses[0]
+    assert all(torch.equal(frozen[name], value) for name, value in net.last.state_dict().items())
+    assert not torch.equal(used, net.one.weight)
+    assert net.one.weight is net.two.weight
+    assert net.normalisation.num_batches_tracked == 20
+
+
+@pytest.mark.parallel([1, 2])
+def test_gradients_of_other_forms(comm, shards):
+    """Sparse ones, and parameters that lie otherwise in memory."""
+    if shards:
+        return
+    table, image = nn.Embedding(5, 3, sparse=True), nn.Conv2d(2, 4, 3).to(memory_format=torch.channels_last)
+    start = copy.deepcopy(table.weight.data), image.weight.detach().clone()
+    optimizer = Downpour([*table.parameters(), *image.parameters()], "sgd", learning_rate=0.5)
+    (table(torch.tensor([1, 1, 4])).sum() + image.weight.sum()).backward()
+    optimizer.step()
+    optimizer.close()
+    expected = start[0] - torch.tensor([[0.0], [1], [0], [0], [0.5]])
+    assert torch.equal(table.weight.data, expected)
+    assert torch.equal(image.weight.data, start[1] - 0.5)
+
+
+@pytest.mark.parallel([1])
+def test_mistakes(comm):
+    weight = lambda **settings: nn.Parameter(torch.ones(2, **settings))  # noqa: E731
+    for params, settings, message in (
+        ([weight(device="meta")], {}, "parameter 0 is on the device meta: expected the CPU"),
+        ([("w", weight(dtype=torch.bfloat16))], {}, "w is torch.bfloat16: expected dense"),
+        ([{"params": [weight()], "lr": 0.1}], {}, "a group of parameters has lr: all are updated by one rule"),
+        ([weight()], {"n_push": 0}, "n_push = 0: expected a whole number"),
+        ([weight(), weight(dtype=torch.float64)], {}, "expected one dtype"),
+        ([weight().requires_grad_(False)], {}, "there are no parameters"),
+        ([weight()], {"lerning_rate": 0.1}, "learning_rate"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Downpour(params, "sgd", **settings)
+    module = nn.Linear(2, 1)
+    optimizer = Downpour(module.named_parameters(), "sgd", learning_rate=0.1)
+    with pytest.raises(UserError, match="cannot be added later"):
+        optimizer.add_param_group({"params": [weight()]})
+    (module.weight.sum() * float("inf")).backward()
+    before = module.weight.detach().clone()
+    with pytest.raises(UserError, match=r"the gradient of 'weight' is not finite: its element \[0, 0\] is inf"):
+        optimizer.step()
+    assert torch.equal(module.weight, before)
+    module.weight.data = module.weight.data.clone()
+    with pytest.raises(UserError, match="the memory of weight was replaced"):
+        optimizer.step()
+    optimizer.close()
+
+
+@pytest.mark.parallel([2])
+def test_several_ranks_need_shards(comm):
+    with pytest.raises(UserError, match=r"there are no shards: begin the program with `if dbmpi.serve"):
+        Downpour(nn.Linear(1, 1).parameters(), comm=comm)
+
+
+@pytest.mark.parallel([3])
+def test_workers_with_different_modules_are_refused(comm):
+    if serve(comm):
+        return
+    units = 3 if comm.rank == 2 else 2
+    message = r"'bias' has the shape \[3\] on rank 2, and \[2\] on rank 1"
+    with pytest.raises(UserError, match=message if comm.rank == 2 else "rank 2 reports"):
+        Downpour(nn.Linear(2, units).named_parameters())
+    Service.current.leave()
+
+
+@pytest.mark.parametrize("ranks", [None, 3])
+def test_the_converted_script(launch, ranks):
+    pytest.importorskip("sklearn")
+    path = Path(__file__).parents[2] / "examples" / "torch_downpour.py"
+    done = launch(ranks, [sys.executable, str(path)], 90)
+    assert done.returncode == 0, done.transcript
+    found = re.findall(r"accuracy (\S+)", done.stdout)
+    assert len(found) == (1 if ranks is None else ranks - 1), done.transcript
+    assert min(map(float, found)) > 0.6
+
+
+@pytest.mark.parallel([1])
+def test_the_example_of_the_docstring(comm):
+    runner = doctest.DocTestRunner()
+    (example,) = doctest.DocTestFinder(recurse=False).find(Downpour, "Downpour", globs={})
+    assert runner.run(example).failed == 0
