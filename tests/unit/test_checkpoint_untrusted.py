@@ -135,7 +135,7 @@ HARMS = {
         "text of fixed length",
     ),
     "configuration missing": (lambda file: file.pop("run/configuration"), "/run/configuration is missing"),
-    "tensors missing": (lambda file: file.pop("parameters/dense1"), "/parameters/dense1 is missing"),
+    "tensors missing": (lambda file: file.pop("parameters/dense1"), "/parameters/dense1/weights is missing"),
     "step as text": (lambda file: replace(file, "run/step", data=np.bytes_("one")), "/run/step: expected integers"),
     "step negative": (lambda file: replace(file, "run/step", data=-4), "/run/step is -4, expected at least 0"),
     "step as list": (lambda file: replace(file, "run/step", data=[4, 5]), "/run/step: expected integers"),

@@ -44,7 +44,7 @@ class Contents:
     def __init__(self, file: Any, file_size: int) -> None:
         self._file = file
         self._file_size = file_size
-        self._groups = {"": file}
+        self._groups: dict[str, Any] = {}
         form = self._attribute("format")
         if form != schema.FORMAT.encode():
             raise Foreign(f"expected the attribute format = {schema.FORMAT!r}; is it a data file?")
@@ -124,18 +124,21 @@ class Contents:
 
     def _find(self, path: str, kind: type) -> Any:
         """Return an object of the file, going through hard links only: other links may lead to other files."""
-        folder, _, name = path.rpartition("/")
-        group = self._groups.get(folder) or self._find(folder, h5py.Group)
-        way = link(group, name) if name not in ("", ".", "..") else None
-        if way is None:
-            raise Malformed(f"/{path} is missing")
-        if not isinstance(way, h5py.HardLink):
-            raise Malformed(f"/{path}: {name!r} is a link to somewhere else")
-        node = group[name]
+        folder = path.rpartition("/")[0]
+        node, parts = self._file, path.split("/")
+        if folder in self._groups:  # walked before
+            node, parts = self._groups[folder], parts[-1:]
+        for number, part in enumerate(parts, 1):
+            if number == len(parts):
+                self._groups[folder] = node
+            way = link(node, part) if part not in ("", ".", "..") else None
+            if way is None:
+                raise Malformed(f"/{path} is missing")
+            if not isinstance(way, h5py.HardLink):
+                raise Malformed(f"/{path}: {part!r} is a link to somewhere else")
+            node = node[part]
         if not isinstance(node, kind):
             raise Malformed(f"/{path}: expected a {kind.__name__.lower()}, found a {type(node).__name__.lower()}")
-        if kind is h5py.Group:
-            self._groups[path] = node
         return node
 
     def _has(self, path: str) -> bool:

@@ -86,13 +86,15 @@ class RunLock:
         try:
             directory.mkdir(parents=True, exist_ok=True)
             while True:
-                number = max(_locks(directory), default=0)
+                number, holder = max(_locks(directory), default=0), None
                 if number:
                     holder = _read(_file(directory, number))
-                    if holder is not None and not holder["released"]:
+                    if holder is None:
+                        continue
+                    if not holder["released"]:
                         _refuse_living(_file(directory, number), holder, say, lease)
                 lock = cls(_file(directory, number + 1), _mine())
-                if lock._create() and lock._alone(number):
+                if lock._create() and lock._alone(number, "" if holder is None else holder["token"]):
                     return lock
         except OSError as error:
             raise UserError(
@@ -185,10 +187,13 @@ class RunLock:
             return False
         return True
 
-    def _alone(self, before: int) -> bool:
-        """Remove the lock that was taken over; return False, without a lock, where another run was faster."""
-        number = before + 1
-        if any(other > number for other in _locks(self.path.parent)):
+    def _alone(self, before: int, token: str) -> bool:
+        """Remove the lock that was taken over; return False, without a lock, where another run was faster.
+
+        That has a higher number, or the same as the lock `before` with another `token`, where that was given back.
+        """
+        number, last = before + 1, _read(_file(self.path.parent, before))
+        if any(other > number for other in _locks(self.path.parent)) or (last is not None and last["token"] != token):
             self.path.unlink(missing_ok=True)
             return False
         for other in _locks(self.path.parent):

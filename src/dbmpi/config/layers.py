@@ -113,7 +113,7 @@ class OwnCode(Section):
     @model_validator(mode="after")
     def _settings_can_be_stored(self) -> Self:
         for key, value in self.settings.items():
-            if not key.isidentifier() or key == "input_shape":
+            if not key.isidentifier() or (key == "input_shape" and isinstance(self, OwnLayer)):
                 raise ValueError(f"{key!r} cannot be the name of a setting; expected a word like 'units'")
             if not _is_plain(value):
                 raise ValueError(

@@ -109,12 +109,12 @@ class NetworkSection(Section):
 class ObjectiveSection(OwnCode):
     """An objective of your own instead of a network (see own-objectives.md), with settings of its own.
 
-    All keys but `use` go to the class or function.
+    All keys but `use` go to the class.
     """
 
     use: Annotated[str, Field(pattern=f"^{OWN}$", max_length=200)]
-    """``module:name`` of a class, or a function, that returns the objective; the module is looked for in `network.code`
-    first, then where Python finds modules."""
+    """``module:Class`` of the objective; the module is looked for in `network.code` first, then where Python finds
+    modules."""
 
 
 class TopologySection(Section):

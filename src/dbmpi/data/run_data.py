@@ -89,13 +89,16 @@ def open_data(run: Run, comm: MPI.Intracomm, plan: Plan, stack: ExitStack) -> Ru
         if plan.worker_of(comm.rank) is not None:
             memory = run.data.memory_mib
             targets: Literal["required", "optional"]
-            own = run.objective is not None
+            # An objective may need none; those that are named must be there.
+            own = run.objective is not None and "targets" not in run.data.model_fields_set
             targets = "optional" if own or run.network.loss == "reconstruction" else "required"
             reading = Reading.of(run.data, run.network)
             train = stack.enter_context(Source.open(run.data.train, memory, targets, reading))
             notes = [*train.notes]
             if run.data.test is not None:
                 held_out = reading.held_out(train.classes, train.labels)
+                if own and train.has_targets:
+                    targets = "required"
                 test = stack.enter_context(Source.open(run.data.test, memory, targets, held_out))
                 notes += [*test.notes, *test.expect_like(train)]
             here = min(ranks_on_node(os.environ), plan.workers)

@@ -71,7 +71,13 @@ def from_files(files: Sequence[Path]) -> Loader:
             )
         if not suiting[0].is_file():
             raise UserError(f"--allow-code {suiting[0]}: no such file; expected the one that defines {kind!r}")
-        return member(kind, what, suiting[0].resolve().parents[len(module) - 1])
+        found = member(kind, what, suiting[0].resolve().parents[len(module) - 1])
+        # The user trusts this file, and not all that it imports, with arguments that another file chooses.
+        if getattr(found, "__module__", None) != ".".join(module):
+            raise UserError(
+                f"{what} is of type {kind!r}, which {suiting[0]} does not define itself; expected its own class"
+            )
+        return found
 
     return load
 
@@ -120,15 +126,20 @@ def make_objective(section: config.ObjectiveSection, load: Loader) -> Any:
     section
         What to use, and settings.
     load
-        Where the class or function may come from.
+        Where the class may come from.
     """
     found = load(section.use, "the objective")
+    if not isinstance(found, type) or not callable(getattr(found, "loss_and_gradient", None)):
+        raise UserError(
+            f"the objective is of type {section.use!r}: expected a class with a method 'loss_and_gradient(parameters, "
+            "batch)'; dbmpi.objective.OwnObjective says what an objective has"
+        )
     try:
         inspect.signature(found).bind(**section.settings)
     except TypeError as error:
         raise UserError(
             f"the objective is of type {section.use!r}, which cannot be called with the settings of its table: {error};"
-            " expected a class, or a function that returns an objective"
+            " if it was trained as an object given to dbmpi.train, with arguments, evaluate it in Python"
         ) from None
     with calling("the objective", "it is made"):
         return found(**section.settings)

@@ -79,15 +79,14 @@ class OwnModel:
 
     def _first(self) -> dict[str, np.ndarray]:
         """Return the first values by name."""
-        objective = self.objective
-        given = (
-            objective.initial(self._seed) if hasattr(objective, "initial") else getattr(objective, "parameters", None)
-        )
+        with calling("the objective", "its first values are asked for"):
+            initial = getattr(self.objective, "initial", None)
+            given = getattr(self.objective, "parameters", None) if initial is None else initial(self._seed)
         found = dict(_flat(given, f"{self.called}: its parameters"))
         if not found:
             raise UserError(f"{self.called}: has no parameters; {_EXAMPLE}, as 'parameters' or from 'initial(seed)'")
         for name, values in found.items():
-            if not np.isfinite(values).all():
+            if not np.isfinite(_single(values)).all():
                 raise UserError(f"{self.called}: the first values of {name!r} are not all finite")
         return found
 
@@ -231,13 +230,15 @@ class OwnReplica(Objective):
 
     def _outcome(self, given: Any, samples: int, method: str) -> Outcome:
         """Return the outcome from a mean loss, or a mean loss and the number of correct samples."""
-        loss, correct = given if isinstance(given, tuple) and len(given) == 2 else (given, -1)
+        loss, correct = given if isinstance(given, tuple) and len(given) == 2 else (given, None)
         try:
-            return Outcome(samples, float(loss) * samples, int(correct))
+            if correct is not None and not (0 <= correct <= samples and correct == int(correct)):
+                raise ValueError(correct)
+            return Outcome(samples, float(loss) * samples, -1 if correct is None else int(correct))
         except (TypeError, ValueError):
             raise UserError(
                 f"{self._model.called}: {method} returned {_shown(given)} for the loss; expected a number, the mean "
-                "over the batch, or that and the number of correct samples"
+                f"over the batch, or that and how many of its {samples} samples are correct (not the fraction)"
             ) from None
 
     def _gradients(self, given: Any, expect_finite: bool) -> dict[str, np.ndarray]:
@@ -254,7 +255,7 @@ class OwnReplica(Objective):
                     f"{shapes[name]}"
                 )
             # One sum tells it, but for numbers so large that their sum is infinite.
-            if expect_finite and not np.isfinite(values.sum()) and not np.isfinite(values).all():
+            if expect_finite and not np.isfinite(_single(values.sum())) and not np.isfinite(_single(values)).all():
                 raise RunFailed(f"{called}: the loss is finite, but the gradient of {name!r} is not")
         return found
 
@@ -271,14 +272,21 @@ def try_objective(replica: OwnReplica, model: OwnModel, batch: Batch) -> None:
     """
     parameters, gradient = aligned_empty(model.layout.size), aligned_empty(model.layout.size)
     model.initial(0, parameters)
-    with calling("the objective", "it is tried on the first batch"):
-        replica.loss_and_gradient(parameters, batch, gradient)
+    try:
+        with calling("the objective", "it is tried on the first batch"):
+            outcome = replica.loss_and_gradient(parameters, batch, gradient)
+    except RunFailed as error:
+        raise UserError(str(error)) from error
+    if not outcome.are_numbers:
+        raise UserError(f"{model.called}: the loss of the first batch is {outcome.mean_loss}, at the first values")
 
 
 def _flat(given: Any, what: str, before: str = "") -> Iterator[tuple[str, np.ndarray]]:
     """Yield names and arrays of dictionaries within one another, as floating-point numbers."""
     if not isinstance(given, Mapping):
         raise UserError(f"{what}: given {_shown(given)}; {_EXAMPLE}")
+    if before and not given:
+        raise UserError(f"{what}: the dictionary {before[:-1]!r} is empty; {_EXAMPLE}")
     for key, value in given.items():
         if not isinstance(key, str) or not _KEY.fullmatch(key):
             raise UserError(f"{what}: {key!r} is no name for an array; expected letters, digits, '_', '.' and '-'")
@@ -289,6 +297,12 @@ def _flat(given: Any, what: str, before: str = "") -> Iterator[tuple[str, np.nda
         if array.dtype.kind != "f" or array.size == 0:
             raise UserError(f"{what}: {before}{key} is {_shown(value)}; {_EXAMPLE}")
         yield f"{before}{key}", array
+
+
+def _single(values: np.ndarray) -> np.ndarray:
+    """Return the values as they will be kept."""
+    with np.errstate(over="ignore"):
+        return values.astype(DTYPE)
 
 
 def _shown(value: Any) -> str:

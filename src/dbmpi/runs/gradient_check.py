@@ -112,6 +112,8 @@ def _difference(
             there.append(float(point[position]))
         point[position] = kept
         slope = (losses[0] - losses[1]) / (there[0] - there[1]) if there[0] > there[1] else np.inf
+        if not np.isfinite(slope):
+            continue
         size = max(abs(slope), abs(expected), _SMALL * scale)
         found.append((abs(slope - expected) / size if size else 0.0, slope))
-    return min(found)
+    return min(found, default=(np.inf, np.nan))

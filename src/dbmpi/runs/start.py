@@ -177,6 +177,7 @@ def _check_same_order(run: Run, stored: str, order: Order, total: int, path: Pat
         "optimizer.batch_size": sizes if same_size else (0, 0),
         "run.seed": (before.run.seed, run.run.seed),
         "network.loss": (before.network.loss, run.network.loss),
+        "objective.use": tuple(each.objective.use if each.objective else "none" for each in (before, run)),
     }
     for key, (then, now) in pairs.items():
         if then != now:

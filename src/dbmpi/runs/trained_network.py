@@ -84,7 +84,8 @@ class TrainedNetwork:
                 f"on {info.input_shape}; expected the same"
             )
         own = isinstance(self.network, OwnModel)
-        targets = targets and (source.has_targets if own else self.network.loss is not None)
+        needed = self.info.classes > 0 or source.has_targets if own else self.network.loss is not None
+        targets = targets and needed
         if targets and not source.has_targets:
             raise UserError(f"{source.path}: has no dataset {source.names['targets']!r} to compare the outputs with")
         learner = f"the network in {self.path}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import time
 from contextlib import ExitStack
@@ -14,6 +15,7 @@ from mpi4py import MPI
 
 from dbmpi.checkpoint.run_lock import locked
 from dbmpi.config import ObjectiveSection, Run
+from dbmpi.config.layers import OWN
 from dbmpi.data import limits
 from dbmpi.data.run_data import RunData, open_data
 from dbmpi.data.stream import Order
@@ -93,7 +95,6 @@ def train(
     """
     if not isinstance(run, Run):
         raise UserError(f"train: expected a description of a run, e.g. dbmpi.load('CONFIG.toml'), not {run!r:.80}")
-    run = _with_objective(run, objective)
     if comm is None:
         from dbmpi.mpi.world import start
 
@@ -101,6 +102,8 @@ def train(
     elif comm.size > 1:
         end_all_on_failure()
     with aloud(comm), ExitStack() as stack:
+        with together(comm, "checking what is learned"):
+            run = _with_objective(run, objective)
         return _run(run, objective, comm, stack, stop or stack.enter_context(StopSignal()))
 
 
@@ -117,7 +120,9 @@ def _with_objective(run: Run, objective: OwnObjective | None) -> Run:
         what = "network.layers" if run.network.layers else f"the objective {run.objective.use!r}"  # type: ignore[union-attr]
         raise UserError(f"train: given objective={objective!r:.60}, but the run has {what} already; leave out either")
     kind = objective if isinstance(objective, type) else type(objective)
-    return Run.model_validate(dict(run) | {"objective": ObjectiveSection(use=f"{kind.__module__}:{kind.__name__}")})
+    use = f"{kind.__module__}:{kind.__name__}"
+    section = ObjectiveSection(use=use if re.fullmatch(OWN, use) else f"own:{kind.__name__}")
+    return Run(**dict(run) | {"objective": section})
 
 
 def _run(run: Run, objective: OwnObjective | None, comm: MPI.Intracomm, stack: ExitStack, stop: StopSignal) -> Result:
@@ -249,11 +254,13 @@ def _own_model(run: Run, objective: OwnObjective | None, comm: MPI.Intracomm, pl
             objective = own.make_objective(section, own.from_directory(run.network.code))
         model = OwnModel(objective, run.run.seed, f"the objective {section.use!r}")
         check_fits(model.layout, plan.shards, DTYPE.itemsize, capacity.available())
-    mine = json.dumps([[tensor.name, *tensor.shape] for tensor in model.layout.tensors])
+    mine = json.dumps([section.use, *([tensor.name, *tensor.shape] for tensor in model.layout.tensors)])
     first = waiting.broadcast_text(comm, mine, 0, "the names of the parameters")
     with together(comm, "comparing the parameters"):
         if mine != first:
+            both = zip(json.loads(mine), json.loads(first), strict=False)
+            here, there = next((pair for pair in both if pair[0] != pair[1]), ("all of these", "more or fewer"))
             raise UserError(
-                f"{model.called}: its parameters are {mine:.200} on rank {comm.rank}, and {first:.200} on rank 0"
+                f"{model.called}: its parameters differ between ranks: {here} on rank {comm.rank}, {there} on rank 0"
             )
     return model

@@ -80,8 +80,12 @@ def _state(session: Session, checkpoint: Checkpoint) -> MethodState | None:
     # The history of another memory, or of parameters that Downpour has changed since, is of no use.
     if settings.algorithm != "lbfgs" or state is None or state.memory != settings.memory:
         return None
-    before = Run.from_json(checkpoint.info.configuration).sandblaster
-    if settings.model_copy(update=_MAY_CHANGE) != before.model_copy(update=_MAY_CHANGE):
+    then = Run.from_json(checkpoint.info.configuration)
+    before = then.sandblaster
+    if (
+        settings.model_copy(update=_MAY_CHANGE) != before.model_copy(update=_MAY_CHANGE)
+        or then.objective != session.run.objective
+    ):
         # Another loss or another batch: the history is of use, but not the gradient.
         state = state.model_copy(update={"gradient": "", "position": [], "bounds": {}})
     return state

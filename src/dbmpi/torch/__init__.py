@@ -8,6 +8,7 @@ except ImportError as error:
     raise ImportError("dbmpi.torch needs PyTorch: pip install 'dbmpi[torch]'") from error
 load()
 
+from dbmpi.torch.objective import ModuleObjective  # noqa: E402
 from dbmpi.torch.optimizer import Downpour  # noqa: E402
 
-__all__ = ["Downpour"]
+__all__ = ["Downpour", "ModuleObjective"]
