@@ -75,13 +75,15 @@ ENDS = {
 }
 
 
-def program(jobs: Jobs, text: str, ranks: int | None, *, options: str | None = None) -> Program:
+def program(
+    jobs: Jobs, text: str, ranks: int | None, *, options: str | None = None, env: dict[str, str] | None = None
+) -> Program:
     (jobs.directory / "mine.py").write_text(text)
     words = [sys.executable, "mine.py"]
     if options is not None:
         argv = [sys.executable, "-m", "dbmpi", "launch", "-n", str(ranks), f"--mpi-args={options}", "--", *words]
         return jobs.launch.start(None, argv, cwd=jobs.directory)
-    return jobs.launch.start(ranks, words, cwd=jobs.directory)
+    return jobs.launch.start(ranks, words, env=env, cwd=jobs.directory)
 
 
 def finished(jobs: Jobs, started: Program) -> Completed:
@@ -136,6 +138,15 @@ def test_a_rank_is_killed(jobs: Jobs, rank: int, options: str) -> None:
     if options:
         assert f"rank {rank} on " in done.stderr, done.transcript
         assert "Start the program again, from parameters that it has saved" in done.stderr
+
+
+def test_a_wait_for_a_colocated_shard_ends(jobs: Jobs) -> None:
+    """Its rank computes, or halts, for longer than the stall limit."""
+    text = SERVER.replace("COLOCATE", "colocate=True, shards=3").replace("FAIL", "time.sleep(1000)")
+    started = program(jobs, text, 3, env={"DBMPI_STALL_SECONDS": "3"})
+    done = finished(jobs, started)
+    assert done.returncode != 0, done.transcript
+    assert "stalled: nothing moved for 3 s while waiting for shard 1 on rank 1" in done.stderr, done.transcript
 
 
 def test_one_process_needs_no_launcher(jobs: Jobs) -> None:

@@ -51,6 +51,7 @@ def test_a_library_that_is_looked_for_is_not_blamed(tmp_path: Path) -> None:
     [
         ("-c", "import dbmpi; dbmpi.train"),
         ("-c", "from dbmpi import minimize"),
+        ("-c", "from dbmpi import serve"),
         ("-m", "dbmpi", "train", "none.toml"),
         ("-m", "dbmpi", "launch", "-n", "2", "--", "train", "none.toml"),
     ],

@@ -168,7 +168,7 @@ assert not {*threads.VARIABLES, *threads.PATIENCE} & set(threads.without_prepare
     assert fresh(program, OMPI_COMM_WORLD_LOCAL_SIZE="100000").split() == ["1", "1", "1"]
 
 
-@pytest.mark.parametrize("name", ["train", "minimize"])
+@pytest.mark.parametrize("name", ["train", "minimize", "ParameterServer"])
 def test_public_functions_prepare_when_they_are_imported(name: str) -> None:
     program = f"""
 import os, sys

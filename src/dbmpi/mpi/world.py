@@ -179,15 +179,18 @@ def report_and_abort(error: BaseException) -> NoReturn:
 def aborting(call: Callable[[], object]) -> Callable[[], None]:
     """Return a function that does the same and ends all ranks if it fails, for the end of a process.
 
-    An exception would be printed and ignored there.
+    An exception would be printed and ignored there.  A fork of this process does nothing at its end.
 
     Parameters
     ----------
     call
         What to do.
     """
+    process = os.getpid()
 
     def do() -> None:
+        if os.getpid() != process:
+            return
         try:
             call()
         except BaseException as error:
