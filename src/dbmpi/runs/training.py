@@ -260,7 +260,5 @@ def _own_model(run: Run, objective: OwnObjective | None, comm: MPI.Intracomm, pl
         if mine != first:
             both = zip(json.loads(mine), json.loads(first), strict=False)
             here, there = next((pair for pair in both if pair[0] != pair[1]), ("all of these", "more or fewer"))
-            raise UserError(
-                f"{model.called}: its parameters differ between ranks: {here} on rank {comm.rank}, {there} on rank 0"
-            )
+            raise UserError(f"{model.called}: it differs between ranks: {here} on rank {comm.rank}, {there} on rank 0")
     return model

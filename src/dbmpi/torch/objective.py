@@ -87,7 +87,7 @@ class ModuleObjective:
         return float(loss), gradients
 
     def evaluate(self, parameters: NamedArrays, batch: Samples) -> float | tuple[float, int]:
-        """Return the mean loss of a `batch`, and for classes how many outputs are largest at theirs."""
+        """Return the mean loss of a `batch` at the `parameters`; for classes also how many are correct."""
         outputs = self._outputs(parameters, batch.inputs)
         with torch.no_grad():
             loss = float(self._mean_loss(outputs, batch))
@@ -96,7 +96,7 @@ class ModuleObjective:
             return loss, int((outputs.argmax(dim=1) == _tensor(batch.targets)).sum())
 
     def predict(self, parameters: NamedArrays, inputs: np.ndarray) -> np.ndarray:
-        """Return the module's outputs for some `inputs`, (samples, ...)."""
+        """Return the module's outputs at the `parameters` for some `inputs`, (samples, ...)."""
         outputs: np.ndarray = self._outputs(parameters, inputs).numpy()
         return outputs
 
