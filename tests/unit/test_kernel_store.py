@@ -140,3 +140,19 @@ def test_a_cache_that_other_users_can_change_is_not_used(tmp_path: Path) -> None
     for mode, used in ((0o755, True), (0o1777, True), (0o775, False), (0o777, False)):
         tmp_path.chmod(mode)
         assert (kernel_cache.private_part(tmp_path, "kernels") is not None) == used
+
+
+def test_kept_kernels_load_no_linear_algebra():
+    """Numba would import SciPy's into every rank for NumPy's own sums, or where it installs all of its functions."""
+    program = """
+import sys
+import numpy as np
+from dbmpi.kernels import losses, reconstruction
+values = np.ones((3, 2), np.float32)
+losses.softmax_cross_entropy(values, np.zeros(2, np.int32), np.ones(2, np.float32))
+losses.squared_values(values, values.copy(), np.ones(2, np.float32))
+print("scipy.linalg" in sys.modules)
+"""
+    for _ in range(2):  # the first one may have to compile
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
