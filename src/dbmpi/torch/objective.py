@@ -103,7 +103,7 @@ class ModuleObjective:
     def _outputs(self, parameters: NamedArrays, inputs: np.ndarray) -> torch.Tensor:
         """Return the outputs without dropout and the like."""
         self._move_to(parameters)
-        self.module.eval()
+        self.module.train(False)
         with torch.no_grad():
             return self.module(_tensor(inputs))
 
