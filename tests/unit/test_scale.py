@@ -127,7 +127,7 @@ class Starter:
 
         def work() -> None:
             with pytest.raises(Started), ExitStack() as stack:
-                TRAIN._run(self._run, Comm(counted, range(plan.world)), stack, StopSignal())
+                TRAIN._run(self._run, None, Comm(counted, range(plan.world)), stack, StopSignal())
 
         lines, heap = cost(work)
         return Start(counted.calls, counted.moved, counted.windows, heap, lines)
