@@ -153,6 +153,7 @@ class Worker:
     def give_up(self) -> None:
         """Before this worker fails, let the lead write a last checkpoint; return when it has."""
         with suppress(RunFailed):
+            self._client.abandon()
             self._client.wait()
             self._orders.send(MessageKind.FAILED, self._learned)
             self._orders.wait(lambda: self._orders.ended, "the lead to write a last checkpoint", longest_sleep=0.01)
