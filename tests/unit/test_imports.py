@@ -232,7 +232,7 @@ def commands() -> Iterator[list[str]]:
 
     yield []
     for name in main.COMMANDS:
-        yield from below(choices(main._parser([name]))[name], [name])
+        yield from below(choices(main.build_parser([name]))[name], [name])
 
 
 def below(parser: argparse.ArgumentParser, words: list[str]) -> Iterator[list[str]]:

@@ -115,7 +115,7 @@ def of_dataset(dataset: h5py.Dataset) -> Statistics | str:
         return "not all of it was written"
     statistics = Statistics()
     buffer = np.empty(0, dataset.dtype)
-    for box in _boxes(dataset.shape, dataset.chunks or (1,) * dataset.ndim, PIECE):
+    for box in boxes_of(dataset.shape, dataset.chunks or (1,) * dataset.ndim, PIECE):
         shape = tuple(part.stop - part.start for part in box)
         size = math.prod(shape)
         if len(buffer) < size:
@@ -125,8 +125,8 @@ def of_dataset(dataset: h5py.Dataset) -> Statistics | str:
     return statistics
 
 
-def _boxes(shape: tuple[int, ...], chunks: tuple[int, ...], elements: int) -> Iterator[tuple[slice, ...]]:
-    """Cut an array into boxes of whole chunks, each of at most so many elements or one chunk, in C order."""
+def boxes_of(shape: tuple[int, ...], chunks: tuple[int, ...], elements: int) -> Iterator[tuple[slice, ...]]:
+    """Cut an array of a `shape` into boxes of whole `chunks`, of at most `elements` or one chunk, in C order."""
     if 0 in shape:
         return
     box = list(chunks)
