@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from dbmpi._minimize import Minimum, minimize
     from dbmpi.config import Run, load
     from dbmpi.errors import RunFailed, UserError
+    from dbmpi.formats.export import export
     from dbmpi.loops.parameter_server import ParameterServer
     from dbmpi.loops.service import serve
     from dbmpi.result import Result
@@ -33,6 +34,7 @@ __all__ = [
     "RunFailed",
     "UserError",
     "__version__",
+    "export",
     "load",
     "minimize",
     "serve",
@@ -50,6 +52,7 @@ _HOMES = {
     "serve": "dbmpi.loops.service",
     "Result": "dbmpi.result",
     "train": "dbmpi.runs.training",
+    "export": "dbmpi.formats.export",
 }
 
 
@@ -60,7 +63,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'dbmpi' has no attribute {name!r}")
     home = _HOMES[name]
-    if home.startswith(("dbmpi.runs.", "dbmpi.loops.", "dbmpi._minimize")):
+    if home.startswith(("dbmpi.runs.", "dbmpi.loops.", "dbmpi.formats.", "dbmpi._minimize")):
         import_module("dbmpi.mpi.load").load()
     globals()[name] = getattr(import_module(home), name)
     return globals()[name]

@@ -21,7 +21,7 @@ import dbmpi
 from dbmpi.errors import RunFailed, ToldElsewhere, UserError, suggestion
 from dbmpi.machine import early, endings, streams
 
-COMMANDS = ("train", "launch", "evaluate", "predict", "inspect", "plot", "bench", "data", "example", "doctor")
+COMMANDS = ("train", "launch", "evaluate", "predict", "inspect", "export", "plot", "bench", "data", "example", "doctor")
 COMPUTING = ("train", "evaluate", "predict", "bench")
 """Those for which BLAS kernels are compared, which takes some seconds the first time on a node."""
 _MOMENT = 0.5
