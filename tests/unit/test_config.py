@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from dbmpi import config
 from dbmpi.config import Run, load
+from dbmpi.config.reading import read
 from dbmpi.errors import UserError
 
 SMALLEST = """
@@ -33,7 +34,7 @@ def file(tmp_path: Path) -> Path:
 
 def refusal(path: Path, *overrides: str) -> str:
     with pytest.raises(UserError) as raised:
-        load(path, overrides)
+        read(path, overrides)
     return str(raised.value)
 
 
@@ -325,6 +326,12 @@ def test_what_is_missing_is_explained(file: Path) -> None:
     assert "'data' is missing" in message
     assert "'network.layers' is missing" in message
     assert "'data.train' is missing: HDF5 file with the training samples" in refusal(file, "data.test=x.h5")
+
+
+def test_an_objective_may_be_given_later(file: Path) -> None:
+    file.write_text('[data]\ntrain = "train.h5"\n')
+    assert load(file).network.layers == ()
+    assert "'network.layers' is missing" in refusal(file)
 
 
 def test_networks_that_make_no_sense_are_explained(file: Path) -> None:

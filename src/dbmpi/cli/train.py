@@ -1,4 +1,4 @@
-"""``dbmpi train``: train a network under mpirun, srun, or alone."""
+"""``dbmpi train``: train a network or an objective under mpirun, srun, or alone."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from dbmpi.machine.signals import StopSignal
     from dbmpi.result import Result
 
-SUMMARY = "train the network that a configuration describes (under mpirun or srun, or alone)"
+SUMMARY = "train the network, or your own objective, that a configuration describes (under mpirun or srun, or alone)"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,14 +51,15 @@ def _train(arguments: argparse.Namespace, stop: StopSignal) -> int:
 
 def _described(arguments: argparse.Namespace, comm: MPI.Intracomm) -> Run:
     """Read the configuration on one rank, so that all have the same, and a mistake in it is reported once."""
-    from dbmpi import config
+    from dbmpi.config import Run
+    from dbmpi.config.reading import read
     from dbmpi.mpi import waiting, world
 
     text = ""
     with world.together(comm, "reading the configuration"):
         if comm.rank == 0:
-            text = config.load(arguments.config, tuple(arguments.overrides)).to_json()
-    return config.Run.from_json(waiting.broadcast_text(comm, text, 0, "the configuration"))
+            text = read(arguments.config, tuple(arguments.overrides)).to_json()
+    return Run.from_json(waiting.broadcast_text(comm, text, 0, "the configuration"))
 
 
 def _print(result: Result, directory: Path) -> None:
