@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from mpi4py import MPI
 
+from dbmpi.checkpoint.named_arrays import Fill
 from dbmpi.config import Run
 from dbmpi.data.gather import gather
 from dbmpi.data.run_data import RunData, network_notes
@@ -97,6 +98,8 @@ class Session:
     begin: StartingPoint
     checkpoint: Path | None
     """Where the parameters are; None if they are fresh."""
+    initial: Fill
+    """Writes fresh parameters: ``initial(start, out)`` those at ``start ... start + len(out)``."""
     data: RunData
     stop: StopSignal
     recorder: Callable[[str, int], Recorder]

@@ -87,8 +87,14 @@ class Wrong(Plane):
                 return np.ones(len(batch.inputs)), gradient
             case "writing":
                 parameters["slope"]["weights"][0] = 1
+            case "infinite far away" if 9 <= self._calls < 16:  # in the second pass of seven portions, the first try
+                return np.float32(1e-9), {"bias": 1e300, "slope": {"weights": np.full(6, -np.inf)}}
             case "infinite" if self._calls > 3:
                 gradient["bias"] = np.inf
             case "raising" if self._calls > 3:
                 raise ZeroDivisionError("one sample too many")
         return loss, gradient
+
+    def predict(self, parameters, inputs):
+        found = super().predict(parameters, inputs)
+        return np.repeat(found[:, None], 1 + len(found) % 7, 1) if self._way == "width" else found

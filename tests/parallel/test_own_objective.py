@@ -8,14 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from parallel import own_objectives, tiny
-from parallel.own_objectives import Plane, Softmax
+from parallel.own_objectives import Plane, Softmax, Wrong
 from parallel.test_mistakes import assert_told_once
 
+import dbmpi
 from dbmpi.checkpoint.reader import Checkpoint
 from dbmpi.config import Run
 from dbmpi.data.source import Source
 from dbmpi.data.stream import Order
 from dbmpi.errors import RunFailed, UserError
+from dbmpi.monitor.records import read_records
 from dbmpi.mpi import waiting
 from dbmpi.objective import Samples
 from dbmpi.runs.inference import Inference
@@ -149,17 +151,41 @@ def test_a_checkpoint_is_evaluated_and_predicts_with_code_that_is_allowed(comm, 
     result = train(run, comm)
     with pytest.raises(UserError, match=r"the objective is of type 'own_objectives:Plane'|rank 0 reports"):
         Inference(run.run.directory, comm)
-    trained = Inference(run.run.directory, comm, code=[Path(own_objectives.__file__)], batch_size=7)
-    with Source.open(plane / "test.h5", 100) as source:
-        outcome = trained.evaluate(source)
-        rows = np.concatenate([np.empty((0, 1)), *(rows for _, rows in trained.predict(source))])
+    test = plane / "test.h5"
+    with Source.open(test, 100) as source:
         inputs = source.inputs(np.arange(SAMPLES))
-    trained.free()
+    parameters = dbmpi.parameters(result)
     assert result.test is not None
-    assert outcome.mean_loss == pytest.approx(result.test.mean_loss, rel=1e-5)
-    if comm.rank == 0:
-        parameters = tiny.vectors(result.checkpoint)["parameters"]
-        np.testing.assert_allclose(rows[:, 0], parameters[:-1] @ inputs + parameters[-1], rtol=1e-4, atol=1e-4)
+    for usual in ({"allow_code": [own_objectives.__file__]}, {"objective": Plane()}):
+        outcome = dbmpi.evaluate(result, str(test), comm, batch_size=7, **usual)
+        rows = dbmpi.predict(run.run.directory, test, comm, batch_size=7, **usual)
+        assert comm.allgather(outcome)[0] == outcome
+        assert outcome.mean_loss == pytest.approx(result.test.mean_loss, rel=1e-5)
+        assert (rows is None) == (comm.rank > 0)
+        if rows is not None:
+            expected = parameters["slope/weights"] @ inputs + parameters["bias"]
+            np.testing.assert_allclose(rows[:, 0], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parallel([1, 3])
+def test_what_cannot_be_evaluated_or_predicted_is_refused_on_all_ranks(comm, plane) -> None:
+    result = train(describe(plane, optimizer={"epochs": 1}), comm, objective=Plane())
+    test = plane / "test.h5"
+    for call, words in (
+        (
+            lambda: dbmpi.evaluate(result, test, comm, objective=Plane(9)),
+            "slope/weights is 6 in the file and 9 in the obj",
+        ),
+        (lambda: dbmpi.evaluate(result, test, comm, objective=Plane(), partitions=comm.size + 1), "cannot be replicas"),
+        (lambda: dbmpi.evaluate(result, [test], comm, objective=Plane()), "data: given a list"),
+        (lambda: dbmpi.evaluate(result, test, comm, objective=Plane(), batch_size=0), "batch_size: given 0"),
+        (lambda: dbmpi.predict(result, test, comm, objective=Softmax()), "another objective"),
+        (lambda: dbmpi.predict(result, test, comm, objective=Wrong("width"), batch_size=9), "predict returned rows of"),
+    ):
+        with pytest.raises(UserError) as raised:
+            call()
+        told = [text for text in comm.allgather(str(raised.value)) if words in text]
+        assert len(told) == 1, raised.value
 
 
 MISTAKES = {
@@ -221,7 +247,55 @@ def test_different_objectives_on_different_ranks_are_refused(comm, plane) -> Non
 
 
 @pytest.mark.parallel([1])
-def test_a_gradient_that_is_not_finite_ends_the_run(comm, plane) -> None:
+def test_a_gradient_that_is_not_finite_ends_the_run_unless_a_point_is_only_tried(comm, plane) -> None:
+    sections = {"optimizer": {"method": "sandblaster", "epochs": 40}, "run": {"directory": plane / "tried"}}
+    result = train(describe(plane, **sections), comm, objective=Wrong("infinite far away"))
+    assert result.test is not None
+    assert result.test.mean_loss < 0.02
     run = describe(plane)
     with pytest.raises(RunFailed, match="the loss is finite, but the gradient of 'bias' is not"):
-        train(run, comm, objective=own_objectives.Wrong("infinite"))
+        train(run, comm, objective=Wrong("infinite"))
+
+
+@pytest.mark.parallel([1, 3])
+def test_a_run_begins_with_given_values(comm, plane) -> None:
+    """From a dictionary, from a file, and from another run; both optimizers; and a run that resumes ignores them."""
+    random = np.random.default_rng(7)
+    values = {"slope": {"weights": random.normal(size=FEATURES)}, "bias": random.normal(size=())}
+    expected = np.float32([*values["slope"]["weights"], values["bias"]])
+    hardly = {"rule": "sgd", "learning_rate": 1e-30, "epochs": 1}
+    shards = {"shards": max(1, comm.size - 1), "replicas": 1, "colocate": comm.size == 1}
+    settled = {"optimizer": hardly, "topology": shards}
+    result = train(describe(plane, **settled), comm, objective=Plane(), initial=values)
+    np.testing.assert_array_equal(tiny.vectors(result.checkpoint)["parameters"], expected)
+    if comm.rank == 0:
+        np.savez(plane / "some.npz", **{"slope.weights": values["slope"]["weights"]})
+    waiting.barrier(comm, "the file")
+    again = {"run": {"directory": plane / "again", "initial": plane / "some.npz"}}
+    with pytest.raises(UserError, match=r"'bias' of shape \(1,\) is missing|rank 0 reports"):
+        train(describe(plane, **settled, **again), comm, objective=Plane())
+    again["run"]["initial_names"] = "some"
+    some = train(describe(plane, **settled, **again), comm, objective=Plane())
+    np.testing.assert_array_equal(dbmpi.parameters(some)["slope/weights"], expected[:-1])
+    assert abs(dbmpi.parameters(some)["bias"][0]) < 1e-20
+    again["run"]["initial"] = plane / "removed"
+    more = {"optimizer": hardly | {"epochs": 2}, "topology": shards}
+    resumed = train(describe(plane, **more, **again), comm, objective=Plane())
+    np.testing.assert_array_equal(dbmpi.parameters(resumed)["slope/weights"], expected[:-1])
+    method = {"optimizer": {"method": "sandblaster"}, "run": {"directory": plane / "batch", "initial": plane / "run"}}
+    train(describe(plane, topology=shards, **method), comm, objective=Plane())
+    with Source.open(plane / "train.h5", 100) as source:
+        samples = Samples.of(source.batch(np.arange(SAMPLES)))
+    loss, _ = Plane().loss_and_gradient({"slope": {"weights": expected[:-1]}, "bias": expected[-1]}, samples)
+    first = next(record for record in read_records(plane / "batch") if record["kind"] == "batch")
+    assert first["loss"] == pytest.approx(loss, rel=1e-5)
+
+
+@pytest.mark.parallel([3])
+def test_ranks_that_would_begin_differently_are_refused(comm, plane) -> None:
+    values = {"slope": {"weights": np.full(FEATURES, float(comm.rank == 2))}, "bias": np.zeros(())}
+    for given in (values, {} if comm.rank == 1 else None):
+        with pytest.raises(UserError) as raised:
+            train(describe(plane), comm, objective=Plane(), initial=given)
+        told = [text for text in comm.allgather(str(raised.value)) if "the arrays differ" in text]
+        assert len(told) == 1, raised.value

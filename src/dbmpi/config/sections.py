@@ -22,6 +22,12 @@ class RunSection(Section):
     """Directory of the run: checkpoints, records and plots; made if missing."""
     seed: Annotated[int, Field(ge=0, lt=2**63, strict=True)] = 1
     """Seed of the initial weights and of the order of the samples."""
+    initial: Path | None = None
+    """First values of the parameters by name: an ``.npz`` or ``.safetensors`` file, a checkpoint, or the directory of
+    another run.  A run that resumes goes on from its own checkpoint instead."""
+    initial_names: Literal["all", "some"] = "all"
+    """``all``: the file must have just the names of the model; ``some``: names that both have are taken, and other
+    parameters begin as usual."""
 
 
 class DataSection(Section):
@@ -215,7 +221,8 @@ class ServerSection(Section):
     """Without shared memory, ``rma``: one-sided; ``p2p``: messages, same results; ``auto``: what is faster at start."""
     align: Literal["equal", "partition"] = "partition"
     """``partition`` (Downpour): shards end where partitions do, so that a worker deals with the shards of its own part
-    alone, and in one piece with each; ``equal``: each shard holds as much, whatever the number of partitions."""
+    alone, and in one piece with each; ``equal``: each shard holds as much, whatever the number of partitions.  Without
+    partitions, as with an objective of your own, both are the same."""
     gradients: Literal["whole", "layers"] = "whole"
     """``whole``: a worker has a buffer for a whole gradient, with overlap for two; ``layers`` (Downpour): for that of
     the largest layer; each is sent when it is complete, and its buffer is reused when the shards have applied it."""

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from mpi4py import MPI
 
+from dbmpi.checkpoint.named_arrays import Fill
 from dbmpi.checkpoint.reader import Checkpoint
 from dbmpi.checkpoint.schema import PARAMETERS, CheckpointInfo, library_versions
 from dbmpi.downpour.algorithm import downpour
@@ -25,7 +26,6 @@ from dbmpi.monitor import verdict
 from dbmpi.monitor.progress import RunProgress
 from dbmpi.mpi import waiting
 from dbmpi.mpi.world import together
-from dbmpi.network.description import Network
 from dbmpi.objective import Outcome
 from dbmpi.paramserver import bottleneck
 from dbmpi.paramserver.rules import Rule, State, rule
@@ -34,7 +34,7 @@ from dbmpi.paramserver.server import Server
 from dbmpi.paramserver.store import Store
 from dbmpi.replica.arrangement import Arrangement, equal
 from dbmpi.replica.arrangement import from_config as arranged
-from dbmpi.replica.own_objective import OwnModel, OwnReplica
+from dbmpi.replica.own_objective import OwnReplica
 from dbmpi.replica.replica import Replica
 from dbmpi.result import Result
 from dbmpi.session import DTYPE, Session
@@ -71,7 +71,7 @@ def learn(session: Session, stack: ExitStack) -> Result:
     with together(comm, "preparing the shards", seconds=waiting.LONG_SECONDS):
         if number is not None:
             served = store.server(applied_rule)
-            _fill(served, arrangement, store.ranges[number], model, session.checkpoint, applied_rule)
+            _fill(served, arrangement, store.ranges[number], session.initial, session.checkpoint, applied_rule)
             role = ShardRole(
                 comm=comm,
                 server=served,
@@ -244,7 +244,7 @@ def _fill(
     server: Server,
     arrangement: Arrangement,
     held: range,
-    model: Network | OwnModel,
+    initial: Fill,
     checkpoint: Path | None,
     applied_rule: Rule,
 ) -> None:
@@ -256,8 +256,8 @@ def _fill(
         To be filled; it is ready to serve afterwards.
     arrangement, held
         The order of the shards' vector, and this shard's range of it.
-    model
-        Computes the initial parameters.
+    initial
+        Writes the initial parameters.
     checkpoint
         Where to read parameters instead; None for a new run.
     applied_rule
@@ -265,7 +265,7 @@ def _fill(
     """
     if checkpoint is None:
         for start, local, length in arrangement.pieces(held):
-            model.initial(start, server.parameters[local : local + length])
+            initial(start, server.parameters[local : local + length])
         server.begin(None)
         return
     with Checkpoint.open(checkpoint) as opened:

@@ -128,10 +128,13 @@ class OwnReplica(Objective):
     ----------
     model
         The objective with the layout of its parameters.
+    tries
+        Whether points are tried that may be far from where the loss makes sense: a gradient that is not finite is then
+        an answer, as it is of a network, and no mistake.
     """
 
-    def __init__(self, model: OwnModel) -> None:
-        self._model = model
+    def __init__(self, model: OwnModel, *, tries: bool = False) -> None:
+        self._model, self._tries = model, tries
         self.parameters = WholeParameters(model.layout)
         self.seconds: dict[str, list[float]] = {}
 
@@ -165,7 +168,7 @@ class OwnReplica(Objective):
         UserError
             If the user's code returns something else than a loss and an array for each parameter, in its shape.
         RunFailed
-            If the gradient is not finite.
+            If the gradient is not finite where the loss is, except where points are tried.
         """
         model = self._model
         found = model.objective.loss_and_gradient(model.named(parameters), Samples.of(batch, step))
@@ -175,13 +178,14 @@ class OwnReplica(Objective):
                 "the batch and a dictionary of gradients"
             )
         outcome = self._outcome(found[0], batch.samples, "loss_and_gradient")
-        arrays = self._gradients(found[1], math.isfinite(outcome.loss))
+        arrays = self._gradients(found[1], math.isfinite(outcome.loss) and not self._tries)
         for number in reversed(range(len(self.parameters.parts))):
             part, tensor = self.parameters.parts[number], model.layout.tensors[number]
             out = gradient(number) if callable(gradient) else gradient[part.start : part.stop]
             values = arrays[tensor.name].reshape(tensor.shape)
             target = out.reshape(tensor.shape)
-            np.add(target, values, out=target, casting="same_kind") if add else np.copyto(target, values)
+            with np.errstate(over="ignore"):
+                np.add(target, values, out=target, casting="same_kind") if add else np.copyto(target, values)
             if on_gradient is not None:
                 on_gradient(number)
         return outcome

@@ -23,7 +23,7 @@ from dbmpi.machine.rank_variables import ranks_on_node
 from dbmpi.mpi import blocking, pieces, waiting
 from dbmpi.mpi.blocking import Collective
 from dbmpi.mpi.tags import Tag
-from dbmpi.objective import Outcome
+from dbmpi.objective import Outcome, OwnObjective
 from dbmpi.replica import placement, thread_count
 from dbmpi.replica.own_objective import OwnModel, OwnReplica
 from dbmpi.replica.replica import Replica
@@ -50,6 +50,8 @@ class Inference(Collective):
         Files from which classes of a user's own layers may be loaded.
     batch_size
         Samples that are computed together.
+    objective
+        A user's own, for the checkpoint of one; None: made from the class that the checkpoint names.
 
     Raises
     ------
@@ -64,10 +66,15 @@ class Inference(Collective):
         partitions: int | None = None,
         code: Sequence[Path] = (),
         batch_size: int = 1024,
+        *,
+        objective: OwnObjective | None = None,
     ) -> None:
-        self._comm = comm
         self._batch_size = batch_size
         self._stack = ExitStack()
+        if comm is not None:
+            comm = blocking.duplicate(comm, "the other ranks to evaluate or predict")
+            self._stack.callback(blocking.free, comm)
+        self._comm = comm
         self._replica_comm: MPI.Intracomm | None = None
         rank, ranks = (0, 1) if comm is None else (comm.rank, comm.size)
         self.is_first = rank == 0
@@ -75,14 +82,14 @@ class Inference(Collective):
         # The first rank decides which checkpoint is the latest, as another one may appear any time.
         with self.together("opening the checkpoint"):
             if self.is_first:
-                self.trained = trained_network.load(path, code)
+                self.trained = trained_network.load(path, code, objective)
         if comm is not None:
             path = Path(
                 waiting.broadcast_text(comm, str(self.trained.path) if self.is_first else "", 0, "the checkpoint")
             )
             with self.together("opening the checkpoint on all ranks"):
                 if not self.is_first:
-                    self.trained = trained_network.load(path, code)
+                    self.trained = trained_network.load(path, code, objective)
         network = self.trained.network
         placed = None
         with self.together("placing the layers"):
@@ -125,13 +132,14 @@ class Inference(Collective):
         """
         batches = self._begin(source)
         found = np.zeros((len(batches), 4))
-        for number in range(self._number, len(batches), self.replicas):
-            outcome = self._replica.evaluate(self._parameters, source.batch(batches[number]))
-            self._compiled()
-            if self._partition == 0:
-                found[number] = (outcome.samples, outcome.loss, max(outcome.correct, 0), outcome.correct < 0)
-            if shown is not None:
-                shown(len(batches[number]) * self.replicas)
+        with self.together("evaluating", waiting.LONG_SECONDS):
+            for number in range(self._number, len(batches), self.replicas):
+                outcome = self._replica.evaluate(self._parameters, source.batch(batches[number]))
+                self._compiled()
+                if self._partition == 0:
+                    found[number] = (outcome.samples, outcome.loss, max(outcome.correct, 0), outcome.correct < 0)
+                if shown is not None:
+                    shown(len(batches[number]) * self.replicas)
         found = self._added_up(found, "the other replicas")
         total = Outcome(0, 0.0, 0)
         for samples, loss, correct, no_classes in found:
@@ -157,13 +165,15 @@ class Inference(Collective):
         for first in range(0, len(batches), self.replicas):
             number = first + self._number
             mine = None
-            if number < len(batches):
-                outputs = self._replica.outputs(self._parameters, source.inputs(batches[number]))
-                if self._partition == 0:
-                    if self.trained.network.loss is not None:
-                        self.trained.network.loss.predict(outputs)
-                    mine = np.ascontiguousarray(outputs.T, np.float32)
-                self._compiled()
+            with self.together("predicting", waiting.LONG_SECONDS):
+                if number < len(batches):
+                    outputs = self._replica.outputs(self._parameters, source.inputs(batches[number]))
+                    if self._partition == 0:
+                        self._check_width(len(outputs), units)
+                        if self.trained.network.loss is not None:
+                            self.trained.network.loss.predict(outputs)
+                        mine = np.ascontiguousarray(outputs.T, np.float32)
+                    self._compiled()
             if not self.is_first:
                 if mine is not None:
                     assert self._comm is not None
@@ -186,6 +196,14 @@ class Inference(Collective):
             return self.trained.units
         with self.together("trying to predict"):
             return len(self._replica.outputs(self._parameters, source.inputs(np.zeros(1, np.int64))))
+
+    def _check_width(self, found: int, units: int) -> None:
+        """Refuse a batch with another number of outputs than the first sample, as only a user's own code has."""
+        if isinstance(self.trained.network, OwnModel) and found != units:
+            raise UserError(
+                f"{self.trained.network.called}: predict returned rows of {found} outputs for one batch and of {units} "
+                "for a single sample; expected the same number for every sample, however many there are"
+            )
 
     def broken_parameters(self) -> tuple[str, ...]:
         """Return the names of the tensors that hold NaN or infinite numbers, the same on every rank."""

@@ -71,7 +71,7 @@ def find(
     if not path:
         return RunStart(StartingPoint(Stream(order.batches), warmstart), None, int(session[0]))
     with together(comm, "reading the checkpoint"), Checkpoint.open(Path(path)) as checkpoint:
-        checkpoint.expect(layout)
+        checkpoint.expect(layout, what="network" if run.objective is None else "objective")
         info, vectors = checkpoint.info, checkpoint.vectors
         before = _check_same_order(run, info.configuration, order, info.total, Path(path))
         check_same_data(info.meaning, meaning, checkpoint=path, file=str(run.data.train))

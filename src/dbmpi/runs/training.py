@@ -7,12 +7,15 @@ import os
 import re
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from mpi4py import MPI
 
+from dbmpi.checkpoint.named_arrays import Fill
 from dbmpi.checkpoint.run_lock import locked
 from dbmpi.config import ObjectiveSection, Run
 from dbmpi.config.layers import OWN
@@ -40,8 +43,9 @@ from dbmpi.replica.own_objective import OwnModel, OwnReplica, try_objective
 from dbmpi.replica.replica import Replica
 from dbmpi.replica.thread_count import fitted
 from dbmpi.replica.trial import try_layer
-from dbmpi.result import Result
+from dbmpi.result import FilePath, Result
 from dbmpi.runs import start as runs_start
+from dbmpi.runs.initial import GivenArrays, first_values, with_initial
 from dbmpi.sandblaster import run as sandblaster_run
 from dbmpi.session import DTYPE, Session
 
@@ -55,6 +59,7 @@ def train(
     stop: StopSignal | None = None,
     *,
     objective: OwnObjective | None = None,
+    initial: Mapping[str, Any] | FilePath | None = None,
 ) -> Result:
     """Train the network, or the objective, that `run` describes, on all ranks of `comm` together (collective).
 
@@ -71,6 +76,9 @@ def train(
         the function runs.
     objective : OwnObjective, optional
         What to learn instead of a network, for a run that describes none.
+    initial : mapping of str to array, or path, optional
+        First values of the parameters by name, the same on all ranks: arrays, e.g. of ``dbmpi.parameters``, or a file
+        as ``run.initial`` names one.  A run that resumes goes on from its own checkpoint instead.
 
     Returns
     -------
@@ -103,8 +111,8 @@ def train(
         end_all_on_failure()
     with aloud(comm), ExitStack() as stack:
         with together(comm, "checking what is learned"):
-            run = _with_objective(run, objective)
-        return _run(run, objective, comm, stack, stop or stack.enter_context(StopSignal()))
+            run, arrays = with_initial(_with_objective(run, objective), initial)
+        return _run(run, objective, arrays, comm, stack, stop or stack.enter_context(StopSignal()))
 
 
 def _with_objective(run: Run, objective: OwnObjective | None) -> Run:
@@ -125,13 +133,20 @@ def _with_objective(run: Run, objective: OwnObjective | None) -> Run:
     return Run(**dict(run) | {"objective": section})
 
 
-def _run(run: Run, objective: OwnObjective | None, comm: MPI.Intracomm, stack: ExitStack, stop: StopSignal) -> Result:
+def _run(
+    run: Run,
+    objective: OwnObjective | None,
+    arrays: GivenArrays | None,
+    comm: MPI.Intracomm,
+    stack: ExitStack,
+    stop: StopSignal,
+) -> Result:
     """Set up this rank, train, evaluate (collective); the stack closes everything that is opened."""
     with together(comm, "planning the topology"):
         plan = topology.plan(run.topology, comm.size)
     comms = stack.enter_context(topology.Communicators(comm, plan))
     with Watch(comms.world) as watch:
-        session = _session(run, objective, plan, comms, watch, stop, stack)
+        session = _session(run, objective, arrays, plan, comms, watch, stop, stack)
         learn = sandblaster_run.learn if session.run.optimizer.method == "sandblaster" else downpour_run.learn
         return learn(session, stack)
 
@@ -139,6 +154,7 @@ def _run(run: Run, objective: OwnObjective | None, comm: MPI.Intracomm, stack: E
 def _session(
     run: Run,
     objective: OwnObjective | None,
+    arrays: GivenArrays | None,
     plan: topology.Plan,
     comms: topology.Communicators,
     watch: Watch,
@@ -174,14 +190,18 @@ def _session(
             stack.enter_context(locked(run.run.directory, partial(print, "dbmpi:", file=sys.stderr, flush=True)))
     replica: Replica | OwnReplica | None = None
     if isinstance(model, OwnModel):
-        replica = OwnReplica(model) if data.train is not None else None
+        replica = OwnReplica(model, tries=run.optimizer.method == "sandblaster") if data.train is not None else None
         with together(comm, "trying the objective", seconds=waiting.LONG_SECONDS):
-            if replica is not None and data.train is not None and plan.worker_of(comm.rank) == 0:
-                try_objective(replica, model, data.train.batch(order.indices(0)))
+            if data.train is not None and plan.worker_of(comm.rank) == 0:
+                try_objective(OwnReplica(model), model, data.train.batch(order.indices(0)))
     elif plan.worker_of(comm.rank) is not None and placed is not None:
         replica = stack.enter_context(Replica(model, placed, comms.replica))
         replica.prepare(run.optimizer.batch_size)
     begin, checkpoint, number = runs_start.find(run, comm, plan.replicas, model.layout, order, data.meaning)
+    initial: Fill = model.initial
+    if checkpoint is None:
+        initial, notes = first_values(run, arrays, model, comm, stack)
+        data = replace(data, notes=data.notes + notes)
     recorder = partial(
         Recorder,
         run.run.directory,
@@ -200,6 +220,7 @@ def _session(
         order=order,
         begin=begin,
         checkpoint=checkpoint,
+        initial=initial,
         data=data,
         stop=stop,
         recorder=lambda role, number: stack.enter_context(recorder(role, number)),
