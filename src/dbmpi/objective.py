@@ -67,11 +67,17 @@ class Outcome(NamedTuple):
     """Sum of the losses of the samples, each times its weight, in float64."""
     correct: int
     """Number of samples whose largest output is that of their class; -1 if the targets are not classes."""
+    sums: tuple[tuple[str, float], ...] = ()
+    """Name of each metric of an objective, with the sum over the samples, for held-out samples."""
 
     def plus(self, other: Outcome) -> Outcome:
         """Return the outcome of the samples of this one and of `other` together."""
         correct = -1 if min(self.correct, other.correct) < 0 else self.correct + other.correct
-        return Outcome(self.samples + other.samples, self.loss + other.loss, correct)
+        sums = self.sums or other.sums
+        if self.sums and other.sums:
+            both = zip(self.sums, other.sums, strict=True)
+            sums = tuple((name, total + more) for (name, total), (_, more) in both)
+        return Outcome(self.samples + other.samples, self.loss + other.loss, correct, sums)
 
     @property
     def mean_loss(self) -> float:
@@ -82,6 +88,11 @@ class Outcome(NamedTuple):
     def are_numbers(self) -> bool:
         """Whether all outputs were numbers: with NaN among them, or an infinite largest one, the loss is not finite."""
         return math.isfinite(self.loss)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Mean of each metric over the samples; empty where the objective has none."""
+        return {name: total / max(self.samples, 1) for name, total in self.sums}
 
     @property
     def accuracy(self) -> float | None:
@@ -108,8 +119,9 @@ class OwnObjective(Protocol):
     The first values of the parameters are an attribute ``parameters``, or what a method ``initial(seed)`` returns:
     float arrays by name, dictionaries of which may be within one another.  They are learned as float32.
 
-    Two methods are optional.  ``evaluate(parameters, batch)`` returns the mean loss of held-out samples, or that and
+    Three methods are optional.  ``evaluate(parameters, batch)`` returns the mean loss of held-out samples, or that and
     how many of them are classified correctly; without it, their loss is that of ``loss_and_gradient``.
+    ``metrics(parameters, batch)`` returns further means over held-out samples, a dictionary of numbers by name.
     ``predict(parameters, inputs)`` returns an array with a row for each sample, for ``dbmpi predict``.
 
     Examples

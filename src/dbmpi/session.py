@@ -109,6 +109,11 @@ class Session:
     """To be called when everything is compiled."""
 
     @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of what is measured of held-out samples beside the loss."""
+        return (self.model.metrics or ()) if isinstance(self.model, OwnModel) else ()
+
+    @property
     def shard(self) -> int | None:
         """Number of the shard that this rank is."""
         return self.plan.shard_of(self.comms.world.rank)
@@ -200,7 +205,10 @@ class Session:
             with blocking.blocking("the rest of the result"):
                 comm.Recv([data, MPI.BYTE], 0, Tag.CONCLUSION)
         fields = json.loads(data.tobytes())
-        test = None if fields["test"] is None else Outcome(*fields["test"])
+        test = None
+        if fields["test"] is not None:
+            samples, loss, correct, sums = fields["test"]
+            test = Outcome(samples, loss, correct, tuple((name, total) for name, total in sums))
         checkpoint, lost = Path(fields["checkpoint"]), tuple(fields["lost"])
         return Result(**fields | {"seconds": seconds, "test": test, "checkpoint": checkpoint, "lost": lost})
 

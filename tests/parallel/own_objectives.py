@@ -47,6 +47,10 @@ class Softmax:
         right = int((found.argmax(axis=1) == batch.targets).sum())
         return -np.log(found[np.arange(len(found)), batch.targets]).mean(), right
 
+    def metrics(self, parameters, batch):
+        found = self._probabilities(parameters, batch)
+        return {"surest": found.max(axis=1).mean(), "of-class-0": np.float32((batch.targets == 0).mean())}
+
 
 class Wrong(Plane):
     """Wrong in the way that its setting names."""
@@ -54,6 +58,8 @@ class Wrong(Plane):
     def __init__(self, way: str) -> None:
         super().__init__()
         self._way, self._calls = way, 0
+        if way == "metrics":
+            self.metrics = lambda parameters, batch: [1.0]
         if way == "making":
             raise ValueError("nothing works today")
 

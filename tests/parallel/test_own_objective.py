@@ -136,12 +136,28 @@ def test_several_replicas_find_the_plane(comm, plane, method) -> None:
 
 
 @pytest.mark.parallel([1, 3])
-def test_classes_are_counted(comm, place) -> None:
-    run = describe(place, optimizer={"epochs": 10, "learning_rate": 0.5})
+@pytest.mark.parametrize("method", ["downpour", "sandblaster"])
+def test_classes_and_metrics_are_those_of_all_held_out_samples(comm, place, method) -> None:
+    """Also where the batches differ in size, and whoever computes them."""
+    settings = {"epochs": 10, "learning_rate": 0.5, "method": method}
+    topology = {"shards": 1, "colocate": True}
+    run = describe(place, optimizer=settings, topology=topology, monitor={"evaluate_epochs": 3})
     result = train(run, comm, objective=Softmax())
     assert result.test is not None
     assert result.test.accuracy is not None
     assert result.test.accuracy > 0.9
+    with Source.open(place / "test.h5", 100) as source:
+        samples = Samples.of(source.batch(np.arange(tiny.TEST_SAMPLES)))
+    expected = pytest.approx(Softmax().metrics(dbmpi.parameters(result), samples), rel=1e-5)
+    assert result.test.metrics == expected
+    assert [*result.test.metrics] == ["surest", "of-class-0"]
+    assert dbmpi.evaluate(result, place / "test.h5", comm, objective=Softmax(), batch_size=5).metrics == expected
+    waiting.barrier(comm, "the records")
+    records = [record for record in read_records(place / "run") if record["kind"] == "evaluation"]
+    assert len(records) > 1
+    assert records[-1]["metrics"] == expected
+    for record in records:
+        assert record["metrics"]["of-class-0"] == pytest.approx((samples.targets == 0).mean())
 
 
 @pytest.mark.parallel([1, 3])
@@ -202,6 +218,7 @@ MISTAKES = {
     "complex": ("bias is an array of complex128",),
     "loss alone": ("loss_and_gradient returned", "expected two things"),
     "loss of each sample": ("for the loss; expected a number",),
+    "metrics": ("metrics returned list [1.0]", "expected a dictionary of numbers by name"),
     "writing": ("fails when it is tried on the first batch", "read-only"),
 }
 

@@ -69,6 +69,7 @@ def _print(result: Result, directory: Path) -> None:
         lines["test loss"] = f"{result.test.mean_loss:.4f}"
         if accuracy is not None:
             lines["test accuracy"] = f"{100 * accuracy:.2f} %  {of}"
+        lines |= {f"test {name}": f"{mean:.6g}" for name, mean in result.test.metrics.items()}
     if result.steps:
         lines["steps"] = f"{result.steps:,} in {result.seconds:.1f} s"
         lines["samples/s"] = f"{result.samples / max(result.seconds, 1e-9):,.0f}"

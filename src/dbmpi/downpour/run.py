@@ -121,7 +121,7 @@ def _lead(session: Session, role: ShardRole, arrangement: Arrangement, progress:
         info=info,
         remedy=_lower(run.optimizer.learning_rate),
     )
-    return Lead(role, plan, session.begin, session.order, progress, checkpoints)
+    return Lead(role, plan, session.begin, session.order, progress, checkpoints, session.metrics)
 
 
 def _work(
@@ -223,10 +223,14 @@ def _test(session: Session, worker: Worker | None, shard: Shard | None) -> Outco
         outcome = worker.evaluate(session.data.test, replica, plan.replicas)
         mine = mine if partition else outcome  # the first partition counts it
     serve = worker.obey if worker is not None else shard.poll if shard is not None else None
-    sums = np.array([mine.samples, mine.loss, max(mine.correct, 0), mine.correct < 0], np.float64)
+    totals = [total for _, total in mine.sums] or [0.0] * len(session.metrics)
+    sums = np.array([mine.samples, mine.loss, max(mine.correct, 0), mine.correct < 0, *totals], np.float64)
     what = "the evaluation of the other workers"
-    samples, loss, correct, unknown = waiting.allreduce(session.comms.world, sums, MPI.SUM, what, serve=serve).tolist()
-    return Outcome(int(samples), loss, -1 if unknown else int(correct))
+    sums = waiting.allreduce(session.comms.world, sums, MPI.SUM, what, serve=serve)
+    samples, loss, correct, unknown, *totals = sums.tolist()
+    return Outcome(
+        int(samples), loss, -1 if unknown else int(correct), tuple(zip(session.metrics, totals, strict=True))
+    )
 
 
 def _advice(comm: MPI.Intracomm, worker: Worker | None, shard: Shard | None) -> str:

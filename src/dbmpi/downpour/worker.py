@@ -217,11 +217,16 @@ class Worker:
     def _evaluate_now(self, test: Source) -> None:
         with self.stopwatch("wait"):
             outcome = self.evaluate(test, 0, 1)
-        bits = int(np.array([outcome.loss]).view(np.int64)[0])
-        self._say(MessageKind.EVALUATION, self._batch + 1, outcome.samples, outcome.correct, bits)
+        for number, (_, total) in enumerate(outcome.sums):
+            self._say(MessageKind.METRIC, number, _bits(total))
+        self._say(MessageKind.EVALUATION, self._batch + 1, outcome.samples, outcome.correct, _bits(outcome.loss))
 
     def _report(self) -> None:
         self.log.report(self._epoch, self._client.moved, self._layer_seconds)
+
+
+def _bits(value: float) -> int:
+    return int(np.array([value]).view(np.int64)[0])
 
 
 def evaluate(

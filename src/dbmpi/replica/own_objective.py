@@ -44,6 +44,8 @@ class OwnModel:
     layers = ()
     loss = None
     outputs = 0
+    metrics: tuple[str, ...] | None = None
+    """Names of what the objective's ``metrics`` returns; None before they are known."""
 
     def __init__(self, objective: OwnObjective, seed: int, called: str) -> None:
         self.objective, self.called = objective, called
@@ -194,8 +196,15 @@ class OwnReplica(Objective):
         """Return the outcome of `batch` with `parameters`, by the user's ``evaluate`` if there is one."""
         evaluate = getattr(self._model.objective, "evaluate", None)
         if evaluate is None:
-            return self.learned(parameters, batch)
-        return self._outcome(evaluate(self._model.named(parameters), Samples.of(batch)), batch.samples, "evaluate")
+            outcome = self.learned(parameters, batch)
+        else:
+            found = evaluate(self._model.named(parameters), Samples.of(batch))
+            outcome = self._outcome(found, batch.samples, "evaluate")
+        metrics = getattr(self._model.objective, "metrics", None)
+        if metrics is None:
+            return outcome
+        means = metrics(self._model.named(parameters), Samples.of(batch))
+        return outcome._replace(sums=self._sums(means, batch.samples))
 
     def learned(self, parameters: np.ndarray, batch: Batch) -> Outcome:
         """Return the outcome of `batch` with `parameters` that is learned from: that of ``loss_and_gradient``."""
@@ -245,6 +254,27 @@ class OwnReplica(Objective):
                 f"over the batch, or that and how many of its {samples} samples are correct (not the fraction)"
             ) from None
 
+    def _sums(self, given: Any, samples: int) -> tuple[tuple[str, float], ...]:
+        """Return the sums over the samples from means by name, which are the same names at every call."""
+        model = self._model
+        try:
+            found = {name: float(mean) for name, mean in given.items()}
+        except (AttributeError, TypeError, ValueError):
+            found = {}
+        if not found or not all(isinstance(name, str) and _KEY.fullmatch(name) for name in found):
+            raise UserError(
+                f"{model.called}: metrics returned {_shown(given)}; expected a dictionary of numbers by name, the "
+                "means over the batch"
+            )
+        names = tuple(found) if model.metrics is None else model.metrics
+        if {*names} != {*found}:
+            raise UserError(
+                f"{model.called}: metrics returned {[*found]}, and {[*names]} before; expected the same names at every "
+                "call"
+            )
+        model.metrics = names
+        return tuple((name, samples * found[name]) for name in names)
+
     def _gradients(self, given: Any, expect_finite: bool) -> dict[str, np.ndarray]:
         """Return the gradients by name, after comparing them with the parameters."""
         called, shapes = self._model.called, self._model.shapes
@@ -264,8 +294,10 @@ class OwnReplica(Objective):
         return found
 
 
-def try_objective(replica: OwnReplica, model: OwnModel, batch: Batch) -> None:
+def try_objective(replica: OwnReplica, model: OwnModel, batch: Batch, held_out: Batch | None) -> None:
     """Compute one gradient, so that mistakes show before anything is learned; raises as `OwnReplica` does.
+
+    The names of the metrics are known afterwards.
 
     Parameters
     ----------
@@ -273,6 +305,8 @@ def try_objective(replica: OwnReplica, model: OwnModel, batch: Batch) -> None:
         What is tried.
     batch
         Some samples.
+    held_out
+        Some held-out samples, if there are any.
     """
     parameters, gradient = aligned_empty(model.layout.size), aligned_empty(model.layout.size)
     model.initial(0, parameters)
@@ -281,6 +315,9 @@ def try_objective(replica: OwnReplica, model: OwnModel, batch: Batch) -> None:
             outcome = replica.loss_and_gradient(parameters, batch, gradient)
     except RunFailed as error:
         raise UserError(str(error)) from error
+    if held_out is not None and hasattr(model.objective, "metrics"):
+        with calling("the objective", "it is tried on the first held-out samples"):
+            replica.evaluate(parameters, held_out)
     if not outcome.are_numbers:
         raise UserError(f"{model.called}: the loss of the first batch is {outcome.mean_loss}, at the first values")
 

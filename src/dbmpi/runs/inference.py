@@ -6,8 +6,9 @@ its part of the parameters, read from the checkpoint run by run.  The cut need n
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
@@ -131,20 +132,38 @@ class Inference(Collective):
             Called with the number of samples that were just done.
         """
         batches = self._begin(source)
-        found = np.zeros((len(batches), 4))
+        outcomes: dict[int, Outcome] = {}
         with self.together("evaluating", waiting.LONG_SECONDS):
             for number in range(self._number, len(batches), self.replicas):
                 outcome = self._replica.evaluate(self._parameters, source.batch(batches[number]))
                 self._compiled()
                 if self._partition == 0:
-                    found[number] = (outcome.samples, outcome.loss, max(outcome.correct, 0), outcome.correct < 0)
+                    outcomes[number] = outcome
                 if shown is not None:
                     shown(len(batches[number]) * self.replicas)
+        names = self._metrics(outcomes)
+        found = np.zeros((len(batches), 4 + len(names)))
+        for number, one in outcomes.items():
+            sums = dict(one.sums)
+            found[number] = (one.samples, one.loss, max(one.correct, 0), one.correct < 0, *(sums[n] for n in names))
         found = self._added_up(found, "the other replicas")
         total = Outcome(0, 0.0, 0)
-        for samples, loss, correct, no_classes in found:
-            total = total.plus(Outcome(int(samples), float(loss), -1 if no_classes else int(correct)))
+        for samples, loss, correct, no_classes, *values in found.tolist():
+            named = tuple(zip(names, values, strict=True))
+            total = total.plus(Outcome(int(samples), loss, -1 if no_classes else int(correct), named))
         return total
+
+    def _metrics(self, outcomes: Mapping[int, Outcome]) -> tuple[str, ...]:
+        """Return the names of the metrics, which are the same on all ranks."""
+        mine = [[name for name, _ in outcome.sums] for outcome in outcomes.values()]
+        if self._comm is None:
+            return tuple(mine[0])
+        first = waiting.broadcast_text(self._comm, json.dumps(mine[0] if self.is_first else []), 0, "the metrics")
+        names = tuple(json.loads(first))
+        with self.together("comparing the metrics"):
+            if any({*others} != {*names} for others in mine):
+                raise UserError(f"the objective's metrics differ between ranks: {mine[0]} here, {[*names]} on rank 0")
+        return names
 
     def predict(self, source: Source) -> Iterator[tuple[int, np.ndarray]]:
         """Yield predictions on the first rank, batch by batch in order, and nothing on the others.

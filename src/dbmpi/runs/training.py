@@ -13,6 +13,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 from mpi4py import MPI
 
 from dbmpi.checkpoint.named_arrays import Fill
@@ -193,7 +194,13 @@ def _session(
         replica = OwnReplica(model, tries=run.optimizer.method == "sandblaster") if data.train is not None else None
         with together(comm, "trying the objective", seconds=waiting.LONG_SECONDS):
             if data.train is not None and plan.worker_of(comm.rank) == 0:
-                try_objective(OwnReplica(model), model, data.train.batch(order.indices(0)))
+                held_out = (
+                    None if data.test is None else data.test.batch(np.arange(min(order.batch_size, data.test.samples)))
+                )
+                try_objective(OwnReplica(model), model, data.train.batch(order.indices(0)), held_out)
+        names = json.dumps(model.metrics or ())
+        names = waiting.broadcast_text(comm, names, plan.worker_ranks[0], "the names of the metrics")
+        model.metrics = tuple(json.loads(names))
     elif plan.worker_of(comm.rank) is not None and placed is not None:
         replica = stack.enter_context(Replica(model, placed, comms.replica))
         replica.prepare(run.optimizer.batch_size)
