@@ -13,11 +13,11 @@ from parallel.test_mistakes import assert_told_once
 
 from dbmpi.checkpoint.reader import Checkpoint
 from dbmpi.config import Run
+from dbmpi.data.reading import Reading
 from dbmpi.data.source import Source
 from dbmpi.data.stream import Order
 from dbmpi.errors import RunFailed, UserError
 from dbmpi.mpi import waiting
-from dbmpi.objective import Samples
 from dbmpi.runs.inference import Inference
 from dbmpi.runs.training import train
 
@@ -47,7 +47,7 @@ def describe(directory: Path, **sections) -> Run:
 
 def twin(run: Run, objective: Plane) -> np.ndarray:
     """Return the parameters that one worker learns by SGD or Adagrad, in a loop over the same batches."""
-    with Source.open(run.data.train, 100) as source:
+    with Source.open(run.data.train, 100, reading=Reading(own=True)) as source:
         order = Order(SAMPLES, run.optimizer.batch_size, run.optimizer.epochs, run.run.seed)
         first = objective.initial(run.run.seed)
         values = {"slope/weights": first["slope"]["weights"], "bias": first["bias"]}
@@ -55,8 +55,7 @@ def twin(run: Run, objective: Plane) -> np.ndarray:
         sums = {name: np.zeros_like(value) for name, value in found.items()}
         for number in range(order.batches):
             named = {"slope": {"weights": found["slope/weights"]}, "bias": found["bias"]}
-            samples = Samples.of(source.batch(order.indices(number)))
-            _, gradient = objective.loss_and_gradient(named, samples)
+            _, gradient = objective.loss_and_gradient(named, source.batch(order.indices(number)))
             for name, value in (("slope/weights", gradient["slope"]["weights"]), ("bias", gradient["bias"])):
                 single, rate = np.float32(value), np.float32(run.optimizer.learning_rate)
                 if run.optimizer.rule == "sgd":
@@ -150,7 +149,7 @@ def test_a_checkpoint_is_evaluated_and_predicts_with_code_that_is_allowed(comm, 
     with pytest.raises(UserError, match=r"the objective is of type 'own_objectives:Plane'|rank 0 reports"):
         Inference(run.run.directory, comm)
     trained = Inference(run.run.directory, comm, code=[Path(own_objectives.__file__)], batch_size=7)
-    with Source.open(plane / "test.h5", 100) as source:
+    with Source.open(plane / "test.h5", 100, reading=Reading(own=True)) as source:
         outcome = trained.evaluate(source)
         rows = np.concatenate([np.empty((0, 1)), *(rows for _, rows in trained.predict(source))])
         inputs = source.inputs(np.arange(SAMPLES))
@@ -159,7 +158,7 @@ def test_a_checkpoint_is_evaluated_and_predicts_with_code_that_is_allowed(comm, 
     assert outcome.mean_loss == pytest.approx(result.test.mean_loss, rel=1e-5)
     if comm.rank == 0:
         parameters = tiny.vectors(result.checkpoint)["parameters"]
-        np.testing.assert_allclose(rows[:, 0], parameters[:-1] @ inputs + parameters[-1], rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(rows[:, 0], inputs @ parameters[:-1] + parameters[-1], rtol=1e-4, atol=1e-4)
 
 
 MISTAKES = {

@@ -10,6 +10,7 @@ import time
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from mpi4py import MPI
 
@@ -17,7 +18,7 @@ from dbmpi.checkpoint.run_lock import locked
 from dbmpi.config import ObjectiveSection, Run
 from dbmpi.config.layers import OWN
 from dbmpi.data import limits
-from dbmpi.data.run_data import RunData, open_data
+from dbmpi.data.run_data import RunData, Supplied, open_data
 from dbmpi.data.stream import Order
 from dbmpi.downpour import run as downpour_run
 from dbmpi.errors import UserError
@@ -55,6 +56,8 @@ def train(
     stop: StopSignal | None = None,
     *,
     objective: OwnObjective | None = None,
+    data: Any = None,
+    test: Any = None,
 ) -> Result:
     """Train the network, or the objective, that `run` describes, on all ranks of `comm` together (collective).
 
@@ -71,6 +74,14 @@ def train(
         the function runs.
     objective : OwnObjective, optional
         What to learn instead of a network, for a run that describes none.
+    data : array, tuple or function, optional
+        What to learn from instead of the file ``data.train``: inputs, or a tuple (inputs, targets) or (inputs, targets,
+        weights), with the samples on the first axis, the same on all ranks.  Each is an array of NumPy, which is used
+        where it is, or anything with a length and an index, as a memmap or a dataset of h5py.  A function that returns
+        these is called once on each node, and its arrays are shared by the ranks of the node.  For an objective of your
+        own, inputs may be a dictionary of arrays.
+    test : array, tuple or function, optional
+        Held-out samples instead of the file ``data.test``, as `data`.
 
     Returns
     -------
@@ -92,6 +103,19 @@ def train(
     >>> result = dbmpi.train(run)
     >>> result.test.samples
     359
+
+    Arrays instead of files:
+
+    >>> import numpy
+    >>> inputs = numpy.random.default_rng(1).normal(size=(500, 2))
+    >>> run = dbmpi.Run(
+    ...     run={"directory": "runs/arrays"},
+    ...     network={"layers": [{"units": 10, "activation": "tanh"}, {"units": 2}]},
+    ...     monitor={"progress": "none"},
+    ... )
+    >>> result = dbmpi.train(run, data=(inputs, inputs[:, 0] > inputs[:, 1]))
+    >>> result.samples
+    5000
     """
     if not isinstance(run, Run):
         raise UserError(f"train: expected a description of a run, e.g. dbmpi.load('CONFIG.toml'), not {run!r:.80}")
@@ -101,10 +125,42 @@ def train(
         comm = start()
     elif comm.size > 1:
         end_all_on_failure()
+    supplied = Supplied(data, test)
     with aloud(comm), ExitStack() as stack:
         with together(comm, "checking what is learned"):
             run = _with_objective(run, objective)
-        return _run(run, objective, comm, stack, stop or stack.enter_context(StopSignal()))
+            _check_supplied(run, supplied)
+        _compare(comm, supplied.kinds)
+        return _run(run, objective, supplied, comm, stack, stop or stack.enter_context(StopSignal()))
+
+
+def _check_supplied(run: Run, supplied: Supplied) -> None:
+    """Refuse data that are given twice, or not at all."""
+    section = run.data
+    for name, given, file in (("data", supplied.train, section.train), ("test", supplied.test, section.test)):
+        if given is not None and file is not None:
+            setting = "train" if name == "data" else "test"
+            raise UserError(f"train: given {name}=, but the run has data.{setting} = {file} already; leave out either")
+    if supplied.train is None and section.train is None:
+        raise UserError(
+            "train: the run has no data to learn from: set data.train to an HDF5 file, or give arrays, train(run, "
+            "data=(inputs, targets))"
+        )
+    if supplied.train is not None and section.weights is not None:
+        raise UserError(
+            f"train: data.weights = {section.weights!r} names a dataset of a file, but arrays are given; leave it out, "
+            "and give data=(inputs, targets, weights)"
+        )
+
+
+def _compare(comm: MPI.Intracomm, given: str) -> None:
+    """Refuse what is `given` here, in words, if the first rank has something else (collective)."""
+    first = waiting.broadcast_text(comm, given, 0, "what the first rank was given")
+    with together(comm, "comparing what is given"):
+        if given != first:
+            raise UserError(
+                f"train: called differently on different ranks: {given} on rank {comm.rank}, {first} on rank 0"
+            )
 
 
 def _with_objective(run: Run, objective: OwnObjective | None) -> Run:
@@ -125,13 +181,20 @@ def _with_objective(run: Run, objective: OwnObjective | None) -> Run:
     return Run(**dict(run) | {"objective": section})
 
 
-def _run(run: Run, objective: OwnObjective | None, comm: MPI.Intracomm, stack: ExitStack, stop: StopSignal) -> Result:
+def _run(
+    run: Run,
+    objective: OwnObjective | None,
+    supplied: Supplied,
+    comm: MPI.Intracomm,
+    stack: ExitStack,
+    stop: StopSignal,
+) -> Result:
     """Set up this rank, train, evaluate (collective); the stack closes everything that is opened."""
     with together(comm, "planning the topology"):
         plan = topology.plan(run.topology, comm.size)
     comms = stack.enter_context(topology.Communicators(comm, plan))
     with Watch(comms.world) as watch:
-        session = _session(run, objective, plan, comms, watch, stop, stack)
+        session = _session(run, objective, supplied, plan, comms, watch, stop, stack)
         learn = sandblaster_run.learn if session.run.optimizer.method == "sandblaster" else downpour_run.learn
         return learn(session, stack)
 
@@ -139,6 +202,7 @@ def _run(run: Run, objective: OwnObjective | None, comm: MPI.Intracomm, stack: E
 def _session(
     run: Run,
     objective: OwnObjective | None,
+    supplied: Supplied,
     plan: topology.Plan,
     comms: topology.Communicators,
     watch: Watch,
@@ -147,7 +211,7 @@ def _session(
 ) -> Session:
     """Open the data, cut the network, lock the run directory and find the checkpoint to resume from (collective)."""
     comm = comms.world
-    data = open_data(run, comm, plan, stack)
+    data = open_data(run, comm, plan, stack, supplied)
     run, notices = limits.fitted(run, data.samples)
     data = replace(data, notes=data.notes + notices)
     say = RunProgress(0, run.monitor.progress).message if comm.rank == 0 else None
