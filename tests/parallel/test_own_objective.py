@@ -8,18 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 from parallel import own_objectives, tiny
-from parallel.own_objectives import Plane, Softmax, Wrong
+from parallel.own_objectives import Measured, Plane, Softmax, Wrong
 from parallel.test_mistakes import assert_told_once
 
 import dbmpi
 from dbmpi.checkpoint.reader import Checkpoint
 from dbmpi.config import Run
+from dbmpi.data.reading import Reading
 from dbmpi.data.source import Source
 from dbmpi.data.stream import Order
 from dbmpi.errors import RunFailed, UserError
 from dbmpi.monitor.records import read_records
 from dbmpi.mpi import waiting
-from dbmpi.objective import Samples
 from dbmpi.runs.inference import Inference
 from dbmpi.runs.training import train
 
@@ -49,7 +49,7 @@ def describe(directory: Path, **sections) -> Run:
 
 def twin(run: Run, objective: Plane) -> np.ndarray:
     """Return the parameters that one worker learns by SGD or Adagrad, in a loop over the same batches."""
-    with Source.open(run.data.train, 100) as source:
+    with Source.open(run.data.train, 100, reading=Reading(own=True)) as source:
         order = Order(SAMPLES, run.optimizer.batch_size, run.optimizer.epochs, run.run.seed)
         first = objective.initial(run.run.seed)
         values = {"slope/weights": first["slope"]["weights"], "bias": first["bias"]}
@@ -57,8 +57,7 @@ def twin(run: Run, objective: Plane) -> np.ndarray:
         sums = {name: np.zeros_like(value) for name, value in found.items()}
         for number in range(order.batches):
             named = {"slope": {"weights": found["slope/weights"]}, "bias": found["bias"]}
-            samples = Samples.of(source.batch(order.indices(number)))
-            _, gradient = objective.loss_and_gradient(named, samples)
+            _, gradient = objective.loss_and_gradient(named, source.batch(order.indices(number)))
             for name, value in (("slope/weights", gradient["slope"]["weights"]), ("bias", gradient["bias"])):
                 single, rate = np.float32(value), np.float32(run.optimizer.learning_rate)
                 if run.optimizer.rule == "sgd":
@@ -142,16 +141,16 @@ def test_classes_and_metrics_are_those_of_all_held_out_samples(comm, place, meth
     settings = {"epochs": 10, "learning_rate": 0.5, "method": method}
     topology = {"shards": 1, "colocate": True}
     run = describe(place, optimizer=settings, topology=topology, monitor={"evaluate_epochs": 3})
-    result = train(run, comm, objective=Softmax())
+    result = train(run, comm, objective=Measured())
     assert result.test is not None
     assert result.test.accuracy is not None
     assert result.test.accuracy > 0.9
-    with Source.open(place / "test.h5", 100) as source:
-        samples = Samples.of(source.batch(np.arange(tiny.TEST_SAMPLES)))
-    expected = pytest.approx(Softmax().metrics(dbmpi.parameters(result), samples), rel=1e-5)
+    with Source.open(place / "test.h5", 100, reading=Reading(own=True)) as source:
+        samples = source.batch(np.arange(tiny.TEST_SAMPLES))
+    expected = pytest.approx(Measured().metrics(dbmpi.parameters(result), samples), rel=1e-5)
     assert result.test.metrics == expected
     assert [*result.test.metrics] == ["surest", "of-class-0"]
-    assert dbmpi.evaluate(result, place / "test.h5", comm, objective=Softmax(), batch_size=5).metrics == expected
+    assert dbmpi.evaluate(result, place / "test.h5", comm, objective=Measured(), batch_size=5).metrics == expected
     waiting.barrier(comm, "the records")
     records = [record for record in read_records(place / "run") if record["kind"] == "evaluation"]
     assert len(records) > 1
@@ -168,8 +167,8 @@ def test_a_checkpoint_is_evaluated_and_predicts_with_code_that_is_allowed(comm, 
     with pytest.raises(UserError, match=r"the objective is of type 'own_objectives:Plane'|rank 0 reports"):
         Inference(run.run.directory, comm)
     test = plane / "test.h5"
-    with Source.open(test, 100) as source:
-        inputs = source.inputs(np.arange(SAMPLES))
+    with Source.open(test, 100, reading=Reading(own=True)) as source:
+        inputs, targets, *_ = source.batch(np.arange(SAMPLES))
     parameters = dbmpi.parameters(result)
     assert result.test is not None
     for usual in ({"allow_code": [own_objectives.__file__]}, {"objective": Plane()}):
@@ -178,8 +177,12 @@ def test_a_checkpoint_is_evaluated_and_predicts_with_code_that_is_allowed(comm, 
         assert comm.allgather(outcome)[0] == outcome
         assert outcome.mean_loss == pytest.approx(result.test.mean_loss, rel=1e-5)
         assert (rows is None) == (comm.rank > 0)
+        for data in ((inputs, targets), lambda: (inputs, targets)):
+            assert dbmpi.evaluate(result, data, comm, batch_size=7, **usual) == outcome
+        again = dbmpi.predict(result, inputs, comm, batch_size=7, **usual)
+        assert (again is None) if rows is None else np.array_equal(again, rows)
         if rows is not None:
-            expected = parameters["slope/weights"] @ inputs + parameters["bias"]
+            expected = inputs @ parameters["slope/weights"] + parameters["bias"]
             np.testing.assert_allclose(rows[:, 0], expected, rtol=1e-4, atol=1e-4)
 
 
@@ -193,7 +196,8 @@ def test_what_cannot_be_evaluated_or_predicted_is_refused_on_all_ranks(comm, pla
             "slope/weights is 6 in the file and 9 in the obj",
         ),
         (lambda: dbmpi.evaluate(result, test, comm, objective=Plane(), partitions=comm.size + 1), "cannot be replicas"),
-        (lambda: dbmpi.evaluate(result, [test], comm, objective=Plane()), "data: given a list"),
+        (lambda: dbmpi.evaluate(result, None, comm, objective=Plane()), "data: 'inputs' is NoneType"),
+        (lambda: dbmpi.evaluate(test, test, comm), "not a whole checkpoint"),
         (lambda: dbmpi.evaluate(result, test, comm, objective=Plane(), batch_size=0), "batch_size: given 0"),
         (lambda: dbmpi.predict(result, test, comm, objective=Softmax()), "another objective"),
         (lambda: dbmpi.predict(result, test, comm, objective=Wrong("width"), batch_size=9), "predict returned rows of"),
@@ -301,8 +305,8 @@ def test_a_run_begins_with_given_values(comm, plane) -> None:
     np.testing.assert_array_equal(dbmpi.parameters(resumed)["slope/weights"], expected[:-1])
     method = {"optimizer": {"method": "sandblaster"}, "run": {"directory": plane / "batch", "initial": plane / "run"}}
     train(describe(plane, topology=shards, **method), comm, objective=Plane())
-    with Source.open(plane / "train.h5", 100) as source:
-        samples = Samples.of(source.batch(np.arange(SAMPLES)))
+    with Source.open(plane / "train.h5", 100, reading=Reading(own=True)) as source:
+        samples = source.batch(np.arange(SAMPLES))
     loss, _ = Plane().loss_and_gradient({"slope": {"weights": expected[:-1]}, "bias": expected[-1]}, samples)
     first = next(record for record in read_records(plane / "batch") if record["kind"] == "batch")
     assert first["loss"] == pytest.approx(loss, rel=1e-5)

@@ -127,9 +127,9 @@ def make_network(
         from dbmpi.data.reading import Reading
         from dbmpi.data.source import Source
 
-        if not data.train.exists():
+        if data.train is None or not data.train.exists():
             raise UserError(
-                f"{data.train}: does not exist, so the shape of the inputs is unknown; give it, e.g. "
+                f"{data.called}: does not exist, so the shape of the inputs is unknown; give it, e.g. "
                 "--input-shape 3,100,100"
             )
         with Source.open(data.train, data.memory_mib, "optional", Reading.of(data, section)) as source:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dbmpi.cli import options
+from dbmpi.errors import UserError
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -58,7 +59,13 @@ def _described(arguments: argparse.Namespace, comm: MPI.Intracomm) -> Run:
     text = ""
     with world.together(comm, "reading the configuration"):
         if comm.rank == 0:
-            text = read(arguments.config, tuple(arguments.overrides)).to_json()
+            found = read(arguments.config, tuple(arguments.overrides))
+            if found.data.train is None:
+                raise UserError(
+                    f"{arguments.config}: 'data.train' is missing: HDF5 file with the training samples; arrays are "
+                    "given from Python, to dbmpi.train(run, data=...)"
+                )
+            text = found.to_json()
     return Run.from_json(waiting.broadcast_text(comm, text, 0, "the configuration"))
 
 

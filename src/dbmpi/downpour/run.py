@@ -154,7 +154,7 @@ def _work(
         warm_steps=begin.warmstart if replica_number == 0 else 0,
         evaluate_epochs=run.monitor.evaluate_epochs,
         directory=run.run.directory,
-        remedy=f"{_lower(run.optimizer.learning_rate)}, or look for extreme values in {run.data.train}",
+        remedy=f"{_lower(run.optimizer.learning_rate)}, or look for extreme values in {run.data.called}",
     )
     log = session.log(number)
     worker = Worker(assignment, replica, client, orders, log, session.comms.replica, replica.seconds)
@@ -196,7 +196,7 @@ def _conclude(
     stopped_by = np.array([0 if lead is None else lead.stopped_by])
     waiting.broadcast(comm, stopped_by, 0, "the lead to conclude")
     advice = _advice(comm, worker, shard)
-    test = None if stopped_by[0] or run.data.test is None else _test(session, worker, shard)
+    test = None if stopped_by[0] or not data.tested else _test(session, worker, shard)
     if lead is None:
         return session.conclude(None, seconds)
     if test is not None:

@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from mpi4py import MPI
@@ -19,7 +20,7 @@ from dbmpi.downpour.orders import Orders
 from dbmpi.errors import RunFailed
 from dbmpi.monitor.worker_log import WorkerLog
 from dbmpi.mpi.mailbox import MessageKind
-from dbmpi.objective import Batch, Objective, Outcome
+from dbmpi.objective import Objective, Outcome
 from dbmpi.paramserver.client import Client
 from dbmpi.replica.team import Team
 
@@ -78,7 +79,7 @@ class Worker:
     def __init__(
         self,
         assignment: Assignment,
-        objective: Objective,
+        objective: Objective[Any],
         client: Client,
         orders: Orders,
         log: WorkerLog,
@@ -110,7 +111,7 @@ class Worker:
             with self.stopwatch("wait"):
                 self._rest()
 
-    def load(self, number: int) -> Batch:
+    def load(self, number: int) -> Any:
         """Return the batch of that `number` in the stream."""
         self._batch = number
         self._client.samples += self._order.size(number)
@@ -230,7 +231,7 @@ def _bits(value: float) -> int:
 
 
 def evaluate(
-    objective: Objective,
+    objective: Objective[Any],
     parameters: np.ndarray,
     source: Source,
     batch_size: int,

@@ -15,7 +15,7 @@ from dbmpi.errors import RunFailed, UserError
 from dbmpi.index.layout import Layout, Stretch, Tensor
 from dbmpi.kernels.memory import aligned_empty
 from dbmpi.network.own import calling
-from dbmpi.objective import Batch, Gradient, NamedArrays, Objective, Outcome, OwnObjective, Samples, samples_first
+from dbmpi.objective import Gradient, NamedArrays, Objective, Outcome, OwnObjective, Samples
 from dbmpi.replica.arrangement import Arrangement
 
 DTYPE = np.dtype(np.float32)
@@ -123,7 +123,7 @@ class WholeParameters:
         return self.runs
 
 
-class OwnReplica(Objective):
+class OwnReplica(Objective[Samples]):
     """An instance of a user's objective, computed by one worker.
 
     Parameters
@@ -151,7 +151,7 @@ class OwnReplica(Objective):
     def loss_and_gradient(
         self,
         parameters: np.ndarray,
-        batch: Batch,
+        batch: Samples,
         gradient: Gradient,
         on_gradient: Callable[[int], None] | None = None,
         *,
@@ -173,7 +173,7 @@ class OwnReplica(Objective):
             If the gradient is not finite where the loss is, except where points are tried.
         """
         model = self._model
-        found = model.objective.loss_and_gradient(model.named(parameters), Samples.of(batch, step))
+        found = model.objective.loss_and_gradient(model.named(parameters), batch._replace(step=step))
         if not isinstance(found, tuple) or len(found) != 2:
             raise UserError(
                 f"{model.called}: loss_and_gradient returned {_shown(found)}; expected two things, the mean loss of "
@@ -192,33 +192,31 @@ class OwnReplica(Objective):
                 on_gradient(number)
         return outcome
 
-    def evaluate(self, parameters: np.ndarray, batch: Batch) -> Outcome:
+    def evaluate(self, parameters: np.ndarray, batch: Samples) -> Outcome:
         """Return the outcome of `batch` with `parameters`, by the user's ``evaluate`` if there is one."""
         evaluate = getattr(self._model.objective, "evaluate", None)
         if evaluate is None:
             outcome = self.learned(parameters, batch)
         else:
-            found = evaluate(self._model.named(parameters), Samples.of(batch))
-            outcome = self._outcome(found, batch.samples, "evaluate")
+            outcome = self._outcome(evaluate(self._model.named(parameters), batch), batch.samples, "evaluate")
         metrics = getattr(self._model.objective, "metrics", None)
         if metrics is None:
             return outcome
-        means = metrics(self._model.named(parameters), Samples.of(batch))
-        return outcome._replace(sums=self._sums(means, batch.samples))
+        return outcome._replace(sums=self._sums(metrics(self._model.named(parameters), batch), batch.samples))
 
-    def learned(self, parameters: np.ndarray, batch: Batch) -> Outcome:
+    def learned(self, parameters: np.ndarray, batch: Samples) -> Outcome:
         """Return the outcome of `batch` with `parameters` that is learned from: that of ``loss_and_gradient``."""
-        found = self._model.objective.loss_and_gradient(self._model.named(parameters), Samples.of(batch))
+        found = self._model.objective.loss_and_gradient(self._model.named(parameters), batch)
         return self._outcome(found[0], batch.samples, "loss_and_gradient")
 
-    def outputs(self, parameters: np.ndarray, inputs: np.ndarray) -> np.ndarray:
+    def outputs(self, parameters: np.ndarray, inputs: Any) -> np.ndarray:
         """Return what the user's ``predict`` says of some samples; (outputs, samples).
 
         Parameters
         ----------
         parameters
             Flat vector.
-        inputs : (*features, samples) array
+        inputs : (samples, ...) array, or a dictionary of them
             The samples.
 
         Raises
@@ -226,14 +224,14 @@ class OwnReplica(Objective):
         UserError
             If the objective has no ``predict``, or that returns something else than an array with a row a sample.
         """
-        model, samples = self._model, inputs.shape[-1]
+        model, samples = self._model, len(next(iter(inputs.values())) if isinstance(inputs, dict) else inputs)
         predict = getattr(model.objective, "predict", None)
         if predict is None:
             raise UserError(
                 f"{model.called}: has no method 'predict(parameters, inputs)' that returns an array with a row for "
                 "each sample"
             )
-        found = np.asarray(predict(model.named(parameters), samples_first(inputs)))
+        found = np.asarray(predict(model.named(parameters), inputs))
         if found.dtype.kind not in "fiub" or found.shape[:1] != (samples,):
             raise UserError(
                 f"{model.called}: predict returned {_shown(found)} for {samples} samples; expected an array of numbers "
@@ -294,7 +292,7 @@ class OwnReplica(Objective):
         return found
 
 
-def try_objective(replica: OwnReplica, model: OwnModel, batch: Batch, held_out: Batch | None) -> None:
+def try_objective(replica: OwnReplica, model: OwnModel, batch: Samples, held_out: Samples | None) -> None:
     """Compute one gradient, so that mistakes show before anything is learned; raises as `OwnReplica` does.
 
     The names of the metrics are known afterwards.

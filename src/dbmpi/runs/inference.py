@@ -238,6 +238,23 @@ class Inference(Collective):
         broken = self._added_up(broken, "the parameters of the other ranks")
         return tuple(tensor.name for tensor, found in zip(layout.tensors, broken, strict=True) if found)
 
+    def same(self, text: str, otherwise: str) -> None:
+        """Raise UserError on all ranks unless all give the same text.
+
+        Parameters
+        ----------
+        text
+            That of this rank.
+        otherwise
+            The message.
+        """
+        if self._comm is None:
+            return
+        first = waiting.broadcast_text(self._comm, text, 0, "what the first rank has")
+        with self.together("comparing what the ranks have"):
+            if text != first:
+                raise UserError(otherwise)
+
     def total(self, number: int) -> int:
         """Return the sum of the numbers that the ranks give.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -14,6 +15,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from dbmpi.config import DataSection, explain
+from dbmpi.data.given import GivenData
 from dbmpi.data.reading import Reading
 from dbmpi.data.source import Source
 from dbmpi.errors import UserError
@@ -30,11 +32,13 @@ MEMORY_MIB = 1024
 """A data file up to this size (MiB, as float32) is read at once, a larger one batch by batch."""
 _READ_AS = ("inputs", "targets", "channels", "missing")
 """Settings of the training data that hold for other data, too."""
+_CALLED = "data"
+"""What messages call arrays."""
 
 
 def evaluate(
     checkpoint: FilePath | Result,
-    data: FilePath,
+    data: Any,
     comm: MPI.Intracomm | None = None,
     *,
     objective: OwnObjective | None = None,
@@ -42,7 +46,7 @@ def evaluate(
     batch_size: int = 1024,
     allow_code: Sequence[FilePath] = (),
 ) -> Outcome:
-    """Evaluate a trained network, or objective, on all samples of a data file (collective).
+    """Evaluate a trained network, or objective, on all samples of some data (collective).
 
     The ranks share the samples.
 
@@ -50,8 +54,9 @@ def evaluate(
     ----------
     checkpoint : path or Result
         A checkpoint, the directory of a run (its newest checkpoint), or what ``dbmpi.train`` returned.
-    data : path
-        HDF5 file with inputs and targets, read as the training data were.
+    data : path, array, tuple or function
+        HDF5 file with inputs and targets, read as the training data were; or a tuple (inputs, targets) of arrays, the
+        same on all ranks, or a function that returns it, as for ``dbmpi.train``.
     comm : MPI.Intracomm, optional
         The ranks to use.  By default all ranks that were started, or this process alone.
     objective : OwnObjective, optional
@@ -91,7 +96,7 @@ def evaluate(
 
 def predict(
     checkpoint: FilePath | Result,
-    data: FilePath,
+    data: Any,
     comm: MPI.Intracomm | None = None,
     *,
     objective: OwnObjective | None = None,
@@ -99,12 +104,12 @@ def predict(
     batch_size: int = 1024,
     allow_code: Sequence[FilePath] = (),
 ) -> np.ndarray | None:
-    """Predict with a trained network, or objective, for all samples of a data file (collective).
+    """Predict with a trained network, or objective, for all samples of some data (collective).
 
     Parameters
     ----------
     checkpoint, data, comm, objective, partitions, batch_size, allow_code
-        As for ``dbmpi.evaluate``; the data need no targets.
+        As for ``dbmpi.evaluate``; the data need no targets, and may be just an array of inputs.
 
     Returns
     -------
@@ -138,13 +143,13 @@ def predict(
 @contextmanager
 def opened(
     network: Inference,
-    data: Path,
+    data: Path | GivenData,
     *,
     targets: bool,
     check: Callable[[Path], object] = lambda checkpoint: None,
     asked: Mapping[str, Any] | None = None,
 ) -> Iterator[Source]:
-    """Open a data file on all ranks, and give it once it is known to fit what was trained (collective).
+    """Open data on all ranks, and give them once they are known to fit what was trained (collective).
 
     Notices for the user are printed on standard error.
 
@@ -153,9 +158,9 @@ def opened(
     network
         What was trained.
     data
-        The file.
+        The file, or arrays.
     targets
-        Whether its targets are needed, if the network has any.
+        Whether their targets are needed, if the network has any.
     check
         Called on the first rank with the path of the checkpoint; a UserError that it raises ends all ranks.
     asked
@@ -167,12 +172,18 @@ def opened(
         if network.is_first:
             check(trained.path)
         needed: Literal["required", "optional"] = trained.targets if targets else "optional"
-        source = Source.open(data, MEMORY_MIB, needed, reading=_reading(trained, data, asked or {}))
+        reading = _reading(trained, asked or {})
+        if isinstance(data, Path):
+            source = Source.open(data, MEMORY_MIB, needed, reading)
+        else:
+            source = Source.of_arrays(data._replace(weights=None), _CALLED, needed, reading)
     with source:
         with network.together("looking at the data", waiting.LONG_SECONDS):
             notices = trained.expect(source, targets=targets)
             if network.is_first:
                 source.validate(full=True)
+        if not source.in_file:
+            network.same(source.meaning.digest, f"{_CALLED}: the arrays differ between ranks; give all the same")
         say(network, (*source.notes, *notices))
         yield source
 
@@ -194,7 +205,7 @@ def say(network: Inference, notices: Iterable[str]) -> None:
 @contextmanager
 def _ready(
     checkpoint: FilePath | Result,
-    data: FilePath,
+    data: Any,
     comm: MPI.Intracomm | None,
     objective: OwnObjective | None,
     partitions: int | None,
@@ -204,6 +215,7 @@ def _ready(
     targets: bool,
 ) -> Iterator[tuple[Inference, Source]]:
     """Open checkpoint and data on all ranks of a communicator."""
+    from dbmpi.data.shared import is_function, shared_data
     from dbmpi.mpi import silent_ends, world
 
     with ExitStack() as stack:
@@ -213,13 +225,20 @@ def _ready(
             world.end_all_on_failure()
         stack.enter_context(silent_ends.aloud(comm))
         with world.together(comm, "reading the arguments"):
-            path, file = path_of(checkpoint), path_of(data, "data")
+            path, in_file = path_of(checkpoint), isinstance(data, str | os.PathLike)
             code = [path_of(each, "allow_code") for each in allow_code]
             for name, number in (("batch_size", batch_size), ("partitions", 1 if partitions is None else partitions)):
                 if not isinstance(number, int | np.integer) or number < 1:
                     raise UserError(f"{name}: given {number!r:.80}; expected a whole number of at least 1")
         network = stack.enter_context(Inference(path, comm, partitions, code, batch_size, objective=objective))
-        yield network, stack.enter_context(opened(network, file, targets=targets))
+        kind = "a file" if in_file else "a function" if is_function(data) else "given"
+        network.same(kind, f"{_CALLED}: called with a file, a function or arrays, differently on different ranks")
+        if in_file:
+            yield network, stack.enter_context(opened(network, Path(data), targets=targets))
+            return
+        arrays, note = shared_data(comm, data, _CALLED, stack)
+        say(network, [note] if note else ())
+        yield network, stack.enter_context(opened(network, arrays, targets=targets))
 
 
 @cache
@@ -230,13 +249,13 @@ def _all_ranks() -> MPI.Intracomm:
     return world.start()
 
 
-def _reading(network: TrainedNetwork, data: Path, asked: Mapping[str, Any]) -> Reading:
-    """Return how a data file is to be read: as the training data were, except for what is asked for."""
+def _reading(network: TrainedNetwork, asked: Mapping[str, Any]) -> Reading:
+    """Return how data are to be read: as the training data were, except for what is asked for."""
     trained_on = json.loads(network.info.configuration).get("data", {})
     kept = {key: trained_on[key] for key in _READ_AS if key in trained_on} if isinstance(trained_on, dict) else {}
     given = {key: value for key, value in asked.items() if value is not None}
     try:
-        section = DataSection.model_validate({"train": data, **kept, **given})
+        section = DataSection.model_validate({**kept, **given})
     except ValidationError as error:
         raise UserError(explain(error, DataSection, str(network.path))) from None
     labels = None if network.info.meaning is None else network.info.meaning.labels or None

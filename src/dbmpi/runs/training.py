@@ -21,7 +21,7 @@ from dbmpi.checkpoint.run_lock import locked
 from dbmpi.config import ObjectiveSection, Run
 from dbmpi.config.layers import OWN
 from dbmpi.data import limits
-from dbmpi.data.run_data import RunData, open_data
+from dbmpi.data.run_data import RunData, Supplied, open_data
 from dbmpi.data.stream import Order
 from dbmpi.downpour import run as downpour_run
 from dbmpi.errors import UserError
@@ -61,6 +61,8 @@ def train(
     *,
     objective: OwnObjective | None = None,
     initial: Mapping[str, Any] | FilePath | None = None,
+    data: Any = None,
+    test: Any = None,
 ) -> Result:
     """Train the network, or the objective, that `run` describes, on all ranks of `comm` together (collective).
 
@@ -80,6 +82,14 @@ def train(
     initial : mapping of str to array, or path, optional
         First values of the parameters by name, the same on all ranks: arrays, e.g. of ``dbmpi.parameters``, or a file
         as ``run.initial`` names one.  A run that resumes goes on from its own checkpoint instead.
+    data : array, tuple or function, optional
+        What to learn from instead of the file ``data.train``: inputs, or a tuple (inputs, targets) or (inputs, targets,
+        weights), with the samples on the first axis, the same on all ranks.  Each is an array of NumPy, which is used
+        where it is, or anything with a length and an index, as a memmap or a dataset of h5py.  A function that returns
+        these is called once on each node, and its arrays are shared by the ranks of the node.  For an objective of your
+        own, inputs may be a dictionary of arrays.
+    test : array, tuple or function, optional
+        Held-out samples instead of the file ``data.test``, as `data`.
 
     Returns
     -------
@@ -101,6 +111,19 @@ def train(
     >>> result = dbmpi.train(run)
     >>> result.test.samples
     359
+
+    Arrays instead of files:
+
+    >>> import numpy
+    >>> inputs = numpy.random.default_rng(1).normal(size=(500, 2))
+    >>> run = dbmpi.Run(
+    ...     run={"directory": "runs/arrays"},
+    ...     network={"layers": [{"units": 10, "activation": "tanh"}, {"units": 2}]},
+    ...     monitor={"progress": "none"},
+    ... )
+    >>> result = dbmpi.train(run, data=(inputs, inputs[:, 0] > inputs[:, 1]))
+    >>> result.samples
+    5000
     """
     if not isinstance(run, Run):
         raise UserError(f"train: expected a description of a run, e.g. dbmpi.load('CONFIG.toml'), not {run!r:.80}")
@@ -110,10 +133,42 @@ def train(
         comm = start()
     elif comm.size > 1:
         end_all_on_failure()
+    supplied = Supplied(data, test)
     with aloud(comm), ExitStack() as stack:
         with together(comm, "checking what is learned"):
             run, arrays = with_initial(_with_objective(run, objective), initial)
-        return _run(run, objective, arrays, comm, stack, stop or stack.enter_context(StopSignal()))
+            _check_supplied(run, supplied)
+        _compare(comm, supplied.kinds)
+        return _run(run, objective, arrays, supplied, comm, stack, stop or stack.enter_context(StopSignal()))
+
+
+def _check_supplied(run: Run, supplied: Supplied) -> None:
+    """Refuse data that are given twice, or not at all."""
+    section = run.data
+    for name, given, file in (("data", supplied.train, section.train), ("test", supplied.test, section.test)):
+        if given is not None and file is not None:
+            setting = "train" if name == "data" else "test"
+            raise UserError(f"train: given {name}=, but the run has data.{setting} = {file} already; leave out either")
+    if supplied.train is None and section.train is None:
+        raise UserError(
+            "train: the run has no data to learn from: set data.train to an HDF5 file, or give arrays, train(run, "
+            "data=(inputs, targets))"
+        )
+    if supplied.train is not None and section.weights is not None:
+        raise UserError(
+            f"train: data.weights = {section.weights!r} names a dataset of a file, but arrays are given; leave it out, "
+            "and give data=(inputs, targets, weights)"
+        )
+
+
+def _compare(comm: MPI.Intracomm, given: str) -> None:
+    """Refuse what is `given` here, in words, if the first rank has something else (collective)."""
+    first = waiting.broadcast_text(comm, given, 0, "what the first rank was given")
+    with together(comm, "comparing what is given"):
+        if given != first:
+            raise UserError(
+                f"train: called differently on different ranks: {given} on rank {comm.rank}, {first} on rank 0"
+            )
 
 
 def _with_objective(run: Run, objective: OwnObjective | None) -> Run:
@@ -138,6 +193,7 @@ def _run(
     run: Run,
     objective: OwnObjective | None,
     arrays: GivenArrays | None,
+    supplied: Supplied,
     comm: MPI.Intracomm,
     stack: ExitStack,
     stop: StopSignal,
@@ -147,7 +203,7 @@ def _run(
         plan = topology.plan(run.topology, comm.size)
     comms = stack.enter_context(topology.Communicators(comm, plan))
     with Watch(comms.world) as watch:
-        session = _session(run, objective, arrays, plan, comms, watch, stop, stack)
+        session = _session(run, objective, arrays, supplied, plan, comms, watch, stop, stack)
         learn = sandblaster_run.learn if session.run.optimizer.method == "sandblaster" else downpour_run.learn
         return learn(session, stack)
 
@@ -156,6 +212,7 @@ def _session(
     run: Run,
     objective: OwnObjective | None,
     arrays: GivenArrays | None,
+    supplied: Supplied,
     plan: topology.Plan,
     comms: topology.Communicators,
     watch: Watch,
@@ -164,7 +221,7 @@ def _session(
 ) -> Session:
     """Open the data, cut the network, lock the run directory and find the checkpoint to resume from (collective)."""
     comm = comms.world
-    data = open_data(run, comm, plan, stack)
+    data = open_data(run, comm, plan, stack, supplied)
     run, notices = limits.fitted(run, data.samples)
     data = replace(data, notes=data.notes + notices)
     say = RunProgress(0, run.monitor.progress).message if comm.rank == 0 else None
