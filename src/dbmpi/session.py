@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from mpi4py import MPI
 
+from dbmpi.checkpoint.named_arrays import Fill
 from dbmpi.config import Run
 from dbmpi.data.gather import gather
 from dbmpi.data.run_data import RunData, network_notes
@@ -97,6 +98,8 @@ class Session:
     begin: StartingPoint
     checkpoint: Path | None
     """Where the parameters are; None if they are fresh."""
+    initial: Fill
+    """Writes fresh parameters: ``initial(start, out)`` those at ``start ... start + len(out)``."""
     data: RunData
     stop: StopSignal
     recorder: Callable[[str, int], Recorder]
@@ -104,6 +107,11 @@ class Session:
     watch: Watch
     compiled: Callable[[], object]
     """To be called when everything is compiled."""
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of what is measured of held-out samples beside the loss."""
+        return (self.model.metrics or ()) if isinstance(self.model, OwnModel) else ()
 
     @property
     def shard(self) -> int | None:
@@ -197,7 +205,10 @@ class Session:
             with blocking.blocking("the rest of the result"):
                 comm.Recv([data, MPI.BYTE], 0, Tag.CONCLUSION)
         fields = json.loads(data.tobytes())
-        test = None if fields["test"] is None else Outcome(*fields["test"])
+        test = None
+        if fields["test"] is not None:
+            samples, loss, correct, sums = fields["test"]
+            test = Outcome(samples, loss, correct, tuple((name, total) for name, total in sums))
         checkpoint, lost = Path(fields["checkpoint"]), tuple(fields["lost"])
         return Result(**fields | {"seconds": seconds, "test": test, "checkpoint": checkpoint, "lost": lost})
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dbmpi.cli.main import main
-from dbmpi.objective import Batch, Samples, samples_first
+from dbmpi.objective import Samples
 from dbmpi.replica.own_objective import OwnModel, OwnReplica
 
 NAMES = st.sampled_from(["a", "b", "weights", "0.bias", "x-1"])
@@ -47,7 +47,7 @@ class Twice:
 
 
 def batch(samples=3):
-    return Batch(np.zeros((2, samples), np.float32), np.zeros(samples, np.int32))
+    return Samples(np.zeros((samples, 2), np.float32), np.zeros(samples, np.int32))
 
 
 @given(st.dictionaries(NAMES, TREES, min_size=1, max_size=4), st.integers(0, 99), st.data())
@@ -87,19 +87,6 @@ def test_a_gradient_in_double_precision_is_rounded_once():
     gradient = np.empty(3, np.float32)
     replica.loss_and_gradient(np.zeros(3, np.float32), batch(), gradient)
     np.testing.assert_array_equal(gradient, np.float32(1 / 3))
-
-
-@pytest.mark.parametrize("shape", [(), (4,), (2, 3, 4)])
-def test_samples_come_first(shape):
-    inputs = np.random.default_rng(1).normal(size=(*shape, 5)).astype(np.float32)
-    found = samples_first(inputs)
-    assert found.shape == (5, *shape)
-    for number in range(5):
-        np.testing.assert_array_equal(found[number], inputs[..., number])
-    assert np.shares_memory(found, inputs)
-    values = Samples.of(Batch(inputs, np.arange(10, dtype=np.float32).reshape(2, 5)), step=4)
-    assert values.targets[3].tolist() == [3, 8]
-    assert values.step == 4
 
 
 @pytest.mark.parametrize("words", [["bench", "network"], ["inspect", "--placement"]])

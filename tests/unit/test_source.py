@@ -108,7 +108,7 @@ def test_what_is_said_to_be_kept_is_what_is_kept(tmp_path, kind, attributes):
         file["inputs"].attrs.update(attributes)
     with Source.open(path, 1) as source:
         source.load()
-        assert source.resident_bytes == source._inputs.nbytes + source._targets.nbytes
+        assert source.resident_bytes == source._inputs[0].nbytes + source._targets.nbytes
 
 
 def test_a_batch_of_no_samples_and_indices_out_of_range(tmp_path):

@@ -153,8 +153,8 @@ class Checkpoint:
             tensor, first, _ = next(self.layout.pieces(at, at + 1))
             index = ", ".join(str(int(axis)) for axis in np.unravel_index(first, tensor.shape))
             raise UserError(
-                f"{self.path}: /{schema.group_of(vector)}/{tensor.name} holds {out[at - start]} at ({index}), and a "
-                "network cannot go on from that: use an earlier checkpoint, or train anew"
+                f"{self.path}: /{schema.group_of(vector)}/{tensor.name} holds {out[at - start]} at ({index}), and no "
+                "run can go on from that: use an earlier checkpoint, or train anew"
             )
 
     def verify(self, part: int = 0, parts: int = 1) -> None:
@@ -176,10 +176,10 @@ class Checkpoint:
         self.read(schema.PARAMETERS, 0, out)
         return out
 
-    def expect(self, layout: Layout, vectors: Sequence[str] = ()) -> None:
-        """Raise UserError unless the checkpoint is of this layout and holds these vectors."""
+    def expect(self, layout: Layout, vectors: Sequence[str] = (), what: str = "network") -> None:
+        """Raise UserError unless the checkpoint is of this layout, that of a `what`, and holds these vectors."""
         if layout != self.layout:
-            raise UserError(f"{self.path}: a checkpoint of another network: {self._difference(layout)}")
+            raise UserError(f"{self.path}: a checkpoint of another {what}: {self._difference(layout, what)}")
         missing = [vector for vector in vectors if vector not in self.vectors]
         if missing:
             raise UserError(
@@ -208,11 +208,11 @@ class Checkpoint:
             except Mismatch as error:
                 raise Damaged(f"{self.path}: {name} is damaged: {error}; use another checkpoint") from None
 
-    def _difference(self, layout: Layout) -> str:
+    def _difference(self, layout: Layout, what: str) -> str:
         here = {tensor.name: tensor.shape for tensor in self.layout.tensors}
         there = {tensor.name: tensor.shape for tensor in layout.tensors}
         lines = [
-            f"{name} is {_shape(here.get(name))} in the file and {_shape(there.get(name))} in the network"
+            f"{name} is {_shape(here.get(name))} in the file and {_shape(there.get(name))} in the {what}"
             for name in (here | there)
             if here.get(name) != there.get(name)
         ]

@@ -75,12 +75,12 @@ def _placement(arguments: argparse.Namespace) -> str:
 
     Code of a user's own layers is not run unless the file is named: the configuration may be anybody's.
     """
-    from dbmpi import config
+    from dbmpi.config import reading
     from dbmpi.network.own import from_files
     from dbmpi.replica import placement
     from dbmpi.replica.describe import describe
 
-    run = config.load(arguments.path)
+    run = reading.read(arguments.path)
     load = from_files(arguments.allow_code)
     network = options.make_network(run.network, run.data, run.run.seed, arguments.input_shape, load)
     partitions = arguments.partitions or run.topology.partitions or 1

@@ -22,19 +22,26 @@ class RunSection(Section):
     """Directory of the run: checkpoints, records and plots; made if missing."""
     seed: Annotated[int, Field(ge=0, lt=2**63, strict=True)] = 1
     """Seed of the initial weights and of the order of the samples."""
+    initial: Path | None = None
+    """First values of the parameters by name: an ``.npz`` or ``.safetensors`` file, a checkpoint, or the directory of
+    another run.  A run that resumes goes on from its own checkpoint instead."""
+    initial_names: Literal["all", "some"] = "all"
+    """``all``: the file must have just the names of the model; ``some``: names that both have are taken, and other
+    parameters begin as usual."""
 
 
 class DataSection(Section):
     """What to learn from: HDF5 files made by ``dbmpi data import`` or by your own program."""
 
-    train: Path
-    """HDF5 file with the training samples."""
+    train: Path | None = None
+    """HDF5 file with the training samples; required, unless a program gives arrays to ``dbmpi.train``."""
     test: Path | None = None
     """HDF5 file with the held-out samples, for the accuracy that is reported."""
     memory_mib: Count = 4096
     """A file up to this size (MiB, as float32) is kept in each worker's memory; a larger one is read batch by batch."""
-    inputs: DatasetName = "inputs"
-    """Name of the dataset with the inputs in both files, e.g. ``X`` or ``/entry/data/x``."""
+    inputs: DatasetName | Annotated[tuple[DatasetName, ...], Field(min_length=1)] = "inputs"
+    """Name of the dataset with the inputs in both files, e.g. ``X`` or ``/entry/data/x``; for an objective of your own
+    also several, which it gets as a dictionary."""
     targets: DatasetName = "targets"
     """Name of the dataset with the targets."""
     weights: DatasetName | None = None
@@ -44,6 +51,18 @@ class DataSection(Section):
     columns)."""
     missing: Annotated[float, Field(allow_inf_nan=False)] | None = None
     """Value to use where an input is NaN or marked as missing; by default such data are refused."""
+
+    @property
+    def called(self) -> str:
+        """What messages call the training data."""
+        return "the data given to dbmpi.train" if self.train is None else str(self.train)
+
+    @property
+    def training_file(self) -> Path:
+        """The file with the training samples; UserError where there is none."""
+        if self.train is None:
+            raise UserError("'data.train' is missing: HDF5 file with the training samples")
+        return self.train
 
 
 class NetworkSection(Section):
@@ -215,7 +234,8 @@ class ServerSection(Section):
     """Without shared memory, ``rma``: one-sided; ``p2p``: messages, same results; ``auto``: what is faster at start."""
     align: Literal["equal", "partition"] = "partition"
     """``partition`` (Downpour): shards end where partitions do, so that a worker deals with the shards of its own part
-    alone, and in one piece with each; ``equal``: each shard holds as much, whatever the number of partitions."""
+    alone, and in one piece with each; ``equal``: each shard holds as much, whatever the number of partitions.  Without
+    partitions, as with an objective of your own, both are the same."""
     gradients: Literal["whole", "layers"] = "whole"
     """``whole``: a worker has a buffer for a whole gradient, with overlap for two; ``layers`` (Downpour): for that of
     the largest layer; each is sent when it is complete, and its buffer is reused when the shards have applied it."""
@@ -252,13 +272,13 @@ class MonitorSection(Section):
 class Run(Section):
     """The complete description of a run: immutable, and validated when it is made.
 
-    Each argument is a section of the same name as in a TOML file; `data` and either `network` or `objective` are
-    required.  A mistake raises pydantic's ``ValidationError``, a ValueError.
+    Each argument is a section of the same name as in a TOML file, and none is required: ``dbmpi.train`` may be given
+    data and an objective instead.  A mistake raises pydantic's ``ValidationError``, a ValueError.
     """
 
     run: RunSection = RunSection()
     """Directory of the run, and its seed."""
-    data: DataSection
+    data: DataSection = DataSection()
     """Files with the training and test samples."""
     network: NetworkSection = NetworkSection()
     """Layers and loss."""
@@ -287,6 +307,15 @@ class Run(Section):
             raise ValueError(
                 f"topology.partitions = {self.topology.partitions}: an objective of your own is computed by one rank, "
                 "as only layers say how they can be cut: leave it out, and use more replicas"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _inputs_fit(self) -> Run:
+        if self.network.layers and not isinstance(self.data.inputs, str):
+            raise ValueError(
+                f"data.inputs = {list(self.data.inputs)}: a network takes one dataset; join them in the file, or train "
+                "an objective of your own"
             )
         return self
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 from dbmpi.data.source import Source
 from dbmpi.data.stream import Order
-from dbmpi.objective import Batch
 
 
 class Ahead:
@@ -25,12 +25,12 @@ class Ahead:
 
     def __init__(self, source: Source, order: Order, keep_bytes: int = 0) -> None:
         self._source, self._order = source, order
-        self._kept: dict[int, Batch] = {}
+        self._kept: dict[int, Any] = {}
         self._keep_bytes = keep_bytes
         self._reader = None if source.resident else ThreadPoolExecutor(1, "ahead")
-        self._expected: tuple[int, Future[Batch]] | None = None
+        self._expected: tuple[int, Future[Any]] | None = None
 
-    def batch(self, number: int) -> Batch:
+    def batch(self, number: int) -> Any:
         """Return the batch of this `number`: one that was kept, or from the thread if it was expected."""
         if number in self._kept:
             return self._kept[number]
@@ -40,10 +40,11 @@ class Ahead:
                 return expected[1].result()
             expected[1].cancel()
         batch = self._source.batch(self._order.indices(number))
-        nbytes = sum(array.nbytes for array in batch if array is not None)
-        if nbytes <= self._keep_bytes:
-            self._kept[number] = batch
-            self._keep_bytes -= nbytes
+        if self._keep_bytes:
+            nbytes = sum(array.nbytes for array in batch if array is not None)
+            if nbytes <= self._keep_bytes:
+                self._kept[number] = batch
+                self._keep_bytes -= nbytes
         return batch
 
     def expect(self, number: int) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from pathlib import Path
@@ -60,6 +60,11 @@ class CheckpointPlan:
     """What a user may do against parameters that are not finite."""
 
 
+def _number(bits: int) -> float:
+    """Return the float64 of these bits."""
+    return float(np.array([bits], np.int64).view(np.float64)[0])
+
+
 class Lead(Shard):
     """Shard 0, which keeps the order of a run.
 
@@ -77,7 +82,8 @@ class Lead(Shard):
         Shows the run's progress and messages.
     checkpoints
         Where and how to write them.
-
+    metrics
+        Names of what is measured of held-out samples beside the loss.
 
     Attributes
     ----------
@@ -101,8 +107,10 @@ class Lead(Shard):
         order: Order,
         progress: RunProgress,
         checkpoints: CheckpointPlan,
+        metrics: Sequence[str] = (),
     ) -> None:
         super().__init__(role)
+        self._metrics, self._sums = metrics, [0.0] * len(metrics)
         self._plan = plan
         self._begin = begin
         self._order = order
@@ -150,8 +158,11 @@ class Lead(Shard):
             self._progress.message(f"replica {replica} has failed: a checkpoint is written, and the run ends")
             self._tell_workers(MessageKind.STOP)
         elif kind == MessageKind.EVALUATION:
-            loss = float(np.array([values[3]], np.int64).view(np.float64)[0])
-            self.evaluated(Outcome(values[1], loss, values[2]), values[0] / self._order.batches_per_epoch)
+            sums = tuple(zip(self._metrics, self._sums, strict=True))
+            outcome = Outcome(values[1], _number(values[3]), values[2], sums)
+            self.evaluated(outcome, values[0] / self._order.batches_per_epoch)
+        elif kind == MessageKind.METRIC:
+            self._sums[values[0]] = _number(values[1])
         elif kind == MessageKind.ALIVE:
             self._say_alive()
 
@@ -183,9 +194,10 @@ class Lead(Shard):
                 loss=outcome.mean_loss,
                 accuracy=outcome.accuracy,
                 samples=outcome.samples,
+                metrics=outcome.metrics or None,
             )
         )
-        self._progress.evaluation(epoch, outcome.mean_loss, outcome.accuracy, outcome.samples)
+        self._progress.evaluation(epoch, outcome.mean_loss, outcome.accuracy, outcome.samples, outcome.metrics)
 
     def awaited(self) -> str:
         """Name the replicas that the run waits for."""

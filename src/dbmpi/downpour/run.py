@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from mpi4py import MPI
 
+from dbmpi.checkpoint.named_arrays import Fill
 from dbmpi.checkpoint.reader import Checkpoint
 from dbmpi.checkpoint.schema import PARAMETERS, CheckpointInfo, library_versions
 from dbmpi.downpour.algorithm import downpour
@@ -25,7 +26,6 @@ from dbmpi.monitor import verdict
 from dbmpi.monitor.progress import RunProgress
 from dbmpi.mpi import waiting
 from dbmpi.mpi.world import together
-from dbmpi.network.description import Network
 from dbmpi.objective import Outcome
 from dbmpi.paramserver import bottleneck
 from dbmpi.paramserver.rules import Rule, State, rule
@@ -34,7 +34,7 @@ from dbmpi.paramserver.server import Server
 from dbmpi.paramserver.store import Store
 from dbmpi.replica.arrangement import Arrangement, equal
 from dbmpi.replica.arrangement import from_config as arranged
-from dbmpi.replica.own_objective import OwnModel, OwnReplica
+from dbmpi.replica.own_objective import OwnReplica
 from dbmpi.replica.replica import Replica
 from dbmpi.result import Result
 from dbmpi.session import DTYPE, Session
@@ -71,7 +71,7 @@ def learn(session: Session, stack: ExitStack) -> Result:
     with together(comm, "preparing the shards", seconds=waiting.LONG_SECONDS):
         if number is not None:
             served = store.server(applied_rule)
-            _fill(served, arrangement, store.ranges[number], model, session.checkpoint, applied_rule)
+            _fill(served, arrangement, store.ranges[number], session.initial, session.checkpoint, applied_rule)
             role = ShardRole(
                 comm=comm,
                 server=served,
@@ -121,7 +121,7 @@ def _lead(session: Session, role: ShardRole, arrangement: Arrangement, progress:
         info=info,
         remedy=_lower(run.optimizer.learning_rate),
     )
-    return Lead(role, plan, session.begin, session.order, progress, checkpoints)
+    return Lead(role, plan, session.begin, session.order, progress, checkpoints, session.metrics)
 
 
 def _work(
@@ -154,7 +154,7 @@ def _work(
         warm_steps=begin.warmstart if replica_number == 0 else 0,
         evaluate_epochs=run.monitor.evaluate_epochs,
         directory=run.run.directory,
-        remedy=f"{_lower(run.optimizer.learning_rate)}, or look for extreme values in {run.data.train}",
+        remedy=f"{_lower(run.optimizer.learning_rate)}, or look for extreme values in {run.data.called}",
     )
     log = session.log(number)
     worker = Worker(assignment, replica, client, orders, log, session.comms.replica, replica.seconds)
@@ -196,7 +196,7 @@ def _conclude(
     stopped_by = np.array([0 if lead is None else lead.stopped_by])
     waiting.broadcast(comm, stopped_by, 0, "the lead to conclude")
     advice = _advice(comm, worker, shard)
-    test = None if stopped_by[0] or run.data.test is None else _test(session, worker, shard)
+    test = None if stopped_by[0] or not data.tested else _test(session, worker, shard)
     if lead is None:
         return session.conclude(None, seconds)
     if test is not None:
@@ -223,10 +223,14 @@ def _test(session: Session, worker: Worker | None, shard: Shard | None) -> Outco
         outcome = worker.evaluate(session.data.test, replica, plan.replicas)
         mine = mine if partition else outcome  # the first partition counts it
     serve = worker.obey if worker is not None else shard.poll if shard is not None else None
-    sums = np.array([mine.samples, mine.loss, max(mine.correct, 0), mine.correct < 0], np.float64)
+    totals = [total for _, total in mine.sums] or [0.0] * len(session.metrics)
+    sums = np.array([mine.samples, mine.loss, max(mine.correct, 0), mine.correct < 0, *totals], np.float64)
     what = "the evaluation of the other workers"
-    samples, loss, correct, unknown = waiting.allreduce(session.comms.world, sums, MPI.SUM, what, serve=serve).tolist()
-    return Outcome(int(samples), loss, -1 if unknown else int(correct))
+    sums = waiting.allreduce(session.comms.world, sums, MPI.SUM, what, serve=serve)
+    samples, loss, correct, unknown, *totals = sums.tolist()
+    return Outcome(
+        int(samples), loss, -1 if unknown else int(correct), tuple(zip(session.metrics, totals, strict=True))
+    )
 
 
 def _advice(comm: MPI.Intracomm, worker: Worker | None, shard: Shard | None) -> str:
@@ -244,7 +248,7 @@ def _fill(
     server: Server,
     arrangement: Arrangement,
     held: range,
-    model: Network | OwnModel,
+    initial: Fill,
     checkpoint: Path | None,
     applied_rule: Rule,
 ) -> None:
@@ -256,8 +260,8 @@ def _fill(
         To be filled; it is ready to serve afterwards.
     arrangement, held
         The order of the shards' vector, and this shard's range of it.
-    model
-        Computes the initial parameters.
+    initial
+        Writes the initial parameters.
     checkpoint
         Where to read parameters instead; None for a new run.
     applied_rule
@@ -265,7 +269,7 @@ def _fill(
     """
     if checkpoint is None:
         for start, local, length in arrangement.pieces(held):
-            model.initial(start, server.parameters[local : local + length])
+            initial(start, server.parameters[local : local + length])
         server.begin(None)
         return
     with Checkpoint.open(checkpoint) as opened:

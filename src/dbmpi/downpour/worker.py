@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from mpi4py import MPI
@@ -19,7 +20,7 @@ from dbmpi.downpour.orders import Orders
 from dbmpi.errors import RunFailed
 from dbmpi.monitor.worker_log import WorkerLog
 from dbmpi.mpi.mailbox import MessageKind
-from dbmpi.objective import Batch, Objective, Outcome
+from dbmpi.objective import Objective, Outcome
 from dbmpi.paramserver.client import Client
 from dbmpi.replica.team import Team
 
@@ -78,7 +79,7 @@ class Worker:
     def __init__(
         self,
         assignment: Assignment,
-        objective: Objective,
+        objective: Objective[Any],
         client: Client,
         orders: Orders,
         log: WorkerLog,
@@ -110,7 +111,7 @@ class Worker:
             with self.stopwatch("wait"):
                 self._rest()
 
-    def load(self, number: int) -> Batch:
+    def load(self, number: int) -> Any:
         """Return the batch of that `number` in the stream."""
         self._batch = number
         self._client.samples += self._order.size(number)
@@ -218,15 +219,20 @@ class Worker:
     def _evaluate_now(self, test: Source) -> None:
         with self.stopwatch("wait"):
             outcome = self.evaluate(test, 0, 1)
-        bits = int(np.array([outcome.loss]).view(np.int64)[0])
-        self._say(MessageKind.EVALUATION, self._batch + 1, outcome.samples, outcome.correct, bits)
+        for number, (_, total) in enumerate(outcome.sums):
+            self._say(MessageKind.METRIC, number, _bits(total))
+        self._say(MessageKind.EVALUATION, self._batch + 1, outcome.samples, outcome.correct, _bits(outcome.loss))
 
     def _report(self) -> None:
         self.log.report(self._epoch, self._client.moved, self._layer_seconds)
 
 
+def _bits(value: float) -> int:
+    return int(np.array([value]).view(np.int64)[0])
+
+
 def evaluate(
-    objective: Objective,
+    objective: Objective[Any],
     parameters: np.ndarray,
     source: Source,
     batch_size: int,

@@ -53,6 +53,8 @@ class MessageKind(IntEnum):
     """Lead to worker: the warmstart is over, begin."""
     EVALUATION = 11
     """Worker to lead: batches of the stream passed, samples tested, correct, and the bits of the loss."""
+    METRIC = 14
+    """Worker to lead, before EVALUATION: number of a metric, and the bits of its sum."""
     ALIVE = 12
     """Worker to lead: at work, though nothing is pushed.  Lead to all: the run moves, keep waiting."""
     FAILED = 13

@@ -139,7 +139,7 @@ def make_objective(section: config.ObjectiveSection, load: Loader) -> Any:
     except TypeError as error:
         raise UserError(
             f"the objective is of type {section.use!r}, which cannot be called with the settings of its table: {error};"
-            " if it was trained as an object given to dbmpi.train, with arguments, evaluate it in Python"
+            " if it was given to dbmpi.train as an object, give it to dbmpi.evaluate, too: objective=..."
         ) from None
     with calling("the objective", "it is made"):
         return found(**section.settings)

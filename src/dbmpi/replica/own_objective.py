@@ -15,7 +15,7 @@ from dbmpi.errors import RunFailed, UserError
 from dbmpi.index.layout import Layout, Stretch, Tensor
 from dbmpi.kernels.memory import aligned_empty
 from dbmpi.network.own import calling
-from dbmpi.objective import Batch, Gradient, NamedArrays, Objective, Outcome, OwnObjective, Samples, samples_first
+from dbmpi.objective import Gradient, NamedArrays, Objective, Outcome, OwnObjective, Samples
 from dbmpi.replica.arrangement import Arrangement
 
 DTYPE = np.dtype(np.float32)
@@ -44,6 +44,8 @@ class OwnModel:
     layers = ()
     loss = None
     outputs = 0
+    metrics: tuple[str, ...] | None = None
+    """Names of what the objective's ``metrics`` returns; None before they are known."""
 
     def __init__(self, objective: OwnObjective, seed: int, called: str) -> None:
         self.objective, self.called = objective, called
@@ -121,17 +123,20 @@ class WholeParameters:
         return self.runs
 
 
-class OwnReplica(Objective):
+class OwnReplica(Objective[Samples]):
     """An instance of a user's objective, computed by one worker.
 
     Parameters
     ----------
     model
         The objective with the layout of its parameters.
+    tries
+        Whether points are tried that may be far from where the loss makes sense: a gradient that is not finite is then
+        an answer, as it is of a network, and no mistake.
     """
 
-    def __init__(self, model: OwnModel) -> None:
-        self._model = model
+    def __init__(self, model: OwnModel, *, tries: bool = False) -> None:
+        self._model, self._tries = model, tries
         self.parameters = WholeParameters(model.layout)
         self.seconds: dict[str, list[float]] = {}
 
@@ -146,7 +151,7 @@ class OwnReplica(Objective):
     def loss_and_gradient(
         self,
         parameters: np.ndarray,
-        batch: Batch,
+        batch: Samples,
         gradient: Gradient,
         on_gradient: Callable[[int], None] | None = None,
         *,
@@ -165,47 +170,53 @@ class OwnReplica(Objective):
         UserError
             If the user's code returns something else than a loss and an array for each parameter, in its shape.
         RunFailed
-            If the gradient is not finite.
+            If the gradient is not finite where the loss is, except where points are tried.
         """
         model = self._model
-        found = model.objective.loss_and_gradient(model.named(parameters), Samples.of(batch, step))
+        found = model.objective.loss_and_gradient(model.named(parameters), batch._replace(step=step))
         if not isinstance(found, tuple) or len(found) != 2:
             raise UserError(
                 f"{model.called}: loss_and_gradient returned {_shown(found)}; expected two things, the mean loss of "
                 "the batch and a dictionary of gradients"
             )
         outcome = self._outcome(found[0], batch.samples, "loss_and_gradient")
-        arrays = self._gradients(found[1], math.isfinite(outcome.loss))
+        arrays = self._gradients(found[1], math.isfinite(outcome.loss) and not self._tries)
         for number in reversed(range(len(self.parameters.parts))):
             part, tensor = self.parameters.parts[number], model.layout.tensors[number]
             out = gradient(number) if callable(gradient) else gradient[part.start : part.stop]
             values = arrays[tensor.name].reshape(tensor.shape)
             target = out.reshape(tensor.shape)
-            np.add(target, values, out=target, casting="same_kind") if add else np.copyto(target, values)
+            with np.errstate(over="ignore"):
+                np.add(target, values, out=target, casting="same_kind") if add else np.copyto(target, values)
             if on_gradient is not None:
                 on_gradient(number)
         return outcome
 
-    def evaluate(self, parameters: np.ndarray, batch: Batch) -> Outcome:
+    def evaluate(self, parameters: np.ndarray, batch: Samples) -> Outcome:
         """Return the outcome of `batch` with `parameters`, by the user's ``evaluate`` if there is one."""
         evaluate = getattr(self._model.objective, "evaluate", None)
         if evaluate is None:
-            return self.learned(parameters, batch)
-        return self._outcome(evaluate(self._model.named(parameters), Samples.of(batch)), batch.samples, "evaluate")
+            outcome = self.learned(parameters, batch)
+        else:
+            outcome = self._outcome(evaluate(self._model.named(parameters), batch), batch.samples, "evaluate")
+        metrics = getattr(self._model.objective, "metrics", None)
+        if metrics is None:
+            return outcome
+        return outcome._replace(sums=self._sums(metrics(self._model.named(parameters), batch), batch.samples))
 
-    def learned(self, parameters: np.ndarray, batch: Batch) -> Outcome:
+    def learned(self, parameters: np.ndarray, batch: Samples) -> Outcome:
         """Return the outcome of `batch` with `parameters` that is learned from: that of ``loss_and_gradient``."""
-        found = self._model.objective.loss_and_gradient(self._model.named(parameters), Samples.of(batch))
+        found = self._model.objective.loss_and_gradient(self._model.named(parameters), batch)
         return self._outcome(found[0], batch.samples, "loss_and_gradient")
 
-    def outputs(self, parameters: np.ndarray, inputs: np.ndarray) -> np.ndarray:
+    def outputs(self, parameters: np.ndarray, inputs: Any) -> np.ndarray:
         """Return what the user's ``predict`` says of some samples; (outputs, samples).
 
         Parameters
         ----------
         parameters
             Flat vector.
-        inputs : (*features, samples) array
+        inputs : (samples, ...) array, or a dictionary of them
             The samples.
 
         Raises
@@ -213,14 +224,14 @@ class OwnReplica(Objective):
         UserError
             If the objective has no ``predict``, or that returns something else than an array with a row a sample.
         """
-        model, samples = self._model, inputs.shape[-1]
+        model, samples = self._model, len(next(iter(inputs.values())) if isinstance(inputs, dict) else inputs)
         predict = getattr(model.objective, "predict", None)
         if predict is None:
             raise UserError(
                 f"{model.called}: has no method 'predict(parameters, inputs)' that returns an array with a row for "
                 "each sample"
             )
-        found = np.asarray(predict(model.named(parameters), samples_first(inputs)))
+        found = np.asarray(predict(model.named(parameters), inputs))
         if found.dtype.kind not in "fiub" or found.shape[:1] != (samples,):
             raise UserError(
                 f"{model.called}: predict returned {_shown(found)} for {samples} samples; expected an array of numbers "
@@ -241,6 +252,27 @@ class OwnReplica(Objective):
                 f"over the batch, or that and how many of its {samples} samples are correct (not the fraction)"
             ) from None
 
+    def _sums(self, given: Any, samples: int) -> tuple[tuple[str, float], ...]:
+        """Return the sums over the samples from means by name, which are the same names at every call."""
+        model = self._model
+        try:
+            found = {name: float(mean) for name, mean in given.items()}
+        except (AttributeError, TypeError, ValueError):
+            found = {}
+        if not found or not all(isinstance(name, str) and _KEY.fullmatch(name) for name in found):
+            raise UserError(
+                f"{model.called}: metrics returned {_shown(given)}; expected a dictionary of numbers by name, the "
+                "means over the batch"
+            )
+        names = tuple(found) if model.metrics is None else model.metrics
+        if {*names} != {*found}:
+            raise UserError(
+                f"{model.called}: metrics returned {[*found]}, and {[*names]} before; expected the same names at every "
+                "call"
+            )
+        model.metrics = names
+        return tuple((name, samples * found[name]) for name in names)
+
     def _gradients(self, given: Any, expect_finite: bool) -> dict[str, np.ndarray]:
         """Return the gradients by name, after comparing them with the parameters."""
         called, shapes = self._model.called, self._model.shapes
@@ -260,8 +292,10 @@ class OwnReplica(Objective):
         return found
 
 
-def try_objective(replica: OwnReplica, model: OwnModel, batch: Batch) -> None:
+def try_objective(replica: OwnReplica, model: OwnModel, batch: Samples, held_out: Samples | None) -> None:
     """Compute one gradient, so that mistakes show before anything is learned; raises as `OwnReplica` does.
+
+    The names of the metrics are known afterwards.
 
     Parameters
     ----------
@@ -269,6 +303,8 @@ def try_objective(replica: OwnReplica, model: OwnModel, batch: Batch) -> None:
         What is tried.
     batch
         Some samples.
+    held_out
+        Some held-out samples, if there are any.
     """
     parameters, gradient = aligned_empty(model.layout.size), aligned_empty(model.layout.size)
     model.initial(0, parameters)
@@ -277,6 +313,9 @@ def try_objective(replica: OwnReplica, model: OwnModel, batch: Batch) -> None:
             outcome = replica.loss_and_gradient(parameters, batch, gradient)
     except RunFailed as error:
         raise UserError(str(error)) from error
+    if held_out is not None and hasattr(model.objective, "metrics"):
+        with calling("the objective", "it is tried on the first held-out samples"):
+            replica.evaluate(parameters, held_out)
     if not outcome.are_numbers:
         raise UserError(f"{model.called}: the loss of the first batch is {outcome.mean_loss}, at the first values")
 

@@ -7,17 +7,21 @@ import os
 import re
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
+import numpy as np
 from mpi4py import MPI
 
+from dbmpi.checkpoint.named_arrays import Fill
 from dbmpi.checkpoint.run_lock import locked
 from dbmpi.config import ObjectiveSection, Run
 from dbmpi.config.layers import OWN
 from dbmpi.data import limits
-from dbmpi.data.run_data import RunData, open_data
+from dbmpi.data.run_data import RunData, Supplied, open_data
 from dbmpi.data.stream import Order
 from dbmpi.downpour import run as downpour_run
 from dbmpi.errors import UserError
@@ -40,8 +44,9 @@ from dbmpi.replica.own_objective import OwnModel, OwnReplica, try_objective
 from dbmpi.replica.replica import Replica
 from dbmpi.replica.thread_count import fitted
 from dbmpi.replica.trial import try_layer
-from dbmpi.result import Result
+from dbmpi.result import FilePath, Result
 from dbmpi.runs import start as runs_start
+from dbmpi.runs.initial import GivenArrays, first_values, with_initial
 from dbmpi.sandblaster import run as sandblaster_run
 from dbmpi.session import DTYPE, Session
 
@@ -55,6 +60,9 @@ def train(
     stop: StopSignal | None = None,
     *,
     objective: OwnObjective | None = None,
+    initial: Mapping[str, Any] | FilePath | None = None,
+    data: Any = None,
+    test: Any = None,
 ) -> Result:
     """Train the network, or the objective, that `run` describes, on all ranks of `comm` together (collective).
 
@@ -71,6 +79,17 @@ def train(
         the function runs.
     objective : OwnObjective, optional
         What to learn instead of a network, for a run that describes none.
+    initial : mapping of str to array, or path, optional
+        First values of the parameters by name, the same on all ranks: arrays, e.g. of ``dbmpi.parameters``, or a file
+        as ``run.initial`` names one.  A run that resumes goes on from its own checkpoint instead.
+    data : array, tuple or function, optional
+        What to learn from instead of the file ``data.train``: inputs, or a tuple (inputs, targets) or (inputs, targets,
+        weights), with the samples on the first axis, the same on all ranks.  Each is an array of NumPy, which is used
+        where it is, or anything with a length and an index, as a memmap or a dataset of h5py.  A function that returns
+        these is called once on each node, and its arrays are shared by the ranks of the node.  For an objective of your
+        own, inputs may be a dictionary of arrays.
+    test : array, tuple or function, optional
+        Held-out samples instead of the file ``data.test``, as `data`.
 
     Returns
     -------
@@ -92,6 +111,19 @@ def train(
     >>> result = dbmpi.train(run)
     >>> result.test.samples
     359
+
+    Arrays instead of files:
+
+    >>> import numpy
+    >>> inputs = numpy.random.default_rng(1).normal(size=(500, 2))
+    >>> run = dbmpi.Run(
+    ...     run={"directory": "runs/arrays"},
+    ...     network={"layers": [{"units": 10, "activation": "tanh"}, {"units": 2}]},
+    ...     monitor={"progress": "none"},
+    ... )
+    >>> result = dbmpi.train(run, data=(inputs, inputs[:, 0] > inputs[:, 1]))
+    >>> result.samples
+    5000
     """
     if not isinstance(run, Run):
         raise UserError(f"train: expected a description of a run, e.g. dbmpi.load('CONFIG.toml'), not {run!r:.80}")
@@ -101,10 +133,42 @@ def train(
         comm = start()
     elif comm.size > 1:
         end_all_on_failure()
+    supplied = Supplied(data, test)
     with aloud(comm), ExitStack() as stack:
         with together(comm, "checking what is learned"):
-            run = _with_objective(run, objective)
-        return _run(run, objective, comm, stack, stop or stack.enter_context(StopSignal()))
+            run, arrays = with_initial(_with_objective(run, objective), initial)
+            _check_supplied(run, supplied)
+        _compare(comm, supplied.kinds)
+        return _run(run, objective, arrays, supplied, comm, stack, stop or stack.enter_context(StopSignal()))
+
+
+def _check_supplied(run: Run, supplied: Supplied) -> None:
+    """Refuse data that are given twice, or not at all."""
+    section = run.data
+    for name, given, file in (("data", supplied.train, section.train), ("test", supplied.test, section.test)):
+        if given is not None and file is not None:
+            setting = "train" if name == "data" else "test"
+            raise UserError(f"train: given {name}=, but the run has data.{setting} = {file} already; leave out either")
+    if supplied.train is None and section.train is None:
+        raise UserError(
+            "train: the run has no data to learn from: set data.train to an HDF5 file, or give arrays, train(run, "
+            "data=(inputs, targets))"
+        )
+    if supplied.train is not None and section.weights is not None:
+        raise UserError(
+            f"train: data.weights = {section.weights!r} names a dataset of a file, but arrays are given; leave it out, "
+            "and give data=(inputs, targets, weights)"
+        )
+
+
+def _compare(comm: MPI.Intracomm, given: str) -> None:
+    """Refuse what is `given` here, in words, if the first rank has something else (collective)."""
+    first = waiting.broadcast_text(comm, given, 0, "what the first rank was given")
+    with together(comm, "comparing what is given"):
+        if given != first:
+            raise UserError(
+                f"train: called differently on different ranks: {given} on rank {comm.rank}, {first} on rank 0"
+            )
 
 
 def _with_objective(run: Run, objective: OwnObjective | None) -> Run:
@@ -125,13 +189,21 @@ def _with_objective(run: Run, objective: OwnObjective | None) -> Run:
     return Run(**dict(run) | {"objective": section})
 
 
-def _run(run: Run, objective: OwnObjective | None, comm: MPI.Intracomm, stack: ExitStack, stop: StopSignal) -> Result:
+def _run(
+    run: Run,
+    objective: OwnObjective | None,
+    arrays: GivenArrays | None,
+    supplied: Supplied,
+    comm: MPI.Intracomm,
+    stack: ExitStack,
+    stop: StopSignal,
+) -> Result:
     """Set up this rank, train, evaluate (collective); the stack closes everything that is opened."""
     with together(comm, "planning the topology"):
         plan = topology.plan(run.topology, comm.size)
     comms = stack.enter_context(topology.Communicators(comm, plan))
     with Watch(comms.world) as watch:
-        session = _session(run, objective, plan, comms, watch, stop, stack)
+        session = _session(run, objective, arrays, supplied, plan, comms, watch, stop, stack)
         learn = sandblaster_run.learn if session.run.optimizer.method == "sandblaster" else downpour_run.learn
         return learn(session, stack)
 
@@ -139,6 +211,8 @@ def _run(run: Run, objective: OwnObjective | None, comm: MPI.Intracomm, stack: E
 def _session(
     run: Run,
     objective: OwnObjective | None,
+    arrays: GivenArrays | None,
+    supplied: Supplied,
     plan: topology.Plan,
     comms: topology.Communicators,
     watch: Watch,
@@ -147,7 +221,7 @@ def _session(
 ) -> Session:
     """Open the data, cut the network, lock the run directory and find the checkpoint to resume from (collective)."""
     comm = comms.world
-    data = open_data(run, comm, plan, stack)
+    data = open_data(run, comm, plan, stack, supplied)
     run, notices = limits.fitted(run, data.samples)
     data = replace(data, notes=data.notes + notices)
     say = RunProgress(0, run.monitor.progress).message if comm.rank == 0 else None
@@ -174,14 +248,24 @@ def _session(
             stack.enter_context(locked(run.run.directory, partial(print, "dbmpi:", file=sys.stderr, flush=True)))
     replica: Replica | OwnReplica | None = None
     if isinstance(model, OwnModel):
-        replica = OwnReplica(model) if data.train is not None else None
+        replica = OwnReplica(model, tries=run.optimizer.method == "sandblaster") if data.train is not None else None
         with together(comm, "trying the objective", seconds=waiting.LONG_SECONDS):
-            if replica is not None and data.train is not None and plan.worker_of(comm.rank) == 0:
-                try_objective(replica, model, data.train.batch(order.indices(0)))
+            if data.train is not None and plan.worker_of(comm.rank) == 0:
+                held_out = (
+                    None if data.test is None else data.test.batch(np.arange(min(order.batch_size, data.test.samples)))
+                )
+                try_objective(OwnReplica(model), model, data.train.batch(order.indices(0)), held_out)
+        names = json.dumps(model.metrics or ())
+        names = waiting.broadcast_text(comm, names, plan.worker_ranks[0], "the names of the metrics")
+        model.metrics = tuple(json.loads(names))
     elif plan.worker_of(comm.rank) is not None and placed is not None:
         replica = stack.enter_context(Replica(model, placed, comms.replica))
         replica.prepare(run.optimizer.batch_size)
     begin, checkpoint, number = runs_start.find(run, comm, plan.replicas, model.layout, order, data.meaning)
+    initial: Fill = model.initial
+    if checkpoint is None:
+        initial, notes = first_values(run, arrays, model, comm, stack)
+        data = replace(data, notes=data.notes + notes)
     recorder = partial(
         Recorder,
         run.run.directory,
@@ -200,6 +284,7 @@ def _session(
         order=order,
         begin=begin,
         checkpoint=checkpoint,
+        initial=initial,
         data=data,
         stop=stop,
         recorder=lambda role, number: stack.enter_context(recorder(role, number)),

@@ -325,6 +325,7 @@ class Coordinator:
                 loss=outcome.mean_loss,
                 accuracy=outcome.accuracy,
                 samples=outcome.samples,
+                metrics=outcome.metrics or None,
             )
         )
-        self._progress.evaluation(self.epoch, outcome.mean_loss, outcome.accuracy, outcome.samples)
+        self._progress.evaluation(self.epoch, outcome.mean_loss, outcome.accuracy, outcome.samples, outcome.metrics)

@@ -195,7 +195,7 @@ def _coordinator(
     shards = Shards(comm, session.plan, start.space)
     evaluator = Evaluator(
         shards,
-        Passes(setup.board(window), bundles),
+        Passes(setup.board(window), bundles, metrics=session.metrics),
         mailbox=Mailbox(comm, mpi_mailbox.Role.SHARD),
         stop=session.stop,
         watch=session.watch,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -44,7 +44,7 @@ class PortionWork:
 
     def __init__(
         self,
-        objective: Objective,
+        objective: Objective[Any],
         client: Client,
         order: Order,
         train: Source,
