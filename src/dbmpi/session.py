@@ -13,10 +13,12 @@ from mpi4py import MPI
 
 from dbmpi.config import Run
 from dbmpi.data.gather import gather
+from dbmpi.data.numbered_batches import NumberedBatches
 from dbmpi.data.run_data import RunData, network_notes
 from dbmpi.data.stream import Order, Stream
 from dbmpi.kernels import updates
 from dbmpi.machine.signals import StopSignal
+from dbmpi.monitor.callbacks import Callbacks
 from dbmpi.monitor.progress import RunProgress
 from dbmpi.monitor.records import Recorder
 from dbmpi.monitor.worker_log import WorkerLog
@@ -98,6 +100,10 @@ class Session:
     checkpoint: Path | None
     """Where the parameters are; None if they are fresh."""
     data: RunData
+    batches: NumberedBatches | None
+    """What workers learn from."""
+    callbacks: Callbacks
+    """The user's own."""
     stop: StopSignal
     recorder: Callable[[str, int], Recorder]
     """Makes the recorder of a role of that number."""
