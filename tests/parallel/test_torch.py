@@ -138,6 +138,41 @@ def test_frozen_parameters_and_buffers_stay(comm, shards):
 
 
 @pytest.mark.parallel([1, 2])
+def test_gradients_lie_where_they_are_pushed_from(comm, shards):
+    """What happens to them before a step is pushed, as PyTorch's own optimizers see it."""
+    if shards:
+        return
+    net = Net()
+    theirs = copy.deepcopy(net)
+    optimizer = Downpour(net.named_parameters(), rule="sgd", learning_rate=0.1)
+    sgd = torch.optim.SGD(theirs.parameters(), lr=0.1)
+    found = []
+    for number, to_none in enumerate((True, True, False, False, True)):
+        for each, model in ((optimizer, net), (sgd, theirs)):
+            each.zero_grad(set_to_none=to_none)
+            for _ in range(1 + number % 2):  # of several backward passes, gradients add up
+                loss_of(model, number).backward()
+            if number == 2:
+                nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+            if number == 4:
+                model.last.bias.grad = torch.ones(3)
+            found.append([parameter.grad.data_ptr() for parameter in net.parameters()])
+            each.step()
+    for name, value in theirs.state_dict().items():
+        assert torch.allclose(net.state_dict()[name], value, atol=1e-6), name
+    assert found[:8] == found[:1] * 8
+    before = net.one.weight.detach().clone()
+    optimizer.zero_grad()
+    loss_of(net, 0).backward()
+    net.one.weight.grad[0, 2] = float("nan")
+    with pytest.raises(UserError, match=r"the gradient of 'one.weight' is not finite: its element \[0, 2\] is nan"):
+        optimizer.step()
+    assert torch.equal(net.one.weight, before)
+    optimizer.close()
+    assert net.one.weight.grad is None
+
+
+@pytest.mark.parallel([1, 2])
 def test_gradients_of_other_forms(comm, shards):
     """Sparse ones, and parameters that lie otherwise in memory."""
     if shards:
