@@ -20,6 +20,8 @@ from dbmpi.torch import Downpour  # noqa: E402
 
 pytestmark = pytest.mark.timeout(120)
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
 
 class Net(nn.Module):
     """Convolution, batch normalisation, and a weight that is used twice."""
@@ -234,15 +236,33 @@ def test_workers_with_different_modules_are_refused(comm):
     Service.current.leave()
 
 
-@pytest.mark.parametrize("ranks", [None, 3])
-def test_the_converted_script(launch, ranks):
+@pytest.mark.parametrize(
+    ("script", "ranks"),
+    [
+        ("images_loop", None),
+        ("images_downpour", None),
+        ("images_downpour", 3),
+        ("text_loop", None),
+        ("text_downpour", 3),
+    ],
+)
+def test_the_converted_scripts(launch, tmp_path, script, ranks):
+    """Each learns what the one that it was made of learns; each worker says so, and one of them saves."""
     pytest.importorskip("sklearn")
-    path = Path(__file__).parents[2] / "examples" / "torch_downpour.py"
-    done = launch(ranks, [sys.executable, str(path)], 90)
+    options = ("--save", str(tmp_path / "saved.pt"), "--epochs", "6") if "images" in script else ("--steps", "200")
+    done = launch(ranks, [sys.executable, str(EXAMPLES / f"{script}.py"), *options], 90)
     assert done.returncode == 0, done.transcript
-    found = re.findall(r"accuracy (\S+)", done.stdout)
-    assert len(found) == (1 if ranks is None else ranks - 1), done.transcript
-    assert min(map(float, found)) > 0.6
+    workers = 1 if ranks is None else ranks - 1
+    if "images" in script:
+        accuracies = re.findall(r"epoch 6: accuracy (\S+)", done.stdout)
+        assert len(accuracies) == workers, done.transcript
+        assert min(map(float, accuracies)) > 0.8
+        assert torch.load(tmp_path / "saved.pt", weights_only=True)["classes.2.bias"].shape == (10,)
+    else:
+        losses = re.findall(r"loss of the rest (\S+)", done.stdout)
+        assert len(losses) == workers, done.transcript
+        assert len(set(losses)) == 1  # of the final parameters
+        assert float(losses[0]) < 3  # of 4.6 for characters that are equally frequent
 
 
 @pytest.mark.parallel([1])
