@@ -180,7 +180,7 @@ class ParameterServer:
         for name, array in self._beside.items():
             np.copyto(self._arrays[name], array)
 
-    def push(self, gradients: Mapping[str, Any] | None = None) -> None:
+    def push(self, gradients: Mapping[str, Any] | None = None, *, finite: bool | None = None) -> None:
         """Send gradients to the shards; returns before they have been applied.
 
         Parameters
@@ -188,6 +188,8 @@ class ParameterServer:
         gradients : dict, optional
             The gradient of every parameter, by the names, and in the shapes and the dtype, of the parameters; by
             default :attr:`gradients`.  It may be changed afterwards, unless it is part of :attr:`gradients`.
+        finite : bool, optional
+            Whether to look for numbers that are not finite this time; False where there cannot be any.
 
         Raises
         ------
@@ -199,7 +201,8 @@ class ParameterServer:
         self._check_worker("push")
         connection = self._connection
         connection.wait()
-        named.take(connection.gradients if gradients is None else gradients, connection.gradients, finite=self._finite)
+        looks = self._finite if finite is None else finite
+        named.take(connection.gradients if gradients is None else gradients, connection.gradients, finite=looks)
         connection.push()
 
     def wait(self) -> None:
