@@ -17,6 +17,7 @@ from dbmpi.data.source import Source
 from dbmpi.data.stream import Order
 from dbmpi.downpour.orders import Orders
 from dbmpi.errors import RunFailed
+from dbmpi.kernels.memory import aligned_empty
 from dbmpi.monitor.worker_log import WorkerLog
 from dbmpi.mpi.mailbox import MessageKind
 from dbmpi.objective import Batch, Objective, Outcome
@@ -165,7 +166,7 @@ class Worker:
         # In the shards' memory if the worker computes there: there may be too little left for a second copy.
         parameters = self._client.parameters
         if parameters is None:
-            parameters = np.empty(self._objective.size, np.float32)
+            parameters = aligned_empty(self._objective.size)
         self._client.fetch(parameters, for_gradient=False)
         return evaluate(self._objective, parameters, source, self._order.batch_size, part, parts, self._orders.work)
 
