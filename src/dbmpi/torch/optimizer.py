@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -56,8 +57,12 @@ class Downpour(torch.optim.Optimizer):  # type: ignore[misc]
         Number of shards with `colocate`.
     server : ServerSection, optional
         How gradients and parameters travel.
+    clip_norm : float
+        What is pushed has at most this norm, over all parameters together; 0 for any.
+    resume : str or Path, optional
+        A checkpoint that :meth:`save` has written, to go on from.
     **settings
-        Of a rule by name, e.g. ``learning_rate=0.1``.
+        Of a rule by name, e.g. ``learning_rate=0.1``, and of a schedule, as in :class:`dbmpi.ParameterServer`.
 
     Attributes
     ----------
@@ -93,6 +98,8 @@ class Downpour(torch.optim.Optimizer):  # type: ignore[misc]
         colocate: bool = False,
         shards: int = 1,
         server: ServerSection | None = None,
+        clip_norm: float = 0.0,
+        resume: str | Path | None = None,
         **settings: Any,
     ) -> None:
         self._server: ParameterServer | None = None
@@ -105,7 +112,7 @@ class Downpour(torch.optim.Optimizer):  # type: ignore[misc]
                 "Downpour: there are no shards: begin the program with `if dbmpi.serve(shards=1): return`, or give "
                 "colocate=True"
             )
-        self._n_push, self._n_fetch, self._steps = n_push, n_fetch, 0
+        self._n_push, self._n_fetch, self._steps, self._samples = n_push, n_fetch, 0, 0
         self._trained = _trained(self.param_groups)
         limit = threads.prepare().threads
         if torch.get_num_threads() > limit:
@@ -113,17 +120,20 @@ class Downpour(torch.optim.Optimizer):  # type: ignore[misc]
         arrays = {name: parameter.detach().numpy() for name, parameter in self._trained.items()}
         self._addresses = {name: parameter.data_ptr() for name, parameter in self._trained.items()}
         self._accrued = {name: np.zeros(array.shape, array.dtype) for name, array in arrays.items() if n_push > 1}
-        self._server = ParameterServer(comm, arrays, rule, shards=shards, colocate=colocate, server=server, **settings)
+        settings |= {"shards": shards, "colocate": colocate, "server": server, "clip_norm": clip_norm, "resume": resume}
+        self._server = ParameterServer(comm, arrays, rule, **settings)
         assert self._server.worker is not None
         self.worker, self.workers = self._server.worker, self._server.workers
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None, *, samples: int = 0) -> Any:
         """Push the gradients that the parameters have, and fetch parameters: each when it is time to.
 
         Parameters
         ----------
         closure : callable, optional
             Computes the loss and its gradients first.
+        samples : int
+            How many the gradients are of, for a schedule of the learning rate; needed only then.
 
         Returns
         -------
@@ -142,9 +152,10 @@ class Downpour(torch.optim.Optimizer):  # type: ignore[misc]
         gradients = {name: self._gradient(name, parameter) for name, parameter in self._trained.items()}
         for name, accrued in self._accrued.items():
             updates.add(accrued.reshape(-1), np.ascontiguousarray(gradients[name]).reshape(-1))
-        self._steps += 1
+        self._steps, self._samples = self._steps + 1, self._samples + samples
         if self._steps % self._n_push == 0:
-            self._server.push(self._accrued or gradients)
+            self._server.push(self._accrued or gradients, samples=self._samples)
+            self._samples = 0
             for accrued in self._accrued.values():
                 accrued.fill(0)
         if self._steps % self._n_fetch == 0:
@@ -156,6 +167,19 @@ class Downpour(torch.optim.Optimizer):  # type: ignore[misc]
         """Pushes of all workers that the shards had applied when this one last fetched."""
         assert self._server is not None
         return self._server.version
+
+    def save(self, path: str | Path) -> None:
+        """Write a checkpoint of the trained parameters and the rule's state, to resume from: one worker does this.
+
+        It contains everything that this worker has pushed.  Frozen parameters and buffers are not in it.
+
+        Parameters
+        ----------
+        path : str or Path
+            Of the file: see :meth:`dbmpi.ParameterServer.save`.
+        """
+        assert self._server is not None
+        self._server.save(path)
 
     def close(self) -> None:
         """Wait for all workers, and fetch the final parameters, the same on all of them (collective).
