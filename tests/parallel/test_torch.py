@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import doctest
+import math
 import re
 import sys
 from pathlib import Path
@@ -86,6 +87,48 @@ def test_one_worker_learns_what_pytorch_does(comm, shards, to_none):
         assert torch.equal(net.state_dict()[name], value), name
         assert torch.allclose(theirs.state_dict()[name], value, atol=1e-6), name
     assert {name: parameter.data_ptr() for name, parameter in net.named_parameters()} == before
+
+
+@pytest.mark.parallel([1, 3])
+def test_schedule_and_clipping_are_those_of_a_loop_in_pytorch(comm, shards, shared_path):
+    """And a loop that resumes in the middle, with a module of other values, ends with the same bits."""
+    if shards:
+        return
+    settings = {
+        "learning_rate": 0.1,
+        "schedule": "cosine",
+        "warmup_samples": 40,
+        "decay_samples": 300,
+        "clip_norm": 1.5,
+    }
+    net, theirs, other = Net(), Net(), Net(seed=1)
+    optimizer = Downpour(net.named_parameters(), "momentum", **settings)
+    sgd = torch.optim.SGD(theirs.parameters(), lr=0.1, momentum=0.9)
+    clipped = 0
+    for number in range(50):
+        for each, model in ((optimizer, net), (sgd, theirs)):
+            each.zero_grad()
+            loss_of(model, number).backward()
+        cosine = 0.1 + 0.9 * (1 + math.cos(math.pi * min(1, max(0, 8 * number - 40) / 300))) / 2
+        sgd.param_groups[0]["lr"] = 0.1 * min(1, 8 * (number + 1) / 40) * cosine
+        clipped += float(nn.utils.clip_grad_norm_(theirs.parameters(), 1.5)) > 1.5
+        sgd.step()
+        optimizer.step(samples=8)
+        if number == 29:
+            optimizer.save(shared_path / "loop.h5")
+    assert 5 < clipped < 45
+    optimizer.close()
+    for name, value in theirs.named_parameters():
+        assert torch.allclose(net.get_parameter(name), value, atol=2e-6), name
+    optimizer = Downpour(other.named_parameters(), "momentum", resume=shared_path / "loop.h5", **settings)
+    assert optimizer.version == 30
+    for number in range(30, 50):
+        optimizer.zero_grad()
+        loss_of(other, number).backward()
+        optimizer.step(samples=8)
+    optimizer.close()
+    for name, value in net.named_parameters():
+        assert torch.equal(other.get_parameter(name), value), name
 
 
 @pytest.mark.parallel([2, 3, 4])

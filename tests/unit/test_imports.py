@@ -30,7 +30,7 @@ ORDER = (
     ("checkpoint", "_arguments"),
     ("data", "_minimize", "loops"),
     ("session",),
-    ("downpour", "sandblaster", "torch"),
+    ("downpour", "jax", "sandblaster", "torch"),
     ("runs",),
     ("formats",),
     ("cli",),

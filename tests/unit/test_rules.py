@@ -10,10 +10,10 @@ from unit.rule_twins import RuleTwin
 
 from dbmpi.config import OptimizerSection
 from dbmpi.config.optimizer import RULES
-from dbmpi.downpour.clip import Clip
 from dbmpi.index.layout import Stretch
 from dbmpi.kernels import compile as compiling
 from dbmpi.kernels import moments, updates
+from dbmpi.paramserver.clip import Clip
 from dbmpi.paramserver.rules import rule
 from dbmpi.paramserver.schedule import Moment, Schedule
 

@@ -82,7 +82,9 @@ class CheckpointWriter:
         written.add(start, stop)
 
     def commit(self, info: schema.CheckpointInfo, keep: int | None = None) -> Path:
-        """Write the description `info`, give the file its name, and let ``latest`` point to it; return the path.
+        """Write the description `info`, give the file its name, and return the path.
+
+        If it is named like the checkpoint of a run, ``latest`` points to it from then on.
 
         All but the `keep` last checkpoints are then deleted.
 
@@ -116,7 +118,8 @@ class CheckpointWriter:
         _write_info(self._file, self.layout, info)
         self._file.commit()
         try:
-            directory.replace_latest(self.path)
+            if directory.step_of(self.path) is not None:  # of a run, and not of a user's own loop
+                directory.replace_latest(self.path)
             if keep is not None:
                 retention.remove_older(self.path, others, keep)
         except OSError as error:

@@ -262,17 +262,16 @@ def _checkpoint_lines(found: dict[str, Any]) -> Iterator[str]:
     stream = f"{learned:,} of {found['total']:,} batches learned"
     if found["holes"]:
         stream += f"; missing before batch {found['frontier']:,}: {_list(found['holes'])}"
+    from_loop = found["total"] == 0  # of a user's own, which has no stream of batches
     facts = {
         "created": _time(found["created"]),
         "step": f"{found['step']:,}",
         "samples": f"{found['samples']:,}",
-        "stream": stream,
-        "per replica": _list(found["done"]),
+        **({} if from_loop else {"stream": stream, "per replica": _list(found["done"])}),
         "topology": f"{_count(found['shards'], 'shard')}, {_count(found['replicas'], 'replica')} "
         f"of {_count(found['partitions'], 'partition')}",
         "versions": _list(found["shard_versions"]),
-        "inputs": _shape(found["input_shape"]),
-        "targets": f"{found['classes']} classes" if found["classes"] else "values",
+        **({} if from_loop else _samples(found)),
         "parameters": f"{found['parameters']:,}",
         "checksums": "compared with all that was read" if found["verified"] else "none, as in the format's version 1",
         "libraries": ", ".join(f"{name} {text}" for name, text in found["libraries"].items()),
@@ -287,6 +286,11 @@ def _checkpoint_lines(found: dict[str, Any]) -> Iterator[str]:
         yield f"    {_printable(key)} = {_printable(value)}"
     yield ""
     yield from _array_lines(found["arrays"])
+
+
+def _samples(found: dict[str, Any]) -> dict[str, str]:
+    targets = f"{found['classes']} classes" if found["classes"] else "values"
+    return {"inputs": _shape(found["input_shape"]), "targets": targets}
 
 
 def _array_lines(arrays: Sequence[dict[str, Any]]) -> Iterator[str]:

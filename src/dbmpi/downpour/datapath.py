@@ -15,11 +15,12 @@ import numpy as np
 
 from dbmpi.config import OptimizerSection, ServerSection
 from dbmpi.downpour.buffer import Buffer, buffer_size
-from dbmpi.downpour.clip import Clip
 from dbmpi.kernels import updates
+from dbmpi.kernels.memory import aligned_empty
 from dbmpi.mpi import waiting
 from dbmpi.objective import Gradient, Outcome
 from dbmpi.paramserver.client import Client
+from dbmpi.paramserver.clip import Clip
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ class DataPath:
         self._accrued, self.steps = Outcome(0, 0.0, 0), 0
         self._handed_over = False
         self.on_gradient: Callable[[int], None] | None = self._hand_over if flow.by_layers else None
-        self.parameters = np.zeros(flow.size, dtype) if client.parameters is None else client.parameters
+        self.parameters = aligned_empty(flow.size, dtype) if client.parameters is None else client.parameters
         self._next: np.ndarray | None = None
         self._fetcher = ThreadPoolExecutor(1, "dbmpi-fetch")
         self._sender = ThreadPoolExecutor(1, "dbmpi-push")
@@ -142,7 +143,7 @@ class DataPath:
             self._fetch = self._fetcher.submit(client.copy, self._next)
         else:
             client.fetch(self.parameters)
-            self._next = np.zeros_like(self.parameters) if self._flow.overlap else None
+            self._next = aligned_empty(self._flow.size, self.parameters.dtype) if self._flow.overlap else None
 
     def refresh(self) -> None:
         """Make a fetch current that has ended since the last step, without waiting."""

@@ -12,10 +12,9 @@ import numpy as np
 from mpi4py import MPI
 
 from dbmpi.checkpoint.named_arrays import Fill
-from dbmpi.checkpoint.reader import Checkpoint
-from dbmpi.checkpoint.schema import PARAMETERS, CheckpointInfo, library_versions
+from dbmpi.checkpoint.restore import restore
+from dbmpi.checkpoint.schema import CheckpointInfo, library_versions
 from dbmpi.downpour.algorithm import downpour
-from dbmpi.downpour.clip import Clip
 from dbmpi.downpour.datapath import DataPath, Flow
 from dbmpi.downpour.lead import CheckpointPlan, Lead
 from dbmpi.downpour.orders import Orders
@@ -28,7 +27,8 @@ from dbmpi.mpi import waiting
 from dbmpi.mpi.world import together
 from dbmpi.objective import Outcome
 from dbmpi.paramserver import bottleneck
-from dbmpi.paramserver.rules import Rule, State, rule
+from dbmpi.paramserver.clip import Clip
+from dbmpi.paramserver.rules import Rule, rule
 from dbmpi.paramserver.schedule import Moment, Schedule
 from dbmpi.paramserver.server import Server
 from dbmpi.paramserver.store import Store
@@ -275,12 +275,4 @@ def _fill(
             initial(start, server.parameters[local : local + length])
         server.begin(None)
         return
-    with Checkpoint.open(checkpoint) as opened:
-        state: State = applied_rule.init(server.parameters)
-        for name, values in {PARAMETERS: server.parameters, **state}.items():
-            for start, local, length in arrangement.pieces(held) if name in opened.vectors else ():
-                opened.load(name, start, values[local : local + length])
-        info, fresh = opened.info, any(name not in opened.vectors for name in state)
-    # The shards of the checkpoint may have been others, so none has a version of its own.
-    version = max(info.shard_versions)
-    server.begin(state, version, begun=version if fresh else info.begun, samples=info.samples)
+    restore(server, applied_rule, checkpoint, list(arrangement.pieces(held)))

@@ -18,6 +18,7 @@ from dbmpi.data.numbered_batches import NumberedBatches
 from dbmpi.data.source import Source
 from dbmpi.downpour.orders import Orders
 from dbmpi.errors import RunFailed
+from dbmpi.kernels.memory import aligned_empty
 from dbmpi.monitor.callbacks import Callbacks, TrainingEvent
 from dbmpi.monitor.worker_log import WorkerLog
 from dbmpi.mpi.mailbox import MessageKind
@@ -176,7 +177,7 @@ class Worker:
         # In the shards' memory if the worker computes there: there may be too little left for a second copy.
         parameters = self._client.parameters
         if parameters is None:
-            parameters = np.empty(self._objective.size, np.float32)
+            parameters = aligned_empty(self._objective.size)
         self._client.fetch(parameters, for_gradient=False)
         return evaluate(self._objective, parameters, source, self._order.batch_size, part, parts, self._orders.work)
 

@@ -72,7 +72,8 @@ def agree(comm: MPI.Intracomm, text: str, root: int) -> str:
         if text and text != theirs:
             own, other = json.loads(text), json.loads(theirs)
             problem = difference(own[0], other[0], comm.rank, root)
-            for what, given, expected in zip(("rule", "roles", "server"), own[1:], other[1:], strict=True):
+            parts = "rule", "roles", "server", "checkpoint"
+            for what, given, expected in zip(parts, own[1:], other[1:], strict=True):
                 if not problem and given != expected:
                     problem = f"the {what} on rank {comm.rank}: {given}; on rank {root}: {expected}"
             raise UserError(f"ParameterServer: {problem}; expected the same on all ranks")

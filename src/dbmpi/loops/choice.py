@@ -14,9 +14,15 @@ from dbmpi.paramserver import rules
 from dbmpi.paramserver.rules import Rule
 from dbmpi.paramserver.schedule import Schedule
 
+_IN_SAMPLES = {"warmup_samples": "warmup_epochs", "decay_samples": "decay_epochs"}
+"""Settings of schedules, and their names in ``[optimizer]``, which counts in epochs."""
+_CONSTANT = Schedule()
+
 
 def choose(chosen: str | Rule, settings: dict[str, Any]) -> Rule:
-    """Return the rule of a name, with its settings in the units of ``[optimizer]``, or the object that was given.
+    """Return the rule of a name, with its settings as in ``[optimizer]``, or the object that was given.
+
+    Schedules have ``warmup_samples`` and ``decay_samples``, as a loop of a user's own has no epochs.
 
     Parameters
     ----------
@@ -36,16 +42,27 @@ def choose(chosen: str | Rule, settings: dict[str, Any]) -> Rule:
         if settings:
             raise UserError(f"ParameterServer: {', '.join(settings)}: a rule object has its settings already")
         return chosen
+    described = {"rule": chosen, **{_IN_SAMPLES.get(name, name): value for name, value in settings.items()}}
+    if settings.get("schedule") == "cosine" and "decay_samples" not in settings:
+        raise UserError("ParameterServer: schedule = 'cosine' needs decay_samples, after which the rate stays as it is")
     try:
-        rule = rules.rule(OptimizerSection.model_validate({"rule": chosen, **settings}))
+        rule = rules.rule(OptimizerSection.model_validate(described))
     except ValidationError as error:
-        raise UserError(explain(error, OptimizerSection, "ParameterServer", {"rule": chosen, **settings})) from None
-    # Schedules count samples, of which a loop of a user's own says nothing.
-    known: list[str] = [field.name for field in fields(rule) if field.name != "schedule"] if is_dataclass(rule) else []
+        text = explain(error, OptimizerSection, "ParameterServer", described)
+        for ours, theirs in _IN_SAMPLES.items():
+            text = text.replace(f"optimizer.{theirs}", ours).replace(theirs, ours)
+        raise UserError(text.replace("optimizer.", "").replace("the epochs", "the samples")) from None
+    known: list[str] = [field.name for field in fields(rule)] if is_dataclass(rule) else []
+    known += ["decay_factor", *_IN_SAMPLES]
     for name in settings:
         if name not in known:
             raise UserError(f"ParameterServer: the rule {chosen!r} has no {name!r}; {suggestion(name, known)}")
     return rule
+
+
+def follows_schedule(rule: Rule) -> bool:
+    """Return whether the learning rate of a `rule` depends on the samples that were learned from."""
+    return getattr(rule, "schedule", _CONSTANT) != _CONSTANT
 
 
 def written(rule: Rule) -> str:

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+from mpi4py import MPI
 
+from dbmpi.checkpoint.restore import restore
+from dbmpi.checkpoint.schema import PARAMETERS, CheckpointInfo, library_versions
+from dbmpi.checkpoint.writer import CheckpointWriter
 from dbmpi.config import ServerSection
 from dbmpi.index.layout import Layout, cut
 from dbmpi.kernels.announce import announced, stderr_line
 from dbmpi.kernels.checks import compile_copies
 from dbmpi.kernels.vectors import largest_magnitude
+from dbmpi.loops import choice
+from dbmpi.loops.snapshot import Handover, save
 from dbmpi.mpi import blocking, pieces, waiting
 from dbmpi.mpi.failures import Watch
 from dbmpi.mpi.tags import Tag
@@ -23,10 +31,7 @@ from dbmpi.paramserver.rules import Rule
 from dbmpi.paramserver.schedule import Moment
 from dbmpi.paramserver.store import Store
 
-if TYPE_CHECKING:
-    from mpi4py import MPI
-
-ADVICE = "Start the program again, from parameters that it has saved"
+ADVICE = "Start the program again, from the last checkpoint that it has saved (resume=...)"
 """After the death of a rank."""
 _END = "all workers to close the parameter server"
 
@@ -64,7 +69,7 @@ class Connection:
         rule: Rule,
         section: ServerSection,
     ) -> None:
-        self._comm, self._plan, self._layout = comm, plan, layout
+        self._comm, self._plan, self._layout, self._dtype, self._rule = comm, plan, layout, dtype, rule
         self._stack = ExitStack()
         self._stack.enter_context(Watch(comm, ADVICE))
         with together(comm, "planning the shards' memory"):
@@ -77,6 +82,7 @@ class Connection:
             compiled()
         shard, worker = plan.shard_of(comm.rank), plan.worker_of(comm.rank)
         self.server = None if shard is None else self._store.server(rule)
+        self._handover = None if self.server is None else Handover(comm, self.server)
         self.client, self.gradients = None, {}
         if worker is not None:
             starts = [layout.offsets[tensor.name] for tensor in layout.tensors]
@@ -84,14 +90,22 @@ class Connection:
             self.client = self._store.client(serve=self.poll, fetched=ranges)
             self.gradients = layout.views(self.client.gradients[0])
 
-    def begin(self, initial: Sequence[np.ndarray] | None) -> None:
-        """Fill the shards with the first worker's parameters (collective).
+    def begin(self, initial: Sequence[np.ndarray] | None, checkpoint: Path | None) -> None:
+        """Fill the shards with a checkpoint, or with the first worker's parameters (collective).
 
         Parameters
         ----------
         initial
             On the workers, the parameters in the order of the layout; None elsewhere.
+        checkpoint
+            One of this layout, or None.
         """
+        if checkpoint is not None:
+            with together(self._comm, "reading the checkpoint", seconds=waiting.LONG_SECONDS):
+                if self.server is not None:
+                    held = self._store.ranges[self._plan.shard_of(self._comm.rank) or 0]
+                    restore(self.server, self._rule, checkpoint, [(held.start, 0, len(held))])
+            return
         comm, source = self._comm, self._plan.worker_ranks[0]
         operations = []
         if comm.rank == source:
@@ -129,16 +143,62 @@ class Connection:
         assert self.client is not None
         self.client.fetch(*targets)
 
-    def push(self) -> None:
-        """Push what is in :attr:`gradients`, which must not change before the next call of :meth:`wait` or `fetch`."""
+    @property
+    def gradient(self) -> np.ndarray:
+        """The memory of all :attr:`gradients` as one vector."""
         assert self.client is not None
-        self.client.push(self.client.gradients[0])
+        return self.client.gradients[0]
+
+    def push(self, samples: int) -> None:
+        """Push what is in :attr:`gradients`, which must not change before the next call of :meth:`wait` or `fetch`.
+
+        Parameters
+        ----------
+        samples
+            Those behind the gradient.
+        """
+        assert self.client is not None
+        self.client.samples = samples
+        self.client.push(self.gradient)
         self.client.drain(self.poll)
 
     def wait(self) -> None:
         """Wait until the shards have applied what this worker has pushed."""
         assert self.client is not None
         self.client.wait()
+
+    def save(self, path: Path) -> None:
+        """Write a checkpoint that contains this worker's own pushes.
+
+        Parameters
+        ----------
+        path
+            Of the file.
+        """
+        self.wait()
+        plan, vectors = self._plan, (PARAMETERS, *sorted(self._rule.state_names))
+        shards = list(zip(plan.shard_ranks, self._store.ranges, strict=True))
+        with CheckpointWriter(path, self._layout, vectors, self._dtype) as writer:
+            counts = save(self._comm, shards, self.server, writer, vectors, self.poll)
+            versions, samples, begun = zip(*counts, strict=True)
+            rule, settings = json.loads(choice.written(self._rule))
+            writer.commit(
+                CheckpointInfo(
+                    configuration=json.dumps({"loop": {"rule": rule, "settings": settings}}),
+                    step=max(versions),
+                    samples=max(samples),
+                    shard_versions=versions,
+                    shards=plan.shards,
+                    replicas=plan.workers,
+                    partitions=1,
+                    input_shape=(),
+                    classes=0,
+                    frontier=0,
+                    total=0,
+                    begun=max(begun),
+                    libraries=library_versions(MPI.Get_library_version()),
+                )
+            )
 
     @property
     def version(self) -> int:
@@ -152,7 +212,10 @@ class Connection:
     def poll(self) -> bool:
         """Apply what has arrived for this rank's shard; return whether there was anything."""
         self._store.window.sync()
-        return self.server is not None and self.server.poll()
+        if self.server is None or self._handover is None:
+            return False
+        handed_over = self._handover.poll()
+        return self.server.poll() if handed_over is None else handed_over
 
     def end(self, targets: Sequence[np.ndarray] | None) -> None:
         """Serve until all workers have come here, and give everything back (collective).
@@ -180,7 +243,7 @@ class Connection:
 
     def free(self) -> None:
         """Give everything back, after the end (collective)."""
-        self.client, self.gradients, self.server = None, {}, None
+        self.client, self.gradients, self.server, self._handover = None, {}, None, None
         self._store.free()
         blocking.free(self._comm)
         self._stack.close()

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import atexit
 import json
+import math
 from collections.abc import Mapping
 from contextlib import ExitStack
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
+from dbmpi.checkpoint.reader import Checkpoint
 from dbmpi.config import ServerSection
 from dbmpi.errors import KnownToAll, RunFailed, UserError
+from dbmpi.index.layout import Layout, Stretch
 from dbmpi.loops import arrays as named
 from dbmpi.loops import choice
 from dbmpi.loops.agreement import agree, everybody, planned
@@ -21,6 +25,7 @@ from dbmpi.loops.service import Service
 from dbmpi.mpi import blocking
 from dbmpi.mpi.silent_ends import aloud
 from dbmpi.mpi.world import aborting, end_all_on_failure, report_and_abort, together
+from dbmpi.paramserver.clip import Clip
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -60,8 +65,15 @@ class ParameterServer:
         How gradients and parameters travel, e.g. ``dbmpi.config.ServerSection(consistent=True)``.
     finite : bool
         Refuse gradients with numbers that are not finite.
+    clip_norm : float
+        A gradient whose norm, over all arrays together, is larger is scaled down to it before it is pushed; 0 never
+        does that.
+    resume : str or Path, optional
+        A checkpoint that :meth:`save` has written, to go on from: with its parameters, and its state of the rule, on
+        any number of workers and shards.  All ranks can read it.
     **settings
-        Of a rule by name, as in ``[optimizer]``, e.g. ``learning_rate=0.1``.
+        Of a rule by name, as in ``[optimizer]``, e.g. ``learning_rate=0.1``.  Schedules count samples:
+        ``schedule="cosine", warmup_samples=1000, decay_samples=50000``; push then says how many there were.
 
     Attributes
     ----------
@@ -102,6 +114,8 @@ class ParameterServer:
         colocate: bool = False,
         server: ServerSection | None = None,
         finite: bool = True,
+        clip_norm: float = 0.0,
+        resume: str | Path | None = None,
         **settings: Any,
     ) -> None:
         service = Service.current if comm is None else None
@@ -110,6 +124,7 @@ class ParameterServer:
         elif comm.size > 1:
             end_all_on_failure()
         self._finite, self._open = finite, False
+        self._clip: Clip | None = None
         own = blocking.duplicate(comm, _CALLED)
         try:
             with together(own, "looking at the arguments"):
@@ -118,8 +133,12 @@ class ParameterServer:
                 chosen = choice.choose(rule, settings)
                 section = _travel(server)
                 plan = service.plan if service else planned(own.size, shards, colocate)
-            numbers = f"shards = {plan.shards}, colocate = {plan.colocate}"
-            text = json.dumps([named.described(mine), choice.written(chosen), numbers, section.model_dump_json()])
+                if not isinstance(clip_norm, int | float) or not 0 <= clip_norm < math.inf:
+                    raise UserError(f"ParameterServer: clip_norm = {clip_norm!r}: expected a number of at least 0")
+                checkpoint = None if resume is None else _newest(Path(resume), layout)
+            numbers = f"shards = {plan.shards}, colocate = {plan.colocate}, clip_norm = {float(clip_norm)}"
+            described, travel = named.described(mine), section.model_dump_json()
+            text = json.dumps([described, choice.written(chosen), numbers, travel, str(checkpoint or "")])
             agree(own, text, plan.worker_ranks[0] if service else 0)
             if service is not None:
                 with together(own, "reading the rule"):
@@ -138,7 +157,10 @@ class ParameterServer:
         self._targets = [self._beside.get(name, array).reshape(-1) for name, array in mine.items()]
         self.gradients = self._connection.gradients
         self.worker, self.workers = plan.worker_of(own.rank), plan.workers
-        self._connection.begin(list(mine.values()))
+        self._scheduled = choice.follows_schedule(chosen)
+        if clip_norm:
+            self._clip = Clip(clip_norm, [Stretch(0, 0, layout.size, True)], float)
+        self._connection.begin(list(mine.values()), checkpoint)
         if self.worker is not None:
             self.fetch()
         self._connection.settle()
@@ -180,7 +202,7 @@ class ParameterServer:
         for name, array in self._beside.items():
             np.copyto(self._arrays[name], array)
 
-    def push(self, gradients: Mapping[str, Any] | None = None, *, finite: bool | None = None) -> None:
+    def push(self, gradients: Mapping[str, Any] | None = None, *, samples: int = 0, finite: bool | None = None) -> None:
         """Send gradients to the shards; returns before they have been applied.
 
         Parameters
@@ -188,6 +210,8 @@ class ParameterServer:
         gradients : dict, optional
             The gradient of every parameter, by the names, and in the shapes and the dtype, of the parameters; by
             default :attr:`gradients`.  It may be changed afterwards, unless it is part of :attr:`gradients`.
+        samples : int
+            How many the gradients are of, for a schedule of the learning rate; needed only then.
         finite : bool, optional
             Whether to look for numbers that are not finite this time; False where there cannot be any.
 
@@ -199,16 +223,45 @@ class ParameterServer:
             If a shard does not take it within the stall limit.
         """
         self._check_worker("push")
+        if not isinstance(samples, int) or samples < self._scheduled:
+            raise UserError(
+                f"ParameterServer: push was given samples = {samples!r}: expected how many the gradients are of, "
+                "which the schedule of the learning rate counts"
+            )
         connection = self._connection
         connection.wait()
         looks = self._finite if finite is None else finite
         named.take(connection.gradients if gradients is None else gradients, connection.gradients, finite=looks)
-        connection.push()
+        if self._clip is not None:
+            self._clip(connection.gradient)
+        connection.push(samples)
 
     def wait(self) -> None:
         """Wait until the shards have applied this worker's pushes."""
         self._check_worker("wait")
         self._connection.wait()
+
+    def save(self, path: str | Path) -> None:
+        """Write a checkpoint: the shards' parameters, once they contain this worker's own pushes, and the rule's state.
+
+        One worker does this, e.g. number 0; the others may push meanwhile.  While a shard hands over its part it
+        applies nothing, but the parts of several shards may be of different versions.  The file appears under its name
+        when it is whole, in place of an earlier one.
+
+        Parameters
+        ----------
+        path : str or Path
+            Of the file, in the format of a run's checkpoints.
+
+        Raises
+        ------
+        UserError
+            On a rank that is no worker, or after the end.
+        RunFailed
+            If the file cannot be written, or parameters are not finite; an earlier file stays as it was.
+        """
+        self._check_worker("save")
+        self._connection.save(Path(path))
 
     def close(self) -> None:
         """Wait for all workers, and write the final parameters into the arrays (collective); again does nothing.
@@ -255,6 +308,13 @@ class ParameterServer:
                 f"ParameterServer: {what} is for workers, and this rank is a shard: leave the loop to the others, "
                 "e.g. by `if not server.serve():` before it"
             )
+
+
+def _newest(path: Path, layout: Layout) -> Path:
+    """Return the checkpoint at a path, or the newest one in a directory, once it is known to fit."""
+    with Checkpoint.open(path) as opened:
+        opened.expect(layout)
+        return opened.path.absolute()
 
 
 def _travel(server: ServerSection | None) -> ServerSection:

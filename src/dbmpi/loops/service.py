@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -74,7 +75,7 @@ def serve(comm: MPI.Intracomm | None = None, *, shards: int = 1) -> bool:
             if Service.current is not None:
                 raise UserError("serve: it was called before: once makes shards for all parameter servers of a program")
             plan = planned(own.size, shards, colocate=False)
-        agree(own, json.dumps([{}, "", f"shards = {shards}", ""]), 0)
+        agree(own, json.dumps([{}, "", f"shards = {shards}", "", ""]), 0)
     except KnownToAll:
         blocking.free(own)
         raise
@@ -157,7 +158,7 @@ class Service:
         try:
             with together(comm, "looking at the arguments"):
                 pass
-            arrays, rule, _, section = json.loads(agree(comm, "", self._root))
+            arrays, rule, _, section, checkpoint = json.loads(agree(comm, "", self._root))
             with together(comm, "reading the rule"):  # which the workers can print a mistake of
                 pass
             chosen = choice.read(rule)
@@ -167,7 +168,7 @@ class Service:
         except KnownToAll:  # it is for the workers to end or to go on
             blocking.free(comm)
             return
-        opened.begin(None)
+        opened.begin(None, Path(checkpoint) if checkpoint else None)
         opened.settle()
         self._connections.append((opened, opened.ending()))
 

@@ -40,7 +40,7 @@ class MessageKind(IntEnum):
     END = 4
     """Lead to all: training is over."""
     CHECKPOINT = 5
-    """Lead to shard: send me your vectors."""
+    """Lead, or a worker of a user's own loop, to shard: send me your vectors."""
     PAUSED = 6
     """Worker to lead: paused; how many of my batches are learned."""
     FINISHED = 7

@@ -98,6 +98,16 @@ class Server:
         """Count of pushes applied so far; the partitions of a replica push together, so that theirs count once."""
         return int(self._versions.max())
 
+    @property
+    def samples(self) -> int:
+        """Samples behind the pushes applied so far."""
+        return max(self._samples)
+
+    @property
+    def pushing(self) -> bool:
+        """Whether a push is half applied, as far as a consistent shard knows."""
+        return self._current is not None
+
     def begin(self, state: State | None, version: int = 0, *, begun: int = 0, samples: int = 0) -> None:
         """Start after :attr:`parameters` have been filled.
 

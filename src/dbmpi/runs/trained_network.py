@@ -17,6 +17,7 @@ from dbmpi.config import NetworkSection, ObjectiveSection, PlacementSection, Sec
 from dbmpi.data.source import Source
 from dbmpi.errors import Damaged, UserError
 from dbmpi.index.layout import Stretch
+from dbmpi.kernels.memory import aligned_empty
 from dbmpi.network.description import Network
 from dbmpi.network.losses import Targets
 from dbmpi.network.own import from_files, make_objective
@@ -44,7 +45,7 @@ class TrainedNetwork:
 
     def parameters(self, runs: Sequence[Stretch]) -> np.ndarray:
         """Return the vector, float32, that is made of runs of the whole parameters; only they are read."""
-        out = np.empty(sum(run.length for run in runs), np.float32)
+        out = aligned_empty(sum(run.length for run in runs))
         for run in runs:
             self.checkpoint.read(PARAMETERS, run.start, out[run.local : run.local + run.length])
         return out

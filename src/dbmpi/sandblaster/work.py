@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dbmpi.data.ahead import Ahead
+from dbmpi.kernels.memory import aligned_empty
 from dbmpi.objective import Objective, Outcome
 from dbmpi.sandblaster.board import PassKind, PostedBatch
 
@@ -55,7 +56,7 @@ class PortionWork:
         self._objective, self._client, self._order = objective, client, train.order
         self._train, self._test = Ahead(train, keep_bytes), test
         self._log, self._stride, self._layer_seconds = log, stride, layer_seconds or {}
-        self._parameters = np.zeros(objective.size, np.float32)
+        self._parameters = aligned_empty(objective.size)
         self._reached = 0
 
     def begin(self, batch: PostedBatch) -> None:

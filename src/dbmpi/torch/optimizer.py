@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -59,8 +60,12 @@ class Downpour(torch.optim.Optimizer):  # type: ignore[misc]
         Number of shards with `colocate`.
     server : ServerSection, optional
         How gradients and parameters travel.
+    clip_norm : float
+        What is pushed has at most this norm, over all parameters together; 0 for any.
+    resume : str or Path, optional
+        A checkpoint that :meth:`save` has written, to go on from.
     **settings
-        Of a rule by name, e.g. ``learning_rate=0.1``.
+        Of a rule by name, e.g. ``learning_rate=0.1``, and of a schedule, as in :class:`dbmpi.ParameterServer`.
 
     Attributes
     ----------
@@ -96,6 +101,8 @@ class Downpour(torch.optim.Optimizer):  # type: ignore[misc]
         colocate: bool = False,
         shards: int = 1,
         server: ServerSection | None = None,
+        clip_norm: float = 0.0,
+        resume: str | Path | None = None,
         **settings: Any,
     ) -> None:
         self._server: ParameterServer | None = None
@@ -108,27 +115,30 @@ class Downpour(torch.optim.Optimizer):  # type: ignore[misc]
                 "Downpour: there are no shards: begin the program with `if dbmpi.serve(shards=1): return`, or give "
                 "colocate=True"
             )
-        self._n_push, self._n_fetch, self._steps = n_push, n_fetch, 0
+        self._n_push, self._n_fetch, self._steps, self._samples = n_push, n_fetch, 0, 0
         self._trained = _trained(self.param_groups)
         limit = threads.prepare().threads
         if torch.get_num_threads() > limit:
             torch.set_num_threads(limit)
         arrays = {name: parameter.detach().numpy() for name, parameter in self._trained.items()}
         self._addresses = {name: parameter.data_ptr() for name, parameter in self._trained.items()}
-        self._server = ParameterServer(comm, arrays, rule, shards=shards, colocate=colocate, server=server, **settings)
+        settings |= {"shards": shards, "colocate": colocate, "server": server, "clip_norm": clip_norm, "resume": resume}
+        self._server = ParameterServer(comm, arrays, rule, **settings)
         hook = n_push == n_fetch == 1  # a push has then been applied when a step is done
         memories = self._server.gradients
         self._gradients = [Gradient(each, memories[name], hook=hook) for name, each in self._trained.items()]
         assert self._server.worker is not None
         self.worker, self.workers = self._server.worker, self._server.workers
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None, *, samples: int = 0) -> Any:
         """Push the gradients that the parameters have, and fetch parameters: each when it is time to.
 
         Parameters
         ----------
         closure : callable, optional
             Computes the loss and its gradients first.
+        samples : int
+            How many the gradients are of, for a schedule of the learning rate; needed only then.
 
         Returns
         -------
@@ -154,9 +164,10 @@ class Downpour(torch.optim.Optimizer):  # type: ignore[misc]
         if not more:
             self._server.wait()
         finite = [gradient.put(add=more) for gradient in self._gradients]
-        self._steps += 1
+        self._steps, self._samples = self._steps + 1, self._samples + samples
         if self._steps % self._n_push == 0:
-            self._server.push(finite=not all(finite))
+            self._server.push(samples=self._samples, finite=not all(finite))
+            self._samples = 0
         if self._steps % self._n_fetch == 0:
             self._server.fetch()
         return loss
@@ -166,6 +177,19 @@ class Downpour(torch.optim.Optimizer):  # type: ignore[misc]
         """Pushes of all workers that the shards had applied when this one last fetched."""
         assert self._server is not None
         return self._server.version
+
+    def save(self, path: str | Path) -> None:
+        """Write a checkpoint of the trained parameters and the rule's state, to resume from: one worker does this.
+
+        It contains everything that this worker has pushed.  Frozen parameters and buffers are not in it.
+
+        Parameters
+        ----------
+        path : str or Path
+            Of the file: see :meth:`dbmpi.ParameterServer.save`.
+        """
+        assert self._server is not None
+        self._server.save(path)
 
     def close(self) -> None:
         """Wait for all workers, and fetch the final parameters, the same on all of them (collective).
