@@ -134,6 +134,8 @@ def load(path: Path, code: Sequence[Path] = ()) -> TrainedNetwork:
         else:
             network = OwnModel(make_objective(objective, from_files(code)), 0, f"the objective {objective.use!r}")
         checkpoint.expect(network.layout)
+        if isinstance(network, OwnModel) and (state := checkpoint.objective_state()):
+            network.state.load(state, str(checkpoint.path))
         if isinstance(network, Network) and info.classes > network.outputs:
             raise Damaged(
                 f"{checkpoint.path}: /run/classes is {info.classes}, expected at most the {network.outputs} outputs of "

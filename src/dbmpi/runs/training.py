@@ -10,9 +10,12 @@ import time
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
+import numpy as np
 from mpi4py import MPI
 
+from dbmpi.checkpoint.reader import Checkpoint
 from dbmpi.checkpoint.run_lock import locked
 from dbmpi.config import ObjectiveSection, Run
 from dbmpi.config.layers import OWN
@@ -37,13 +40,14 @@ from dbmpi.objective import OwnObjective
 from dbmpi.paramserver.memory import check_fits
 from dbmpi.replica import placement
 from dbmpi.replica.own_objective import OwnModel, OwnReplica, try_objective
+from dbmpi.replica.own_state import OwnState
 from dbmpi.replica.replica import Replica
 from dbmpi.replica.thread_count import fitted
 from dbmpi.replica.trial import try_layer
 from dbmpi.result import Result
 from dbmpi.runs import start as runs_start
 from dbmpi.sandblaster import run as sandblaster_run
-from dbmpi.session import DTYPE, Session
+from dbmpi.session import DTYPE, Session, StartingPoint
 
 _MOST_BATCHES = 2**62
 """Of a run: counts of steps and batches travel and are stored as 64-bit integers."""
@@ -176,12 +180,20 @@ def _session(
     if isinstance(model, OwnModel):
         replica = OwnReplica(model) if data.train is not None else None
         with together(comm, "trying the objective", seconds=waiting.LONG_SECONDS):
-            if replica is not None and data.train is not None and plan.worker_of(comm.rank) == 0:
-                try_objective(replica, model, data.train.batch(order.indices(0)))
+            if data.train is not None and plan.worker_of(comm.rank) == 0:
+                changed = try_objective(model, data.train.batch(order.indices(0)))
+                if changed and run.optimizer.method == "sandblaster":
+                    raise UserError(
+                        f"{model.called}: learning changes its state, and with Sandblaster the loss has to follow from "
+                        "the parameters alone; keep the state constant (a BatchNorm of PyTorch: give it "
+                        'track_running_stats=False), or use optimizer.method = "downpour"'
+                    )
     elif plan.worker_of(comm.rank) is not None and placed is not None:
         replica = stack.enter_context(Replica(model, placed, comms.replica))
         replica.prepare(run.optimizer.batch_size)
     begin, checkpoint, number = runs_start.find(run, comm, plan.replicas, model.layout, order, data.meaning)
+    if isinstance(model, OwnModel):
+        begin = _begin_state(model.state, begin, checkpoint, comm, plan.worker_ranks[0])
     recorder = partial(
         Recorder,
         run.run.directory,
@@ -206,6 +218,25 @@ def _session(
         watch=watch,
         compiled=compiled,
     )
+
+
+def _begin_state(
+    state: OwnState, begin: StartingPoint, checkpoint: Path | None, comm: MPI.Intracomm, first: int
+) -> StartingPoint:
+    """Let the state of an objective be that of the checkpoint, or of the `first` worker, on all ranks (collective)."""
+    found: dict[str, np.ndarray] = {}
+    with together(comm, "reading the state of the objective", seconds=waiting.LONG_SECONDS):
+        if checkpoint is not None and state.nbytes:
+            with Checkpoint.open(checkpoint) as opened:
+                found = opened.objective_state()
+            if found:
+                state.load(found, str(checkpoint))
+                return begin
+    state.broadcast(comm, first)
+    if checkpoint is None or not state.nbytes:
+        return begin
+    notice = f"{checkpoint}: has no state of the objective, which begins with its first values"
+    return replace(begin, notices=(*begin.notices, notice))
 
 
 def _order(run: Run, data: RunData, comm: MPI.Intracomm) -> Order:
@@ -254,7 +285,8 @@ def _own_model(run: Run, objective: OwnObjective | None, comm: MPI.Intracomm, pl
             objective = own.make_objective(section, own.from_directory(run.network.code))
         model = OwnModel(objective, run.run.seed, f"the objective {section.use!r}")
         check_fits(model.layout, plan.shards, DTYPE.itemsize, capacity.available())
-    mine = json.dumps([section.use, *([tensor.name, *tensor.shape] for tensor in model.layout.tensors)])
+    tensors = ([tensor.name, *tensor.shape] for tensor in model.layout.tensors)
+    mine = json.dumps([section.use, *tensors, *model.state.description])
     first = waiting.broadcast_text(comm, mine, 0, "the names of the parameters")
     with together(comm, "comparing the parameters"):
         if mine != first:
