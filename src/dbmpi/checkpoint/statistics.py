@@ -103,6 +103,13 @@ def of_tensor(checkpoint: Checkpoint, vector: str, tensor: Tensor) -> Statistics
     return statistics
 
 
+def of_values(values: np.ndarray) -> Statistics:
+    """Return the statistics of `values` in memory."""
+    statistics = Statistics()
+    statistics.add(values)
+    return statistics
+
+
 def of_dataset(dataset: h5py.Dataset) -> Statistics | str:
     """Return the statistics of a `dataset` of numbers, or why there are none."""
     if dataset.dtype.kind not in "iufb" or dataset.shape is None:

@@ -11,12 +11,14 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from mpi4py import MPI
 
 from dbmpi.checkpoint.named_arrays import Fill
+from dbmpi.checkpoint.reader import Checkpoint
 from dbmpi.checkpoint.run_lock import locked
 from dbmpi.config import Run
 from dbmpi.data import limits
@@ -42,6 +44,7 @@ from dbmpi.objective import OwnObjective
 from dbmpi.paramserver.memory import check_fits
 from dbmpi.replica import placement
 from dbmpi.replica.own_objective import OwnModel, OwnReplica, try_objective
+from dbmpi.replica.own_state import OwnState
 from dbmpi.replica.replica import Replica
 from dbmpi.replica.thread_count import fitted
 from dbmpi.replica.trial import try_layer
@@ -50,7 +53,7 @@ from dbmpi.runs import start as runs_start
 from dbmpi.runs.initial import GivenArrays, first_values, with_initial
 from dbmpi.runs.supplied import compare, complete
 from dbmpi.sandblaster import run as sandblaster_run
-from dbmpi.session import DTYPE, Session
+from dbmpi.session import DTYPE, Session, StartingPoint
 
 _MOST_BATCHES = 2**62
 """Of a run: counts of steps and batches travel and are stored as 64-bit integers."""
@@ -223,7 +226,13 @@ def _session(
                 held_out = (
                     None if data.test is None else data.test.batch(np.arange(min(order.batch_size, data.test.samples)))
                 )
-                try_objective(OwnReplica(model), model, batches.batch(0), held_out)
+                changed = try_objective(model, batches.batch(0), held_out)
+                if changed and run.optimizer.method == "sandblaster":
+                    raise UserError(
+                        f"{model.called}: learning changes its state, and with Sandblaster the loss has to follow from "
+                        "the parameters alone; keep the state constant (a BatchNorm of PyTorch: give it "
+                        'track_running_stats=False), or use optimizer.method = "downpour"'
+                    )
         names = json.dumps(model.metrics or ())
         names = waiting.broadcast_text(comm, names, plan.worker_ranks[0], "the names of the metrics")
         model.metrics = tuple(json.loads(names))
@@ -235,6 +244,8 @@ def _session(
     if checkpoint is None:
         initial, notes = first_values(run, arrays, model, comm, stack)
         data = replace(data, notes=data.notes + notes)
+    if isinstance(model, OwnModel):
+        begin = _begin_state(model.state, begin, checkpoint, comm, plan.worker_ranks[0])
     recorder = partial(
         Recorder,
         run.run.directory,
@@ -283,6 +294,25 @@ def _batches(
     return batches
 
 
+def _begin_state(
+    state: OwnState, begin: StartingPoint, checkpoint: Path | None, comm: MPI.Intracomm, first: int
+) -> StartingPoint:
+    """Let the state of an objective be that of the checkpoint, or of the `first` worker, on all ranks (collective)."""
+    found: dict[str, np.ndarray] = {}
+    with together(comm, "reading the state of the objective", seconds=waiting.LONG_SECONDS):
+        if checkpoint is not None and state.nbytes:
+            with Checkpoint.open(checkpoint) as opened:
+                found = opened.objective_state()
+            if found:
+                state.load(found, str(checkpoint))
+                return begin
+    state.broadcast(comm, first)
+    if checkpoint is None or not state.nbytes:
+        return begin
+    notice = f"{checkpoint}: has no state of the objective, which begins with its first values"
+    return replace(begin, notices=(*begin.notices, notice))
+
+
 def _order(run: Run, data: RunData, comm: MPI.Intracomm) -> Order:
     """Return the order of the samples (collective)."""
     optimizer = run.optimizer
@@ -329,7 +359,8 @@ def _own_model(run: Run, objective: OwnObjective | None, comm: MPI.Intracomm, pl
             objective = own.make_objective(section, own.from_directory(run.network.code))
         model = OwnModel(objective, run.run.seed, f"the objective {section.use!r}")
         check_fits(model.layout, plan.shards, DTYPE.itemsize, capacity.available())
-    mine = json.dumps([section.use, *([tensor.name, *tensor.shape] for tensor in model.layout.tensors)])
+    tensors = ([tensor.name, *tensor.shape] for tensor in model.layout.tensors)
+    mine = json.dumps([section.use, *tensors, *model.state.description])
     first = waiting.broadcast_text(comm, mine, 0, "the names of the parameters")
     with together(comm, "comparing the parameters"):
         if mine != first:
