@@ -115,7 +115,7 @@ def test_what_differs_between_ranks_is_refused(comm, place) -> None:
         assert len(told) == 1, comm.allgather(str(raised.value))
 
 
-@pytest.mark.parallel([1, 3])
+@pytest.mark.parallel([3])
 def test_mistakes_in_what_is_given_are_told_once(comm, place) -> None:
     (inputs, labels), _ = arrays(place)
     run = without_files(tiny.describe(place))

@@ -182,7 +182,8 @@ class Source(Comparable):
         if not (self.resident and self.in_file):
             return 0
         each = sum(math.prod(stored.shape[1:]) * stored.kept.itemsize for stored in self._stored_inputs)
-        return self.samples * (each + 4 * (self.target_size or 1))
+        answers = 4 if self._answer is None else (self.target_size or 1) * self._answer.kept.itemsize
+        return self.samples * (each + answers)
 
     @property
     def spare_bytes(self) -> int:
@@ -234,8 +235,7 @@ class Source(Comparable):
                 inputs[start : start + len(rows)] = _narrowed(stored, rows)
             self._inputs[number] = inputs
         if self._answer is not None:
-            kind = np.int32 if self.target_size is None else np.float32
-            targets = np.empty((self.samples, *self._answer.row_shape), kind)
+            targets = np.empty((self.samples, *self._answer.row_shape), self._answer.kept)
             for start, rows in self._answer.blocks():
                 targets[start : start + len(rows)] = rows
             if self._weighing is not None:
@@ -328,7 +328,11 @@ class Source(Comparable):
         if self.target_size is None:
             labels = _taken(rows, positions)
             return labels if self._codes is None else self._codes[labels]
-        return _taken(rows, positions) if first else _innermost(rows, positions)
+        if not self._own:
+            return _innermost(rows, positions)
+        assert self._answer is not None
+        found = _taken(rows, positions)
+        return found.reshape(len(indices), *self._answer.own_shape) if first else found.T.astype(np.float32, order="C")
 
     def _rows_of(self, number: int, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """Return rows (n, features) of one of the inputs, and where in them each index is: as `_read_rows`."""
