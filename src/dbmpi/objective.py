@@ -41,7 +41,7 @@ class Samples(NamedTuple):
     """``(samples, ...)``, float32, or integers of the type that the data have; of several inputs, a dictionary of such
     arrays by name."""
     targets: np.ndarray
-    """int32 ``(samples,)`` for classes, or float32 ``(samples, outputs)`` for values."""
+    """int32 ``(samples,)`` for classes, or ``(samples, ...)`` for values: float32, or integers of their own type."""
     weights: np.ndarray | None = None
     """float32 ``(samples,)``: factors of the samples' losses, if the run has any."""
     step: int = 0
