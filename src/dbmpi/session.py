@@ -14,10 +14,12 @@ from mpi4py import MPI
 from dbmpi.checkpoint.named_arrays import Fill
 from dbmpi.config import Run
 from dbmpi.data.gather import gather
+from dbmpi.data.numbered_batches import NumberedBatches
 from dbmpi.data.run_data import RunData, network_notes
 from dbmpi.data.stream import Order, Stream
 from dbmpi.kernels import updates
 from dbmpi.machine.signals import StopSignal
+from dbmpi.monitor.callbacks import Callbacks
 from dbmpi.monitor.progress import RunProgress
 from dbmpi.monitor.records import Recorder
 from dbmpi.monitor.worker_log import WorkerLog
@@ -101,6 +103,10 @@ class Session:
     initial: Fill
     """Writes fresh parameters: ``initial(start, out)`` those at ``start ... start + len(out)``."""
     data: RunData
+    batches: NumberedBatches | None
+    """What workers learn from."""
+    callbacks: Callbacks
+    """The user's own."""
     stop: StopSignal
     recorder: Callable[[str, int], Recorder]
     """Makes the recorder of a role of that number."""

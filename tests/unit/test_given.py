@@ -103,6 +103,12 @@ def test_arrays_and_a_file_are_the_same_for_a_network(tmp_path):
     assert np.shares_memory(given._inputs[0], inputs), "copied"
 
 
+def test_a_thread_reads_ahead_from_files_and_never_calls_code_of_a_user(tmp_path):
+    values = np.zeros((SAMPLES, 2), np.float32)
+    ahead = {form for form, given in forms(values, tmp_path) if source(given).in_advance}
+    assert ahead == {"dataset"}
+
+
 @pytest.mark.parametrize(
     ("labels", "classes", "known"),
     [

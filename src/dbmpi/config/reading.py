@@ -87,7 +87,9 @@ def read(path: Path | str, overrides: Sequence[str] = (), *, complete: bool = Tr
     if problems:
         raise UserError("\n".join(problems))
     own_layers = any(isinstance(layer, OwnLayer) for layer in run.network.layers)
-    names_code = run.sandblaster.own or run.optimizer.own or run.objective is not None or own_layers
+    names_code = (
+        run.sandblaster.own or run.optimizer.own or run.objective is not None or own_layers or run.data.transform
+    )
     if run.network.code is None and names_code:
         here = run.network.model_copy(update={"code": path.parent})
         return run.model_copy(update={"network": here})

@@ -8,10 +8,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from dbmpi.config.data import DataSection
 from dbmpi.config.layers import OWN, AnyLayer, Dense, Dropout, OwnCode, OwnLayer
 from dbmpi.config.messages import explain
 from dbmpi.config.optimizer import OptimizerSection
-from dbmpi.config.values import Count, CountOrNone, DatasetName, Name, NotNegative, Positive, Section
+from dbmpi.config.values import Count, CountOrNone, Name, NotNegative, Positive, Section
 from dbmpi.errors import UserError
 
 
@@ -28,41 +29,6 @@ class RunSection(Section):
     initial_names: Literal["all", "some"] = "all"
     """``all``: the file must have just the names of the model; ``some``: names that both have are taken, and other
     parameters begin as usual."""
-
-
-class DataSection(Section):
-    """What to learn from: HDF5 files made by ``dbmpi data import`` or by your own program."""
-
-    train: Path | None = None
-    """HDF5 file with the training samples; required, unless a program gives arrays to ``dbmpi.train``."""
-    test: Path | None = None
-    """HDF5 file with the held-out samples, for the accuracy that is reported."""
-    memory_mib: Count = 4096
-    """A file up to this size (MiB, as float32) is kept in each worker's memory; a larger one is read batch by batch."""
-    inputs: DatasetName | Annotated[tuple[DatasetName, ...], Field(min_length=1)] = "inputs"
-    """Name of the dataset with the inputs in both files, e.g. ``X`` or ``/entry/data/x``; for an objective of your own
-    also several, which it gets as a dictionary."""
-    targets: DatasetName = "targets"
-    """Name of the dataset with the targets."""
-    weights: DatasetName | None = None
-    """Name of a dataset with a weight for each training sample: the loss that is learned is the weighted mean."""
-    channels: Literal["first", "last"] = "first"
-    """Where the channels of an image are in the file: ``last`` takes (rows, columns, channels) for (channels, rows,
-    columns)."""
-    missing: Annotated[float, Field(allow_inf_nan=False)] | None = None
-    """Value to use where an input is NaN or marked as missing; by default such data are refused."""
-
-    @property
-    def called(self) -> str:
-        """What messages call the training data."""
-        return "the data given to dbmpi.train" if self.train is None else str(self.train)
-
-    @property
-    def training_file(self) -> Path:
-        """The file with the training samples; UserError where there is none."""
-        if self.train is None:
-            raise UserError("'data.train' is missing: HDF5 file with the training samples")
-        return self.train
 
 
 class NetworkSection(Section):
@@ -194,7 +160,7 @@ class SandblasterSection(Section):
     """Portions of a batch; 0, or more than there are, takes all training samples."""
     batch_iterations: Count = 10
     """Iterations on the same batch, where it is not all samples; the next ones take the next samples.  With dropout
-    also of a batch of all samples: iterations with the same masks."""
+    or a transform also of a batch of all samples: iterations with the same masks, and samples transformed alike."""
     batch_growth: Annotated[float, Field(ge=1.0, allow_inf_nan=False, strict=True)] = 1.0
     """Factor by which such a batch grows when progress stalls, up to all samples; 1 for never."""
     batch_overlap: CountOrNone = 0
@@ -369,12 +335,12 @@ class Run(Section):
                 f"sandblaster.algorithm = {sandblaster.algorithm!r} goes with batches of all samples only: set "
                 "sandblaster.batch_portions = 0"
             )
-        if self.optimizer.method == "sandblaster" and self.network.drops and (sandblaster.own or sandblaster.l1):
+        if self.optimizer.method == "sandblaster" and self.draws and (sandblaster.own or sandblaster.l1):
             which = f"algorithm = {sandblaster.algorithm!r}" if sandblaster.own else f"l1 = {sandblaster.l1:g}"
-            raise ValueError(
-                f"sandblaster.{which} minimises one function, and dropout makes another one with each mask: leave the "
-                "dropout layers away, or take another method"
-            )
+            drawn = "dropout makes another one with each mask: leave the dropout layers away"
+            if self.data.transform is not None:
+                drawn = "data.transform makes another one in each epoch: leave it out"
+            raise ValueError(f"sandblaster.{which} minimises one function, and {drawn}, or take another method")
         if self.optimizer.method == "sandblaster" and self.optimizer.warmstart:
             raise ValueError(
                 "optimizer.warmstart is for the method 'downpour'; to begin Sandblaster from parameters that Downpour "
@@ -404,6 +370,11 @@ class Run(Section):
         if self.optimizer.method == "sandblaster" and sandblaster.l1 and sandblaster.batch_portions:
             raise ValueError("sandblaster.l1 goes with batches of all samples only: set sandblaster.batch_portions = 0")
         return self
+
+    @property
+    def draws(self) -> bool:
+        """Whether a loss depends on what is drawn at random for each batch, by dropout or by a user's transform."""
+        return self.network.drops or self.data.transform is not None
 
     def to_json(self) -> str:
         """Return the effective description, defaults included, as JSON text."""

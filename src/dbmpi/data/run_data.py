@@ -18,11 +18,13 @@ from dbmpi.config import NetworkSection, Run
 from dbmpi.data import limits
 from dbmpi.data.given import GivenData
 from dbmpi.data.guess import loss_of_guessing
+from dbmpi.data.numbered_batches import Transform
 from dbmpi.data.reading import Reading
 from dbmpi.data.shared import is_function, shared_data
 from dbmpi.data.source import Source
 from dbmpi.errors import UserError
 from dbmpi.machine.rank_variables import ranks_on_node
+from dbmpi.monitor.callbacks import Callbacks
 from dbmpi.mpi import waiting
 from dbmpi.mpi.topology import Plan
 from dbmpi.mpi.world import together
@@ -76,17 +78,20 @@ class RunData:
 
 
 class Supplied(NamedTuple):
-    """What a program gives instead of files: arrays, functions that return them, or None."""
+    """What a program gives to a run beside its description."""
 
     train: Any = None
+    """Instead of a file: arrays, or a function that returns them."""
     test: Any = None
+    transform: Transform | None = None
+    callbacks: Callbacks = Callbacks()
 
     @property
     def kinds(self) -> str:
-        """What it is, in words that must be the same on all ranks."""
+        """What the data are, in words that must be the same on all ranks."""
         return " and ".join(
             f"{name} is {'not given' if given is None else 'a function' if is_function(given) else 'given'}"
-            for name, given in zip(("data", "test"), self, strict=True)
+            for name, given in (("data", self.train), ("test", self.test))
         )
 
 
@@ -110,7 +115,7 @@ def open_data(run: Run, comm: MPI.Intracomm, plan: Plan, stack: ExitStack, suppl
         On every rank, if a file or an array cannot be used.
     """
     notes, arrays = [], []
-    for name, given in zip(_CALLED, supplied, strict=True):
+    for name, given in zip(_CALLED, supplied[:2], strict=True):
         data, note = (None, "") if given is None else shared_data(comm, given, name, stack)
         arrays.append(data)
         notes += [note] if note else []

@@ -16,7 +16,7 @@ from dbmpi.data import hdf5
 from dbmpi.data.attributes import declared, elements
 from dbmpi.data.comparison import Comparable
 from dbmpi.data.gather import gather, narrow
-from dbmpi.data.given import GivenArray, GivenData
+from dbmpi.data.given import GivenArray, GivenData, GivenRows
 from dbmpi.data.reading import Reading
 from dbmpi.data.rows import Stored
 from dbmpi.errors import UserError
@@ -170,6 +170,11 @@ class Source(Comparable):
     def resident(self) -> bool:
         """Whether the samples are in memory: a file that fits the budget, or arrays of NumPy."""
         return self._description.float32_bytes <= self._memory_bytes and all(map(_at_hand, self._stored_inputs))
+
+    @property
+    def in_advance(self) -> bool:
+        """Whether a thread may read batches in advance: from files, but not by a user's own code."""
+        return not self.resident and not any(isinstance(s.dataset.values, GivenRows) for s in self._stored_inputs)
 
     @property
     def resident_bytes(self) -> int:

@@ -7,12 +7,14 @@ worker.
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -25,6 +27,7 @@ from dbmpi.config import CheckpointSection
 from dbmpi.data.stream import Order
 from dbmpi.downpour.shard import Shard, ShardRole
 from dbmpi.errors import DiskFailed, RunFailed
+from dbmpi.monitor.callbacks import Callbacks, TrainingEvent
 from dbmpi.monitor.measures import Rate
 from dbmpi.monitor.progress import RunProgress
 from dbmpi.monitor.records import EvaluationReport, StalenessHistogram
@@ -82,6 +85,8 @@ class Lead(Shard):
         Shows the run's progress and messages.
     checkpoints
         Where and how to write them.
+    callbacks
+        The user's own, for evaluations and checkpoints.
     metrics
         Names of what is measured of held-out samples beside the loss.
 
@@ -107,6 +112,7 @@ class Lead(Shard):
         order: Order,
         progress: RunProgress,
         checkpoints: CheckpointPlan,
+        callbacks: Callbacks,
         metrics: Sequence[str] = (),
     ) -> None:
         super().__init__(role)
@@ -115,7 +121,10 @@ class Lead(Shard):
         self._begin = begin
         self._order = order
         self._progress = progress
-        self._checkpoints = checkpoints
+        self._checkpoints, self._callbacks = checkpoints, callbacks
+        self._failure: Exception | None = None
+        self._ending = False
+        """Whether a signal or a callback has asked for the end."""
         self._rate = Rate()
         self._states = [_State.RUNNING] * plan.replicas
         self._learned = [0] * plan.replicas
@@ -147,11 +156,10 @@ class Lead(Shard):
             self._states[replica] = _State.PAUSED if kind == MessageKind.PAUSED else _State.FINISHED
         elif kind == MessageKind.WARM:
             self._tell_workers(MessageKind.RELEASE)
-        elif kind == MessageKind.STOP_ASKED and not self.stopped_by:
-            self.stopped_by = values[0]
-            name = signal.Signals(self.stopped_by).name
-            self._progress.message(f"{name}: the run ends after the current steps")
-            self._tell_workers(MessageKind.STOP)
+        elif kind == MessageKind.STOP_ASKED:
+            if not self._ending:
+                self.stopped_by = values[0]
+            self._end_early(signal.Signals(values[0]).name if values[0] else "a callback has asked for the end")
         elif kind == MessageKind.FAILED:
             replica = self._replica(message.source)
             self._learned[replica], self._states[replica] = values[0], _State.FINISHED
@@ -198,6 +206,13 @@ class Lead(Shard):
             )
         )
         self._progress.evaluation(epoch, outcome.mean_loss, outcome.accuracy, outcome.samples, outcome.metrics)
+        loss, accuracy, metrics = outcome.mean_loss, outcome.accuracy, outcome.metrics
+        self._call("on_evaluation", self.steps, epoch, outcome.samples, loss, accuracy, None, 0, metrics)
+
+    def raise_failure(self) -> None:
+        """Raise what a callback has raised while others were at work."""
+        if self._failure is not None:
+            raise self._failure
 
     def awaited(self) -> str:
         """Name the replicas that the run waits for."""
@@ -229,7 +244,7 @@ class Lead(Shard):
             self._tell_workers(MessageKind.GO)
             return True
         # Without the last condition, a tiny interval would keep the workers pausing for ever.
-        if self._attempts.due and not self.stopped_by and self.version != self._saved_version:
+        if self._attempts.due and not self._ending and self.version != self._saved_version:
             self._pausing = True
             self._tell_workers(MessageKind.PAUSE)
             return True
@@ -280,7 +295,26 @@ class Lead(Shard):
             return False
         self._attempts.succeed()
         self._saved_version = self.version
+        self._call("on_checkpoint", self.steps, self.epoch, self.samples, math.nan, None, self.checkpoint)
         return True
+
+    def _call(self, name: str, *event: Any) -> None:
+        """Call callbacks, and end the run early if one asks for it, or fails: after a checkpoint."""
+        try:
+            asked = self._callbacks.call(name, TrainingEvent(*event))
+        except Exception as error:
+            self._failure = error
+            self._end_early(f"{name} of a callback has failed")
+        else:
+            if asked:
+                self._end_early(f"{name} has asked for the end")
+
+    def _end_early(self, why: str) -> None:
+        """Let all replicas finish, if they have not been told so before; `why` is for the user."""
+        if not self._ending:
+            self._ending = True
+            self._progress.message(f"{why}: the run ends after the current steps")
+            self._tell_workers(MessageKind.STOP)
 
     def _write(self) -> None:
         """Write one file."""

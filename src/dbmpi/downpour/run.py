@@ -121,7 +121,7 @@ def _lead(session: Session, role: ShardRole, arrangement: Arrangement, progress:
         info=info,
         remedy=_lower(run.optimizer.learning_rate),
     )
-    return Lead(role, plan, session.begin, session.order, progress, checkpoints, session.metrics)
+    return Lead(role, plan, session.begin, session.order, progress, checkpoints, session.callbacks, session.metrics)
 
 
 def _work(
@@ -135,7 +135,7 @@ def _work(
     """Learn until the stream is used up or the run is stopped, and wait for its end."""
     run, plan, begin, data, number = session.run, session.plan, session.begin, session.data, session.worker
     assert number is not None
-    assert data.train is not None
+    assert session.batches is not None
     replica_number = number // plan.partitions
     orders = Orders(
         session.comms.world,
@@ -148,12 +148,12 @@ def _work(
     client = store.client(stretches, flow.parts, orders.obey)
     assignment = Assignment(
         replica=replica_number,
-        order=session.order,
-        train=data.train,
+        train=session.batches,
         test=data.test,
         warm_steps=begin.warmstart if replica_number == 0 else 0,
         evaluate_epochs=run.monitor.evaluate_epochs,
         directory=run.run.directory,
+        callbacks=session.callbacks,
         remedy=f"{_lower(run.optimizer.learning_rate)}, or look for extreme values in {run.data.called}",
     )
     log = session.log(number)
@@ -193,6 +193,8 @@ def _conclude(
 ) -> Result:
     """Evaluate the final parameters on all workers together, and return the result on every rank."""
     comm, run, data = session.comms.world, session.run, session.data
+    if lead is not None:
+        lead.raise_failure()
     stopped_by = np.array([0 if lead is None else lead.stopped_by])
     waiting.broadcast(comm, stopped_by, 0, "the lead to conclude")
     advice = _advice(comm, worker, shard)
@@ -201,6 +203,7 @@ def _conclude(
         return session.conclude(None, seconds)
     if test is not None:
         lead.evaluated(test, lead.epoch)
+        lead.raise_failure()
     warning = verdict.warning(
         data.guessing,
         lead.recent.mean_loss,

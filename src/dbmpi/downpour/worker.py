@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,11 @@ import numpy as np
 from mpi4py import MPI
 
 from dbmpi.checkpoint.retention import kept
+from dbmpi.data.numbered_batches import NumberedBatches
 from dbmpi.data.source import Source
-from dbmpi.data.stream import Order
 from dbmpi.downpour.orders import Orders
 from dbmpi.errors import RunFailed
+from dbmpi.monitor.callbacks import Callbacks, TrainingEvent
 from dbmpi.monitor.worker_log import WorkerLog
 from dbmpi.mpi.mailbox import MessageKind
 from dbmpi.objective import Objective, Outcome
@@ -39,10 +40,8 @@ class Assignment:
 
     replica: int
     """Number of this worker's replica."""
-    order: Order
-    """Which samples make up each batch of the stream."""
-    train: Source
-    """The samples to learn from."""
+    train: NumberedBatches
+    """What to learn from."""
     test: Source | None = None
     """Held-out samples."""
     warm_steps: int = 0
@@ -51,6 +50,8 @@ class Assignment:
     """How often replica 0 evaluates the held-out samples; 0 for never."""
     directory: Path
     """That of the run."""
+    callbacks: Callbacks = field(default_factory=Callbacks)
+    """The user's own, for each step."""
     remedy: str = ""
     """Advice against a loss that is not finite, for the message of the error."""
 
@@ -89,7 +90,7 @@ class Worker:
         self.log, self.stopwatch = log, log.stopwatch
         self._assignment = assignment
         self._number = assignment.replica
-        self._order = assignment.order
+        self._order = assignment.train.order
         self._objective = objective
         self._client = client
         self._orders = orders
@@ -115,10 +116,10 @@ class Worker:
         """Return the batch of that `number` in the stream."""
         self._batch = number
         self._client.samples += self._order.size(number)
-        return self._assignment.train.batch(self._order.indices(number))
+        return self._assignment.train.batch(number)
 
     def stepped(self, outcome: Outcome) -> None:
-        """Count a step and its `outcome`; a loss that is not finite ends the run."""
+        """Count a step and its `outcome`, and call callbacks; a loss that is not finite ends the run."""
         if not math.isfinite(outcome.loss) and self._team.speaks:
             task = self._assignment
             raise RunFailed(
@@ -126,6 +127,14 @@ class Worker:
                 f"{self._batch} of the stream; {kept(task.directory / 'checkpoints')}; {task.remedy}"
             )
         self.log.count(outcome)
+        if not self._team.speaks:
+            return
+        event = TrainingEvent(
+            self.log.steps, self._epoch, outcome.samples, outcome.mean_loss, outcome.accuracy, replica=self._number
+        )
+        if self._assignment.callbacks.call("on_step", event) and not self._orders.stopping:
+            self._orders.stopping = True
+            self._orders.send(MessageKind.STOP_ASKED, 0)
 
     def pushed(self, steps: int) -> None:
         """Count `steps` as learned, report when it is time, and evaluate when replica 0 reaches the next epoch."""

@@ -48,7 +48,7 @@ class MessageKind(IntEnum):
     WARM = 8
     """Worker to lead: the warmstart is over, release the others."""
     STOP_ASKED = 9
-    """Any rank to lead: a signal asks for the end."""
+    """Any rank to lead: a signal of this number asks for the end; 0 for a callback of the user's."""
     RELEASE = 10
     """Lead to worker: the warmstart is over, begin."""
     EVALUATION = 11

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-import re
 import sys
 import time
 from collections.abc import Mapping
@@ -18,9 +18,9 @@ from mpi4py import MPI
 
 from dbmpi.checkpoint.named_arrays import Fill
 from dbmpi.checkpoint.run_lock import locked
-from dbmpi.config import ObjectiveSection, Run
-from dbmpi.config.layers import OWN
+from dbmpi.config import Run
 from dbmpi.data import limits
+from dbmpi.data.numbered_batches import NumberedBatches, Transform
 from dbmpi.data.run_data import RunData, Supplied, open_data
 from dbmpi.data.stream import Order
 from dbmpi.downpour import run as downpour_run
@@ -29,6 +29,7 @@ from dbmpi.kernels.announce import announced
 from dbmpi.machine import capacity, environment
 from dbmpi.machine.rank_variables import ranks_on_node
 from dbmpi.machine.signals import StopSignal
+from dbmpi.monitor.callbacks import Callbacks, TrainingEvent
 from dbmpi.monitor.progress import RunProgress
 from dbmpi.monitor.records import Recorder
 from dbmpi.mpi import topology, waiting
@@ -47,6 +48,7 @@ from dbmpi.replica.trial import try_layer
 from dbmpi.result import FilePath, Result
 from dbmpi.runs import start as runs_start
 from dbmpi.runs.initial import GivenArrays, first_values, with_initial
+from dbmpi.runs.supplied import compare, complete
 from dbmpi.sandblaster import run as sandblaster_run
 from dbmpi.session import DTYPE, Session
 
@@ -63,6 +65,8 @@ def train(
     initial: Mapping[str, Any] | FilePath | None = None,
     data: Any = None,
     test: Any = None,
+    transform: Transform | None = None,
+    callbacks: Any = None,
 ) -> Result:
     """Train the network, or the objective, that `run` describes, on all ranks of `comm` together (collective).
 
@@ -90,6 +94,13 @@ def train(
         own, inputs may be a dictionary of arrays.
     test : array, tuple or function, optional
         Held-out samples instead of the file ``data.test``, as `data`.
+    transform : function, optional
+        ``transform(batch, random)`` is called with each batch that is learned from, :class:`dbmpi.objective.Samples`,
+        and with a ``numpy.random.Generator`` that follows from the seed and the number of the batch; it returns other
+        samples, as many.  Instead of ``data.transform``, the same on all ranks.
+    callbacks : object or list of objects, optional
+        Objects with some of the methods ``on_step``, ``on_evaluation``, ``on_checkpoint`` and ``on_end``, each of which
+        is called with a :class:`dbmpi.monitor.callbacks.TrainingEvent`, and may return True to end the run.
 
     Returns
     -------
@@ -133,60 +144,12 @@ def train(
         comm = start()
     elif comm.size > 1:
         end_all_on_failure()
-    supplied = Supplied(data, test)
     with aloud(comm), ExitStack() as stack:
         with together(comm, "checking what is learned"):
-            run, arrays = with_initial(_with_objective(run, objective), initial)
-            _check_supplied(run, supplied)
-        _compare(comm, supplied.kinds)
-        return _run(run, objective, arrays, supplied, comm, stack, stop or stack.enter_context(StopSignal()))
-
-
-def _check_supplied(run: Run, supplied: Supplied) -> None:
-    """Refuse data that are given twice, or not at all."""
-    section = run.data
-    for name, given, file in (("data", supplied.train, section.train), ("test", supplied.test, section.test)):
-        if given is not None and file is not None:
-            setting = "train" if name == "data" else "test"
-            raise UserError(f"train: given {name}=, but the run has data.{setting} = {file} already; leave out either")
-    if supplied.train is None and section.train is None:
-        raise UserError(
-            "train: the run has no data to learn from: set data.train to an HDF5 file, or give arrays, train(run, "
-            "data=(inputs, targets))"
-        )
-    if supplied.train is not None and section.weights is not None:
-        raise UserError(
-            f"train: data.weights = {section.weights!r} names a dataset of a file, but arrays are given; leave it out, "
-            "and give data=(inputs, targets, weights)"
-        )
-
-
-def _compare(comm: MPI.Intracomm, given: str) -> None:
-    """Refuse what is `given` here, in words, if the first rank has something else (collective)."""
-    first = waiting.broadcast_text(comm, given, 0, "what the first rank was given")
-    with together(comm, "comparing what is given"):
-        if given != first:
-            raise UserError(
-                f"train: called differently on different ranks: {given} on rank {comm.rank}, {first} on rank 0"
-            )
-
-
-def _with_objective(run: Run, objective: OwnObjective | None) -> Run:
-    """Return the run with a name for an `objective` that is an object; check that there is one thing to learn."""
-    if objective is None:
-        if not run.network.layers and run.objective is None:
-            raise UserError(
-                "train: the run describes neither network.layers nor an objective; give one of them, or train(run, "
-                "objective=...)"
-            )
-        return run
-    if run.network.layers or run.objective is not None:
-        what = "network.layers" if run.network.layers else f"the objective {run.objective.use!r}"  # type: ignore[union-attr]
-        raise UserError(f"train: given objective={objective!r:.60}, but the run has {what} already; leave out either")
-    kind = objective if isinstance(objective, type) else type(objective)
-    use = f"{kind.__module__}:{kind.__name__}"
-    section = ObjectiveSection(use=use if re.fullmatch(OWN, use) else f"own:{kind.__name__}")
-    return Run(**dict(run) | {"objective": section})
+            given = Supplied(data, test, transform, Callbacks(callbacks))
+            run, arrays = with_initial(complete(run, objective, given), initial)
+        compare(run, given, comm)
+        return _run(run, objective, arrays, given, comm, stack, stop or stack.enter_context(StopSignal()))
 
 
 def _run(
@@ -205,7 +168,13 @@ def _run(
     with Watch(comms.world) as watch:
         session = _session(run, objective, arrays, supplied, plan, comms, watch, stop, stack)
         learn = sandblaster_run.learn if session.run.optimizer.method == "sandblaster" else downpour_run.learn
-        return learn(session, stack)
+        result = learn(session, stack)
+        epoch = (session.begin.samples + result.samples) / session.order.samples
+        loss, accuracy = (math.nan, None) if result.test is None else (result.test.mean_loss, result.test.accuracy)
+        metrics = None if result.test is None else result.test.metrics
+        ended = TrainingEvent(result.steps, epoch, result.samples, loss, accuracy, result.checkpoint, metrics=metrics)
+        session.callbacks.call("on_end", ended)
+        return result
 
 
 def _session(
@@ -234,6 +203,7 @@ def _session(
         model, remark = _own_model(run, objective, comm, plan), ""
     with together(comm, "looking at the data", seconds=waiting.LONG_SECONDS):
         data.validate(fully=plan.worker_of(comm.rank) == 0)
+    batches = _batches(run, data, supplied.transform, order, comm, plan)
     if say is not None:
         prepared = environment.prepare()
         say(f"{prepared}{f'; {remark}' if remark else ''}")
@@ -250,11 +220,11 @@ def _session(
     if isinstance(model, OwnModel):
         replica = OwnReplica(model, tries=run.optimizer.method == "sandblaster") if data.train is not None else None
         with together(comm, "trying the objective", seconds=waiting.LONG_SECONDS):
-            if data.train is not None and plan.worker_of(comm.rank) == 0:
-                held_out = (
-                    None if data.test is None else data.test.batch(np.arange(min(order.batch_size, data.test.samples)))
-                )
-                try_objective(OwnReplica(model), model, data.train.batch(order.indices(0)), held_out)
+            if batches is not None and plan.worker_of(comm.rank) == 0:
+                held_out = None
+                if data.test is not None:
+                    held_out = data.test.batch(np.arange(min(order.batch_size, data.test.samples)))
+                try_objective(OwnReplica(model), model, batches.batch(0), held_out)
         names = json.dumps(model.metrics or ())
         names = waiting.broadcast_text(comm, names, plan.worker_ranks[0], "the names of the metrics")
         model.metrics = tuple(json.loads(names))
@@ -286,11 +256,32 @@ def _session(
         checkpoint=checkpoint,
         initial=initial,
         data=data,
+        batches=batches,
+        callbacks=supplied.callbacks,
         stop=stop,
         recorder=lambda role, number: stack.enter_context(recorder(role, number)),
         watch=watch,
         compiled=compiled,
     )
+
+
+def _batches(
+    run: Run, data: RunData, transform: Transform | None, order: Order, comm: MPI.Intracomm, plan: topology.Plan
+) -> NumberedBatches | None:
+    """Return what a worker learns from, after trying the user's transform, if there is one (collective)."""
+    if run.data.transform is None:
+        return None if data.train is None else NumberedBatches(data.train, order)
+    batches = None
+    with together(comm, "trying the transform", seconds=waiting.LONG_SECONDS):
+        if data.train is not None:
+            found = transform or own.from_directory(run.network.code)(run.data.transform, "data.transform")
+            if not callable(found):
+                raise UserError(f"data.transform = {run.data.transform!r}: is no function, transform(batch, random)")
+            batches = NumberedBatches(data.train, order, found)
+            if plan.worker_of(comm.rank) == 0:
+                with own.calling("the transform", "it is tried on the first batch"):
+                    batches.batch(0)
+    return batches
 
 
 def _order(run: Run, data: RunData, comm: MPI.Intracomm) -> Order:

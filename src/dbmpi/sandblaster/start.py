@@ -85,6 +85,7 @@ def _state(session: Session, checkpoint: Checkpoint) -> MethodState | None:
     if (
         settings.model_copy(update=_MAY_CHANGE) != before.model_copy(update=_MAY_CHANGE)
         or then.objective != session.run.objective
+        or then.data.transform != session.run.data.transform
     ):
         # Another loss or another batch: the history is of use, but not the gradient.
         state = state.model_copy(update={"gradient": "", "position": [], "bounds": {}})
