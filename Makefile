@@ -49,7 +49,7 @@ test-cluster: .venv/.installed-test .venv-mpich/.installed-test
 	DBMPI_CLUSTER_TESTS=1 .venv-mpich/bin/python -m pytest tests/cluster $(PYTEST_ARGS)
 
 test-torch: .venv-torch/.installed-test
-	.venv-torch/bin/python -m pytest tests/parallel/test_torch.py tests/parallel/test_torch_objective.py tests/unit/test_rules.py tests/unit/test_own_loops.py $(PYTEST_ARGS)
+	.venv-torch/bin/python -m pytest tests/parallel/test_torch.py tests/parallel/test_torch_objective.py tests/failure/test_torch_objective.py tests/unit/test_rules.py tests/unit/test_own_loops.py $(PYTEST_ARGS)
 
 test-families: .venv/.installed-test
 	DBMPI_FAMILY_TESTS=1 .venv/bin/python -m pytest tests/families $(PYTEST_ARGS)

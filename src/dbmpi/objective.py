@@ -114,10 +114,18 @@ class OwnObjective(Protocol):
     The first values of the parameters are an attribute ``parameters``, or what a method ``initial(seed)`` returns:
     float arrays by name, dictionaries of which may be within one another.  They are learned as float32.
 
-    Three methods are optional.  ``evaluate(parameters, batch)`` returns the mean loss of held-out samples, or that and
-    how many of them are classified correctly; without it, their loss is that of ``loss_and_gradient``.
-    ``metrics(parameters, batch)`` returns further means over held-out samples, a dictionary of numbers by name.
-    ``predict(parameters, inputs)`` returns an array with a row for each sample, for ``dbmpi predict``.
+    These are optional:
+
+    - ``write_gradient(parameters, batch, gradients)`` may take the place of `loss_and_gradient`.  It hands over each
+      array as soon as that is complete, so that it leaves while the others are computed, and returns the loss alone:
+      see :class:`Gradients`.
+    - ``evaluate(parameters, batch)`` returns the mean loss of held-out samples, or that and how many of them are
+      classified correctly; without it, their loss is the one that is learned from.
+    - ``metrics(parameters, batch)`` returns further means over held-out samples, a dictionary of numbers by name.
+    - ``predict(parameters, inputs)`` returns an array with a row for each sample, for ``dbmpi predict``.
+    - ``state`` is a dictionary of NumPy arrays of numbers, which may be nested: what learning changes, but not by
+      gradient.  Checkpoints hold that of replica 0, and all replicas use it when they resume and evaluate.
+    - ``close()`` is called at the end of a run, after which views of the parameters may be of memory that is gone.
 
     Examples
     --------
@@ -147,6 +155,42 @@ class OwnObjective(Protocol):
             The mean loss; or that and the number of samples that are classified correctly.
         dict
             An array for each parameter, in its shape.
+        """
+        ...
+
+
+class Gradients(Protocol):
+    """Takes the gradients of a batch one by one, for ``write_gradient`` of an objective of a user's own.
+
+    Arrays may come in any order; from the last parameter to the first, each leaves at once.
+
+    Examples
+    --------
+    >>> import numpy
+    >>> class LeastSquares:
+    ...     parameters = {"weights": numpy.zeros(3), "bias": numpy.zeros(())}
+    ...
+    ...     def write_gradient(self, parameters, batch, gradients):
+    ...         errors = batch.inputs @ parameters["weights"] + parameters["bias"] - batch.targets[:, 0]
+    ...         errors /= len(errors)
+    ...         gradients.ready("bias", errors.sum())
+    ...         gradients.ready("weights", numpy.matmul(errors, batch.inputs, out=gradients.out("weights")))
+    ...         return (errors**2).sum() * len(errors) / 2
+    """
+
+    def out(self, name: str) -> np.ndarray:
+        """Return memory to compute the gradient of the parameter `name` in, for :meth:`ready`.
+
+        It is float32 in the parameter's shape, and in most settings that which the gradient is pushed from, so that
+        nothing is copied.  Its content is undefined.  Names of parameters that are nested are ``outer/inner``.
+        """
+        ...
+
+    def ready(self, name: str, values: Any) -> None:
+        """Hand over the complete gradient of the parameter `name`, once for each.
+
+        It is copied, or added to those of earlier steps, in one pass: at the latest when ``write_gradient`` returns,
+        and until then `values`, a float array in the parameter's shape, must stay as they are.
         """
         ...
 

@@ -18,6 +18,7 @@ from dbmpi.data.numbered_batches import NumberedBatches
 from dbmpi.data.run_data import RunData, network_notes
 from dbmpi.data.stream import Order, Stream
 from dbmpi.kernels import updates
+from dbmpi.kernels.checks import compile_copies
 from dbmpi.machine.signals import StopSignal
 from dbmpi.monitor.callbacks import Callbacks
 from dbmpi.monitor.progress import RunProgress
@@ -32,6 +33,7 @@ from dbmpi.objective import Outcome
 from dbmpi.paramserver.rules import rule
 from dbmpi.replica.describe import summarise
 from dbmpi.replica.own_objective import OwnModel, OwnReplica
+from dbmpi.replica.own_state import OwnState
 from dbmpi.replica.placement import Placement
 from dbmpi.replica.replica import Replica
 from dbmpi.replica.warmup import agree_on_products, use_layers
@@ -128,6 +130,11 @@ class Session:
     def worker(self) -> int | None:
         """Number of the worker that this rank is."""
         return self.plan.worker_of(self.comms.world.rank)
+
+    @property
+    def objective_state(self) -> OwnState | None:
+        """What an objective of the user's own has beside its parameters."""
+        return self.model.state if isinstance(self.model, OwnModel) else None
 
     def log(self, worker: int) -> WorkerLog:
         """Return the log of a worker, which is this rank."""
@@ -226,6 +233,8 @@ class Session:
         if model.loss is not None:
             model.loss.apply(values, np.zeros(1, np.int32) if self.data.classes else np.zeros_like(values))
         few = np.zeros(1, DTYPE)
+        if isinstance(model, OwnModel):
+            compile_copies(DTYPE)
         if optimizer.method == "downpour":
             applied_rule = rule(optimizer, code=self.run.network.code)
             applied_rule.apply(few, few.copy(), applied_rule.init(few))

@@ -13,10 +13,10 @@ from numpy.typing import DTypeLike
 
 from dbmpi.checkpoint import directory, schema
 from dbmpi.checkpoint.checksums import Mismatch, StoredArray
-from dbmpi.checkpoint.contents import Contents, Foreign, Malformed
+from dbmpi.checkpoint.contents import Contents, Foreign, Malformed, StateArray
 from dbmpi.checkpoint.untrusted import damage, open_file
 from dbmpi.errors import Damaged, UserError
-from dbmpi.index.layout import Layout, Tensor
+from dbmpi.index.layout import Layout
 
 _DIFFERENCES_SHOWN = 6
 _CONVERTED_AT_ONCE = 2**20
@@ -42,7 +42,9 @@ class Checkpoint:
     vectors : tuple of str
         ``"parameters"`` and the names of the rule's state.
     dtype : dtype
-        Of the arrays.
+        Of their arrays.
+    state_arrays : mapping of str to StateArray
+        What an objective of a user's own has beside its parameters: dtypes and shapes by name, empty if nothing.
     has_checksums : bool
         Whether everything is verified when it is read; the first version of the format had no checksums.
     """
@@ -61,6 +63,7 @@ class Checkpoint:
                 self.layout = contents.layout()
                 self.vectors = contents.vectors()
                 self.dtype, self._arrays = contents.arrays(self.layout, self.vectors)
+                self.state_arrays: Mapping[str, StateArray] = contents.objective_state()
                 self.has_checksums = contents.verified
             except Malformed as error:
                 kind = UserError if isinstance(error, Foreign) else Damaged
@@ -129,7 +132,7 @@ class Checkpoint:
         position = 0
         for tensor, first, last in self.layout.pieces(start, stop):
             part = out[position : position + last - first]
-            with self._naming(vector, tensor):
+            with self._naming(f"{schema.group_of(vector)}/{tensor.name}"):
                 _fill(self._arrays[vector, tensor.name], first, self.dtype, part)
             position += last - first
 
@@ -167,14 +170,37 @@ class Checkpoint:
         """
         for vector in self.vectors:
             for tensor in self.layout.tensors:
-                with self._naming(vector, tensor):
+                with self._naming(f"{schema.group_of(vector)}/{tensor.name}"):
                     self._arrays[vector, tensor.name].verify(part, parts)
+        for name, array in self.state_arrays.items():
+            with self._naming(f"{schema.OBJECTIVE_STATE}/{name}"):
+                array.bytes.verify(part, parts)
 
     def parameters(self, dtype: DTypeLike = np.float32) -> np.ndarray:
         """Return all parameters as one flat vector (layout.size,) of this `dtype`."""
         out = np.empty(self.layout.size, dtype=dtype)
         self.read(schema.PARAMETERS, 0, out)
         return out
+
+    def read_state(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Return the elements from `start` to `stop`, in C order, of the array `name` of :attr:`state_arrays`.
+
+        Raises
+        ------
+        Damaged
+            If some of it is not what was written.
+        """
+        array = self.state_arrays[name]
+        values = np.empty(stop - start, array.dtype)
+        with self._naming(f"{schema.OBJECTIVE_STATE}/{name}"):
+            array.bytes.read(start * array.dtype.itemsize, values.view(np.uint8).data)
+        return values
+
+    def objective_state(self) -> dict[str, np.ndarray]:
+        """Return all arrays of :attr:`state_arrays`, by name; raises as :meth:`read_state` does."""
+        return {
+            name: self.read_state(name, 0, array.size).reshape(array.shape) for name, array in self.state_arrays.items()
+        }
 
     def expect(self, layout: Layout, vectors: Sequence[str] = (), what: str = "network") -> None:
         """Raise UserError unless the checkpoint is of this layout, that of a `what`, and holds these vectors."""
@@ -199,14 +225,13 @@ class Checkpoint:
         self.close()
 
     @contextlib.contextmanager
-    def _naming(self, vector: str, tensor: Tensor) -> Iterator[None]:
+    def _naming(self, name: str) -> Iterator[None]:
         """Say which array of which file cannot be read."""
-        name = f"/{schema.group_of(vector)}/{tensor.name}"
-        with damage(self.path, name):
+        with damage(self.path, f"/{name}"):
             try:
                 yield
             except Mismatch as error:
-                raise Damaged(f"{self.path}: {name} is damaged: {error}; use another checkpoint") from None
+                raise Damaged(f"{self.path}: /{name} is damaged: {error}; use another checkpoint") from None
 
     def _difference(self, layout: Layout, what: str) -> str:
         here = {tensor.name: tensor.shape for tensor in self.layout.tensors}

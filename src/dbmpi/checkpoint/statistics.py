@@ -103,6 +103,14 @@ def of_tensor(checkpoint: Checkpoint, vector: str, tensor: Tensor) -> Statistics
     return statistics
 
 
+def of_state(checkpoint: Checkpoint, name: str) -> Statistics:
+    """Return the statistics of the array `name` of the objective's state in a `checkpoint`."""
+    statistics, size = Statistics(), checkpoint.state_arrays[name].size
+    for start in range(0, size, PIECE):
+        statistics.add(checkpoint.read_state(name, start, min(start + PIECE, size)))
+    return statistics
+
+
 def of_dataset(dataset: h5py.Dataset) -> Statistics | str:
     """Return the statistics of a `dataset` of numbers, or why there are none."""
     if dataset.dtype.kind not in "iufb" or dataset.shape is None:

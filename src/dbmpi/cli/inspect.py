@@ -171,6 +171,12 @@ def _checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
                 numbers = {"not_read": "damaged", "damaged": str(error)}
             name = tensor.name if vector == "parameters" else f"{vector}: {tensor.name}"
             arrays.append({"name": name, "shape": tensor.shape, "dtype": str(checkpoint.dtype), **numbers})
+    for name, kind in checkpoint.state_arrays.items():
+        try:
+            numbers = statistics.as_dict(statistics.of_state(checkpoint, name))
+        except Damaged as error:
+            numbers = {"not_read": "damaged", "damaged": str(error)}
+        arrays.append({"name": f"objective state: {name}", "shape": kind.shape, "dtype": str(kind.dtype), **numbers})
     return {
         "kind": "checkpoint",
         "path": str(checkpoint.path),

@@ -32,12 +32,14 @@ from dbmpi.monitor.measures import Rate
 from dbmpi.monitor.progress import RunProgress
 from dbmpi.monitor.records import EvaluationReport, StalenessHistogram
 from dbmpi.monitor.verdict import Recent
-from dbmpi.mpi import waiting
+from dbmpi.mpi import pieces, waiting
 from dbmpi.mpi.mailbox import Message, MessageKind, Role
+from dbmpi.mpi.tags import Tag
 from dbmpi.mpi.topology import Plan
 from dbmpi.objective import Outcome
 from dbmpi.paramserver.server import Tally
 from dbmpi.replica.arrangement import Arrangement
+from dbmpi.replica.own_state import OwnState
 from dbmpi.session import StartingPoint
 
 
@@ -61,6 +63,8 @@ class CheckpointPlan:
     """Describes a checkpoint: :class:`CheckpointInfo` with everything that is the same in all of a run's."""
     remedy: str
     """What a user may do against parameters that are not finite."""
+    state: OwnState | None = None
+    """What an objective of the user's own has beside its parameters."""
 
 
 def _number(bits: int) -> float:
@@ -131,6 +135,8 @@ class Lead(Shard):
         self._pausing = False
         self._seen_version = 0
         self._reported_alive = time.monotonic()
+        self._state = np.empty(0 if checkpoints.state is None else checkpoints.state.nbytes, np.uint8)
+        """That of replica 0 when it last paused."""
         self._attempts = Attempts(checkpoints.section, checkpoints.section.retry_seconds, progress.warn)
         # The state at the start needs no checkpoint.
         self._saved_version = self.version
@@ -152,6 +158,7 @@ class Lead(Shard):
         kind, values = message.kind, message.values
         if kind in (MessageKind.PAUSED, MessageKind.FINISHED):
             replica = self._replica(message.source)
+            self._take_state(replica, message.source)
             self._learned[replica] = values[0]
             self._states[replica] = _State.PAUSED if kind == MessageKind.PAUSED else _State.FINISHED
         elif kind == MessageKind.WARM:
@@ -162,6 +169,7 @@ class Lead(Shard):
             self._end_early(signal.Signals(values[0]).name if values[0] else "a callback has asked for the end")
         elif kind == MessageKind.FAILED:
             replica = self._replica(message.source)
+            self._take_state(replica, message.source)
             self._learned[replica], self._states[replica] = values[0], _State.FINISHED
             self._progress.message(f"replica {replica} has failed: a checkpoint is written, and the run ends")
             self._tell_workers(MessageKind.STOP)
@@ -255,6 +263,12 @@ class Lead(Shard):
         assert worker is not None
         return worker // self._plan.partitions
 
+    def _take_state(self, replica: int, rank: int) -> None:
+        """Receive the state of the objective, which replica 0 sends when it pauses."""
+        if replica == 0 and self._state.size:
+            request = pieces.irecv(self._comm, self._state, rank, Tag.OBJECTIVE_STATE)
+            waiting.complete(request, f"the state of the objective on rank {rank}")
+
     def _tell_workers(self, kind: MessageKind) -> None:
         """Send END or ALIVE to all workers, and another order to the first worker of each replica still running."""
         ranks, partitions = self._plan.worker_ranks, self._plan.partitions
@@ -341,7 +355,12 @@ class Lead(Shard):
             self._comm,
             self._plan.shard_ranks,
             checkpoint_path(checkpoints.directory, steps),
-            ShardPart(checkpoints.arrangement, self.vectors(), self.version),
+            ShardPart(
+                checkpoints.arrangement,
+                self.vectors(),
+                self.version,
+                {} if checkpoints.state is None else checkpoints.state.to_store(self._state),
+            ),
             describe,
             keep=checkpoints.section.keep,
             check=self._check_finite,

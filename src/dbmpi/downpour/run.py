@@ -66,6 +66,8 @@ def learn(session: Session, stack: ExitStack) -> Result:
         flow = Flow.from_config(run.server, run.optimizer, () if replica is None else replica.parameters.parts)
         store = Store(comm, plan, arrangement.ranges, run.server, DTYPE, flow.buffer_size)
     stack.enter_context(store)
+    if isinstance(replica, OwnReplica):
+        stack.callback(replica.free)
     session.compile_kernels()
     shard = lead = worker = None
     with together(comm, "preparing the shards", seconds=waiting.LONG_SECONDS):
@@ -120,6 +122,7 @@ def _lead(session: Session, role: ShardRole, arrangement: Arrangement, progress:
         arrangement=arrangement,
         info=info,
         remedy=_lower(run.optimizer.learning_rate),
+        state=session.objective_state,
     )
     return Lead(role, plan, session.begin, session.order, progress, checkpoints, session.callbacks, session.metrics)
 
@@ -153,6 +156,7 @@ def _work(
         warm_steps=begin.warmstart if replica_number == 0 else 0,
         evaluate_epochs=run.monitor.evaluate_epochs,
         directory=run.run.directory,
+        state=session.objective_state,
         callbacks=session.callbacks,
         remedy=f"{_lower(run.optimizer.learning_rate)}, or look for extreme values in {run.data.called}",
     )
@@ -198,6 +202,8 @@ def _conclude(
     stopped_by = np.array([0 if lead is None else lead.stopped_by])
     waiting.broadcast(comm, stopped_by, 0, "the lead to conclude")
     advice = _advice(comm, worker, shard)
+    if session.objective_state is not None:  # whichever replica evaluates, the outcome is that of the checkpoint
+        session.objective_state.broadcast(comm, session.plan.worker_ranks[0])
     test = None if stopped_by[0] or not data.tested else _test(session, worker, shard)
     if lead is None:
         return session.conclude(None, seconds)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
@@ -20,9 +20,12 @@ from dbmpi.downpour.orders import Orders
 from dbmpi.errors import RunFailed
 from dbmpi.monitor.callbacks import Callbacks, TrainingEvent
 from dbmpi.monitor.worker_log import WorkerLog
+from dbmpi.mpi import waiting
 from dbmpi.mpi.mailbox import MessageKind
+from dbmpi.mpi.tags import Tag
 from dbmpi.objective import Objective, Outcome
 from dbmpi.paramserver.client import Client
+from dbmpi.replica.own_state import OwnState
 from dbmpi.replica.team import Team
 
 
@@ -52,6 +55,8 @@ class Assignment:
     """That of the run."""
     callbacks: Callbacks = field(default_factory=Callbacks)
     """The user's own, for each step."""
+    state: OwnState | None = None
+    """What an objective of the user's own has beside its parameters: the lead gets that of replica 0."""
     remedy: str = ""
     """Advice against a loss that is not finite, for the message of the error."""
 
@@ -156,13 +161,14 @@ class Worker:
     def finish(self) -> int:
         """Report to the lead that all is applied, and wait until it ends training; return the batches learned."""
         self._report()
-        self._say(MessageKind.FINISHED, self._learned)
-        self._orders.wait(lambda: self._orders.ended, "the end of training", longest_sleep=0.01)
+        with self._sending_state():
+            self._say(MessageKind.FINISHED, self._learned)
+            self._orders.wait(lambda: self._orders.ended, "the end of training", longest_sleep=0.01)
         return self._learned
 
     def give_up(self) -> None:
         """Before this worker fails, let the lead write a last checkpoint; return when it has."""
-        with suppress(RunFailed):
+        with suppress(RunFailed), self._sending_state():
             self._client.wait()
             self._orders.send(MessageKind.FAILED, self._learned)
             self._orders.wait(lambda: self._orders.ended, "the lead to write a last checkpoint", longest_sleep=0.01)
@@ -211,12 +217,25 @@ class Worker:
         orders = self._orders
         self._client.wait()
         orders.asked_to_pause = False
-        self._say(MessageKind.PAUSED, self._learned)
-        if self._team.speaks:
-            # The next pause may arrive together with the end of this one, and needs an answer of its own.
-            orders.wait(
-                lambda: not orders.paused or orders.stopping or orders.asked_to_pause, "the lead to write a checkpoint"
-            )
+        with self._sending_state():
+            self._say(MessageKind.PAUSED, self._learned)
+            if self._team.speaks:
+                # The next pause may arrive together with the end of this one, and needs an answer of its own.
+                orders.wait(
+                    lambda: not orders.paused or orders.stopping or orders.asked_to_pause,
+                    "the lead to write a checkpoint",
+                )
+
+    @contextmanager
+    def _sending_state(self) -> Iterator[None]:
+        """Send the lead the state of the objective, which it takes with the message of this block."""
+        state, request = self._assignment.state, None
+        if self._number == 0 and state is not None and state.nbytes:
+            packed = state.pack()
+            request = self._orders.send_array(packed, Tag.OBJECTIVE_STATE)
+        yield
+        if request is not None:
+            waiting.complete(request, "the lead to take the state of the objective")
 
     def _say(self, kind: MessageKind, *values: int) -> None:
         """Send the lead a message about the whole replica, when all partitions have got here."""

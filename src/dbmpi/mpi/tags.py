@@ -26,6 +26,8 @@ class Tag(IntEnum):
     """Outputs for the rank that writes them."""
     INITIAL = 12
     """Initial parameters, from a worker of a user's own loop to the shards."""
+    OBJECTIVE_STATE = 13
+    """What an objective has beside its parameters, from a worker to the lead."""
     LAST_TRANSFER = 30000
     """The largest tag of transfers, which number theirs from 1 on a communicator of their own."""
     DEATHS = 30001

@@ -148,6 +148,8 @@ def load(path: Path, code: Sequence[Path] = (), objective: OwnObjective | None =
         else:
             network = Network(section, info.input_shape, 0, targets=targets, load=from_files(code))
         checkpoint.expect(network.layout, what="network" if described is None else "objective")
+        if isinstance(network, OwnModel) and (state := checkpoint.objective_state()):
+            network.state.load(state, str(checkpoint.path))
         if isinstance(network, Network) and info.classes > network.outputs:
             raise Damaged(
                 f"{checkpoint.path}: /run/classes is {info.classes}, expected at most the {network.outputs} outputs of "

@@ -13,7 +13,7 @@ from dbmpi.kernels import updates
 from dbmpi.loops.agreement import everybody
 from dbmpi.loops.parameter_server import ParameterServer
 from dbmpi.loops.service import Service
-from dbmpi.machine import threads
+from dbmpi.torch import process
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -107,9 +107,7 @@ class Downpour(torch.optim.Optimizer):  # type: ignore[misc]
             )
         self._n_push, self._n_fetch, self._steps = n_push, n_fetch, 0
         self._trained = _trained(self.param_groups)
-        limit = threads.prepare().threads
-        if torch.get_num_threads() > limit:
-            torch.set_num_threads(limit)
+        process.prepare()
         arrays = {name: parameter.detach().numpy() for name, parameter in self._trained.items()}
         self._addresses = {name: parameter.data_ptr() for name, parameter in self._trained.items()}
         self._accrued = {name: np.zeros(array.shape, array.dtype) for name, array in arrays.items() if n_push > 1}
