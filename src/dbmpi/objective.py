@@ -159,10 +159,6 @@ class OwnObjective(Protocol):
         ...
 
 
-Taken_contra = TypeVar("Taken_contra", contravariant=True)
-"""Kind of batch that an objective takes: `Batch`, or `Samples` if it is a user's own."""
-
-
 class Gradients(Protocol):
     """Takes the gradients of a batch one by one, for ``write_gradient`` of an objective of a user's own.
 
@@ -197,6 +193,10 @@ class Gradients(Protocol):
         and until then `values`, a float array in the parameter's shape, must stay as they are.
         """
         ...
+
+
+Taken_contra = TypeVar("Taken_contra", contravariant=True)
+"""Kind of batch that an objective takes: `Batch`, or `Samples` if it is a user's own."""
 
 
 class Objective(Protocol[Taken_contra]):

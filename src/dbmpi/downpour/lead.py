@@ -214,7 +214,8 @@ class Lead(Shard):
             )
         )
         self._progress.evaluation(epoch, outcome.mean_loss, outcome.accuracy, outcome.samples, outcome.metrics)
-        self._call("on_evaluation", self.steps, epoch, outcome.samples, outcome.mean_loss, outcome.accuracy)
+        loss, accuracy, metrics = outcome.mean_loss, outcome.accuracy, outcome.metrics
+        self._call("on_evaluation", self.steps, epoch, outcome.samples, loss, accuracy, None, 0, metrics)
 
     def raise_failure(self) -> None:
         """Raise what a callback has raised while others were at work."""

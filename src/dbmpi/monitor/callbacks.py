@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +31,8 @@ class TrainingEvent(NamedTuple):
     """The checkpoint that was written, in ``on_checkpoint`` and ``on_end``."""
     replica: int = 0
     """The replica whose step it was."""
+    metrics: Mapping[str, float] | None = None
+    """Means of the objective's own metrics over held-out samples, in ``on_evaluation`` and ``on_end``."""
 
 
 class Callbacks:

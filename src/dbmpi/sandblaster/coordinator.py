@@ -344,4 +344,5 @@ class Coordinator:
             )
         )
         self._progress.evaluation(self.epoch, outcome.mean_loss, outcome.accuracy, outcome.samples, outcome.metrics)
-        self._call("on_evaluation", self.steps, self.epoch, outcome.samples, outcome.mean_loss, outcome.accuracy)
+        loss, accuracy, metrics = outcome.mean_loss, outcome.accuracy, outcome.metrics
+        self._call("on_evaluation", self.steps, self.epoch, outcome.samples, loss, accuracy, None, 0, metrics)
