@@ -21,6 +21,7 @@ from dbmpi.errors import UserError
 from dbmpi.kernels.memory import aligned_empty
 from dbmpi.machine import threads
 from dbmpi.objective import Samples
+from dbmpi.runs.gradient_check import check_gradient
 from dbmpi.runs.inference import Inference
 from dbmpi.runs.training import train
 
@@ -123,6 +124,14 @@ def test_replicas_learn_go_on_and_are_evaluated(comm, place, method) -> None:
     if comm.rank == 0:
         assert (np.concatenate(rows).argmax(axis=1) == targets).sum() == outcome.correct
     trained.free()
+
+
+def test_the_gradient_is_compared_with_differences_in_float64(tmp_path):
+    tiny.write_data(tmp_path)
+    run = describe(tmp_path, network={"code": HERE.parent}, objective={"use": "test_jax:Tiny", "dropout": 0.1})
+    findings = list(check_gradient(run))
+    assert [finding.status for finding in findings] == 5 * ["ok"]
+    assert all(float(finding.found.rpartition(" ")[2]) < 1e-7 for finding in findings)
 
 
 def test_what_begins_at_a_line_is_not_copied():
