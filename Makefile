@@ -50,7 +50,7 @@ test-cluster: .venv/.installed-test .venv-mpich/.installed-test
 	DBMPI_CLUSTER_TESTS=1 .venv-mpich/bin/python -m pytest tests/cluster $(PYTEST_ARGS)
 
 test-torch: .venv-torch/.installed-test
-	.venv-torch/bin/python -m pytest tests/parallel/test_torch.py tests/parallel/test_torch_objective.py tests/unit/test_rules.py tests/unit/test_own_loops.py $(PYTEST_ARGS)
+	.venv-torch/bin/python -m pytest tests/parallel/test_torch.py tests/parallel/test_torch_objective.py tests/failure/test_torch_objective.py tests/parallel/test_examples.py tests/unit/test_rules.py tests/unit/test_own_loops.py $(PYTEST_ARGS)
 
 test-jax: .venv-jax/.installed-test
 	.venv-jax/bin/python -m pytest tests/parallel/test_jax.py $(PYTEST_ARGS)

@@ -1,6 +1,6 @@
 """Ratings of films, say: an objective of one's own, and, as a program, samples to try it on.
 
-A sample is a pair of numbers, of a user and of an item; its target is the rating.
+A sample has two inputs, the numbers of a user and of an item; its target is the rating.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Factorisation:
 
     def loss_and_gradient(self, parameters: NamedArrays, batch: Samples) -> tuple[float, NamedArrays]:
         """Return half the mean squared error with the penalty, and its gradient."""
-        users, items = batch.inputs.astype(int).T
+        users, items = batch.inputs["user"], batch.inputs["item"]
         vectors = parameters["vectors"]
         left, right = vectors["users"][users], vectors["items"][items]
         errors = (left * right).sum(axis=1) + parameters["bias"][items] - batch.targets[:, 0]
@@ -55,9 +55,9 @@ class Factorisation:
         errors = self.predict(parameters, batch.inputs) - batch.targets[:, 0]
         return float((errors**2).mean() / 2)
 
-    def predict(self, parameters: NamedArrays, inputs: np.ndarray) -> Any:
-        """Return the rating of each pair in `inputs`, (samples, 2)."""
-        users, items = inputs.astype(int).T
+    def predict(self, parameters: NamedArrays, inputs: dict[str, np.ndarray]) -> Any:
+        """Return the rating of each pair in `inputs`, the numbers of users and of items."""
+        users, items = inputs["user"], inputs["item"]
         vectors = parameters["vectors"]
         return (vectors["users"][users] * vectors["items"][items]).sum(axis=1) + parameters["bias"][items]
 
@@ -81,7 +81,8 @@ def write_ratings(directory: Path, users: int = 60, items: int = 40, rank: int =
     directory.mkdir(exist_ok=True)
     for name, chosen in (("test", slice(0, len(pairs) // 8)), ("train", slice(len(pairs) // 4, None))):
         with h5py.File(directory / f"ratings-{name}.h5", "w") as file:
-            file["inputs"], file["targets"] = pairs[chosen].astype(np.float32), ratings[chosen, None]
+            file["user"], file["item"] = pairs[chosen].T
+            file["targets"] = ratings[chosen]
 
 
 if __name__ == "__main__":

@@ -174,6 +174,7 @@ def portion() -> Drawing:
 
 FOLDERS = (
     ("lead", ("cli",)),
+    ("lead", ("formats",)),
     ("lead", ("runs",)),
     ("worker", ("sandblaster",)),
     ("worker", ("downpour", "torch", "jax")),
@@ -188,6 +189,7 @@ FOLDERS = (
 """Folders of the source from the top to the bottom: each imports only from its own row's folder and from rows below."""
 CONTENTS = {
     "cli": "one file for each command",
+    "formats": "npz, safetensors, ONNX",
     "runs": "training and inference from a description",
     "sandblaster": "section 4.2: coordinator, portions",
     "downpour": "section 4.1: push, fetch",

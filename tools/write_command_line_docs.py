@@ -34,7 +34,7 @@ def text() -> str:
     """Return the whole page."""
     parts = [HEAD]
     for name in main.COMMANDS:
-        command = _below(main._parser([name]))[name]
+        command = _below(main.build_parser([name]))[name]
         parts += _section(command, f"dbmpi {name}")
     return "\n".join(parts)
 

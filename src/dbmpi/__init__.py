@@ -1,6 +1,8 @@
 """DistBelief on MPI: Downpour SGD and Sandblaster over a sharded parameter server.
 
-The description of a run and its start are here: ``dbmpi.load(path)``, ``dbmpi.Run(...)``, ``dbmpi.train(run)``; and
+The description of a run and its start are here: ``dbmpi.load(path)``, ``dbmpi.Run(...)``, ``dbmpi.train(run)``;
+trained networks are used by ``dbmpi.evaluate(checkpoint, data)`` and ``dbmpi.predict(checkpoint, data)``, and read by
+``dbmpi.parameters(checkpoint)``; there are
 the batch methods for a function of one's own: ``dbmpi.minimize(objective, x)``; and the parameter server for a loop of
 one's own: ``dbmpi.ParameterServer(comm, arrays)``, ``dbmpi.serve(shards=1)``, and
 ``dbmpi.torch.Downpour(module.parameters())`` for PyTorch; and ``dbmpi.jax.objective(loss, parameters)`` for JAX.
@@ -15,11 +17,14 @@ from dbmpi.machine import early
 
 if TYPE_CHECKING:
     from dbmpi._minimize import Minimum, minimize
+    from dbmpi.checkpoint.parameters import parameters
     from dbmpi.config import Run, load
     from dbmpi.errors import RunFailed, UserError
+    from dbmpi.formats.export import export
     from dbmpi.loops.parameter_server import ParameterServer
     from dbmpi.loops.service import serve
     from dbmpi.result import Result
+    from dbmpi.runs.prediction import evaluate, predict
     from dbmpi.runs.training import train
 
 early.watch()
@@ -33,8 +38,12 @@ __all__ = [
     "RunFailed",
     "UserError",
     "__version__",
+    "evaluate",
+    "export",
     "load",
     "minimize",
+    "parameters",
+    "predict",
     "serve",
     "train",
 ]
@@ -50,6 +59,10 @@ _HOMES = {
     "serve": "dbmpi.loops.service",
     "Result": "dbmpi.result",
     "train": "dbmpi.runs.training",
+    "export": "dbmpi.formats.export",
+    "evaluate": "dbmpi.runs.prediction",
+    "predict": "dbmpi.runs.prediction",
+    "parameters": "dbmpi.checkpoint.parameters",
 }
 _EXTRAS = ("jax", "torch")
 """Modules that need software of their own, see the extras of these names."""
@@ -62,7 +75,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'dbmpi' has no attribute {name!r}")
     home = _HOMES[name]
-    if home.startswith(("dbmpi.runs.", "dbmpi.loops.", "dbmpi._minimize")):
+    if home.startswith(("dbmpi.runs.", "dbmpi.loops.", "dbmpi.formats.", "dbmpi._minimize")):
         import_module("dbmpi.mpi.load").load()
     globals()[name] = getattr(import_module(home), name)
     return globals()[name]

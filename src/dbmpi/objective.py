@@ -9,7 +9,7 @@ and :class:`OwnObjective`, a user's code that knows named arrays, is made into a
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,10 +35,11 @@ class Batch(NamedTuple):
 
 
 class Samples(NamedTuple):
-    """A batch as an objective of a user's own gets it: **samples first**.  Views, which are not contiguous."""
+    """A batch as an objective of a user's own gets it: **samples first**, and C-contiguous."""
 
-    inputs: np.ndarray
-    """float32 ``(samples, *features)``."""
+    inputs: Any
+    """``(samples, ...)``, float32, or integers of the type that the data have; of several inputs, a dictionary of such
+    arrays by name."""
     targets: np.ndarray
     """int32 ``(samples,)`` for classes, or float32 ``(samples, outputs)`` for values."""
     weights: np.ndarray | None = None
@@ -46,16 +47,10 @@ class Samples(NamedTuple):
     step: int = 0
     """Differs from step to step and from replica to replica, for random numbers."""
 
-    @classmethod
-    def of(cls, batch: Batch, step: int = 0) -> Samples:
-        """Return the samples of a `batch` for this `step`."""
-        return cls(samples_first(batch.inputs), batch.targets.T, batch.weights, step)
-
-
-def samples_first(inputs: np.ndarray) -> np.ndarray:
-    """Return `inputs` (*features, samples) as (samples, *features); a view."""
-    features = inputs.ndim - 1
-    return inputs.transpose(features, *range(features))
+    @property
+    def samples(self) -> int:
+        """Number of samples in the batch."""
+        return len(self.targets)
 
 
 class Outcome(NamedTuple):
@@ -67,11 +62,17 @@ class Outcome(NamedTuple):
     """Sum of the losses of the samples, each times its weight, in float64."""
     correct: int
     """Number of samples whose largest output is that of their class; -1 if the targets are not classes."""
+    sums: tuple[tuple[str, float], ...] = ()
+    """Name of each metric of an objective, with the sum over the samples, for held-out samples."""
 
     def plus(self, other: Outcome) -> Outcome:
         """Return the outcome of the samples of this one and of `other` together."""
         correct = -1 if min(self.correct, other.correct) < 0 else self.correct + other.correct
-        return Outcome(self.samples + other.samples, self.loss + other.loss, correct)
+        sums = self.sums or other.sums
+        if self.sums and other.sums:
+            both = zip(self.sums, other.sums, strict=True)
+            sums = tuple((name, total + more) for (name, total), (_, more) in both)
+        return Outcome(self.samples + other.samples, self.loss + other.loss, correct, sums)
 
     @property
     def mean_loss(self) -> float:
@@ -82,6 +83,11 @@ class Outcome(NamedTuple):
     def are_numbers(self) -> bool:
         """Whether all outputs were numbers: with NaN among them, or an infinite largest one, the loss is not finite."""
         return math.isfinite(self.loss)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Mean of each metric over the samples; empty where the objective has none."""
+        return {name: total / max(self.samples, 1) for name, total in self.sums}
 
     @property
     def accuracy(self) -> float | None:
@@ -108,9 +114,18 @@ class OwnObjective(Protocol):
     The first values of the parameters are an attribute ``parameters``, or what a method ``initial(seed)`` returns:
     float arrays by name, dictionaries of which may be within one another.  They are learned as float32.
 
-    Two methods are optional.  ``evaluate(parameters, batch)`` returns the mean loss of held-out samples, or that and
-    how many of them are classified correctly; without it, their loss is that of ``loss_and_gradient``.
-    ``predict(parameters, inputs)`` returns an array with a row for each sample, for ``dbmpi predict``.
+    These are optional:
+
+    - ``write_gradient(parameters, batch, gradients)`` may take the place of `loss_and_gradient`.  It hands over each
+      array as soon as that is complete, so that it leaves while the others are computed, and returns the loss alone:
+      see :class:`Gradients`.
+    - ``evaluate(parameters, batch)`` returns the mean loss of held-out samples, or that and how many of them are
+      classified correctly; without it, their loss is the one that is learned from.
+    - ``metrics(parameters, batch)`` returns further means over held-out samples, a dictionary of numbers by name.
+    - ``predict(parameters, inputs)`` returns an array with a row for each sample, for ``dbmpi predict``.
+    - ``state`` is a dictionary of NumPy arrays of numbers, which may be nested: what learning changes, but not by
+      gradient.  Checkpoints hold that of replica 0, and all replicas use it when they resume and evaluate.
+    - ``close()`` is called at the end of a run, after which views of the parameters may be of memory that is gone.
 
     Examples
     --------
@@ -144,7 +159,47 @@ class OwnObjective(Protocol):
         ...
 
 
-class Objective(Protocol):
+Taken_contra = TypeVar("Taken_contra", contravariant=True)
+"""Kind of batch that an objective takes: `Batch`, or `Samples` if it is a user's own."""
+
+
+class Gradients(Protocol):
+    """Takes the gradients of a batch one by one, for ``write_gradient`` of an objective of a user's own.
+
+    Arrays may come in any order; from the last parameter to the first, each leaves at once.
+
+    Examples
+    --------
+    >>> import numpy
+    >>> class LeastSquares:
+    ...     parameters = {"weights": numpy.zeros(3), "bias": numpy.zeros(())}
+    ...
+    ...     def write_gradient(self, parameters, batch, gradients):
+    ...         errors = batch.inputs @ parameters["weights"] + parameters["bias"] - batch.targets[:, 0]
+    ...         errors /= len(errors)
+    ...         gradients.ready("bias", errors.sum())
+    ...         gradients.ready("weights", numpy.matmul(errors, batch.inputs, out=gradients.out("weights")))
+    ...         return (errors**2).sum() * len(errors) / 2
+    """
+
+    def out(self, name: str) -> np.ndarray:
+        """Return memory to compute the gradient of the parameter `name` in, for :meth:`ready`.
+
+        It is float32 in the parameter's shape, and in most settings that which the gradient is pushed from, so that
+        nothing is copied.  Its content is undefined.  Names of parameters that are nested are ``outer/inner``.
+        """
+        ...
+
+    def ready(self, name: str, values: Any) -> None:
+        """Hand over the complete gradient of the parameter `name`, once for each.
+
+        It is copied, or added to those of earlier steps, in one pass: at the latest when ``write_gradient`` returns,
+        and until then `values`, a float array in the parameter's shape, must stay as they are.
+        """
+        ...
+
+
+class Objective(Protocol[Taken_contra]):
     """A differentiable function of a flat parameter vector and a batch.
 
     Its parameters may belong to layers, which lie one behind the other in the vector; one without layers has a single
@@ -160,7 +215,7 @@ class Objective(Protocol):
     def loss_and_gradient(
         self,
         parameters: np.ndarray,
-        batch: Batch,
+        batch: Taken_contra,
         gradient: Gradient,
         on_gradient: Callable[[int], None] | None = None,
         *,
@@ -189,6 +244,6 @@ class Objective(Protocol):
         """
         ...
 
-    def evaluate(self, parameters: np.ndarray, batch: Batch) -> Outcome:
+    def evaluate(self, parameters: np.ndarray, batch: Taken_contra) -> Outcome:
         """Return the outcome of `batch` with `parameters`; dropout and the like are off."""
         ...

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
+from dbmpi.errors import UserError
 from dbmpi.objective import Outcome
+
+FilePath: TypeAlias = "str | os.PathLike[str]"
 
 
 @dataclass(frozen=True)
@@ -32,3 +37,25 @@ class Result:
     """What is wrong with the losses that the run ended with, if they make no sense (:mod:`dbmpi.monitor.verdict`)."""
     lost: tuple[int, ...] = ()
     """Replicas of Sandblaster that have died in this session."""
+
+
+def path_of(given: FilePath | Result, what: str = "checkpoint") -> Path:
+    """Return the path that an argument of a user stands for, a result for its last checkpoint.
+
+    Parameters
+    ----------
+    given
+        The argument.
+    what
+        Its name, for the message.
+
+    Raises
+    ------
+    UserError
+        If it is neither a path nor a result.
+    """
+    if isinstance(given, Result):
+        return given.checkpoint
+    if not isinstance(given, str | os.PathLike):
+        raise UserError(f"{what}: given a {type(given).__name__}; expected the path of a file")
+    return Path(given)

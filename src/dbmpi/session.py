@@ -11,12 +11,16 @@ from pathlib import Path
 import numpy as np
 from mpi4py import MPI
 
+from dbmpi.checkpoint.named_arrays import Fill
 from dbmpi.config import Run
 from dbmpi.data.gather import gather
+from dbmpi.data.numbered_batches import NumberedBatches
 from dbmpi.data.run_data import RunData, network_notes
 from dbmpi.data.stream import Order, Stream
 from dbmpi.kernels import updates
+from dbmpi.kernels.checks import compile_copies
 from dbmpi.machine.signals import StopSignal
+from dbmpi.monitor.callbacks import Callbacks
 from dbmpi.monitor.progress import RunProgress
 from dbmpi.monitor.records import Recorder
 from dbmpi.monitor.worker_log import WorkerLog
@@ -29,6 +33,7 @@ from dbmpi.objective import Outcome
 from dbmpi.paramserver.rules import rule
 from dbmpi.replica.describe import summarise
 from dbmpi.replica.own_objective import OwnModel, OwnReplica
+from dbmpi.replica.own_state import OwnState
 from dbmpi.replica.placement import Placement
 from dbmpi.replica.replica import Replica
 from dbmpi.replica.warmup import agree_on_products, use_layers
@@ -97,13 +102,24 @@ class Session:
     begin: StartingPoint
     checkpoint: Path | None
     """Where the parameters are; None if they are fresh."""
+    initial: Fill
+    """Writes fresh parameters: ``initial(start, out)`` those at ``start ... start + len(out)``."""
     data: RunData
+    batches: NumberedBatches | None
+    """What workers learn from."""
+    callbacks: Callbacks
+    """The user's own."""
     stop: StopSignal
     recorder: Callable[[str, int], Recorder]
     """Makes the recorder of a role of that number."""
     watch: Watch
     compiled: Callable[[], object]
     """To be called when everything is compiled."""
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of what is measured of held-out samples beside the loss."""
+        return (self.model.metrics or ()) if isinstance(self.model, OwnModel) else ()
 
     @property
     def shard(self) -> int | None:
@@ -114,6 +130,11 @@ class Session:
     def worker(self) -> int | None:
         """Number of the worker that this rank is."""
         return self.plan.worker_of(self.comms.world.rank)
+
+    @property
+    def objective_state(self) -> OwnState | None:
+        """What an objective of the user's own has beside its parameters."""
+        return self.model.state if isinstance(self.model, OwnModel) else None
 
     def log(self, worker: int) -> WorkerLog:
         """Return the log of a worker, which is this rank."""
@@ -197,7 +218,10 @@ class Session:
             with blocking.blocking("the rest of the result"):
                 comm.Recv([data, MPI.BYTE], 0, Tag.CONCLUSION)
         fields = json.loads(data.tobytes())
-        test = None if fields["test"] is None else Outcome(*fields["test"])
+        test = None
+        if fields["test"] is not None:
+            samples, loss, correct, sums = fields["test"]
+            test = Outcome(samples, loss, correct, tuple((name, total) for name, total in sums))
         checkpoint, lost = Path(fields["checkpoint"]), tuple(fields["lost"])
         return Result(**fields | {"seconds": seconds, "test": test, "checkpoint": checkpoint, "lost": lost})
 
@@ -209,6 +233,8 @@ class Session:
         if model.loss is not None:
             model.loss.apply(values, np.zeros(1, np.int32) if self.data.classes else np.zeros_like(values))
         few = np.zeros(1, DTYPE)
+        if isinstance(model, OwnModel):
+            compile_copies(DTYPE)
         if optimizer.method == "downpour":
             applied_rule = rule(optimizer, code=self.run.network.code)
             applied_rule.apply(few, few.copy(), applied_rule.init(few))

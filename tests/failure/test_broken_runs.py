@@ -185,10 +185,17 @@ def test_an_exception_of_one_rank_ends_the_job_with_its_traceback(
     assert "ZeroDivisionError: sabotage" in done.stderr
 
 
-def test_what_was_learned_is_written_before_a_worker_fails(jobs: Jobs) -> None:
-    """Although no checkpoint was due."""
-    target = "dbmpi.downpour.worker Worker load 10"
-    done = sabotaged(jobs, "raise", 2, target, "checkpoint.every_seconds=0", ALWAYS)
+@pytest.mark.parametrize(
+    ("target", "settings"),
+    [
+        ("dbmpi.downpour.worker Worker load 10", ()),
+        ("dbmpi.paramserver.client Client push 41", ("server.consistent=true", "server.overlap=threads")),
+    ],
+    ids=["between steps", "half a push"],
+)
+def test_what_was_learned_is_written_before_a_worker_fails(jobs: Jobs, target: str, settings: tuple[str, ...]) -> None:
+    """Although no checkpoint was due; and although shards wait for the other half of a push before they apply it."""
+    done = sabotaged(jobs, "raise", 2, target, "checkpoint.every_seconds=0", ALWAYS, *settings)
     assert_failed(done, "rank 2 failed and ends the job:")
     with jobs.checkpoint() as checkpoint:
         assert checkpoint.info.step >= 10

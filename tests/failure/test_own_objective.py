@@ -58,6 +58,41 @@ def test_an_exception_in_it_ends_the_job_with_its_traceback(jobs: Jobs, ranks, m
         jobs.assert_whole()
 
 
+CALLBACK = """
+import dbmpi
+from mpi4py import MPI
+
+class Failing:
+    calls = 0
+
+    def METHOD(self, event):
+        self.calls += 1
+        if self.calls == 2 and MPI.COMM_WORLD.rank == RANK:
+            raise ZeroDivisionError("one event too many")
+
+dbmpi.train(dbmpi.load("config.toml"), callbacks=Failing())
+"""
+
+
+@pytest.mark.parametrize(
+    ("method", "callback", "rank"),
+    [("downpour", "on_step", 2), ("downpour", "on_evaluation", 0), ("sandblaster", "on_step", 0)],
+)
+def test_an_exception_in_a_callback_ends_the_job_with_its_traceback(jobs: Jobs, method, callback, rank) -> None:
+    """And what was learned before is kept, also where it is the lead that fails."""
+    configuration = (jobs.directory / "config.toml").read_text().replace("evaluate_epochs = 0", "evaluate_epochs = 1")
+    configuration = configuration.replace("epochs = 2", f"epochs = 100000\nmethod = {method!r}")
+    (jobs.directory / "config.toml").write_text(configuration)
+    (jobs.directory / "mine.py").write_text(CALLBACK.replace("METHOD", callback).replace("RANK", str(rank)))
+    done = jobs.launch(3, [sys.executable, "mine.py"], cwd=jobs.directory)
+    assert done.returncode != 0, done.transcript
+    assert 'raise ZeroDivisionError("one event too many")' in done.output, done.transcript
+    assert done.seconds < SECONDS * timeout_scale(), done.transcript
+    assert not done.left
+    with jobs.checkpoint() as checkpoint:
+        assert np.isfinite(checkpoint.parameters()).all()
+
+
 def test_a_checkpoint_runs_no_code_that_is_not_allowed(jobs: Jobs) -> None:
     (jobs.directory / "config.toml").write_text(CONFIGURATION)
     (jobs.directory / "mine.py").write_text(MINE.replace("self.calls == 20", "False"))

@@ -11,6 +11,7 @@ from parallel import tiny
 from parallel.test_paramserver import WAYS, Served
 
 from dbmpi.config import ServerSection
+from dbmpi.data.numbered_batches import NumberedBatches
 from dbmpi.data.source import Source
 from dbmpi.data.stream import Order
 from dbmpi.downpour.algorithm import downpour
@@ -113,8 +114,7 @@ def test_downpour_learns_a_hand_written_objective(comm, place, server, n_push) -
             ):
                 assignment = Assignment(
                     replica=replica,
-                    order=order,
-                    train=train,
+                    train=NumberedBatches(train, order),
                     test=train,
                     directory=place,
                 )

@@ -8,16 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 from parallel import own_objectives, tiny
-from parallel.own_objectives import Plane, Softmax
+from parallel.own_objectives import Measured, Plane, Softmax, Wrong
 from parallel.test_mistakes import assert_told_once
 
+import dbmpi
 from dbmpi.checkpoint.reader import Checkpoint
 from dbmpi.config import Run
+from dbmpi.data.reading import Reading
 from dbmpi.data.source import Source
 from dbmpi.data.stream import Order
 from dbmpi.errors import RunFailed, UserError
+from dbmpi.monitor.records import read_records
 from dbmpi.mpi import waiting
-from dbmpi.objective import Samples
 from dbmpi.runs.inference import Inference
 from dbmpi.runs.training import train
 
@@ -47,7 +49,7 @@ def describe(directory: Path, **sections) -> Run:
 
 def twin(run: Run, objective: Plane) -> np.ndarray:
     """Return the parameters that one worker learns by SGD or Adagrad, in a loop over the same batches."""
-    with Source.open(run.data.train, 100) as source:
+    with Source.open(run.data.train, 100, reading=Reading(own=True)) as source:
         order = Order(SAMPLES, run.optimizer.batch_size, run.optimizer.epochs, run.run.seed)
         first = objective.initial(run.run.seed)
         values = {"slope/weights": first["slope"]["weights"], "bias": first["bias"]}
@@ -55,8 +57,7 @@ def twin(run: Run, objective: Plane) -> np.ndarray:
         sums = {name: np.zeros_like(value) for name, value in found.items()}
         for number in range(order.batches):
             named = {"slope": {"weights": found["slope/weights"]}, "bias": found["bias"]}
-            samples = Samples.of(source.batch(order.indices(number)))
-            _, gradient = objective.loss_and_gradient(named, samples)
+            _, gradient = objective.loss_and_gradient(named, source.batch(order.indices(number)))
             for name, value in (("slope/weights", gradient["slope"]["weights"]), ("bias", gradient["bias"])):
                 single, rate = np.float32(value), np.float32(run.optimizer.learning_rate)
                 if run.optimizer.rule == "sgd":
@@ -134,12 +135,28 @@ def test_several_replicas_find_the_plane(comm, plane, method) -> None:
 
 
 @pytest.mark.parallel([1, 3])
-def test_classes_are_counted(comm, place) -> None:
-    run = describe(place, optimizer={"epochs": 10, "learning_rate": 0.5})
-    result = train(run, comm, objective=Softmax())
+@pytest.mark.parametrize("method", ["downpour", "sandblaster"])
+def test_classes_and_metrics_are_those_of_all_held_out_samples(comm, place, method) -> None:
+    """Also where the batches differ in size, and whoever computes them."""
+    settings = {"epochs": 10, "learning_rate": 0.5, "method": method}
+    topology = {"shards": 1, "colocate": True}
+    run = describe(place, optimizer=settings, topology=topology, monitor={"evaluate_epochs": 3})
+    result = train(run, comm, objective=Measured())
     assert result.test is not None
     assert result.test.accuracy is not None
     assert result.test.accuracy > 0.9
+    with Source.open(place / "test.h5", 100, reading=Reading(own=True)) as source:
+        samples = source.batch(np.arange(tiny.TEST_SAMPLES))
+    expected = pytest.approx(Measured().metrics(dbmpi.parameters(result), samples), rel=1e-5)
+    assert result.test.metrics == expected
+    assert [*result.test.metrics] == ["surest", "of-class-0"]
+    assert dbmpi.evaluate(result, place / "test.h5", comm, objective=Measured(), batch_size=5).metrics == expected
+    waiting.barrier(comm, "the records")
+    records = [record for record in read_records(place / "run") if record["kind"] == "evaluation"]
+    assert len(records) > 1
+    assert records[-1]["metrics"] == expected
+    for record in records:
+        assert record["metrics"]["of-class-0"] == pytest.approx((samples.targets == 0).mean())
 
 
 @pytest.mark.parallel([1, 3])
@@ -149,17 +166,46 @@ def test_a_checkpoint_is_evaluated_and_predicts_with_code_that_is_allowed(comm, 
     result = train(run, comm)
     with pytest.raises(UserError, match=r"the objective is of type 'own_objectives:Plane'|rank 0 reports"):
         Inference(run.run.directory, comm)
-    trained = Inference(run.run.directory, comm, code=[Path(own_objectives.__file__)], batch_size=7)
-    with Source.open(plane / "test.h5", 100) as source:
-        outcome = trained.evaluate(source)
-        rows = np.concatenate([np.empty((0, 1)), *(rows for _, rows in trained.predict(source))])
-        inputs = source.inputs(np.arange(SAMPLES))
-    trained.free()
+    test = plane / "test.h5"
+    with Source.open(test, 100, reading=Reading(own=True)) as source:
+        inputs, targets, *_ = source.batch(np.arange(SAMPLES))
+    parameters = dbmpi.parameters(result)
     assert result.test is not None
-    assert outcome.mean_loss == pytest.approx(result.test.mean_loss, rel=1e-5)
-    if comm.rank == 0:
-        parameters = tiny.vectors(result.checkpoint)["parameters"]
-        np.testing.assert_allclose(rows[:, 0], parameters[:-1] @ inputs + parameters[-1], rtol=1e-4, atol=1e-4)
+    for usual in ({"allow_code": [own_objectives.__file__]}, {"objective": Plane()}):
+        outcome = dbmpi.evaluate(result, str(test), comm, batch_size=7, **usual)
+        rows = dbmpi.predict(run.run.directory, test, comm, batch_size=7, **usual)
+        assert comm.allgather(outcome)[0] == outcome
+        assert outcome.mean_loss == pytest.approx(result.test.mean_loss, rel=1e-5)
+        assert (rows is None) == (comm.rank > 0)
+        for data in ((inputs, targets), lambda: (inputs, targets)):
+            assert dbmpi.evaluate(result, data, comm, batch_size=7, **usual) == outcome
+        again = dbmpi.predict(result, inputs, comm, batch_size=7, **usual)
+        assert (again is None) if rows is None else np.array_equal(again, rows)
+        if rows is not None:
+            expected = inputs @ parameters["slope/weights"] + parameters["bias"]
+            np.testing.assert_allclose(rows[:, 0], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parallel([1, 3])
+def test_what_cannot_be_evaluated_or_predicted_is_refused_on_all_ranks(comm, plane) -> None:
+    result = train(describe(plane, optimizer={"epochs": 1}), comm, objective=Plane())
+    test = plane / "test.h5"
+    for call, words in (
+        (
+            lambda: dbmpi.evaluate(result, test, comm, objective=Plane(9)),
+            "slope/weights is 6 in the file and 9 in the obj",
+        ),
+        (lambda: dbmpi.evaluate(result, test, comm, objective=Plane(), partitions=comm.size + 1), "cannot be replicas"),
+        (lambda: dbmpi.evaluate(result, None, comm, objective=Plane()), "data: 'inputs' is NoneType"),
+        (lambda: dbmpi.evaluate(test, test, comm), "not a whole checkpoint"),
+        (lambda: dbmpi.evaluate(result, test, comm, objective=Plane(), batch_size=0), "batch_size: given 0"),
+        (lambda: dbmpi.predict(result, test, comm, objective=Softmax()), "another objective"),
+        (lambda: dbmpi.predict(result, test, comm, objective=Wrong("width"), batch_size=9), "predict returned rows of"),
+    ):
+        with pytest.raises(UserError) as raised:
+            call()
+        told = [text for text in comm.allgather(str(raised.value)) if words in text]
+        assert len(told) == 1, raised.value
 
 
 MISTAKES = {
@@ -176,6 +222,7 @@ MISTAKES = {
     "complex": ("bias is an array of complex128",),
     "loss alone": ("loss_and_gradient returned", "expected two things"),
     "loss of each sample": ("for the loss; expected a number",),
+    "metrics": ("metrics returned list [1.0]", "expected a dictionary of numbers by name"),
     "writing": ("fails when it is tried on the first batch", "read-only"),
 }
 
@@ -221,7 +268,55 @@ def test_different_objectives_on_different_ranks_are_refused(comm, plane) -> Non
 
 
 @pytest.mark.parallel([1])
-def test_a_gradient_that_is_not_finite_ends_the_run(comm, plane) -> None:
+def test_a_gradient_that_is_not_finite_ends_the_run_unless_a_point_is_only_tried(comm, plane) -> None:
+    sections = {"optimizer": {"method": "sandblaster", "epochs": 40}, "run": {"directory": plane / "tried"}}
+    result = train(describe(plane, **sections), comm, objective=Wrong("infinite far away"))
+    assert result.test is not None
+    assert result.test.mean_loss < 0.02
     run = describe(plane)
     with pytest.raises(RunFailed, match="the loss is finite, but the gradient of 'bias' is not"):
-        train(run, comm, objective=own_objectives.Wrong("infinite"))
+        train(run, comm, objective=Wrong("infinite"))
+
+
+@pytest.mark.parallel([1, 3])
+def test_a_run_begins_with_given_values(comm, plane) -> None:
+    """From a dictionary, from a file, and from another run; both optimizers; and a run that resumes ignores them."""
+    random = np.random.default_rng(7)
+    values = {"slope": {"weights": random.normal(size=FEATURES)}, "bias": random.normal(size=())}
+    expected = np.float32([*values["slope"]["weights"], values["bias"]])
+    hardly = {"rule": "sgd", "learning_rate": 1e-30, "epochs": 1}
+    shards = {"shards": max(1, comm.size - 1), "replicas": 1, "colocate": comm.size == 1}
+    settled = {"optimizer": hardly, "topology": shards}
+    result = train(describe(plane, **settled), comm, objective=Plane(), initial=values)
+    np.testing.assert_array_equal(tiny.vectors(result.checkpoint)["parameters"], expected)
+    if comm.rank == 0:
+        np.savez(plane / "some.npz", **{"slope.weights": values["slope"]["weights"]})
+    waiting.barrier(comm, "the file")
+    again = {"run": {"directory": plane / "again", "initial": plane / "some.npz"}}
+    with pytest.raises(UserError, match=r"'bias' of shape \(1,\) is missing|rank 0 reports"):
+        train(describe(plane, **settled, **again), comm, objective=Plane())
+    again["run"]["initial_names"] = "some"
+    some = train(describe(plane, **settled, **again), comm, objective=Plane())
+    np.testing.assert_array_equal(dbmpi.parameters(some)["slope/weights"], expected[:-1])
+    assert abs(dbmpi.parameters(some)["bias"][0]) < 1e-20
+    again["run"]["initial"] = plane / "removed"
+    more = {"optimizer": hardly | {"epochs": 2}, "topology": shards}
+    resumed = train(describe(plane, **more, **again), comm, objective=Plane())
+    np.testing.assert_array_equal(dbmpi.parameters(resumed)["slope/weights"], expected[:-1])
+    method = {"optimizer": {"method": "sandblaster"}, "run": {"directory": plane / "batch", "initial": plane / "run"}}
+    train(describe(plane, topology=shards, **method), comm, objective=Plane())
+    with Source.open(plane / "train.h5", 100, reading=Reading(own=True)) as source:
+        samples = source.batch(np.arange(SAMPLES))
+    loss, _ = Plane().loss_and_gradient({"slope": {"weights": expected[:-1]}, "bias": expected[-1]}, samples)
+    first = next(record for record in read_records(plane / "batch") if record["kind"] == "batch")
+    assert first["loss"] == pytest.approx(loss, rel=1e-5)
+
+
+@pytest.mark.parallel([3])
+def test_ranks_that_would_begin_differently_are_refused(comm, plane) -> None:
+    values = {"slope": {"weights": np.full(FEATURES, float(comm.rank == 2))}, "bias": np.zeros(())}
+    for given in (values, {} if comm.rank == 1 else None):
+        with pytest.raises(UserError) as raised:
+            train(describe(plane), comm, objective=Plane(), initial=given)
+        told = [text for text in comm.allgather(str(raised.value)) if "the arrays differ" in text]
+        assert len(told) == 1, raised.value

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
+import re
+import sys
 import time
 from pathlib import Path
 
@@ -302,13 +303,12 @@ def test_serve_is_called_once_and_alike(comm):
     waiting.barrier(comm, "the other rank")
 
 
-@pytest.mark.parallel([1, 3])
-def test_the_example(comm, capsys):
-    path = Path(__file__).parents[2] / "examples" / "own_loop.py"
-    spec = importlib.util.spec_from_file_location("own_loop", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.main()
-    if comm.rank == comm.size - 1:
-        error = float(capsys.readouterr().out.rpartition(" ")[2])
-        assert error < 0.01  # of ratings whose variance is 5
+@pytest.mark.parametrize(
+    ("script", "ranks"), [("ratings_loop", None), ("ratings_downpour", None), ("ratings_downpour", 3)]
+)
+def test_the_converted_script(launch, script, ranks):
+    done = launch(ranks, [sys.executable, str(Path(__file__).parents[2] / "examples" / f"{script}.py")], 60)
+    assert done.returncode == 0, done.transcript
+    errors = re.findall(r"mean squared error (\S+)", done.stdout)
+    assert len(errors) == (1 if ranks is None else ranks - 1), done.transcript
+    assert max(map(float, errors)) < 0.05  # of ratings whose variance is 5, with noise of 0.01

@@ -21,6 +21,8 @@ from dbmpi.torch import Downpour  # noqa: E402
 
 pytestmark = pytest.mark.timeout(120)
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
 
 class Net(nn.Module):
     """Convolution, batch normalisation, and a weight that is used twice."""
@@ -181,6 +183,41 @@ def test_frozen_parameters_and_buffers_stay(comm, shards):
 
 
 @pytest.mark.parallel([1, 2])
+def test_gradients_lie_where_they_are_pushed_from(comm, shards):
+    """What happens to them before a step is pushed, as PyTorch's own optimizers see it."""
+    if shards:
+        return
+    net = Net()
+    theirs = copy.deepcopy(net)
+    optimizer = Downpour(net.named_parameters(), rule="sgd", learning_rate=0.1)
+    sgd = torch.optim.SGD(theirs.parameters(), lr=0.1)
+    found = []
+    for number, to_none in enumerate((True, True, False, False, True)):
+        for each, model in ((optimizer, net), (sgd, theirs)):
+            each.zero_grad(set_to_none=to_none)
+            for _ in range(1 + number % 2):  # of several backward passes, gradients add up
+                loss_of(model, number).backward()
+            if number == 2:
+                nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+            if number == 4:
+                model.last.bias.grad = torch.ones(3)
+            found.append([parameter.grad.data_ptr() for parameter in net.parameters()])
+            each.step()
+    for name, value in theirs.state_dict().items():
+        assert torch.allclose(net.state_dict()[name], value, atol=1e-6), name
+    assert found[:8] == found[:1] * 8
+    before = net.one.weight.detach().clone()
+    optimizer.zero_grad()
+    loss_of(net, 0).backward()
+    net.one.weight.grad[0, 2] = float("nan")
+    with pytest.raises(UserError, match=r"the gradient of 'one.weight' is not finite: its element \[0, 2\] is nan"):
+        optimizer.step()
+    assert torch.equal(net.one.weight, before)
+    optimizer.close()
+    assert net.one.weight.grad is None
+
+
+@pytest.mark.parallel([1, 2])
 def test_gradients_of_other_forms(comm, shards):
     """Sparse ones, and parameters that lie otherwise in memory."""
     if shards:
@@ -242,15 +279,33 @@ def test_workers_with_different_modules_are_refused(comm):
     Service.current.leave()
 
 
-@pytest.mark.parametrize("ranks", [None, 3])
-def test_the_converted_script(launch, ranks):
+@pytest.mark.parametrize(
+    ("script", "ranks"),
+    [
+        ("images_loop", None),
+        ("images_downpour", None),
+        ("images_downpour", 3),
+        ("text_loop", None),
+        ("text_downpour", 3),
+    ],
+)
+def test_the_converted_scripts(launch, tmp_path, script, ranks):
+    """Each learns what the one that it was made of learns; each worker says so, and one of them saves."""
     pytest.importorskip("sklearn")
-    path = Path(__file__).parents[2] / "examples" / "torch_downpour.py"
-    done = launch(ranks, [sys.executable, str(path)], 90)
+    options = ("--save", str(tmp_path / "saved.pt"), "--epochs", "6") if "images" in script else ("--steps", "200")
+    done = launch(ranks, [sys.executable, str(EXAMPLES / f"{script}.py"), *options], 90)
     assert done.returncode == 0, done.transcript
-    found = re.findall(r"accuracy (\S+)", done.stdout)
-    assert len(found) == (1 if ranks is None else ranks - 1), done.transcript
-    assert min(map(float, found)) > 0.6
+    workers = 1 if ranks is None else ranks - 1
+    if "images" in script:
+        accuracies = re.findall(r"epoch 6: accuracy (\S+)", done.stdout)
+        assert len(accuracies) == workers, done.transcript
+        assert min(map(float, accuracies)) > 0.8
+        assert torch.load(tmp_path / "saved.pt", weights_only=True)["classes.2.bias"].shape == (10,)
+    else:
+        losses = re.findall(r"loss of the rest (\S+)", done.stdout)
+        assert len(losses) == workers, done.transcript
+        assert len(set(losses)) == 1  # of the final parameters
+        assert float(losses[0]) < 3  # of 4.6 for characters that are equally frequent
 
 
 @pytest.mark.parallel([1])

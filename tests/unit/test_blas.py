@@ -208,14 +208,16 @@ def test_a_blas_as_slow_as_none_is_named(node: Path, monkeypatch: pytest.MonkeyP
     ],
 )
 def test_what_is_kept_is_not_trusted(node: Path, text: str) -> None:
-    blas._file().write_text(text)
+    blas.answer_file().write_text(text)
     assert blas.remembered() is None
 
 
 def test_keeps_what_was_measured(node: Path) -> None:
     blas.remember(FOUND)
     assert blas.remembered() == FOUND
-    assert [file.name for file in blas._file().parent.iterdir()] == [blas._file().name], "something was left over"
+    file = blas.answer_file()
+    assert file is not None
+    assert list(file.parent.iterdir()) == [file], "something was left over"
 
 
 def test_only_one_process_probes(node: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,7 +232,7 @@ def test_only_one_process_probes(node: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(blas, "probe", probe)
     answers: list[blas.Choice] = []
-    ranks = [threading.Thread(target=lambda: answers.append(blas._decide({}))) for _ in range(4)]
+    ranks = [threading.Thread(target=lambda: answers.append(blas.decide({}))) for _ in range(4)]
     for rank in ranks:
         rank.start()
     assert started.wait(30)
@@ -244,7 +246,7 @@ def test_only_one_process_probes(node: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_does_not_wait_for_ever_for_another_process(node: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blas, "_WAIT_SECONDS", 0.1)
     monkeypatch.setattr(blas, "probe", lambda *_: pytest.fail("nothing was to be probed"))
-    with kernel_cache.locked(blas._file().with_suffix(".lock"), 5) as mine:
+    with kernel_cache.locked(blas.answer_file().with_suffix(".lock"), 5) as mine:
         assert mine
         choice = blas.prepare()
     assert choice.kernel is None

@@ -40,13 +40,13 @@ def test_the_least_of_what_limits_a_process_is_available(tmp_path, monkeypatch):
     (tmp_path / "job" / "memory.max").write_text("1000\n")
     (tmp_path / "job" / "memory.current").write_text("900\n")
     (tmp_path / "job" / "memory.stat").write_text("anon 600\ninactive_file 200\nactive_file 50\n")
-    found = list(capacity._of_group(tmp_path, tmp_path / "cgroup"))
+    found = list(capacity.of_group(tmp_path, tmp_path / "cgroup"))
     assert found == [1000 - 900 + 250]
     (tmp_path / "cgroup").write_text("5:cpu,memory:/old\n3:freezer:/old\n")
     (tmp_path / "memory" / "old").mkdir(parents=True)
     (tmp_path / "memory" / "old" / "memory.limit_in_bytes").write_text("700\n")
     (tmp_path / "memory" / "old" / "memory.usage_in_bytes").write_text("300\n")
-    assert list(capacity._of_group(tmp_path, tmp_path / "cgroup")) == [400]
+    assert list(capacity.of_group(tmp_path, tmp_path / "cgroup")) == [400]
 
 
 def test_limits_of_the_process_count():

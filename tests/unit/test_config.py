@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from dbmpi import config
 from dbmpi.config import Run, load
+from dbmpi.config.reading import read
 from dbmpi.errors import UserError
 
 SMALLEST = """
@@ -33,7 +34,7 @@ def file(tmp_path: Path) -> Path:
 
 def refusal(path: Path, *overrides: str) -> str:
     with pytest.raises(UserError) as raised:
-        load(path, overrides)
+        read(path, overrides)
     return str(raised.value)
 
 
@@ -180,7 +181,6 @@ def test_a_description_is_frozen(file: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "told"),
     [
-        ({}, "Run: 'data' is missing: "),
         (
             {"optimizer": {"learning_rat": 1.0}},
             "Run: unknown key 'optimizer.learning_rat'; did you mean 'learning_rate'?",
@@ -193,7 +193,7 @@ def test_a_description_is_frozen(file: Path) -> None:
 def test_mistakes_in_python_are_told_as_those_in_a_file(values: dict[str, Any], told: str) -> None:
     whole = {"data": {"train": "train.h5"}, "network": {"layers": [{"units": 3}]}}
     with pytest.raises(UserError) as raised:
-        Run(**(whole | values if values else {}))
+        Run(**whole | values)
     assert told in str(raised.value)
     assert "pydantic" not in str(raised.value)
 
@@ -322,9 +322,13 @@ def test_the_value_that_was_given_is_shown(file: Path) -> None:
 def test_what_is_missing_is_explained(file: Path) -> None:
     file.write_text("[network]\n")
     message = refusal(file)
-    assert "'data' is missing" in message
     assert "'network.layers' is missing" in message
-    assert "'data.train' is missing: HDF5 file with the training samples" in refusal(file, "data.test=x.h5")
+
+
+def test_an_objective_may_be_given_later(file: Path) -> None:
+    file.write_text('[data]\ntrain = "train.h5"\n')
+    assert load(file).network.layers == ()
+    assert "'network.layers' is missing" in refusal(file)
 
 
 def test_networks_that_make_no_sense_are_explained(file: Path) -> None:

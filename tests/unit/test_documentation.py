@@ -54,7 +54,7 @@ def test_the_page_of_commands_has_every_option():
     sections = dict(re.findall(r"^## `dbmpi ([a-z ]+)`\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL))
     assert {words.split()[0] for words in sections} == set(main.COMMANDS)
     for words, section in sections.items():
-        parser = main._parser(words.split())
+        parser = main.build_parser(words.split())
         for word in words.split():
             parser = next(a.choices for a in parser._actions if isinstance(a.choices, dict))[word]
         options = set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", parser.format_help())) - {"-h", "--help", "--"}

@@ -14,12 +14,12 @@ from unit.checkpoint_files import as_version_1, make_info
 
 from dbmpi.checkpoint.directory import checkpoint_path
 from dbmpi.checkpoint.writer import CheckpointWriter
-from dbmpi.cli import options
 from dbmpi.cli.main import main
 from dbmpi.data.source import Source
 from dbmpi.index.layout import Layout, Tensor
 from dbmpi.kernels import compile as compiling
 from dbmpi.machine import threads
+from dbmpi.runs import prediction
 
 ACTIVATIONS = {
     "sigmoid": special.expit,
@@ -247,10 +247,10 @@ def test_values_that_are_no_numbers_are_warned_of(tmp_path, capsys):
 
 
 def test_a_file_larger_than_the_memory_budget(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(options, "MEMORY_MIB", 1)
+    monkeypatch.setattr(prediction, "MEMORY_MIB", 1)
     tensors = train(tmp_path / "run")
     inputs, _ = make_data(tmp_path / "data.h5", samples=30_000)
-    with Source.open(tmp_path / "data.h5", options.MEMORY_MIB) as source:
+    with Source.open(tmp_path / "data.h5", prediction.MEMORY_MIB) as source:
         assert not source.resident
     run(capsys, "predict", tmp_path / "run", "--data", tmp_path / "data.h5", "--out", tmp_path / "out.h5")
     with h5py.File(tmp_path / "out.h5") as file:

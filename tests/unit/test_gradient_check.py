@@ -65,7 +65,7 @@ def test_a_wrong_one_is_found_with_its_worst_element(tmp_path, wrong, broken):
         assert given == pytest.approx(slope + 0.01, rel=1e-4)
 
 
-def test_the_command(tmp_path, capsys):
+def test_the_command(tmp_path, capsys, monkeypatch):
     run = described(tmp_path, "Commanded", wrong="bias")
     config = tmp_path / "run.toml"
     config.write_text(f'[data]\ntrain = "{run.data.train}"\n[objective]\nuse = "commanded:Commanded"\nwrong = "bias"\n')
@@ -76,6 +76,11 @@ def test_the_command(tmp_path, capsys):
     config.write_text(config.read_text().replace('wrong = "bias"', "single = true"))
     assert main(["doctor", "--objective", str(config)]) == 0
     assert "the gradient fits the loss" in capsys.readouterr().out
+    for rank, said in (("1", ""), ("0", "the gradient fits the loss")):
+        monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+        monkeypatch.setenv("OMPI_COMM_WORLD_RANK", rank)
+        assert main(["doctor", "--objective", str(config)]) == 0
+        assert (said in capsys.readouterr().out) if said else capsys.readouterr().out == ""
 
 
 def test_a_network_is_not_checked(tmp_path):

@@ -32,6 +32,7 @@ ORDER = (
     ("session",),
     ("downpour", "jax", "sandblaster", "torch"),
     ("runs",),
+    ("formats",),
     ("cli",),
     ("__main__",),
 )
@@ -52,7 +53,7 @@ WITHOUT_MPI = (
     "dbmpi.data.source",
     "dbmpi.data.stream",
 )
-HEAVY = ("numpy", "mpi4py", "numba", "h5py", "scipy", "matplotlib", "pydantic", "rich", "sklearn")
+HEAVY = ("numpy", "mpi4py", "numba", "h5py", "scipy", "matplotlib", "pydantic", "rich", "sklearn", "onnx")
 PICKLING = {
     *("send", "recv", "bsend", "ssend", "isend", "irecv", "ibsend", "issend", "sendrecv", "mprobe", "improbe"),
     *("bcast", "gather", "scatter", "allgather", "alltoall", "reduce", "allreduce", "scan", "exscan"),
@@ -232,7 +233,7 @@ def commands() -> Iterator[list[str]]:
 
     yield []
     for name in main.COMMANDS:
-        yield from below(choices(main._parser([name]))[name], [name])
+        yield from below(choices(main.build_parser([name]))[name], [name])
 
 
 def below(parser: argparse.ArgumentParser, words: list[str]) -> Iterator[list[str]]:

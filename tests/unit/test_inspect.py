@@ -56,7 +56,7 @@ def test_statistics_in_pieces_are_those_of_the_whole(parts, offset):
 @given(shape=st.lists(st.integers(0, 7), max_size=4).map(tuple), elements=st.integers(1, 50))
 def test_boxes_cover_an_array_once(shape, elements):
     count = np.zeros(shape, int)
-    for box in statistics._boxes(shape, (1,) * len(shape), elements):
+    for box in statistics.boxes_of(shape, (1,) * len(shape), elements):
         assert count[box].size <= elements
         count[box] += 1
     assert (count == 1).all()
@@ -69,7 +69,7 @@ def test_boxes_cover_an_array_once(shape, elements):
 def test_boxes_of_whole_chunks_cover_an_array_once(sides, elements):
     shape, chunks = zip(*sides, strict=True)
     count = np.zeros(shape, int)
-    for box in statistics._boxes(shape, chunks, elements):
+    for box in statistics.boxes_of(shape, chunks, elements):
         assert count[box].size <= max(elements, math.prod(chunks))
         for part, chunk, length in zip(box, chunks, shape, strict=True):
             assert part.start % chunk == 0

@@ -14,18 +14,23 @@ from dbmpi.kernels.checks import copy_finite
 PROJECT = Path(__file__).parents[2]
 
 
+SCRIPTS = {"images": "own-loops.md", "ratings": "examples.md", "text": "examples.md"}
+"""Scripts that are converted, and the page that shows how."""
+
+
 def code(name: str) -> list[str]:
     """Return the lines of an example below the description of the file."""
     return (PROJECT / "examples" / name).read_text(encoding="utf-8").partition('"""\n\n')[2].splitlines()
 
 
-def test_the_difference_is_small_and_shown() -> None:
-    before, after = code("torch_loop.py"), code("torch_downpour.py")
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_difference_is_small_and_shown(name: str) -> None:
+    before, after = code(f"{name}_loop.py"), code(f"{name}_downpour.py")
     lines = list(difflib.unified_diff(before, after, n=1, lineterm=""))[2:]
-    changed = [line for line in lines if line.startswith("+") and line.strip("+ ")]
-    assert 0 < len(changed) <= 5
-    shown = re.findall(r"```diff\n(.*?)```", (PROJECT / "docs" / "own-loops.md").read_text("utf-8"), re.DOTALL)
-    assert shown == ["".join(f"{line}\n" for line in lines if not line.startswith("@@"))]
+    for sign in "+-":
+        assert 0 < len([line for line in lines if line.startswith(sign) and line.strip("+- ")]) <= 5
+    shown = re.findall(r"```diff\n(.*?)```", (PROJECT / "docs" / SCRIPTS[name]).read_text("utf-8"), re.DOTALL)
+    assert "".join(f"{line}\n" for line in lines if not line.startswith("@@")) in shown
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

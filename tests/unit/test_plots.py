@@ -14,7 +14,7 @@ from dbmpi.cli import plot
 from dbmpi.errors import UserError
 from dbmpi.monitor import panels
 from dbmpi.monitor.history import RunHistory
-from dbmpi.monitor.plots import _headline, draw
+from dbmpi.monitor.plots import draw, headline
 from dbmpi.monitor.records import read_records
 
 pytest.importorskip("matplotlib", reason="drawing needs the extra [plot]")
@@ -173,7 +173,7 @@ def test_lost_replicas_are_shown_where_they_were_lost(tmp_path, axes):
     second = axes.lines[axes.lines.index(first) + 1]
     assert [drawn.get_xdata()[0] for drawn in (first, second)] == [3.0, history.starts[2] + 4.0]
     assert [drawn.get_color() for drawn in (first, second)] == [panels._REPLICAS[2], panels._REPLICAS[1]]
-    assert "2 replicas lost" in _headline("run", history)
+    assert "2 replicas lost" in headline("run", history)
 
 
 def test_staleness_bars_are_the_shares_of_the_pushes(tmp_path, axes):
@@ -213,7 +213,7 @@ def test_where_the_time_goes_is_in_per_cent_of_each_rank(tmp_path, axes):
 @pytest.mark.parametrize("ranks", [1, 12, 13, 100])
 def test_many_ranks_share_bars_and_none_is_lost(ranks):
     seconds = {number: {"compute": 1.0, "wait": float(number)} for number in range(ranks)}
-    labels, bars = panels._grouped("worker", seconds)
+    labels, bars = panels.grouped("worker", seconds)
     assert len(labels) == len(bars) <= panels.MOST_BARS
     assert sum(bar["compute"] for bar in bars) == ranks
     assert sum(bar["wait"] for bar in bars) == ranks * (ranks - 1) / 2
@@ -223,7 +223,7 @@ def test_many_ranks_share_bars_and_none_is_lost(ranks):
 @given(st.lists(st.tuples(st.floats(-10, 10) | st.just(1e20), st.integers(1, 100)), min_size=1, max_size=200))
 def test_the_running_mean_agrees_with_its_definition(points):
     y, weights = np.array(points, dtype=np.float64).T
-    (smooth,) = panels._running_means(weights, y)
+    (smooth,) = panels.running_means(weights, y)
     reach = max(1, len(points) // 40)
     for place in range(len(points)):
         near = min(reach, place, len(points) - 1 - place)

@@ -165,7 +165,7 @@ def test_more_room_never_shows_less():
     state = display.DisplayState(1000, 10, 300, 0.5, 0.9, 1234.0, 1.5, 10.0)
     previous = 0
     for columns in range(1, 200):
-        facts = len(display._fit(state, columns)[2])
+        facts = len(display.fit(state, columns)[2])
         assert facts >= previous
         previous = facts
     assert previous == 5
@@ -184,7 +184,7 @@ def test_more_room_never_shows_less():
     ],
 )
 def test_rates_are_short(value, text):
-    assert display._short(value) == text
+    assert display.short(value) == text
 
 
 @pytest.mark.parametrize(
@@ -223,7 +223,7 @@ def test_the_place_in_the_run(epochs, text):
     ],
 )
 def test_durations(seconds, text):
-    assert display._duration(seconds) == text
+    assert display.duration(seconds) == text
 
 
 class Deaf(Text):

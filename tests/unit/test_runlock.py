@@ -123,7 +123,7 @@ def test_a_lease_that_is_renewed_is_respected(tmp_path, monkeypatch, rest):
 def test_a_lock_that_is_released_while_it_is_watched_is_followed(tmp_path, monkeypatch):
     """By a process that goes on with something else."""
     monkeypatch.setattr(run_lock, "_ENDING", 60)
-    content = run_lock._mine()
+    content = run_lock.this_process()
     path = leave(tmp_path, 2, **content | {"renewals": "000000000007"})
     releasing = threading.Timer(0.3, lambda: leave(tmp_path, 2, **content | {"released": True}))
     releasing.start()

@@ -25,6 +25,7 @@ from unit.counted_mpi import Comm, Counted, Mpi
 from unit.partition_layers import NETWORKS
 
 import dbmpi
+from dbmpi.data.run_data import Supplied
 from dbmpi.downpour import run as downpour_run
 from dbmpi.downpour import shard
 from dbmpi.errors import RunFailed
@@ -127,7 +128,7 @@ class Starter:
 
         def work() -> None:
             with pytest.raises(Started), ExitStack() as stack:
-                TRAIN._run(self._run, None, Comm(counted, range(plan.world)), stack, StopSignal())
+                TRAIN._run(self._run, None, Supplied(), Comm(counted, range(plan.world)), stack, StopSignal())
 
         lines, heap = cost(work)
         return Start(counted.calls, counted.moved, counted.windows, heap, lines)

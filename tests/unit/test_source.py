@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from dbmpi.data.ahead import Ahead
 from dbmpi.data.gather import gather
+from dbmpi.data.numbered_batches import NumberedBatches
 from dbmpi.data.source import Source
 from dbmpi.data.stream import Order
 from dbmpi.errors import UserError
@@ -108,7 +109,7 @@ def test_what_is_said_to_be_kept_is_what_is_kept(tmp_path, kind, attributes):
         file["inputs"].attrs.update(attributes)
     with Source.open(path, 1) as source:
         source.load()
-        assert source.resident_bytes == source._inputs.nbytes + source._targets.nbytes
+        assert source.resident_bytes == source._inputs[0].nbytes + source._targets.nbytes
 
 
 def test_a_batch_of_no_samples_and_indices_out_of_range(tmp_path):
@@ -384,7 +385,7 @@ def test_batches_read_ahead_are_those_read_when_needed(tmp_path, samples):
     with Source.open(write(tmp_path / "data.h5", inputs, np.zeros(samples, int)), memory_mib=1) as source:
         assert source.resident == (samples == 60)
         order = Order(source.samples, 7, 2, 5)
-        ahead = Ahead(source, order)
+        ahead = Ahead(NumberedBatches(source, order))
         for number, guess in [(0, 2), (2, 4), (5, 7), (6, 7), (7, 10**6), (8, 0)]:  # right ones and wrong ones
             found, wanted = ahead.batch(number), source.batch(order.indices(number))
             np.testing.assert_array_equal(found.inputs, wanted.inputs)
@@ -401,7 +402,7 @@ def test_batches_are_kept_as_long_as_there_is_room(tmp_path, monkeypatch):
         order, read = Order(source.samples, 20, 1, 5), []
         batch = source.batch
         monkeypatch.setattr(source, "batch", lambda indices: read.append(indices) or batch(indices))
-        ahead = Ahead(source, order, keep_bytes=2 * 20 * (5 + 1) * 4)  # two of the three
+        ahead = Ahead(NumberedBatches(source, order), keep_bytes=2 * 20 * (5 + 1) * 4)  # two of the three
         for number in (2, 0, 1, 0, 1, 2):
             np.testing.assert_array_equal(ahead.batch(number).inputs, batch(order.indices(number)).inputs)
         assert [list(indices) for indices in read] == [list(order.indices(number)) for number in (2, 0, 1, 1)]

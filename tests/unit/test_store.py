@@ -11,7 +11,7 @@ from dbmpi.errors import UserError
 from dbmpi.mpi.topology import Plan
 from dbmpi.paramserver.memory import Memory
 from dbmpi.paramserver.protocol import HEADER_WORDS
-from dbmpi.paramserver.store import _check_common
+from dbmpi.paramserver.store import check_common
 
 
 @given(st.data())
@@ -52,11 +52,11 @@ def test_the_inbox_does_not_grow_with_clients_that_are_read_in_place() -> None:
 
 
 def test_only_what_lies_on_one_host_in_one_piece_is_computed_on_in_place() -> None:
-    _check_common(Plan(1, 3), np.zeros(4, np.int64), "equal")
-    _check_common(Plan(1, 1, 2), np.zeros(3, np.int64), "partition")
+    check_common(Plan(1, 3), np.zeros(4, np.int64), "equal")
+    check_common(Plan(1, 1, 2), np.zeros(3, np.int64), "partition")
     with pytest.raises(
         UserError, match=r'run on 2 hosts.*set server\.fetch = "copied", or start all ranks on one host'
     ):
-        _check_common(Plan(1, 3), np.array([0, 0, 2, 2]), "equal")
+        check_common(Plan(1, 3), np.array([0, 0, 2, 2]), "equal")
     with pytest.raises(UserError, match=r'2 partitions.*set server\.align = "partition"'):
-        _check_common(Plan(1, 1, 2), np.zeros(3, np.int64), "equal")
+        check_common(Plan(1, 1, 2), np.zeros(3, np.int64), "equal")

@@ -204,9 +204,9 @@ def test_sums_that_one_level_cannot_hold_are_doubtful():
 def test_limbs_hold_every_integer(totals, ranks):
     """Beside Python's integers; a rank's sum in two levels has less than 2^155 grains, and so has that of all."""
     totals = [[high >> 12, *others] for high, *others in totals]
-    limbs = ranks * sums._limbs(np.array(totals, np.int64))
+    limbs = ranks * sums.to_limbs(np.array(totals, np.int64))
     expected = [ranks * ((((high << 32) + low) << 52) + (top << 32) + rest) for high, low, top, rest in totals]
-    assert sums._integers(limbs) == expected
+    assert sums.from_limbs(limbs) == expected
 
 
 @pytest.mark.parametrize("scale", [1e-320, 1e-160, 1e150])

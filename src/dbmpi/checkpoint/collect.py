@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,6 +39,8 @@ class ShardPart:
     """By name."""
     version: int
     """Of the shard."""
+    objective_state: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """What an objective of the user's own has beside its parameters, by name."""
 
 
 def save(
@@ -84,7 +86,9 @@ def save(
     failure: DiskFailed | None = None
     with ExitStack() as stack:
         try:
-            writer = stack.enter_context(CheckpointWriter(path, arrangement.layout, tuple(vectors), dtype))
+            writer = stack.enter_context(
+                CheckpointWriter(path, arrangement.layout, tuple(vectors), dtype, part.objective_state)
+            )
         except DiskFailed as error:
             failure = error
 

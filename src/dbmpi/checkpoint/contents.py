@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
@@ -23,6 +23,19 @@ class Malformed(Exception):
 
 class Foreign(Malformed):
     """The file is whole, as far as can be seen, but none that can be read here."""
+
+
+class StateArray(NamedTuple):
+    """An array of any type in the file."""
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    bytes: StoredArray
+
+    @property
+    def nbytes(self) -> int:
+        """Its size."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class Contents:
@@ -89,6 +102,20 @@ class Contents:
         if not names:
             raise Malformed(f"/{schema.TENSORS}: expected a list of names")
         return Layout(tuple(Tensor(name, self._plain(f"{schema.PARAMETERS}/{name}").shape) for name in names))
+
+    def objective_state(self) -> dict[str, StateArray]:
+        """Return the arrays that an objective of a user's own has beside its parameters, by name."""
+        found: dict[str, StateArray] = {}
+        names = self._small(schema.OBJECTIVE_STATE_NAMES, "S", 1) if self._has(schema.OBJECTIVE_STATE_NAMES) else ()
+        for name in names:
+            path = f"{schema.OBJECTIVE_STATE}/{name}"
+            dataset = self._plain(path, "fiu")
+            if not dataset.dtype.isnative:
+                raise Malformed(f"/{path} is {dataset.dtype}, expected numbers in the byte order of this machine")
+            found[name] = StateArray(dataset.dtype, dataset.shape, self._stored(path, dataset))
+        if sum(array.nbytes for array in found.values()) > self._file_size or len(found) < len(names):
+            raise Malformed(f"/{schema.OBJECTIVE_STATE_NAMES}: expected different names")
+        return found
 
     def vectors(self) -> tuple[str, ...]:
         """Return the names of the vectors, the parameters first."""

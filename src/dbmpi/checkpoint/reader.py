@@ -13,10 +13,10 @@ from numpy.typing import DTypeLike
 
 from dbmpi.checkpoint import directory, schema
 from dbmpi.checkpoint.checksums import Mismatch, StoredArray
-from dbmpi.checkpoint.contents import Contents, Foreign, Malformed
+from dbmpi.checkpoint.contents import Contents, Foreign, Malformed, StateArray
 from dbmpi.checkpoint.untrusted import damage, open_file
 from dbmpi.errors import Damaged, UserError
-from dbmpi.index.layout import Layout, Tensor
+from dbmpi.index.layout import Layout
 
 _DIFFERENCES_SHOWN = 6
 _CONVERTED_AT_ONCE = 2**20
@@ -42,7 +42,9 @@ class Checkpoint:
     vectors : tuple of str
         ``"parameters"`` and the names of the rule's state.
     dtype : dtype
-        Of the arrays.
+        Of their arrays.
+    state_arrays : mapping of str to StateArray
+        What an objective of a user's own has beside its parameters: dtypes and shapes by name, empty if nothing.
     has_checksums : bool
         Whether everything is verified when it is read; the first version of the format had no checksums.
     """
@@ -61,6 +63,7 @@ class Checkpoint:
                 self.layout = contents.layout()
                 self.vectors = contents.vectors()
                 self.dtype, self._arrays = contents.arrays(self.layout, self.vectors)
+                self.state_arrays: Mapping[str, StateArray] = contents.objective_state()
                 self.has_checksums = contents.verified
             except Malformed as error:
                 kind = UserError if isinstance(error, Foreign) else Damaged
@@ -129,7 +132,7 @@ class Checkpoint:
         position = 0
         for tensor, first, last in self.layout.pieces(start, stop):
             part = out[position : position + last - first]
-            with self._naming(vector, tensor):
+            with self._naming(f"{schema.group_of(vector)}/{tensor.name}"):
                 _fill(self._arrays[vector, tensor.name], first, self.dtype, part)
             position += last - first
 
@@ -153,8 +156,8 @@ class Checkpoint:
             tensor, first, _ = next(self.layout.pieces(at, at + 1))
             index = ", ".join(str(int(axis)) for axis in np.unravel_index(first, tensor.shape))
             raise UserError(
-                f"{self.path}: /{schema.group_of(vector)}/{tensor.name} holds {out[at - start]} at ({index}), and a "
-                "network cannot go on from that: use an earlier checkpoint, or train anew"
+                f"{self.path}: /{schema.group_of(vector)}/{tensor.name} holds {out[at - start]} at ({index}), and no "
+                "run can go on from that: use an earlier checkpoint, or train anew"
             )
 
     def verify(self, part: int = 0, parts: int = 1) -> None:
@@ -167,8 +170,11 @@ class Checkpoint:
         """
         for vector in self.vectors:
             for tensor in self.layout.tensors:
-                with self._naming(vector, tensor):
+                with self._naming(f"{schema.group_of(vector)}/{tensor.name}"):
                     self._arrays[vector, tensor.name].verify(part, parts)
+        for name, array in self.state_arrays.items():
+            with self._naming(f"{schema.OBJECTIVE_STATE}/{name}"):
+                array.bytes.verify(part, parts)
 
     def parameters(self, dtype: DTypeLike = np.float32) -> np.ndarray:
         """Return all parameters as one flat vector (layout.size,) of this `dtype`."""
@@ -176,10 +182,28 @@ class Checkpoint:
         self.read(schema.PARAMETERS, 0, out)
         return out
 
-    def expect(self, layout: Layout, vectors: Sequence[str] = ()) -> None:
-        """Raise UserError unless the checkpoint is of this layout and holds these vectors."""
+    def read_state(self, name: str) -> np.ndarray:
+        """Return the array `name` of :attr:`state_arrays`, a new one.
+
+        Raises
+        ------
+        Damaged
+            If some of it is not what was written.
+        """
+        array = self.state_arrays[name]
+        flat = np.empty(array.nbytes, np.uint8)
+        with self._naming(f"{schema.OBJECTIVE_STATE}/{name}"):
+            array.bytes.read(0, flat.data)
+        return flat.view(array.dtype).reshape(array.shape)
+
+    def objective_state(self) -> dict[str, np.ndarray]:
+        """Return all arrays of :attr:`state_arrays`, by name; raises as :meth:`read_state` does."""
+        return {name: self.read_state(name) for name in self.state_arrays}
+
+    def expect(self, layout: Layout, vectors: Sequence[str] = (), what: str = "network") -> None:
+        """Raise UserError unless the checkpoint is of this layout, that of a `what`, and holds these vectors."""
         if layout != self.layout:
-            raise UserError(f"{self.path}: a checkpoint of another network: {self._difference(layout)}")
+            raise UserError(f"{self.path}: a checkpoint of another {what}: {self._difference(layout, what)}")
         missing = [vector for vector in vectors if vector not in self.vectors]
         if missing:
             raise UserError(
@@ -199,20 +223,19 @@ class Checkpoint:
         self.close()
 
     @contextlib.contextmanager
-    def _naming(self, vector: str, tensor: Tensor) -> Iterator[None]:
+    def _naming(self, name: str) -> Iterator[None]:
         """Say which array of which file cannot be read."""
-        name = f"/{schema.group_of(vector)}/{tensor.name}"
-        with damage(self.path, name):
+        with damage(self.path, f"/{name}"):
             try:
                 yield
             except Mismatch as error:
-                raise Damaged(f"{self.path}: {name} is damaged: {error}; use another checkpoint") from None
+                raise Damaged(f"{self.path}: /{name} is damaged: {error}; use another checkpoint") from None
 
-    def _difference(self, layout: Layout) -> str:
+    def _difference(self, layout: Layout, what: str) -> str:
         here = {tensor.name: tensor.shape for tensor in self.layout.tensors}
         there = {tensor.name: tensor.shape for tensor in layout.tensors}
         lines = [
-            f"{name} is {_shape(here.get(name))} in the file and {_shape(there.get(name))} in the network"
+            f"{name} is {_shape(here.get(name))} in the file and {_shape(there.get(name))} in the {what}"
             for name in (here | there)
             if here.get(name) != there.get(name)
         ]

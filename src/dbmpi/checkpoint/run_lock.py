@@ -93,7 +93,7 @@ class RunLock:
                         continue
                     if not holder["released"]:
                         _refuse_living(_file(directory, number), holder, say, lease)
-                lock = cls(_file(directory, number + 1), _mine())
+                lock = cls(_file(directory, number + 1), this_process())
                 if lock._create() and lock._alone(number, "" if holder is None else holder["token"]):
                     return lock
         except OSError as error:
@@ -320,7 +320,8 @@ def _read(path: Path) -> dict[str, Any] | None:
     )
 
 
-def _mine() -> dict[str, Any]:
+def this_process() -> dict[str, Any]:
+    """Return what tells this process from all others, for the file of its lock."""
     return {
         "host": socket.gethostname(),
         "process": os.getpid(),

@@ -5,6 +5,7 @@
     /                          attributes format = "dbmpi-checkpoint", format_version = 2
     /parameters/<tensor>       float32 or float64, in the tensor's shape, e.g. /parameters/dense1/weights
     /state/<vector>/<tensor>   state of the update rule, cut like the parameters, e.g. /state/accumulator/dense1/weights
+    /objective_state/<name>    what an objective of the user's own has beside its parameters, each of its own type
     /run/...                   description of the run and what it has done
     /data/...                  position in the stream of batches
     /meaning/...               what the samples stood for, where that was noted (dbmpi/checkpoint/meaning.py)
@@ -37,6 +38,10 @@ PARAMETERS = "parameters"
 """Name of the vector that every checkpoint holds, and of its group."""
 TENSORS = "run/tensors"
 """Names of the tensors in the order of the flat vector: HDF5 lists the members of a group by name."""
+OBJECTIVE_STATE = "objective_state"
+"""Group of the arrays that an objective of a user's own has beside its parameters."""
+OBJECTIVE_STATE_NAMES = "run/objective_state"
+"""Their names, where there are any."""
 LIBRARIES = "run/libraries"
 """Group with one string, the version, for every library."""
 

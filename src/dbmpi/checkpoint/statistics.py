@@ -103,6 +103,13 @@ def of_tensor(checkpoint: Checkpoint, vector: str, tensor: Tensor) -> Statistics
     return statistics
 
 
+def of_values(values: np.ndarray) -> Statistics:
+    """Return the statistics of `values` in memory."""
+    statistics = Statistics()
+    statistics.add(values)
+    return statistics
+
+
 def of_dataset(dataset: h5py.Dataset) -> Statistics | str:
     """Return the statistics of a `dataset` of numbers, or why there are none."""
     if dataset.dtype.kind not in "iufb" or dataset.shape is None:
@@ -115,7 +122,7 @@ def of_dataset(dataset: h5py.Dataset) -> Statistics | str:
         return "not all of it was written"
     statistics = Statistics()
     buffer = np.empty(0, dataset.dtype)
-    for box in _boxes(dataset.shape, dataset.chunks or (1,) * dataset.ndim, PIECE):
+    for box in boxes_of(dataset.shape, dataset.chunks or (1,) * dataset.ndim, PIECE):
         shape = tuple(part.stop - part.start for part in box)
         size = math.prod(shape)
         if len(buffer) < size:
@@ -125,8 +132,8 @@ def of_dataset(dataset: h5py.Dataset) -> Statistics | str:
     return statistics
 
 
-def _boxes(shape: tuple[int, ...], chunks: tuple[int, ...], elements: int) -> Iterator[tuple[slice, ...]]:
-    """Cut an array into boxes of whole chunks, each of at most so many elements or one chunk, in C order."""
+def boxes_of(shape: tuple[int, ...], chunks: tuple[int, ...], elements: int) -> Iterator[tuple[slice, ...]]:
+    """Cut an array of a `shape` into boxes of whole `chunks`, of at most `elements` or one chunk, in C order."""
     if 0 in shape:
         return
     box = list(chunks)

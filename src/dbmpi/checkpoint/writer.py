@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Self
 
 import h5py
@@ -31,7 +32,9 @@ class CheckpointWriter:
     vectors : sequence of str
         ``"parameters"`` and the names of the update rule's state, if it has any.
     dtype : dtype
-        float32 or float64, of all the arrays.
+        float32 or float64, of all these arrays.
+    objective_state : mapping of str to array
+        What an objective of a user's own has beside: numbers of any type and shape.
 
     Raises
     ------
@@ -41,12 +44,18 @@ class CheckpointWriter:
     """
 
     def __init__(
-        self, path: Path, layout: Layout, vectors: Sequence[str] = (schema.PARAMETERS,), dtype: DTypeLike = np.float32
+        self,
+        path: Path,
+        layout: Layout,
+        vectors: Sequence[str] = (schema.PARAMETERS,),
+        dtype: DTypeLike = np.float32,
+        objective_state: Mapping[str, np.ndarray] = MappingProxyType({}),
     ) -> None:
         self.path = path
         self.layout = layout
         self.dtype = np.dtype(dtype)
         _check_names(layout, vectors)
+        self._objective_state = tuple(objective_state)
         self._written = {vector: Coverage() for vector in vectors}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -60,7 +69,11 @@ class CheckpointWriter:
         for vector in vectors:
             for tensor in layout.tensors:
                 self._file.create(f"{schema.group_of(vector)}/{tensor.name}", tensor.shape, self.dtype)
+        for name, values in objective_state.items():
+            self._file.create(f"{schema.OBJECTIVE_STATE}/{name}", values.shape, values.dtype)
         self._file.check_space()
+        for name, values in objective_state.items():
+            self._file.write(f"{schema.OBJECTIVE_STATE}/{name}", 0, np.ascontiguousarray(values).reshape(-1))
 
     def write(self, vector: str, start: int, values: np.ndarray) -> None:
         """Write `values` (n,), of the file's dtype, to the positions ``start ... start + n`` of a vector.
@@ -116,6 +129,8 @@ class CheckpointWriter:
         info = replace(info, created=retention.later_than(others, info.created))
         # Written last, so that a file without a description is known to be partial.
         _write_info(self._file, self.layout, info)
+        if self._objective_state:
+            self._file.put(schema.OBJECTIVE_STATE_NAMES, [name.encode() for name in self._objective_state])
         self._file.commit()
         try:
             if directory.step_of(self.path) is not None:  # of a run, and not of a user's own loop

@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _network(arguments: argparse.Namespace, comm: MPI.Intracomm | None, chosen: str) -> None:
-    from dbmpi import config
+    from dbmpi.config import reading
     from dbmpi.data import limits
     from dbmpi.machine.rank_variables import ranks_on_node
     from dbmpi.mpi.world import together
@@ -52,7 +52,7 @@ def _network(arguments: argparse.Namespace, comm: MPI.Intracomm | None, chosen: 
 
     ranks, speaks = (1, True) if comm is None else (comm.size, comm.rank == 0)
     with nullcontext() if comm is None else together(comm, "reading the configuration"):
-        run = config.load(arguments.config, arguments.overrides)
+        run = reading.read(arguments.config, arguments.overrides)
         samples = arguments.batch or run.optimizer.batch_size
         _check_partitions(run.topology.partitions, ranks)
         # As in training, this is the user's own file.

@@ -45,6 +45,8 @@ def _print(arguments: argparse.Namespace, trained: TrainedNetwork, outcome: Outc
             "accuracy": accuracy,
             "correct": None if accuracy is None else outcome.correct,
         }
+        if outcome.metrics:
+            result["metrics"] = {k: value if math.isfinite(value) else None for k, value in outcome.metrics.items()}
         print(json.dumps(result, allow_nan=False))
         return
     print(f"checkpoint  {trained.path} (step {trained.info.step:,})")
@@ -52,3 +54,5 @@ def _print(arguments: argparse.Namespace, trained: TrainedNetwork, outcome: Outc
     print(f"      loss  {loss:.6g}")
     if accuracy is not None:
         print(f"  accuracy  {100 * accuracy:.2f} % ({outcome.correct:,} of {outcome.samples:,})")
+    for name, mean in outcome.metrics.items():
+        print(f"{name:>10}  {mean:.6g}")

@@ -75,12 +75,12 @@ def _placement(arguments: argparse.Namespace) -> str:
 
     Code of a user's own layers is not run unless the file is named: the configuration may be anybody's.
     """
-    from dbmpi import config
+    from dbmpi.config import reading
     from dbmpi.network.own import from_files
     from dbmpi.replica import placement
     from dbmpi.replica.describe import describe
 
-    run = config.load(arguments.path)
+    run = reading.read(arguments.path)
     load = from_files(arguments.allow_code)
     network = options.make_network(run.network, run.data, run.run.seed, arguments.input_shape, load)
     partitions = arguments.partitions or run.topology.partitions or 1
@@ -171,6 +171,12 @@ def _checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
                 numbers = {"not_read": "damaged", "damaged": str(error)}
             name = tensor.name if vector == "parameters" else f"{vector}: {tensor.name}"
             arrays.append({"name": name, "shape": tensor.shape, "dtype": str(checkpoint.dtype), **numbers})
+    for name, kind in checkpoint.state_arrays.items():
+        try:
+            numbers = statistics.as_dict(statistics.of_values(checkpoint.read_state(name)))
+        except Damaged as error:
+            numbers = {"not_read": "damaged", "damaged": str(error)}
+        arrays.append({"name": f"state: {name}", "shape": kind.shape, "dtype": str(kind.dtype), **numbers})
     return {
         "kind": "checkpoint",
         "path": str(checkpoint.path),

@@ -21,7 +21,7 @@ import dbmpi
 from dbmpi.errors import RunFailed, ToldElsewhere, UserError, suggestion
 from dbmpi.machine import early, endings, streams
 
-COMMANDS = ("train", "launch", "evaluate", "predict", "inspect", "plot", "bench", "data", "example", "doctor")
+COMMANDS = ("train", "launch", "evaluate", "predict", "inspect", "export", "plot", "bench", "data", "example", "doctor")
 COMPUTING = ("train", "evaluate", "predict", "bench")
 """Those for which BLAS kernels are compared, which takes some seconds the first time on a node."""
 _MOMENT = 0.5
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     streams.open_closed()
     words = sys.argv[1:] if arguments is None else list(arguments)
-    parser = _parser(words)
+    parser = build_parser(words)
     if not words:
         parser.error("no command; e.g. dbmpi train CONFIG.toml, or dbmpi doctor; dbmpi --help lists all")
     parsed, unknown = parser.parse_known_args(words)
@@ -72,8 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
-    """Return the parser; only the command that is asked for adds its arguments, so that help comes at once."""
+def build_parser(words: Sequence[str]) -> argparse.ArgumentParser:
+    """Return the parser; only the command that the `words` ask for adds its arguments, so that help comes at once."""
     parser = _Parser(prog="dbmpi", description="DistBelief on MPI: train networks over a sharded parameter server.")
     parser.add_argument("--version", action="version", version=f"dbmpi {dbmpi.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)

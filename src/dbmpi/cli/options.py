@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,17 +16,10 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
     from dbmpi.config import DataSection, NetworkSection
-    from dbmpi.data.reading import Reading
     from dbmpi.data.source import Source
     from dbmpi.network.description import Network
     from dbmpi.network.own import Loader
     from dbmpi.runs.inference import Inference
-    from dbmpi.runs.trained_network import TrainedNetwork
-
-MEMORY_MIB = 1024
-"""A data file up to this size (MiB, as float32) is read at once, a larger one batch by batch."""
-_READ_AS = ("inputs", "targets", "channels", "missing")
-"""Settings of the training data that hold for other data, too."""
 
 
 def add_configuration(parser: argparse.ArgumentParser, meaning: str, example: str) -> None:
@@ -76,7 +68,7 @@ def add_allow_code(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="FILE.py",
-        help="file with layers of your own that the checkpoint needs; it is run (may be repeated)",
+        help="file with layers or the objective of your own that the checkpoint needs; it is run (may be repeated)",
     )
 
 
@@ -135,9 +127,9 @@ def make_network(
         from dbmpi.data.reading import Reading
         from dbmpi.data.source import Source
 
-        if not data.train.exists():
+        if data.train is None or not data.train.exists():
             raise UserError(
-                f"{data.train}: does not exist, so the shape of the inputs is unknown; give it, e.g. "
+                f"{data.called}: does not exist, so the shape of the inputs is unknown; give it, e.g. "
                 "--input-shape 3,100,100"
             )
         with Source.open(data.train, data.memory_mib, "optional", Reading.of(data, section)) as source:
@@ -205,44 +197,18 @@ def opened(
     command = arguments.run.__module__.rpartition(".")[2]
     refuse_configuration(arguments.checkpoint, command, "a checkpoint or a run directory")
 
-    from dbmpi.data.source import Source
-    from dbmpi.mpi import waiting
+    from dbmpi.runs import prediction
     from dbmpi.runs.inference import Inference
 
+    asked = {key: getattr(arguments, key) for key in ("inputs", "targets", "missing")}
     with (
         ranks() as comm,
         Inference(
             arguments.checkpoint, comm, arguments.partitions, arguments.allow_code, arguments.batch_size
         ) as network,
+        prediction.opened(network, arguments.data, targets=targets, check=check, asked=asked) as source,
     ):
-        trained = network.trained
-        say(network, [trained.notice] if trained.notice else ())
-        with network.together("opening the data"):
-            if network.is_first:
-                check(trained.path)
-            needed = trained.targets if targets else "optional"
-            source = Source.open(arguments.data, MEMORY_MIB, needed, reading=_reading(trained, arguments))
-        with source:
-            with network.together("looking at the data", waiting.LONG_SECONDS):
-                notices = trained.expect(source, targets=targets)
-                if network.is_first:
-                    source.validate(full=True)
-            say(network, (*source.notes, *notices))
-            yield network, source
-
-
-def say(network: Inference, notices: Iterable[str]) -> None:
-    """Write lines for the user on standard error, once.
-
-    Parameters
-    ----------
-    network
-        Knows which rank is the first.
-    notices
-        The lines.
-    """
-    if network.is_first:
-        sys.stderr.writelines(f"dbmpi: {notice}\n" for notice in notices)
+        yield network, source
 
 
 def verdict(network: Inference, broken: str) -> int:
@@ -255,12 +221,14 @@ def verdict(network: Inference, broken: str) -> int:
     broken
         What is wrong with the outputs and what was done about it; empty if all of them are numbers.
     """
+    from dbmpi.runs import prediction
+
     names = network.broken_parameters()
     if names:
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         text = f"the parameters {names[0]!r}{more} in {network.trained.path} hold NaN or infinite numbers"
         broken = f"{broken}; {text}" if broken else f"{text}: the result means nothing"
-    say(network, [f"warning: {broken}"] if broken else ())
+    prediction.say(network, [f"warning: {broken}"] if broken else ())
     return 1 if broken else 0
 
 
@@ -284,26 +252,6 @@ def progress(source: Source, doing: str, shown: bool) -> Iterator[Callable[[int]
     with Progress(console=console, transient=True, disable=not (shown and console.is_terminal)) as bar:
         task = bar.add_task(doing, total=source.samples)
         yield lambda samples: bar.advance(task, samples)
-
-
-def _reading(network: TrainedNetwork, arguments: argparse.Namespace) -> Reading:
-    """Return how a data file is to be read: as the training data were, except for what the arguments say."""
-    import json
-
-    from pydantic import ValidationError
-
-    from dbmpi.config import DataSection, explain
-    from dbmpi.data.reading import Reading
-
-    trained_on = json.loads(network.info.configuration).get("data", {})
-    kept = {key: trained_on[key] for key in _READ_AS if key in trained_on} if isinstance(trained_on, dict) else {}
-    asked = {key: value for key in ("inputs", "targets", "missing") if (value := getattr(arguments, key)) is not None}
-    try:
-        data = DataSection.model_validate({"train": arguments.data, **kept, **asked})
-    except ValidationError as error:
-        raise UserError(explain(error, DataSection, str(network.path))) from None
-    labels = None if network.info.meaning is None else network.info.meaning.labels or None
-    return Reading.of(data, network.section).held_out(network.info.classes or None, labels)
 
 
 def _shape(text: str) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""``dbmpi train``: train a network under mpirun, srun, or alone."""
+"""``dbmpi train``: train a network or an objective under mpirun, srun, or alone."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dbmpi.cli import options
+from dbmpi.errors import UserError
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from dbmpi.machine.signals import StopSignal
     from dbmpi.result import Result
 
-SUMMARY = "train the network that a configuration describes (under mpirun or srun, or alone)"
+SUMMARY = "train the network, or your own objective, that a configuration describes (under mpirun or srun, or alone)"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,14 +52,21 @@ def _train(arguments: argparse.Namespace, stop: StopSignal) -> int:
 
 def _described(arguments: argparse.Namespace, comm: MPI.Intracomm) -> Run:
     """Read the configuration on one rank, so that all have the same, and a mistake in it is reported once."""
-    from dbmpi import config
+    from dbmpi.config import Run
+    from dbmpi.config.reading import read
     from dbmpi.mpi import waiting, world
 
     text = ""
     with world.together(comm, "reading the configuration"):
         if comm.rank == 0:
-            text = config.load(arguments.config, tuple(arguments.overrides)).to_json()
-    return config.Run.from_json(waiting.broadcast_text(comm, text, 0, "the configuration"))
+            found = read(arguments.config, tuple(arguments.overrides))
+            if found.data.train is None:
+                raise UserError(
+                    f"{arguments.config}: 'data.train' is missing: HDF5 file with the training samples; arrays are "
+                    "given from Python, to dbmpi.train(run, data=...)"
+                )
+            text = found.to_json()
+    return Run.from_json(waiting.broadcast_text(comm, text, 0, "the configuration"))
 
 
 def _print(result: Result, directory: Path) -> None:
@@ -68,6 +76,7 @@ def _print(result: Result, directory: Path) -> None:
         lines["test loss"] = f"{result.test.mean_loss:.4f}"
         if accuracy is not None:
             lines["test accuracy"] = f"{100 * accuracy:.2f} %  {of}"
+        lines |= {f"test {name}": f"{mean:.6g}" for name, mean in result.test.metrics.items()}
     if result.steps:
         lines["steps"] = f"{result.steps:,} in {result.seconds:.1f} s"
         lines["samples/s"] = f"{result.samples / max(result.seconds, 1e-9):,.0f}"

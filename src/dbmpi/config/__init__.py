@@ -5,6 +5,7 @@ A run is described by frozen, validated objects.  They are read from TOML with :
 checkpoint.  Nothing here imports MPI or NumPy.
 """
 
+from dbmpi.config.data import DataSection
 from dbmpi.config.layers import (
     LAYERS,
     AnyLayer,
@@ -22,7 +23,6 @@ from dbmpi.config.optimizer import OptimizerSection
 from dbmpi.config.reading import load
 from dbmpi.config.sections import (
     CheckpointSection,
-    DataSection,
     MonitorSection,
     NetworkSection,
     ObjectiveSection,

@@ -24,9 +24,9 @@ _SHOWN = 80
 def load(path: Path | str, overrides: Sequence[str] = ()) -> Run:
     """Read the description of a run from a TOML file.
 
-    Relative paths in ``[data]`` and ``network.code`` are resolved against the directory of the file, so that a
-    configuration, its data and its layers can be moved together.  ``run.directory`` stays relative to the current
-    directory.
+    A description without a model is for ``dbmpi.train(run, objective=...)``.  Relative paths in ``[data]``,
+    ``network.code`` and ``run.initial`` are resolved against the directory of the file, so that a configuration, its
+    data and its layers can be moved together.  ``run.directory`` stays relative to the current directory.
 
     Parameters
     ----------
@@ -52,9 +52,22 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Run:
     >>> run.optimizer.epochs
     5.0
     """
+    return read(path, overrides, complete=False)
+
+
+def read(path: Path | str, overrides: Sequence[str] = (), *, complete: bool = True) -> Run:
+    """Read the description of a run as :func:`load` does, for a command.
+
+    Parameters
+    ----------
+    path, overrides
+        As for :func:`load`.
+    complete
+        Whether it must describe a network or an objective.
+    """
     path = Path(path)
     table = _read(path)
-    for name, key in (("data", "train"), ("data", "test"), ("network", "code")):
+    for name, key in (("data", "train"), ("data", "test"), ("network", "code"), ("run", "initial")):
         section = table.get(name)
         if isinstance(section, dict) and isinstance(section.get(key), str):
             section[key] = os.path.normpath(path.parent / section[key])
@@ -62,7 +75,7 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Run:
     for override in overrides:
         _apply(table, override)
     origin, problems = partial(_origin, path, written, overrides), []
-    if _lacks_model(table):
+    if complete and _lacks_model(table):
         problems.append(
             f"{origin(('network', 'layers'))}: 'network.layers' is missing: the layers, each a [[network.layers]] "
             "table; or an [objective] of your own instead of a network"
@@ -74,7 +87,9 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Run:
     if problems:
         raise UserError("\n".join(problems))
     own_layers = any(isinstance(layer, OwnLayer) for layer in run.network.layers)
-    names_code = run.sandblaster.own or run.optimizer.own or run.objective is not None or own_layers
+    names_code = (
+        run.sandblaster.own or run.optimizer.own or run.objective is not None or own_layers or run.data.transform
+    )
     if run.network.code is None and names_code:
         here = run.network.model_copy(update={"code": path.parent})
         return run.model_copy(update={"network": here})

@@ -8,10 +8,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from dbmpi.config.data import DataSection
 from dbmpi.config.layers import OWN, AnyLayer, Dense, Dropout, OwnCode, OwnLayer
 from dbmpi.config.messages import explain
 from dbmpi.config.optimizer import OptimizerSection
-from dbmpi.config.values import Count, CountOrNone, DatasetName, Name, NotNegative, Positive, Section
+from dbmpi.config.values import Count, CountOrNone, Name, NotNegative, Positive, Section
 from dbmpi.errors import UserError
 
 
@@ -22,28 +23,12 @@ class RunSection(Section):
     """Directory of the run: checkpoints, records and plots; made if missing."""
     seed: Annotated[int, Field(ge=0, lt=2**63, strict=True)] = 1
     """Seed of the initial weights and of the order of the samples."""
-
-
-class DataSection(Section):
-    """What to learn from: HDF5 files made by ``dbmpi data import`` or by your own program."""
-
-    train: Path
-    """HDF5 file with the training samples."""
-    test: Path | None = None
-    """HDF5 file with the held-out samples, for the accuracy that is reported."""
-    memory_mib: Count = 4096
-    """A file up to this size (MiB, as float32) is kept in each worker's memory; a larger one is read batch by batch."""
-    inputs: DatasetName = "inputs"
-    """Name of the dataset with the inputs in both files, e.g. ``X`` or ``/entry/data/x``."""
-    targets: DatasetName = "targets"
-    """Name of the dataset with the targets."""
-    weights: DatasetName | None = None
-    """Name of a dataset with a weight for each training sample: the loss that is learned is the weighted mean."""
-    channels: Literal["first", "last"] = "first"
-    """Where the channels of an image are in the file: ``last`` takes (rows, columns, channels) for (channels, rows,
-    columns)."""
-    missing: Annotated[float, Field(allow_inf_nan=False)] | None = None
-    """Value to use where an input is NaN or marked as missing; by default such data are refused."""
+    initial: Path | None = None
+    """First values of the parameters by name: an ``.npz`` or ``.safetensors`` file, a checkpoint, or the directory of
+    another run.  A run that resumes goes on from its own checkpoint instead."""
+    initial_names: Literal["all", "some"] = "all"
+    """``all``: the file must have just the names of the model; ``some``: names that both have are taken, and other
+    parameters begin as usual."""
 
 
 class NetworkSection(Section):
@@ -175,7 +160,7 @@ class SandblasterSection(Section):
     """Portions of a batch; 0, or more than there are, takes all training samples."""
     batch_iterations: Count = 10
     """Iterations on the same batch, where it is not all samples; the next ones take the next samples.  With dropout
-    also of a batch of all samples: iterations with the same masks."""
+    or a transform also of a batch of all samples: iterations with the same masks, and samples transformed alike."""
     batch_growth: Annotated[float, Field(ge=1.0, allow_inf_nan=False, strict=True)] = 1.0
     """Factor by which such a batch grows when progress stalls, up to all samples; 1 for never."""
     batch_overlap: CountOrNone = 0
@@ -215,7 +200,8 @@ class ServerSection(Section):
     """Without shared memory, ``rma``: one-sided; ``p2p``: messages, same results; ``auto``: what is faster at start."""
     align: Literal["equal", "partition"] = "partition"
     """``partition`` (Downpour): shards end where partitions do, so that a worker deals with the shards of its own part
-    alone, and in one piece with each; ``equal``: each shard holds as much, whatever the number of partitions."""
+    alone, and in one piece with each; ``equal``: each shard holds as much, whatever the number of partitions.  Without
+    partitions, as with an objective of your own, both are the same."""
     gradients: Literal["whole", "layers"] = "whole"
     """``whole``: a worker has a buffer for a whole gradient, with overlap for two; ``layers`` (Downpour): for that of
     the largest layer; each is sent when it is complete, and its buffer is reused when the shards have applied it."""
@@ -252,13 +238,13 @@ class MonitorSection(Section):
 class Run(Section):
     """The complete description of a run: immutable, and validated when it is made.
 
-    Each argument is a section of the same name as in a TOML file; `data` and either `network` or `objective` are
-    required.  A mistake raises pydantic's ``ValidationError``, a ValueError.
+    Each argument is a section of the same name as in a TOML file, and none is required: ``dbmpi.train`` may be given
+    data and an objective instead.  A mistake raises pydantic's ``ValidationError``, a ValueError.
     """
 
     run: RunSection = RunSection()
     """Directory of the run, and its seed."""
-    data: DataSection
+    data: DataSection = DataSection()
     """Files with the training and test samples."""
     network: NetworkSection = NetworkSection()
     """Layers and loss."""
@@ -287,6 +273,15 @@ class Run(Section):
             raise ValueError(
                 f"topology.partitions = {self.topology.partitions}: an objective of your own is computed by one rank, "
                 "as only layers say how they can be cut: leave it out, and use more replicas"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _inputs_fit(self) -> Run:
+        if self.network.layers and not isinstance(self.data.inputs, str):
+            raise ValueError(
+                f"data.inputs = {list(self.data.inputs)}: a network takes one dataset; join them in the file, or train "
+                "an objective of your own"
             )
         return self
 
@@ -340,12 +335,12 @@ class Run(Section):
                 f"sandblaster.algorithm = {sandblaster.algorithm!r} goes with batches of all samples only: set "
                 "sandblaster.batch_portions = 0"
             )
-        if self.optimizer.method == "sandblaster" and self.network.drops and (sandblaster.own or sandblaster.l1):
+        if self.optimizer.method == "sandblaster" and self.draws and (sandblaster.own or sandblaster.l1):
             which = f"algorithm = {sandblaster.algorithm!r}" if sandblaster.own else f"l1 = {sandblaster.l1:g}"
-            raise ValueError(
-                f"sandblaster.{which} minimises one function, and dropout makes another one with each mask: leave the "
-                "dropout layers away, or take another method"
-            )
+            drawn = "dropout makes another one with each mask: leave the dropout layers away"
+            if self.data.transform is not None:
+                drawn = "data.transform makes another one in each epoch: leave it out"
+            raise ValueError(f"sandblaster.{which} minimises one function, and {drawn}, or take another method")
         if self.optimizer.method == "sandblaster" and self.optimizer.warmstart:
             raise ValueError(
                 "optimizer.warmstart is for the method 'downpour'; to begin Sandblaster from parameters that Downpour "
@@ -375,6 +370,11 @@ class Run(Section):
         if self.optimizer.method == "sandblaster" and sandblaster.l1 and sandblaster.batch_portions:
             raise ValueError("sandblaster.l1 goes with batches of all samples only: set sandblaster.batch_portions = 0")
         return self
+
+    @property
+    def draws(self) -> bool:
+        """Whether a loss depends on what is drawn at random for each batch, by dropout or by a user's transform."""
+        return self.network.drops or self.data.transform is not None
 
     def to_json(self) -> str:
         """Return the effective description, defaults included, as JSON text."""

@@ -36,7 +36,7 @@ def declared(path: Path, inputs: h5py.Dataset, targets: h5py.Dataset | None) -> 
     file = inputs.file
     with damage(path, "what it says of its samples"):
         found: dict[str, Any] = {
-            "elements": "bytes" if _bytes(inputs) else _ELEMENTS.get(inputs.dtype.kind, "numbers"),
+            "elements": elements(inputs.dtype, packed=bool({"scale_factor", "add_offset"} & set(inputs.attrs))),
             "axes": _axes(inputs),
             "mean": _numbers(file, "mean"),
             "deviation": _numbers(file, "deviation"),
@@ -50,9 +50,12 @@ def declared(path: Path, inputs: h5py.Dataset, targets: h5py.Dataset | None) -> 
     return {name: value for name, value in found.items() if value}
 
 
-def _bytes(inputs: h5py.Dataset) -> bool:
-    """Whether the inputs are bytes with one scale for all files; where they are packed, each file has its own."""
-    return inputs.dtype == np.uint8 and not {"scale_factor", "add_offset"} & set(inputs.attrs)
+def elements(dtype: np.dtype[Any], packed: bool = False) -> str:
+    """Return what inputs are called that are stored as `dtype`: ``bytes`` if they have one scale for all files.
+
+    Where they are `packed`, each file has its own.
+    """
+    return "bytes" if dtype == np.uint8 and not packed else _ELEMENTS.get(dtype.kind, "numbers")
 
 
 def _attribute(node: h5py.HLObject, name: str) -> Any:

@@ -15,6 +15,7 @@ from typing import Any
 import h5py
 import numpy as np
 
+from dbmpi.data.given import GivenArray
 from dbmpi.data.hdf5 import BYTE_SCALE, Dataset
 
 _MATLAB_NUMBERS = {"double", "single", "logical"} | {f"{sign}int{bits}" for sign in "u " for bits in (8, 16, 32, 64)}
@@ -47,16 +48,20 @@ class Convention:
         return self.offset == 0 and not self.missing and self.least is None and self.most is None
 
 
-def meaning(dataset: Dataset, *, inputs: bool = False) -> Convention:
+def meaning(dataset: Dataset, *, inputs: bool = False, bytes_scale: float = BYTE_SCALE) -> Convention:
     """Return what the numbers of a `dataset` stand for.
 
-    With `inputs`, bytes have the default factor 1/255, and the attribute `scale` is honoured.
+    With `inputs`, bytes have the default factor `bytes_scale`, and the attribute `scale` is honoured.
 
     Raises
     ------
     UserError
         If attributes contradict one another, or are not what the conventions say.
     """
+    if isinstance(dataset, GivenArray):
+        kind = np.dtype(dataset.values.dtype).newbyteorder("=")
+        scale = bytes_scale if inputs and kind == np.uint8 else 1.0
+        return Convention(kind, scale, truth=kind == np.bool_)
     with dataset.damage():
         bits = dataset.values.id.get_type().get_class() == h5py.h5t.BITFIELD
         kind = dataset.values.dtype.newbyteorder("=")
@@ -72,7 +77,7 @@ def meaning(dataset: Dataset, *, inputs: bool = False) -> Convention:
     if kind.kind not in "iuf" or truth:
         return Convention(kind, truth=truth, reversed_axes=bool(matlab), notes=notes)
     kind = _signedness(dataset, kind)
-    scale, offset = _factor(dataset, kind, inputs)
+    scale, offset = _factor(dataset, kind, inputs, bytes_scale)
     least, most = _valid(dataset, kind)
     return Convention(kind, scale, offset, _missing(dataset, kind), least, most, bool(matlab), notes=notes)
 
@@ -97,7 +102,7 @@ def _signedness(dataset: Dataset, kind: np.dtype[Any]) -> np.dtype[Any]:
     return np.dtype(f"{'u' if text == 'true' else 'i'}{kind.itemsize}")
 
 
-def _factor(dataset: Dataset, kind: np.dtype[Any], inputs: bool) -> tuple[float, float]:
+def _factor(dataset: Dataset, kind: np.dtype[Any], inputs: bool, bytes_scale: float) -> tuple[float, float]:
     """Return scale and offset."""
     packed = [key for key in ("scale_factor", "add_offset") if key in dataset.values.attrs]
     scale, offset = dataset.number("scale_factor", 1.0), dataset.number("add_offset", 0.0)
@@ -115,7 +120,7 @@ def _factor(dataset: Dataset, kind: np.dtype[Any], inputs: bool) -> tuple[float,
         if not (math.isfinite(scale) and scale > 0):
             raise dataset.wrong("scale", scale, "a number above 0")
     elif inputs and kind == np.uint8 and not packed:
-        scale = BYTE_SCALE
+        scale = bytes_scale
     return scale, offset
 
 

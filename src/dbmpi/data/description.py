@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from dbmpi.checkpoint.untrusted import damage
 from dbmpi.data import hdf5
 from dbmpi.data.conventions import meaning
 from dbmpi.data.filters import check_filters
+from dbmpi.data.given import GivenArray
 from dbmpi.data.hdf5 import Dataset
 from dbmpi.data.links import find, holds
 from dbmpi.data.reading import Reading
@@ -31,6 +32,7 @@ BLOCKS_CACHE = 64 << 20
 _KINDS = {
     "c": "complex numbers; store the real and the imaginary parts as features of their own",
     "S": "text; only numbers can be inputs",
+    "U": "text; only numbers can be inputs",
     "O": "text, references, or rows of different lengths; store an array of numbers of one shape for all samples",
     "V": "a table of columns; store the numbers as one array, e.g. with h5py: "
     "file['x'] = numpy.stack([table[column] for column in table.dtype.names], axis=1)",
@@ -40,9 +42,11 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class Description:
-    """What a data file declares about itself, and its datasets."""
+    """What a data file, or arrays in its place, declare about themselves, and the datasets."""
 
-    inputs: Stored
+    inputs: tuple[Stored, ...]
+    """One, or those that an objective takes by their names."""
+    named: bool
     targets: Targets | None
     weights: Weights | None
     notes: tuple[str, ...]
@@ -51,17 +55,17 @@ class Description:
     @property
     def samples(self) -> int:
         """Number of samples."""
-        return self.inputs.samples
+        return self.inputs[0].samples
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """Shape of one sample."""
-        return self.inputs.shape[1:]
+        """Shape of one sample; of several inputs, how many values they have together."""
+        return (self.features,) if self.named else self.inputs[0].shape[1:]
 
     @property
     def features(self) -> int:
         """Number of inputs of one sample."""
-        return math.prod(self.input_shape)
+        return sum(math.prod(stored.shape[1:]) for stored in self.inputs)
 
     @property
     def float32_bytes(self) -> int:
@@ -80,10 +84,12 @@ def opened(path: Path, reading: Reading, memory_bytes: int) -> Iterator[tuple[h5
     file, cache_bytes = hdf5.open_file(path), 0
     try:
         hdf5.check_version(path, file)
-        inputs = find(path, file, reading.inputs, "data.inputs")
-        with inputs.damage():
-            compressed = bool(inputs.values.id.get_create_plist().get_nfilters())
-            elements = math.prod(inputs.values.shape or (0,))
+        compressed, elements = False, 0
+        for name in reading.inputs_named:
+            inputs = find(path, file, name, "data.inputs")
+            with inputs.damage():
+                compressed |= bool(inputs.values.id.get_create_plist().get_nfilters())
+                elements += math.prod(inputs.values.shape or (0,))
         if compressed:
             cache_bytes = BLOCKS_CACHE if elements * 4 <= memory_bytes else memory_bytes // 2
             file.close()
@@ -114,31 +120,73 @@ def describe(path: Path, file: h5py.File, memory_bytes: int, reading: Reading, t
         If the file is not a data file, is incomplete, or one sample or chunk would not fit `memory_bytes`.
     """
     with damage(path, "its structure"):
-        inputs = _inputs(find(path, file, reading.inputs, "data.inputs"), reading)
-        answers = weighing = None
+        inputs = tuple(find(path, file, name, "data.inputs") for name in reading.inputs_named)
+        targets = weights = None
         if targets_required or holds(path, file, reading.targets):
-            answers = _stored(find(path, file, reading.targets, "data.targets"))
-            if inputs.samples not in answers.shape:
-                raise _lengths(inputs, answers)
+            targets = find(path, file, reading.targets, "data.targets")
         if reading.weights is not None:
-            weighing = _stored(find(path, file, reading.weights, "data.weights"))
-        _check_size(inputs, answers, memory_bytes)
-        for stored in (inputs, answers, weighing):
-            if stored is not None:
-                check_filters(stored.dataset)
-                stored.dataset.check_storage(memory_bytes)
-        targets = None if answers is None else Targets(answers, reading, inputs.samples)
-        if targets is not None and targets.stored.samples != inputs.samples:
-            raise _lengths(inputs, targets.stored)
-        if weighing is not None:
-            check_weights(weighing, inputs.samples)
-        weights = None
-        if weighing is not None or reading.class_weights is not None:
-            weights = Weights(weighing, reading, targets)
-    notes = [note for stored in (inputs, answers) if stored is not None for note in stored.meaning.notes]
-    if targets is not None and targets.note:
-        notes.append(targets.note)
-    return Description(inputs, targets, weights, tuple(f"{path}: {note}" for note in notes))
+            weights = find(path, file, reading.weights, "data.weights")
+        named = not isinstance(reading.inputs, str)
+        return described(inputs, targets, weights, reading, memory_bytes, named=named)
+
+
+def described(
+    inputs: Sequence[Dataset],
+    targets: Dataset | None,
+    weights: Dataset | None,
+    reading: Reading,
+    memory_bytes: int,
+    *,
+    named: bool,
+) -> Description:
+    """Check ranks, types, sizes and attributes of datasets, or of arrays in their place.
+
+    Parameters
+    ----------
+    inputs, targets, weights
+        The datasets.
+    reading
+        How to read them.
+    memory_bytes
+        Most that one sample, as float32, or one chunk of a file may take.
+    named
+        Whether the inputs are handed out by their names.
+
+    Raises
+    ------
+    UserError
+        As :func:`describe` does.
+    """
+    if named and not reading.own:
+        raise UserError(
+            f"{inputs[0].path}: has several inputs by name, {[dataset.name for dataset in inputs]}, but a network "
+            "takes one array; join them, or train an objective of your own"
+        )
+    taken = tuple(_inputs(dataset, reading) for dataset in inputs)
+    first, answers = taken[0], None if targets is None else _stored(targets)
+    for other in taken[1:]:
+        if other.samples != first.samples:
+            raise _lengths(first, other)
+    if answers is not None and first.samples not in answers.shape:
+        raise _lengths(first, answers)
+    weighing = None if weights is None else _stored(weights)
+    _check_size(taken, answers, memory_bytes)
+    for stored in (*taken, answers, weighing):
+        if stored is not None and not isinstance(stored.dataset, GivenArray):
+            check_filters(stored.dataset)
+            stored.dataset.check_storage(memory_bytes)
+    answering = None if answers is None else Targets(answers, reading, first.samples)
+    if answering is not None and answering.stored.samples != first.samples:
+        raise _lengths(first, answering.stored)
+    if weighing is not None:
+        check_weights(weighing, first.samples)
+    counted = None
+    if weighing is not None or reading.class_weights is not None:
+        counted = Weights(weighing, reading, answering)
+    notes = [note for stored in (*taken, answers) if stored is not None for note in stored.meaning.notes]
+    if answering is not None and answering.note:
+        notes.append(answering.note)
+    return Description(taken, named, answering, counted, tuple(f"{first.path}: {note}" for note in notes))
 
 
 def _stored(dataset: Dataset) -> Stored:
@@ -154,29 +202,36 @@ def _inputs(dataset: Dataset, reading: Reading) -> Stored:
         if kind.subdtype is not None:
             why = f"arrays in each element; store them as axes, e.g. with h5py: file['x'] = file[{name!r}][...]"
         raise dataset.error(f"is {str(kind)[:80]}; expected numbers, but these are {why}")
-    if shape is None or len(shape) < 2:
+    if shape is None or len(shape) < (1 if reading.own else 2):
         hint = ", e.g. reshape(-1, 1) for samples of one feature" if shape else ""
         raise dataset.error(f"has shape {shape}; expected (samples, features ...){hint}")
     if 0 in shape:
         raise dataset.error(f"has shape {shape}; expected at least one sample and feature")
-    last = reading.channels == "last"
-    return Stored(dataset, meaning(dataset, inputs=True), channels_last=last, replacement=reading.missing)
+    return Stored(
+        dataset,
+        meaning(dataset, inputs=True, bytes_scale=1.0 if reading.own else hdf5.BYTE_SCALE),
+        channels_last=reading.channels == "last",
+        replacement=reading.missing,
+        integers=reading.own,
+    )
 
 
-def _check_size(inputs: Stored, targets: Stored | None, memory_bytes: int) -> None:
-    features, values = math.prod(inputs.shape[1:]), 1 if targets is None else math.prod(targets.shape[1:])
+def _check_size(inputs: Sequence[Stored], targets: Stored | None, memory_bytes: int) -> None:
+    features = sum(math.prod(stored.shape[1:]) for stored in inputs)
+    values = 1 if targets is None else math.prod(targets.shape[1:])
     sample_bytes = (features + max(values, 1)) * 4
     if sample_bytes > memory_bytes:
+        shapes = ", ".join(str(stored.shape[1:]) for stored in inputs)
         raise UserError(
-            f"{inputs.path}: one sample of shape {inputs.shape[1:]} takes {sample_bytes / 2**20:.0f} MiB, but "
+            f"{inputs[0].path}: one sample of shape {shapes} takes {sample_bytes / 2**20:.0f} MiB, but "
             f"data.memory_mib allows {memory_bytes / 2**20:.0f}; raise it if this is meant"
         )
 
 
-def _lengths(inputs: Stored, targets: Stored) -> UserError:
+def _lengths(inputs: Stored, other: Stored) -> UserError:
     """Return the error for different numbers of samples, with a hint where another axis matches."""
-    text = f"has {inputs.samples} samples, but {targets.name!r} has {targets.samples}; expected the same number"
-    for stored, samples in ((inputs, targets.samples), (targets, inputs.samples)):
+    text = f"has {inputs.samples} samples, but {other.name!r} has {other.samples}; expected the same number"
+    for stored, samples in ((inputs, other.samples), (other, inputs.samples)):
         if samples > 1 and samples in stored.shape[1:]:
             axis = stored.shape.index(samples, 1)
             text += (

@@ -29,7 +29,8 @@ BLOCK_BYTES = 8 << 20
 class Dataset:
     """A dataset whose values lie in the file itself."""
 
-    path: Path
+    path: Path | str
+    """Of the file, or what the user calls the data."""
     name: str
     """As the user calls it."""
     values: h5py.Dataset
@@ -40,11 +41,11 @@ class Dataset:
 
     def damage(self) -> AbstractContextManager[None]:
         """Return a context in which errors of HDF5 become Damaged."""
-        return damage(self.path, f"dataset {self.name!r}")
+        return damage(Path(self.path), f"dataset {self.name!r}")
 
     def attribute(self, key: str) -> Any:
         """Return the attribute called `key`, or None where there is none."""
-        with damage(self.path, f"attribute {key!r} of {self.name!r}"):
+        with damage(Path(self.path), f"attribute {key!r} of {self.name!r}"):
             return untrusted.attribute(self.values, key)
 
     def text(self, key: str) -> str:

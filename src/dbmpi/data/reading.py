@@ -18,7 +18,8 @@ Label = int | str
 class Reading:
     """How to read a data file; by default the format of ``docs/data-format.md``."""
 
-    inputs: str = "inputs"
+    inputs: str | tuple[str, ...] = "inputs"
+    """Name of the dataset, or of several that an objective takes by their names."""
     targets: str = "targets"
     weights: str | None = None
     """Name of the dataset with a weight for each sample; None: all samples count alike."""
@@ -33,6 +34,13 @@ class Reading:
     """Label of each class, of the data that a network has learned from; None: find out."""
     class_weights: Literal["balanced"] | Sequence[float] | None = None
     """Weight of each class, or in inverse proportion to its number of samples."""
+    own: bool = False
+    """Whether an objective of the user's own takes the batches: samples first, and integers as they are."""
+
+    @property
+    def inputs_named(self) -> tuple[str, ...]:
+        """Names of the datasets with inputs, in order."""
+        return (self.inputs,) if isinstance(self.inputs, str) else tuple(sorted(self.inputs))
 
     @classmethod
     def of(cls, data: DataSection, network: NetworkSection) -> Reading:
@@ -45,6 +53,7 @@ class Reading:
             missing=data.missing,
             wanted=_WANTED.get(network.loss, "any") if network.layers else "any",
             class_weights=network.class_weights,
+            own=not network.layers,
         )
 
     def held_out(self, classes: int | None, labels: tuple[Label, ...] | None) -> Reading:

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import h5py
@@ -34,6 +35,8 @@ class Stored:
         Whether the last axis of a row is to become its first.
     replacement
         Value for every missing one; None where those are errors.
+    integers
+        Whether integers are to stay what they are, for an objective of the user's own.
     """
 
     def __init__(
@@ -43,11 +46,12 @@ class Stored:
         *,
         channels_last: bool = False,
         replacement: float | None = None,
+        integers: bool = False,
     ) -> None:
         self.dataset, self.meaning = dataset, meaning
         self.path, self.name, self.error = dataset.path, dataset.name, dataset.error
-        self._replacement = replacement
-        self._path_inside = dataset.values.name  # None once the file is closed
+        self._replacement, self._integers = replacement, integers
+        self._path_inside = getattr(dataset.values, "name", None)  # None once the file is closed
         self._shape = tuple(int(length) for length in dataset.values.shape)
         self._axis = len(self._shape) - 1 if meaning.reversed_axes else 0
         self._channels_last = channels_last and len(self._shape) > 2
@@ -76,14 +80,21 @@ class Stored:
         return self.shape[0]
 
     @property
-    def bytes_kept(self) -> bool:
-        """Whether rows are kept as bytes, to be multiplied by the factor when they are used."""
+    def as_stored(self) -> bool:
+        """Whether rows are kept as they are stored: bytes, to be multiplied by the factor when they are used."""
+        if self._integers:
+            return self.kind.kind in "iub" and self.meaning.plain and self.meaning.scale == 1
         return self.kind == np.uint8 and self.meaning.plain
+
+    @property
+    def kept(self) -> np.dtype[Any]:
+        """Type of the rows that :meth:`decoded` returns, once they are narrowed."""
+        return self.kind if self.as_stored else np.dtype(np.float32)
 
     @property
     def factor(self) -> float:
         """Factor that remains to be applied after :meth:`decoded`."""
-        return self.meaning.scale if self.bytes_kept else 1.0
+        return self.meaning.scale if self.as_stored else 1.0
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -104,7 +115,7 @@ class Stored:
     def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
         """Yield ``(first sample, stored rows)`` over the whole dataset, about hdf5.BLOCK_BYTES at a time."""
         rows = self._rows_at_once()
-        chunks = self.dataset.values.chunks
+        chunks = getattr(self.dataset.values, "chunks", None)
         chunk = chunks[self._axis] if chunks else 0
         if chunk and rows > chunk:
             rows -= rows % chunk
@@ -140,11 +151,11 @@ class Stored:
         return wrong
 
     def decoded(self, rows: np.ndarray) -> np.ndarray:
-        """Return values of stored rows: bytes that are kept as such, else float32 with the factor applied.
+        """Return values of stored rows: as they are stored, or else float32 with the factor applied.
 
         Missing values are NaN, or their replacement.
         """
-        if self.bytes_kept:
+        if self.as_stored:
             return rows
         meaning, values = self.meaning, rows
         wrong = self.missing(rows)
@@ -203,6 +214,6 @@ class Stored:
     def _rows_at_once(self) -> int:
         features = max(1, math.prod(self.shape[1:]))
         if self.kind.hasobject:
-            file_bytes = max(1, self.path.stat().st_size)
+            file_bytes = max(1, Path(self.path).stat().st_size)
             return max(_FEWEST_TEXTS, min(1 << 16, _TEXT_BYTES // file_bytes) // features)
         return max(1, hdf5.BLOCK_BYTES // (features * self.kind.itemsize))

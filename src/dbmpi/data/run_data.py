@@ -5,19 +5,26 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 from mpi4py import MPI
 
 from dbmpi.checkpoint.meaning import Meaning
 from dbmpi.config import NetworkSection, Run
 from dbmpi.data import limits
+from dbmpi.data.given import GivenData
 from dbmpi.data.guess import loss_of_guessing
+from dbmpi.data.numbered_batches import Transform
 from dbmpi.data.reading import Reading
+from dbmpi.data.shared import is_function, shared_data
 from dbmpi.data.source import Source
+from dbmpi.errors import UserError
 from dbmpi.machine.rank_variables import ranks_on_node
+from dbmpi.monitor.callbacks import Callbacks
 from dbmpi.mpi import waiting
 from dbmpi.mpi.topology import Plan
 from dbmpi.mpi.world import together
@@ -26,6 +33,8 @@ from dbmpi.network.losses import Targets
 _OF_MAPS = ("local", "convolution", "pooling", "normalisation")
 """Types of layers to which the first axis of a sample is that of channels, or maps."""
 _FEW_CHANNELS = 4
+_CALLED = ("dbmpi.train(data=...)", "dbmpi.train(test=...)")
+"""What messages call data that are given."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +57,8 @@ class RunData:
     """Lines to show: what in the files was taken for what."""
     guessing: float = math.nan
     """Mean loss of the best answer that is always the same (:mod:`dbmpi.data.guess`); NaN where it is not known."""
+    tested: bool = False
+    """Whether there are held-out samples."""
 
     @property
     def targets(self) -> Targets:
@@ -66,7 +77,25 @@ class RunData:
                 source.validate(full=True)
 
 
-def open_data(run: Run, comm: MPI.Intracomm, plan: Plan, stack: ExitStack) -> RunData:
+class Supplied(NamedTuple):
+    """What a program gives to a run beside its description."""
+
+    train: Any = None
+    """Instead of a file: arrays, or a function that returns them."""
+    test: Any = None
+    transform: Transform | None = None
+    callbacks: Callbacks = Callbacks()
+
+    @property
+    def kinds(self) -> str:
+        """What the data are, in words that must be the same on all ranks."""
+        return " and ".join(
+            f"{name} is {'not given' if given is None else 'a function' if is_function(given) else 'given'}"
+            for name, given in (("data", self.train), ("test", self.test))
+        )
+
+
+def open_data(run: Run, comm: MPI.Intracomm, plan: Plan, stack: ExitStack, supplied: Supplied) -> RunData:
     """Open and load the data on the workers, and send their outline to all ranks (collective).
 
     Parameters
@@ -77,30 +106,25 @@ def open_data(run: Run, comm: MPI.Intracomm, plan: Plan, stack: ExitStack) -> Ru
         All ranks of the run, and which of them are workers.
     stack
         Closes the files at its end.
+    supplied
+        What is given instead of files, of the same kinds on all ranks.
 
     Raises
     ------
     UserError
-        On every rank, if a file cannot be used.
+        On every rank, if a file or an array cannot be used.
     """
+    notes, arrays = [], []
+    for name, given in zip(_CALLED, supplied[:2], strict=True):
+        data, note = (None, "") if given is None else shared_data(comm, given, name, stack)
+        arrays.append(data)
+        notes += [note] if note else []
     train = test = None
     outline = ""
     with together(comm, "opening the data", seconds=waiting.LONG_SECONDS):
         if plan.worker_of(comm.rank) is not None:
-            memory = run.data.memory_mib
-            targets: Literal["required", "optional"]
-            # An objective may need none; those that are named must be there.
-            own = run.objective is not None and "targets" not in run.data.model_fields_set
-            targets = "optional" if own or run.network.loss == "reconstruction" else "required"
-            reading = Reading.of(run.data, run.network)
-            train = stack.enter_context(Source.open(run.data.train, memory, targets, reading))
-            notes = [*train.notes]
-            if run.data.test is not None:
-                held_out = reading.held_out(train.classes, train.labels)
-                if own and train.has_targets:
-                    targets = "required"
-                test = stack.enter_context(Source.open(run.data.test, memory, targets, held_out))
-                notes += [*test.notes, *test.expect_like(train)]
+            train, test = _opened(run, arrays, stack)
+            notes += [*train.notes, *(() if test is None else (*test.notes, *test.expect_like(train)))]
             here = min(ranks_on_node(os.environ), plan.workers)
             limits.check_resident(sum(source.resident_bytes for source in (train, test) if source), here)
     # Not before every rank has measured how much memory there is.
@@ -110,11 +134,59 @@ def open_data(run: Run, comm: MPI.Intracomm, plan: Plan, stack: ExitStack) -> Ru
             if comm.rank == plan.worker_ranks[0]:
                 guessing = math.nan if run.objective is not None else loss_of_guessing(train, run.network.loss)
                 numbers = (train.samples, train.input_shape, train.classes or 0)
-                outline = json.dumps([*numbers, train.meaning.model_dump(), notes, guessing])
+                outline = json.dumps(
+                    [
+                        *numbers,
+                        train.meaning.model_dump(),
+                        notes,
+                        guessing,
+                        *(_digest(source) if source else "" for source in (train, test)),
+                    ]
+                )
     text = waiting.broadcast_text(comm, outline, plan.worker_ranks[0], "the outline of the data")
-    samples, input_shape, classes, meaning, notes, guessing = json.loads(text)
+    samples, input_shape, classes, meaning, notes, guessing, *digests = json.loads(text)
+    with together(comm, "comparing the data"):
+        for called, source, there in zip(_CALLED, (train, test), digests, strict=True):
+            mine = "" if source is None or source.in_file else _digest(source)
+            if mine and mine != there:
+                raise UserError(
+                    f"{called}: the arrays differ between ranks: {mine} on rank {comm.rank}, {there} on rank "
+                    f"{plan.worker_ranks[0]}; give all ranks the same ones"
+                )
     understood = Meaning.model_validate(meaning)
-    return RunData(samples, tuple(input_shape), classes, train, test, understood, tuple(notes), float(guessing))
+    return RunData(
+        samples, tuple(input_shape), classes, train, test, understood, tuple(notes), float(guessing), bool(digests[1])
+    )
+
+
+def _opened(run: Run, arrays: Sequence[GivenData | None], stack: ExitStack) -> tuple[Source, Source | None]:
+    """Open what the samples to learn from are in, and those to test on."""
+    targets: Literal["required", "optional"]
+    # An objective may need none; those that are named must be there.
+    own = run.objective is not None and "targets" not in run.data.model_fields_set
+    targets = "optional" if own or run.network.loss == "reconstruction" else "required"
+
+    def opened(number: int, path: Path | None, reading: Reading) -> Source | None:
+        given = arrays[number]
+        if given is not None:
+            # Held-out samples all count alike, as those of a file do.
+            given = given._replace(weights=None) if number else given
+            return stack.enter_context(Source.of_arrays(given, _CALLED[number], targets, reading))
+        if path is None:
+            return None
+        return stack.enter_context(Source.open(path, run.data.memory_mib, targets, reading))
+
+    reading = Reading.of(run.data, run.network)
+    train = opened(0, run.data.train, reading)
+    assert train is not None
+    if own and train.has_targets:
+        targets = "required"
+    return train, opened(1, run.data.test, reading.held_out(train.classes, train.labels))
+
+
+def _digest(source: Source) -> str:
+    """Say what samples are, short enough to be compared and shown."""
+    return f"{source.samples:,} samples of {source.input_shape}, digest {source.meaning.digest[:8]}"
 
 
 def network_notes(network: NetworkSection, input_shape: tuple[int, ...], channels: str) -> list[str]:

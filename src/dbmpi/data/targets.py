@@ -58,7 +58,7 @@ class Targets:
         enumeration = {} if stored.kind == np.bool_ else h5py.check_enum_dtype(stored.dtype) or {}
         self._names = {value: name for name, value in sorted(enumeration.items(), key=lambda item: item[1])}
         """Of the values of an enumeration, which are taken for labels."""
-        self._text = h5py.check_string_dtype(stored.dtype) is not None
+        self._text = h5py.check_string_dtype(stored.dtype) is not None or stored.kind.kind == "U"
         self._shaped(samples)
         given = _given_classes(stored.dataset)
         written = _labels(stored.dataset, given)
@@ -285,7 +285,7 @@ def _not_one_hot(rows: np.ndarray) -> np.ndarray:
 
 def _given_classes(dataset: Dataset) -> int | None:
     """Return the attribute `classes`."""
-    if "classes" not in dataset.values.attrs:
+    if dataset.attribute("classes") is None:
         return None
     classes = dataset.number("classes", 0)
     if not (classes == int(classes) and 1 <= classes <= hdf5.LARGEST_LABEL + 1):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from dbmpi.objective import Batch, Objective, Outcome
+from dbmpi.objective import Objective, Outcome
 
 if TYPE_CHECKING:
     from dbmpi.downpour.datapath import DataPath
@@ -21,7 +21,7 @@ class Watcher(Protocol):
         """Return whether to take another step; may wait, e.g. while a checkpoint is written."""
         ...
 
-    def load(self, number: int) -> Batch:
+    def load(self, number: int) -> Any:
         """Return the batch of that `number` in the stream."""
         ...
 
@@ -35,7 +35,7 @@ class Watcher(Protocol):
 
 
 def downpour(
-    objective: Objective,
+    objective: Objective[Any],
     path: DataPath,
     batches: Iterable[int],
     watcher: Watcher,

@@ -7,12 +7,14 @@ worker.
 
 from __future__ import annotations
 
+import math
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -25,16 +27,19 @@ from dbmpi.config import CheckpointSection
 from dbmpi.data.stream import Order
 from dbmpi.downpour.shard import Shard, ShardRole
 from dbmpi.errors import DiskFailed, RunFailed
+from dbmpi.monitor.callbacks import Callbacks, TrainingEvent
 from dbmpi.monitor.measures import Rate
 from dbmpi.monitor.progress import RunProgress
 from dbmpi.monitor.records import EvaluationReport, StalenessHistogram
 from dbmpi.monitor.verdict import Recent
-from dbmpi.mpi import waiting
+from dbmpi.mpi import pieces, waiting
 from dbmpi.mpi.mailbox import Message, MessageKind, Role
+from dbmpi.mpi.tags import Tag
 from dbmpi.mpi.topology import Plan
 from dbmpi.objective import Outcome
 from dbmpi.paramserver.server import Tally
 from dbmpi.replica.arrangement import Arrangement
+from dbmpi.replica.own_state import OwnState
 from dbmpi.session import StartingPoint
 
 
@@ -58,6 +63,13 @@ class CheckpointPlan:
     """Describes a checkpoint: :class:`CheckpointInfo` with everything that is the same in all of a run's."""
     remedy: str
     """What a user may do against parameters that are not finite."""
+    state: OwnState | None = None
+    """What an objective of the user's own has beside its parameters."""
+
+
+def _number(bits: int) -> float:
+    """Return the float64 of these bits."""
+    return float(np.array([bits], np.int64).view(np.float64)[0])
 
 
 class Lead(Shard):
@@ -77,7 +89,10 @@ class Lead(Shard):
         Shows the run's progress and messages.
     checkpoints
         Where and how to write them.
-
+    callbacks
+        The user's own, for evaluations and checkpoints.
+    metrics
+        Names of what is measured of held-out samples beside the loss.
 
     Attributes
     ----------
@@ -101,19 +116,27 @@ class Lead(Shard):
         order: Order,
         progress: RunProgress,
         checkpoints: CheckpointPlan,
+        callbacks: Callbacks,
+        metrics: Sequence[str] = (),
     ) -> None:
         super().__init__(role)
+        self._metrics, self._sums = metrics, [0.0] * len(metrics)
         self._plan = plan
         self._begin = begin
         self._order = order
         self._progress = progress
-        self._checkpoints = checkpoints
+        self._checkpoints, self._callbacks = checkpoints, callbacks
+        self._failure: Exception | None = None
+        self._ending = False
+        """Whether a signal or a callback has asked for the end."""
         self._rate = Rate()
         self._states = [_State.RUNNING] * plan.replicas
         self._learned = [0] * plan.replicas
         self._pausing = False
         self._seen_version = 0
         self._reported_alive = time.monotonic()
+        self._state = np.empty(0 if checkpoints.state is None else checkpoints.state.nbytes, np.uint8)
+        """That of replica 0 when it last paused."""
         self._attempts = Attempts(checkpoints.section, checkpoints.section.retry_seconds, progress.warn)
         # The state at the start needs no checkpoint.
         self._saved_version = self.version
@@ -135,23 +158,27 @@ class Lead(Shard):
         kind, values = message.kind, message.values
         if kind in (MessageKind.PAUSED, MessageKind.FINISHED):
             replica = self._replica(message.source)
+            self._take_state(replica, message.source)
             self._learned[replica] = values[0]
             self._states[replica] = _State.PAUSED if kind == MessageKind.PAUSED else _State.FINISHED
         elif kind == MessageKind.WARM:
             self._tell_workers(MessageKind.RELEASE)
-        elif kind == MessageKind.STOP_ASKED and not self.stopped_by:
-            self.stopped_by = values[0]
-            name = signal.Signals(self.stopped_by).name
-            self._progress.message(f"{name}: the run ends after the current steps")
-            self._tell_workers(MessageKind.STOP)
+        elif kind == MessageKind.STOP_ASKED:
+            if not self._ending:
+                self.stopped_by = values[0]
+            self._end_early(signal.Signals(values[0]).name if values[0] else "a callback has asked for the end")
         elif kind == MessageKind.FAILED:
             replica = self._replica(message.source)
+            self._take_state(replica, message.source)
             self._learned[replica], self._states[replica] = values[0], _State.FINISHED
             self._progress.message(f"replica {replica} has failed: a checkpoint is written, and the run ends")
             self._tell_workers(MessageKind.STOP)
         elif kind == MessageKind.EVALUATION:
-            loss = float(np.array([values[3]], np.int64).view(np.float64)[0])
-            self.evaluated(Outcome(values[1], loss, values[2]), values[0] / self._order.batches_per_epoch)
+            sums = tuple(zip(self._metrics, self._sums, strict=True))
+            outcome = Outcome(values[1], _number(values[3]), values[2], sums)
+            self.evaluated(outcome, values[0] / self._order.batches_per_epoch)
+        elif kind == MessageKind.METRIC:
+            self._sums[values[0]] = _number(values[1])
         elif kind == MessageKind.ALIVE:
             self._say_alive()
 
@@ -183,9 +210,16 @@ class Lead(Shard):
                 loss=outcome.mean_loss,
                 accuracy=outcome.accuracy,
                 samples=outcome.samples,
+                metrics=outcome.metrics or None,
             )
         )
-        self._progress.evaluation(epoch, outcome.mean_loss, outcome.accuracy, outcome.samples)
+        self._progress.evaluation(epoch, outcome.mean_loss, outcome.accuracy, outcome.samples, outcome.metrics)
+        self._call("on_evaluation", self.steps, epoch, outcome.samples, outcome.mean_loss, outcome.accuracy)
+
+    def raise_failure(self) -> None:
+        """Raise what a callback has raised while others were at work."""
+        if self._failure is not None:
+            raise self._failure
 
     def awaited(self) -> str:
         """Name the replicas that the run waits for."""
@@ -217,7 +251,7 @@ class Lead(Shard):
             self._tell_workers(MessageKind.GO)
             return True
         # Without the last condition, a tiny interval would keep the workers pausing for ever.
-        if self._attempts.due and not self.stopped_by and self.version != self._saved_version:
+        if self._attempts.due and not self._ending and self.version != self._saved_version:
             self._pausing = True
             self._tell_workers(MessageKind.PAUSE)
             return True
@@ -227,6 +261,12 @@ class Lead(Shard):
         worker = self._plan.worker_of(rank)
         assert worker is not None
         return worker // self._plan.partitions
+
+    def _take_state(self, replica: int, rank: int) -> None:
+        """Receive the state of the objective, which replica 0 sends when it pauses."""
+        if replica == 0 and self._state.size:
+            request = pieces.irecv(self._comm, self._state, rank, Tag.OBJECTIVE_STATE)
+            waiting.complete(request, f"the state of the objective on rank {rank}")
 
     def _tell_workers(self, kind: MessageKind) -> None:
         """Send END or ALIVE to all workers, and another order to the first worker of each replica still running."""
@@ -268,7 +308,26 @@ class Lead(Shard):
             return False
         self._attempts.succeed()
         self._saved_version = self.version
+        self._call("on_checkpoint", self.steps, self.epoch, self.samples, math.nan, None, self.checkpoint)
         return True
+
+    def _call(self, name: str, *event: Any) -> None:
+        """Call callbacks, and end the run early if one asks for it, or fails: after a checkpoint."""
+        try:
+            asked = self._callbacks.call(name, TrainingEvent(*event))
+        except Exception as error:
+            self._failure = error
+            self._end_early(f"{name} of a callback has failed")
+        else:
+            if asked:
+                self._end_early(f"{name} has asked for the end")
+
+    def _end_early(self, why: str) -> None:
+        """Let all replicas finish, if they have not been told so before; `why` is for the user."""
+        if not self._ending:
+            self._ending = True
+            self._progress.message(f"{why}: the run ends after the current steps")
+            self._tell_workers(MessageKind.STOP)
 
     def _write(self) -> None:
         """Write one file."""
@@ -295,7 +354,12 @@ class Lead(Shard):
             self._comm,
             self._plan.shard_ranks,
             checkpoint_path(checkpoints.directory, steps),
-            ShardPart(checkpoints.arrangement, self.vectors(), self.version),
+            ShardPart(
+                checkpoints.arrangement,
+                self.vectors(),
+                self.version,
+                {} if checkpoints.state is None else checkpoints.state.to_store(self._state),
+            ),
             describe,
             keep=checkpoints.section.keep,
             check=self._check_finite,

@@ -6,10 +6,12 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from dbmpi.mpi import waiting
+from dbmpi.mpi import pieces, waiting
 from dbmpi.mpi.mailbox import Mailbox, MessageKind, Role
+from dbmpi.mpi.tags import Tag
 
 if TYPE_CHECKING:
+    import numpy as np
     from mpi4py import MPI
 
     from dbmpi.machine.signals import StopSignal
@@ -51,7 +53,7 @@ class Orders:
         *,
         released: bool = True,
     ) -> None:
-        self._mailbox = Mailbox(comm, Role.WORKER)
+        self._comm, self._mailbox = comm, Mailbox(comm, Role.WORKER)
         self._lead, self._stop, self._serve = lead, stop, serve
         self._reported_stop = False
         self._alive = time.monotonic()
@@ -81,6 +83,10 @@ class Orders:
     def send(self, kind: MessageKind, *values: int) -> None:
         """Send the lead a message of that `kind` with `values`, which :class:`MessageKind` describes."""
         self._mailbox.send(self._lead, Role.SHARD, kind, *values)
+
+    def send_array(self, values: np.ndarray, tag: Tag) -> pieces.Operation:
+        """Begin to send the lead contiguous `values`, which must stay, under a `tag`; return the operation."""
+        return pieces.isend(self._comm, values, self._lead, tag)
 
     def wait(self, condition: Callable[[], bool], what: str, longest_sleep: float = 1e-3) -> None:
         """Obey until an order makes the condition hold.

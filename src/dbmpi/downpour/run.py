@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from mpi4py import MPI
 
+from dbmpi.checkpoint.named_arrays import Fill
 from dbmpi.checkpoint.restore import restore
 from dbmpi.checkpoint.schema import CheckpointInfo, library_versions
 from dbmpi.downpour.algorithm import downpour
@@ -24,7 +25,6 @@ from dbmpi.monitor import verdict
 from dbmpi.monitor.progress import RunProgress
 from dbmpi.mpi import waiting
 from dbmpi.mpi.world import together
-from dbmpi.network.description import Network
 from dbmpi.objective import Outcome
 from dbmpi.paramserver import bottleneck
 from dbmpi.paramserver.clip import Clip
@@ -34,7 +34,7 @@ from dbmpi.paramserver.server import Server
 from dbmpi.paramserver.store import Store
 from dbmpi.replica.arrangement import Arrangement, equal
 from dbmpi.replica.arrangement import from_config as arranged
-from dbmpi.replica.own_objective import OwnModel, OwnReplica
+from dbmpi.replica.own_objective import OwnReplica
 from dbmpi.replica.replica import Replica
 from dbmpi.result import Result
 from dbmpi.session import DTYPE, Session
@@ -66,12 +66,14 @@ def learn(session: Session, stack: ExitStack) -> Result:
         flow = Flow.from_config(run.server, run.optimizer, () if replica is None else replica.parameters.parts)
         store = Store(comm, plan, arrangement.ranges, run.server, DTYPE, flow.buffer_size)
     stack.enter_context(store)
+    if isinstance(replica, OwnReplica):
+        stack.callback(replica.free)
     session.compile_kernels()
     shard = lead = worker = None
     with together(comm, "preparing the shards", seconds=waiting.LONG_SECONDS):
         if number is not None:
             served = store.server(applied_rule)
-            _fill(served, arrangement, store.ranges[number], model, session.checkpoint, applied_rule)
+            _fill(served, arrangement, store.ranges[number], session.initial, session.checkpoint, applied_rule)
             role = ShardRole(
                 comm=comm,
                 server=served,
@@ -120,8 +122,9 @@ def _lead(session: Session, role: ShardRole, arrangement: Arrangement, progress:
         arrangement=arrangement,
         info=info,
         remedy=_lower(run.optimizer.learning_rate),
+        state=session.objective_state,
     )
-    return Lead(role, plan, session.begin, session.order, progress, checkpoints)
+    return Lead(role, plan, session.begin, session.order, progress, checkpoints, session.callbacks, session.metrics)
 
 
 def _work(
@@ -135,7 +138,7 @@ def _work(
     """Learn until the stream is used up or the run is stopped, and wait for its end."""
     run, plan, begin, data, number = session.run, session.plan, session.begin, session.data, session.worker
     assert number is not None
-    assert data.train is not None
+    assert session.batches is not None
     replica_number = number // plan.partitions
     orders = Orders(
         session.comms.world,
@@ -148,13 +151,14 @@ def _work(
     client = store.client(stretches, flow.parts, orders.obey)
     assignment = Assignment(
         replica=replica_number,
-        order=session.order,
-        train=data.train,
+        train=session.batches,
         test=data.test,
         warm_steps=begin.warmstart if replica_number == 0 else 0,
         evaluate_epochs=run.monitor.evaluate_epochs,
         directory=run.run.directory,
-        remedy=f"{_lower(run.optimizer.learning_rate)}, or look for extreme values in {run.data.train}",
+        state=session.objective_state,
+        callbacks=session.callbacks,
+        remedy=f"{_lower(run.optimizer.learning_rate)}, or look for extreme values in {run.data.called}",
     )
     log = session.log(number)
     worker = Worker(assignment, replica, client, orders, log, session.comms.replica, replica.seconds)
@@ -193,14 +197,19 @@ def _conclude(
 ) -> Result:
     """Evaluate the final parameters on all workers together, and return the result on every rank."""
     comm, run, data = session.comms.world, session.run, session.data
+    if lead is not None:
+        lead.raise_failure()
     stopped_by = np.array([0 if lead is None else lead.stopped_by])
     waiting.broadcast(comm, stopped_by, 0, "the lead to conclude")
     advice = _advice(comm, worker, shard)
-    test = None if stopped_by[0] or run.data.test is None else _test(session, worker, shard)
+    if session.objective_state is not None:  # whichever replica evaluates, the outcome is that of the checkpoint
+        session.objective_state.broadcast(comm, session.plan.worker_ranks[0])
+    test = None if stopped_by[0] or not data.tested else _test(session, worker, shard)
     if lead is None:
         return session.conclude(None, seconds)
     if test is not None:
         lead.evaluated(test, lead.epoch)
+        lead.raise_failure()
     warning = verdict.warning(
         data.guessing,
         lead.recent.mean_loss,
@@ -223,10 +232,14 @@ def _test(session: Session, worker: Worker | None, shard: Shard | None) -> Outco
         outcome = worker.evaluate(session.data.test, replica, plan.replicas)
         mine = mine if partition else outcome  # the first partition counts it
     serve = worker.obey if worker is not None else shard.poll if shard is not None else None
-    sums = np.array([mine.samples, mine.loss, max(mine.correct, 0), mine.correct < 0], np.float64)
+    totals = [total for _, total in mine.sums] or [0.0] * len(session.metrics)
+    sums = np.array([mine.samples, mine.loss, max(mine.correct, 0), mine.correct < 0, *totals], np.float64)
     what = "the evaluation of the other workers"
-    samples, loss, correct, unknown = waiting.allreduce(session.comms.world, sums, MPI.SUM, what, serve=serve).tolist()
-    return Outcome(int(samples), loss, -1 if unknown else int(correct))
+    sums = waiting.allreduce(session.comms.world, sums, MPI.SUM, what, serve=serve)
+    samples, loss, correct, unknown, *totals = sums.tolist()
+    return Outcome(
+        int(samples), loss, -1 if unknown else int(correct), tuple(zip(session.metrics, totals, strict=True))
+    )
 
 
 def _advice(comm: MPI.Intracomm, worker: Worker | None, shard: Shard | None) -> str:
@@ -244,7 +257,7 @@ def _fill(
     server: Server,
     arrangement: Arrangement,
     held: range,
-    model: Network | OwnModel,
+    initial: Fill,
     checkpoint: Path | None,
     applied_rule: Rule,
 ) -> None:
@@ -256,8 +269,8 @@ def _fill(
         To be filled; it is ready to serve afterwards.
     arrangement, held
         The order of the shards' vector, and this shard's range of it.
-    model
-        Computes the initial parameters.
+    initial
+        Writes the initial parameters.
     checkpoint
         Where to read parameters instead; None for a new run.
     applied_rule
@@ -265,7 +278,7 @@ def _fill(
     """
     if checkpoint is None:
         for start, local, length in arrangement.pieces(held):
-            model.initial(start, server.parameters[local : local + length])
+            initial(start, server.parameters[local : local + length])
         server.begin(None)
         return
     restore(server, applied_rule, checkpoint, list(arrangement.pieces(held)))

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from mpi4py import MPI
 
 from dbmpi.checkpoint.retention import kept
+from dbmpi.data.numbered_batches import NumberedBatches
 from dbmpi.data.source import Source
-from dbmpi.data.stream import Order
 from dbmpi.downpour.orders import Orders
 from dbmpi.errors import RunFailed
 from dbmpi.kernels.memory import aligned_empty
+from dbmpi.monitor.callbacks import Callbacks, TrainingEvent
 from dbmpi.monitor.worker_log import WorkerLog
+from dbmpi.mpi import waiting
 from dbmpi.mpi.mailbox import MessageKind
-from dbmpi.objective import Batch, Objective, Outcome
+from dbmpi.mpi.tags import Tag
+from dbmpi.objective import Objective, Outcome
 from dbmpi.paramserver.client import Client
+from dbmpi.replica.own_state import OwnState
 from dbmpi.replica.team import Team
 
 
@@ -39,10 +44,8 @@ class Assignment:
 
     replica: int
     """Number of this worker's replica."""
-    order: Order
-    """Which samples make up each batch of the stream."""
-    train: Source
-    """The samples to learn from."""
+    train: NumberedBatches
+    """What to learn from."""
     test: Source | None = None
     """Held-out samples."""
     warm_steps: int = 0
@@ -51,6 +54,10 @@ class Assignment:
     """How often replica 0 evaluates the held-out samples; 0 for never."""
     directory: Path
     """That of the run."""
+    callbacks: Callbacks = field(default_factory=Callbacks)
+    """The user's own, for each step."""
+    state: OwnState | None = None
+    """What an objective of the user's own has beside its parameters: the lead gets that of replica 0."""
     remedy: str = ""
     """Advice against a loss that is not finite, for the message of the error."""
 
@@ -79,7 +86,7 @@ class Worker:
     def __init__(
         self,
         assignment: Assignment,
-        objective: Objective,
+        objective: Objective[Any],
         client: Client,
         orders: Orders,
         log: WorkerLog,
@@ -89,7 +96,7 @@ class Worker:
         self.log, self.stopwatch = log, log.stopwatch
         self._assignment = assignment
         self._number = assignment.replica
-        self._order = assignment.order
+        self._order = assignment.train.order
         self._objective = objective
         self._client = client
         self._orders = orders
@@ -111,14 +118,14 @@ class Worker:
             with self.stopwatch("wait"):
                 self._rest()
 
-    def load(self, number: int) -> Batch:
+    def load(self, number: int) -> Any:
         """Return the batch of that `number` in the stream."""
         self._batch = number
         self._client.samples += self._order.size(number)
-        return self._assignment.train.batch(self._order.indices(number))
+        return self._assignment.train.batch(number)
 
     def stepped(self, outcome: Outcome) -> None:
-        """Count a step and its `outcome`; a loss that is not finite ends the run."""
+        """Count a step and its `outcome`, and call callbacks; a loss that is not finite ends the run."""
         if not math.isfinite(outcome.loss) and self._team.speaks:
             task = self._assignment
             raise RunFailed(
@@ -126,6 +133,14 @@ class Worker:
                 f"{self._batch} of the stream; {kept(task.directory / 'checkpoints')}; {task.remedy}"
             )
         self.log.count(outcome)
+        if not self._team.speaks:
+            return
+        event = TrainingEvent(
+            self.log.steps, self._epoch, outcome.samples, outcome.mean_loss, outcome.accuracy, replica=self._number
+        )
+        if self._assignment.callbacks.call("on_step", event) and not self._orders.stopping:
+            self._orders.stopping = True
+            self._orders.send(MessageKind.STOP_ASKED, 0)
 
     def pushed(self, steps: int) -> None:
         """Count `steps` as learned, report when it is time, and evaluate when replica 0 reaches the next epoch."""
@@ -147,13 +162,15 @@ class Worker:
     def finish(self) -> int:
         """Report to the lead that all is applied, and wait until it ends training; return the batches learned."""
         self._report()
-        self._say(MessageKind.FINISHED, self._learned)
-        self._orders.wait(lambda: self._orders.ended, "the end of training", longest_sleep=0.01)
+        with self._sending_state():
+            self._say(MessageKind.FINISHED, self._learned)
+            self._orders.wait(lambda: self._orders.ended, "the end of training", longest_sleep=0.01)
         return self._learned
 
     def give_up(self) -> None:
         """Before this worker fails, let the lead write a last checkpoint; return when it has."""
-        with suppress(RunFailed):
+        with suppress(RunFailed), self._sending_state():
+            self._client.abandon()
             self._client.wait()
             self._orders.send(MessageKind.FAILED, self._learned)
             self._orders.wait(lambda: self._orders.ended, "the lead to write a last checkpoint", longest_sleep=0.01)
@@ -202,12 +219,25 @@ class Worker:
         orders = self._orders
         self._client.wait()
         orders.asked_to_pause = False
-        self._say(MessageKind.PAUSED, self._learned)
-        if self._team.speaks:
-            # The next pause may arrive together with the end of this one, and needs an answer of its own.
-            orders.wait(
-                lambda: not orders.paused or orders.stopping or orders.asked_to_pause, "the lead to write a checkpoint"
-            )
+        with self._sending_state():
+            self._say(MessageKind.PAUSED, self._learned)
+            if self._team.speaks:
+                # The next pause may arrive together with the end of this one, and needs an answer of its own.
+                orders.wait(
+                    lambda: not orders.paused or orders.stopping or orders.asked_to_pause,
+                    "the lead to write a checkpoint",
+                )
+
+    @contextmanager
+    def _sending_state(self) -> Iterator[None]:
+        """Send the lead the state of the objective, which it takes with the message of this block."""
+        state, request = self._assignment.state, None
+        if self._number == 0 and state is not None and state.nbytes:
+            packed = state.pack()
+            request = self._orders.send_array(packed, Tag.OBJECTIVE_STATE)
+        yield
+        if request is not None:
+            waiting.complete(request, "the lead to take the state of the objective")
 
     def _say(self, kind: MessageKind, *values: int) -> None:
         """Send the lead a message about the whole replica, when all partitions have got here."""
@@ -218,15 +248,20 @@ class Worker:
     def _evaluate_now(self, test: Source) -> None:
         with self.stopwatch("wait"):
             outcome = self.evaluate(test, 0, 1)
-        bits = int(np.array([outcome.loss]).view(np.int64)[0])
-        self._say(MessageKind.EVALUATION, self._batch + 1, outcome.samples, outcome.correct, bits)
+        for number, (_, total) in enumerate(outcome.sums):
+            self._say(MessageKind.METRIC, number, _bits(total))
+        self._say(MessageKind.EVALUATION, self._batch + 1, outcome.samples, outcome.correct, _bits(outcome.loss))
 
     def _report(self) -> None:
         self.log.report(self._epoch, self._client.moved, self._layer_seconds)
 
 
+def _bits(value: float) -> int:
+    return int(np.array([value]).view(np.int64)[0])
+
+
 def evaluate(
-    objective: Objective,
+    objective: Objective[Any],
     parameters: np.ndarray,
     source: Source,
     batch_size: int,

@@ -12,7 +12,7 @@ import numpy as np
 
 from dbmpi.errors import UserError
 from dbmpi.jax.device import prepare
-from dbmpi.kernels.memory import CACHE_LINE, aligned_empty
+from dbmpi.kernels.memory import CACHE_LINE
 from dbmpi.objective import NamedArrays, Samples
 
 _LINE = CACHE_LINE // 4
@@ -125,7 +125,7 @@ class LossObjective:
         if not self._predicts:
             raise UserError("dbmpi.jax.objective: it was made without predict=, a function (parameters, inputs)")
         with self._computing(parameters):
-            return np.asarray(self._predicted(self._leaves(parameters), jax.tree.map(in_order, inputs)))
+            return np.asarray(self._predicted(self._leaves(parameters), inputs))
 
     @contextmanager
     def _computing(self, parameters: NamedArrays) -> Iterator[np.dtype[Any]]:
@@ -144,20 +144,11 @@ def _batch(batch: Samples, dtype: np.dtype[Any]) -> Any:
     """Return a batch as compiled functions take it, its floats of a `dtype`, and its step a number of NumPy's."""
 
     def given(array: Any) -> Any:
-        return in_order(array if array.dtype.kind != "f" else array.astype(dtype, copy=False))
+        return array.astype(dtype, copy=False) if array.dtype.kind == "f" else array
 
     step: Any = np.uint32(batch.step % 2**32)
     inputs, targets, weights = jax.tree.map(given, (batch.inputs, batch.targets, batch.weights))
     return Samples(inputs, targets, weights, step)
-
-
-def in_order(array: np.ndarray) -> np.ndarray:
-    """Return an `array` whose elements follow one another: itself, or a copy that JAX does not copy again."""
-    if array.flags.c_contiguous:
-        return array
-    copied = aligned_empty(array.shape, array.dtype)
-    np.copyto(copied, array)
-    return copied
 
 
 def _names(leaves: list[tuple[Any, Any]]) -> list[str]:

@@ -91,7 +91,7 @@ def sum_products(
         ]
         sums = _sums(levels)(at, *likes, group.tiles, group.pairs, magic, size)
         totals[group.products] = sums.sum(axis=0)
-    return _limbs(totals[plan.wanted])
+    return to_limbs(totals[plan.wanted])
 
 
 def sum_magnitudes(vector: np.ndarray, largest: int) -> np.ndarray:
@@ -99,12 +99,12 @@ def sum_magnitudes(vector: np.ndarray, largest: int) -> np.ndarray:
 
     `largest` is an e with ``|x_i| <= 2^e``; in `values` the other bound of the pair is 0.
     """
-    return _limbs(_magnitudes(vector, 3 * 2.0 ** _top(largest, 0)).sum(axis=0)[None])
+    return to_limbs(_magnitudes(vector, 3 * 2.0 ** _top(largest, 0)).sum(axis=0)[None])
 
 
 def values(limbs: np.ndarray, bounds: Sequence[Pair]) -> list[float]:
     """Return the sums that rows of added limbs hold, each rounded once; `bounds` are those of the pairs."""
-    integers = _integers(limbs)
+    integers = from_limbs(limbs)
     return [math.ldexp(float(sum_), _top(*pair) - 103) for sum_, pair in zip(integers, bounds, strict=True)]
 
 
@@ -115,22 +115,22 @@ def doubtful(limbs: np.ndarray, size: int) -> list[bool]:
     scaled against one another, a sum itself may be smaller still.
     """
     least = (1 << 12) * math.sqrt(size)
-    return [abs(sum_ >> 52) < least for sum_ in _integers(limbs)]
+    return [abs(sum_ >> 52) < least for sum_ in from_limbs(limbs)]
 
 
 def _top(left: int, right: int) -> int:
     return max(left + right, LOWEST)
 
 
-def _limbs(totals: np.ndarray) -> np.ndarray:
-    """Write sums of two levels, each as a high and a low half, in limbs; all but the last are not negative."""
+def to_limbs(totals: np.ndarray) -> np.ndarray:
+    """Write `totals`, sums of two levels as high and low halves, in limbs; all but the last are not negative."""
     limbs = np.zeros((len(totals), LIMBS), np.int64)
     _add_halves(totals, limbs)
     _carry(limbs)
     return limbs.astype(np.float64)
 
 
-def _integers(limbs: np.ndarray) -> list[int]:
+def from_limbs(limbs: np.ndarray) -> list[int]:
     """Return the integers that rows of limbs hold, each of them possibly a sum of many."""
     carried = limbs.astype(np.int64)
     _carry(carried)

@@ -202,7 +202,7 @@ class ParameterServer:
         for name, array in self._beside.items():
             np.copyto(self._arrays[name], array)
 
-    def push(self, gradients: Mapping[str, Any] | None = None, *, samples: int = 0) -> None:
+    def push(self, gradients: Mapping[str, Any] | None = None, *, samples: int = 0, finite: bool | None = None) -> None:
         """Send gradients to the shards; returns before they have been applied.
 
         Parameters
@@ -212,6 +212,8 @@ class ParameterServer:
             default :attr:`gradients`.  It may be changed afterwards, unless it is part of :attr:`gradients`.
         samples : int
             How many the gradients are of, for a schedule of the learning rate; needed only then.
+        finite : bool, optional
+            Whether to look for numbers that are not finite this time; False where there cannot be any.
 
         Raises
         ------
@@ -228,7 +230,8 @@ class ParameterServer:
             )
         connection = self._connection
         connection.wait()
-        named.take(connection.gradients if gradients is None else gradients, connection.gradients, finite=self._finite)
+        looks = self._finite if finite is None else finite
+        named.take(connection.gradients if gradients is None else gradients, connection.gradients, finite=looks)
         if self._clip is not None:
             self._clip(connection.gradient)
         connection.push(samples)

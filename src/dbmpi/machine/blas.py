@@ -106,7 +106,7 @@ def prepare() -> BlasChoice:
     global _prepared  # noqa: PLW0603 - the environment, too, belongs to the whole process
     if _prepared is None:
         theirs = threads.without_prepared(os.environ)
-        _prepared = _decide(theirs)
+        _prepared = decide(theirs)
         if _prepared.kernel is not None and not theirs.get(VARIABLE):
             threads.put({VARIABLE: _prepared.kernel})
     return _prepared
@@ -194,7 +194,7 @@ def probe(kernel: str | None, environment: Mapping[str, str], known: Sequence[st
 
 def remember(measurement: Measurement) -> None:
     """Keep a measurement for all processes on this node, whole or not at all."""
-    file = _file()
+    file = answer_file()
     if file is None:
         return
     temporary = file.with_suffix(f".{os.getpid()}")
@@ -208,7 +208,7 @@ def remember(measurement: Measurement) -> None:
 
 def remembered() -> Measurement | None:
     """Return the measurement that was made on this node for this processor and this NumPy, or None."""
-    file = _file()
+    file = answer_file()
     if file is None:
         return None
     try:
@@ -220,7 +220,8 @@ def remembered() -> Measurement | None:
     return found if possible and (numbers or not found.openblas) else None
 
 
-def _decide(environment: Mapping[str, str]) -> BlasChoice:
+def decide(environment: Mapping[str, str]) -> BlasChoice:
+    """Return the choice that the `environment`, or else a measurement of this processor, leads to."""
     given = environment.get(VARIABLE, "").strip()
     flags = processor_flags()
     if given:
@@ -237,7 +238,7 @@ def _decide(environment: Mapping[str, str]) -> BlasChoice:
 
 def _measured(flags: frozenset[str], environment: Mapping[str, str]) -> Measurement | BlasChoice:
     """Return what was measured on this node, by this process or before it; where that is not possible, what follows."""
-    found, file = remembered(), _file()
+    found, file = remembered(), answer_file()
     if found is not None:
         return found
     own = "BLAS: OpenBLAS's own choice"
@@ -289,7 +290,7 @@ def _remark(given: str, flags: frozenset[str]) -> str:
     return f"; the processor can run {' and '.join(wider)}, too: 'dbmpi doctor' compares them" if wider else ""
 
 
-def _file() -> Path | None:
+def answer_file() -> Path | None:
     """Return the file of the node's measurement: one for each processor, NumPy and BLAS library; None without any."""
     spec = importlib.util.find_spec("numpy")
     parts = [kernel_cache.cpu_description(), sys.executable, os.environ.get("LD_LIBRARY_PATH", "")]

@@ -30,7 +30,7 @@ def available(meminfo: Path = Path("/proc/meminfo"), groups: Path = _GROUPS) -> 
     groups
         Folder of the system's control groups.
     """
-    found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *_of_group(groups), *_of_limits()]
+    found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *of_group(groups), *_of_limits()]
     if (free := _table(meminfo).get("MemAvailable")) is not None:
         found.append(1024 * free)
     return max(0, min(found))
@@ -82,10 +82,11 @@ def explain(error: MemoryError) -> str:
     )
 
 
-def _of_group(root: Path, membership: Path = _MEMBERSHIP) -> Iterator[int]:
+def of_group(root: Path, membership: Path = _MEMBERSHIP) -> Iterator[int]:
     """Yield what is left of the limits of the control groups above this process (version 2 and 1).
 
-    Copies of files count as free: they are given back.
+    Their files are below `root`, and the file `membership` names the groups of this process.  Copies of files count as
+    free: they are given back.
     """
     for controller, names in _MEMORY_FILES.items():
         for group in control_groups(controller, root, membership):

@@ -40,4 +40,5 @@ def watch() -> None:
 def leave() -> None:
     """Stop watching: everything is prepared, or this program does not need it."""
     if _finder in sys.meta_path:
-        sys.meta_path.remove(_finder)
+        # A new list: an import that is going on walks through the old one, and would miss the next finder.
+        sys.meta_path = [finder for finder in sys.meta_path if finder is not _finder]

@@ -49,7 +49,7 @@ def line(state: DisplayState) -> str:
         What is shown.
     """
     facts = [label + value for label, value in _facts(state, wide=True)]
-    return "  ".join([f"{_duration(state.elapsed):>7}", state.position, *facts])
+    return "  ".join([f"{duration(state.elapsed):>7}", state.position, *facts])
 
 
 class Bar:
@@ -73,7 +73,7 @@ class Bar:
         assert isinstance(options, ConsoleOptions)
         state = self._state()
         columns = max(1, options.max_width - 1)  # a full last column makes some terminals begin a new line
-        position, width, facts = _fit(state, columns)
+        position, width, facts = fit(state, columns)
         text = Text(position, no_wrap=True, overflow="crop", end="")
         if width:
             bar = ProgressBar(total=1.0, completed=state.fraction, width=width)
@@ -92,19 +92,19 @@ def _facts(state: DisplayState, *, wide: bool) -> list[tuple[str, str]]:
     if state.accuracy is not None:
         percentage = f"{100 * state.accuracy:.1f}"
         facts.append(("accuracy ", f"{percentage} %") if wide else ("acc ", f"{percentage}%"))
-    facts.append(("", f"{_grouped(state.rate)} samples/s" if wide else f"{_short(state.rate)}/s"))
+    facts.append(("", f"{_grouped(state.rate)} samples/s" if wide else f"{short(state.rate)}/s"))
     if state.staleness is not None:
         facts.append(("staleness " if wide else "stale ", f"{state.staleness:.1f}"))
     return facts
 
 
-def _fit(state: DisplayState, columns: int) -> tuple[str, int, list[tuple[str, str]]]:
-    """Return the position, the bar's width and the facts (label, value) that fit into a line of `columns`.
+def fit(state: DisplayState, columns: int) -> tuple[str, int, list[tuple[str, str]]]:
+    """Return the position, the bar's width and the facts (label, value) of a `state` that fit into a line of `columns`.
 
     In narrower lines facts go from the last to the first, then the time that is left, then the bar.
     """
     remaining = state.remaining
-    clock = ("", f"{_duration(remaining)} left" if remaining is not None else f"in {_duration(state.elapsed)}")
+    clock = ("", f"{duration(remaining)} left" if remaining is not None else f"in {duration(state.elapsed)}")
     narrow, percentage = _facts(state, wide=False), f"{100 * state.fraction:3.0f} %"
     choices = [(state.position, [*_facts(state, wide=True), clock], 20), (state.position, [*narrow, clock], 8)]
     choices += [(percentage, [*narrow[:count], clock], 8) for count in range(len(narrow), -1, -1)]
@@ -136,8 +136,8 @@ def _grouped(value: float) -> str:
     return f"{value:,.0f}" if math.isfinite(value) else "?"
 
 
-def _short(value: float) -> str:
-    """Return a rate in five columns: 12.3k."""
+def short(value: float) -> str:
+    """Return a rate, the `value`, in five columns: 12.3k."""
     if not math.isfinite(value):
         return "    ?"
     for factor, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
@@ -146,8 +146,8 @@ def _short(value: float) -> str:
     return f"{value:5.0f}"
 
 
-def _duration(seconds: float) -> str:
-    """Return a time as 0:42, 12:34, 1:02:03 or 3 d 04:05:06."""
+def duration(seconds: float) -> str:
+    """Return a time in `seconds` as 0:42, 12:34, 1:02:03 or 3 d 04:05:06."""
     whole = int(min(seconds, 1e9))
     hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
     if hours >= 100:

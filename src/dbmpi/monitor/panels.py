@@ -161,7 +161,7 @@ def time_spent(axes: Axes, history: RunHistory, role: str) -> None:
     axes.set(title=f"where the time of {role}s goes", xlabel="recorded time (%)")
     if not _anything(axes, bool(ranks)):
         return
-    labels, bars = _grouped(
+    labels, bars = grouped(
         role, {number: _add_up(report["seconds"] for report in reports) for number, reports in ranks.items()}
     )
     activities = [name for name in _ACTIVITIES if any(name in bar for bar in bars)]
@@ -205,7 +205,7 @@ def _curves(axes: Axes, history: RunHistory, key: str, by: str, factor: float) -
         return np.nan, np.nan
     values = test_y
     if x.size:
-        smooth_x, smooth = _running_means(weights, x, y)
+        smooth_x, smooth = running_means(weights, x, y)
         axes.plot(x, y, ".", ms=5, color=_TRAIN, alpha=0.3, mec="none", label="each report")
         axes.plot(smooth_x, smooth, color=_TRAIN, lw=1.8, label="training")
         values = np.concatenate([smooth, test_y])
@@ -242,10 +242,11 @@ def _position(history: RunHistory, session: int, seconds: float, by: str) -> flo
     return seconds if by == "seconds" else history.steps(session, seconds - history.starts[session])
 
 
-def _running_means(weights: np.ndarray, *rows: np.ndarray) -> list[np.ndarray]:
-    """Return the weighted means of each value and its neighbours, about a twentieth of all, as many on either side.
+def running_means(weights: np.ndarray, *rows: np.ndarray) -> list[np.ndarray]:
+    """Return the means of each value of the `rows` and its neighbours, about a twentieth of all, by their `weights`.
 
-    Towards the ends the neighbourhood shrinks, so that a steep beginning is not bent.  All arrays are 1-D and alike.
+    There are as many neighbours on either side.  Towards the ends the neighbourhood shrinks, so that a steep beginning
+    is not bent.  All arrays are 1-D and alike.
     """
     index = np.arange(weights.size)
     widest = min(max(1, weights.size // 40), 500)
@@ -277,8 +278,8 @@ def _add_up(bars: Iterable[Mapping[str, float | None]]) -> dict[str, float]:
     return seconds
 
 
-def _grouped(role: str, ranks: dict[int, dict[str, float]]) -> tuple[list[str], list[dict[str, float]]]:
-    """Return labels and bars: one a rank, or the sums of neighbours where there are many ranks."""
+def grouped(role: str, ranks: dict[int, dict[str, float]]) -> tuple[list[str], list[dict[str, float]]]:
+    """Return labels and bars of a `role`: one a rank, or the sums of neighbours where there are many `ranks`."""
     numbers = list(ranks)
     size = -(-len(numbers) // MOST_BARS)
     groups = [numbers[start : start + size] for start in range(0, len(numbers), size)]

@@ -84,13 +84,13 @@ def draw_history(history: RunHistory, name: str, out: Path) -> list[Path]:
         ):
             figure = figure_of()
             make(figure, history)
-            figure.suptitle(_headline(name, history) if file == "run" else name, fontsize=12)
+            figure.suptitle(headline(name, history) if file == "run" else name, fontsize=12)
             written.append(_save(figure, out / f"{file}.png"))
     return written
 
 
-def _headline(name: str, history: RunHistory) -> str:
-    """Return the title of the picture of everything: what came out."""
+def headline(name: str, history: RunHistory) -> str:
+    """Return the title of the picture of everything: the `name`, and what came out of the `history`."""
     result = history.summary()
     facts = [name]
     if result.test_accuracy is not None:

@@ -12,7 +12,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, TextIO
@@ -133,7 +133,14 @@ class RunProgress:
         with suppress(OSError, ValueError):  # the reader is gone
             print(f"dbmpi: warning: {text}", file=sys.stderr, flush=True)
 
-    def evaluation(self, epoch: float, loss: float, accuracy: float | None, samples: int | None = None) -> None:
+    def evaluation(
+        self,
+        epoch: float,
+        loss: float,
+        accuracy: float | None,
+        samples: int | None = None,
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
         """Print the result of an evaluation on held-out samples.
 
         Parameters
@@ -144,10 +151,13 @@ class RunProgress:
             Of the held-out samples; `accuracy` from 0 to 1, or None where the loss knows no classes.
         samples
             Number of held-out samples, to be shown if given.
+        metrics
+            Further means over them, by name.
         """
         parts = [f"epoch {epoch:.4g}", f"test loss {digits(loss)}"]
         if (accuracy := _known(accuracy)) is not None:
             parts.append(f"test accuracy {100 * accuracy:.2f} %")
+        parts += [f"{name} {digits(mean)}" for name, mean in (metrics or {}).items()]
         if samples is not None:
             parts.append(f"{samples:,} samples")
         self.message("   ".join(parts))

@@ -85,6 +85,8 @@ class EvaluationReport:
     """Fraction classified correctly, 0 to 1; None where the loss knows no classes."""
     samples: int
     """How many held-out samples were evaluated."""
+    metrics: Mapping[str, float] | None = None
+    """Means of the objective's own metrics over them; None where it has none."""
 
 
 @dataclass(frozen=True, slots=True)

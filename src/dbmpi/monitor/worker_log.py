@@ -61,7 +61,7 @@ class WorkerLog:
     def report(
         self, epoch: float, moved: tuple[int, int, int, int], layer_seconds: Mapping[str, Sequence[float]]
     ) -> None:
-        """Write a report, unless nothing was learned since the last one.
+        """Write a report; if nothing was learned since the last one, leave the times to the next.
 
         Parameters
         ----------
@@ -73,29 +73,30 @@ class WorkerLog:
             Seconds so far by phase, for each layer.
         """
         now, recent = time.monotonic(), self._recent
+        if not recent.samples:
+            return
         pushed_bytes, fetched_bytes, chunks, pieces = map(int.__sub__, moved, self._moved)
         layers, seconds = self._layer_times.take(layer_seconds), self.stopwatch.take(_ACTIVITIES)
         self.waited += seconds["fetch"] + seconds["push"]
         self.spent += sum(seconds.values())
         if self._cut:
             set_exchange_apart(seconds, layers)  # that of evaluations, too, which count as waiting
-        if recent.samples:
-            self._recorder.write(
-                WorkerReport(
-                    step=self.steps,
-                    epoch=epoch,
-                    samples=self._samples,
-                    loss=recent.mean_loss,
-                    accuracy=recent.accuracy,
-                    samples_per_second=recent.samples / max(now - self._reported, 1e-9),
-                    pushed_bytes=pushed_bytes,
-                    fetched_bytes=fetched_bytes,
-                    seconds=seconds,
-                    layers=layers,
-                    replica=self._replica,
-                    partition=self._partition,
-                    pushed_chunks=chunks,
-                    fetched_pieces=pieces,
-                )
+        self._recorder.write(
+            WorkerReport(
+                step=self.steps,
+                epoch=epoch,
+                samples=self._samples,
+                loss=recent.mean_loss,
+                accuracy=recent.accuracy,
+                samples_per_second=recent.samples / max(now - self._reported, 1e-9),
+                pushed_bytes=pushed_bytes,
+                fetched_bytes=fetched_bytes,
+                seconds=seconds,
+                layers=layers,
+                replica=self._replica,
+                partition=self._partition,
+                pushed_chunks=chunks,
+                fetched_pieces=pieces,
             )
+        )
         self._reported, self._recent, self._moved = now, Outcome(0, 0.0, 0), moved

@@ -31,6 +31,7 @@ _starting = threading.Lock()
 _watchdog: threading.Thread | None = None
 _process = 0
 """The process in which the watchdog runs: a fork has none."""
+os.register_at_fork(after_in_child=_blocked.clear)  # nor does it wait for anything
 
 
 def duplicate(comm: MPI.Intracomm, what: str) -> MPI.Intracomm:
@@ -134,7 +135,7 @@ def blocking(what: str) -> Iterator[None]:
     try:
         yield
     finally:
-        del _blocked[number]
+        _blocked.pop(number, None)
 
 
 def _watch() -> None:

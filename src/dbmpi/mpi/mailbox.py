@@ -48,11 +48,13 @@ class MessageKind(IntEnum):
     WARM = 8
     """Worker to lead: the warmstart is over, release the others."""
     STOP_ASKED = 9
-    """Any rank to lead: a signal asks for the end."""
+    """Any rank to lead: a signal of this number asks for the end; 0 for a callback of the user's."""
     RELEASE = 10
     """Lead to worker: the warmstart is over, begin."""
     EVALUATION = 11
     """Worker to lead: batches of the stream passed, samples tested, correct, and the bits of the loss."""
+    METRIC = 14
+    """Worker to lead, before EVALUATION: number of a metric, and the bits of its sum."""
     ALIVE = 12
     """Worker to lead: at work, though nothing is pushed.  Lead to all: the run moves, keep waiting."""
     FAILED = 13

@@ -28,6 +28,8 @@ class Tag(IntEnum):
     """Initial parameters, from a worker of a user's own loop to the shards."""
     SNAPSHOT = 13
     """Vectors for a checkpoint, from a shard to the worker of a user's own loop that has asked for them."""
+    OBJECTIVE_STATE = 14
+    """What an objective has beside its parameters, from a worker to the lead."""
     LAST_TRANSFER = 30000
     """The largest tag of transfers, which number theirs from 1 on a communicator of their own."""
     DEATHS = 30001

@@ -144,6 +144,24 @@ class NormalisationLayer(BuiltIn[config.Normalisation]):
         return _taps(self.input_shape[axis], self.section.window, some, others, transposed)
 
 
+def smoothing(length: int, window: int) -> np.ndarray:
+    """Return the weights of all windows along an axis, (length, length): a row for each position, with a sum of one.
+
+    Parameters
+    ----------
+    length
+        Of the axis.
+    window
+        Size of the windows, odd.
+    """
+    first, weights = _taps(length, window, (0, length), (0, length), False)
+    matrix = np.zeros((length, length))
+    for row, start, taps in zip(matrix, first, weights, strict=True):
+        inside = slice(max(-start, 0), length - start)
+        row[max(start, 0) : start + len(taps)] = taps[inside]
+    return matrix
+
+
 def _start(inner: Box, outer: Box) -> tuple[int, int, int]:
     """Return at which map, row and column of another a box starts."""
     first_map, row, column = (a - b for a, b in zip(inner.starts, outer.starts, strict=True))

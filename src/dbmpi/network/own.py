@@ -129,7 +129,7 @@ def make_objective(section: config.ObjectiveSection, load: Loader) -> Any:
         Where the class may come from.
     """
     found = load(section.use, "the objective")
-    if not isinstance(found, type) or not callable(getattr(found, "loss_and_gradient", None)):
+    if not isinstance(found, type) or not learns(found):
         raise UserError(
             f"the objective is of type {section.use!r}: expected a class with a method 'loss_and_gradient(parameters, "
             "batch)'; dbmpi.objective.OwnObjective says what an objective has"
@@ -139,10 +139,15 @@ def make_objective(section: config.ObjectiveSection, load: Loader) -> Any:
     except TypeError as error:
         raise UserError(
             f"the objective is of type {section.use!r}, which cannot be called with the settings of its table: {error};"
-            " if it was trained as an object given to dbmpi.train, with arguments, evaluate it in Python"
+            " if it was given to dbmpi.train as an object, give it to dbmpi.evaluate, too: objective=..."
         ) from None
     with calling("the objective", "it is made"):
         return found(**section.settings)
+
+
+def learns(objective: Any) -> bool:
+    """Return whether an `objective`, or a class of ones, has a method that computes a gradient."""
+    return any(callable(getattr(objective, method, None)) for method in ("loss_and_gradient", "write_gradient"))
 
 
 @contextmanager

@@ -117,6 +117,7 @@ class Client:
         self._queues: dict[int, deque[tuple[Header, np.ndarray]]] = {}
         self._queued = [0] * len(ranks)
         self._posted = [0] * len(ranks)
+        self._unfinished: set[int] = set()
         self.versions = [0] * len(ranks)
         self._applied = window.local[memories[0].applied(0) :][: len(ranks) * 8].view(np.int64)
 
@@ -166,6 +167,11 @@ class Client:
                     )
                     self._enqueue(shard, header, gradient[local : local + length])
         return tuple(self._queued)
+
+    def abandon(self) -> None:
+        """End a push of which parts will never come, as shards may wait for its last one; what came of it counts."""
+        for shard in sorted(self._unfinished):
+            self._enqueue(shard, Header(0, 0, LAST, self.versions[shard]), _NO_DATA)
 
     def report(self, outcome: Outcome, steps: int) -> None:
         """Report the steps and samples behind a push to shard 0, which counts those of the run.
@@ -307,6 +313,10 @@ class Client:
         return ", ".join(f"shard {shard} on rank {self._ranks[shard]}" for shard in late)
 
     def _enqueue(self, shard: int, header: Header, data: np.ndarray) -> None:
+        if header.kind == MORE:
+            self._unfinished.add(shard)
+        elif header.kind == LAST:
+            self._unfinished.discard(shard)
         self._queues.setdefault(shard, deque()).append((header, data))
         self._queued[shard] += 1
 

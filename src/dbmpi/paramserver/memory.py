@@ -160,9 +160,9 @@ def check_fits(layout: Layout, shards: int, itemsize: int, available: int) -> No
     if needed > available:
         largest = max(layout.tensors, key=lambda tensor: tensor.size)
         raise UserError(
-            f"the network has {layout.size:,} parameters, {largest.size:,} of them in {largest.name!r} of shape "
+            f"the model has {layout.size:,} parameters, {largest.size:,} of them in {largest.name!r} of shape "
             f"{largest.shape}: that is {needed / 2**30:,.1f} GiB on each of {shards} shards, but there are "
-            f"{available / 2**30:,.1f} GiB of memory; make that layer smaller, or start more shards on more machines"
+            f"{available / 2**30:,.1f} GiB of memory; make that array smaller, or start more shards on more machines"
         )
 
 

@@ -90,7 +90,7 @@ class Store(Collective):
         self._common = section.fetch == "shared"
         hosts = windows.hosts(comm)
         if self._common:
-            _check_common(plan, hosts, section.align)
+            check_common(plan, hosts, section.align)
         if chunk is None:
             chunk = chunk_elements(section.inbox_mib * 2**20, section.chunk_kib * 2**10, plan.workers, dtype.itemsize)
         none: list[tuple[int, ...]] = [()] * plan.shards
@@ -221,8 +221,8 @@ def _neighbours(plan: Plan, hosts: np.ndarray) -> list[tuple[int, ...]]:
     return [shared[int(hosts[holder])] for holder in plan.shard_ranks]
 
 
-def _check_common(plan: Plan, hosts: np.ndarray, align: Literal["equal", "partition"]) -> None:
-    """Refuse to share the parameters where they cannot be."""
+def check_common(plan: Plan, hosts: np.ndarray, align: Literal["equal", "partition"]) -> None:
+    """Refuse to share the parameters where the `plan`, the `hosts` of its ranks or `align` do not allow it."""
     number = len(set(hosts.tolist()))
     if number > 1:
         raise UserError(

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 _WORKSPACES = 2  # a batch and the shorter one at the end of an epoch
 
 
-class Replica(Collective, Objective):
+class Replica(Collective, Objective[Batch]):
     """Loss and gradient of a network on one of the workers that compute it together.
 
     All workers of a replica call the same methods with the same batch (collective).  A context manager: at its end,

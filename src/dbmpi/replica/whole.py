@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 
-class WholeNetwork(Network, Objective):
+class WholeNetwork(Network, Objective[Batch]):
     """A network that one process computes: a replica of one partition.
 
     Constructed as :class:`dbmpi.network.description.Network` is.  One object must not be used by two threads at once.

@@ -13,7 +13,7 @@ from dbmpi.errors import UserError
 from dbmpi.machine.doctor import Finding
 from dbmpi.network import own
 from dbmpi.network.own import calling
-from dbmpi.objective import Batch
+from dbmpi.objective import Samples
 from dbmpi.replica.own_objective import OwnModel, OwnReplica
 
 ELEMENTS = 16
@@ -48,7 +48,8 @@ def check_gradient(run: Run) -> Iterator[Finding]:
         )
     called = f"the objective {section.use!r}"
     model = OwnModel(own.make_objective(section, own.from_directory(run.network.code)), run.run.seed, called)
-    with Source.open(run.data.train, run.data.memory_mib, "optional", Reading.of(run.data, run.network)) as source:
+    data, reading = run.data, Reading.of(run.data, run.network)
+    with Source.open(data.training_file, data.memory_mib, "optional", reading) as source:
         batch = source.batch(np.arange(min(run.optimizer.batch_size, source.samples)))
     random = np.random.default_rng(run.run.seed)
     point = np.empty(model.layout.size)
@@ -84,7 +85,7 @@ def check_gradient(run: Run) -> Iterator[Finding]:
 
 
 def _difference(
-    replica: OwnReplica, batch: Batch, point: np.ndarray, position: int, expected: float, scale: float
+    replica: OwnReplica, batch: Samples, point: np.ndarray, position: int, expected: float, scale: float
 ) -> tuple[float, float]:
     """Return how much an element of the gradient differs from the slope of the loss, relatively, and that slope.
 

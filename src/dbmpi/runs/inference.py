@@ -6,8 +6,9 @@ its part of the parameters, read from the checkpoint run by run.  The cut need n
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ from dbmpi.machine.rank_variables import ranks_on_node
 from dbmpi.mpi import blocking, pieces, waiting
 from dbmpi.mpi.blocking import Collective
 from dbmpi.mpi.tags import Tag
-from dbmpi.objective import Outcome
+from dbmpi.objective import Outcome, OwnObjective
 from dbmpi.replica import placement, thread_count
 from dbmpi.replica.own_objective import OwnModel, OwnReplica
 from dbmpi.replica.replica import Replica
@@ -50,6 +51,8 @@ class Inference(Collective):
         Files from which classes of a user's own layers may be loaded.
     batch_size
         Samples that are computed together.
+    objective
+        A user's own, for the checkpoint of one; None: made from the class that the checkpoint names.
 
     Raises
     ------
@@ -64,10 +67,15 @@ class Inference(Collective):
         partitions: int | None = None,
         code: Sequence[Path] = (),
         batch_size: int = 1024,
+        *,
+        objective: OwnObjective | None = None,
     ) -> None:
-        self._comm = comm
         self._batch_size = batch_size
         self._stack = ExitStack()
+        if comm is not None:
+            comm = blocking.duplicate(comm, "the other ranks to evaluate or predict")
+            self._stack.callback(blocking.free, comm)
+        self._comm = comm
         self._replica_comm: MPI.Intracomm | None = None
         rank, ranks = (0, 1) if comm is None else (comm.rank, comm.size)
         self.is_first = rank == 0
@@ -75,14 +83,14 @@ class Inference(Collective):
         # The first rank decides which checkpoint is the latest, as another one may appear any time.
         with self.together("opening the checkpoint"):
             if self.is_first:
-                self.trained = trained_network.load(path, code)
+                self.trained = trained_network.load(path, code, objective)
         if comm is not None:
             path = Path(
                 waiting.broadcast_text(comm, str(self.trained.path) if self.is_first else "", 0, "the checkpoint")
             )
             with self.together("opening the checkpoint on all ranks"):
                 if not self.is_first:
-                    self.trained = trained_network.load(path, code)
+                    self.trained = trained_network.load(path, code, objective)
         network = self.trained.network
         placed = None
         with self.together("placing the layers"):
@@ -124,19 +132,38 @@ class Inference(Collective):
             Called with the number of samples that were just done.
         """
         batches = self._begin(source)
-        found = np.zeros((len(batches), 4))
-        for number in range(self._number, len(batches), self.replicas):
-            outcome = self._replica.evaluate(self._parameters, source.batch(batches[number]))
-            self._compiled()
-            if self._partition == 0:
-                found[number] = (outcome.samples, outcome.loss, max(outcome.correct, 0), outcome.correct < 0)
-            if shown is not None:
-                shown(len(batches[number]) * self.replicas)
+        outcomes: dict[int, Outcome] = {}
+        with self.together("evaluating", waiting.LONG_SECONDS):
+            for number in range(self._number, len(batches), self.replicas):
+                outcome = self._replica.evaluate(self._parameters, source.batch(batches[number]))
+                self._compiled()
+                if self._partition == 0:
+                    outcomes[number] = outcome
+                if shown is not None:
+                    shown(len(batches[number]) * self.replicas)
+        names = self._metrics(outcomes)
+        found = np.zeros((len(batches), 4 + len(names)))
+        for number, one in outcomes.items():
+            sums = dict(one.sums)
+            found[number] = (one.samples, one.loss, max(one.correct, 0), one.correct < 0, *(sums[n] for n in names))
         found = self._added_up(found, "the other replicas")
         total = Outcome(0, 0.0, 0)
-        for samples, loss, correct, no_classes in found:
-            total = total.plus(Outcome(int(samples), float(loss), -1 if no_classes else int(correct)))
+        for samples, loss, correct, no_classes, *values in found.tolist():
+            named = tuple(zip(names, values, strict=True))
+            total = total.plus(Outcome(int(samples), loss, -1 if no_classes else int(correct), named))
         return total
+
+    def _metrics(self, outcomes: Mapping[int, Outcome]) -> tuple[str, ...]:
+        """Return the names of the metrics, which are the same on all ranks."""
+        mine = [[name for name, _ in outcome.sums] for outcome in outcomes.values()]
+        if self._comm is None:
+            return tuple(mine[0])
+        first = waiting.broadcast_text(self._comm, json.dumps(mine[0] if self.is_first else []), 0, "the metrics")
+        names = tuple(json.loads(first))
+        with self.together("comparing the metrics"):
+            if any({*others} != {*names} for others in mine):
+                raise UserError(f"the objective's metrics differ between ranks: {mine[0]} here, {[*names]} on rank 0")
+        return names
 
     def predict(self, source: Source) -> Iterator[tuple[int, np.ndarray]]:
         """Yield predictions on the first rank, batch by batch in order, and nothing on the others.
@@ -157,13 +184,15 @@ class Inference(Collective):
         for first in range(0, len(batches), self.replicas):
             number = first + self._number
             mine = None
-            if number < len(batches):
-                outputs = self._replica.outputs(self._parameters, source.inputs(batches[number]))
-                if self._partition == 0:
-                    if self.trained.network.loss is not None:
-                        self.trained.network.loss.predict(outputs)
-                    mine = np.ascontiguousarray(outputs.T, np.float32)
-                self._compiled()
+            with self.together("predicting", waiting.LONG_SECONDS):
+                if number < len(batches):
+                    outputs = self._replica.outputs(self._parameters, source.inputs(batches[number]))
+                    if self._partition == 0:
+                        self._check_width(len(outputs), units)
+                        if self.trained.network.loss is not None:
+                            self.trained.network.loss.predict(outputs)
+                        mine = np.ascontiguousarray(outputs.T, np.float32)
+                    self._compiled()
             if not self.is_first:
                 if mine is not None:
                     assert self._comm is not None
@@ -187,6 +216,14 @@ class Inference(Collective):
         with self.together("trying to predict"):
             return len(self._replica.outputs(self._parameters, source.inputs(np.zeros(1, np.int64))))
 
+    def _check_width(self, found: int, units: int) -> None:
+        """Refuse a batch with another number of outputs than the first sample, as only a user's own code has."""
+        if isinstance(self.trained.network, OwnModel) and found != units:
+            raise UserError(
+                f"{self.trained.network.called}: predict returned rows of {found} outputs for one batch and of {units} "
+                "for a single sample; expected the same number for every sample, however many there are"
+            )
+
     def broken_parameters(self) -> tuple[str, ...]:
         """Return the names of the tensors that hold NaN or infinite numbers, the same on every rank."""
         layout = self.trained.network.layout
@@ -200,6 +237,23 @@ class Inference(Collective):
                 position += last - first
         broken = self._added_up(broken, "the parameters of the other ranks")
         return tuple(tensor.name for tensor, found in zip(layout.tensors, broken, strict=True) if found)
+
+    def same(self, text: str, otherwise: str) -> None:
+        """Raise UserError on all ranks unless all give the same text.
+
+        Parameters
+        ----------
+        text
+            That of this rank.
+        otherwise
+            The message.
+        """
+        if self._comm is None:
+            return
+        first = waiting.broadcast_text(self._comm, text, 0, "what the first rank has")
+        with self.together("comparing what the ranks have"):
+            if text != first:
+                raise UserError(otherwise)
 
     def total(self, number: int) -> int:
         """Return the sum of the numbers that the ranks give.

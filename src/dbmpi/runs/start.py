@@ -71,10 +71,10 @@ def find(
     if not path:
         return RunStart(StartingPoint(Stream(order.batches), warmstart), None, int(session[0]))
     with together(comm, "reading the checkpoint"), Checkpoint.open(Path(path)) as checkpoint:
-        checkpoint.expect(layout)
+        checkpoint.expect(layout, what="network" if run.objective is None else "objective")
         info, vectors = checkpoint.info, checkpoint.vectors
         before = _check_same_order(run, info.configuration, order, info.total, Path(path))
-        check_same_data(info.meaning, meaning, checkpoint=path, file=str(run.data.train))
+        check_same_data(info.meaning, meaning, checkpoint=path, file=run.data.called)
         same_size = before.batch_size == order.batch_size
         begin = StartingPoint(
             Stream(before.batches, info.frontier, info.holes).recut(before, order),
@@ -190,7 +190,7 @@ def _check_same_order(run: Run, stored: str, order: Order, total: int, path: Pat
     if then != total:
         raise UserError(
             f"{path}: was written by a run of {total} batches in {before.optimizer.epochs:g} epochs, but the "
-            f"{order.samples} samples of {run.data.train} make {then}: it has learned from other data; "
+            f"{order.samples} samples of {run.data.called} make {then}: it has learned from other data; "
             f"set data.train back, or start a new run in another run.directory"
         )
     return earlier

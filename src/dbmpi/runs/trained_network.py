@@ -21,6 +21,7 @@ from dbmpi.kernels.memory import aligned_empty
 from dbmpi.network.description import Network
 from dbmpi.network.losses import Targets
 from dbmpi.network.own import from_files, make_objective
+from dbmpi.objective import OwnObjective
 from dbmpi.replica.own_objective import OwnModel
 
 
@@ -59,6 +60,12 @@ class TrainedNetwork:
         return self.network.outputs
 
     @property
+    def called(self) -> str:
+        """What it is called in messages."""
+        learned = self.network.called if isinstance(self.network, OwnModel) else "the network"
+        return f"{learned} in {self.path}"
+
+    @property
     def targets(self) -> Literal["required", "optional"]:
         """Whether an evaluation needs targets: not where layers have objectives of their own."""
         return "optional" if self.network.loss is None else "required"
@@ -81,16 +88,15 @@ class TrainedNetwork:
         info = self.info
         if source.input_shape != info.input_shape:
             raise UserError(
-                f"{source.path}: samples have shape {source.input_shape}, but the network in {self.path} was trained "
-                f"on {info.input_shape}; expected the same"
+                f"{source.path}: samples have shape {source.input_shape}, but {self.called} was trained on "
+                f"{info.input_shape}; expected the same"
             )
         own = isinstance(self.network, OwnModel)
         needed = self.info.classes > 0 or source.has_targets if own else self.network.loss is not None
         targets = targets and needed
         if targets and not source.has_targets:
             raise UserError(f"{source.path}: has no dataset {source.names['targets']!r} to compare the outputs with")
-        learner = f"the network in {self.path}"
-        notices = source.mean_the_same(info.meaning, info.classes, learner=learner, targets=targets)
+        notices = source.mean_the_same(info.meaning, info.classes, learner=self.called, targets=targets)
         if not targets:
             return notices
         if info.classes == 0:
@@ -98,18 +104,18 @@ class TrainedNetwork:
                 source.expect(self.units, self.section.loss)
         elif source.classes is None:
             raise UserError(
-                f"{source.path}: the targets are {source.target_size} values a sample, but the network in {self.path} "
+                f"{source.path}: the targets are {source.target_size} values a sample, but {self.called} "
                 f"was trained on {info.classes} classes; expected integers from 0 to {info.classes - 1}"
             )
         elif source.classes > info.classes:
             raise UserError(
-                f"{source.path}: has {source.classes} classes, but the network in {self.path} was trained on "
+                f"{source.path}: has {source.classes} classes, but {self.called} was trained on "
                 f"{info.classes}; expected no class that is not trained"
             )
         return notices
 
 
-def load(path: Path, code: Sequence[Path] = ()) -> TrainedNetwork:
+def load(path: Path, code: Sequence[Path] = (), objective: OwnObjective | None = None) -> TrainedNetwork:
     """Read the network of a checkpoint, or of the latest checkpoint of a run directory.
 
     Parameters
@@ -118,6 +124,8 @@ def load(path: Path, code: Sequence[Path] = ()) -> TrainedNetwork:
         The checkpoint, or the directory.
     code
         Files from which classes of a user's own layers may be loaded; a checkpoint that needs others is refused.
+    objective
+        A user's own, whose parameters the checkpoint is expected to hold; None: made from the class that it names.
 
     Raises
     ------
@@ -127,14 +135,22 @@ def load(path: Path, code: Sequence[Path] = ()) -> TrainedNetwork:
     checkpoint = Checkpoint.open(path)
     try:
         info = checkpoint.info
-        section, placement, objective = _sections(checkpoint.path, info.configuration)
+        section, placement, described = _sections(checkpoint.path, info.configuration)
         # The seed is only for initial weights.
         targets: Targets = "classes" if info.classes else "values"
-        if objective is None:
-            network: Network | OwnModel = Network(section, info.input_shape, 0, targets=targets, load=from_files(code))
+        if described is not None:
+            if objective is None:
+                objective = make_objective(described, from_files(code))
+            network: Network | OwnModel = OwnModel(objective, 0, f"the objective {described.use!r}")
+        elif objective is not None:
+            raise UserError(
+                f"{checkpoint.path}: holds a network, and objective={objective!r:.60} was given; leave that out"
+            )
         else:
-            network = OwnModel(make_objective(objective, from_files(code)), 0, f"the objective {objective.use!r}")
-        checkpoint.expect(network.layout)
+            network = Network(section, info.input_shape, 0, targets=targets, load=from_files(code))
+        checkpoint.expect(network.layout, what="network" if described is None else "objective")
+        if isinstance(network, OwnModel) and (state := checkpoint.objective_state()):
+            network.state.load(state, str(checkpoint.path))
         if isinstance(network, Network) and info.classes > network.outputs:
             raise Damaged(
                 f"{checkpoint.path}: /run/classes is {info.classes}, expected at most the {network.outputs} outputs of "
@@ -156,7 +172,8 @@ def _sections(path: Path, configuration: str) -> tuple[NetworkSection, Placement
             raise KeyError("layers")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(
-            f"{path}: the run was not described with a [network]; evaluate it with the program that trained it"
+            f"{path}: the run was not described with a [network] or an [objective]; evaluate it with the program that "
+            "trained it"
         ) from None
     section: type[Section] = NetworkSection
     try:

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-import re
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 from mpi4py import MPI
 
+from dbmpi.checkpoint.named_arrays import Fill
+from dbmpi.checkpoint.reader import Checkpoint
 from dbmpi.checkpoint.run_lock import locked
-from dbmpi.config import ObjectiveSection, Run
-from dbmpi.config.layers import OWN
+from dbmpi.config import Run
 from dbmpi.data import limits
-from dbmpi.data.run_data import RunData, open_data
+from dbmpi.data.numbered_batches import NumberedBatches, Transform
+from dbmpi.data.run_data import RunData, Supplied, open_data
 from dbmpi.data.stream import Order
 from dbmpi.downpour import run as downpour_run
 from dbmpi.errors import UserError
@@ -25,6 +31,7 @@ from dbmpi.kernels.announce import announced
 from dbmpi.machine import capacity, environment
 from dbmpi.machine.rank_variables import ranks_on_node
 from dbmpi.machine.signals import StopSignal
+from dbmpi.monitor.callbacks import Callbacks, TrainingEvent
 from dbmpi.monitor.progress import RunProgress
 from dbmpi.monitor.records import Recorder
 from dbmpi.mpi import topology, waiting
@@ -37,13 +44,16 @@ from dbmpi.objective import OwnObjective
 from dbmpi.paramserver.memory import check_fits
 from dbmpi.replica import placement
 from dbmpi.replica.own_objective import OwnModel, OwnReplica, try_objective
+from dbmpi.replica.own_state import OwnState
 from dbmpi.replica.replica import Replica
 from dbmpi.replica.thread_count import fitted
 from dbmpi.replica.trial import try_layer
-from dbmpi.result import Result
+from dbmpi.result import FilePath, Result
 from dbmpi.runs import start as runs_start
+from dbmpi.runs.initial import GivenArrays, first_values, with_initial
+from dbmpi.runs.supplied import compare, complete
 from dbmpi.sandblaster import run as sandblaster_run
-from dbmpi.session import DTYPE, Session
+from dbmpi.session import DTYPE, Session, StartingPoint
 
 _MOST_BATCHES = 2**62
 """Of a run: counts of steps and batches travel and are stored as 64-bit integers."""
@@ -55,6 +65,11 @@ def train(
     stop: StopSignal | None = None,
     *,
     objective: OwnObjective | None = None,
+    initial: Mapping[str, Any] | FilePath | None = None,
+    data: Any = None,
+    test: Any = None,
+    transform: Transform | None = None,
+    callbacks: Any = None,
 ) -> Result:
     """Train the network, or the objective, that `run` describes, on all ranks of `comm` together (collective).
 
@@ -71,6 +86,24 @@ def train(
         the function runs.
     objective : OwnObjective, optional
         What to learn instead of a network, for a run that describes none.
+    initial : mapping of str to array, or path, optional
+        First values of the parameters by name, the same on all ranks: arrays, e.g. of ``dbmpi.parameters``, or a file
+        as ``run.initial`` names one.  A run that resumes goes on from its own checkpoint instead.
+    data : array, tuple or function, optional
+        What to learn from instead of the file ``data.train``: inputs, or a tuple (inputs, targets) or (inputs, targets,
+        weights), with the samples on the first axis, the same on all ranks.  Each is an array of NumPy, which is used
+        where it is, or anything with a length and an index, as a memmap or a dataset of h5py.  A function that returns
+        these is called once on each node, and its arrays are shared by the ranks of the node.  For an objective of your
+        own, inputs may be a dictionary of arrays.
+    test : array, tuple or function, optional
+        Held-out samples instead of the file ``data.test``, as `data`.
+    transform : function, optional
+        ``transform(batch, random)`` is called with each batch that is learned from, :class:`dbmpi.objective.Samples`,
+        and with a ``numpy.random.Generator`` that follows from the seed and the number of the batch; it returns other
+        samples, as many.  Instead of ``data.transform``, the same on all ranks.
+    callbacks : object or list of objects, optional
+        Objects with some of the methods ``on_step``, ``on_evaluation``, ``on_checkpoint`` and ``on_end``, each of which
+        is called with a :class:`dbmpi.monitor.callbacks.TrainingEvent`, and may return True to end the run.
 
     Returns
     -------
@@ -92,6 +125,19 @@ def train(
     >>> result = dbmpi.train(run)
     >>> result.test.samples
     359
+
+    Arrays instead of files:
+
+    >>> import numpy
+    >>> inputs = numpy.random.default_rng(1).normal(size=(500, 2))
+    >>> run = dbmpi.Run(
+    ...     run={"directory": "runs/arrays"},
+    ...     network={"layers": [{"units": 10, "activation": "tanh"}, {"units": 2}]},
+    ...     monitor={"progress": "none"},
+    ... )
+    >>> result = dbmpi.train(run, data=(inputs, inputs[:, 0] > inputs[:, 1]))
+    >>> result.samples
+    5000
     """
     if not isinstance(run, Run):
         raise UserError(f"train: expected a description of a run, e.g. dbmpi.load('CONFIG.toml'), not {run!r:.80}")
@@ -103,42 +149,41 @@ def train(
         end_all_on_failure()
     with aloud(comm), ExitStack() as stack:
         with together(comm, "checking what is learned"):
-            run = _with_objective(run, objective)
-        return _run(run, objective, comm, stack, stop or stack.enter_context(StopSignal()))
+            given = Supplied(data, test, transform, Callbacks(callbacks))
+            run, arrays = with_initial(complete(run, objective, given), initial)
+        compare(run, given, comm)
+        return _run(run, objective, arrays, given, comm, stack, stop or stack.enter_context(StopSignal()))
 
 
-def _with_objective(run: Run, objective: OwnObjective | None) -> Run:
-    """Return the run with a name for an `objective` that is an object; check that there is one thing to learn."""
-    if objective is None:
-        if not run.network.layers and run.objective is None:
-            raise UserError(
-                "train: the run describes neither network.layers nor an objective; give one of them, or train(run, "
-                "objective=...)"
-            )
-        return run
-    if run.network.layers or run.objective is not None:
-        what = "network.layers" if run.network.layers else f"the objective {run.objective.use!r}"  # type: ignore[union-attr]
-        raise UserError(f"train: given objective={objective!r:.60}, but the run has {what} already; leave out either")
-    kind = objective if isinstance(objective, type) else type(objective)
-    use = f"{kind.__module__}:{kind.__name__}"
-    section = ObjectiveSection(use=use if re.fullmatch(OWN, use) else f"own:{kind.__name__}")
-    return Run(**dict(run) | {"objective": section})
-
-
-def _run(run: Run, objective: OwnObjective | None, comm: MPI.Intracomm, stack: ExitStack, stop: StopSignal) -> Result:
+def _run(
+    run: Run,
+    objective: OwnObjective | None,
+    arrays: GivenArrays | None,
+    supplied: Supplied,
+    comm: MPI.Intracomm,
+    stack: ExitStack,
+    stop: StopSignal,
+) -> Result:
     """Set up this rank, train, evaluate (collective); the stack closes everything that is opened."""
     with together(comm, "planning the topology"):
         plan = topology.plan(run.topology, comm.size)
     comms = stack.enter_context(topology.Communicators(comm, plan))
     with Watch(comms.world) as watch:
-        session = _session(run, objective, plan, comms, watch, stop, stack)
+        session = _session(run, objective, arrays, supplied, plan, comms, watch, stop, stack)
         learn = sandblaster_run.learn if session.run.optimizer.method == "sandblaster" else downpour_run.learn
-        return learn(session, stack)
+        result = learn(session, stack)
+        epoch = (session.begin.samples + result.samples) / session.order.samples
+        loss, accuracy = (math.nan, None) if result.test is None else (result.test.mean_loss, result.test.accuracy)
+        ended = TrainingEvent(result.steps, epoch, result.samples, loss, accuracy, result.checkpoint)
+        session.callbacks.call("on_end", ended)
+        return result
 
 
 def _session(
     run: Run,
     objective: OwnObjective | None,
+    arrays: GivenArrays | None,
+    supplied: Supplied,
     plan: topology.Plan,
     comms: topology.Communicators,
     watch: Watch,
@@ -147,7 +192,7 @@ def _session(
 ) -> Session:
     """Open the data, cut the network, lock the run directory and find the checkpoint to resume from (collective)."""
     comm = comms.world
-    data = open_data(run, comm, plan, stack)
+    data = open_data(run, comm, plan, stack, supplied)
     run, notices = limits.fitted(run, data.samples)
     data = replace(data, notes=data.notes + notices)
     say = RunProgress(0, run.monitor.progress).message if comm.rank == 0 else None
@@ -160,6 +205,7 @@ def _session(
         model, remark = _own_model(run, objective, comm, plan), ""
     with together(comm, "looking at the data", seconds=waiting.LONG_SECONDS):
         data.validate(fully=plan.worker_of(comm.rank) == 0)
+    batches = _batches(run, data, supplied.transform, order, comm, plan)
     if say is not None:
         prepared = environment.prepare()
         say(f"{prepared}{f'; {remark}' if remark else ''}")
@@ -174,14 +220,32 @@ def _session(
             stack.enter_context(locked(run.run.directory, partial(print, "dbmpi:", file=sys.stderr, flush=True)))
     replica: Replica | OwnReplica | None = None
     if isinstance(model, OwnModel):
-        replica = OwnReplica(model) if data.train is not None else None
+        replica = OwnReplica(model, tries=run.optimizer.method == "sandblaster") if data.train is not None else None
         with together(comm, "trying the objective", seconds=waiting.LONG_SECONDS):
-            if replica is not None and data.train is not None and plan.worker_of(comm.rank) == 0:
-                try_objective(replica, model, data.train.batch(order.indices(0)))
+            if batches is not None and plan.worker_of(comm.rank) == 0:
+                held_out = (
+                    None if data.test is None else data.test.batch(np.arange(min(order.batch_size, data.test.samples)))
+                )
+                changed = try_objective(model, batches.batch(0), held_out)
+                if changed and run.optimizer.method == "sandblaster":
+                    raise UserError(
+                        f"{model.called}: learning changes its state, and with Sandblaster the loss has to follow from "
+                        "the parameters alone; keep the state constant (a BatchNorm of PyTorch: give it "
+                        'track_running_stats=False), or use optimizer.method = "downpour"'
+                    )
+        names = json.dumps(model.metrics or ())
+        names = waiting.broadcast_text(comm, names, plan.worker_ranks[0], "the names of the metrics")
+        model.metrics = tuple(json.loads(names))
     elif plan.worker_of(comm.rank) is not None and placed is not None:
         replica = stack.enter_context(Replica(model, placed, comms.replica))
         replica.prepare(run.optimizer.batch_size)
     begin, checkpoint, number = runs_start.find(run, comm, plan.replicas, model.layout, order, data.meaning)
+    initial: Fill = model.initial
+    if checkpoint is None:
+        initial, notes = first_values(run, arrays, model, comm, stack)
+        data = replace(data, notes=data.notes + notes)
+    if isinstance(model, OwnModel):
+        begin = _begin_state(model.state, begin, checkpoint, comm, plan.worker_ranks[0])
     recorder = partial(
         Recorder,
         run.run.directory,
@@ -200,12 +264,53 @@ def _session(
         order=order,
         begin=begin,
         checkpoint=checkpoint,
+        initial=initial,
         data=data,
+        batches=batches,
+        callbacks=supplied.callbacks,
         stop=stop,
         recorder=lambda role, number: stack.enter_context(recorder(role, number)),
         watch=watch,
         compiled=compiled,
     )
+
+
+def _batches(
+    run: Run, data: RunData, transform: Transform | None, order: Order, comm: MPI.Intracomm, plan: topology.Plan
+) -> NumberedBatches | None:
+    """Return what a worker learns from, after trying the user's transform, if there is one (collective)."""
+    if run.data.transform is None:
+        return None if data.train is None else NumberedBatches(data.train, order)
+    batches = None
+    with together(comm, "trying the transform", seconds=waiting.LONG_SECONDS):
+        if data.train is not None:
+            found = transform or own.from_directory(run.network.code)(run.data.transform, "data.transform")
+            if not callable(found):
+                raise UserError(f"data.transform = {run.data.transform!r}: is no function, transform(batch, random)")
+            batches = NumberedBatches(data.train, order, found)
+            if plan.worker_of(comm.rank) == 0:
+                with own.calling("the transform", "it is tried on the first batch"):
+                    batches.batch(0)
+    return batches
+
+
+def _begin_state(
+    state: OwnState, begin: StartingPoint, checkpoint: Path | None, comm: MPI.Intracomm, first: int
+) -> StartingPoint:
+    """Let the state of an objective be that of the checkpoint, or of the `first` worker, on all ranks (collective)."""
+    found: dict[str, np.ndarray] = {}
+    with together(comm, "reading the state of the objective", seconds=waiting.LONG_SECONDS):
+        if checkpoint is not None and state.nbytes:
+            with Checkpoint.open(checkpoint) as opened:
+                found = opened.objective_state()
+            if found:
+                state.load(found, str(checkpoint))
+                return begin
+    state.broadcast(comm, first)
+    if checkpoint is None or not state.nbytes:
+        return begin
+    notice = f"{checkpoint}: has no state of the objective, which begins with its first values"
+    return replace(begin, notices=(*begin.notices, notice))
 
 
 def _order(run: Run, data: RunData, comm: MPI.Intracomm) -> Order:
@@ -254,7 +359,8 @@ def _own_model(run: Run, objective: OwnObjective | None, comm: MPI.Intracomm, pl
             objective = own.make_objective(section, own.from_directory(run.network.code))
         model = OwnModel(objective, run.run.seed, f"the objective {section.use!r}")
         check_fits(model.layout, plan.shards, DTYPE.itemsize, capacity.available())
-    mine = json.dumps([section.use, *([tensor.name, *tensor.shape] for tensor in model.layout.tensors)])
+    tensors = ([tensor.name, *tensor.shape] for tensor in model.layout.tensors)
+    mine = json.dumps([section.use, *tensors, *model.state.description])
     first = waiting.broadcast_text(comm, mine, 0, "the names of the parameters")
     with together(comm, "comparing the parameters"):
         if mine != first:

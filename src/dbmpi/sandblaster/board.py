@@ -272,11 +272,12 @@ class PortionResult(NamedTuple):
     correct: int
     loss: float
     """Sum over the samples."""
+    sums: tuple[float, ...] = ()
+    """Of metrics, over held-out samples."""
 
 
-_RESULT = np.dtype([("portion", "i8"), ("samples", "i8"), ("correct", "i8"), ("loss", "f8")])
-_HEAD, _ROW = 3, _RESULT.itemsize // _WORD
-"""Words of the head of a list, and of each result in it."""
+_HEAD, _WHOLE, _ROW = 4, 3, 4
+"""Words of the head of a list; of each result in it, those that are integers, and all but the sums of metrics."""
 SLOTS = 2
 """Bundles of a worker: one is filled while the shards take in the other."""
 
@@ -299,10 +300,12 @@ class Bundles:
     results: int
     """Most portions of a bundle."""
     shards: int
+    metrics: int = 0
+    """Sums of metrics that a result may have."""
     itemsize: int = 4
 
     def list_of(self, bundle: int) -> int:
-        """Where the list of a bundle lies: batch, length, microseconds, and four words for each result."""
+        """Where the list of a bundle lies: batch, length, microseconds, metrics, and some words for each result."""
         return self.offset + bundle % SLOTS * self._slot_bytes
 
     def gradient_of(self, bundle: int) -> int:
@@ -316,7 +319,7 @@ class Bundles:
     @property
     def list_words(self) -> int:
         """Words of a list."""
-        return _HEAD + _ROW * self.results
+        return _HEAD + (_ROW + self.metrics) * self.results
 
     @property
     def end(self) -> int:
@@ -342,12 +345,21 @@ def pack(words: np.ndarray, batch: int, seconds: float, results: list[PortionRes
     results
         Of the portions in the bundle.
     """
-    words[:_HEAD] = batch, len(results), round(1e6 * seconds)
-    words[_HEAD:].view(_RESULT)[: len(results)] = results
+    metrics = len(results[0].sums) if results else 0
+    words[:_HEAD] = batch, len(results), round(1e6 * seconds), metrics
+    rows = words[_HEAD:][: len(results) * (_ROW + metrics)].reshape(len(results), _ROW + metrics)
+    for row, result in zip(rows, results, strict=True):
+        row[:_WHOLE] = result[:_WHOLE]
+        row[_WHOLE:].view(np.float64)[:] = (result.loss, *result.sums)
 
 
 def unpack(words: np.ndarray) -> tuple[int, float, list[PortionResult]]:
     """Return batch, seconds and results from the words that :func:`pack` wrote."""
-    batch, count, microseconds = words[:_HEAD].tolist()
-    rows = words[_HEAD:].view(_RESULT)[:count].tolist()
-    return batch, 1e-6 * microseconds, [PortionResult(*row) for row in rows]
+    batch, count, microseconds, metrics = words[:_HEAD].tolist()
+    rows = words[_HEAD:][: count * (_ROW + metrics)].reshape(count, _ROW + metrics)
+    numbers = rows[:, _WHOLE:].copy().view(np.float64).tolist()
+    results = [
+        PortionResult(portion, samples, correct, loss, tuple(sums))
+        for (portion, samples, correct), (loss, *sums) in zip(rows[:, :_WHOLE].tolist(), numbers, strict=True)
+    ]
+    return batch, 1e-6 * microseconds, results

@@ -125,6 +125,7 @@ class Keeper:
     def _write(self, steps: int, samples: int) -> None:
         session, lead, state = self._session, self._shards.lead, self._state
         run, plan, data, begin = session.run, session.plan, session.data, session.begin
+        objective_state = session.objective_state  # the same on all ranks: nothing changes it
         names = (POINT, *self._carried, *(state.vectors if state is not None else ()))
         self._shards.submit(Command("hand_over", (names,)))
 
@@ -156,6 +157,7 @@ class Keeper:
                 Arrangement(session.model.layout, cut(session.model.layout.size, plan.shards)),
                 {name: lead.array(name) for name in names},
                 lead.version,
+                {} if objective_state is None else objective_state.to_store(objective_state.pack()),
             ),
             describe,
             keep=run.checkpoint.keep,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dbmpi.errors import RunFailed
 from dbmpi.methods import descent
@@ -17,6 +17,7 @@ from dbmpi.methods.descent import ORIGIN, POINT, Limits, Report
 from dbmpi.methods.lbfgs import History
 from dbmpi.methods.multibatch import multi_batch_lbfgs
 from dbmpi.methods.select import Choice, minimise
+from dbmpi.monitor.callbacks import TrainingEvent
 from dbmpi.monitor.progress import RunProgress
 from dbmpi.monitor.records import BatchReport, EvaluationReport
 from dbmpi.objective import Outcome
@@ -85,7 +86,8 @@ class Coordinator:
         self._recorder, self._progress = session.recorder("shard", 0), progress
         self._total = round(session.order.samples * session.run.optimizer.epochs)
         self._method = method
-        self._sampling = sampling(self._settings, session.order, session.run.network.drops)
+        self._callbacks, self._asked = session.callbacks, False
+        self._sampling = sampling(self._settings, session.order, session.run.draws)
         self._left = session.begin.stream.total - session.begin.stream.frontier
         self._counted = 0, 0
         """Portions and samples that had counted after the last iteration."""
@@ -136,7 +138,7 @@ class Coordinator:
             self._progress.message(kept)
             raise
         try:
-            self._keeper.write(self.steps, self.samples, last=True)
+            self._write(last=True)
         except RunFailed as failure:
             if self._evaluator.failed is None:
                 raise
@@ -300,6 +302,8 @@ class Coordinator:
         """Write a checkpoint and test, when it is time; return whether the run is to end."""
         self._iterations, self._trying = progress.iteration, False
         self._counted = self.steps, self.samples
+        learned = self._evaluator.passes.outcome
+        self._call("on_step", self._iterations, self.epoch, learned.samples, progress.loss, learned.accuracy)
         if self._history is not None:
             self._keeper.note(self._history, self._sampling.position, progress)
         self._evaluator.serve()
@@ -308,9 +312,20 @@ class Coordinator:
             self._next_test = (self.epoch // every + 1) * every
             self._evaluate_test()
         if self._keeper.due and not self._evaluator.interrupted:
-            self._keeper.write(self.steps, self.samples)
+            self._write()
         self._trying = True  # what comes next is
-        return self._evaluator.interrupted or self._used_up
+        return self._evaluator.interrupted or self._used_up or self._asked
+
+    def _write(self, *, last: bool = False) -> None:
+        """Write a checkpoint, and call callbacks if that has succeeded."""
+        before = self.checkpoint
+        self._keeper.write(self.steps, self.samples, last=last)
+        if self.checkpoint is not None and self.checkpoint != before:
+            self._call("on_checkpoint", self.steps, self.epoch, self.samples, math.nan, None, self.checkpoint)
+
+    def _call(self, name: str, *event: Any) -> None:
+        """Call callbacks, and remember if one asks for the end."""
+        self._asked |= self._callbacks.call(name, TrainingEvent(*event))
 
     def _evaluate_test(self) -> None:
         """Record and show the outcome on the held-out samples at the present parameters."""
@@ -325,6 +340,8 @@ class Coordinator:
                 loss=outcome.mean_loss,
                 accuracy=outcome.accuracy,
                 samples=outcome.samples,
+                metrics=outcome.metrics or None,
             )
         )
-        self._progress.evaluation(self.epoch, outcome.mean_loss, outcome.accuracy, outcome.samples)
+        self._progress.evaluation(self.epoch, outcome.mean_loss, outcome.accuracy, outcome.samples, outcome.metrics)
+        self._call("on_evaluation", self.steps, self.epoch, outcome.samples, outcome.mean_loss, outcome.accuracy)

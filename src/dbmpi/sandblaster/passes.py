@@ -40,6 +40,8 @@ class Passes:
         Where the workers keep their bundles: for each replica, partition 0 first.
     clock
         Seconds; for tests.
+    metrics
+        Names of what is measured of held-out samples beside the loss.
 
     Attributes
     ----------
@@ -56,8 +58,9 @@ class Passes:
         board: Board,
         bundles: Sequence[Sequence[Bundles]],
         clock: Callable[[], float] = time.monotonic,
+        metrics: Sequence[str] = (),
     ) -> None:
-        self._board, self._bundles, self._clock = board, bundles, clock
+        self._board, self._bundles, self._clock, self._metrics = board, bundles, clock, metrics
         self._words, self._ordered = board.words, board.ordered
         self._batch = PostedBatch(0, PassKind.GRADIENT, 0, 0, 0)
         self._seen = [0] * len(bundles)
@@ -104,8 +107,9 @@ class Passes:
         """Sums over the portions, in their order."""
         total = Outcome(0, 0.0, 0)
         for portion in range(self._batch.portions):
-            _, samples, correct, loss = self._results[portion]
-            total = total.plus(Outcome(samples, loss, correct))
+            _, samples, correct, loss, sums = self._results[portion]
+            named = tuple(zip(self._metrics, sums, strict=True)) if sums else ()
+            total = total.plus(Outcome(samples, loss, correct, named))
         return total
 
     @property

@@ -161,7 +161,7 @@ class Portions:
         if self._undecided:
             self._undecided = False
             if board.win(batch, self._portion, self._replica, self._bundle):
-                self._results.append(PortionResult(self._portion, *self._outcome_words()))
+                self._results.append(self._result())
                 return [_Action.KEEP]
             self.lost += 1
         if self._sums >= self._bundles.results:
@@ -178,8 +178,10 @@ class Portions:
             self._idle_since = None
         return None if portion is None else [_Action.COMPUTE, portion]
 
-    def _outcome_words(self) -> tuple[int, int, float]:
-        return self._outcome.samples, self._outcome.correct, self._outcome.loss
+    def _result(self) -> PortionResult:
+        outcome = self._outcome
+        sums = tuple(total for _, total in outcome.sums)
+        return PortionResult(self._portion, outcome.samples, outcome.correct, outcome.loss, sums)
 
     def _copy(self) -> int | None:
         """Return an outstanding portion to compute as a backup copy, once it has taken longer than one takes here."""

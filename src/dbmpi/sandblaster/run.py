@@ -29,6 +29,7 @@ from dbmpi.mpi.mailbox import Mailbox
 from dbmpi.mpi.transport import transport_between
 from dbmpi.mpi.window import Window
 from dbmpi.mpi.world import together
+from dbmpi.replica.own_objective import OwnReplica
 from dbmpi.result import Result
 from dbmpi.sandblaster.board import MOST_PORTIONS, MOST_REPLICAS
 from dbmpi.sandblaster.checkpoints import Keeper
@@ -55,6 +56,8 @@ def learn(session: Session, stack: ExitStack) -> Result:
     stack
         Closes what is opened.
     """
+    if isinstance(session.replica, OwnReplica):
+        stack.callback(session.replica.free)
     session.compile_kernels(use_kernels)
     plan, comm, number = session.plan, session.comms.world, session.shard
     setup = lay_out(comm, session)
@@ -195,7 +198,7 @@ def _coordinator(
     shards = Shards(comm, session.plan, start.space)
     evaluator = Evaluator(
         shards,
-        Passes(setup.board(window), bundles),
+        Passes(setup.board(window), bundles, metrics=session.metrics),
         mailbox=Mailbox(comm, mpi_mailbox.Role.SHARD),
         stop=session.stop,
         watch=session.watch,

@@ -32,6 +32,8 @@ class Setup:
     """Held-out samples."""
     capacity: int
     """Portions of the largest batch."""
+    metrics: int = 0
+    """Sums of metrics that a result of held-out samples has."""
 
     @cached_property
     def memories(self) -> list[Memory]:
@@ -50,7 +52,7 @@ class Setup:
         """Return where a worker keeps its bundles: behind its shard's part, and the board."""
         rank, elements = self.plan.worker_ranks[worker], self._sizes[worker % self.plan.partitions]
         portions = 1 if self.settings.deterministic else self.settings.portions_per_push
-        return Bundles(rank, lines(self._before_bundles(rank)), elements, portions, self.plan.shards)
+        return Bundles(rank, lines(self._before_bundles(rank)), elements, portions, self.plan.shards, self.metrics)
 
     def bundles_of(self, replica: int) -> list[Bundles]:
         """Return where the workers of a replica keep theirs, partition 0 first."""
@@ -104,4 +106,5 @@ def lay_out(comm: MPI.Intracomm, session: Session) -> Setup:
         stretches=tuple(stretches),
         tests=tests,
         capacity=max(order.batches_per_epoch, -(-tests // order.batch_size)),
+        metrics=len(session.metrics),
     )

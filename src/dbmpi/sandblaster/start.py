@@ -56,7 +56,7 @@ def start_shard(session: Session, setup: Setup, window: Window, number: int) -> 
     parameters = window.local[setup.memories[number].parameters :][: len(held) * DTYPE.itemsize].view(DTYPE)
     vectors = {POINT: parameters}
     if session.checkpoint is None:
-        session.model.initial(held.start, parameters)
+        session.initial(held.start, parameters)
         return ShardStart(ShardSpace(comms.world, comms.shards, window, sources, 0, vectors))
     with Checkpoint.open(session.checkpoint) as checkpoint:
         state, version = _state(session, checkpoint), max(checkpoint.info.shard_versions)
@@ -85,6 +85,7 @@ def _state(session: Session, checkpoint: Checkpoint) -> MethodState | None:
     if (
         settings.model_copy(update=_MAY_CHANGE) != before.model_copy(update=_MAY_CHANGE)
         or then.objective != session.run.objective
+        or then.data.transform != session.run.data.transform
     ):
         # Another loss or another batch: the history is of use, but not the gradient.
         state = state.model_copy(update={"gradient": "", "position": [], "bounds": {}})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,8 +14,8 @@ from dbmpi.sandblaster.board import PassKind, PostedBatch
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from dbmpi.data.numbered_batches import NumberedBatches
     from dbmpi.data.source import Source
-    from dbmpi.data.stream import Order
     from dbmpi.monitor.worker_log import WorkerLog
     from dbmpi.paramserver.client import Client
 
@@ -29,10 +29,8 @@ class PortionWork:
         Computes them, together with the other partitions of the replica.
     client
         Fetches the parameters.
-    order
-        Which samples make up each portion of the stream.
     train, test
-        The samples, and the held-out ones.
+        The portions of the stream, and the held-out samples.
     log
         Of the worker.
     stride
@@ -45,10 +43,9 @@ class PortionWork:
 
     def __init__(
         self,
-        objective: Objective,
+        objective: Objective[Any],
         client: Client,
-        order: Order,
-        train: Source,
+        train: NumberedBatches,
         test: Source | None,
         *,
         log: WorkerLog,
@@ -56,8 +53,8 @@ class PortionWork:
         keep_bytes: int,
         layer_seconds: Mapping[str, Sequence[float]] | None = None,
     ) -> None:
-        self._objective, self._client, self._order = objective, client, order
-        self._train, self._test = Ahead(train, order, keep_bytes), test
+        self._objective, self._client, self._order = objective, client, train.order
+        self._train, self._test = Ahead(train, keep_bytes), test
         self._log, self._stride, self._layer_seconds = log, stride, layer_seconds or {}
         self._parameters = aligned_empty(objective.size)
         self._reached = 0

@@ -101,8 +101,8 @@ class BatchWorker:
 
     def _deal(self, session: Session, setup: Setup, window: Window, number: int) -> Portions:
         """Return this worker's part in the batches."""
-        run, plan, data = session.run, session.plan, session.data
-        assert data.train is not None
+        run, plan, batches = session.run, session.plan, session.batches
+        assert batches is not None
         assert session.replica is not None
         replica, partition = divmod(number, plan.partitions)
         session.replica.serve_while_waiting(self._serve)
@@ -114,12 +114,11 @@ class BatchWorker:
         work = PortionWork(
             session.replica,
             client,
-            session.order,
-            data.train,
-            data.test,
+            batches,
+            session.data.test,
             log=session.log(number),
             stride=plan.replicas if run.sandblaster.deterministic else 1,
-            keep_bytes=data.train.spare_bytes if again else 0,
+            keep_bytes=batches.source.spare_bytes if again else 0,
             layer_seconds=session.replica.seconds,
         )
         held = pieces(stretches, setup.ranges)

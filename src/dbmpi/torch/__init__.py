@@ -1,4 +1,7 @@
-"""PyTorch: Downpour as an optimizer for a training loop of one's own.  It needs the extra ``dbmpi[torch]``."""
+"""PyTorch: modules as objectives of a run, and Downpour as an optimizer for a training loop of one's own.
+
+It needs the extra ``dbmpi[torch]``.
+"""
 
 from dbmpi.mpi.load import load
 
@@ -8,7 +11,8 @@ except ImportError as error:
     raise ImportError("dbmpi.torch needs PyTorch: pip install 'dbmpi[torch]'") from error
 load()
 
-from dbmpi.torch.objective import ModuleObjective  # noqa: E402
+from dbmpi.torch.module import ModuleObjective, objective  # noqa: E402
 from dbmpi.torch.optimizer import Downpour  # noqa: E402
+from dbmpi.torch.trained import state_dict  # noqa: E402
 
-__all__ = ["Downpour", "ModuleObjective"]
+__all__ = ["Downpour", "ModuleObjective", "objective", "state_dict"]

@@ -6,15 +6,14 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from dbmpi.errors import UserError
-from dbmpi.kernels import updates
 from dbmpi.loops.agreement import everybody
 from dbmpi.loops.parameter_server import ParameterServer
 from dbmpi.loops.service import Service
 from dbmpi.machine import threads
+from dbmpi.torch.gradients import Gradient
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -31,10 +30,14 @@ class Downpour(torch.optim.Optimizer):  # type: ignore[misc]
     All workers make one of a module of the same shapes (collective), after ``dbmpi.serve``; one process needs neither
     that nor a launcher.  The parameters of the first worker are those that training starts from.
 
-    Fetches write into the module's parameters, and a gradient is copied once, to where shards read it.  Frozen
-    parameters, those that require no gradient when the optimizer is made, and buffers such as the statistics of batch
-    normalisation stay on each worker: they are neither pushed nor fetched.  A parameter that is used in several places
-    counts once.  One without a gradient in some step is pushed zeros, which ``sgd`` and ``adagrad`` leave as it is.
+    Fetches write into the module's parameters, and a gradient is copied once, to where shards read it.  With `n_push`
+    and `n_fetch` of 1 it is copied as soon as autograd has computed it, and the parameter's ``grad`` is then that
+    memory: it may be changed before :meth:`step`, e.g. clipped, and the next gradient will be in the same place.
+
+    Frozen parameters, those that require no gradient when the optimizer is made, and buffers such as the statistics of
+    batch normalisation stay on each worker: they are neither pushed nor fetched.  A parameter that is used in several
+    places counts once.  One without a gradient in some step is pushed zeros, which ``sgd`` and ``adagrad`` leave as it
+    is.
 
     PyTorch gets as many threads as dbmpi's own kernels.
 
@@ -119,9 +122,11 @@ class Downpour(torch.optim.Optimizer):  # type: ignore[misc]
             torch.set_num_threads(limit)
         arrays = {name: parameter.detach().numpy() for name, parameter in self._trained.items()}
         self._addresses = {name: parameter.data_ptr() for name, parameter in self._trained.items()}
-        self._accrued = {name: np.zeros(array.shape, array.dtype) for name, array in arrays.items() if n_push > 1}
         settings |= {"shards": shards, "colocate": colocate, "server": server, "clip_norm": clip_norm, "resume": resume}
         self._server = ParameterServer(comm, arrays, rule, **settings)
+        hook = n_push == n_fetch == 1  # a push has then been applied when a step is done
+        memories = self._server.gradients
+        self._gradients = [Gradient(each, memories[name], hook=hook) for name, each in self._trained.items()]
         assert self._server.worker is not None
         self.worker, self.workers = self._server.worker, self._server.workers
 
@@ -149,15 +154,20 @@ class Downpour(torch.optim.Optimizer):  # type: ignore[misc]
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        gradients = {name: self._gradient(name, parameter) for name, parameter in self._trained.items()}
-        for name, accrued in self._accrued.items():
-            updates.add(accrued.reshape(-1), np.ascontiguousarray(gradients[name]).reshape(-1))
+        for name, parameter in self._trained.items():
+            if parameter.data_ptr() != self._addresses[name]:
+                raise UserError(
+                    f"Downpour: the memory of {name} was replaced, e.g. by module.to(...); make the optimizer after "
+                    "that"
+                )
+        more = self._steps % self._n_push > 0
+        if not more:
+            self._server.wait()
+        finite = [gradient.put(add=more) for gradient in self._gradients]
         self._steps, self._samples = self._steps + 1, self._samples + samples
         if self._steps % self._n_push == 0:
-            self._server.push(self._accrued or gradients, samples=self._samples)
+            self._server.push(samples=self._samples, finite=not all(finite))
             self._samples = 0
-            for accrued in self._accrued.values():
-                accrued.fill(0)
         if self._steps % self._n_fetch == 0:
             self._server.fetch()
         return loss
@@ -187,6 +197,8 @@ class Downpour(torch.optim.Optimizer):  # type: ignore[misc]
         At the end of the program this happens by itself; a second call does nothing.
         """
         assert self._server is not None
+        for gradient in self._gradients:
+            gradient.release()
         self._server.close()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -211,18 +223,6 @@ class Downpour(torch.optim.Optimizer):  # type: ignore[misc]
                 "for each group"
             )
         super().add_param_group(param_group)
-
-    def _gradient(self, name: str, parameter: torch.Tensor) -> np.ndarray:
-        """Return the gradient of a parameter as an array."""
-        if parameter.data_ptr() != self._addresses[name]:
-            raise UserError(
-                f"Downpour: the memory of {name} was replaced, e.g. by module.to(...); make the optimizer after that"
-            )
-        if parameter.grad is None:
-            return np.broadcast_to(np.zeros((), parameter.detach().numpy().dtype), tuple(parameter.shape))
-        gradient = parameter.grad.detach()
-        array: np.ndarray = (gradient.to_dense() if gradient.is_sparse else gradient).numpy()
-        return array
 
 
 def _trained(groups: list[dict[str, Any]]) -> dict[str, torch.Tensor]:

@@ -1,0 +1,83 @@
+"""Train a small convolutional network on images, in plain PyTorch.
+
+Run it with ``python images_loop.py``, which learns the handwritten digits of scikit-learn, or with ``--images
+DIRECTORY`` for the four files of MNIST or Fashion-MNIST.  ``images_downpour.py`` is the same by Downpour.
+"""
+
+import argparse
+import gzip
+from pathlib import Path
+
+import numpy as np
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+
+class Net(nn.Module):
+    """Two convolutions, each with pooling, and two dense layers."""
+
+    def __init__(self, side: int) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            *(nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+            *(nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        )
+        self.classes = nn.Sequential(nn.Linear(32 * (side // 4) ** 2, 64), nn.ReLU(), nn.Linear(64, 10))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Return a score for each class."""
+        return self.classes(self.features(images).flatten(1))
+
+
+def read(path: Path, header: int) -> np.ndarray:
+    """Return the bytes of a file of MNIST behind its header."""
+    return np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8, offset=header)
+
+
+def load(directory: Path | None) -> list[TensorDataset]:
+    """Return the samples to learn from and those to test on."""
+    if directory is None:
+        digits = load_digits()
+        images, labels = torch.tensor(digits.images / 16).float()[:, None], torch.tensor(digits.target)
+        return [TensorDataset(images[part], labels[part]) for part in (slice(1500), slice(1500, None))]
+    found = []
+    for name in ("train", "t10k"):
+        pixels = read(directory / f"{name}-images-idx3-ubyte.gz", 16).reshape(-1, 1, 28, 28)
+        classes = read(directory / f"{name}-labels-idx1-ubyte.gz", 8)
+        found.append(TensorDataset(torch.tensor(pixels) / 255, torch.tensor(classes).long()))
+    return found
+
+
+def accuracy(model: nn.Module, samples: Dataset) -> float:
+    """Return the fraction of the samples that are classified correctly."""
+    with torch.no_grad():
+        right = [(model(images).argmax(1) == labels).float() for images, labels in DataLoader(samples, batch_size=500)]
+    return float(torch.cat(right).mean())
+
+
+def main() -> None:
+    """Train, print the accuracy on the test samples after each epoch, and save the model if that is wanted."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--images", type=Path, help="directory with the files of MNIST or Fashion-MNIST")
+    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--save", type=Path, help="file for the parameters")
+    arguments = parser.parse_args()
+    train, test = load(arguments.images)
+    model = Net(train[0][0].shape[-1])
+    optimizer = torch.optim.Adagrad(model.parameters(), lr=0.01)
+    batches = DataLoader(train, batch_size=32, shuffle=True)
+    for epoch in range(arguments.epochs):
+        for images, labels in batches:
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(images), labels)
+            loss.backward()
+            optimizer.step()
+        print(f"epoch {epoch + 1}: accuracy {accuracy(model, test):.3f}")
+    if arguments.save:
+        torch.save(model.state_dict(), arguments.save)
+
+
+if __name__ == "__main__":
+    main()

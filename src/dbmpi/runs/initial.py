@@ -1,0 +1,102 @@
+"""The first values of a run's parameters, where they are given: arrays by name, from Python or from a file."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Any, TypeAlias
+
+import numpy as np
+from mpi4py import MPI
+
+from dbmpi.checkpoint import named_arrays
+from dbmpi.checkpoint.named_arrays import Fill, StoredValues
+from dbmpi.config import Run
+from dbmpi.errors import UserError
+from dbmpi.mpi import waiting
+from dbmpi.mpi.world import together
+from dbmpi.network.description import Network
+from dbmpi.replica.own_objective import OwnModel
+from dbmpi.result import FilePath, path_of
+
+GivenArrays: TypeAlias = dict[str, StoredValues]
+_IN_PYTHON = "initial"
+
+
+def with_initial(run: Run, initial: Mapping[str, Any] | FilePath | None) -> tuple[Run, GivenArrays | None]:
+    """Return the run with a file of first values, and arrays that were given instead.
+
+    Parameters
+    ----------
+    run
+        May name a file already.
+    initial
+        What ``dbmpi.train`` was given.
+    """
+    if initial is None:
+        return run, None
+    if run.run.initial is not None:
+        raise UserError(
+            f"train: given initial=..., but run.initial is {str(run.run.initial)!r} already; leave out either"
+        )
+    if isinstance(initial, Mapping):
+        return run, named_arrays.given(initial, f"train: {_IN_PYTHON}")
+    section = run.run.model_copy(update={"initial": path_of(initial, _IN_PYTHON)})
+    return run.model_copy(update={"run": section}), None
+
+
+def first_values(
+    run: Run, arrays: GivenArrays | None, model: Network | OwnModel, comm: MPI.Intracomm, stack: ExitStack
+) -> tuple[Fill, tuple[str, ...]]:
+    """Return what writes the parameters of a new run, and lines for the user on where they are from (collective).
+
+    Parameters
+    ----------
+    run, arrays
+        As :func:`with_initial` returned them.
+    model
+        With the names and shapes of the parameters, and their usual first values.
+    comm
+        All ranks.
+    stack
+        Closes the file.
+
+    Raises
+    ------
+    UserError
+        On every rank, if names or shapes do not fit, values are not finite, or arrays differ between ranks.
+    """
+    _check_same(arrays, comm)
+    path, partly = run.run.initial, run.run.initial_names == "some"
+    if arrays is None and path is None:
+        return model.initial, ()
+    source = _IN_PYTHON if path is None else str(path)
+    with together(comm, "reading the first values", seconds=waiting.LONG_SECONDS):
+        stored = stack.enter_context(named_arrays.opened(path)) if path is not None else arrays
+        assert stored is not None
+        found = named_arrays.match(model.layout, stored, source, partly=partly)
+    whole, left = len(model.layout.tensors), len(stored) - len(found)
+    unused = f"; {left} others in it are not used" if left else ""
+    note = f"first values of {len(found)} of {whole} arrays from {source}{unused}"
+    return named_arrays.filler(model.layout, found, source, model.initial), (note,)
+
+
+def _check_same(arrays: GivenArrays | None, comm: MPI.Intracomm) -> None:
+    """Refuse arrays that are not those of the first rank (collective)."""
+    mine = ""
+    if arrays is not None:
+        digests = ((name, each.shape, _digest(each)) for name, each in sorted(arrays.items()))
+        mine = json.dumps([[name, shape, digest] for name, shape, digest in digests])
+    first = waiting.broadcast_text(comm, mine, 0, "the first values")
+    with together(comm, "comparing the first values", seconds=waiting.LONG_SECONDS):
+        if mine != first:
+            raise UserError(
+                f"{_IN_PYTHON}: the arrays differ between rank {comm.rank} and rank 0; give all ranks the same"
+            )
+
+
+def _digest(values: StoredValues) -> int:
+    size = int(np.prod(values.shape, dtype=np.int64))
+    return zlib.crc32(np.ascontiguousarray(values.read(0, size)).view(np.uint8).data)

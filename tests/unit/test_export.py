@@ -1,0 +1,185 @@
+"""Exported parameters and networks, judged by NumPy, by onnxruntime, and by a reader of safetensors written here."""
+
+import json
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from unit.checkpoint_files import make_info
+
+from dbmpi.checkpoint.directory import checkpoint_path
+from dbmpi.checkpoint.meaning import Meaning
+from dbmpi.checkpoint.writer import CheckpointWriter
+from dbmpi.cli.main import main
+from dbmpi.config import NetworkSection
+from dbmpi.errors import DiskFailed, UserError
+from dbmpi.formats import onnx_graph
+from dbmpi.formats.export import export
+from dbmpi.network.description import Network
+from dbmpi.replica.placement import automatic
+from dbmpi.replica.replica import Replica
+
+onnxruntime = pytest.importorskip("onnxruntime")
+
+DENSE = {"type": "dense", "units": 5}
+NETWORKS = {
+    "dense": ((4, 3), "softmax", [{**DENSE, "activation": "tanh"}, {"type": "dropout", "rate": 0.5}, DENSE]),
+    "convolution": (
+        (9, 8),
+        "logistic",
+        [
+            {"type": "convolution", "maps": 3, "field": [3, 2], "stride": 2, "activation": "relu"},
+            {"type": "pooling", "kind": "max", "size": 2},
+            DENSE,
+        ],
+    ),
+    "local": (
+        (2, 9, 11),
+        "squared",
+        [
+            {"type": "local", "maps": 3, "field": [3, 2], "stride": 2, "activation": "sigmoid"},
+            {"type": "pooling", "kind": "l2", "size": [2, 3]},
+            {"type": "normalisation", "window": 5},
+            DENSE,
+        ],
+    ),
+    "reconstruction": (
+        (1, 7, 7),
+        "reconstruction",
+        [
+            {"type": "convolution", "maps": 3, "field": 3, "reconstruction": 1.0},
+            {"type": "pooling", "kind": "average", "size": 2, "stride": 2},
+        ],
+    ),
+}
+
+
+def write(run: Path, name: str, seed: int = 1, **meaning) -> tuple[Path, Network, np.ndarray]:
+    """Write a checkpoint of a network with random parameters; return it with the network and them."""
+    shape, loss, layers = NETWORKS[name]
+    section = {"loss": loss, "layers": layers}
+    network = Network(NetworkSection.model_validate(section), shape, seed)
+    values = np.random.default_rng(seed).normal(scale=0.5, size=network.size).astype(np.float32)
+    with CheckpointWriter(checkpoint_path(run, 7), network.layout) as writer:
+        writer.write("parameters", 0, values)
+        described = json.dumps({"network": section})
+        classes = 0 if loss == "reconstruction" else 5
+        info = make_info(configuration=described, input_shape=shape, classes=classes, step=7)
+        path = writer.commit(info.__class__(**{**vars(info), "meaning": Meaning(**meaning)}))
+    return path, network, values
+
+
+def outputs(network: Network, parameters: np.ndarray, inputs: np.ndarray) -> np.ndarray:
+    """Return what dbmpi predicts for inputs (samples, *shape)."""
+    with Replica(network, automatic(network.layers, 1), None) as replica:
+        innermost = np.ascontiguousarray(np.moveaxis(inputs, 0, -1))
+        found = replica.outputs(parameters, innermost)
+    if network.loss is not None:
+        network.loss.predict(found)
+    return found.reshape(-1, len(inputs)).T
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_graph_computes_what_the_network_does(tmp_path: Path, name: str) -> None:
+    path, network, parameters = write(tmp_path, name)
+    session = onnxruntime.InferenceSession(export(path, tmp_path / "model.onnx"))
+    for samples in (1, 6):
+        inputs = np.random.default_rng(2).normal(size=(samples, *network.input_shape)).astype(np.float32)
+        (found,) = session.run(["outputs"], {"inputs": inputs})
+        np.testing.assert_allclose(found, outputs(network, parameters, inputs), rtol=1e-5, atol=1e-5)
+    facts = session.get_modelmeta().custom_metadata_map
+    assert facts["step"] == "7"
+    assert facts["inputs"] == "as the network sees them"
+
+
+def test_bytes_are_scaled_in_the_graph(tmp_path: Path) -> None:
+    path, network, parameters = write(tmp_path, "dense", elements="bytes", scale=1 / 255, labels=(3, 4, 5, 6, 8))
+    session = onnxruntime.InferenceSession(export(path, tmp_path / "model.onnx"))
+    inputs = np.random.default_rng(2).integers(0, 256, (6, *network.input_shape), np.uint8)
+    (found,) = session.run(["outputs"], {"inputs": inputs})
+    expected = outputs(network, parameters, inputs * np.float32(1 / 255))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    facts = session.get_modelmeta().custom_metadata_map
+    assert json.loads(facts["labels"]) == [3, 4, 5, 6, 8]
+    assert "probability of each class" in facts["outputs"]
+
+
+def test_large_parameters_are_beside_the_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, network, parameters = write(tmp_path, "local")
+    monkeypatch.setattr(onnx_graph, "LARGEST", 1000)
+    exported = export(path, tmp_path / "out.onnx")
+    assert (tmp_path / "out.onnx.data").stat().st_size > 1024
+    inputs = np.ones((2, *network.input_shape), np.float32)
+    (found,) = onnxruntime.InferenceSession(exported).run(["outputs"], {"inputs": inputs})
+    np.testing.assert_allclose(found, outputs(network, parameters, inputs), rtol=1e-5, atol=1e-5)
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Read a file by the words of the format's description."""
+    data = path.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    facts, body = header.pop("__metadata__"), data[8 + length :]
+    arrays = {}
+    assert sorted(offset for entry in header.values() for offset in entry["data_offsets"])[-1] == len(body)
+    for name, entry in header.items():
+        start, stop = entry["data_offsets"]
+        arrays[name] = np.frombuffer(body[start:stop], {"F32": "<f4", "F64": "<f8"}[entry["dtype"]])
+        arrays[name] = arrays[name].reshape(entry["shape"])
+    return arrays, facts
+
+
+@pytest.mark.parametrize("suffix", ["npz", "safetensors"])
+@pytest.mark.parametrize("names", ["dbmpi", "torch"])
+def test_arrays_are_those_of_the_checkpoint(tmp_path: Path, suffix: str, names: str) -> None:
+    path, network, values = write(tmp_path, "convolution")
+    file = export(path, tmp_path / f"out.{suffix}", names=names)
+    found = dict(np.load(file)) if suffix == "npz" else read_safetensors(file)[0]
+    short = {"weights": "weight", "bias": "bias"}
+    for name, expected in network.layout.views(values).items():
+        layer, _, array = name.partition("/")
+        np.testing.assert_array_equal(found.pop(name if names == "dbmpi" else f"{layer}.{short[array]}"), expected)
+    assert not found
+
+
+def test_what_cannot_be_written_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, *_ = write(tmp_path, "local")
+    with pytest.raises(UserError, match=r"local1/weights: PyTorch has no module with such a parameter"):
+        export(path, tmp_path / "out.npz", names="torch")
+    with pytest.raises(UserError, match=r"ends in \.npz, \.safetensors or \.onnx"):
+        export(path, tmp_path / "out.pt")
+    with pytest.raises(UserError, match="cannot be written: No such file"):
+        export(path, tmp_path / "missing" / "out.npz")
+    assert not list(tmp_path.glob("*out*"))
+    assert main(["export", str(path), "--out", str(tmp_path / "out.npz")]) == 0
+    assert main(["export", str(path), "--out", str(tmp_path / "out.npz")]) == 2
+    assert "exists and is not overwritten" in capsys.readouterr().err
+
+
+def test_a_disk_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, *_ = write(tmp_path, "dense")
+    for suffix in ("npz", "safetensors", "onnx"):
+        file = export(path, tmp_path / f"out.{suffix}")
+        before = file.read_bytes()
+
+        def full(descriptor: int) -> None:
+            raise OSError(28, "No space left on device")
+
+        with monkeypatch.context() as patched:
+            patched.setattr("os.fsync", full)
+            with pytest.raises(DiskFailed, match="cannot be written: No space left on device"):
+                export(path, file, force=True)
+        assert file.read_bytes() == before
+        assert [one.name for one in tmp_path.glob("*out*")] == [file.name]
+        file.unlink()
+
+
+def test_damage_is_found_while_exporting(tmp_path: Path) -> None:
+    path, _, values = write(tmp_path, "dense")
+    data, some = path.read_bytes(), values[5:25].tobytes()
+    assert data.count(some) == 1
+    path.write_bytes(data.replace(some, some[::-1]))
+    with pytest.raises(UserError, match="/parameters/dense1/weights is damaged"):
+        export(path, tmp_path / "out.npz")
+    assert not (tmp_path / "out.npz").exists()
