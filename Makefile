@@ -53,7 +53,7 @@ test-torch: .venv-torch/.installed-test
 	.venv-torch/bin/python -m pytest tests/parallel/test_torch.py tests/parallel/test_torch_objective.py tests/failure/test_torch_objective.py tests/parallel/test_examples.py tests/unit/test_rules.py tests/unit/test_own_loops.py $(PYTEST_ARGS)
 
 test-jax: .venv-jax/.installed-test
-	.venv-jax/bin/python -m pytest tests/parallel/test_jax.py $(PYTEST_ARGS)
+	.venv-jax/bin/python -m pytest tests/parallel/test_jax.py tests/parallel/test_examples.py -k jax $(PYTEST_ARGS)
 
 test-families: .venv/.installed-test
 	DBMPI_FAMILY_TESTS=1 .venv/bin/python -m pytest tests/families $(PYTEST_ARGS)

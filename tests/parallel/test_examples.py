@@ -56,13 +56,14 @@ def test_the_conductivity_is_recovered(comm, shared_path) -> None:
 
 
 @pytest.mark.parallel([2])
-def test_a_module_of_pytorch_learns(comm, shared_path) -> None:
-    pytest.importorskip("torch", reason="needs PyTorch: the extra dbmpi[torch]")
+@pytest.mark.parametrize(("example", "extra"), [("torch-cnn", "torch"), ("jax-digits", "jax")])
+def test_networks_of_other_frameworks_learn(comm, shared_path, example, extra) -> None:
+    pytest.importorskip(extra, reason=f"the extra dbmpi[{extra}] is not installed")
     pytest.importorskip("sklearn")
     if comm.rank == 0:
         import_digits(shared_path / "data")
     waiting.barrier(comm, "the data")
-    result = dbmpi.train(describe("torch-cnn", shared_path, "monitor.progress=none"), comm)
+    result = dbmpi.train(describe(example, shared_path, "monitor.progress=none"), comm)
     assert result.test is not None
     assert result.test.accuracy is not None
     assert result.test.accuracy > 0.9

@@ -15,13 +15,14 @@ import pytest
 from parallel import tiny
 from parallel.test_own_objective import describe
 
+import dbmpi
 from dbmpi.data.source import Source
 from dbmpi.data.stream import Order
 from dbmpi.errors import UserError
 from dbmpi.kernels.memory import aligned_empty
 from dbmpi.machine import threads
 from dbmpi.objective import Samples
-from dbmpi.runs.inference import Inference
+from dbmpi.runs.gradient_check import check_gradient
 from dbmpi.runs.training import train
 
 jax = pytest.importorskip("jax", reason="needs JAX: the extra dbmpi[jax]")
@@ -29,7 +30,6 @@ jax = pytest.importorskip("jax", reason="needs JAX: the extra dbmpi[jax]")
 import jax.numpy as jnp  # noqa: E402
 
 from dbmpi.jax import LossObjective, objective  # noqa: E402
-from dbmpi.jax.loss import in_order  # noqa: E402
 
 HERE = Path(__file__)
 pytestmark = pytest.mark.timeout(120)
@@ -113,16 +113,23 @@ def test_replicas_learn_go_on_and_are_evaluated(comm, place, method) -> None:
     assert result.test is not None
     assert result.test.accuracy is not None
     assert result.test.accuracy > 0.9
-    trained = Inference(run.run.directory, comm, code=[HERE], batch_size=7)
-    with Source.open(place / "test.h5", 100) as source:
-        outcome = trained.evaluate(source)
-        rows = [rows for _, rows in trained.predict(source)]
-        targets = source.batch(np.arange(tiny.TEST_SAMPLES)).targets
-    assert outcome.correct == result.test.correct
-    assert outcome.loss == pytest.approx(result.test.loss, rel=1e-5)
-    if comm.rank == 0:
-        assert (np.concatenate(rows).argmax(axis=1) == targets).sum() == outcome.correct
-    trained.free()
+    for usual in ({"allow_code": [HERE]}, {"objective": Tiny()}):
+        outcome = dbmpi.evaluate(result, place / "test.h5", comm, batch_size=7, **usual)
+        assert outcome.correct == result.test.correct
+        assert outcome.loss == pytest.approx(result.test.loss, rel=1e-5)
+        rows = dbmpi.predict(result, place / "test.h5", comm, batch_size=7, **usual)
+        if comm.rank == 0:
+            with Source.open(place / "test.h5", 100) as source:
+                targets = source.batch(np.arange(tiny.TEST_SAMPLES)).targets
+            assert (rows.argmax(axis=1) == targets).sum() == outcome.correct
+
+
+def test_the_gradient_is_compared_with_differences_in_float64(tmp_path):
+    tiny.write_data(tmp_path)
+    run = describe(tmp_path, network={"code": HERE.parent}, objective={"use": "test_jax:Tiny", "dropout": 0.1})
+    findings = list(check_gradient(run))
+    assert [finding.status for finding in findings] == 5 * ["ok"]
+    assert all(float(finding.found.rpartition(" ")[2]) < 1e-7 for finding in findings)
 
 
 def test_what_begins_at_a_line_is_not_copied():
@@ -139,8 +146,6 @@ def test_what_begins_at_a_line_is_not_copied():
         copied[name] = jax.device_put(place).unsafe_buffer_pointer() != place.ctypes.data
         start += values.size
     assert copied == {name: name == "scale" for name in first}  # which follows 3 numbers
-    turned = in_order(samples(16).inputs)
-    assert jax.device_put(turned).unsafe_buffer_pointer() == turned.ctypes.data
     found = jax.jit(jnp.ones, static_argnums=0)(100)
     assert np.asarray(found).ctypes.data == found.unsafe_buffer_pointer()
 

@@ -102,5 +102,5 @@ def _shown(findings: Iterator[Finding], *, quiet: bool) -> Iterator[Finding]:
             )
             console.print(grid)
         else:
-            print(f"{finding.status:<8}{finding.what:<16}{finding.found}  {advice}".rstrip(), flush=True)
+            print(f"{finding.status:<8}{finding.what:<14}  {finding.found}  {advice}".rstrip(), flush=True)
         yield finding

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ import numpy as np
 
 from dbmpi.errors import UserError
 from dbmpi.jax.device import prepare
-from dbmpi.kernels.memory import CACHE_LINE, aligned_empty
+from dbmpi.kernels.memory import CACHE_LINE
 from dbmpi.objective import NamedArrays, Samples
 
 _LINE = CACHE_LINE // 4
@@ -108,23 +109,30 @@ class LossObjective:
 
     def loss_and_gradient(self, parameters: NamedArrays, batch: Samples) -> tuple[Any, NamedArrays]:
         """Return what the user's loss says of a `batch` at the `parameters`, and the gradient of its mean loss."""
-        with jax.default_device(self._device):
-            (loss, correct), gradients = self._gradient(self._leaves(parameters), _batch(batch))
+        with self._computing(parameters) as dtype:
+            (loss, correct), gradients = self._gradient(self._leaves(parameters), _batch(batch, dtype))
         found = dict(zip(self._names, map(np.asarray, gradients), strict=True))
         return float(loss) if correct is None else (float(loss), int(correct)), found
 
     def evaluate(self, parameters: NamedArrays, batch: Samples) -> float | tuple[float, int]:
         """Return the mean loss of a `batch` at the `parameters`; for classes also how many are correct."""
-        with jax.default_device(self._device):
-            found = self._judged(self._leaves(parameters), _batch(batch))
+        with self._computing(parameters) as dtype:
+            found = self._judged(self._leaves(parameters), _batch(batch, dtype))
         return (float(found[0]), int(found[1])) if isinstance(found, tuple) else float(found)
 
     def predict(self, parameters: NamedArrays, inputs: Any) -> np.ndarray:
         """Return what the user's `predict` says at the `parameters` for some `inputs`, (samples, ...)."""
         if not self._predicts:
             raise UserError("dbmpi.jax.objective: it was made without predict=, a function (parameters, inputs)")
-        with jax.default_device(self._device):
-            return np.asarray(self._predicted(self._leaves(parameters), jax.tree.map(in_order, inputs)))
+        with self._computing(parameters):
+            return np.asarray(self._predicted(self._leaves(parameters), inputs))
+
+    @contextmanager
+    def _computing(self, parameters: NamedArrays) -> Iterator[np.dtype[Any]]:
+        """Compute on the processor in the dtype of the parameters, which is float64 where a gradient is checked."""
+        dtype = parameters[self._names[0]].dtype
+        with jax.default_device(self._device), jax.enable_x64(True) if dtype == np.float64 else nullcontext():
+            yield dtype
 
     def _leaves(self, parameters: NamedArrays) -> list[np.ndarray]:
         # A compiled function reads NumPy's arrays that begin at a line where they are.  By DLPack each would take 20
@@ -132,19 +140,15 @@ class LossObjective:
         return [parameters[name] for name in self._names]
 
 
-def _batch(batch: Samples) -> Any:
-    """Return a batch as compiled functions take it: its step is a number that they were not compiled for."""
-    arrays = batch._replace(step=0)
-    return jax.tree.map(in_order, arrays)._replace(step=np.uint32(batch.step % 2**32))
+def _batch(batch: Samples, dtype: np.dtype[Any]) -> Any:
+    """Return a batch as compiled functions take it, its floats of a `dtype`, and its step a number of NumPy's."""
 
+    def given(array: Any) -> Any:
+        return array.astype(dtype, copy=False) if array.dtype.kind == "f" else array
 
-def in_order(array: Any) -> Any:
-    """Return an `array` whose elements follow one another: itself, or a copy that JAX does not copy again."""
-    if not isinstance(array, np.ndarray) or array.flags.c_contiguous:
-        return array
-    copied = aligned_empty(array.shape, array.dtype)
-    np.copyto(copied, array)
-    return copied
+    step: Any = np.uint32(batch.step % 2**32)
+    inputs, targets, weights = jax.tree.map(given, (batch.inputs, batch.targets, batch.weights))
+    return Samples(inputs, targets, weights, step)
 
 
 def _names(leaves: list[tuple[Any, Any]]) -> list[str]:
