@@ -325,7 +325,7 @@ class Lead(Shard):
 
     def _end_early(self, why: str) -> None:
         """Let all replicas finish, if they have not been told so before; `why` is for the user."""
-        if not self._ending:
+        if not self._ending and any(state != _State.FINISHED for state in self._states):
             self._ending = True
             self._progress.message(f"{why}: the run ends after the current steps")
             self._tell_workers(MessageKind.STOP)
