@@ -164,8 +164,7 @@ class Lead(Shard):
         elif kind == MessageKind.WARM:
             self._tell_workers(MessageKind.RELEASE)
         elif kind == MessageKind.STOP_ASKED:
-            if not self._ending:
-                self.stopped_by = values[0]
+            self.stopped_by = self.stopped_by or values[0]
             self._end_early(signal.Signals(values[0]).name if values[0] else "a callback has asked for the end")
         elif kind == MessageKind.FAILED:
             replica = self._replica(message.source)
