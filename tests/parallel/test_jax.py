@@ -206,10 +206,17 @@ def test_jax_gets_the_threads_of_the_rank_and_the_processor_alone():
         assert (done.stdout, done.stderr) == (f"[CpuDevice(id=0)] False {number}\n", "")
 
 
-def test_without_jax_it_says_what_to_install():
-    program = "import sys\nsys.modules['jax'] = None\nimport dbmpi\ndbmpi.jax"
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("sys.modules['jax'] = None", "ImportError: dbmpi.jax needs JAX: pip install 'dbmpi[jax]'"),
+        ("os.environ['JAX_PLATFORMS'] = 'cuda'", "JAX has none: JAX_PLATFORMS is 'cuda'; add cpu to it, or unset it"),
+    ],
+)
+def test_what_is_missing_is_said(line, message):
+    program = f"import os, sys\n{line}\nimport dbmpi\ndbmpi.jax"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert "ImportError: dbmpi.jax needs JAX: pip install 'dbmpi[jax]'" in done.stderr
+    assert message in done.stderr
 
 
 def test_the_example_of_the_docstring():
