@@ -41,7 +41,7 @@ class Samples(NamedTuple):
     """``(samples, ...)``, float32, or integers of the type that the data have; of several inputs, a dictionary of such
     arrays by name."""
     targets: np.ndarray
-    """int32 ``(samples,)`` for classes, or float32 ``(samples, outputs)`` for values."""
+    """int32 ``(samples,)`` for classes, or ``(samples, ...)`` for values: float32, or integers of their own type."""
     weights: np.ndarray | None = None
     """float32 ``(samples,)``: factors of the samples' losses, if the run has any."""
     step: int = 0
@@ -159,10 +159,6 @@ class OwnObjective(Protocol):
         ...
 
 
-Taken_contra = TypeVar("Taken_contra", contravariant=True)
-"""Kind of batch that an objective takes: `Batch`, or `Samples` if it is a user's own."""
-
-
 class Gradients(Protocol):
     """Takes the gradients of a batch one by one, for ``write_gradient`` of an objective of a user's own.
 
@@ -197,6 +193,10 @@ class Gradients(Protocol):
         and until then `values`, a float array in the parameter's shape, must stay as they are.
         """
         ...
+
+
+Taken_contra = TypeVar("Taken_contra", contravariant=True)
+"""Kind of batch that an objective takes: `Batch`, or `Samples` if it is a user's own."""
 
 
 class Objective(Protocol[Taken_contra]):

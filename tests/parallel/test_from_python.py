@@ -13,6 +13,7 @@ from parallel.test_own_objective import describe
 
 from dbmpi.cli import train as cli_train
 from dbmpi.config import Run, load
+from dbmpi.data.shared import SharedArrays
 from dbmpi.errors import ToldElsewhere, UserError
 from dbmpi.mpi import waiting
 from dbmpi.mpi import window as windows
@@ -75,6 +76,29 @@ def test_a_network_learns_from_arrays_what_it_learns_from_files(comm, place, mon
 
 
 @pytest.mark.parallel([3])
+@pytest.mark.parametrize("fits", [True, False])
+def test_a_function_gives_all_ranks_of_a_node_the_same_memory(comm, monkeypatch, fits) -> None:
+    if not fits:
+        monkeypatch.setattr(windows, "missing", lambda *_: 1)
+    random = np.random.default_rng(1)
+    inputs = {"b": random.normal(size=(5, 3)).T, "a": np.arange(3, dtype=np.int16)}
+    labels, weights = ["x", "y", "x"], np.ones(3)
+    with SharedArrays(comm, lambda: (inputs, labels, weights), "it") as shared:
+        one, two = shared.data.inputs
+        assert (one.name, two.name, shared.data.named) == ("a", "b", True)
+        for found, given in zip(shared.data.arrays, (inputs["a"], inputs["b"], labels, weights), strict=True):
+            np.testing.assert_array_equal(found.values, given)
+        waiting.barrier(comm, "the others to look")
+        if comm.rank == 0:
+            one.values[:] = 7
+        waiting.barrier(comm, "the first to write")
+        assert (one.values[0] == 7) == (fits or comm.rank == 0)
+        assert ("copy of its own" in shared.note) == (not fits)
+        del one, two, found, shared.data
+        waiting.barrier(comm, "the others to have looked")
+
+
+@pytest.mark.parallel([3])
 def test_what_differs_between_ranks_is_refused(comm, place) -> None:
     (inputs, labels), _ = arrays(place)
     run = without_files(tiny.describe(place))
@@ -91,7 +115,7 @@ def test_what_differs_between_ranks_is_refused(comm, place) -> None:
         assert len(told) == 1, comm.allgather(str(raised.value))
 
 
-@pytest.mark.parallel([1, 3])
+@pytest.mark.parallel([3])
 def test_mistakes_in_what_is_given_are_told_once(comm, place) -> None:
     (inputs, labels), _ = arrays(place)
     run = without_files(tiny.describe(place))

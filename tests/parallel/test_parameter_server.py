@@ -19,7 +19,6 @@ from dbmpi.loops.service import Service, serve
 from dbmpi.mpi import waiting
 from dbmpi.paramserver.rules import Adagrad, Sgd
 
-COPIED = [way for way in WAYS if WAYS[way].get("fetch") != "shared"]
 RULES = {"sgd": Sgd(0.1), "adagrad": Adagrad(0.1)}
 
 
@@ -80,7 +79,7 @@ def test_one_worker_is_serial(comm, name, dtype):
 
 
 @pytest.mark.parallel([1, 2, 3, 4, 6])
-@pytest.mark.parametrize("way", COPIED)
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("colocate", [False, True])
 def test_what_workers_push_adds_up(comm, monkeypatch, way, colocate):
     """Integers: whatever is lost, doubled or torn shows.  All workers have the same at the end."""
@@ -135,6 +134,30 @@ def test_arrays_stay_those_of_the_user(comm):
             call()
 
 
+@pytest.mark.parallel([1, 3])
+def test_workers_may_compute_on_the_shards_memory(comm):
+    """It changes where it is; the user's arrays have the first values, and the last."""
+    mine = {"w": np.full((2, 3), float(comm.rank)), "v": np.asfortranarray(np.ones((3, 2)))}
+    first = 0.0 if comm.size == 1 else 1.0
+    server = ParameterServer(comm, mine, Sgd(1.0), server=ServerSection(fetch="shared"))
+    if server.worker is not None:
+        assert (mine["w"] == first).all()
+        places = {name: array.ctypes.data for name, array in server.parameters.items()}
+        for _ in range(3):
+            server.push({name: np.full_like(array, -1) for name, array in mine.items()})
+            server.fetch()
+        assert server.parameters["w"].min() >= first + 3
+        assert places == {name: array.ctypes.data for name, array in server.parameters.items()}
+        assert (mine["w"] == first).all()
+        with pytest.raises(ValueError, match="read-only"):
+            server.parameters["w"][:] = 0
+    server.close()
+    if comm.rank == comm.size - 1:
+        assert (mine["w"] == first + 3 * server.workers).all()
+        assert (mine["v"] == 1 + 3 * server.workers).all()
+    assert server.parameters == {}
+
+
 @pytest.mark.parallel([2, 3])
 @pytest.mark.parametrize(
     ("other", "message"),
@@ -170,7 +193,8 @@ def test_ranks_that_were_given_different_arrays(comm, other, message):
         ({"rule": 3}, "rule is a int: expected a name or a rule object"),
         ({"rule": Sgd(1.0), "learning_rate": 1.0}, "has its settings already"),
         ({"shards": 0}, "shards = 0: expected a whole number"),
-        ({"server": ServerSection(fetch="shared")}, "server.fetch = 'shared': expected 'copied'"),
+        ({"server": ServerSection(gradients="layers")}, "server.gradients = 'layers': expected 'whole'"),
+        ({"server": ServerSection(fetch="shared", consistent=True)}, "consistent = True needs copies"),
     ],
 )
 def test_settings_that_are_none(comm, settings, message):

@@ -15,6 +15,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="needs PyTorch: the extra dbmpi[torch]")
 nn = torch.nn
 
+from dbmpi.config import ServerSection  # noqa: E402
 from dbmpi.errors import UserError  # noqa: E402
 from dbmpi.loops.service import Service, serve  # noqa: E402
 from dbmpi.torch import Downpour  # noqa: E402
@@ -61,15 +62,18 @@ def shards(comm):
 
 
 @pytest.mark.parallel([1, 2, 3])
-@pytest.mark.parametrize("to_none", [True, False])
-def test_one_worker_learns_what_pytorch_does(comm, shards, to_none):
+@pytest.mark.parametrize(("to_none", "fetch"), [(True, "copied"), (False, "copied"), (True, "shared")])
+def test_one_worker_learns_what_pytorch_does(comm, shards, to_none, fetch):
     """By SGD within rounding, as PyTorch fuses products and additions; and what the same loop in NumPy does exactly."""
     if shards:
         return
     net = Net()
     theirs, exact = copy.deepcopy(net), copy.deepcopy(net)
     before = {name: parameter.data_ptr() for name, parameter in net.named_parameters()}
-    optimizer = Downpour(net.named_parameters(), rule="sgd", learning_rate=0.1)
+    optimizer = Downpour(
+        net.named_parameters(), rule="sgd", learning_rate=0.1, server=ServerSection.model_validate({"fetch": fetch})
+    )
+    assert (net.one.weight.data_ptr() == before["one.weight"]) == (fetch == "copied")
     sgd = torch.optim.SGD(theirs.parameters(), lr=0.1)
     for number in range(50):
         for each, model in ((optimizer, net), (sgd, theirs)):
@@ -241,6 +245,7 @@ def test_mistakes(comm):
         ([("w", weight(dtype=torch.bfloat16))], {}, "w is torch.bfloat16: expected dense"),
         ([{"params": [weight()], "lr": 0.1}], {}, "a group of parameters has lr: all are updated by one rule"),
         ([weight()], {"n_push": 0}, "n_push = 0: expected a whole number"),
+        ([weight()], {"n_fetch": 2, "server": ServerSection(fetch="shared")}, "n_fetch = 2 needs parameters that stay"),
         ([weight(), weight(dtype=torch.float64)], {}, "expected one dtype"),
         ([weight().requires_grad_(False)], {}, "there are no parameters"),
         ([weight()], {"lerning_rate": 0.1}, "learning_rate"),

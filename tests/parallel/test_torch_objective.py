@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import itertools
+import resource
+from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 from parallel import tiny
 from parallel.test_own_objective import describe
 
 from dbmpi.checkpoint.reader import Checkpoint
+from dbmpi.data.reading import Reading
 from dbmpi.data.source import Source
 from dbmpi.data.stream import Order
 from dbmpi.errors import UserError
 from dbmpi.mpi import waiting
 from dbmpi.mpi.topology import plan
-from dbmpi.objective import Batch, Samples
+from dbmpi.objective import Samples
 from dbmpi.replica.own_objective import OwnModel, OwnReplica
+from dbmpi.runs.inference import Inference
 from dbmpi.runs.training import train
 
 torch = pytest.importorskip("torch", reason="needs PyTorch: the extra dbmpi[torch]")
@@ -137,7 +142,7 @@ def test_gradients_handed_over_one_by_one_are_those_returned_together(comm, plac
 def test_replicas_learn_and_go_on(comm, place, method) -> None:
     for epochs in (6, 12):
         optimizer = {"method": method, "learning_rate": 0.05, "epochs": epochs}
-        run = describe(place, topology={"colocate": comm.size == 1}, optimizer=optimizer)
+        run = describe(place, topology={"colocate": comm.size != 3}, optimizer=optimizer)
         net = module(nn.Dropout(0.1)) if method == "downpour" else module()
         result = train(run, comm, objective=objective(net, CROSS_ENTROPY))
     assert result.test is not None
@@ -194,6 +199,23 @@ def test_state_is_in_checkpoints_and_the_same_for_all_that_evaluate(comm, place)
         loss = float(CROSS_ENTROPY(theirs(inputs), targets))
     assert result.test is not None
     assert result.test.mean_loss == pytest.approx(loss, rel=1e-5)
+    trained = Inference(run.run.directory, comm, code=[Path(__file__)])
+    with Source.open(run.data.test, 100, reading=Reading(own=True)) as source:
+        assert trained.evaluate(source).mean_loss == pytest.approx(loss, rel=1e-5)
+    trained.free()
+
+
+@pytest.mark.parallel([1])
+def test_a_checkpoint_without_state_leaves_that_as_it_is(comm, place, capsys) -> None:
+    for epochs in (1, 2):
+        run = describe(place, optimizer={"epochs": epochs}, monitor={"progress": "lines"})
+        mine = Noted()
+        result = train(run, comm, objective=mine)
+        with h5py.File(result.checkpoint, "r+") as file:
+            for name in ("objective_state", "run/objective_state"):
+                del file[name], file[f"checksums/{name}"]
+    assert "has no state of the objective, which begins with its first values" in capsys.readouterr().out
+    assert mine.seen[1]["2.num_batches_tracked"] == 0
 
 
 @pytest.mark.parallel([1])
@@ -211,7 +233,7 @@ def test_parameters_are_views_and_gradients_leave_while_others_are_computed():
     model.initial(0, vector)
     events = []
     net[0].weight.register_hook(lambda _: events.append("the first layer's"))
-    batch = Batch(np.ascontiguousarray(samples().inputs.T), samples().targets)
+    batch = samples()
     replica.loss_and_gradient(vector, batch, gradient, events.append)
     assert events.index(3) < events.index("the first layer's") < events.index(0)
     assert [event for event in events if isinstance(event, int)] == [3, 2, 1, 0]
@@ -220,7 +242,7 @@ def test_parameters_are_views_and_gradients_leave_while_others_are_computed():
         assert one.data_ptr() == start + 4 * part.start, name
         assert one.grad is None  # its memory is free: it has left
     theirs = module()
-    inputs, targets = as_tensors(batch.inputs.T, batch.targets)
+    inputs, targets = as_tensors(batch.inputs, batch.targets)
     CROSS_ENTROPY(theirs(inputs), targets).backward()
     expected = np.concatenate([one.grad.numpy().reshape(-1) for one in theirs.parameters()])
     np.testing.assert_allclose(gradient, expected, atol=1e-7)
@@ -253,7 +275,7 @@ def test_grad_attributes_of_users_do_no_harm():
     model = OwnModel(mine, 1, "it")
     vector, gradient = np.empty(model.layout.size, np.float32), np.empty(model.layout.size, np.float32)
     model.initial(0, vector)
-    batch = Batch(np.ascontiguousarray(samples().inputs.T), samples().targets)
+    batch = samples()
     OwnReplica(model).loss_and_gradient(vector, batch, gradient)
     np.testing.assert_array_equal(gradient, np.concatenate([expected[name].reshape(-1) for name in model.shapes]))
     assert "tied.weight" not in model.shapes
@@ -276,7 +298,8 @@ def test_dropout_follows_from_the_step_and_is_off_in_evaluations():
 
 
 @pytest.mark.parallel([1])
-def test_tied_and_frozen_parameters_come_back_from_a_checkpoint(comm, place):
+@pytest.mark.parametrize("method", ["downpour", "sandblaster"])
+def test_tied_and_frozen_parameters_come_back_from_a_checkpoint(comm, place, method):
     def net():
         torch.manual_seed(2)
         shared = nn.Linear(tiny.FEATURES, tiny.FEATURES)
@@ -289,15 +312,19 @@ def test_tied_and_frozen_parameters_come_back_from_a_checkpoint(comm, place):
     mine = objective(net(), CROSS_ENTROPY)
     assert set(mine.parameters) == {"0.weight", "0.bias", "2.weight"}
     assert set(mine.state) == {"mask", "2.bias"}
-    result = train(describe(place), comm, objective=mine)
+    result = train(describe(place, optimizer={"method": method}), comm, objective=mine)
     theirs = net()
     with torch.no_grad():
         for one in theirs.parameters():
             one.zero_()
     assert not theirs.load_state_dict(dbmpi.torch.state_dict(result.checkpoint), strict=False).unexpected_keys
     theirs.load_state_dict(dbmpi.torch.state_dict(result.checkpoint, theirs))
-    for name, values in mine.module.state_dict().items():
-        assert torch.equal(theirs.state_dict()[name], values), name
+    values = {name: one.numpy() for name, one in theirs.state_dict().items()}
+    stored = tiny.vectors(result.checkpoint)["parameters"]
+    np.testing.assert_array_equal(np.concatenate([values[name].reshape(-1) for name in mine.parameters]), stored)
+    assert values["1.weight"].any()
+    assert values["mask"].tolist() == [True, False]
+    np.testing.assert_array_equal(values["2.bias"], net()[2].bias.detach().numpy())
 
 
 def test_weights_are_the_third_argument_of_the_loss():
@@ -311,6 +338,16 @@ def test_weights_are_the_third_argument_of_the_loss():
     outputs = mine.predict(mine.parameters, batch.inputs)
     assert value == pytest.approx(((outputs - 1) ** 2 * np.arange(5)[:, None]).mean(), rel=1e-5)
     assert isinstance(mine.evaluate(mine.parameters, batch), float)
+
+
+def test_memory_that_is_freed_is_used_again():
+    objective(module(), CROSS_ENTROPY)
+    pages, faults = 1 << 14, []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.empty(pages * 1024).fill_(1)
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    assert max(faults[1:]) < pages / 10
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,7 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parallel([1, 3])
+@pytest.mark.parallel([3])
 @pytest.mark.parametrize("way", MISTAKES)
 def test_a_mistake_is_told_before_anything_is_learned(comm, place, way) -> None:
     transform, words = MISTAKES[way]

@@ -90,6 +90,24 @@ def test_a_file_gives_an_objective_what_arrays_do(tmp_path):
     assert source((inputs | {"user": inputs["user"] + 1}, values), own=True).meaning.digest != given.meaning.digest
 
 
+@pytest.mark.parametrize(("kind", "shape"), [("i2", (4,)), ("f8", (2, 3)), ("u1", (2, 1)), ("f8", ())])
+def test_targets_of_an_objective_keep_their_axes_and_integers(tmp_path, kind, shape):
+    inputs, values = np.zeros((SAMPLES, 2)), (np.arange(SAMPLES * 6) % 100).reshape(SAMPLES, -1).astype(kind)
+    values = values[:, : int(np.prod(shape))].reshape(SAMPLES, *shape)
+    with h5py.File(tmp_path / "it.h5", "w") as file:
+        file["inputs"], file["targets"] = inputs, values
+    for memory_mib in (0.001, 1):
+        with Source.open(tmp_path / "it.h5", 1, reading=Reading(own=True)) as file:
+            file._memory_bytes = int(memory_mib * 2**20)
+            for one in (source((inputs, values), own=True), file):
+                found = one.batch(INDICES).targets
+                np.testing.assert_array_equal(found, values[INDICES].reshape(len(INDICES), *(shape or (1,))))
+                assert found.dtype == ("f4" if kind == "f8" else kind)
+                assert found.flags.c_contiguous
+            assert one.meaning == source((inputs, values), own=True).meaning
+            assert file.resident_bytes in (0, file.samples * (8 + found[0].nbytes))
+
+
 def test_arrays_and_a_file_are_the_same_for_a_network(tmp_path):
     inputs = np.random.default_rng(2).normal(size=(SAMPLES, 4)).astype("f4")
     labels = np.arange(SAMPLES) % 3
@@ -101,6 +119,12 @@ def test_arrays_and_a_file_are_the_same_for_a_network(tmp_path):
         np.testing.assert_array_equal(given.batch(INDICES).inputs, file.batch(INDICES).inputs)
         assert (given.classes, given.resident_bytes, given.spare_bytes) == (3, 0, 0)
     assert np.shares_memory(given._inputs[0], inputs), "copied"
+
+
+def test_a_thread_reads_ahead_from_files_and_never_calls_code_of_a_user(tmp_path):
+    values = np.zeros((SAMPLES, 2), np.float32)
+    ahead = {form for form, given in forms(values, tmp_path) if source(given).in_advance}
+    assert ahead == {"dataset"}
 
 
 @pytest.mark.parametrize(

@@ -119,6 +119,9 @@ def test_files_that_may_run_code_or_fill_the_memory_are_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "large.npz", "w") as archive:
         archive.writestr("a/bias.npy", header.getvalue())
     assert "has shape (1099511627776,)" in refused(tmp_path / "large.npz", partly=True)
+    with zipfile.ZipFile(tmp_path / "bomb.npz", "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("a/bias.npy", bytes(2**20))
+    assert "is packed in another way" in refused(tmp_path / "bomb.npz")
     large = {"x": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}
     for text in (
         json.dumps(large),

@@ -130,6 +130,22 @@ def test_kernels_are_the_python_that_they_are_compiled_from():
             np.testing.assert_array_equal(compiled, plain)
 
 
+@pytest.mark.parametrize("kind", ["momentum", "rmsprop", "adam"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_averages_do_not_stay_among_subnormal_numbers(kind, dtype):
+    """Where they slow a shard down for as long as a gradient is zero; what is no number stays so."""
+    tiny = np.finfo(dtype).tiny
+    ours = rule(section(kind, momentum=0.5, beta1=0.5, beta2=0.5, learning_rate=0.1))
+    w = np.ones(6, dtype)
+    state = ours.init(w)
+    for array in state.values():
+        array[:] = [4 * tiny, 2 * tiny, tiny, tiny / 8, 0, np.nan]
+    ours.apply(w, np.zeros(6, dtype), state, Moment(1))
+    for array in state.values():
+        np.testing.assert_array_equal(array, np.array([2 * tiny, tiny, 0, 0, 0, np.nan], dtype))
+    np.testing.assert_array_equal(w[1:5], 1)
+
+
 @pytest.mark.parametrize("size", [1, 5000])
 def test_adagrad_with_decay_takes_gradients_of_any_size(size):
     """Beside its formula in double precision."""

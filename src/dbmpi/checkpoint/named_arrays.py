@@ -247,7 +247,10 @@ def _of_npz(archive: zipfile.ZipFile) -> dict[str, StoredValues]:
         return lambda first, last: whole(name)[first:last]
 
     found = {}
-    for name in archive.namelist():
+    for info in archive.infolist():
+        name = info.filename
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others unpack without a limit
+            raise ValueError(f"{name[:80]!r} is packed in another way than numpy.savez_compressed packs")
         with archive.open(name) as member:
             if not name.endswith(".npy") or npy.read_magic(member) != (1, 0):
                 raise ValueError(f"{name[:80]!r} is no array of plain numbers")

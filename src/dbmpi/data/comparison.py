@@ -121,7 +121,7 @@ class Comparable:
         raise NotImplementedError
 
     def _targets_at(self, indices: np.ndarray, first: bool) -> np.ndarray:
-        """Return the targets at `indices`, with the sample first or innermost."""
+        """Return the targets at `indices`, with the sample first, or innermost as a network would get them."""
         raise NotImplementedError
 
     def mean_the_same(

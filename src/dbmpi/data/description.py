@@ -163,7 +163,7 @@ def described(
             "takes one array; join them, or train an objective of your own"
         )
     taken = tuple(_inputs(dataset, reading) for dataset in inputs)
-    first, answers = taken[0], None if targets is None else _stored(targets)
+    first, answers = taken[0], None if targets is None else _stored(targets, integers=reading.own)
     for other in taken[1:]:
         if other.samples != first.samples:
             raise _lengths(first, other)
@@ -189,10 +189,10 @@ def described(
     return Description(taken, named, answering, counted, tuple(f"{first.path}: {note}" for note in notes))
 
 
-def _stored(dataset: Dataset) -> Stored:
+def _stored(dataset: Dataset, integers: bool = False) -> Stored:
     if not dataset.values.shape:
         raise dataset.error(f"has shape {dataset.values.shape}; expected one value or row for each sample")
-    return Stored(dataset, meaning(dataset))
+    return Stored(dataset, meaning(dataset), integers=integers)
 
 
 def _inputs(dataset: Dataset, reading: Reading) -> Stored:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 from mpi4py import MPI
 
 from dbmpi.checkpoint.meaning import Meaning
+from dbmpi.checkpoint.named_arrays import StoredValues
 from dbmpi.config import NetworkSection, Run
 from dbmpi.data import limits
 from dbmpi.data.given import GivenData
@@ -85,6 +86,8 @@ class Supplied(NamedTuple):
     test: Any = None
     transform: Transform | None = None
     callbacks: Callbacks = Callbacks()
+    initial: Mapping[str, StoredValues] | None = None
+    """First values of the parameters, by name."""
 
     @property
     def kinds(self) -> str:

@@ -16,7 +16,7 @@ from dbmpi.data import hdf5
 from dbmpi.data.attributes import declared, elements
 from dbmpi.data.comparison import Comparable
 from dbmpi.data.gather import gather, narrow
-from dbmpi.data.given import GivenArray, GivenData
+from dbmpi.data.given import GivenArray, GivenData, GivenRows
 from dbmpi.data.reading import Reading
 from dbmpi.data.rows import Stored
 from dbmpi.errors import UserError
@@ -172,12 +172,18 @@ class Source(Comparable):
         return self._description.float32_bytes <= self._memory_bytes and all(map(_at_hand, self._stored_inputs))
 
     @property
+    def in_advance(self) -> bool:
+        """Whether a thread may read batches in advance: from files, but not by a user's own code."""
+        return not self.resident and not any(isinstance(s.dataset.values, GivenRows) for s in self._stored_inputs)
+
+    @property
     def resident_bytes(self) -> int:
         """What the samples take in memory once they are loaded; 0 where they are not kept there."""
         if not (self.resident and self.in_file):
             return 0
         each = sum(math.prod(stored.shape[1:]) * stored.kept.itemsize for stored in self._stored_inputs)
-        return self.samples * (each + 4 * (self.target_size or 1))
+        answers = 4 if self._answer is None else (self.target_size or 1) * self._answer.kept.itemsize
+        return self.samples * (each + answers)
 
     @property
     def spare_bytes(self) -> int:
@@ -229,8 +235,7 @@ class Source(Comparable):
                 inputs[start : start + len(rows)] = _narrowed(stored, rows)
             self._inputs[number] = inputs
         if self._answer is not None:
-            kind = np.int32 if self.target_size is None else np.float32
-            targets = np.empty((self.samples, *self._answer.row_shape), kind)
+            targets = np.empty((self.samples, *self._answer.row_shape), self._answer.kept)
             for start, rows in self._answer.blocks():
                 targets[start : start + len(rows)] = rows
             if self._weighing is not None:
@@ -323,7 +328,11 @@ class Source(Comparable):
         if self.target_size is None:
             labels = _taken(rows, positions)
             return labels if self._codes is None else self._codes[labels]
-        return _taken(rows, positions) if first else _innermost(rows, positions)
+        if not self._own:
+            return _innermost(rows, positions)
+        assert self._answer is not None
+        found = _taken(rows, positions)
+        return found.reshape(len(indices), *self._answer.own_shape) if first else found.T.astype(np.float32, order="C")
 
     def _rows_of(self, number: int, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """Return rows (n, features) of one of the inputs, and where in them each index is: as `_read_rows`."""

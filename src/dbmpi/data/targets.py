@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
@@ -88,8 +89,20 @@ class Targets:
         """Shape of one decoded target."""
         return () if self.size is None else (self.size,)
 
+    @property
+    def own_shape(self) -> tuple[int, ...]:
+        """Shape of one target for an objective of the user's own."""
+        return self.stored.shape[1:] or self.row_shape
+
+    @property
+    def kept(self) -> np.dtype[Any]:
+        """Type of decoded targets."""
+        return np.dtype(np.int32) if self.size is None else self.stored.kept
+
     def decoded(self, rows: np.ndarray) -> np.ndarray:
         """Return classes, int32 ``(samples,)``, or values, float32 ``(samples, size)``, of stored rows.
+
+        Values that are whole numbers stay what they are for an objective of the user's own.
 
         Raises
         ------
@@ -98,6 +111,8 @@ class Targets:
         """
         if self.size is not None:
             values = self.stored.decoded(rows).reshape(len(rows), -1)
+            if self.stored.as_stored and self._reading.own:
+                return values
             return values.astype(np.float32, copy=False) * np.float32(self.stored.factor)
         codes, wrong = self._codes(rows)
         if len(wrong):
@@ -151,9 +166,10 @@ class Targets:
         stored.as_column(samples)
         kind, shape = stored.kind, stored.shape
         numbers, column = kind.kind in "iufb", len(shape) == 1 or shape[1:] == (1,)
-        if not (numbers or self._text) or not 1 <= len(shape) <= 2 or (self._text and not column):
+        axes = len(shape) if self._reading.own else 2
+        if not (numbers or self._text) or not 1 <= len(shape) <= axes or (self._text and not column):
             raise stored.error(f"is {stored.dtype} of shape {shape}; expected {_EXPECTED}")
-        if shape[1:] == (0,):
+        if 0 in shape[1:]:
             raise stored.error(f"has shape {shape}; expected at least one value a sample")
         classes = self._reading.wanted == "classes"
         if column and (kind.kind in "iub" or self._text or (classes and kind.kind == "f")):
@@ -163,7 +179,7 @@ class Targets:
             _, rows = next(stored.blocks(), (0, np.zeros((0, shape[1]))))
             self._one_hot = not len(_not_one_hot(rows))
         if not self._one_hot:
-            self.size = shape[1] if len(shape) == 2 else 1
+            self.size = math.prod(shape[1:])
 
     def _check_size_of_labels(self) -> None:
         """Raise UserError where the labels are more than a checkpoint can hold: texts, each as long as the longest."""

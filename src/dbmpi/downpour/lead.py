@@ -214,7 +214,8 @@ class Lead(Shard):
             )
         )
         self._progress.evaluation(epoch, outcome.mean_loss, outcome.accuracy, outcome.samples, outcome.metrics)
-        self._call("on_evaluation", self.steps, epoch, outcome.samples, outcome.mean_loss, outcome.accuracy)
+        loss, accuracy, metrics = outcome.mean_loss, outcome.accuracy, outcome.metrics
+        self._call("on_evaluation", self.steps, epoch, outcome.samples, loss, accuracy, None, 0, metrics)
 
     def raise_failure(self) -> None:
         """Raise what a callback has raised while others were at work."""
@@ -324,7 +325,7 @@ class Lead(Shard):
 
     def _end_early(self, why: str) -> None:
         """Let all replicas finish, if they have not been told so before; `why` is for the user."""
-        if not self._ending:
+        if not self._ending and any(state != _State.FINISHED for state in self._states):
             self._ending = True
             self._progress.message(f"{why}: the run ends after the current steps")
             self._tell_workers(MessageKind.STOP)

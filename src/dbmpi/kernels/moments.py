@@ -4,6 +4,9 @@ They are compiled, and called, as those in :mod:`dbmpi.kernels.updates`: IEEE ar
 in the dtype of the vectors, to which the settings are rounded first.
 
 `decay` is the factor of a coupled weight decay: every kernel takes ``gradient + decay * parameters`` for the gradient.
+
+Averages below the smallest normal number become zero.  Where a gradient stays zero they would end among the subnormal
+ones and stay there, with which a processor needs several times as long.
 """
 
 from __future__ import annotations
@@ -42,10 +45,12 @@ def momentum(
     """
     kind = parameters.dtype.type
     step, stays, shrink = kind(rate), kind(friction), kind(decay)
+    nothing, tiny = kind(0), kind(np.finfo(parameters.dtype).tiny)
     for i in prange(parameters.size):
         w = parameters[i]
         g = gradient[i] + shrink * w
         v = stays * velocity[i] + g
+        v = nothing if abs(v) < tiny else v
         velocity[i] = v
         parameters[i] = w - step * (g + stays * v if nesterov else v)
 
@@ -75,10 +80,12 @@ def rmsprop(
     """
     kind = parameters.dtype.type
     step, stays, comes, floor, shrink = kind(rate), kind(beta), kind(1 - beta), kind(epsilon), kind(decay)
+    nothing, tiny = kind(0), kind(np.finfo(parameters.dtype).tiny)
     for i in prange(parameters.size):
         w = parameters[i]
         g = gradient[i] + shrink * w
         s = stays * square[i] + comes * (g * g)
+        s = nothing if s < tiny else s
         square[i] = s
         parameters[i] = w - step * g / (np.sqrt(s) + floor)
 
@@ -120,10 +127,13 @@ def adam(
     step, floor, shrink, left = kind(rate * corrections[0]), kind(epsilon), kind(decay), kind(kept)
     stays_mean, comes_mean = kind(betas[0]), kind(1 - betas[0])
     stays_square, comes_square, unbias = kind(betas[1]), kind(1 - betas[1]), kind(corrections[1])
+    nothing, tiny = kind(0), kind(np.finfo(parameters.dtype).tiny)
     for i in prange(parameters.size):
         w = parameters[i]
         g = gradient[i] + shrink * w
         m = stays_mean * mean[i] + comes_mean * g
         s = stays_square * square[i] + comes_square * (g * g)
+        m = nothing if abs(m) < tiny else m
+        s = nothing if s < tiny else s
         mean[i], square[i] = m, s
         parameters[i] = left * w - step * m / (np.sqrt(s) * unbias + floor)

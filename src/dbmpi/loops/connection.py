@@ -58,6 +58,8 @@ class Connection:
         Those of this rank's roles, or None.
     gradients
         On a worker, where each gradient is pushed from, by name.
+    parameters
+        On a worker that computes on the shards' own memory, each parameter there, by name.
     """
 
     def __init__(
@@ -83,12 +85,16 @@ class Connection:
         shard, worker = plan.shard_of(comm.rank), plan.worker_of(comm.rank)
         self.server = None if shard is None else self._store.server(rule)
         self._handover = None if self.server is None else Handover(comm, self.server)
-        self.client, self.gradients = None, {}
+        self.client, self.gradients, self.parameters = None, {}, {}
         if worker is not None:
             starts = [layout.offsets[tensor.name] for tensor in layout.tensors]
             ranges = [range(start, start + t.size) for start, t in zip(starts, layout.tensors, strict=True)]
             self.client = self._store.client(serve=self.poll, fetched=ranges)
             self.gradients = layout.views(self.client.gradients[0])
+            if self.client.parameters is not None:
+                shown = self.client.parameters.view()
+                shown.flags.writeable = False
+                self.parameters = layout.views(shown)
 
     def begin(self, initial: Sequence[np.ndarray] | None, checkpoint: Path | None) -> None:
         """Fill the shards with a checkpoint, or with the first worker's parameters (collective).
@@ -132,16 +138,22 @@ class Connection:
         """Serve until all workers have their first parameters (collective)."""
         self._meet("the other ranks to fetch their first parameters", waiting.STALL_SECONDS)
 
-    def fetch(self, targets: Sequence[np.ndarray]) -> None:
+    def fetch(self, targets: Sequence[np.ndarray], *, always: bool = False) -> None:
         """Fill flat arrays, one for each tensor, with the shards' parameters, once own pushes have been applied.
 
         Parameters
         ----------
         targets
             The arrays.
+        always
+            Fill them also where this worker computes on :attr:`parameters`.
         """
-        assert self.client is not None
-        self.client.fetch(*targets)
+        client = self.client
+        assert client is not None
+        client.fetch(*(targets if client.parameters is None else [client.parameters] * len(targets)))
+        if always and self.parameters:
+            for target, values in zip(targets, self.parameters.values(), strict=True):
+                np.copyto(target, values.reshape(-1))
 
     @property
     def gradient(self) -> np.ndarray:
@@ -229,7 +241,7 @@ class Connection:
             self.client.wait()
         self._meet(_END)
         if self.client is not None and targets is not None:
-            self.client.fetch(*targets)
+            self.fetch(targets, always=True)
         self._meet(_END)
         self.free()
 
@@ -243,7 +255,8 @@ class Connection:
 
     def free(self) -> None:
         """Give everything back, after the end (collective)."""
-        self.client, self.gradients, self.server, self._handover = None, {}, None, None
+        self.client, self.gradients, self.parameters = None, {}, {}
+        self.server = self._handover = None
         self._store.free()
         blocking.free(self._comm)
         self._stack.close()

@@ -62,7 +62,8 @@ class ParameterServer:
         Put the shards on the first of the workers' ranks, instead of on ranks of their own.  Such a shard serves only
         while its rank is inside a call of this class: the others wait for it meanwhile.
     server : ServerSection, optional
-        How gradients and parameters travel, e.g. ``dbmpi.config.ServerSection(consistent=True)``.
+        How gradients and parameters travel, e.g. ``dbmpi.config.ServerSection(consistent=True)``.  With
+        ``fetch="shared"`` workers compute on :attr:`parameters`, on one host.
     finite : bool
         Refuse gradients with numbers that are not finite.
     clip_norm : float
@@ -84,6 +85,9 @@ class ParameterServer:
     gradients : dict
         On a worker, arrays in the memory that gradients are pushed from.  Gradients that are computed in them are not
         copied; they may be changed again after :meth:`wait` or :meth:`fetch`.  Elsewhere it is empty.
+    parameters : dict
+        On a worker, with ``fetch="shared"``, the shards' own memory, read-only.  Pushes of others change it at any
+        time; :meth:`fetch` copies nothing, but waits for own pushes.  Otherwise it is empty.
 
     Raises
     ------
@@ -155,14 +159,14 @@ class ParameterServer:
         # Arrays that are not contiguous, and get what was fetched from memory beside them.
         self._beside = {name: np.empty_like(a, order="C") for name, a in mine.items() if not a.flags.c_contiguous}
         self._targets = [self._beside.get(name, array).reshape(-1) for name, array in mine.items()]
-        self.gradients = self._connection.gradients
+        self.gradients, self.parameters = self._connection.gradients, self._connection.parameters
         self.worker, self.workers = plan.worker_of(own.rank), plan.workers
         self._scheduled = choice.follows_schedule(chosen)
         if clip_norm:
             self._clip = Clip(clip_norm, [Stretch(0, 0, layout.size, True)], float)
         self._connection.begin(list(mine.values()), checkpoint)
         if self.worker is not None:
-            self.fetch()
+            self._fetch(always=True)
         self._connection.settle()
         self._at_exit = atexit.register(aborting(self.close))
 
@@ -198,9 +202,7 @@ class ParameterServer:
             If a shard does not answer within the stall limit.
         """
         self._check_worker("fetch")
-        self._connection.fetch(self._targets)
-        for name, array in self._beside.items():
-            np.copyto(self._arrays[name], array)
+        self._fetch()
 
     def push(self, gradients: Mapping[str, Any] | None = None, *, samples: int = 0, finite: bool | None = None) -> None:
         """Send gradients to the shards; returns before they have been applied.
@@ -276,7 +278,7 @@ class ParameterServer:
         self._connection.end(self._targets if worker else None)
         for name, array in self._beside.items() if worker else ():
             np.copyto(self._arrays[name], array)
-        self.gradients = {}
+        self.gradients, self.parameters = {}, {}
         self._stack.close()
 
     def __enter__(self) -> Self:
@@ -296,6 +298,12 @@ class ParameterServer:
             report_and_abort(error)
         if self._alone:
             self.close()
+
+    def _fetch(self, *, always: bool = False) -> None:
+        """Fetch; `always` into the arrays, also where this worker computes on the shards' memory."""
+        self._connection.fetch(self._targets, always=always)
+        for name, array in self._beside.items():
+            np.copyto(self._arrays[name], array)
 
     def _check_open(self) -> None:
         if not self._open:
@@ -322,7 +330,9 @@ def _travel(server: ServerSection | None) -> ServerSection:
     section = ServerSection() if server is None else server
     if not isinstance(section, ServerSection):
         raise UserError(f"ParameterServer: server is a {type(server).__name__}: expected dbmpi.config.ServerSection")
-    for name, only in (("fetch", "copied"), ("gradients", "whole"), ("overlap", "none")):
+    for name, only in (("gradients", "whole"), ("overlap", "none")):
         if getattr(section, name) != only:
             raise UserError(f"ParameterServer: server.{name} = {getattr(section, name)!r}: expected {only!r}")
+    if section.fetch == "shared" and section.consistent:
+        raise UserError("ParameterServer: server.consistent = True needs copies: expected server.fetch = 'copied'")
     return section

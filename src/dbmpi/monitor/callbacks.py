@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,13 +24,16 @@ class TrainingEvent(NamedTuple):
     """Samples behind `loss`: of the batch, or held out.  In ``on_checkpoint`` and ``on_end``, training samples of all
     steps of this session."""
     loss: float
-    """Mean loss of these samples; NaN in ``on_checkpoint``, and in ``on_end`` without held-out samples."""
+    """Mean loss of these samples, in ``on_step`` of Sandblaster with `l1` and `l2`; NaN in ``on_checkpoint``, and in
+    ``on_end`` without held-out samples."""
     accuracy: float | None = None
     """Fraction of these samples that is classified correctly; None where that is not known."""
     path: Path | None = None
     """The checkpoint that was written, in ``on_checkpoint`` and ``on_end``."""
     replica: int = 0
     """The replica whose step it was."""
+    metrics: Mapping[str, float] | None = None
+    """Means of the objective's own metrics over held-out samples, in ``on_evaluation`` and ``on_end``."""
 
 
 class Callbacks:

@@ -16,7 +16,7 @@ from dbmpi.kernels.memory import aligned_empty
 from dbmpi.network.own import calling, learns
 from dbmpi.objective import Gradient, NamedArrays, Objective, Outcome, OwnObjective, Samples
 from dbmpi.replica.arrangement import Arrangement
-from dbmpi.replica.own_arrays import EXAMPLE, KEY, flat_floats, shown, single
+from dbmpi.replica.own_arrays import EXAMPLE, flat, flat_floats, shown, single
 from dbmpi.replica.own_gradients import DTYPE, OwnGradients
 from dbmpi.replica.own_state import OwnState
 
@@ -278,10 +278,10 @@ class OwnReplica(Objective[Samples]):
         """Return the sums over the samples from means by name, which are the same names at every call."""
         model = self._model
         try:
-            found = {name: float(mean) for name, mean in given.items()}
-        except (AttributeError, TypeError, ValueError):
+            found = {name: float(mean) for name, mean in flat(given, "")}
+        except (TypeError, ValueError):
             found = {}
-        if not found or not all(isinstance(name, str) and KEY.fullmatch(name) for name in found):
+        if not found:
             raise UserError(
                 f"{model.called}: metrics returned {shown(given)}; expected a dictionary of numbers by name, the "
                 "means over the batch"
@@ -315,23 +315,11 @@ class OwnReplica(Objective[Samples]):
 
 
 def try_objective(model: OwnModel, batch: Samples, held_out: Samples | None = None) -> bool:
-    """Compute one gradient of a `model`, so that mistakes show before anything is learned; raises as `OwnReplica` does.
+    """Compute one gradient of a `model`, so that mistakes show before anything is learned.
 
-    The names of the metrics are known afterwards.
-
-    Parameters
-    ----------
-    model
-        What is tried.
-    batch
-        Some samples.
-    held_out
-        Some held-out samples, if there are any.
-
-    Returns
-    -------
-    bool
-        Whether learning changes the model's state, which is then as before.
+    It raises as `OwnReplica` does.  `batch` are some samples, and `held_out` some that are not learned from, if there
+    are any; the names of the metrics are known afterwards.  Returns whether learning changes the model's state, which
+    is then as before.
     """
     parameters, gradient = aligned_empty(model.layout.size), aligned_empty(model.layout.size)
     model.initial(0, parameters)
@@ -344,7 +332,7 @@ def try_objective(model: OwnModel, batch: Samples, held_out: Samples | None = No
         raise UserError(str(error)) from error
     if held_out is not None and hasattr(model.objective, "metrics"):
         with calling("the objective", "it is tried on the first held-out samples"):
-            replica.evaluate(parameters, held_out)
+            OwnReplica(model).evaluate(parameters, held_out)
     if not outcome.are_numbers:
         raise UserError(f"{model.called}: the loss of the first batch is {outcome.mean_loss}, at the first values")
     return changed

@@ -6,7 +6,7 @@ import json
 import zlib
 from collections.abc import Mapping
 from contextlib import ExitStack
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 from mpi4py import MPI
@@ -21,11 +21,10 @@ from dbmpi.network.description import Network
 from dbmpi.replica.own_objective import OwnModel
 from dbmpi.result import FilePath, path_of
 
-GivenArrays: TypeAlias = dict[str, StoredValues]
 _IN_PYTHON = "initial"
 
 
-def with_initial(run: Run, initial: Mapping[str, Any] | FilePath | None) -> tuple[Run, GivenArrays | None]:
+def with_initial(run: Run, initial: Mapping[str, Any] | FilePath | None) -> tuple[Run, dict[str, StoredValues] | None]:
     """Return the run with a file of first values, and arrays that were given instead.
 
     Parameters
@@ -48,7 +47,11 @@ def with_initial(run: Run, initial: Mapping[str, Any] | FilePath | None) -> tupl
 
 
 def first_values(
-    run: Run, arrays: GivenArrays | None, model: Network | OwnModel, comm: MPI.Intracomm, stack: ExitStack
+    run: Run,
+    arrays: Mapping[str, StoredValues] | None,
+    model: Network | OwnModel,
+    comm: MPI.Intracomm,
+    stack: ExitStack,
 ) -> tuple[Fill, tuple[str, ...]]:
     """Return what writes the parameters of a new run, and lines for the user on where they are from (collective).
 
@@ -83,7 +86,7 @@ def first_values(
     return named_arrays.filler(model.layout, found, source, model.initial), (note,)
 
 
-def _check_same(arrays: GivenArrays | None, comm: MPI.Intracomm) -> None:
+def _check_same(arrays: Mapping[str, StoredValues] | None, comm: MPI.Intracomm) -> None:
     """Refuse arrays that are not those of the first rank (collective)."""
     mine = ""
     if arrays is not None:

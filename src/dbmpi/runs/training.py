@@ -50,7 +50,7 @@ from dbmpi.replica.thread_count import fitted
 from dbmpi.replica.trial import try_layer
 from dbmpi.result import FilePath, Result
 from dbmpi.runs import start as runs_start
-from dbmpi.runs.initial import GivenArrays, first_values, with_initial
+from dbmpi.runs.initial import first_values, with_initial
 from dbmpi.runs.supplied import compare, complete
 from dbmpi.sandblaster import run as sandblaster_run
 from dbmpi.session import DTYPE, Session, StartingPoint
@@ -149,16 +149,16 @@ def train(
         end_all_on_failure()
     with aloud(comm), ExitStack() as stack:
         with together(comm, "checking what is learned"):
-            given = Supplied(data, test, transform, Callbacks(callbacks))
-            run, arrays = with_initial(complete(run, objective, given), initial)
+            run, arrays = with_initial(run, initial)
+            given = Supplied(data, test, transform, Callbacks(callbacks), arrays)
+            run = complete(run, objective, given)
         compare(run, given, comm)
-        return _run(run, objective, arrays, given, comm, stack, stop or stack.enter_context(StopSignal()))
+        return _run(run, objective, given, comm, stack, stop or stack.enter_context(StopSignal()))
 
 
 def _run(
     run: Run,
     objective: OwnObjective | None,
-    arrays: GivenArrays | None,
     supplied: Supplied,
     comm: MPI.Intracomm,
     stack: ExitStack,
@@ -169,12 +169,13 @@ def _run(
         plan = topology.plan(run.topology, comm.size)
     comms = stack.enter_context(topology.Communicators(comm, plan))
     with Watch(comms.world) as watch:
-        session = _session(run, objective, arrays, supplied, plan, comms, watch, stop, stack)
+        session = _session(run, objective, supplied, plan, comms, watch, stop, stack)
         learn = sandblaster_run.learn if session.run.optimizer.method == "sandblaster" else downpour_run.learn
         result = learn(session, stack)
         epoch = (session.begin.samples + result.samples) / session.order.samples
         loss, accuracy = (math.nan, None) if result.test is None else (result.test.mean_loss, result.test.accuracy)
-        ended = TrainingEvent(result.steps, epoch, result.samples, loss, accuracy, result.checkpoint)
+        metrics = None if result.test is None else result.test.metrics
+        ended = TrainingEvent(result.steps, epoch, result.samples, loss, accuracy, result.checkpoint, metrics=metrics)
         session.callbacks.call("on_end", ended)
         return result
 
@@ -182,7 +183,6 @@ def _run(
 def _session(
     run: Run,
     objective: OwnObjective | None,
-    arrays: GivenArrays | None,
     supplied: Supplied,
     plan: topology.Plan,
     comms: topology.Communicators,
@@ -220,29 +220,14 @@ def _session(
             stack.enter_context(locked(run.run.directory, partial(print, "dbmpi:", file=sys.stderr, flush=True)))
     replica: Replica | OwnReplica | None = None
     if isinstance(model, OwnModel):
-        replica = OwnReplica(model, tries=run.optimizer.method == "sandblaster") if data.train is not None else None
-        with together(comm, "trying the objective", seconds=waiting.LONG_SECONDS):
-            if batches is not None and plan.worker_of(comm.rank) == 0:
-                held_out = (
-                    None if data.test is None else data.test.batch(np.arange(min(order.batch_size, data.test.samples)))
-                )
-                changed = try_objective(model, batches.batch(0), held_out)
-                if changed and run.optimizer.method == "sandblaster":
-                    raise UserError(
-                        f"{model.called}: learning changes its state, and with Sandblaster the loss has to follow from "
-                        "the parameters alone; keep the state constant (a BatchNorm of PyTorch: give it "
-                        'track_running_stats=False), or use optimizer.method = "downpour"'
-                    )
-        names = json.dumps(model.metrics or ())
-        names = waiting.broadcast_text(comm, names, plan.worker_ranks[0], "the names of the metrics")
-        model.metrics = tuple(json.loads(names))
+        replica = _own_replica(model, run, data, batches, comm, plan)
     elif plan.worker_of(comm.rank) is not None and placed is not None:
         replica = stack.enter_context(Replica(model, placed, comms.replica))
         replica.prepare(run.optimizer.batch_size)
     begin, checkpoint, number = runs_start.find(run, comm, plan.replicas, model.layout, order, data.meaning)
     initial: Fill = model.initial
     if checkpoint is None:
-        initial, notes = first_values(run, arrays, model, comm, stack)
+        initial, notes = first_values(run, supplied.initial, model, comm, stack)
         data = replace(data, notes=data.notes + notes)
     if isinstance(model, OwnModel):
         begin = _begin_state(model.state, begin, checkpoint, comm, plan.worker_ranks[0])
@@ -292,6 +277,33 @@ def _batches(
                 with own.calling("the transform", "it is tried on the first batch"):
                     batches.batch(0)
     return batches
+
+
+def _own_replica(
+    model: OwnModel,
+    run: Run,
+    data: RunData,
+    batches: NumberedBatches | None,
+    comm: MPI.Intracomm,
+    plan: topology.Plan,
+) -> OwnReplica | None:
+    """Return an instance of the objective on a worker, after trying it; all know the metrics then (collective)."""
+    sandblaster = run.optimizer.method == "sandblaster"
+    with together(comm, "trying the objective", seconds=waiting.LONG_SECONDS):
+        if batches is not None and plan.worker_of(comm.rank) == 0:
+            held_out = None
+            if data.test is not None:
+                held_out = data.test.batch(np.arange(min(run.optimizer.batch_size, data.test.samples)))
+            changed = try_objective(model, batches.batch(0), held_out)
+            if changed and sandblaster:
+                raise UserError(
+                    f"{model.called}: learning changes its state, and with Sandblaster the loss has to follow from the "
+                    "parameters alone; keep the state constant (a BatchNorm of PyTorch: give it "
+                    'track_running_stats=False), or use optimizer.method = "downpour"'
+                )
+    names = waiting.broadcast_text(comm, json.dumps(model.metrics or ()), plan.worker_ranks[0], "the metrics")
+    model.metrics = tuple(json.loads(names))
+    return None if batches is None else OwnReplica(model, tries=sandblaster)
 
 
 def _begin_state(

@@ -11,8 +11,8 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from dbmpi.errors import UserError
-from dbmpi.machine import threads
 from dbmpi.objective import Gradients, NamedArrays, Samples
+from dbmpi.torch import process
 
 _NUMBERS = {
     *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
@@ -100,9 +100,7 @@ class ModuleObjective:
             one.register_post_accumulate_grad_hook(partial(self._hand_over, name))
         self._gradients: Gradients | None = None
         self._left: dict[str, None] = {}
-        limit = threads.prepare().threads
-        if torch.get_num_threads() > limit:
-            torch.set_num_threads(limit)
+        process.prepare()
 
     @property
     def parameters(self) -> NamedArrays:

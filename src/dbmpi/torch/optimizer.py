@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import atexit
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from dbmpi.errors import UserError
 from dbmpi.loops.agreement import everybody
 from dbmpi.loops.parameter_server import ParameterServer
 from dbmpi.loops.service import Service
-from dbmpi.machine import threads
+from dbmpi.mpi.world import aborting
+from dbmpi.torch import process
 from dbmpi.torch.gradients import Gradient
 
 if TYPE_CHECKING:
@@ -39,7 +43,7 @@ class Downpour(torch.optim.Optimizer):  # type: ignore[misc]
     places counts once.  One without a gradient in some step is pushed zeros, which ``sgd`` and ``adagrad`` leave as it
     is.
 
-    PyTorch gets as many threads as dbmpi's own kernels.
+    PyTorch gets as many threads as dbmpi's own kernels, and keeps memory that it has freed for the next step.
 
     Parameters
     ----------
@@ -59,7 +63,8 @@ class Downpour(torch.optim.Optimizer):  # type: ignore[misc]
     shards : int
         Number of shards with `colocate`.
     server : ServerSection, optional
-        How gradients and parameters travel.
+        How gradients and parameters travel.  With ``ServerSection(fetch="shared")``, on one host, the module's
+        parameters are the shards' own memory until :meth:`close`, so that nothing is copied.
     clip_norm : float
         What is pushed has at most this norm, over all parameters together; 0 for any.
     resume : str or Path, optional
@@ -110,6 +115,11 @@ class Downpour(torch.optim.Optimizer):  # type: ignore[misc]
         for name, number in (("n_push", n_push), ("n_fetch", n_fetch)):
             if not isinstance(number, int) or number < 1:
                 raise UserError(f"Downpour: {name} = {number!r}: expected a whole number of at least 1")
+        if server is not None and server.fetch == "shared" and n_fetch > 1:
+            raise UserError(
+                f"Downpour: n_fetch = {n_fetch} needs parameters that stay as they are in between: set server.fetch = "
+                "'copied', or n_fetch = 1"
+            )
         if Service.current is None and not colocate and (everybody() if comm is None else comm).size > 1:
             raise UserError(
                 "Downpour: there are no shards: begin the program with `if dbmpi.serve(shards=1): return`, or give "
@@ -117,16 +127,17 @@ class Downpour(torch.optim.Optimizer):  # type: ignore[misc]
             )
         self._n_push, self._n_fetch, self._steps, self._samples = n_push, n_fetch, 0, 0
         self._trained = _trained(self.param_groups)
-        limit = threads.prepare().threads
-        if torch.get_num_threads() > limit:
-            torch.set_num_threads(limit)
+        process.prepare()
         arrays = {name: parameter.detach().numpy() for name, parameter in self._trained.items()}
-        self._addresses = {name: parameter.data_ptr() for name, parameter in self._trained.items()}
         settings |= {"shards": shards, "colocate": colocate, "server": server, "clip_norm": clip_norm, "resume": resume}
         self._server = ParameterServer(comm, arrays, rule, **settings)
         hook = n_push == n_fetch == 1  # a push has then been applied when a step is done
         memories = self._server.gradients
         self._gradients = [Gradient(each, memories[name], hook=hook) for name, each in self._trained.items()]
+        self._own = {name: self._trained[name].data for name in self._server.parameters}
+        self._addresses = {name: parameter.data_ptr() for name, parameter in self._trained.items()}
+        self._let_be({name: _shown(array) for name, array in self._server.parameters.items()})
+        self._at_exit = atexit.register(aborting(self.close))  # before that of the server
         assert self._server.worker is not None
         self.worker, self.workers = self._server.worker, self._server.workers
 
@@ -197,9 +208,12 @@ class Downpour(torch.optim.Optimizer):  # type: ignore[misc]
         At the end of the program this happens by itself; a second call does nothing.
         """
         assert self._server is not None
+        atexit.unregister(self._at_exit)
         for gradient in self._gradients:
             gradient.release()
         self._server.close()
+        self._let_be(self._own)
+        self._own = {}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Take a group of parameters; only when the optimizer is made.
@@ -223,6 +237,19 @@ class Downpour(torch.optim.Optimizer):  # type: ignore[misc]
                 "for each group"
             )
         super().add_param_group(param_group)
+
+    def _let_be(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Give parameters, by name, other memory."""
+        for name, tensor in tensors.items():
+            self._trained[name].data = tensor
+            self._addresses[name] = tensor.data_ptr()
+
+
+def _shown(array: np.ndarray) -> torch.Tensor:
+    """Return a tensor in the memory of an array, which may be read-only: nothing here writes into it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.from_numpy(array)
 
 
 def _trained(groups: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
