@@ -85,7 +85,8 @@ class LossObjective:
 
         def judged(leaves: list[Any], batch: Samples) -> Any:
             found = (evaluate or loss)(self._tree.unflatten(leaves), batch)
-            if predict is None or isinstance(found, tuple) or batch.targets.dtype.kind != "i":
+            classes = batch.targets.dtype == np.int32 and batch.targets.ndim == 1
+            if predict is None or isinstance(found, tuple) or not classes:
                 return found
             outputs = predict(self._tree.unflatten(leaves), batch.inputs)
             if outputs.ndim != 2:
