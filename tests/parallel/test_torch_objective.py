@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
+from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 from parallel import tiny
@@ -15,7 +19,7 @@ from dbmpi.data.stream import Order
 from dbmpi.errors import UserError
 from dbmpi.mpi import waiting
 from dbmpi.mpi.topology import plan
-from dbmpi.objective import Batch, Samples
+from dbmpi.objective import Samples
 from dbmpi.replica.own_objective import OwnModel, OwnReplica
 from dbmpi.runs.training import train
 
@@ -25,6 +29,8 @@ nn = torch.nn
 import dbmpi.torch  # noqa: E402
 from dbmpi.torch import ModuleObjective, objective  # noqa: E402
 
+_SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+HUGE_PAGES = _SETTING.read_text() if _SETTING.exists() else "[never]"
 CROSS_ENTROPY = nn.functional.cross_entropy
 
 
@@ -137,7 +143,7 @@ def test_gradients_handed_over_one_by_one_are_those_returned_together(comm, plac
 def test_replicas_learn_and_go_on(comm, place, method) -> None:
     for epochs in (6, 12):
         optimizer = {"method": method, "learning_rate": 0.05, "epochs": epochs}
-        run = describe(place, topology={"colocate": comm.size == 1}, optimizer=optimizer)
+        run = describe(place, topology={"colocate": comm.size != 3}, optimizer=optimizer)
         net = module(nn.Dropout(0.1)) if method == "downpour" else module()
         result = train(run, comm, objective=objective(net, CROSS_ENTROPY))
     assert result.test is not None
@@ -194,6 +200,21 @@ def test_state_is_in_checkpoints_and_the_same_for_all_that_evaluate(comm, place)
         loss = float(CROSS_ENTROPY(theirs(inputs), targets))
     assert result.test is not None
     assert result.test.mean_loss == pytest.approx(loss, rel=1e-5)
+    for usual in ({"allow_code": [__file__]}, {"objective": Noted()}):
+        assert dbmpi.evaluate(result, run.data.test, comm, **usual).mean_loss == pytest.approx(loss, rel=1e-5)
+
+
+@pytest.mark.parallel([1])
+def test_a_checkpoint_without_state_leaves_that_as_it_is(comm, place, capsys) -> None:
+    for epochs in (1, 2):
+        run = describe(place, optimizer={"epochs": epochs}, monitor={"progress": "lines"})
+        mine = Noted()
+        result = train(run, comm, objective=mine)
+        with h5py.File(result.checkpoint, "r+") as file:
+            for name in ("objective_state", "run/objective_state"):
+                del file[name], file[f"checksums/{name}"]
+    assert "has no state of the objective, which begins with its first values" in capsys.readouterr().out
+    assert mine.seen[1]["2.num_batches_tracked"] == 0
 
 
 @pytest.mark.parallel([1])
@@ -211,7 +232,7 @@ def test_parameters_are_views_and_gradients_leave_while_others_are_computed():
     model.initial(0, vector)
     events = []
     net[0].weight.register_hook(lambda _: events.append("the first layer's"))
-    batch = Batch(np.ascontiguousarray(samples().inputs.T), samples().targets)
+    batch = samples()
     replica.loss_and_gradient(vector, batch, gradient, events.append)
     assert events.index(3) < events.index("the first layer's") < events.index(0)
     assert [event for event in events if isinstance(event, int)] == [3, 2, 1, 0]
@@ -220,7 +241,7 @@ def test_parameters_are_views_and_gradients_leave_while_others_are_computed():
         assert one.data_ptr() == start + 4 * part.start, name
         assert one.grad is None  # its memory is free: it has left
     theirs = module()
-    inputs, targets = as_tensors(batch.inputs.T, batch.targets)
+    inputs, targets = as_tensors(batch.inputs, batch.targets)
     CROSS_ENTROPY(theirs(inputs), targets).backward()
     expected = np.concatenate([one.grad.numpy().reshape(-1) for one in theirs.parameters()])
     np.testing.assert_allclose(gradient, expected, atol=1e-7)
@@ -253,8 +274,7 @@ def test_grad_attributes_of_users_do_no_harm():
     model = OwnModel(mine, 1, "it")
     vector, gradient = np.empty(model.layout.size, np.float32), np.empty(model.layout.size, np.float32)
     model.initial(0, vector)
-    batch = Batch(np.ascontiguousarray(samples().inputs.T), samples().targets)
-    OwnReplica(model).loss_and_gradient(vector, batch, gradient)
+    OwnReplica(model).loss_and_gradient(vector, samples(), gradient)
     np.testing.assert_array_equal(gradient, np.concatenate([expected[name].reshape(-1) for name in model.shapes]))
     assert "tied.weight" not in model.shapes
     net.zero_grad(set_to_none=True)
@@ -276,7 +296,8 @@ def test_dropout_follows_from_the_step_and_is_off_in_evaluations():
 
 
 @pytest.mark.parallel([1])
-def test_tied_and_frozen_parameters_come_back_from_a_checkpoint(comm, place):
+@pytest.mark.parametrize("method", ["downpour", "sandblaster"])
+def test_tied_and_frozen_parameters_come_back_from_a_checkpoint(comm, place, method):
     def net():
         torch.manual_seed(2)
         shared = nn.Linear(tiny.FEATURES, tiny.FEATURES)
@@ -289,15 +310,46 @@ def test_tied_and_frozen_parameters_come_back_from_a_checkpoint(comm, place):
     mine = objective(net(), CROSS_ENTROPY)
     assert set(mine.parameters) == {"0.weight", "0.bias", "2.weight"}
     assert set(mine.state) == {"mask", "2.bias"}
-    result = train(describe(place), comm, objective=mine)
+    result = train(describe(place, optimizer={"method": method}), comm, objective=mine)
     theirs = net()
     with torch.no_grad():
         for one in theirs.parameters():
             one.zero_()
     assert not theirs.load_state_dict(dbmpi.torch.state_dict(result.checkpoint), strict=False).unexpected_keys
     theirs.load_state_dict(dbmpi.torch.state_dict(result.checkpoint, theirs))
-    for name, values in mine.module.state_dict().items():
-        assert torch.equal(theirs.state_dict()[name], values), name
+    values = {name: one.numpy() for name, one in theirs.state_dict().items()}
+    stored = tiny.vectors(result.checkpoint)["parameters"]
+    np.testing.assert_array_equal(np.concatenate([values[name].reshape(-1) for name in mine.parameters]), stored)
+    assert values["1.weight"].any()
+    assert values["mask"].tolist() == [True, False]
+    np.testing.assert_array_equal(values["2.bias"], net()[2].bias.detach().numpy())
+
+
+def test_several_inputs_are_arguments_and_gradients_are_checked_in_double_precision():
+    class Rating(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(3)
+            self.users, self.bias = nn.Embedding(4, 3), nn.Linear(1, 1)
+            self.register_buffer("scale", torch.full((3,), 0.5))
+
+        def forward(self, *, user, age):
+            return (self.users(user) * self.scale).sum(dim=1, keepdim=True).tanh() + self.bias(age)
+
+    mine = objective(Rating(), nn.functional.mse_loss)
+    inputs = {"user": np.array([1, 3, 1], np.uint16), "age": np.ones((3, 1), np.float32)}
+    batch = Samples(inputs, np.zeros((3, 1), np.float32))
+    first = {name: values.copy() for name, values in mine.parameters.items()}
+    loss, gradient = mine.loss_and_gradient(first, batch)
+    assert mine.predict(first, inputs).shape == (3, 1)
+    double = {name: values.astype(float) for name, values in first.items()}
+    exact, wide = mine.loss_and_gradient(double, batch)
+    assert exact == pytest.approx(loss, rel=1e-6)
+    for name, values in wide.items():
+        assert values.dtype == float
+        np.testing.assert_allclose(gradient[name], values, atol=1e-6)
+    assert mine.loss_and_gradient(first, batch)[1]["bias.bias"].dtype == np.float32
+    assert mine.state["scale"].dtype == np.float32
 
 
 def test_weights_are_the_third_argument_of_the_loss():
@@ -311,6 +363,18 @@ def test_weights_are_the_third_argument_of_the_loss():
     outputs = mine.predict(mine.parameters, batch.inputs)
     assert value == pytest.approx(((outputs - 1) ** 2 * np.arange(5)[:, None]).mean(), rel=1e-5)
     assert isinstance(mine.evaluate(mine.parameters, batch), float)
+
+
+@pytest.mark.skipif("[never]" in HUGE_PAGES, reason="the system has no huge pages")
+def test_large_tensors_are_in_huge_pages():
+    code = """
+import resource, torch, dbmpi.torch
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+torch.empty(2**24).fill_(1)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 2**24 * 4 / 4096 / 10
 
 
 @pytest.mark.parametrize(

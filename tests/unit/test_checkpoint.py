@@ -20,6 +20,7 @@ from dbmpi.checkpoint import directory, retention, schema
 from dbmpi.checkpoint.directory import checkpoint_path
 from dbmpi.checkpoint.reader import Checkpoint
 from dbmpi.checkpoint.writer import CheckpointWriter, Coverage
+from dbmpi.cli import inspect
 from dbmpi.errors import Damaged, DiskFailed, RunFailed, UserError
 from dbmpi.index.layout import Layout, Tensor, cut
 
@@ -145,6 +146,41 @@ def test_a_wrong_write_is_refused(tmp_path, start, values):
     with CheckpointWriter(checkpoint_path(tmp_path, 1), LAYOUT) as writer, pytest.raises(ValueError, match="vector"):
         writer.write("parameters", start, values)
     assert os.listdir(tmp_path / "checkpoints") == []
+
+
+def test_state_of_an_objective_is_kept_and_verified(tmp_path):
+    state = {
+        "mean": np.arange(6.0).reshape(2, 3),
+        "inner/seen": np.array(7),
+        "large": np.arange(200_000, dtype=np.float32),
+        "mask": np.array([1, 0], np.uint8),
+        "none": np.zeros((0, 2)),
+    }
+    path = checkpoint_path(tmp_path, 1)
+    with CheckpointWriter(path, LAYOUT, objective_state=state) as writer:
+        writer.write("parameters", 0, np.zeros(LAYOUT.size, np.float32))
+        writer.commit(make_info(step=1))
+    with Checkpoint.open(path) as checkpoint:
+        checkpoint.verify()
+        found = checkpoint.objective_state()
+        assert [*found] == [*state]
+        for name, values in state.items():
+            np.testing.assert_array_equal(found[name], values)
+            assert found[name].dtype == values.dtype
+        assert checkpoint.read_state("large", 100_000, 100_002).tolist() == [100_000, 100_001]
+        described = {array["name"]: array for array in inspect.describe(path)["arrays"]}
+        assert described["objective state: inner/seen"]["mean"] == 7
+    with h5py.File(path, "r+") as file:
+        file["objective_state/large"][150_000] = 1
+    with Checkpoint.open(path) as checkpoint:
+        assert checkpoint.read_state("large", 0, 10)[9] == 9
+        for read in (checkpoint.verify, checkpoint.objective_state):
+            with pytest.raises(Damaged, match="/objective_state/large is damaged"):
+                read()
+    with h5py.File(path, "r+") as file:
+        del file["objective_state/mask"]
+    with pytest.raises(Damaged, match="/objective_state/mask is missing"):
+        Checkpoint.open(path)
 
 
 @pytest.mark.parametrize("names", [("a", "a/b"), ("a//b",), ("../a",), ("a\0",), ("",)])

@@ -33,9 +33,9 @@ class StateArray(NamedTuple):
     bytes: StoredArray
 
     @property
-    def nbytes(self) -> int:
-        """Its size."""
-        return math.prod(self.shape) * self.dtype.itemsize
+    def size(self) -> int:
+        """Number of its elements."""
+        return math.prod(self.shape)
 
 
 class Contents:
@@ -113,7 +113,9 @@ class Contents:
             if not dataset.dtype.isnative:
                 raise Malformed(f"/{path} is {dataset.dtype}, expected numbers in the byte order of this machine")
             found[name] = StateArray(dataset.dtype, dataset.shape, self._stored(path, dataset))
-        if sum(array.nbytes for array in found.values()) > self._file_size or len(found) < len(names):
+        if sum(array.size * array.dtype.itemsize for array in found.values()) > self._file_size or len(found) < len(
+            names
+        ):
             raise Malformed(f"/{schema.OBJECTIVE_STATE_NAMES}: expected different names")
         return found
 

@@ -182,8 +182,8 @@ class Checkpoint:
         self.read(schema.PARAMETERS, 0, out)
         return out
 
-    def read_state(self, name: str) -> np.ndarray:
-        """Return the array `name` of :attr:`state_arrays`, a new one.
+    def read_state(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Return the elements from `start` to `stop`, in C order, of the array `name` of :attr:`state_arrays`.
 
         Raises
         ------
@@ -191,14 +191,16 @@ class Checkpoint:
             If some of it is not what was written.
         """
         array = self.state_arrays[name]
-        flat = np.empty(array.nbytes, np.uint8)
+        values = np.empty(stop - start, array.dtype)
         with self._naming(f"{schema.OBJECTIVE_STATE}/{name}"):
-            array.bytes.read(0, flat.data)
-        return flat.view(array.dtype).reshape(array.shape)
+            array.bytes.read(start * array.dtype.itemsize, values.view(np.uint8).data)
+        return values
 
     def objective_state(self) -> dict[str, np.ndarray]:
         """Return all arrays of :attr:`state_arrays`, by name; raises as :meth:`read_state` does."""
-        return {name: self.read_state(name) for name in self.state_arrays}
+        return {
+            name: self.read_state(name, 0, array.size).reshape(array.shape) for name, array in self.state_arrays.items()
+        }
 
     def expect(self, layout: Layout, vectors: Sequence[str] = (), what: str = "network") -> None:
         """Raise UserError unless the checkpoint is of this layout, that of a `what`, and holds these vectors."""

@@ -103,10 +103,11 @@ def of_tensor(checkpoint: Checkpoint, vector: str, tensor: Tensor) -> Statistics
     return statistics
 
 
-def of_values(values: np.ndarray) -> Statistics:
-    """Return the statistics of `values` in memory."""
-    statistics = Statistics()
-    statistics.add(values)
+def of_state(checkpoint: Checkpoint, name: str) -> Statistics:
+    """Return the statistics of the array `name` of the objective's state in a `checkpoint`."""
+    statistics, size = Statistics(), checkpoint.state_arrays[name].size
+    for start in range(0, size, PIECE):
+        statistics.add(checkpoint.read_state(name, start, min(start + PIECE, size)))
     return statistics
 
 

@@ -173,10 +173,10 @@ def _checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
             arrays.append({"name": name, "shape": tensor.shape, "dtype": str(checkpoint.dtype), **numbers})
     for name, kind in checkpoint.state_arrays.items():
         try:
-            numbers = statistics.as_dict(statistics.of_values(checkpoint.read_state(name)))
+            numbers = statistics.as_dict(statistics.of_state(checkpoint, name))
         except Damaged as error:
             numbers = {"not_read": "damaged", "damaged": str(error)}
-        arrays.append({"name": f"state: {name}", "shape": kind.shape, "dtype": str(kind.dtype), **numbers})
+        arrays.append({"name": f"objective state: {name}", "shape": kind.shape, "dtype": str(kind.dtype), **numbers})
     return {
         "kind": "checkpoint",
         "path": str(checkpoint.path),

@@ -12,7 +12,7 @@ from dbmpi.errors import UserError
 from dbmpi.loops.agreement import everybody
 from dbmpi.loops.parameter_server import ParameterServer
 from dbmpi.loops.service import Service
-from dbmpi.machine import threads
+from dbmpi.torch import process
 from dbmpi.torch.gradients import Gradient
 
 if TYPE_CHECKING:
@@ -117,9 +117,7 @@ class Downpour(torch.optim.Optimizer):  # type: ignore[misc]
             )
         self._n_push, self._n_fetch, self._steps, self._samples = n_push, n_fetch, 0, 0
         self._trained = _trained(self.param_groups)
-        limit = threads.prepare().threads
-        if torch.get_num_threads() > limit:
-            torch.set_num_threads(limit)
+        process.limit_threads()
         arrays = {name: parameter.detach().numpy() for name, parameter in self._trained.items()}
         self._addresses = {name: parameter.data_ptr() for name, parameter in self._trained.items()}
         settings |= {"shards": shards, "colocate": colocate, "server": server, "clip_norm": clip_norm, "resume": resume}
