@@ -76,7 +76,7 @@ def export(
     if path.suffix not in SUFFIXES:
         raise UserError(f"{path}: expected a name that ends in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
     if path.exists() and not force:
-        raise UserError(f"{path}: exists and is not overwritten; give another name, or --force")
+        raise UserError(f"{path}: exists and is not overwritten; give another name, or --force (in Python force=True)")
     origin = Path(checkpoint.checkpoint if isinstance(checkpoint, Result) else checkpoint)
     if path.suffix == ".onnx" or names == "torch":
         trained = trained_network.load(origin, [Path(file) for file in code])

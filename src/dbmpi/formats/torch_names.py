@@ -32,8 +32,8 @@ def torch_names(network: Network) -> dict[str, Tensor]:
         for short, tensor in layer.tensors.items():
             if not isinstance(layer, DenseLayer | ConvolutionLayer) or short not in _SUFFIXES:
                 raise UserError(
-                    f"{tensor.name}: PyTorch has no module with such a parameter; leave --names torch out to write all "
-                    "arrays under dbmpi's own names"
+                    f"{tensor.name}: PyTorch has no module with such a parameter; leave --names torch, in Python "
+                    "names='torch', out to write all arrays under dbmpi's own names"
                 )
             names[f"{layer.name}.{_SUFFIXES[short]}"] = tensor
     return names
