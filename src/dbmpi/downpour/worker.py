@@ -237,7 +237,7 @@ class Worker:
             request = self._orders.send_array(packed, Tag.OBJECTIVE_STATE)
         yield
         if request is not None:
-            waiting.complete(request, "the lead to take the state of the objective")
+            waiting.complete(request, "the lead to take the state of the objective", serve=self._orders.obey)
 
     def _say(self, kind: MessageKind, *values: int) -> None:
         """Send the lead a message about the whole replica, when all partitions have got here."""
