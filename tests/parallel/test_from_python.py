@@ -123,8 +123,11 @@ def test_mistakes_in_what_is_given_are_told_once(comm, place) -> None:
     def failing():
         raise ZeroDivisionError("no data today")
 
+    packed = h5py.File("packed", "w", driver="core", backing_store=False).create_dataset("it", data=inputs)
+    packed.attrs["scale_factor"] = 0.5
     for described, given, words in (
         (tiny.describe(place), {"data": (inputs, labels)}, "but the run has data.train ="),
+        (run, {"data": lambda: (packed, labels)}, "which a function cannot return; give the dataset itself"),
         (run, {}, "the run has no data to learn from"),
         (run, {"data": failing}, "ZeroDivisionError: no data today"),
         (run, {"data": (inputs, labels), "test": (inputs[:, :5], labels)}, "samples have shape (5,), but those of"),

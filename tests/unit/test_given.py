@@ -121,10 +121,42 @@ def test_arrays_and_a_file_are_the_same_for_a_network(tmp_path):
     assert np.shares_memory(given._inputs[0], inputs), "copied"
 
 
+def test_attributes_of_a_dataset_count_wherever_it_is_open(tmp_path):
+    with h5py.File(tmp_path / "it.h5", "w") as file:
+        file["inputs"] = (np.arange(SAMPLES * 2) % 7).reshape(SAMPLES, 2).astype("i2")
+        file["inputs"].attrs.update({"scale_factor": 0.5, "add_offset": 1.0, "_FillValue": np.int16(3)})
+        file["targets"] = np.arange(SAMPLES) % 3
+        file["targets"].attrs.update({"classes": 5, "labels": [*"abcde"]})
+        file["words"] = ["cat", "catfish", "c"] * 10
+    for targets in ("targets", "words"):
+        reading = {"missing": -1.0, "targets": targets}
+        with Source.open(tmp_path / "it.h5", 1, reading=Reading(**reading)) as file:
+            expected, known = file.batch(INDICES), (file.classes, file.labels, file.meaning)
+        with h5py.File(tmp_path / "it.h5") as opened:
+            given = source((opened["inputs"], opened[targets]), **reading)
+            found = given.batch(INDICES)
+            assert (given.classes, given.labels, given.meaning) == known
+        assert -1 in found.inputs
+        np.testing.assert_array_equal(found.inputs, expected.inputs)
+        np.testing.assert_array_equal(found.targets, expected.targets)
+
+
+def test_weights_of_a_file_without_targets(tmp_path):
+    weights = np.arange(1.0, SAMPLES + 1)
+    with h5py.File(tmp_path / "it.h5", "w") as file:
+        file["inputs"], file["w"] = np.zeros((SAMPLES, 2), "f4"), weights
+    with Source.open(tmp_path / "it.h5", 1, "optional", Reading(weights="w", own=True)) as file:
+        found = file.batch(INDICES).weights
+    np.testing.assert_allclose(found, (weights / weights.mean())[INDICES], rtol=1e-6)
+
+
 def test_a_thread_reads_ahead_from_files_and_never_calls_code_of_a_user(tmp_path):
     values = np.zeros((SAMPLES, 2), np.float32)
     ahead = {form for form, given in forms(values, tmp_path) if source(given).in_advance}
     assert ahead == {"dataset"}
+    with h5py.File(tmp_path / "other.h5", "w") as file:
+        file["it"] = values
+        assert not source((file["it"], Lazy([0, 1] * (SAMPLES // 2)))).in_advance
 
 
 @pytest.mark.parametrize(
@@ -132,11 +164,12 @@ def test_a_thread_reads_ahead_from_files_and_never_calls_code_of_a_user(tmp_path
     [
         (["b", "a", "c"] * 10, 3, ("a", "b", "c")),
         (np.array(["b", "a", "c"] * 10, object), 3, ("a", "b", "c")),
+        (Lazy(["cat", "catfish", "c"] * 10), 3, ("c", "cat", "catfish")),
         (np.arange(SAMPLES) % 2 * 2 - 1, 2, (-1, 1)),
         (np.arange(SAMPLES) % 2 == 0, 2, None),
         (np.eye(3)[np.arange(SAMPLES) % 3], 3, None),
     ],
-    ids=["text", "text of a table", "signs", "truth", "one-hot"],
+    ids=["text", "text of a table", "text of any length", "signs", "truth", "one-hot"],
 )
 def test_labels_are_numbered_as_those_of_a_file(labels, classes, known):
     found = source((np.zeros((SAMPLES, 2)), labels), wanted="classes")
@@ -158,6 +191,9 @@ WRONG = {
     "nothing": (lambda x: (), {}, "given a tuple of 0"),
     "a number": (lambda x: 5, {}, "'inputs' is int 5; expected inputs"),
     "ragged": (lambda x: [np.zeros(3), np.zeros(4)], {}, "sample 1 is float64 of shape (4,), and the first one"),
+    "wider": (lambda x: (x, Lazy([np.int32(3), 2**33 + 5] * 15)), {}, "sample 1 is int64 of shape (), and the first"),
+    "masked": (lambda x: (np.ma.masked_greater(x, 9), x[:, 0]), {}, "'inputs' has masked values; expected a value"),
+    "masked row": (lambda x: [*np.ma.masked_greater(x, 9)], {}, "sample 10 has masked values"),
     "pairs": (lambda x: [(row, 1) for row in x], {}, "sample 0 is a tuple; expected an array or a number"),
     "empty": (lambda x: [], {}, "'inputs' is empty"),
     "text": (lambda x: ["a"] * 30, {}, "expected numbers, but these are"),

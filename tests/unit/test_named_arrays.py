@@ -38,14 +38,14 @@ def plain(arrays: dict[str, np.ndarray], kind: str = "F32", dtype: str = "<f4") 
     return safetensors({name: (kind, list(each.shape), each.astype(dtype).tobytes()) for name, each in arrays.items()})
 
 
-def filled(path: Path, layout: Layout = LAYOUT, *, partly: bool = False) -> np.ndarray:
-    """Return the whole vector from a file, in ranges of five; what the file lacks is 7."""
+def filled(path: Path, layout: Layout = LAYOUT, *, partly: bool = False, at_once: int = 5) -> np.ndarray:
+    """Return the whole vector from a file, in ranges of so many; what the file lacks is 7."""
     found = np.full(layout.size, np.nan, np.float32)
     with named_arrays.opened(path) as stored:
         match = named_arrays.match(layout, stored, str(path), partly=partly)
         fill = named_arrays.filler(layout, match, str(path), lambda start, out: out.fill(7))
-        for start in range(0, layout.size, 5):
-            fill(start, found[start : start + 5])
+        for start in range(0, layout.size, at_once):
+            fill(start, found[start : start + at_once])
     return found
 
 
@@ -55,7 +55,10 @@ def refused(path: Path, **options) -> str:
     return str(raised.value)
 
 
-def test_what_was_written_is_read_from_every_kind_of_file(tmp_path):
+@pytest.mark.parametrize("at_once", [16, None], ids=["in parts", "at once"])
+def test_what_was_written_is_read_from_every_kind_of_file(tmp_path, monkeypatch, at_once):
+    if at_once is not None:
+        monkeypatch.setattr(named_arrays, "_AT_ONCE", at_once)
     dotted = {name.replace("/", "."): each for name, each in ARRAYS.items()}
     np.savez(tmp_path / "plain.npz", **ARRAYS)
     dotted["a.weight"] = dotted.pop("a.weights")  # as in PyTorch
@@ -67,7 +70,8 @@ def test_what_was_written_is_read_from_every_kind_of_file(tmp_path):
         writer.write("parameters", 0, VECTOR)
         writer.commit(make_info(step=7))
     for name in ("plain.npz", "packed.npz", "single.safetensors", "double.safetensors", "step-000000007.h5", ""):
-        np.testing.assert_array_equal(filled(tmp_path / name), VECTOR, err_msg=name)
+        for length in (5, LAYOUT.size):
+            np.testing.assert_array_equal(filled(tmp_path / name, at_once=length), VECTOR, err_msg=name)
     nested = {"a": {"weights": ARRAYS["a/weights"], "bias": ARRAYS["a/bias"].tolist()}, "scale": np.float64(VECTOR[-1])}
     given_ = named_arrays.match(LAYOUT, named_arrays.given(nested, "it"), "it")
     out = np.empty_like(VECTOR)
@@ -106,6 +110,11 @@ def test_all_that_does_not_fit_is_told_at_once(tmp_path):
     assert "is there twice" in refused(path)
     np.savez(path, **{**ARRAYS, "scale": np.array([1e300])})
     assert "'scale' are not all finite as float32" in refused(path)
+    np.savez(path, **{**ARRAYS, "scale": np.zeros(1, np.longdouble)})
+    assert f"'scale' is {np.dtype(np.longdouble).name}, expected floating-point numbers of up to 64" in refused(path)
+    path = tmp_path / "other.safetensors"
+    path.write_bytes(safetensors({"a.bias": ("float_x", [3], bytes(12))}))
+    assert "'a.bias' is float_x, expected floating-point numbers" in refused(path, partly=True)
 
 
 def test_files_that_may_run_code_or_fill_the_memory_are_refused(tmp_path):
@@ -123,6 +132,14 @@ def test_files_that_may_run_code_or_fill_the_memory_are_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "bomb.npz", "w", zipfile.ZIP_LZMA) as archive:
         archive.writestr("a/bias.npy", bytes(2**20))
     assert "is packed in another way" in refused(tmp_path / "bomb.npz")
+    for text in ("-" * 9000, "{'descr': (", "{\n  'a'\n 'b':", "{'a'" * 200):  # each fails in another way
+        with zipfile.ZipFile(tmp_path / "bad.npz", "w") as archive:
+            archive.writestr("x.npy", b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode())
+        assert "cannot be read (damaged file?)" in refused(tmp_path / "bad.npz")
+    np.savez(tmp_path / "bad.npz", x=np.arange(3.0))
+    damaged = (tmp_path / "bad.npz").read_bytes().replace(np.float64(1).tobytes(), np.float64(7).tobytes())
+    (tmp_path / "bad.npz").write_bytes(damaged)
+    assert "Bad CRC-32" in refused(tmp_path / "bad.npz", layout=Layout((Tensor("x", (3,)),)), at_once=3)
     large = {"x": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}
     for text in (
         json.dumps(large),

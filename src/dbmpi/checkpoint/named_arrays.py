@@ -1,8 +1,9 @@
 """First values of parameters by name: from ``.npz`` and ``.safetensors`` files, other checkpoints, and dictionaries.
 
 Nothing here unpickles or runs anything.  Names and shapes are read first and compared with the model's; what does not
-fit is not read, so that a file takes no more memory than the model's largest array.  Files of safetensors are read
-here, because that is short (a length, a header of JSON, raw bytes) and lets a shard read just its part.
+fit is not read.  The rest is read in small parts, but for an array of NumPy in Fortran's order, which is in memory as a
+whole while its values are taken.  Files of safetensors are read here, because that is short (a length, a header of
+JSON, raw bytes) and lets a shard read just its part.
 """
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ import json
 import math
 import os
 import re
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
@@ -30,6 +31,10 @@ from dbmpi.index.layout import Layout
 _LONGEST_HEADER = 1 << 22
 """Bytes of a header of safetensors: enough for some ten thousand arrays, and little as Python's objects."""
 _MOST_AXES = 32
+_WIDEST = 8
+"""Bytes of a number that is read."""
+_AT_ONCE = 1 << 18
+"""Elements that are read at a time; bytes of an archive."""
 _SHOWN = 40
 """Mistakes in one message."""
 _TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
@@ -50,9 +55,11 @@ class StoredValues(NamedTuple):
 
     shape: tuple[int, ...]
     kind: str
-    """What its elements are, for messages; floating-point numbers are ``float...``."""
-    read: Callable[[int, int], np.ndarray]
-    """``read(first, last)`` returns these elements, in C order."""
+    """What its elements are, for messages."""
+    floats: bool
+    """Whether they are floating-point numbers that can be read."""
+    read: Callable[[int, int], Iterator[np.ndarray]]
+    """``read(first, last)`` yields these elements, in C order, as some parts."""
 
 
 @contextmanager
@@ -79,7 +86,7 @@ def opened(path: Path) -> Iterator[dict[str, StoredValues]]:
     if path.suffix not in (".npz", ".safetensors"):
         with Checkpoint.open(path) as checkpoint:
             yield {
-                tensor.name: StoredValues(tensor.shape, "float", _of_checkpoint(checkpoint, tensor.name))
+                tensor.name: StoredValues(tensor.shape, "float", True, _of_checkpoint(checkpoint, tensor.name))
                 for tensor in checkpoint.layout.tensors
             }
         return
@@ -115,7 +122,7 @@ def given(arrays: Mapping[str, Any], what: str, before: str = "") -> dict[str, S
         array = np.asarray(value)
         if array.dtype.hasobject:
             raise UserError(f"{what}: {before + name!r} is a {type(value).__name__}; expected an array of numbers")
-        found[before + name] = StoredValues(array.shape, array.dtype.name, _of_array(array))
+        found[before + name] = StoredValues(array.shape, array.dtype.name, array.dtype.kind == "f", _of_array(array))
     return found
 
 
@@ -162,8 +169,8 @@ def match(
             mistakes.append(f"{name!r} is there twice, in two spellings")
         elif (values.shape or (1,)) != tensors[key].shape:
             mistakes.append(f"{name!r} has shape {values.shape}, the parameter {tensors[key].shape}")
-        elif not values.kind.startswith("float"):
-            mistakes.append(f"{name!r} is {values.kind}, expected floating-point numbers")
+        elif not values.floats:
+            mistakes.append(f"{name!r} is {values.kind}, expected floating-point numbers of up to {8 * _WIDEST} bits")
         else:
             found[key] = values
     missing = [name for name in tensors if name not in seen]
@@ -207,24 +214,37 @@ def filler(layout: Layout, found: Mapping[str, StoredValues], source: str, other
             position = layout.offsets[tensor.name] + first - start
             part = out[position : position + last - first]
             with _damage(Path(source)), np.errstate(over="ignore"):
-                part[:] = found[tensor.name].read(first, last)
+                done = 0
+                for values in found[tensor.name].read(first, last):
+                    part[done : done + len(values)] = values
+                    done += len(values)
             if not np.isfinite(part).all():
                 raise UserError(f"{source}: the values of {tensor.name!r} are not all finite as float32")
 
     return fill
 
 
-def _of_array(array: np.ndarray) -> Callable[[int, int], np.ndarray]:
-    return lambda first, last: array.reshape(-1)[first:last]
+def _of_array(array: np.ndarray) -> Callable[[int, int], Iterator[np.ndarray]]:
+    return lambda first, last: iter((array.reshape(-1)[first:last],))
 
 
-def _of_checkpoint(checkpoint: Checkpoint, name: str) -> Callable[[int, int], np.ndarray]:
+def _in_parts(read: Callable[[int, int], np.ndarray]) -> Callable[[int, int], Iterator[np.ndarray]]:
+    """Return what calls `read`, which returns a range of elements, for a few at a time."""
+
+    def parts(first: int, last: int) -> Iterator[np.ndarray]:
+        for start in range(first, last, _AT_ONCE):
+            yield read(start, min(start + _AT_ONCE, last))
+
+    return parts
+
+
+def _of_checkpoint(checkpoint: Checkpoint, name: str) -> Callable[[int, int], Iterator[np.ndarray]]:
     def read(first: int, last: int) -> np.ndarray:
         out = np.empty(last - first, np.float32)
         checkpoint.read(PARAMETERS, checkpoint.layout.offsets[name] + first, out)
         return out
 
-    return read
+    return _in_parts(read)
 
 
 @contextmanager
@@ -241,15 +261,6 @@ def _damage(path: Path) -> Iterator[None]:
 def _of_npz(archive: zipfile.ZipFile) -> dict[str, StoredValues]:
     """Return the arrays of a file of ``numpy.savez``; of each only a header of at most 64 KiB is read so far."""
     npy = np.lib.format
-
-    @lru_cache(maxsize=1)  # the parts of an array are read one after the other
-    def whole(name: str) -> np.ndarray:
-        with archive.open(name) as member:
-            return npy.read_array(member, allow_pickle=False).reshape(-1)
-
-    def reader(name: str) -> Callable[[int, int], np.ndarray]:
-        return lambda first, last: whole(name)[first:last]
-
     found = {}
     for info in archive.infolist():
         name = info.filename
@@ -258,8 +269,54 @@ def _of_npz(archive: zipfile.ZipFile) -> dict[str, StoredValues]:
         with archive.open(name) as member:
             if not name.endswith(".npy") or npy.read_magic(member) != (1, 0):
                 raise ValueError(f"{name[:80]!r} is no array of plain numbers")
-            shape, _, dtype = npy.read_array_header_1_0(member)
-        found[name.removesuffix(".npy")] = StoredValues(shape, dtype.name, reader(name))
+            try:
+                shape, in_columns, dtype = npy.read_array_header_1_0(member)
+            except (SyntaxError, tokenize.TokenError, MemoryError) as error:  # the last if it is nested deeply
+                raise ValueError(f"{name[:80]!r} has no header that can be read") from error
+            read = _member(archive, info, member.tell(), dtype, shape if in_columns else None)
+        floats = dtype.kind == "f" and dtype.itemsize <= _WIDEST
+        found[name.removesuffix(".npy")] = StoredValues(shape, dtype.name, floats, read)
+    return found
+
+
+def _member(
+    archive: zipfile.ZipFile, info: zipfile.ZipInfo, begin: int, dtype: np.dtype[Any], shape: tuple[int, ...] | None
+) -> Callable[[int, int], Iterator[np.ndarray]]:
+    """Return what reads an array in an archive, whose values begin at `begin` of one of its files.
+
+    What lies before a range is unpacked and dropped, so that the archive's check value is compared at the end.  The
+    `shape` is given of an array in Fortran's order.
+    """
+
+    def stored(first: int, last: int) -> Iterator[np.ndarray]:
+        with archive.open(info) as stream:
+            for part in _lengths(begin + first * dtype.itemsize):
+                _take(stream, part)
+            for part in _lengths((last - first) * dtype.itemsize):
+                yield np.frombuffer(_take(stream, part), dtype)
+
+    def transposed(first: int, last: int) -> Iterator[np.ndarray]:
+        assert shape is not None
+        whole, done = np.empty(math.prod(shape), dtype), 0
+        for part in stored(0, len(whole)):
+            whole[done : done + len(part)] = part
+            done += len(part)
+        in_order = whole.reshape(shape, order="F").flat
+        yield from _in_parts(lambda start, stop: in_order[start:stop])(first, last)
+
+    return stored if shape is None else transposed
+
+
+def _lengths(count: int) -> Iterator[int]:
+    """Yield the lengths of the parts that so many bytes are read in: multiples of any element's."""
+    for start in range(0, count, _AT_ONCE):
+        yield min(_AT_ONCE, count - start)
+
+
+def _take(stream: IO[bytes], count: int) -> bytes:
+    found = stream.read(count)
+    if len(found) < count:
+        raise ValueError("an array ends too early")
     return found
 
 
@@ -279,10 +336,11 @@ def _tensor(descriptor: int, begin: int, size: int, name: str, entry: dict[str, 
     """Return an array that a header of safetensors describes, once it is known to lie in the file."""
     kind, shape, (first, last) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     whole = all(type(number) is int and 0 <= number <= size for number in (*shape, first, last))
-    dtype = np.dtype(_TYPES.get(kind, "<f4"))
+    known = isinstance(kind, str) and kind in _TYPES
+    dtype = np.dtype(_TYPES[kind] if known else "<f4")
     if not whole or len(shape) > _MOST_AXES or begin + last > size:
         raise ValueError(f"{name[:80]!r} does not lie in the file")
-    if kind in _TYPES and last - first != math.prod(shape) * dtype.itemsize:
+    if known and last - first != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"{name[:80]!r} of shape {shape} has {last - first} bytes")
 
     def read(start: int, stop: int) -> np.ndarray:
@@ -290,4 +348,4 @@ def _tensor(descriptor: int, begin: int, size: int, name: str, entry: dict[str, 
         read_at(descriptor, begin + first + start * dtype.itemsize, out.view(np.uint8).data)
         return (out.astype(np.uint32) << 16).view(np.float32) if kind == "BF16" else out
 
-    return StoredValues(shape, f"float ({kind})" if kind in _TYPES else str(kind)[:20], read)
+    return StoredValues(shape, str(kind)[:20], known, _in_parts(read))

@@ -36,7 +36,7 @@ def declared(path: Path, inputs: h5py.Dataset, targets: h5py.Dataset | None) -> 
     file = inputs.file
     with damage(path, "what it says of its samples"):
         found: dict[str, Any] = {
-            "elements": elements(inputs.dtype, packed=bool({"scale_factor", "add_offset"} & set(inputs.attrs))),
+            "elements": elements(inputs),
             "axes": _axes(inputs),
             "mean": _numbers(file, "mean"),
             "deviation": _numbers(file, "deviation"),
@@ -50,12 +50,13 @@ def declared(path: Path, inputs: h5py.Dataset, targets: h5py.Dataset | None) -> 
     return {name: value for name, value in found.items() if value}
 
 
-def elements(dtype: np.dtype[Any], packed: bool = False) -> str:
-    """Return what inputs are called that are stored as `dtype`: ``bytes`` if they have one scale for all files.
+def elements(inputs: Any) -> str:
+    """Return what the elements of a dataset or an array are called: ``bytes`` if they have one scale for all files.
 
-    Where they are `packed`, each file has its own.
+    Where they are packed, each file has its own.
     """
-    return "bytes" if dtype == np.uint8 and not packed else _ELEMENTS.get(dtype.kind, "numbers")
+    packed = {"scale_factor", "add_offset"} & set(getattr(inputs, "attrs", ()))
+    return "bytes" if inputs.dtype == np.uint8 and not packed else _ELEMENTS.get(inputs.dtype.kind, "numbers")
 
 
 def _attribute(node: h5py.HLObject, name: str) -> Any:

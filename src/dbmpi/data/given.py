@@ -1,7 +1,7 @@
 """Arrays that a program gives instead of a data file, and whatever can be indexed like them: used where they are.
 
 Nothing is copied but the rows of a batch.  What the arrays hold is described and checked as the datasets of a file are
-(:mod:`dbmpi.data.description`); they have no attributes, so labels are numbered as in a file that says nothing of them.
+(:mod:`dbmpi.data.description`).  Those of h5py have attributes, which count; the others are like datasets without any.
 """
 
 from __future__ import annotations
@@ -42,6 +42,11 @@ class GivenArray(Dataset):
     def attribute(self, key: str) -> Any:
         """Return None: there is no attribute `key`."""
 
+    @property
+    def file_bytes(self) -> int:
+        """0: there is no file."""
+        return 0
+
     def read(self, selection: Any) -> np.ndarray:
         """Return the values of a `selection`."""
         return np.asarray(self.values[selection])
@@ -55,8 +60,28 @@ class GivenArray(Dataset):
         return isinstance(self.values, np.ndarray)
 
 
+class GivenDataset(Dataset):
+    """A dataset of a file that the program has open itself, maybe for writing, and maybe in memory."""
+
+    def read(self, selection: Any) -> np.ndarray:
+        """Return the values of a `selection`; Damaged where the file is damaged, or closed."""
+        with self.damage():
+            return np.asarray(self.values[selection])
+
+    def check_storage(self, memory_bytes: int) -> None:
+        """Do nothing, whatever `memory_bytes` there may be: the program knows its file."""
+
+    @property
+    def at_hand(self) -> bool:
+        """False: rows are read in order."""
+        return False
+
+
+Given = GivenArray | GivenDataset
+
+
 class GivenRows:
-    """What has a length and gives one sample at a time, as an array of rows.
+    """What has a length and gives one sample at a time, as an array of rows; texts are objects of any length.
 
     Parameters
     ----------
@@ -70,7 +95,8 @@ class GivenRows:
         self._given, self._called = given, called
         first = self._row(0)
         self.shape = (len(given), *first.shape)
-        self.dtype = first.dtype
+        self._text = first.dtype.kind in "SU"
+        self.dtype = h5py.string_dtype() if self._text else first.dtype
 
     def __getitem__(self, selection: tuple[slice | np.ndarray]) -> np.ndarray:
         """Return some rows, ``(rows, *sample)``."""
@@ -79,13 +105,19 @@ class GivenRows:
         found = np.empty((len(numbers), *self.shape[1:]), self.dtype)
         for position, number in enumerate(numbers):
             row = self._row(number)
-            if row.shape != self.shape[1:] or not np.can_cast(row.dtype, self.dtype, "same_kind"):
+            if row.shape != self.shape[1:] or not self._holds(row.dtype):
                 raise UserError(
                     f"{self._called}: sample {number} is {row.dtype} of shape {row.shape}, and the first one "
-                    f"{self.dtype} of shape {self.shape[1:]}; expected the same for all"
+                    f"{'text' if self._text else self.dtype} of shape {self.shape[1:]}; expected the same for all"
                 )
             found[position] = row
         return found
+
+    def _holds(self, dtype: np.dtype[Any]) -> bool:
+        """Return whether elements of another sample stay what they are: integers must not wrap around."""
+        if self._text:
+            return dtype.kind in "SU"
+        return np.can_cast(dtype, self.dtype, "safe" if self.dtype.kind in "iub" else "same_kind")
 
     def _row(self, number: int) -> np.ndarray:
         row = self._given[number]
@@ -94,18 +126,18 @@ class GivenRows:
                 f"{self._called}: sample {number} is a {type(row).__name__}; expected an array or a number: give the "
                 "inputs and the targets of all samples apart, as two things that can be indexed"
             )
-        return np.asarray(row)
+        return _without_mask(row, f"{self._called}: sample {number}")
 
 
 class GivenData(NamedTuple):
     """Arrays to learn from or to test on."""
 
-    inputs: tuple[GivenArray, ...]
+    inputs: tuple[Given, ...]
     """By their names, which are in order."""
     named: bool
     """Whether they were given by names, and are to be handed out by them."""
-    targets: GivenArray | None
-    weights: GivenArray | None
+    targets: Given | None
+    weights: Given | None
 
     @classmethod
     def of(cls, given: Any, called: str) -> GivenData:
@@ -139,19 +171,19 @@ class GivenData(NamedTuple):
         )
 
     @property
-    def arrays(self) -> tuple[GivenArray, ...]:
+    def arrays(self) -> tuple[Given, ...]:
         """All there are."""
         return (*self.inputs, *(array for array in (self.targets, self.weights) if array is not None))
 
 
-def _array(given: Any, name: str, called: str) -> GivenArray:
+def _array(given: Any, name: str, called: str) -> Given:
     """Return what was `given`, in place where it is an array, or what can be indexed like one."""
     where = f"{called}: {name!r}"
     if isinstance(given, h5py.Dataset):
-        return GivenArray(called, name, given)
+        return GivenDataset(called, name, given)
     with calling(where, "it is taken for an array"):
         if hasattr(given, "__array__") or (isinstance(given, list | tuple) and given and np.isscalar(given[0])):
-            array = np.asarray(given)
+            array = _without_mask(given, where)
             # Texts of any length, as tables keep them.
             return GivenArray(called, name, np.array(array.tolist()) if array.dtype == object else array)
         indexable = hasattr(given, "__len__") and hasattr(given, "__getitem__")
@@ -160,3 +192,13 @@ def _array(given: Any, name: str, called: str) -> GivenArray:
         if not len(given):
             raise UserError(f"{where} is empty; expected at least one sample")
         return GivenArray(called, name, GivenRows(given, where))
+
+
+def _without_mask(given: Any, where: str) -> np.ndarray:
+    """Return what was `given` as an array; UserError where values are masked."""
+    if np.ma.is_masked(given):
+        raise UserError(
+            f"{where} has masked values; expected a value for each: fill them, e.g. array.filled(0), or with NaN if "
+            "data.missing is set"
+        )
+    return np.asarray(given)

@@ -78,6 +78,16 @@ class Dataset:
                 )
             return values
 
+    @property
+    def file_bytes(self) -> int:
+        """Size of the file."""
+        return self.values.file.id.get_filesize()  # type: ignore[no-any-return]
+
+    @property
+    def at_hand(self) -> bool:
+        """Whether any rows can be taken at once: they can as soon as the file has been read."""
+        return True
+
     def check_storage(self, memory_bytes: int) -> None:
         """Refuse a dataset that declares more than was ever written, or whose chunks are larger than `memory_bytes`."""
         chunk_bytes = untrusted.chunk_bytes(self.values)

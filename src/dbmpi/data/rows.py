@@ -6,7 +6,6 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import h5py
@@ -214,6 +213,6 @@ class Stored:
     def _rows_at_once(self) -> int:
         features = max(1, math.prod(self.shape[1:]))
         if self.kind.hasobject:
-            file_bytes = max(1, Path(self.path).stat().st_size)
+            file_bytes = max(1, self.dataset.file_bytes)
             return max(_FEWEST_TEXTS, min(1 << 16, _TEXT_BYTES // file_bytes) // features)
         return max(1, hdf5.BLOCK_BYTES // (features * self.kind.itemsize))

@@ -6,11 +6,14 @@ import json
 import math
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import h5py
 import numpy as np
+from mpi4py import MPI
 
-from dbmpi.data.given import GivenArray, GivenData
+from dbmpi.data.conventions import meaning
+from dbmpi.data.given import Given, GivenArray, GivenData, GivenDataset
 from dbmpi.errors import UserError
 from dbmpi.machine import capacity
 from dbmpi.mpi import blocking, failures, waiting
@@ -19,9 +22,6 @@ from dbmpi.mpi.blocking import Collective
 from dbmpi.mpi.window import Window, aligned
 from dbmpi.mpi.world import together
 from dbmpi.network.own import calling
-
-if TYPE_CHECKING:
-    from mpi4py import MPI
 
 
 class SharedArrays(Collective):
@@ -90,6 +90,9 @@ class SharedArrays(Collective):
     def _memory(self, comm: MPI.Intracomm, nbytes: int, called: str) -> np.ndarray:
         """Return memory that the node's ranks share, or as much of this rank's own (collective)."""
         shared = windows.missing(self._node, nbytes if self._node.rank == 0 else 0) <= 0
+        copied = np.array([not shared and self._node.size > 1], np.int64)
+        if waiting.allreduce(comm, copied, MPI.MAX, "the other nodes to look at /dev/shm")[0]:
+            self.note = f"{called}: each rank has a copy of its own where /dev/shm has no {capacity.shown(nbytes)} left"
         copies, available = 1 if shared else self._node.size, capacity.available()
         with together(comm, "planning the memory of the data"):
             if nbytes * copies > available:
@@ -103,8 +106,6 @@ class SharedArrays(Collective):
             memory = self._window.near(0)
             assert memory is not None
             return memory
-        if self._node.size > 1:
-            self.note = f"{called}: each rank has a copy of its own, as /dev/shm has no {capacity.shown(nbytes)} left"
         return np.empty(nbytes, np.uint8)
 
     def free(self) -> None:
@@ -144,14 +145,29 @@ def is_function(given: Any) -> bool:
     return callable(given) and not hasattr(given, "__getitem__")
 
 
-def _whole(array: GivenArray) -> np.ndarray:
+def _whole(array: Given) -> np.ndarray:
     """Return all values of an array."""
+    if isinstance(array, GivenDataset) and _says_more(array):
+        raise array.error(
+            "has attributes, a fill value or a type that say what its numbers stand for, which a function cannot "
+            "return; give the dataset itself, which stays in its file, or return its values as they are meant"
+        )
     values = array.values
     found = values if isinstance(values, np.ndarray) else values[(slice(None),)]
+    if found.dtype == object and h5py.check_string_dtype(values.dtype) is not None:
+        found = np.array(found.tolist())
     if found.dtype.kind not in "biufUS":
         raise UserError(f"{array.path}: {array.name!r} is {found.dtype}; expected numbers, or text for labels")
     return np.asarray(found)
 
 
-def _both(given: GivenData, arrays: list[np.ndarray]) -> list[tuple[GivenArray, np.ndarray]]:
+def _says_more(dataset: GivenDataset) -> bool:
+    """Return whether the values of a `dataset` alone mean something else than the dataset."""
+    named = any(dataset.attribute(key) is not None for key in ("classes", "labels"))
+    alone = GivenArray(dataset.path, dataset.name, dataset.values)
+    enumeration = dataset.values.dtype != np.bool_ and h5py.check_enum_dtype(dataset.values.dtype)
+    return named or bool(enumeration) or meaning(dataset, inputs=True) != meaning(alone, inputs=True)
+
+
+def _both(given: GivenData, arrays: list[np.ndarray]) -> list[tuple[Given, np.ndarray]]:
     return list(zip(given.arrays, arrays, strict=True))

@@ -16,7 +16,7 @@ from dbmpi.data import hdf5
 from dbmpi.data.attributes import declared, elements
 from dbmpi.data.comparison import Comparable
 from dbmpi.data.gather import gather, narrow
-from dbmpi.data.given import GivenArray, GivenData, GivenRows
+from dbmpi.data.given import GivenData, GivenRows
 from dbmpi.data.reading import Reading
 from dbmpi.data.rows import Stored
 from dbmpi.errors import UserError
@@ -145,7 +145,7 @@ class Source(Comparable):
             given.inputs, given.targets, given.weights, reading, _ANY_BYTES, named=given.named
         )
         source = cls(called, None, description, _ANY_BYTES, reading)
-        source._declared = {"elements": elements(given.inputs[0].values.dtype)}
+        source._declared = {"elements": elements(given.inputs[0].values)}
         source._declare_names()
         return source
 
@@ -169,12 +169,15 @@ class Source(Comparable):
     @property
     def resident(self) -> bool:
         """Whether the samples are in memory: a file that fits the budget, or arrays of NumPy."""
-        return self._description.float32_bytes <= self._memory_bytes and all(map(_at_hand, self._stored_inputs))
+        small = self._description.float32_bytes <= self._memory_bytes
+        return small and all(stored.dataset.at_hand for stored in self._stored_inputs)
 
     @property
     def in_advance(self) -> bool:
         """Whether a thread may read batches in advance: from files, but not by a user's own code."""
-        return not self.resident and not any(isinstance(s.dataset.values, GivenRows) for s in self._stored_inputs)
+        others = (self._answer, self._weighing)
+        read = (*self._stored_inputs, *(other.stored for other in others if other is not None))
+        return not self.resident and not any(s is not None and isinstance(s.dataset.values, GivenRows) for s in read)
 
     @property
     def resident_bytes(self) -> int:
@@ -238,9 +241,9 @@ class Source(Comparable):
             targets = np.empty((self.samples, *self._answer.row_shape), self._answer.kept)
             for start, rows in self._answer.blocks():
                 targets[start : start + len(rows)] = rows
-            if self._weighing is not None:
-                self._weights = self._weighing.of_slice(slice(0, self.samples), targets)
             self._targets = targets
+        if self._weighing is not None:
+            self._weights = self._weighing.of_slice(slice(0, self.samples), self._targets)
         self._close_file()
 
     def answers(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -346,7 +349,7 @@ class Source(Comparable):
     def _read_rows(self, stored: Stored, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """Return stored rows that contain those at `indices`, and where in them each index is; None: in this order."""
         self._check_open()
-        if not self.in_file and _at_hand(stored):
+        if not self.in_file and stored.dataset.at_hand:
             return stored.read(indices), None
         wanted, positions = np.unique(indices, return_inverse=True)
         rows = np.empty((len(wanted), *stored.shape[1:]), stored.kind)
@@ -383,11 +386,6 @@ def _innermost(rows: np.ndarray, positions: np.ndarray | None, stored: Stored | 
     """Return rows (n, features) as (features, samples), times the factor that is left of what is stored."""
     factor = 1.0 if stored is None else stored.factor
     return gather(rows, np.arange(len(rows)) if positions is None else positions, np.float32(factor))
-
-
-def _at_hand(stored: Stored) -> bool:
-    """Whether any rows can be taken at once: of what a file holds when that is read, and of an array of NumPy."""
-    return not isinstance(stored.dataset, GivenArray) or stored.dataset.at_hand
 
 
 def _in_place(stored: Stored) -> np.ndarray | None:

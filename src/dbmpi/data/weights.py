@@ -53,8 +53,8 @@ class Weights:
         """
         return (self._product(rows, classes) / self._mean).astype(np.float32)
 
-    def of_slice(self, samples: slice, classes: np.ndarray) -> np.ndarray:
-        """Return the weights of samples in succession, whose targets are `classes`."""
+    def of_slice(self, samples: slice, classes: np.ndarray | None) -> np.ndarray:
+        """Return the weights of samples in succession, whose targets, if there are any, are `classes`."""
         return self.of(None if self.stored is None else self.stored.read(samples), classes)
 
     def _product(self, rows: np.ndarray | None, classes: np.ndarray | None) -> np.ndarray:

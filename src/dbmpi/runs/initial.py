@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import zlib
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -101,5 +102,7 @@ def _check_same(arrays: Mapping[str, StoredValues] | None, comm: MPI.Intracomm) 
 
 
 def _digest(values: StoredValues) -> int:
-    size = int(np.prod(values.shape, dtype=np.int64))
-    return zlib.crc32(np.ascontiguousarray(values.read(0, size)).view(np.uint8).data)
+    digest = 0
+    for part in values.read(0, math.prod(values.shape)):
+        digest = zlib.crc32(np.ascontiguousarray(part).view(np.uint8).data, digest)
+    return digest
