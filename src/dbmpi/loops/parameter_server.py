@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from dbmpi.checkpoint.reader import Checkpoint
+from dbmpi.checkpoint.schema import PARAMETERS
+from dbmpi.checkpoint.writer import check_names
 from dbmpi.config import ServerSection
 from dbmpi.errors import KnownToAll, RunFailed, UserError
 from dbmpi.index.layout import Layout, Stretch
@@ -137,6 +139,7 @@ class ParameterServer:
                 mine = named.flatten(arrays)
                 layout, dtype = named.check(mine)
                 chosen = choice.choose(rule, settings)
+                check_names(layout, (PARAMETERS, *chosen.state_names))
                 section = _travel(server)
                 plan = service.plan if service else planned(own.size, shards, colocate)
                 if not isinstance(clip_norm, int | float) or not 0 <= clip_norm < math.inf:
@@ -153,6 +156,7 @@ class ParameterServer:
         except KnownToAll:
             blocking.free(own)
             raise
+        self._connection.begin(list(mine.values()), checkpoint)
         self._alone = own.size == 1
         self._stack = ExitStack()
         self._stack.enter_context(aloud(own))
@@ -166,7 +170,6 @@ class ParameterServer:
         self._scheduled = choice.follows_schedule(chosen)
         if clip_norm:
             self._clip = Clip(clip_norm, [Stretch(0, 0, layout.size, True)], float)
-        self._connection.begin(list(mine.values()), checkpoint)
         if self.worker is not None:
             self._fetch(always=True)
         self._connection.settle()
