@@ -28,7 +28,6 @@ nn = torch.nn
 import dbmpi.torch  # noqa: E402
 from dbmpi.torch import ModuleObjective, objective  # noqa: E402
 
-_SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 CROSS_ENTROPY = nn.functional.cross_entropy
 
 
