@@ -47,6 +47,13 @@ def speech_net():
     return nn.Sequential(*hidden, nn.Linear(8, tiny.CLASSES))
 
 
+def tied(units):
+    """Return layers whose weights are transposed to each other, as PyTorch cannot know."""
+    net = nn.Sequential(nn.Linear(units, units), nn.Linear(units, units))
+    net[1].weight = nn.Parameter(net[0].weight.data.t())
+    return net
+
+
 def samples(count=5, step=0):
     random = np.random.default_rng(step)
     inputs = random.normal(size=(tiny.FEATURES, count)).astype(np.float32)
@@ -358,8 +365,9 @@ def test_memory_that_is_freed_is_used_again():
         (lambda: module().requires_grad_(False), "no parameter that requires a gradient"),
         (lambda: module(nn.LazyLinear(8)), "2.weight has no shape yet"),
         (lambda: module(nn.BatchNorm1d(8, device="meta")), "on the device meta"),
+        (lambda: module(tied(8)), "2.0.weight and 2.1.weight are different parameters in the same"),
     ],
-    ids=["double", "device", "frozen", "lazy", "statistics"],
+    ids=["double", "device", "frozen", "lazy", "statistics", "tied"],
 )
 def test_modules_that_cannot_be_trained(made, message):
     with pytest.raises(UserError, match=message):

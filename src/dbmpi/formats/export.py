@@ -80,7 +80,7 @@ def export(
     beside = [path.with_name(f"{path.name}.data")] if path.suffix == ".onnx" else []  # where ONNX puts large parameters
     for file in (path, *beside):
         if file.exists() and not force:
-            raise UserError(f"{file}: exists and is not overwritten; give another name, or --force")
+            raise UserError(f"{file}: exists and is not overwritten; give another name, or --force (in Python force=True)")
     origin = Path(checkpoint.checkpoint if isinstance(checkpoint, Result) else checkpoint)
     if path.suffix == ".onnx" or names == "torch":
         trained = trained_network.load(origin, [Path(file) for file in code])

@@ -63,9 +63,9 @@ class Connection:
     server, client
         Those of this rank's roles, or None.
     gradients
-        On a worker, where each gradient is pushed from, by name.
+        On a worker, where each gradient is pushed from, by name: views of memory that is gone after :meth:`end`.
     parameters
-        On a worker that computes on the shards' own memory, each parameter there, by name.
+        On a worker that computes on the shards' own memory, each parameter there, by name; likewise.
     """
 
     def __init__(

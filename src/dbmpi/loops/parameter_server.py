@@ -86,10 +86,12 @@ class ParameterServer:
         How many there are.
     gradients : dict
         On a worker, arrays in the memory that gradients are pushed from.  Gradients that are computed in them are not
-        copied; they may be changed again after :meth:`wait` or :meth:`fetch`.  Elsewhere it is empty.
+        copied; they may be changed again after :meth:`wait` or :meth:`fetch`, and not be used after :meth:`close`.
+        Elsewhere it is empty.
     parameters : dict
         On a worker, with ``fetch="shared"``, the shards' own memory, read-only.  Pushes of others change it at any
-        time; :meth:`fetch` copies nothing, but waits for own pushes.  Otherwise it is empty.
+        time; :meth:`fetch` copies nothing, but waits for own pushes.  Not to be used after :meth:`close`, which frees
+        it.  Otherwise it is empty.
 
     Raises
     ------
@@ -228,7 +230,7 @@ class ParameterServer:
             If a shard does not take it within the stall limit.
         """
         self._check_worker("push")
-        if not isinstance(samples, int) or samples < self._scheduled:
+        if not isinstance(samples, int | np.integer) or samples < self._scheduled:
             raise UserError(
                 f"ParameterServer: push was given samples = {samples!r}: expected how many the gradients are of, "
                 "which the schedule of the learning rate counts"
@@ -239,7 +241,7 @@ class ParameterServer:
         named.take(connection.gradients if gradients is None else gradients, connection.gradients, finite=looks)
         if self._clip is not None:
             self._clip(connection.gradient)
-        connection.push(samples)
+        connection.push(int(samples))
 
     def wait(self) -> None:
         """Wait until the shards have applied this worker's pushes."""

@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 from dbmpi.errors import UserError
 from dbmpi.objective import Gradients, NamedArrays, Samples
 from dbmpi.torch import process
+from dbmpi.torch.apart import check_apart
 
 _NUMBERS = {
     *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
@@ -50,6 +51,10 @@ class ModuleObjective:
     are the objective's :attr:`state`.  Each replica updates its own buffers; those of replica 0 are in checkpoints, and
     all replicas use them when they evaluate at the end and when they resume.
 
+    Each step calls ``module.train()``, and each evaluation ``module.train(False)``, which set all modules inside: one
+    that is to stay in its mode overrides ``train``.  After ``dbmpi.evaluate`` and ``dbmpi.predict``, the module has the
+    values of the checkpoint, and is in evaluation mode.
+
     The random numbers of a step, as those of dropout, follow from its number alone.  PyTorch gets as many threads as
     dbmpi's own kernels.
 
@@ -65,7 +70,8 @@ class ModuleObjective:
     Raises
     ------
     UserError
-        If a parameter or a buffer is on another device, a parameter is of another dtype, or none is to be trained.
+        If a parameter or a buffer is on another device, a parameter is of another dtype, none is to be trained, or two
+        different ones are at the same place in memory.
 
     Examples
     --------
@@ -90,6 +96,7 @@ class ModuleObjective:
                     f"dbmpi.torch: {name} is {one.dtype} on the device {one.device}: expected float32 on the CPU; "
                     "use module.to('cpu', torch.float32)"
                 )
+        check_apart(dict(module.named_parameters()), "dbmpi.torch")
         for name, one in module.named_buffers():
             if one.device.type != "cpu" or one.dtype not in _NUMBERS:
                 raise UserError(
@@ -141,7 +148,7 @@ class ModuleObjective:
         return loss, {name: _gradient(one) for name, one in self._trained.items()}
 
     def close(self) -> None:
-        """Give the parameters memory of the module's own, with the values of its last step."""
+        """Give the parameters memory of the module's own, with the values that it last computed with."""
         for one in self._trained.values():
             one.data = one.data.clone()
 
