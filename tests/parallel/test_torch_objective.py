@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import resource
-from pathlib import Path
 
 import h5py
 import numpy as np
