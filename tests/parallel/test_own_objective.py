@@ -218,6 +218,12 @@ def test_what_cannot_be_evaluated_or_predicted_is_refused_on_all_ranks(comm, pla
             call()
         told = [text for text in comm.allgather(str(raised.value)) if words in text]
         assert len(told) == 1, raised.value
+    last = comm.rank == comm.size - 1 > 0
+    for given in ({"batch_size": 7 + last}, {"partitions": 1 + last}):
+        if comm.size > 1:
+            with pytest.raises(UserError) as raised:
+                dbmpi.evaluate(result, test, comm, objective=Plane(), **given)
+            assert len([text for text in comm.allgather(str(raised.value)) if "different things" in text]) == 1
 
 
 MISTAKES = {
@@ -327,7 +333,7 @@ def test_a_run_begins_with_given_values(comm, plane) -> None:
 @pytest.mark.parallel([3])
 def test_ranks_that_would_begin_differently_are_refused(comm, plane) -> None:
     values = {"slope": {"weights": np.full(FEATURES, float(comm.rank == 2))}, "bias": np.zeros(())}
-    for given in (values, {} if comm.rank == 1 else None):
+    for given in (values, {} if comm.rank == 1 else None, plane / f"{comm.rank == 1}.npz"):
         with pytest.raises(UserError) as raised:
             train(describe(plane), comm, objective=Plane(), initial=given)
         told = [text for text in comm.allgather(str(raised.value)) if "the arrays differ" in text]

@@ -183,11 +183,21 @@ class OwnReplica(Objective[Samples]):
         RunFailed
             If the gradient is not finite where the loss is, except where points are tried.
         """
-        named, gradients = self._named(parameters), self._gradients
-        samples = batch._replace(step=step)
+        return self._learned(self._named(parameters), batch._replace(step=step), gradient, on_gradient, add=add)
+
+    def _learned(
+        self,
+        named: NamedArrays,
+        samples: Samples,
+        gradient: Gradient,
+        on_gradient: Callable[[int], None] | None = None,
+        *,
+        add: bool = False,
+    ) -> Outcome:
+        gradients = self._gradients
         gradients.begin(gradient, on_gradient, add=add)
         if self._write_gradient is not None:
-            outcome = self._outcome(self._write_gradient(named, samples, gradients), batch.samples, "write_gradient")
+            outcome = self._outcome(self._write_gradient(named, samples, gradients), samples.samples, "write_gradient")
         else:
             found = self._model.objective.loss_and_gradient(named, samples)
             if not isinstance(found, tuple) or len(found) != 2:
@@ -195,7 +205,7 @@ class OwnReplica(Objective[Samples]):
                     f"{self._model.called}: loss_and_gradient returned {shown(found)}; expected two things, the mean "
                     "loss of the batch and a dictionary of gradients"
                 )
-            outcome = self._outcome(found[0], batch.samples, "loss_and_gradient")
+            outcome = self._outcome(found[0], samples.samples, "loss_and_gradient")
             arrays = self._arrays(found[1])
             for name in reversed(self._model.shapes):
                 gradients.ready(name, arrays[name])
@@ -220,7 +230,8 @@ class OwnReplica(Objective[Samples]):
         if self._write_gradient is not None:
             if self._unused.size != self.size:
                 self._unused = aligned_empty(self.size, DTYPE)
-            return self.loss_and_gradient(parameters, batch, self._unused)
+            # The vector may be gone after this call, so that its views must not be kept.
+            return self._learned(self._model.named(parameters), batch._replace(step=0), self._unused)
         found = self._model.objective.loss_and_gradient(self._model.named(parameters), batch)
         return self._outcome(found[0], batch.samples, "loss_and_gradient")
 

@@ -72,7 +72,7 @@ def first_values(
     UserError
         On every rank, if names or shapes do not fit, values are not finite, or arrays differ between ranks.
     """
-    _check_same(arrays, comm)
+    _check_same(run, arrays, comm)
     path, partly = run.run.initial, run.run.initial_names == "some"
     if arrays is None and path is None:
         return model.initial, ()
@@ -87,17 +87,16 @@ def first_values(
     return named_arrays.filler(model.layout, found, source, model.initial), (note,)
 
 
-def _check_same(arrays: Mapping[str, StoredValues] | None, comm: MPI.Intracomm) -> None:
-    """Refuse arrays that are not those of the first rank (collective)."""
-    mine = ""
-    if arrays is not None:
-        digests = ((name, each.shape, _digest(each)) for name, each in sorted(arrays.items()))
-        mine = json.dumps([[name, shape, digest] for name, shape, digest in digests])
+def _check_same(run: Run, arrays: Mapping[str, StoredValues] | None, comm: MPI.Intracomm) -> None:
+    """Refuse a file or arrays that are not those of the first rank (collective)."""
+    digests = [[name, each.shape, _digest(each)] for name, each in sorted((arrays or {}).items())]
+    mine = json.dumps([str(run.run.initial), run.run.initial_names, arrays is None, digests])
     first = waiting.broadcast_text(comm, mine, 0, "the first values")
     with together(comm, "comparing the first values", seconds=waiting.LONG_SECONDS):
         if mine != first:
             raise UserError(
-                f"{_IN_PYTHON}: the arrays differ between rank {comm.rank} and rank 0; give all ranks the same"
+                f"{_IN_PYTHON}: the arrays differ between rank {comm.rank} and rank 0, or the file that is named; give "
+                "all ranks the same"
             )
 
 

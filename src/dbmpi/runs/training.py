@@ -52,6 +52,7 @@ from dbmpi.result import FilePath, Result
 from dbmpi.runs import start as runs_start
 from dbmpi.runs.initial import first_values, with_initial
 from dbmpi.runs.supplied import compare, complete
+from dbmpi.runs.trained_network import load_state
 from dbmpi.sandblaster import run as sandblaster_run
 from dbmpi.session import DTYPE, Session, StartingPoint
 
@@ -310,19 +311,14 @@ def _begin_state(
     state: OwnState, begin: StartingPoint, checkpoint: Path | None, comm: MPI.Intracomm, first: int
 ) -> StartingPoint:
     """Let the state of an objective be that of the checkpoint, or of the `first` worker, on all ranks (collective)."""
-    found: dict[str, np.ndarray] = {}
+    notice = ""
     with together(comm, "reading the state of the objective", seconds=waiting.LONG_SECONDS):
-        if checkpoint is not None and state.nbytes:
+        if checkpoint is not None:
             with Checkpoint.open(checkpoint) as opened:
-                found = opened.objective_state()
-            if found:
-                state.load(found, str(checkpoint))
-                return begin
-    state.broadcast(comm, first)
-    if checkpoint is None or not state.nbytes:
-        return begin
-    notice = f"{checkpoint}: has no state of the objective, which begins with its first values"
-    return replace(begin, notices=(*begin.notices, notice))
+                notice = load_state(state, opened)
+    if checkpoint is None or notice:
+        state.broadcast(comm, first)
+    return replace(begin, notices=(*begin.notices, notice)) if notice else begin
 
 
 def _order(run: Run, data: RunData, comm: MPI.Intracomm) -> Order:
