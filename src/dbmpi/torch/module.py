@@ -111,7 +111,7 @@ class ModuleObjective:
         self._dtype = torch.float32
         self._gradients: Gradients | None = None
         self._left: dict[str, None] = {}
-        process.prepare()
+        process.limit_threads()
 
     @property
     def parameters(self) -> NamedArrays:
