@@ -250,12 +250,12 @@ def trained(turns: Any, folder: Path, server: dict[str, Any], *, alone: bool) ->
         tried = number > 0  # the first worker tries a gradient before the run
         turns: Turns | None = None
 
-        def loss_and_gradient(self, *arguments: Any) -> Any:
+        def write_gradient(self, *arguments: Any) -> Any:
             if self.tried:
                 self.turns = self.turns or turns(number)
                 self.turns.next()
             self.tried = True
-            return super().loss_and_gradient(*arguments)
+            return super().write_gradient(*arguments)
 
     run = dbmpi.Run(
         run={"directory": folder / "run"},

@@ -125,7 +125,8 @@ class OwnObjective(Protocol):
     - ``predict(parameters, inputs)`` returns an array with a row for each sample, for ``dbmpi predict``.
     - ``state`` is a dictionary of NumPy arrays of numbers, which may be nested: what learning changes, but not by
       gradient.  Checkpoints hold that of replica 0, and all replicas use it when they resume and evaluate.
-    - ``close()`` is called at the end of a run, after which views of the parameters may be of memory that is gone.
+    - ``close()`` is called at the end of a run, of ``dbmpi.evaluate`` and of ``dbmpi.predict``, after which views of
+      the parameters may be of memory that is gone.
 
     Examples
     --------

@@ -21,14 +21,18 @@ from mpi4py import MPI
 
 rank = MPI.COMM_WORLD.rank
 weights = {"w": np.zeros(1000)}
-with dbmpi.ParameterServer(None, weights, "sgd", learning_rate=0.1, COLOCATE) as server:
+resume = "loop.h5" if os.path.exists("loop.h5") else None
+with dbmpi.ParameterServer(None, weights, "sgd", learning_rate=0.1, resume=resume, COLOCATE) as server:
     if not server.serve():
         step = 0
+        print(f"version {server.version}", flush=True)
         while True:
             server.fetch()
             server.push({"w": np.ones(1000)})
             step += 1
             if step == 20:
+                if server.worker == 0:
+                    server.save("loop.h5")
                 print(f"rank {rank} learns", flush=True)
             if step == 60 and rank == 1:
                 FAIL
@@ -124,7 +128,10 @@ def test_a_script_that_ends(jobs: Jobs, end: str) -> None:
 @pytest.mark.parametrize("rank", [0, 2])
 @pytest.mark.parametrize("options", ["", "--with-ft ulfm"])
 def test_a_rank_is_killed(jobs: Jobs, rank: int, options: str) -> None:
-    """A shard or a worker: the launcher ends the job, or where MPI lets the others live, they say so and end."""
+    """A shard or a worker: the launcher ends the job, or where MPI lets the others live, they say so and end.
+
+    The loop goes on from its checkpoint on fewer ranks.
+    """
     version = [launcher(), "--version"]
     said = subprocess.run(version, env=mpi_environment(), capture_output=True, text=True, check=False).stdout
     if options and "Open MPI) 5" not in said:
@@ -137,7 +144,10 @@ def test_a_rank_is_killed(jobs: Jobs, rank: int, options: str) -> None:
     assert done.returncode != 0, done.transcript
     if options:
         assert f"rank {rank} on " in done.stderr, done.transcript
-        assert "Start the program again, from parameters that it has saved" in done.stderr
+        assert "Start the program again, from the last checkpoint that it has saved" in done.stderr
+    done = finished(jobs, program(jobs, text.replace("pass", "break"), 2))
+    assert done.returncode == 0, done.transcript
+    assert int(done.stdout.partition("version ")[2].split()[0]) >= 20, done.transcript
 
 
 def test_a_wait_for_a_colocated_shard_ends(jobs: Jobs) -> None:

@@ -94,12 +94,9 @@ def test_one_worker_learns_what_jax_learns(comm, place) -> None:
             batch = source.batch(order.indices(number))
             found = gradient(parameters, Samples(jnp.array(batch.inputs.T), jnp.array(batch.targets), step=number))
             parameters = jax.tree.map(lambda w, g: w - 0.1 * g, parameters, found)
-    named = {"scale": parameters["scale"]}
-    for number, layer in enumerate(parameters["layers"]):
-        named |= {f"layers.{number}.{name}": layer[name] for name in layer} if number else layer._asdict()
-    named |= {f"layers.0.{name}": named.pop(name) for name in Layer._fields}
-    expected = np.concatenate([np.ravel(named[name]) for name in mine.initial(0)])
-    np.testing.assert_array_equal(tiny.vectors(result.checkpoint)["parameters"], expected)
+    trained = mine.tree(dbmpi.parameters(result))
+    assert jax.tree.structure(trained) == jax.tree.structure(parameters)
+    jax.tree.map(np.testing.assert_array_equal, trained, parameters)
 
 
 @pytest.mark.parallel([3])
@@ -206,10 +203,17 @@ def test_jax_gets_the_threads_of_the_rank_and_the_processor_alone():
         assert (done.stdout, done.stderr) == (f"[CpuDevice(id=0)] False {number}\n", "")
 
 
-def test_without_jax_it_says_what_to_install():
-    program = "import sys\nsys.modules['jax'] = None\nimport dbmpi\ndbmpi.jax"
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("sys.modules['jax'] = None", "ImportError: dbmpi.jax needs JAX: pip install 'dbmpi[jax]'"),
+        ("os.environ['JAX_PLATFORMS'] = 'cuda'", "JAX has none: JAX_PLATFORMS is 'cuda'; add cpu to it, or unset it"),
+    ],
+)
+def test_what_is_missing_is_said(line, message):
+    program = f"import os, sys\n{line}\nimport dbmpi\ndbmpi.jax"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert "ImportError: dbmpi.jax needs JAX: pip install 'dbmpi[jax]'" in done.stderr
+    assert message in done.stderr
 
 
 def test_the_example_of_the_docstring():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,8 +12,10 @@ import pytest
 from dbmpi.cli import inspect
 from dbmpi.config import ServerSection
 from dbmpi.errors import RunFailed, UserError
+from dbmpi.loops.connection import Connection
 from dbmpi.loops.parameter_server import ParameterServer
 from dbmpi.loops.service import Service, serve
+from dbmpi.loops.snapshot import save
 from dbmpi.mpi import waiting
 from dbmpi.paramserver.rules import Adam
 from dbmpi.paramserver.schedule import Moment, Schedule
@@ -137,6 +141,88 @@ def test_the_shards_of_serve_save_and_resume(comm, shared_path):
         ParameterServer(group, {"w": np.zeros(6)}, "adagrad", resume=resume)
     if Service.current is not None:
         Service.current.leave()
+
+
+@pytest.mark.parallel([1, 2])
+@pytest.mark.parametrize("serving", [False, True])
+def test_a_damaged_checkpoint_leaves_nothing_behind(comm, shared_path, monkeypatch, serving, capfd):
+    """Every rank learns of it, and a shard that serves goes on with the next parameter server."""
+    path, mine = shared_path / "w.h5", {"w": np.arange(1000.0)}
+    freed, ending = [], os._exit
+    monkeypatch.setattr(Connection, "free", lambda self, free=Connection.free: (free(self), freed.append(self)))
+    with ParameterServer(comm, mine, "sgd") as server:
+        if not server.serve():
+            server.save(path)
+    waiting.barrier(comm, "the checkpoint")
+    if comm.rank == 0:
+        data, some = path.read_bytes(), mine["w"][500:600].tobytes()
+        path.write_bytes(data.replace(some, some[::-1]))
+    waiting.barrier(comm, "the damage")
+    if serving and serve(comm):
+        assert len(freed) == 3
+        assert "/parameters/w is damaged" in capfd.readouterr().err
+        return
+    group = comm if comm.size == 1 or not serving else None
+    with pytest.raises(UserError, match="w is damaged" if comm.rank == 0 else "rank 0 reports a mistake"):
+        ParameterServer(group, mine, "sgd", resume=path)
+    assert len(freed) == 2
+    assert os._exit is ending
+    with ParameterServer(group, mine, "sgd", learning_rate=1.0) as server:
+        if not server.serve():
+            server.push({"w": np.ones(1000)})
+    if server.worker is not None:
+        assert mine["w"][0] == -1
+    if Service.current is not None:
+        Service.current.leave()
+
+
+@pytest.mark.parallel([1])
+def test_ones_own_shard_is_saved_between_two_pushes(comm):
+    """Where a push is half applied, the rest comes first."""
+    written = []
+    server = SimpleNamespace(parameters=np.zeros(4), state={}, pushing=True, version=1, samples=0, begun=0)
+    writer = SimpleNamespace(path="w.h5", write=lambda name, start, values: written.append((name, values.copy())))
+
+    def serve_one():
+        server.parameters += 1
+        server.pushing = False
+        return True
+
+    assert save(comm, [(0, range(4))], server, writer, ["parameters"], serve_one) == [(1, 0, 0)]
+    [(name, values)] = written
+    assert (name, values.tolist()) == ("parameters", [1, 1, 1, 1])
+
+
+class Keeps:
+    """A rule with one vector of state."""
+
+    def __init__(self, first=np.zeros_like, names=("sums",), then=lambda sums: sums):
+        self.first, self.state_names, self.then = first, names, then
+
+    def init(self, parameters):
+        return {"sums": self.first(parameters)}
+
+    def apply(self, parameters, gradient, state, moment):
+        state["sums"] = self.then(state["sums"])
+
+
+@pytest.mark.parallel([1, 2])
+def test_a_rule_whose_state_cannot_be_kept(comm):
+    for rule, message in (
+        (Keeps(names=()), r"its state is \['sums'\]: .* with the names in state_names, \[\]"),
+        (Keeps(names=("sums", "means")), r"its state is \['sums'\]: .* state_names, \['sums', 'means'\]"),
+        (Keeps(lambda parameters: np.zeros(1, np.float32)), r"'sums' is an array of float32 of shape \(1,\): expected"),
+        (Keeps(lambda parameters: 0.0), "'sums' is a float: expected an array of float32"),
+        (Keeps(lambda parameters: parameters * np.float64(1)), "'sums' is an array of float64 of shape"),
+        (Keeps(then=lambda sums: sums * np.float64(2)), "'sums' is an array of float64 of shape"),
+        (Keeps(names=("a/b",)), "the name of a vector has no '/'"),
+        (Keeps(names=("parameters",)), "expected vectors with different names"),
+    ):
+        with pytest.raises(UserError, match=message if comm.rank == 0 else "rank 0 reports a mistake"):
+            ParameterServer(comm, {"w": np.zeros(3, np.float32)}, rule)
+    for name, message in (("", "the name '' cannot"), ("a//b", "the name 'a//b' cannot"), ("a", "others lie below")):
+        with pytest.raises(UserError, match=message if comm.rank == 0 else "rank 0 reports a mistake"):
+            ParameterServer(comm, {name: np.zeros(3), "a/b": np.zeros(3)}, "sgd")
 
 
 @pytest.mark.parallel([1])

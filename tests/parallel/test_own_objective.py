@@ -134,6 +134,16 @@ def test_several_replicas_find_the_plane(comm, plane, method) -> None:
     np.testing.assert_allclose(found, [*range(FEATURES), -1], atol=0.15)
 
 
+class Seen:
+    """A callback that keeps the metrics of evaluations."""
+
+    def __init__(self) -> None:
+        self.metrics = []
+
+    def on_evaluation(self, event) -> None:
+        self.metrics.append(event.metrics)
+
+
 @pytest.mark.parallel([1, 3])
 @pytest.mark.parametrize("method", ["downpour", "sandblaster"])
 def test_classes_and_metrics_are_those_of_all_held_out_samples(comm, place, method) -> None:
@@ -141,7 +151,8 @@ def test_classes_and_metrics_are_those_of_all_held_out_samples(comm, place, meth
     settings = {"epochs": 10, "learning_rate": 0.5, "method": method}
     topology = {"shards": 1, "colocate": True}
     run = describe(place, optimizer=settings, topology=topology, monitor={"evaluate_epochs": 3})
-    result = train(run, comm, objective=Measured())
+    seen = Seen()
+    result = train(run, comm, objective=Measured(), callbacks=seen)
     assert result.test is not None
     assert result.test.accuracy is not None
     assert result.test.accuracy > 0.9
@@ -150,6 +161,7 @@ def test_classes_and_metrics_are_those_of_all_held_out_samples(comm, place, meth
     expected = pytest.approx(Measured().metrics(dbmpi.parameters(result), samples), rel=1e-5)
     assert result.test.metrics == expected
     assert [*result.test.metrics] == ["surest", "of-class-0"]
+    assert comm.rank or seen.metrics[-1] == expected
     assert dbmpi.evaluate(result, place / "test.h5", comm, objective=Measured(), batch_size=5).metrics == expected
     waiting.barrier(comm, "the records")
     records = [record for record in read_records(place / "run") if record["kind"] == "evaluation"]

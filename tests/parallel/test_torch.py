@@ -129,7 +129,7 @@ def test_schedule_and_clipping_are_those_of_a_loop_in_pytorch(comm, shards, shar
     for number in range(30, 50):
         optimizer.zero_grad()
         loss_of(other, number).backward()
-        optimizer.step(samples=8)
+        optimizer.step(samples=np.int64(8))
     optimizer.close()
     for name, value in net.named_parameters():
         assert torch.equal(other.get_parameter(name), value), name
@@ -217,6 +217,14 @@ def test_gradients_lie_where_they_are_pushed_from(comm, shards):
     with pytest.raises(UserError, match=r"the gradient of 'one.weight' is not finite: its element \[0, 2\] is nan"):
         optimizer.step()
     assert torch.equal(net.one.weight, before)
+    optimizer.zero_grad()
+    loss_of(net, 0).backward(create_graph=True)  # a gradient that is differentiated itself
+    (penalty,) = torch.autograd.grad(net.one.weight.grad.square().sum(), net.last.weight)
+    assert penalty.any()
+    pushed = net.one.weight.grad.detach().clone()
+    optimizer.step()
+    assert torch.equal(net.one.weight, before - np.float32(0.1) * pushed)
+    optimizer.zero_grad()
     optimizer.close()
     assert net.one.weight.grad is None
 
@@ -240,6 +248,7 @@ def test_gradients_of_other_forms(comm, shards):
 @pytest.mark.parallel([1])
 def test_mistakes(comm):
     weight = lambda **settings: nn.Parameter(torch.ones(2, **settings))  # noqa: E731
+    tied = weight()
     for params, settings, message in (
         ([weight(device="meta")], {}, "parameter 0 is on the device meta: expected the CPU"),
         ([("w", weight(dtype=torch.bfloat16))], {}, "w is torch.bfloat16: expected dense"),
@@ -249,6 +258,11 @@ def test_mistakes(comm):
         ([weight(), weight(dtype=torch.float64)], {}, "expected one dtype"),
         ([weight().requires_grad_(False)], {}, "there are no parameters"),
         ([weight()], {"lerning_rate": 0.1}, "learning_rate"),
+        (
+            [tied, nn.Parameter(tied.data[:1])],
+            {},
+            "parameter 0 and parameter 1 are different parameters in the same mem",
+        ),
     ):
         with pytest.raises(UserError, match=message):
             Downpour(params, "sgd", **settings)

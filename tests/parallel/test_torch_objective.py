@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import resource
-from pathlib import Path
 
 import h5py
 import numpy as np
@@ -13,7 +12,6 @@ from parallel import tiny
 from parallel.test_own_objective import describe
 
 from dbmpi.checkpoint.reader import Checkpoint
-from dbmpi.data.reading import Reading
 from dbmpi.data.source import Source
 from dbmpi.data.stream import Order
 from dbmpi.errors import UserError
@@ -21,7 +19,6 @@ from dbmpi.mpi import waiting
 from dbmpi.mpi.topology import plan
 from dbmpi.objective import Samples
 from dbmpi.replica.own_objective import OwnModel, OwnReplica
-from dbmpi.runs.inference import Inference
 from dbmpi.runs.training import train
 
 torch = pytest.importorskip("torch", reason="needs PyTorch: the extra dbmpi[torch]")
@@ -45,6 +42,13 @@ def speech_net():
     widths = tiny.FEATURES, 8, 8, 8
     hidden = [each for pair in itertools.pairwise(widths) for each in (nn.Linear(*pair), nn.Sigmoid())]
     return nn.Sequential(*hidden, nn.Linear(8, tiny.CLASSES))
+
+
+def tied(units):
+    """Return layers whose weights are transposed to each other, as PyTorch cannot know."""
+    net = nn.Sequential(nn.Linear(units, units), nn.Linear(units, units))
+    net[1].weight = nn.Parameter(net[0].weight.data.t())
+    return net
 
 
 def samples(count=5, step=0):
@@ -199,10 +203,8 @@ def test_state_is_in_checkpoints_and_the_same_for_all_that_evaluate(comm, place)
         loss = float(CROSS_ENTROPY(theirs(inputs), targets))
     assert result.test is not None
     assert result.test.mean_loss == pytest.approx(loss, rel=1e-5)
-    trained = Inference(run.run.directory, comm, code=[Path(__file__)])
-    with Source.open(run.data.test, 100, reading=Reading(own=True)) as source:
-        assert trained.evaluate(source).mean_loss == pytest.approx(loss, rel=1e-5)
-    trained.free()
+    for usual in ({"allow_code": [__file__]}, {"objective": Noted()}):
+        assert dbmpi.evaluate(result, run.data.test, comm, **usual).mean_loss == pytest.approx(loss, rel=1e-5)
 
 
 @pytest.mark.parallel([1])
@@ -275,8 +277,7 @@ def test_grad_attributes_of_users_do_no_harm():
     model = OwnModel(mine, 1, "it")
     vector, gradient = np.empty(model.layout.size, np.float32), np.empty(model.layout.size, np.float32)
     model.initial(0, vector)
-    batch = samples()
-    OwnReplica(model).loss_and_gradient(vector, batch, gradient)
+    OwnReplica(model).loss_and_gradient(vector, samples(), gradient)
     np.testing.assert_array_equal(gradient, np.concatenate([expected[name].reshape(-1) for name in model.shapes]))
     assert "tied.weight" not in model.shapes
     net.zero_grad(set_to_none=True)
@@ -327,6 +328,33 @@ def test_tied_and_frozen_parameters_come_back_from_a_checkpoint(comm, place, met
     np.testing.assert_array_equal(values["2.bias"], net()[2].bias.detach().numpy())
 
 
+def test_several_inputs_are_arguments_and_gradients_are_checked_in_double_precision():
+    class Rating(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(3)
+            self.users, self.bias = nn.Embedding(4, 3), nn.Linear(1, 1)
+            self.register_buffer("scale", torch.full((3,), 0.5))
+
+        def forward(self, *, user, age):
+            return (self.users(user) * self.scale).sum(dim=1, keepdim=True).tanh() + self.bias(age)
+
+    mine = objective(Rating(), nn.functional.mse_loss)
+    inputs = {"user": np.array([1, 3, 1], np.uint16), "age": np.ones((3, 1), np.float32)}
+    batch = Samples(inputs, np.zeros((3, 1), np.float32))
+    first = {name: values.copy() for name, values in mine.parameters.items()}
+    loss, gradient = mine.loss_and_gradient(first, batch)
+    assert mine.predict(first, inputs).shape == (3, 1)
+    double = {name: values.astype(float) for name, values in first.items()}
+    exact, wide = mine.loss_and_gradient(double, batch)
+    assert exact == pytest.approx(loss, rel=1e-6)
+    for name, values in wide.items():
+        assert values.dtype == float
+        np.testing.assert_allclose(gradient[name], values, atol=1e-6)
+    assert mine.loss_and_gradient(first, batch)[1]["bias.bias"].dtype == np.float32
+    assert mine.state["scale"].dtype == np.float32
+
+
 def test_weights_are_the_third_argument_of_the_loss():
     def loss(outputs, targets, weights):
         return ((outputs - targets).square().squeeze(1) * weights).mean()
@@ -358,8 +386,9 @@ def test_memory_that_is_freed_is_used_again():
         (lambda: module().requires_grad_(False), "no parameter that requires a gradient"),
         (lambda: module(nn.LazyLinear(8)), "2.weight has no shape yet"),
         (lambda: module(nn.BatchNorm1d(8, device="meta")), "on the device meta"),
+        (lambda: module(tied(8)), "2.0.weight and 2.1.weight are different parameters in the same"),
     ],
-    ids=["double", "device", "frozen", "lazy", "statistics"],
+    ids=["double", "device", "frozen", "lazy", "statistics", "tied"],
 )
 def test_modules_that_cannot_be_trained(made, message):
     with pytest.raises(UserError, match=message):

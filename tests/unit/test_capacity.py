@@ -76,7 +76,7 @@ def test_a_batch_of_an_evaluation_that_does_not_fit_is_refused(tmp_path, capsys,
     monkeypatch.setattr(capacity, "available", lambda: 20 * each)
     words = ("--data", tmp_path / "data.h5")
     message = refused(capsys, "evaluate", tmp_path / "run", *words)
-    assert f"--batch-size = {SAMPLES}: the activations" in message
+    assert f"batch_size = {SAMPLES}: the activations" in message
     assert "set it to 20 or less" in message
     run(capsys, "evaluate", tmp_path / "run", *words, "--batch-size", 20)
     refused(capsys, "predict", tmp_path / "run", *words, "--out", tmp_path / "out.h5")

@@ -16,6 +16,7 @@ from dbmpi.config import NetworkSection
 from dbmpi.errors import DiskFailed, UserError
 from dbmpi.formats import onnx_graph
 from dbmpi.formats.export import export
+from dbmpi.formats.torch_names import torch_names
 from dbmpi.network.description import Network
 from dbmpi.replica.placement import automatic
 from dbmpi.replica.replica import Replica
@@ -151,10 +152,25 @@ def test_what_cannot_be_written_is_refused(tmp_path: Path, capsys: pytest.Captur
         export(path, tmp_path / "out.pt")
     with pytest.raises(UserError, match="cannot be written: No such file"):
         export(path, tmp_path / "missing" / "out.npz")
+    with pytest.raises(UserError, match="names = 'pytorch': expected 'dbmpi' or 'torch'"):
+        export(path, tmp_path / "out.npz", names="pytorch")
     assert not list(tmp_path.glob("*out*"))
+    (tmp_path / "beside.onnx.data").write_bytes(b"of another model")
+    with pytest.raises(UserError, match=r"beside\.onnx\.data: exists and is not overwritten"):
+        export(path, tmp_path / "beside.onnx")
     assert main(["export", str(path), "--out", str(tmp_path / "out.npz")]) == 0
     assert main(["export", str(path), "--out", str(tmp_path / "out.npz")]) == 2
     assert "exists and is not overwritten" in capsys.readouterr().err
+
+
+def test_a_class_of_ones_own_is_not_taken_for_the_one_it_inherits_from(tmp_path: Path) -> None:
+    _, network, _ = write(tmp_path, "dense")
+    first = network.layers[0]
+    first.__class__ = type("Squared", (type(first),), {})
+    with pytest.raises(UserError, match=f"{first.name}/.*PyTorch has no module with such a parameter"):
+        torch_names(network)
+    with pytest.raises(UserError, match=f"layer {first.name!r} is a Squared of your own"):
+        onnx_graph.graph(network, np.zeros, stored_bytes=False, scale=1.0)
 
 
 def test_a_disk_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

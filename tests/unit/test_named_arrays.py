@@ -61,6 +61,7 @@ def test_what_was_written_is_read_from_every_kind_of_file(tmp_path, monkeypatch,
         monkeypatch.setattr(named_arrays, "_AT_ONCE", at_once)
     dotted = {name.replace("/", "."): each for name, each in ARRAYS.items()}
     np.savez(tmp_path / "plain.npz", **ARRAYS)
+    dotted["a.weight"] = dotted.pop("a.weights")  # as in PyTorch
     doubles = {name: np.asfortranarray(each, np.float64) for name, each in dotted.items()}
     np.savez_compressed(tmp_path / "packed.npz", **doubles)
     (tmp_path / "single.safetensors").write_bytes(plain({**ARRAYS, "scale": ARRAYS["scale"].reshape(())}))

@@ -283,7 +283,7 @@ def test_what_a_checkpoint_names_is_loaded_only_if_allowed(own, tmp_path, capsys
         assert "layer 'scale1'" in message
         assert f"--allow-code {name}.py" in message
         assert main([*words, "--allow-code", "other.py"]) == 2
-        assert "names only other.py" in capsys.readouterr().err
+        assert "allow only code in other.py" in capsys.readouterr().err
         assert main([*words, "--allow-code", f"missing/{name}.py"]) == 2
         assert "no such file" in capsys.readouterr().err
         assert not loaded.exists()

@@ -143,6 +143,19 @@ def test_a_gradient_in_place_is_where_it_is_pushed_from():
     assert objective.addresses == {"a": start, "b": start + 12}
 
 
+def test_a_gradient_in_place_may_be_given_transposed():
+    class Transposed(Written):
+        def write_gradient(self, parameters, batch, gradients):
+            out = gradients.out("a")
+            out[:] = [[1, 2], [3, 4]]
+            gradients.ready("a", out.T)
+            return 0.25
+
+    gradient = np.empty(4, np.float32)
+    OwnReplica(OwnModel(Transposed({"a": np.ones((2, 2))}), 1, "it")).loss_and_gradient(gradient, batch(), gradient)
+    assert gradient.tolist() == [1, 3, 2, 4]
+
+
 @pytest.mark.parametrize(
     ("given_", "error", "message"),
     [

@@ -251,6 +251,16 @@ def test_only_what_is_pushed_counts_for_the_norm():
     assert asked == [9.0, 9.0]
 
 
+def test_clipping_of_gradients_whose_squares_overflow():
+    clip = Clip(5.0, [Stretch(0, 0, 3, pushed=True)], float)
+    gradient = np.array([3e200, -4e200, 0.0])
+    clip(gradient)
+    np.testing.assert_allclose(gradient, [3, -4, 0], rtol=1e-15)
+    endless = np.array([1.0, np.inf, 0.0])  # not hidden
+    clip(endless)
+    assert endless.tolist() == [1, np.inf, 0]
+
+
 @pytest.mark.parametrize(
     ("schedule", "name", "others"),
     [

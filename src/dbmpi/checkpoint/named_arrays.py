@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import tokenize
 import zipfile
 import zlib
@@ -130,7 +131,7 @@ def match(
 ) -> dict[str, StoredValues]:
     """Return the arrays by the names of a layout's tensors, after comparing all names and shapes.
 
-    Of a name that occurs in another spelling, ``a.b`` for ``a/b``, the difference does not matter.
+    Another spelling, ``a.b`` for ``a/b``, or as in PyTorch ``a.weight`` for ``a/weights``, is the same name.
 
     Parameters
     ----------
@@ -151,25 +152,28 @@ def match(
     tensors = {tensor.name: tensor for tensor in layout.tensors}
     spelled: dict[str, list[str]] = {}
     for name in tensors:
-        spelled.setdefault(name.replace("/", "."), []).append(name)
+        dotted = name.replace("/", ".")
+        for spelling in {dotted, re.sub(r"\.weights$", ".weight", dotted)}:
+            spelled.setdefault(spelling, []).append(name)
     found: dict[str, StoredValues] = {}
-    mistakes = []
+    seen, mistakes = set(), []
     for name, values in stored.items():
         others = spelled.get(name.replace("/", "."), [])
         key = name if name in tensors else others[0] if len(others) == 1 else None
         if key is None:
             if not partly:
                 mistakes.append(f"{name!r} is no parameter")
-        elif key in found:
-            mistakes.append(f"{name!r} is there twice, with '.' and with '/'")
+            continue
+        seen.add(key)
+        if key in found:
+            mistakes.append(f"{name!r} is there twice, in two spellings")
         elif (values.shape or (1,)) != tensors[key].shape:
             mistakes.append(f"{name!r} has shape {values.shape}, the parameter {tensors[key].shape}")
         elif not values.floats:
             mistakes.append(f"{name!r} is {values.kind}, expected floating-point numbers of up to {8 * _WIDEST} bits")
         else:
             found[key] = values
-    faulty = {name.replace("/", ".") for name in stored}
-    missing = [name for name in tensors if name not in found and name.replace("/", ".") not in faulty]
+    missing = [name for name in tensors if name not in seen]
     if not partly:
         mistakes += [f"{name!r} of shape {tensors[name].shape} is missing" for name in missing]
     elif not found and not mistakes:

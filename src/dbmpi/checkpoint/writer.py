@@ -54,7 +54,7 @@ class CheckpointWriter:
         self.path = path
         self.layout = layout
         self.dtype = np.dtype(dtype)
-        _check_names(layout, vectors)
+        check_names(layout, vectors)
         self._objective_state = tuple(objective_state)
         self._written = {vector: Coverage() for vector in vectors}
         try:
@@ -185,10 +185,23 @@ class Coverage:
         return (position, size) if position < size else None
 
 
-def _check_names(layout: Layout, vectors: Sequence[str]) -> None:
-    """Refuse names that HDF5 cannot hold as they are; UserError, because a user's objective may have named them."""
+def check_names(layout: Layout, vectors: Sequence[str]) -> None:
+    """Refuse names that HDF5 cannot hold as they are; a user may have given them.
+
+    Parameters
+    ----------
+    layout
+        Of the tensors.
+    vectors
+        ``"parameters"`` and the names of the update rule's state.
+
+    Raises
+    ------
+    UserError
+        If a checkpoint cannot have one of these names.
+    """
     if schema.PARAMETERS not in vectors or len(set(vectors)) < len(vectors):
-        raise ValueError(f"expected vectors with different names, {schema.PARAMETERS!r} among them, got {vectors}")
+        raise UserError(f"expected vectors with different names, {schema.PARAMETERS!r} among them, got {vectors}")
     if not layout.tensors:
         raise UserError("a checkpoint needs at least one tensor, and the layout has none")
     names = [tensor.name for tensor in layout.tensors]
@@ -201,7 +214,7 @@ def _check_names(layout: Layout, vectors: Sequence[str]) -> None:
             raise UserError(f"a tensor is called {name!r} and others lie below that name: rename one of them")
     for vector in vectors:
         if "/" in vector:
-            raise ValueError(f"the name of a vector has no '/': {vector!r}")
+            raise UserError(f"the name of a vector has no '/': {vector!r}")
 
 
 def _write_info(file: NewFile, layout: Layout, info: schema.CheckpointInfo) -> None:

@@ -164,8 +164,7 @@ class Lead(Shard):
         elif kind == MessageKind.WARM:
             self._tell_workers(MessageKind.RELEASE)
         elif kind == MessageKind.STOP_ASKED:
-            if not self._ending:
-                self.stopped_by = values[0]
+            self.stopped_by = self.stopped_by or values[0]
             self._end_early(signal.Signals(values[0]).name if values[0] else "a callback has asked for the end")
         elif kind == MessageKind.FAILED:
             replica = self._replica(message.source)
@@ -325,7 +324,7 @@ class Lead(Shard):
 
     def _end_early(self, why: str) -> None:
         """Let all replicas finish, if they have not been told so before; `why` is for the user."""
-        if not self._ending:
+        if not self._ending and any(state != _State.FINISHED for state in self._states):
             self._ending = True
             self._progress.message(f"{why}: the run ends after the current steps")
             self._tell_workers(MessageKind.STOP)

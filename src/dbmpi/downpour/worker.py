@@ -106,6 +106,9 @@ class Worker:
         self._batch = 0
         self._learned = 0
         self._next_evaluation = assignment.evaluate_epochs
+        state = assignment.state
+        self._packed = state.pack() if self._number == 0 and state is not None else np.empty(0, np.uint8)
+        """The state of the objective, as it was last when it could be kept."""
 
     def proceed(self) -> bool:
         """Obey the lead's orders, and return whether to take another step."""
@@ -169,7 +172,7 @@ class Worker:
 
     def give_up(self) -> None:
         """Before this worker fails, let the lead write a last checkpoint; return when it has."""
-        with suppress(RunFailed), self._sending_state():
+        with suppress(RunFailed), self._sending_state(failing=True):
             self._client.abandon()
             self._client.wait()
             self._orders.send(MessageKind.FAILED, self._learned)
@@ -229,15 +232,22 @@ class Worker:
                 )
 
     @contextmanager
-    def _sending_state(self) -> Iterator[None]:
-        """Send the lead the state of the objective, which it takes with the message of this block."""
+    def _sending_state(self, *, failing: bool = False) -> Iterator[None]:
+        """Send the lead the state of the objective, which it takes with the message of this block.
+
+        A worker that is `failing` sends the last one that could be kept, if this one cannot: that may be why it fails.
+        """
         state, request = self._assignment.state, None
         if self._number == 0 and state is not None and state.nbytes:
-            packed = state.pack()
-            request = self._orders.send_array(packed, Tag.OBJECTIVE_STATE)
+            try:
+                self._packed = state.pack()
+            except Exception:
+                if not failing:
+                    raise
+            request = self._orders.send_array(self._packed, Tag.OBJECTIVE_STATE)
         yield
         if request is not None:
-            waiting.complete(request, "the lead to take the state of the objective")
+            waiting.complete(request, "the lead to take the state of the objective", serve=self._orders.obey)
 
     def _say(self, kind: MessageKind, *values: int) -> None:
         """Send the lead a message about the whole replica, when all partitions have got here."""

@@ -75,8 +75,14 @@ def export(
     path = Path(path)
     if path.suffix not in SUFFIXES:
         raise UserError(f"{path}: expected a name that ends in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
-    if path.exists() and not force:
-        raise UserError(f"{path}: exists and is not overwritten; give another name, or --force")
+    if names not in ("dbmpi", "torch"):
+        raise UserError(f"export: names = {names!r}: expected 'dbmpi' or 'torch'")
+    beside = [path.with_name(f"{path.name}.data")] if path.suffix == ".onnx" else []  # where ONNX puts large parameters
+    for file in (path, *beside):
+        if file.exists() and not force:
+            raise UserError(
+                f"{file}: exists and is not overwritten; give another name, or --force (in Python force=True)"
+            )
     origin = Path(checkpoint.checkpoint if isinstance(checkpoint, Result) else checkpoint)
     if path.suffix == ".onnx" or names == "torch":
         trained = trained_network.load(origin, [Path(file) for file in code])

@@ -148,9 +148,9 @@ class _Graph:
 
     def layer(self, layer: Layer, value: str) -> str:
         """Add a layer, and return its outputs."""
-        for kind, add in _LAYERS.items():
-            if isinstance(layer, kind):
-                return add(self, layer, value)
+        add = _LAYERS.get(type(layer))  # a class that inherits from one of these may compute something else
+        if add is not None:
+            return add(self, layer, value)
         raise UserError(
             f"layer {layer.name!r} is a {type(layer).__name__} of your own, which ONNX cannot express; export the "
             "parameters as .npz or .safetensors"

@@ -30,10 +30,11 @@ def torch_names(network: Network) -> dict[str, Tensor]:
     names: dict[str, Tensor] = {}
     for layer in network.layers:
         for short, tensor in layer.tensors.items():
-            if not isinstance(layer, DenseLayer | ConvolutionLayer) or short not in _SUFFIXES:
+            # (A class of the user's own that inherits from one of these may compute something else.)
+            if type(layer) not in (DenseLayer, ConvolutionLayer) or short not in _SUFFIXES:
                 raise UserError(
-                    f"{tensor.name}: PyTorch has no module with such a parameter; leave --names torch out to write all "
-                    "arrays under dbmpi's own names"
+                    f"{tensor.name}: PyTorch has no module with such a parameter; leave --names torch, in Python "
+                    "names='torch', out to write all arrays under dbmpi's own names"
                 )
             names[f"{layer.name}.{_SUFFIXES[short]}"] = tensor
     return names

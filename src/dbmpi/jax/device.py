@@ -33,10 +33,10 @@ def prepare() -> jax.Device:
         os.environ[_THREADS] = str(threads.prepare().threads)
     try:
         return jax.local_devices(backend="cpu")[0]
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError):  # the latter where no platform of the list exists
         raise UserError(
             f"dbmpi.jax computes on the processor, and JAX has none: JAX_PLATFORMS is {jax.config.jax_platforms!r}; "
-            f"add cpu to it, or unset it ({error})"
+            "add cpu to it, or unset it"
         ) from None
     finally:
         if theirs is None:

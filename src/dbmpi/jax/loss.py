@@ -76,7 +76,7 @@ class LossObjective:
         self._makes = callable(parameters) and jax.tree_util.treedef_is_leaf(jax.tree.structure(parameters))
         tree = jax.eval_shape(parameters, jax.random.key(0)) if self._makes else parameters
         leaves, self._tree = jax.tree_util.tree_flatten_with_path(tree)
-        self._names = _names(leaves)
+        self._names, self._shapes = _names(leaves), [np.shape(leaf) for _, leaf in leaves]
         self._predicts = predict is not None
 
         def learned(leaves: list[Any], batch: Samples) -> tuple[Any, Any]:
@@ -85,7 +85,8 @@ class LossObjective:
 
         def judged(leaves: list[Any], batch: Samples) -> Any:
             found = (evaluate or loss)(self._tree.unflatten(leaves), batch)
-            if predict is None or isinstance(found, tuple) or batch.targets.dtype.kind != "i":
+            classes = batch.targets.dtype == np.int32 and batch.targets.ndim == 1
+            if predict is None or isinstance(found, tuple) or not classes:
                 return found
             outputs = predict(self._tree.unflatten(leaves), batch.inputs)
             if outputs.ndim != 2:
@@ -106,6 +107,11 @@ class LossObjective:
         # The sort is stable: where the size is a multiple of a line, the next one begins at a line, too.
         order = sorted(named, key=lambda name: np.size(named[name]) % _LINE != 0)
         return {name: np.asarray(named[name], np.float32) for name in order}
+
+    def tree(self, parameters: NamedArrays) -> Any:
+        """Return `parameters` by name, e.g. ``dbmpi.parameters(result)``, as the tree that the loss takes."""
+        shaped = zip(self._names, self._shapes, strict=True)
+        return self._tree.unflatten([np.reshape(parameters[name], shape) for name, shape in shaped])
 
     def loss_and_gradient(self, parameters: NamedArrays, batch: Samples) -> tuple[Any, NamedArrays]:
         """Return what the user's loss says of a `batch` at the `parameters`, and the gradient of its mean loss."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, fields, is_dataclass
 from typing import Any
 
+import numpy as np
 from pydantic import ValidationError
 
 from dbmpi.config import OptimizerSection, explain
@@ -63,6 +65,26 @@ def choose(chosen: str | Rule, settings: dict[str, Any]) -> Rule:
 def follows_schedule(rule: Rule) -> bool:
     """Return whether the learning rate of a `rule` depends on the samples that were learned from."""
     return getattr(rule, "schedule", _CONSTANT) != _CONSTANT
+
+
+def mistake_in_state(rule: Rule, state: Any, parameters: np.ndarray) -> str:
+    """Return what is wrong with the `state` that a `rule` has for `parameters` (n,), in words; empty if nothing is."""
+    names = rule.state_names
+    if not isinstance(state, Mapping) or set(state) != set(names):
+        given = sorted(state, key=str) if isinstance(state, Mapping) else f"a {type(state).__name__}"
+        return f"its state is {given}: expected a dict of arrays with the names in state_names, {list(names)}"
+    expected = f"an array of {parameters.dtype} of shape {parameters.shape}"
+    for name, array in state.items():
+        if not isinstance(array, np.ndarray):
+            found = f"a {type(array).__name__}"
+        elif (array.dtype, array.shape) != (parameters.dtype, parameters.shape):
+            found = f"an array of {array.dtype} of shape {array.shape}"
+        elif not array.flags.carray:
+            found = "read-only or not contiguous"
+        else:
+            continue
+        return f"its state {name!r} is {found}: expected {expected} for parameters like that, e.g. numpy.zeros_like"
+    return ""
 
 
 def written(rule: Rule) -> str:

@@ -16,6 +16,7 @@ from dbmpi.checkpoint.restore import restore
 from dbmpi.checkpoint.schema import PARAMETERS, CheckpointInfo, library_versions
 from dbmpi.checkpoint.writer import CheckpointWriter
 from dbmpi.config import ServerSection
+from dbmpi.errors import KnownToAll, UserError
 from dbmpi.index.layout import Layout, cut
 from dbmpi.kernels.announce import announced, stderr_line
 from dbmpi.kernels.checks import compile_copies
@@ -52,14 +53,19 @@ class Connection:
     section
         How gradients and parameters travel.
 
+    Raises
+    ------
+    UserError
+        On all ranks, if the rule's state cannot be kept, or the memory is too small.  `comm` is not freed then.
+
     Attributes
     ----------
     server, client
         Those of this rank's roles, or None.
     gradients
-        On a worker, where each gradient is pushed from, by name.
+        On a worker, where each gradient is pushed from, by name: views of memory that is gone after :meth:`end`.
     parameters
-        On a worker that computes on the shards' own memory, each parameter there, by name.
+        On a worker that computes on the shards' own memory, each parameter there, by name; likewise.
     """
 
     def __init__(
@@ -74,14 +80,22 @@ class Connection:
         self._comm, self._plan, self._layout, self._dtype, self._rule = comm, plan, layout, dtype, rule
         self._stack = ExitStack()
         self._stack.enter_context(Watch(comm, ADVICE))
-        with together(comm, "planning the shards' memory"):
-            self._store = Store(comm, plan, cut(layout.size, plan.shards), section, dtype, layout.size)
         say = partial(stderr_line, "dbmpi") if comm.rank == 0 else None
+        try:
+            mistakes: list[str] = []
+            with announced(say) as compiled:
+                blocking.first_on_each_node(comm, lambda: mistakes.append(_use_kernels(rule, dtype)))
+                compiled()
+            with together(comm, "trying the rule"):
+                if mistakes[0]:
+                    raise UserError(f"ParameterServer: the rule {type(rule).__name__}: {mistakes[0]}")
+            with together(comm, "planning the shards' memory"):
+                self._store = Store(comm, plan, cut(layout.size, plan.shards), section, dtype, layout.size)
+        except KnownToAll:
+            self._stack.close()
+            raise
         for note in self._store.notes if say else ():
             stderr_line("dbmpi", note)
-        with announced(say) as compiled:
-            blocking.first_on_each_node(comm, partial(_use_kernels, rule, dtype))
-            compiled()
         shard, worker = plan.shard_of(comm.rank), plan.worker_of(comm.rank)
         self.server = None if shard is None else self._store.server(rule)
         self._handover = None if self.server is None else Handover(comm, self.server)
@@ -105,12 +119,21 @@ class Connection:
             On the workers, the parameters in the order of the layout; None elsewhere.
         checkpoint
             One of this layout, or None.
+
+        Raises
+        ------
+        UserError
+            On all ranks, if the checkpoint cannot be read; everything has been given back then.
         """
         if checkpoint is not None:
-            with together(self._comm, "reading the checkpoint", seconds=waiting.LONG_SECONDS):
-                if self.server is not None:
-                    held = self._store.ranges[self._plan.shard_of(self._comm.rank) or 0]
-                    restore(self.server, self._rule, checkpoint, [(held.start, 0, len(held))])
+            try:
+                with together(self._comm, "reading the checkpoint", seconds=waiting.LONG_SECONDS):
+                    if self.server is not None:
+                        held = self._store.ranges[self._plan.shard_of(self._comm.rank) or 0]
+                        restore(self.server, self._rule, checkpoint, [(held.start, 0, len(held))])
+            except KnownToAll:
+                self.free()
+                raise
             return
         comm, source = self._comm, self._plan.worker_ranks[0]
         operations = []
@@ -269,9 +292,14 @@ class Connection:
             raise
 
 
-def _use_kernels(rule: Rule, dtype: np.dtype[Any]) -> None:
-    """Call everything compiled once."""
-    few = np.zeros(1, dtype)
-    rule.apply(few, few.copy(), rule.init(few), Moment())
+def _use_kernels(rule: Rule, dtype: np.dtype[Any]) -> str:
+    """Call everything compiled once; return what is wrong with the state of the rule, if anything is."""
+    few = np.zeros(2, dtype)
+    state = rule.init(few)
+    mistake = choice.mistake_in_state(rule, state, few)
+    if not mistake:
+        rule.apply(few, few.copy(), state, Moment())
+        mistake = choice.mistake_in_state(rule, state, few)  # which may be other arrays now
     compile_copies(dtype)
     largest_magnitude(few)
+    return mistake

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from dbmpi.checkpoint.reader import Checkpoint
+from dbmpi.checkpoint.schema import PARAMETERS
+from dbmpi.checkpoint.writer import check_names
 from dbmpi.config import ServerSection
 from dbmpi.errors import KnownToAll, RunFailed, UserError
 from dbmpi.index.layout import Layout, Stretch
@@ -84,10 +86,12 @@ class ParameterServer:
         How many there are.
     gradients : dict
         On a worker, arrays in the memory that gradients are pushed from.  Gradients that are computed in them are not
-        copied; they may be changed again after :meth:`wait` or :meth:`fetch`.  Elsewhere it is empty.
+        copied; they may be changed again after :meth:`wait` or :meth:`fetch`, and not be used after :meth:`close`.
+        Elsewhere it is empty.
     parameters : dict
         On a worker, with ``fetch="shared"``, the shards' own memory, read-only.  Pushes of others change it at any
-        time; :meth:`fetch` copies nothing, but waits for own pushes.  Otherwise it is empty.
+        time; :meth:`fetch` copies nothing, but waits for own pushes.  Not to be used after :meth:`close`, which frees
+        it.  Otherwise it is empty.
 
     Raises
     ------
@@ -135,6 +139,7 @@ class ParameterServer:
                 mine = named.flatten(arrays)
                 layout, dtype = named.check(mine)
                 chosen = choice.choose(rule, settings)
+                check_names(layout, (PARAMETERS, *chosen.state_names))
                 section = _travel(server)
                 plan = service.plan if service else planned(own.size, shards, colocate)
                 if not isinstance(clip_norm, int | float) or not 0 <= clip_norm < math.inf:
@@ -151,6 +156,7 @@ class ParameterServer:
         except KnownToAll:
             blocking.free(own)
             raise
+        self._connection.begin(list(mine.values()), checkpoint)
         self._alone = own.size == 1
         self._stack = ExitStack()
         self._stack.enter_context(aloud(own))
@@ -164,7 +170,6 @@ class ParameterServer:
         self._scheduled = choice.follows_schedule(chosen)
         if clip_norm:
             self._clip = Clip(clip_norm, [Stretch(0, 0, layout.size, True)], float)
-        self._connection.begin(list(mine.values()), checkpoint)
         if self.worker is not None:
             self._fetch(always=True)
         self._connection.settle()
@@ -225,7 +230,7 @@ class ParameterServer:
             If a shard does not take it within the stall limit.
         """
         self._check_worker("push")
-        if not isinstance(samples, int) or samples < self._scheduled:
+        if not isinstance(samples, int | np.integer) or samples < self._scheduled:
             raise UserError(
                 f"ParameterServer: push was given samples = {samples!r}: expected how many the gradients are of, "
                 "which the schedule of the learning rate counts"
@@ -236,7 +241,7 @@ class ParameterServer:
         named.take(connection.gradients if gradients is None else gradients, connection.gradients, finite=looks)
         if self._clip is not None:
             self._clip(connection.gradient)
-        connection.push(samples)
+        connection.push(int(samples))
 
     def wait(self) -> None:
         """Wait until the shards have applied this worker's pushes."""

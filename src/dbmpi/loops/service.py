@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from dbmpi.config import ServerSection
-from dbmpi.errors import KnownToAll, RunFailed, UserError
+from dbmpi.errors import KnownToAll, RunFailed, ToldElsewhere, UserError
 from dbmpi.index.layout import Layout, Tensor
+from dbmpi.kernels.announce import stderr_line
 from dbmpi.loops import choice
 from dbmpi.loops.agreement import agree, everybody, planned
 from dbmpi.loops.connection import ADVICE, Connection
@@ -165,10 +166,15 @@ class Service:
             layout = Layout(tuple(Tensor(name, tuple(shape)) for name, (shape, _) in arrays.items()))
             dtype = np.dtype(next(dtype for _, dtype in arrays.values()))
             opened = Connection(comm, self.plan, layout, dtype, chosen, ServerSection.model_validate_json(section))
-        except KnownToAll:  # it is for the workers to end or to go on
+        except KnownToAll as error:
+            _leave_to_the_workers(error)
             blocking.free(comm)
             return
-        opened.begin(None, Path(checkpoint) if checkpoint else None)
+        try:
+            opened.begin(None, Path(checkpoint) if checkpoint else None)
+        except KnownToAll as error:
+            _leave_to_the_workers(error)
+            return
         opened.settle()
         self._connections.append((opened, opened.ending()))
 
@@ -190,3 +196,9 @@ class Service:
             each[0].free()
             moved = True
         return moved
+
+
+def _leave_to_the_workers(error: KnownToAll) -> None:
+    """Report a mistake that this shard has noticed first; the workers end, or go on without what they asked for."""
+    if not isinstance(error, ToldElsewhere):
+        stderr_line("dbmpi", str(error))

@@ -125,6 +125,7 @@ def save(
     for rank, held in shards:
         if rank == comm.rank:
             assert own is not None
+            waiting.until(lambda: not own.pushing, "the rest of a push to this rank's shard", serve=serve)
             for name, values in {PARAMETERS: own.parameters, **own.state}.items():
                 write(name, held.start, values)
             found.append(counts_of(own))

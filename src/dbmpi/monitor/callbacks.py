@@ -24,7 +24,8 @@ class TrainingEvent(NamedTuple):
     """Samples behind `loss`: of the batch, or held out.  In ``on_checkpoint`` and ``on_end``, training samples of all
     steps of this session."""
     loss: float
-    """Mean loss of these samples; NaN in ``on_checkpoint``, and in ``on_end`` without held-out samples."""
+    """Mean loss of these samples, in ``on_step`` of Sandblaster with `l1` and `l2`; NaN in ``on_checkpoint``, and in
+    ``on_end`` without held-out samples."""
     accuracy: float | None = None
     """Fraction of these samples that is classified correctly; None where that is not known."""
     path: Path | None = None

@@ -43,7 +43,8 @@ def refuse(kind: str, what: str) -> Any:
     """Raise UserError instead of loading `kind`, the type of `what`: the `Loader` for untrusted files."""
     raise UserError(
         f"{what} is of type {kind!r}: that is code which does not belong to dbmpi, and it is not run because "
-        f"a file names it; if you trust it, say so: --allow-code {_file_of(kind)}"
+        f"a file names it; if you trust it, say so: --allow-code {_file_of(kind)}, or from Python name the file in the "
+        "call"
     )
 
 
@@ -66,11 +67,13 @@ def from_files(files: Sequence[Path]) -> Loader:
             if not files:
                 refuse(kind, what)
             raise UserError(
-                f"{what} is of type {kind!r}, but --allow-code names only {', '.join(map(str, files))}; "
+                f"{what} is of type {kind!r}, but you allow only code in {', '.join(map(str, files))}; "
                 f"expected the file that defines it, {_file_of(kind)}"
             )
         if not suiting[0].is_file():
-            raise UserError(f"--allow-code {suiting[0]}: no such file; expected the one that defines {kind!r}")
+            raise UserError(
+                f"{suiting[0]}: no such file, and you allow its code; expected the one that defines {kind!r}"
+            )
         found = member(kind, what, suiting[0].resolve().parents[len(module) - 1])
         # The user trusts this file, and not all that it imports, with arguments that another file chooses.
         if getattr(found, "__module__", None) != ".".join(module):

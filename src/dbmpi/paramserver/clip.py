@@ -10,6 +10,9 @@ import numpy as np
 from dbmpi.index.layout import Stretch
 from dbmpi.kernels import updates
 
+_TINY = 2.0**-600
+"""Makes squares of all numbers small enough for sums, and is exact."""
+
 
 class Clip:
     """Scales gradients down to a largest norm: Pascanu et al., "On the difficulty of training RNNs", ICML 2013.
@@ -41,7 +44,12 @@ class Clip:
 
     def __call__(self, gradient: np.ndarray) -> None:
         """Scale the worker's own vector `gradient`, together with the other partitions (collective)."""
-        squares = sum((updates.sum_of_squares(gradient[one.start : one.stop]) for one in self._ranges), 0.0)
-        norm = math.sqrt(self._add_up(squares))
-        if norm > self._largest:
+        norm = self._norm(gradient[one.start : one.stop] for one in self._ranges)
+        if norm == math.inf:  # a square may have overflowed, of float64 above 1e154
+            parts = (np.multiply(gradient[one.start : one.stop], _TINY, dtype=np.float64) for one in self._ranges)
+            norm = self._norm(parts) / _TINY
+        if self._largest < norm < math.inf:
             updates.scale(gradient, self._largest / norm)
+
+    def _norm(self, parts: Iterable[np.ndarray]) -> float:
+        return math.sqrt(self._add_up(sum(map(updates.sum_of_squares, parts), 0.0)))

@@ -142,7 +142,8 @@ class OwnGradients(Gradients):
         target = self._target(number)
         # A kernel knows arrays of one kind only: others would be compiled anew.
         plain = values.dtype == target.dtype == DTYPE and values.flags.carray
-        if plain and not self._add and values.ctypes.data != target.ctypes.data:
+        there = plain and values.ctypes.data == target.ctypes.data
+        if plain and not self._add and not there:
             finite = copy_finite(target, values.reshape(-1))
         else:
             shaped = target.reshape(values.shape)
@@ -151,7 +152,7 @@ class OwnGradients(Gradients):
             elif self._add:
                 with np.errstate(over="ignore"):
                     np.add(shaped, values, out=shaped, casting="same_kind")
-            elif values.ctypes.data != target.ctypes.data:
+            elif not there:
                 with np.errstate(over="ignore"):
                     np.copyto(shaped, values, casting="same_kind")
             # The sum tells it, but for numbers so large that their sum is infinite.

@@ -52,7 +52,8 @@ class Inference(Collective):
     batch_size
         Samples that are computed together.
     objective
-        A user's own, for the checkpoint of one; None: made from the class that the checkpoint names.
+        A user's own, for the checkpoint of one; None: made from the class that the checkpoint names.  Its state gets
+        the values of the checkpoint, and its ``close`` is called at the end.
 
     Raises
     ------
@@ -98,7 +99,7 @@ class Inference(Collective):
             if isinstance(network, OwnModel):
                 if self.partitions > 1:
                     raise UserError(
-                        f"--partitions {self.partitions}: {network.called} is computed by one rank; leave it out"
+                        f"partitions = {self.partitions}: {network.called} is computed by one rank; leave it out"
                     )
             elif self.partitions == self.trained.info.partitions:
                 placed = placement.from_config(self.trained.placement, network.layers, self.partitions)
@@ -112,7 +113,9 @@ class Inference(Collective):
         say = partial(stderr_line, "dbmpi") if self.is_first else None
         self._compiled = self._stack.enter_context(announced(say))
         if isinstance(network, OwnModel):
-            self._replica: Replica | OwnReplica = OwnReplica(network)
+            own = OwnReplica(network)
+            self._replica: Replica | OwnReplica = own
+            self._stack.callback(own.free)
         else:
             assert placed is not None
             self._replica = self._stack.enter_context(Replica(network, placed, self._replica_comm))
@@ -304,7 +307,7 @@ class Inference(Collective):
             limits.check_activations(
                 trained.network.activations,
                 size,
-                setting="--batch-size",
+                setting="batch_size",
                 partitions=self.partitions,
                 workers=1 if self._comm is None else ranks_on_node(os.environ),
                 learning=False,
@@ -324,7 +327,7 @@ def _partitions(ranks: int, asked: int | None, trained_with: int) -> int:
     if ranks % asked:
         fitting = ", ".join(str(number) for number in range(1, ranks + 1) if ranks % number == 0)
         raise UserError(
-            f"--partitions {asked}: {ranks} rank{'s' if ranks > 1 else ''} cannot be replicas of {asked} each; start "
+            f"partitions = {asked}: {ranks} rank{'s' if ranks > 1 else ''} cannot be replicas of {asked} each; start "
             f"a multiple of {asked} ranks, or use one of {fitting}"
         )
     return asked

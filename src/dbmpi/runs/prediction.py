@@ -60,8 +60,9 @@ def evaluate(
     comm : MPI.Intracomm, optional
         The ranks to use.  By default all ranks that were started, or this process alone.
     objective : OwnObjective, optional
-        For the checkpoint of an objective of your own: an object with parameters of the same names and shapes.  By
-        default the class that the checkpoint names is loaded, from `allow_code`.
+        For the checkpoint of an objective of your own: an object with parameters of the same names and shapes.  Its
+        ``state`` gets the values of the checkpoint.  By default the class that the checkpoint names is loaded, from
+        `allow_code`.
     partitions : int, optional
         Ranks that compute one replica of a network together.  By default as in training if the ranks are a multiple of
         that, else all.

@@ -302,10 +302,11 @@ class Coordinator:
         """Write a checkpoint and test, when it is time; return whether the run is to end."""
         self._iterations, self._trying = progress.iteration, False
         self._counted = self.steps, self.samples
-        learned = self._evaluator.passes.outcome
-        self._call("on_step", self._iterations, self.epoch, learned.samples, progress.loss, learned.accuracy)
         if self._history is not None:
             self._keeper.note(self._history, self._sampling.position, progress)
+        learned, samples = self._evaluator.passes.outcome, samples_of(self._order, self._sampling.portions)
+        accuracy = learned.accuracy if learned.samples == samples else None  # the last of several parts of a batch
+        self._call("on_step", self._iterations, self.epoch, samples, progress.loss, accuracy)
         self._evaluator.serve()
         every = self._every
         if every and self._tests and self.epoch >= self._next_test and not self._evaluator.interrupted:

@@ -14,6 +14,8 @@ class Gradient:
 
     With a `hook`, autograd copies it while those of the layers below are still to be computed.  From then on the
     parameter's ``grad`` is the memory that is pushed from: what is done to it there, such as clipping, needs no copy.
+    It is the same memory in every step.  A gradient that is to be differentiated itself is left to the user, and copied
+    when it is pushed.
 
     Parameters
     ----------
@@ -29,7 +31,10 @@ class Gradient:
         self._parameter, self._flat = parameter, memory.reshape(-1)
         self._memory, self._shown = memory, torch.from_numpy(memory)
         self._finite = -1
-        """PyTorch's count of changes when all elements were known to be finite; -1: they may not be."""
+        """PyTorch's count of changes when all elements were known to be finite; -1: they may not be.
+
+        It does not count those through ``grad.data`` and ``grad.numpy()``.
+        """
         self._hook = parameter.register_post_accumulate_grad_hook(self._complete) if hook else None
 
     def put(self, *, add: bool = False) -> bool:
@@ -67,7 +72,7 @@ class Gradient:
     def _complete(self, parameter: torch.Tensor) -> None:
         """Take what autograd has computed, or added to the memory."""
         gradient = parameter.grad
-        if gradient is not self._shown and gradient.layout == torch.strided:
+        if gradient is not self._shown and gradient.layout == torch.strided and not gradient.requires_grad:
             self._copy(gradient)
             parameter.grad = self._shown
 

@@ -17,6 +17,7 @@ from dbmpi.loops.parameter_server import ParameterServer
 from dbmpi.loops.service import Service
 from dbmpi.mpi.world import aborting
 from dbmpi.torch import process
+from dbmpi.torch.apart import check_apart
 from dbmpi.torch.gradients import Gradient
 
 if TYPE_CHECKING:
@@ -36,7 +37,10 @@ class Downpour(torch.optim.Optimizer):  # type: ignore[misc]
 
     Fetches write into the module's parameters, and a gradient is copied once, to where shards read it.  With `n_push`
     and `n_fetch` of 1 it is copied as soon as autograd has computed it, and the parameter's ``grad`` is then that
-    memory: it may be changed before :meth:`step`, e.g. clipped, and the next gradient will be in the same place.
+    memory: it may be changed before :meth:`step`, e.g. clipped, and the next gradient will be in the same place.  So
+    clone gradients that you keep, and keep none after :meth:`close`, which frees the memory.  Numbers that are not
+    finite are looked for when a gradient is copied, and again if it was changed since, unless that was done through
+    ``grad.data`` or ``grad.numpy()``.
 
     Frozen parameters, those that require no gradient when the optimizer is made, and buffers such as the statistics of
     batch normalisation stay on each worker: they are neither pushed nor fetched.  A parameter that is used in several
@@ -113,7 +117,7 @@ class Downpour(torch.optim.Optimizer):  # type: ignore[misc]
         self._server: ParameterServer | None = None
         super().__init__(params, {})
         for name, number in (("n_push", n_push), ("n_fetch", n_fetch)):
-            if not isinstance(number, int) or number < 1:
+            if not isinstance(number, int | np.integer) or number < 1:
                 raise UserError(f"Downpour: {name} = {number!r}: expected a whole number of at least 1")
         if server is not None and server.fetch == "shared" and n_fetch > 1:
             raise UserError(
@@ -177,8 +181,8 @@ class Downpour(torch.optim.Optimizer):  # type: ignore[misc]
         finite = [gradient.put(add=more) for gradient in self._gradients]
         self._steps, self._samples = self._steps + 1, self._samples + samples
         if self._steps % self._n_push == 0:
-            self._server.push(samples=self._samples, finite=not all(finite))
-            self._samples = 0
+            pushed, self._samples = self._samples, 0  # also where the gradient is refused
+            self._server.push(samples=pushed, finite=not all(finite))
         if self._steps % self._n_fetch == 0:
             self._server.fetch()
         return loss
@@ -271,4 +275,5 @@ def _trained(groups: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
             what = parameter.dtype if parameter.layout == torch.strided else parameter.layout
             raise UserError(f"Downpour: {name} is {what}: expected dense parameters of float32 or float64")
         found[name] = parameter
+    check_apart(found, "Downpour")
     return found
