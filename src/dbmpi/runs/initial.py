@@ -70,11 +70,15 @@ def first_values(
     Raises
     ------
     UserError
-        On every rank, if names or shapes do not fit, values are not finite, or arrays differ between ranks.
+        On every rank, if names or shapes do not fit, values are not finite, or arrays, or the first values of an
+        objective that are used, differ between ranks.
     """
     _check_same(run, arrays, comm)
     path, partly = run.run.initial, run.run.initial_names == "some"
-    if arrays is None and path is None:
+    given = arrays is not None or path is not None
+    if isinstance(model, OwnModel) and (partly or not given):
+        _check_objective(model, comm)
+    if not given:
         return model.initial, ()
     source = _IN_PYTHON if path is None else str(path)
     with together(comm, "reading the first values", seconds=waiting.LONG_SECONDS):
@@ -97,6 +101,24 @@ def _check_same(run: Run, arrays: Mapping[str, StoredValues] | None, comm: MPI.I
             raise UserError(
                 f"{_IN_PYTHON}: the arrays differ between rank {comm.rank} and rank 0, or the file that is named; give "
                 "all ranks the same"
+            )
+
+
+def _check_objective(model: OwnModel, comm: MPI.Intracomm) -> None:
+    """Refuse first values of an objective that are not those of the first rank (collective)."""
+    if comm.size == 1:
+        return
+    mine: list[tuple[str, int]] = []
+    with together(comm, "computing the first values", seconds=waiting.LONG_SECONDS):
+        mine = model.digests()
+    first = waiting.broadcast_text(comm, json.dumps(mine), 0, "the first values")
+    with together(comm, "comparing the first values"):
+        differ = [name for (name, digest), (_, other) in zip(mine, json.loads(first), strict=True) if digest != other]
+        if differ:
+            raise UserError(
+                f"{model.called}: the first values of {differ[0]!r} differ between rank {comm.rank} and rank 0; draw "
+                "them from a seed (for PyTorch call torch.manual_seed before the module is made), or give all ranks "
+                "the same, e.g. by load_state_dict if it was trained before"
             )
 
 

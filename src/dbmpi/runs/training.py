@@ -295,15 +295,22 @@ def _own_replica(
             held_out = None
             if data.test is not None:
                 held_out = data.test.batch(np.arange(min(run.optimizer.batch_size, data.test.samples)))
-            changed = try_objective(model, batches.batch(0), held_out)
+            changed = try_objective(model, batches.batch(0), held_out, batches.batch(0) if sandblaster else None)
             if changed and sandblaster:
                 raise UserError(
                     f"{model.called}: learning changes its state, and with Sandblaster the loss has to follow from the "
                     "parameters alone; keep the state constant (a BatchNorm of PyTorch: give it "
                     'track_running_stats=False), or use optimizer.method = "downpour"'
                 )
-    names = waiting.broadcast_text(comm, json.dumps(model.metrics or ()), plan.worker_ranks[0], "the metrics")
-    model.metrics = tuple(json.loads(names))
+            if model.draws and run.sandblaster.one_function:
+                raise UserError(
+                    f"{run.sandblaster.one_function} minimises one function, and {model.called} draws random "
+                    "numbers: its loss of the same samples differs from step to step; leave dropout away, or take "
+                    "another method"
+                )
+    found = json.dumps([model.metrics or (), model.draws])
+    names, model.draws = json.loads(waiting.broadcast_text(comm, found, plan.worker_ranks[0], "the metrics"))
+    model.metrics = tuple(names)
     return None if batches is None else OwnReplica(model, tries=sandblaster)
 
 
