@@ -6,10 +6,10 @@
 #            arrays need not be mapped, and filled with zeros by the system, again and again. That works for malloc, by
 #            which NumPy takes its arrays: one block serves all. posix_memalign, by which PyTorch takes its tensors on
 #            the processor, leaves a gap at each block that it aligns, and the next block of the same size does not fit
-#            into what was freed: the process grows to seven times the block before it stops.
+#            into what was freed: the process grows to five to seven times the block.
 # Seen:      (blocks of 84 MiB, 40 times, each freed before the next is taken)
 #            malloc           84 MiB more at the end
-#            posix_memalign  588 MiB more at the end
+#            posix_memalign  420 to 588 MiB more at the end
 set -euo pipefail
 
 skip() {
