@@ -114,7 +114,7 @@ def test_the_default_is_the_cut_of_the_training_or_all_ranks(comm, place) -> Non
     with pytest.raises(UserError) as caught:
         Inference(place / "run", comm, 5)
     if comm.rank == 0:
-        assert f"--partitions 5: {comm.size} rank" in str(caught.value)
+        assert f"partitions = 5: {comm.size} rank" in str(caught.value)
     with pytest.raises(KnownToAll if comm.size > 1 else UserError):
         Inference(place / "missing", comm)
 

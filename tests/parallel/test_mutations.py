@@ -45,7 +45,7 @@ def evaluated(run: Run) -> list[np.ndarray]:
     try:
         with Source.open(run.data.test, 100) as source:
             outcome = found.evaluate(source)
-            return [np.array(outcome), *(rows.copy() for _, rows in found.predict(source))]
+            return [np.array(outcome[:3]), *(rows.copy() for _, rows in found.predict(source))]
     finally:
         found.free()
 
