@@ -17,6 +17,7 @@ from dbmpi.data.reading import Reading
 from dbmpi.data.source import Source
 from dbmpi.data.stream import Order
 from dbmpi.errors import UserError
+from dbmpi.formats.export import export
 from dbmpi.mpi import waiting
 from dbmpi.mpi.topology import plan
 from dbmpi.objective import Samples
@@ -210,6 +211,19 @@ def test_state_is_in_checkpoints_and_the_same_for_all_that_evaluate(comm, place)
     with Source.open(run.data.test, 100, reading=Reading(own=True)) as source:
         assert trained.evaluate(source).mean_loss == pytest.approx(loss, rel=1e-5)
     trained.free()
+    exported = place / "exported.npz"
+    if comm.rank == 0:
+        theirs.load_state_dict(
+            {name: torch.from_numpy(array) for name, array in np.load(export(result, exported)).items()}
+        )
+    waiting.barrier(comm, "the file")
+    again = describe(
+        place, run={"directory": place / "again"}, topology={"colocate": comm.size == 1}, optimizer={"epochs": 1}
+    )
+    mine = Noted(frozen=3.0)
+    train(again, comm, objective=mine, initial=exported)
+    for name, values in mine.seen[1 if comm.rank == first_worker else 0].items() if mine.seen else ():
+        np.testing.assert_array_equal(values, stored[name])
 
 
 @pytest.mark.parallel([1])
