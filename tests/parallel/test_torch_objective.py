@@ -17,6 +17,7 @@ from dbmpi.checkpoint.reader import Checkpoint
 from dbmpi.data.source import Source
 from dbmpi.data.stream import Order
 from dbmpi.errors import UserError
+from dbmpi.formats.export import export
 from dbmpi.mpi import waiting
 from dbmpi.mpi.topology import plan
 from dbmpi.objective import Samples
@@ -209,6 +210,19 @@ def test_state_is_in_checkpoints_and_the_same_for_all_that_evaluate(comm, place)
     assert result.test.mean_loss == pytest.approx(loss, rel=1e-5)
     for usual in ({"allow_code": [__file__]}, {"objective": Noted()}):
         assert dbmpi.evaluate(result, run.data.test, comm, **usual).mean_loss == pytest.approx(loss, rel=1e-5)
+    exported = place / "exported.npz"
+    if comm.rank == 0:
+        theirs.load_state_dict(
+            {name: torch.from_numpy(array) for name, array in np.load(export(result, exported)).items()}
+        )
+    waiting.barrier(comm, "the file")
+    again = describe(
+        place, run={"directory": place / "again"}, topology={"colocate": comm.size == 1}, optimizer={"epochs": 1}
+    )
+    mine = Noted(frozen=3.0)
+    train(again, comm, objective=mine, initial=exported)
+    for name, values in mine.seen[1 if comm.rank == first_worker else 0].items() if mine.seen else ():
+        np.testing.assert_array_equal(values, stored[name])
 
 
 @pytest.mark.parallel([1])

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from unit.checkpoint_files import make_info
 
+from dbmpi.checkpoint import named_arrays
 from dbmpi.checkpoint.directory import checkpoint_path
 from dbmpi.checkpoint.meaning import Meaning
+from dbmpi.checkpoint.named_state import take_state
 from dbmpi.checkpoint.writer import CheckpointWriter
 from dbmpi.cli.main import main
 from dbmpi.config import NetworkSection
@@ -17,6 +19,7 @@ from dbmpi.errors import DiskFailed, UserError
 from dbmpi.formats import onnx_graph
 from dbmpi.formats.export import export
 from dbmpi.formats.torch_names import torch_names
+from dbmpi.index.layout import Layout, Tensor
 from dbmpi.network.description import Network
 from dbmpi.replica.placement import automatic
 from dbmpi.replica.replica import Replica
@@ -126,7 +129,9 @@ def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]
     assert sorted(offset for entry in header.values() for offset in entry["data_offsets"])[-1] == len(body)
     for name, entry in header.items():
         start, stop = entry["data_offsets"]
-        arrays[name] = np.frombuffer(body[start:stop], {"F32": "<f4", "F64": "<f8"}[entry["dtype"]])
+        types = {"F32": "<f4", "F64": "<f8", "I64": "<i8", "U8": "u1"}
+        arrays[name] = np.frombuffer(body[start:stop], types[entry["dtype"]])
+        assert start % arrays[name].itemsize == 0
         arrays[name] = arrays[name].reshape(entry["shape"])
     return arrays, facts
 
@@ -142,6 +147,41 @@ def test_arrays_are_those_of_the_checkpoint(tmp_path: Path, suffix: str, names: 
         layer, _, array = name.partition("/")
         np.testing.assert_array_equal(found.pop(name if names == "dbmpi" else f"{layer}.{short[array]}"), expected)
     assert not found
+
+
+def test_the_state_of_an_objective_goes_with_its_parameters(tmp_path: Path) -> None:
+    """Into files, and from them into a new run, where a mask of booleans is one again."""
+    layout = Layout((Tensor("w", (3,)),))
+    state = {"mean": np.float32([1, 2]), "count": np.array(7), "w": np.array([0.5]), "none": np.empty((0, 2))}
+    mask, values = np.array([True, False, True]), np.float32([1, 2, 3])
+    with CheckpointWriter(tmp_path / "c.h5", layout, objective_state={"mask": mask.view(np.uint8), **state}) as writer:
+        writer.write("parameters", 0, values)
+        writer.commit(make_info())
+    expected = {
+        "w": values,
+        "mask": mask,
+        **{name if name != "w" else "objective_state/w": state[name] for name in state},
+    }
+    npz, other = (export(tmp_path / "c.h5", tmp_path / f"out.{suffix}") for suffix in ("npz", "safetensors"))
+    for found in (dict(np.load(npz)), read_safetensors(other)[0]):
+        assert found.keys() == expected.keys()
+        for name, array in expected.items():
+            np.testing.assert_array_equal(found[name], array)
+            assert found[name].dtype == (np.uint8 if name == "mask" else array.dtype)
+    now = {name: np.zeros_like(array) for name, array in {"mask": mask, **state}.items()}
+    for path in (npz, other, tmp_path / "c.h5"):
+        with named_arrays.opened(path) as stored:
+            first = take_state(layout, now, stored, str(path))
+            assert named_arrays.match(layout, stored, str(path)).keys() == {"w"}
+        assert first.keys() == now.keys()
+        for name, array in {"mask": mask, **state}.items():
+            np.testing.assert_array_equal(first[name], array)
+        for wrong, words in (
+            ({"mean": np.zeros(3)}, r"has shape \(2,\), the state"),
+            ({"mean": mask[:2]}, "is float32"),
+        ):
+            with named_arrays.opened(path) as stored, pytest.raises(UserError, match=f"'mean' {words}"):
+                take_state(layout, wrong, stored, str(path))
 
 
 def test_what_cannot_be_written_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,8 +15,9 @@ import re
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -24,7 +25,7 @@ import numpy as np
 
 from dbmpi.checkpoint.checksums import read_at
 from dbmpi.checkpoint.reader import Checkpoint
-from dbmpi.checkpoint.schema import PARAMETERS
+from dbmpi.checkpoint.schema import OBJECTIVE_STATE, PARAMETERS
 from dbmpi.errors import UserError
 from dbmpi.index.layout import Layout
 
@@ -39,6 +40,11 @@ _SHOWN = 40
 """Mistakes in one message."""
 _TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 """Of safetensors, as NumPy calls them; bfloat16 is the upper half of a float32."""
+_INTEGERS = {
+    **{f"{kind}{8 * size}": f"<{kind.lower()}{size}" for kind in "IU" for size in (1, 2, 4, 8)},
+    "BOOL": "u1",
+}
+"""Likewise; parameters cannot be of these types, but state can."""
 _PICKLED = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle", ".npy")
 _READING = (
     *(OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, AttributeError),
@@ -60,6 +66,8 @@ class StoredValues(NamedTuple):
     """Whether they are floating-point numbers that can be read."""
     read: Callable[[int, int], Iterator[np.ndarray]]
     """``read(first, last)`` yields these elements, in C order, as some parts."""
+    numbers: bool
+    """Whether they are numbers of any type, or booleans, that can be read."""
 
 
 @contextmanager
@@ -85,19 +93,37 @@ def opened(path: Path) -> Iterator[dict[str, StoredValues]]:
         )
     if path.suffix not in (".npz", ".safetensors"):
         with Checkpoint.open(path) as checkpoint:
+            state = checkpoint.state_arrays
             yield {
-                tensor.name: StoredValues(tensor.shape, "float", True, _of_checkpoint(checkpoint, tensor.name))
+                tensor.name: StoredValues(tensor.shape, "float", True, _of_checkpoint(checkpoint, tensor.name), True)
                 for tensor in checkpoint.layout.tensors
+            } | {
+                outside: _of_state(checkpoint, name)
+                for name, outside in names_outside(checkpoint.layout, state).items()
             }
         return
     with ExitStack() as stack:
-        with _damage(path):
+        with damaged_file(path):
             file = stack.enter_context(path.open("rb"))
             if path.suffix == ".npz":
                 found = _of_npz(stack.enter_context(zipfile.ZipFile(file)))
             else:
                 found = _of_safetensors(file.fileno(), path.stat().st_size)
         yield found
+
+
+def names_outside(layout: Layout, names: Iterable[str]) -> dict[str, str]:
+    """Return what arrays of an objective's state are called beside its parameters: as they are, if that is free.
+
+    Parameters
+    ----------
+    layout
+        Of the parameters.
+    names
+        Of the state.
+    """
+    taken = {tensor.name.replace("/", ".") for tensor in layout.tensors}
+    return {name: f"{OBJECTIVE_STATE}/{name}" if name.replace("/", ".") in taken else name for name in names}
 
 
 def given(arrays: Mapping[str, Any], what: str, before: str = "") -> dict[str, StoredValues]:
@@ -122,7 +148,8 @@ def given(arrays: Mapping[str, Any], what: str, before: str = "") -> dict[str, S
         array = np.asarray(value)
         if array.dtype.hasobject:
             raise UserError(f"{what}: {before + name!r} is a {type(value).__name__}; expected an array of numbers")
-        found[before + name] = StoredValues(array.shape, array.dtype.name, array.dtype.kind == "f", _of_array(array))
+        floats, numbers = array.dtype.kind == "f", array.dtype.kind in "fiub"
+        found[before + name] = StoredValues(array.shape, array.dtype.name, floats, _of_array(array), numbers)
     return found
 
 
@@ -213,7 +240,7 @@ def filler(layout: Layout, found: Mapping[str, StoredValues], source: str, other
                 continue
             position = layout.offsets[tensor.name] + first - start
             part = out[position : position + last - first]
-            with _damage(Path(source)), np.errstate(over="ignore"):
+            with damaged_file(Path(source)), np.errstate(over="ignore"):
                 done = 0
                 for values in found[tensor.name].read(first, last):
                     part[done : done + len(values)] = values
@@ -247,9 +274,15 @@ def _of_checkpoint(checkpoint: Checkpoint, name: str) -> Callable[[int, int], It
     return _in_parts(read)
 
 
+def _of_state(checkpoint: Checkpoint, name: str) -> StoredValues:
+    array = checkpoint.state_arrays[name]
+    read = _in_parts(partial(checkpoint.read_state, name))
+    return StoredValues(array.shape, array.dtype.name, array.dtype.kind == "f", read, True)
+
+
 @contextmanager
-def _damage(path: Path) -> Iterator[None]:
-    """Say that a file is damaged, whatever its reader raises."""
+def damaged_file(path: Path) -> Iterator[None]:
+    """Say that the file at a `path` is damaged, whatever its reader raises."""
     try:
         yield
     except UserError:
@@ -274,8 +307,9 @@ def _of_npz(archive: zipfile.ZipFile) -> dict[str, StoredValues]:
             except (SyntaxError, tokenize.TokenError, MemoryError) as error:  # the last if it is nested deeply
                 raise ValueError(f"{name[:80]!r} has no header that can be read") from error
             read = _member(archive, info, member.tell(), dtype, shape if in_columns else None)
-        floats = dtype.kind == "f" and dtype.itemsize <= _WIDEST
-        found[name.removesuffix(".npy")] = StoredValues(shape, dtype.name, floats, read)
+        numbers = dtype.kind in "fiub" and dtype.itemsize <= _WIDEST
+        floats = numbers and dtype.kind == "f"
+        found[name.removesuffix(".npy")] = StoredValues(shape, dtype.name, floats, read, numbers)
     return found
 
 
@@ -336,8 +370,9 @@ def _tensor(descriptor: int, begin: int, size: int, name: str, entry: dict[str, 
     """Return an array that a header of safetensors describes, once it is known to lie in the file."""
     kind, shape, (first, last) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     whole = all(type(number) is int and 0 <= number <= size for number in (*shape, first, last))
-    known = isinstance(kind, str) and kind in _TYPES
-    dtype = np.dtype(_TYPES[kind] if known else "<f4")
+    types = _TYPES | _INTEGERS
+    known = isinstance(kind, str) and kind in types
+    dtype = np.dtype(types[kind] if known else "<f4")
     if not whole or len(shape) > _MOST_AXES or begin + last > size:
         raise ValueError(f"{name[:80]!r} does not lie in the file")
     if known and last - first != math.prod(shape) * dtype.itemsize:
@@ -348,4 +383,4 @@ def _tensor(descriptor: int, begin: int, size: int, name: str, entry: dict[str, 
         read_at(descriptor, begin + first + start * dtype.itemsize, out.view(np.uint8).data)
         return (out.astype(np.uint32) << 16).view(np.float32) if kind == "BF16" else out
 
-    return StoredValues(shape, str(kind)[:20], known, _in_parts(read))
+    return StoredValues(shape, str(kind)[:20], known and kind in _TYPES, _in_parts(read), known)

@@ -12,10 +12,11 @@ from typing import Literal
 import numpy as np
 
 import dbmpi
+from dbmpi.checkpoint.named_arrays import names_outside
 from dbmpi.checkpoint.reader import Checkpoint
 from dbmpi.checkpoint.schema import PARAMETERS
 from dbmpi.errors import UserError
-from dbmpi.formats.arrays import write_npz, write_safetensors
+from dbmpi.formats.arrays import ExportedArray, write_npz, write_safetensors
 from dbmpi.formats.torch_names import torch_names
 from dbmpi.index.layout import Tensor
 from dbmpi.network.description import Network
@@ -35,6 +36,8 @@ def export(
     force: bool = False,
 ) -> Path:
     """Write the parameters, or the whole network, of a checkpoint to a file for other programs.
+
+    With the parameters goes the state of an objective, such as buffers and frozen parameters of a module of PyTorch.
 
     Parameters
     ----------
@@ -103,14 +106,20 @@ def export(
 
 
 def _write_arrays(path: Path, checkpoint: Checkpoint, names: dict[str, Tensor]) -> None:
-    """Write arrays as they are in the checkpoint."""
+    """Write arrays as they are in the checkpoint, and the state of an objective, if there is any."""
     if checkpoint.notice:
         sys.stderr.write(f"dbmpi: {checkpoint.notice}\n")
-    read = partial(_read, checkpoint)
+    arrays = {
+        name: ExportedArray(checkpoint.dtype, tensor.shape, partial(_read, checkpoint, tensor.name))
+        for name, tensor in names.items()
+    }
+    for name, outside in names_outside(checkpoint.layout, checkpoint.state_arrays).items():
+        array = checkpoint.state_arrays[name]
+        arrays[outside] = ExportedArray(array.dtype, array.shape, partial(_read_state, checkpoint, name))
     if path.suffix == ".npz":
-        write_npz(path, {name: tensor.name for name, tensor in names.items()}, read)
+        write_npz(path, arrays)
     else:
-        write_safetensors(path, names, checkpoint.dtype, read, _facts(checkpoint))
+        write_safetensors(path, arrays, _facts(checkpoint))
 
 
 def _write_onnx(path: Path, trained: TrainedNetwork, network: Network) -> None:
@@ -138,6 +147,12 @@ def _read(checkpoint: Checkpoint, name: str) -> np.ndarray:
     out = np.empty(tensor.size, checkpoint.dtype)
     checkpoint.read(PARAMETERS, checkpoint.layout.offsets[name], out)
     return out.reshape(tensor.shape)
+
+
+def _read_state(checkpoint: Checkpoint, name: str) -> np.ndarray:
+    """Return one array of an objective's state, in its shape."""
+    array = checkpoint.state_arrays[name]
+    return checkpoint.read_state(name, 0, array.size).reshape(array.shape)
 
 
 def _facts(checkpoint: Checkpoint) -> dict[str, str]:

@@ -14,6 +14,7 @@ from mpi4py import MPI
 
 from dbmpi.checkpoint import named_arrays
 from dbmpi.checkpoint.named_arrays import Fill, StoredValues
+from dbmpi.checkpoint.named_state import take_state
 from dbmpi.config import Run
 from dbmpi.errors import UserError
 from dbmpi.mpi import waiting
@@ -56,6 +57,8 @@ def first_values(
 ) -> tuple[Fill, tuple[str, ...]]:
     """Return what writes the parameters of a new run, and lines for the user on where they are from (collective).
 
+    The state of an objective that is among the arrays is restored.
+
     Parameters
     ----------
     run, arrays
@@ -84,10 +87,16 @@ def first_values(
     with together(comm, "reading the first values", seconds=waiting.LONG_SECONDS):
         stored = stack.enter_context(named_arrays.opened(path)) if path is not None else arrays
         assert stored is not None
+        stored, first = dict(stored), {}
+        if isinstance(model, OwnModel):
+            arrays_now = model.state.arrays
+            first = take_state(model.layout, arrays_now, stored, source)
+            model.state.restore(arrays_now | first)
         found = named_arrays.match(model.layout, stored, source, partly=partly)
     whole, left = len(model.layout.tensors), len(stored) - len(found)
+    state = f", and {len(first)} of state," if first else ""
     unused = f"; {left} others in it are not used" if left else ""
-    note = f"first values of {len(found)} of {whole} arrays from {source}{unused}"
+    note = f"first values of {len(found)} of {whole} arrays{state} from {source}{unused}"
     return named_arrays.filler(model.layout, found, source, model.initial), (note,)
 
 
