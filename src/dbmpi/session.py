@@ -122,6 +122,11 @@ class Session:
         return (self.model.metrics or ()) if isinstance(self.model, OwnModel) else ()
 
     @property
+    def draws(self) -> bool:
+        """Whether losses that are learned from also depend on what is drawn at random."""
+        return self.run.draws or (isinstance(self.model, OwnModel) and self.model.draws)
+
+    @property
     def shard(self) -> int | None:
         """Number of the shard that this rank is."""
         return self.plan.shard_of(self.comms.world.rank)

@@ -25,6 +25,22 @@ class Plane:
         return inputs @ parameters["slope"]["weights"] + parameters["bias"]
 
 
+class Dropping(Plane):
+    """Drops inputs at random, and notes for which steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: list[int] = []
+
+    def loss_and_gradient(self, parameters, batch):
+        self.steps.append(batch.step)
+        batch.inputs[...] *= np.random.default_rng(batch.step).random(batch.inputs.shape) < 0.9
+        return super().loss_and_gradient(parameters, batch)
+
+    def evaluate(self, parameters, batch):
+        return super().loss_and_gradient(parameters, batch)[0]
+
+
 class Softmax:
     """Classes; counts those that are right."""
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from parallel import own_objectives, tiny
-from parallel.own_objectives import Measured, Plane, Softmax, Wrong
+from parallel.own_objectives import Dropping, Measured, Plane, Softmax, Wrong
 from parallel.test_mistakes import assert_told_once
 
 import dbmpi
@@ -183,7 +183,9 @@ def test_a_checkpoint_is_evaluated_and_predicts_with_code_that_is_allowed(comm, 
         inputs, targets, *_ = source.batch(np.arange(SAMPLES))
     parameters = dbmpi.parameters(result)
     assert result.test is not None
-    for usual in ({"allow_code": [own_objectives.__file__]}, {"objective": Plane()}):
+    mine, closed = Plane(), []
+    mine.close = lambda: closed.append(True)  # type: ignore[attr-defined]
+    for usual in ({"allow_code": [own_objectives.__file__]}, {"objective": mine}):
         outcome = dbmpi.evaluate(result, str(test), comm, batch_size=7, **usual)
         rows = dbmpi.predict(run.run.directory, test, comm, batch_size=7, **usual)
         assert comm.allgather(outcome)[0] == outcome
@@ -196,6 +198,7 @@ def test_a_checkpoint_is_evaluated_and_predicts_with_code_that_is_allowed(comm, 
         if rows is not None:
             expected = inputs @ parameters["slope/weights"] + parameters["bias"]
             np.testing.assert_allclose(rows[:, 0], expected, rtol=1e-4, atol=1e-4)
+    assert len(closed) == 5
 
 
 @pytest.mark.parallel([1, 3])
@@ -218,6 +221,12 @@ def test_what_cannot_be_evaluated_or_predicted_is_refused_on_all_ranks(comm, pla
             call()
         told = [text for text in comm.allgather(str(raised.value)) if words in text]
         assert len(told) == 1, raised.value
+    last = comm.rank == comm.size - 1 > 0
+    for given in ({"batch_size": 7 + last}, {"partitions": 1 + last}):
+        if comm.size > 1:
+            with pytest.raises(UserError) as raised:
+                dbmpi.evaluate(result, test, comm, objective=Plane(), **given)
+            assert len([text for text in comm.allgather(str(raised.value)) if "different things" in text]) == 1
 
 
 MISTAKES = {
@@ -291,6 +300,21 @@ def test_a_gradient_that_is_not_finite_ends_the_run_unless_a_point_is_only_tried
 
 
 @pytest.mark.parallel([1, 3])
+def test_what_is_dropped_changes_in_batches_of_all_samples(comm, plane) -> None:
+    """As with dropout of a network; and methods that minimise one function are refused."""
+    topology, optimizer = {"shards": 1, "colocate": True}, {"method": "sandblaster", "epochs": 20}
+    sections = {"topology": topology, "optimizer": optimizer}
+    mine = Dropping()
+    result = train(describe(plane, sandblaster={"batch_iterations": 2}, **sections), comm, objective=mine)
+    assert result.steps > 4
+    per_epoch = -(-SAMPLES // 6)
+    assert len({step // per_epoch for step in mine.steps[2:]}) > 1
+    named = {"network": {"code": HERE.parent}, "objective": {"use": "parallel.own_objectives:Dropping"}}
+    run = describe(plane, sandblaster={"l1": 0.1}, run={"directory": plane / "sparse"}, **named, **sections)
+    assert_told_once(comm, run, "sandblaster.l1 = 0.1 minimises one function", "draws random numbers")
+
+
+@pytest.mark.parallel([1, 3])
 def test_a_run_begins_with_given_values(comm, plane) -> None:
     """From a dictionary, from a file, and from another run; both optimizers; and a run that resumes ignores them."""
     random = np.random.default_rng(7)
@@ -327,8 +351,15 @@ def test_a_run_begins_with_given_values(comm, plane) -> None:
 @pytest.mark.parallel([3])
 def test_ranks_that_would_begin_differently_are_refused(comm, plane) -> None:
     values = {"slope": {"weights": np.full(FEATURES, float(comm.rank == 2))}, "bias": np.zeros(())}
-    for given in (values, {} if comm.rank == 1 else None):
+    for given in (values, {} if comm.rank == 1 else None, plane / f"{comm.rank == 1}.npz"):
         with pytest.raises(UserError) as raised:
             train(describe(plane), comm, objective=Plane(), initial=given)
         told = [text for text in comm.allgather(str(raised.value)) if "the arrays differ" in text]
         assert len(told) == 1, raised.value
+    mine = Plane(scale=0.1 + comm.rank // 2)
+    with pytest.raises(UserError) as raised:
+        train(describe(plane), comm, objective=mine)
+    told = [text for text in comm.allgather(str(raised.value)) if "first values of 'slope/weights' differ" in text]
+    assert len(told) == 1, raised.value
+    values = mine.initial(0) | {"slope": {"weights": np.zeros(FEATURES)}}
+    train(describe(plane, optimizer={"epochs": 1}), comm, objective=mine, initial=values)

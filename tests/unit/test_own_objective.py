@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from unit.checkpoint_files import make_info
 
+from dbmpi.checkpoint.reader import Checkpoint
+from dbmpi.checkpoint.writer import CheckpointWriter
 from dbmpi.cli.main import main
 from dbmpi.errors import RunFailed, UserError
 from dbmpi.objective import Samples
 from dbmpi.replica.own_objective import OwnModel, OwnReplica, try_objective
+from dbmpi.runs.trained_network import load_state
 
 NAMES = st.sampled_from(["a", "b", "weights", "0.bias", "x-1"])
 ARRAYS = st.lists(st.integers(1, 3), max_size=3).map(tuple)
@@ -118,7 +123,11 @@ def test_gradients_may_come_one_by_one_in_any_order(order, in_place, steps_befor
     replica.loss_and_gradient(whole, batch(), lambda number: memory[: len(parts[number])], leave)
     assert list(found) == [3, 2, 1, 0]
     np.testing.assert_array_equal(np.concatenate([found[number] for number in range(4)]), 2 * whole)
-    assert replica.evaluate(whole, batch()).loss == 0.75
+    for_once = whole.copy()
+    assert replica.evaluate(for_once, batch()).loss == 0.75
+    gone = weakref.ref(for_once)
+    del for_once
+    assert gone() is None, "kept after an evaluation"
 
 
 def test_a_gradient_in_place_is_where_it_is_pushed_from():
@@ -173,7 +182,7 @@ def test_gradients_that_do_not_fit(given_, error, message):
         replica.loss_and_gradient(np.zeros(4, np.float32), batch(), np.empty(4, np.float32))
 
 
-def test_state_is_kept_byte_by_byte_and_compared():
+def test_state_is_kept_byte_by_byte_and_compared(tmp_path):
     class Stateful(Twice):
         state = {"mean": np.arange(3.0), "inner": {"seen": np.array(7), "mask": np.array([True, False])}}  # noqa: RUF012
 
@@ -195,12 +204,25 @@ def test_state_is_kept_byte_by_byte_and_compared():
         "inner/seen": ("int64", 8),
         "inner/mask": ("uint8", [1, 0]),
     }
-    model.state.load(stored | {"mean": np.full(3, 5.0)}, "file")
+
+    def load(changed, of=model.state):
+        with CheckpointWriter(tmp_path / "it.h5", model.layout, objective_state=changed) as writer:
+            writer.write("parameters", 0, np.zeros(2, np.float32))
+            writer.commit(make_info())
+        with Checkpoint.open(tmp_path / "it.h5") as checkpoint:
+            return load_state(of, checkpoint)
+
+    assert load(stored | {"mean": np.full(3, 5.0)}) == ""
     assert model.state.arrays["mean"].tolist() == [5, 5, 5]
     with pytest.raises(UserError, match="'mean' is float64 of shape \\(4,\\) in the file and float64 of shape"):
-        model.state.load(stored | {"mean": np.zeros(4)}, "file")
+        load(stored | {"mean": np.zeros(4)})
     with pytest.raises(UserError, match="'other' is float64 of shape \\(1,\\) in the file and absent"):
-        model.state.load(stored | {"other": np.zeros(1)}, "file")
+        load(stored | {"other": np.zeros(1)})
+    without = OwnModel(Twice({"a": np.zeros(2)}), 1, "it").state
+    with pytest.raises(UserError, match="'mean' is float64 of shape \\(3,\\) in the file and absent"):
+        load(stored, of=without)
+    assert "has no state of the objective, which begins with its first values" in load({})
+    assert load({}, of=without) == ""
     model.state.arrays["mean"].flags.writeable = False
     with pytest.raises(UserError, match="'mean' is read-only"):
         OwnModel(Stateful({"a": np.zeros(2)}), 1, "it")

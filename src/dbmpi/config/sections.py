@@ -183,6 +183,12 @@ class SandblasterSection(Section):
         """Whether the batch method is the user's own."""
         return self.algorithm not in ALGORITHMS
 
+    @property
+    def one_function(self) -> str:
+        """The setting for which losses may not be drawn at random; empty if there is none."""
+        which = f"algorithm = {self.algorithm!r}" if self.own else f"l1 = {self.l1:g}"
+        return f"sandblaster.{which}" if self.own or self.l1 else ""
+
 
 class ServerSection(Section):
     """How gradients travel to the shards."""
@@ -335,12 +341,11 @@ class Run(Section):
                 f"sandblaster.algorithm = {sandblaster.algorithm!r} goes with batches of all samples only: set "
                 "sandblaster.batch_portions = 0"
             )
-        if self.optimizer.method == "sandblaster" and self.draws and (sandblaster.own or sandblaster.l1):
-            which = f"algorithm = {sandblaster.algorithm!r}" if sandblaster.own else f"l1 = {sandblaster.l1:g}"
+        if self.optimizer.method == "sandblaster" and self.draws and sandblaster.one_function:
             drawn = "dropout makes another one with each mask: leave the dropout layers away"
             if self.data.transform is not None:
                 drawn = "data.transform makes another one in each epoch: leave it out"
-            raise ValueError(f"sandblaster.{which} minimises one function, and {drawn}, or take another method")
+            raise ValueError(f"{sandblaster.one_function} minimises one function, and {drawn}, or take another method")
         if self.optimizer.method == "sandblaster" and self.optimizer.warmstart:
             raise ValueError(
                 "optimizer.warmstart is for the method 'downpour'; to begin Sandblaster from parameters that Downpour "

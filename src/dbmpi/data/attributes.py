@@ -51,7 +51,7 @@ def declared(path: Path, inputs: h5py.Dataset, targets: h5py.Dataset | None) -> 
 
 
 def elements(inputs: Any) -> str:
-    """Return what the elements of a dataset or an array are called: ``bytes`` if they have one scale for all files.
+    """Return what the elements of `inputs` are called, a dataset or an array: ``bytes`` if all files have one scale.
 
     Where they are packed, each file has its own.
     """

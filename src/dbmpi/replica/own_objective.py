@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,6 +22,8 @@ from dbmpi.replica.own_gradients import DTYPE, OwnGradients
 from dbmpi.replica.own_state import OwnState
 
 _VECTORS = 2
+_ROUNDING = 1e-3
+"""Two computations of the same differ by less."""
 
 
 class OwnModel:
@@ -51,6 +54,8 @@ class OwnModel:
     outputs = 0
     metrics: tuple[str, ...] | None = None
     """Names of what the objective's ``metrics`` returns; None before they are known."""
+    draws = False
+    """Whether its loss of the same samples differs from step to step, as with dropout; known where that matters."""
 
     def __init__(self, objective: OwnObjective, seed: int, called: str) -> None:
         self.objective, self.called = objective, called
@@ -71,6 +76,11 @@ class OwnModel:
         for tensor, first, last in self.layout.pieces(start, start + out.size):
             position = self.layout.offsets[tensor.name] + first - start
             out[position : position + last - first] = arrays[tensor.name].reshape(-1)[first:last]
+
+    def digests(self) -> list[tuple[str, int]]:
+        """Return the name of each array and a number that follows from its first values."""
+        arrays = self._first().items()
+        return [(name, zlib.crc32(np.ascontiguousarray(single(values)).data)) for name, values in arrays]
 
     def named(self, vector: np.ndarray) -> NamedArrays:
         """Return the arrays that a flat `vector` (size,) holds, as the user nests them: views that are read only."""
@@ -183,11 +193,21 @@ class OwnReplica(Objective[Samples]):
         RunFailed
             If the gradient is not finite where the loss is, except where points are tried.
         """
-        named, gradients = self._named(parameters), self._gradients
-        samples = batch._replace(step=step)
+        return self._learned(self._named(parameters), batch._replace(step=step), gradient, on_gradient, add=add)
+
+    def _learned(
+        self,
+        named: NamedArrays,
+        samples: Samples,
+        gradient: Gradient,
+        on_gradient: Callable[[int], None] | None = None,
+        *,
+        add: bool = False,
+    ) -> Outcome:
+        gradients = self._gradients
         gradients.begin(gradient, on_gradient, add=add)
         if self._write_gradient is not None:
-            outcome = self._outcome(self._write_gradient(named, samples, gradients), batch.samples, "write_gradient")
+            outcome = self._outcome(self._write_gradient(named, samples, gradients), samples.samples, "write_gradient")
         else:
             found = self._model.objective.loss_and_gradient(named, samples)
             if not isinstance(found, tuple) or len(found) != 2:
@@ -195,7 +215,7 @@ class OwnReplica(Objective[Samples]):
                     f"{self._model.called}: loss_and_gradient returned {shown(found)}; expected two things, the mean "
                     "loss of the batch and a dictionary of gradients"
                 )
-            outcome = self._outcome(found[0], batch.samples, "loss_and_gradient")
+            outcome = self._outcome(found[0], samples.samples, "loss_and_gradient")
             arrays = self._arrays(found[1])
             for name in reversed(self._model.shapes):
                 gradients.ready(name, arrays[name])
@@ -220,7 +240,8 @@ class OwnReplica(Objective[Samples]):
         if self._write_gradient is not None:
             if self._unused.size != self.size:
                 self._unused = aligned_empty(self.size, DTYPE)
-            return self.loss_and_gradient(parameters, batch, self._unused)
+            # The vector may be gone after this call, so that its views must not be kept.
+            return self._learned(self._model.named(parameters), batch._replace(step=0), self._unused)
         found = self._model.objective.loss_and_gradient(self._model.named(parameters), batch)
         return self._outcome(found[0], batch.samples, "loss_and_gradient")
 
@@ -314,12 +335,28 @@ class OwnReplica(Objective[Samples]):
         return known[1]
 
 
-def try_objective(model: OwnModel, batch: Samples, held_out: Samples | None = None) -> bool:
+def try_objective(
+    model: OwnModel, batch: Samples, held_out: Samples | None = None, again: Samples | None = None
+) -> bool:
     """Compute one gradient of a `model`, so that mistakes show before anything is learned.
 
-    It raises as `OwnReplica` does.  `batch` are some samples, and `held_out` some that are not learned from, if there
-    are any; the names of the metrics are known afterwards.  Returns whether learning changes the model's state, which
-    is then as before.
+    It raises as `OwnReplica` does.
+
+    Parameters
+    ----------
+    model
+        Whose metrics are known afterwards.
+    batch
+        Some samples.
+    held_out
+        Some that are not learned from, if there are any.
+    again
+        The samples of `batch` in other arrays, for another step: whether losses are drawn at random is then known, too.
+
+    Returns
+    -------
+    bool
+        Whether learning changes the model's state, which is then as before.
     """
     parameters, gradient = aligned_empty(model.layout.size), aligned_empty(model.layout.size)
     model.initial(0, parameters)
@@ -328,6 +365,12 @@ def try_objective(model: OwnModel, batch: Samples, held_out: Samples | None = No
         with calling("the objective", "it is tried on the first batch"), model.state.unchanged():
             outcome = replica.loss_and_gradient(parameters, batch, gradient)
             changed = not np.array_equal(before, model.state.pack())
+            if again is not None and not changed:
+                other = np.empty_like(gradient)
+                loss = replica.loss_and_gradient(parameters, again, other, step=1).loss
+                # Where the loss does not follow from what is dropped at the first values, the gradient does.
+                apart = float(np.abs(other - gradient).max()) > _ROUNDING * float(np.abs(gradient).max())
+                model.draws = apart or not math.isclose(loss, outcome.loss, rel_tol=_ROUNDING)
     except RunFailed as error:
         raise UserError(str(error)) from error
     if held_out is not None and hasattr(model.objective, "metrics"):

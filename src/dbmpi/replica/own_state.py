@@ -101,23 +101,18 @@ class OwnState:
         for name, array in self.arrays.items():
             np.copyto(array, values[name], casting="unsafe")  # booleans come as uint8
 
-    def load(self, values: Mapping[str, np.ndarray], path: str) -> None:
-        """Write what a checkpoint has into the user's arrays.
+    def expect(self, stored: Mapping[str, Any], path: str) -> None:
+        """Raise UserError unless the arrays of a checkpoint are those of this objective.
 
         Parameters
         ----------
-        values
-            By name; booleans as uint8.
+        stored
+            By name, with a dtype, uint8 for booleans, and a shape; their values are not looked at.
         path
             Of the checkpoint, for messages.
-
-        Raises
-        ------
-        UserError
-            If they are not those of this objective.
         """
-        for name in self._kinds | dict(values):
-            array, kind = values.get(name), self._kinds.get(name)
+        for name in self._kinds | dict(stored):
+            array, kind = stored.get(name), self._kinds.get(name)
             here = "absent" if array is None else f"{array.dtype} of shape {array.shape}"
             there = "absent" if kind is None else f"{_stored(kind[0])} of shape {kind[1]}"
             if here != there:
@@ -125,7 +120,6 @@ class OwnState:
                     f"{path}: a checkpoint of another objective: the state {name!r} is {here} in the file and {there} "
                     "in the objective"
                 )
-        self.restore(values)
 
     def broadcast(self, comm: MPI.Intracomm, root: int) -> None:
         """Let all ranks of `comm` have the state of the rank `root` (collective)."""

@@ -24,6 +24,9 @@ TOLERANCE = 2e-2
 """Relative difference up to which a gradient fits, for one of the steps."""
 _SMALL = 0.03
 """Elements smaller than this fraction of their array's largest are compared with that: float32 losses say no more."""
+_NOTHING = 1e-6
+"""Arrays whose gradient is smaller than this fraction of the largest one are compared with that: it may be 0, as of a
+bias below a batch normalisation, and computed as what rounding leaves."""
 _AWAY = 0.05
 """Standard deviation of what is added to the first values: zeros are a special point of many losses."""
 
@@ -66,7 +69,7 @@ def check_gradient(run: Run) -> Iterator[Finding]:
             mine = gradient[part.start : part.stop]
             others = random.integers(0, mine.size, ELEMENTS - 1)
             chosen = np.unique([np.abs(mine).argmax(), *others])
-            scale = np.abs(mine).max()
+            scale = max(np.abs(mine).max(), _NOTHING * np.abs(gradient).max())
             worst, slope, where = max(
                 (*_difference(replica, batch, point, part.start + one, float(mine[one]), scale), one)
                 for one in chosen.tolist()

@@ -73,11 +73,15 @@ def first_values(
     Raises
     ------
     UserError
-        On every rank, if names or shapes do not fit, values are not finite, or arrays differ between ranks.
+        On every rank, if names or shapes do not fit, values are not finite, or arrays, or the first values of an
+        objective that are used, differ between ranks.
     """
-    _check_same(arrays, comm)
+    _check_same(run, arrays, comm)
     path, partly = run.run.initial, run.run.initial_names == "some"
-    if arrays is None and path is None:
+    given = arrays is not None or path is not None
+    if isinstance(model, OwnModel) and (partly or not given):
+        _check_objective(model, comm)
+    if not given:
         return model.initial, ()
     source = _IN_PYTHON if path is None else str(path)
     with together(comm, "reading the first values", seconds=waiting.LONG_SECONDS):
@@ -96,17 +100,34 @@ def first_values(
     return named_arrays.filler(model.layout, found, source, model.initial), (note,)
 
 
-def _check_same(arrays: Mapping[str, StoredValues] | None, comm: MPI.Intracomm) -> None:
-    """Refuse arrays that are not those of the first rank (collective)."""
-    mine = ""
-    if arrays is not None:
-        digests = ((name, each.shape, _digest(each)) for name, each in sorted(arrays.items()))
-        mine = json.dumps([[name, shape, digest] for name, shape, digest in digests])
+def _check_same(run: Run, arrays: Mapping[str, StoredValues] | None, comm: MPI.Intracomm) -> None:
+    """Refuse a file or arrays that are not those of the first rank (collective)."""
+    digests = [[name, each.shape, _digest(each)] for name, each in sorted((arrays or {}).items())]
+    mine = json.dumps([str(run.run.initial), run.run.initial_names, arrays is None, digests])
     first = waiting.broadcast_text(comm, mine, 0, "the first values")
     with together(comm, "comparing the first values", seconds=waiting.LONG_SECONDS):
         if mine != first:
             raise UserError(
-                f"{_IN_PYTHON}: the arrays differ between rank {comm.rank} and rank 0; give all ranks the same"
+                f"{_IN_PYTHON}: the arrays differ between rank {comm.rank} and rank 0, or the file that is named; give "
+                "all ranks the same"
+            )
+
+
+def _check_objective(model: OwnModel, comm: MPI.Intracomm) -> None:
+    """Refuse first values of an objective that are not those of the first rank (collective)."""
+    if comm.size == 1:
+        return
+    mine: list[tuple[str, int]] = []
+    with together(comm, "computing the first values", seconds=waiting.LONG_SECONDS):
+        mine = model.digests()
+    first = waiting.broadcast_text(comm, json.dumps(mine), 0, "the first values")
+    with together(comm, "comparing the first values"):
+        differ = [name for (name, digest), (_, other) in zip(mine, json.loads(first), strict=True) if digest != other]
+        if differ:
+            raise UserError(
+                f"{model.called}: the first values of {differ[0]!r} differ between rank {comm.rank} and rank 0; draw "
+                "them from a seed (for PyTorch call torch.manual_seed before the module is made), or give all ranks "
+                "the same, e.g. by load_state_dict if it was trained before"
             )
 
 

@@ -231,9 +231,13 @@ def _ready(
             for name, number in (("batch_size", batch_size), ("partitions", 1 if partitions is None else partitions)):
                 if not isinstance(number, int | np.integer) or number < 1:
                     raise UserError(f"{name}: given {number!r:.80}; expected a whole number of at least 1")
+            kind = "a file" if in_file else "a function" if is_function(data) else "arrays"
+        given = f"{_CALLED} is {kind}, batch_size {batch_size}, partitions {partitions}"
+        first = waiting.broadcast_text(comm, given, 0, "what the first rank was given")
+        with world.together(comm, "comparing what is given"):
+            if given != first:
+                raise UserError(f"ranks were given different things: {given} on rank {comm.rank}; {first} on rank 0")
         network = stack.enter_context(Inference(path, comm, partitions, code, batch_size, objective=objective))
-        kind = "a file" if in_file else "a function" if is_function(data) else "given"
-        network.same(kind, f"{_CALLED}: called with a file, a function or arrays, differently on different ranks")
         if in_file:
             yield network, stack.enter_context(opened(network, Path(data), targets=targets))
             return

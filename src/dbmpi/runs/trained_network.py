@@ -23,6 +23,7 @@ from dbmpi.network.losses import Targets
 from dbmpi.network.own import from_files, make_objective
 from dbmpi.objective import OwnObjective
 from dbmpi.replica.own_objective import OwnModel
+from dbmpi.replica.own_state import OwnState
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class TrainedNetwork:
 
     checkpoint: Checkpoint
     notice: str
-    """Empty, or why this checkpoint was taken instead of the latest one."""
+    """Empty, or why this checkpoint was taken instead of the latest one, and what it lacks."""
     info: CheckpointInfo
     section: NetworkSection
     placement: PlacementSection
@@ -134,7 +135,7 @@ def load(path: Path, code: Sequence[Path] = (), objective: OwnObjective | None =
     """
     checkpoint = Checkpoint.open(path)
     try:
-        info = checkpoint.info
+        info, notice = checkpoint.info, checkpoint.notice
         section, placement, described = _sections(checkpoint.path, info.configuration)
         # The seed is only for initial weights.
         targets: Targets = "classes" if info.classes else "values"
@@ -149,8 +150,8 @@ def load(path: Path, code: Sequence[Path] = (), objective: OwnObjective | None =
         else:
             network = Network(section, info.input_shape, 0, targets=targets, load=from_files(code))
         checkpoint.expect(network.layout, what="network" if described is None else "objective")
-        if isinstance(network, OwnModel) and (state := checkpoint.objective_state()):
-            network.state.load(state, str(checkpoint.path))
+        if isinstance(network, OwnModel) and (lacking := load_state(network.state, checkpoint)):
+            notice = f"{notice}; {lacking}" if notice else lacking
         if isinstance(network, Network) and info.classes > network.outputs:
             raise Damaged(
                 f"{checkpoint.path}: /run/classes is {info.classes}, expected at most the {network.outputs} outputs of "
@@ -159,7 +160,22 @@ def load(path: Path, code: Sequence[Path] = (), objective: OwnObjective | None =
     except BaseException:
         checkpoint.close()
         raise
-    return TrainedNetwork(checkpoint, checkpoint.notice, info, section, placement, network)
+    return TrainedNetwork(checkpoint, notice, info, section, placement, network)
+
+
+def load_state(state: OwnState, checkpoint: Checkpoint) -> str:
+    """Let the `state` of an objective be that of its `checkpoint`; return a line for the user where that has none.
+
+    Raises
+    ------
+    UserError
+        If the arrays in the file are not those of the objective; they are not read then.
+    """
+    if state.nbytes and not checkpoint.state_arrays:
+        return f"{checkpoint.path}: has no state of the objective, which begins with its first values"
+    state.expect(checkpoint.state_arrays, str(checkpoint.path))
+    state.restore(checkpoint.objective_state())
+    return ""
 
 
 def _sections(path: Path, configuration: str) -> tuple[NetworkSection, PlacementSection, ObjectiveSection | None]:

@@ -52,6 +52,7 @@ from dbmpi.result import FilePath, Result
 from dbmpi.runs import start as runs_start
 from dbmpi.runs.initial import first_values, with_initial
 from dbmpi.runs.supplied import compare, complete
+from dbmpi.runs.trained_network import load_state
 from dbmpi.sandblaster import run as sandblaster_run
 from dbmpi.session import DTYPE, Session, StartingPoint
 
@@ -294,15 +295,22 @@ def _own_replica(
             held_out = None
             if data.test is not None:
                 held_out = data.test.batch(np.arange(min(run.optimizer.batch_size, data.test.samples)))
-            changed = try_objective(model, batches.batch(0), held_out)
+            changed = try_objective(model, batches.batch(0), held_out, batches.batch(0) if sandblaster else None)
             if changed and sandblaster:
                 raise UserError(
                     f"{model.called}: learning changes its state, and with Sandblaster the loss has to follow from the "
                     "parameters alone; keep the state constant (a BatchNorm of PyTorch: give it "
                     'track_running_stats=False), or use optimizer.method = "downpour"'
                 )
-    names = waiting.broadcast_text(comm, json.dumps(model.metrics or ()), plan.worker_ranks[0], "the metrics")
-    model.metrics = tuple(json.loads(names))
+            if model.draws and run.sandblaster.one_function:
+                raise UserError(
+                    f"{run.sandblaster.one_function} minimises one function, and {model.called} draws random "
+                    "numbers: its loss of the same samples differs from step to step; leave dropout away, or take "
+                    "another method"
+                )
+    found = json.dumps([model.metrics or (), model.draws])
+    names, model.draws = json.loads(waiting.broadcast_text(comm, found, plan.worker_ranks[0], "the metrics"))
+    model.metrics = tuple(names)
     return None if batches is None else OwnReplica(model, tries=sandblaster)
 
 
@@ -310,19 +318,14 @@ def _begin_state(
     state: OwnState, begin: StartingPoint, checkpoint: Path | None, comm: MPI.Intracomm, first: int
 ) -> StartingPoint:
     """Let the state of an objective be that of the checkpoint, or of the `first` worker, on all ranks (collective)."""
-    found: dict[str, np.ndarray] = {}
+    notice = ""
     with together(comm, "reading the state of the objective", seconds=waiting.LONG_SECONDS):
-        if checkpoint is not None and state.nbytes:
+        if checkpoint is not None:
             with Checkpoint.open(checkpoint) as opened:
-                found = opened.objective_state()
-            if found:
-                state.load(found, str(checkpoint))
-                return begin
-    state.broadcast(comm, first)
-    if checkpoint is None or not state.nbytes:
-        return begin
-    notice = f"{checkpoint}: has no state of the objective, which begins with its first values"
-    return replace(begin, notices=(*begin.notices, notice))
+                notice = load_state(state, opened)
+    if checkpoint is None or notice:
+        state.broadcast(comm, first)
+    return replace(begin, notices=(*begin.notices, notice)) if notice else begin
 
 
 def _order(run: Run, data: RunData, comm: MPI.Intracomm) -> Order:

@@ -87,7 +87,7 @@ class Coordinator:
         self._total = round(session.order.samples * session.run.optimizer.epochs)
         self._method = method
         self._callbacks, self._asked = session.callbacks, False
-        self._sampling = sampling(self._settings, session.order, session.run.draws)
+        self._sampling = sampling(self._settings, session.order, session.draws)
         self._left = session.begin.stream.total - session.begin.stream.frontier
         self._counted = 0, 0
         """Portions and samples that had counted after the last iteration."""

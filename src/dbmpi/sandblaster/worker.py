@@ -109,8 +109,8 @@ class BatchWorker:
         stretches = setup.stretches[partition]
         shards = ShardMap(window=window, memories=setup.memories, ranks=plan.shard_ranks, ranges=setup.ranges)
         client = Client(shards, number, stretches=stretches, serve=self._serve)
-        # Batches of all samples are the same portions in every pass.
-        again = not run.sandblaster.batch_portions
+        # Batches of all samples are the same portions in every pass, unless each is drawn anew after some.
+        again = not (run.sandblaster.batch_portions or run.draws)
         work = PortionWork(
             session.replica,
             client,

@@ -3,8 +3,13 @@
 It needs the extra ``dbmpi[torch]``.
 """
 
+import os
+
 from dbmpi.mpi.load import load
 
+# Autograd allocates gradients anew in every step, and new pages take longer to fill than to compute with.  Huge pages,
+# which NumPy requests for large arrays, are fewer.  PyTorch reads this when it first allocates memory.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 try:
     import torch  # noqa: F401 - to say what is missing
 except ImportError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,7 +62,9 @@ class ModuleObjective:
     Parameters
     ----------
     module : torch.nn.Module
-        On the CPU, its parameters of float32.  Learning begins at the values that it has.
+        On the CPU, its parameters of float32.  Learning begins at the values that it has.  It is called with the
+        inputs (samples, ...): float32, uint8, or other integers as int64; of several inputs, with each as the argument
+        of its name.
     loss : callable
         ``loss(outputs, targets)`` returns the mean loss of the batch, e.g. ``torch.nn.functional.cross_entropy``; with
         ``data.weights`` it is called with the weights as a third argument.  Targets are int64 (samples,) for classes,
@@ -105,9 +108,10 @@ class ModuleObjective:
                 )
         for name, one in self._trained.items():
             one.register_post_accumulate_grad_hook(partial(self._hand_over, name))
+        self._dtype = torch.float32
         self._gradients: Gradients | None = None
         self._left: dict[str, None] = {}
-        process.prepare()
+        process.limit_threads()
 
     @property
     def parameters(self) -> NamedArrays:
@@ -157,11 +161,11 @@ class ModuleObjective:
         outputs = self._outputs(parameters, batch.inputs)
         with torch.no_grad():
             loss = float(self._mean_loss(outputs, batch))
-            if batch.targets.dtype.kind != "i" or outputs.ndim != 2:
+            if batch.targets.dtype.kind != "i" or batch.targets.ndim != 1 or outputs.ndim != 2:
                 return loss
-            return loss, int((outputs.argmax(dim=1) == _tensor(batch.targets)).sum())
+            return loss, int((outputs.argmax(dim=1) == self._tensor(batch.targets)).sum())
 
-    def predict(self, parameters: NamedArrays, inputs: np.ndarray) -> np.ndarray:
+    def predict(self, parameters: NamedArrays, inputs: Any) -> np.ndarray:
         """Return the module's outputs at the `parameters` for some `inputs`, (samples, ...)."""
         outputs: np.ndarray = self._outputs(parameters, inputs).numpy()
         return outputs
@@ -173,24 +177,41 @@ class ModuleObjective:
         torch.manual_seed(batch.step)
         for one in self._trained.values():
             one.grad = None
-        loss = self._mean_loss(self.module(_tensor(batch.inputs)), batch)
+        loss = self._mean_loss(self._call(batch.inputs), batch)
         loss.backward()
         return float(loss.detach())
 
-    def _outputs(self, parameters: NamedArrays, inputs: np.ndarray) -> torch.Tensor:
+    def _outputs(self, parameters: NamedArrays, inputs: Any) -> torch.Tensor:
         """Return the outputs without dropout and the like."""
         self._move_to(parameters)
         self.module.train(False)
         with torch.no_grad():
-            return self.module(_tensor(inputs))
+            return self._call(inputs)
+
+    def _call(self, inputs: Any) -> torch.Tensor:
+        """Return the module's outputs; of several inputs, each is the argument of its name."""
+        if isinstance(inputs, dict):
+            return self.module(**{name: self._tensor(array) for name, array in inputs.items()})
+        return self.module(self._tensor(inputs))
 
     def _mean_loss(self, outputs: torch.Tensor, batch: Samples) -> torch.Tensor:
-        weights = () if batch.weights is None else (_tensor(batch.weights),)
-        targets = _tensor(batch.targets)
-        return self._loss(outputs, targets.long() if targets.dtype == torch.int32 else targets, *weights)
+        weights = () if batch.weights is None else (self._tensor(batch.weights),)
+        return self._loss(outputs, self._tensor(batch.targets), *weights)
+
+    def _tensor(self, array: np.ndarray) -> torch.Tensor:
+        """Return an array as a module takes it: floats as the parameters are, and indices as int64."""
+        if array.dtype.kind in "iu" and array.dtype != np.uint8:
+            return torch.from_numpy(array.astype(np.int64))
+        tensor = torch.from_numpy(np.ascontiguousarray(array))
+        return tensor.to(self._dtype) if tensor.is_floating_point() else tensor
 
     def _move_to(self, parameters: NamedArrays) -> None:
         """Let the module's parameters be views of other arrays, where they are not yet."""
+        double = parameters[next(iter(self._trained))].dtype == np.float64
+        dtype = torch.float64 if double else torch.float32  # a check of the gradient computes in double precision
+        if dtype != self._dtype:
+            self.module.to(dtype)
+            self._dtype = dtype
         moved = [
             (one, parameters[name])
             for name, one in self._trained.items()
@@ -214,10 +235,6 @@ class ModuleObjective:
         del self._left[name]
         self._gradients.ready(name, _gradient(parameter))
         parameter.grad = None
-
-
-def _tensor(array: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array))
 
 
 def _gradient(parameter: torch.Tensor) -> np.ndarray:

@@ -131,7 +131,7 @@ class Downpour(torch.optim.Optimizer):  # type: ignore[misc]
             )
         self._n_push, self._n_fetch, self._steps, self._samples = n_push, n_fetch, 0, 0
         self._trained = _trained(self.param_groups)
-        process.prepare()
+        process.limit_threads()
         arrays = {name: parameter.detach().numpy() for name, parameter in self._trained.items()}
         settings |= {"shards": shards, "colocate": colocate, "server": server, "clip_norm": clip_norm, "resume": resume}
         self._server = ParameterServer(comm, arrays, rule, **settings)
