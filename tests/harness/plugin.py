@@ -29,7 +29,7 @@ import pytest
 from harness import rank, supervisor, watchdog
 from harness.environment import rank_by_environment
 from harness.launching import Launch
-from harness.selection import HALVES, half, quick, sizes_of
+from harness.selection import quick, sizes_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,8 +41,6 @@ _RANK = pytest.StashKey[rank.RankSession]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help="run a cross-section of the tests, in two minutes or less")
-    text = "run the even or the odd half of each test's rank counts, for a session on each of two MPIs"
-    parser.addoption("--half", choices=HALVES, help=text)
 
 
 @pytest.hookimpl(tryfirst=True)  # the terminal and the temporary directories find what a rank prepares for them
@@ -66,8 +64,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.option.quick or config.option.half:
-        kept = quick(items) if config.option.quick else half(items, config.option.half)
+    if config.option.quick:
+        kept = quick(items)
         config.hook.pytest_deselected(items=[item for item in items if item not in kept])
         items[:] = kept
 

@@ -9,8 +9,6 @@ import pytest
 from harness.environment import timeout_scale
 
 DEFAULT_SECONDS = 60.0
-HALVES = ("even", "odd")
-"""Names of the two halves into which all rank counts can be dealt."""
 QUICK_RANKS = (2, 3)
 """Rank counts of a quick session, which starts the launcher once for each."""
 
@@ -46,25 +44,6 @@ def seconds_of(item: pytest.Item) -> float:
         if marker is not None:
             seconds = marker.kwargs.get("timeout", marker.args[0] if name == "timeout" and marker.args else seconds)
     return float(seconds) * timeout_scale()
-
-
-def half(items: Sequence[pytest.Item], name: str) -> list[pytest.Item]:
-    """Return what a session runs on one MPI where another session runs the rest on a second one.
-
-    A test's rank counts, without 1, are dealt in turn to the halves ``even`` and ``odd``; where there is a single one,
-    both have it.  One rank, and what runs without ranks, is for the even half.
-    """
-    sizes: dict[str, set[int]] = {}
-    for item in items:
-        sizes.setdefault(item.nodeid.partition("[")[0], set()).add(size_of(item) or 1)
-
-    def wanted(item: pytest.Item) -> bool:
-        size = size_of(item) or 1
-        several = sorted(sizes[item.nodeid.partition("[")[0]] - {1})
-        even = size == 1 or size in several[::2]
-        return even if name == "even" else size > 1 and (not even or len(several) == 1)
-
-    return [item for item in items if wanted(item)]
 
 
 def quick(items: Sequence[pytest.Item]) -> list[pytest.Item]:

@@ -387,28 +387,6 @@ def test_job(variant): pass
     assert "10 deselected" in session.done.stdout
 
 
-@pytest.mark.parametrize(
-    ("half", "expected"),
-    [
-        ("even", {"test_many[n1]", "test_many[n2]", "test_many[n4]", "test_single[n3]", "test_serial"}),
-        ("odd", {"test_many[n3]", "test_many[n6]", "test_single[n3]"}),
-    ],
-)
-def test_two_sessions_share_the_rank_counts(nested, half, expected):
-    source = """
-@pytest.mark.parallel([1, 2, 3, 4, 6])
-def test_many(comm): pass
-
-@pytest.mark.parallel([1, 3])
-def test_single(comm): pass
-
-def test_serial(): pass
-"""
-    session = nested("import pytest\n" + source, "--half", half, "--collect-only", "-q")
-    chosen = {line.partition("::")[2] for line in session.done.stdout.splitlines() if "::" in line}
-    assert chosen == expected | ({"test_single[n1]"} if half == "even" else set()), session.done.transcript
-
-
 @pytest.mark.parametrize(("chosen", "code"), [("passes", 0), ("unit", 1), ("parallel", 1), ("nothing", 5)], ids=str)
 def test_three_sessions_have_one_outcome(launch, tmp_path, chosen, code):
     for folder in ("parallel", "unit", "harness", "failure", "cluster", "families"):
