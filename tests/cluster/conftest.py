@@ -96,7 +96,7 @@ def hosts(scripts: Path) -> Iterator[list[str]]:
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with the digits and their configuration, as a user would have it."""
-    pytest.importorskip("sklearn")
+    pytest.importorskip("sklearn", reason="its digits are the data")
     directory = tmp_path_factory.mktemp("digits")
     subprocess.run(
         [sys.executable, "-m", "dbmpi", "data", "import", "digits", "--out", str(directory / "data")],

@@ -59,7 +59,7 @@ def test_the_conductivity_is_recovered(comm, shared_path) -> None:
 @pytest.mark.parametrize(("example", "extra"), [("torch-cnn", "torch"), ("jax-digits", "jax")])
 def test_networks_of_other_frameworks_learn(comm, shared_path, example, extra) -> None:
     pytest.importorskip(extra, reason=f"the extra dbmpi[{extra}] is not installed")
-    pytest.importorskip("sklearn")
+    pytest.importorskip("sklearn", reason="its digits are the data")
     if comm.rank == 0:
         import_digits(shared_path / "data")
     waiting.barrier(comm, "the data")

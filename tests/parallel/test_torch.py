@@ -310,7 +310,7 @@ def test_workers_with_different_modules_are_refused(comm):
 )
 def test_the_converted_scripts(launch, tmp_path, script, ranks):
     """Each learns what the one that it was made of learns; each worker says so, and one of them saves."""
-    pytest.importorskip("sklearn")
+    pytest.importorskip("sklearn", reason="its digits are the data")
     options = ("--save", str(tmp_path / "saved.pt"), "--epochs", "6") if "images" in script else ("--steps", "200")
     done = launch(ranks, [sys.executable, str(EXAMPLES / f"{script}.py"), *options], 90)
     assert done.returncode == 0, done.transcript

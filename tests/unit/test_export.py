@@ -24,7 +24,7 @@ from dbmpi.network.description import Network
 from dbmpi.replica.placement import automatic
 from dbmpi.replica.replica import Replica
 
-onnxruntime = pytest.importorskip("onnxruntime")
+onnxruntime = pytest.importorskip("onnxruntime", reason="the judge of exported networks is not installed")
 
 DENSE = {"type": "dense", "units": 5}
 NETWORKS = {

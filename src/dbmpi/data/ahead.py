@@ -13,7 +13,7 @@ class Ahead:
 
     What lies in memory is only gathered: that takes the core from the computation itself, and is done when needed.
     Batches that come again and again may be kept as they are handed out, and must not be changed.  A user's transform
-    is called by whoever asks for a batch, never by the thread.
+    is called by the thread that asks for a batch, never by the one that reads ahead.
 
     Parameters
     ----------
