@@ -75,6 +75,8 @@ class Contents:
         present = {name: path for name, path in schema.OPTIONAL_INTEGERS.items() if self._has(path)}
         fields |= {name: self._small(path, "i", 0) for name, path in (schema.INTEGERS | present).items()}
         fields |= {name: self._small(path, "i", 1) for name, path in schema.INTEGER_LISTS.items()}
+        present = {name: path for name, path in schema.OPTIONAL_NUMBERS.items() if self._has(path)}
+        fields |= {name: self._small(path, "f", 0) for name, path in present.items()}
         libraries = self._find(schema.LIBRARIES, h5py.Group)
         fields["libraries"] = {name: self._small(f"{schema.LIBRARIES}/{name}", "S", 0) for name in libraries}
         info = schema.CheckpointInfo(**fields, meaning=self._meaning())
@@ -203,7 +205,7 @@ class Contents:
         dataset = self._plain(path)
         large = dataset.dtype.kind != "i" and dataset.id.get_storage_size() > LARGEST_TEXT
         if dataset.dtype.kind not in kinds or dataset.ndim not in axes or large:
-            expected = {"S": "text", "i": "integers"}.get(kinds, "numbers or texts")
+            expected = {"S": "text", "i": "integers", "f": "a float"}.get(kinds, "numbers or texts")
             raise Malformed(
                 f"/{path}: expected {expected} with {' or '.join(map(str, axes))} axes, of at most {LARGEST_TEXT} bytes"
             )

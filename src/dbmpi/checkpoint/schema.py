@@ -48,7 +48,12 @@ LIBRARIES = "run/libraries"
 MEANING = "meaning"
 """Group with a dataset for each field of :class:`dbmpi.checkpoint.meaning.Meaning` that is not empty."""
 
-OPTIONAL_TEXTS = {"method": "run/method"}
+OPTIONAL_TEXTS = {
+    "method": "run/method",
+    "host": "run/host",
+    "user": "run/user",
+    "data_name": "data/name",
+}
 """Fields that are stored as `TEXTS` are, where they are not empty."""
 
 TEXTS = {
@@ -69,8 +74,17 @@ INTEGERS = {
 }
 """Fields that are stored as an int64 scalar, and where."""
 
-OPTIONAL_INTEGERS = {"begun": "run/begun"}
+OPTIONAL_INTEGERS = {"begun": "run/begun", "data_samples": "data/samples", "test_step": "run/test/step"}
 """Fields that are stored as `INTEGERS` are, where they are not 0."""
+
+OPTIONAL_NUMBERS = {
+    "seconds": "run/seconds",
+    "loss": "run/loss",
+    "accuracy": "run/accuracy",
+    "test_loss": "run/test/loss",
+    "test_accuracy": "run/test/accuracy",
+}
+"""Fields that are stored as a float64 scalar, where they are not None."""
 
 INTEGER_LISTS = {
     "shard_versions": "run/shard_versions",
@@ -136,6 +150,26 @@ class CheckpointInfo:
     """Batches learned, per replica of the run that wrote the file."""
     begun: int = 0
     """Version at which the state of the update rule was begun."""
+    seconds: float | None = None
+    """For which the run has trained, over all sessions."""
+    loss: float | None = None
+    """Mean loss of the samples that were learned from last."""
+    accuracy: float | None = None
+    """Fraction of these that were classified rightly; None where that says nothing."""
+    test_step: int = 0
+    """Step at which the held-out samples were evaluated last; 0 if they never were."""
+    test_loss: float | None = None
+    """Mean loss of the held-out samples then."""
+    test_accuracy: float | None = None
+    """Fraction of these that were classified rightly."""
+    data_name: str = ""
+    """Name of the training data, without directories."""
+    data_samples: int = 0
+    """Number of samples in the training data."""
+    host: str = ""
+    """Host of the process that wrote the file."""
+    user: str = ""
+    """Name of the user of that process."""
     method: str = ""
     """State of a batch method as JSON text (:class:`dbmpi.sandblaster.state.MethodState`); empty after Downpour."""
     meaning: Meaning | None = None

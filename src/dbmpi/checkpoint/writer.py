@@ -223,6 +223,9 @@ def _write_info(file: NewFile, layout: Layout, info: schema.CheckpointInfo) -> N
     for name, path in (schema.OPTIONAL_TEXTS | schema.OPTIONAL_INTEGERS).items():
         if getattr(info, name):
             file.put(path, getattr(info, name))
+    for name, path in schema.OPTIONAL_NUMBERS.items():
+        if getattr(info, name) is not None:
+            file.put(path, float(getattr(info, name)))
     for library, text in {**info.libraries, "hdf5": h5py.version.hdf5_version}.items():
         file.put(f"{schema.LIBRARIES}/{library}", text)
     for name, value in () if info.meaning is None else info.meaning:
