@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import stat
+from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from dbmpi.checkpoint.checksums import StoredArray
 from dbmpi.checkpoint.shard_boxes import ShardBox
@@ -28,20 +29,26 @@ class StoredRun(NamedTuple):
     length: int
 
 
-class Arrays(Protocol):
+class Arrays(ABC):
     """The arrays of a checkpoint."""
 
-    @property
-    def stored(self) -> Mapping[str, StoredArray]:
-        """Everything that is stored, by names for messages."""
-        ...
+    stored: Mapping[str, StoredArray]
+    """Everything that is stored, by names for messages."""
 
+    @abstractmethod
     def segments(self, vector: str, tensor: Tensor, first: int, last: int) -> Iterator[StoredRun]:
-        """Yield where the flat positions `first` to `last`, half open, of a `tensor` of a `vector` are, in order."""
-        ...
+        """Yield where a part of a tensor is, in order.
+
+        Parameters
+        ----------
+        vector, tensor
+            Which tensor of which vector.
+        first, last
+            Flat positions of the part's first element, and of the first one after it.
+        """
 
 
-class WholeArrays:
+class WholeArrays(Arrays):
     """Each tensor of each vector in one piece.
 
     Parameters
@@ -56,11 +63,11 @@ class WholeArrays:
         self.stored, self._paths = stored, paths
 
     def segments(self, vector: str, tensor: Tensor, first: int, last: int) -> Iterator[StoredRun]:
-        """Yield where the flat positions `first` to `last`, half open, of a `tensor` of a `vector` are, in order."""
+        """Yield where a part of a tensor is: here in one piece, or on some shards."""
         yield StoredRun(self.stored[self._paths[vector, tensor.name]], first, last - first)
 
 
-class ShardedArrays:
+class ShardedArrays(Arrays):
     """Each vector of each shard in one piece.
 
     Parameters
@@ -80,7 +87,7 @@ class ShardedArrays:
         }
 
     def segments(self, vector: str, tensor: Tensor, first: int, last: int) -> Iterator[StoredRun]:
-        """Yield where the flat positions `first` to `last`, half open, of a `tensor` of a `vector` are, in order."""
+        """Yield where a part of a tensor is: here in one piece, or on some shards."""
         starts, runs = self._runs[tensor.name]
         number = max(bisect_right(starts, first) - 1, 0)
         while first < last:
