@@ -30,6 +30,10 @@ are written in whole pages.
 """
 
 
+_FLUSHED = 1 << 24
+"""Bytes after which the disk is told to begin."""
+
+
 class View(NamedTuple):
     """A part of an array that lies in another file, in one piece."""
 
@@ -90,6 +94,7 @@ class NewFile:
         self._sums: dict[str, checksums.WrittenSums] = {}
         self._offsets: dict[str, tuple[int, np.dtype[Any]]] = {}
         self._bytes = 0
+        self._dirty = range(0)
         self._open = True
         self._temporary = temporary_path(path)
         try:
@@ -190,6 +195,7 @@ class NewFile:
             written = 0
             while written < len(data):
                 written += os.pwrite(self._raw.fileno(), data[written:], offset + start + written)
+            self._written(offset + start, written)
         if self._summed:
             self._sums[name].wrote(start, data)
 
@@ -259,6 +265,14 @@ class NewFile:
 
     def __exit__(self, *_: object) -> None:
         self.abort()
+
+    def _written(self, offset: int, count: int) -> None:
+        """Let the disk begin with what was written while the next bytes are prepared; they stay in the cache."""
+        dirty = self._dirty or range(offset, offset)
+        self._dirty = range(min(dirty.start, offset), max(dirty.stop, offset + count))
+        if len(self._dirty) >= _FLUSHED and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._raw.fileno(), self._dirty.start, len(self._dirty), os.POSIX_FADV_DONTNEED)
+            self._dirty = range(0)
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:

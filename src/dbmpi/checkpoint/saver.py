@@ -9,6 +9,7 @@ polled.
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import time
 from collections import deque
@@ -16,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -27,6 +28,8 @@ from dbmpi.checkpoint.sharded_writer import ShardFacts, write_shard, write_whole
 from dbmpi.checkpoint.single_file import write_shard_alone, write_together
 from dbmpi.checkpoint.snapshot import Snapshot
 from dbmpi.errors import DiskFailed, RunFailed
+from dbmpi.machine import capacity
+from dbmpi.machine.rank_variables import ranks_on_node
 from dbmpi.mpi import failures, waiting
 from dbmpi.mpi.tags import Tag
 
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
     from dbmpi.config import CheckpointSection
     from dbmpi.replica.arrangement import Arrangement
 
+Outcome = TypeVar("Outcome")
 _LEAD = 0
 """Rank of the lead."""
 
@@ -60,11 +64,14 @@ class ShardSaver:
     def __init__(self, comm: MPI.Intracomm, run_directory: Path, number: int, shards: int) -> None:
         self._comm, self._directory, self._number, self._shards = comm, run_directory, number, shards
         self._snapshot: Snapshot | None = None
+        self._ahead: Background[None] | None = None
         self._job: Background[ShardFacts] | None = None
         self._leaving: deque[tuple[MPI.Request, np.ndarray]] = deque()
         self._reported = time.monotonic()
 
-    def begin(self, step: int, identity: int, vectors: Mapping[str, np.ndarray], version: int) -> None:
+    def begin(
+        self, step: int, identity: int, vectors: Mapping[str, np.ndarray], version: int, *, last: bool = False
+    ) -> None:
         """Take the vectors as they are now, and let a thread write them.
 
         Parameters
@@ -75,10 +82,16 @@ class ShardSaver:
             By name, the parameters first; before they change, :meth:`keep` is called.
         version
             Of the shard.
+        last
+            Whether nothing is learned afterwards.
         """
         path = directory.checkpoint_path(self._directory, step)
         path = directory.shard_path(path, self._number, self._shards, _digits(identity))
-        self._start(vectors, lambda snapshot, moved: write_shard(path, vectors, snapshot, _checking(moved)))
+
+        def write(snapshot: Snapshot, moved: Callable[[], None]) -> ShardFacts:
+            return write_shard(path, vectors, snapshot, _checking(moved))
+
+        self._job = self._start(vectors, write, last)
         self._report({"identity": identity, "taken": version})
 
     def keep(self, name: str, start: int = 0, stop: int | None = None) -> None:
@@ -93,9 +106,9 @@ class ShardSaver:
             return False
         if job.done:
             self._job = None
-            self._drop()
+            waited = self._drop()
             try:
-                self._report({"written": job.result().to_json()})
+                self._report({"written": job.result().to_json(), "waited": waited})
             except _NotFinite:
                 self._report({"not_finite": True})
             except DiskFailed as error:
@@ -116,17 +129,25 @@ class ShardSaver:
     def _start(
         self,
         vectors: Mapping[str, np.ndarray],
-        write: Callable[[Snapshot, Callable[[], None]], Any],
-    ) -> None:
-        """Let a thread write a new snapshot."""
-        assert self._job is None, "one checkpoint at a time"
-        self._snapshot = snapshot = Snapshot(vectors)
-        self._job = Background(lambda moved: write(snapshot, moved))
+        write: Callable[[Snapshot, Callable[[], None]], Outcome],
+        last: bool,
+    ) -> Background[Outcome]:
+        """Let a thread write a new snapshot, and another one copy ahead of it if training goes on."""
+        assert self._snapshot is None, "one checkpoint at a time"
+        # Other ranks of this host may copy, too, and something must be left for what they do besides.
+        self._snapshot = snapshot = Snapshot(vectors, capacity.available() / 2 / ranks_on_node(os.environ))
+        self._ahead = None if last else Background(snapshot.ahead)
+        return Background(lambda moved: write(snapshot, moved))
 
-    def _drop(self) -> None:
-        if self._snapshot is not None:
-            self._snapshot.release()
-            self._snapshot = None
+    def _drop(self) -> float:
+        """Let the vectors change without copies; return for how long changes have waited for these."""
+        snapshot, ahead, self._snapshot, self._ahead = self._snapshot, self._ahead, None, None
+        if snapshot is None:
+            return 0.0
+        snapshot.release()
+        if ahead is not None:
+            ahead.abandon()
+        return snapshot.waited
 
     def _report(self, report: dict[str, Any]) -> None:
         """Send a report to the lead."""
@@ -148,6 +169,8 @@ class _Whole:
     info: schema.CheckpointInfo | None = None
     versions: dict[int, int] = field(default_factory=dict)
     facts: dict[int, ShardFacts] = field(default_factory=dict)
+    waited: float = 0.0
+    began: float = field(default_factory=time.monotonic)
     problems: list[Exception] = field(default_factory=list)
 
 
@@ -166,6 +189,12 @@ class LeadSaver(ShardSaver):
         How checkpoints are written.
     not_finite
         Makes the exception for parameters that are NaN or infinite.
+
+    Attributes
+    ----------
+    size, seconds, waited
+        Of the last checkpoint: bytes of all files; seconds from when the vectors were taken to when it was on disk;
+        seconds for which changes waited for copies, on the shard where it was longest.
     """
 
     def __init__(
@@ -183,6 +212,7 @@ class LeadSaver(ShardSaver):
         self._whole: _Whole | None = None
         self._last: Background[Path] | None = None
         self._dtype = np.dtype(np.float32)
+        self.size, self.seconds, self.waited = 0, 0.0, 0.0
 
     @property
     def busy(self) -> bool:
@@ -220,13 +250,15 @@ class LeadSaver(ShardSaver):
             raise DiskFailed(f"{self._directory}: checkpoints cannot be written here: {error.strerror}") from error
         return self._whole.identity
 
-    def begin(self, step: int, identity: int, vectors: Mapping[str, np.ndarray], version: int) -> None:
+    def begin(
+        self, step: int, identity: int, vectors: Mapping[str, np.ndarray], version: int, *, last: bool = False
+    ) -> None:
         """Begin as a shard does; a shard alone writes the whole checkpoint."""
         whole = self._whole
         assert whole is not None
         self._dtype = vectors[schema.PARAMETERS].dtype
         if self._shards > 1:
-            super().begin(step, identity, vectors, version)
+            super().begin(step, identity, vectors, version, last=last)
             return
         self._hear(0, {"identity": identity, "taken": version})
         path, info = self._path, whole.info
@@ -245,8 +277,7 @@ class LeadSaver(ShardSaver):
                 confirm=self._confirm,
             )
 
-        self._start(vectors, write)
-        self._last, self._job = self._job, None  # type: ignore[assignment]
+        self._last = self._start(vectors, write, last)
 
     def poll(self) -> bool:
         """Go on as a shard, hear the others, and write the whole; return whether anything moved."""
@@ -263,7 +294,7 @@ class LeadSaver(ShardSaver):
         return moved
 
     def result(self) -> Path | None:
-        """Return the checkpoint if it is written by now, else None.
+        """Return the path of the checkpoint if it is written by now, else None.
 
         Raises
         ------
@@ -277,10 +308,13 @@ class LeadSaver(ShardSaver):
             return None
         path = self._path
         self._whole = self._last = None
-        self._drop()
+        whole.waited = max(whole.waited, self._drop())
         try:
             if last is not None:
-                return last.result()
+                written = last.result()
+                self.size = written.stat().st_size + sum(each.size for each in whole.facts.values())
+                self.seconds, self.waited = time.monotonic() - whole.began, whole.waited
+                return written
             raise next((each for each in whole.problems if not isinstance(each, DiskFailed)), whole.problems[0])
         except _NotFinite:
             self._remove(path, whole.identity)
@@ -342,6 +376,7 @@ class LeadSaver(ShardSaver):
                 )
         elif "written" in report:
             whole.facts[shard] = ShardFacts.from_json(report["written"])
+            whole.waited = max(whole.waited, report["waited"])
         elif "failed" in report:
             whole.problems.append(DiskFailed(f"{report['failed']}; {retention.kept(self._path.parent)}"))
         elif "not_finite" in report:

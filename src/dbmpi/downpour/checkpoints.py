@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from dbmpi.checkpoint.saver import LeadSaver
 from dbmpi.checkpoint.schema import CheckpointInfo
 from dbmpi.config import CheckpointSection
 from dbmpi.errors import DiskFailed
+from dbmpi.monitor.records import CheckpointReport, Recorder
 from dbmpi.replica.own_state import OwnState
 
 
@@ -38,6 +40,8 @@ class LeadCheckpoints:
         Where and how they are written.
     version
         Of the lead's shard; the state at the start needs no checkpoint.
+    recorder
+        Writes a report of each.
     warn
         Shows a line to the user.
 
@@ -49,11 +53,12 @@ class LeadCheckpoints:
         Whether the last one of the run is written.
     """
 
-    def __init__(self, plan: CheckpointPlan, version: int, warn: Callable[[str], None]) -> None:
-        self._saver = plan.saver
+    def __init__(self, plan: CheckpointPlan, version: int, recorder: Recorder, warn: Callable[[str], None]) -> None:
+        self._saver, self._recorder = plan.saver, recorder
         self._attempts = Attempts(plan.section, plan.section.retry_seconds, warn)
         self._version = self._saved_version = version
         self._event: tuple[Any, ...] = ()
+        self._paused = self._rested = 0.0
         self._last = False
         self.path: Path | None = None
         self.complete = False
@@ -97,6 +102,14 @@ class LeadCheckpoints:
         """Return whether something moved."""
         return self._saver.poll()
 
+    def pause(self) -> None:
+        """Note that the workers pause from now on."""
+        self._paused = time.monotonic()
+
+    def go(self) -> None:
+        """Note that they go on."""
+        self._rested = time.monotonic() - self._paused
+
     def finished(self) -> tuple[Any, ...] | None:
         """Return the event of a checkpoint that is written by now, once; else None.
 
@@ -113,6 +126,8 @@ class LeadCheckpoints:
         if path is None:
             return None
         self._attempts.succeed()
+        saver, rested = self._saver, 0.0 if self._last else self._rested
+        self._recorder.write(CheckpointReport(path.name, saver.size, saver.seconds, rested, saver.waited))
         self.path, self._saved_version, self.complete = path, self._version, self._last
         return self._event
 

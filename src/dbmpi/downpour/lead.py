@@ -110,7 +110,7 @@ class Lead(Shard):
         self._reported_alive = time.monotonic()
         self._state = np.empty(0 if checkpoints.state is None else checkpoints.state.nbytes, np.uint8)
         """That of replica 0 when it last paused."""
-        self._checkpoints = LeadCheckpoints(checkpoints, self.version, progress.warn)
+        self._checkpoints = LeadCheckpoints(checkpoints, self.version, role.recorder, progress.warn)
         self.steps = 0
         self.samples = 0
         self.staleness = StalenessHistogram()
@@ -227,11 +227,13 @@ class Lead(Shard):
             if not self._checkpoints.taken:
                 return moved
             self._pausing = self._taking = False
+            self._checkpoints.go()
             self._states = [_State.RUNNING if s == _State.PAUSED else s for s in self._states]
             self._tell_workers(MessageKind.GO)
             return True
         if not self._ending and self._checkpoints.due(self.version):
             self._pausing = True
+            self._checkpoints.pause()
             self._tell_workers(MessageKind.PAUSE)
             return True
         return moved
@@ -312,9 +314,9 @@ class Lead(Shard):
         """Let all shards take their vectors, while no worker pushes."""
         self.report()
         event = self.steps, self.epoch, self.samples
-        self._checkpoints.begin(self._take, self.version, event, last=last)
+        self._checkpoints.begin(partial(self._take, last=last), self.version, event, last=last)
 
-    def _take(self) -> None:
+    def _take(self, *, last: bool) -> None:
         begin, files, replicas = self._begin, self._files, self._plan.replicas
         steps = begin.step + self.steps
         left = begin.stream.after(self._learned, begin.warmstart)
@@ -331,5 +333,5 @@ class Lead(Shard):
         state = {} if files.state is None else files.state.to_store(self._state)
         identity = files.saver.plan(steps, describe, state)
         for rank in self._plan.shard_ranks[1:]:
-            self._mailbox.send(rank, Role.SHARD, MessageKind.CHECKPOINT, steps, identity)
-        files.saver.begin(steps, identity, self.vectors(), self.version)
+            self._mailbox.send(rank, Role.SHARD, MessageKind.CHECKPOINT, steps, identity, last)
+        files.saver.begin(steps, identity, self.vectors(), self.version, last=last)

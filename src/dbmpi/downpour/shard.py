@@ -98,8 +98,8 @@ class Shard:
         if message.kind == MessageKind.END:
             self.ended = True
         elif message.kind == MessageKind.CHECKPOINT:
-            step, identity, *_ = message.values
-            self._role.saver.begin(step, identity, self.vectors(), self.version)
+            step, identity, last, *_ = message.values
+            self._role.saver.begin(step, identity, self.vectors(), self.version, last=bool(last))
 
     def _keep(self, start: int, stop: int) -> None:
         """Keep what a checkpoint needs of the elements that are about to change."""

@@ -40,7 +40,7 @@ class MessageKind(IntEnum):
     END = 4
     """Lead to all: training is over."""
     CHECKPOINT = 5
-    """Lead to shard: take your vectors for the checkpoint of a step, and its identity.
+    """Lead to shard: take your vectors for a checkpoint: its step, its identity, and whether it is the last one.
 
     A worker of a user's own loop to a shard: send me your vectors.
     """

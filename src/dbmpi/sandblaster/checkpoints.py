@@ -14,6 +14,7 @@ from dbmpi.checkpoint.schema import CheckpointInfo, library_versions
 from dbmpi.errors import DiskFailed
 from dbmpi.methods.descent import POINT, Progress
 from dbmpi.methods.lbfgs import History
+from dbmpi.monitor.records import CheckpointReport
 from dbmpi.mpi import waiting
 from dbmpi.sandblaster.commands import Command
 from dbmpi.sandblaster.state import Position, capture
@@ -72,6 +73,7 @@ class Keeper:
         settings = session.run.checkpoint
         patience = min(settings.retry_seconds, waiting.STALL_SECONDS / 2)
         self._attempts, self._serve = Attempts(settings, patience, warn), serve
+        self._recorder = session.recorder("shard", 0)
         self._saver, self._last, self._counts = saver, False, (0, 0)
         self._problem: DiskFailed | None = None
         """Why the checkpoint that was begun last could not be written."""
@@ -118,6 +120,8 @@ class Keeper:
             return moved
         self._attempts.succeed()
         self.last, self.written, self._problem = path, self._counts, None
+        saver = self._saver
+        self._recorder.write(CheckpointReport(path.name, saver.size, saver.seconds, 0.0, saver.waited))
         return True
 
     def write(self, steps: int, samples: int, *, last: bool = False) -> None:
@@ -185,4 +189,4 @@ class Keeper:
             if not last:
                 self._attempts.fail(error)
             return
-        self._shards.submit(Command("snapshot", (begin.step + steps, identity, names)))
+        self._shards.submit(Command("snapshot", (begin.step + steps, identity, names, last)))

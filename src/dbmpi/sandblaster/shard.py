@@ -102,10 +102,18 @@ class ShardSpace(LocalSpace):
         missed, self._missed = self._missed, 0
         return self._sum_over_shards(np.array([float(missed)]))
 
-    def snapshot(self, step: int, identity: int, names: Sequence[str]) -> None:
-        """Take the vectors `names` for the checkpoint of a `step`, with its `identity`."""
+    def snapshot(self, step: int, identity: int, names: Sequence[str], last: bool) -> None:
+        """Take vectors for a checkpoint.
+
+        Parameters
+        ----------
+        step, identity, last
+            As for :meth:`dbmpi.checkpoint.saver.ShardSaver.begin`.
+        names
+            Of the vectors.
+        """
         assert self.saver is not None
-        self.saver.begin(step, identity, {name: self.array(name) for name in names}, self.version)
+        self.saver.begin(step, identity, {name: self.array(name) for name in names}, self.version, last=last)
 
     def end(self) -> None:
         """Note that the run is over."""
