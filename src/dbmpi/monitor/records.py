@@ -264,7 +264,7 @@ def next_session(directory: Path) -> int:
 
 
 def _jsonable(value: Any) -> Any:
-    """Return plain JSON values for texts and for Python's and NumPy's numbers, finite ones; 9 digits distinguish all float32 values."""
+    """Return plain JSON values for texts and numbers, finite ones; 9 digits distinguish all float32 values."""
     if isinstance(value, Mapping):
         return {str(key): _jsonable(entry) for key, entry in value.items()}
     if isinstance(value, str):

@@ -14,7 +14,7 @@ from dbmpi.checkpoint.schema import CheckpointInfo, library_versions
 from dbmpi.errors import DiskFailed
 from dbmpi.methods.descent import POINT, Progress
 from dbmpi.methods.lbfgs import History
-from dbmpi.monitor.records import CheckpointReport
+from dbmpi.monitor.records import CheckpointReport, Recorder
 from dbmpi.mpi import waiting
 from dbmpi.sandblaster.commands import Command
 from dbmpi.sandblaster.state import Position, capture
@@ -40,6 +40,8 @@ class Keeper:
         Hold the vectors.
     saver
         Writes them, together with the shards.
+    recorder
+        Writes a report of each.
     carried
         Names of the vectors that are kept for another optimizer.
     warn
@@ -61,6 +63,7 @@ class Keeper:
         state: MethodState | None,
         shards: Shards,
         saver: LeadSaver,
+        recorder: Recorder,
         *,
         carried: Sequence[str],
         warn: Callable[[str], None],
@@ -73,7 +76,7 @@ class Keeper:
         settings = session.run.checkpoint
         patience = min(settings.retry_seconds, waiting.STALL_SECONDS / 2)
         self._attempts, self._serve = Attempts(settings, patience, warn), serve
-        self._recorder = session.recorder("shard", 0)
+        self._recorder = recorder
         self._saver, self._last, self._counts = saver, False, (0, 0)
         self._problem: DiskFailed | None = None
         """Why the checkpoint that was begun last could not be written."""

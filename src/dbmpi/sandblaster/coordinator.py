@@ -19,7 +19,7 @@ from dbmpi.methods.multibatch import multi_batch_lbfgs
 from dbmpi.methods.select import Choice, minimise
 from dbmpi.monitor.callbacks import TrainingEvent
 from dbmpi.monitor.progress import RunProgress
-from dbmpi.monitor.records import BatchReport, EvaluationReport
+from dbmpi.monitor.records import BatchReport, EvaluationReport, Recorder
 from dbmpi.objective import Outcome
 from dbmpi.sandblaster.batches import REASONS, samples_of, sampling
 from dbmpi.sandblaster.checkpoints import Keeper
@@ -51,6 +51,8 @@ class Coordinator:
         Evaluates losses and gradients.
     keeper
         Writes checkpoints.
+    recorder
+        Writes reports.
     progress
         Shows how the run advances.
     method
@@ -76,6 +78,7 @@ class Coordinator:
         *,
         evaluator: Evaluator,
         keeper: Keeper,
+        recorder: Recorder,
         progress: RunProgress,
         method: Method | None = None,
     ) -> None:
@@ -83,7 +86,7 @@ class Coordinator:
         self._state, self._tests = state, tests
         self._evaluator, self._keeper = evaluator, keeper
         self.space = evaluator.space
-        self._recorder, self._progress = session.recorder("shard", 0), progress
+        self._recorder, self._progress = recorder, progress
         self._total = round(session.order.samples * session.run.optimizer.epochs)
         self._method = method
         self._callbacks, self._asked = session.callbacks, False

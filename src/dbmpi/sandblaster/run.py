@@ -218,9 +218,19 @@ def _coordinator(
         say=progress.message,
         serve=serve_and_write,
     )
-    keeper = Keeper(session, state, shards, saver, carried=start.carried, warn=progress.warn, serve=evaluator.serve)
+    recorder = session.recorder("shard", 0)
+    keeper = Keeper(
+        session, state, shards, saver, recorder, carried=start.carried, warn=progress.warn, serve=evaluator.serve
+    )
     return Coordinator(
-        session, state, setup.tests, evaluator=evaluator, keeper=keeper, progress=progress, method=method
+        session,
+        state,
+        setup.tests,
+        evaluator=evaluator,
+        keeper=keeper,
+        recorder=recorder,
+        progress=progress,
+        method=method,
     )
 
 
