@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from dbmpi.checkpoint import consistency, directory, retention, schema
+from dbmpi.checkpoint.annotations import annotate
 from dbmpi.checkpoint.new_file import ARRAYS, NewFile
 from dbmpi.errors import DiskFailed, UserError
 from dbmpi.index.layout import Layout
@@ -265,6 +266,8 @@ def _write_info(file: NewFile, layout: Layout, info: schema.CheckpointInfo) -> N
     for name, path in schema.OPTIONAL_NUMBERS.items():
         if getattr(info, name) is not None:
             file.put(path, float(getattr(info, name)))
+    for name, value in info.test_metrics.items():
+        file.put(f"{schema.TEST_METRICS}/{name}", float(value))
     for library, text in {**info.libraries, "hdf5": h5py.version.hdf5_version}.items():
         file.put(f"{schema.LIBRARIES}/{library}", text)
     for name, value in () if info.meaning is None else info.meaning:
@@ -272,3 +275,5 @@ def _write_info(file: NewFile, layout: Layout, info: schema.CheckpointInfo) -> N
             texts = isinstance(value, tuple) and isinstance(value[0], str)
             file.put(f"{schema.MEANING}/{name}", [text.encode() for text in value] if texts else value)
     file.put(schema.TENSORS, [tensor.name.encode() for tensor in layout.tensors])
+    with file.writing():
+        annotate(file.hdf5, layout, info)

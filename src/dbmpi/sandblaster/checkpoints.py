@@ -52,6 +52,8 @@ class Keeper:
         The last checkpoint written.
     written
         Portions, and samples behind them, of this session that are in it.
+    account
+        What checkpoints say beside the position.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class Keeper:
         self._saver, self._last, self._counts = saver, False, (0, 0)
         self._problem: DiskFailed | None = None
         """Why the checkpoint that was begun last could not be written."""
+        self.account = session.account()
         self.last: Path | None = None
         self.written = 0, 0
 
@@ -175,6 +178,7 @@ class Keeper:
             begun=begin.begun,
             method="" if state is None else state.model_dump_json(),
             libraries=library_versions(MPI.Get_library_version()),
+            **self.account.fields(),
         )
         self._last, self._counts, self._problem = last, (steps, samples), None
         kept = {} if objective_state is None else objective_state.to_store(objective_state.pack())

@@ -307,7 +307,9 @@ class Coordinator:
         if self._history is not None:
             self._keeper.note(self._history, self._sampling.position, progress)
         learned, samples = self._evaluator.passes.outcome, samples_of(self._order, self._sampling.portions)
-        accuracy = learned.accuracy if learned.samples == samples else None  # the last of several parts of a batch
+        whole = learned.samples == samples  # and not the last of several parts of a batch
+        accuracy = learned.accuracy if whole else None
+        self._keeper.account.learned(learned.mean_loss if whole else progress.loss, accuracy)
         self._call("on_step", self._iterations, self.epoch, samples, progress.loss, accuracy)
         self._evaluator.serve()
         every = self._every
@@ -344,6 +346,7 @@ class Coordinator:
         self._evaluator.test(portions, self._tests, self._begin.after(self.steps))
         self.test = outcome = self._evaluator.passes.outcome
         self._tested_at = self.steps
+        self._keeper.account.tested(self._begin.step + self.steps, outcome)
         self._recorder.write(
             EvaluationReport(
                 step=self.steps,
