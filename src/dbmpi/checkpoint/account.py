@@ -58,6 +58,10 @@ class Account:
         numbers = (step, _finite(outcome.mean_loss), outcome.accuracy, metrics)
         self._measured |= dict(zip(_TEST, numbers, strict=True))
 
+    def test(self) -> dict[str, Any]:
+        """Return the fields of the last evaluation on held-out samples, by name."""
+        return {name: self._measured[name] for name in _TEST if name in self._measured}
+
     def fields(self) -> dict[str, Any]:
         """Return the fields as they are now, by name."""
         seconds = None if self._began is None else self._clock() - self._began

@@ -98,6 +98,8 @@ OPTIONAL_NUMBERS = {
 }
 """Fields that are stored as a float64 scalar, where they are not None."""
 
+TEST = "run/test"
+"""Group of the last evaluation on held-out samples."""
 TEST_METRICS = "run/test/metrics"
 """Group with a float64 number for each metric of the held-out samples, where there are any."""
 

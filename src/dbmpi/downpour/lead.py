@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from dbmpi.checkpoint.amendment import amend
 from dbmpi.data.stream import Order
 from dbmpi.downpour.checkpoints import CheckpointPlan, LeadCheckpoints
 from dbmpi.downpour.shard import Shard, ShardRole
@@ -192,6 +193,12 @@ class Lead(Shard):
         self._progress.evaluation(epoch, outcome.mean_loss, outcome.accuracy, outcome.samples, outcome.metrics)
         loss, accuracy, metrics = outcome.mean_loss, outcome.accuracy, outcome.metrics
         self._call("on_evaluation", self.steps, epoch, outcome.samples, loss, accuracy, None, 0, metrics)
+
+    def amend(self) -> None:
+        """Write the outcome of the evaluation at the end into the last checkpoint."""
+        path, plan = self._checkpoints.path, self._files
+        assert path is not None
+        amend(path, plan.account, plan.section.keep, self._progress.warn)
 
     def raise_failure(self) -> None:
         """Raise what a callback has raised while others were at work."""

@@ -230,6 +230,7 @@ def _conclude(
         return session.conclude(None, seconds)
     if test is not None:
         lead.evaluated(test, lead.epoch)
+        lead.amend()
         lead.raise_failure()
     warning = verdict.warning(
         data.guessing,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from mpi4py import MPI
 
+from dbmpi.checkpoint.amendment import amend
 from dbmpi.checkpoint.attempts import Attempts
 from dbmpi.checkpoint.saver import LeadSaver
 from dbmpi.checkpoint.schema import CheckpointInfo, library_versions
@@ -77,7 +78,7 @@ class Keeper:
         self._saver, self._last, self._counts = saver, False, (0, 0)
         self._problem: DiskFailed | None = None
         """Why the checkpoint that was begun last could not be written."""
-        self.account = session.account()
+        self.account, self._warn = session.account(), warn
         self.last: Path | None = None
         self.written = 0, 0
 
@@ -150,6 +151,11 @@ class Keeper:
             self._attempts.fail_at_the_end(self._problem)
             waiting.until(lambda: self._attempts.ready_at_the_end, "the disk", serve=self._serve, longest_sleep=0.1)
             self._begin(steps, samples, last=last)
+
+    def amend(self) -> None:
+        """Write the outcome of an evaluation after the last checkpoint into this."""
+        if self.last is not None:
+            amend(self.last, self.account, self._session.run.checkpoint.keep, self._warn)
 
     def _finish(self, what: str) -> None:
         """Wait until nothing is being written; `what` is."""

@@ -148,6 +148,7 @@ class Coordinator:
         if self._tests and not self._evaluator.interrupted and self._tested_at != self.steps:
             with suppress(Interrupted):
                 self._evaluate_test()
+                self._keeper.amend()
         if self.stopped_by or self._tested_at != self.steps:
             self.test = None
         self._evaluator.end()
