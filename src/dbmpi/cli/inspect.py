@@ -114,7 +114,7 @@ def describe(path: Path) -> dict[str, Any]:
             }
     if not path.exists():
         raise UserError(f"{path}: no such file or directory; expected a checkpoint, a run directory or a data file")
-    if path.name == directory.LATEST or _is_checkpoint(path):
+    if path.name in directory.POINTERS or _is_checkpoint(path):
         with Checkpoint.open(path) as checkpoint:
             return _checkpoint(checkpoint)
     return _data(path)

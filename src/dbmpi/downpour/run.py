@@ -143,6 +143,7 @@ def _lead(session: Session, role: ShardRole, saver: LeadSaver, progress: RunProg
         saver=saver,
         info=info,
         state=session.objective_state,
+        account=session.account(),
     )
     return Lead(role, plan, session.begin, session.order, progress, checkpoints, session.callbacks, session.metrics)
 
@@ -229,6 +230,7 @@ def _conclude(
         return session.conclude(None, seconds)
     if test is not None:
         lead.evaluated(test, lead.epoch)
+        lead.amend()
         lead.raise_failure()
     warning = verdict.warning(
         data.guessing,
