@@ -87,9 +87,11 @@ def sheet(name: str, shape: tuple[int, ...], read: Read, input_shape: tuple[int,
     for unit in range(shown):
         weights = read(unit * size, (unit + 1) * size).reshape(image)
         tiles.append(_tile(np.moveaxis(weights, 2, 0) if last else weights))
-    channels = image[2] if last else image[0] if len(image) == 3 else 1
+    channels = 1 if len(image) == 2 else image[2 if last else 0]
+    pixels = image[:2] if last else image[-2:]
     return Sheet(
-        tuple(tiles), f"{name}: {_some(shown, units, 'map' if len(shape) == 4 else 'unit')}{_channels(channels)}"
+        tuple(tiles),
+        f"{name}: {_some(shown, units, 'map' if len(shape) == 4 else 'unit')}{_thinned_out(channels, pixels)}",
     )
 
 
@@ -106,7 +108,9 @@ def _local(name: str, shape: tuple[int, ...], read: Read) -> Sheet:
         tiles.append(_tile(np.moveaxis(read(start, start + size).reshape(field), 2, 0)))
     each = len(seen[0]), len(seen[1])
     where = _some(math.prod(each), rows * columns, "position")
-    return Sheet(tuple(tiles), f"{name}: {_some(shown, maps, 'map')} at {where}{_channels(field[2])}", each=each)
+    return Sheet(
+        tuple(tiles), f"{name}: {_some(shown, maps, 'map')} at {where}{_thinned_out(field[2], field[:2])}", each=each
+    )
 
 
 def _map(name: str, units: int, size: int, read: Read) -> Sheet:
@@ -128,7 +132,7 @@ def _thinned(read: Read, start: int, size: int, step: int) -> Iterator[np.ndarra
 def _tile(weights: np.ndarray) -> np.ndarray:
     """Return an image (rows, columns), or (channels, rows, columns), as one: channels side by side."""
     channels = weights[None] if weights.ndim == 2 else weights[:_CHANNELS]
-    step = max(1, -(-max(channels.shape[1:]) // _SIDE))
+    step = _step(channels.shape[1:])
     return np.concatenate(list(channels[:, ::step, ::step]), axis=1)
 
 
@@ -142,12 +146,16 @@ def _some(shown: int, number: int, noun: str) -> str:
     )
 
 
-def _channels(number: int) -> str:
-    if number == 1:
-        return ""
-    return (
-        f", {number} channels side by side" if number <= _CHANNELS else f", the first {_CHANNELS} of {number} channels"
-    )
+def _step(image: Sequence[int]) -> int:
+    """Return how many rows and columns of an `image` there are for a pixel."""
+    return max(1, -(-max(image) // _SIDE))
+
+
+def _thinned_out(channels: int, image: Sequence[int]) -> str:
+    """Say what is shown of an image."""
+    which = f"{channels}" if channels <= _CHANNELS else f"the first {_CHANNELS} of {channels}"
+    text = f", {which} channels side by side" if channels > 1 else ""
+    return text + (f", every {_th(_step(image))} pixel" if _step(image) > 1 else "")
 
 
 def _spread(length: int, number: int) -> list[int]:

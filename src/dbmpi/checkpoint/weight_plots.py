@@ -240,7 +240,8 @@ def _grid(sheet: Sheet) -> _Grid:
 
 def _enlarged(sheet: Sheet) -> int:
     """Return how often to repeat the pixels of a small image, so that the gap beside it is narrow."""
-    return max(1, _TILE // max(sheet.tiles[0].shape)) if sheet.image else 1
+    short, long = sorted(sheet.tiles[0].shape)
+    return max(1, min(_TILE // short, 8 * _TILE // long)) if sheet.image else 1
 
 
 def _fields(figure: Figure | SubFigure, sheet: Sheet, grid: _Grid) -> None:
@@ -275,6 +276,7 @@ def _fields(figure: Figure | SubFigure, sheet: Sheet, grid: _Grid) -> None:
         axes.spines[:].set_visible(False)
     else:
         axes.set(xlabel="input", ylabel="unit")
+        axes.locator_params(integer=True)
     axes.tick_params(labelsize=7, length=0 if sheet.image else 3)
     bar = figure.colorbar(ScalarMappable(scale, colours), ax=axes, shrink=0.8, aspect=25, extend="both", pad=0.02)
     bar.ax.tick_params(labelsize=7)
