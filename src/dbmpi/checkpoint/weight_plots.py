@@ -276,7 +276,7 @@ def _fields(figure: Figure | SubFigure, sheet: Sheet, grid: _Grid) -> None:
         axes.spines[:].set_visible(False)
     else:
         axes.set(xlabel="input", ylabel="unit")
-        axes.locator_params(integer=True)
+        axes.locator_params(integer=True, min_n_ticks=1)
     axes.tick_params(labelsize=7, length=0 if sheet.image else 3)
     bar = figure.colorbar(ScalarMappable(scale, colours), ax=axes, shrink=0.8, aspect=25, extend="both", pad=0.02)
     bar.ax.tick_params(labelsize=7)
