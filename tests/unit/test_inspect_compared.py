@@ -15,7 +15,7 @@ from hypothesis.extra import numpy as arrays
 from unit.checkpoint_files import make_info, write
 
 import dbmpi
-from dbmpi.checkpoint import comparison, receptive_fields, stored, summary
+from dbmpi.checkpoint import array_blocks, comparison, receptive_fields, summary
 from dbmpi.checkpoint.comparison import Comparison
 from dbmpi.checkpoint.directory import checkpoint_path
 from dbmpi.checkpoint.distribution import KEPT, Distribution
@@ -198,7 +198,7 @@ def test_a_comparison_needs_little_memory(tmp_path):
     with Checkpoint.open(paths[0]) as one, Checkpoint.open(paths[1]) as other:
         tracemalloc.start()
         try:
-            (layer,) = comparison.compare(stored.parameters(one), stored.parameters(other))["layers"]
+            (layer,) = comparison.compare(array_blocks.parameters(one), array_blocks.parameters(other))["layers"]
             assert tracemalloc.get_traced_memory()[1] < 16 * 2**20
         finally:
             tracemalloc.stop()

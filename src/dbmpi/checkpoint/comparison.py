@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from dbmpi.checkpoint.array_blocks import StoredNumbers
 from dbmpi.checkpoint.statistics import Statistics, finite
-from dbmpi.checkpoint.stored import StoredNumbers
 from dbmpi.errors import Damaged
 
 BLOCK = 2**16
@@ -155,7 +155,7 @@ def compare(first: Sequence[StoredNumbers], second: Sequence[StoredNumbers]) -> 
     Parameters
     ----------
     first, second
-        The arrays, e.g. of :func:`dbmpi.checkpoint.stored.parameters`.
+        The arrays, e.g. of :func:`dbmpi.checkpoint.array_blocks.parameters`.
 
     Returns
     -------

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dbmpi.checkpoint.stored import BLOCK, StoredNumbers
+from dbmpi.checkpoint.array_blocks import BLOCK, StoredNumbers
 
 TILES = 100
 """Most units that are shown as images."""

@@ -10,8 +10,8 @@ from typing import Any
 import h5py
 import numpy as np
 
+from dbmpi.checkpoint.array_blocks import StoredNumbers
 from dbmpi.checkpoint.distribution import Distribution
-from dbmpi.checkpoint.stored import StoredNumbers
 from dbmpi.checkpoint.untrusted import chunk_bytes, elsewhere, unwritten
 
 BLOCK = 2**16

@@ -14,10 +14,10 @@ from typing import Any
 import h5py
 import numpy as np
 
-from dbmpi.checkpoint import comparison, directory, statistics, stored
+from dbmpi.checkpoint import array_blocks, comparison, directory, statistics
+from dbmpi.checkpoint.array_blocks import StoredNumbers
 from dbmpi.checkpoint.reader import Checkpoint
 from dbmpi.checkpoint.schema import FORMAT
-from dbmpi.checkpoint.stored import StoredNumbers
 from dbmpi.checkpoint.untrusted import HDF5_ERRORS
 from dbmpi.config.defaults import chosen, settings
 from dbmpi.errors import Damaged, UserError
@@ -67,7 +67,9 @@ def compared(first: Path, second: Path, *, everything: bool = False) -> dict[str
     """
     with open_checkpoint(first) as one, open_checkpoint(second) as other:
         arrays = [
-            stored.everything(each) if everything else [*stored.parameters(each), *stored.objective_state(each)]
+            array_blocks.everything(each)
+            if everything
+            else [*array_blocks.parameters(each), *array_blocks.objective_state(each)]
             for each in (one, other)
         ]
         then, now = (dict(settings(_configuration(each))) for each in (one, other))
@@ -191,7 +193,7 @@ def _checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         **info,
         "configuration": _configuration(checkpoint),
         "chosen": None if keys is None else sorted(keys),
-        "arrays": list(_arrays(stored.everything(checkpoint))),
+        "arrays": list(_arrays(array_blocks.everything(checkpoint))),
     }
 
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dbmpi.checkpoint import comparison, receptive_fields, statistics, stored
+from dbmpi.checkpoint import array_blocks, comparison, receptive_fields, statistics
+from dbmpi.checkpoint.array_blocks import StoredNumbers
 from dbmpi.checkpoint.receptive_fields import Sheet
 from dbmpi.checkpoint.statistics import Statistics
-from dbmpi.checkpoint.stored import StoredNumbers
 from dbmpi.checkpoint.summary import open_checkpoint
 from dbmpi.errors import Damaged, UserError
 from dbmpi.monitor.pictures import figures, save
@@ -81,13 +81,15 @@ def draw(out: Path, path: Path, other: Path | None = None, input_shape: tuple[in
         shape = input_shape or first.info.input_shape
         if other is None:
             title = f"{_end(str(path), 60)}   ·   step {first.info.step:,}"
-            panels = [Panel(array.name, array.shape, _read(array)) for array in stored.parameters(first)[:MOST_PANELS]]
-            sheet = _sheet(stored.parameters(first), None, shape)
+            panels = [
+                Panel(array.name, array.shape, _read(array)) for array in array_blocks.parameters(first)[:MOST_PANELS]
+            ]
+            sheet = _sheet(array_blocks.parameters(first), None, shape)
             total = len(first.layout.tensors)
         else:
             with open_checkpoint(other) as second:
                 title = f"changes from step {first.info.step:,} to step {second.info.step:,}"
-                before, after = stored.parameters(first), stored.parameters(second)
+                before, after = array_blocks.parameters(first), array_blocks.parameters(second)
                 pairs = list(comparison.pairs(before, after))
                 panels = [Panel(one.name, one.shape, _read(one, two)) for one, two in pairs[:MOST_PANELS]]
                 sheet = _sheet([one for one, _ in pairs], after, shape)
