@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from parallel import tiny
 
-from dbmpi.checkpoint import collect
 from dbmpi.checkpoint.reader import Checkpoint
 from dbmpi.config import Run
 from dbmpi.errors import RunFailed, UserError
@@ -236,9 +235,8 @@ def test_downpour_and_sandblaster_go_on_from_one_another_with_batches_of_other_s
 
 
 @pytest.mark.parallel([3])
-def test_the_lead_holds_no_more_than_another_shard(comm, place, monkeypatch) -> None:
+def test_the_lead_holds_no_more_than_another_shard(comm, place) -> None:
     """Although the coordinator is on it, to whom a vector would be 4 MB: as much as both shards' parts together."""
-    monkeypatch.setattr(collect, "_PIECE", 1 << 12)  # the writer's buffer, bounded and no vector
     layers = ({"units": 1000, "activation": "tanh"}, {"units": 1000}, {"units": tiny.CLASSES})
     optimizer = {"method": "sandblaster", "batch_size": 6, "epochs": 4}
     run = tiny.describe(

@@ -141,8 +141,8 @@ HARMS = {
     "step as list": (lambda file: replace(file, "run/step", data=[4, 5]), "/run/step: expected integers"),
     "group for array": (lambda file: file.create_group("data/holes/a"), "/data/holes: expected a dataset"),
     "later version": (
-        lambda file: file.attrs.modify("format_version", 3),
-        "format version 3, this dbmpi reads versions 1 to 2",
+        lambda file: file.attrs.modify("format_version", 4),
+        "format version 4, this dbmpi reads versions 1 to 3",
     ),
     "data file": (lambda file: file.attrs.pop("format"), "is it a data file"),
     "large attribute": (lambda file: file.attrs.create("format", np.zeros(5000, "i1")), "short text"),
@@ -175,10 +175,10 @@ def test_arrays_beyond_the_end(path):
         size = path.stat().st_size
         end = max(file[f"parameters/{tensor.name}"].id.get_offset() + 4 * tensor.size for tensor in LAYOUT.tensors)
         assert end <= size
-        layout = Contents(file, size).layout()
-        Contents(file, end).arrays(layout, ("parameters",))
+        layout = Contents(file, path, size).layout()
+        Contents(file, path, end).arrays(layout, ("parameters",))
         with pytest.raises(Malformed, match="beyond the end"):
-            Contents(file, end - 1).arrays(layout, ("parameters",))
+            Contents(file, path, end - 1).arrays(layout, ("parameters",))
 
 
 def test_what_others_added_is_left_alone(path):

@@ -211,7 +211,12 @@ FORMS = {
     "dots": (st.lists(st.tuples(NAMES, NAMES), max_size=45).map(tuple), st.lists(NAMES, max_size=3).map(tuple)),
     "norms": (st.lists(NAMES, max_size=9).map(tuple), st.sampled_from(["max", "one"])),
     "accrue": (NAMES, st.integers(0, 9), st.integers(0, 2**40)),
-    "hand_over": (st.lists(NAMES, max_size=30).map(tuple),),
+    "snapshot": (
+        st.integers(0, 2**40),
+        st.integers(0, 2**32 - 1),
+        st.lists(NAMES, max_size=30).map(tuple),
+        st.booleans(),
+    ),
     "meet": (),
     "end": (),
     "copy": (NAMES, NAMES),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -54,6 +55,12 @@ class WrittenSums:
             self._sums[block] = zlib.crc32(data[here : here + BLOCK], self._start)
             self._known[block] = True
 
+    @property
+    def found(self) -> np.ndarray:
+        """The sums of all blocks, once they are complete."""
+        assert self._known.all()
+        return self._sums
+
     def complete(self, descriptor: int, offset: int) -> np.ndarray:
         """Return the sums of all blocks, uint32; those that were written in parts are read back from the file.
 
@@ -73,16 +80,29 @@ class StoredArray:
 
     Parameters
     ----------
-    descriptor, offset
-        Of the file, and where the dataset begins in it.
+    descriptor
+        Returns that of the open file.
+    offset
+        Where the dataset begins in it.
     size
         Bytes of the dataset.
     begin, sums
         What :func:`start` returns, and the sums of its blocks; None where the file has none.
+    file
+        Its name, for messages, where it is another than the checkpoint.
     """
 
-    def __init__(self, descriptor: int, offset: int, size: int, begin: int = 0, sums: np.ndarray | None = None) -> None:
-        self._descriptor, self._offset, self._size = descriptor, offset, size
+    def __init__(
+        self,
+        descriptor: Callable[[], int],
+        offset: int,
+        size: int,
+        begin: int = 0,
+        sums: np.ndarray | None = None,
+        file: str = "",
+    ) -> None:
+        self._descriptor, self._offset, self.size = descriptor, offset, size
+        self._where = f" in {file}" if file else ""
         self._start, self._sums = begin, sums
         self._verified = np.full(0 if sums is None else len(sums), False)
 
@@ -97,16 +117,16 @@ class StoredArray:
             If the file cannot be read.
         """
         stop = first + len(out)
-        read_at(self._descriptor, self._offset + first, out)
+        read_at(self._descriptor(), self._offset + first, out)
         for block in range(first // BLOCK, -(-stop // BLOCK)) if self._sums is not None else ():
-            start, end = block * BLOCK, min((block + 1) * BLOCK, self._size)
+            start, end = block * BLOCK, min((block + 1) * BLOCK, self.size)
             if not self._verified[block]:
                 self._verify(block, out[start - first : end - first] if first <= start and end <= stop else None)
 
     def verify(self, part: int = 0, parts: int = 1) -> None:
         """Read and verify the part numbered `part` of `parts` equal ones of the array; raises as :meth:`read` does."""
         blocks = len(self._verified)
-        buffer = memoryview(bytearray(min(BLOCK, self._size)))
+        buffer = memoryview(bytearray(min(BLOCK, self.size)))
         for block in range(blocks * part // parts, blocks * (part + 1) // parts):
             if not self._verified[block]:
                 self._verify(block, None, buffer)
@@ -114,12 +134,12 @@ class StoredArray:
     def _verify(self, block: int, data: memoryview | None, buffer: memoryview | None = None) -> None:
         """Compare a block with its sum; it is read where `data` is None."""
         assert self._sums is not None
-        start, end = block * BLOCK, min((block + 1) * BLOCK, self._size)
+        start, end = block * BLOCK, min((block + 1) * BLOCK, self.size)
         if data is None:
             data = (memoryview(bytearray(end - start)) if buffer is None else buffer)[: end - start]
-            read_at(self._descriptor, self._offset + start, data)
+            read_at(self._descriptor(), self._offset + start, data)
         if zlib.crc32(data, self._start) != self._sums[block]:
-            raise Mismatch(f"its bytes {start:,} to {end - 1:,} are not those that were written")
+            raise Mismatch(f"its bytes {start:,} to {end - 1:,}{self._where} are not those that were written")
         self._verified[block] = True
 
 

@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
+from numpy.typing import DTypeLike
 from pydantic import ValidationError
 
 from dbmpi.checkpoint import checksums, consistency, schema
 from dbmpi.checkpoint.checksums import Mismatch, StoredArray
 from dbmpi.checkpoint.meaning import Meaning
-from dbmpi.checkpoint.untrusted import LARGEST_TEXT, attribute, link
+from dbmpi.checkpoint.sharded_contents import ShardedContents, sources_of
+from dbmpi.checkpoint.stored_arrays import Arrays, WholeArrays
+from dbmpi.checkpoint.untrusted import LARGEST_TEXT, Foreign, Malformed, attribute, link
+from dbmpi.index.boxes import Box
 from dbmpi.index.layout import Layout, Tensor
-
-
-class Malformed(Exception):
-    """The file is no whole checkpoint; the message says why."""
-
-
-class Foreign(Malformed):
-    """The file is whole, as far as can be seen, but none that can be read here."""
 
 
 class StateArray(NamedTuple):
@@ -45,6 +42,8 @@ class Contents:
     ----------
     file
         The open HDF5 file.
+    path
+        Of the file.
     file_size
         Its size in bytes.
 
@@ -54,7 +53,7 @@ class Contents:
         From every method, where the file is no whole checkpoint.
     """
 
-    def __init__(self, file: Any, file_size: int) -> None:
+    def __init__(self, file: Any, path: Path, file_size: int) -> None:
         self._file = file
         self._file_size = file_size
         self._groups: dict[str, Any] = {}
@@ -66,19 +65,22 @@ class Contents:
             raise Foreign(f"it has format version {number}, this dbmpi reads versions 1 to {schema.FORMAT_VERSION}")
         self.verified = bool(number >= schema.WITH_CHECKSUMS) or checksums.GROUP in file
         """Whether everything has a checksum; files of version 1 have none."""
-        self._descriptor: int = file.id.get_vfd_handle()
+        descriptor: int = file.id.get_vfd_handle()
+        self._descriptor = lambda: descriptor
+        self.shards = ShardedContents(self, path) if schema.SHARDS in file else None
+        """What it says of the files of its shards; None if it is the only file."""
 
     def info(self) -> schema.CheckpointInfo:
         """Return the description."""
         present = {name: path for name, path in schema.OPTIONAL_TEXTS.items() if self._has(path)}
-        fields: dict[str, Any] = {name: self._small(path, "S", 0) for name, path in (schema.TEXTS | present).items()}
+        fields: dict[str, Any] = {name: self.small(path, "S", 0) for name, path in (schema.TEXTS | present).items()}
         present = {name: path for name, path in schema.OPTIONAL_INTEGERS.items() if self._has(path)}
-        fields |= {name: self._small(path, "i", 0) for name, path in (schema.INTEGERS | present).items()}
-        fields |= {name: self._small(path, "i", 1) for name, path in schema.INTEGER_LISTS.items()}
+        fields |= {name: self.small(path, "i", 0) for name, path in (schema.INTEGERS | present).items()}
+        fields |= {name: self.small(path, "i", 1) for name, path in schema.INTEGER_LISTS.items()}
         present = {name: path for name, path in schema.OPTIONAL_NUMBERS.items() if self._has(path)}
-        fields |= {name: self._small(path, "f", 0) for name, path in present.items()}
+        fields |= {name: self.small(path, "f", 0) for name, path in present.items()}
         libraries = self._find(schema.LIBRARIES, h5py.Group)
-        fields["libraries"] = {name: self._small(f"{schema.LIBRARIES}/{name}", "S", 0) for name in libraries}
+        fields["libraries"] = {name: self.small(f"{schema.LIBRARIES}/{name}", "S", 0) for name in libraries}
         info = schema.CheckpointInfo(**fields, meaning=self._meaning())
         try:
             consistency.check(info)
@@ -91,7 +93,7 @@ class Contents:
         if not self._has(schema.MEANING):
             return None
         names = self._members(schema.MEANING)
-        found = {name: self._small(f"{schema.MEANING}/{name}", "fiS", 0, 1) for name in names}
+        found = {name: self.small(f"{schema.MEANING}/{name}", "fiS", 0, 1) for name in names}
         try:
             return Meaning.model_validate(found)
         except ValidationError as error:
@@ -100,15 +102,15 @@ class Contents:
 
     def layout(self) -> Layout:
         """Return the tensors of the parameters, in their order."""
-        names = self._small(schema.TENSORS, "S", 1)
+        names = self.small(schema.TENSORS, "S", 1)
         if not names:
             raise Malformed(f"/{schema.TENSORS}: expected a list of names")
-        return Layout(tuple(Tensor(name, self._plain(f"{schema.PARAMETERS}/{name}").shape) for name in names))
+        return Layout(tuple(Tensor(name, self._shape(f"{schema.PARAMETERS}/{name}")) for name in names))
 
     def objective_state(self) -> dict[str, StateArray]:
         """Return the arrays that an objective of a user's own has beside its parameters, by name."""
         found: dict[str, StateArray] = {}
-        names = self._small(schema.OBJECTIVE_STATE_NAMES, "S", 1) if self._has(schema.OBJECTIVE_STATE_NAMES) else ()
+        names = self.small(schema.OBJECTIVE_STATE_NAMES, "S", 1) if self._has(schema.OBJECTIVE_STATE_NAMES) else ()
         for name in names:
             path = f"{schema.OBJECTIVE_STATE}/{name}"
             dataset = self._plain(path, "fiu")
@@ -123,16 +125,13 @@ class Contents:
 
     def vectors(self) -> tuple[str, ...]:
         """Return the names of the vectors, the parameters first."""
-        return (schema.PARAMETERS, *self._members("state"))
+        return (schema.PARAMETERS, *self._members("state")) if self.shards is None else self.shards.vectors
 
-    def arrays(
-        self, layout: Layout, vectors: Sequence[str]
-    ) -> tuple[np.dtype[Any], dict[tuple[str, str], StoredArray]]:
-        """Return the dtype of the arrays, and each one's position in the file by (vector, tensor).
-
-        `layout` and `vectors` are those of this file.
-        """
-        arrays, kinds, total = {}, set(), 0
+    def arrays(self, layout: Layout, vectors: Sequence[str]) -> tuple[np.dtype[Any], Arrays]:
+        """Return the dtype of the arrays, and where they are; `layout` and `vectors` are those of this file."""
+        if self.shards is not None:
+            return self.shards.arrays(layout)
+        stored, paths, kinds, total = {}, {}, set(), 0
         for vector in vectors:
             for tensor in layout.tensors:
                 path = f"{schema.group_of(vector)}/{tensor.name}"
@@ -144,14 +143,51 @@ class Contents:
                 if offset is None or offset + size > self._file_size:
                     raise Malformed(f"/{path} lies beyond the end of the file")
                 kinds.add(_element(path, dataset))
-                arrays[vector, tensor.name] = self._stored(path, dataset)
+                paths[vector, tensor.name], stored[path] = path, self._stored(path, dataset)
                 total += size
         if len(kinds) > 1:
             raise Malformed("some of its arrays are float32 and some float64, expected only one of them")
         # Many names for the same bytes would make a small file fill the memory.
         if total > self._file_size:
             raise Malformed(f"its arrays have {total} bytes and the file has {self._file_size}")
-        return kinds.pop(), arrays
+        return kinds.pop(), WholeArrays(stored, paths)
+
+    def view(self, path: str, shape: tuple[int, ...]) -> np.dtype[Any]:
+        """Return the dtype of the array at `path`, after comparing its `shape`.
+
+        It lies in other files, or has no elements.
+        """
+        dataset = self._find(path, h5py.Dataset)
+        virtual = dataset.id.get_create_plist().get_layout() == h5py.h5d.VIRTUAL
+        if dataset.shape != shape or (math.prod(shape) > 0 and not virtual):
+            raise Malformed(f"/{path}: expected a view of shape {shape}, found shape {dataset.shape}")
+        return _element(path, dataset)
+
+    def sources(self, path: str, expected: str) -> set[tuple[str, Box, int]] | None:
+        """Return the parts of the view at `path`, which are `expected` to be of a vector of that path elsewhere."""
+        dataset = self._find(path, h5py.Dataset)
+        return sources_of(dataset, expected) if dataset.is_virtual else set()
+
+    def table(self, path: str, dtype: DTypeLike = np.int64) -> np.ndarray:
+        """Return the array of integers of this `dtype` at `path`, after comparing it with its checksums."""
+        dataset = self._plain(path, "iu")
+        if dataset.dtype != dtype:
+            raise Malformed(f"/{path}: expected {np.dtype(dtype)}, found {dataset.dtype}")
+        values = np.empty(dataset.shape, dtype)
+        try:
+            self._stored(path, dataset).read(0, values.reshape(-1).view(np.uint8).data)
+        except Mismatch as error:
+            raise Malformed(f"/{path} does not fit its checksum: {error}") from None
+        return values
+
+    def _shape(self, path: str) -> tuple[int, ...]:
+        """Return the shape of an array of parameters."""
+        dataset = self._plain(path) if self.shards is None else self._find(path, h5py.Dataset)
+        if dataset.shape is None or math.prod(dataset.shape) > self._file_size + (
+            self.shards.nbytes if self.shards else 0
+        ):
+            raise Malformed(f"/{path}: expected an array no larger than the files")
+        return tuple(dataset.shape)
 
     def _find(self, path: str, kind: type) -> Any:
         """Return an object of the file, going through hard links only: other links may lead to other files."""
@@ -200,8 +236,18 @@ class Contents:
             self._descriptor, offset, size, checksums.start(path, dataset.dtype, dataset.shape), sums[()]
         )
 
-    def _small(self, path: str, kinds: str, *axes: int) -> Any:
-        """Return a number or text, or a tuple of them, after comparing it with its checksum."""
+    def small(self, path: str, kinds: str, *axes: int) -> Any:
+        """Return a number or text, or a tuple of them, after comparing it with its checksum.
+
+        Parameters
+        ----------
+        path
+            Where it is.
+        kinds
+            NumPy's letters for the kinds of dtype that it may have.
+        axes
+            How many axes it may have.
+        """
         dataset = self._plain(path)
         large = dataset.dtype.kind != "i" and dataset.id.get_storage_size() > LARGEST_TEXT
         if dataset.dtype.kind not in kinds or dataset.ndim not in axes or large:

@@ -1,6 +1,7 @@
 """The directory of a run's checkpoints: their names, ``latest``, and when files are deleted.
 
-A file has its name only when it is whole: it is written under a temporary name, brought to disk, and renamed.
+A file has its name only when it is whole: it is written under a temporary name, brought to disk, and renamed.  Where
+each shard writes a file of its own, the one with the name of the checkpoint comes last, and goes first.
 ``latest`` is a relative symbolic link, so that the directory can be moved; where a file system has no links it is a
 text file with the name in it.
 """
@@ -23,7 +24,8 @@ ABANDONED_SECONDS = 600.0
 """A temporary file of an unknown process that has not changed for this long belongs to a killed run."""
 
 _NAME = re.compile(r"step-(\d{9,18})\.h5")
-_TEMPORARY = re.compile(r"\.(?:step-\d{9,18}\.h5|latest)\.(?P<host>.+)-(?P<process>\d{1,9})\.tmp")
+_SHARD = re.compile(r"(?P<stem>step-\d{9,18})-shard-(?P<number>\d+)-of-(?P<shards>\d+)-(?P<id>[0-9a-f]{8,16})\.h5")
+_TEMPORARY = re.compile(r"\.(?:step-\d[0-9a-z-]*\.h5|latest)\.(?P<host>.+)-(?P<process>\d{1,9})\.tmp")
 
 
 def checkpoint_path(run_directory: Path, step: int) -> Path:
@@ -41,6 +43,43 @@ def step_of(path: Path) -> int | None:
     """Return the step in the name of a checkpoint's `path`, or None where it is not named like a checkpoint."""
     match = _NAME.fullmatch(path.name)
     return int(match[1]) if match else None
+
+
+def shard_path(path: Path, shard: int, shards: int, identity: str) -> Path:
+    """Return the path of the file of a shard of the checkpoint `path`.
+
+    Parameters
+    ----------
+    path
+        Of the checkpoint.
+    shard, shards
+        Number of the shard, and how many there are.
+    identity
+        Hexadecimal digits of this checkpoint, so that one of the same step gets other files.
+    """
+    return path.with_name(f"{path.stem}-shard-{shard}-of-{shards}-{identity}.h5")
+
+
+def is_shard_file(name: str) -> bool:
+    """Return whether a file of this `name`, without a directory, is one of a shard."""
+    return _SHARD.fullmatch(name) is not None
+
+
+def shard_files(path: Path, but: str = "") -> list[Path]:
+    """Return the files of shards of the same step as the checkpoint `path`, except for those of the identity `but`."""
+    found = []
+    for candidate in path.parent.glob(f"{path.stem}-shard-*.h5"):
+        match = _SHARD.fullmatch(candidate.name)
+        if match and match["id"] != but:
+            found.append(candidate)
+    return found
+
+
+def remove(path: Path) -> None:
+    """Delete the checkpoint `path`, and then the files of its shards."""
+    path.unlink(missing_ok=True)
+    for file in shard_files(path):
+        file.unlink(missing_ok=True)
 
 
 def checkpoints(directory: Path) -> list[Path]:
@@ -93,7 +132,9 @@ def set_aside(path: Path) -> None:
 
 
 def clean(directory: Path) -> list[Path]:
-    """Delete the temporary files that killed runs have left in a directory of checkpoints; return their names.
+    """Delete the files that killed runs have left in a directory of checkpoints; return their names.
+
+    They are temporary ones, and those of shards without a checkpoint.
 
     Called before a run starts to write.  A file is left alone while the process that writes it may live: on this
     host the process is looked up, on another one the file's last change decides.
@@ -101,7 +142,12 @@ def clean(directory: Path) -> list[Path]:
     removed: list[Path] = []
     if not directory.is_dir():
         return removed
+    masters = {path.name.split(".")[0] for path in directory.glob("step-*.h5*") if not is_shard_file(path.name)}
     for path in directory.iterdir():
+        shard = _SHARD.fullmatch(path.name)
+        if shard and shard["stem"] not in masters:
+            path.unlink(missing_ok=True)
+            removed.append(path)
         match = _TEMPORARY.fullmatch(path.name)
         if match and _is_abandoned(path, match["host"], int(match["process"])):
             path.unlink(missing_ok=True)

@@ -11,7 +11,7 @@ import shutil
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import h5py
 import numpy as np
@@ -20,6 +20,7 @@ from numpy.typing import DTypeLike
 from dbmpi.checkpoint import checksums
 from dbmpi.checkpoint.untrusted import HDF5_ERRORS, reason
 from dbmpi.errors import DiskFailed, UserError
+from dbmpi.index.boxes import Box
 
 ARRAYS = {"libver": ("v108", "v110"), "alignment_threshold": 65536, "alignment_interval": 4096}
 """Options of h5py for a file of large arrays.
@@ -27,6 +28,22 @@ ARRAYS = {"libver": ("v108", "v110"), "alignment_threshold": 65536, "alignment_i
 Version 1.8 of the format has checksums over everything but the arrays; every HDF5 since 2008 reads it.  Aligned arrays
 are written in whole pages.
 """
+
+
+_FLUSHED = 1 << 24
+"""Bytes after which the disk is told to begin."""
+
+
+class View(NamedTuple):
+    """A part of an array that lies in another file, in one piece."""
+
+    box: Box
+    file: str
+    """Its name, without a directory."""
+    elements: int
+    """Of the vector in that file."""
+    first: int
+    """Position in the vector."""
 
 
 def _failure(text: str, begun: bool) -> Exception:
@@ -77,6 +94,7 @@ class NewFile:
         self._sums: dict[str, checksums.WrittenSums] = {}
         self._offsets: dict[str, tuple[int, np.dtype[Any]]] = {}
         self._bytes = 0
+        self._dirty = range(0)
         self._open = True
         self._temporary = temporary_path(path)
         try:
@@ -116,6 +134,40 @@ class NewFile:
             self._sums[name] = checksums.WrittenSums(name, kind, shape)
         self._bytes += math.prod(shape) * kind.itemsize
 
+    def create_view(
+        self, name: str, shape: tuple[int, ...], dtype: DTypeLike, source: str, views: Sequence[View]
+    ) -> None:
+        """Create an array that consists of parts of vectors in other files; what is missing there reads as NaN.
+
+        Parameters
+        ----------
+        name
+            Its path in the file.
+        shape, dtype
+            Of the array, and of the vectors.
+        source
+            Path of the vector in each of the other files.
+        views
+            The parts.
+        """
+        if not views:  # an array without elements
+            self.create(name, shape, dtype)
+            return
+        kind = np.dtype(dtype)
+        properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        properties.set_layout(h5py.h5d.VIRTUAL)
+        properties.set_fill_value(np.array(np.nan, kind))
+        with self.writing():
+            for box, file, elements, first in views:
+                there, here = h5py.h5s.create_simple((elements,)), h5py.h5s.create_simple(shape)
+                there.select_hyperslab((first,), (box.size,))
+                here.select_hyperslab(box.starts, box.shape)
+                properties.set_virtual(here, file.encode(), f"/{source}".encode(), there)
+            above, _, last = name.rpartition("/")
+            group = self.hdf5.require_group(above) if above else self.hdf5
+            stored = h5py.h5t.py_create(kind, logical=True)
+            h5py.h5d.create(group.id, last.encode(), stored, h5py.h5s.create_simple(shape), dcpl=properties)
+
     def check_space(self) -> None:
         """Raise DiskFailed if the arrays created so far are larger than the free space of the disk."""
         with self.writing():
@@ -143,6 +195,7 @@ class NewFile:
             written = 0
             while written < len(data):
                 written += os.pwrite(self._raw.fileno(), data[written:], offset + start + written)
+            self._written(offset + start, written)
         if self._summed:
             self._sums[name].wrote(start, data)
 
@@ -164,6 +217,14 @@ class NewFile:
             stored = np.array(data, dtype=kind, order="C")
             self._sums[name] = checksums.WrittenSums(name, stored.dtype, stored.shape)
             self._sums[name].wrote(0, memoryview(stored.tobytes()))
+
+    def offset(self, name: str) -> int:
+        """Return where in the file the array `name` begins."""
+        return self._offsets[name][0]
+
+    def checksums(self, name: str) -> np.ndarray:
+        """Return the checksums of the array `name`, after :meth:`commit`."""
+        return self._sums[name].found
 
     def set_attribute(self, name: str, value: str | int, of: str = "/") -> None:
         """Set the attribute `name` of a member `of` the file, by default of the file itself, to `value`."""
@@ -204,6 +265,14 @@ class NewFile:
 
     def __exit__(self, *_: object) -> None:
         self.abort()
+
+    def _written(self, offset: int, count: int) -> None:
+        """Let the disk begin with what was written while the next bytes are prepared; they stay in the cache."""
+        dirty = self._dirty or range(offset, offset)
+        self._dirty = range(min(dirty.start, offset), max(dirty.stop, offset + count))
+        if len(self._dirty) >= _FLUSHED and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._raw.fileno(), self._dirty.start, len(self._dirty), os.POSIX_FADV_DONTNEED)
+            self._dirty = range(0)
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:

@@ -12,9 +12,10 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from dbmpi.checkpoint import directory, schema
-from dbmpi.checkpoint.checksums import Mismatch, StoredArray
-from dbmpi.checkpoint.contents import Contents, Foreign, Malformed, StateArray
-from dbmpi.checkpoint.untrusted import damage, open_file
+from dbmpi.checkpoint.checksums import Mismatch
+from dbmpi.checkpoint.contents import Contents, StateArray
+from dbmpi.checkpoint.stored_arrays import StoredRun
+from dbmpi.checkpoint.untrusted import Foreign, Malformed, damage, open_file
 from dbmpi.errors import Damaged, UserError
 from dbmpi.index.layout import Layout
 
@@ -45,6 +46,8 @@ class Checkpoint:
         Of their arrays.
     state_arrays : mapping of str to StateArray
         What an objective of a user's own has beside its parameters: dtypes and shapes by name, empty if nothing.
+    nbytes : int
+        Size of the file, and of those of its shards.
     has_checksums : bool
         Whether everything is verified when it is read; the first version of the format had no checksums.
     """
@@ -58,7 +61,13 @@ class Checkpoint:
             self._file = stack.enter_context(open_file(path, "checkpoint", expected, locking=False))
             stack.enter_context(damage(path, "the checkpoint"))
             try:
-                contents = Contents(self._file, path.stat().st_size)
+                # Views are found beside the file that a link leads to.
+                self.nbytes = path.stat().st_size
+                contents = Contents(self._file, path.resolve(), self.nbytes)
+                self._shards = contents.shards
+                if contents.shards is not None:
+                    stack.callback(contents.shards.files.close)
+                    self.nbytes += contents.shards.nbytes
                 self.info = contents.info()
                 self.layout = contents.layout()
                 self.vectors = contents.vectors()
@@ -133,7 +142,10 @@ class Checkpoint:
         for tensor, first, last in self.layout.pieces(start, stop):
             part = out[position : position + last - first]
             with self._naming(f"{schema.group_of(vector)}/{tensor.name}"):
-                _fill(self._arrays[vector, tensor.name], first, self.dtype, part)
+                done = 0
+                for segment in self._arrays.segments(vector, tensor, first, last):
+                    _fill(segment, self.dtype, part[done : done + segment.length])
+                    done += segment.length
             position += last - first
 
     def load(self, vector: str, start: int, out: np.ndarray) -> None:
@@ -168,10 +180,9 @@ class Checkpoint:
         Damaged
             If it is not what was written.
         """
-        for vector in self.vectors:
-            for tensor in self.layout.tensors:
-                with self._naming(f"{schema.group_of(vector)}/{tensor.name}"):
-                    self._arrays[vector, tensor.name].verify(part, parts)
+        for name, stored in self._arrays.stored.items():
+            with self._naming(name):
+                stored.verify(part, parts)
         for name, array in self.state_arrays.items():
             with self._naming(f"{schema.OBJECTIVE_STATE}/{name}"):
                 array.bytes.verify(part, parts)
@@ -215,8 +226,10 @@ class Checkpoint:
             )
 
     def close(self) -> None:
-        """Close the file; without effect the second time."""
+        """Close the file, and those of its shards; without effect the second time."""
         self._file.close()
+        if self._shards is not None:
+            self._shards.files.close()
 
     def __enter__(self) -> Self:
         return self
@@ -271,19 +284,19 @@ def _open_all(
     return found, unreadable
 
 
-def _fill(stored: StoredArray, first: int, dtype: np.dtype[Any], out: np.ndarray) -> None:
-    """Fill the contiguous vector `out` (n,) from the values of an array, of `dtype`, from the flat position `first` on.
+def _fill(segment: StoredRun, dtype: np.dtype[Any], out: np.ndarray) -> None:
+    """Fill the contiguous vector `out` from a segment of an array of this `dtype`.
 
     The arrays of a checkpoint are contiguous in C order, so a range of the flat vector is a range of bytes: without
     conversion it is read with one call of the operating system and without a copy.
     """
     if out.dtype == dtype:
-        stored.read(first * dtype.itemsize, out.view(np.uint8).data)
+        segment.stored.read(segment.first * dtype.itemsize, out.view(np.uint8).data)
         return
     buffer = np.empty(min(len(out), _CONVERTED_AT_ONCE), dtype)
     for start in range(0, len(out), _CONVERTED_AT_ONCE):
         part = out[start : start + _CONVERTED_AT_ONCE]
-        stored.read((first + start) * dtype.itemsize, buffer[: len(part)].view(np.uint8).data)
+        segment.stored.read((segment.first + start) * dtype.itemsize, buffer[: len(part)].view(np.uint8).data)
         part[:] = buffer[: len(part)]
 
 

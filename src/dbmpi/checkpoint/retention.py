@@ -62,5 +62,5 @@ def remove_older(newest: Path, others: list[Whole], keep: int) -> list[Path]:
     """
     older = [other.path for other in others if other.path.name != newest.name][max(keep, 1) - 1 :]
     for path in older:
-        path.unlink(missing_ok=True)
+        directory.remove(path)
     return older

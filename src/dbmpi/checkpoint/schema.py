@@ -1,15 +1,16 @@
-"""What a checkpoint file holds and where: format version 2.
+"""What a checkpoint file holds and where: format version 3.
 
 ::
 
-    /                          attributes format = "dbmpi-checkpoint", format_version = 2
+    /                          attributes format = "dbmpi-checkpoint", format_version = 3
     /parameters/<tensor>       float32 or float64, in the tensor's shape, e.g. /parameters/dense1/weights
     /state/<vector>/<tensor>   state of the update rule, cut like the parameters, e.g. /state/accumulator/dense1/weights
     /objective_state/<name>    what an objective of the user's own has beside its parameters, each of its own type
     /run/...                   description of the run and what it has done
     /data/...                  position in the stream of batches
     /meaning/...               what the samples stood for, where that was noted (dbmpi/checkpoint/meaning.py)
-    /checksums/<path>          of every dataset above, see dbmpi.checkpoint.checksums; version 1 had none
+    /shards/...                where the arrays are, in a checkpoint of several files: then they are views
+    /checksums/<path>          of every dataset above but the views, see dbmpi.checkpoint.checksums; version 1 had none
 
 Everything under ``/run`` and ``/data`` is a fixed-length UTF-8 string, an int64 scalar or an int64 list; under
 ``/meaning`` there are float64 numbers, and lists of them and of texts, too.
@@ -30,7 +31,9 @@ import dbmpi
 from dbmpi.checkpoint.meaning import Meaning
 
 FORMAT = "dbmpi-checkpoint"
-FORMAT_VERSION = 2
+SHARD_FORMAT = "dbmpi-checkpoint-shard"
+"""Of the file of one shard."""
+FORMAT_VERSION = 3
 WITH_CHECKSUMS = 2
 """The first version in which everything has a checksum."""
 
@@ -44,6 +47,15 @@ OBJECTIVE_STATE_NAMES = "run/objective_state"
 """Their names, where there are any."""
 LIBRARIES = "run/libraries"
 """Group with one string, the version, for every library."""
+
+SHARDS = "shards"
+"""Group that only a checkpoint of several files has."""
+SHARDS_ID, SHARDS_FILES, SHARDS_VECTORS = "shards/id", "shards/files", "shards/vectors"
+"""The hexadecimal digits in the names of the files; these names; the names of the vectors, the parameters first."""
+SHARDS_SIZES, SHARDS_ELEMENTS = "shards/sizes", "shards/elements"
+"""Of each file in bytes, and of each of its vectors."""
+SHARDS_OFFSETS, SHARDS_BOXES = "shards/offsets", "shards/boxes"
+"""Where in each file each vector begins; the table of :mod:`dbmpi.checkpoint.shard_boxes`."""
 
 MEANING = "meaning"
 """Group with a dataset for each field of :class:`dbmpi.checkpoint.meaning.Meaning` that is not empty."""
@@ -183,3 +195,8 @@ class CheckpointInfo:
 def group_of(vector: str) -> str:
     """Return the group that holds a vector: ``parameters``, or ``state/<vector>`` for state of the rule."""
     return PARAMETERS if vector == PARAMETERS else f"state/{vector}"
+
+
+def shard_sums(shard: int, vector: int) -> str:
+    """Return where the checksums of the vector number `vector` of a shard are, in a checkpoint of several files."""
+    return f"shards/sums/{shard}/{vector}"

@@ -30,6 +30,14 @@ _LOCKED = re.compile("unable to lock file|already open for (write|SWMR)", re.IGN
 """What HDF5 says of a file that another program writes, or that says so of itself."""
 
 
+class Malformed(Exception):
+    """The file is no whole checkpoint; the message says why."""
+
+
+class Foreign(Malformed):
+    """The file is whole, as far as can be seen, but none that can be read here."""
+
+
 def reason(error: Exception) -> str:
     """Return the message of an `error` of HDF5 in one line."""
     return getattr(error, "strerror", None) or " ".join(str(error).split())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -94,12 +94,15 @@ class CheckpointWriter:
             position += last - first
         written.add(start, stop)
 
-    def commit(self, info: schema.CheckpointInfo, keep: int | None = None) -> Path:
+    def commit(
+        self, info: schema.CheckpointInfo, keep: int | None = None, confirm: Callable[[], object] = lambda: None
+    ) -> Path:
         """Write the description `info`, give the file its name, and return the path.
 
         If it is named like the checkpoint of a run, ``latest`` points to it from then on.
 
-        All but the `keep` last checkpoints are then deleted.
+        All but the `keep` last checkpoints are then deleted.  `confirm` is called just before the file gets its name;
+        it raises where the file is not to get it.
 
         When this returns, the checkpoint is on disk.  It counts as soon as it has its name, also where the process dies
         before ``latest`` names it.
@@ -117,29 +120,7 @@ class CheckpointWriter:
             if missing is not None:
                 self.abort()
                 raise ValueError(f"{self.path}: elements [{missing[0]}, {missing[1]}) of {vector!r} were never written")
-        try:
-            consistency.check(info)
-        except consistency.Contradiction as error:
-            self.abort()
-            raise ValueError(f"{self.path}: {error}") from None
-        try:
-            others = retention.whole(self.path.parent)
-        except OSError:  # whatever is wrong there, the commit will say
-            others = []
-        info = replace(info, created=retention.later_than(others, info.created))
-        # Written last, so that a file without a description is known to be partial.
-        _write_info(self._file, self.layout, info)
-        if self._objective_state:
-            self._file.put(schema.OBJECTIVE_STATE_NAMES, [name.encode() for name in self._objective_state])
-        self._file.commit()
-        try:
-            if directory.step_of(self.path) is not None:  # of a run, and not of a user's own loop
-                directory.replace_latest(self.path)
-            if keep is not None:
-                retention.remove_older(self.path, others, keep)
-        except OSError as error:
-            raise DiskFailed(f"{self.path}: is whole, but its directory could not be updated: {error}") from error
-        return self.path
+        return finish(self._file, self.layout, info, self._objective_state, keep=keep, confirm=confirm)
 
     def abort(self) -> None:
         """Remove the temporary file; without effect after a commit or another abort."""
@@ -154,6 +135,64 @@ class CheckpointWriter:
     def _failure(self, text: str, _: bool) -> Exception:
         """Say, where a checkpoint fails, which one is left."""
         return DiskFailed(f"{text}; {retention.kept(self.path.parent)}")
+
+
+def finish(
+    file: NewFile,
+    layout: Layout,
+    info: schema.CheckpointInfo,
+    objective_state: Sequence[str] = (),
+    *,
+    identity: str = "",
+    keep: int | None = None,
+    confirm: Callable[[], object] = lambda: None,
+) -> Path:
+    """Write the description into the new `file` of a checkpoint, give it its name, and return its path.
+
+    Parameters
+    ----------
+    file, layout
+        Whose arrays are written, or lie with the shards.
+    info
+        The description.
+    objective_state
+        Names of the arrays of the objective's state.
+    identity
+        That of the files of the shards, if these hold the arrays.
+    keep, confirm
+        As for :meth:`CheckpointWriter.commit`.
+
+    Raises
+    ------
+    ValueError, DiskFailed
+        As :meth:`CheckpointWriter.commit` does.
+    """
+    path = file.path
+    try:
+        consistency.check(info)
+    except consistency.Contradiction as error:
+        file.abort()
+        raise ValueError(f"{path}: {error}") from None
+    try:
+        others = retention.whole(path.parent)
+    except OSError:  # whatever is wrong there, the commit will say
+        others = []
+    info = replace(info, created=retention.later_than(others, info.created))
+    # Written last, so that a file without a description is known to be partial.
+    _write_info(file, layout, info)
+    if objective_state:
+        file.put(schema.OBJECTIVE_STATE_NAMES, [name.encode() for name in objective_state])
+    file.commit(confirm)
+    try:
+        if directory.step_of(path) is not None:  # of a run, and not of a user's own loop
+            directory.replace_latest(path)
+        for stale in directory.shard_files(path, but=identity):  # of an earlier checkpoint of the same step
+            stale.unlink(missing_ok=True)
+        if keep is not None:
+            retention.remove_older(path, others, keep)
+    except OSError as error:
+        raise DiskFailed(f"{path}: is whole, but its directory could not be updated: {error}") from error
+    return path
 
 
 class Coverage:

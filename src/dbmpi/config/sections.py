@@ -224,6 +224,9 @@ class CheckpointSection(Section):
     """Time between two checkpoints; 0 writes only the last one."""
     keep: Count = 2
     """Checkpoints to keep; older ones are deleted after a newer one is complete."""
+    layout: Literal["shards", "single"] = "shards"
+    """``shards``: each shard writes a file of its own, and a small one shows them whole; with one shard a plain file.
+    ``single``: a plain file in any case, which takes longer."""
     retry_seconds: NotNegative = 300.0
     """How long writing the last checkpoint of a run is retried when the disk fails."""
     resume: Literal["auto", "never"] = "never"

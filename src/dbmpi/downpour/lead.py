@@ -1,8 +1,8 @@
 """The lead: shard 0, which also keeps the order of a run.
 
-It shows progress, lets the workers pause for a checkpoint and writes it, releases them after the warmstart, and ends
-the run when all have finished or a signal asked for it.  It acts on messages and on the clock, and never waits for a
-worker.
+It shows progress, lets the workers pause until all shards have taken a checkpoint, which is written while they go on,
+releases them after the warmstart, and ends the run when all have finished or a signal asked for it.  It acts on
+messages and on the clock, and never waits for a worker.
 """
 
 from __future__ import annotations
@@ -10,23 +10,17 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from enum import Enum, auto
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dbmpi.checkpoint.attempts import Attempts
-from dbmpi.checkpoint.collect import ShardPart, finite, save
-from dbmpi.checkpoint.directory import checkpoint_path
-from dbmpi.checkpoint.retention import kept
-from dbmpi.checkpoint.schema import CheckpointInfo
-from dbmpi.config import CheckpointSection
 from dbmpi.data.stream import Order
+from dbmpi.downpour.checkpoints import CheckpointPlan, LeadCheckpoints
 from dbmpi.downpour.shard import Shard, ShardRole
-from dbmpi.errors import DiskFailed, RunFailed
 from dbmpi.monitor.callbacks import Callbacks, TrainingEvent
 from dbmpi.monitor.measures import Rate
 from dbmpi.monitor.progress import RunProgress
@@ -38,8 +32,6 @@ from dbmpi.mpi.tags import Tag
 from dbmpi.mpi.topology import Plan
 from dbmpi.objective import Outcome
 from dbmpi.paramserver.server import Tally
-from dbmpi.replica.arrangement import Arrangement
-from dbmpi.replica.own_state import OwnState
 from dbmpi.session import StartingPoint
 
 
@@ -47,24 +39,6 @@ class _State(Enum):
     RUNNING = auto()
     PAUSED = auto()
     FINISHED = auto()
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckpointPlan:
-    """Where and how the lead writes checkpoints."""
-
-    section: CheckpointSection
-    """When, and how many are kept."""
-    directory: Path
-    """That of the run."""
-    arrangement: Arrangement
-    """In which order the shards hold the parameters."""
-    info: Callable[..., CheckpointInfo]
-    """Describes a checkpoint: :class:`CheckpointInfo` with everything that is the same in all of a run's."""
-    remedy: str
-    """What a user may do against parameters that are not finite."""
-    state: OwnState | None = None
-    """What an objective of the user's own has beside its parameters."""
 
 
 def _number(bits: int) -> float:
@@ -98,8 +72,6 @@ class Lead(Shard):
     ----------
     stopped_by
         Number of the signal that ended it early; 0 if it ran to its end.
-    checkpoint
-        The last checkpoint written.
     steps, samples
         Steps of all replicas in this session, and the samples behind them, as far as they have been applied.
     staleness
@@ -125,27 +97,30 @@ class Lead(Shard):
         self._begin = begin
         self._order = order
         self._progress = progress
-        self._checkpoints, self._callbacks = checkpoints, callbacks
+        self._files, self._callbacks = checkpoints, callbacks
         self._failure: Exception | None = None
         self._ending = False
         """Whether a signal or a callback has asked for the end."""
         self._rate = Rate()
         self._states = [_State.RUNNING] * plan.replicas
         self._learned = [0] * plan.replicas
-        self._pausing = False
+        self._pausing = self._taking = False
+        """Whether the workers are to pause, and whether the shards take a checkpoint."""
         self._seen_version = 0
         self._reported_alive = time.monotonic()
         self._state = np.empty(0 if checkpoints.state is None else checkpoints.state.nbytes, np.uint8)
         """That of replica 0 when it last paused."""
-        self._attempts = Attempts(checkpoints.section, checkpoints.section.retry_seconds, progress.warn)
-        # The state at the start needs no checkpoint.
-        self._saved_version = self.version
+        self._checkpoints = LeadCheckpoints(checkpoints, self.version, role.recorder, progress.warn)
         self.steps = 0
         self.samples = 0
         self.staleness = StalenessHistogram()
         self.recent = Recent(order.samples)
         self.stopped_by = 0
-        self.checkpoint: Path | None = None
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The last checkpoint written."""
+        return self._checkpoints.path
 
     def poll(self) -> bool:
         """Poll as a shard, and act on the messages and on the clock; return whether anything was done."""
@@ -240,22 +215,28 @@ class Lead(Shard):
         if self.version != self._seen_version:
             self._seen_version = self.version
             self._say_alive()
+        moved = self._continue_checkpoint()
         if all(state == _State.FINISHED for state in self._states):
-            return self._end()
+            return self._end() or moved
         if self._pausing:
             if any(state == _State.RUNNING for state in self._states):
-                return False
-            self._write_checkpoint()
-            self._pausing = False
+                return moved
+            if not self._taking:
+                self._taking = True
+                self._begin_checkpoint()
+            if not self._checkpoints.taken:
+                return moved
+            self._pausing = self._taking = False
+            self._checkpoints.go()
             self._states = [_State.RUNNING if s == _State.PAUSED else s for s in self._states]
             self._tell_workers(MessageKind.GO)
             return True
-        # Without the last condition, a tiny interval would keep the workers pausing for ever.
-        if self._attempts.due and not self._ending and self.version != self._saved_version:
+        if not self._ending and self._checkpoints.due(self.version):
             self._pausing = True
+            self._checkpoints.pause()
             self._tell_workers(MessageKind.PAUSE)
             return True
-        return False
+        return moved
 
     def _replica(self, rank: int) -> int:
         worker = self._plan.worker_of(rank)
@@ -287,28 +268,28 @@ class Lead(Shard):
 
     def _end(self) -> bool:
         """Write the last checkpoint, and end training on all ranks; return whether anything was done."""
-        failed = self._attempts.failed
-        if not self._write_checkpoint(last=True):
-            return self._attempts.failed != failed
+        if not self._checkpoints.complete:
+            if not self._checkpoints.may_end:
+                if not self._files.saver.busy:
+                    self._say_alive()
+                return False
+            self._begin_checkpoint(last=True)
+            return True
         self._tell_workers(MessageKind.END)
         for rank in self._plan.shard_ranks[1:]:
             self._mailbox.send(rank, Role.SHARD, MessageKind.END)
         self.ended = True
         return True
 
-    def _write_checkpoint(self, *, last: bool = False) -> bool:
-        """Write the state of all shards while no worker pushes; return whether that succeeded."""
-        if last and not self._attempts.ready_at_the_end:
+    def _continue_checkpoint(self) -> bool:
+        """Write on; return whether anything was done."""
+        moved = self._checkpoints.poll()
+        if moved:
             self._say_alive()
-            return False
-        try:
-            self._write()
-        except DiskFailed as error:
-            (self._attempts.fail_at_the_end if last else self._attempts.fail)(error)
-            return False
-        self._attempts.succeed()
-        self._saved_version = self.version
-        self._call("on_checkpoint", self.steps, self.epoch, self.samples, math.nan, None, self.checkpoint)
+        event = self._checkpoints.finished()
+        if event is None:
+            return moved
+        self._call("on_checkpoint", *event, math.nan, None, self._checkpoints.path)
         return True
 
     def _call(self, name: str, *event: Any) -> None:
@@ -329,48 +310,28 @@ class Lead(Shard):
             self._progress.message(f"{why}: the run ends after the current steps")
             self._tell_workers(MessageKind.STOP)
 
-    def _write(self) -> None:
-        """Write one file."""
+    def _begin_checkpoint(self, *, last: bool = False) -> None:
+        """Let all shards take their vectors, while no worker pushes."""
         self.report()
-        begin, checkpoints, replicas = self._begin, self._checkpoints, self._plan.replicas
+        event = self.steps, self.epoch, self.samples
+        self._checkpoints.begin(partial(self._take, last=last), self.version, event, last=last)
+
+    def _take(self, *, last: bool) -> None:
+        begin, files, replicas = self._begin, self._files, self._plan.replicas
         steps = begin.step + self.steps
         left = begin.stream.after(self._learned, begin.warmstart)
         earlier = begin.done or (0,) * replicas
-        for rank in self._plan.shard_ranks[1:]:
-            self._mailbox.send(rank, Role.SHARD, MessageKind.CHECKPOINT)
-
-        def describe(versions: tuple[int, ...]) -> CheckpointInfo:
-            return checkpoints.info(
-                step=steps,
-                samples=begin.samples + self.samples,
-                shard_versions=versions,
-                frontier=left.frontier,
-                total=left.total,
-                holes=left.holes,
-                done=tuple(before + now for before, now in zip(earlier, self._learned, strict=True)),
-            )
-
-        self.checkpoint = save(
-            self._comm,
-            self._plan.shard_ranks,
-            checkpoint_path(checkpoints.directory, steps),
-            ShardPart(
-                checkpoints.arrangement,
-                self.vectors(),
-                self.version,
-                {} if checkpoints.state is None else checkpoints.state.to_store(self._state),
-            ),
-            describe,
-            keep=checkpoints.section.keep,
-            check=self._check_finite,
-            alive=self._say_alive,
+        describe = partial(
+            files.info,
+            step=steps,
+            samples=begin.samples + self.samples,
+            frontier=left.frontier,
+            total=left.total,
+            holes=left.holes,
+            done=tuple(before + now for before, now in zip(earlier, self._learned, strict=True)),
         )
-
-    def _check_finite(self, name: str, values: np.ndarray) -> None:
-        """Refuse to replace the last good parameters by useless ones."""
-        if name == "parameters" and not finite(values):
-            plan = self._checkpoints
-            raise RunFailed(
-                f"after {self._begin.step + self.steps} steps some parameters are NaN or infinite; no checkpoint is "
-                f"written; {kept(plan.directory / 'checkpoints')}; {plan.remedy}"
-            )
+        state = {} if files.state is None else files.state.to_store(self._state)
+        identity = files.saver.plan(steps, describe, state)
+        for rank in self._plan.shard_ranks[1:]:
+            self._mailbox.send(rank, Role.SHARD, MessageKind.CHECKPOINT, steps, identity, last)
+        files.saver.begin(steps, identity, self.vectors(), self.version, last=last)

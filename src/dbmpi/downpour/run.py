@@ -13,10 +13,13 @@ from mpi4py import MPI
 
 from dbmpi.checkpoint.named_arrays import Fill
 from dbmpi.checkpoint.restore import restore
+from dbmpi.checkpoint.retention import kept
+from dbmpi.checkpoint.saver import LeadSaver, ShardSaver
 from dbmpi.checkpoint.schema import CheckpointInfo, library_versions
 from dbmpi.downpour.algorithm import downpour
+from dbmpi.downpour.checkpoints import CheckpointPlan
 from dbmpi.downpour.datapath import DataPath, Flow
-from dbmpi.downpour.lead import CheckpointPlan, Lead
+from dbmpi.downpour.lead import Lead
 from dbmpi.downpour.orders import Orders
 from dbmpi.downpour.shard import Shard, ShardRole
 from dbmpi.downpour.worker import Assignment, Worker
@@ -74,15 +77,19 @@ def learn(session: Session, stack: ExitStack) -> Result:
         if number is not None:
             served = store.server(applied_rule)
             _fill(served, arrangement, store.ranges[number], session.initial, session.checkpoint, applied_rule)
+            saver = _saver(session, arrangement, number)
+            stack.callback(saver.close)
             role = ShardRole(
                 comm=comm,
                 server=served,
+                saver=saver,
                 recorder=session.recorder("shard", number),
                 stop=session.stop,
                 report_seconds=run.monitor.report_seconds,
                 bandwidth=bandwidth,
             )
-            lead = _lead(session, role, arrangement, _progress(session, stack, store.notes)) if number == 0 else None
+            if isinstance(saver, LeadSaver):
+                lead = _lead(session, role, saver, _progress(session, stack, store.notes))
             shard = lead or Shard(role)
     began = time.monotonic()
     if replica is not None:
@@ -101,7 +108,22 @@ def _progress(session: Session, stack: ExitStack, notes: tuple[str, ...]) -> Run
     return progress
 
 
-def _lead(session: Session, role: ShardRole, arrangement: Arrangement, progress: RunProgress) -> Lead:
+def _saver(session: Session, arrangement: Arrangement, number: int) -> ShardSaver:
+    """Return what writes the part of a shard of that `number` of checkpoints."""
+    run, plan, comm = session.run, session.plan, session.comms.world
+    if number:
+        return ShardSaver(comm, run.run.directory, number, plan.shards)
+
+    def not_finite() -> RunFailed:
+        return RunFailed(
+            "some parameters are NaN or infinite; no checkpoint is written; "
+            f"{kept(run.run.directory / 'checkpoints')}; {_lower(run.optimizer.learning_rate)}"
+        )
+
+    return LeadSaver(comm, run.run.directory, plan.shard_ranks, arrangement, run.checkpoint, not_finite)
+
+
+def _lead(session: Session, role: ShardRole, saver: LeadSaver, progress: RunProgress) -> Lead:
     """Return the lead of the run."""
     run, plan, data = session.run, session.plan, session.data
     info = partial(
@@ -118,10 +140,8 @@ def _lead(session: Session, role: ShardRole, arrangement: Arrangement, progress:
     )
     checkpoints = CheckpointPlan(
         section=run.checkpoint,
-        directory=run.run.directory,
-        arrangement=arrangement,
+        saver=saver,
         info=info,
-        remedy=_lower(run.optimizer.learning_rate),
         state=session.objective_state,
     )
     return Lead(role, plan, session.begin, session.order, progress, checkpoints, session.callbacks, session.metrics)

@@ -1,4 +1,4 @@
-"""A shard's duties around its server: obey the lead, hand over vectors for a checkpoint, report."""
+"""A shard's duties around its server: obey the lead, write its part of checkpoints, report."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dbmpi.checkpoint.collect import hand_over
+from dbmpi.checkpoint.saver import ShardSaver
 from dbmpi.machine.signals import StopSignal
 from dbmpi.monitor.records import Recorder, ShardReport
 from dbmpi.mpi import waiting
@@ -30,6 +30,8 @@ class ShardRole:
     """All ranks."""
     server: Server
     """Applies the pushes."""
+    saver: ShardSaver
+    """Writes the shard's part of checkpoints."""
     recorder: Recorder
     """Writes the shard's reports."""
     stop: StopSignal
@@ -58,6 +60,7 @@ class Shard:
         self._role = role
         self._comm, self._server = role.comm, role.server
         self._mailbox = Mailbox(role.comm, Role.SHARD)
+        self._server.before_change = self._keep
         self._reported_stop = False
         self.ended = False
         self._pushes = 0
@@ -80,6 +83,7 @@ class Shard:
         while (message := self._mailbox.receive()) is not None:
             moved = True
             self.hear(message)
+        moved = role.saver.poll() or moved
         if role.stop.number and not self._reported_stop:
             self._reported_stop = True
             self._mailbox.send(_LEAD_RANK, Role.SHARD, MessageKind.STOP_ASKED, role.stop.number)
@@ -94,7 +98,13 @@ class Shard:
         if message.kind == MessageKind.END:
             self.ended = True
         elif message.kind == MessageKind.CHECKPOINT:
-            hand_over(self._comm, self._server.version, self.vectors().values())
+            step, identity, last, *_ = message.values
+            self._role.saver.begin(step, identity, self.vectors(), self.version, last=bool(last))
+
+    def _keep(self, start: int, stop: int) -> None:
+        """Keep what a checkpoint needs of the elements that are about to change."""
+        for name in ("parameters", *self._server.state):
+            self._role.saver.keep(name, start, stop)
 
     def report(self) -> tuple[Tally, float]:
         """Write a report if there were pushes since the last one.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dbmpi.checkpoint.collect import finite
+from dbmpi.checkpoint.finite import finite
 from dbmpi.checkpoint.schema import PARAMETERS
 from dbmpi.checkpoint.writer import CheckpointWriter
 from dbmpi.errors import DiskFailed, RunFailed

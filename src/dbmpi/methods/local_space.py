@@ -57,6 +57,11 @@ class LocalSpace:
     vectors
         Vectors that are there already, e.g. the parameters in a window: C-contiguous, of `size` elements, float32
         or float64.
+
+    Attributes
+    ----------
+    before_change
+        Called with the name of a vector before it changes, if it is given.
     """
 
     def __init__(
@@ -69,6 +74,7 @@ class LocalSpace:
         vectors: Mapping[str, np.ndarray] | None = None,
     ) -> None:
         self._size, self._dtype, self._reduce = size, _float_type(dtype), reduce
+        self.before_change: Callable[[str], None] | None = None
         self._vectors: dict[str, np.ndarray] = {}
         self._given = frozenset(vectors or ())
         self._shard, self._shards = shard, shards
@@ -120,7 +126,7 @@ class LocalSpace:
 
         All shards call this for the same vectors between the same operations.
         """
-        vector = self._get(name)
+        vector = self._changing(name)
         self._wrote(name)
         return vector
 
@@ -133,7 +139,7 @@ class LocalSpace:
             raise ValueError(
                 f"the vector {name!r} is there already, as {self._vectors[name].dtype} and not as {wanted}"
             )
-        self._vectors[name][:] = 0
+        self._changing(name)[:] = 0
         self._wrote(name, 0.0)
         self._largest[name] = 0.0
 
@@ -155,12 +161,12 @@ class LocalSpace:
             raise ValueError("nothing to combine: give at least one term (coefficient, name)")
         sources = [self._get(name) for _, name in terms]
         expected = self._expected_sum(terms)
-        largest = vectors.combine(self._get(target), [float(coefficient) for coefficient, _ in terms], sources)
+        largest = vectors.combine(self._changing(target), [float(coefficient) for coefficient, _ in terms], sources)
         self._wrote(target, largest, expected)
 
     def multiply(self, left: str, right: str, target: str) -> None:
         """Set ``target = left * right``, element by element."""
-        vectors.multiply(self._get(left), self._get(right), self._get(target))
+        vectors.multiply(self._get(left), self._get(right), self._changing(target))
         self._wrote(target)
 
     def advance(self, point: str, origin: str, step: float, direction: str) -> None:
@@ -173,7 +179,7 @@ class LocalSpace:
         """
         if origin in (point, direction):
             raise ValueError(f"the origin {origin!r} must be a vector of its own")
-        vectors.advance(self._get(point), self._get(origin), float(step), self._get(direction))
+        vectors.advance(self._changing(point), self._changing(origin), float(step), self._get(direction))
         self._wrote(point)
         self._wrote(origin)
 
@@ -185,17 +191,17 @@ class LocalSpace:
         point, gradient, strength, target
             As for `Space`.
         """
-        vectors.pseudo_gradient(self._get(point), self._get(gradient), float(strength), self._get(target))
+        vectors.pseudo_gradient(self._get(point), self._get(gradient), float(strength), self._changing(target))
         self._wrote(target)
 
     def align(self, direction: str, gradient: str) -> None:
         """Set elements of `direction` to zero where they do not descend along ``-gradient``."""
-        vectors.align(self._get(direction), self._get(gradient))
+        vectors.align(self._changing(direction), self._get(gradient))
         self._wrote(direction)
 
     def project(self, point: str, origin: str, gradient: str) -> None:
         """Set elements of `point` to zero that left the orthant of `origin` and ``-gradient``."""
-        vectors.project(self._get(point), self._get(origin), self._get(gradient))
+        vectors.project(self._changing(point), self._get(origin), self._get(gradient))
         self._wrote(point)
 
     def dots(self, pairs: Sequence[tuple[str, str]], maxima: Sequence[str] = ()) -> np.ndarray:
@@ -346,6 +352,13 @@ class LocalSpace:
             self._own_largest[name] = own_largest
         if expected is not None:
             self._expected[name] = expected
+
+    def _changing(self, name: str) -> np.ndarray:
+        """Return a vector that is about to change."""
+        vector = self._get(name)
+        if self.before_change is not None:
+            self.before_change(name)
+        return vector
 
     def _get(self, name: str) -> np.ndarray:
         try:

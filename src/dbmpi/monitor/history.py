@@ -111,7 +111,7 @@ class RunHistory:
             if record["kind"] in ("worker", "shard"):
                 role = self.workers if record["kind"] == "worker" else self.shards
                 role.setdefault(record["number"], []).append(record)
-            else:
+            elif record["kind"] != "checkpoint":
                 (self.evaluations if record["kind"] == "evaluation" else self.batches).append(record)
         self.workers, self.shards = dict(sorted(self.workers.items())), dict(sorted(self.shards.items()))
         self.sessions = sorted(self._ends)

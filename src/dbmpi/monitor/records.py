@@ -24,10 +24,19 @@ from typing import Any, BinaryIO
 
 from dbmpi.errors import UserError
 from dbmpi.monitor.measures import StalenessHistogram, Stopwatch
-from dbmpi.monitor.reports import KINDS, BatchReport, EvaluationReport, Report, ShardReport, WorkerReport
+from dbmpi.monitor.reports import (
+    KINDS,
+    BatchReport,
+    CheckpointReport,
+    EvaluationReport,
+    Report,
+    ShardReport,
+    WorkerReport,
+)
 
 __all__ = [
     "BatchReport",
+    "CheckpointReport",
     "EvaluationReport",
     "Record",
     "Recorder",
@@ -255,16 +264,18 @@ def next_session(directory: Path) -> int:
 
 
 def _jsonable(value: Any) -> Any:
-    """Return plain, finite JSON values for Python's and NumPy's numbers; 9 digits distinguish all float32 values."""
+    """Return plain JSON values for texts and numbers, finite ones; 9 digits distinguish all float32 values."""
     if isinstance(value, Mapping):
         return {str(key): _jsonable(entry) for key, entry in value.items()}
+    if isinstance(value, str):
+        return value
     if isinstance(value, Sequence):
         return [_jsonable(entry) for entry in value]
     if isinstance(value, Integral):
         return int(value)
     if isinstance(value, Real):
         return float(f"{float(value):.9g}") if math.isfinite(value) else None
-    assert value is None, f"a report holds numbers, not {value!r}"
+    assert value is None, f"a report holds numbers and texts, not {value!r}"
     return None
 
 

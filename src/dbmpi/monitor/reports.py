@@ -116,7 +116,24 @@ class BatchReport:
     """Replicas that have died in this session by the end of the batch."""
 
 
-Report = WorkerReport | ShardReport | EvaluationReport | BatchReport
+@dataclass(frozen=True, slots=True)
+class CheckpointReport:
+    """A checkpoint that is written."""
+
+    kind: ClassVar[str] = "checkpoint"
+    name: str
+    """Of its file."""
+    bytes: int
+    """Of all its files."""
+    seconds: float
+    """From when the shards took their vectors to when it was whole and on disk."""
+    rested: float
+    """Seconds for which all workers paused before that; 0 for the last one of a run, and in Sandblaster."""
+    waited: float
+    """Seconds for which changes of the vectors waited while these were copied, on the shard where it was longest."""
+
+
+Report = WorkerReport | ShardReport | EvaluationReport | BatchReport | CheckpointReport
 KINDS: dict[str, type[Report]] = {
-    report.kind: report for report in (WorkerReport, ShardReport, EvaluationReport, BatchReport)
+    report.kind: report for report in (WorkerReport, ShardReport, EvaluationReport, BatchReport, CheckpointReport)
 }

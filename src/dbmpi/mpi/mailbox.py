@@ -40,7 +40,10 @@ class MessageKind(IntEnum):
     END = 4
     """Lead to all: training is over."""
     CHECKPOINT = 5
-    """Lead, or a worker of a user's own loop, to shard: send me your vectors."""
+    """Lead to shard: take your vectors for a checkpoint: its step, its identity, and whether it is the last one.
+
+    A worker of a user's own loop to a shard: send me your vectors.
+    """
     PAUSED = 6
     """Worker to lead: paused; how many of my batches are learned."""
     FINISHED = 7

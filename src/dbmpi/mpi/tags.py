@@ -30,6 +30,8 @@ class Tag(IntEnum):
     """Vectors for a checkpoint, from a shard to the worker of a user's own loop that has asked for them."""
     OBJECTIVE_STATE = 14
     """What an objective has beside its parameters, from a worker to the lead."""
+    CHECKPOINT = 15
+    """What a shard has done of a checkpoint, for the lead."""
     LAST_TRANSFER = 30000
     """The largest tag of transfers, which number theirs from 1 on a communicator of their own."""
     DEATHS = 30001

@@ -9,6 +9,7 @@ which is also a worker can call :meth:`Server.poll` between two steps and while 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import numpy as np
 
@@ -67,6 +68,8 @@ class Server:
         The rule's named arrays, each as long as `parameters`.
     begun
         The version at which the state was begun: the rule counts its updates from there.
+    before_change
+        Called before the elements from a first to a last one change, if it is given.
     """
 
     def __init__(
@@ -82,6 +85,7 @@ class Server:
         self.parameters = parameters
         self.state: State = {}
         self.begun = 0
+        self.before_change: Callable[[int, int], None] | None = None
         self._samples = [0] * memory.partitions
         self._posted = self._words(memory.posted(0), len(clients))
         self._versions = self._words(memory.version(0), memory.partitions)
@@ -241,6 +245,8 @@ class Server:
     def _update(self, header: Header, chunk: np.ndarray, partition: int) -> None:
         """Apply the rule to the range that a chunk of a client with that `partition` covers."""
         covered = slice(header.start, header.start + header.length)
+        if self.before_change is not None:
+            self.before_change(covered.start, covered.stop)
         began = time.perf_counter()
         moment = Moment(int(self._versions[partition]) + 1 - self.begun, self._samples[partition], header.samples)
         state = {name: array[covered] for name, array in self.state.items()}

@@ -9,15 +9,13 @@ from typing import TYPE_CHECKING
 from mpi4py import MPI
 
 from dbmpi.checkpoint.attempts import Attempts
-from dbmpi.checkpoint.collect import ShardPart, check_finite, save
-from dbmpi.checkpoint.directory import checkpoint_path
+from dbmpi.checkpoint.saver import LeadSaver
 from dbmpi.checkpoint.schema import CheckpointInfo, library_versions
 from dbmpi.errors import DiskFailed
-from dbmpi.index.layout import cut
 from dbmpi.methods.descent import POINT, Progress
 from dbmpi.methods.lbfgs import History
+from dbmpi.monitor.records import CheckpointReport, Recorder
 from dbmpi.mpi import waiting
-from dbmpi.replica.arrangement import Arrangement
 from dbmpi.sandblaster.commands import Command
 from dbmpi.sandblaster.state import Position, capture
 
@@ -40,6 +38,10 @@ class Keeper:
         Where the method stands, until it is noted again.
     shards
         Hold the vectors.
+    saver
+        Writes them, together with the shards.
+    recorder
+        Writes a report of each.
     carried
         Names of the vectors that are kept for another optimizer.
     warn
@@ -51,6 +53,8 @@ class Keeper:
     ----------
     last
         The last checkpoint written.
+    written
+        Portions, and samples behind them, of this session that are in it.
     """
 
     def __init__(
@@ -58,6 +62,8 @@ class Keeper:
         session: Session,
         state: MethodState | None,
         shards: Shards,
+        saver: LeadSaver,
+        recorder: Recorder,
         *,
         carried: Sequence[str],
         warn: Callable[[str], None],
@@ -70,12 +76,17 @@ class Keeper:
         settings = session.run.checkpoint
         patience = min(settings.retry_seconds, waiting.STALL_SECONDS / 2)
         self._attempts, self._serve = Attempts(settings, patience, warn), serve
+        self._recorder = recorder
+        self._saver, self._last, self._counts = saver, False, (0, 0)
+        self._problem: DiskFailed | None = None
+        """Why the checkpoint that was begun last could not be written."""
         self.last: Path | None = None
+        self.written = 0, 0
 
     @property
     def due(self) -> bool:
         """Whether it is time for a checkpoint."""
-        return self._attempts.due
+        return self._attempts.due and not self._saver.busy
 
     def note(self, history: History, position: Position, progress: Progress) -> None:
         """Note where L-BFGS stands after an iteration.
@@ -92,10 +103,35 @@ class Keeper:
         bounds = None if settings.l1 or settings.batch_overlap else self._shards.lead.bounds()
         self._state = capture(history, position, progress, bounds)
 
+    def poll(self) -> bool:
+        """Go on with what is being written; return whether anything moved.
+
+        Raises
+        ------
+        RunFailed
+            If some parameters are not finite, or another run has taken the directory over.
+        """
+        moved = self._saver.poll()
+        try:
+            path = self._saver.result()
+        except DiskFailed as error:
+            self._problem = error
+            if not self._last:
+                self._attempts.fail(error)
+            return True
+        if path is None:
+            return moved
+        self._attempts.succeed()
+        self.last, self.written, self._problem = path, self._counts, None
+        saver = self._saver
+        self._recorder.write(CheckpointReport(path.name, saver.size, saver.seconds, 0.0, saver.waited))
+        return True
+
     def write(self, steps: int, samples: int, *, last: bool = False) -> None:
         """Write the parameters, the history, and what the shards carry along, into a checkpoint.
 
-        Where the disk does not take it the run goes on without; unless it is the last one, which is tried for a while.
+        It is only begun, and written while the run goes on; unless it is the last one.  Where the disk does not take it
+        the run goes on without; unless it is the last one, which is tried for a while.
 
         Parameters
         ----------
@@ -109,57 +145,51 @@ class Keeper:
         RunFailed
             If some parameters are not finite, or the last checkpoint cannot be written.
         """
-        while True:
-            try:
-                self._write(steps, samples)
-            except DiskFailed as error:
-                if not last:
-                    self._attempts.fail(error)
-                    return
-                self._attempts.fail_at_the_end(error)
-                waiting.until(lambda: self._attempts.ready_at_the_end, "the disk", serve=self._serve, longest_sleep=0.1)
-            else:
-                self._attempts.succeed()
+        self._finish("the checkpoint before")
+        self._begin(steps, samples, last=last)
+        while last:
+            self._finish("the last checkpoint")
+            if self._problem is None:
                 return
+            self._attempts.fail_at_the_end(self._problem)
+            waiting.until(lambda: self._attempts.ready_at_the_end, "the disk", serve=self._serve, longest_sleep=0.1)
+            self._begin(steps, samples, last=last)
 
-    def _write(self, steps: int, samples: int) -> None:
-        session, lead, state = self._session, self._shards.lead, self._state
+    def _finish(self, what: str) -> None:
+        """Wait until nothing is being written; `what` is."""
+        waiting.until(lambda: not self._saver.busy, f"{what} to be written", serve=self._serve, longest_sleep=0.05)
+
+    def _begin(self, steps: int, samples: int, *, last: bool) -> None:
+        """Let all shards take their vectors."""
+        session, state = self._session, self._state
         run, plan, data, begin = session.run, session.plan, session.data, session.begin
         objective_state = session.objective_state  # the same on all ranks: nothing changes it
         names = (POINT, *self._carried, *(state.vectors if state is not None else ()))
-        self._shards.submit(Command("hand_over", (names,)))
-
-        def describe(versions: tuple[int, ...]) -> CheckpointInfo:
-            return CheckpointInfo(
-                configuration=run.to_json(),
-                step=begin.step + steps,
-                samples=begin.samples + samples,
-                shard_versions=versions,
-                shards=plan.shards,
-                replicas=plan.replicas,
-                partitions=plan.partitions,
-                input_shape=data.input_shape,
-                classes=data.classes,
-                meaning=data.meaning,
-                frontier=begin.after(steps),
-                total=begin.stream.total,
-                holes=begin.stream.holes,
-                begun=begin.begun,
-                method="" if state is None else state.model_dump_json(),
-                libraries=library_versions(MPI.Get_library_version()),
-            )
-
-        self.last = save(
-            session.comms.world,
-            plan.shard_ranks,
-            checkpoint_path(run.run.directory, begin.step + steps),
-            ShardPart(
-                Arrangement(session.model.layout, cut(session.model.layout.size, plan.shards)),
-                {name: lead.array(name) for name in names},
-                lead.version,
-                {} if objective_state is None else objective_state.to_store(objective_state.pack()),
-            ),
-            describe,
-            keep=run.checkpoint.keep,
-            check=partial(check_finite, run.run.directory),
+        describe = partial(
+            CheckpointInfo,
+            configuration=run.to_json(),
+            step=begin.step + steps,
+            samples=begin.samples + samples,
+            shards=plan.shards,
+            replicas=plan.replicas,
+            partitions=plan.partitions,
+            input_shape=data.input_shape,
+            classes=data.classes,
+            meaning=data.meaning,
+            frontier=begin.after(steps),
+            total=begin.stream.total,
+            holes=begin.stream.holes,
+            begun=begin.begun,
+            method="" if state is None else state.model_dump_json(),
+            libraries=library_versions(MPI.Get_library_version()),
         )
+        self._last, self._counts, self._problem = last, (steps, samples), None
+        kept = {} if objective_state is None else objective_state.to_store(objective_state.pack())
+        try:
+            identity = self._saver.plan(begin.step + steps, describe, kept)
+        except DiskFailed as error:
+            self._problem = error
+            if not last:
+                self._attempts.fail(error)
+            return
+        self._shards.submit(Command("snapshot", (begin.step + steps, identity, names, last)))

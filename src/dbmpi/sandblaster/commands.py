@@ -37,7 +37,7 @@ OPERATIONS: dict[str, TypeAdapter[Any]] = {
     "project": TypeAdapter(tuple[_Name, _Name, _Name]),
     "accrue": TypeAdapter(tuple[_Name, _Count, _Count]),
     "meet": TypeAdapter(tuple[()]),
-    "hand_over": TypeAdapter(tuple[tuple[_Name, ...]]),
+    "snapshot": TypeAdapter(tuple[_Count, _Count, tuple[_Name, ...], bool]),
     "end": TypeAdapter(tuple[()]),
 }
 """What shards can do: methods of `Space` and of :class:`~dbmpi.sandblaster.shard.ShardSpace`, with their arguments."""

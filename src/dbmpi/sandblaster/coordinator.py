@@ -19,7 +19,7 @@ from dbmpi.methods.multibatch import multi_batch_lbfgs
 from dbmpi.methods.select import Choice, minimise
 from dbmpi.monitor.callbacks import TrainingEvent
 from dbmpi.monitor.progress import RunProgress
-from dbmpi.monitor.records import BatchReport, EvaluationReport
+from dbmpi.monitor.records import BatchReport, EvaluationReport, Recorder
 from dbmpi.objective import Outcome
 from dbmpi.sandblaster.batches import REASONS, samples_of, sampling
 from dbmpi.sandblaster.checkpoints import Keeper
@@ -51,6 +51,8 @@ class Coordinator:
         Evaluates losses and gradients.
     keeper
         Writes checkpoints.
+    recorder
+        Writes reports.
     progress
         Shows how the run advances.
     method
@@ -76,6 +78,7 @@ class Coordinator:
         *,
         evaluator: Evaluator,
         keeper: Keeper,
+        recorder: Recorder,
         progress: RunProgress,
         method: Method | None = None,
     ) -> None:
@@ -83,7 +86,7 @@ class Coordinator:
         self._state, self._tests = state, tests
         self._evaluator, self._keeper = evaluator, keeper
         self.space = evaluator.space
-        self._recorder, self._progress = session.recorder("shard", 0), progress
+        self._recorder, self._progress = recorder, progress
         self._total = round(session.order.samples * session.run.optimizer.epochs)
         self._method = method
         self._callbacks, self._asked = session.callbacks, False
@@ -97,6 +100,8 @@ class Coordinator:
         """Whether the point is one that is only tried; whether the batch has changed since."""
         self._tested_at = -1
         self._every = self._next_test = session.run.monitor.evaluate_epochs
+        self._announced: Path | None = None
+        """The checkpoint that callbacks know of."""
         self.steps = self.samples = 0
         self.best = math.nan
         self.converged = False
@@ -312,17 +317,25 @@ class Coordinator:
         if every and self._tests and self.epoch >= self._next_test and not self._evaluator.interrupted:
             self._next_test = (self.epoch // every + 1) * every
             self._evaluate_test()
+        self._announce()
         if self._keeper.due and not self._evaluator.interrupted:
             self._write()
         self._trying = True  # what comes next is
         return self._evaluator.interrupted or self._used_up or self._asked
 
     def _write(self, *, last: bool = False) -> None:
-        """Write a checkpoint, and call callbacks if that has succeeded."""
-        before = self.checkpoint
+        """Begin a checkpoint, or write the last one."""
         self._keeper.write(self.steps, self.samples, last=last)
-        if self.checkpoint is not None and self.checkpoint != before:
-            self._call("on_checkpoint", self.steps, self.epoch, self.samples, math.nan, None, self.checkpoint)
+        self._announce()
+
+    def _announce(self) -> None:
+        """Call callbacks where a checkpoint is written by now."""
+        if self.checkpoint in (None, self._announced):
+            return
+        self._announced = self.checkpoint
+        steps, samples = self._keeper.written
+        epoch = (self._begin.samples + samples) / self._order.samples
+        self._call("on_checkpoint", steps, epoch, samples, math.nan, None, self.checkpoint)
 
     def _call(self, name: str, *event: Any) -> None:
         """Call callbacks, and remember if one asks for the end."""

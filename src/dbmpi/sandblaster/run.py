@@ -14,6 +14,7 @@ from functools import partial
 
 import numpy as np
 
+from dbmpi.checkpoint.saver import LeadSaver, ShardSaver, unusable
 from dbmpi.data import limits
 from dbmpi.errors import EndedByDeath, UserError
 from dbmpi.machine.rank_variables import ranks_on_node
@@ -29,6 +30,7 @@ from dbmpi.mpi.mailbox import Mailbox
 from dbmpi.mpi.transport import transport_between
 from dbmpi.mpi.window import Window
 from dbmpi.mpi.world import together
+from dbmpi.replica.arrangement import Arrangement
 from dbmpi.replica.own_objective import OwnReplica
 from dbmpi.result import Result
 from dbmpi.sandblaster.board import MOST_PORTIONS, MOST_REPLICAS
@@ -68,6 +70,9 @@ def learn(session: Session, stack: ExitStack) -> Result:
     with together(comm, "preparing the shards", seconds=waiting.LONG_SECONDS):
         if number is not None:
             start = start_shard(session, setup, window, number)
+            saver = _saver(session, setup, number)
+            stack.callback(saver.close)
+            start.space.write_with(saver)
         if session.worker is not None:
             worker = BatchWorker(session, setup, window, session.worker, start.space if start is not None else None)
         settings = session.run.sandblaster
@@ -196,6 +201,14 @@ def _coordinator(
     progress = session.progress(stack, notes, kept)
     bundles = [setup.bundles_of(replica) for replica in range(session.plan.replicas)]
     shards = Shards(comm, session.plan, start.space)
+    saver = start.space.saver
+    assert isinstance(saver, LeadSaver)
+
+    def serve_and_write() -> bool:
+        served = serve()
+        return (keeper is not None and keeper.poll()) or served
+
+    keeper: Keeper | None = None
     evaluator = Evaluator(
         shards,
         Passes(setup.board(window), bundles, metrics=session.metrics),
@@ -203,11 +216,32 @@ def _coordinator(
         stop=session.stop,
         watch=session.watch,
         say=progress.message,
-        serve=serve,
+        serve=serve_and_write,
     )
-    keeper = Keeper(session, state, shards, carried=start.carried, warn=progress.warn, serve=evaluator.serve)
+    recorder = session.recorder("shard", 0)
+    keeper = Keeper(
+        session, state, shards, saver, recorder, carried=start.carried, warn=progress.warn, serve=evaluator.serve
+    )
     return Coordinator(
-        session, state, setup.tests, evaluator=evaluator, keeper=keeper, progress=progress, method=method
+        session,
+        state,
+        setup.tests,
+        evaluator=evaluator,
+        keeper=keeper,
+        recorder=recorder,
+        progress=progress,
+        method=method,
+    )
+
+
+def _saver(session: Session, setup: Setup, number: int) -> ShardSaver:
+    """Return what writes the part of a shard of that `number` of checkpoints."""
+    comm, plan, directory = session.comms.world, session.plan, session.run.run.directory
+    if number:
+        return ShardSaver(comm, directory, number, plan.shards)
+    arrangement = Arrangement(session.model.layout, setup.ranges)
+    return LeadSaver(
+        comm, directory, plan.shard_ranks, arrangement, session.run.checkpoint, partial(unusable, directory)
     )
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from mpi4py import MPI
 
-from dbmpi.checkpoint.collect import hand_over
+from dbmpi.checkpoint.saver import ShardSaver
 from dbmpi.kernels import updates
 from dbmpi.methods.local_space import LocalSpace
 from dbmpi.mpi import blocking, waiting
@@ -53,6 +53,8 @@ class ShardSpace(LocalSpace):
         Whether the run is over.
     whole
         Whether each command that has arrived was carried out to its end.
+    saver
+        Writes the shard's part of checkpoints.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class ShardSpace(LocalSpace):
         self._comm, self._others, self._window, self._sources = comm, shards, window, sources
         super().__init__(size, np.float32, self._sum_over_shards, shards.rank, shards.size, vectors)
         self.version = version
+        self.saver: ShardSaver | None = None
         self.ended = False
         self.whole = True
         self.accrued_bytes = 0
@@ -86,6 +89,10 @@ class ShardSpace(LocalSpace):
         except RankLost:
             self._missed += 1
 
+    def write_with(self, saver: ShardSaver) -> None:
+        """Let a `saver` write this shard's part of checkpoints."""
+        self.saver, self.before_change = saver, saver.keep
+
     def meet(self) -> np.ndarray:
         """Wait for all shards; what was written before is then visible in their windows.
 
@@ -95,10 +102,18 @@ class ShardSpace(LocalSpace):
         missed, self._missed = self._missed, 0
         return self._sum_over_shards(np.array([float(missed)]))
 
-    def hand_over(self, names: Sequence[str]) -> None:
-        """Send the vectors `names` to the lead, for a checkpoint."""
-        if self._others.rank > 0:
-            hand_over(self._comm, self.version, [self.array(name) for name in names])
+    def snapshot(self, step: int, identity: int, names: Sequence[str], last: bool) -> None:
+        """Take vectors for a checkpoint.
+
+        Parameters
+        ----------
+        step, identity, last
+            As for :meth:`dbmpi.checkpoint.saver.ShardSaver.begin`.
+        names
+            Of the vectors.
+        """
+        assert self.saver is not None
+        self.saver.begin(step, identity, {name: self.array(name) for name in names}, self.version, last=last)
 
     def end(self) -> None:
         """Note that the run is over."""
@@ -107,8 +122,9 @@ class ShardSpace(LocalSpace):
     def poll(self) -> bool:
         """Execute the next command, if one has arrived: what all shards but the lead's do."""
         status = MPI.Status()
+        saved = self.saver is not None and self.saver.poll()
         if self.ended or not self._comm.Iprobe(0, Tag.COMMANDS, status):
-            return False
+            return saved
         data = np.empty(status.Get_count(MPI.BYTE), np.uint8)
         with blocking.blocking("the rest of a command of the coordinator"):
             self._comm.Recv([data, MPI.BYTE], 0, Tag.COMMANDS)
