@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from parallel import mutations, tiny
 
+from dbmpi.checkpoint import summary
 from dbmpi.checkpoint.reader import Checkpoint
-from dbmpi.cli import inspect
 from dbmpi.config import Run
 from dbmpi.data.source import Source
 from dbmpi.errors import RunFailed, UserError
@@ -82,7 +82,7 @@ def test_damage_is_refused_or_does_no_harm(comm, place, method: str, version: in
 
     path = renew()
     ways = {
-        "inspect": lambda: inspect.describe(path),
+        "inspect": lambda: summary.describe(path),
         "use": lambda: evaluated(run),
         "resume": lambda: resumed(run, comm),
     }

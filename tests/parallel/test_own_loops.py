@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from dbmpi.cli import inspect
+from dbmpi.checkpoint import summary
+from dbmpi.cli import inspect_text
 from dbmpi.config import ServerSection
 from dbmpi.errors import RunFailed, UserError
 from dbmpi.loops.connection import Connection
@@ -98,10 +99,10 @@ def test_a_loop_goes_on_where_another_one_was_killed(comm, shared_path, colocate
             learn(server, mine, range(4, 9))
     if server.worker is not None:
         np.testing.assert_array_equal(flat(mine), serial(9))
-    found = inspect.describe(path)
+    found = summary.describe(path)
     assert (found["step"], found["samples"], found["configuration"]["loop"]["rule"]) == (4, 7 + 8 + 9 + 7, "Adam")
     assert {array["name"] for array in found["arrays"]} >= {"deep/w", "b", "first_moment: deep/w"}
-    assert not any(line.startswith(("  stream", "  inputs")) for line in inspect._lines(found))
+    assert not any(line.startswith(("  stream", "  inputs")) for line in inspect_text.lines(found))
     assert [file.name for file in shared_path.iterdir()] == ["loop.h5"]
 
 

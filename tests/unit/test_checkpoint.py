@@ -16,11 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from unit.checkpoint_files import LAYOUT, as_version_1, make_info, run_python, write
 
-from dbmpi.checkpoint import directory, retention, schema
+from dbmpi.checkpoint import directory, retention, schema, summary
 from dbmpi.checkpoint.directory import checkpoint_path
 from dbmpi.checkpoint.reader import Checkpoint
 from dbmpi.checkpoint.writer import CheckpointWriter, Coverage
-from dbmpi.cli import inspect
 from dbmpi.errors import Damaged, DiskFailed, RunFailed, UserError
 from dbmpi.index.layout import Layout, Tensor, cut
 
@@ -168,7 +167,7 @@ def test_state_of_an_objective_is_kept_and_verified(tmp_path):
             np.testing.assert_array_equal(found[name], values)
             assert found[name].dtype == values.dtype
         assert checkpoint.read_state("large", 100_000, 100_002).tolist() == [100_000, 100_001]
-        described = {array["name"]: array for array in inspect.describe(path)["arrays"]}
+        described = {array["name"]: array for array in summary.describe(path)["arrays"]}
         assert described["objective state: inner/seen"]["mean"] == 7
     with h5py.File(path, "r+") as file:
         file["objective_state/large"][150_000] = 1

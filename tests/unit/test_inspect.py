@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from unit.checkpoint_files import LAYOUT, as_version_1, write
 
-from dbmpi.checkpoint import statistics
+from dbmpi.checkpoint import statistics, summary
 from dbmpi.checkpoint.directory import checkpoint_path
 from dbmpi.checkpoint.statistics import Statistics
 from dbmpi.cli import inspect
@@ -23,8 +23,9 @@ from dbmpi.monitor.records import BatchReport, Recorder
 floats = st.floats(-100, 100, width=32) | st.sampled_from([math.nan, math.inf])
 
 
-def show(capsys, path, as_json=False) -> str:
-    assert inspect.run(argparse.Namespace(path=path, json=as_json, placement=False)) == 0
+def show(capsys, path, as_json=False, other=None, everything=False, plot=None, input_shape=None) -> str:
+    words = {"path": path, "other": other, "json": as_json, "everything": everything, "plot": plot}
+    assert inspect.run(argparse.Namespace(placement=False, input_shape=input_shape, **words)) == 0
     return capsys.readouterr().out
 
 
@@ -159,7 +160,20 @@ def test_a_checkpoint(tmp_path, capsys):
     assert (weights["min"], weights["max"], weights["mean"]) == (1040, 1054, expected.mean())
     assert weights["std"] == pytest.approx(expected.std())
     (line,) = (line for line in show(capsys, path).splitlines() if line.startswith("  dense2/bias"))
-    assert line.split() == ["dense2/bias", "5", "float32", "35", "37.33", "39", "1.7", "2"]
+    assert line.split() == [
+        "dense2/bias",
+        "5",
+        "float32",
+        "35",
+        "35.06",
+        "38",
+        "38.98",
+        "39",
+        "37.33",
+        "1.7",
+        "none",
+        "2",
+    ]
 
 
 def test_a_fallback_is_said(tmp_path, capsys):
@@ -231,7 +245,7 @@ def test_memory_is_bounded(tmp_path):
         file["flat"] = np.ones(32 * 2**20, np.float32)
     tracemalloc.start()
     try:
-        assert [array["mean"] for array in inspect.describe(path)["arrays"]] == [1, 1]
+        assert [array["mean"] for array in summary.describe(path)["arrays"]] == [1, 1]
         assert tracemalloc.get_traced_memory()[1] < 40 * 2**20
     finally:
         tracemalloc.stop()
@@ -240,8 +254,8 @@ def test_memory_is_bounded(tmp_path):
 def test_neither_one_nor_the_other(tmp_path):
     (tmp_path / "text.h5").write_text("hello")
     with pytest.raises(UserError, match="not an HDF5 file"):
-        inspect.describe(tmp_path / "text.h5")
+        summary.describe(tmp_path / "text.h5")
     with pytest.raises(UserError, match="no such file"):
-        inspect.describe(tmp_path / "missing.h5")
+        summary.describe(tmp_path / "missing.h5")
     with pytest.raises(UserError, match="no checkpoint that can be read"):
-        inspect.describe(tmp_path)
+        summary.describe(tmp_path)

@@ -1,4 +1,4 @@
-"""Minimum, mean, maximum and standard deviation of arrays of any size, in bounded memory."""
+"""Statistics of arrays of any size, in bounded memory: least, mean, largest, deviation, percentiles, zeros."""
 
 from __future__ import annotations
 
@@ -10,14 +10,19 @@ from typing import Any
 import h5py
 import numpy as np
 
-from dbmpi.checkpoint.reader import Checkpoint
+from dbmpi.checkpoint.array_blocks import StoredNumbers
+from dbmpi.checkpoint.distribution import Distribution
 from dbmpi.checkpoint.untrusted import chunk_bytes, elsewhere, unwritten
-from dbmpi.index.layout import Tensor
 
 BLOCK = 2**16
 """Elements added together: their float64 copies stay in the caches."""
-PIECE = 2**22
-"""Elements read at a time, in whole chunks: a call of HDF5 costs as much as some thousand elements."""
+_ROW = 2**12
+_CANCELLED = 1e-3
+"""Share of the sum of squares below which that of the deviations from the mean is not computed as a difference."""
+PIECE = 2**20
+"""Elements of a data file read at a time, in whole chunks: a call of HDF5 costs as much as some thousand elements."""
+PERCENTS = (1, 50, 99)
+"""Percentiles that are shown."""
 LARGEST_CHUNK = 2**28
 """Bytes; a larger chunk of a data file is not read."""
 
@@ -31,16 +36,19 @@ class Statistics:
         Values added, and how many of them are NaN or infinite.
     minimum, maximum, mean : float
         Of the finite values; NaN if there are none.
+    distribution : Distribution
+        Of the finite values: percentiles, zeros, histograms.
     """
 
     def __init__(self) -> None:
+        self.distribution = Distribution()
         self.count = 0
         self.non_finite = 0
         self.minimum = math.nan
         self.maximum = math.nan
         self.mean = math.nan
         self._squares = 0.0
-        self._scratch = np.empty(0)
+        self._scratch: np.ndarray | None = None
 
     @property
     def deviation(self) -> float:
@@ -50,6 +58,7 @@ class Statistics:
     def add(self, values: np.ndarray) -> None:
         """Add `values` of any shape; sums are float64."""
         flat = values.reshape(-1)
+        self.distribution.add(flat)
         with np.errstate(over="ignore", invalid="ignore"):
             for start in range(0, len(flat), BLOCK):
                 self._add_block(flat[start : start + BLOCK])
@@ -70,44 +79,42 @@ class Statistics:
             if len(finite) == 0:
                 return
             block, least, most = finite, float(finite.min()), float(finite.max())
-        if len(self._scratch) < len(block):
-            self._scratch = np.empty(len(block))
-        values = self._scratch[: len(block)]
-        np.copyto(values, block)
-        mean = float(values.mean())
-        values -= mean
-        squares = float(np.square(values, out=values).sum())  # BLAS would start threads for it, which spin afterwards
+        if self._scratch is None:
+            self._scratch = np.empty(BLOCK)
+        size = len(block)
+        values = self._scratch[: -(-size // _ROW) * _ROW]
+        values[:size], values[size:] = block, 0.0
+        total, squares = float(values.sum()), _sum_of_squares(values)
+        mean = total / size
+        deviations = squares - mean * total
+        if not deviations > _CANCELLED * squares:
+            values[:size] -= mean
+            deviations = _sum_of_squares(values)
         if before == 0:
             self.minimum, self.maximum = least, most
-            self.mean, self._squares = mean, squares
+            self.mean, self._squares = mean, deviations
             return
         self.minimum = min(self.minimum, least)
         self.maximum = max(self.maximum, most)
         # Two sets of values together (Chan, Golub, LeVeque: Updating formulae, 1979):
         # S = S1 + S2 + (m2 - m1)^2 n1 n2 / (n1 + n2),  m = m1 + (m2 - m1) n2 / (n1 + n2)
         difference = mean - self.mean
-        share = len(block) / self._finite
-        self._squares += squares + difference * difference * before * share
+        share = size / self._finite
+        self._squares += deviations + difference * difference * before * share
         self.mean += difference * share
 
 
-def of_tensor(checkpoint: Checkpoint, vector: str, tensor: Tensor) -> Statistics:
-    """Return the statistics of one `tensor` of a `vector` of a checkpoint."""
+def _sum_of_squares(values: np.ndarray) -> float:
+    """Return the sum of squares of `values`, by rows: for long ones BLAS would start threads, which spin afterwards."""
+    rows = values.reshape(-1, _ROW)
+    return float(np.vecdot(rows, rows).sum())
+
+
+def of_array(array: StoredNumbers) -> Statistics:
+    """Return the statistics of an `array` of a checkpoint; raises Damaged if some of it is not what was written."""
     statistics = Statistics()
-    start = checkpoint.layout.offsets[tensor.name]
-    buffer = np.empty(min(tensor.size, PIECE), checkpoint.dtype)
-    for first in range(0, tensor.size, max(len(buffer), 1)):
-        part = buffer[: tensor.size - first]
-        checkpoint.read(vector, start + first, part)
-        statistics.add(part)
-    return statistics
-
-
-def of_state(checkpoint: Checkpoint, name: str) -> Statistics:
-    """Return the statistics of the array `name` of the objective's state in a `checkpoint`."""
-    statistics, size = Statistics(), checkpoint.state_arrays[name].size
-    for start in range(0, size, PIECE):
-        statistics.add(checkpoint.read_state(name, start, min(start + PIECE, size)))
+    for _, values in array.blocks():
+        statistics.add(values)
     return statistics
 
 
@@ -152,8 +159,18 @@ def as_dict(found: Statistics | str) -> dict[str, Any]:
     """Return the statistics `found` for JSON, which has no NaN; or the reason for having none under ``"not_read"``."""
     if isinstance(found, str):
         return {"not_read": found}
+    spread = found.distribution
+    percentiles = [min(max(value, found.minimum), found.maximum) for value in spread.percentiles(PERCENTS)]
     numbers = {"min": found.minimum, "mean": found.mean, "max": found.maximum, "std": found.deviation}
     return {
-        **{name: value if math.isfinite(value) else None for name, value in numbers.items()},
+        **{name: finite(value) for name, value in numbers.items()},
+        "percentiles": {str(percent): finite(value) for percent, value in zip(PERCENTS, percentiles, strict=True)},
+        "percentiles_exact": spread.exact,
+        "zeros": spread.zeros,
         "non_finite": found.non_finite,
     }
+
+
+def finite(value: float) -> float | None:
+    """Return a `value` for JSON: None where it is NaN or infinite."""
+    return value if math.isfinite(value) else None

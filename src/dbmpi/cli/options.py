@@ -50,13 +50,21 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON document, for programs")
 
 
-def add_input_shape(parser: argparse.ArgumentParser) -> None:
-    """Add the shape of the network's inputs to a command, whose `parser` this is."""
+def add_input_shape(parser: argparse.ArgumentParser, also: str = "") -> None:
+    """Add the shape of the network's inputs to a command.
+
+    Parameters
+    ----------
+    parser
+        The command's parser.
+    also
+        What else it is for.
+    """
     parser.add_argument(
         "--input-shape",
         type=_shape,
         metavar="N,N,...",
-        help="shape of one sample, e.g. 3,100,100 (default: that of the configuration's data)",
+        help=f"shape of one sample, e.g. 3,100,100 (default: that of the configuration's data){also}",
     )
 
 

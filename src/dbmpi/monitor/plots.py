@@ -1,14 +1,9 @@
-"""Pictures of a run, drawn from its records as PNG files.
-
-Matplotlib is imported when something is drawn, and its state (pyplot) is left alone.
-"""
+"""Pictures of a run, drawn from its records as PNG files."""
 
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,25 +11,12 @@ from typing import TYPE_CHECKING, Any
 from dbmpi.errors import UserError
 from dbmpi.monitor.history import RunHistory
 from dbmpi.monitor.panels import MOST_BARS, accuracy, loss, staleness, throughput, time_spent
+from dbmpi.monitor.pictures import figures, save
 from dbmpi.monitor.records import read_records
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-_STYLE: dict[Any, Any] = {
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "grid.alpha": 0.3,
-    "grid.linewidth": 0.6,
-    "legend.fontsize": 9,
-    "legend.borderpad": 0.2,
-    "legend.edgecolor": "none",
-}
 
 
 def draw(directory: Path, out: Path | None = None) -> list[Path]:
@@ -67,7 +49,7 @@ def draw_history(history: RunHistory, name: str, out: Path) -> list[Path]:
     out
         Directory for the pictures.
     """
-    figure_of, style = _matplotlib()
+    figure_of, style = figures()
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -85,7 +67,7 @@ def draw_history(history: RunHistory, name: str, out: Path) -> list[Path]:
             figure = figure_of()
             make(figure, history)
             figure.suptitle(headline(name, history) if file == "run" else name, fontsize=12)
-            written.append(_save(figure, out / f"{file}.png"))
+            written.append(save(figure, out / f"{file}.png"))
     return written
 
 
@@ -138,42 +120,3 @@ def _times(figure: Any, history: RunHistory) -> None:
         figure.set_size_inches(10, 1.9 + 0.35 * bars)
     for axes, role in zip(figure.subplots(1, 2), ("worker", "shard"), strict=True):
         time_spent(axes, history, role)
-
-
-def _matplotlib() -> tuple[Callable[[], Figure], Callable[[], Any]]:
-    """Return how to make a figure, and the style to make it in."""
-    try:
-        import matplotlib as mpl
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.layout_engine import ConstrainedLayoutEngine
-    except ImportError:
-        raise UserError(
-            "drawing needs Matplotlib, which is not installed in this environment: pip install 'dbmpi[plot]'"
-        ) from None
-
-    def figure_of() -> Figure:
-        figure = Figure(dpi=110, layout=ConstrainedLayoutEngine(h_pad=0.08, w_pad=0.08))
-        FigureCanvasAgg(figure)
-        return figure
-
-    @contextmanager
-    def style() -> Iterator[None]:
-        with mpl.rc_context():
-            mpl.rcdefaults()
-            mpl.rcParams.update(_STYLE)
-            yield
-
-    return figure_of, style
-
-
-def _save(figure: Figure, path: Path) -> Path:
-    """Write a picture under another name first, so that a viewer never finds half of one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        figure.savefig(temporary, format="png")
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot write the picture: {error.strerror}") from None
-    return path
