@@ -10,7 +10,7 @@ from typing import Any
 
 from dbmpi.checkpoint.account import Account
 from dbmpi.checkpoint.attempts import Attempts
-from dbmpi.checkpoint.saver import LeadSaver
+from dbmpi.checkpoint.lead_saver import LeadSaver
 from dbmpi.checkpoint.schema import CheckpointInfo
 from dbmpi.config import CheckpointSection
 from dbmpi.errors import DiskFailed

@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 from mpi4py import MPI
 
+from dbmpi.checkpoint.lead_saver import LeadSaver
 from dbmpi.checkpoint.named_arrays import Fill
 from dbmpi.checkpoint.restore import restore
 from dbmpi.checkpoint.retention import kept
-from dbmpi.checkpoint.saver import LeadSaver, ShardSaver
+from dbmpi.checkpoint.saver import ShardSaver
 from dbmpi.checkpoint.schema import CheckpointInfo, library_versions
 from dbmpi.downpour.algorithm import downpour
 from dbmpi.downpour.checkpoints import CheckpointPlan

@@ -10,7 +10,7 @@ from mpi4py import MPI
 
 from dbmpi.checkpoint.amendment import amend
 from dbmpi.checkpoint.attempts import Attempts
-from dbmpi.checkpoint.saver import LeadSaver
+from dbmpi.checkpoint.lead_saver import LeadSaver
 from dbmpi.checkpoint.schema import CheckpointInfo, library_versions
 from dbmpi.errors import DiskFailed
 from dbmpi.methods.descent import POINT, Progress
