@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import math
 import os
-import zlib
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+
+try:  # the same numbers, found about ten times as fast
+    from zlib_ng.zlib_ng import crc32
+except ImportError:  # on a rare processor
+    from zlib import crc32
 
 GROUP = "checksums"
 BLOCK = 2**18
@@ -56,7 +60,7 @@ class WrittenSums:
         self._known[offset // BLOCK : -(-stop // BLOCK)] = False
         for block in range(first, last):
             here = block * BLOCK - offset
-            self._sums[block] = zlib.crc32(data[here : here + BLOCK], self._start)
+            self._sums[block] = crc32(data[here : here + BLOCK], self._start)
             self._known[block] = True
 
     @property
@@ -74,7 +78,7 @@ class WrittenSums:
         for block in np.flatnonzero(~self._known).tolist():
             part = buffer[: self._nbytes - block * BLOCK]
             read_at(descriptor, offset + block * BLOCK, part)
-            self._sums[block] = zlib.crc32(part, self._start)
+            self._sums[block] = crc32(part, self._start)
         self._known[:] = True
         return self._sums
 
@@ -124,7 +128,10 @@ class StoredArray:
         # Piece by piece, so that the disk reads on while the piece before is verified, which a cache still holds.
         while here < stop:
             end = min(here - here % _PIECE + _PIECE, stop)
-            read_at(self._descriptor(), self._offset + here, out[here - first : end - first])
+            descriptor, at = self._descriptor(), self._offset + here
+            if hasattr(os, "posix_fadvise") and end < stop:
+                os.posix_fadvise(descriptor, at + end - here, _PIECE, os.POSIX_FADV_WILLNEED)
+            read_at(descriptor, at, out[here - first : end - first])
             if self._sums is not None:
                 self._verify_read(first, here, end, out)
             here = end
@@ -151,14 +158,14 @@ class StoredArray:
         if data is None:
             data = (memoryview(bytearray(end - start)) if buffer is None else buffer)[: end - start]
             read_at(self._descriptor(), self._offset + start, data)
-        if zlib.crc32(data, self._start) != self._sums[block]:
+        if crc32(data, self._start) != self._sums[block]:
             raise Mismatch(f"its bytes {start:,} to {end - 1:,}{self._where} are not those that were written")
         self._verified[block] = True
 
 
 def start(path: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> int:
     """Return the CRC-32 that those of the blocks of the dataset at `path`, with this `dtype` and `shape`, continue."""
-    return zlib.crc32(f"{path} {dtype.str} {shape}".encode())
+    return crc32(f"{path} {dtype.str} {shape}".encode())
 
 
 def read_at(descriptor: int, offset: int, out: memoryview) -> None:
