@@ -342,14 +342,14 @@ def test_checkpoints_in_mid_run_are_consistent(comm, place, n_push, colocate) ->
     run = tiny.describe(
         place,
         topology={"shards": max(1, comm.size // 2), "colocate": colocate},
-        optimizer={"epochs": 4, "n_push": n_push, "warmstart": 4},
+        optimizer={"epochs": 12, "n_push": n_push, "warmstart": 4},
         checkpoint={"every_seconds": 1e-6, "keep": 1000},
     )
     result = train(run, comm)
-    order = Order(tiny.SAMPLES, 6, 4, 3)
+    order = Order(tiny.SAMPLES, 6, 12, 3)
     assert result.steps == order.batches
     files = directory.checkpoints(run.run.directory / "checkpoints")
-    assert len(files) > 3
+    assert len(files) > 1  # how many more depends on the disk: the run goes on while one is written
     for path in files[comm.rank :: comm.size]:
         with Checkpoint.open(path) as checkpoint:
             info = checkpoint.info
