@@ -66,7 +66,6 @@ _GROUPS = {
     "data": "Training data, and the position in the stream of batches",
     "meaning": "What the numbers of a sample stand for",
     "shards": "In which files the arrays are",
-    "checksums": "CRC-32 of each 256 KiB of the datasets",
 }
 
 
