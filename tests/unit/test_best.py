@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 from unit.checkpoint_files import LAYOUT, as_version_1, make_info, read_all, write
 
-from dbmpi.checkpoint import account, amendment, run_lock
+from dbmpi.checkpoint import account, amendment, run_lock, summary
 from dbmpi.checkpoint.account import Account
 from dbmpi.checkpoint.amendment import amend
 from dbmpi.checkpoint.directory import checkpoint_path
 from dbmpi.checkpoint.reader import Checkpoint
 from dbmpi.checkpoint.writer import CheckpointWriter
-from dbmpi.cli import inspect
 from dbmpi.errors import Damaged, RunFailed
 from dbmpi.objective import Outcome
 
@@ -131,7 +130,7 @@ def test_the_best_is_kept_beside_the_newest(tmp_path):
         assert listed(tmp_path) == expected
     with Checkpoint.open(tmp_path / "checkpoints" / "best") as checkpoint, Checkpoint.open(tmp_path) as newest:
         assert (checkpoint.info.step, newest.info.step) == (60, 70)
-    assert inspect.describe(tmp_path / "checkpoints" / "best")["step"] == 60
+    assert summary.describe(tmp_path / "checkpoints" / "best")["step"] == 60
     write_tested(tmp_path, 80, None, keep=3)
     assert set(listed(tmp_path)) == {"best", "latest", name(60), name(70), name(80)}
 
@@ -153,7 +152,7 @@ def test_the_best_by_a_text_where_links_are_impossible(tmp_path, monkeypatch):
     assert best.read_text() == name(10) + "\n"
     with Checkpoint.open(best) as checkpoint:
         assert checkpoint.info.step == 10
-    assert inspect.describe(best)["step"] == 10
+    assert summary.describe(best)["step"] == 10
 
 
 def evaluated() -> Account:
