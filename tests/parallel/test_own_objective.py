@@ -161,6 +161,8 @@ def test_classes_and_metrics_are_those_of_all_held_out_samples(comm, place, meth
     expected = pytest.approx(Measured().metrics(dbmpi.parameters(result), samples), rel=1e-5)
     assert result.test.metrics == expected
     assert [*result.test.metrics] == ["surest", "of-class-0"]
+    with Checkpoint.open(result.checkpoint) as checkpoint:
+        assert checkpoint.info.test_metrics == result.test.metrics
     assert comm.rank or seen.metrics[-1] == expected
     assert dbmpi.evaluate(result, place / "test.h5", comm, objective=Measured(), batch_size=5).metrics == expected
     waiting.barrier(comm, "the records")

@@ -175,6 +175,10 @@ def test_downpour_sandblaster_and_downpour_go_on_from_one_another(comm, place) -
     with Checkpoint.open(middle.checkpoint) as checkpoint:
         info = checkpoint.info
     assert (info.step, info.frontier, info.holes) == (3 * PORTIONS + middle.steps, 8 * PORTIONS, ())
+    assert (info.test_step, info.test_loss) == (info.step, middle.test.mean_loss)
+    assert 0 < info.loss < 10
+    assert 0 <= info.accuracy <= 1
+    assert info.seconds > 0
     last = train(run("downpour", 9), comm)
     after = tiny.vectors(last.checkpoint)
     assert last.steps == PORTIONS

@@ -174,6 +174,11 @@ def test_the_final_evaluation_equals_a_serial_one_of_the_checkpoint(comm, place)
     assert result.test is not None
     assert (result.test.samples, result.test.correct) == (tiny.TEST_SAMPLES, expected.correct)
     assert result.test.loss == pytest.approx(expected.loss, rel=1e-5)
+    with Checkpoint.open(result.checkpoint) as checkpoint:
+        info = checkpoint.info
+    assert (info.test_step, info.test_loss) == (info.step, result.test.mean_loss)
+    assert (info.test_accuracy, info.data_name, info.data_samples) == (result.test.accuracy, "train.h5", tiny.SAMPLES)
+    assert (run.run.directory / "checkpoints" / "best").resolve() == result.checkpoint.resolve()
     if comm.rank == 0:
         last = [record for record in read_records(run.run.directory) if record["kind"] == "evaluation"][-1]
         assert (last["samples"], last["epoch"]) == (tiny.TEST_SAMPLES, 6)
@@ -255,14 +260,22 @@ def test_a_wait_longer_than_the_stall_limit_is_no_stall_while_the_run_moves(comm
 @pytest.mark.parametrize("colocate", [False, True], ids=["apart", "colocated"])
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(comm, place, colocate) -> None:
     whole = describe_one(place, comm.size, colocate, epochs=7.14)
+    seconds, tested = 0.0, 0
     for epochs in (1.3, 1.3, 7.14):  # the second one has nothing left to do
         result = train(describe_one(place, comm.size, colocate, epochs=epochs), comm)
+        with Checkpoint.open(result.checkpoint) as checkpoint:
+            info = checkpoint.info
+        assert info.seconds > seconds
+        assert info.test_step > tested or epochs == 1.3
+        assert 0 <= info.accuracy <= 1
+        assert np.isfinite(info.loss)
+        assert info.host
+        assert info.user
+        seconds, tested = info.seconds, info.test_step
     twin = tiny.Twin(whole)
     found = tiny.vectors(result.checkpoint)
     np.testing.assert_array_equal(found["parameters"], twin.learn())
     np.testing.assert_array_equal(found["accumulator"], twin.rule.state["accumulator"])
-    with Checkpoint.open(result.checkpoint) as checkpoint:
-        info = checkpoint.info
     assert (info.step, max(info.shard_versions), info.frontier, info.holes) == (50, 50, 50, ())
     assert info.samples == sum(twin.order.size(number) for number in range(50))
     if comm.rank == 0:
@@ -329,14 +342,14 @@ def test_checkpoints_in_mid_run_are_consistent(comm, place, n_push, colocate) ->
     run = tiny.describe(
         place,
         topology={"shards": max(1, comm.size // 2), "colocate": colocate},
-        optimizer={"epochs": 4, "n_push": n_push, "warmstart": 4},
+        optimizer={"epochs": 12, "n_push": n_push, "warmstart": 4},
         checkpoint={"every_seconds": 1e-6, "keep": 1000},
     )
     result = train(run, comm)
-    order = Order(tiny.SAMPLES, 6, 4, 3)
+    order = Order(tiny.SAMPLES, 6, 12, 3)
     assert result.steps == order.batches
     files = directory.checkpoints(run.run.directory / "checkpoints")
-    assert len(files) > 3
+    assert len(files) > 1  # how many more depends on the disk: the run goes on while one is written
     for path in files[comm.rank :: comm.size]:
         with Checkpoint.open(path) as checkpoint:
             info = checkpoint.info

@@ -48,5 +48,5 @@ def amend(path: Path, account: Account, keep: int, warn: Callable[[str], None]) 
                 annotate(file.hdf5, layout, info)
             file.commit(lambda: run_lock.confirm(path.parent.parent))
         retention.retain(path, retention.whole(path.parent), keep)
-    except (DiskFailed, UserError, OSError) as error:
+    except (DiskFailed, UserError, OSError, consistency.Contradiction) as error:
         warn(f"the checkpoint does not have the evaluation at the end: {error}")

@@ -66,7 +66,6 @@ _GROUPS = {
     "data": "Training data, and the position in the stream of batches",
     "meaning": "What the numbers of a sample stand for",
     "shards": "In which files the arrays are",
-    "checksums": "CRC-32 of each 256 KiB of the datasets",
 }
 
 
@@ -166,10 +165,9 @@ def _scale(file: Any, path: str, length: int, labels: Sequence[str] | Sequence[i
         scale = h5py.h5d.create(file.id, path.encode(), h5py.h5t.IEEE_F32BE, space)
         h5py.h5ds.set_scale(scale, f"{_WITHOUT_LABELS}{length:10d}".encode())
         return scale
-    texts = [label.encode() for label in labels if isinstance(label, str)]
-    # For netCDF, texts of one byte are single characters.
-    kind = h5py.string_dtype("utf-8", max(2, *map(len, texts))) if texts else np.dtype(np.int64)
-    file.create_dataset(path, data=np.array(texts or labels, kind), dtype=kind)
+    # As netCDF has them: texts of fixed length are bytes to h5netcdf.
+    kind = h5py.string_dtype() if isinstance(labels[0], str) else np.dtype(np.int64)
+    file.create_dataset(path, data=np.array(labels, kind), dtype=kind)
     scale = file[path].id
     h5py.h5ds.set_scale(scale, path.rpartition("/")[2].encode())
     return scale

@@ -19,7 +19,7 @@ from numpy.typing import DTypeLike
 
 from dbmpi.checkpoint import checksums
 from dbmpi.checkpoint.untrusted import HDF5_ERRORS, reason
-from dbmpi.errors import DiskFailed, UserError
+from dbmpi.errors import DiskFailed, RunFailed, UserError
 from dbmpi.index.boxes import Box
 
 ARRAYS = {"libver": ("v108", "v110"), "alignment_threshold": 65536, "alignment_interval": 4096}
@@ -177,7 +177,7 @@ class NewFile:
         self._bytes = path.stat().st_size
         self.check_space()
         with path.open("rb") as source:
-            shutil.copyfileobj(source, self._raw, 2**24)
+            shutil.copyfileobj(source, self._raw, 2**17)
         self._raw.check()  # HDF5 must not see a part of a file
         self._raw.seek(0)
 
@@ -295,7 +295,7 @@ class NewFile:
         try:
             yield
             self._raw.check()
-        except UserError:
+        except (UserError, RunFailed):  # of a check, and those that are made here
             self.abort()
             raise
         except HDF5_ERRORS as error:

@@ -12,10 +12,11 @@
     /shards/...                where the arrays are, in a checkpoint of several files: then they are views
     /checksums/<path>          of every dataset above but the views, see dbmpi.checkpoint.checksums; version 1 had none
 
-Everything under ``/run`` and ``/data`` is a fixed-length UTF-8 string, an int64 scalar or an int64 list; under
-``/meaning`` there are float64 numbers, and lists of them and of texts, too.
-The file has no variable-length types, references, filters or links, so that reading it can run no code
-and the size of everything is known before memory is taken for it.
+Everything under ``/run`` and ``/data`` is a fixed-length UTF-8 string, a float64 scalar, an int64 scalar or an int64
+list; under ``/meaning`` there are lists of float64 numbers and of texts, too.
+What is read has no variable-length types, references, filters or links, so that reading it can run no code
+and the size of everything is known before memory is taken for it.  What :mod:`dbmpi.checkpoint.annotations` adds for
+other programs is never read.
 
 Nothing here imports NumPy, h5py or MPI.
 """

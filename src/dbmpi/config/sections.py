@@ -223,7 +223,8 @@ class CheckpointSection(Section):
     every_seconds: NotNegative = 600.0
     """Time between two checkpoints; 0 writes only the last one."""
     keep: Count = 2
-    """Checkpoints to keep; older ones are deleted after a newer one is complete."""
+    """Newest checkpoints to keep, beside the one with the lowest test loss; others are deleted after a newer one is
+    complete."""
     layout: Literal["shards", "single"] = "shards"
     """``shards``: each shard writes a file of its own, and a small one shows them whole; with one shard a plain file.
     ``single``: a plain file in any case, which takes longer."""
