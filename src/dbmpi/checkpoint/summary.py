@@ -156,7 +156,7 @@ def _brief(checkpoint: Checkpoint) -> dict[str, Any]:
     return {
         "name": checkpoint.path.name,
         "path": str(checkpoint.path),
-        "bytes": _bytes(checkpoint),
+        "bytes": checkpoint.nbytes,
         "parameters": checkpoint.layout.size,
         **numbers,
     }
@@ -164,10 +164,6 @@ def _brief(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _json_number(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _bytes(checkpoint: Checkpoint) -> int:
-    return checkpoint.path.stat().st_size
 
 
 def _configuration(checkpoint: Checkpoint) -> Any:
@@ -187,7 +183,7 @@ def _checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     return {
         "kind": "checkpoint",
         "path": str(checkpoint.path),
-        "bytes": _bytes(checkpoint),
+        "bytes": checkpoint.nbytes,
         "parameters": checkpoint.layout.size,
         "verified": checkpoint.has_checksums,
         **info,
