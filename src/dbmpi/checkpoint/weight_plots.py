@@ -257,11 +257,11 @@ def _fields(figure: Figure | SubFigure, sheet: Sheet, grid: _Grid) -> None:
     # Single weights that are much larger would leave the others pale.
     limit = float(np.quantile(values[whole], 0.998)) or float(values[whole].max()) if whole.any() else 0.0
     scale, colours = Normalize(-(limit or 1.0), limit or 1.0), colormaps["RdBu_r"].with_extremes(bad="black")
-    picture, often = np.ones((*grid.shape, 4)), _enlarged(sheet)
+    picture, often = np.full((*grid.shape, 4), 255, np.uint8), _enlarged(sheet)
     for number in range(len(sheet.tiles)):
-        picture[grid.slices(number, grid.gap)] = to_rgba(_GAP)
+        picture[grid.slices(number, grid.gap)] = np.multiply(to_rgba(_GAP), 255)
     for number, tile in enumerate(sheet.tiles):
-        colour = colours(scale(np.where(np.isfinite(tile), tile, np.nan)))
+        colour = colours(scale(np.where(np.isfinite(tile), tile, np.nan)), bytes=True)
         picture[grid.slices(number)] = colour.repeat(often, axis=0).repeat(often, axis=1)
     axes = figure.subplots()
     scales = (1, 1) if sheet.image else sheet.each
