@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from dbmpi.checkpoint.directory import read_latest
+from dbmpi.checkpoint.directory import read_pointer
 from dbmpi.monitor import history
 
 DATA = Path("data")
@@ -41,7 +41,7 @@ def main() -> int:
 def report(seconds: float) -> int:
     """Print the results of the run; return 1 if they are not what the demo promises."""
     result = history.summary(RUN)
-    checkpoint = read_latest(RUN / "checkpoints")
+    checkpoint = read_pointer(RUN / "checkpoints")
     picture = RUN / "plots" / "run.png"
     accuracy = result.test_accuracy or 0.0
     print(f"\nThe demo took {seconds:.0f} s.\n")

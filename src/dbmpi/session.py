@@ -11,7 +11,9 @@ from pathlib import Path
 import numpy as np
 from mpi4py import MPI
 
+from dbmpi.checkpoint.account import Account
 from dbmpi.checkpoint.named_arrays import Fill
+from dbmpi.checkpoint.schema import CheckpointInfo
 from dbmpi.config import Run
 from dbmpi.data.gather import gather
 from dbmpi.data.numbered_batches import NumberedBatches
@@ -63,6 +65,8 @@ class StartingPoint:
     """On the lead: why this checkpoint, and which ones are damaged."""
     begun: int = 0
     """Version at which the checkpoint's state of the rule was begun."""
+    earlier: CheckpointInfo | None = None
+    """Description of the checkpoint; None at zero."""
 
     def after(self, batches: int) -> int:
         """Return the position in the stream after so many batches of this session, learned in their order."""
@@ -125,6 +129,12 @@ class Session:
     def draws(self) -> bool:
         """Whether losses that are learned from also depend on what is drawn at random."""
         return self.run.draws or (isinstance(self.model, OwnModel) and self.model.draws)
+
+    def account(self) -> Account:
+        """Return what checkpoints say of this run, with the time that begins now."""
+        train = self.run.data.train
+        name = "arrays given from Python" if train is None else train.name
+        return Account(self.begin.earlier, name, self.data.samples)
 
     @property
     def shard(self) -> int | None:

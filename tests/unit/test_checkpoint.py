@@ -301,7 +301,7 @@ def test_every_dataset_has_its_checksums(tmp_path, order):
     with h5py.File(path) as file:
 
         def compare(name, node):
-            if isinstance(node, h5py.Dataset) and not name.startswith("checksums/"):
+            if isinstance(node, h5py.Dataset) and not name.startswith("checksums/") and not node.is_scale:
                 seen.append(name)
                 assert file[f"checksums/{name}"][()].tolist() == naive_sums(name, np.array(node[()], node.dtype))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from datetime import datetime
 from itertools import pairwise
 
@@ -11,7 +12,7 @@ _MOST = 2**62
 """Counts are added to and stored as 64-bit integers."""
 _LAST_YEAR = 9000
 """Moments are added to times, and there is no year 10000."""
-_PLACES = schema.INTEGERS | schema.OPTIONAL_INTEGERS | schema.INTEGER_LISTS | schema.TEXTS
+_PLACES = schema.INTEGERS | schema.OPTIONAL_INTEGERS | schema.INTEGER_LISTS | schema.TEXTS | schema.OPTIONAL_NUMBERS
 
 
 class Contradiction(Exception):
@@ -42,11 +43,33 @@ def check(info: schema.CheckpointInfo) -> None:
     # A loop of a user's own has no stream, and counts samples only where it needs them.
     enough = info.samples >= info.step or info.total == 0
     _expect("samples", enough, info.samples, f"at least one for each of {info.step} steps")
+    _check_measures(info)
     try:
         sound = datetime.fromisoformat(info.created).year <= _LAST_YEAR
     except ValueError:
         sound = False
     _expect("created", sound, info.created[:40], "a time as ISO 8601")
+
+
+def _check_measures(info: schema.CheckpointInfo) -> None:
+    """Check what is said of losses, data and time."""
+    for name in schema.OPTIONAL_NUMBERS:
+        value = getattr(info, name)
+        _expect(name, value is None or math.isfinite(value), value, "a finite number")
+    for name in ("accuracy", "test_accuracy"):
+        value = getattr(info, name)
+        _expect(name, value is None or 0 <= value <= 1, value, "a fraction from 0 to 1")
+    for name, value in info.test_metrics.items():
+        if not math.isfinite(value) or not is_metric(name):
+            raise Contradiction(f"/{schema.TEST_METRICS}/{name[:40]} is {value}, expected a name and a finite number")
+    _expect("seconds", info.seconds is None or info.seconds >= 0, info.seconds, "at least 0")
+    _expect("data_samples", 0 <= info.data_samples < _MOST, info.data_samples, "at least 0, and below 2^62")
+    _expect("test_step", 0 <= info.test_step <= info.step, info.test_step, f"at least 0, and at most {info.step}")
+
+
+def is_metric(name: str) -> bool:
+    """Return whether a metric can have this `name` in a checkpoint."""
+    return name not in ("", ".", "..") and "/" not in name and name.isprintable()
 
 
 def _expect(name: str, sound: bool, found: object, expected: str) -> None:

@@ -79,6 +79,8 @@ class Contents:
         fields |= {name: self.small(path, "i", 1) for name, path in schema.INTEGER_LISTS.items()}
         present = {name: path for name, path in schema.OPTIONAL_NUMBERS.items() if self._has(path)}
         fields |= {name: self.small(path, "f", 0) for name, path in present.items()}
+        metrics = self._members(schema.TEST_METRICS)
+        fields["test_metrics"] = {name: self.small(f"{schema.TEST_METRICS}/{name}", "f", 0) for name in metrics}
         libraries = self._find(schema.LIBRARIES, h5py.Group)
         fields["libraries"] = {name: self.small(f"{schema.LIBRARIES}/{name}", "S", 0) for name in libraries}
         info = schema.CheckpointInfo(**fields, meaning=self._meaning())

@@ -1,9 +1,9 @@
-"""The directory of a run's checkpoints: their names, ``latest``, and when files are deleted.
+"""The directory of a run's checkpoints: their names, ``latest`` and ``best``, and when files are deleted.
 
 A file has its name only when it is whole: it is written under a temporary name, brought to disk, and renamed.  Where
 each shard writes a file of its own, the one with the name of the checkpoint comes last, and goes first.
-``latest`` is a relative symbolic link, so that the directory can be moved; where a file system has no links it is a
-text file with the name in it.
+``latest`` and ``best`` are relative symbolic links, so that the directory can be moved; where a file system has no
+links they are text files with the name in it.
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ from pathlib import Path
 from dbmpi.checkpoint.new_file import sync, temporary_path
 from dbmpi.machine import processes
 
-LATEST = "latest"
+LATEST, BEST = "latest", "best"
+POINTERS = (LATEST, BEST)
+"""Names under which a directory of checkpoints has one of them a second time."""
 ABANDONED_SECONDS = 600.0
 """A temporary file of an unknown process that has not changed for this long belongs to a killed run."""
 
 _NAME = re.compile(r"step-(\d{9,18})\.h5")
 _SHARD = re.compile(r"(?P<stem>step-\d{9,18})-shard-(?P<number>\d+)-of-(?P<shards>\d+)-(?P<id>[0-9a-f]{8,16})\.h5")
-_TEMPORARY = re.compile(r"\.(?:step-\d[0-9a-z-]*\.h5|latest)\.(?P<host>.+)-(?P<process>\d{1,9})\.tmp")
+_TEMPORARY = re.compile(r"\.(?:step-\d[0-9a-z-]*\.h5|latest|best)\.(?P<host>.+)-(?P<process>\d{1,9})\.tmp")
 
 
 def checkpoint_path(run_directory: Path, step: int) -> Path:
@@ -95,23 +97,29 @@ def checkpoints(directory: Path) -> list[Path]:
     return [path for _, _, path in sorted(found, reverse=True)]
 
 
-def read_latest(directory: Path) -> Path | None:
-    """Return the file that ``latest`` in a `directory` names, whether it exists or not; None without a usable one."""
-    pointer = directory / LATEST
+def read_pointer(directory: Path, name: str = LATEST) -> Path | None:
+    """Return the file that ``latest``, or another `name`, in a `directory` names; None without a usable one.
+
+    It need not exist.
+    """
+    pointer = directory / name
     try:
         if pointer.is_symlink():
-            name = os.readlink(pointer)
+            target = os.readlink(pointer)
         else:
             with pointer.open("rb") as file:
-                name = file.read(256).decode("ascii").strip()
+                target = file.read(256).decode("ascii").strip()
     except (OSError, UnicodeDecodeError):
         return None
-    return directory / name if _NAME.fullmatch(name) else None
+    return directory / target if _NAME.fullmatch(target) else None
 
 
-def replace_latest(path: Path) -> None:
-    """Let ``latest`` name the file `path` beside it, at one stroke: a reader finds the old one or the new one."""
-    pointer = path.with_name(LATEST)
+def replace_pointer(path: Path, name: str = LATEST) -> None:
+    """Let ``latest``, or another `name`, name the file `path` beside it, at one stroke.
+
+    A reader finds the old one or the new one.
+    """
+    pointer = path.with_name(name)
     temporary = temporary_path(pointer)
     temporary.unlink(missing_ok=True)
     try:

@@ -61,6 +61,8 @@ class NewFile:
         Options of :class:`h5py.File`.
     with_checksums
         Whether checksums of all datasets that are created here are written, too; see :mod:`dbmpi.checkpoint.checksums`.
+    copy_of
+        A file to begin as a copy of; without one it is empty.
     failure
         Makes the exception for a failed write from its message, and from whether the file could be created at all.
 
@@ -87,6 +89,7 @@ class NewFile:
         options: dict[str, Any],
         *,
         with_checksums: bool = False,
+        copy_of: Path | None = None,
         failure: Callable[[str, bool], Exception] = _failure,
     ) -> None:
         self.path = path
@@ -106,7 +109,9 @@ class NewFile:
             text = f"{path}: cannot be written here: {error.strerror}; expected a directory that can be written to"
             raise failure(text, False) from error
         with self.writing():
-            self.hdf5 = h5py.File(self._raw, "w", **options)
+            if copy_of is not None:
+                self._copy(copy_of)
+            self.hdf5 = h5py.File(self._raw, "w" if copy_of is None else "r+", **options)
 
     def create(self, name: str, shape: tuple[int, ...], dtype: DTypeLike) -> None:
         """Create an array, which is contiguous in the file and gets its offset at once; fill it by :meth:`write`.
@@ -167,6 +172,14 @@ class NewFile:
             group = self.hdf5.require_group(above) if above else self.hdf5
             stored = h5py.h5t.py_create(kind, logical=True)
             h5py.h5d.create(group.id, last.encode(), stored, h5py.h5s.create_simple(shape), dcpl=properties)
+
+    def _copy(self, path: Path) -> None:
+        self._bytes = path.stat().st_size
+        self.check_space()
+        with path.open("rb") as source:
+            shutil.copyfileobj(source, self._raw, 2**24)
+        self._raw.check()  # HDF5 must not see a part of a file
+        self._raw.seek(0)
 
     def check_space(self) -> None:
         """Raise DiskFailed if the arrays created so far are larger than the free space of the disk."""

@@ -89,8 +89,8 @@ class Checkpoint:
         Parameters
         ----------
         path
-            A file, ``latest``, or a directory; there the newest counts, whatever ``latest`` says, because a run may
-            have been killed between the two.
+            A file, ``latest``, ``best``, or a directory; there the newest counts, whatever ``latest`` says, because a
+            run may have been killed between the two.
         without
             Files of a directory that are not to be taken.
 
@@ -100,12 +100,12 @@ class Checkpoint:
             If there is none, or the file is no checkpoint, is torn, or is of a later format.
         """
         if not path.is_dir():
-            if path.name == directory.LATEST and path.is_file() and not path.is_symlink():
-                return cls(directory.read_latest(path.parent) or path)
+            if path.name in directory.POINTERS and path.is_file() and not path.is_symlink():
+                return cls(directory.read_pointer(path.parent, path.name) or path)
             return cls(path)
         folder = directory.checkpoints_directory(path)
         found, unreadable = _open_all(cls, folder, without)
-        latest = directory.read_latest(folder)
+        latest = directory.read_pointer(folder)
         problems = [str(error) for error in unreadable.values()]
         if latest is None:
             problems.append(f"{folder / directory.LATEST} is missing or names no checkpoint")

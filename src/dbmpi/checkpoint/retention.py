@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import suppress
 from datetime import datetime, timedelta
 from functools import lru_cache
@@ -19,6 +20,10 @@ class Whole(NamedTuple):
     created: str
     step: int
     path: Path
+    test_loss: float | None = None
+    """Of the last evaluation before it, if there was one."""
+    test_step: int = 0
+    """Step of that."""
 
 
 def whole(folder: Path) -> list[Whole]:
@@ -26,16 +31,28 @@ def whole(folder: Path) -> list[Whole]:
     found = []
     for path in directory.checkpoints(folder) if folder.is_dir() else ():
         with suppress(UserError, OSError):
-            status = path.stat()
-            found.append(_read(path, (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)))
+            found.append(read(path))
     return sorted(found, reverse=True)
+
+
+def read(path: Path) -> Whole:
+    """Read a checkpoint, once in each state of its file; raises UserError or OSError if that is impossible.
+
+    Parameters
+    ----------
+    path
+        Of the file.
+    """
+    status = path.stat()
+    return _read(path, (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns))
 
 
 @lru_cache(maxsize=1024)
 def _read(path: Path, state: tuple[int, ...]) -> Whole:
-    """Read a checkpoint, once in each state of its file: a run asks at every checkpoint, while all workers rest."""
+    """Read a checkpoint in a `state` of its file: a run asks at every checkpoint, while all workers rest."""
     with Checkpoint.open(path) as checkpoint:
-        return Whole(checkpoint.info.created, checkpoint.info.step, path)
+        info = checkpoint.info
+        return Whole(info.created, info.step, path, info.test_loss, info.test_step)
 
 
 def kept(folder: Path) -> str:
@@ -55,12 +72,43 @@ def later_than(others: list[Whole], created: str) -> str:
     return (datetime.fromisoformat(newest) + timedelta(microseconds=1)).isoformat(timespec="microseconds")
 
 
-def remove_older(newest: Path, others: list[Whole], keep: int) -> list[Path]:
-    """Delete the `others`, whole checkpoints beside `newest`, but the `keep - 1` newest ones; return the deleted.
+def best(candidates: Iterable[Whole]) -> Whole | None:
+    """Return the checkpoint with the lowest test loss; None if no one has any.
+
+    An evaluation counts for the first checkpoint after it: of several with the same one, that is closest to what was
+    evaluated.
+
+    Parameters
+    ----------
+    candidates
+        In any order.
+    """
+    tested = [(one.test_loss, one.step - one.test_step, one) for one in candidates if one.test_loss is not None]
+    return min(tested)[2] if tested else None
+
+
+def retain(newest: Path, others: list[Whole], keep: int) -> list[Path]:
+    """Let ``best`` name the best checkpoint, and delete old ones; return the deleted.
 
     A torn one counts for nothing, and stays: it may be worth a look.
+
+    Parameters
+    ----------
+    newest
+        The checkpoint that was written last.
+    others
+        Whole ones beside it, the newest first.
+    keep
+        How many of all stay: the newest ones, and the best one.
     """
-    older = [other.path for other in others if other.path.name != newest.name][max(keep, 1) - 1 :]
+    others = [other for other in others if other.path.name != newest.name]
+    candidates = list(others)
+    with suppress(UserError):
+        candidates.append(read(newest))
+    found = best(candidates)
+    if found is not None and directory.read_pointer(newest.parent, directory.BEST) != found.path:
+        directory.replace_pointer(found.path, directory.BEST)
+    older = [other.path for other in others[max(keep, 1) - 1 :] if found is None or other.path != found.path]
     for path in older:
         directory.remove(path)
     return older

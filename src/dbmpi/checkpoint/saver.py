@@ -10,41 +10,34 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from dbmpi.checkpoint import directory, retention, run_lock, schema, shard_boxes
+from dbmpi.checkpoint import directory, schema
 from dbmpi.checkpoint.background import Background
 from dbmpi.checkpoint.finite import finite
-from dbmpi.checkpoint.sharded_writer import ShardFacts, write_shard, write_whole
-from dbmpi.checkpoint.single_file import write_shard_alone, write_together
+from dbmpi.checkpoint.sharded_writer import ShardFacts, write_shard
 from dbmpi.checkpoint.snapshot import Snapshot
-from dbmpi.errors import DiskFailed, RunFailed
+from dbmpi.errors import DiskFailed
 from dbmpi.machine import capacity
 from dbmpi.machine.rank_variables import ranks_on_node
-from dbmpi.mpi import failures, waiting
+from dbmpi.mpi import waiting
 from dbmpi.mpi.tags import Tag
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-    from dbmpi.config import CheckpointSection
-    from dbmpi.replica.arrangement import Arrangement
-
-Outcome = TypeVar("Outcome")
+Written = TypeVar("Written")
 _LEAD = 0
 """Rank of the lead."""
 
 
-class _NotFinite(Exception):
+class NotFinite(Exception):
     """Some parameters are NaN or infinite."""
 
 
@@ -86,13 +79,13 @@ class ShardSaver:
             Whether nothing is learned afterwards.
         """
         path = directory.checkpoint_path(self._directory, step)
-        path = directory.shard_path(path, self._number, self._shards, _digits(identity))
+        path = directory.shard_path(path, self._number, self._shards, digits(identity))
 
         def write(snapshot: Snapshot, moved: Callable[[], None]) -> ShardFacts:
-            return write_shard(path, vectors, snapshot, _checking(moved))
+            return write_shard(path, vectors, snapshot, checking(moved))
 
-        self._job = self._start(vectors, write, last)
-        self._report({"identity": identity, "taken": version})
+        self._job = self.start(vectors, write, last)
+        self.report({"identity": identity, "taken": version})
 
     def keep(self, name: str, start: int = 0, stop: int | None = None) -> None:
         """Keep what is not written yet of the vector `name`, whose elements ``start ... stop`` are about to change."""
@@ -106,17 +99,17 @@ class ShardSaver:
             return False
         if job.done:
             self._job = None
-            waited = self._drop()
+            waited = self.drop()
             try:
-                self._report({"written": job.result().to_json(), "waited": waited})
-            except _NotFinite:
-                self._report({"not_finite": True})
+                self.report({"written": job.result().to_json(), "waited": waited})
+            except NotFinite:
+                self.report({"not_finite": True})
             except DiskFailed as error:
-                self._report({"failed": str(error)})
+                self.report({"failed": str(error)})
             return True
         moved = job.moved()
         if moved and time.monotonic() - self._reported > waiting.STALL_SECONDS / 8:
-            self._report({})
+            self.report({})
         return moved
 
     def close(self) -> None:
@@ -124,22 +117,32 @@ class ShardSaver:
         if self._job is not None:
             self._job.abandon()
             self._job = None
-        self._drop()
+        self.drop()
 
-    def _start(
+    def start(
         self,
         vectors: Mapping[str, np.ndarray],
-        write: Callable[[Snapshot, Callable[[], None]], Outcome],
+        write: Callable[[Snapshot, Callable[[], None]], Written],
         last: bool,
-    ) -> Background[Outcome]:
-        """Let a thread write a new snapshot, and another one copy ahead of it if training goes on."""
+    ) -> Background[Written]:
+        """Let a thread write a new snapshot, and another one copy ahead of it if training goes on.
+
+        Parameters
+        ----------
+        vectors
+            The shard's, by name.
+        write
+            What the thread does with the snapshot; its second argument is called for each step.
+        last
+            Whether nothing is learned afterwards.
+        """
         assert self._snapshot is None, "one checkpoint at a time"
         # Other ranks of this host may copy, too, and something must be left for what they do besides.
         self._snapshot = snapshot = Snapshot(vectors, capacity.available() / 2 / ranks_on_node(os.environ))
         self._ahead = None if last else Background(snapshot.ahead)
         return Background(lambda moved: write(snapshot, moved))
 
-    def _drop(self) -> float:
+    def drop(self) -> float:
         """Let the vectors change without copies; return for how long changes have waited for these."""
         snapshot, ahead, self._snapshot, self._ahead = self._snapshot, self._ahead, None, None
         if snapshot is None:
@@ -149,7 +152,7 @@ class ShardSaver:
             ahead.abandon()
         return snapshot.waited
 
-    def _report(self, report: dict[str, Any]) -> None:
+    def report(self, report: dict[str, Any]) -> None:
         """Send a report to the lead."""
         self._reported = time.monotonic()
         while self._leaving and self._leaving[0][0].Test():
@@ -158,279 +161,17 @@ class ShardSaver:
         self._leaving.append((self._comm.Isend(data, _LEAD, Tag.CHECKPOINT), data))
 
 
-@dataclass
-class _Whole:
-    """A checkpoint in the making."""
-
-    step: int
-    identity: int
-    describe: Callable[..., schema.CheckpointInfo]
-    objective_state: Mapping[str, np.ndarray]
-    info: schema.CheckpointInfo | None = None
-    versions: dict[int, int] = field(default_factory=dict)
-    facts: dict[int, ShardFacts] = field(default_factory=dict)
-    waited: float = 0.0
-    began: float = field(default_factory=time.monotonic)
-    problems: list[Exception] = field(default_factory=list)
-
-
-class LeadSaver(ShardSaver):
-    """The lead's part: that of its own shard, and the whole.
-
-    Parameters
-    ----------
-    comm, run_directory
-        As for `ShardSaver`.
-    shard_ranks
-        The rank of each shard, the lead's first.
-    arrangement
-        In which order the shards hold the vectors.
-    section
-        How checkpoints are written.
-    not_finite
-        Makes the exception for parameters that are NaN or infinite.
-
-    Attributes
-    ----------
-    size, seconds, waited
-        Of the last checkpoint: bytes of all files; seconds from when the vectors were taken to when it was on disk;
-        seconds for which changes waited for copies, on the shard where it was longest.
-    """
-
-    def __init__(
-        self,
-        comm: MPI.Intracomm,
-        run_directory: Path,
-        shard_ranks: Sequence[int],
-        arrangement: Arrangement,
-        section: CheckpointSection,
-        not_finite: Callable[[], Exception],
-    ) -> None:
-        super().__init__(comm, run_directory, 0, len(shard_ranks))
-        self._numbers = {rank: number for number, rank in enumerate(shard_ranks)}
-        self._arrangement, self._section, self._not_finite = arrangement, section, not_finite
-        self._whole: _Whole | None = None
-        self._last: Background[Path] | None = None
-        self._dtype = np.dtype(np.float32)
-        self.size, self.seconds, self.waited = 0, 0.0, 0.0
-
-    @property
-    def busy(self) -> bool:
-        """Whether a checkpoint is being written."""
-        return self._whole is not None
-
-    @property
-    def taken(self) -> bool:
-        """Whether all shards have taken their vectors, so that training may go on."""
-        return self._whole is None or len(self._whole.versions) == self._shards
-
-    def plan(
-        self,
-        step: int,
-        describe: Callable[..., schema.CheckpointInfo],
-        objective_state: Mapping[str, np.ndarray],
-    ) -> int:
-        """Plan a checkpoint, and return its identity; all shards are then to :meth:`begin` it.
-
-        Parameters
-        ----------
-        step
-            Of the run.
-        describe
-            Makes the description from ``shard_versions``, the versions of all shards.
-        objective_state
-            What an objective of the user's own has beside its parameters, by name.
-        """
-        kept = {name: np.array(values) for name, values in objective_state.items()}
-        self._whole = _Whole(step, secrets.randbits(32), describe, kept)
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            self._whole = None
-            raise DiskFailed(f"{self._directory}: checkpoints cannot be written here: {error.strerror}") from error
-        return self._whole.identity
-
-    def begin(
-        self, step: int, identity: int, vectors: Mapping[str, np.ndarray], version: int, *, last: bool = False
-    ) -> None:
-        """Begin as a shard does; a shard alone writes the whole checkpoint."""
-        whole = self._whole
-        assert whole is not None
-        self._dtype = vectors[schema.PARAMETERS].dtype
-        if self._shards > 1:
-            super().begin(step, identity, vectors, version, last=last)
-            return
-        self._hear(0, {"identity": identity, "taken": version})
-        path, info = self._path, whole.info
-        assert info is not None
-
-        def write(snapshot: Snapshot, moved: Callable[[], None]) -> Path:
-            return write_shard_alone(
-                path,
-                self._arrangement,
-                vectors,
-                snapshot,
-                _checking(moved),
-                info,
-                objective_state=whole.objective_state,
-                keep=self._section.keep,
-                confirm=self._confirm,
-            )
-
-        self._last = self._start(vectors, write, last)
-
-    def poll(self) -> bool:
-        """Go on as a shard, hear the others, and write the whole; return whether anything moved."""
-        moved = super().poll()
-        while self._receive():
-            moved = True
-        whole = self._whole
-        if whole is None:
-            return moved
-        if self._last is not None:
-            return self._last.moved() or moved
-        if self._all_reported(whole) and not whole.problems:
-            self._last = Background(self._write_whole)
-        return moved
-
-    def result(self) -> Path | None:
-        """Return the path of the checkpoint if it is written by now, else None.
-
-        Raises
-        ------
-        DiskFailed, RunFailed
-            If it could not be written, or is not to be.  What there was of it is removed.
-        """
-        whole, last = self._whole, self._last
-        if whole is None:
-            return None
-        if not (last.done if last is not None else whole.problems and self._all_reported(whole)):
-            return None
-        path = self._path
-        self._whole = self._last = None
-        whole.waited = max(whole.waited, self._drop())
-        try:
-            if last is not None:
-                written = last.result()
-                self.size = written.stat().st_size + sum(each.size for each in whole.facts.values())
-                self.seconds, self.waited = time.monotonic() - whole.began, whole.waited
-                return written
-            raise next((each for each in whole.problems if not isinstance(each, DiskFailed)), whole.problems[0])
-        except _NotFinite:
-            self._remove(path, whole.identity)
-            raise self._not_finite() from None
-        except Exception:
-            self._remove(path, whole.identity)
-            raise
-
-    def close(self) -> None:
-        """Abandon what is being written."""
-        super().close()
-        if self._last is not None:
-            self._last.abandon()
-            self._last = None
-        self._whole = None
-
-    @property
-    def _path(self) -> Path:
-        assert self._whole is not None
-        return directory.checkpoint_path(self._directory, self._whole.step)
-
-    def _all_reported(self, whole: _Whole) -> bool:
-        return len(whole.facts) + len(whole.problems) == self._shards
-
-    def _remove(self, path: Path, identity: int) -> None:
-        for shard in range(self._shards) if self._shards > 1 else ():
-            with suppress(OSError):
-                directory.shard_path(path, shard, self._shards, _digits(identity)).unlink(missing_ok=True)
-
-    def _confirm(self) -> None:
-        """Raise RunFailed if another run has taken the directory over."""
-        run_lock.confirm(self._directory)
-
-    def _report(self, report: dict[str, Any]) -> None:
-        self._hear(0, report)
-
-    def _receive(self) -> bool:
-        """Hear a report of another shard, if one has arrived; return whether there was one."""
-        from mpi4py import MPI
-
-        status = MPI.Status()
-        if self._shards == 1 or not failures.probe(self._comm, Tag.CHECKPOINT, status):
-            return False
-        data = np.empty(status.Get_count(MPI.BYTE), np.uint8)
-        self._comm.Recv([data, MPI.BYTE], status.source, Tag.CHECKPOINT)
-        self._hear(self._numbers[status.source], json.loads(data.tobytes()))
-        return True
-
-    def _hear(self, shard: int, report: Mapping[str, Any]) -> None:
-        """Note what a shard reports."""
-        whole = self._whole
-        if whole is None:
-            return
-        if "taken" in report:
-            whole.versions[shard] = report["taken"]
-            if self.taken:
-                whole.info = whole.describe(
-                    shard_versions=tuple(whole.versions[number] for number in range(self._shards))
-                )
-        elif "written" in report:
-            whole.facts[shard] = ShardFacts.from_json(report["written"])
-            whole.waited = max(whole.waited, report["waited"])
-        elif "failed" in report:
-            whole.problems.append(DiskFailed(f"{report['failed']}; {retention.kept(self._path.parent)}"))
-        elif "not_finite" in report:
-            whole.problems.append(_NotFinite())
-
-    def _write_whole(self, moved: Callable[[], None]) -> Path:
-        """Write the file that makes those of the shards a checkpoint, or one file of them all."""
-        whole, arrangement, section = self._whole, self._arrangement, self._section
-        assert whole is not None
-        assert whole.info is not None
-        facts = [whole.facts[shard] for shard in range(self._shards)]
-        if section.layout == "single":
-            return write_together(
-                self._path,
-                arrangement,
-                facts,
-                _digits(whole.identity),
-                whole.info,
-                dtype=self._dtype,
-                keep=section.keep,
-                objective_state=whole.objective_state,
-                confirm=self._confirm,
-                moved=moved,
-            )
-        return write_whole(
-            self._path,
-            arrangement.layout,
-            shard_boxes.of_arrangement(arrangement),
-            facts,
-            _digits(whole.identity),
-            whole.info,
-            dtype=self._dtype,
-            keep=section.keep,
-            objective_state=whole.objective_state,
-            confirm=self._confirm,
-        )
-
-
-def unusable(run_directory: Path) -> RunFailed:
-    """Return the exception for parameters that are NaN or infinite, of which a run in `run_directory` writes none."""
-    kept = retention.kept(run_directory / "checkpoints")
-    return RunFailed(f"some parameters are NaN or infinite; no checkpoint is written; {kept}")
-
-
-def _digits(identity: int) -> str:
+def digits(identity: int) -> str:
+    """Return an `identity` as it is in the names of files."""
     return f"{identity:08x}"
 
 
-def _checking(moved: Callable[[], None]) -> Callable[[str, np.ndarray], None]:
-    """Return what is called for each block of a vector before it is written."""
+def checking(moved: Callable[[], None]) -> Callable[[str, np.ndarray], None]:
+    """Return what is called before a block of a vector is written: it calls `moved`, and looks for NaN and infinity."""
 
     def check(name: str, values: np.ndarray) -> None:
         moved()
         if name == schema.PARAMETERS and not finite(values):
-            raise _NotFinite
+            raise NotFinite
 
     return check

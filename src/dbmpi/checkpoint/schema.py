@@ -98,6 +98,11 @@ OPTIONAL_NUMBERS = {
 }
 """Fields that are stored as a float64 scalar, where they are not None."""
 
+TEST = "run/test"
+"""Group of the last evaluation on held-out samples."""
+TEST_METRICS = "run/test/metrics"
+"""Group with a float64 number for each metric of the held-out samples, where there are any."""
+
 INTEGER_LISTS = {
     "shard_versions": "run/shard_versions",
     "input_shape": "run/input_shape",
@@ -174,6 +179,8 @@ class CheckpointInfo:
     """Mean loss of the held-out samples then."""
     test_accuracy: float | None = None
     """Fraction of these that were classified rightly."""
+    test_metrics: Mapping[str, float] = field(default_factory=dict)
+    """Mean of each metric of an objective of the user's own then, as far as its name can stand in a file."""
     data_name: str = ""
     """Name of the training data, without directories."""
     data_samples: int = 0

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -24,9 +22,6 @@ from dbmpi.errors import Damaged, UserError
 from dbmpi.monitor.history import RunHistory
 from dbmpi.monitor.records import read_records
 
-BEST = "best"
-"""Link beside ``latest``, to the checkpoint with the best held-out loss; it need not be there."""
-
 _PROGRESS = ("step", "samples", "created", "seconds", "loss", "accuracy", "test_step", "test_loss", "test_accuracy")
 
 
@@ -44,7 +39,7 @@ def describe(path: Path) -> dict[str, Any]:
             return {**found, "newest": _checkpoint(checkpoint)}
     if not path.exists():
         raise UserError(f"{path}: no such file or directory; expected a checkpoint, a run directory or a data file")
-    if path.name in (directory.LATEST, BEST) or _is_checkpoint(path):
+    if path.name in directory.POINTERS or _is_checkpoint(path):
         with Checkpoint.open(path) as checkpoint:
             return _checkpoint(checkpoint)
     return _data(path)
@@ -89,7 +84,7 @@ def compared(first: Path, second: Path, *, everything: bool = False) -> dict[str
 
 def open_checkpoint(path: Path) -> Checkpoint:
     """Open a checkpoint, or the newest one of a run at `path`, as :meth:`Checkpoint.open` does; UserError for data."""
-    if path.is_file() and path.name not in (directory.LATEST, BEST) and not _is_checkpoint(path):
+    if path.is_file() and path.name not in directory.POINTERS and not _is_checkpoint(path):
         raise UserError(f"{path}: is a data file, expected a checkpoint or a run directory")
     return Checkpoint.open(path)
 
@@ -109,26 +104,16 @@ def _run(path: Path) -> dict[str, Any]:
     records = any((path / "records").glob("*.jsonl"))
     return {
         "checkpoints": [_candidate(candidate) for candidate in sorted(directory.checkpoints(folder))],
-        "latest": _pointed(folder / directory.LATEST),
-        "best": _pointed(folder / BEST),
+        "latest": _pointed(folder, directory.LATEST),
+        "best": _pointed(folder, directory.BEST),
         "lost": [asdict(lost) for lost in RunHistory(read_records(path)).lost] if records else [],
     }
 
 
-def _pointed(pointer: Path) -> str | None:
-    """Return the name of the checkpoint that a link, or a text file, names; None where there is no usable one."""
-    try:
-        with contextlib.suppress(OSError):
-            return _name(os.readlink(pointer))
-        with pointer.open("rb") as file:
-            return _name(file.read(256).decode("ascii").strip())
-    except (OSError, UnicodeDecodeError):
-        return None
-
-
-def _name(text: str) -> str | None:
-    path = Path(text)
-    return text if path.name == text and directory.step_of(path) is not None else None
+def _pointed(folder: Path, name: str) -> str | None:
+    """Return which checkpoint ``latest`` or ``best`` in a directory names."""
+    found = directory.read_pointer(folder, name)
+    return None if found is None else found.name
 
 
 def _is_checkpoint(path: Path) -> bool:

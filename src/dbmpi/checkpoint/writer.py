@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from dbmpi.checkpoint import consistency, directory, retention, schema
+from dbmpi.checkpoint.annotations import annotate
 from dbmpi.checkpoint.new_file import ARRAYS, NewFile
 from dbmpi.errors import DiskFailed, UserError
 from dbmpi.index.layout import Layout
@@ -185,11 +186,11 @@ def finish(
     file.commit(confirm)
     try:
         if directory.step_of(path) is not None:  # of a run, and not of a user's own loop
-            directory.replace_latest(path)
+            directory.replace_pointer(path)
         for stale in directory.shard_files(path, but=identity):  # of an earlier checkpoint of the same step
             stale.unlink(missing_ok=True)
         if keep is not None:
-            retention.remove_older(path, others, keep)
+            retention.retain(path, others, keep)
     except OSError as error:
         raise DiskFailed(f"{path}: is whole, but its directory could not be updated: {error}") from error
     return path
@@ -256,15 +257,35 @@ def check_names(layout: Layout, vectors: Sequence[str]) -> None:
             raise UserError(f"the name of a vector has no '/': {vector!r}")
 
 
+def write_measures(file: NewFile, info: schema.CheckpointInfo, within: str = "") -> None:
+    """Write what not every checkpoint has.
+
+    Parameters
+    ----------
+    file
+        Where it is not yet.
+    info
+        All but the arrays.
+    within
+        Write only datasets whose path begins like this.
+    """
+    found: dict[str, str | int | float] = {}
+    for name, path in (schema.OPTIONAL_TEXTS | schema.OPTIONAL_INTEGERS).items():
+        if getattr(info, name):
+            found[path] = getattr(info, name)
+    for name, path in schema.OPTIONAL_NUMBERS.items():
+        if getattr(info, name) is not None:
+            found[path] = float(getattr(info, name))
+    found |= {f"{schema.TEST_METRICS}/{name}": float(value) for name, value in info.test_metrics.items()}
+    for path, value in found.items():
+        if path.startswith(within):
+            file.put(path, value)
+
+
 def _write_info(file: NewFile, layout: Layout, info: schema.CheckpointInfo) -> None:
     for name, path in (schema.TEXTS | schema.INTEGERS | schema.INTEGER_LISTS).items():
         file.put(path, getattr(info, name))
-    for name, path in (schema.OPTIONAL_TEXTS | schema.OPTIONAL_INTEGERS).items():
-        if getattr(info, name):
-            file.put(path, getattr(info, name))
-    for name, path in schema.OPTIONAL_NUMBERS.items():
-        if getattr(info, name) is not None:
-            file.put(path, float(getattr(info, name)))
+    write_measures(file, info)
     for library, text in {**info.libraries, "hdf5": h5py.version.hdf5_version}.items():
         file.put(f"{schema.LIBRARIES}/{library}", text)
     for name, value in () if info.meaning is None else info.meaning:
@@ -272,3 +293,5 @@ def _write_info(file: NewFile, layout: Layout, info: schema.CheckpointInfo) -> N
             texts = isinstance(value, tuple) and isinstance(value[0], str)
             file.put(f"{schema.MEANING}/{name}", [text.encode() for text in value] if texts else value)
     file.put(schema.TENSORS, [tensor.name.encode() for tensor in layout.tensors])
+    with file.writing():
+        annotate(file.hdf5, layout, info)

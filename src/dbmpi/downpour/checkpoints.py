@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dbmpi.checkpoint.account import Account
 from dbmpi.checkpoint.attempts import Attempts
-from dbmpi.checkpoint.saver import LeadSaver
+from dbmpi.checkpoint.lead_saver import LeadSaver
 from dbmpi.checkpoint.schema import CheckpointInfo
 from dbmpi.config import CheckpointSection
 from dbmpi.errors import DiskFailed
@@ -27,6 +28,8 @@ class CheckpointPlan:
     """Writes them, together with the shards."""
     info: Callable[..., CheckpointInfo]
     """Describes a checkpoint: :class:`CheckpointInfo` with everything that is the same in all of a run's."""
+    account: Account
+    """What they say beside the position."""
     state: OwnState | None = None
     """What an objective of the user's own has beside its parameters."""
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from dbmpi.checkpoint.amendment import amend
 from dbmpi.data.stream import Order
 from dbmpi.downpour.checkpoints import CheckpointPlan, LeadCheckpoints
 from dbmpi.downpour.shard import Shard, ShardRole
@@ -148,6 +149,7 @@ class Lead(Shard):
             self._progress.message(f"replica {replica} has failed: a checkpoint is written, and the run ends")
             self._tell_workers(MessageKind.STOP)
         elif kind == MessageKind.EVALUATION:
+            self.report()  # which counts the steps until now
             sums = tuple(zip(self._metrics, self._sums, strict=True))
             outcome = Outcome(values[1], _number(values[3]), values[2], sums)
             self.evaluated(outcome, values[0] / self._order.batches_per_epoch)
@@ -187,9 +189,16 @@ class Lead(Shard):
                 metrics=outcome.metrics or None,
             )
         )
+        self._files.account.tested(self._begin.step + self.steps, outcome)
         self._progress.evaluation(epoch, outcome.mean_loss, outcome.accuracy, outcome.samples, outcome.metrics)
         loss, accuracy, metrics = outcome.mean_loss, outcome.accuracy, outcome.metrics
         self._call("on_evaluation", self.steps, epoch, outcome.samples, loss, accuracy, None, 0, metrics)
+
+    def amend(self) -> None:
+        """Write the outcome of the evaluation at the end into the last checkpoint."""
+        path, plan = self._checkpoints.path, self._files
+        assert path is not None
+        amend(path, plan.account, plan.section.keep, self._progress.warn)
 
     def raise_failure(self) -> None:
         """Raise what a callback has raised while others were at work."""
@@ -313,6 +322,8 @@ class Lead(Shard):
     def _begin_checkpoint(self, *, last: bool = False) -> None:
         """Let all shards take their vectors, while no worker pushes."""
         self.report()
+        if self.samples:
+            self._files.account.learned(self.recent.mean_loss, self.recent.accuracy)
         event = self.steps, self.epoch, self.samples
         self._checkpoints.begin(partial(self._take, last=last), self.version, event, last=last)
 
@@ -329,6 +340,7 @@ class Lead(Shard):
             total=left.total,
             holes=left.holes,
             done=tuple(before + now for before, now in zip(earlier, self._learned, strict=True)),
+            **files.account.fields(),
         )
         state = {} if files.state is None else files.state.to_store(self._state)
         identity = files.saver.plan(steps, describe, state)

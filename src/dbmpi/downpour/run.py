@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 from mpi4py import MPI
 
+from dbmpi.checkpoint.lead_saver import LeadSaver
 from dbmpi.checkpoint.named_arrays import Fill
 from dbmpi.checkpoint.restore import restore
 from dbmpi.checkpoint.retention import kept
-from dbmpi.checkpoint.saver import LeadSaver, ShardSaver
+from dbmpi.checkpoint.saver import ShardSaver
 from dbmpi.checkpoint.schema import CheckpointInfo, library_versions
 from dbmpi.downpour.algorithm import downpour
 from dbmpi.downpour.checkpoints import CheckpointPlan
@@ -143,6 +144,7 @@ def _lead(session: Session, role: ShardRole, saver: LeadSaver, progress: RunProg
         saver=saver,
         info=info,
         state=session.objective_state,
+        account=session.account(),
     )
     return Lead(role, plan, session.begin, session.order, progress, checkpoints, session.callbacks, session.metrics)
 
@@ -229,6 +231,7 @@ def _conclude(
         return session.conclude(None, seconds)
     if test is not None:
         lead.evaluated(test, lead.epoch)
+        lead.amend()
         lead.raise_failure()
     warning = verdict.warning(
         data.guessing,

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
+from dbmpi.checkpoint.account import whereabouts
 from dbmpi.checkpoint.restore import restore
 from dbmpi.checkpoint.schema import PARAMETERS, CheckpointInfo, library_versions
 from dbmpi.checkpoint.writer import CheckpointWriter
@@ -232,6 +233,7 @@ class Connection:
                     total=0,
                     begun=max(begun),
                     libraries=library_versions(MPI.Get_library_version()),
+                    **whereabouts(),
                 )
             )
 

@@ -48,6 +48,13 @@ class Recent:
         samples = sum(part.samples for part in self._parts)
         return sum(part.loss for part in self._parts) / samples if samples else math.nan
 
+    @property
+    def accuracy(self) -> float | None:
+        """Fraction classified correctly; None where nothing was learned, or the targets are no classes."""
+        if not self._parts or any(part.correct < 0 for part in self._parts):
+            return None
+        return sum(part.correct for part in self._parts) / sum(part.samples for part in self._parts)
+
 
 def warning(guessing: float, loss: float, test: Outcome | None, *, enough: bool, remedy: str) -> str:
     """Return a warning about the losses at the end of a run; empty where they make sense.

@@ -85,6 +85,7 @@ def find(
             tuple(name for name in rule(run.optimizer, code=run.network.code).state_names if name not in vectors),
             notices,
             info.begun,
+            info,
         )
     return RunStart(begin, Path(path), int(session[0]))
 

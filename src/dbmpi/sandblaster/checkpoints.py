@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 from mpi4py import MPI
 
+from dbmpi.checkpoint.amendment import amend
 from dbmpi.checkpoint.attempts import Attempts
-from dbmpi.checkpoint.saver import LeadSaver
+from dbmpi.checkpoint.lead_saver import LeadSaver
 from dbmpi.checkpoint.schema import CheckpointInfo, library_versions
 from dbmpi.errors import DiskFailed
 from dbmpi.methods.descent import POINT, Progress
@@ -55,6 +56,8 @@ class Keeper:
         The last checkpoint written.
     written
         Portions, and samples behind them, of this session that are in it.
+    account
+        What checkpoints say beside the position.
     """
 
     def __init__(
@@ -80,6 +83,7 @@ class Keeper:
         self._saver, self._last, self._counts = saver, False, (0, 0)
         self._problem: DiskFailed | None = None
         """Why the checkpoint that was begun last could not be written."""
+        self.account, self._warn = session.account(), warn
         self.last: Path | None = None
         self.written = 0, 0
 
@@ -155,6 +159,11 @@ class Keeper:
             waiting.until(lambda: self._attempts.ready_at_the_end, "the disk", serve=self._serve, longest_sleep=0.1)
             self._begin(steps, samples, last=last)
 
+    def amend(self) -> None:
+        """Write the outcome of an evaluation after the last checkpoint into this."""
+        if self.last is not None:
+            amend(self.last, self.account, self._session.run.checkpoint.keep, self._warn)
+
     def _finish(self, what: str) -> None:
         """Wait until nothing is being written; `what` is."""
         waiting.until(lambda: not self._saver.busy, f"{what} to be written", serve=self._serve, longest_sleep=0.05)
@@ -182,6 +191,7 @@ class Keeper:
             begun=begin.begun,
             method="" if state is None else state.model_dump_json(),
             libraries=library_versions(MPI.Get_library_version()),
+            **self.account.fields(),
         )
         self._last, self._counts, self._problem = last, (steps, samples), None
         kept = {} if objective_state is None else objective_state.to_store(objective_state.pack())

@@ -151,6 +151,7 @@ class Coordinator:
         if self._tests and not self._evaluator.interrupted and self._tested_at != self.steps:
             with suppress(Interrupted):
                 self._evaluate_test()
+                self._keeper.amend()
         if self.stopped_by or self._tested_at != self.steps:
             self.test = None
         self._evaluator.end()
@@ -310,7 +311,9 @@ class Coordinator:
         if self._history is not None:
             self._keeper.note(self._history, self._sampling.position, progress)
         learned, samples = self._evaluator.passes.outcome, samples_of(self._order, self._sampling.portions)
-        accuracy = learned.accuracy if learned.samples == samples else None  # the last of several parts of a batch
+        whole = learned.samples == samples  # and not the last of several parts of a batch
+        accuracy = learned.accuracy if whole else None
+        self._keeper.account.learned(learned.mean_loss if whole else progress.loss, accuracy)
         self._call("on_step", self._iterations, self.epoch, samples, progress.loss, accuracy)
         self._evaluator.serve()
         every = self._every
@@ -347,6 +350,7 @@ class Coordinator:
         self._evaluator.test(portions, self._tests, self._begin.after(self.steps))
         self.test = outcome = self._evaluator.passes.outcome
         self._tested_at = self.steps
+        self._keeper.account.tested(self._begin.step + self.steps, outcome)
         self._recorder.write(
             EvaluationReport(
                 step=self.steps,

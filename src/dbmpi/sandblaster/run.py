@@ -14,7 +14,8 @@ from functools import partial
 
 import numpy as np
 
-from dbmpi.checkpoint.saver import LeadSaver, ShardSaver, unusable
+from dbmpi.checkpoint.lead_saver import LeadSaver, unusable
+from dbmpi.checkpoint.saver import ShardSaver
 from dbmpi.data import limits
 from dbmpi.errors import EndedByDeath, UserError
 from dbmpi.machine.rank_variables import ranks_on_node
