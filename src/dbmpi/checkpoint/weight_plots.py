@@ -72,7 +72,8 @@ def draw(out: Path, path: Path, other: Path | None = None, input_shape: tuple[in
     Raises
     ------
     UserError
-        If a checkpoint cannot be read, Matplotlib is missing, or the picture cannot be written.
+        If a checkpoint cannot be read, the two have no array in common, Matplotlib is missing, or the picture cannot
+        be written.
     """
     if out.suffix not in KINDS:
         raise UserError(f"{out}: expected a name that ends in {', '.join(KINDS[:-1])} or {KINDS[-1]}")
@@ -91,6 +92,8 @@ def draw(out: Path, path: Path, other: Path | None = None, input_shape: tuple[in
                 title = f"changes from step {first.info.step:,} to step {second.info.step:,}"
                 before, after = array_blocks.parameters(first), array_blocks.parameters(second)
                 pairs = list(comparison.pairs(before, after))
+                if not pairs:
+                    raise UserError(f"{path}, {other}: no array is in both, in one shape: there is nothing to draw")
                 panels = [Panel(one.name, one.shape, _read(one, two)) for one, two in pairs[:MOST_PANELS]]
                 sheet = _sheet([one for one, _ in pairs], after, shape)
                 total = len(pairs)

@@ -109,15 +109,20 @@ def _checkpoint_lines(found: dict[str, Any], everything: bool) -> Iterator[str]:
 
 def _results(found: dict[str, Any]) -> dict[str, str]:
     """Return what is known of how well the network does."""
+    held_out = {"loss": found["test_loss"], "accuracy": found["test_accuracy"], **found["test_metrics"]}
     then = f", at step {found['test_step']:,}" if found["test_step"] not in (0, found["step"]) else ""
     return {
-        name: f"{_number(loss)}" + (f", accuracy {_percent(accuracy)}" if accuracy is not None else "") + at
-        for name, loss, accuracy, at in (
-            ("loss", found["loss"], found["accuracy"], ""),
-            ("held-out", found["test_loss"], found["test_accuracy"], then),
-        )
-        if loss is not None
+        "learned": _measures({"loss": found["loss"], "accuracy": found["accuracy"]}),
+        "held-out": measured + then if (measured := _measures(held_out)) else "",
     }
+
+
+def _measures(numbers: dict[str, float | None]) -> str:
+    return ", ".join(
+        f"{name} {_percent(value) if name == 'accuracy' else _number(value)}"
+        for name, value in numbers.items()
+        if value is not None
+    )
 
 
 def _setting_lines(configuration: Any, chosen: Sequence[str] | None, everything: bool) -> Iterator[str]:
@@ -214,7 +219,7 @@ def _layer_lines(layers: Sequence[dict[str, Any]]) -> Iterator[str]:
         alone = len(arrays) == 1
         rows += [[_printable(arrays[0]["name"] if alone else layer["name"]), *_changes(arrays[0] if alone else layer)]]
         rows += [
-            ["  " + _printable(array["name"].removeprefix(layer["name"] + "/")), *_changes(array)]
+            ["  " + _printable(array["name"][len(layer["name"]) + 1 :]), *_changes(array)]
             for array in arrays
             if not alone
         ]
