@@ -141,7 +141,7 @@ def _draw(figure: Figure, title: str, panels: Sequence[Panel], sheet: Sheet | No
     heights = [1.75 * rows + 0.2]
     if sheet is not None:
         grid = _grid(sheet)
-        heights.append(min(max(0.8 * width * grid.shape[0] / grid.shape[1], 1.2), width) + 0.6)
+        heights.append(min(max(0.8 * width * grid.shape[0] / grid.shape[1], 1.2), 0.8 * width) + 0.6)
     figure.set_size_inches(width, sum(heights) + 0.4)
     figure.suptitle(title, fontsize=12)
     parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
@@ -239,7 +239,10 @@ def _grid(sheet: Sheet) -> _Grid:
         return _Grid((height, width), 1, 1, 0)
     number, (rows, columns) = len(sheet.tiles), sheet.each
     across = min(number, max(1, round(math.sqrt(_ASPECT * number * height / width))))
-    across = across // (rows * columns) * rows * columns or columns
+    if rows * columns > 1:
+        across = across // (rows * columns) * rows * columns or columns
+    else:  # with few places left over in the last row
+        across = min(range(across, min(across + 2, number) + 1), key=lambda count: -number % count)
     return _Grid((height, width), -(-number // across), across, 1 + min(height, width) // 24)
 
 
