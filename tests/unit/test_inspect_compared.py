@@ -272,6 +272,7 @@ def test_pictures_of_weights(tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="drawing needs the extra [plot]")
     weights = np.random.default_rng(1).standard_normal((5, 16))
     named = {"dense1/weights": weights, "dense1/bias": np.full(5, np.nan), "empty": np.zeros((0, 3)), "b": np.ones(1)}
+    named["no formula $\\frac$"] = weights
     one = write_arrays(tmp_path / "one", named, input_shape=(4, 4))
     named["dense1/weights"] = np.where(weights > 1.5, np.inf, weights + 1)
     write_arrays(tmp_path / "two", named, input_shape=(16,))

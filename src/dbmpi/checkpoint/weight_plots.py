@@ -143,7 +143,7 @@ def _draw(figure: Figure, title: str, panels: Sequence[Panel], sheet: Sheet | No
         grid = _grid(sheet)
         heights.append(min(max(0.8 * width * grid.shape[0] / grid.shape[1], 1.2), 0.8 * width) + 0.6)
     figure.set_size_inches(width, sum(heights) + 0.4)
-    figure.suptitle(title, fontsize=12)
+    figure.suptitle(title, fontsize=12, parse_math=False)
     parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
     axes = parts[0].subplots(rows, columns, squeeze=False).ravel()
     for one, panel in zip(axes, panels, strict=False):
@@ -170,7 +170,7 @@ def histogram(axes: Axes, panel: Panel) -> None:
     panel
         The array.
     """
-    axes.set_title(_end(panel.name, 28), fontsize=9)
+    axes.set_title(_end(panel.name, 28), fontsize=9, parse_math=False)
     axes.tick_params(labelsize=7)
     axes.grid(visible=False)
     axes.set_yticks([])
@@ -275,7 +275,8 @@ def _fields(figure: Figure | SubFigure, sheet: Sheet, grid: _Grid) -> None:
     extent = (-0.5, corner[1], corner[0], -0.5)
     axes.imshow(picture, interpolation="nearest", aspect="equal" if sheet.image else "auto", extent=extent)
     axes.grid(visible=False)
-    axes.set_title(sheet.title + ("" if whole.all() else "; black: not finite"), fontsize=9)
+    title = sheet.title + ("" if whole.all() else "; black: not finite")
+    axes.set_title(_end(title, 110), fontsize=9, parse_math=False)
     if sheet.image:
         middles = [grid.slices(row * grid.columns)[0].start + (grid.tile[0] - 1) / 2 for row in range(grid.rows)]
         axes.set_xticks([])
