@@ -20,6 +20,10 @@ BLOCK = 2**18
 """Bytes that have a checksum of their own; the last block of an array is smaller."""
 
 
+_PIECE = 16 * BLOCK
+"""Bytes that are read before they are verified: whole blocks."""
+
+
 class Mismatch(Exception):
     """The first and last byte of a block that is not what was written."""
 
@@ -116,12 +120,21 @@ class StoredArray:
         OSError
             If the file cannot be read.
         """
-        stop = first + len(out)
-        read_at(self._descriptor(), self._offset + first, out)
-        for block in range(first // BLOCK, -(-stop // BLOCK)) if self._sums is not None else ():
-            start, end = block * BLOCK, min((block + 1) * BLOCK, self.size)
+        stop, here = first + len(out), first
+        # Piece by piece, so that the disk reads on while the piece before is verified, which a cache still holds.
+        while here < stop:
+            end = min(here - here % _PIECE + _PIECE, stop)
+            read_at(self._descriptor(), self._offset + here, out[here - first : end - first])
+            if self._sums is not None:
+                self._verify_read(first, here, end, out)
+            here = end
+
+    def _verify_read(self, first: int, start: int, stop: int, out: memoryview) -> None:
+        """Verify what was read from `start` to `stop` into `out`, which begins with the byte `first`."""
+        for block in range(start // BLOCK, -(-stop // BLOCK)):
+            begin, end = block * BLOCK, min((block + 1) * BLOCK, self.size)
             if not self._verified[block]:
-                self._verify(block, out[start - first : end - first] if first <= start and end <= stop else None)
+                self._verify(block, out[begin - first : end - first] if start <= begin and end <= stop else None)
 
     def verify(self, part: int = 0, parts: int = 1) -> None:
         """Read and verify the part numbered `part` of `parts` equal ones of the array; raises as :meth:`read` does."""

@@ -14,13 +14,14 @@ from numpy.typing import DTypeLike
 from dbmpi.checkpoint import directory, schema
 from dbmpi.checkpoint.checksums import Mismatch
 from dbmpi.checkpoint.contents import Contents, StateArray
+from dbmpi.checkpoint.finite import finite
 from dbmpi.checkpoint.stored_arrays import StoredRun
 from dbmpi.checkpoint.untrusted import Foreign, Malformed, damage, open_file
 from dbmpi.errors import Damaged, UserError
 from dbmpi.index.layout import Layout
 
 _DIFFERENCES_SHOWN = 6
-_CONVERTED_AT_ONCE = 2**20
+_CONVERTED_AT_ONCE = _CHECKED_AT_ONCE = 2**20
 
 
 class Checkpoint:
@@ -160,8 +161,15 @@ class Checkpoint:
         UserError
             If no run can resume from some of it.
         """
+        for first in range(0, len(out), _CHECKED_AT_ONCE):
+            self._load(vector, start + first, out[first : first + _CHECKED_AT_ONCE])
+
+    def _load(self, vector: str, start: int, out: np.ndarray) -> None:
+        """Fill a piece that is small enough for a cache, and check it."""
         self.read(vector, start, out)
-        lowest, highest = (float(np.min(out)), float(np.max(out))) if len(out) else (0.0, 0.0)
+        if finite(out):
+            return
+        lowest, highest = float(np.min(out)), float(np.max(out))
         if math.isnan(lowest) or (vector == schema.PARAMETERS and math.isinf(highest - lowest)):
             bad = np.isnan(out) if math.isnan(lowest) else ~np.isfinite(out)
             at = start + int(np.argmax(bad))

@@ -62,6 +62,11 @@ class ShardSaver:
         self._leaving: deque[tuple[MPI.Request, np.ndarray]] = deque()
         self._reported = time.monotonic()
 
+    @property
+    def busy(self) -> bool:
+        """Whether a checkpoint is being written."""
+        return self._snapshot is not None
+
     def begin(
         self, step: int, identity: int, vectors: Mapping[str, np.ndarray], version: int, *, last: bool = False
     ) -> None:
@@ -138,7 +143,8 @@ class ShardSaver:
         """
         assert self._snapshot is None, "one checkpoint at a time"
         # Other ranks of this host may copy, too, and something must be left for what they do besides.
-        self._snapshot = snapshot = Snapshot(vectors, capacity.available() / 2 / ranks_on_node(os.environ))
+        most = capacity.available() / 2 / ranks_on_node(os.environ)
+        self._snapshot = snapshot = Snapshot(vectors, most, changing=not last)
         self._ahead = None if last else Background(snapshot.ahead)
         return Background(lambda moved: write(snapshot, moved))
 

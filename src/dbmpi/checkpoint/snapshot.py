@@ -27,6 +27,8 @@ class Snapshot:
         By name, each (n,) and contiguous.
     most_bytes
         Memory for copies.  Where it is used up, a change waits until its block is taken.
+    changing
+        Whether the vectors may change; those that do not are not copied.
 
     Attributes
     ----------
@@ -34,8 +36,10 @@ class Snapshot:
         Seconds that changes had to wait for copies.
     """
 
-    def __init__(self, vectors: Mapping[str, np.ndarray], most_bytes: float = float("inf")) -> None:
-        self._vectors = dict(vectors)
+    def __init__(
+        self, vectors: Mapping[str, np.ndarray], most_bytes: float = float("inf"), *, changing: bool = True
+    ) -> None:
+        self._vectors, self._changing = dict(vectors), changing
         self._safe = {name: np.zeros(-(-len(vector) // BLOCK), bool) for name, vector in vectors.items()}
         """Blocks that may change: those that are taken or copied."""
         self._copies: dict[tuple[str, int], np.ndarray] = {}
@@ -89,8 +93,10 @@ class Snapshot:
                 values = self._copies.pop(place, None)
                 if values is None:
                     source = self._block(*place)
-                    values = staged[: len(source)]
-                    np.copyto(values, source)
+                    values = source
+                    if self._changing:
+                        values = staged[: len(source)]
+                        np.copyto(values, source)
                     self._safe[place[0]][place[1]] = True
                 else:
                     self._held -= values.nbytes

@@ -61,7 +61,9 @@ class LeadCheckpoints:
         self._attempts = Attempts(plan.section, plan.section.retry_seconds, warn)
         self._version = self._saved_version = version
         self._event: tuple[Any, ...] = ()
-        self._paused = self._rested = 0.0
+        self._resting: list[float] = []
+        """Since when each replica pauses."""
+        self._rested = 0.0
         self._last = False
         self.path: Path | None = None
         self.complete = False
@@ -105,13 +107,14 @@ class LeadCheckpoints:
         """Return whether something moved."""
         return self._saver.poll()
 
-    def pause(self) -> None:
-        """Note that the workers pause from now on."""
-        self._paused = time.monotonic()
+    def rests(self) -> None:
+        """Note that another replica pauses from now on."""
+        self._resting.append(time.monotonic())
 
     def go(self) -> None:
-        """Note that they go on."""
-        self._rested = time.monotonic() - self._paused
+        """Note that all of them go on."""
+        now, resting, self._resting = time.monotonic(), self._resting, []
+        self._rested = sum(now - since for since in resting) / max(len(resting), 1)
 
     def finished(self) -> tuple[Any, ...] | None:
         """Return the event of a checkpoint that is written by now, once; else None.

@@ -137,6 +137,8 @@ class Lead(Shard):
             self._take_state(replica, message.source)
             self._learned[replica] = values[0]
             self._states[replica] = _State.PAUSED if kind == MessageKind.PAUSED else _State.FINISHED
+            if kind == MessageKind.PAUSED:
+                self._checkpoints.rests()
         elif kind == MessageKind.WARM:
             self._tell_workers(MessageKind.RELEASE)
         elif kind == MessageKind.STOP_ASKED:
@@ -242,7 +244,6 @@ class Lead(Shard):
             return True
         if not self._ending and self._checkpoints.due(self.version):
             self._pausing = True
-            self._checkpoints.pause()
             self._tell_workers(MessageKind.PAUSE)
             return True
         return moved

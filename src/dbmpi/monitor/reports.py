@@ -128,7 +128,7 @@ class CheckpointReport:
     seconds: float
     """From when the shards took their vectors to when it was whole and on disk."""
     rested: float
-    """Seconds for which all workers paused before that; 0 for the last one of a run, and in Sandblaster."""
+    """Seconds for which a replica paused for it, in the mean; 0 for the last one of a run, and in Sandblaster."""
     waited: float
     """Seconds for which changes of the vectors waited while these were copied, on the shard where it was longest."""
 
