@@ -143,6 +143,7 @@ def test_a_comparison_is_that_of_numpy(pair, scale, cut):
 def test_two_checkpoints(tmp_path, capsys):
     random = np.random.default_rng(2)
     then = {"a/weights": random.random((3, 4)), "a/bias": np.zeros(3), "b": np.ones(2), "gone": np.ones(1)}
+    then |= {"0.weight": np.ones((2, 2)), "0.bias": np.ones(2)}  # as in PyTorch
     now = {name: values.copy() for name, values in then.items() if name != "gone"}
     now |= {"new": np.ones(1), "b": np.ones(3)}
     now["a/weights"][1, 2] -= 0.5
@@ -155,7 +156,8 @@ def test_two_checkpoints(tmp_path, capsys):
     assert found["settings"] == [{"key": "optimizer.learning_rate", "then": 0.1, "now": 0.2}]
     assert (found["only_then"], found["only_now"]) == (["gone"], ["new"])
     assert found["shapes"] == [{"name": "b", "then": [2], "now": [3]}]
-    (layer,) = found["layers"]
+    layer, other = found["layers"]
+    assert (other["name"], other["update_to_weight"], other["changed"]) == ("0", 0.0, 0)
     weights, bias = layer["arrays"]
     norm = np.linalg.norm(then["a/weights"])
     assert weights["update_to_weight"] == pytest.approx(0.5 / norm, rel=1e-6)
@@ -167,10 +169,10 @@ def test_two_checkpoints(tmp_path, capsys):
     assert ["optimizer.learning_rate", "0.1", "0.2"] in lines
     assert ["loss", "0.5", "0.25"] in lines
     assert ["only", "now:", "new"] in lines
-    assert [line[:2] for line in lines if line[:1] in (["a"], ["weights"], ["bias"])] == [
+    assert [line[:2] for line in lines if line[:1] in (["a"], ["weights"], ["weight"])] == [
         ["a", "15"],
         ["weights", "12"],
-        ["bias", "3"],
+        ["weight", "4"],
     ]
 
 
@@ -216,6 +218,9 @@ def test_checkpoints_of_a_run_in_a_table(tmp_path, capsys):
     found = json.loads(show(capsys, tmp_path, "--json"))
     assert (found["latest"], found["best"]) == ("step-000000002.h5", "step-000000001.h5")
     assert [brief["test_loss"] for brief in found["checkpoints"]] == [None, 2.0]
+    text = show(capsys, tmp_path)
+    assert "  learned      loss 1.5, accuracy 60.00 %\n" in text
+    assert "  held-out     loss 2, accuracy 55.00 %, at step 1\n" in text
     (tmp_path / "checkpoints" / "best").unlink()
     (tmp_path / "checkpoints" / "best").write_text("../../secret\n")
     assert summary.describe(tmp_path)["best"] is None
@@ -267,6 +272,7 @@ def test_pictures_of_weights(tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="drawing needs the extra [plot]")
     weights = np.random.default_rng(1).standard_normal((5, 16))
     named = {"dense1/weights": weights, "dense1/bias": np.full(5, np.nan), "empty": np.zeros((0, 3)), "b": np.ones(1)}
+    named["no formula $\\frac$"] = weights
     one = write_arrays(tmp_path / "one", named, input_shape=(4, 4))
     named["dense1/weights"] = np.where(weights > 1.5, np.inf, weights + 1)
     write_arrays(tmp_path / "two", named, input_shape=(16,))

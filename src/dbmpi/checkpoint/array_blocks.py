@@ -45,8 +45,9 @@ class StoredNumbers:
 
     @property
     def layer(self) -> str:
-        """The part of the name before the last slash; the name itself where there is none."""
-        return self.name.rpartition("/")[0] or self.name
+        """The part of the name before the last slash, or dot as in PyTorch; the name itself where there is none."""
+        end = max(self.name.rfind("/"), self.name.rfind("."))
+        return self.name[:end] if end > 0 else self.name
 
     def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
         """Yield the positions at which blocks of elements begin, and these."""

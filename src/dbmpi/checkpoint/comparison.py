@@ -48,6 +48,7 @@ class Comparison:
         self.change_norm = self.norm = self.largest = 0.0
         self.position = -1
         self.zeros = (0, 0)
+        self._scratch: np.ndarray | None = None
 
     @property
     def ratio(self) -> float:
@@ -81,23 +82,28 @@ class Comparison:
             self.largest = other.largest
 
     def _add_block(self, first: np.ndarray, second: np.ndarray, start: int) -> None:
-        self.count += len(first)
-        differs = (first != second) & ((first == first) | (second == second))  # noqa: PLR0124 - NaN differs from itself
-        self.changed += int(np.count_nonzero(differs))
-        zeros = (len(values) - int(np.count_nonzero(values)) for values in (first, second))
-        self.zeros = (self.zeros[0] + next(zeros), self.zeros[1] + next(zeros))
-        before = first.astype(np.float64)
-        change = second.astype(np.float64) - before
-        usable = np.isfinite(change)
-        bad = len(change) - int(np.count_nonzero(usable))
-        if bad:
-            self.non_finite += bad
-            change, before = np.where(usable, change, 0.0), np.where(usable, before, 0.0)
-        at = int(np.argmax(np.abs(change)))
-        if abs(change[at]) > abs(self.largest):
+        size = len(first)
+        self.count += size
+        self.changed += int(np.count_nonzero(first != second))
+        zeros = [size - int(np.count_nonzero(values)) for values in (first, second)]
+        self.zeros = (self.zeros[0] + zeros[0], self.zeros[1] + zeros[1])
+        if self._scratch is None:
+            self._scratch = np.empty((3, BLOCK))  # new arrays of this size may cost more than what is done with them
+        before, change, magnitude = self._scratch[:, :size]
+        before[:], change[:] = first, second
+        change -= before
+        at = int(np.argmax(np.abs(change, out=magnitude)))  # NaN counts as the largest
+        if not math.isfinite(magnitude[at]):
+            bad = ~np.isfinite(change)
+            self.non_finite += int(np.count_nonzero(bad))
+            self.changed -= int(np.count_nonzero(np.isnan(first) & np.isnan(second)))
+            change[bad] = before[bad] = magnitude[bad] = 0.0
+            at = int(np.argmax(magnitude))
+        if magnitude[at] > abs(self.largest):
             self.largest, self.position = float(change[at]), start + at
-        self.change_norm = math.hypot(self.change_norm, _norm(change, abs(float(change[at]))))
-        self.norm = math.hypot(self.norm, _norm(before, float(np.abs(before).max())))
+        self.change_norm = math.hypot(self.change_norm, _norm(change, float(magnitude[at]), magnitude))
+        most = float(np.abs(before, out=magnitude).max())
+        self.norm = math.hypot(self.norm, _norm(before, most, magnitude))
 
     def as_dict(self, shape: Sequence[int] = ()) -> dict[str, Any]:
         """Return the numbers for JSON.
@@ -192,10 +198,18 @@ def compare(first: Sequence[StoredNumbers], second: Sequence[StoredNumbers]) -> 
     }
 
 
-def _norm(values: np.ndarray, largest: float) -> float:
-    """Return the Euclidean norm of `values`, whose largest magnitude is given, without an overflow on the way."""
+def _norm(values: np.ndarray, largest: float, scratch: np.ndarray) -> float:
+    """Return the Euclidean norm of `values`, without an overflow on the way.
+
+    Parameters
+    ----------
+    values, largest
+        The values, and the largest magnitude of them.
+    scratch
+        As long as the values; it is overwritten.
+    """
     if largest == 0:
         return 0.0
-    if _SAFE[0] < largest < _SAFE[1]:
-        return math.sqrt(float(np.square(values).sum()))
-    return largest * math.sqrt(float(np.square(values / largest).sum()))
+    scale = 1.0 if _SAFE[0] < largest < _SAFE[1] else largest
+    scaled = values if scale == 1.0 else np.divide(values, scale, out=scratch)
+    return scale * math.sqrt(float(np.square(scaled, out=scratch).sum()))

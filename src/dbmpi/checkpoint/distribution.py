@@ -15,7 +15,7 @@ import numpy as np
 
 KEPT = 2**16
 """Elements up to which all values are kept."""
-_BLOCK = 2**19
+_BLOCK = 2**17
 """Elements counted together."""
 _BINS = 2**16
 _INFINITE = 0x7F80
@@ -37,7 +37,7 @@ class Distribution:
         self._size = 0
         self._kept: list[np.ndarray] = []
         self._counts: np.ndarray | None = None
-        self._upper = np.empty(0, np.uint32)
+        self._scratch: tuple[np.ndarray, np.ndarray] | None = None
 
     @property
     def exact(self) -> bool:
@@ -98,10 +98,11 @@ class Distribution:
         assert self._counts is not None
         with np.errstate(over="ignore"):  # a float64 beyond float32 counts among the infinite ones
             narrow = np.ascontiguousarray(block, np.float32)
-        if len(self._upper) < len(block):
-            self._upper = np.empty(len(block), np.uint32)
-        upper = np.right_shift(narrow.view(np.uint32), 16, out=self._upper[: len(block)])
-        counts = np.bincount(upper, minlength=_BINS)
+        if self._scratch is None:  # a new array for every block may cost more than the counting
+            self._scratch = np.empty(_BLOCK, np.uint32), np.empty(_BLOCK, np.intp)
+        upper, bins = (array[: len(block)] for array in self._scratch)
+        bins[:] = np.right_shift(narrow.view(np.uint32), 16, out=upper)
+        counts = np.bincount(bins, minlength=_BINS)
         self._counts += counts
         if count_zeros and counts[0] + counts[_NEGATIVE]:
             self.zeros += len(block) - int(np.count_nonzero(block))

@@ -72,7 +72,8 @@ def draw(out: Path, path: Path, other: Path | None = None, input_shape: tuple[in
     Raises
     ------
     UserError
-        If a checkpoint cannot be read, Matplotlib is missing, or the picture cannot be written.
+        If a checkpoint cannot be read, the two have no array in common, Matplotlib is missing, or the picture cannot
+        be written.
     """
     if out.suffix not in KINDS:
         raise UserError(f"{out}: expected a name that ends in {', '.join(KINDS[:-1])} or {KINDS[-1]}")
@@ -91,6 +92,8 @@ def draw(out: Path, path: Path, other: Path | None = None, input_shape: tuple[in
                 title = f"changes from step {first.info.step:,} to step {second.info.step:,}"
                 before, after = array_blocks.parameters(first), array_blocks.parameters(second)
                 pairs = list(comparison.pairs(before, after))
+                if not pairs:
+                    raise UserError(f"{path}, {other}: no array is in both, in one shape: there is nothing to draw")
                 panels = [Panel(one.name, one.shape, _read(one, two)) for one, two in pairs[:MOST_PANELS]]
                 sheet = _sheet([one for one, _ in pairs], after, shape)
                 total = len(pairs)
@@ -138,9 +141,9 @@ def _draw(figure: Figure, title: str, panels: Sequence[Panel], sheet: Sheet | No
     heights = [1.75 * rows + 0.2]
     if sheet is not None:
         grid = _grid(sheet)
-        heights.append(min(max(0.8 * width * grid.shape[0] / grid.shape[1], 1.2), width) + 0.6)
+        heights.append(min(max(0.8 * width * grid.shape[0] / grid.shape[1], 1.2), 0.8 * width) + 0.6)
     figure.set_size_inches(width, sum(heights) + 0.4)
-    figure.suptitle(title, fontsize=12)
+    figure.suptitle(title, fontsize=12, parse_math=False)
     parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
     axes = parts[0].subplots(rows, columns, squeeze=False).ravel()
     for one, panel in zip(axes, panels, strict=False):
@@ -167,7 +170,7 @@ def histogram(axes: Axes, panel: Panel) -> None:
     panel
         The array.
     """
-    axes.set_title(_end(panel.name, 28), fontsize=9)
+    axes.set_title(_end(panel.name, 28), fontsize=9, parse_math=False)
     axes.tick_params(labelsize=7)
     axes.grid(visible=False)
     axes.set_yticks([])
@@ -236,7 +239,10 @@ def _grid(sheet: Sheet) -> _Grid:
         return _Grid((height, width), 1, 1, 0)
     number, (rows, columns) = len(sheet.tiles), sheet.each
     across = min(number, max(1, round(math.sqrt(_ASPECT * number * height / width))))
-    across = across // (rows * columns) * rows * columns or columns
+    if rows * columns > 1:
+        across = across // (rows * columns) * rows * columns or columns
+    else:  # with few places left over in the last row
+        across = min(range(across, min(across + 2, number) + 1), key=lambda count: -number % count)
     return _Grid((height, width), -(-number // across), across, 1 + min(height, width) // 24)
 
 
@@ -257,11 +263,11 @@ def _fields(figure: Figure | SubFigure, sheet: Sheet, grid: _Grid) -> None:
     # Single weights that are much larger would leave the others pale.
     limit = float(np.quantile(values[whole], 0.998)) or float(values[whole].max()) if whole.any() else 0.0
     scale, colours = Normalize(-(limit or 1.0), limit or 1.0), colormaps["RdBu_r"].with_extremes(bad="black")
-    picture, often = np.ones((*grid.shape, 4)), _enlarged(sheet)
+    picture, often = np.full((*grid.shape, 4), 255, np.uint8), _enlarged(sheet)
     for number in range(len(sheet.tiles)):
-        picture[grid.slices(number, grid.gap)] = to_rgba(_GAP)
+        picture[grid.slices(number, grid.gap)] = np.multiply(to_rgba(_GAP), 255)
     for number, tile in enumerate(sheet.tiles):
-        colour = colours(scale(np.where(np.isfinite(tile), tile, np.nan)))
+        colour = colours(scale(np.where(np.isfinite(tile), tile, np.nan)), bytes=True)
         picture[grid.slices(number)] = colour.repeat(often, axis=0).repeat(often, axis=1)
     axes = figure.subplots()
     scales = (1, 1) if sheet.image else sheet.each
@@ -269,7 +275,8 @@ def _fields(figure: Figure | SubFigure, sheet: Sheet, grid: _Grid) -> None:
     extent = (-0.5, corner[1], corner[0], -0.5)
     axes.imshow(picture, interpolation="nearest", aspect="equal" if sheet.image else "auto", extent=extent)
     axes.grid(visible=False)
-    axes.set_title(sheet.title + ("" if whole.all() else "; black: not finite"), fontsize=9)
+    title = sheet.title + ("" if whole.all() else "; black: not finite")
+    axes.set_title(_end(title, 110), fontsize=9, parse_math=False)
     if sheet.image:
         middles = [grid.slices(row * grid.columns)[0].start + (grid.tile[0] - 1) / 2 for row in range(grid.rows)]
         axes.set_xticks([])

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-_TEXT_SHOWN = 200
+from dbmpi.cli.tables import printable, table
+
 _NAMES_SHOWN = 20
 
 
@@ -20,17 +20,17 @@ def lines(found: dict[str, Any], everything: bool = False) -> Iterator[str]:
     elif found["kind"] == "comparison":
         yield from _comparison_lines(found)
     else:
-        yield f"{_printable(found['path'])}  ({_size(found['bytes'])})"
+        yield f"{printable(found['path'])}  ({_size(found['bytes'])})"
         for name, value in found.get("attributes", {}).items():
-            yield f"  {_printable(name)} = {_printable(value)}"
+            yield f"  {printable(name)} = {printable(value)}"
         yield ""
         yield from _array_lines(found["arrays"])
 
 
 def _run_lines(found: dict[str, Any], everything: bool) -> Iterator[str]:
-    yield f"{_printable(found['path'])}"
+    yield f"{printable(found['path'])}"
     if found["notice"]:
-        yield f"  note: {_printable(found['notice'], 500)}"
+        yield f"  note: {printable(found['notice'], 500)}"
     whole = [brief for brief in found["checkpoints"] if "unreadable" not in brief]
     other_step = any(brief["test_step"] not in (0, brief["step"]) for brief in whole)
     rows = []
@@ -51,10 +51,10 @@ def _run_lines(found: dict[str, Any], everything: bool) -> Iterator[str]:
         )
     heading = ["", "written", "step", "samples", "size", "loss", "accuracy", "held-out loss", "accuracy"]
     if rows:
-        yield from _table([*heading, *(["at step"] if other_step else []), ""], rows, left=(0, 1, len(rows[0]) - 1))
+        yield from table([*heading, *(["at step"] if other_step else []), ""], rows, left=(0, 1, len(rows[0]) - 1))
     for brief in found["checkpoints"]:
         if "unreadable" in brief:
-            yield f"  {brief['name']}  cannot be read: {_printable(brief['unreadable'])}"
+            yield f"  {brief['name']}  cannot be read: {printable(brief['unreadable'])}"
     if found["lost"]:
         from dbmpi.monitor.history import LostReplica
 
@@ -97,11 +97,11 @@ def _checkpoint_lines(found: dict[str, Any], everything: bool) -> Iterator[str]:
         "checksums": "compared with all that was read" if found["verified"] else "none, as in the format's version 1",
         "libraries": ", ".join(f"{name} {text}" for name, text in found["libraries"].items()),
     }
-    yield f"{_printable(found['path'])}  ({_size(found['bytes'])})"
+    yield f"{printable(found['path'])}  ({_size(found['bytes'])})"
     for name, text in facts.items():
-        yield f"  {name:<12} {_printable(text, 500)}"
+        yield f"  {name:<12} {printable(text, 500)}"
     for name, value in (found["meaning"] or {}).items():
-        yield f"  {name.replace('_', ' '):<12} {_printable(value)}"
+        yield f"  {name.replace('_', ' '):<12} {printable(value)}"
     yield from _setting_lines(found["configuration"], found["chosen"], everything)
     yield ""
     yield from _array_lines(found["arrays"])
@@ -109,15 +109,20 @@ def _checkpoint_lines(found: dict[str, Any], everything: bool) -> Iterator[str]:
 
 def _results(found: dict[str, Any]) -> dict[str, str]:
     """Return what is known of how well the network does."""
+    held_out = {"loss": found["test_loss"], "accuracy": found["test_accuracy"], **found["test_metrics"]}
     then = f", at step {found['test_step']:,}" if found["test_step"] not in (0, found["step"]) else ""
     return {
-        name: f"{_number(loss)}" + (f", accuracy {_percent(accuracy)}" if accuracy is not None else "") + at
-        for name, loss, accuracy, at in (
-            ("loss", found["loss"], found["accuracy"], ""),
-            ("held-out", found["test_loss"], found["test_accuracy"], then),
-        )
-        if loss is not None
+        "learned": _measures({"loss": found["loss"], "accuracy": found["accuracy"]}),
+        "held-out": measured + then if (measured := _measures(held_out)) else "",
     }
+
+
+def _measures(numbers: dict[str, float | None]) -> str:
+    return ", ".join(
+        f"{name} {_percent(value) if name == 'accuracy' else _number(value)}"
+        for name, value in numbers.items()
+        if value is not None
+    )
 
 
 def _setting_lines(configuration: Any, chosen: Sequence[str] | None, everything: bool) -> Iterator[str]:
@@ -127,14 +132,14 @@ def _setting_lines(configuration: Any, chosen: Sequence[str] | None, everything:
     every, own = list(settings(configuration)), set(chosen or ())
     if chosen is None:
         yield "  configuration"
-        yield from (f"    {_printable(key)} = {_printable(value)}" for key, value in every)
+        yield from (f"    {printable(key)} = {printable(value)}" for key, value in every)
         return
     yield "  settings"
-    yield from (f"    {_printable(key)} = {_printable(value)}" for key, value in every if key in own)
+    yield from (f"    {printable(key)} = {printable(value)}" for key, value in every if key in own)
     others = [(key, value) for key, value in every if key not in own]
     if everything:
         yield "  defaults"
-        yield from (f"    {_printable(key)} = {_printable(value)}" for key, value in others)
+        yield from (f"    {printable(key)} = {printable(value)}" for key, value in others)
     else:
         yield f"    ({_count(len(others), 'other')} at their defaults: --all)"
 
@@ -151,7 +156,7 @@ def _array_lines(arrays: Sequence[dict[str, Any]]) -> Iterator[str]:
         return
     rows, below, estimated = [], [], False
     for array in arrays:
-        row = [_printable(array["name"]), _shape(array["shape"]), _printable(array["dtype"])]
+        row = [printable(array["name"]), _shape(array["shape"]), printable(array["dtype"])]
         if "not_read" in array:
             row.append(array["not_read"])
         else:
@@ -163,9 +168,9 @@ def _array_lines(arrays: Sequence[dict[str, Any]]) -> Iterator[str]:
             share = _share(array["zeros"], math.prod(array["shape"]))
             row += [numbers[0], *percentiles, *numbers[1:], share, f"{array['non_finite'] or 'none'}"]
         rows.append(row)
-        below.append([f"    {_printable(key)} = {_printable(v)}" for key, v in array.get("attributes", {}).items()])
+        below.append([f"    {printable(key)} = {printable(v)}" for key, v in array.get("attributes", {}).items()])
     names = ["min", "1 %", "median", "99 %", "max", "mean", "std", "zeros", "non-finite"]
-    heading, *shown = _table(["", "shape", "dtype", *names], rows, left=(0, 1, 2))
+    heading, *shown = table(["", "shape", "dtype", *names], rows, left=(0, 1, 2))
     yield heading
     for line, attributes in zip(shown, below, strict=True):
         yield line
@@ -176,10 +181,10 @@ def _array_lines(arrays: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 def _comparison_lines(found: dict[str, Any]) -> Iterator[str]:
     then, now = found["then"], found["now"]
-    yield f"then  {_printable(then['path'])}  ({_size(then['bytes'])})"
-    yield f"now   {_printable(now['path'])}  ({_size(now['bytes'])})"
+    yield f"then  {printable(then['path'])}  ({_size(then['bytes'])})"
+    yield f"now   {printable(now['path'])}  ({_size(now['bytes'])})"
     for notice in found["notices"]:
-        yield f"  note: {_printable(notice, 500)}"
+        yield f"  note: {printable(notice, 500)}"
     yield ""
     facts = [
         {
@@ -192,18 +197,18 @@ def _comparison_lines(found: dict[str, Any]) -> Iterator[str]:
         for one in (then, now)
     ]
     rows = [[name, text, facts[1][name]] for name, text in facts[0].items() if {text, facts[1][name]} != {"-"}]
-    yield from _table(["", "then", "now"], rows, left=(0, 1, 2))
+    yield from table(["", "then", "now"], rows, left=(0, 1, 2))
     yield ""
-    rows = [[_printable(each["key"]), _setting(each["then"]), _setting(each["now"])] for each in found["settings"]]
-    yield from _table(["settings", "then", "now"], rows, left=(0, 1, 2)) if rows else ["  the settings are the same"]
+    rows = [[printable(each["key"]), _setting(each["then"]), _setting(each["now"])] for each in found["settings"]]
+    yield from table(["settings", "then", "now"], rows, left=(0, 1, 2)) if rows else ["  the settings are the same"]
     yield ""
     yield from _layer_lines(found["layers"])
     for which, text in (("only_then", "only then"), ("only_now", "only now")):
         if names := found[which]:
             more = f" and {len(names) - _NAMES_SHOWN:,} more" if len(names) > _NAMES_SHOWN else ""
-            yield f"  {text}: {', '.join(map(_printable, names[:_NAMES_SHOWN]))}{more}"
+            yield f"  {text}: {', '.join(map(printable, names[:_NAMES_SHOWN]))}{more}"
     for each in found["shapes"]:
-        yield f"  not compared: {_printable(each['name'])}, {_shape(each['then'])} then and {_shape(each['now'])} now"
+        yield f"  not compared: {printable(each['name'])}, {_shape(each['then'])} then and {_shape(each['now'])} now"
 
 
 def _layer_lines(layers: Sequence[dict[str, Any]]) -> Iterator[str]:
@@ -212,9 +217,9 @@ def _layer_lines(layers: Sequence[dict[str, Any]]) -> Iterator[str]:
     for layer in layers:
         arrays = layer["arrays"]
         alone = len(arrays) == 1
-        rows += [[_printable(arrays[0]["name"] if alone else layer["name"]), *_changes(arrays[0] if alone else layer)]]
+        rows += [[printable(arrays[0]["name"] if alone else layer["name"]), *_changes(arrays[0] if alone else layer)]]
         rows += [
-            ["  " + _printable(array["name"].removeprefix(layer["name"] + "/")), *_changes(array)]
+            ["  " + printable(array["name"][len(layer["name"]) + 1 :]), *_changes(array)]
             for array in arrays
             if not alone
         ]
@@ -222,7 +227,7 @@ def _layer_lines(layers: Sequence[dict[str, Any]]) -> Iterator[str]:
         yield "  no array is in both"
         return
     heading = ["", "elements", "update/weight", "largest change", "at", "changed", "zeros then", "now", "non-finite"]
-    yield from _table(heading, rows, left=(0, 4))
+    yield from table(heading, rows, left=(0, 4))
 
 
 def _changes(numbers: dict[str, Any]) -> list[str]:
@@ -241,34 +246,12 @@ def _changes(numbers: dict[str, Any]) -> list[str]:
     ]
 
 
-def _table(heading: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int]) -> Iterator[str]:
-    """Yield a heading and rows, which may be shorter, in columns as wide as needed; those in `left` begin alike."""
-    # The last text of a shorter row may be long.
-    fitting = [row if len(row) == len(heading) else row[:-1] for row in rows]
-    widths = [len(name) for name in heading]
-    for row in fitting:
-        widths[: len(row)] = map(max, widths, map(len, row))
-    for row in [heading, *rows]:
-        cells = [
-            f"{cell:<{width}}" if column in left or len(row) < len(heading) else f"{cell:>{width}}"
-            for column, (cell, width) in enumerate(zip(row, widths, strict=False))
-        ]
-        yield ("  " + "  ".join(cells)).rstrip()
-
-
-def _printable(value: Any, length: int = _TEXT_SHOWN) -> str:
-    """Return text without control characters, so that it cannot control the terminal."""
-    text = value if isinstance(value, str) else json.dumps(value)
-    shown = "".join(letter if letter.isprintable() else "?" for letter in text[:length])
-    return shown + ("..." if len(text) > length else "")
-
-
 def _setting(value: Any) -> str:
-    return "-" if value is None else _printable(value, 60)
+    return "-" if value is None else printable(value, 60)
 
 
 def _time(text: str) -> str:
-    return _printable(text[:19].replace("T", " ")) + " UTC"
+    return printable(text[:19].replace("T", " ")) + " UTC"
 
 
 def _number(value: float | None) -> str:
