@@ -236,10 +236,12 @@ def test_a_worker_that_fails_ends_the_job_where_a_shard_does_not_answer(jobs: Jo
         "topology.shards=2",
         *BATCH_METHOD,
         env={"DBMPI_STALL_SECONDS": "3"},
-        also="halt 1 dbmpi.sandblaster.shard ShardSpace hand_over 0",
+        also="halt 1 dbmpi.sandblaster.shard ShardSpace snapshot 0",
     )
     assert_failed(done, "rank 2 failed and ends the job:")
-    assert re.search("no checkpoint could be written: stalled: .* the shard on rank 1 to hand over", done.output)
+    assert re.search(
+        "no checkpoint could be written: stalled: .* shard 1 on rank 1 to write into a checkpoint", done.output
+    )
     assert done.output.count("Traceback (most recent call last)") == 1, done.transcript
 
 

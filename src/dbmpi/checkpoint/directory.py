@@ -67,6 +67,12 @@ def is_shard_file(name: str) -> bool:
     return _SHARD.fullmatch(name) is not None
 
 
+def identity_of(file: Path) -> str:
+    """Return the identity in the name of the `file` of a shard; empty if it is none."""
+    match = _SHARD.fullmatch(file.name)
+    return match["id"] if match else ""
+
+
 def shard_files(path: Path, but: str = "") -> list[Path]:
     """Return the files of shards of the same step as the checkpoint `path`, except for those of the identity `but`."""
     found = []
@@ -136,7 +142,12 @@ def replace_pointer(path: Path, name: str = LATEST) -> None:
 def set_aside(path: Path) -> None:
     """Give the damaged checkpoint `path` another name, so that it counts no more and can still be examined."""
     with suppress(OSError):  # it only counts on
-        path.replace(path.with_name(f"{path.name}.damaged"))
+        path.replace(damaged_path(path))
+
+
+def damaged_path(path: Path) -> Path:
+    """Return the name that the checkpoint `path` gets when it is damaged."""
+    return path.with_name(f"{path.name}.damaged")
 
 
 def clean(directory: Path) -> list[Path]:

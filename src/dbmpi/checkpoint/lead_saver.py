@@ -43,7 +43,7 @@ class _Whole:
     facts: dict[int, ShardFacts] = field(default_factory=dict)
     waited: float = 0.0
     began: float = field(default_factory=time.monotonic)
-    problems: list[Exception] = field(default_factory=list)
+    problems: dict[int, Exception] = field(default_factory=dict)
 
 
 class LeadSaver(ShardSaver):
@@ -60,7 +60,7 @@ class LeadSaver(ShardSaver):
     section
         How checkpoints are written.
     not_finite
-        Makes the exception for parameters that are NaN or infinite.
+        Makes the exception for parameters that are NaN or infinite after so many steps.
 
     Attributes
     ----------
@@ -76,7 +76,7 @@ class LeadSaver(ShardSaver):
         shard_ranks: Sequence[int],
         arrangement: Arrangement,
         section: CheckpointSection,
-        not_finite: Callable[[], Exception],
+        not_finite: Callable[[int], Exception],
     ) -> None:
         super().__init__(comm, run_directory, 0, len(shard_ranks))
         self._numbers = {rank: number for number, rank in enumerate(shard_ranks)}
@@ -184,24 +184,35 @@ class LeadSaver(ShardSaver):
         try:
             if last is not None:
                 written = last.result()
-                self.size = written.stat().st_size + sum(each.size for each in whole.facts.values())
+                with suppress(OSError):  # moved away with its directory, and whole
+                    self.size = written.stat().st_size + sum(each.size for each in whole.facts.values())
                 self.seconds, self.waited = time.monotonic() - whole.began, whole.waited
                 return written
-            raise next((each for each in whole.problems if not isinstance(each, DiskFailed)), whole.problems[0])
+            problems = list(whole.problems.values())
+            raise next((each for each in problems if not isinstance(each, DiskFailed)), problems[0])
         except NotFinite:
             self._remove(path, whole.identity)
-            raise self._not_finite() from None
+            raise self._not_finite(whole.step) from None
         except Exception:
             self._remove(path, whole.identity)
             raise
 
+    def awaited(self) -> str:
+        """Name the shards that the checkpoint waits for."""
+        whole = self._whole
+        done = {*self._numbers.values()} if whole is None else {*whole.facts, *whole.problems}
+        late = [f"shard {number} on rank {rank}" for rank, number in self._numbers.items() if number not in done]
+        return f"{', '.join(late)} to write into a checkpoint" if late and self._shards > 1 else "the disk"
+
     def close(self) -> None:
-        """Abandon what is being written."""
+        """Abandon what is being written, and remove it."""
         super().close()
-        if self._last is not None:
-            self._last.abandon()
-            self._last = None
-        self._whole = None
+        whole, last = self._whole, self._last
+        if last is not None:
+            last.abandon()
+        if whole is not None and (last is None or last.done):
+            self._remove(self._path, whole.identity)
+        self._whole = self._last = None
 
     @property
     def _path(self) -> Path:
@@ -212,9 +223,9 @@ class LeadSaver(ShardSaver):
         return len(whole.facts) + len(whole.problems) == self._shards
 
     def _remove(self, path: Path, identity: int) -> None:
-        for shard in range(self._shards) if self._shards > 1 else ():
-            with suppress(OSError):
-                directory.shard_path(path, shard, self._shards, digits(identity)).unlink(missing_ok=True)
+        """Remove the files of all shards, unless they have become a checkpoint after all."""
+        with suppress(OSError):
+            retention.remove_unused(path, digits(identity))
 
     def _confirm(self) -> None:
         """Raise RunFailed if another run has taken the directory over."""
@@ -251,9 +262,9 @@ class LeadSaver(ShardSaver):
             whole.facts[shard] = ShardFacts.from_json(report["written"])
             whole.waited = max(whole.waited, report["waited"])
         elif "failed" in report:
-            whole.problems.append(DiskFailed(f"{report['failed']}; {retention.kept(self._path.parent)}"))
+            whole.problems[shard] = DiskFailed(f"{report['failed']}; {retention.kept(self._path.parent)}")
         elif "not_finite" in report:
-            whole.problems.append(NotFinite())
+            whole.problems[shard] = NotFinite()
 
     def _write_whole(self, moved: Callable[[], None]) -> Path:
         """Write the file that makes those of the shards a checkpoint, or one file of them all."""
@@ -288,7 +299,7 @@ class LeadSaver(ShardSaver):
         )
 
 
-def unusable(run_directory: Path) -> RunFailed:
-    """Return the exception for parameters that are NaN or infinite, of which a run in `run_directory` writes none."""
+def unusable(run_directory: Path, step: int) -> RunFailed:
+    """Return the exception for parameters that are NaN or infinite after a `step`: a run writes none of these."""
     kept = retention.kept(run_directory / "checkpoints")
-    return RunFailed(f"some parameters are NaN or infinite; no checkpoint is written; {kept}")
+    return RunFailed(f"after {step} steps some parameters are NaN or infinite; no checkpoint is written; {kept}")

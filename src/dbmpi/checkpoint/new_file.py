@@ -100,6 +100,8 @@ class NewFile:
         self._dirty = range(0)
         self._open = True
         self._temporary = temporary_path(path)
+        self.size = 0
+        """Bytes of the whole file, after :meth:`commit`."""
         try:
             self._temporary.unlink(missing_ok=True)
             self._raw = _Raw(self._temporary, "x+")
@@ -254,6 +256,7 @@ class NewFile:
             self.hdf5.close()
             self._raw.check()
             os.fsync(self._raw.fileno())
+            self.size = os.fstat(self._raw.fileno()).st_size
             self._raw.close()
             check()
             self._temporary.replace(self.path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -48,7 +49,9 @@ class Checkpoint:
     state_arrays : mapping of str to StateArray
         What an objective of a user's own has beside its parameters: dtypes and shapes by name, empty if nothing.
     nbytes : int
-        Size of the file, and of those of its shards.
+        Size of all its files.
+    files : tuple of Path
+        The file, and those of its shards.
     has_checksums : bool
         Whether everything is verified when it is read; the first version of the format had no checksums.
     """
@@ -56,18 +59,21 @@ class Checkpoint:
     def __init__(self, path: Path, notice: str = "") -> None:
         self.path = path
         self.notice = notice
+        self.files: tuple[Path, ...] = (path,)
         self.unreadable: Mapping[Path, UserError] = {}
+        # What a link leads to may change at any time, and views are found beside it.
+        real = path.resolve() if path.is_symlink() else path
         with contextlib.ExitStack() as stack:
             expected = "expected a checkpoint, or the directory of a run"
-            self._file = stack.enter_context(open_file(path, "checkpoint", expected, locking=False))
+            self._file = stack.enter_context(open_file(real, "checkpoint", expected, locking=False))
             stack.enter_context(damage(path, "the checkpoint"))
             try:
-                # Views are found beside the file that a link leads to.
-                self.nbytes = path.stat().st_size
-                contents = Contents(self._file, path.resolve(), self.nbytes)
+                self.nbytes = os.fstat(self._file.id.get_vfd_handle()).st_size
+                contents = Contents(self._file, real, self.nbytes)
                 self._shards = contents.shards
                 if contents.shards is not None:
                     stack.callback(contents.shards.files.close)
+                    self.files += tuple(real.with_name(name) for name in contents.shards.names)
                     self.nbytes += contents.shards.nbytes
                 self.info = contents.info()
                 self.layout = contents.layout()
@@ -86,6 +92,7 @@ class Checkpoint:
 
         A checkpoint can be opened at any time, also while a run writes the next one: a file that has its name
         is whole and never changes.  That is also why no lock is taken, which many parallel file systems refuse.
+        It stays readable where the run deletes it meanwhile, unless it is of very many files.
 
         Parameters
         ----------
@@ -100,10 +107,25 @@ class Checkpoint:
         UserError
             If there is none, or the file is no checkpoint, is torn, or is of a later format.
         """
+        for more in (True, True, False):
+            checkpoint = cls._find(path, without)
+            try:
+                if checkpoint._shards is not None:
+                    checkpoint._shards.files.hold()
+                break
+            except OSError as error:  # deleted since
+                checkpoint.close()
+                if not more:
+                    raise Damaged(f"{checkpoint.path}: cannot be read: {error}") from None
+        return checkpoint
+
+    @classmethod
+    def _find(cls, path: Path, without: Collection[Path]) -> Checkpoint:
+        """Open as :meth:`open` does, but for the files of shards."""
         if not path.is_dir():
             if path.name in directory.POINTERS and path.is_file() and not path.is_symlink():
-                return cls(directory.read_pointer(path.parent, path.name) or path)
-            return cls(path)
+                path = directory.read_pointer(path.parent, path.name) or path
+            return _steady(cls, path)
         folder = directory.checkpoints_directory(path)
         found, unreadable = _open_all(cls, folder, without)
         latest = directory.read_pointer(folder)
@@ -268,6 +290,26 @@ class Checkpoint:
         return "; ".join(lines[:_DIFFERENCES_SHOWN]) + (f"; and {more} more" if more > 0 else "")
 
 
+def _steady(kind: type[Checkpoint], path: Path) -> Checkpoint:
+    """Open a checkpoint; again if another one has got its name meanwhile, after which files of shards are deleted."""
+    for more in (True, True, False):
+        before = _identity(path)
+        try:
+            return kind(path)
+        except UserError:
+            if not more or _identity(path) == before:
+                raise
+    raise AssertionError
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    try:
+        status = path.stat()
+    except OSError:
+        return ()
+    return status.st_dev, status.st_ino, status.st_mtime_ns
+
+
 def _open_all(
     kind: type[Checkpoint], folder: Path, without: Collection[Path]
 ) -> tuple[list[Checkpoint], dict[Path, UserError]]:
@@ -278,7 +320,7 @@ def _open_all(
         for candidate in directory.checkpoints(folder):
             try:
                 if candidate not in without:
-                    found.append(kind(candidate))
+                    found.append(_steady(kind, candidate))
             except UserError as error:
                 if candidate.exists():
                     unreadable[candidate] = error

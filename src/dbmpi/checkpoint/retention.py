@@ -64,6 +64,42 @@ def kept(folder: Path) -> str:
     return f"the last checkpoint is {found[0].path}" if found else "there is no earlier checkpoint"
 
 
+def remove_unused(path: Path, identity: str = "") -> list[Path]:
+    """Delete files of shards beside a checkpoint that are none of its own; return them.
+
+    Parameters
+    ----------
+    path
+        Of the checkpoint.  If it is there and cannot be read, its files cannot be told from others, and all stay.
+    identity
+        Only files with this one are deleted, if it is given.
+    """
+    unused = [file for file in directory.shard_files(path) if identity in ("", directory.identity_of(file))]
+    if unused and path.exists():
+        try:
+            with Checkpoint.open(path) as checkpoint:
+                own = {file.name for file in checkpoint.files}
+        except UserError:
+            return []
+        unused = [file for file in unused if file.name not in own]
+    for file in unused:
+        file.unlink(missing_ok=True)
+    return unused
+
+
+def clean(folder: Path) -> list[Path]:
+    """Delete the files that killed runs have left in a directory of checkpoints; return their names.
+
+    Beside those that :func:`dbmpi.checkpoint.directory.clean` deletes they are files of shards that were to become
+    another checkpoint of a step of which there is one.
+    """
+    removed = directory.clean(folder)
+    for path in directory.checkpoints(folder) if folder.is_dir() else ():
+        if not directory.damaged_path(path).exists():
+            removed += remove_unused(path)
+    return removed
+
+
 def later_than(others: list[Whole], created: str) -> str:
     """Return `created`, or a moment after the newest of the others: the clock of another host may have been fast."""
     newest = max((other.created for other in others), default="")

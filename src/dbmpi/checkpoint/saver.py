@@ -13,6 +13,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -59,6 +60,8 @@ class ShardSaver:
         self._snapshot: Snapshot | None = None
         self._ahead: Background[None] | None = None
         self._job: Background[ShardFacts] | None = None
+        self._file: Path | None = None
+        """What the job writes."""
         self._leaving: deque[tuple[MPI.Request, np.ndarray]] = deque()
         self._reported = time.monotonic()
 
@@ -84,7 +87,7 @@ class ShardSaver:
             Whether nothing is learned afterwards.
         """
         path = directory.checkpoint_path(self._directory, step)
-        path = directory.shard_path(path, self._number, self._shards, digits(identity))
+        self._file = path = directory.shard_path(path, self._number, self._shards, digits(identity))
 
         def write(snapshot: Snapshot, moved: Callable[[], None]) -> ShardFacts:
             return write_shard(path, vectors, snapshot, checking(moved))
@@ -118,9 +121,13 @@ class ShardSaver:
         return moved
 
     def close(self) -> None:
-        """Abandon what is being written."""
+        """Abandon what is being written, and remove it."""
         if self._job is not None:
             self._job.abandon()
+            # Just written, and not reported: no checkpoint has it.
+            if self._job.done and self._file is not None:
+                with suppress(OSError):
+                    self._file.unlink(missing_ok=True)
             self._job = None
         self.drop()
 
@@ -146,7 +153,14 @@ class ShardSaver:
         most = capacity.available() / 2 / ranks_on_node(os.environ)
         self._snapshot = snapshot = Snapshot(vectors, most, changing=not last)
         self._ahead = None if last else Background(snapshot.ahead)
-        return Background(lambda moved: write(snapshot, moved))
+
+        def work(moved: Callable[[], None]) -> Written:
+            try:
+                return write(snapshot, moved)
+            finally:
+                snapshot.release()  # no change may wait for what is not written any more
+
+        return Background(work)
 
     def drop(self) -> float:
         """Let the vectors change without copies; return for how long changes have waited for these."""

@@ -41,12 +41,12 @@ class ShardedContents:
     def __init__(self, contents: Contents, path: Path) -> None:
         self._contents, self._path = contents, path
         self.vectors: tuple[str, ...] = contents.small(schema.SHARDS_VECTORS, "S", 1)
-        self._names: tuple[str, ...] = contents.small(schema.SHARDS_FILES, "S", 1)
+        self.names: tuple[str, ...] = contents.small(schema.SHARDS_FILES, "S", 1)
         self._sizes: tuple[int, ...] = contents.small(schema.SHARDS_SIZES, "i", 1)
         self._elements: tuple[int, ...] = contents.small(schema.SHARDS_ELEMENTS, "i", 1)
-        shards, identity = len(self._names), contents.small(schema.SHARDS_ID, "S", 0)
+        shards, identity = len(self.names), contents.small(schema.SHARDS_ID, "S", 0)
         expected = tuple(directory.shard_path(path, shard, shards, identity).name for shard in range(shards))
-        if not shards or self._names != expected or not all(map(directory.is_shard_file, expected)):
+        if not shards or self.names != expected or not all(map(directory.is_shard_file, expected)):
             raise Malformed(
                 f"/{schema.SHARDS_FILES}: expected the names {', '.join(expected[:1])} ... beside {path.name}; if the "
                 "file was renamed, give it its name back"
@@ -55,7 +55,7 @@ class ShardedContents:
             raise Malformed(f"/{schema.SHARDS_SIZES}: expected a size for each of {shards} files")
         if self.vectors[:1] != (schema.PARAMETERS,) or len(set(self.vectors)) < len(self.vectors):
             raise Malformed(f"/{schema.SHARDS_VECTORS}: expected different names, the first {schema.PARAMETERS!r}")
-        self.files = ShardFiles(path.parent, self._names, self._sizes)
+        self.files = ShardFiles(path.parent, self.names, self._sizes)
         problem = self.files.problem()
         if problem:
             raise Malformed(problem)
@@ -82,7 +82,7 @@ class ShardedContents:
             raise Malformed(f"/{schema.SHARDS_BOXES}: {error}") from None
         self._check_views(layout, boxes)
         offsets = self._contents.table(schema.SHARDS_OFFSETS)
-        if offsets.shape != (len(self._names), len(self.vectors)):
+        if offsets.shape != (len(self.names), len(self.vectors)):
             raise Malformed(f"/{schema.SHARDS_OFFSETS}: expected a row for each file, a column for each vector")
         return dtype, ShardedArrays(
             [self._stored(shard, row, dtype) for shard, row in enumerate(offsets)], layout, boxes
@@ -101,14 +101,14 @@ class ShardedContents:
                 raise Malformed(f"/{schema.shard_sums(shard, number)}: expected a sum for each block")
             begin = checksums.start(schema.group_of(vector), dtype, (self._elements[shard],))
             reader = partial(self.files.descriptor, shard)
-            found[vector] = StoredArray(reader, offset, size, begin, sums, self._names[shard])
+            found[vector] = StoredArray(reader, offset, size, begin, sums, self.names[shard])
         return found
 
     def _check_views(self, layout: Layout, boxes: list[ShardBox]) -> None:
         """Raise Malformed where other programs would see something else than what is read here."""
         of_tensors: dict[str, set[tuple[str, Box, int]]] = {tensor.name: set() for tensor in layout.tensors}
         for tensor, box, shard, local in boxes:
-            of_tensors[tensor.name].add((self._names[shard], box, local))
+            of_tensors[tensor.name].add((self.names[shard], box, local))
         for vector in self.vectors:
             group = schema.group_of(vector)
             for tensor in layout.tensors:

@@ -85,7 +85,7 @@ def write_shard(
         file.commit()
         return ShardFacts(
             elements=len(next(iter(vectors.values()))),
-            size=path.stat().st_size,
+            size=file.size,
             offsets=offsets,
             sums={name: file.checksums(schema.group_of(name)).tolist() for name in vectors},
         )

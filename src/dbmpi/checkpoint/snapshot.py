@@ -47,6 +47,7 @@ class Snapshot:
         self._wanted: deque[tuple[str, int]] = deque()
         """Blocks for which a change waits."""
         self._taken = threading.Condition()
+        self._released = False
         self.waited = 0.0
 
     def keep(self, name: str, start: int = 0, stop: int | None = None) -> None:
@@ -73,7 +74,7 @@ class Snapshot:
             for block in range(len(safe)):
                 moved()
                 with self._taken:
-                    if not self._room(name, block):
+                    if self._released or not self._room(name, block):
                         return
                     if not safe[block]:
                         self._copy(name, block)
@@ -81,12 +82,14 @@ class Snapshot:
     def blocks(self) -> Iterator[tuple[str, int, np.ndarray]]:
         """Take all blocks: yield the name, the first element, and values that are valid until the next.
 
-        They come vector after vector, but for those for which a change waits.
+        They come vector after vector, but for those for which a change waits; none comes after :meth:`release`.
         """
         staged = np.empty(BLOCK, next(iter(self._vectors.values())).dtype)
         left = {(name, block): None for name, safe in self._safe.items() for block in range(len(safe))}
         while left:
             with self._taken:
+                if self._released:  # the vectors may be gone
+                    return
                 place = self._wanted.popleft() if self._wanted else next(iter(left))
                 if place not in left:
                     continue
@@ -107,6 +110,7 @@ class Snapshot:
     def release(self) -> None:
         """Let everything change, and drop all copies."""
         with self._taken:
+            self._released, self._held = True, 0
             for safe in self._safe.values():
                 safe[:] = True
             self._copies.clear()

@@ -152,9 +152,17 @@ class ShardFiles:
             return self._open[number]
         while len(self._open) >= _OPEN_FILES:
             os.close(self._open.popitem(last=False)[1])
-        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
-        self._open[number] = os.open(self._folder / self._names[number], flags)
-        return self._open[number]
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # a pipe must not block
+        self._open[number] = descriptor = os.open(self._folder / self._names[number], flags)
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode) or found.st_size != self._sizes[number]:
+            raise OSError(f"{self._names[number]} has changed since the checkpoint was opened")
+        return descriptor
+
+    def hold(self) -> None:
+        """Open all files, but no more than may be open: what is deleted from then on can still be read."""
+        for number in range(min(len(self._names), _OPEN_FILES)):
+            self.descriptor(number)
 
     def close(self) -> None:
         """Close all files."""

@@ -211,7 +211,7 @@ class Lead(Shard):
         """Name the replicas that the run waits for."""
         late = [replica for replica, state in enumerate(self._states) if state == _State.RUNNING]
         if not late:
-            return "the workers to leave"
+            return self._files.saver.awaited() if self._files.saver.busy else "the workers to leave"
         ranks = [self._plan.worker_ranks[replica * self._plan.partitions] for replica in late]
         names = ", ".join(f"replica {replica} on rank {rank}" for replica, rank in zip(late, ranks, strict=True))
         return f"{names} to {'pause for a checkpoint' if self._pausing else 'push or to finish'}"

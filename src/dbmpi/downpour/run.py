@@ -115,9 +115,9 @@ def _saver(session: Session, arrangement: Arrangement, number: int) -> ShardSave
     if number:
         return ShardSaver(comm, run.run.directory, number, plan.shards)
 
-    def not_finite() -> RunFailed:
+    def not_finite(step: int) -> RunFailed:
         return RunFailed(
-            "some parameters are NaN or infinite; no checkpoint is written; "
+            f"after {step} steps some parameters are NaN or infinite; no checkpoint is written; "
             f"{kept(run.run.directory / 'checkpoints')}; {_lower(run.optimizer.learning_rate)}"
         )
 

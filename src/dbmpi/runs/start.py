@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from mpi4py import MPI
 
-from dbmpi.checkpoint import directory
+from dbmpi.checkpoint import directory, retention
 from dbmpi.checkpoint.meaning import Meaning, check_same_data
 from dbmpi.checkpoint.reader import Checkpoint
 from dbmpi.config import CheckpointSection, Run
@@ -143,7 +143,7 @@ def _newest(run_directory: Path, section: CheckpointSection, without: Collection
         for below in ("checkpoints", "records"):
             (run_directory / below).mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=run_directory / below).close()
-        directory.clean(run_directory / "checkpoints")
+        retention.clean(run_directory / "checkpoints")
         existing = directory.checkpoints(run_directory / "checkpoints")
     except OSError as error:
         raise UserError(

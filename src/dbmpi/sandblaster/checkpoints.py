@@ -149,10 +149,10 @@ class Keeper:
         RunFailed
             If some parameters are not finite, or the last checkpoint cannot be written.
         """
-        self._finish("the checkpoint before")
+        self.finish()
         self._begin(steps, samples, last=last)
         while last:
-            self._finish("the last checkpoint")
+            self.finish()
             if self._problem is None:
                 return
             self._attempts.fail_at_the_end(self._problem)
@@ -164,9 +164,9 @@ class Keeper:
         if self.last is not None:
             amend(self.last, self.account, self._session.run.checkpoint.keep, self._warn)
 
-    def _finish(self, what: str) -> None:
-        """Wait until nothing is being written; `what` is."""
-        waiting.until(lambda: not self._saver.busy, f"{what} to be written", serve=self._serve, longest_sleep=0.05)
+    def finish(self) -> None:
+        """Wait until nothing is being written."""
+        waiting.until(lambda: not self._saver.busy, self._saver.awaited, serve=self._serve, longest_sleep=0.05)
 
     def _begin(self, steps: int, samples: int, *, last: bool) -> None:
         """Let all shards take their vectors."""

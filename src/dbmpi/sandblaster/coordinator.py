@@ -328,6 +328,8 @@ class Coordinator:
 
     def _write(self, *, last: bool = False) -> None:
         """Begin a checkpoint, or write the last one."""
+        self._keeper.finish()
+        self._announce()
         self._keeper.write(self.steps, self.samples, last=last)
         self._announce()
 
