@@ -128,13 +128,17 @@ class StoredArray:
         # Piece by piece, so that the disk reads on while the piece before is verified, which a cache still holds.
         while here < stop:
             end = min(here - here % _PIECE + _PIECE, stop)
-            descriptor, at = self._descriptor(), self._offset + here
-            if hasattr(os, "posix_fadvise") and end < stop:
-                os.posix_fadvise(descriptor, at + end - here, _PIECE, os.POSIX_FADV_WILLNEED)
-            read_at(descriptor, at, out[here - first : end - first])
+            self.fill(here, out[here - first : end - first])
             if self._sums is not None:
                 self._verify_read(first, here, end, out)
             here = end
+
+    def fill(self, first: int, out: memoryview) -> None:
+        """Fill `out` with the bytes from `first` on, unverified; the disk begins to read what follows them."""
+        descriptor, at = self._descriptor(), self._offset + first
+        if hasattr(os, "posix_fadvise") and len(out) == _PIECE:
+            os.posix_fadvise(descriptor, at + len(out), _PIECE, os.POSIX_FADV_WILLNEED)
+        read_at(descriptor, at, out)
 
     def _verify_read(self, first: int, start: int, stop: int, out: memoryview) -> None:
         """Verify what was read from `start` to `stop` into `out`, which begins with the byte `first`."""
@@ -157,7 +161,7 @@ class StoredArray:
         start, end = block * BLOCK, min((block + 1) * BLOCK, self.size)
         if data is None:
             data = (memoryview(bytearray(end - start)) if buffer is None else buffer)[: end - start]
-            read_at(self._descriptor(), self._offset + start, data)
+            self.fill(start, data)
         if crc32(data, self._start) != self._sums[block]:
             raise Mismatch(f"its bytes {start:,} to {end - 1:,}{self._where} are not those that were written")
         self._verified[block] = True

@@ -72,12 +72,12 @@ class Contents:
 
     def info(self) -> schema.CheckpointInfo:
         """Return the description."""
-        present = {name: path for name, path in schema.OPTIONAL_TEXTS.items() if self._has(path)}
+        present = {name: path for name, path in schema.OPTIONAL_TEXTS.items() if self.has(path)}
         fields: dict[str, Any] = {name: self.small(path, "S", 0) for name, path in (schema.TEXTS | present).items()}
-        present = {name: path for name, path in schema.OPTIONAL_INTEGERS.items() if self._has(path)}
+        present = {name: path for name, path in schema.OPTIONAL_INTEGERS.items() if self.has(path)}
         fields |= {name: self.small(path, "i", 0) for name, path in (schema.INTEGERS | present).items()}
         fields |= {name: self.small(path, "i", 1) for name, path in schema.INTEGER_LISTS.items()}
-        present = {name: path for name, path in schema.OPTIONAL_NUMBERS.items() if self._has(path)}
+        present = {name: path for name, path in schema.OPTIONAL_NUMBERS.items() if self.has(path)}
         fields |= {name: self.small(path, "f", 0) for name, path in present.items()}
         metrics = self._members(schema.TEST_METRICS)
         fields["test_metrics"] = {name: self.small(f"{schema.TEST_METRICS}/{name}", "f", 0) for name in metrics}
@@ -92,7 +92,7 @@ class Contents:
 
     def _meaning(self) -> Meaning | None:
         """Return what the samples stood for, if the file says so."""
-        if not self._has(schema.MEANING):
+        if not self.has(schema.MEANING):
             return None
         names = self._members(schema.MEANING)
         found = {name: self.small(f"{schema.MEANING}/{name}", "fiS", 0, 1) for name in names}
@@ -112,7 +112,7 @@ class Contents:
     def objective_state(self) -> dict[str, StateArray]:
         """Return the arrays that an objective of a user's own has beside its parameters, by name."""
         found: dict[str, StateArray] = {}
-        names = self.small(schema.OBJECTIVE_STATE_NAMES, "S", 1) if self._has(schema.OBJECTIVE_STATE_NAMES) else ()
+        names = self.small(schema.OBJECTIVE_STATE_NAMES, "S", 1) if self.has(schema.OBJECTIVE_STATE_NAMES) else ()
         for name in names:
             path = f"{schema.OBJECTIVE_STATE}/{name}"
             dataset = self._plain(path, "fiu")
@@ -185,9 +185,8 @@ class Contents:
     def _shape(self, path: str) -> tuple[int, ...]:
         """Return the shape of an array of parameters."""
         dataset = self._plain(path) if self.shards is None else self._find(path, h5py.Dataset)
-        if dataset.shape is None or math.prod(dataset.shape) > self._file_size + (
-            self.shards.nbytes if self.shards else 0
-        ):
+        most = self._file_size if self.shards is None else self.shards.most_elements
+        if dataset.shape is None or math.prod(dataset.shape) > most:
             raise Malformed(f"/{path}: expected an array no larger than the files")
         return tuple(dataset.shape)
 
@@ -210,8 +209,8 @@ class Contents:
             raise Malformed(f"/{path}: expected a {kind.__name__.lower()}, found a {type(node).__name__.lower()}")
         return node
 
-    def _has(self, path: str) -> bool:
-        """Return whether a dataset is there, or at least its checksum, so that it should be."""
+    def has(self, path: str) -> bool:
+        """Return whether a dataset is at `path`, or at least its checksum, so that it should be."""
         return path in self._file or (self.verified and f"{checksums.GROUP}/{path}" in self._file)
 
     def _members(self, path: str) -> tuple[str, ...]:

@@ -78,7 +78,7 @@ class LeadSaver(ShardSaver):
         section: CheckpointSection,
         not_finite: Callable[[int], Exception],
     ) -> None:
-        super().__init__(comm, run_directory, 0, len(shard_ranks))
+        super().__init__(comm, run_directory, 0, len(shard_ranks), section.compression)
         self._numbers = {rank: number for number, rank in enumerate(shard_ranks)}
         self._arrangement, self._section, self._not_finite = arrangement, section, not_finite
         self._whole: _Whole | None = None
@@ -129,7 +129,7 @@ class LeadSaver(ShardSaver):
         whole = self._whole
         assert whole is not None
         self._dtype = vectors[schema.PARAMETERS].dtype
-        if self._shards > 1:
+        if self._shards > 1 or self._compression != "none":
             super().begin(step, identity, vectors, version, last=last)
             return
         self._hear(0, {"identity": identity, "taken": version})
@@ -295,6 +295,7 @@ class LeadSaver(ShardSaver):
             dtype=self._dtype,
             keep=section.keep,
             objective_state=whole.objective_state,
+            compression=self._compression,
             confirm=self._confirm,
         )
 

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from dbmpi.checkpoint import checksums
+from dbmpi.checkpoint import compressed as compression
 from dbmpi.checkpoint.untrusted import HDF5_ERRORS, reason
 from dbmpi.errors import DiskFailed, RunFailed, UserError
 from dbmpi.index.boxes import Box
@@ -98,6 +99,7 @@ class NewFile:
         self._offsets: dict[str, tuple[int, np.dtype[Any]]] = {}
         self._bytes = 0
         self._dirty = range(0)
+        self._compressed: set[str] = set()
         self._open = True
         self._temporary = temporary_path(path)
         self.size = 0
@@ -115,8 +117,10 @@ class NewFile:
                 self._copy(copy_of)
             self.hdf5 = h5py.File(self._raw, "w" if copy_of is None else "r+", **options)
 
-    def create(self, name: str, shape: tuple[int, ...], dtype: DTypeLike) -> None:
+    def create(self, name: str, shape: tuple[int, ...], dtype: DTypeLike, *, compressed: bool = False) -> None:
         """Create an array, which is contiguous in the file and gets its offset at once; fill it by :meth:`write`.
+
+        One that is compressed has one axis, and is filled in whole chunks.
 
         Parameters
         ----------
@@ -124,8 +128,19 @@ class NewFile:
             Its path in the file.
         shape, dtype
             Of the array.
+        compressed
+            Whether it is compressed; see :mod:`dbmpi.checkpoint.compressed`.
         """
         kind = np.dtype(dtype)
+        if self._summed:
+            self._sums[name] = checksums.WrittenSums(name, kind, shape)
+        self._bytes += math.prod(shape) * kind.itemsize
+        if compressed:
+            with self.writing():
+                compression.create(self.hdf5, name, math.prod(shape), kind)
+            self._offsets[name] = 0, kind
+            self._compressed.add(name)
+            return
         properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
         properties.set_layout(h5py.h5d.CONTIGUOUS)
         properties.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
@@ -137,9 +152,6 @@ class NewFile:
             stored = h5py.h5t.py_create(kind, logical=True)
             dataset = h5py.h5d.create(group.id, last.encode(), stored, space, dcpl=properties)
             self._offsets[name] = dataset.get_offset() or 0, kind  # None where there are no elements
-        if self._summed:
-            self._sums[name] = checksums.WrittenSums(name, kind, shape)
-        self._bytes += math.prod(shape) * kind.itemsize
 
     def create_view(
         self, name: str, shape: tuple[int, ...], dtype: DTypeLike, source: str, views: Sequence[View]
@@ -207,7 +219,9 @@ class NewFile:
         assert values.dtype == dtype
         data, start = values.view(np.uint8).data, first * dtype.itemsize
         with self.writing():
-            written = 0
+            if name in self._compressed:
+                self.hdf5[name][first : first + len(values)] = values
+            written = len(data) if name in self._compressed else 0
             while written < len(data):
                 written += os.pwrite(self._raw.fileno(), data[written:], offset + start + written)
             self._written(offset + start, written)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from dbmpi.checkpoint import directory, schema
+from dbmpi.checkpoint import compressed, directory, schema
 from dbmpi.checkpoint.background import Background
 from dbmpi.checkpoint.finite import finite
 from dbmpi.checkpoint.sharded_writer import ShardFacts, write_shard
@@ -53,10 +53,22 @@ class ShardSaver:
         Where checkpoints are.
     number, shards
         Of this shard, and how many there are.
+    compression
+        ``"none"`` or ``"zstd"``.
+
+    Raises
+    ------
+    UserError
+        If a package is missing that compresses.
     """
 
-    def __init__(self, comm: MPI.Intracomm, run_directory: Path, number: int, shards: int) -> None:
+    def __init__(
+        self, comm: MPI.Intracomm, run_directory: Path, number: int, shards: int, compression: str = "none"
+    ) -> None:
         self._comm, self._directory, self._number, self._shards = comm, run_directory, number, shards
+        self._compression = compression
+        if compression != "none":
+            compressed.require()
         self._snapshot: Snapshot | None = None
         self._ahead: Background[None] | None = None
         self._job: Background[ShardFacts] | None = None
@@ -90,7 +102,7 @@ class ShardSaver:
         self._file = path = directory.shard_path(path, self._number, self._shards, digits(identity))
 
         def write(snapshot: Snapshot, moved: Callable[[], None]) -> ShardFacts:
-            return write_shard(path, vectors, snapshot, checking(moved))
+            return write_shard(path, vectors, snapshot, checking(moved), self._compression)
 
         self._job = self.start(vectors, write, last)
         self.report({"identity": identity, "taken": version})

@@ -57,6 +57,8 @@ SHARDS_SIZES, SHARDS_ELEMENTS = "shards/sizes", "shards/elements"
 """Of each file in bytes, and of each of its vectors."""
 SHARDS_OFFSETS, SHARDS_BOXES = "shards/offsets", "shards/boxes"
 """Where in each file each vector begins; the table of :mod:`dbmpi.checkpoint.shard_boxes`."""
+SHARDS_COMPRESSION = "shards/compression"
+"""How the vectors are compressed; missing where they are not."""
 
 MEANING = "meaning"
 """Group with a dataset for each field of :class:`dbmpi.checkpoint.meaning.Meaning` that is not empty."""

@@ -10,16 +10,21 @@ from typing import TYPE_CHECKING, Any
 import h5py
 import numpy as np
 
-from dbmpi.checkpoint import checksums, directory, schema, shard_boxes
+from dbmpi.checkpoint import checksums, compressed, directory, schema, shard_boxes
 from dbmpi.checkpoint.checksums import StoredArray
+from dbmpi.checkpoint.compressed import CompressedArray
 from dbmpi.checkpoint.shard_boxes import ShardBox
 from dbmpi.checkpoint.stored_arrays import ShardedArrays, ShardFiles
-from dbmpi.checkpoint.untrusted import Malformed
+from dbmpi.checkpoint.untrusted import Foreign, Malformed
 from dbmpi.index.boxes import Box
 from dbmpi.index.layout import Layout
 
 if TYPE_CHECKING:
     from dbmpi.checkpoint.contents import Contents
+
+
+_LARGEST_RATIO = 1 << 16
+"""Of an array of zeros that is compressed, and its file."""
 
 
 class ShardedContents:
@@ -44,6 +49,9 @@ class ShardedContents:
         self.names: tuple[str, ...] = contents.small(schema.SHARDS_FILES, "S", 1)
         self._sizes: tuple[int, ...] = contents.small(schema.SHARDS_SIZES, "i", 1)
         self._elements: tuple[int, ...] = contents.small(schema.SHARDS_ELEMENTS, "i", 1)
+        self._compressed = contents.has(schema.SHARDS_COMPRESSION)
+        if self._compressed and (kind := contents.small(schema.SHARDS_COMPRESSION, "S", 0)) != compressed.NAME:
+            raise Foreign(f"its arrays are compressed by {kind!r}, which this dbmpi does not know")
         shards, identity = len(self.names), contents.small(schema.SHARDS_ID, "S", 0)
         expected = tuple(directory.shard_path(path, shard, shards, identity).name for shard in range(shards))
         if not shards or self.names != expected or not all(map(directory.is_shard_file, expected)):
@@ -64,6 +72,11 @@ class ShardedContents:
     def nbytes(self) -> int:
         """Size of the files of all shards."""
         return sum(self._sizes)
+
+    @property
+    def most_elements(self) -> int:
+        """More than these files can hold of a vector; memory is taken only for what is there."""
+        return self.nbytes * (_LARGEST_RATIO if self._compressed else 1)
 
     def arrays(self, layout: Layout) -> tuple[np.dtype[Any], ShardedArrays]:
         """Return the dtype of the arrays, and where they are; `layout` is that of this file."""
@@ -90,10 +103,10 @@ class ShardedContents:
 
     def _stored(self, shard: int, offsets: np.ndarray, dtype: np.dtype[Any]) -> dict[str, StoredArray]:
         """Return the vectors of a shard."""
-        found, end = {}, 0
-        size = self._elements[shard] * dtype.itemsize
+        found: dict[str, StoredArray] = {}
+        end, size = 0, self._elements[shard] * dtype.itemsize
         for number, (vector, offset) in enumerate(zip(self.vectors, offsets.tolist(), strict=True)):
-            if offset < end or offset + size > self._sizes[shard]:
+            if not self._compressed and (offset < end or offset + size > self._sizes[shard]):
                 raise Malformed(f"/{schema.SHARDS_OFFSETS}: {vector} of shard {shard} does not lie in its file")
             end = offset + size
             sums = self._contents.table(schema.shard_sums(shard, number), np.uint32)
@@ -101,7 +114,11 @@ class ShardedContents:
                 raise Malformed(f"/{schema.shard_sums(shard, number)}: expected a sum for each block")
             begin = checksums.start(schema.group_of(vector), dtype, (self._elements[shard],))
             reader = partial(self.files.descriptor, shard)
-            found[vector] = StoredArray(reader, offset, size, begin, sums, self.names[shard])
+            if self._compressed:
+                path, elements = schema.group_of(vector), self._elements[shard]
+                found[vector] = CompressedArray(reader, path, dtype, elements, begin, sums, self.names[shard])
+            else:
+                found[vector] = StoredArray(reader, offset, size, begin, sums, self.names[shard])
         return found
 
     def _check_views(self, layout: Layout, boxes: list[ShardBox]) -> None:

@@ -14,7 +14,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from dbmpi.checkpoint import directory, retention, schema, shard_boxes
+from dbmpi.checkpoint import compressed, directory, retention, schema, shard_boxes
 from dbmpi.checkpoint.new_file import ARRAYS, NewFile, View
 from dbmpi.checkpoint.snapshot import Snapshot
 from dbmpi.checkpoint.writer import check_names, finish
@@ -50,6 +50,7 @@ def write_shard(
     vectors: Mapping[str, np.ndarray],
     snapshot: Snapshot,
     check: Callable[[str, np.ndarray], None],
+    compression: str = "none",
     failure: Callable[[str, bool], Exception] = lambda text, _: DiskFailed(text),
 ) -> ShardFacts:
     """Write the file of a shard.
@@ -64,6 +65,8 @@ def write_shard(
         Their values.
     check
         Called with the name and each block of a vector before it is written; raises where it is not to be kept.
+    compression
+        ``"none"`` or ``"zstd"``.
     failure
         See :class:`dbmpi.checkpoint.new_file.NewFile`.
 
@@ -76,7 +79,7 @@ def write_shard(
         file.set_attribute("format", schema.SHARD_FORMAT)
         file.set_attribute("format_version", schema.FORMAT_VERSION)
         for name, vector in vectors.items():
-            file.create(schema.group_of(name), vector.shape, vector.dtype)
+            file.create(schema.group_of(name), vector.shape, vector.dtype, compressed=compression == compressed.NAME)
         file.check_space()
         for name, start, values in snapshot.blocks():
             check(name, values)
@@ -102,6 +105,7 @@ def write_whole(
     dtype: np.dtype[Any],
     keep: int | None = None,
     objective_state: Mapping[str, np.ndarray] = MappingProxyType({}),
+    compression: str = "none",
     confirm: Callable[[], object] = lambda: None,
 ) -> Path:
     """Write the file that makes the files of all shards a checkpoint, and return its path.
@@ -122,6 +126,8 @@ def write_whole(
         Of the arrays.
     keep, objective_state
         As for :class:`dbmpi.checkpoint.writer.CheckpointWriter`.
+    compression
+        Of the vectors in the files of the shards.
     confirm
         Called just before the file gets its name; raises where it is not to get it.
 
@@ -153,6 +159,8 @@ def write_whole(
         file.put(schema.SHARDS_ID, identity)
         file.put(schema.SHARDS_FILES, [name.encode() for name in files])
         file.put(schema.SHARDS_VECTORS, [vector.encode() for vector in vectors])
+        if compression != "none":
+            file.put(schema.SHARDS_COMPRESSION, compression)
         file.put(schema.SHARDS_SIZES, [each.size for each in facts])
         file.put(schema.SHARDS_ELEMENTS, [each.elements for each in facts])
         tables = {

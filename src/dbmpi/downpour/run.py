@@ -113,7 +113,7 @@ def _saver(session: Session, arrangement: Arrangement, number: int) -> ShardSave
     """Return what writes the part of a shard of that `number` of checkpoints."""
     run, plan, comm = session.run, session.plan, session.comms.world
     if number:
-        return ShardSaver(comm, run.run.directory, number, plan.shards)
+        return ShardSaver(comm, run.run.directory, number, plan.shards, run.checkpoint.compression)
 
     def not_finite(step: int) -> RunFailed:
         return RunFailed(

@@ -239,7 +239,7 @@ def _saver(session: Session, setup: Setup, number: int) -> ShardSaver:
     """Return what writes the part of a shard of that `number` of checkpoints."""
     comm, plan, directory = session.comms.world, session.plan, session.run.run.directory
     if number:
-        return ShardSaver(comm, directory, number, plan.shards)
+        return ShardSaver(comm, directory, number, plan.shards, session.run.checkpoint.compression)
     arrangement = Arrangement(session.model.layout, setup.ranges)
     return LeadSaver(
         comm, directory, plan.shard_ranks, arrangement, session.run.checkpoint, partial(unusable, directory)
