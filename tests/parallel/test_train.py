@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 from parallel import tiny
@@ -277,6 +278,11 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(comm, place, colo
     np.testing.assert_array_equal(found["parameters"], twin.learn())
     np.testing.assert_array_equal(found["accumulator"], twin.rule.state["accumulator"])
     assert (info.step, max(info.shard_versions), info.frontier, info.holes) == (50, 50, 50, ())
+    with h5py.File(result.checkpoint) as file:  # also where it is a view of several files
+        for vector in ("parameters", "state/accumulator"):
+            scales = [dimension[0].name for dimension in file[f"{vector}/dense1/weights"].dims]
+            assert scales == [f"/{vector}/dense1/unit", f"/{vector}/dense1/input"]
+        assert file.attrs["test_loss"] == info.test_loss
     assert info.samples == sum(twin.order.size(number) for number in range(50))
     if comm.rank == 0:
         assert {record["session"] for record in read_records(whole.run.directory)} <= {1, 2, 3}
