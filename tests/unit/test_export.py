@@ -2,16 +2,20 @@
 
 import json
 import struct
+from dataclasses import replace
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
-from unit.checkpoint_files import make_info
+from unit.checkpoint_files import as_version_1, make_info
+from unit.checkpoint_files import write as write_checkpoint
 
 from dbmpi.checkpoint import named_arrays
 from dbmpi.checkpoint.directory import checkpoint_path
 from dbmpi.checkpoint.meaning import Meaning
 from dbmpi.checkpoint.named_state import take_state
+from dbmpi.checkpoint.reader import Checkpoint
 from dbmpi.checkpoint.writer import CheckpointWriter
 from dbmpi.cli.main import main
 from dbmpi.config import NetworkSection
@@ -147,6 +151,23 @@ def test_arrays_are_those_of_the_checkpoint(tmp_path: Path, suffix: str, names: 
         layer, _, array = name.partition("/")
         np.testing.assert_array_equal(found.pop(name if names == "dbmpi" else f"{layer}.{short[array]}"), expected)
     assert not found
+
+
+def test_a_checkpoint_of_one_file_is_as_good_as_the_original(tmp_path: Path) -> None:
+    with_state = write_checkpoint(tmp_path, fill=3)
+    with h5py.File(with_state, "r+") as file:
+        as_version_1(file)
+    path = export(tmp_path, tmp_path / "whole.h5")
+    with Checkpoint.open(with_state) as original, Checkpoint.open(path) as whole:
+        assert whole.has_checksums
+        assert not original.has_checksums
+        assert (whole.layout, whole.vectors) == (original.layout, original.vectors)
+        assert whole.info == replace(original.info, created=whole.info.created, libraries=whole.info.libraries)
+        for vector in original.vectors:
+            both = np.empty((2, original.layout.size), np.float32)
+            original.read(vector, 0, both[0])
+            whole.read(vector, 0, both[1])
+            np.testing.assert_array_equal(*both)
 
 
 def test_the_state_of_an_objective_goes_with_its_parameters(tmp_path: Path) -> None:

@@ -301,6 +301,9 @@ class LeadSaver(ShardSaver):
 
 
 def unusable(run_directory: Path, step: int) -> RunFailed:
-    """Return the exception for parameters that are NaN or infinite after a `step`: a run writes none of these."""
+    """Return the exception for parameters that are NaN or infinite after a `step`, of which a run writes none.
+
+    It names the newest checkpoint in `run_directory`.
+    """
     kept = retention.kept(run_directory / "checkpoints")
     return RunFailed(f"after {step} steps some parameters are NaN or infinite; no checkpoint is written; {kept}")

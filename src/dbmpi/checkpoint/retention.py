@@ -88,7 +88,7 @@ def remove_unused(path: Path, identity: str = "") -> list[Path]:
 
 
 def clean(folder: Path) -> list[Path]:
-    """Delete the files that killed runs have left in a directory of checkpoints; return their names.
+    """Delete the files that killed runs have left in the directory `folder` of checkpoints; return their names.
 
     Beside those that :func:`dbmpi.checkpoint.directory.clean` deletes they are files of shards that were to become
     another checkpoint of a step of which there is one.

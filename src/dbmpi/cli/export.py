@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dbmpi.cli import options
 
-SUMMARY = "write a checkpoint's parameters, or its network, for NumPy, PyTorch or ONNX"
+SUMMARY = "write a checkpoint's parameters, or its network, for NumPy, PyTorch, HDF5 or ONNX"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         required=True,
         metavar="FILE",
-        help="file to write: .npz, .safetensors, or .onnx for the network itself",
+        help="file to write: .npz, .safetensors, .h5 for a checkpoint of one file, or .onnx for the network itself",
     )
     parser.add_argument(
         "--names",

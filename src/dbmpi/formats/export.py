@@ -15,6 +15,7 @@ import dbmpi
 from dbmpi.checkpoint.named_arrays import names_outside
 from dbmpi.checkpoint.reader import Checkpoint
 from dbmpi.checkpoint.schema import PARAMETERS
+from dbmpi.checkpoint.writer import CheckpointWriter
 from dbmpi.errors import UserError
 from dbmpi.formats.arrays import ExportedArray, write_npz, write_safetensors
 from dbmpi.formats.torch_names import torch_names
@@ -24,7 +25,9 @@ from dbmpi.result import Result
 from dbmpi.runs import trained_network
 from dbmpi.runs.trained_network import TrainedNetwork
 
-SUFFIXES = (".npz", ".safetensors", ".onnx")
+SUFFIXES = (".npz", ".safetensors", ".h5", ".onnx")
+_AT_ONCE = 1 << 20
+"""Elements of a vector that are copied at once."""
 
 
 def export(
@@ -44,8 +47,8 @@ def export(
     checkpoint : path or Result
         A checkpoint, the directory of a run (its newest checkpoint), or what ``dbmpi.train`` returned.
     path : path
-        The file.  Its suffix says what it is: ``.npz`` for ``numpy.load``; ``.safetensors``; or ``.onnx``, the network
-        itself, which needs the extra ``dbmpi[onnx]``.
+        The file.  Its suffix says what it is: ``.npz`` for ``numpy.load``; ``.safetensors``; ``.h5``, the whole
+        checkpoint in one plain file; or ``.onnx``, the network itself, which needs the extra ``dbmpi[onnx]``.
     names : "dbmpi" or "torch"
         Names of the arrays in ``.npz`` and ``.safetensors``: those of the checkpoint, e.g. ``dense1/weights``, or those
         of a ``state_dict`` of PyTorch, e.g. ``dense1.weight``, for networks of dense layers and convolutions.
@@ -80,6 +83,8 @@ def export(
         raise UserError(f"{path}: expected a name that ends in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
     if names not in ("dbmpi", "torch"):
         raise UserError(f"export: names = {names!r}: expected 'dbmpi' or 'torch'")
+    if path.suffix == ".h5" and names != "dbmpi":
+        raise UserError(f"export: names = {names!r}: a checkpoint has its own names; use .npz or .safetensors")
     beside = [path.with_name(f"{path.name}.data")] if path.suffix == ".onnx" else []  # where ONNX puts large parameters
     for file in (path, *beside):
         if file.exists() and not force:
@@ -99,10 +104,26 @@ def export(
                 _write_onnx(path, trained, trained.network)
             else:
                 _write_arrays(path, opened, torch_names(trained.network))
+    elif path.suffix == ".h5":
+        with Checkpoint.open(origin) as opened:
+            _write_checkpoint(path, opened)
     else:
         with Checkpoint.open(origin) as opened:
             _write_arrays(path, opened, {tensor.name: tensor for tensor in opened.layout.tensors})
     return path
+
+
+def _write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+    """Write everything that a checkpoint has into one plain file."""
+    layout, dtype = checkpoint.layout, checkpoint.dtype
+    buffer = np.empty(min(_AT_ONCE, layout.size), dtype)
+    with CheckpointWriter(path, layout, checkpoint.vectors, dtype, checkpoint.objective_state()) as writer:
+        for vector in checkpoint.vectors:
+            for start in range(0, layout.size, _AT_ONCE):
+                values = buffer[: layout.size - start]
+                checkpoint.read(vector, start, values)
+                writer.write(vector, start, values)
+        writer.commit(checkpoint.info)
 
 
 def _write_arrays(path: Path, checkpoint: Checkpoint, names: dict[str, Tensor]) -> None:
