@@ -4,18 +4,25 @@ import json
 import subprocess
 import sys
 import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import h5py
 import numpy as np
 
-from dbmpi.checkpoint.directory import checkpoint_path
+from dbmpi.checkpoint import shard_boxes
+from dbmpi.checkpoint.directory import checkpoint_path, shard_path
 from dbmpi.checkpoint.reader import Checkpoint
 from dbmpi.checkpoint.schema import CheckpointInfo, library_versions
+from dbmpi.checkpoint.sharded_writer import write_shard, write_whole
+from dbmpi.checkpoint.snapshot import Snapshot
 from dbmpi.checkpoint.writer import CheckpointWriter
 from dbmpi.index.layout import Layout, Tensor
+from dbmpi.replica.arrangement import Arrangement
 
 LAYOUT = Layout((Tensor("dense2/weights", (5, 7)), Tensor("dense2/bias", (5,)), Tensor("dense1/weights", (3, 5))))
+VECTORS = ("parameters", "accumulator")
 
 
 def make_info(step: int = 123, **fields) -> CheckpointInfo:
@@ -65,3 +72,43 @@ def read_all(path: Path) -> None:
     with Checkpoint.open(path) as checkpoint:
         for vector in checkpoint.vectors:
             checkpoint.read(vector, 0, np.empty(checkpoint.layout.size, np.float32))
+
+
+def values_of(layout: Layout, vectors: Sequence[str] = VECTORS, fill: float = 0.0) -> dict[str, np.ndarray]:
+    """Return numbers for each whole vector, all different."""
+    return {name: np.arange(layout.size) + fill + 1000 * number for number, name in enumerate(vectors)}
+
+
+def write_sharded(
+    run: Path,
+    arrangement: Arrangement,
+    step: int = 123,
+    dtype: str = "f4",
+    fill: float = 0.0,
+    identity: str = "0123abcd",
+    objective_state: Mapping[str, np.ndarray] = MappingProxyType({}),
+    keep: int | None = None,
+) -> Path:
+    """Write a checkpoint of as many files as an arrangement has shards, as a run does."""
+    path, facts = checkpoint_path(run, step), []
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for shard, held in enumerate(arrangement.ranges):
+        vectors = {name: np.empty(len(held), dtype) for name in VECTORS}
+        for name, values in values_of(arrangement.layout, fill=fill).items():
+            for start, local, length in arrangement.pieces(held):
+                vectors[name][local : local + length] = values[start : start + length]
+        file = shard_path(path, shard, len(arrangement.ranges), identity)
+        facts.append(write_shard(file, vectors, Snapshot(vectors), lambda name, values: None))
+    info = make_info(step=step, shards=len(facts), shard_versions=(step,) * len(facts))
+    boxes = shard_boxes.of_arrangement(arrangement)
+    return write_whole(
+        path,
+        arrangement.layout,
+        boxes,
+        facts,
+        identity,
+        info,
+        dtype=np.dtype(dtype),
+        keep=keep,
+        objective_state=objective_state,
+    )

@@ -145,7 +145,7 @@ class NewFile:
         properties.set_layout(h5py.h5d.CONTIGUOUS)
         properties.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
         properties.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-        space = h5py.h5s.create_simple(shape) if shape else h5py.h5s.create(h5py.h5s.SCALAR)
+        space = _space(shape)
         with self.writing():
             above, _, last = name.rpartition("/")
             group = self.hdf5.require_group(above) if above else self.hdf5
@@ -178,14 +178,15 @@ class NewFile:
         properties.set_fill_value(np.array(np.nan, kind))
         with self.writing():
             for box, file, elements, first in views:
-                there, here = h5py.h5s.create_simple((elements,)), h5py.h5s.create_simple(shape)
+                there, here = h5py.h5s.create_simple((elements,)), _space(shape)
                 there.select_hyperslab((first,), (box.size,))
-                here.select_hyperslab(box.starts, box.shape)
+                if shape:
+                    here.select_hyperslab(box.starts, box.shape)
                 properties.set_virtual(here, file.encode(), f"/{source}".encode(), there)
             above, _, last = name.rpartition("/")
             group = self.hdf5.require_group(above) if above else self.hdf5
             stored = h5py.h5t.py_create(kind, logical=True)
-            h5py.h5d.create(group.id, last.encode(), stored, h5py.h5s.create_simple(shape), dcpl=properties)
+            h5py.h5d.create(group.id, last.encode(), stored, _space(shape), dcpl=properties)
 
     def _copy(self, path: Path) -> None:
         self._bytes = path.stat().st_size
@@ -321,6 +322,10 @@ class NewFile:
         except BaseException:
             self.abort()
             raise
+
+
+def _space(shape: tuple[int, ...]) -> Any:
+    return h5py.h5s.create_simple(shape) if shape else h5py.h5s.create(h5py.h5s.SCALAR)
 
 
 class _Raw(io.FileIO):

@@ -148,7 +148,7 @@ def sources_of(dataset: h5py.Dataset, expected: str) -> set[tuple[str, Box, int]
         here, there = properties.get_virtual_vspace(number), properties.get_virtual_srcspace(number)
         if properties.get_virtual_dsetname(number) != expected or not (_boxed(here) and _boxed(there)):
             return None
-        (starts, ends), (first, last) = here.get_select_bounds(), there.get_select_bounds()
+        (starts, ends), (first, last) = _bounds(here), _bounds(there)
         box = Box(tuple(map(int, starts)), tuple(int(end) + 1 for end in ends))
         if len(first) != 1 or int(last[0]) + 1 - int(first[0]) != box.size:
             return None
@@ -158,6 +158,11 @@ def sources_of(dataset: h5py.Dataset, expected: str) -> set[tuple[str, Box, int]
 
 def _boxed(space: h5py.h5s.SpaceID) -> bool:
     """Return whether a selection is a box, and holds all that its bounds do."""
-    starts, ends = space.get_select_bounds()
+    starts, ends = _bounds(space)
     size = math.prod(int(end) - int(start) + 1 for start, end in zip(starts, ends, strict=True))
     return bool(space.get_select_npoints() == size)
+
+
+def _bounds(space: h5py.h5s.SpaceID) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the first and the last index of a selection; HDF5 has none for a number without axes."""
+    return space.get_select_bounds() if space.get_simple_extent_ndims() else ((), ())

@@ -1,0 +1,339 @@
+"""Checkpoints of several files: the same as one of one file, in dbmpi and in h5py; and what is said of damaged ones."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from unit.checkpoint_files import LAYOUT, VECTORS, read_all, values_of, write, write_sharded
+from unit.test_shard_boxes import arrangements
+
+from dbmpi.checkpoint import directory, retention, stored_arrays
+from dbmpi.checkpoint.reader import Checkpoint
+from dbmpi.errors import Damaged, DiskFailed, UserError
+from dbmpi.index.layout import Layout, Tensor
+from dbmpi.replica.arrangement import equal
+
+THREE = equal(LAYOUT, 3)
+
+
+@pytest.fixture(autouse=True)
+def no_disk(monkeypatch) -> None:
+    """Do not wait for the disk some thousand times."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+
+
+@pytest.fixture
+def path(tmp_path) -> Path:
+    return write_sharded(tmp_path, THREE)
+
+
+def shards_of(path: Path) -> list[Path]:
+    return sorted(directory.shard_files(path))
+
+
+def views(path: Path, vector: str, layout: Layout) -> np.ndarray:
+    """Return a whole vector as h5py shows it."""
+    group = "parameters" if vector == "parameters" else f"state/{vector}"
+    with h5py.File(path) as file:
+        return np.concatenate([np.ravel(file[group][tensor.name][()]) for tensor in layout.tensors])
+
+
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(arrangements(), st.sampled_from(["f4", "f8"]), st.data())
+def test_every_range_is_what_was_written_and_what_h5py_shows(tmp_path, arrangement, dtype, data):
+    layout = arrangement.layout
+    shutil.rmtree(tmp_path / "run", ignore_errors=True)
+    state = {"counts": np.arange(6, dtype="i2").reshape(2, 3), "none": np.empty((0, 2))}
+    path = write_sharded(tmp_path / "run", arrangement, dtype=dtype, objective_state=state)
+    with Checkpoint.open(tmp_path / "run") as checkpoint:
+        assert checkpoint.path == path
+        assert checkpoint.layout == layout
+        assert checkpoint.vectors == VECTORS
+        assert checkpoint.dtype == dtype
+        assert checkpoint.has_checksums
+        assert checkpoint.nbytes == sum(file.stat().st_size for file in (path, *shards_of(path)))
+        assert set(checkpoint.files) == {path, *shards_of(path)}
+        assert all(np.array_equal(checkpoint.objective_state()[name], array) for name, array in state.items())
+        for name, values in values_of(layout).items():
+            start = data.draw(st.integers(0, layout.size))
+            stop = data.draw(st.integers(start, layout.size))
+            for wanted in ("f4", "f8"):
+                out = np.full(stop - start, np.nan, wanted)
+                checkpoint.read(name, start, out)
+                np.testing.assert_array_equal(out, values[start:stop])
+        for part in range(3):
+            checkpoint.verify(part, 3)
+    for name, values in values_of(layout).items():
+        np.testing.assert_array_equal(views(path, name, layout), values)
+
+
+def test_more_shards_than_elements_and_more_files_than_are_open(tmp_path, monkeypatch):
+    monkeypatch.setattr(stored_arrays, "_OPEN_FILES", 5)
+    before = len(os.listdir("/proc/self/fd"))
+    path = write_sharded(tmp_path, equal(LAYOUT, 2 * LAYOUT.size))
+    with Checkpoint.open(path) as checkpoint:
+        assert len(os.listdir("/proc/self/fd")) <= before + 7
+        assert checkpoint.parameters().tolist() == list(range(LAYOUT.size))
+        checkpoint.verify()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_h5py_finds_all_by_latest_and_where_the_directory_has_moved(path, tmp_path):
+    (tmp_path / "checkpoints").rename(tmp_path / "elsewhere")
+    (tmp_path / "link").symlink_to("elsewhere/latest")
+    for name in ("elsewhere/latest", f"elsewhere/{path.name}", "link"):
+        for vector, values in values_of(LAYOUT).items():
+            np.testing.assert_array_equal(views(tmp_path / name, vector, LAYOUT), values, err_msg=name)
+        with Checkpoint.open(tmp_path / name) as checkpoint:
+            assert checkpoint.parameters().tolist() == list(range(LAYOUT.size))
+
+
+def test_what_is_missing_reads_as_nan_in_h5py(path):
+    shards_of(path)[1].unlink()
+    for vector, values in values_of(LAYOUT).items():
+        found, held = views(path, vector, LAYOUT), THREE.ranges[1]
+        assert np.isnan(found[held.start : held.stop]).all()
+        rest = np.r_[: held.start, held.stop : LAYOUT.size]
+        np.testing.assert_array_equal(found[rest], values[rest])
+
+
+def flip(file: Path, place: int) -> None:
+    data = bytearray(file.read_bytes())
+    data[place] ^= 0x10
+    file.write_bytes(data)
+
+
+def in_the_arrays(file: Path) -> int:
+    with h5py.File(file) as opened:
+        return opened["state/accumulator"].id.get_offset() + 5
+
+
+def truncate(files: list[Path]) -> None:
+    os.truncate(files[1], files[1].stat().st_size - 1)
+
+
+def exchange(files: list[Path]) -> None:
+    files[0].rename(files[0].with_suffix(".x"))
+    files[1].rename(files[0])
+    files[0].with_suffix(".x").rename(files[1])
+
+
+def from_another(files: list[Path], fill: float, identity: str, step: int = 123) -> None:
+    """Take a file of the same size from another checkpoint."""
+    place = files[1].parent / "other"
+    other = shards_of(write_sharded(place, THREE, step=step, fill=fill, identity=identity))
+    assert other[1].stat().st_size == files[1].stat().st_size
+    other[1].replace(files[1])
+    shutil.rmtree(place)
+
+
+def link(files: list[Path]) -> None:
+    files[1].rename(files[1].with_suffix(".x"))
+    files[1].symlink_to(files[1].with_suffix(".x").name)
+
+
+def pipe(files: list[Path]) -> None:
+    files[1].unlink()
+    os.mkfifo(files[1])
+
+
+DAMAGES = {
+    "truncated": (truncate, "bytes, expected"),
+    "longer": (lambda files: os.truncate(files[1], files[1].stat().st_size + 1), "bytes, expected"),
+    "one bit": (lambda files: flip(files[1], in_the_arrays(files[1])), "are not those that were written"),
+    "missing": (lambda files: files[1].unlink(), "is missing"),
+    "a folder": (lambda files: (files[1].unlink(), files[1].mkdir()), "is a link, or no file"),
+    "a link": (link, "is a link, or no file"),
+    "a pipe": (pipe, "is a link, or no file"),
+    "exchanged": (exchange, "bytes, expected|are not those that were written"),
+    "of another checkpoint": (lambda files: from_another(files, 1, "0123abcd"), "are not those that were written"),
+    "of another step": (lambda files: from_another(files, 1, "89abcdef", 456), "are not those that were written"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_file_of_a_shard_is_named(tmp_path, path, damage):
+    earlier = write_sharded(tmp_path, THREE, step=99, identity="fedcba98")
+    os.utime(earlier, (1, 1))
+    change, message = DAMAGES[damage]
+    files = shards_of(path)
+    change(files)
+    with pytest.raises(Damaged, match=message) as raised:
+        read_all(path)
+    assert str(path) in str(raised.value)
+    assert files[1].name in str(raised.value) or (damage == "exchanged" and files[0].name in str(raised.value))
+    read_all(earlier)
+
+
+def test_any_flipped_bit_of_the_files_is_found_or_changes_nothing(path):
+    """In dbmpi; and other programs never see another number than NaN for it, because headers have checksums."""
+    file, random = shards_of(path)[1], np.random.default_rng(5)
+    whole = file.read_bytes()
+    found = 0
+    for _ in range(25):
+        flip(file, int(random.integers(len(whole))))
+        try:
+            read_all(path)
+        except Damaged:
+            found += 1
+        else:
+            with Checkpoint.open(path) as checkpoint:
+                assert checkpoint.parameters().tolist() == list(range(LAYOUT.size))
+        file.write_bytes(whole)
+    read_all(path)
+
+
+def replace(path: Path, place: str, data) -> None:
+    """Write other numbers, with the checksum that they need, as an attacker would."""
+    from dbmpi.checkpoint.checksums import WrittenSums
+
+    with h5py.File(path, "r+") as file:
+        data = np.array(data, file[place].dtype if np.asarray(data).dtype.kind != "S" else None)
+        for name in (place, f"checksums/{place}"):
+            del file[name]
+        file.create_dataset(place, data=data)
+        sums = WrittenSums(place, file[place].dtype, data.shape)
+        sums.wrote(0, memoryview(np.ascontiguousarray(data).tobytes()))
+        file.create_dataset(f"checksums/{place}", data=sums.found)
+
+
+def other_view(source: str, first: int = 0, name: str = "/parameters"):
+    """Return what makes the bias a view of something else."""
+
+    def change(path: Path) -> None:
+        with h5py.File(path, "r+") as file:
+            del file["parameters/dense2/bias"]
+            layout = h5py.VirtualLayout((5,), "f4")
+            layout[:] = h5py.VirtualSource(source or shards_of(path)[1].name, name, (24,), "f4")[first : first + 5]
+            file.create_virtual_dataset("parameters/dense2/bias", layout)
+
+    return change
+
+
+def names(*given: str):
+    return lambda path: replace(path, "shards/files", np.array([name.encode() for name in given]))
+
+
+MASTERS = {
+    "a file above": (names("../a", "b", "c"), "expected the names"),
+    "an absolute one": (names("/etc/passwd", "b", "c"), "expected the names"),
+    "one file twice": (lambda path: names(*[shards_of(path)[0].name] * 3)(path), "expected the names"),
+    "no files": (lambda path: replace(path, "shards/files", np.array([], "S4")), "expected|damaged"),
+    "identity": (
+        lambda path: replace(path, "shards/id", np.bytes_("../0123abcd")),
+        "expected the names|cannot be read",
+    ),
+    "sizes": (lambda path: replace(path, "shards/sizes", [1, 2, 3]), "bytes, expected 1"),
+    "sizes missing": (lambda path: replace(path, "shards/sizes", [1, 2]), "a size for each of 3"),
+    "negative": (lambda path: replace(path, "shards/elements", [-1, 2, 3]), "a size for each of 3"),
+    "elements": (lambda path: replace(path, "shards/elements", [18, 18, 2**61]), "end at|does not lie|needs"),
+    "offsets": (lambda path: replace(path, "shards/offsets", [[0, 2**62]] * 3), "does not lie in its file"),
+    "offsets overlap": (lambda path: replace(path, "shards/offsets", [[900, 904]] * 3), "does not lie in its file"),
+    "a row less": (lambda path: replace(path, "shards/offsets", [[900, 2000]] * 2), "a row for each file"),
+    "boxes": (lambda path: replace(path, "shards/boxes", np.zeros((2**16 + 1, 7), int)), "at most 65536 rows"),
+    "vectors": (lambda path: replace(path, "shards/vectors", np.array([b"parameters", b"../x"])), "missing|differ"),
+    "vectors twice": (lambda path: replace(path, "shards/vectors", np.array([b"parameters"] * 2)), "different names"),
+    "a view of another file": (other_view("/etc/passwd"), "is not the view"),
+    "a view of a file above": (other_view("../x.h5"), "is not the view"),
+    "a view of other elements": (other_view("", 3), "is not the view"),
+    "a view of other data": (other_view("", 13, "/state/accumulator"), "is not the view"),
+    "no view": (
+        lambda path: h5py.File(path, "r+")["parameters/dense2"].move("bias", "other"),
+        "missing",
+    ),
+}
+
+
+@pytest.mark.parametrize("harm", MASTERS)
+def test_a_file_that_leads_elsewhere_is_refused(path, harm):
+    change, message = MASTERS[harm]
+    change(path)
+    with pytest.raises(Damaged, match=message) as raised:
+        read_all(path)
+    assert str(path) in str(raised.value)
+
+
+def test_a_file_under_another_name_is_refused_in_a_sentence(path):
+    path.rename(path.with_name("step-000000124.h5"))
+    with pytest.raises(Damaged, match="give it its name back"):
+        read_all(path.with_name("step-000000124.h5"))
+
+
+def test_a_later_checkpoint_of_the_same_step_replaces_all_files(tmp_path, path):
+    old = shards_of(path)
+    assert write_sharded(tmp_path, equal(LAYOUT, 2), identity="fedcba98", fill=5) == path
+    assert not any(file.exists() for file in old)
+    with Checkpoint.open(path) as checkpoint:
+        assert checkpoint.parameters()[0] == 5
+    assert write(tmp_path, fill=7) == path  # by one shard
+    assert shards_of(path) == []
+    read_all(path)
+
+
+def test_an_open_checkpoint_stays_readable_where_its_files_are_deleted(path):
+    with Checkpoint.open(path) as checkpoint:
+        directory.remove(path)
+        assert checkpoint.parameters().tolist() == list(range(LAYOUT.size))
+    assert list(path.parent.iterdir()) == [path.parent / "latest"]
+
+
+def test_old_checkpoints_are_deleted_with_their_files(tmp_path):
+    for step in (1, 2, 3):
+        write_sharded(tmp_path, THREE, step=step, identity=f"0000000{step}", keep=2)
+    steps = {name.split("-")[1].split(".")[0] for name in os.listdir(tmp_path / "checkpoints") if name != "latest"}
+    assert steps == {"000000002", "000000003"}
+
+
+def test_files_that_belong_to_no_checkpoint_are_cleaned_up(tmp_path, path):
+    """Of a killed run: without a checkpoint, and of another attempt at a step that has one."""
+    place, own = path.parent, set(path.parent.iterdir())
+    lost = [path.with_name("step-000000999-shard-0-of-3-00000001.h5"), directory.shard_path(path, 0, 2, "00000002")]
+    for file in lost:
+        file.write_bytes(b"x")
+    other = path.with_name("step-7-shard-of-mine.h5")
+    other.write_bytes(b"mine")
+    assert set(retention.clean(place)) == set(lost)
+    assert set(place.iterdir()) == {*own, other}
+    read_all(path)
+    # One that cannot be read keeps all, as does one that has been set aside.
+    os.truncate(path, 100)
+    lost[1].write_bytes(b"x")
+    assert retention.clean(place) == []
+    directory.set_aside(path)
+    assert retention.clean(place) == []
+
+
+def test_a_checkpoint_keeps_its_files_where_only_its_directory_could_not_be_updated(tmp_path, path, monkeypatch):
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(directory, "replace_pointer", fail)
+    with pytest.raises(DiskFailed, match="is whole, but its directory"):
+        write_sharded(tmp_path, THREE, step=124, identity="00000124")
+    later = directory.checkpoint_path(tmp_path, 124)
+    assert retention.remove_unused(later, "00000124") == []
+    read_all(later)
+    later.unlink()
+    assert len(retention.remove_unused(later, "00000124")) == 3
+    read_all(path)
+
+
+def test_as_many_files_as_a_large_run_has_shards(tmp_path):
+    """Opened in time that grows with their number, and no more."""
+    layout = Layout((Tensor("a/weights", (3000, 7)), Tensor("a/bias", (3000,)), Tensor("none", (0, 3))))
+    path = write_sharded(tmp_path, equal(layout, 150))
+    with Checkpoint.open(path) as checkpoint:
+        np.testing.assert_array_equal(checkpoint.parameters(), np.arange(layout.size))
+
+
+def test_nothing_is_wrong_without_damage(path):
+    with pytest.raises(UserError, match="no such checkpoint"):
+        read_all(path.with_name("step-000000999.h5"))
+    read_all(path)
