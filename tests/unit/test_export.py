@@ -209,7 +209,7 @@ def test_what_cannot_be_written_is_refused(tmp_path: Path, capsys: pytest.Captur
     path, *_ = write(tmp_path, "local")
     with pytest.raises(UserError, match=r"local1/weights: PyTorch has no module with such a parameter"):
         export(path, tmp_path / "out.npz", names="torch")
-    with pytest.raises(UserError, match=r"ends in \.npz, \.safetensors or \.onnx"):
+    with pytest.raises(UserError, match=r"ends in \.npz, \.safetensors, \.h5 or \.onnx"):
         export(path, tmp_path / "out.pt")
     with pytest.raises(UserError, match="cannot be written: No such file"):
         export(path, tmp_path / "missing" / "out.npz")
