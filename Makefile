@@ -19,7 +19,7 @@ PYTHON ?= python3
 PYTEST_ARGS ?=
 PIP = -m pip --disable-pip-version-check install --quiet
 PROJECT = pyproject.toml setup.cfg
-# Three sessions at a time; one, where it is given what to run.
+# Four sessions at a time; one, where it is given what to run.
 SESSIONS = $(if $(PYTEST_ARGS),-m pytest $(PYTEST_ARGS),tests/harness/sessions.py)
 # Compiled kernels, for the demo and the tests of all checkouts and environments.
 export NUMBA_CACHE_DIR ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/dbmpi

@@ -1,4 +1,4 @@
-"""All tests, in three sessions at a time, because tests that start jobs, and those that end them, mostly wait.
+"""All tests, in four sessions at a time, because tests that start jobs, and those that end them, mostly wait.
 
     python tests/harness/sessions.py [pytest's options]
 
@@ -15,9 +15,15 @@ import subprocess
 import sys
 import tempfile
 from contextlib import ExitStack
+from pathlib import Path
 
 SHOWN = ("tests/parallel",)
-ASIDE = (("tests/unit", "tests/harness"), ("tests/failure", "tests/cluster", "tests/families"))
+UNIT = sorted(path.as_posix() for path in Path("tests/unit").glob("test_*.py"))
+ASIDE = (
+    ("tests/harness", *UNIT[::2]),
+    tuple(UNIT[1::2]),
+    ("tests/failure", "tests/cluster", "tests/families"),
+)
 NOTHING_COLLECTED = 5
 SCALE = {"DBMPI_TEST_TIMEOUT_SCALE": "3"}
 """Unless it is set: the sessions share the cores, and the first one on a machine compiles."""

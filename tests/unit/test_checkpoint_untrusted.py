@@ -35,6 +35,7 @@ def test_zeros_where_the_description_was(path):
         read_all(path)
 
 
+@pytest.mark.slow
 def test_altered_bytes_never_end_in_another_error(path):
     # In a process of its own: a fault in HDF5 itself must not take the other tests along.
     ended = run_python(

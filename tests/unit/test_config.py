@@ -471,6 +471,7 @@ def test_garbage_gives_a_message_and_nothing_else(file: Path, content: bytes) ->
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], max_examples=300)
 @given(tables)
+@pytest.mark.slow
 def test_tables_of_anything_give_a_message_and_nothing_else(file: Path, table: dict[str, Any]) -> None:
     file.write_text("\n".join(f"{json.dumps(key)} = {toml(value)}" for key, value in table.items()))
     assert_read_or_refused(file)

@@ -140,6 +140,7 @@ for way in {WAYS!r}:
 
 
 @pytest.mark.parametrize("program", ["import dbmpi; import numpy", "from dbmpi import train"])
+@pytest.mark.slow
 def test_libraries_follow_what_was_prepared(program: str, node: Path) -> None:
     found = shown(program, node)
     assert found["prepared"]
@@ -152,6 +153,7 @@ def test_libraries_follow_what_was_prepared(program: str, node: Path) -> None:
 
 
 @pytest.mark.parametrize("before", ["numpy", "numpy, numba", "scipy.linalg, numba"])
+@pytest.mark.slow
 def test_numpy_and_numba_loaded_before_are_adapted(before: str, node: Path) -> None:
     ways = ("dbmpi.runs.training", "dbmpi._minimize", "dbmpi.runs.inference", "dbmpi.kernels.vectors")
     program = f"""{_FORKED}
@@ -186,6 +188,7 @@ assert later(1) == 2
     assert "NUMBA_NUM_THREADS" not in os.environ or found["prepared"]
 
 
+@pytest.mark.slow
 def test_what_the_user_has_set_for_numpy_stays(node: Path) -> None:
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("needs two cores")
@@ -193,6 +196,7 @@ def test_what_the_user_has_set_for_numpy_stays(node: Path) -> None:
     assert set(found["blas"]) == {2}  # type: ignore[call-overload]
 
 
+@pytest.mark.slow
 def test_threads_that_spin_are_named(node: Path) -> None:
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("needs two cores")
@@ -201,6 +205,7 @@ def test_threads_that_spin_are_named(node: Path) -> None:
     assert any("spin" in loss and "import dbmpi before numpy" in loss for loss in found["losses"])  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 def test_libraries_that_a_prepared_process_has_started_are_left_as_they_are(node: Path) -> None:
     """As of a program of a user's own under `dbmpi launch`, which loads them before dbmpi."""
     program = """
@@ -226,6 +231,7 @@ own_program.main([sys.executable, "-c", {program + _SHOW!r}])
         assert not [loss for loss in found["losses"] if "spin" in loss]
 
 
+@pytest.mark.slow
 def test_settings_for_finding_mistakes_are_named(node: Path) -> None:
     found = shown("import dbmpi.runs.training", node, NUMBA_OPT="0", NUMBA_BOUNDSCHECK="1")
     for setting, said in (("NUMBA_OPT=0", "optimised"), ("NUMBA_BOUNDSCHECK=1", "every index")):
@@ -260,6 +266,7 @@ assert early._finder not in sys.meta_path
     python(program, node)
 
 
+@pytest.mark.slow
 def test_kernels_work_where_nothing_can_be_kept(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     nowhere = str(tmp_path / "file" / "nowhere")

@@ -187,6 +187,7 @@ def test_needs_can_be_counted_by_axes(layers, data):
     ("network", "partitions"),
     [(network, 144) for network in NETWORKS] + [("images-8", n) for n in (1, 2, 5, 36, 100)] + [("speech", 8)],
 )
+@pytest.mark.slow
 def test_the_papers_networks_move_the_least_possible(network, partitions):
     layers = NETWORKS[network]()
     placement = automatic(layers, partitions)

@@ -358,6 +358,7 @@ def started(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Launched
 
 @pytest.mark.parametrize("started", [1.5], indirect=True)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.slow
 def test_a_signal_leaves_the_ranks_time_for_a_checkpoint(started: Launched, number: signal.Signals) -> None:
     started.program.signal(number)
     assert started.wait(30) == 128 + number, started.said()
@@ -365,6 +366,7 @@ def test_a_signal_leaves_the_ranks_time_for_a_checkpoint(started: Launched, numb
 
 
 @pytest.mark.parametrize("started", [60.0], indirect=True)
+@pytest.mark.slow
 def test_a_second_ctrl_c_ends_at_once(started: Launched) -> None:
     started.program.signal(signal.SIGINT)
     time.sleep(0.5)
@@ -400,6 +402,7 @@ def run_dbmpi(*words: str, **variables: str) -> subprocess.CompletedProcess[str]
     )
 
 
+@pytest.mark.slow
 def test_the_exit_code_of_the_ranks_is_returned() -> None:
     done = run_dbmpi("launch", "-n", "2", "--", "train", "missing.toml")
     assert done.returncode == 2

@@ -121,6 +121,7 @@ DATA = Path(os.environ.get("DBMPI_TEST_DATA", Path(__file__).parents[3] / "share
 
 
 @pytest.mark.skipif(not (DATA / "a9a").exists(), reason="needs the data set a9a (DBMPI_TEST_DATA)")
+@pytest.mark.slow
 def test_logistic_regression_on_a9a_beside_scipy():
     datasets = pytest.importorskip("sklearn.datasets")
     inputs, labels = datasets.load_svmlight_file(str(DATA / "a9a"), n_features=123)

@@ -79,6 +79,7 @@ def line(axes, label):
     return np.asarray(found.get_xdata(), float), np.asarray(found.get_ydata(), float)
 
 
+@pytest.mark.slow
 def test_every_picture_is_written_and_is_a_picture(tmp_path):
     """And drawing leaves Matplotlib as it was."""
     import matplotlib as mpl
@@ -240,11 +241,13 @@ def test_the_running_mean_agrees_with_its_definition(points):
     ],
     ids=str,
 )
+@pytest.mark.slow
 def test_runs_of_all_kinds_can_be_drawn(tmp_path, options, recwarn):
     assert len(draw(make_run(tmp_path / "run", **options))) == len(PICTURES)
     assert [str(warning.message) for warning in recwarn] == []
 
 
+@pytest.mark.slow
 def test_a_run_that_has_hardly_begun_or_gone_wrong_can_be_drawn(tmp_path, recwarn):
     directory = make_run(tmp_path / "run", workers=1, sessions=1)
     path = directory / "records" / "worker-0.jsonl"
@@ -287,6 +290,7 @@ def command(*words):
     return plot.run(parser.parse_args([str(word) for word in words]))
 
 
+@pytest.mark.slow
 def test_the_command_prints_what_it_wrote_and_what_it_skipped(tmp_path, capsys):
     directory = make_run(tmp_path / "run")
     with (directory / "records" / "worker-0.jsonl").open("a") as file:

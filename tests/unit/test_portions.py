@@ -225,6 +225,7 @@ def test_each_portion_counts_once_under_any_schedule(block, ordered):
 
 
 @pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.slow
 def test_each_portion_counts_once_where_replicas_die(ordered):
     deaths = gone = anew = 0
     for seed in range(100):

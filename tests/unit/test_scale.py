@@ -186,6 +186,7 @@ def test_the_start_of_a_rank_grows_no_faster_than_the_world(kind, tmp_path, monk
 
 
 @pytest.mark.parametrize(("network", "near"), [("images-8", True), ("speech", True), ("speech", False)])
+@pytest.mark.slow
 def test_the_plans_of_a_rank_grow_no_faster_than_the_partitions(network, near):
     layers = NETWORKS[network]()
     layout = Layout(tuple(tensor for layer in layers for tensor in layer.tensors.values()))

@@ -169,6 +169,7 @@ assert not {*threads.VARIABLES, *threads.PATIENCE} & set(threads.without_prepare
 
 
 @pytest.mark.parametrize("name", ["train", "minimize", "ParameterServer"])
+@pytest.mark.slow
 def test_public_functions_prepare_when_they_are_imported(name: str) -> None:
     program = f"""
 import os, sys

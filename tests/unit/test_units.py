@@ -73,6 +73,7 @@ def test_iterations_do_not_depend_on_units(method, name):
         assert other.iterations == pytest.approx(one.iterations, rel=0.15, abs=2)
 
 
+@pytest.mark.slow
 def test_iterations_beside_scipy():
     """The median over the problems, at every scale; with ftol as well, which stands for the same in any units."""
     names = [name for name in PROBLEMS if not name.startswith(("meyer", "jennrich", "brown_dennis"))][::2]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import io
 import math
 import os
 import shutil
@@ -19,6 +18,7 @@ from numpy.typing import DTypeLike
 
 from dbmpi.checkpoint import checksums
 from dbmpi.checkpoint import compressed as compression
+from dbmpi.checkpoint.raw_file import RawFile
 from dbmpi.checkpoint.untrusted import HDF5_ERRORS, reason
 from dbmpi.errors import DiskFailed, RunFailed, UserError
 from dbmpi.index.boxes import Box
@@ -106,7 +106,7 @@ class NewFile:
         """Bytes of the whole file, after :meth:`commit`."""
         try:
             self._temporary.unlink(missing_ok=True)
-            self._raw = _Raw(self._temporary, "x+")
+            self._raw = RawFile(self._temporary, "x+")
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise failure(f"{path}: could not be written: {error.strerror}", True) from error
@@ -326,49 +326,6 @@ class NewFile:
 
 def _space(shape: tuple[int, ...]) -> Any:
     return h5py.h5s.create_simple(shape) if shape else h5py.h5s.create(h5py.h5s.SCALAR)
-
-
-class _Raw(io.FileIO):
-    """The file that HDF5 writes to; it keeps an error instead of raising it, and writes nothing more when abandoned."""
-
-    abandoned = False
-    error: BaseException | None = None
-
-    def check(self) -> None:
-        """Raise the first error that was kept from HDF5, if there was one."""
-        if self.error is not None:
-            raise self.error
-
-    def write(self, data: Any) -> int:
-        """Write all of `data`."""
-        view = memoryview(data).cast("B")
-        written = 0
-        while written < len(view) and not self.abandoned:
-            try:
-                written += super().write(view[written:]) or 0
-            except BaseException as error:  # an interrupt, too, must not be thrown into HDF5
-                self._fail(error)
-        return len(view)
-
-    def readinto(self, buffer: Any) -> int:
-        """Fill `buffer`; what could not be written reads as zeros."""
-        view = memoryview(buffer).cast("B")
-        count = super().readinto(view) or 0
-        view[count:] = bytes(len(view) - count)
-        return len(view)
-
-    def truncate(self, size: int | None = None) -> int:
-        """Set the size of the file."""
-        if not self.abandoned:
-            try:
-                return super().truncate(size)
-            except BaseException as error:
-                self._fail(error)
-        return size or 0
-
-    def _fail(self, error: BaseException) -> None:
-        self.error = error
-        self.abandoned = True
 
 
 def _typed(value: str | float | Sequence[float] | Sequence[bytes]) -> tuple[Any, Any]:
