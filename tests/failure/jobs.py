@@ -114,15 +114,15 @@ class Jobs:
             return {worker: file.read_bytes().count(b"\n") if file.exists() else 0 for worker, file in files.items()}
 
         before = reports()
-        self._wait(program, lambda: all(now >= before[worker] + count for worker, now in reports().items()))
+        self.wait_for(program, lambda: all(now >= before[worker] + count for worker, now in reports().items()))
 
     def wait_for_checkpoint(self, program: Program, directory: str = "run") -> None:
         """Wait until there is a checkpoint; the run goes on after it."""
-        self._wait(program, (self.directory / directory / "checkpoints" / "latest").exists)
+        self.wait_for(program, (self.directory / directory / "checkpoints" / "latest").exists)
 
     def wait_for_output(self, program: Program, *words: str) -> None:
         """Wait until a program has written all these words to standard output; it goes on after that."""
-        self._wait(program, lambda: all(word in program.stdout for word in words))
+        self.wait_for(program, lambda: all(word in program.stdout for word in words))
 
     def wait_for_passes(self, program: Program, count: int) -> None:
         """Wait for so many further passes over batches of Sandblaster; the run goes on after them."""
@@ -132,9 +132,9 @@ class Jobs:
             return path.read_text().count('"kind": "batch"') if path.exists() else 0
 
         wanted = passes() + count
-        self._wait(program, lambda: passes() > wanted)
+        self.wait_for(program, lambda: passes() > wanted)
 
-    def _wait(self, program: Program, condition: Callable[[], bool], seconds: float = 40.0) -> None:
+    def wait_for(self, program: Program, condition: Callable[[], bool], seconds: float = 40.0) -> None:
         """Wait for what a running program does; fail the test if it ends before, or right after."""
         __tracebackhide__ = True
         came = program.wait_until(lambda: program.returncode is not None or condition(), seconds * timeout_scale())

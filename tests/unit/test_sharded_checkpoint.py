@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from unit.checkpoint_files import LAYOUT, VECTORS, read_all, values_of, write, write_sharded
+from unit.checkpoint_files import LAYOUT, VECTORS, read_all, run_python, values_of, write, write_sharded
 from unit.test_shard_boxes import arrangements
 
 from dbmpi.checkpoint import directory, retention, stored_arrays
@@ -331,6 +331,16 @@ def test_as_many_files_as_a_large_run_has_shards(tmp_path):
     path = write_sharded(tmp_path, equal(layout, 150))
     with Checkpoint.open(path) as checkpoint:
         np.testing.assert_array_equal(checkpoint.parameters(), np.arange(layout.size))
+
+
+def test_no_change_of_a_file_does_harm(tmp_path):
+    """In a process of its own, with little memory: no traceback, crash, hang, or other number."""
+    count = os.environ.get("DBMPI_TEST_MUTATIONS", "80")
+    ended = run_python(
+        "from unit.sharded_mutations import main\nmain(Path(sys.argv[1]), int(sys.argv[2]), 1)", tmp_path, count
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert int(ended.stdout) > int(count) // 2  # else nothing was changed
 
 
 def test_nothing_is_wrong_without_damage(path):

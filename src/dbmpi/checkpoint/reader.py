@@ -23,6 +23,8 @@ from dbmpi.index.layout import Layout
 
 _DIFFERENCES_SHOWN = 6
 _CONVERTED_AT_ONCE = _CHECKED_AT_ONCE = 2**20
+_ATTEMPTS = 10
+"""How often a checkpoint is looked for where a run deletes what has just been found."""
 
 
 class Checkpoint:
@@ -107,42 +109,23 @@ class Checkpoint:
         UserError
             If there is none, or the file is no checkpoint, is torn, or is of a later format.
         """
-        for more in (True, True, False):
-            checkpoint = cls._find(path, without)
-            try:
-                if checkpoint._shards is not None:
-                    checkpoint._shards.files.hold()
-                break
-            except OSError as error:  # deleted since
-                checkpoint.close()
-                if not more:
-                    raise Damaged(f"{checkpoint.path}: cannot be read: {error}") from None
-        return checkpoint
-
-    @classmethod
-    def _find(cls, path: Path, without: Collection[Path]) -> Checkpoint:
-        """Open as :meth:`open` does, but for the files of shards."""
         if not path.is_dir():
             if path.name in directory.POINTERS and path.is_file() and not path.is_symlink():
                 path = directory.read_pointer(path.parent, path.name) or path
             return _steady(cls, path)
         folder = directory.checkpoints_directory(path)
-        found, unreadable = _open_all(cls, folder, without)
+        newest, unreadable = _open_newest(cls, folder, without)
         latest = directory.read_pointer(folder)
         problems = [str(error) for error in unreadable.values()]
         if latest is None:
             problems.append(f"{folder / directory.LATEST} is missing or names no checkpoint")
         elif not latest.exists():
             problems.append(f"{latest}: no such checkpoint")
-        if not found:
+        if newest is None:
             raise UserError(
                 f"{folder}: no checkpoint that can be read; expected files like step-000000123.h5 "
                 f"({'; '.join([*problems, *(f'{path} is not taken' for path in without)])})"
             )
-        newest = max(found, key=lambda checkpoint: (checkpoint.info.created, checkpoint.info.step))
-        for checkpoint in found:
-            if checkpoint is not newest:
-                checkpoint.close()
         if problems:
             newest.notice = f"{'; '.join(problems)}; the newest checkpoint that can be read is {newest.path}"
         newest.unreadable = unreadable
@@ -292,14 +275,14 @@ class Checkpoint:
 
 def _steady(kind: type[Checkpoint], path: Path) -> Checkpoint:
     """Open a checkpoint; again if another one has got its name meanwhile, after which files of shards are deleted."""
-    for more in (True, True, False):
+    for attempt in range(_ATTEMPTS):
         before = _identity(path)
         try:
             return kind(path)
         except UserError:
-            if not more or _identity(path) == before:
+            if attempt == _ATTEMPTS - 1 or _identity(path) == before:
                 raise
-    raise AssertionError
+    raise AssertionError("the last attempt raises")
 
 
 def _identity(path: Path) -> tuple[int, ...]:
@@ -310,28 +293,38 @@ def _identity(path: Path) -> tuple[int, ...]:
     return status.st_dev, status.st_ino, status.st_mtime_ns
 
 
-def _open_all(
+def _open_newest(
     kind: type[Checkpoint], folder: Path, without: Collection[Path]
-) -> tuple[list[Checkpoint], dict[Path, UserError]]:
-    """Open all checkpoints in a directory; return them, and the errors of the others."""
-    found: list[Checkpoint] = []
-    for attempt in range(3):
+) -> tuple[Checkpoint | None, dict[Path, UserError]]:
+    """Open the newest checkpoint in a directory that can be read, if any; return the errors of the others, too."""
+    for attempt in range(_ATTEMPTS):
+        newest: Checkpoint | None = None
         unreadable, vanished = {}, False
         for candidate in directory.checkpoints(folder):
+            if candidate in without:
+                continue
             try:
-                if candidate not in without:
-                    found.append(_steady(kind, candidate))
+                opened = _steady(kind, candidate)
             except UserError as error:
                 if candidate.exists():
                     unreadable[candidate] = error
                 else:
                     vanished = True
+                continue
+            if newest is None or _age(newest) < _age(opened):
+                newest, opened = opened, newest
+            if opened is not None:
+                opened.close()
         # A run deletes an old checkpoint when there is a newer one, which the list may not have had yet.
-        if not vanished or attempt == 2:
+        if not vanished or attempt == _ATTEMPTS - 1:
             break
-        while found:
-            found.pop().close()
-    return found, unreadable
+        if newest is not None:
+            newest.close()
+    return newest, unreadable
+
+
+def _age(checkpoint: Checkpoint) -> tuple[str, int]:
+    return checkpoint.info.created, checkpoint.info.step
 
 
 def _fill(segment: StoredRun, dtype: np.dtype[Any], out: np.ndarray) -> None:

@@ -66,6 +66,7 @@ class ShardedContents:
         self.files = ShardFiles(path.parent, self.names, self._sizes)
         problem = self.files.problem()
         if problem:
+            self.files.close()
             raise Malformed(problem)
 
     @property

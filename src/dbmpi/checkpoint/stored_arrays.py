@@ -133,10 +133,15 @@ class ShardFiles:
         self._open: OrderedDict[int, int] = OrderedDict()
 
     def problem(self) -> str:
-        """Say which file is missing or cannot be what it should be; empty if none."""
-        for name, size in zip(self._names, self._sizes, strict=True):
+        """Say which file is missing or cannot be what it should be; empty if none.
+
+        As many as may be open are opened: what is deleted from then on can still be read.
+        """
+        for number, (name, size) in enumerate(zip(self._names, self._sizes, strict=True)):
             try:
                 found = (self._folder / name).lstat()
+                if stat.S_ISREG(found.st_mode) and found.st_size == size and number < _OPEN_FILES:
+                    self.descriptor(number)
             except OSError as error:
                 return f"its file {name} is missing" if isinstance(error, FileNotFoundError) else f"{name}: {error}"
             if not stat.S_ISREG(found.st_mode):
@@ -158,11 +163,6 @@ class ShardFiles:
         if not stat.S_ISREG(found.st_mode) or found.st_size != self._sizes[number]:
             raise OSError(f"{self._names[number]} has changed since the checkpoint was opened")
         return descriptor
-
-    def hold(self) -> None:
-        """Open all files, but no more than may be open: what is deleted from then on can still be read."""
-        for number in range(min(len(self._names), _OPEN_FILES)):
-            self.descriptor(number)
 
     def close(self) -> None:
         """Close all files."""
