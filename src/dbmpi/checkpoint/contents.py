@@ -15,10 +15,9 @@ from pydantic import ValidationError
 from dbmpi.checkpoint import checksums, consistency, schema
 from dbmpi.checkpoint.checksums import Mismatch, StoredArray
 from dbmpi.checkpoint.meaning import Meaning
-from dbmpi.checkpoint.sharded_contents import ShardedContents, sources_of
+from dbmpi.checkpoint.sharded_contents import ShardedContents
 from dbmpi.checkpoint.stored_arrays import Arrays, WholeArrays
 from dbmpi.checkpoint.untrusted import LARGEST_TEXT, Foreign, Malformed, attribute, link
-from dbmpi.index.boxes import Box
 from dbmpi.index.layout import Layout, Tensor
 
 
@@ -107,7 +106,11 @@ class Contents:
         names = self.small(schema.TENSORS, "S", 1)
         if not names:
             raise Malformed(f"/{schema.TENSORS}: expected a list of names")
-        return Layout(tuple(Tensor(name, self._shape(f"{schema.PARAMETERS}/{name}")) for name in names))
+        if self.shards is not None:
+            shapes = self.shards.shapes(names)
+        else:
+            shapes = [self._plain(f"{schema.PARAMETERS}/{name}").shape for name in names]
+        return Layout(tuple(map(Tensor, names, shapes)))
 
     def objective_state(self) -> dict[str, StateArray]:
         """Return the arrays that an objective of a user's own has beside its parameters, by name."""
@@ -154,22 +157,6 @@ class Contents:
             raise Malformed(f"its arrays have {total} bytes and the file has {self._file_size}")
         return kinds.pop(), WholeArrays(stored, paths)
 
-    def view(self, path: str, shape: tuple[int, ...]) -> np.dtype[Any]:
-        """Return the dtype of the array at `path`, after comparing its `shape`.
-
-        It lies in other files, or has no elements.
-        """
-        dataset = self._find(path, h5py.Dataset)
-        virtual = dataset.id.get_create_plist().get_layout() == h5py.h5d.VIRTUAL
-        if dataset.shape != shape or (math.prod(shape) > 0 and not virtual):
-            raise Malformed(f"/{path}: expected a view of shape {shape}, found shape {dataset.shape}")
-        return _element(path, dataset)
-
-    def sources(self, path: str, expected: str) -> set[tuple[str, Box, int]] | None:
-        """Return the parts of the view at `path`, which are `expected` to be of a vector of that path elsewhere."""
-        dataset = self._find(path, h5py.Dataset)
-        return sources_of(dataset, expected) if dataset.is_virtual else set()
-
     def table(self, path: str, dtype: DTypeLike = np.int64) -> np.ndarray:
         """Return the array of integers of this `dtype` at `path`, after comparing it with its checksums."""
         dataset = self._plain(path, "iu")
@@ -181,14 +168,6 @@ class Contents:
         except Mismatch as error:
             raise Malformed(f"/{path} does not fit its checksum: {error}") from None
         return values
-
-    def _shape(self, path: str) -> tuple[int, ...]:
-        """Return the shape of an array of parameters."""
-        dataset = self._plain(path) if self.shards is None else self._find(path, h5py.Dataset)
-        most = self._file_size if self.shards is None else self.shards.most_elements
-        if dataset.shape is None or math.prod(dataset.shape) > most:
-            raise Malformed(f"/{path}: expected an array no larger than the files")
-        return tuple(dataset.shape)
 
     def _find(self, path: str, kind: type) -> Any:
         """Return an object of the file, going through hard links only: other links may lead to other files."""

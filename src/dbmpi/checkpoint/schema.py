@@ -55,6 +55,8 @@ SHARDS_ID, SHARDS_FILES, SHARDS_VECTORS = "shards/id", "shards/files", "shards/v
 """The hexadecimal digits in the names of the files; these names; the names of the vectors, the parameters first."""
 SHARDS_SIZES, SHARDS_ELEMENTS = "shards/sizes", "shards/elements"
 """Of each file in bytes, and of each of its vectors."""
+SHARDS_DTYPE, SHARDS_SHAPES = "shards/dtype", "shards/shapes"
+"""Of the arrays, as NumPy writes it; number of axes and lengths of each tensor, one row each."""
 SHARDS_OFFSETS, SHARDS_BOXES = "shards/offsets", "shards/boxes"
 """Where in each file each vector begins; the table of :mod:`dbmpi.checkpoint.shard_boxes`."""
 SHARDS_COMPRESSION = "shards/compression"

@@ -93,6 +93,13 @@ def to_table(layout: Layout, boxes: Sequence[ShardBox]) -> np.ndarray:
     return table
 
 
+def shapes_table(layout: Layout) -> np.ndarray:
+    """Return the shapes of the tensors of a `layout`, a row each: number of axes, lengths; unused ones are 0."""
+    axes = max(len(tensor.shape) for tensor in layout.tensors)
+    rows = [(len(tensor.shape), *tensor.shape, *[0] * (axes - len(tensor.shape))) for tensor in layout.tensors]
+    return np.array(rows, np.int64)
+
+
 def from_table(layout: Layout, table: np.ndarray, sizes: Sequence[int]) -> list[ShardBox]:
     """Return the boxes of a table from anywhere.
 

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import h5py
 import numpy as np
 
 from dbmpi.checkpoint import checksums, compressed, directory, schema, shard_boxes
 from dbmpi.checkpoint.checksums import StoredArray
 from dbmpi.checkpoint.compressed import CompressedArray
-from dbmpi.checkpoint.shard_boxes import ShardBox
 from dbmpi.checkpoint.stored_arrays import ShardedArrays, ShardFiles
 from dbmpi.checkpoint.untrusted import Foreign, Malformed
-from dbmpi.index.boxes import Box
 from dbmpi.index.layout import Layout
 
 if TYPE_CHECKING:
@@ -61,8 +59,11 @@ class ShardedContents:
             )
         if not len(self._sizes) == len(self._elements) == shards or min(*self._sizes, *self._elements) < 0:
             raise Malformed(f"/{schema.SHARDS_SIZES}: expected a size for each of {shards} files")
-        if self.vectors[:1] != (schema.PARAMETERS,) or len(set(self.vectors)) < len(self.vectors):
-            raise Malformed(f"/{schema.SHARDS_VECTORS}: expected different names, the first {schema.PARAMETERS!r}")
+        plain = all("/" not in vector and vector not in ("", ".", "..") for vector in self.vectors)
+        if self.vectors[:1] != (schema.PARAMETERS,) or len(set(self.vectors)) < len(self.vectors) or not plain:
+            raise Malformed(
+                f"/{schema.SHARDS_VECTORS}: expected different names without '/', the first {schema.PARAMETERS!r}"
+            )
         self.files = ShardFiles(path.parent, self.names, self._sizes)
         problem = self.files.problem()
         if problem:
@@ -75,32 +76,41 @@ class ShardedContents:
         return sum(self._sizes)
 
     @property
-    def most_elements(self) -> int:
-        """More than these files can hold of a vector; memory is taken only for what is there."""
+    def _most(self) -> int:
+        """More elements than a vector in these files can have; memory is taken only for what is there."""
         return self.nbytes * (_LARGEST_RATIO if self._compressed else 1)
+
+    def shapes(self, names: Sequence[str]) -> list[tuple[int, ...]]:
+        """Return the shape of each tensor of parameters, of which these are the `names`.
+
+        The views are never opened: where they were damaged, HDF5 may crash.
+        """
+        table = self._contents.table(schema.SHARDS_SHAPES)
+        if table.ndim != 2 or len(table) != len(names) or table.shape[1] < 1:
+            raise Malformed(f"/{schema.SHARDS_SHAPES}: expected a row for each of {len(names)} tensors")
+        found = []
+        for name, (axes, *lengths) in zip(names, table.tolist(), strict=True):
+            shape = tuple(lengths[:axes])
+            if not 0 <= axes <= len(lengths) or min(shape, default=0) < 0 or math.prod(shape) > self._most:
+                raise Malformed(f"/{schema.SHARDS_SHAPES}: {name} cannot have the shape {shape} in these files")
+            found.append(shape)
+        return found
 
     def arrays(self, layout: Layout) -> tuple[np.dtype[Any], ShardedArrays]:
         """Return the dtype of the arrays, and where they are; `layout` is that of this file."""
-        kinds = {
-            self._contents.view(f"{schema.group_of(vector)}/{tensor.name}", tensor.shape)
-            for vector in self.vectors
-            for tensor in layout.tensors
-        }
-        if len(kinds) > 1:
-            raise Malformed("some of its arrays are float32 and some float64, expected only one of them")
-        dtype = kinds.pop()
+        kind = self._contents.small(schema.SHARDS_DTYPE, "S", 0)
+        if kind not in ("<f4", "<f8", ">f4", ">f8") or not np.dtype(kind).isnative:
+            raise Malformed(f"/{schema.SHARDS_DTYPE} is {kind!r}, expected float32 or float64 of this machine")
+        dtype = np.dtype(kind)
         try:
-            table = self._contents.table(schema.SHARDS_BOXES)
-            boxes = shard_boxes.from_table(layout, table, self._elements)
+            boxes = shard_boxes.from_table(layout, self._contents.table(schema.SHARDS_BOXES), self._elements)
         except ValueError as error:
             raise Malformed(f"/{schema.SHARDS_BOXES}: {error}") from None
-        self._check_views(layout, boxes)
         offsets = self._contents.table(schema.SHARDS_OFFSETS)
         if offsets.shape != (len(self.names), len(self.vectors)):
             raise Malformed(f"/{schema.SHARDS_OFFSETS}: expected a row for each file, a column for each vector")
-        return dtype, ShardedArrays(
-            [self._stored(shard, row, dtype) for shard, row in enumerate(offsets)], layout, boxes
-        )
+        stored = [self._stored(shard, row, dtype) for shard, row in enumerate(offsets)]
+        return dtype, ShardedArrays(stored, layout, boxes)
 
     def _stored(self, shard: int, offsets: np.ndarray, dtype: np.dtype[Any]) -> dict[str, StoredArray]:
         """Return the vectors of a shard."""
@@ -121,49 +131,3 @@ class ShardedContents:
             else:
                 found[vector] = StoredArray(reader, offset, size, begin, sums, self.names[shard])
         return found
-
-    def _check_views(self, layout: Layout, boxes: list[ShardBox]) -> None:
-        """Raise Malformed where other programs would see something else than what is read here."""
-        of_tensors: dict[str, set[tuple[str, Box, int]]] = {tensor.name: set() for tensor in layout.tensors}
-        for tensor, box, shard, local in boxes:
-            of_tensors[tensor.name].add((self.names[shard], box, local))
-        for vector in self.vectors:
-            group = schema.group_of(vector)
-            for tensor in layout.tensors:
-                if self._contents.sources(f"{group}/{tensor.name}", f"/{group}") != of_tensors[tensor.name]:
-                    raise Malformed(f"/{group}/{tensor.name} is not the view of the shards that it should be")
-
-
-def sources_of(dataset: h5py.Dataset, expected: str) -> set[tuple[str, Box, int]] | None:
-    """Return of which parts a view consists: file, box, and first element there; None if of others than these.
-
-    Parameters
-    ----------
-    dataset
-        The view.
-    expected
-        Path of the vector in the files.
-    """
-    properties, found = dataset.id.get_create_plist(), set()
-    for number in range(properties.get_virtual_count()):
-        here, there = properties.get_virtual_vspace(number), properties.get_virtual_srcspace(number)
-        if properties.get_virtual_dsetname(number) != expected or not (_boxed(here) and _boxed(there)):
-            return None
-        (starts, ends), (first, last) = _bounds(here), _bounds(there)
-        box = Box(tuple(map(int, starts)), tuple(int(end) + 1 for end in ends))
-        if len(first) != 1 or int(last[0]) + 1 - int(first[0]) != box.size:
-            return None
-        found.add((properties.get_virtual_filename(number), box, int(first[0])))
-    return found
-
-
-def _boxed(space: h5py.h5s.SpaceID) -> bool:
-    """Return whether a selection is a box, and holds all that its bounds do."""
-    starts, ends = _bounds(space)
-    size = math.prod(int(end) - int(start) + 1 for start, end in zip(starts, ends, strict=True))
-    return bool(space.get_select_npoints() == size)
-
-
-def _bounds(space: h5py.h5s.SpaceID) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the first and the last index of a selection; HDF5 has none for a number without axes."""
-    return space.get_select_bounds() if space.get_simple_extent_ndims() else ((), ())

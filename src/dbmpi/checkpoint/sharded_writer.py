@@ -157,6 +157,7 @@ def write_whole(
             file.create(f"{schema.OBJECTIVE_STATE}/{name}", values.shape, values.dtype)
             file.write(f"{schema.OBJECTIVE_STATE}/{name}", 0, np.ascontiguousarray(values).reshape(-1))
         file.put(schema.SHARDS_ID, identity)
+        file.put(schema.SHARDS_DTYPE, dtype.str)
         file.put(schema.SHARDS_FILES, [name.encode() for name in files])
         file.put(schema.SHARDS_VECTORS, [vector.encode() for vector in vectors])
         if compression != "none":
@@ -165,6 +166,7 @@ def write_whole(
         file.put(schema.SHARDS_ELEMENTS, [each.elements for each in facts])
         tables = {
             schema.SHARDS_OFFSETS: np.array([[each.offsets[vector] for vector in vectors] for each in facts], np.int64),
+            schema.SHARDS_SHAPES: shard_boxes.shapes_table(layout),
             schema.SHARDS_BOXES: shard_boxes.to_table(layout, boxes),
         }
         for shard, each in enumerate(facts):
