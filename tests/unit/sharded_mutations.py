@@ -67,7 +67,7 @@ def _view(path: Path, random: Random) -> str:
         properties.set_layout(h5py.h5d.VIRTUAL)
         count = old.get_virtual_count()
         chosen, what = int(random.integers(count)), int(random.integers(8))
-        names = [b"/etc/passwd", b"../x.h5", b".", b"", path.name.encode(), b"other.h5", b"%b", b"x" * 5000]
+        names = [b"/etc/passwd", b"../x.h5", b".", path.name.encode(), b"other.h5", b"x" * 5000]
         for number in range(count):
             here, there = old.get_virtual_vspace(number), old.get_virtual_srcspace(number)
             name, source = old.get_virtual_filename(number).encode(), old.get_virtual_dsetname(number).encode()
