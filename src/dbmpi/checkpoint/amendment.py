@@ -36,10 +36,9 @@ def amend(path: Path, account: Account, keep: int, warn: Callable[[str], None]) 
     """
     try:
         with Checkpoint.open(path) as checkpoint:
-            sealed = len(checkpoint.files) > 1
             layout, info = checkpoint.layout, replace(checkpoint.info, **account.test())
         consistency.check(info)
-        with NewFile(path, ARRAYS, with_checksums=True, copy_of=path, sealed=sealed) as file:
+        with NewFile(path, ARRAYS, with_checksums=True, copy_of=path) as file:
             with file.writing():
                 for group in (schema.TEST, f"{checksums.GROUP}/{schema.TEST}"):
                     if group in file.hdf5:

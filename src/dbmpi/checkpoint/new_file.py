@@ -16,7 +16,7 @@ import h5py
 import numpy as np
 from numpy.typing import DTypeLike
 
-from dbmpi.checkpoint import checksums, seal
+from dbmpi.checkpoint import checksums
 from dbmpi.checkpoint import compressed as compression
 from dbmpi.checkpoint.raw_file import RawFile
 from dbmpi.checkpoint.untrusted import HDF5_ERRORS, reason
@@ -64,8 +64,6 @@ class NewFile:
         Whether checksums of all datasets that are created here are written, too; see :mod:`dbmpi.checkpoint.checksums`.
     copy_of
         A file to begin as a copy of; without one it is empty.
-    sealed
-        Whether it gets a seal, see :mod:`dbmpi.checkpoint.seal`.
     failure
         Makes the exception for a failed write from its message, and from whether the file could be created at all.
 
@@ -93,11 +91,10 @@ class NewFile:
         *,
         with_checksums: bool = False,
         copy_of: Path | None = None,
-        sealed: bool = False,
         failure: Callable[[str, bool], Exception] = _failure,
     ) -> None:
         self.path = path
-        self._summed, self._sealed, self._failure = with_checksums, sealed, failure
+        self._summed, self._failure = with_checksums, failure
         self._sums: dict[str, checksums.WrittenSums] = {}
         self._offsets: dict[str, tuple[int, np.dtype[Any]]] = {}
         self._bytes = 0
@@ -273,8 +270,6 @@ class NewFile:
                 self.hdf5.create_dataset(f"{checksums.GROUP}/{name}", data=found)
             self.hdf5.close()
             self._raw.check()
-            if self._sealed:
-                seal.add(self._raw.fileno())
             os.fsync(self._raw.fileno())
             self.size = os.fstat(self._raw.fileno()).st_size
             self._raw.close()

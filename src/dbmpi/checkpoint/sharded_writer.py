@@ -143,7 +143,7 @@ def write_whole(
     def failure(text: str, _: bool) -> Exception:
         return DiskFailed(f"{text}; {retention.kept(path.parent)}")
 
-    with NewFile(path, ARRAYS, with_checksums=True, sealed=True, failure=failure) as file:
+    with NewFile(path, ARRAYS, with_checksums=True, failure=failure) as file:
         file.set_attribute("format", schema.FORMAT)
         file.set_attribute("format_version", schema.FORMAT_VERSION)
         of_tensors: dict[str, list[View]] = {tensor.name: [] for tensor in layout.tensors}
