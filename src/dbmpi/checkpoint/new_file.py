@@ -33,6 +33,8 @@ are written in whole pages.
 
 _FLUSHED = 1 << 24
 """Bytes after which the disk is told to begin."""
+_SYNCED = 1 << 30
+"""Bytes after which it is waited for."""
 
 
 class View(NamedTuple):
@@ -98,7 +100,7 @@ class NewFile:
         self._sums: dict[str, checksums.WrittenSums] = {}
         self._offsets: dict[str, tuple[int, np.dtype[Any]]] = {}
         self._bytes = 0
-        self._dirty = range(0)
+        self._dirty, self._flushed = range(0), 0
         self._compressed: set[str] = set()
         self._open = True
         self._temporary = temporary_path(path)
@@ -192,6 +194,11 @@ class NewFile:
         self._bytes = path.stat().st_size
         self.check_space()
         with path.open("rb") as source:
+            left = self._bytes
+            with contextlib.suppress(OSError):  # not between these file systems
+                while left and (count := os.copy_file_range(source.fileno(), self._raw.fileno(), min(left, 2**26))):
+                    left -= count
+            source.seek(self._bytes - left)
             shutil.copyfileobj(source, self._raw, 2**17)
         self._raw.check()  # HDF5 must not see a part of a file
         self._raw.seek(0)
@@ -303,7 +310,10 @@ class NewFile:
         self._dirty = range(min(dirty.start, offset), max(dirty.stop, offset + count))
         if len(self._dirty) >= _FLUSHED and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._raw.fileno(), self._dirty.start, len(self._dirty), os.POSIX_FADV_DONTNEED)
-            self._dirty = range(0)
+            self._flushed, self._dirty = self._flushed + len(self._dirty), range(0)
+        if self._flushed >= _SYNCED:  # so that the end need not wait for long
+            self._flushed = 0
+            os.fdatasync(self._raw.fileno())
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:

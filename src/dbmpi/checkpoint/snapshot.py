@@ -27,8 +27,6 @@ class Snapshot:
         By name, each (n,) and contiguous.
     most_bytes
         Memory for copies.  Where it is used up, a change waits until its block is taken.
-    changing
-        Whether the vectors may change; those that do not are not copied.
 
     Attributes
     ----------
@@ -36,10 +34,8 @@ class Snapshot:
         Seconds that changes had to wait for copies.
     """
 
-    def __init__(
-        self, vectors: Mapping[str, np.ndarray], most_bytes: float = float("inf"), *, changing: bool = True
-    ) -> None:
-        self._vectors, self._changing = dict(vectors), changing
+    def __init__(self, vectors: Mapping[str, np.ndarray], most_bytes: float = float("inf")) -> None:
+        self._vectors = dict(vectors)
         self._safe = {name: np.zeros(-(-len(vector) // BLOCK), bool) for name, vector in vectors.items()}
         """Blocks that may change: those that are taken or copied."""
         self._copies: dict[tuple[str, int], np.ndarray] = {}
@@ -61,11 +57,12 @@ class Snapshot:
         began = time.perf_counter()
         for block in range(first, last):
             with self._taken:
-                if not self._room(name, block):
+                if not (safe[block] or self._copy(name, block)):
                     self._wanted.append((name, block))
-                    self._taken.wait_for(lambda block=block: safe[block] or self._room(name, block), _PATIENCE)  # type: ignore[misc]
-                if not safe[block]:
-                    self._copy(name, block)
+                    if not self._taken.wait_for(lambda block=block: safe[block] or self._copy(name, block), _PATIENCE):  # type: ignore[misc]
+                        self._most = float("inf")  # no change waits again
+                        if not self._copy(name, block):
+                            raise MemoryError("a checkpoint on a slow disk needs copies of what changes")
         self.waited += time.perf_counter() - began
 
     def ahead(self, moved: Callable[[], None]) -> None:
@@ -74,10 +71,8 @@ class Snapshot:
             for block in range(len(safe)):
                 moved()
                 with self._taken:
-                    if self._released or not self._room(name, block):
+                    if self._released or not (safe[block] or self._copy(name, block)):
                         return
-                    if not safe[block]:
-                        self._copy(name, block)
 
     def blocks(self) -> Iterator[tuple[str, int, np.ndarray]]:
         """Take all blocks: yield the name, the first element, and values that are valid until the next.
@@ -85,26 +80,25 @@ class Snapshot:
         They come vector after vector, but for those for which a change waits; none comes after :meth:`release`.
         """
         staged = np.empty(BLOCK, next(iter(self._vectors.values())).dtype)
-        left = {(name, block): None for name, safe in self._safe.items() for block in range(len(safe))}
-        while left:
+        places = ((name, block) for name, safe in self._safe.items() for block in range(len(safe)))
+        done: set[tuple[str, int]] = set()
+        while True:
             with self._taken:
-                if self._released:  # the vectors may be gone
+                place = self._wanted.popleft() if self._wanted else next(places, None)
+                if self._released or place is None:  # the vectors may be gone, or all are taken
                     return
-                place = self._wanted.popleft() if self._wanted else next(iter(left))
-                if place not in left:
+                if place in done:
                     continue
                 values = self._copies.pop(place, None)
                 if values is None:
                     source = self._block(*place)
-                    values = source
-                    if self._changing:
-                        values = staged[: len(source)]
-                        np.copyto(values, source)
+                    values = staged[: len(source)]
+                    np.copyto(values, source)
                     self._safe[place[0]][place[1]] = True
                 else:
                     self._held -= values.nbytes
                 self._taken.notify_all()
-            del left[place]
+            done.add(place)
             yield place[0], place[1] * BLOCK, values
 
     def release(self) -> None:
@@ -119,11 +113,17 @@ class Snapshot:
     def _block(self, name: str, block: int) -> np.ndarray:
         return self._vectors[name][block * BLOCK : (block + 1) * BLOCK]
 
-    def _room(self, name: str, block: int) -> bool:
-        return self._held + self._block(name, block).nbytes <= self._most
-
-    def _copy(self, name: str, block: int) -> None:
-        copy = self._block(name, block).copy()
+    def _copy(self, name: str, block: int) -> bool:
+        """Copy a block, which then may change; return False if there is no memory for it."""
+        source = self._block(name, block)
+        if self._held + source.nbytes > self._most:
+            return False
+        try:
+            copy = source.copy()
+        except MemoryError:
+            self._most = self._held  # the writing thread gives back what there is
+            return False
         self._copies[name, block] = copy
         self._held += copy.nbytes
         self._safe[name][block] = True
+        return True

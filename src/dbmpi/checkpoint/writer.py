@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -16,6 +17,7 @@ from numpy.typing import DTypeLike
 from dbmpi.checkpoint import consistency, directory, retention, schema
 from dbmpi.checkpoint.annotations import annotate
 from dbmpi.checkpoint.new_file import ARRAYS, NewFile
+from dbmpi.checkpoint.untrusted import HDF5_ERRORS
 from dbmpi.errors import DiskFailed, UserError
 from dbmpi.index.layout import Layout
 
@@ -293,5 +295,5 @@ def _write_info(file: NewFile, layout: Layout, info: schema.CheckpointInfo) -> N
             texts = isinstance(value, tuple) and isinstance(value[0], str)
             file.put(f"{schema.MEANING}/{name}", [text.encode() for text in value] if texts else value)
     file.put(schema.TENSORS, [tensor.name.encode() for tensor in layout.tensors])
-    with file.writing():
+    with file.writing(), suppress(*HDF5_ERRORS):  # for other programs only; errors of the disk are kept all the same
         annotate(file.hdf5, layout, info)
