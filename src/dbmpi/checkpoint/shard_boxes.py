@@ -161,9 +161,16 @@ def from_table(layout: Layout, table: np.ndarray, sizes: Sequence[int]) -> list[
 
 def _check_apart(name: str, boxes: list[Box]) -> None:
     """Raise ValueError where two boxes have an element in common."""
+    if len(boxes) < 2:  # as a number without axes has
+        return
     starts, stops = (np.array([getattr(box, end) for box in boxes]) for end in ("starts", "stops"))
-    for number, box in enumerate(boxes[:-1]):
-        after = slice(number + 1, None)
+    # In order along the axis on which they differ most, a box can meet only those that begin before its end.
+    axis = int(np.argmax([len(np.unique(column)) for column in starts.T]))
+    order = np.argsort(starts[:, axis], kind="stable")
+    starts, stops, boxes = starts[order], stops[order], [boxes[number] for number in order.tolist()]
+    ends = np.searchsorted(starts[:, axis], stops[:, axis]).tolist()
+    for number, box in enumerate(boxes):
+        after = slice(number + 1, ends[number])
         meets = ((starts[after] < stops[number]) & (stops[after] > starts[number])).all(axis=1)
         if meets.any():
             raise ValueError(f"two parts of {name} overlap: {box} and {boxes[number + 1 + int(meets.argmax())]}")
