@@ -15,12 +15,11 @@ import h5py
 import numpy as np
 
 from dbmpi.checkpoint.checksums import StoredArray
-from dbmpi.checkpoint.snapshot import BLOCK
 from dbmpi.checkpoint.untrusted import lies_inside
 from dbmpi.errors import UserError
 
 NAME = "zstd"
-CHUNK = BLOCK
+CHUNK = 1 << 18
 """Elements."""
 _SHUFFLE, _ZSTD = 2, 32015
 _LEVEL = 1

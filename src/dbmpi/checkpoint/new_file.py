@@ -100,7 +100,8 @@ class NewFile:
         self._sums: dict[str, checksums.WrittenSums] = {}
         self._offsets: dict[str, tuple[int, np.dtype[Any]]] = {}
         self._bytes = 0
-        self._dirty, self._flushed = range(0), 0
+        self._dirty: dict[str, range] = {}
+        self._flushed = 0
         self._compressed: set[str] = set()
         self._open = True
         self._temporary = temporary_path(path)
@@ -232,7 +233,7 @@ class NewFile:
             written = len(data) if name in self._compressed else 0
             while written < len(data):
                 written += os.pwrite(self._raw.fileno(), data[written:], offset + start + written)
-            self._written(offset + start, written)
+            self._written(name, offset + start, written)
         if self._summed:
             self._sums[name].wrote(start, data)
 
@@ -304,13 +305,14 @@ class NewFile:
     def __exit__(self, *_: object) -> None:
         self.abort()
 
-    def _written(self, offset: int, count: int) -> None:
+    def _written(self, name: str, offset: int, count: int) -> None:
         """Let the disk begin with what was written while the next bytes are prepared; they stay in the cache."""
-        dirty = self._dirty or range(offset, offset)
-        self._dirty = range(min(dirty.start, offset), max(dirty.stop, offset + count))
-        if len(self._dirty) >= _FLUSHED and hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._raw.fileno(), self._dirty.start, len(self._dirty), os.POSIX_FADV_DONTNEED)
-            self._flushed, self._dirty = self._flushed + len(self._dirty), range(0)
+        dirty = self._dirty.get(name) or range(offset, offset)
+        self._dirty[name] = dirty = range(min(dirty.start, offset), max(dirty.stop, offset + count))
+        if len(dirty) >= _FLUSHED:
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(self._raw.fileno(), dirty.start, len(dirty), os.POSIX_FADV_DONTNEED)
+            self._flushed, self._dirty[name] = self._flushed + len(dirty), range(0)
         if self._flushed >= _SYNCED:  # so that the end need not wait for long
             self._flushed = 0
             os.fdatasync(self._raw.fileno())
