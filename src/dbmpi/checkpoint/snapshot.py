@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
-BLOCK = 1 << 19
+BLOCK = 1 << 18
 """Elements that are copied at once: few enough for a core's cache."""
 _PATIENCE = 30.0
 """Seconds after which a change does not wait any longer for a slow disk, and takes memory instead."""
