@@ -13,7 +13,7 @@ import h5py
 import numpy as np
 from numpy.typing import DTypeLike
 
-from dbmpi.checkpoint import consistency, directory, retention, schema
+from dbmpi.checkpoint import consistency, directory, leftovers, retention, schema
 from dbmpi.checkpoint.annotations import annotate
 from dbmpi.checkpoint.new_file import ARRAYS, NewFile
 from dbmpi.errors import DiskFailed, UserError
@@ -183,12 +183,13 @@ def finish(
     _write_info(file, layout, info)
     if objective_state:
         file.put(schema.OBJECTIVE_STATE_NAMES, [name.encode() for name in objective_state])
-    file.commit(confirm)
     try:
-        if directory.step_of(path) is not None:  # of a run, and not of a user's own loop
-            directory.replace_pointer(path)
-        for stale in directory.shard_files(path, but=identity):  # of an earlier checkpoint of the same step
-            stale.unlink(missing_ok=True)
+        with leftovers.replacing(path):
+            file.commit(confirm)
+            if directory.step_of(path) is not None:  # of a run, and not of a user's own loop
+                directory.replace_pointer(path)
+        if identity:
+            leftovers.discard(path, identity)  # nothing but the note
         if keep is not None:
             retention.retain(path, others, keep)
     except OSError as error:
