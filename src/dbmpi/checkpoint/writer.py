@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -36,12 +37,16 @@ class CheckpointWriter:
         float32 or float64, of all these arrays.
     objective_state : mapping of str to array
         What an objective of a user's own has beside: numbers of any type and shape.
+    of_run : bool
+        Whether the file is the newest of the checkpoints in its directory; else it is a file of its own.
 
     Raises
     ------
     DiskFailed
         If the directory cannot be written to, or the disk is too small for the file.  This and every later failure
         leaves no file behind, and the checkpoints that are there already untouched.
+    UserError
+        If the directory of a file of its own cannot be written to.
     """
 
     def __init__(
@@ -51,8 +56,11 @@ class CheckpointWriter:
         vectors: Sequence[str] = (schema.PARAMETERS,),
         dtype: DTypeLike = np.float32,
         objective_state: Mapping[str, np.ndarray] = MappingProxyType({}),
+        *,
+        of_run: bool = True,
     ) -> None:
         self.path = path
+        self._of_run = of_run
         self.layout = layout
         self.dtype = np.dtype(dtype)
         check_names(layout, vectors)
@@ -61,9 +69,8 @@ class CheckpointWriter:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise DiskFailed(
-                f"{path.parent}: checkpoints cannot be written here: {error.strerror}; {retention.kept(path.parent)}"
-            ) from error
+            text = f"{path.parent}: checkpoints cannot be written here: {error.strerror}"
+            raise self._failure(text, False) from error
         self._file = NewFile(path, ARRAYS, with_checksums=True, failure=self._failure)
         self._file.set_attribute("format", schema.FORMAT)
         self._file.set_attribute("format_version", schema.FORMAT_VERSION)
@@ -100,7 +107,7 @@ class CheckpointWriter:
     ) -> Path:
         """Write the description `info`, give the file its name, and return the path.
 
-        If it is named like the checkpoint of a run, ``latest`` points to it from then on.
+        If it is of a run and named so, ``latest`` points to it from then on.
 
         All but the `keep` last checkpoints are then deleted.  `confirm` is called just before the file gets its name;
         it raises where the file is not to get it.
@@ -121,7 +128,9 @@ class CheckpointWriter:
             if missing is not None:
                 self.abort()
                 raise ValueError(f"{self.path}: elements [{missing[0]}, {missing[1]}) of {vector!r} were never written")
-        return finish(self._file, self.layout, info, self._objective_state, keep=keep, confirm=confirm)
+        return finish(
+            self._file, self.layout, info, self._objective_state, keep=keep, confirm=confirm, of_run=self._of_run
+        )
 
     def abort(self) -> None:
         """Remove the temporary file; without effect after a commit or another abort."""
@@ -133,8 +142,10 @@ class CheckpointWriter:
     def __exit__(self, *_: object) -> None:
         self.abort()
 
-    def _failure(self, text: str, _: bool) -> Exception:
-        """Say, where a checkpoint fails, which one is left."""
+    def _failure(self, text: str, begun: bool) -> Exception:
+        """Say, where a checkpoint of a run fails, which one is left."""
+        if not self._of_run:
+            return DiskFailed(text) if begun else UserError(text)
         return DiskFailed(f"{text}; {retention.kept(self.path.parent)}")
 
 
@@ -147,6 +158,7 @@ def finish(
     identity: str = "",
     keep: int | None = None,
     confirm: Callable[[], object] = lambda: None,
+    of_run: bool = True,
 ) -> Path:
     """Write the description into the new `file` of a checkpoint, give it its name, and return its path.
 
@@ -162,6 +174,8 @@ def finish(
         That of the files of the shards, if these hold the arrays.
     keep, confirm
         As for :meth:`CheckpointWriter.commit`.
+    of_run
+        As for :class:`CheckpointWriter`.
 
     Raises
     ------
@@ -174,15 +188,18 @@ def finish(
     except consistency.Contradiction as error:
         file.abort()
         raise ValueError(f"{path}: {error}") from None
-    try:
-        others = retention.whole(path.parent)
-    except OSError:  # whatever is wrong there, the commit will say
-        others = []
-    info = replace(info, created=retention.later_than(others, info.created))
+    others: list[retention.Whole] = []
+    if of_run:
+        with suppress(OSError):  # whatever is wrong there, the commit will say
+            others = retention.whole(path.parent)
+        info = replace(info, created=retention.later_than(others, info.created))
     # Written last, so that a file without a description is known to be partial.
     _write_info(file, layout, info)
     if objective_state:
         file.put(schema.OBJECTIVE_STATE_NAMES, [name.encode() for name in objective_state])
+    if not of_run:
+        file.commit(confirm)
+        return path
     try:
         with leftovers.replacing(path):
             file.commit(confirm)
