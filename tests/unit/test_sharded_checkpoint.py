@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from unit.checkpoint_files import LAYOUT, VECTORS, read_all, run_python, values_of, write, write_sharded
 from unit.test_shard_boxes import arrangements
 
-from dbmpi.checkpoint import directory, leftovers, retention, stored_arrays
+from dbmpi.checkpoint import directory, leftovers, retention, stored_arrays, summary
 from dbmpi.checkpoint.reader import Checkpoint
 from dbmpi.errors import Damaged, DiskFailed, UserError
 from dbmpi.index.layout import Layout, Tensor
@@ -306,6 +306,12 @@ def test_old_checkpoints_are_deleted_with_their_files(tmp_path):
         write_sharded(tmp_path, THREE, step=step, identity=f"0000000{step}", keep=2)
     steps = {name.split("-")[1].split(".")[0] for name in os.listdir(tmp_path / "checkpoints") if name != "latest"}
     assert steps == {"000000002", "000000003"}
+
+
+@pytest.mark.parametrize("read", [Checkpoint.open, summary.describe, summary.open_checkpoint])
+def test_the_file_of_a_shard_is_no_checkpoint_and_no_data_file(path, read):
+    with pytest.raises(UserError, match=r"part of one shard; give step-000000123\.h5, the checkpoint beside it$"):
+        read(shards_of(path)[0])
 
 
 def noted(path: Path, identity: str) -> Path:

@@ -63,7 +63,7 @@ class WholeArrays(Arrays):
         self.stored, self._paths = stored, paths
 
     def segments(self, vector: str, tensor: Tensor, first: int, last: int) -> Iterator[StoredRun]:
-        """Yield where a part of a tensor is: here in one piece, or on some shards."""
+        """Yield where a part of a tensor is: in one piece."""
         yield StoredRun(self.stored[self._paths[vector, tensor.name]], first, last - first)
 
 
@@ -87,7 +87,7 @@ class ShardedArrays(Arrays):
         }
 
     def segments(self, vector: str, tensor: Tensor, first: int, last: int) -> Iterator[StoredRun]:
-        """Yield where a part of a tensor is: here in one piece, or on some shards."""
+        """Yield where a part of a tensor is: in the files of some shards, each in one piece or several."""
         starts, runs = self._runs[tensor.name]
         number = max(bisect_right(starts, first) - 1, 0)
         while first < last:
