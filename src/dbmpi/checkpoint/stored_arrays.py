@@ -143,7 +143,12 @@ class ShardFiles:
                 if stat.S_ISREG(found.st_mode) and found.st_size == size and number < _OPEN_FILES:
                     self.descriptor(number)
             except OSError as error:
-                return f"its file {name} is missing" if isinstance(error, FileNotFoundError) else f"{name}: {error}"
+                if not isinstance(error, FileNotFoundError):
+                    return f"{name}: {error}"
+                return (
+                    f"its file {name} is missing; a checkpoint needs the files of all shards beside it, in a directory "
+                    "that the nodes of all shards see"
+                )
             if not stat.S_ISREG(found.st_mode):
                 return f"its file {name} is a link, or no file; expected a file in the same directory"
             if found.st_size != size:
