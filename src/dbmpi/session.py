@@ -228,7 +228,9 @@ class Session:
             request = comm.Isend(word, 0, Tag.CONCLUSION)
             failures.complete(request, comm, 0, "the lead to learn that this rank has finished", memory=word)
             status = MPI.Status()
-            waiting.until(lambda: comm.Iprobe(0, Tag.CONCLUSION, status), "the lead to conclude")
+            waiting.until(
+                lambda: comm.Iprobe(0, Tag.CONCLUSION, status), "the lead to conclude", seconds=waiting.LONG_SECONDS
+            )
             data = np.empty(status.Get_count(MPI.BYTE), np.uint8)
             with blocking.blocking("the rest of the result"):
                 comm.Recv([data, MPI.BYTE], 0, Tag.CONCLUSION)

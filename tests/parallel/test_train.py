@@ -368,9 +368,12 @@ def test_checkpoints_in_mid_run_are_consistent(comm, place, n_push, colocate) ->
 
 
 @pytest.mark.parallel([1, 3])
-def test_an_interrupted_run_equals_an_uninterrupted_one_also_from_a_checkpoint_in_mid_run(comm, place) -> None:
+@pytest.mark.parametrize("layout", ["shards", "single"])
+def test_an_interrupted_run_equals_an_uninterrupted_one_also_from_a_checkpoint_in_mid_run(comm, place, layout) -> None:
+    """Written while training went on; then loaded by another number of shards."""
     run = describe_one(place, comm.size, False, epochs=2)
-    often = run.model_copy(update={"checkpoint": run.checkpoint.model_copy(update={"every_seconds": 1e-6, "keep": 99})})
+    section = run.checkpoint.model_copy(update={"every_seconds": 1e-6, "keep": 99, "layout": layout})
+    often = run.model_copy(update={"checkpoint": section})
     train(often, comm)
     files = directory.checkpoints(run.run.directory / "checkpoints")
     waiting.barrier(comm, "all to have looked")
@@ -381,7 +384,9 @@ def test_an_interrupted_run_equals_an_uninterrupted_one_also_from_a_checkpoint_i
         (middle.parent / "latest").unlink()
     waiting.barrier(comm, "later checkpoints to be gone")
     assert directory.step_of(middle) not in (0, 14)
-    result = train(run, comm)
+    assert len(directory.shard_files(middle)) == (comm.size - 1 if comm.size > 1 and layout == "shards" else 0)
+    waiting.barrier(comm, "all to have looked again")
+    result = train(describe_one(place, comm.size, True, epochs=2), comm)
     assert result.steps == 14 - directory.step_of(middle)
     np.testing.assert_array_equal(tiny.vectors(result.checkpoint)["parameters"], tiny.Twin(run).learn())
 

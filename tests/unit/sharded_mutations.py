@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import resource
 import shutil
@@ -66,7 +67,7 @@ def _view(path: Path, random: Random) -> str:
         properties.set_layout(h5py.h5d.VIRTUAL)
         count = old.get_virtual_count()
         chosen, what = int(random.integers(count)), int(random.integers(8))
-        names = [b"/etc/passwd", b"../x.h5", b".", b"", path.name.encode(), b"other.h5", b"%b", b"x" * 5000]
+        names = [b"/etc/passwd", b"../x.h5", b".", path.name.encode(), b"other.h5", b"x" * 5000]
         for number in range(count):
             here, there = old.get_virtual_vspace(number), old.get_virtual_srcspace(number)
             name, source = old.get_virtual_filename(number).encode(), old.get_virtual_dsetname(number).encode()
@@ -144,6 +145,7 @@ def outcome(path: Path) -> str:
 
 def main(place: Path, count: int, seed: int) -> None:
     """Change a checkpoint `count` times; end with an error where a change does harm."""
+    faulthandler.enable()
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     os.fsync = lambda _: None  # type: ignore[assignment]
     random, refused = np.random.default_rng(seed), 0
@@ -153,6 +155,7 @@ def main(place: Path, count: int, seed: int) -> None:
         shutil.copytree(whole.parent, place / "run", symlinks=True)
         told = change(place / "run" / whole.name, random)
         signal.alarm(SECONDS)
+        print(f"{number}: {told}", file=sys.stderr, flush=True)
         found = outcome(place / "run" / whole.name)
         signal.alarm(0)
         if not found.startswith(("refused", "as written")):

@@ -31,7 +31,7 @@ def write(run, vectors, shards):
     for shard, held in enumerate(arrangement.ranges):
         parts = {name: vector[held.start : held.stop] for name, vector in vectors.items()}
         place = shard_path(path, shard, shards, IDENTITY)
-        facts.append(write_shard(place, parts, Snapshot(parts), lambda *_: None, compressed.NAME))
+        facts.append(write_shard(place, parts, Snapshot(parts), lambda *_: None, compression=compressed.NAME))
     info = make_info(step=5, shards=shards, shard_versions=(5,) * shards, replicas=1, done=(5,))
     dtype = vectors["parameters"].dtype
     boxes = of_arrangement(arrangement)

@@ -150,17 +150,22 @@ class StoredArray:
     def verify(self, part: int = 0, parts: int = 1) -> None:
         """Read and verify the part numbered `part` of `parts` equal ones of the array; raises as :meth:`read` does."""
         blocks = len(self._verified)
-        buffer = memoryview(bytearray(min(BLOCK, self.size)))
-        for block in range(blocks * part // parts, blocks * (part + 1) // parts):
-            if not self._verified[block]:
-                self._verify(block, None, buffer)
+        first, last = blocks * part // parts, blocks * (part + 1) // parts
+        buffer = memoryview(bytearray(min(_PIECE, self.size)))
+        for start in range(first, last, _PIECE // BLOCK):
+            stop = min(start + _PIECE // BLOCK, last)
+            if not self._verified[start:stop].all():
+                begin = start * BLOCK
+                piece = buffer[: min(stop * BLOCK, self.size) - begin]
+                self.fill(begin, piece)
+                self._verify_read(begin, begin, begin + len(piece), piece)
 
-    def _verify(self, block: int, data: memoryview | None, buffer: memoryview | None = None) -> None:
+    def _verify(self, block: int, data: memoryview | None) -> None:
         """Compare a block with its sum; it is read where `data` is None."""
         assert self._sums is not None
         start, end = block * BLOCK, min((block + 1) * BLOCK, self.size)
         if data is None:
-            data = (memoryview(bytearray(end - start)) if buffer is None else buffer)[: end - start]
+            data = memoryview(bytearray(end - start))
             self.fill(start, data)
         if crc32(data, self._start) != self._sums[block]:
             raise Mismatch(f"its bytes {start:,} to {end - 1:,}{self._where} are not those that were written")

@@ -15,11 +15,11 @@ import h5py
 import numpy as np
 
 from dbmpi.checkpoint.checksums import StoredArray
-from dbmpi.checkpoint.snapshot import BLOCK
+from dbmpi.checkpoint.untrusted import lies_inside
 from dbmpi.errors import UserError
 
 NAME = "zstd"
-CHUNK = BLOCK
+CHUNK = 1 << 18
 """Elements."""
 _SHUFFLE, _ZSTD = 2, 32015
 _LEVEL = 1
@@ -105,7 +105,7 @@ class CompressedArray(StoredArray):
                 number = position // nbytes
                 start = number * dataset.chunks[0]
                 values = chunk[: min(len(chunk), self._elements - start)]
-                _check_frame(dataset, start, nbytes)
+                _check_frame(raw.fileno(), dataset, start, nbytes)
                 dataset.read_direct(values, np.s_[start : start + len(values)])
                 data = values.view(np.uint8)[position - number * nbytes :][: first + len(out) - position]
                 out[position - first : position - first + len(data)] = data.data
@@ -113,7 +113,10 @@ class CompressedArray(StoredArray):
 
     def _checked(self, file: h5py.File) -> h5py.Dataset:
         """Return the dataset, if it is what it should be."""
-        dataset = file.get(self._name)
+        above, dataset = file, None
+        for part in self._name.split("/"):
+            dataset = above[part] if lies_inside(above, part) else None
+            above = dataset
         if (
             not isinstance(dataset, h5py.Dataset)
             or dataset.shape != (self._elements,)
@@ -129,7 +132,7 @@ class CompressedArray(StoredArray):
         return dataset
 
 
-def _check_frame(dataset: h5py.Dataset, start: int, nbytes: int) -> None:
+def _check_frame(descriptor: int, dataset: h5py.Dataset, start: int, nbytes: int) -> None:
     """Raise OSError if a chunk would unpack to anything but `nbytes` bytes: that much memory would be taken for it.
 
     The size is in the first bytes of what Zstandard has packed (RFC 8878, section 3.1.1.1).
@@ -137,12 +140,12 @@ def _check_frame(dataset: h5py.Dataset, start: int, nbytes: int) -> None:
     info = dataset.id.get_chunk_info_by_coord((start,))
     if info.byte_offset is None or info.filter_mask or info.size > 2 * nbytes + 2**16:
         raise OSError("a chunk is missing, too large, or not compressed")
-    head = dataset.id.read_direct_chunk((start,))[1][:18]
+    head = os.pread(descriptor, min(info.size, 18), info.byte_offset)
     if len(head) < 6 or head[:4] != _MAGIC:
         raise OSError("a chunk is not one of Zstandard")
-    descriptor = head[4]
-    flag, single = descriptor >> 6, descriptor >> 5 & 1
-    at = 5 + (0 if single else 1) + (0, 1, 2, 4)[descriptor & 3]
+    bits = head[4]
+    flag, single = bits >> 6, bits >> 5 & 1
+    at = 5 + (0 if single else 1) + (0, 1, 2, 4)[bits & 3]
     width = (1 if single else 0, 2, 4, 8)[flag]
     size = int.from_bytes(head[at : at + width], "little") + (256 if width == 2 else 0)
     if not width or size != nbytes:

@@ -81,6 +81,11 @@ class LeadSaver(ShardSaver):
         super().__init__(comm, run_directory, 0, len(shard_ranks), section.compression)
         self._numbers = {rank: number for number, rank in enumerate(shard_ranks)}
         self._arrangement, self._section, self._not_finite = arrangement, section, not_finite
+        self._boxes = shard_boxes.of_arrangement(arrangement)
+        # More than a reader accepts have only been seen in tests.
+        self._single = section.layout == "single" or len(self._boxes) > shard_boxes.MOST
+        self._arriving: tuple[MPI.Request, np.ndarray, int] | None = None
+        """A report of another shard."""
         self._whole: _Whole | None = None
         self._last: Background[Path] | None = None
         self._dtype = np.dtype(np.float32)
@@ -187,7 +192,8 @@ class LeadSaver(ShardSaver):
             if last is not None:
                 written = last.result()
                 with suppress(OSError):  # moved away with its directory, and whole
-                    self.size = written.stat().st_size + sum(each.size for each in whole.facts.values())
+                    of_shards = 0 if self._single else sum(each.size for each in whole.facts.values())
+                    self.size = written.stat().st_size + of_shards
                 self.seconds, self.waited = time.monotonic() - whole.began, whole.waited
                 return written
             problems = list(whole.problems.values())
@@ -242,11 +248,17 @@ class LeadSaver(ShardSaver):
         from mpi4py import MPI
 
         status = MPI.Status()
-        if self._shards == 1 or not failures.probe(self._comm, Tag.CHECKPOINT, status):
+        if self._arriving is None:
+            if self._shards == 1 or not failures.probe(self._comm, Tag.CHECKPOINT, status):
+                return False
+            data = np.empty(status.Get_count(MPI.BYTE), np.uint8)
+            request = self._comm.Irecv([data, MPI.BYTE], status.source, Tag.CHECKPOINT)
+            self._arriving = request, data, status.source
+        request, data, source = self._arriving
+        if not request.Test():
             return False
-        data = np.empty(status.Get_count(MPI.BYTE), np.uint8)
-        self._comm.Recv([data, MPI.BYTE], status.source, Tag.CHECKPOINT)
-        self._hear(self._numbers[status.source], json.loads(data.tobytes()))
+        self._arriving = None
+        self._hear(self._numbers[source], json.loads(data.tobytes()))
         return True
 
     def _hear(self, shard: int, report: Mapping[str, Any]) -> None:
@@ -274,7 +286,7 @@ class LeadSaver(ShardSaver):
         assert whole is not None
         assert whole.info is not None
         facts = [whole.facts[shard] for shard in range(self._shards)]
-        if section.layout == "single":
+        if self._single:
             return write_together(
                 self._path,
                 arrangement,
@@ -290,7 +302,7 @@ class LeadSaver(ShardSaver):
         return write_whole(
             self._path,
             arrangement.layout,
-            shard_boxes.of_arrangement(arrangement),
+            self._boxes,
             facts,
             digits(whole.identity),
             whole.info,
@@ -299,6 +311,7 @@ class LeadSaver(ShardSaver):
             objective_state=whole.objective_state,
             compression=self._compression,
             confirm=self._confirm,
+            moved=moved,
         )
 
 

@@ -33,6 +33,8 @@ are written in whole pages.
 
 _FLUSHED = 1 << 24
 """Bytes after which the disk is told to begin."""
+_SYNCED = 1 << 30
+"""Bytes after which it is waited for."""
 
 
 class View(NamedTuple):
@@ -98,7 +100,8 @@ class NewFile:
         self._sums: dict[str, checksums.WrittenSums] = {}
         self._offsets: dict[str, tuple[int, np.dtype[Any]]] = {}
         self._bytes = 0
-        self._dirty = range(0)
+        self._dirty: dict[str, range] = {}
+        self._flushed = 0
         self._compressed: set[str] = set()
         self._open = True
         self._temporary = temporary_path(path)
@@ -192,6 +195,11 @@ class NewFile:
         self._bytes = path.stat().st_size
         self.check_space()
         with path.open("rb") as source:
+            left = self._bytes
+            with contextlib.suppress(OSError):  # not between these file systems
+                while left and (count := os.copy_file_range(source.fileno(), self._raw.fileno(), min(left, 2**26))):
+                    left -= count
+            source.seek(self._bytes - left)
             shutil.copyfileobj(source, self._raw, 2**17)
         self._raw.check()  # HDF5 must not see a part of a file
         self._raw.seek(0)
@@ -225,7 +233,7 @@ class NewFile:
             written = len(data) if name in self._compressed else 0
             while written < len(data):
                 written += os.pwrite(self._raw.fileno(), data[written:], offset + start + written)
-            self._written(offset + start, written)
+            self._written(name, offset + start, written)
         if self._summed:
             self._sums[name].wrote(start, data)
 
@@ -297,13 +305,17 @@ class NewFile:
     def __exit__(self, *_: object) -> None:
         self.abort()
 
-    def _written(self, offset: int, count: int) -> None:
+    def _written(self, name: str, offset: int, count: int) -> None:
         """Let the disk begin with what was written while the next bytes are prepared; they stay in the cache."""
-        dirty = self._dirty or range(offset, offset)
-        self._dirty = range(min(dirty.start, offset), max(dirty.stop, offset + count))
-        if len(self._dirty) >= _FLUSHED and hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._raw.fileno(), self._dirty.start, len(self._dirty), os.POSIX_FADV_DONTNEED)
-            self._dirty = range(0)
+        dirty = self._dirty.get(name) or range(offset, offset)
+        self._dirty[name] = dirty = range(min(dirty.start, offset), max(dirty.stop, offset + count))
+        if len(dirty) >= _FLUSHED:
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(self._raw.fileno(), dirty.start, len(dirty), os.POSIX_FADV_DONTNEED)
+            self._flushed, self._dirty[name] = self._flushed + len(dirty), range(0)
+        if self._flushed >= _SYNCED:  # so that the end need not wait for long
+            self._flushed = 0
+            os.fdatasync(self._raw.fileno())
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:

@@ -316,6 +316,7 @@ def _open_newest(
             if opened is not None:
                 opened.close()
         # A run deletes an old checkpoint when there is a newer one, which the list may not have had yet.
+        vanished = vanished or (newest is None and not unreadable and directory.read_pointer(folder) is not None)
         if not vanished or attempt == _ATTEMPTS - 1:
             break
         if newest is not None:

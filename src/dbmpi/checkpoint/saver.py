@@ -102,7 +102,7 @@ class ShardSaver:
         self._file = path = directory.shard_path(path, self._number, self._shards, digits(identity))
 
         def write(snapshot: Snapshot, moved: Callable[[], None]) -> ShardFacts:
-            return write_shard(path, vectors, snapshot, checking(moved), self._compression)
+            return write_shard(path, vectors, snapshot, checking(moved), moved, self._compression)
 
         self._job = self.start(vectors, write, last)
         self.report({"identity": identity, "taken": version})
@@ -163,7 +163,7 @@ class ShardSaver:
         assert self._snapshot is None, "one checkpoint at a time"
         # Other ranks of this host may copy, too, and something must be left for what they do besides.
         most = capacity.available() / 2 / ranks_on_node(os.environ)
-        self._snapshot = snapshot = Snapshot(vectors, most, changing=not last)
+        self._snapshot = snapshot = Snapshot(vectors, most)
         self._ahead = None if last else Background(snapshot.ahead)
 
         def work(moved: Callable[[], None]) -> Written:

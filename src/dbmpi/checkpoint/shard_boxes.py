@@ -23,6 +23,11 @@ MOST = 1 << 16
 """Boxes in a file from anywhere: some for each tensor, each partition, and each end of a shard."""
 
 
+_MOST_AXES = 32
+_SHORTEST, _FEW = 32, 1 << 20
+"""Elements of a run in the mean, and how many runs there may be in any case: each takes memory when it is read."""
+
+
 class ShardBox(NamedTuple):
     """A part of a tensor on one shard."""
 
@@ -118,9 +123,11 @@ def from_table(layout: Layout, table: np.ndarray, sizes: Sequence[int]) -> list[
         If they do not hold each element of each tensor and of each shard once.
     """
     axes = max(len(tensor.shape) for tensor in layout.tensors)
+    if axes > _MOST_AXES:
+        raise ValueError(f"a tensor has {axes} axes, expected at most {_MOST_AXES}")
     if table.ndim != 2 or table.shape[1] != 3 + 2 * axes or len(table) > MOST:
         raise ValueError(f"expected at most {MOST} rows of {3 + 2 * axes} numbers, found shape {table.shape}")
-    found, left = [], {tensor.name: tensor.size for tensor in layout.tensors}
+    runs, found, left = 0, [], {tensor.name: tensor.size for tensor in layout.tensors}
     of_shards: list[list[range]] = [[] for _ in sizes]
     of_tensors: dict[str, list[Box]] = {name: [] for name in left}
     for number, shard, local, *bounds in table.tolist():
@@ -133,7 +140,10 @@ def from_table(layout: Layout, table: np.ndarray, sizes: Sequence[int]) -> list[
         of_shards[shard].append(range(local, local + box.size))
         of_tensors[tensor.name].append(box)
         left[tensor.name] -= box.size
+        runs += box.runs_count(tensor.shape)
         found.append(ShardBox(tensor, box, shard, local))
+    if runs > _FEW + layout.size // _SHORTEST:
+        raise ValueError(f"the parts consist of {runs:,} runs of elements, which are too many")
     for shard, (held, size) in enumerate(zip(of_shards, sizes, strict=True)):
         position = 0
         for part in sorted(held, key=lambda part: part.start):
@@ -151,9 +161,16 @@ def from_table(layout: Layout, table: np.ndarray, sizes: Sequence[int]) -> list[
 
 def _check_apart(name: str, boxes: list[Box]) -> None:
     """Raise ValueError where two boxes have an element in common."""
+    if len(boxes) < 2:  # as a number without axes has
+        return
     starts, stops = (np.array([getattr(box, end) for box in boxes]) for end in ("starts", "stops"))
-    for number, box in enumerate(boxes[:-1]):
-        after = slice(number + 1, None)
+    # In order along the axis on which they differ most, a box can meet only those that begin before its end.
+    axis = int(np.argmax([len(np.unique(column)) for column in starts.T]))
+    order = np.argsort(starts[:, axis], kind="stable")
+    starts, stops, boxes = starts[order], stops[order], [boxes[number] for number in order.tolist()]
+    ends = np.searchsorted(starts[:, axis], stops[:, axis]).tolist()
+    for number, box in enumerate(boxes):
+        after = slice(number + 1, ends[number])
         meets = ((starts[after] < stops[number]) & (stops[after] > starts[number])).all(axis=1)
         if meets.any():
             raise ValueError(f"two parts of {name} overlap: {box} and {boxes[number + 1 + int(meets.argmax())]}")

@@ -50,6 +50,8 @@ class ShardedContents:
         self._compressed = contents.has(schema.SHARDS_COMPRESSION)
         if self._compressed and (kind := contents.small(schema.SHARDS_COMPRESSION, "S", 0)) != compressed.NAME:
             raise Foreign(f"its arrays are compressed by {kind!r}, which this dbmpi does not know")
+        if len(self.names) > shard_boxes.MOST:
+            raise Malformed(f"/{schema.SHARDS_FILES}: expected at most {shard_boxes.MOST:,} names")
         shards, identity = len(self.names), contents.small(schema.SHARDS_ID, "S", 0)
         expected = tuple(directory.shard_path(path, shard, shards, identity).name for shard in range(shards))
         if not shards or self.names != expected or not all(map(directory.is_shard_file, expected)):

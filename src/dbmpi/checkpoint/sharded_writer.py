@@ -6,6 +6,7 @@ Nothing here knows MPI.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,9 +18,13 @@ import numpy as np
 from dbmpi.checkpoint import compressed, directory, retention, schema, shard_boxes
 from dbmpi.checkpoint.new_file import ARRAYS, NewFile, View
 from dbmpi.checkpoint.snapshot import Snapshot
+from dbmpi.checkpoint.stored_arrays import ShardFiles
 from dbmpi.checkpoint.writer import check_names, finish
 from dbmpi.errors import DiskFailed
 from dbmpi.index.layout import Layout
+
+_SEEN_SECONDS = 30.0
+"""How long the file of a shard on another host may take to be seen."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,7 @@ def write_shard(
     vectors: Mapping[str, np.ndarray],
     snapshot: Snapshot,
     check: Callable[[str, np.ndarray], None],
+    moved: Callable[[], None] = lambda: None,
     compression: str = "none",
     failure: Callable[[str, bool], Exception] = lambda text, _: DiskFailed(text),
 ) -> ShardFacts:
@@ -65,6 +71,8 @@ def write_shard(
         Their values.
     check
         Called with the name and each block of a vector before it is written; raises where it is not to be kept.
+    moved
+        Called just before the file gets its name; raises where it is not to get it.
     compression
         ``"none"`` or ``"zstd"``.
     failure
@@ -85,7 +93,7 @@ def write_shard(
             check(name, values)
             file.write(schema.group_of(name), start, values)
         offsets = {name: file.offset(schema.group_of(name)) for name in vectors}
-        file.commit()
+        file.commit(moved)
         return ShardFacts(
             elements=len(next(iter(vectors.values()))),
             size=file.size,
@@ -107,6 +115,7 @@ def write_whole(
     objective_state: Mapping[str, np.ndarray] = MappingProxyType({}),
     compression: str = "none",
     confirm: Callable[[], object] = lambda: None,
+    moved: Callable[[], None] = lambda: None,
 ) -> Path:
     """Write the file that makes the files of all shards a checkpoint, and return its path.
 
@@ -130,11 +139,13 @@ def write_whole(
         Of the vectors in the files of the shards.
     confirm
         Called just before the file gets its name; raises where it is not to get it.
+    moved
+        Called now and then.
 
     Raises
     ------
     DiskFailed
-        If the disk is full or fails.
+        If the disk is full or fails, or the files of the shards are not where this one is to be.
     """
     vectors, shards = tuple(facts[0].offsets), len(facts)
     check_names(layout, vectors)
@@ -143,6 +154,7 @@ def write_whole(
     def failure(text: str, _: bool) -> Exception:
         return DiskFailed(f"{text}; {retention.kept(path.parent)}")
 
+    _wait_for(ShardFiles(path.parent, files, [each.size for each in facts]), path, moved)
     with NewFile(path, ARRAYS, with_checksums=True, failure=failure) as file:
         file.set_attribute("format", schema.FORMAT)
         file.set_attribute("format_version", schema.FORMAT_VERSION)
@@ -150,6 +162,7 @@ def write_whole(
         for tensor, box, shard, local in boxes:
             of_tensors[tensor.name].append(View(box, files[shard], facts[shard].elements, local))
         for vector in vectors:
+            moved()
             for tensor in layout.tensors:
                 group = schema.group_of(vector)
                 file.create_view(f"{group}/{tensor.name}", tensor.shape, dtype, group, of_tensors[tensor.name])
@@ -176,3 +189,25 @@ def write_whole(
             file.create(name, table.shape, table.dtype)
             file.write(name, 0, table.reshape(-1))
         return finish(file, layout, info, tuple(objective_state), identity=identity, keep=keep, confirm=confirm)
+
+
+def _wait_for(files: ShardFiles, path: Path, moved: Callable[[], None]) -> None:
+    """Wait until the files of all shards are seen here: a network file system may show them some seconds later.
+
+    Raises
+    ------
+    DiskFailed
+        If one is not.
+    """
+    until = time.monotonic() + _SEEN_SECONDS
+    try:
+        while problem := files.problem():
+            if time.monotonic() > until:
+                raise DiskFailed(
+                    f"{path}: {problem}, as seen from this host, though a shard has written it; expected a directory "
+                    f"that all hosts with shards share: set run.directory to one; {retention.kept(path.parent)}"
+                )
+            moved()
+            time.sleep(0.1)
+    finally:
+        files.close()

@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from dbmpi.checkpoint import directory, leftovers, schema
-from dbmpi.checkpoint.checksums import read_at
+from dbmpi.checkpoint import checksums, directory, leftovers, schema
 from dbmpi.checkpoint.sharded_writer import ShardFacts
 from dbmpi.checkpoint.snapshot import BLOCK, Snapshot
 from dbmpi.checkpoint.writer import CheckpointWriter
@@ -81,14 +80,17 @@ def write_together(
             try:
                 with name.open("rb", buffering=0) as file:
                     for vector, offset in each.offsets.items():
+                        begin = checksums.start(schema.group_of(vector), dtype, (each.elements,))
+                        sums, size = np.array(each.sums[vector], np.uint32), each.elements * dtype.itemsize
+                        stored = checksums.StoredArray(file.fileno, offset, size, begin, sums)
                         for start in range(0, each.elements, BLOCK):
                             values = buffer[: each.elements - start]
-                            read_at(file.fileno(), offset + start * dtype.itemsize, values.view(np.uint8).data)
+                            stored.read(start * dtype.itemsize, values.view(np.uint8).data)
                             first = held.start + start
                             for position, local, length in arrangement.pieces(range(first, first + len(values))):
                                 writer.write(vector, position, values[local : local + length])
                             moved()
-            except OSError as error:
+            except (OSError, checksums.Mismatch) as error:
                 raise DiskFailed(f"{name}: could not be read again: {error}") from error
         writer.commit(info, keep, confirm)
     with suppress(OSError):  # the next start removes them

@@ -163,10 +163,12 @@ class ShardFiles:
         while len(self._open) >= _OPEN_FILES:
             os.close(self._open.popitem(last=False)[1])
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # a pipe must not block
-        self._open[number] = descriptor = os.open(self._folder / self._names[number], flags)
+        descriptor = os.open(self._folder / self._names[number], flags)
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode) or found.st_size != self._sizes[number]:
+            os.close(descriptor)
             raise OSError(f"{self._names[number]} has changed since the checkpoint was opened")
+        self._open[number] = descriptor
         return descriptor
 
     def close(self) -> None:

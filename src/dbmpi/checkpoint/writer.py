@@ -17,6 +17,7 @@ from numpy.typing import DTypeLike
 from dbmpi.checkpoint import consistency, directory, leftovers, retention, schema
 from dbmpi.checkpoint.annotations import annotate
 from dbmpi.checkpoint.new_file import ARRAYS, NewFile
+from dbmpi.checkpoint.untrusted import HDF5_ERRORS
 from dbmpi.errors import DiskFailed, UserError
 from dbmpi.index.layout import Layout
 
@@ -311,5 +312,5 @@ def _write_info(file: NewFile, layout: Layout, info: schema.CheckpointInfo) -> N
             texts = isinstance(value, tuple) and isinstance(value[0], str)
             file.put(f"{schema.MEANING}/{name}", [text.encode() for text in value] if texts else value)
     file.put(schema.TENSORS, [tensor.name.encode() for tensor in layout.tensors])
-    with file.writing():
+    with file.writing(), suppress(*HDF5_ERRORS):  # for other programs only; errors of the disk are kept all the same
         annotate(file.hdf5, layout, info)

@@ -107,6 +107,8 @@ class Lead(Shard):
         self._learned = [0] * plan.replicas
         self._pausing = self._taking = False
         """Whether the workers are to pause, and whether the shards take a checkpoint."""
+        self._stopping = False
+        """Whether the workers are to finish when all shards have taken it."""
         self._seen_version = 0
         self._reported_alive = time.monotonic()
         self._state = np.empty(0 if checkpoints.state is None else checkpoints.state.nbytes, np.uint8)
@@ -149,7 +151,7 @@ class Lead(Shard):
             self._take_state(replica, message.source)
             self._learned[replica], self._states[replica] = values[0], _State.FINISHED
             self._progress.message(f"replica {replica} has failed: a checkpoint is written, and the run ends")
-            self._tell_workers(MessageKind.STOP)
+            self._stop_workers()
         elif kind == MessageKind.EVALUATION:
             self.report()  # which counts the steps until now
             sums = tuple(zip(self._metrics, self._sums, strict=True))
@@ -241,6 +243,9 @@ class Lead(Shard):
             self._checkpoints.go()
             self._states = [_State.RUNNING if s == _State.PAUSED else s for s in self._states]
             self._tell_workers(MessageKind.GO)
+            if self._stopping:
+                self._stopping = False
+                self._stop_workers()
             return True
         if not self._ending and self._checkpoints.due(self.version):
             self._pausing = True
@@ -318,7 +323,15 @@ class Lead(Shard):
         if not self._ending and any(state != _State.FINISHED for state in self._states):
             self._ending = True
             self._progress.message(f"{why}: the run ends after the current steps")
-            self._tell_workers(MessageKind.STOP)
+            self._stop_workers()
+
+    def _stop_workers(self) -> None:
+        """Let all replicas finish; those that pause push what they have accrued, so not while shards take vectors."""
+        if self._taking:
+            self._stopping = True
+            return
+        self._states = [_State.RUNNING if state == _State.PAUSED else state for state in self._states]
+        self._tell_workers(MessageKind.STOP)
 
     def _begin_checkpoint(self, *, last: bool = False) -> None:
         """Let all shards take their vectors, while no worker pushes."""

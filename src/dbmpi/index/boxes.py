@@ -120,6 +120,15 @@ class Box:
             )
             yield range(start, start + length)
 
+    def runs_count(self, shape: Sequence[int]) -> int:
+        """Return how many ranges :meth:`runs` yields for a `shape`."""
+        if self.empty:
+            return 0
+        full = len(shape)
+        while full > 0 and self.starts[full - 1] == 0 and self.stops[full - 1] == shape[full - 1]:
+            full -= 1
+        return math.prod(map(sub, self.stops[: max(full - 1, 0)], self.starts[: max(full - 1, 0)]))
+
     def __str__(self) -> str:
         return "[" + ", ".join(f"{start}:{stop}" for start, stop in zip(self.starts, self.stops, strict=True)) + "]"
 
