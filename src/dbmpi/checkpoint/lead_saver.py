@@ -125,8 +125,10 @@ class LeadSaver(ShardSaver):
             if self._shards > 1 or self._compression != "none":
                 leftovers.note(self._path, digits(self._whole.identity))
         except OSError as error:
+            text = f"{self._path.parent}: checkpoints cannot be written here: {error.strerror}"
+            failed = DiskFailed(f"{text}; {retention.kept(self._path.parent)}")
             self._whole = None
-            raise DiskFailed(f"{self._directory}: checkpoints cannot be written here: {error.strerror}") from error
+            raise failed from error
         return self._whole.identity
 
     def begin(
