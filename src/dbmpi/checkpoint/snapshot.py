@@ -7,13 +7,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 
 import numpy as np
 
 BLOCK = 1 << 19
-"""Elements that are copied at once: in float32 a huge page, which a core's cache holds."""
-_PAGE = 1 << 21
+"""Elements that are copied at once: few enough for a core's cache."""
 _PATIENCE = 30.0
 """Seconds after which a change does not wait any longer for a slow disk, and takes memory instead."""
 
@@ -151,16 +149,13 @@ class _Memory:
     """
 
     def __init__(self, blocks: int, size: int, most_bytes: float) -> None:
-        self._slot = -(-max(size, 1) // _PAGE) * _PAGE
+        self._slot = -(-max(size, 1) // mmap.PAGESIZE) * mmap.PAGESIZE
         blocks = int(min(blocks, most_bytes // self._slot + 1))
         self._free = list(range(blocks))[::-1]
         try:
             self._map = mmap.mmap(-1, max(blocks, 1) * self._slot, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError:  # changes wait for the disk
             self._map, self._free = mmap.mmap(-1, mmap.PAGESIZE), []
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            with suppress(OSError):  # the system may have none
-                self._map.madvise(mmap.MADV_HUGEPAGE)
         self._bytes = np.frombuffer(self._map, np.uint8)
 
     def take(self, nbytes: int) -> np.ndarray | None:
