@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 from parallel import tiny
 
+from dbmpi.checkpoint import leftovers
+from dbmpi.checkpoint.directory import checkpoint_path, shard_path
 from dbmpi.checkpoint.reader import Checkpoint
 from dbmpi.config import Run
 from dbmpi.errors import ToldElsewhere, UserError
@@ -53,6 +55,9 @@ def test_a_mistake_is_raised_on_every_rank_and_told_by_one(comm, place) -> None:
         shutil.copytree(place / "run", place / "torn", symlinks=True)
         for path in (place / "torn" / "checkpoints").glob("step-*.h5"):
             path.write_bytes(path.read_bytes()[:-500])
+        left = checkpoint_path(place / "run", 999)
+        leftovers.note(left, "0123abcd")
+        shard_path(left, 1, 2, "0123abcd").write_text("what a killed run has left")
     waiting.barrier(comm, "the files")
     fresh: Changes = {"run": {"directory": place / "fresh"}}
     local = {"layers": [{"type": "local", "maps": 2, "field": [3, 7]}, *tiny.LAYERS]}
@@ -98,6 +103,7 @@ def test_a_mistake_is_raised_on_every_rank_and_told_by_one(comm, place) -> None:
     result = train(tiny.describe(place, optimizer={"epochs": 2}), comm)
     with Checkpoint.open(result.checkpoint) as checkpoint:
         assert checkpoint.info.step == 14
+    assert not [path for path in (place / "run" / "checkpoints").iterdir() if "999" in path.name]
 
 
 @pytest.fixture

@@ -153,21 +153,32 @@ def test_arrays_are_those_of_the_checkpoint(tmp_path: Path, suffix: str, names: 
     assert not found
 
 
-def test_a_checkpoint_of_one_file_is_as_good_as_the_original(tmp_path: Path) -> None:
+def test_a_checkpoint_of_one_file_is_as_good_as_the_original(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with_state = write_checkpoint(tmp_path, fill=3)
     with h5py.File(with_state, "r+") as file:
         as_version_1(file)
-    path = export(tmp_path, tmp_path / "whole.h5")
+    place = tmp_path / "exported"
+    path = export(tmp_path, place / "step-000000123.h5")
+    assert list(place.iterdir()) == [path]  # and no pointer
     with Checkpoint.open(with_state) as original, Checkpoint.open(path) as whole:
         assert whole.has_checksums
         assert not original.has_checksums
         assert (whole.layout, whole.vectors) == (original.layout, original.vectors)
-        assert whole.info == replace(original.info, created=whole.info.created, libraries=whole.info.libraries)
+        assert whole.info == replace(original.info, libraries=whole.info.libraries)
         for vector in original.vectors:
             both = np.empty((2, original.layout.size), np.float32)
             original.read(vector, 0, both[0])
             whole.read(vector, 0, both[1])
             np.testing.assert_array_equal(*both)
+    with pytest.raises(UserError, match="beside the checkpoints of a run"):
+        export(path, with_state, force=True)
+    with pytest.raises(UserError, match=r"cannot be written here: File exists$"):
+        export(path, path / "below.h5")
+    write_checkpoint(tmp_path, 124).write_bytes(b"torn")
+    export(tmp_path, path, force=True)
+    assert "step-000000124.h5: is not an HDF5 file" in capsys.readouterr().err
 
 
 def test_the_state_of_an_objective_goes_with_its_parameters(tmp_path: Path) -> None:

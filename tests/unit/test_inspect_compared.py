@@ -15,7 +15,7 @@ from hypothesis.extra import numpy as arrays
 from unit.checkpoint_files import make_info, write
 
 import dbmpi
-from dbmpi.checkpoint import array_blocks, comparison, receptive_fields, summary
+from dbmpi.checkpoint import array_blocks, comparison, receptive_fields, statistics, summary
 from dbmpi.checkpoint.comparison import Comparison
 from dbmpi.checkpoint.directory import checkpoint_path
 from dbmpi.checkpoint.distribution import KEPT, Distribution
@@ -268,7 +268,7 @@ def test_receptive_fields_are_those_of_the_weights():
     assert flat.tiles[0].shape == (400, 16)
 
 
-def test_pictures_of_weights(tmp_path, capsys):
+def test_pictures_of_weights(tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib", reason="drawing needs the extra [plot]")
     weights = np.random.default_rng(1).standard_normal((5, 16))
     named = {"dense1/weights": weights, "dense1/bias": np.full(5, np.nan), "empty": np.zeros((0, 3)), "b": np.ones(1)}
@@ -281,7 +281,11 @@ def test_pictures_of_weights(tmp_path, capsys):
         assert show(capsys, *words, "--plot", picture).endswith("picture.png\n")
         assert picture.read_bytes().startswith(b"\x89PNG")
         picture.unlink()
-    show(capsys, one, "--plot", tmp_path / "picture.pdf", "--json")
+    # Read once, from one file.
+    read, opened = statistics.of_array, []
+    monkeypatch.setattr(statistics, "of_array", lambda array: (opened.append(array.name), read(array))[1])
+    show(capsys, tmp_path / "one", "--plot", tmp_path / "picture.pdf", "--json")
+    assert sorted(opened) == sorted(named)
     assert (tmp_path / "picture.pdf").read_bytes().startswith(b"%PDF")
     with pytest.raises(UserError, match=r"ends in \.png, \.pdf or \.svg"):
         show(capsys, one, "--plot", tmp_path / "picture.jpg")

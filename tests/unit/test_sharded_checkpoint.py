@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from unit.checkpoint_files import LAYOUT, VECTORS, read_all, run_python, values_of, write, write_sharded
 from unit.test_shard_boxes import arrangements
 
-from dbmpi.checkpoint import directory, retention, stored_arrays
+from dbmpi.checkpoint import directory, leftovers, retention, stored_arrays, summary
 from dbmpi.checkpoint.reader import Checkpoint
 from dbmpi.errors import Damaged, DiskFailed, UserError
 from dbmpi.index.layout import Layout, Tensor
@@ -296,7 +296,7 @@ def test_a_later_checkpoint_of_the_same_step_replaces_all_files(tmp_path, path):
 
 def test_an_open_checkpoint_stays_readable_where_its_files_are_deleted(path):
     with Checkpoint.open(path) as checkpoint:
-        directory.remove(path)
+        leftovers.remove(path)
         assert checkpoint.parameters().tolist() == list(range(LAYOUT.size))
     assert list(path.parent.iterdir()) == [path.parent / "latest"]
 
@@ -308,23 +308,70 @@ def test_old_checkpoints_are_deleted_with_their_files(tmp_path):
     assert steps == {"000000002", "000000003"}
 
 
-def test_files_that_belong_to_no_checkpoint_are_cleaned_up(tmp_path, path):
-    """Of a killed run: without a checkpoint, and of another attempt at a step that has one."""
+@pytest.mark.parametrize("read", [Checkpoint.open, summary.describe, summary.open_checkpoint])
+def test_the_file_of_a_shard_is_no_checkpoint_and_no_data_file(path, read):
+    with pytest.raises(UserError, match=r"part of one shard; give step-000000123\.h5, the checkpoint beside it$"):
+        read(shards_of(path)[0])
+
+
+def noted(path: Path, identity: str) -> Path:
+    """Leave a file of a shard as a killed run does."""
+    leftovers.note(path, identity)
+    file = directory.shard_path(path, 0, 2, identity)
+    file.write_bytes(b"x")
+    return file
+
+
+def test_what_killed_runs_have_left_is_cleaned_up(tmp_path, path):
+    """Without a checkpoint, and of another attempt at a step that has one; and notes without files."""
     place, own = path.parent, set(path.parent.iterdir())
-    lost = [path.with_name("step-000000999-shard-0-of-3-00000001.h5"), directory.shard_path(path, 0, 2, "00000002")]
-    for file in lost:
-        file.write_bytes(b"x")
-    other = path.with_name("step-7-shard-of-mine.h5")
-    other.write_bytes(b"mine")
-    assert set(retention.clean(place)) == set(lost)
-    assert set(place.iterdir()) == {*own, other}
+    lost = [noted(path.with_name("step-000000999.h5"), "00000001"), noted(path, "00000002")]
+    leftovers.note(path, "0123abcd")  # whole, and the note was still there
+    leftovers.note(path, "00000003")
+    mine = path.with_name("step-7-shard-of-mine.h5")
+    mine.write_bytes(b"mine")
+    assert set(leftovers.clean(place)) == set(lost)
+    assert set(place.iterdir()) == {*own, mine}
     read_all(path)
-    # One that cannot be read keeps all, as does one that has been set aside.
+    # One that cannot be read may list them, also when it has been set aside.
     os.truncate(path, 100)
-    lost[1].write_bytes(b"x")
-    assert retention.clean(place) == []
+    noted(path, "00000002")
+    assert leftovers.clean(place) == []
     directory.set_aside(path)
-    assert retention.clean(place) == []
+    assert leftovers.clean(place) == []
+    directory.damaged_path(path).unlink()
+    assert leftovers.clean(place) == lost[1:]
+    assert leftovers.clean(place / "missing") == []
+
+
+@pytest.mark.parametrize("name", ["good.h5", "../step-000000123.h5", "step-000000123.h5.damaged"])
+def test_files_stay_where_their_checkpoint_is_renamed_moved_or_set_aside(tmp_path, path, name):
+    files = shards_of(path)
+    path.rename(path.parent / name)
+    assert leftovers.clean(path.parent) == []
+    write_sharded(tmp_path, THREE, identity="fedcba98", keep=1)
+    write_sharded(tmp_path, THREE, step=124, identity="00000124", keep=1)
+    assert leftovers.clean(path.parent) == []
+    assert shards_of(path) == files
+    (path.parent / name).rename(path)
+    read_all(path)
+
+
+def test_a_kill_while_a_checkpoint_is_deleted_leaves_nothing_after_the_next_start(path, monkeypatch):
+    monkeypatch.setattr(leftovers, "discard", lambda *_: [])
+    leftovers.remove(path)
+    monkeypatch.undo()
+    assert len(leftovers.clean(path.parent)) == 3
+    assert list(path.parent.iterdir()) == [path.parent / "latest"]
+
+
+def test_a_checkpoint_that_has_lost_a_file_counts_no_more(tmp_path, path):
+    later = write_sharded(tmp_path, THREE, step=124, identity="00000124")
+    assert [each.path for each in retention.whole(path.parent)] == [later, path]
+    shards_of(later)[1].unlink()
+    assert [each.path for each in retention.whole(path.parent)] == [path]
+    os.truncate(shards_of(path)[1], 100)
+    assert retention.whole(path.parent) == []
 
 
 def test_a_checkpoint_keeps_its_files_where_only_its_directory_could_not_be_updated(tmp_path, path, monkeypatch):
@@ -335,10 +382,10 @@ def test_a_checkpoint_keeps_its_files_where_only_its_directory_could_not_be_upda
     with pytest.raises(DiskFailed, match="is whole, but its directory"):
         write_sharded(tmp_path, THREE, step=124, identity="00000124")
     later = directory.checkpoint_path(tmp_path, 124)
-    assert retention.remove_unused(later, "00000124") == []
+    assert leftovers.discard(later, "00000124") == []
     read_all(later)
     later.unlink()
-    assert len(retention.remove_unused(later, "00000124")) == 3
+    assert len(leftovers.discard(later, "00000124")) == 3
     read_all(path)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from dbmpi.checkpoint.consistency import is_metric
+from dbmpi.checkpoint.finite import finite_or_none
 from dbmpi.checkpoint.schema import CheckpointInfo
 from dbmpi.objective import Outcome
 
@@ -50,12 +51,12 @@ class Account:
 
     def learned(self, loss: float, accuracy: float | None) -> None:
         """Note the mean `loss` of the samples learned from last, and the `accuracy`, if they have classes."""
-        self._measured |= {"loss": _finite(loss), "accuracy": accuracy}
+        self._measured |= {"loss": finite_or_none(loss), "accuracy": accuracy}
 
     def tested(self, step: int, outcome: Outcome) -> None:
         """Note the `outcome` on the held-out samples at a `step`, counted over all sessions."""
         metrics = {name: value for name, value in outcome.metrics.items() if is_metric(name) and math.isfinite(value)}
-        numbers = (step, _finite(outcome.mean_loss), outcome.accuracy, metrics)
+        numbers = (step, finite_or_none(outcome.mean_loss), outcome.accuracy, metrics)
         self._measured |= dict(zip(_TEST, numbers, strict=True))
 
     def test(self) -> dict[str, Any]:
@@ -75,10 +76,6 @@ def whereabouts() -> dict[str, Any]:
     except (KeyError, OSError):  # a number without an entry, as containers have; which of them depends on the Python
         user = str(os.getuid())
     return {"host": _text(socket.gethostname()), "user": _text(user)}
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def _text(name: str) -> str:

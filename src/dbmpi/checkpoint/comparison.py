@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from dbmpi.checkpoint.array_blocks import StoredNumbers
-from dbmpi.checkpoint.statistics import Statistics, finite
+from dbmpi.checkpoint.finite import finite_or_none
+from dbmpi.checkpoint.statistics import Statistics
 from dbmpi.errors import Damaged
 
 BLOCK = 2**16
@@ -116,10 +117,10 @@ class Comparison:
         index = np.unravel_index(self.position, tuple(shape)) if self.position >= 0 and shape else ()
         return {
             "size": self.count,
-            "update_to_weight": finite(self.ratio),
-            "change_norm": finite(self.change_norm),
-            "weight_norm": finite(self.norm),
-            "largest_change": finite(self.largest),
+            "update_to_weight": finite_or_none(self.ratio),
+            "change_norm": finite_or_none(self.change_norm),
+            "weight_norm": finite_or_none(self.norm),
+            "largest_change": finite_or_none(self.largest),
             "largest_change_at": [int(axis) for axis in index],
             "changed": self.changed,
             "zeros": list(self.zeros),

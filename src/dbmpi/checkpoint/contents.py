@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 from pydantic import ValidationError
 
-from dbmpi.checkpoint import checksums, consistency, schema
+from dbmpi.checkpoint import checksums, consistency, directory, schema
 from dbmpi.checkpoint.checksums import Mismatch, StoredArray
 from dbmpi.checkpoint.meaning import Meaning
 from dbmpi.checkpoint.sharded_contents import ShardedContents
@@ -57,6 +57,10 @@ class Contents:
         self._file_size = file_size
         self._groups: dict[str, Any] = {}
         form = self._attribute("format")
+        if form == schema.SHARD_FORMAT.encode():
+            whole = directory.whole_path(path)
+            beside = "the checkpoint beside it" if whole is None else f"{whole.name}, the checkpoint beside it"
+            raise Foreign(f"it has the part of one shard; give {beside}")
         if form != schema.FORMAT.encode():
             raise Foreign(f"expected the attribute format = {schema.FORMAT!r}; is it a data file?")
         number = self._attribute("format_version")

@@ -27,6 +27,7 @@ ABANDONED_SECONDS = 600.0
 
 _NAME = re.compile(r"step-(\d{9,18})\.h5")
 _SHARD = re.compile(r"(?P<stem>step-\d{9,18})-shard-(?P<number>\d+)-of-(?P<shards>\d+)-(?P<id>[0-9a-f]{8,16})\.h5")
+_NOTE = re.compile(r"\.(?P<stem>step-\d{9,18})-(?P<id>[0-9a-f]{8,16})\.begun")
 _TEMPORARY = re.compile(r"\.(?:step-\d[0-9a-z-]*\.h5|latest|best)\.(?P<host>.+)-(?P<process>\d{1,9})\.tmp")
 
 
@@ -73,21 +74,26 @@ def identity_of(file: Path) -> str:
     return match["id"] if match else ""
 
 
-def shard_files(path: Path, but: str = "") -> list[Path]:
-    """Return the files of shards of the same step as the checkpoint `path`, except for those of the identity `but`."""
-    found = []
-    for candidate in path.parent.glob(f"{path.stem}-shard-*.h5"):
-        match = _SHARD.fullmatch(candidate.name)
-        if match and match["id"] != but:
-            found.append(candidate)
-    return found
+def shard_files(path: Path) -> list[Path]:
+    """Return the files of shards of the same step as the checkpoint `path`."""
+    return [file for file in path.parent.glob(f"{path.stem}-shard-*.h5") if is_shard_file(file.name)]
 
 
-def remove(path: Path) -> None:
-    """Delete the checkpoint `path`, and then the files of its shards."""
-    path.unlink(missing_ok=True)
-    for file in shard_files(path):
-        file.unlink(missing_ok=True)
+def whole_path(file: Path) -> Path | None:
+    """Return the path of the checkpoint that the `file` of a shard was written for; None if it is not named so."""
+    match = _SHARD.fullmatch(file.name)
+    return file.with_name(f"{match['stem']}.h5") if match else None
+
+
+def note_path(path: Path, identity: str) -> Path:
+    """Return the path of the note that files of an `identity` are or were to be part of the checkpoint `path`."""
+    return path.with_name(f".{path.stem}-{identity}.begun")
+
+
+def notes(directory: Path) -> list[tuple[Path, str]]:
+    """Return the path of the checkpoint, and the identity, of each note in a `directory`."""
+    matches = [_NOTE.fullmatch(path.name) for path in directory.iterdir()] if directory.is_dir() else ()
+    return [(directory / f"{match['stem']}.h5", match["id"]) for match in matches if match]
 
 
 def checkpoints(directory: Path) -> list[Path]:
@@ -151,22 +157,13 @@ def damaged_path(path: Path) -> Path:
 
 
 def clean(directory: Path) -> list[Path]:
-    """Delete the files that killed runs have left in a directory of checkpoints; return their names.
-
-    They are temporary ones, and those of shards without a checkpoint.
+    """Delete the temporary files that killed runs have left in a directory of checkpoints; return their names.
 
     Called before a run starts to write.  A file is left alone while the process that writes it may live: on this
     host the process is looked up, on another one the file's last change decides.
     """
     removed: list[Path] = []
-    if not directory.is_dir():
-        return removed
-    masters = {path.name.split(".")[0] for path in directory.glob("step-*.h5*") if not is_shard_file(path.name)}
-    for path in directory.iterdir():
-        shard = _SHARD.fullmatch(path.name)
-        if shard and shard["stem"] not in masters:
-            path.unlink(missing_ok=True)
-            removed.append(path)
+    for path in directory.iterdir() if directory.is_dir() else ():
         match = _TEMPORARY.fullmatch(path.name)
         if match and _is_abandoned(path, match["host"], int(match["process"])):
             path.unlink(missing_ok=True)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dbmpi.checkpoint import directory, retention, run_lock, schema, shard_boxes
+from dbmpi.checkpoint import directory, leftovers, retention, run_lock, schema, shard_boxes
 from dbmpi.checkpoint.background import Background
 from dbmpi.checkpoint.saver import NotFinite, ShardSaver, checking, digits
 from dbmpi.checkpoint.sharded_writer import ShardFacts, write_whole
@@ -122,9 +122,13 @@ class LeadSaver(ShardSaver):
         self._whole = _Whole(step, secrets.randbits(32), describe, kept)
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
+            if self._shards > 1 or self._compression != "none":
+                leftovers.note(self._path, digits(self._whole.identity))
         except OSError as error:
+            text = f"{self._path.parent}: checkpoints cannot be written here: {error.strerror}"
+            failed = DiskFailed(f"{text}; {retention.kept(self._path.parent)}")
             self._whole = None
-            raise DiskFailed(f"{self._directory}: checkpoints cannot be written here: {error.strerror}") from error
+            raise failed from error
         return self._whole.identity
 
     def begin(
@@ -231,7 +235,7 @@ class LeadSaver(ShardSaver):
     def _remove(self, path: Path, identity: int) -> None:
         """Remove the files of all shards, unless they have become a checkpoint after all."""
         with suppress(OSError):
-            retention.remove_unused(path, digits(identity))
+            leftovers.discard(path, digits(identity))
 
     def _confirm(self) -> None:
         """Raise RunFailed if another run has taken the directory over."""

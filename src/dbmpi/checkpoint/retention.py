@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from dbmpi.checkpoint import directory
+from dbmpi.checkpoint import directory, leftovers
 from dbmpi.checkpoint.reader import Checkpoint
 from dbmpi.errors import UserError
 
@@ -36,20 +36,24 @@ def whole(folder: Path) -> list[Whole]:
 
 
 def read(path: Path) -> Whole:
-    """Read a checkpoint, once in each state of its file; raises UserError or OSError if that is impossible.
+    """Read a checkpoint, once in each state of its files; raises UserError or OSError if that is impossible.
 
     Parameters
     ----------
     path
         Of the file.
     """
-    status = path.stat()
-    return _read(path, (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns))
+    return _read(path, (_state(path), *sorted(map(_state, directory.shard_files(path)))))
+
+
+def _state(file: Path) -> tuple[str, int, int, int, int]:
+    status = file.stat()
+    return file.name, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 @lru_cache(maxsize=1024)
-def _read(path: Path, state: tuple[int, ...]) -> Whole:
-    """Read a checkpoint in a `state` of its file: a run asks at every checkpoint, while all workers rest."""
+def _read(path: Path, state: tuple[object, ...]) -> Whole:
+    """Read a checkpoint in a `state` of its files: a run asks for all of them whenever it has written one."""
     with Checkpoint.open(path) as checkpoint:
         info = checkpoint.info
         return Whole(info.created, info.step, path, info.test_loss, info.test_step)
@@ -62,42 +66,6 @@ def kept(folder: Path) -> str:
     except OSError as error:
         return f"{folder} cannot be read: {error.strerror}"
     return f"the last checkpoint is {found[0].path}" if found else "there is no earlier checkpoint"
-
-
-def remove_unused(path: Path, identity: str = "") -> list[Path]:
-    """Delete files of shards beside a checkpoint that are none of its own; return them.
-
-    Parameters
-    ----------
-    path
-        Of the checkpoint.  If it is there and cannot be read, its files cannot be told from others, and all stay.
-    identity
-        Only files with this one are deleted, if it is given.
-    """
-    unused = [file for file in directory.shard_files(path) if identity in ("", directory.identity_of(file))]
-    if unused and path.exists():
-        try:
-            with Checkpoint.open(path) as checkpoint:
-                own = {file.name for file in checkpoint.files}
-        except UserError:
-            return []
-        unused = [file for file in unused if file.name not in own]
-    for file in unused:
-        file.unlink(missing_ok=True)
-    return unused
-
-
-def clean(folder: Path) -> list[Path]:
-    """Delete the files that killed runs have left in the directory `folder` of checkpoints; return their names.
-
-    Beside those that :func:`dbmpi.checkpoint.directory.clean` deletes they are files of shards that were to become
-    another checkpoint of a step of which there is one.
-    """
-    removed = directory.clean(folder)
-    for path in directory.checkpoints(folder) if folder.is_dir() else ():
-        if not directory.damaged_path(path).exists():
-            removed += remove_unused(path)
-    return removed
 
 
 def later_than(others: list[Whole], created: str) -> str:
@@ -146,5 +114,5 @@ def retain(newest: Path, others: list[Whole], keep: int) -> list[Path]:
         directory.replace_pointer(found.path, directory.BEST)
     older = [other.path for other in others[max(keep, 1) - 1 :] if found is None or other.path != found.path]
     for path in older:
-        directory.remove(path)
+        leftovers.remove(path)
     return older

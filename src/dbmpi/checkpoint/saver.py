@@ -133,7 +133,7 @@ class ShardSaver:
         return moved
 
     def close(self) -> None:
-        """Abandon what is being written, and remove it."""
+        """Abandon what is being written; a file that was not reported is removed, now or when its thread ends."""
         if self._job is not None:
             self._job.abandon()
             # Just written, and not reported: no checkpoint has it.

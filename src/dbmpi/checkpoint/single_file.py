@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dbmpi.checkpoint import checksums, directory, schema
+from dbmpi.checkpoint import checksums, directory, leftovers, schema
 from dbmpi.checkpoint.sharded_writer import ShardFacts
 from dbmpi.checkpoint.snapshot import BLOCK, Snapshot
 from dbmpi.checkpoint.writer import CheckpointWriter
@@ -91,4 +92,7 @@ def write_together(
                             moved()
             except (OSError, checksums.Mismatch) as error:
                 raise DiskFailed(f"{name}: could not be read again: {error}") from error
-        return writer.commit(info, keep, confirm)
+        writer.commit(info, keep, confirm)
+    with suppress(OSError):  # the next start removes them
+        leftovers.discard(path, identity)
+    return path

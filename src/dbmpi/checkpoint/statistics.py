@@ -12,6 +12,7 @@ import numpy as np
 
 from dbmpi.checkpoint.array_blocks import StoredNumbers
 from dbmpi.checkpoint.distribution import Distribution
+from dbmpi.checkpoint.finite import finite_or_none
 from dbmpi.checkpoint.untrusted import chunk_bytes, elsewhere, unwritten
 
 BLOCK = 2**16
@@ -163,14 +164,11 @@ def as_dict(found: Statistics | str) -> dict[str, Any]:
     percentiles = [min(max(value, found.minimum), found.maximum) for value in spread.percentiles(PERCENTS)]
     numbers = {"min": found.minimum, "mean": found.mean, "max": found.maximum, "std": found.deviation}
     return {
-        **{name: finite(value) for name, value in numbers.items()},
-        "percentiles": {str(percent): finite(value) for percent, value in zip(PERCENTS, percentiles, strict=True)},
+        **{name: finite_or_none(value) for name, value in numbers.items()},
+        "percentiles": {
+            str(percent): finite_or_none(value) for percent, value in zip(PERCENTS, percentiles, strict=True)
+        },
         "percentiles_exact": spread.exact,
         "zeros": spread.zeros,
         "non_finite": found.non_finite,
     }
-
-
-def finite(value: float) -> float | None:
-    """Return a `value` for JSON: None where it is NaN or infinite."""
-    return value if math.isfinite(value) else None

@@ -63,7 +63,7 @@ class WholeArrays(Arrays):
         self.stored, self._paths = stored, paths
 
     def segments(self, vector: str, tensor: Tensor, first: int, last: int) -> Iterator[StoredRun]:
-        """Yield where a part of a tensor is: here in one piece, or on some shards."""
+        """Yield where a part of a tensor is: in one piece."""
         yield StoredRun(self.stored[self._paths[vector, tensor.name]], first, last - first)
 
 
@@ -87,7 +87,7 @@ class ShardedArrays(Arrays):
         }
 
     def segments(self, vector: str, tensor: Tensor, first: int, last: int) -> Iterator[StoredRun]:
-        """Yield where a part of a tensor is: here in one piece, or on some shards."""
+        """Yield where a part of a tensor is: in the files of some shards, each in one piece or several."""
         starts, runs = self._runs[tensor.name]
         number = max(bisect_right(starts, first) - 1, 0)
         while first < last:
@@ -143,7 +143,12 @@ class ShardFiles:
                 if stat.S_ISREG(found.st_mode) and found.st_size == size and number < _OPEN_FILES:
                     self.descriptor(number)
             except OSError as error:
-                return f"its file {name} is missing" if isinstance(error, FileNotFoundError) else f"{name}: {error}"
+                if not isinstance(error, FileNotFoundError):
+                    return f"{name}: {error}"
+                return (
+                    f"its file {name} is missing; a checkpoint needs the files of all shards beside it, in a directory "
+                    "that the nodes of all shards see"
+                )
             if not stat.S_ISREG(found.st_mode):
                 return f"its file {name} is a link, or no file; expected a file in the same directory"
             if found.st_size != size:

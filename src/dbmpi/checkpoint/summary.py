@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import h5py
@@ -14,8 +15,10 @@ import numpy as np
 
 from dbmpi.checkpoint import array_blocks, comparison, directory, statistics
 from dbmpi.checkpoint.array_blocks import StoredNumbers
+from dbmpi.checkpoint.finite import finite_or_none
 from dbmpi.checkpoint.reader import Checkpoint
-from dbmpi.checkpoint.schema import FORMAT
+from dbmpi.checkpoint.schema import FORMAT, SHARD_FORMAT
+from dbmpi.checkpoint.statistics import Statistics
 from dbmpi.checkpoint.untrusted import HDF5_ERRORS
 from dbmpi.config.defaults import chosen, settings
 from dbmpi.errors import Damaged, UserError
@@ -25,8 +28,19 @@ from dbmpi.monitor.records import read_records
 _PROGRESS = ("step", "samples", "created", "seconds", "loss", "accuracy", "test_step", "test_loss", "test_accuracy")
 
 
-def describe(path: Path) -> dict[str, Any]:
+def describe(
+    path: Path, opened: Checkpoint | None = None, known: Mapping[str, Statistics] = MappingProxyType({})
+) -> dict[str, Any]:
     """Return the contents of a path: ``kind`` is ``"run"``, ``"checkpoint"`` or ``"data"``.
+
+    Parameters
+    ----------
+    path
+        A file, or the directory of a run.
+    opened
+        The checkpoint there, if it is open already; it stays open.
+    known
+        Statistics of some of its arrays by name, which are not read again.
 
     Raises
     ------
@@ -34,52 +48,48 @@ def describe(path: Path) -> dict[str, Any]:
         If it is neither, or cannot be read.
     """
     if path.is_dir():
-        with Checkpoint.open(path) as checkpoint:
+        with nullcontext(opened) if opened is not None else Checkpoint.open(path) as checkpoint:
             found = {"kind": "run", "path": str(path), "notice": checkpoint.notice, **_run(path)}
-            return {**found, "newest": _checkpoint(checkpoint)}
+            return {**found, "newest": _checkpoint(checkpoint, known)}
+    if opened is not None:
+        return _checkpoint(opened, known)
     if not path.exists():
         raise UserError(f"{path}: no such file or directory; expected a checkpoint, a run directory or a data file")
     if path.name in directory.POINTERS or _is_checkpoint(path):
         with Checkpoint.open(path) as checkpoint:
-            return _checkpoint(checkpoint)
+            return _checkpoint(checkpoint, known)
     return _data(path)
 
 
-def compared(first: Path, second: Path, *, everything: bool = False) -> dict[str, Any]:
-    """Return how two checkpoints differ; of a run, the newest one is taken.
+def compared(one: Checkpoint, other: Checkpoint, *, everything: bool = False) -> dict[str, Any]:
+    """Return how two checkpoints differ.
 
     Parameters
     ----------
-    first, second
-        Files or run directories: how it was, and how it is now.
+    one, other
+        How it was, and how it is now.
     everything
         Whether to compare the state of the update rule, too.
-
-    Raises
-    ------
-    UserError
-        If one of them is no checkpoint or cannot be read.
     """
-    with open_checkpoint(first) as one, open_checkpoint(second) as other:
-        arrays = [
-            array_blocks.everything(each)
-            if everything
-            else [*array_blocks.parameters(each), *array_blocks.objective_state(each)]
-            for each in (one, other)
-        ]
-        then, now = (dict(settings(_configuration(each))) for each in (one, other))
-        return {
-            "kind": "comparison",
-            "then": _brief(one),
-            "now": _brief(other),
-            "notices": [each.notice for each in (one, other) if each.notice],
-            "settings": [
-                {"key": key, "then": then.get(key), "now": now.get(key)}
-                for key in _together([*then, *now])
-                if then.get(key) != now.get(key)
-            ],
-            **comparison.compare(*arrays),
-        }
+    arrays = [
+        array_blocks.everything(each)
+        if everything
+        else [*array_blocks.parameters(each), *array_blocks.objective_state(each)]
+        for each in (one, other)
+    ]
+    then, now = (dict(settings(_configuration(each))) for each in (one, other))
+    return {
+        "kind": "comparison",
+        "then": _brief(one),
+        "now": _brief(other),
+        "notices": [each.notice for each in (one, other) if each.notice],
+        "settings": [
+            {"key": key, "then": then.get(key), "now": now.get(key)}
+            for key in _together([*then, *now])
+            if then.get(key) != now.get(key)
+        ],
+        **comparison.compare(*arrays),
+    }
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -117,10 +127,10 @@ def _pointed(folder: Path, name: str) -> str | None:
 
 
 def _is_checkpoint(path: Path) -> bool:
-    """Return whether an HDF5 file says of itself that it is a checkpoint; UserError if it is no HDF5 file."""
+    """Return whether an HDF5 file says of itself that it is (of) a checkpoint; UserError if it is no HDF5 file."""
     try:
         with h5py.File(path, "r", locking=False) as file:
-            return bool(_attributes(file).get("attributes", {}).get("format") == FORMAT)
+            return bool(_attributes(file).get("attributes", {}).get("format") in (FORMAT, SHARD_FORMAT))
     except HDF5_ERRORS as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: not an HDF5 file, or a torn one, expected a checkpoint or data: {reason}") from None
@@ -137,7 +147,7 @@ def _candidate(path: Path) -> dict[str, Any]:
 def _brief(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return how far a checkpoint was."""
     facts = {name: getattr(checkpoint.info, name) for name in _PROGRESS}
-    numbers = {name: _json_number(value) for name, value in facts.items()}
+    numbers = {name: finite_or_none(value) for name, value in facts.items()}
     return {
         "name": checkpoint.path.name,
         "path": str(checkpoint.path),
@@ -145,10 +155,6 @@ def _brief(checkpoint: Checkpoint) -> dict[str, Any]:
         "parameters": checkpoint.layout.size,
         **numbers,
     }
-
-
-def _json_number(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _configuration(checkpoint: Checkpoint) -> Any:
@@ -160,8 +166,8 @@ def _configuration(checkpoint: Checkpoint) -> Any:
         return text
 
 
-def _checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
-    info = {name: _json_number(value) for name, value in asdict(checkpoint.info).items()}
+def _checkpoint(checkpoint: Checkpoint, known: Mapping[str, Statistics]) -> dict[str, Any]:
+    info = {name: finite_or_none(value) for name, value in asdict(checkpoint.info).items()}
     if checkpoint.info.meaning is not None:
         info["meaning"] = checkpoint.info.meaning.model_dump(exclude_defaults=True)
     keys = chosen(checkpoint.info.configuration)
@@ -174,14 +180,14 @@ def _checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         **info,
         "configuration": _configuration(checkpoint),
         "chosen": None if keys is None else sorted(keys),
-        "arrays": list(_arrays(array_blocks.everything(checkpoint))),
+        "arrays": list(_arrays(array_blocks.everything(checkpoint), known)),
     }
 
 
-def _arrays(arrays: Iterable[StoredNumbers]) -> Iterable[dict[str, Any]]:
+def _arrays(arrays: Iterable[StoredNumbers], known: Mapping[str, Statistics]) -> Iterable[dict[str, Any]]:
     for array in arrays:
         try:
-            numbers = statistics.as_dict(statistics.of_array(array))
+            numbers = statistics.as_dict(known.get(array.name) or statistics.of_array(array))
         except Damaged as error:
             numbers = {"not_read": "damaged", "damaged": str(error)}
         yield {"name": array.name, "shape": array.shape, "dtype": str(array.dtype), **numbers}

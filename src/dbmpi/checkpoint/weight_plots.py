@@ -12,9 +12,9 @@ import numpy as np
 
 from dbmpi.checkpoint import array_blocks, comparison, receptive_fields, statistics
 from dbmpi.checkpoint.array_blocks import StoredNumbers
+from dbmpi.checkpoint.reader import Checkpoint
 from dbmpi.checkpoint.receptive_fields import Sheet
 from dbmpi.checkpoint.statistics import Statistics
-from dbmpi.checkpoint.summary import open_checkpoint
 from dbmpi.errors import Damaged, UserError
 from dbmpi.monitor.pictures import figures, save
 
@@ -55,54 +55,56 @@ class Panel:
     found: Statistics | str
 
 
-def draw(out: Path, path: Path, other: Path | None = None, input_shape: tuple[int, ...] | None = None) -> Path:
-    """Draw a checkpoint, or how another one differs from it, and return the path of the picture.
+def draw(
+    out: Path, first: Checkpoint, second: Checkpoint | None = None, input_shape: tuple[int, ...] | None = None
+) -> dict[str, Statistics]:
+    """Draw a checkpoint, or how another one differs from it.
 
     Parameters
     ----------
     out
         The picture; its suffix, one of `KINDS`, says of what kind.
-    path
-        The checkpoint, or a run: its newest one.
-    other
+    first
+        The checkpoint.
+    second
         A later checkpoint, of which the differences from the first one are drawn.
     input_shape
         Shape of one sample; by default that of the checkpoint.
 
+    Returns
+    -------
+    dict of str to Statistics
+        Of the arrays, or of the differences, as far as they were read, by name.
+
     Raises
     ------
     UserError
-        If a checkpoint cannot be read, the two have no array in common, Matplotlib is missing, or the picture cannot
-        be written.
+        If the two have no array in common, Matplotlib is missing, or the picture cannot be written.
     """
     if out.suffix not in KINDS:
         raise UserError(f"{out}: expected a name that ends in {', '.join(KINDS[:-1])} or {KINDS[-1]}")
     figure_of, style = figures()
-    with open_checkpoint(path) as first:
-        shape = input_shape or first.info.input_shape
-        if other is None:
-            title = f"{_end(str(path), 60)}   ·   step {first.info.step:,}"
-            panels = [
-                Panel(array.name, array.shape, _read(array)) for array in array_blocks.parameters(first)[:MOST_PANELS]
-            ]
-            sheet = _sheet(array_blocks.parameters(first), None, shape)
-            total = len(first.layout.tensors)
-        else:
-            with open_checkpoint(other) as second:
-                title = f"changes from step {first.info.step:,} to step {second.info.step:,}"
-                before, after = array_blocks.parameters(first), array_blocks.parameters(second)
-                pairs = list(comparison.pairs(before, after))
-                if not pairs:
-                    raise UserError(f"{path}, {other}: no array is in both, in one shape: there is nothing to draw")
-                panels = [Panel(one.name, one.shape, _read(one, two)) for one, two in pairs[:MOST_PANELS]]
-                sheet = _sheet([one for one, _ in pairs], after, shape)
-                total = len(pairs)
+    shape = input_shape or first.info.input_shape
+    before = array_blocks.parameters(first)
+    if second is None:
+        title = f"{_end(str(first.path), 60)}   ·   step {first.info.step:,}"
+        panels = [Panel(array.name, array.shape, _read(array)) for array in before[:MOST_PANELS]]
+        sheet, total = _sheet(before, None, shape), len(before)
+    else:
+        title = f"changes from step {first.info.step:,} to step {second.info.step:,}"
+        after = array_blocks.parameters(second)
+        pairs = list(comparison.pairs(before, after))
+        if not pairs:
+            raise UserError(f"{first.path}, {second.path}: no array is in both, in one shape: there is nothing to draw")
+        panels = [Panel(one.name, one.shape, _read(one, two)) for one, two in pairs[:MOST_PANELS]]
+        sheet, total = _sheet([one for one, _ in pairs], after, shape), len(pairs)
     if total > len(panels):
         title += f"   ·   the first {len(panels)} of {total:,} arrays"
     with style():
         figure = figure_of()
         _draw(figure, title, panels, sheet)
-        return save(figure, out)
+        save(figure, out)
+    return {panel.name: panel.found for panel in panels if isinstance(panel.found, Statistics)}
 
 
 def _read(array: StoredNumbers, other: StoredNumbers | None = None) -> Statistics | str:

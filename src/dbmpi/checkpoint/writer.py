@@ -14,7 +14,7 @@ import h5py
 import numpy as np
 from numpy.typing import DTypeLike
 
-from dbmpi.checkpoint import consistency, directory, retention, schema
+from dbmpi.checkpoint import consistency, directory, leftovers, retention, schema
 from dbmpi.checkpoint.annotations import annotate
 from dbmpi.checkpoint.new_file import ARRAYS, NewFile
 from dbmpi.checkpoint.untrusted import HDF5_ERRORS
@@ -38,12 +38,16 @@ class CheckpointWriter:
         float32 or float64, of all these arrays.
     objective_state : mapping of str to array
         What an objective of a user's own has beside: numbers of any type and shape.
+    of_run : bool
+        Whether the file is the newest of the checkpoints in its directory; else it is a file of its own.
 
     Raises
     ------
     DiskFailed
         If the directory cannot be written to, or the disk is too small for the file.  This and every later failure
         leaves no file behind, and the checkpoints that are there already untouched.
+    UserError
+        If the directory of a file of its own cannot be written to.
     """
 
     def __init__(
@@ -53,8 +57,11 @@ class CheckpointWriter:
         vectors: Sequence[str] = (schema.PARAMETERS,),
         dtype: DTypeLike = np.float32,
         objective_state: Mapping[str, np.ndarray] = MappingProxyType({}),
+        *,
+        of_run: bool = True,
     ) -> None:
         self.path = path
+        self._of_run = of_run
         self.layout = layout
         self.dtype = np.dtype(dtype)
         check_names(layout, vectors)
@@ -63,9 +70,8 @@ class CheckpointWriter:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise DiskFailed(
-                f"{path.parent}: checkpoints cannot be written here: {error.strerror}; {retention.kept(path.parent)}"
-            ) from error
+            text = f"{path.parent}: checkpoints cannot be written here: {error.strerror}"
+            raise self._failure(text, False) from error
         self._file = NewFile(path, ARRAYS, with_checksums=True, failure=self._failure)
         self._file.set_attribute("format", schema.FORMAT)
         self._file.set_attribute("format_version", schema.FORMAT_VERSION)
@@ -102,7 +108,7 @@ class CheckpointWriter:
     ) -> Path:
         """Write the description `info`, give the file its name, and return the path.
 
-        If it is named like the checkpoint of a run, ``latest`` points to it from then on.
+        If it is of a run and named so, ``latest`` points to it from then on.
 
         All but the `keep` last checkpoints are then deleted.  `confirm` is called just before the file gets its name;
         it raises where the file is not to get it.
@@ -123,7 +129,9 @@ class CheckpointWriter:
             if missing is not None:
                 self.abort()
                 raise ValueError(f"{self.path}: elements [{missing[0]}, {missing[1]}) of {vector!r} were never written")
-        return finish(self._file, self.layout, info, self._objective_state, keep=keep, confirm=confirm)
+        return finish(
+            self._file, self.layout, info, self._objective_state, keep=keep, confirm=confirm, of_run=self._of_run
+        )
 
     def abort(self) -> None:
         """Remove the temporary file; without effect after a commit or another abort."""
@@ -135,8 +143,10 @@ class CheckpointWriter:
     def __exit__(self, *_: object) -> None:
         self.abort()
 
-    def _failure(self, text: str, _: bool) -> Exception:
-        """Say, where a checkpoint fails, which one is left."""
+    def _failure(self, text: str, begun: bool) -> Exception:
+        """Say, where a checkpoint of a run fails, which one is left."""
+        if not self._of_run:
+            return DiskFailed(text) if begun else UserError(text)
         return DiskFailed(f"{text}; {retention.kept(self.path.parent)}")
 
 
@@ -149,6 +159,7 @@ def finish(
     identity: str = "",
     keep: int | None = None,
     confirm: Callable[[], object] = lambda: None,
+    of_run: bool = True,
 ) -> Path:
     """Write the description into the new `file` of a checkpoint, give it its name, and return its path.
 
@@ -164,6 +175,8 @@ def finish(
         That of the files of the shards, if these hold the arrays.
     keep, confirm
         As for :meth:`CheckpointWriter.commit`.
+    of_run
+        As for :class:`CheckpointWriter`.
 
     Raises
     ------
@@ -176,21 +189,25 @@ def finish(
     except consistency.Contradiction as error:
         file.abort()
         raise ValueError(f"{path}: {error}") from None
-    try:
-        others = retention.whole(path.parent)
-    except OSError:  # whatever is wrong there, the commit will say
-        others = []
-    info = replace(info, created=retention.later_than(others, info.created))
+    others: list[retention.Whole] = []
+    if of_run:
+        with suppress(OSError):  # whatever is wrong there, the commit will say
+            others = retention.whole(path.parent)
+        info = replace(info, created=retention.later_than(others, info.created))
     # Written last, so that a file without a description is known to be partial.
     _write_info(file, layout, info)
     if objective_state:
         file.put(schema.OBJECTIVE_STATE_NAMES, [name.encode() for name in objective_state])
-    file.commit(confirm)
+    if not of_run:
+        file.commit(confirm)
+        return path
     try:
-        if directory.step_of(path) is not None:  # of a run, and not of a user's own loop
-            directory.replace_pointer(path)
-        for stale in directory.shard_files(path, but=identity):  # of an earlier checkpoint of the same step
-            stale.unlink(missing_ok=True)
+        with leftovers.replacing(path):
+            file.commit(confirm)
+            if directory.step_of(path) is not None:  # of a run, and not of a user's own loop
+                directory.replace_pointer(path)
+        if identity:
+            leftovers.discard(path, identity)  # nothing but the note
         if keep is not None:
             retention.retain(path, others, keep)
     except OSError as error:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
+from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from dbmpi.cli import options
 from dbmpi.data.importers.table import count
 from dbmpi.errors import UserError
+
+if TYPE_CHECKING:
+    from dbmpi.checkpoint.statistics import Statistics
 
 SUMMARY = "show what is in a checkpoint, a run directory or a data file, or how two checkpoints differ"
 
@@ -63,18 +68,10 @@ def run(arguments: argparse.Namespace) -> int:
         )
     from rich.console import Console
 
-    from dbmpi.checkpoint import summary
     from dbmpi.cli import inspect_text
 
     with Console(stderr=True).status("reading"):
-        if arguments.plot is not None:
-            from dbmpi.checkpoint import weight_plots
-
-            weight_plots.draw(arguments.plot, arguments.path, arguments.other, arguments.input_shape)
-        if arguments.other is None:
-            found = summary.describe(arguments.path)
-        else:
-            found = summary.compared(arguments.path, arguments.other, everything=arguments.everything)
+        found = _look(arguments)
     if arguments.json:
         print(json.dumps(found, indent=2, allow_nan=False))
     else:
@@ -95,6 +92,26 @@ def run(arguments: argparse.Namespace) -> int:
             "checkpoint"
         )
     return 0
+
+
+def _look(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return what there is; a checkpoint that is drawn, too, is opened once, as a run may write another meanwhile."""
+    from dbmpi.checkpoint import summary
+
+    if arguments.plot is None and arguments.other is None:
+        return summary.describe(arguments.path)
+    with ExitStack() as stack:
+        first, second = stack.enter_context(summary.open_checkpoint(arguments.path)), None
+        if arguments.other is not None:
+            second = stack.enter_context(summary.open_checkpoint(arguments.other))
+        known: dict[str, Statistics] = {}
+        if arguments.plot is not None:
+            from dbmpi.checkpoint import weight_plots
+
+            known = weight_plots.draw(arguments.plot, first, second, arguments.input_shape)
+        if second is None:
+            return summary.describe(arguments.path, first, known)
+        return summary.compared(first, second, everything=arguments.everything)
 
 
 def _placement(arguments: argparse.Namespace) -> str:

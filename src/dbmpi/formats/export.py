@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 
 import dbmpi
+from dbmpi.checkpoint import directory
 from dbmpi.checkpoint.named_arrays import names_outside
 from dbmpi.checkpoint.reader import Checkpoint
 from dbmpi.checkpoint.schema import PARAMETERS
@@ -79,22 +80,12 @@ def export(
     dtype('float32')
     """
     path = Path(path)
-    if path.suffix not in SUFFIXES:
-        raise UserError(f"{path}: expected a name that ends in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
-    if names not in ("dbmpi", "torch"):
-        raise UserError(f"export: names = {names!r}: expected 'dbmpi' or 'torch'")
-    if path.suffix == ".h5" and names != "dbmpi":
-        raise UserError(f"export: names = {names!r}: a checkpoint has its own names; use .npz or .safetensors")
-    beside = [path.with_name(f"{path.name}.data")] if path.suffix == ".onnx" else []  # where ONNX puts large parameters
-    for file in (path, *beside):
-        if file.exists() and not force:
-            raise UserError(
-                f"{file}: exists and is not overwritten; give another name, or --force (in Python force=True)"
-            )
+    _check(path, names, force=force)
     origin = Path(checkpoint.checkpoint if isinstance(checkpoint, Result) else checkpoint)
     if path.suffix == ".onnx" or names == "torch":
         trained = trained_network.load(origin, [Path(file) for file in code])
         with trained.checkpoint as opened:
+            _tell(opened)
             if not isinstance(trained.network, Network):
                 raise UserError(
                     f"{trained.path}: {trained.network.called} is no network of dbmpi's layers; export its arrays "
@@ -104,20 +95,46 @@ def export(
                 _write_onnx(path, trained, trained.network)
             else:
                 _write_arrays(path, opened, torch_names(trained.network))
-    elif path.suffix == ".h5":
-        with Checkpoint.open(origin) as opened:
-            _write_checkpoint(path, opened)
     else:
         with Checkpoint.open(origin) as opened:
-            _write_arrays(path, opened, {tensor.name: tensor for tensor in opened.layout.tensors})
+            _tell(opened)
+            if path.suffix == ".h5":
+                _write_checkpoint(path, opened)
+            else:
+                _write_arrays(path, opened, {tensor.name: tensor for tensor in opened.layout.tensors})
     return path
+
+
+def _check(path: Path, names: str, *, force: bool) -> None:
+    """Refuse what cannot be written, or is not to be overwritten."""
+    if path.suffix not in SUFFIXES:
+        raise UserError(f"{path}: expected a name that ends in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
+    if names not in ("dbmpi", "torch"):
+        raise UserError(f"export: names = {names!r}: expected 'dbmpi' or 'torch'")
+    if path.suffix == ".h5" and names != "dbmpi":
+        raise UserError(f"export: names = {names!r}: a checkpoint has its own names; use .npz or .safetensors")
+    if path.suffix == ".h5" and directory.read_pointer(path.parent) is not None:
+        raise UserError(f"{path}: beside the checkpoints of a run, where only that writes; give another directory")
+    beside = [path.with_name(f"{path.name}.data")] if path.suffix == ".onnx" else []  # where ONNX puts large parameters
+    for file in (path, *beside):
+        if file.exists() and not force:
+            raise UserError(
+                f"{file}: exists and is not overwritten; give another name, or --force (in Python force=True)"
+            )
+
+
+def _tell(checkpoint: Checkpoint) -> None:
+    """Say which newer checkpoints cannot be read."""
+    if checkpoint.notice:
+        sys.stderr.write(f"dbmpi: {checkpoint.notice}\n")
 
 
 def _write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Write everything that a checkpoint has into one plain file."""
     layout, dtype = checkpoint.layout, checkpoint.dtype
     buffer = np.empty(min(_AT_ONCE, layout.size), dtype)
-    with CheckpointWriter(path, layout, checkpoint.vectors, dtype, checkpoint.objective_state()) as writer:
+    state = checkpoint.objective_state()
+    with CheckpointWriter(path, layout, checkpoint.vectors, dtype, state, of_run=False) as writer:
         for vector in checkpoint.vectors:
             for start in range(0, layout.size, _AT_ONCE):
                 values = buffer[: layout.size - start]
@@ -128,8 +145,6 @@ def _write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
 
 def _write_arrays(path: Path, checkpoint: Checkpoint, names: dict[str, Tensor]) -> None:
     """Write arrays as they are in the checkpoint, and the state of an objective, if there is any."""
-    if checkpoint.notice:
-        sys.stderr.write(f"dbmpi: {checkpoint.notice}\n")
     arrays = {
         name: ExportedArray(checkpoint.dtype, tensor.shape, partial(_read, checkpoint, tensor.name))
         for name, tensor in names.items()

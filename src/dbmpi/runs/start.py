@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Collection
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from mpi4py import MPI
 
-from dbmpi.checkpoint import directory, retention
+from dbmpi.checkpoint import directory, leftovers
 from dbmpi.checkpoint.meaning import Meaning, check_same_data
 from dbmpi.checkpoint.reader import Checkpoint
 from dbmpi.config import CheckpointSection, Run
@@ -69,30 +71,42 @@ def find(
     waiting.broadcast(comm, session, _LEAD, "the number of the session")
     warmstart = run.optimizer.warmstart
     if not path:
-        return RunStart(StartingPoint(Stream(order.batches), warmstart), None, int(session[0]))
-    with together(comm, "reading the checkpoint"), Checkpoint.open(Path(path)) as checkpoint:
-        checkpoint.expect(layout, what="network" if run.objective is None else "objective")
-        info, vectors = checkpoint.info, checkpoint.vectors
-        before = _check_same_order(run, info.configuration, order, info.total, Path(path))
-        check_same_data(info.meaning, meaning, checkpoint=path, file=run.data.called)
-        same_size = before.batch_size == order.batch_size
-        begin = StartingPoint(
-            Stream(before.batches, info.frontier, info.holes).recut(before, order),
-            max(0, warmstart - info.step),
-            info.step,
-            info.samples,
-            info.done if len(info.done) == replicas and same_size else (),
-            tuple(name for name in rule(run.optimizer, code=run.network.code).state_names if name not in vectors),
-            notices,
-            info.begun,
-            info,
-        )
-    return RunStart(begin, Path(path), int(session[0]))
+        begin = StartingPoint(Stream(order.batches), warmstart)
+    else:
+        with together(comm, "reading the checkpoint"), Checkpoint.open(Path(path)) as checkpoint:
+            checkpoint.expect(layout, what="network" if run.objective is None else "objective")
+            info, vectors = checkpoint.info, checkpoint.vectors
+            before = _check_same_order(run, info.configuration, order, info.total, Path(path))
+            check_same_data(info.meaning, meaning, checkpoint=path, file=run.data.called)
+            same_size = before.batch_size == order.batch_size
+            begin = StartingPoint(
+                Stream(before.batches, info.frontier, info.holes).recut(before, order),
+                max(0, warmstart - info.step),
+                info.step,
+                info.samples,
+                info.done if len(info.done) == replicas and same_size else (),
+                tuple(name for name in rule(run.optimizer, code=run.network.code).state_names if name not in vectors),
+                begun=info.begun,
+                earlier=info,
+            )
+    # Only now: a start that is refused changes nothing.
+    with together(comm, "removing what a killed run has left"):
+        if comm.rank == _LEAD:
+            notices += _clean(run.run.directory / "checkpoints")
+    return RunStart(replace(begin, notices=tuple(notices)), Path(path) if path else None, int(session[0]))
 
 
-def _find_checkpoint(
-    run_directory: Path, section: CheckpointSection, comm: MPI.Intracomm
-) -> tuple[str, tuple[str, ...]]:
+def _clean(folder: Path) -> tuple[str, ...]:
+    """Remove what killed runs have left in a directory of checkpoints; return a notice of files that had arrays."""
+    with suppress(OSError):  # they only need space
+        removed = leftovers.clean(folder)
+        if removed:
+            files = f"{len(removed)} files of shards" if len(removed) > 1 else "a file of a shard"
+            return (f"{folder}: removed {files} that a run had not made a checkpoint of, such as {removed[0].name}",)
+    return ()
+
+
+def _find_checkpoint(run_directory: Path, section: CheckpointSection, comm: MPI.Intracomm) -> tuple[str, list[str]]:
     """Return the path of the newest intact checkpoint, or ""; on the lead also notices for the user.
 
     All ranks verify a part of it each.  Damaged ones are set aside when a good one is found: until then another start
@@ -124,7 +138,7 @@ def _find_checkpoint(
     if comm.rank == _LEAD and found is not None:
         for other in (*damaged, *found.damaged):
             directory.set_aside(other)
-    return path, tuple(dict.fromkeys(notices))
+    return path, list(dict.fromkeys(notices))
 
 
 class _Found(NamedTuple):
@@ -143,7 +157,6 @@ def _newest(run_directory: Path, section: CheckpointSection, without: Collection
         for below in ("checkpoints", "records"):
             (run_directory / below).mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=run_directory / below).close()
-        retention.clean(run_directory / "checkpoints")
         existing = directory.checkpoints(run_directory / "checkpoints")
     except OSError as error:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Checkpoints of Sandblaster: what the shards hold, and where the batch method stands, written on the lead's rank."""
+"""Checkpoints of Sandblaster: what the shards hold, and where the batch method stands, noted on the lead's rank."""
 
 from __future__ import annotations
 
