@@ -19,7 +19,7 @@ from dbmpi.checkpoint.saver import NotFinite, ShardSaver, checking, digits
 from dbmpi.checkpoint.sharded_writer import ShardFacts, write_whole
 from dbmpi.checkpoint.single_file import write_shard_alone, write_together
 from dbmpi.checkpoint.snapshot import Snapshot
-from dbmpi.errors import DiskFailed, RunFailed
+from dbmpi.errors import DiskFailed, RunFailed, UserError
 from dbmpi.mpi import failures
 from dbmpi.mpi.tags import Tag
 
@@ -83,7 +83,13 @@ class LeadSaver(ShardSaver):
         self._arrangement, self._section, self._not_finite = arrangement, section, not_finite
         self._boxes = shard_boxes.of_arrangement(arrangement)
         # More than a reader accepts have only been seen in tests.
-        self._single = section.layout == "single" or len(self._boxes) > shard_boxes.MOST
+        many = len(self._boxes) > shard_boxes.MOST
+        if many and section.compression != "none":
+            raise UserError(
+                f"checkpoint.compression: the shards hold {len(self._boxes):,} parts of tensors, and their files can "
+                f'name {shard_boxes.MOST:,}; set it to "none", or topology.shards to fewer'
+            )
+        self._single = section.layout == "single" or many
         self._arriving: tuple[MPI.Request, np.ndarray, int] | None = None
         """A report of another shard."""
         self._whole: _Whole | None = None

@@ -106,10 +106,10 @@ def retain(newest: Path, others: list[Whole], keep: int) -> list[Path]:
         How many of all stay: the newest ones, and the best one.
     """
     others = [other for other in others if other.path.name != newest.name]
-    candidates = list(others)
-    with suppress(UserError):
-        candidates.append(read(newest))
-    found = best(candidates)
+    try:
+        found = best([*others, read(newest)])
+    except (UserError, OSError):  # the others may be needed
+        return []
     if found is not None and directory.read_pointer(newest.parent, directory.BEST) != found.path:
         directory.replace_pointer(found.path, directory.BEST)
     older = [other.path for other in others[max(keep, 1) - 1 :] if found is None or other.path != found.path]
