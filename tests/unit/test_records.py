@@ -17,6 +17,7 @@ from dbmpi.errors import UserError
 from dbmpi.monitor import records
 from dbmpi.monitor.history import RunHistory, summary
 from dbmpi.monitor.records import (
+    CheckpointReport,
     EvaluationReport,
     Recorder,
     ShardReport,
@@ -63,12 +64,17 @@ def test_reports_come_back_in_the_order_of_time(tmp_path):
         shard.write(shard_report(StalenessHistogram({0: 2, 3: 1})))
         time.sleep(0.002)
         worker.write(EvaluationReport(step=1, epoch=0.1, loss=0.3, accuracy=0.9, samples=100))
+        time.sleep(0.002)
+        shard.write(CheckpointReport(name="step-000000001.h5", bytes=9, seconds=0.5, rested=0.1, waited=0.0))
     found = read_records(tmp_path)
     assert [(r["kind"], r["role"], r["number"], r["session"]) for r in found] == [
         ("worker", "worker", 0, 1),
         ("shard", "shard", 1, 1),
         ("evaluation", "worker", 0, 1),
+        ("checkpoint", "shard", 1, 1),
     ]
+    assert found[3]["name"] == "step-000000001.h5"
+    assert RunHistory(found).batches == []
     assert found.skipped == 0
     assert np.float32(found[0]["loss"]) == np.float32(0.1)
     assert found[0]["samples"] == 32

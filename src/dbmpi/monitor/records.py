@@ -342,6 +342,8 @@ def _fits(value: Any, annotation: str) -> bool:
     """Return whether a value from JSON has the type of a field; floats may be null, where they were not finite."""
     if value is None:
         return annotation == "float" or annotation.endswith("None")
+    if annotation == "str":
+        return isinstance(value, str)
     if annotation.startswith("Mapping"):
         return isinstance(value, dict) and all(entry is None or _is_number(entry) for entry in value.values())
     if annotation.startswith("Sequence"):
