@@ -176,7 +176,9 @@ def test_the_start_of_a_rank_grows_no_faster_than_the_world(kind, tmp_path, monk
             {name: (getattr(after, name) - getattr(before, name)) / ranks for name in ("lines", "heap")}
             for before, after, ranks in ((few, more, WORLDS[1] - WORLDS[0]), (more, many, WORLDS[2] - WORLDS[1]))
         ]
-        assert slopes[1]["lines"] <= max(2 * slopes[0]["lines"], 12), (role, slopes)
+        # The last shard of the smallest world may be the lead, which has more to do.
+        least = 24 if starter.plan.shard_ranks[-1] == ranks[role] else 12
+        assert slopes[1]["lines"] <= max(2 * slopes[0]["lines"], least), (role, slopes)
         assert slopes[1]["heap"] <= HEAP, (role, slopes)
         for world, start in starts.items():
             # Two gradients of a worker or a shard's part, the inbox, headers of the clients on the host; and of each

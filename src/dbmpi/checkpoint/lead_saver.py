@@ -81,15 +81,14 @@ class LeadSaver(ShardSaver):
         super().__init__(comm, run_directory, 0, len(shard_ranks), section.compression)
         self._numbers = {rank: number for number, rank in enumerate(shard_ranks)}
         self._arrangement, self._section, self._not_finite = arrangement, section, not_finite
-        self._boxes = shard_boxes.of_arrangement(arrangement)
         # More than a reader accepts have only been seen in tests.
-        many = len(self._boxes) > shard_boxes.MOST
-        if many and section.compression != "none":
+        count = shard_boxes.most_boxes(arrangement)
+        if count > shard_boxes.MOST and section.compression != "none":
             raise UserError(
-                f"checkpoint.compression: the shards hold {len(self._boxes):,} parts of tensors, and their files can "
-                f'name {shard_boxes.MOST:,}; set it to "none", or topology.shards to fewer'
+                f"checkpoint.compression: the shards may hold {count:,} parts of tensors, and their files can name "
+                f'{shard_boxes.MOST:,}; set it to "none", or topology.shards to fewer'
             )
-        self._single = section.layout == "single" or many
+        self._single = section.layout == "single" or count > shard_boxes.MOST
         self._arriving: tuple[MPI.Request, np.ndarray, int] | None = None
         """A report of another shard."""
         self._whole: _Whole | None = None
@@ -310,7 +309,7 @@ class LeadSaver(ShardSaver):
         return write_whole(
             self._path,
             arrangement.layout,
-            self._boxes,
+            shard_boxes.of_arrangement(arrangement),
             facts,
             digits(whole.identity),
             whole.info,

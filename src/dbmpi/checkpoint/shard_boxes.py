@@ -7,6 +7,7 @@ in one piece.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -45,10 +46,13 @@ def of_arrangement(arrangement: Arrangement) -> list[ShardBox]:
     parts = [(part.tensor, part.box) for part in arrangement.parts] or [
         (tensor, Box.whole(tensor.shape)) for tensor in arrangement.layout.tensors
     ]
-    position = 0
+    position, stops = 0, [held.stop for held in arrangement.ranges]
     for tensor, whole in parts:
         stop = position + whole.size
-        for shard, held in enumerate(arrangement.ranges):
+        for shard in range(bisect_right(stops, position), len(stops)):
+            held = arrangement.ranges[shard]
+            if held.start >= stop:
+                break
             start, end = max(held.start, position), min(held.stop, stop)
             local = start - held.start
             for box in spans(whole.shape, start - position, end - position):
@@ -57,6 +61,13 @@ def of_arrangement(arrangement: Arrangement) -> list[ShardBox]:
                 local += box.size
         position = stop
     return found
+
+
+def most_boxes(arrangement: Arrangement) -> int:
+    """Return a number of boxes that those of an `arrangement` do not exceed: each end of a shard cuts one of them."""
+    tensors = arrangement.layout.tensors
+    axes = max(len(tensor.shape) for tensor in tensors)
+    return len(arrangement.parts or tensors) + 2 * axes * len(arrangement.ranges)
 
 
 def spans(shape: Sequence[int], start: int, stop: int) -> Iterator[Box]:
