@@ -7,6 +7,7 @@ peak and the windows.
 
 from __future__ import annotations
 
+import gc
 import sys
 import tracemalloc
 from collections import Counter
@@ -83,6 +84,8 @@ def cost(work: Callable[[], object]) -> tuple[int, int]:
         return line if frame.f_code.co_filename.startswith(SOURCE) else None
 
     before = sys.gettrace()
+    gc.collect()  # its moments would else decide about the peak
+    gc.disable()
     tracemalloc.start()
     sys.settrace(call)
     try:
@@ -91,6 +94,7 @@ def cost(work: Callable[[], object]) -> tuple[int, int]:
         sys.settrace(before)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
+        gc.enable()
     return lines, peak
 
 
