@@ -82,6 +82,7 @@ OTHERS = {
 
 @pytest.mark.parametrize("length", [3, 75, 10_000])
 @pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.slow
 def test_everything_else_stays_byte_for_byte(name: str, length: int) -> None:
     data = OTHERS[name].encode("latin-1")
     assert sieved(data, length, said=True) == data

@@ -47,6 +47,8 @@ def test_coverage_agrees_with_a_set(ranges):
     dtype=st.sampled_from([np.float32, np.float64]),
     data=st.data(),
 )
+@pytest.mark.slow
+@pytest.mark.slow
 def test_any_ranges_that_cover_a_layout_are_read_back(tmp_path_factory, tensors, dtype, data):
     run = tmp_path_factory.mktemp("run")
     layout = Layout(tuple(Tensor(f"layer{10 - place}/w", shape) for place, shape in enumerate(tensors)))
@@ -315,6 +317,7 @@ def test_every_dataset_has_its_checksums(tmp_path, order):
 
 @settings(max_examples=40, deadline=None)
 @given(bit=st.integers(0, 8 * 600_000 - 1), start=st.integers(0, 150_000), length=st.integers(1, 150_000))
+@pytest.mark.slow
 def test_a_flipped_bit_is_found_where_and_only_where_it_is_read(tmp_path_factory, bit, start, length):
     run = tmp_path_factory.mktemp("run")
     layout = Layout((Tensor("w", (150_000,)),))

@@ -171,6 +171,7 @@ for way in {ways!r}:
         assert "NumPy was loaded before dbmpi" in found["line"], way
 
 
+@pytest.mark.slow
 def test_numba_with_threads_that_run_already_still_compiles(node: Path) -> None:
     """Numba refuses to compile once it sees another NUMBA_NUM_THREADS in the environment."""
     program = """

@@ -592,6 +592,7 @@ def test_an_interrupted_import_leaves_nothing(table, tmp_path):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the limit on private memory is Linux's")
+@pytest.mark.slow
 def test_memory_stays_bounded(tmp_path):
     """A file much larger than a block is imported, opened and validated under a hard limit of a few blocks."""
     inputs = np.lib.format.open_memmap(tmp_path / "inputs.npy", "w+", np.float32, (100_000, 400))  # 153 MiB

@@ -119,6 +119,8 @@ def without_type_checks(tree: ast.Module) -> ast.Module:
     return ast.Module(kept, [])
 
 
+@pytest.mark.slow
+@pytest.mark.slow
 def test_what_needs_no_mpi_can_be_imported_without_one():
     names = [name for name in MODULES if name.startswith(WITHOUT_MPI)]
     assert len(names) > len(WITHOUT_MPI)
@@ -218,6 +220,7 @@ def test_the_public_names_are_listed_before_they_are_loaded():
     assert loaded_by(program) == (set(), "True False\n")
 
 
+@pytest.mark.slow
 def test_training_from_python_finds_mpi_prepared_and_may_be_repeated():
     """The module `dbmpi.train` does not take the place of the function, and no MPI complains of its settings."""
     program = "import dbmpi; print(dbmpi.train is dbmpi.train, callable(dbmpi.train))"

@@ -238,6 +238,7 @@ def test_any_configuration_is_shown(tmp_path, capsys, text):
     json.loads(show(capsys, path, as_json=True))
 
 
+@pytest.mark.slow
 def test_memory_is_bounded(tmp_path):
     path = tmp_path / "data.h5"
     with h5py.File(path, "w") as file:

@@ -163,6 +163,7 @@ def test_serial_and_threaded_kernels_are_kept_apart(temporary: Path, monkeypatch
     assert all(is_private(path) for path in found)
 
 
+@pytest.mark.slow
 def test_numba_keeps_its_code_there(tmp_path: Path) -> None:
     (tmp_path / "kernel.py").write_text(
         "import numba\n@numba.njit(cache=True)\ndef twice(x):\n    return x + x\n", encoding="utf-8"

@@ -458,6 +458,7 @@ print(threads_used.py_func is threads_used._compiled.py_func)
 """
 
 
+@pytest.mark.slow
 def test_few_elements_are_left_to_one_thread(tmp_path):
     (tmp_path / "program.py").write_text(PROGRAM, encoding="utf-8")
     environment = {**os.environ, "NUMBA_NUM_THREADS": "2", "NUMBA_CACHE_DIR": str(tmp_path)}

@@ -383,6 +383,7 @@ def test_a_second_ctrl_c_ends_at_once(started: Launched) -> None:
 
 
 @pytest.mark.parametrize("started", [60.0], indirect=True)
+@pytest.mark.slow
 def test_no_rank_outlives_a_launcher_that_is_killed(started: Launched) -> None:
     started.program.signal(signal.SIGKILL)
     assert started.wait(10) == -signal.SIGKILL
@@ -452,6 +453,7 @@ def test_doctor_under_the_launcher_looks_at_the_world() -> None:
     assert done.stdout.count("one world of 2 ranks") == 1
 
 
+@pytest.mark.slow
 def test_ranks_that_are_no_world_are_told_so() -> None:
     """A launcher that says it started three ranks, to a Python whose MPI hears nothing of it."""
     program = "from dbmpi.mpi import world; world.start()"

@@ -339,6 +339,7 @@ def test_a_gradient_that_is_no_number_is_told_from_an_infinite_one():
             lbfgs(space, evaluate)
 
 
+@pytest.mark.slow
 def test_rounding_errors_are_not_taken_for_a_wrong_gradient():
     """A right gradient, and a loss of which few digits are right: it ends for want of precision."""
     function, _ = quadratic(12, 20)

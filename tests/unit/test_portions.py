@@ -208,6 +208,7 @@ class World:
 
 @pytest.mark.parametrize("ordered", [False, True])
 @pytest.mark.parametrize("block", range(4))
+@pytest.mark.slow
 def test_each_portion_counts_once_under_any_schedule(block, ordered):
     halts = revoked = copies = 0
     for seed in range(50 * block, 50 * block + 50):

@@ -150,6 +150,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_the_start_of_a_rank_grows_no_faster_than_the_world(kind, tmp_path, monkeypatch):
     tiny.write_data(tmp_path)
     found: dict[str, dict[int, Start]] = {}

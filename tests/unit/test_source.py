@@ -49,6 +49,8 @@ def read_naively(path, indices, scale):
     values=st.booleans(),
     data=st.data(),
 )
+@pytest.mark.slow
+@pytest.mark.slow
 def test_batches_equal_the_rows_of_the_file(tmp_path, *, shape, samples, kind, scale, values, data):
     storage = data.draw(st.sampled_from([{}, {"chunks": True}, {"chunks": True, "compression": "gzip"}]))
     memory_mib = data.draw(st.sampled_from([0.001, 64]))
