@@ -5,6 +5,7 @@ A run is described by frozen, validated objects.  They are read from TOML with :
 checkpoint.  Nothing here imports MPI or NumPy.
 """
 
+from dbmpi.config.checkpoint import CheckpointSection
 from dbmpi.config.data import DataSection
 from dbmpi.config.layers import (
     LAYERS,
@@ -22,7 +23,6 @@ from dbmpi.config.messages import explain
 from dbmpi.config.optimizer import OptimizerSection
 from dbmpi.config.reading import load
 from dbmpi.config.sections import (
-    CheckpointSection,
     MonitorSection,
     NetworkSection,
     ObjectiveSection,

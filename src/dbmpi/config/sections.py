@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from dbmpi.config.checkpoint import CheckpointSection
 from dbmpi.config.data import DataSection
 from dbmpi.config.layers import OWN, AnyLayer, Dense, Dropout, OwnCode, OwnLayer
 from dbmpi.config.messages import explain
@@ -215,34 +216,6 @@ class ServerSection(Section):
     """A fetch never sees a push that a shard has half applied; it may have to wait for it."""
     overlap: Literal["none", "threads"] = "none"
     """``threads``: fetch, push and compute at the same time, as in the paper; ``none``: one after the other."""
-
-
-class CheckpointSection(Section):
-    """When to write the state of the run, and whether to resume from it."""
-
-    every_seconds: NotNegative = 600.0
-    """Time between two checkpoints; 0 writes only the last one."""
-    keep: Count = 2
-    """Newest checkpoints to keep, beside the one with the lowest test loss; others are deleted after a newer one is
-    complete."""
-    layout: Literal["shards", "single"] = "shards"
-    """``shards``: each shard writes a file of its own, and a small one shows them whole; with one shard a plain file.
-    ``single``: a plain file in any case, which takes longer."""
-    compression: Literal["none", "zstd"] = "none"
-    """``zstd``: each shard compresses its file, which needs the package hdf5plugin, as does every reader."""
-    retry_seconds: NotNegative = 300.0
-    """How long writing the last checkpoint of a run is retried when the disk fails."""
-    resume: Literal["auto", "never"] = "never"
-    """``auto``: resume from the latest checkpoint of the run directory, if there is one."""
-
-    @model_validator(mode="after")
-    def _files_fit(self) -> CheckpointSection:
-        if self.compression != "none" and self.layout == "single":
-            raise ValueError(
-                f"compression = {self.compression!r} is for the files of shards: set layout = 'shards', or compression "
-                "= 'none'"
-            )
-        return self
 
 
 class MonitorSection(Section):
