@@ -26,7 +26,7 @@ from dbmpi.monitor.callbacks import Callbacks
 from dbmpi.monitor.progress import RunProgress
 from dbmpi.monitor.records import Recorder
 from dbmpi.monitor.worker_log import WorkerLog
-from dbmpi.mpi import blocking, failures, waiting
+from dbmpi.mpi import blocking, failures, pieces, waiting
 from dbmpi.mpi.failures import RankLost, Watch
 from dbmpi.mpi.tags import Tag
 from dbmpi.mpi.topology import Communicators, Plan
@@ -198,6 +198,28 @@ class Session:
         for note in (*data.notes, *network_notes(run.network, data.input_shape, run.data.channels), *notes):
             progress.message(note)
         return progress
+
+    def share_state(self, packed: np.ndarray | None) -> None:
+        """Let all ranks that are left have the state of the objective that the lead has.
+
+        Parameters
+        ----------
+        packed
+            Its bytes on the lead; None elsewhere.
+        """
+        state, comm = self.objective_state, self.comms.world
+        if state is None or not state.nbytes:
+            return
+        what = "the state of the objective"
+        if packed is None:
+            packed = np.empty(state.nbytes, np.uint8)
+            waiting.complete(pieces.irecv(comm, packed, 0, Tag.OBJECTIVE_STATE), what)
+        else:
+            for rank in range(1, comm.size):
+                with suppress(RankLost), failures.partner(comm, rank):
+                    request = pieces.isend(comm, packed, rank, Tag.OBJECTIVE_STATE)
+                    failures.complete(request, comm, rank, f"rank {rank} to take {what}", memory=packed)
+        state.restore(state.unpack(packed))
 
     def conclude(self, result: Result | None, seconds: float) -> Result:
         """Send the result from the lead to every rank, and return it there (collective).

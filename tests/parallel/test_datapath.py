@@ -48,12 +48,13 @@ class Integers:
 class Watch:
     """Lets the loop take all steps; counts what is pushed."""
 
-    def __init__(self) -> None:
+    def __init__(self, steps: int = 0) -> None:
         self.stopwatch = Stopwatch()
         self.steps = 0
+        self._numbers = iter(range(steps))
 
-    def proceed(self) -> bool:
-        return True
+    def proceed(self) -> int | None:
+        return next(self._numbers, None)
 
     def load(self, number: int) -> Batch:
         return Batch(np.zeros((1, 1), np.float32), np.zeros(1, np.int32))
@@ -83,14 +84,14 @@ def test_the_sum_of_all_pushes_is_the_sum_of_all_gradients(
 
     shards, flow = max(1, comm.size // 2), Flow(PARTS, overlap=True, apart=apart)
     with parameter_server(comm, sum(LAYERS), shards=shards, way=way, overlap="threads", parts=flow.parts) as bench:
-        total, objective, watch = np.zeros(sum(LAYERS)), Integers(comm.rank), Watch()
+        total, objective, watch = np.zeros(sum(LAYERS)), Integers(comm.rank), Watch(steps)
         if slow == "sender":
             monkeypatch.setattr(Window, "put", slow_put)
         elif bench.server is not None:
             bench.delay = 0.001
         if bench.client is not None:
             path = DataPath(bench.client, flow, watch.stopwatch("push"))
-            downpour(objective, path, range(steps), watch, n_push=n_push, n_fetch=n_fetch)
+            downpour(objective, path, watch, n_push=n_push, n_fetch=n_fetch)
             total = objective.total
             assert watch.steps == steps
             assert objective.still or way == "all in place"  # a fetch becomes current between two steps
@@ -120,13 +121,13 @@ def test_layers_that_share_a_buffer_leave_it_before_it_is_used_again(comm, monke
     with parameter_server(
         comm, size, shards=shards, way=way, overlap=overlap, buffer=max(LAYERS), parts=flow.parts
     ) as bench:
-        total, objective, watch = np.zeros(sum(LAYERS)), Integers(comm.rank), Watch()
+        total, objective, watch = np.zeros(sum(LAYERS)), Integers(comm.rank), Watch(steps)
         if bench.server is not None:
             bench.delay = 0.0005
         if bench.client is not None:
             assert sum(map(len, bench.client.gradients)) == max(LAYERS)
             path = DataPath(bench.client, flow, watch.stopwatch("push"))
-            downpour(objective, path, range(steps), watch)
+            downpour(objective, path, watch)
             total = objective.total
             assert objective.still or way == "all in place"
         bench.together()
@@ -155,7 +156,7 @@ def test_computing_goes_on_while_a_push_is_applied_and_a_fetch_is_under_way(comm
                 path.accrue(objective.loss_and_gradient(path.parameters, batch, gradient, path.on_gradient), 0.0)
                 path.push()
             waiting.complete(comm.Isend(np.ones(1), 0, 7), "the shard to wake up")
-            path.close()
+            path.settle()
         else:
             waiting.until(lambda: comm.Iprobe(1, 7), "two steps")
             comm.Recv(np.empty(1), 1, 7)
@@ -171,7 +172,7 @@ def test_the_blocking_path_computes_from_all_own_pushes(comm) -> None:
         if bench.client is not None:
             objective = Integers(0)
             path = DataPath(bench.client, Flow(PARTS), Stopwatch()("push"))
-            downpour(objective, path, range(5), Watch())
+            downpour(objective, path, Watch(5))
             path.fetch()
             np.testing.assert_array_equal(path.parameters, -objective.total)
         bench.together()

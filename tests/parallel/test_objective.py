@@ -13,7 +13,7 @@ from parallel.test_paramserver import WAYS, Served
 from dbmpi.config import ServerSection
 from dbmpi.data.numbered_batches import NumberedBatches
 from dbmpi.data.source import Source
-from dbmpi.data.stream import Order
+from dbmpi.data.stream import Order, Stream
 from dbmpi.downpour.algorithm import downpour
 from dbmpi.downpour.datapath import DataPath, Flow
 from dbmpi.downpour.orders import Orders
@@ -107,7 +107,7 @@ def test_downpour_learns_a_hand_written_objective(comm, place, server, n_push) -
         if replica is not None:
             objective: Objective = LeastSquares()
             orders = Orders(comms.world, 0, StopSignal())
-            client = store.client(parts=flow.parts, serve=orders.obey)
+            client, mine = store.client(parts=flow.parts, serve=orders.obey), range(replica, order.batches, plan.replicas)
             with (
                 Source.open(place / "plane.h5", 10) as train,
                 Recorder(place / "run", "worker", replica, session=1) as recorder,
@@ -115,15 +115,17 @@ def test_downpour_learns_a_hand_written_objective(comm, place, server, n_push) -
                 assignment = Assignment(
                     replica=replica,
                     train=NumberedBatches(train, order),
+                    stream=Stream(order.batches),
+                    share=[mine],
                     test=train,
                     directory=place,
                 )
                 log = WorkerLog(recorder, 0.001, replica=replica, partition=0, partitions=1)
                 worker = Worker(assignment, objective, client, orders, log, comms.replica)
                 path = DataPath(client, flow, worker.stopwatch("push"))
-                mine = range(replica, order.batches, plan.replicas)
-                downpour(objective, path, mine, worker, n_push=n_push, n_fetch=n_push)
-                assert worker.finish() == len(mine)
+                assert downpour(objective, path, worker, n_push=n_push, n_fetch=n_push) == len(mine)
+                assert not worker.finish()
+                assert worker.learned == len(mine)
                 outcome = worker.evaluate(train, 0, 1)
             assert (outcome.samples, outcome.accuracy) == (SAMPLES, None)
             assert outcome.mean_loss < 1e-4

@@ -87,70 +87,10 @@ def test_impossible_orders_are_refused(numbers):
         Order(*numbers)
 
 
-def test_dealing_in_turn_and_warmstart():
-    stream = Stream(10)
-    assert [list(stream.dealt(replica, 3)) for replica in range(3)] == [[0, 3, 6, 9], [1, 4, 7], [2, 5, 8]]
-    assert [list(stream.dealt(replica, 3, warmstart=2)) for replica in range(3)] == [[0, 1, 2, 5, 8], [3, 6, 9], [4, 7]]
-    assert list(stream.dealt(0, 2, warmstart=99)) == list(range(10))
-    assert list(stream.dealt(1, 2, warmstart=99)) == []
-
-
-def test_after_is_compact():
-    left = Stream(100).after([3, 1, 0])  # learned: 0, 3, 6 and 1
-    assert left == Stream(100, frontier=7, holes=(2, 4, 5))
-    assert [left.item(position) for position in range(5)] == [2, 4, 5, 7, 8]
-    # Nothing learned changes nothing, and everything learned leaves nothing.
-    assert left.after([0, 0, 0, 0]) == left
-    assert left.after([len(left)]) == Stream(100, frontier=100)
-
-
-@st.composite
-def _interruptions(draw):
-    total = draw(st.integers(0, 60))
-    runs = draw(
-        st.lists(st.tuples(st.integers(1, 9), st.integers(0, 12), st.randoms(use_true_random=False)), max_size=6)
-    )
-    return total, runs
-
-
-@given(_interruptions())
-def test_every_batch_is_learned_exactly_once(case):
-    """Any sequence of interruptions, with any number of replicas and any warmstart, each at any point."""
-    total, runs = case
-    stream, learned = Stream(total), []
-    for replicas, warmstart, random in runs:
-        dealt = [list(stream.dealt(replica, replicas, warmstart)) for replica in range(replicas)]
-        # The replicas' shares are a partition of what is left.
-        everything = sorted(number for share in dealt for number in share)
-        assert everything == sorted(stream.item(position) for position in range(len(stream)))
-        assert [len(share) for share in dealt] == [stream.share(r, replicas, warmstart) for r in range(replicas)]
-        done = [random.randint(0, len(share)) for share in dealt]
-        for share, count in zip(dealt, done, strict=True):
-            learned += share[:count]
-        stream = stream.after(done, warmstart)
-        # The naive twin: what is left is everything but what was learned, in increasing order.
-        assert [stream.item(position) for position in range(len(stream))] == sorted(set(range(total)) - set(learned))
-        # Nothing at or beyond the frontier is learned, and the one before it is (otherwise the holes are not compact).
-        assert stream.frontier == max(learned, default=-1) + 1
-    learned += stream.dealt(0, 1)
-    assert sorted(learned) == list(range(total))
-
-
-def test_long_streams_are_handled_without_listing_them():
-    stream = Stream(10**12).after([10**6, 10**6 - 3, 10**6])
-    assert len(stream.holes) == 3
-    assert stream.frontier == 3 * 10**6
-    assert next(stream.dealt(1, 2)) == stream.holes[1]
-
-
 def test_impossible_streams_are_refused():
     for wrong in [{"frontier": 5}, {"frontier": 2, "holes": (2,)}, {"frontier": 2, "holes": (1, 0)}, {"holes": (-1,)}]:
         with pytest.raises(ValueError, match="holes"):
             Stream(4, **wrong)
-    with pytest.raises(ValueError, match="dealt"):
-        Stream(4).after([3, 0])
-    with pytest.raises(ValueError, match="impossible"):
-        list(Stream(4).dealt(2, 2))
     with pytest.raises(IndexError):
         Stream(4).item(4)
 

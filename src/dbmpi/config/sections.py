@@ -114,6 +114,8 @@ class TopologySection(Section):
     """Ranks that compute one replica together; by default 1."""
     colocate: bool = False
     """Put the shards on ranks that are also workers, instead of on ranks of their own."""
+    spares: CountOrNone = 0
+    """Further replicas of Downpour that learn nothing until another one dies, and then go on in its place."""
 
 
 class PlacedLayer(Section):

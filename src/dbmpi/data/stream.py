@@ -1,4 +1,4 @@
-"""The stream of batches: their order, how they are dealt to replicas, and which are left after an interruption.
+"""The stream of batches: their order, and which are left after an interruption.
 
 All batches of all epochs are numbered.  The samples of a batch follow from (seed, epoch) alone, and what has been
 learned is a frontier and a list of holes, so that a run resumes under any number of replicas and sees every
@@ -8,11 +8,12 @@ batch exactly once.  Pure numbers: nothing here knows MPI or reads samples.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import chain, pairwise
+from itertools import pairwise
 
 import numpy as np
 
@@ -126,49 +127,19 @@ class Stream:
             return self.holes[position]
         return self.frontier + position - len(self.holes)
 
-    def dealt(self, replica: int, replicas: int, warmstart: int = 0) -> Iterator[int]:
-        """Yield the numbers of the batches that one of the replicas learns, in its order.
-
-        The first `warmstart` batches all go to replica 0, the others to the replicas in turn.
-        """
-        return map(self.item, chain(*self._positions(replica, replicas, warmstart)))
-
-    def share(self, replica: int, replicas: int, warmstart: int = 0) -> int:
-        """Return how many batches :meth:`dealt` yields for a `replica` of `replicas` with this `warmstart`."""
-        alone, in_turn = self._positions(replica, replicas, warmstart)
-        return len(alone) + len(in_turn)
-
-    def after(self, done: Sequence[int], warmstart: int = 0) -> Stream:
-        """Return the batches that are left when each replica has learned the first `done` of the batches dealt to it.
+    def leaving(self, positions: Sequence[range], end: int) -> Stream:
+        """Return the stream in which only some of these batches are left.
 
         Parameters
         ----------
-        done
-            One count for every replica; their number and `warmstart` are those of the dealing.
-        warmstart
-            As in :meth:`dealt`.
-
-        Raises
-        ------
-        ValueError
-            If a replica has learned more batches than were dealt to it, or fewer than none.
+        positions
+            Disjoint ranges of those that are left, with everything from `end` on in them.
+        end
+            One beyond the last position that has been learned.
         """
-        replicas = len(done)
-        left: list[range] = []
-        end = 0  # one beyond the last position that has been learned
-        for replica, count in enumerate(done):
-            alone, in_turn = self._positions(replica, replicas, warmstart)
-            if not 0 <= count <= len(alone) + len(in_turn):
-                raise ValueError(
-                    f"replica {replica} has learned {count} batches, but {len(alone) + len(in_turn)} were dealt to it"
-                )
-            rest = max(count - len(alone), 0)
-            left += [alone[count:], in_turn[rest:]]
-            if count:
-                end = max(end, (in_turn[rest - 1] if rest else alone[count - 1]) + 1)
         # Holes at or beyond `end` were not reached: they stay holes, and the frontier stays where it is.
         end = max(end, len(self.holes))
-        skipped = sorted(position for part in left for position in _below(part, end))
+        skipped = sorted(position for part in positions for position in part[: bisect_left(part, end)])
         holes = tuple(self.item(position) for position in skipped)
         return Stream(self.total, self.frontier + end - len(self.holes), holes)
 
@@ -194,15 +165,3 @@ class Stream:
             for batch in range(holds(start(hole)), holds(start(hole) + before.size(hole) - 1) + 1)
         }
         return Stream(now.batches, frontier, tuple(sorted(batch for batch in holes if batch < frontier)))
-
-    def _positions(self, replica: int, replicas: int, warmstart: int) -> tuple[range, range]:
-        """Return a replica's positions: those of the warmstart, and those dealt in turn."""
-        if not 0 <= replica < replicas or warmstart < 0:
-            raise ValueError(f"replica {replica} of {replicas} with a warmstart of {warmstart} batches is impossible")
-        warm = min(warmstart, len(self))
-        return range(warm if replica == 0 else 0), range(warm + replica, len(self), replicas)
-
-
-def _below(positions: range, end: int) -> range:
-    """Return the positions smaller than `end`."""
-    return range(positions.start, min(positions.stop, max(end, positions.start)), positions.step)

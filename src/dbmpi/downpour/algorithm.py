@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 from dbmpi.objective import Objective, Outcome
@@ -17,8 +17,8 @@ class Watcher(Protocol):
 
     stopwatch: Stopwatch
 
-    def proceed(self) -> bool:
-        """Return whether to take another step; may wait, e.g. while a checkpoint is written."""
+    def proceed(self) -> int | None:
+        """Return the number of the next batch to learn from, or None to end; may wait, e.g. for a checkpoint."""
         ...
 
     def load(self, number: int) -> Any:
@@ -37,15 +37,14 @@ class Watcher(Protocol):
 def downpour(
     objective: Objective[Any],
     path: DataPath,
-    batches: Iterable[int],
     watcher: Watcher,
     *,
     n_fetch: int = 1,
     n_push: int = 1,
     local_rate: float | Callable[[int], float] = 0.0,
     first_step: int = 0,
-) -> None:
-    """Learn from `batches` against the shards, until they are used up or the watcher ends it.
+) -> int:
+    """Learn against the shards from the batches that the watcher gives, until it ends that; return the steps taken.
 
     Algorithm 1.1 of the paper: fetch every `n_fetch` steps, push the accrued gradient every `n_push` steps, and in
     between walk by plain SGD of rate `local_rate`, a walk that the next fetch overwrites.  As written there, both
@@ -58,14 +57,12 @@ def downpour(
         Loss and gradient.
     path
         Brings parameters and takes gradients; all pushes are applied on return.
-    batches
-        Numbers of the batches to learn from, in order.
     watcher
-        Accompanies the loop.
+        Accompanies the loop, and says what to learn from.
     n_fetch, n_push, local_rate
         As above; the paper's experiments use 1, 1 and no local steps.  A rate may be a function of the batch's number.
     first_step
-        Where the count of steps begins: not at 0 in a run that is resumed from a checkpoint.
+        Where the count of steps begins: not at 0 where the replica goes on.
     """
     clock = watcher.stopwatch
 
@@ -74,9 +71,8 @@ def downpour(
             steps = path.push()
         watcher.pushed(steps)
 
-    for step, number in enumerate(batches, first_step):
-        if not watcher.proceed():
-            break
+    step = first_step
+    while (number := watcher.proceed()) is not None:
         with clock("fetch"):
             if step % n_fetch == 0 or step == first_step:
                 path.fetch()
@@ -94,7 +90,9 @@ def downpour(
             path.accrue(outcome, local_rate(number) if callable(local_rate) else local_rate)
         if pushing:
             push()
+        step += 1
     if path.steps:
         push()
     with clock("wait"):
-        path.close()
+        path.settle()
+    return step - first_step

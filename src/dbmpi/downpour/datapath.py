@@ -196,15 +196,19 @@ class DataPath:
         self._accrued, self.steps, self._handed_over = Outcome(0, 0.0, 0), 0, False
         return steps
 
-    def close(self) -> None:
+    def settle(self) -> None:
         """Wait until everything is pushed and applied, and no transfer is under way."""
         self._take()
         for future in self._sending:
             waiting.until(future.done, "gradients to leave", serve=self._client.serve)
             future.result()
+        self._sending.clear()
         self._client.wait()
-        self._fetcher.shutdown()
-        self._sender.shutdown()
+
+    def close(self) -> None:
+        """End the threads, when their transfers have ended; nothing can be moved afterwards."""
+        self._fetcher.shutdown(wait=False)
+        self._sender.shutdown(wait=False)
 
     def _hand_over(self, layer: int) -> None:
         """Let a layer's accrued gradient leave, now that the last step's is complete."""

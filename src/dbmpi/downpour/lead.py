@@ -1,8 +1,9 @@
 """The lead: shard 0, which also keeps the order of a run.
 
 It shows progress, lets the workers pause until all shards have taken a checkpoint, which is written while they go on,
-releases them after the warmstart, and ends the run when all have finished or a signal asked for it.  It acts on
-messages and on the clock, and never waits for a worker.
+releases them after the warmstart, and ends the run when all have finished or a signal asked for it.  Where a replica
+dies, it lets the others learn the rest of its share.  It acts on messages and on the clock, and never waits for a
+worker.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import math
 import signal
 import time
 from collections.abc import Sequence
-from enum import Enum, auto
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,30 +21,24 @@ import numpy as np
 from dbmpi.checkpoint.amendment import amend
 from dbmpi.data.stream import Order
 from dbmpi.downpour.checkpoints import CheckpointPlan, LeadCheckpoints
+from dbmpi.downpour.final_test import FinalTest
+from dbmpi.downpour.replicas import Loss, Replicas, ReplicaState
+from dbmpi.downpour.settling import Settling
 from dbmpi.downpour.shard import Shard, ShardRole
 from dbmpi.monitor.callbacks import Callbacks, TrainingEvent
 from dbmpi.monitor.measures import Rate
 from dbmpi.monitor.progress import RunProgress
-from dbmpi.monitor.records import EvaluationReport, StalenessHistogram
+from dbmpi.monitor.records import EvaluationReport, LossReport, StalenessHistogram
 from dbmpi.monitor.verdict import Recent
-from dbmpi.mpi import pieces, waiting
-from dbmpi.mpi.mailbox import Message, MessageKind, Role
+from dbmpi.mpi import failures, pieces, waiting
+from dbmpi.mpi.failures import RankLost, Watch
+from dbmpi.mpi.mailbox import Message, MessageKind, Role, number
 from dbmpi.mpi.tags import Tag
 from dbmpi.mpi.topology import Plan
 from dbmpi.objective import Outcome
-from dbmpi.paramserver.server import Tally
+from dbmpi.paramserver.protocol import Header
+from dbmpi.paramserver.server import Progress, Tally
 from dbmpi.session import StartingPoint
-
-
-class _State(Enum):
-    RUNNING = auto()
-    PAUSED = auto()
-    FINISHED = auto()
-
-
-def _number(bits: int) -> float:
-    """Return the float64 of these bits."""
-    return float(np.array([bits], np.int64).view(np.float64)[0])
 
 
 class Lead(Shard):
@@ -66,8 +60,12 @@ class Lead(Shard):
         Where and how to write them.
     callbacks
         The user's own, for evaluations and checkpoints.
+    watch
+        Knows of ranks that have died.
     metrics
         Names of what is measured of held-out samples beside the loss.
+    tested
+        Whether there are held-out samples to be evaluated at the end.
 
     Attributes
     ----------
@@ -79,6 +77,10 @@ class Lead(Shard):
         Of all pushes of this session that shard 0 has applied.
     recent
         The losses of the last samples learned from.
+    test
+        Outcome on the held-out samples at the end; None without.
+    waited, busiest
+        Share of the workers' time spent waiting for the shards, and of the busiest shard's time in the rule's kernel.
     """
 
     def __init__(
@@ -90,11 +92,15 @@ class Lead(Shard):
         progress: RunProgress,
         checkpoints: CheckpointPlan,
         callbacks: Callbacks,
+        watch: Watch,
         metrics: Sequence[str] = (),
+        *,
+        tested: bool = False,
     ) -> None:
         super().__init__(role)
-        self._metrics, self._sums = metrics, [0.0] * len(metrics)
-        self._plan = plan
+        self._metrics, self._tested = metrics, tested
+        self._sums: dict[int, list[float]] = {}
+        self._plan, self._watch = plan, watch
         self._begin = begin
         self._order = order
         self._progress = progress
@@ -103,27 +109,54 @@ class Lead(Shard):
         self._ending = False
         """Whether a signal or a callback has asked for the end."""
         self._rate = Rate()
-        self._states = [_State.RUNNING] * plan.replicas
-        self._learned = [0] * plan.replicas
+        self._settling = Settling(plan.shards, role.held, self._tell_shards)
+        self._replicas = Replicas(self._comm, plan, begin, self._mailbox, self._settling, lambda: watch.dead)
+        self._server.on_report = self._count_report
+        self._mourned: set[int] = set()
         self._pausing = self._taking = False
         """Whether the workers are to pause, and whether the shards take a checkpoint."""
         self._stopping = False
         """Whether the workers are to finish when all shards have taken it."""
         self._seen_version = 0
         self._reported_alive = time.monotonic()
-        self._state = np.empty(0 if checkpoints.state is None else checkpoints.state.nbytes, np.uint8)
-        """That of replica 0 when it last paused."""
+        self._state = np.empty(0, np.uint8) if checkpoints.state is None else checkpoints.state.pack()
+        """That of the first replica when it last paused."""
         self._checkpoints = LeadCheckpoints(checkpoints, self.version, role.recorder, progress.warn)
+        self._final: FinalTest | None = None
+        self._sent: list[pieces.Operation] = []
+        """States of the objective on their way."""
+        self._closing = False
+        self._open = set(plan.shard_ranks[1:])
+        """Shards that have not ended."""
+        self._times: dict[int, tuple[float, float]] = {}
         self.steps = 0
         self.samples = 0
         self.staleness = StalenessHistogram()
         self.recent = Recent(order.samples)
         self.stopped_by = 0
+        self.test: Outcome | None = None
+        self.busiest = 0.0
 
     @property
     def checkpoint(self) -> Path | None:
         """The last checkpoint written."""
         return self._checkpoints.path
+
+    @property
+    def objective_state(self) -> np.ndarray:
+        """The bytes of the objective's state in the last checkpoint, uint8."""
+        return self._state
+
+    @property
+    def lost(self) -> tuple[int, ...]:
+        """Replicas that have been given up."""
+        return tuple(self._replicas.lost)
+
+    @property
+    def waited(self) -> float:
+        """Share of the workers' time that they have waited for the shards."""
+        waited, spent = (sum(values) for values in zip(*self._times.values(), strict=True)) if self._times else (0, 0)
+        return waited / max(spent, 1e-9)
 
     def poll(self) -> bool:
         """Poll as a shard, and act on the messages and on the clock; return whether anything was done."""
@@ -134,33 +167,44 @@ class Lead(Shard):
         """Obey a `message` as a shard, or note what a worker or another shard reports in it."""
         super().hear(message)
         kind, values = message.kind, message.values
-        if kind in (MessageKind.PAUSED, MessageKind.FINISHED):
-            replica = self._replica(message.source)
-            self._take_state(replica, message.source)
-            self._learned[replica] = values[0]
-            self._states[replica] = _State.PAUSED if kind == MessageKind.PAUSED else _State.FINISHED
-            if kind == MessageKind.PAUSED:
-                self._checkpoints.rests()
+        if kind in (MessageKind.PAUSED, MessageKind.FINISHED, MessageKind.FAILED):
+            self._hear_of_rest(message)
         elif kind == MessageKind.WARM:
-            self._tell_workers(MessageKind.RELEASE)
+            self._replicas.release()
         elif kind == MessageKind.STOP_ASKED:
             self.stopped_by = self.stopped_by or values[0]
             self._end_early(signal.Signals(values[0]).name if values[0] else "a callback has asked for the end")
-        elif kind == MessageKind.FAILED:
-            replica = self._replica(message.source)
-            self._take_state(replica, message.source)
-            self._learned[replica], self._states[replica] = values[0], _State.FINISHED
-            self._progress.message(f"replica {replica} has failed: a checkpoint is written, and the run ends")
-            self._stop_workers()
         elif kind == MessageKind.EVALUATION:
             self.report()  # which counts the steps until now
-            sums = tuple(zip(self._metrics, self._sums, strict=True))
-            outcome = Outcome(values[1], _number(values[3]), values[2], sums)
-            self.evaluated(outcome, values[0] / self._order.batches_per_epoch)
+            self.evaluated(self._outcome(message), values[0] / self._order.batches_per_epoch)
+        elif kind == MessageKind.TESTED and self._final is not None:
+            self._final.add(values[0], self._outcome(message))
         elif kind == MessageKind.METRIC:
-            self._sums[values[0]] = _number(values[1])
+            self._sums.setdefault(message.source, [0.0] * len(self._metrics))[values[0]] = number(values[1])
+        elif kind == MessageKind.HELD:
+            self._settling.answered(values[0], Progress(*values[2:5]), gone=bool(values[1]))
+        elif kind == MessageKind.CLOSED:
+            self._open.discard(message.source)
+            self.busiest = max(self.busiest, number(values[0]))
         elif kind == MessageKind.ALIVE:
             self._say_alive()
+
+    def _hear_of_rest(self, message: Message) -> None:
+        """Note that a replica learns nothing more, for now or for good."""
+        kind, values, replicas = message.kind, message.values, self._replicas
+        replica = replicas.of(message.source)
+        self._take_state(replica, message.source)
+        if kind == MessageKind.PAUSED:
+            if replicas.paused(replica, *values[:3]) and self._pausing:
+                self._checkpoints.rests()
+            return
+        replicas.finished(replica, values[0])
+        if kind == MessageKind.FINISHED:
+            self._times[replica] = number(values[1]), number(values[2])
+        else:
+            self._progress.message(f"replica {replica} has failed: a checkpoint is written, and the run ends")
+            self._ending = True
+            self._stop_workers()
 
     def report(self) -> tuple[Tally, float]:
         """Write a report as a shard, and show the progress; return as a shard does."""
@@ -198,24 +242,35 @@ class Lead(Shard):
         loss, accuracy, metrics = outcome.mean_loss, outcome.accuracy, outcome.metrics
         self._call("on_evaluation", self.steps, epoch, outcome.samples, loss, accuracy, None, 0, metrics)
 
-    def amend(self) -> None:
-        """Write the outcome of the evaluation at the end into the last checkpoint."""
-        path, plan = self._checkpoints.path, self._files
-        assert path is not None
-        amend(path, plan.account, plan.section.keep, self._progress.warn)
-
     def raise_failure(self) -> None:
         """Raise what a callback has raised while others were at work."""
         if self._failure is not None:
             raise self._failure
 
+    def give_up(self, replica: int, why: str) -> None:
+        """Do without a replica from now on, and let others learn the rest of its share.
+
+        Parameters
+        ----------
+        replica
+            Number of the replica.
+        why
+            A clause for the user, e.g. that a rank has died.
+        """
+        if replica in self._replicas.lost:
+            return
+        left = len(self._replicas.living) - 1
+        going = f"the run goes on with {left} of {self._plan.replicas} replicas" if left else "it was the last one"
+        self._progress.message(f"{why}, and with it replica {replica}: {going}")
+        self._replicas.give_up(replica)
+
     def awaited(self) -> str:
         """Name the replicas that the run waits for."""
-        late = [replica for replica, state in enumerate(self._states) if state == _State.RUNNING]
+        replicas = self._replicas
+        late = replicas.which(ReplicaState.RUNNING) or ([] if self._final is None else self._final.awaited)
         if not late:
             return self._files.saver.awaited() if self._files.saver.busy else "the workers to leave"
-        ranks = [self._plan.worker_ranks[replica * self._plan.partitions] for replica in late]
-        names = ", ".join(f"replica {replica} on rank {rank}" for replica, rank in zip(late, ranks, strict=True))
+        names = ", ".join(f"replica {replica} on rank {replicas.rank(replica)}" for replica in late)
         return f"{names} to {'pause for a checkpoint' if self._pausing else 'push or to finish'}"
 
     @property
@@ -225,64 +280,124 @@ class Lead(Shard):
 
     def _act(self) -> bool:
         """Start or end a pause, or the run, if it is time; return whether anything was done."""
+        if self._closing:
+            self.ended = not self._open
+            return self.ended
         if self.version != self._seen_version:
             self._seen_version = self.version
             self._say_alive()
         moved = self._continue_checkpoint()
-        if all(state == _State.FINISHED for state in self._states):
-            return self._end() or moved
+        self._mourn()
+        for done in self._settling.take():
+            self._lose(self._replicas.settled(done, ending=self._ending))
+        if self._settling.busy:
+            return moved
+        if self._pausing and self._replicas.over and not self._taking:
+            self._pausing = False
+            self._replicas.go()
         if self._pausing:
-            if any(state == _State.RUNNING for state in self._states):
-                return moved
-            if not self._taking:
-                self._taking = True
-                self._begin_checkpoint()
-            if not self._checkpoints.taken:
-                return moved
-            self._pausing = self._taking = False
-            self._checkpoints.go()
-            self._states = [_State.RUNNING if s == _State.PAUSED else s for s in self._states]
-            self._tell_workers(MessageKind.GO)
-            if self._stopping:
-                self._stopping = False
-                self._stop_workers()
-            return True
+            return self._continue_pause() or moved
+        self._replicas.deal_out()
+        if self._replicas.over:
+            return self._end() or moved
         if not self._ending and self._checkpoints.due(self.version):
             self._pausing = True
-            self._tell_workers(MessageKind.PAUSE)
+            self._replicas.pause(self._replicas.living)
             return True
         return moved
 
-    def _replica(self, rank: int) -> int:
-        worker = self._plan.worker_of(rank)
-        assert worker is not None
-        return worker // self._plan.partitions
+    def _continue_pause(self) -> bool:
+        """Let the shards take a checkpoint when all replicas pause, then let these go on; return whether that moved."""
+        replicas = self._replicas
+        for replica in replicas.late():
+            # The state of the first one is a part of the checkpoint.
+            if not (self._state.size and replica == replicas.first):
+                replicas.hold(replica)
+        if self._settling.busy or any(one.awaited for one in replicas.standings):
+            return False
+        if not self._taking:
+            self._taking = True
+            self._begin_checkpoint()
+        if not self._checkpoints.taken:
+            return False
+        self._pausing = self._taking = False
+        self._checkpoints.go()
+        replicas.go()
+        if self._stopping:
+            self._stopping = False
+            self._stop_workers()
+        return True
+
+    # Losses
+
+    def _count_report(self, client: int, header: Header) -> None:
+        self._replicas.standings[client // self._plan.partitions].reports.add(header)
+
+    def _mourn(self) -> None:
+        """Go on without the replicas of which a rank has died."""
+        for rank in sorted(self._watch.dead - self._mourned):
+            self._mourned.add(rank)
+            self.give_up(self._replicas.of(rank), f"{self._watch.name(rank)} has died")
+
+    def _lose(self, loss: Loss | None) -> None:
+        """Count and tell what has become of a replica's work."""
+        if loss is None:
+            return
+        replicas = self._replicas
+        self.report()
+        self.steps -= loss.steps
+        self.samples -= loss.samples
+        self._role.recorder.write(
+            LossReport(
+                step=self.steps,
+                lost=loss.replica,
+                pushes=loss.pushes,
+                dropped=loss.dropped,
+                repeated=loss.repeated,
+                left=loss.left,
+                takers=loss.takers,
+            )
+        )
+        if loss.left and loss.takers:
+            others = f"replica{'s' if len(loss.takers) > 1 else ''} {', '.join(map(str, loss.takers))}"
+            again = f", {loss.repeated:,} of them again in part" if loss.repeated else ""
+            self._progress.message(
+                f"replica {loss.replica}: {loss.pushes:,} pushes count, and {loss.left:,} batches are left{again}, for "
+                f"{others}"
+            )
+        if not replicas.released and not any(replicas.deal.warm(replica) for replica in replicas.living):
+            replicas.release()
+        if self._final is not None and replicas.living:
+            self._final.lose(loss.replica, replicas.living)
 
     def _take_state(self, replica: int, rank: int) -> None:
-        """Receive the state of the objective, which replica 0 sends when it pauses."""
-        if replica == 0 and self._state.size:
-            request = pieces.irecv(self._comm, self._state, rank, Tag.OBJECTIVE_STATE)
-            waiting.complete(request, f"the state of the objective on rank {rank}")
+        """Receive the state of the objective, which the first replica sends when it pauses."""
+        if replica != self._replicas.first or not self._state.size:
+            return
+        request, came = pieces.irecv(self._comm, into := np.empty_like(self._state), rank, Tag.OBJECTIVE_STATE), False
+        try:
+            failures.complete(request, self._comm, rank, f"the state of the objective on rank {rank}", memory=into)
+            came = True
+        except RankLost:
+            pass  # the one before stays
+        if came:
+            self._state = into
 
-    def _tell_workers(self, kind: MessageKind) -> None:
-        """Send END or ALIVE to all workers, and another order to the first worker of each replica still running."""
-        ranks, partitions = self._plan.worker_ranks, self._plan.partitions
-        if kind not in (MessageKind.END, MessageKind.ALIVE):
-            running = [replica for replica, state in enumerate(self._states) if state != _State.FINISHED]
-            ranks = tuple(ranks[replica * partitions] for replica in running)
-        for rank in ranks:
-            self._mailbox.send(rank, Role.WORKER, kind)
+    # The end, and checkpoints
+
+    def _tell_shards(self, kind: MessageKind, *values: int) -> None:
+        for rank in self._plan.shard_ranks[1:]:
+            self._mailbox.send(rank, Role.SHARD, kind, *values)
 
     def _say_alive(self) -> None:
         """Tell all ranks that the run moves, in time before those that wait give up."""
         if time.monotonic() - self._reported_alive >= waiting.STALL_SECONDS / 4:
             self._reported_alive = time.monotonic()
-            self._tell_workers(MessageKind.ALIVE)
-            for rank in self._plan.shard_ranks[1:]:
-                self._mailbox.send(rank, Role.SHARD, MessageKind.ALIVE)
+            self._replicas.tell_all(MessageKind.ALIVE)
+            self._tell_shards(MessageKind.ALIVE)
 
     def _end(self) -> bool:
-        """Write the last checkpoint, and end training on all ranks; return whether anything was done."""
+        """Write the last checkpoint, test, and end training on all ranks; return whether anything was done."""
         if not self._checkpoints.complete:
             if not self._checkpoints.may_end:
                 if not self._files.saver.busy:
@@ -290,11 +405,38 @@ class Lead(Shard):
                 return False
             self._begin_checkpoint(last=True)
             return True
-        self._tell_workers(MessageKind.END)
-        for rank in self._plan.shard_ranks[1:]:
-            self._mailbox.send(rank, Role.SHARD, MessageKind.END)
-        self.ended = True
+        if not self._replicas.living:
+            self._watch.end("no replica is left")
+        if self._tested and not self.stopped_by and not self._failure:
+            if self._final is None:
+                self._final = FinalTest(self._replicas.living, self._ask)
+            if (outcome := self._final.outcome) is None:
+                return False
+            self._tested = False
+            self.test = outcome
+            self.evaluated(outcome, self.epoch)
+            assert self._checkpoints.path is not None
+            amend(self._checkpoints.path, self._files.account, self._files.section.keep, self._progress.warn)
+        self._replicas.tell_all(MessageKind.END)
+        self._tell_shards(MessageKind.END)
+        self.busiest = max(self.busiest, self.applying)
+        self._closing = True
         return True
+
+    def _ask(self, replica: int, part: int, parts: int) -> None:
+        """Let a replica evaluate a part of the held-out samples, with the state of the last checkpoint."""
+        self._replicas.tell(replica, MessageKind.TEST, part, parts)
+        if self._state.size:
+            with failures.survived():
+                self._sent.append(
+                    pieces.isend(self._comm, self._state, self._replicas.rank(replica), Tag.OBJECTIVE_STATE)
+                )
+
+    def _outcome(self, message: Message) -> Outcome:
+        """Return what a replica has found on held-out samples."""
+        _, samples, correct, loss, *_ = message.values
+        sums = self._sums.pop(message.source, [0.0] * len(self._metrics))
+        return Outcome(samples, number(loss), correct, tuple(zip(self._metrics, sums, strict=True)))
 
     def _continue_checkpoint(self) -> bool:
         """Write on; return whether anything was done."""
@@ -320,21 +462,20 @@ class Lead(Shard):
 
     def _end_early(self, why: str) -> None:
         """Let all replicas finish, if they have not been told so before; `why` is for the user."""
-        if not self._ending and any(state != _State.FINISHED for state in self._states):
+        if not self._ending and not self._replicas.over:
             self._ending = True
             self._progress.message(f"{why}: the run ends after the current steps")
             self._stop_workers()
 
     def _stop_workers(self) -> None:
         """Let all replicas finish; those that pause push what they have accrued, so not while shards take vectors."""
-        if self._taking:
-            self._stopping = True
-            return
-        self._states = [_State.RUNNING if state == _State.PAUSED else state for state in self._states]
-        self._tell_workers(MessageKind.STOP)
+        self._stopping = self._taking
+        if not self._taking:
+            self._pausing = False
+            self._replicas.stop()
 
     def _begin_checkpoint(self, *, last: bool = False) -> None:
-        """Let all shards take their vectors, while no worker pushes."""
+        """Let all shards take their vectors, while no worker's push is applied."""
         self.report()
         if self.samples:
             self._files.account.learned(self.recent.mean_loss, self.recent.accuracy)
@@ -342,22 +483,21 @@ class Lead(Shard):
         self._checkpoints.begin(partial(self._take, last=last), self.version, event, last=last)
 
     def _take(self, *, last: bool) -> None:
-        begin, files, replicas = self._begin, self._files, self._plan.replicas
-        steps = begin.step + self.steps
-        left = begin.stream.after(self._learned, begin.warmstart)
-        earlier = begin.done or (0,) * replicas
+        begin, files, learned = self._begin, self._files, self._replicas.learned
+        steps = begin.step + sum(learned)
+        left = self._replicas.deal.left(learned)
+        earlier = begin.done or (0,) * len(learned)
         describe = partial(
             files.info,
             step=steps,
-            samples=begin.samples + self.samples,
+            samples=begin.samples + self._replicas.samples,
             frontier=left.frontier,
             total=left.total,
             holes=left.holes,
-            done=tuple(before + now for before, now in zip(earlier, self._learned, strict=True)),
+            done=tuple(before + now for before, now in zip(earlier, learned, strict=True)),
             **files.account.fields(),
         )
         state = {} if files.state is None else files.state.to_store(self._state)
         identity = files.saver.plan(steps, describe, state)
-        for rank in self._plan.shard_ranks[1:]:
-            self._mailbox.send(rank, Role.SHARD, MessageKind.CHECKPOINT, steps, identity, last)
+        self._tell_shards(MessageKind.CHECKPOINT, steps, identity, last)
         files.saver.begin(steps, identity, self.vectors(), self.version, last=last)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
-from dbmpi.mpi import pieces, waiting
+from dbmpi.mpi import failures, pieces, waiting
 from dbmpi.mpi.mailbox import Mailbox, MessageKind, Role
 from dbmpi.mpi.tags import Tag
 
@@ -33,6 +34,10 @@ class Orders:
         Collects the signals that end the run, which are reported to the lead.
     serve
         Polls this rank's shard, if it has one; returns whether there was anything to do.
+    partners
+        Ranks without which this worker cannot take another step.
+    dead
+        Returns the ranks that have died.
     released
         Whether this worker may begin at once; otherwise it waits for the end of the warmstart.
 
@@ -40,8 +45,15 @@ class Orders:
     ----------
     released, paused, stopping, ended
         The state that the lead's orders have led to.
-    asked_to_pause
-        Whether the lead has ordered a pause since this was last set to False.
+    pause
+        Number of the last pause that the lead has ordered.
+    deal
+        A new share that the lead has dealt: its length, batches of the warmstart in it, and whether this replica is the
+        first one from now on; None without.
+    tests
+        Parts of the held-out samples to be evaluated, and the number of all parts.
+    given_up
+        Whether this replica takes no further part.
     """
 
     def __init__(
@@ -51,17 +63,30 @@ class Orders:
         stop: StopSignal,
         serve: Callable[[], bool] | None = None,
         *,
+        partners: Collection[int] = (),
+        dead: Callable[[], frozenset[int]] = frozenset,
         released: bool = True,
     ) -> None:
         self._comm, self._mailbox = comm, Mailbox(comm, Role.WORKER)
         self._lead, self._stop, self._serve = lead, stop, serve
-        self._reported_stop = False
+        self._reported_stop = self._left = False
         self._alive = time.monotonic()
+        self._partners, self._dead = partners, dead
         self.released = released
-        self.paused = self.asked_to_pause = self.stopping = self.ended = False
+        self.paused = self.stopping = self.ended = self.given_up = False
+        self.pause = 0
+        self.deal: tuple[int, int, bool] | None = None
+        self.tests: deque[tuple[int, int]] = deque()
 
     def obey(self) -> bool:
-        """Poll this rank's shard and read the lead's orders; return whether there was anything."""
+        """Poll this rank's shard and read the lead's orders; return whether there was anything.
+
+        Raises
+        ------
+        RankLost
+            If this replica can take no further step: a partner has died, or the lead has given it up.  Not again after
+            :attr:`given_up` is set.
+        """
         moved = self._serve() if self._serve is not None else False
         if self._stop.number and not self._reported_stop:
             self._reported_stop = True
@@ -69,16 +94,35 @@ class Orders:
         while (message := self._mailbox.receive()) is not None:
             moved = True
             if message.kind == MessageKind.PAUSE:
-                self.paused = self.asked_to_pause = True
+                self.paused, self.pause = True, message.values[0]
             elif message.kind == MessageKind.GO:
                 self.paused = False
             elif message.kind == MessageKind.RELEASE:
                 self.released = True
             elif message.kind == MessageKind.STOP:
                 self.stopping = True
+            elif message.kind == MessageKind.DEAL:
+                length, warm, first, *_ = message.values
+                self.deal = length, warm, bool(first)
+            elif message.kind == MessageKind.TEST:
+                self.tests.append((message.values[0], message.values[1]))
+            elif message.kind == MessageKind.LEAVE:
+                self._left = True
             elif message.kind == MessageKind.END:
                 self.ended = True
+        if self.lost and not self.given_up:
+            raise failures.RankLost("this replica is given up")
         return moved
+
+    @property
+    def lost(self) -> bool:
+        """Whether a partner has died, or the lead has given this replica up."""
+        return self._left or not self._dead().isdisjoint(self._partners)
+
+    def receive_array(self, values: np.ndarray, tag: Tag, what: str) -> None:
+        """Receive contiguous `values` from the lead under a `tag`; `what` they are, for messages."""
+        request = pieces.irecv(self._comm, values, self._lead, tag)
+        waiting.complete(request, what, serve=self.obey)
 
     def send(self, kind: MessageKind, *values: int) -> None:
         """Send the lead a message of that `kind` with `values`, which :class:`MessageKind` describes."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,20 +18,23 @@ from dbmpi.checkpoint.restore import restore
 from dbmpi.checkpoint.retention import kept
 from dbmpi.checkpoint.saver import ShardSaver
 from dbmpi.checkpoint.schema import CheckpointInfo, library_versions
+from dbmpi.data.deal import Deal
 from dbmpi.downpour.algorithm import downpour
 from dbmpi.downpour.checkpoints import CheckpointPlan
 from dbmpi.downpour.datapath import DataPath, Flow
 from dbmpi.downpour.lead import Lead
 from dbmpi.downpour.orders import Orders
+from dbmpi.downpour.settling import HeldReplicas
 from dbmpi.downpour.shard import Shard, ShardRole
 from dbmpi.downpour.worker import Assignment, Worker
 from dbmpi.errors import RunFailed
+from dbmpi.index.layout import Stretch
 from dbmpi.monitor import verdict
 from dbmpi.monitor.progress import RunProgress
-from dbmpi.mpi import waiting
+from dbmpi.mpi import failures, waiting
 from dbmpi.mpi.world import together
-from dbmpi.objective import Outcome
 from dbmpi.paramserver import bottleneck
+from dbmpi.paramserver.client import Client
 from dbmpi.paramserver.clip import Clip
 from dbmpi.paramserver.rules import Rule, rule
 from dbmpi.paramserver.schedule import Moment, Schedule
@@ -39,7 +43,6 @@ from dbmpi.paramserver.store import Store
 from dbmpi.replica.arrangement import Arrangement, equal
 from dbmpi.replica.arrangement import from_config as arranged
 from dbmpi.replica.own_objective import OwnReplica
-from dbmpi.replica.replica import Replica
 from dbmpi.result import Result
 from dbmpi.session import DTYPE, Session
 
@@ -73,7 +76,10 @@ def learn(session: Session, stack: ExitStack) -> Result:
     if isinstance(replica, OwnReplica):
         stack.callback(replica.free)
     session.compile_kernels()
-    shard = lead = worker = None
+    stretches = [] if replica is None else replica.parameters.runs_in(arrangement)
+    client = None if replica is None else store.client(stretches, flow.parts)
+    pushing = _pushing(session, client)
+    shard = lead = None
     with together(comm, "preparing the shards", seconds=waiting.LONG_SECONDS):
         if number is not None:
             served = store.server(applied_rule)
@@ -83,6 +89,9 @@ def learn(session: Session, stack: ExitStack) -> Result:
             role = ShardRole(
                 comm=comm,
                 server=served,
+                held=HeldReplicas(
+                    served, plan.partitions, np.flatnonzero(pushing[:, number]).tolist(), lead=number == 0
+                ),
                 saver=saver,
                 recorder=session.recorder("shard", number),
                 stop=session.stop,
@@ -92,12 +101,23 @@ def learn(session: Session, stack: ExitStack) -> Result:
             if isinstance(saver, LeadSaver):
                 lead = _lead(session, role, saver, _progress(session, stack, store.notes))
             shard = lead or Shard(role)
+    shards = {rank: f", which holds shard {shard}," for shard, rank in enumerate(plan.shard_ranks)}
+    session.watch.do_without(set(range(comm.size)) - set(shards), shards)
     began = time.monotonic()
-    if replica is not None:
-        worker = _work(session, replica, store, arrangement, replace(flow, overlap=store.overlap), shard)
+    if client is not None:
+        _work(session, client, stretches, replace(flow, overlap=store.overlap), shard)
     if shard is not None:
         shard.serve()
-    return _conclude(session, worker, shard, lead, time.monotonic() - began)
+    return _conclude(session, lead, time.monotonic() - began)
+
+
+def _pushing(session: Session, client: Client | None) -> np.ndarray:
+    """Return for each partition of a replica to which shards it pushes, uint8 (partitions, shards) (collective)."""
+    plan = session.plan
+    pushing = np.zeros((plan.partitions, plan.shards), np.uint8)
+    if client is not None and session.worker is not None:
+        pushing[session.worker % plan.partitions, client.pushes_to] = 1
+    return waiting.allreduce(session.comms.world, pushing, MPI.MAX, "the other ranks to say which shards they push to")
 
 
 def _progress(session: Session, stack: ExitStack, notes: tuple[str, ...]) -> RunProgress:
@@ -146,34 +166,44 @@ def _lead(session: Session, role: ShardRole, saver: LeadSaver, progress: RunProg
         state=session.objective_state,
         account=session.account(),
     )
-    return Lead(role, plan, session.begin, session.order, progress, checkpoints, session.callbacks, session.metrics)
+    return Lead(
+        role,
+        plan,
+        session.begin,
+        session.order,
+        progress,
+        checkpoints,
+        session.callbacks,
+        session.watch,
+        session.metrics,
+        tested=data.tested,
+    )
 
 
-def _work(
-    session: Session,
-    replica: Replica | OwnReplica,
-    store: Store,
-    arrangement: Arrangement,
-    flow: Flow,
-    shard: Shard | None,
-) -> Worker:
+def _work(session: Session, client: Client, stretches: Sequence[Stretch], flow: Flow, shard: Shard | None) -> None:
     """Learn until the stream is used up or the run is stopped, and wait for its end."""
     run, plan, begin, data, number = session.run, session.plan, session.begin, session.data, session.worker
+    replica, watch = session.replica, session.watch
     assert number is not None
     assert session.batches is not None
-    replica_number = number // plan.partitions
+    assert replica is not None
+    replica_number, partition = divmod(number, plan.partitions)
+    first = number - partition
     orders = Orders(
         session.comms.world,
         plan.shard_ranks[0],
         session.stop,
         None if shard is None else shard.poll,
+        partners={*plan.worker_ranks[first : first + plan.partitions]} - {session.comms.world.rank},
+        dead=lambda: watch.dead,
         released=replica_number == 0 or not begin.warmstart,
     )
-    stretches = replica.parameters.runs_in(arrangement)
-    client = store.client(stretches, flow.parts, orders.obey)
+    client.serve = orders.obey
     assignment = Assignment(
         replica=replica_number,
         train=session.batches,
+        stream=begin.stream,
+        share=Deal(begin.stream, plan.learning, begin.warmstart, plan.spares).share(replica_number),
         test=data.test,
         warm_steps=begin.warmstart if replica_number == 0 else 0,
         evaluate_epochs=run.monitor.evaluate_epochs,
@@ -187,11 +217,13 @@ def _work(
     replica.serve_while_waiting(orders.obey)
     clip = Clip(run.optimizer.clip_norm, stretches, worker.add_up) if flow.clipped else None
     schedule = Schedule.from_config(run.optimizer, session.order.samples)
-    try:
-        downpour(
+    path = DataPath(client, flow, worker.stopwatch("push"), clip)
+    step = begin.done[replica_number] if begin.done else 0
+
+    def learn_share() -> int:
+        return downpour(
             replica,
-            DataPath(client, flow, worker.stopwatch("push"), clip),
-            begin.stream.dealt(replica_number, plan.replicas, begin.warmstart),
+            path,
             worker,
             n_fetch=run.optimizer.n_fetch,
             n_push=run.optimizer.n_push,
@@ -199,81 +231,70 @@ def _work(
                 run.optimizer.local_rate
                 * schedule(Moment(samples=session.order.before(number), pushed=session.order.size(number)))
             ),
-            first_step=begin.done[replica_number] if begin.done else 0,
+            first_step=step,
         )
+
+    try:
+        more = True
+        while more:
+            with _giving_up(worker):
+                step += learn_share()
+            more = worker.finish()
+    except Exception:  # in whatever step of the exchange the loss of a partition was noticed
+        watch.check(now=True)
+        if not orders.lost:
+            raise
+        worker.leave()
+    finally:
+        path.close()
+
+
+@contextmanager
+def _giving_up(worker: Worker) -> Iterator[None]:
+    """Where the block fails, let the lead write a last checkpoint before that ends the run."""
+    try:
+        yield
     except RunFailed:  # a loss that is not finite, or a rank that cannot be waited for: there is nothing good to keep
         raise
-    except Exception:
-        worker.give_up()
+    except Exception as error:
+        if not failures.reports_death(error):
+            worker.give_up()
         raise
-    worker.finish()
-    return worker
 
 
 def _lower(learning_rate: float) -> str:
     return f"lower optimizer.learning_rate ({learning_rate:g})"
 
 
-def _conclude(
-    session: Session, worker: Worker | None, shard: Shard | None, lead: Lead | None, seconds: float
-) -> Result:
-    """Evaluate the final parameters on all workers together, and return the result on every rank."""
-    comm, run, data = session.comms.world, session.run, session.data
-    if lead is not None:
-        lead.raise_failure()
-    stopped_by = np.array([0 if lead is None else lead.stopped_by])
-    waiting.broadcast(comm, stopped_by, 0, "the lead to conclude")
-    advice = _advice(comm, worker, shard)
-    if session.objective_state is not None:  # whichever replica evaluates, the outcome is that of the checkpoint
-        session.objective_state.broadcast(comm, session.plan.worker_ranks[0])
-    test = None if stopped_by[0] or not data.tested else _test(session, worker, shard)
+def _conclude(session: Session, lead: Lead | None, seconds: float) -> Result:
+    """Return the result on every rank (collective among those that are left)."""
+    run, data = session.run, session.data
+    if session.objective_state is not None:  # whichever replica has evaluated, it is that of the checkpoint
+        session.share_state(None if lead is None else lead.objective_state)
     if lead is None:
         return session.conclude(None, seconds)
-    if test is not None:
-        lead.evaluated(test, lead.epoch)
-        lead.amend()
-        lead.raise_failure()
+    lead.raise_failure()
     warning = verdict.warning(
         data.guessing,
         lead.recent.mean_loss,
-        test,
+        lead.test,
         enough=lead.steps >= _FEWEST_STEPS and lead.samples >= data.samples,
         remedy=f"another optimizer.learning_rate ({run.optimizer.learning_rate:g})",
     )
     assert lead.checkpoint is not None
     result = Result(
-        lead.steps, lead.samples, seconds, test, lead.stopped_by, lead.checkpoint, lead.staleness.mean, advice, warning
+        lead.steps,
+        lead.samples,
+        seconds,
+        lead.test,
+        lead.stopped_by,
+        lead.checkpoint,
+        lead.staleness.mean,
+        bottleneck.advice(lead.busiest, lead.waited),
+        warning,
+        lead.lost,
     )
     return session.conclude(result, seconds)
-
-
-def _test(session: Session, worker: Worker | None, shard: Shard | None) -> Outcome:
-    """Return the outcome on the held-out samples, of which each replica evaluates a share (collective)."""
-    mine, plan = Outcome(0, 0.0, 0), session.plan
-    if worker is not None and session.data.test is not None:
-        replica, partition = divmod(session.worker or 0, plan.partitions)
-        outcome = worker.evaluate(session.data.test, replica, plan.replicas)
-        mine = mine if partition else outcome  # the first partition counts it
-    serve = worker.obey if worker is not None else shard.poll if shard is not None else None
-    totals = [total for _, total in mine.sums] or [0.0] * len(session.metrics)
-    sums = np.array([mine.samples, mine.loss, max(mine.correct, 0), mine.correct < 0, *totals], np.float64)
-    what = "the evaluation of the other workers"
-    sums = waiting.allreduce(session.comms.world, sums, MPI.SUM, what, serve=serve)
-    samples, loss, correct, unknown, *totals = sums.tolist()
-    return Outcome(
-        int(samples), loss, -1 if unknown else int(correct), tuple(zip(session.metrics, totals, strict=True))
-    )
-
-
-def _advice(comm: MPI.Intracomm, worker: Worker | None, shard: Shard | None) -> str:
-    """Say whether the shards were what the workers waited for (collective)."""
-    applying = np.array([0.0 if shard is None else shard.applying])
-    times = np.zeros(2) if worker is None else np.array([worker.log.waited, worker.log.spent])
-    what = "the other ranks to say what they waited for"
-    busiest = waiting.allreduce(comm, applying, MPI.MAX, what)
-    waited, spent = waiting.allreduce(comm, times, MPI.SUM, what)
-    line: str = bottleneck.advice(float(busiest[0]), float(waited / max(spent, 1e-9)))
-    return line
 
 
 def _fill(

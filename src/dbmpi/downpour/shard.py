@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dbmpi.checkpoint.saver import ShardSaver
+from dbmpi.downpour.settling import HeldReplicas
 from dbmpi.machine.signals import StopSignal
 from dbmpi.monitor.records import Recorder, ShardReport
 from dbmpi.mpi import waiting
-from dbmpi.mpi.mailbox import Mailbox, Message, MessageKind, Role
+from dbmpi.mpi.mailbox import Mailbox, Message, MessageKind, Role, bits
 from dbmpi.paramserver.bottleneck import moved_bytes
 from dbmpi.paramserver.server import Server, Tally
 
@@ -30,6 +31,8 @@ class ShardRole:
     """All ranks."""
     server: Server
     """Applies the pushes."""
+    held: HeldReplicas
+    """Holds back the pushes of single replicas."""
     saver: ShardSaver
     """Writes the shard's part of checkpoints."""
     recorder: Recorder
@@ -79,6 +82,7 @@ class Shard:
     def poll(self) -> bool:
         """Apply pushes, obey messages and report when it is time; return whether there was anything."""
         role, began = self._role, time.perf_counter()
+        role.held.poll()
         moved = self._server.poll()
         while (message := self._mailbox.receive()) is not None:
             moved = True
@@ -95,11 +99,21 @@ class Shard:
 
     def hear(self, message: Message) -> None:
         """Obey the order of the lead in a `message`."""
-        if message.kind == MessageKind.END:
+        kind, held, values = message.kind, self._role.held, message.values
+        if kind == MessageKind.END:
             self.ended = True
-        elif message.kind == MessageKind.CHECKPOINT:
-            step, identity, last, *_ = message.values
+            self._mailbox.send(_LEAD_RANK, Role.SHARD, MessageKind.CLOSED, bits(self.applying))
+        elif kind == MessageKind.CHECKPOINT:
+            step, identity, last, *_ = values
             self._role.saver.begin(step, identity, self.vectors(), self.version, last=bool(last))
+        elif kind == MessageKind.HOLD:
+            replica, gone, *_ = values
+            self._mailbox.send(_LEAD_RANK, Role.SHARD, MessageKind.HELD, replica, gone, *held.hold(replica))
+        elif kind == MessageKind.SETTLE:
+            replica, pushes, gone, *_ = values
+            held.settle(replica, pushes, gone=bool(gone))
+        elif kind == MessageKind.LET_GO:
+            held.let_go(values[0])
 
     def _keep(self, start: int, stop: int) -> None:
         """Keep what a checkpoint needs of the elements that are about to change."""

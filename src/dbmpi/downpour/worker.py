@@ -14,15 +14,17 @@ import numpy as np
 from mpi4py import MPI
 
 from dbmpi.checkpoint.retention import kept
+from dbmpi.data.deal import numbers
 from dbmpi.data.numbered_batches import NumberedBatches
 from dbmpi.data.source import Source
+from dbmpi.data.stream import Stream
 from dbmpi.downpour.orders import Orders
 from dbmpi.errors import RunFailed
 from dbmpi.kernels.memory import aligned_empty
 from dbmpi.monitor.callbacks import Callbacks, TrainingEvent
 from dbmpi.monitor.worker_log import WorkerLog
 from dbmpi.mpi import waiting
-from dbmpi.mpi.mailbox import MessageKind
+from dbmpi.mpi.mailbox import MessageKind, bits
 from dbmpi.mpi.tags import Tag
 from dbmpi.objective import Objective, Outcome
 from dbmpi.paramserver.client import Client
@@ -36,6 +38,8 @@ class Decision(IntEnum):
     GO_ON = 0
     REST = 1
     STOP = 2
+    DEAL = 3
+    TEST = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,18 +50,22 @@ class Assignment:
     """Number of this worker's replica."""
     train: NumberedBatches
     """What to learn from."""
+    stream: Stream
+    """The batches that are left when the session begins."""
+    share: Sequence[range]
+    """Positions among these that this replica learns."""
     test: Source | None = None
     """Held-out samples."""
     warm_steps: int = 0
     """Steps after which this worker reports to the lead that the warmstart is over; 0 for never."""
     evaluate_epochs: float = 0.0
-    """How often replica 0 evaluates the held-out samples; 0 for never."""
+    """How often the first replica evaluates the held-out samples; 0 for never."""
     directory: Path
     """That of the run."""
     callbacks: Callbacks = field(default_factory=Callbacks)
     """The user's own, for each step."""
     state: OwnState | None = None
-    """What an objective of the user's own has beside its parameters: the lead gets that of replica 0."""
+    """What an objective of the user's own has beside its parameters: the lead gets that of the first replica."""
     remedy: str = ""
     """Advice against a loss that is not finite, for the message of the error."""
 
@@ -103,23 +111,30 @@ class Worker:
         self._team = Team(partitions, orders.obey)
         self._layer_seconds = layer_seconds or {}
         self._warm_steps = assignment.warm_steps
+        self._batches = numbers(assignment.stream, assignment.share)
+        self._first = assignment.replica == 0
         self._batch = 0
-        self._learned = 0
+        self._learned = self._drawn = 0
         self._next_evaluation = assignment.evaluate_epochs
         state = assignment.state
-        self._packed = state.pack() if self._number == 0 and state is not None else np.empty(0, np.uint8)
+        self._packed = state.pack() if self._first and state is not None else np.empty(0, np.uint8)
         """The state of the objective, as it was last when it could be kept."""
 
-    def proceed(self) -> bool:
-        """Obey the lead's orders, and return whether to take another step."""
+    def proceed(self) -> int | None:
+        """Obey the lead's orders, and return the number of the next batch in the stream, or None to end."""
         while True:
-            decision = Decision(self._team.agree(self._next_decision()))
+            decision, *values = self._team.agree(self._next_decision())
             if decision == Decision.GO_ON:
-                return True
+                batch = next(self._batches, None)
+                self._drawn += batch is not None
+                return batch
             if decision == Decision.STOP:
-                return False
+                return None
             with self.stopwatch("wait"):
-                self._rest()
+                if decision == Decision.DEAL:
+                    self._take_share(*values[:3])
+                else:
+                    self._rest()
 
     def load(self, number: int) -> Any:
         """Return the batch of that `number` in the stream."""
@@ -157,17 +172,42 @@ class Worker:
             self._report()
         every = assignment.evaluate_epochs
         epoch = self._epoch
-        if self._number == 0 and every and epoch >= self._next_evaluation:
+        if self._first and every and epoch >= self._next_evaluation:
             self._next_evaluation = (epoch // every + 1) * every
             if assignment.test is not None and self._batch + 1 < self._order.batches:
                 self._evaluate_now(assignment.test)
 
-    def finish(self) -> int:
-        """Report to the lead that all is applied, and wait until it ends training; return the batches learned."""
+    def finish(self) -> bool:
+        """Report to the lead that all is applied, and wait; evaluate where it asks for that.
+
+        Returns
+        -------
+        bool
+            Whether there is more to learn now; otherwise training has ended.
+        """
         self._report()
         with self._sending_state():
-            self._say(MessageKind.FINISHED, self._learned)
-            self._orders.wait(lambda: self._orders.ended, "the end of training", longest_sleep=0.01)
+            self._say(MessageKind.FINISHED, self._learned, bits(self.log.waited), bits(self.log.spent))
+        while True:
+            decision, *values = self._team.agree(self._last_decision())
+            if decision == Decision.TEST:
+                self._evaluate_part(*values[:2])
+            elif decision == Decision.DEAL:
+                self._take_share(*values[:3])
+                return True
+            else:
+                return False
+
+    def leave(self) -> None:
+        """Take no further part, because this replica is given up; wait for the end of the run."""
+        self._orders.given_up = True
+        self._client.leave()
+        self._report()
+        self._orders.wait(lambda: self._orders.ended, "the end of training", longest_sleep=0.01)
+
+    @property
+    def learned(self) -> int:
+        """Batches of this session whose gradients are on their way to the shards, or applied."""
         return self._learned
 
     def give_up(self) -> None:
@@ -202,32 +242,69 @@ class Worker:
     def _epoch(self) -> float:
         return (self._batch + 1) / self._order.batches_per_epoch
 
-    def _next_decision(self) -> Decision:
+    def _next_decision(self) -> tuple[int, ...]:
         """Return what the replica does next, as this worker sees it; the first partition decides."""
         orders = self._orders
+
+        def ordered() -> bool:
+            return orders.released or orders.paused or orders.stopping or orders.deal is not None
+
         orders.obey()
-        if self._team.speaks and not (orders.released or orders.paused or orders.stopping):
+        if self._team.speaks and not ordered():
             with self.stopwatch("wait"):
-                orders.wait(
-                    lambda: orders.released or orders.paused or orders.stopping,
-                    "the end of the warmstart",
-                    longest_sleep=0.02,
-                )
+                orders.wait(ordered, "the end of the warmstart", longest_sleep=0.02)
         if orders.stopping:
-            return Decision.STOP
-        return Decision.REST if orders.paused else Decision.GO_ON
+            return (Decision.STOP,)
+        if orders.deal is not None:
+            return Decision.DEAL, *orders.deal
+        return (Decision.REST if orders.paused else Decision.GO_ON,)
+
+    def _last_decision(self) -> tuple[int, ...]:
+        """Return what the replica does when it has nothing to learn."""
+        orders = self._orders
+        if self._team.speaks:
+            orders.wait(
+                lambda: orders.ended or orders.deal is not None or bool(orders.tests),
+                "the end of training",
+                longest_sleep=0.01,
+            )
+        if orders.tests:
+            return Decision.TEST, *orders.tests.popleft()
+        return (Decision.STOP,) if orders.deal is None else (Decision.DEAL, *orders.deal)
+
+    def _take_share(self, length: int, warm: int, first: int) -> None:
+        """Learn from now on what the lead deals.
+
+        Parameters
+        ----------
+        length
+            Number of ranges of positions.
+        warm
+            Batches of the warmstart among them.
+        first
+            Whether this is the first replica from now on.
+        """
+        share = np.empty((length, 3), np.int64)
+        if self._team.speaks:
+            self._orders.receive_array(share, Tag.DEAL, "the batches that the lead deals")
+        self._team.broadcast(share)
+        self._batches = numbers(self._assignment.stream, [range(*words) for words in share.tolist()])
+        self._orders.deal = None
+        self._first = self._first or bool(first)
+        if warm:
+            self._orders.released, self._warm_steps = True, self._learned + warm
 
     def _rest(self) -> None:
         """Pause, tell the lead, and wait until it lets this replica continue."""
         orders = self._orders
         self._client.wait()
-        orders.asked_to_pause = False
+        pause = orders.pause
         with self._sending_state():
-            self._say(MessageKind.PAUSED, self._learned)
+            self._say(MessageKind.PAUSED, self._learned, self._drawn, pause)
             if self._team.speaks:
                 # The next pause may arrive together with the end of this one, and needs an answer of its own.
                 orders.wait(
-                    lambda: not orders.paused or orders.stopping or orders.asked_to_pause,
+                    lambda: not orders.paused or orders.stopping or orders.deal is not None or orders.pause != pause,
                     "the lead to write a checkpoint",
                 )
 
@@ -238,7 +315,7 @@ class Worker:
         A worker that is `failing` sends the last one that could be kept, if this one cannot: that may be why it fails.
         """
         state, request = self._assignment.state, None
-        if self._number == 0 and state is not None and state.nbytes:
+        if self._first and state is not None and state.nbytes:
             try:
                 self._packed = state.pack()
             except Exception:
@@ -258,16 +335,27 @@ class Worker:
     def _evaluate_now(self, test: Source) -> None:
         with self.stopwatch("wait"):
             outcome = self.evaluate(test, 0, 1)
-        for number, (_, total) in enumerate(outcome.sums):
-            self._say(MessageKind.METRIC, number, _bits(total))
-        self._say(MessageKind.EVALUATION, self._batch + 1, outcome.samples, outcome.correct, _bits(outcome.loss))
+        self._say_outcome(MessageKind.EVALUATION, self._batch + 1, outcome)
+
+    def _evaluate_part(self, part: int, parts: int) -> None:
+        """Evaluate a part of the held-out samples at the end, with the state of the last checkpoint."""
+        state, test = self._assignment.state, self._assignment.test
+        assert test is not None
+        if state is not None and state.nbytes:
+            packed = np.empty(state.nbytes, np.uint8)
+            if self._team.speaks:
+                self._orders.receive_array(packed, Tag.OBJECTIVE_STATE, "the state of the objective")
+            self._team.broadcast(packed)
+            state.restore(state.unpack(packed))
+        self._say_outcome(MessageKind.TESTED, part, self.evaluate(test, part, parts))
+
+    def _say_outcome(self, kind: MessageKind, number: int, outcome: Outcome) -> None:
+        for metric, (_, total) in enumerate(outcome.sums):
+            self._say(MessageKind.METRIC, metric, bits(total))
+        self._say(kind, number, outcome.samples, outcome.correct, bits(outcome.loss))
 
     def _report(self) -> None:
         self.log.report(self._epoch, self._client.moved, self._layer_seconds)
-
-
-def _bits(value: float) -> int:
-    return int(np.array([value]).view(np.int64)[0])
 
 
 def evaluate(

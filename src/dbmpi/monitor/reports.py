@@ -133,7 +133,29 @@ class CheckpointReport:
     """Seconds for which changes of the vectors waited while these were copied, on the shard where it was longest."""
 
 
-Report = WorkerReport | ShardReport | EvaluationReport | BatchReport | CheckpointReport
+@dataclass(frozen=True, slots=True)
+class LossReport:
+    """A replica of Downpour that is given up, because a rank of it has died."""
+
+    kind: ClassVar[str] = "loss"
+    step: int
+    """Mini-batches of all replicas together in this session that count."""
+    lost: int
+    """Number of the replica."""
+    pushes: int
+    """Its pushes that count; each of them once, on all shards."""
+    dropped: int
+    """Further pushes, which it had posted at least in part."""
+    repeated: int
+    """Of these, pushes that some shard has applied, at least in part, though their batches are learned again."""
+    left: int
+    """Batches of its share that were left."""
+    takers: Sequence[int]
+    """Replicas that learn these; none where the run was about to end."""
+
+
+Report = WorkerReport | ShardReport | EvaluationReport | BatchReport | CheckpointReport | LossReport
 KINDS: dict[str, type[Report]] = {
-    report.kind: report for report in (WorkerReport, ShardReport, EvaluationReport, BatchReport, CheckpointReport)
+    report.kind: report
+    for report in (WorkerReport, ShardReport, EvaluationReport, BatchReport, CheckpointReport, LossReport)
 }

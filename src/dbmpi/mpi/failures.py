@@ -19,19 +19,19 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 
 from dbmpi.errors import EndedByDeath, RunFailed
 from dbmpi.machine.endings import outlived
-from dbmpi.mpi import waiting
+from dbmpi.mpi import pieces, waiting
 from dbmpi.mpi.tags import Tag
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-_abandoned: list[tuple[MPI.Request, np.ndarray | None]] = []
+_abandoned: list[tuple[pieces.Operation, np.ndarray | None]] = []
 """Transfers that never end, and the arrays that MPI may still write to."""
 _BETWEEN_POLLS = 0.1
 _NAME = 64
@@ -110,8 +110,18 @@ def partner(comm: MPI.Comm, rank: int) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def survived() -> Iterator[None]:
+    """End the block, and nothing else, where MPI reports in it that a rank has died."""
+    try:
+        yield
+    except Exception as error:  # MPI's own, whose name is not known without importing it
+        if not reports_death(error):
+            raise
+
+
 def complete(
-    request: MPI.Request,
+    request: pieces.Operation,
     comm: MPI.Comm,
     rank: int,
     what: str,
@@ -244,6 +254,14 @@ class Watch:
                 self.check()  # raises
                 time.sleep(_BETWEEN_POLLS)
 
+    def end(self, why: str) -> NoReturn:
+        """End the run on all ranks because of a death; `why` is a sentence for the user."""
+        word = np.zeros(1, np.int64)
+        for rank in set(range(self._comm.size)) - self.dead - {self._comm.rank}:
+            with suppress(RankLost), partner(self._comm, rank):
+                _abandoned.append((self._comm.Isend(word, rank, Tag.DEATHS), word))
+        raise EndedByDeath(f"{why}.  {self._advice}")
+
     def name(self, rank: int) -> str:
         """Return the name of a rank for messages, with its host and its role."""
         return f"rank {rank} on {self._hosts[rank]}{self._roles.get(rank, '')}"
@@ -255,11 +273,7 @@ class Watch:
             self._speaks_until = time.monotonic() + _FIRST_TO_SPEAK
         if self._comm.rank != self._speaker and time.monotonic() < self._speaks_until:
             return
-        word = np.zeros(1, np.int64)
-        for rank in set(range(self._comm.size)) - self.dead - {self._comm.rank}:
-            with suppress(RankLost), partner(self._comm, rank):
-                _abandoned.append((self._comm.Isend(word, rank, Tag.DEATHS), word))
-        raise EndedByDeath(f"{self.name(missed[0])} has died, and the run cannot go on without it.  {self._advice}")
+        self.end(f"{self.name(missed[0])} has died, and the run cannot go on without it")
 
 
 def _hosts(comm: MPI.Comm) -> list[str]:

@@ -32,7 +32,7 @@ class MessageKind(IntEnum):
     """The meaning of a message."""
 
     PAUSE = 1
-    """Lead to worker: pause before the next step and reply PAUSED."""
+    """Lead to worker: pause before the next step and reply PAUSED; the number of the pause."""
     GO = 2
     """Lead to worker: continue after a pause."""
     STOP = 3
@@ -45,9 +45,10 @@ class MessageKind(IntEnum):
     A worker of a user's own loop to a shard: send me your vectors.
     """
     PAUSED = 6
-    """Worker to lead: paused; how many of my batches are learned."""
+    """Worker to lead: paused; how many of my batches are learned, and begun, and the number of the pause."""
     FINISHED = 7
-    """Worker to lead: my last step is taken and applied; how many of my batches are learned."""
+    """Worker to lead: my last step is taken and applied; how many of my batches are learned, and the bits of the
+    seconds that I have waited and spent."""
     WARM = 8
     """Worker to lead: the warmstart is over, release the others."""
     STOP_ASKED = 9
@@ -65,6 +66,35 @@ class MessageKind(IntEnum):
 
     Then as after a STOP_ASKED, and the lead sends END when a checkpoint is written.
     """
+    HOLD = 15
+    """Lead to shard: apply nothing more of this replica, and reply HELD; whether it is given up."""
+    HELD = 16
+    """Shard to lead: replica, whether it is given up, and the numbers of :class:`dbmpi.paramserver.server.Progress`."""
+    SETTLE = 17
+    """Lead to shard: apply of this replica so many pushes of all; whether it is given up."""
+    LET_GO = 18
+    """Lead to shard: apply what this replica pushes as before."""
+    DEAL = 19
+    """Lead to worker: this is your share from now on, so many ranges, which come as an array; how many batches of the
+    warmstart are in it, and whether you speak for the objective's state, and evaluate."""
+    LEAVE = 20
+    """Lead to worker: your replica is given up, take no further part."""
+    TEST = 21
+    """Lead to worker: evaluate this part of the held-out samples, of so many, and reply TESTED."""
+    TESTED = 22
+    """Worker to lead: the part, samples, correct, and the bits of the loss."""
+    CLOSED = 23
+    """Shard to lead, after END: the bits of the fraction of time spent in the rule's kernel."""
+
+
+def bits(number: float) -> int:
+    """Return the bits of a float64 `number`, to travel in a message."""
+    return int(np.array([number]).view(np.int64)[0])
+
+
+def number(word: int) -> float:
+    """Return the float64 whose bits a `word` of a message has."""
+    return float(np.array([word], np.int64).view(np.float64)[0])
 
 
 class Message(NamedTuple):
@@ -92,7 +122,7 @@ class Mailbox:
         self._leaving: deque[tuple[MPI.Request, np.ndarray]] = deque()
 
     def send(self, rank: int, role: Role, kind: MessageKind, *values: int) -> None:
-        """Send a message; returns at once.
+        """Send a message; returns at once, also where the destination has died.
 
         Parameters
         ----------
@@ -108,9 +138,11 @@ class Mailbox:
         # Two tests for each message: the list gets shorter, and an order to all ranks does not test all for each.
         for _ in range(min(2, len(self._leaving))):
             earlier = self._leaving.popleft()
-            if not earlier[0].Test():
-                self._leaving.append(earlier)
-        self._leaving.append((self._comm.Isend(words, rank, role), words))
+            with failures.survived():
+                if not earlier[0].Test():
+                    self._leaving.append(earlier)
+        with failures.survived():
+            self._leaving.append((self._comm.Isend(words, rank, role), words))
 
     def receive(self) -> Message | None:
         """Return the next message for this role, if one has arrived."""
@@ -120,8 +152,10 @@ class Mailbox:
         if not failures.probe(self._comm, self._role, status):
             return None
         words = np.empty(_WORDS, np.int64)
-        self._comm.Recv(words, status.source, self._role)
-        return Message(MessageKind(int(words[0])), status.source, tuple(int(word) for word in words[1:]))
+        with failures.survived():
+            self._comm.Recv(words, status.source, self._role)
+            return Message(MessageKind(int(words[0])), status.source, tuple(int(word) for word in words[1:]))
+        return None
 
     def close(self) -> None:
         """Wait until all messages have left."""

@@ -32,6 +32,8 @@ class Tag(IntEnum):
     """What an objective has beside its parameters, from a worker to the lead."""
     CHECKPOINT = 15
     """What a shard has done of a checkpoint, for the lead."""
+    DEAL = 16
+    """The batches that a replica learns from now on, from the lead."""
     LAST_TRANSFER = 30000
     """The largest tag of transfers, which number theirs from 1 on a communicator of their own."""
     DEATHS = 30001

@@ -32,6 +32,13 @@ class Plan:
     replicas: int
     partitions: int = 1
     colocate: bool = False
+    spares: int = 0
+    """Of the replicas, the last ones, which learn only where another one is given up."""
+
+    @property
+    def learning(self) -> int:
+        """Number of replicas that learn from the beginning."""
+        return self.replicas - self.spares
 
     @property
     def workers(self) -> int:
@@ -98,7 +105,9 @@ def plan(section: TopologySection, world: int) -> Plan:
 
 def _filled_in(section: TopologySection, world: int) -> Plan:
     """Let the numbers that are left out follow from the others; the plan may not fit."""
-    partitions, shards, replicas = section.partitions, section.shards, section.replicas
+    partitions, shards, replicas, spares = section.partitions, section.shards, section.replicas, section.spares
+    if replicas is not None:
+        replicas += spares
     colocate = section.colocate or (world == 1 and (partitions or 1) == (replicas or 1) == 1)
     if replicas is None:
         partitions, shards = partitions or 1, shards or 1
@@ -110,13 +119,15 @@ def _filled_in(section: TopologySection, world: int) -> Plan:
         shards = 1 if colocate else max(1, world - replicas * partitions)
     assert shards is not None
     assert partitions is not None
-    return Plan(shards, replicas, partitions, colocate)
+    return Plan(shards, replicas, partitions, colocate, spares)
 
 
 def _problem(plan: Plan, world: int) -> str:
     """Return why a plan does not fit a world; empty if it does."""
     if plan.world != world:
         return f"the topology does not fit the world: {_count(world, 'rank')} started, but {_sum(plan)}"
+    if plan.learning < 1:
+        return f"topology.spares = {plan.spares} leaves none of {_count(plan.replicas, 'replica')} to learn"
     if plan.colocate and plan.shards > plan.workers:
         return (
             f"{_count(plan.shards, 'shard')} cannot be colocated with {_count(plan.workers, 'worker')}: "

@@ -118,6 +118,7 @@ class Client:
         self._queued = [0] * len(ranks)
         self._posted = [0] * len(ranks)
         self._unfinished: set[int] = set()
+        self._left = False
         self.versions = [0] * len(ranks)
         self._applied = window.local[memories[0].applied(0) :][: len(ranks) * 8].view(np.int64)
 
@@ -173,6 +174,10 @@ class Client:
         for shard in sorted(self._unfinished):
             self._enqueue(shard, Header(0, 0, LAST, self.versions[shard]), _NO_DATA)
 
+    def leave(self) -> None:
+        """Send nothing more, and wait for nothing: no shard takes anything of this client any more."""
+        self._left = True
+
     def report(self, outcome: Outcome, steps: int) -> None:
         """Report the steps and samples behind a push to shard 0, which counts those of the run.
 
@@ -196,18 +201,20 @@ class Client:
 
         def reached() -> bool:
             self.progress()
-            return all(done >= count for done, count in zip(self._applied.tolist(), wanted, strict=True))
+            return self._left or all(done >= count for done, count in zip(self._applied.tolist(), wanted, strict=True))
 
         waiting.until(reached, lambda: f"{self._late()} to apply the last push", serve=self.serve)
 
     def progress(self) -> bool:
         """Send as much as the shards can take; return whether nothing is left.  Never waits for a shard."""
         self._window.sync()
+        if self._left:
+            return True
         if self._sending.acquire(blocking=False):
             try:
                 ready = [shard for shard, queue in list(self._queues.items()) if queue]
                 ready.sort(key=lambda shard: (shard - self._number) % len(self._ranks))
-                while ready:
+                while ready and not self._left:
                     # Chunks go to the shards in turn: all of them work at the same time.
                     ready = [shard for shard in ready if self._send_next(shard) and self._queues[shard]]
             finally:
@@ -239,6 +246,11 @@ class Client:
                     self._begin_copy(shard, parameters)
             self._window.complete_gets()
         return versions
+
+    @property
+    def pushes_to(self) -> list[int]:
+        """Shards that take something of this client's gradient."""
+        return [shard for shard, found in enumerate(self._pieces) if any(piece.pushed for piece in found)]
 
     @property
     def moved(self) -> tuple[int, int, int, int]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,6 +22,17 @@ from dbmpi.paramserver.schedule import Moment
 
 _LONGEST_TRANSFER = 10.0
 """Seconds for which a shard does not sleep while a client's transfer goes on."""
+
+
+class Progress(NamedTuple):
+    """How far the pushes of a client have come at a shard, as numbers of pushes."""
+
+    whole: int
+    """Posted completely."""
+    begun: int
+    """Of which something is posted."""
+    touched: int
+    """Of which something is applied."""
 
 
 class Tally:
@@ -70,6 +82,8 @@ class Server:
         The version at which the state was begun: the rule counts its updates from there.
     before_change
         Called before the elements from a first to a last one change, if it is given.
+    on_report
+        Called with the number of a client and the header of each report of its, if it is given.
     """
 
     def __init__(
@@ -86,6 +100,7 @@ class Server:
         self.state: State = {}
         self.begun = 0
         self.before_change: Callable[[int, int], None] | None = None
+        self.on_report: Callable[[int, Header], None] | None = None
         self._samples = [0] * memory.partitions
         self._posted = self._words(memory.posted(0), len(clients))
         self._versions = self._words(memory.version(0), memory.partitions)
@@ -94,6 +109,12 @@ class Server:
         self._wanted = self._words(memory.wanted(0), len(clients))
         self._sequence = self._words(memory.sequence, 1)
         self._last = -1
+        self._held = np.zeros(len(clients), bool)
+        self._gone = np.zeros(len(clients), bool)
+        self._counts = {kind: np.zeros(len(clients), np.int64) for kind in (LAST, REPORT)}
+        """Of each client the pushes, and the reports, that have been applied."""
+        self._inside = np.zeros(len(clients), bool)
+        """Whether a part of a client's next push has been applied."""
         self._seen_active, self._active_since = self._active.copy(), 0.0
         self.tally = Tally()
 
@@ -135,7 +156,7 @@ class Server:
     def poll(self) -> bool:
         """Apply the chunks that have arrived; return whether there were any, or a transfer is under way."""
         self._window.sync()
-        waiting_chunks = self._posted - self._applied
+        waiting_chunks = (self._posted - self._applied) * ~self._held
         queue = int(waiting_chunks.sum())
         if queue == 0:
             return self._window.busy or self._transfers_go_on()
@@ -151,6 +172,70 @@ class Server:
         """Return the tally since the last call, and start another."""
         tally, self.tally = self.tally, Tally()
         return tally
+
+    def hold(self, client: int) -> None:
+        """Apply nothing more of a `client` for now; its chunks wait."""
+        self._window.sync()
+        self._held[client] = True
+
+    def let_go(self, client: int) -> None:
+        """Apply the chunks of a `client` again that :meth:`hold` has kept waiting."""
+        self._held[client] = self._gone[client]
+
+    def progress(self, client: int) -> Progress:
+        """Return how far the pushes of a `client`, which is held, have come."""
+        kinds = [kind for kind in self._waiting(client) if kind != REPORT]
+        applied, inside = int(self._counts[LAST][client]), bool(self._inside[client])
+        whole = applied + kinds.count(LAST)
+        unfinished = kinds[-1] == MORE if kinds else inside
+        return Progress(whole, whole + unfinished, applied + inside)
+
+    def reports(self, client: int) -> int:
+        """Return how many reports a `client`, which is held, has posted."""
+        return int(self._counts[REPORT][client]) + self._waiting(client).count(REPORT)
+
+    def settle(self, client: int, pushes: int, *, gone: bool) -> bool:
+        """Apply of a client that is held the first `pushes` of all, and nothing more; return whether that is done.
+
+        Where another client's push is half applied and must be whole, it is not, and the call is to be repeated.
+
+        Parameters
+        ----------
+        client
+            Its number.
+        pushes
+            At most as many as :attr:`Progress.whole`.
+        gone
+            Whether to drop what is posted beyond, and to hold the client for ever.
+        """
+        while self._applied[client] < self._posted[client]:
+            if self._counts[REPORT if self._next(client).kind == REPORT else LAST][client] >= pushes:
+                break
+            if self._consistent and self._current not in (None, client):
+                return False
+            self._apply_alone(client)
+        if gone:
+            self._gone[client] = True
+            self._applied[client] = self._posted[client]
+            self._active[2 * client : 2 * client + 2] = 0
+            if self._current == client:
+                self._current = None
+                self._step_sequence()
+        return True
+
+    def _waiting(self, client: int) -> list[int]:
+        """Return the kinds of the chunks that a client has posted, and that are not applied."""
+        return [self._header(client, count).kind for count in range(self._applied[client], self._posted[client])]
+
+    def _apply_alone(self, client: int) -> None:
+        """Apply the next chunk of a client, in consistent shards as a part of the current push."""
+        part = self._consistent and self._next(client).kind != REPORT
+        if part and self._current is None:
+            self._current = client
+            self._step_sequence()
+        if self._apply(client) != MORE and part:
+            self._current = None
+            self._step_sequence()
 
     def _transfers_go_on(self) -> bool:
         """Whether a client of another host moves data: its MPI may need this rank to poll, and not to sleep.
@@ -173,7 +258,7 @@ class Server:
             if reports:
                 return True
             # A reader whose copy overlapped a push gets a turn before the next one.
-            if self._wanted.any():
+            if (self._wanted * ~self._gone).any():
                 return True
             candidates = [client for client in ready if self._is_whole(client)]
             if not candidates:
@@ -217,6 +302,8 @@ class Server:
         header = self._next(client)
         if header.kind == REPORT:
             self.tally.add(header)
+            if self.on_report is not None:
+                self.on_report(client, header)
         else:
             partition = client % memory.partitions
             self._update(header, self._chunk(client, count, header), partition)
@@ -225,6 +312,10 @@ class Server:
             self.tally.staleness.add(int(self._versions[partition]) - header.fetched)
             self.tally.pushes += 1
             self._versions[partition] += 1
+        if header.kind != REPORT:
+            self._inside[client] = header.kind == MORE
+        if header.kind != MORE:
+            self._counts[header.kind][client] += 1
         self._applied[client] = count + 1
         self._window.store(self._clients[client], memory.applied(self._number), count + 1)
         return header.kind

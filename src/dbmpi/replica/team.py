@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dbmpi.mpi import waiting
+from dbmpi.mpi import pieces, waiting
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -65,20 +65,20 @@ class Team:
         numbers: list[int] = self._words.tolist()
         return numbers
 
-    def agree(self, decision: int) -> int:
-        """Return the `decision` of the first partition, whatever the others pass; wait for it."""
+    def agree(self, decision: Sequence[int]) -> Sequence[int]:
+        """Return the `decision` of the first partition, as in :meth:`poll`, whatever the others pass; wait for it."""
         agreed: Sequence[int] | None = None
 
         def heard() -> bool:
             nonlocal agreed
-            agreed = self.poll([decision])
+            agreed = self.poll(decision)
             return agreed is not None
 
         # The first partition may be waiting for the lead, which has a limit of its own.
         seconds = 4 * waiting.STALL_SECONDS
         waiting.until(heard, "the first partition of this replica", serve=self._serve, seconds=seconds)
         assert agreed is not None
-        return agreed[0]
+        return agreed
 
     def add_up(self, value: float) -> float:
         """Return the sum of the `value` that each partition passes, the same on all of them; wait for it."""
@@ -87,6 +87,11 @@ class Team:
         from mpi4py import MPI
 
         return float(waiting.allreduce(self._comm, np.array([value]), MPI.SUM, _OTHERS, serve=self._serve)[0])
+
+    def broadcast(self, values: np.ndarray) -> None:
+        """Fill contiguous `values` on all partitions with those of the first; wait for it."""
+        if self._comm.size > 1:
+            waiting.complete(pieces.ibcast(self._comm, values, 0), _OTHERS, serve=self._serve)
 
     def gather(self) -> None:
         """Wait for all partitions."""

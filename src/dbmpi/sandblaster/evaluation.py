@@ -17,10 +17,9 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn
 
-from dbmpi.errors import EndedByDeath, RunFailed
+from dbmpi.errors import RunFailed
 from dbmpi.mpi import mailbox as mpi_mailbox
 from dbmpi.mpi import waiting
-from dbmpi.mpi.failures import RESUMING
 from dbmpi.sandblaster.board import PassKind
 from dbmpi.sandblaster.commands import Command, RemoteSpace
 
@@ -191,7 +190,7 @@ class Evaluator:
             self.passes.give_up(replica)
             left = plan.replicas - len(lost)
             if not left:
-                raise EndedByDeath(f"{self._watch.name(rank)} has died, and with it the last replica.  {RESUMING}")
+                self._watch.end(f"{self._watch.name(rank)} has died, and with it the last replica")
             self._say(
                 f"{self._watch.name(rank)} has died, and with it replica {replica}: what it had not delivered is "
                 f"handed out again, and the run goes on with {left} of {plan.replicas} replicas"
