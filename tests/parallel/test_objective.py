@@ -107,7 +107,10 @@ def test_downpour_learns_a_hand_written_objective(comm, place, server, n_push) -
         if replica is not None:
             objective: Objective = LeastSquares()
             orders = Orders(comms.world, 0, StopSignal())
-            client, mine = store.client(parts=flow.parts, serve=orders.obey), range(replica, order.batches, plan.replicas)
+            client, mine = (
+                store.client(parts=flow.parts, serve=orders.obey),
+                range(replica, order.batches, plan.replicas),
+            )
             with (
                 Source.open(place / "plane.h5", 10) as train,
                 Recorder(place / "run", "worker", replica, session=1) as recorder,

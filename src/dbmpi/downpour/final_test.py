@@ -4,7 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from dbmpi.mpi.mailbox import Message, number
 from dbmpi.objective import Outcome
+
+
+class Outcomes:
+    """What replicas report of held-out samples, in several messages.
+
+    Parameters
+    ----------
+    metrics
+        Names of what is measured beside the loss.
+    """
+
+    def __init__(self, metrics: Sequence[str]) -> None:
+        self._metrics = metrics
+        self._sums: dict[int, list[float]] = {}
+
+    def hear(self, message: Message) -> None:
+        """Note the sum of a metric."""
+        self._sums.setdefault(message.source, [0.0] * len(self._metrics))[message.values[0]] = number(message.values[1])
+
+    def of(self, message: Message) -> Outcome:
+        """Return the outcome that a `message` completes."""
+        _, samples, correct, loss, *_ = message.values
+        sums = self._sums.pop(message.source, [0.0] * len(self._metrics))
+        return Outcome(samples, number(loss), correct, tuple(zip(self._metrics, sums, strict=True)))
 
 
 class FinalTest:

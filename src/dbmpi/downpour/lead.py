@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import signal
-import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -21,22 +20,22 @@ import numpy as np
 from dbmpi.checkpoint.amendment import amend
 from dbmpi.data.stream import Order
 from dbmpi.downpour.checkpoints import CheckpointPlan, LeadCheckpoints
-from dbmpi.downpour.final_test import FinalTest
-from dbmpi.downpour.replicas import Loss, Replicas, ReplicaState
-from dbmpi.downpour.settling import Settling
+from dbmpi.downpour.final_test import FinalTest, Outcomes
+from dbmpi.downpour.losses import Losses
+from dbmpi.downpour.replicas import Loss, Replicas
 from dbmpi.downpour.shard import Shard, ShardRole
+from dbmpi.downpour.standing import ReplicaState
+from dbmpi.downpour.state_keeper import StateKeeper
 from dbmpi.monitor.callbacks import Callbacks, TrainingEvent
 from dbmpi.monitor.measures import Rate
 from dbmpi.monitor.progress import RunProgress
-from dbmpi.monitor.records import EvaluationReport, LossReport, StalenessHistogram
+from dbmpi.monitor.records import EvaluationReport, StalenessHistogram
 from dbmpi.monitor.verdict import Recent
-from dbmpi.mpi import failures, pieces, waiting
-from dbmpi.mpi.failures import RankLost, Watch
-from dbmpi.mpi.mailbox import Message, MessageKind, Role, number
-from dbmpi.mpi.tags import Tag
+from dbmpi.mpi.failures import Watch
+from dbmpi.mpi.mailbox import Message, MessageKind, number
 from dbmpi.mpi.topology import Plan
 from dbmpi.objective import Outcome
-from dbmpi.paramserver.protocol import Header
+from dbmpi.paramserver import bottleneck
 from dbmpi.paramserver.server import Progress, Tally
 from dbmpi.session import StartingPoint
 
@@ -79,8 +78,6 @@ class Lead(Shard):
         The losses of the last samples learned from.
     test
         Outcome on the held-out samples at the end; None without.
-    waited, busiest
-        Share of the workers' time spent waiting for the shards, and of the busiest shard's time in the rule's kernel.
     """
 
     def __init__(
@@ -98,9 +95,8 @@ class Lead(Shard):
         tested: bool = False,
     ) -> None:
         super().__init__(role)
-        self._metrics, self._tested = metrics, tested
-        self._sums: dict[int, list[float]] = {}
-        self._plan, self._watch = plan, watch
+        self._outcomes, self._tested = Outcomes(metrics), tested
+        self._watch = watch
         self._begin = begin
         self._order = order
         self._progress = progress
@@ -109,33 +105,27 @@ class Lead(Shard):
         self._ending = False
         """Whether a signal or a callback has asked for the end."""
         self._rate = Rate()
-        self._settling = Settling(plan.shards, role.held, self._tell_shards)
-        self._replicas = Replicas(self._comm, plan, begin, self._mailbox, self._settling, lambda: watch.dead)
-        self._server.on_report = self._count_report
-        self._mourned: set[int] = set()
+        self._replicas = Replicas(self._comm, plan, begin, self._mailbox, role.held, lambda: watch.dead)
+        self._server.on_report = self._replicas.count
+        self._losses = Losses(watch, self._replicas, role.recorder, progress.message)
         self._pausing = self._taking = False
         """Whether the workers are to pause, and whether the shards take a checkpoint."""
         self._stopping = False
         """Whether the workers are to finish when all shards have taken it."""
         self._seen_version = 0
-        self._reported_alive = time.monotonic()
-        self._state = np.empty(0, np.uint8) if checkpoints.state is None else checkpoints.state.pack()
-        """That of the first replica when it last paused."""
+        self._state = StateKeeper(self._comm, checkpoints.state)
         self._checkpoints = LeadCheckpoints(checkpoints, self.version, role.recorder, progress.warn)
         self._final: FinalTest | None = None
-        self._sent: list[pieces.Operation] = []
-        """States of the objective on their way."""
         self._closing = False
         self._open = set(plan.shard_ranks[1:])
         """Shards that have not ended."""
-        self._times: dict[int, tuple[float, float]] = {}
         self.steps = 0
         self.samples = 0
         self.staleness = StalenessHistogram()
         self.recent = Recent(order.samples)
         self.stopped_by = 0
         self.test: Outcome | None = None
-        self.busiest = 0.0
+        self._busiest = 0.0
 
     @property
     def checkpoint(self) -> Path | None:
@@ -145,7 +135,7 @@ class Lead(Shard):
     @property
     def objective_state(self) -> np.ndarray:
         """The bytes of the objective's state in the last checkpoint, uint8."""
-        return self._state
+        return self._state.packed
 
     @property
     def lost(self) -> tuple[int, ...]:
@@ -153,10 +143,9 @@ class Lead(Shard):
         return tuple(self._replicas.lost)
 
     @property
-    def waited(self) -> float:
-        """Share of the workers' time that they have waited for the shards."""
-        waited, spent = (sum(values) for values in zip(*self._times.values(), strict=True)) if self._times else (0, 0)
-        return waited / max(spent, 1e-9)
+    def advice(self) -> str:
+        """Whether the shards were what the workers waited for, and what to do then; empty where they were not."""
+        return bottleneck.advice(self._busiest, self._replicas.waited)
 
     def poll(self) -> bool:
         """Poll as a shard, and act on the messages and on the clock; return whether anything was done."""
@@ -176,32 +165,31 @@ class Lead(Shard):
             self._end_early(signal.Signals(values[0]).name if values[0] else "a callback has asked for the end")
         elif kind == MessageKind.EVALUATION:
             self.report()  # which counts the steps until now
-            self.evaluated(self._outcome(message), values[0] / self._order.batches_per_epoch)
+            self.evaluated(self._outcomes.of(message), values[0] / self._order.batches_per_epoch)
         elif kind == MessageKind.TESTED and self._final is not None:
-            self._final.add(values[0], self._outcome(message))
+            self._final.add(values[0], self._outcomes.of(message))
         elif kind == MessageKind.METRIC:
-            self._sums.setdefault(message.source, [0.0] * len(self._metrics))[values[0]] = number(values[1])
+            self._outcomes.hear(message)
         elif kind == MessageKind.HELD:
-            self._settling.answered(values[0], Progress(*values[2:5]), gone=bool(values[1]))
+            self._replicas.settling.answered(values[0], Progress(*values[2:5]), gone=bool(values[1]))
         elif kind == MessageKind.CLOSED:
             self._open.discard(message.source)
-            self.busiest = max(self.busiest, number(values[0]))
+            self._busiest = max(self._busiest, number(values[0]))
         elif kind == MessageKind.ALIVE:
-            self._say_alive()
+            self._replicas.say_alive()
 
     def _hear_of_rest(self, message: Message) -> None:
         """Note that a replica learns nothing more, for now or for good."""
         kind, values, replicas = message.kind, message.values, self._replicas
         replica = replicas.of(message.source)
-        self._take_state(replica, message.source)
+        if replica == replicas.first:
+            self._state.take(message.source)
         if kind == MessageKind.PAUSED:
             if replicas.paused(replica, *values[:3]) and self._pausing:
                 self._checkpoints.rests()
             return
-        replicas.finished(replica, values[0])
-        if kind == MessageKind.FINISHED:
-            self._times[replica] = number(values[1]), number(values[2])
-        else:
+        replicas.finished(replica, values[0], number(values[1]), number(values[2]))
+        if kind == MessageKind.FAILED:
             self._progress.message(f"replica {replica} has failed: a checkpoint is written, and the run ends")
             self._ending = True
             self._stop_workers()
@@ -247,31 +235,13 @@ class Lead(Shard):
         if self._failure is not None:
             raise self._failure
 
-    def give_up(self, replica: int, why: str) -> None:
-        """Do without a replica from now on, and let others learn the rest of its share.
-
-        Parameters
-        ----------
-        replica
-            Number of the replica.
-        why
-            A clause for the user, e.g. that a rank has died.
-        """
-        if replica in self._replicas.lost:
-            return
-        left = len(self._replicas.living) - 1
-        going = f"the run goes on with {left} of {self._plan.replicas} replicas" if left else "it was the last one"
-        self._progress.message(f"{why}, and with it replica {replica}: {going}")
-        self._replicas.give_up(replica)
-
     def awaited(self) -> str:
         """Name the replicas that the run waits for."""
         replicas = self._replicas
         late = replicas.which(ReplicaState.RUNNING) or ([] if self._final is None else self._final.awaited)
         if not late:
             return self._files.saver.awaited() if self._files.saver.busy else "the workers to leave"
-        names = ", ".join(f"replica {replica} on rank {replicas.rank(replica)}" for replica in late)
-        return f"{names} to {'pause for a checkpoint' if self._pausing else 'push or to finish'}"
+        return f"{replicas.names(late)} to {'pause for a checkpoint' if self._pausing else 'push or to finish'}"
 
     @property
     def epoch(self) -> float:
@@ -285,12 +255,14 @@ class Lead(Shard):
             return self.ended
         if self.version != self._seen_version:
             self._seen_version = self.version
-            self._say_alive()
+            self._replicas.say_alive()
         moved = self._continue_checkpoint()
-        self._mourn()
-        for done in self._settling.take():
-            self._lose(self._replicas.settled(done, ending=self._ending))
-        if self._settling.busy:
+        self._losses.mourn()
+        for done in self._replicas.settling.take():
+            loss = self._replicas.settled(done, ending=self._ending)
+            if loss is not None:
+                self._lose(loss)
+        if self._replicas.settling.busy:
             return moved
         if self._pausing and self._replicas.over and not self._taking:
             self._pausing = False
@@ -311,9 +283,9 @@ class Lead(Shard):
         replicas = self._replicas
         for replica in replicas.late():
             # The state of the first one is a part of the checkpoint.
-            if not (self._state.size and replica == replicas.first):
+            if not (self._state.packed.size and replica == replicas.first):
                 replicas.hold(replica)
-        if self._settling.busy or any(one.awaited for one in replicas.standings):
+        if replicas.awaited:
             return False
         if not self._taking:
             self._taking = True
@@ -328,80 +300,24 @@ class Lead(Shard):
             self._stop_workers()
         return True
 
-    # Losses
-
-    def _count_report(self, client: int, header: Header) -> None:
-        self._replicas.standings[client // self._plan.partitions].reports.add(header)
-
-    def _mourn(self) -> None:
-        """Go on without the replicas of which a rank has died."""
-        for rank in sorted(self._watch.dead - self._mourned):
-            self._mourned.add(rank)
-            self.give_up(self._replicas.of(rank), f"{self._watch.name(rank)} has died")
-
-    def _lose(self, loss: Loss | None) -> None:
-        """Count and tell what has become of a replica's work."""
-        if loss is None:
-            return
+    def _lose(self, loss: Loss) -> None:
+        """Leave out the steps that do not count, and let others do what the lost replica was to do."""
         replicas = self._replicas
         self.report()
         self.steps -= loss.steps
         self.samples -= loss.samples
-        self._role.recorder.write(
-            LossReport(
-                step=self.steps,
-                lost=loss.replica,
-                pushes=loss.pushes,
-                dropped=loss.dropped,
-                repeated=loss.repeated,
-                left=loss.left,
-                takers=loss.takers,
-            )
-        )
-        if loss.left and loss.takers:
-            others = f"replica{'s' if len(loss.takers) > 1 else ''} {', '.join(map(str, loss.takers))}"
-            again = f", {loss.repeated:,} of them again in part" if loss.repeated else ""
-            self._progress.message(
-                f"replica {loss.replica}: {loss.pushes:,} pushes count, and {loss.left:,} batches are left{again}, for "
-                f"{others}"
-            )
+        self._losses.tell(loss, self.steps)
         if not replicas.released and not any(replicas.deal.warm(replica) for replica in replicas.living):
             replicas.release()
         if self._final is not None and replicas.living:
             self._final.lose(loss.replica, replicas.living)
-
-    def _take_state(self, replica: int, rank: int) -> None:
-        """Receive the state of the objective, which the first replica sends when it pauses."""
-        if replica != self._replicas.first or not self._state.size:
-            return
-        request, came = pieces.irecv(self._comm, into := np.empty_like(self._state), rank, Tag.OBJECTIVE_STATE), False
-        try:
-            failures.complete(request, self._comm, rank, f"the state of the objective on rank {rank}", memory=into)
-            came = True
-        except RankLost:
-            pass  # the one before stays
-        if came:
-            self._state = into
-
-    # The end, and checkpoints
-
-    def _tell_shards(self, kind: MessageKind, *values: int) -> None:
-        for rank in self._plan.shard_ranks[1:]:
-            self._mailbox.send(rank, Role.SHARD, kind, *values)
-
-    def _say_alive(self) -> None:
-        """Tell all ranks that the run moves, in time before those that wait give up."""
-        if time.monotonic() - self._reported_alive >= waiting.STALL_SECONDS / 4:
-            self._reported_alive = time.monotonic()
-            self._replicas.tell_all(MessageKind.ALIVE)
-            self._tell_shards(MessageKind.ALIVE)
 
     def _end(self) -> bool:
         """Write the last checkpoint, test, and end training on all ranks; return whether anything was done."""
         if not self._checkpoints.complete:
             if not self._checkpoints.may_end:
                 if not self._files.saver.busy:
-                    self._say_alive()
+                    self._replicas.say_alive()
                 return False
             self._begin_checkpoint(last=True)
             return True
@@ -418,31 +334,21 @@ class Lead(Shard):
             assert self._checkpoints.path is not None
             amend(self._checkpoints.path, self._files.account, self._files.section.keep, self._progress.warn)
         self._replicas.tell_all(MessageKind.END)
-        self._tell_shards(MessageKind.END)
-        self.busiest = max(self.busiest, self.applying)
+        self._replicas.tell_shards(MessageKind.END)
+        self._busiest = max(self._busiest, self.applying)
         self._closing = True
         return True
 
     def _ask(self, replica: int, part: int, parts: int) -> None:
         """Let a replica evaluate a part of the held-out samples, with the state of the last checkpoint."""
         self._replicas.tell(replica, MessageKind.TEST, part, parts)
-        if self._state.size:
-            with failures.survived():
-                self._sent.append(
-                    pieces.isend(self._comm, self._state, self._replicas.rank(replica), Tag.OBJECTIVE_STATE)
-                )
-
-    def _outcome(self, message: Message) -> Outcome:
-        """Return what a replica has found on held-out samples."""
-        _, samples, correct, loss, *_ = message.values
-        sums = self._sums.pop(message.source, [0.0] * len(self._metrics))
-        return Outcome(samples, number(loss), correct, tuple(zip(self._metrics, sums, strict=True)))
+        self._state.send(self._replicas.rank(replica))
 
     def _continue_checkpoint(self) -> bool:
         """Write on; return whether anything was done."""
         moved = self._checkpoints.poll()
         if moved:
-            self._say_alive()
+            self._replicas.say_alive()
         event = self._checkpoints.finished()
         if event is None:
             return moved
@@ -483,21 +389,9 @@ class Lead(Shard):
         self._checkpoints.begin(partial(self._take, last=last), self.version, event, last=last)
 
     def _take(self, *, last: bool) -> None:
-        begin, files, learned = self._begin, self._files, self._replicas.learned
-        steps = begin.step + sum(learned)
-        left = self._replicas.deal.left(learned)
-        earlier = begin.done or (0,) * len(learned)
-        describe = partial(
-            files.info,
-            step=steps,
-            samples=begin.samples + self._replicas.samples,
-            frontier=left.frontier,
-            total=left.total,
-            holes=left.holes,
-            done=tuple(before + now for before, now in zip(earlier, learned, strict=True)),
-            **files.account.fields(),
-        )
-        state = {} if files.state is None else files.state.to_store(self._state)
+        files = self._files
+        steps, describe = self._replicas.describe(files)
+        state = {} if files.state is None else files.state.to_store(self._state.packed)
         identity = files.saver.plan(steps, describe, state)
-        self._tell_shards(MessageKind.CHECKPOINT, steps, identity, last)
+        self._replicas.tell_shards(MessageKind.CHECKPOINT, steps, identity, last)
         files.saver.begin(steps, identity, self.vectors(), self.version, last=last)

@@ -3,102 +3,32 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from enum import Enum, auto
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from dbmpi.data.deal import Deal
-from dbmpi.downpour.settling import Settled, Settling
-from dbmpi.mpi import failures, pieces
+from dbmpi.downpour.settling import HeldReplicas, Settled, Settling
+from dbmpi.downpour.standing import ReplicaState, Standing
+from dbmpi.mpi import failures, pieces, waiting
 from dbmpi.mpi.mailbox import Mailbox, MessageKind, Role
 from dbmpi.mpi.tags import Tag
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
+    from dbmpi.checkpoint.schema import CheckpointInfo
+    from dbmpi.downpour.checkpoints import CheckpointPlan
     from dbmpi.mpi.topology import Plan
     from dbmpi.paramserver.protocol import Header
     from dbmpi.session import StartingPoint
 
-_RECENT = 256
-"""Reports that are kept one by one: a client never has as many pushes that are not applied everywhere."""
 _PATIENCE = 1.0
 """Seconds that a replica is given to pause, at least."""
 _STEPS = 5.0
 """How many times as long as a step usually takes a replica is given to pause."""
-
-
-class ReplicaState(Enum):
-    """What a replica does."""
-
-    RUNNING = auto()
-    PAUSED = auto()
-    FINISHED = auto()
-    """It has learned its share, and waits for more or for the end."""
-    LOST = auto()
-    """It is given up."""
-
-
-class Reports:
-    """The steps and samples behind the pushes of one replica, in this session.
-
-    Attributes
-    ----------
-    steps, samples
-        Of all reports so far.
-    usual
-        Seconds that a step takes; 0 where that is not known.
-    """
-
-    def __init__(self) -> None:
-        self.steps = self.samples = 0
-        self.usual = 0.0
-        self._recent = deque([(0, 0, 0)], _RECENT)
-        self._since = 0.0
-
-    def add(self, header: Header) -> None:
-        """Count a push by the `header` of its report."""
-        now = time.monotonic()
-        if self._since:
-            seconds = (now - self._since) / max(header.steps, 1)
-            # A single long one counts little: the replica may have been halted.
-            self.usual = 0.9 * self.usual + 0.1 * min(seconds, 4 * self.usual) if self.usual else seconds
-        self._since = now
-        self.steps, self.samples = self.steps + header.steps, self.samples + header.samples
-        self._recent.append((self._recent[-1][0] + 1, self.steps, self.samples))
-
-    def until(self, pushes: int) -> tuple[int, int]:
-        """Return the steps and samples behind the first `pushes`, which are among the last ones."""
-        return next((steps, samples) for number, steps, samples in self._recent if number == pushes)
-
-
-@dataclass
-class Standing:
-    """How one replica stands."""
-
-    state: ReplicaState = ReplicaState.RUNNING
-    learned: int = 0
-    """Batches whose pushes are applied everywhere, as of its last pause, or when they were settled."""
-    samples: int = 0
-    """Samples of these batches."""
-    drawn: int = 0
-    """Batches that it had begun when it last paused."""
-    reports: Reports = field(default_factory=Reports)
-    pause: int = 0
-    """Number of the pause that it has been asked for; 0 for none."""
-    asked: float = 0.0
-    """When it was asked to pause."""
-    held: bool = False
-    """Whether a checkpoint is written without its help, while the shards hold back what it pushes."""
-
-    @property
-    def awaited(self) -> bool:
-        """Whether a checkpoint waits for it."""
-        return self.state == ReplicaState.RUNNING and not self.held
 
 
 class Loss(NamedTuple):
@@ -133,13 +63,15 @@ class Replicas:
         Where the session starts.
     mailbox
         Of the lead.
-    settling
-        Settles what a replica has pushed.
+    held
+        Holds back what a replica pushes on the lead's own shard.
     dead
         Returns the ranks that have died.
 
     Attributes
     ----------
+    settling
+        Settles what a replica has pushed.
     deal
         Which batches each of them learns.
     standings
@@ -156,17 +88,18 @@ class Replicas:
         plan: Plan,
         begin: StartingPoint,
         mailbox: Mailbox,
-        settling: Settling,
+        held: HeldReplicas,
         dead: Callable[[], frozenset[int]],
     ) -> None:
-        self._comm, self._plan, self._mailbox = comm, plan, mailbox
-        self._settling, self._dead = settling, dead
+        self._comm, self._plan, self._mailbox, self._begin = comm, plan, mailbox, begin
+        self._dead = dead
+        self.settling = Settling(plan.shards, held, self.tell_shards)
         self.deal = Deal(begin.stream, plan.learning, begin.warmstart, plan.spares)
         self.standings = [Standing() for _ in range(plan.replicas)]
         self.first, self.released = 0, not begin.warmstart
         self._heir: int | None = None
         """Is to become the first."""
-        self._pauses = 0
+        self._pauses, self._reported_alive = 0, time.monotonic()
         self._leaving: dict[int, tuple[pieces.Operation, np.ndarray]] = {}
 
     @property
@@ -190,6 +123,16 @@ class Replicas:
         return self.which(ReplicaState.LOST)
 
     @property
+    def waited(self) -> float:
+        """Share of the workers' time that they have waited for the shards."""
+        return sum(one.waited for one in self.standings) / max(sum(one.spent for one in self.standings), 1e-9)
+
+    @property
+    def awaited(self) -> bool:
+        """Whether a checkpoint waits for any of them."""
+        return self.settling.busy or any(one.awaited for one in self.standings)
+
+    @property
     def over(self) -> bool:
         """Whether nobody learns any more."""
         return not self.which(ReplicaState.RUNNING, ReplicaState.PAUSED)
@@ -201,6 +144,10 @@ class Replicas:
     def rank(self, replica: int) -> int:
         """Return the rank of the first partition of a `replica`, which speaks for it."""
         return self._plan.worker_ranks[replica * self._plan.partitions]
+
+    def names(self, replicas: Sequence[int]) -> str:
+        """Return the names of some `replicas` for messages."""
+        return ", ".join(f"replica {replica} on rank {self.rank(replica)}" for replica in replicas)
 
     def ranks(self, replica: int) -> tuple[int, ...]:
         """Return the ranks of a `replica`."""
@@ -238,6 +185,24 @@ class Replicas:
             if rank not in self._dead():
                 self._mailbox.send(rank, Role.WORKER, kind)
 
+    def tell_shards(self, kind: MessageKind, *values: int) -> None:
+        """Send all shards but the lead's own an order.
+
+        Parameters
+        ----------
+        kind, *values
+            The message.
+        """
+        for rank in self._plan.shard_ranks[1:]:
+            self._mailbox.send(rank, Role.SHARD, kind, *values)
+
+    def say_alive(self) -> None:
+        """Tell all ranks that the run moves, in time before those that wait give up."""
+        if time.monotonic() - self._reported_alive >= waiting.STALL_SECONDS / 4:
+            self._reported_alive = time.monotonic()
+            self.tell_all(MessageKind.ALIVE)
+            self.tell_shards(MessageKind.ALIVE)
+
     def pause(self, replicas: Sequence[int]) -> None:
         """Ask `replicas` to pause, unless they have been asked already."""
         self._pauses += 1
@@ -260,14 +225,14 @@ class Replicas:
     def hold(self, replica: int) -> None:
         """Begin to settle what a `replica` has pushed, for a checkpoint that does without it."""
         self.standings[replica].held = True
-        self._settling.begin(replica, gone=False)
+        self.settling.begin(replica, gone=False)
 
     def go(self) -> None:
         """Let all go on after a checkpoint's pause, also those that it has done without."""
         for replica, one in enumerate(self.standings):
             if one.held:
                 one.held = False
-                self._settling.let_go(replica)
+                self.settling.let_go(replica)
             if one.state == ReplicaState.RUNNING and one.pause:
                 one.pause = 0
                 self.tell(replica, MessageKind.GO)
@@ -278,13 +243,17 @@ class Replicas:
         for replica, one in enumerate(self.standings):
             if one.held:
                 one.held = False
-                self._settling.let_go(replica)
+                self.settling.let_go(replica)
             one.pause = 0
             if one.state == ReplicaState.PAUSED:
                 one.state = ReplicaState.RUNNING
         self.tell_learners(MessageKind.STOP)
 
     # What they report
+
+    def count(self, client: int, header: Header) -> None:
+        """Count the steps and samples in the `header` of a report by a `client`."""
+        self.standings[client // self._plan.partitions].reports.add(header)
 
     def paused(self, replica: int, learned: int, drawn: int, pause: int) -> bool:
         """Note that a replica pauses; return whether it is still asked to.
@@ -305,11 +274,22 @@ class Replicas:
         one.learned, one.samples = learned, one.reports.samples
         return True
 
-    def finished(self, replica: int, learned: int) -> None:
-        """Note that a `replica` has nothing to learn, after so many batches that it has `learned`."""
+    def finished(self, replica: int, learned: int, waited: float = 0.0, spent: float = 0.0) -> None:
+        """Note that a replica has nothing to learn.
+
+        Parameters
+        ----------
+        replica
+            Number of the replica.
+        learned
+            How many of its batches it has learned.
+        waited, spent
+            Seconds that its first partition has waited for the shards, and spent in all.
+        """
         one = self.standings[replica]
         if one.state != ReplicaState.LOST:
             one.state, one.pause, one.drawn = ReplicaState.FINISHED, 0, learned
+            one.waited, one.spent = waited, spent
             one.learned, one.samples = learned, one.reports.samples
 
     def release(self) -> None:
@@ -317,6 +297,28 @@ class Replicas:
         self.released = True
         for replica in self.living:
             self.tell(replica, MessageKind.RELEASE)
+
+    def describe(self, files: CheckpointPlan) -> tuple[int, Callable[..., CheckpointInfo]]:
+        """Return the step of a checkpoint of what has been learned, and what describes it.
+
+        Parameters
+        ----------
+        files
+            Says the rest.
+        """
+        begin, learned = self._begin, self.learned
+        left, steps = self.deal.left(learned), begin.step + sum(learned)
+        earlier = begin.done or (0,) * len(learned)
+        return steps, partial(
+            files.info,
+            step=steps,
+            samples=begin.samples + self.samples,
+            frontier=left.frontier,
+            total=left.total,
+            holes=left.holes,
+            done=tuple(before + now for before, now in zip(earlier, learned, strict=True)),
+            **files.account.fields(),
+        )
 
     # Losses
 
@@ -327,7 +329,7 @@ class Replicas:
         for rank in self.ranks(replica):
             if rank not in self._dead():
                 self._mailbox.send(rank, Role.WORKER, MessageKind.LEAVE)
-        self._settling.begin(replica, gone=True)
+        self.settling.begin(replica, gone=True)
 
     def settled(self, done: Settled, *, ending: bool) -> Loss | None:
         """Note what counts of the pushes of a replica; deal out the rest of its share if it is given up.

@@ -290,7 +290,7 @@ def _conclude(session: Session, lead: Lead | None, seconds: float) -> Result:
         lead.stopped_by,
         lead.checkpoint,
         lead.staleness.mean,
-        bottleneck.advice(lead.busiest, lead.waited),
+        lead.advice,
         warning,
         lead.lost,
     )

@@ -82,7 +82,9 @@ class Plan:
     def __str__(self) -> str:
         where = "on the workers' ranks" if self.colocate else "on separate ranks"
         shards, replicas = _count(self.shards, "shard"), _count(self.replicas, "replica")
-        return f"{_count(self.world, 'rank')}: {shards} {where}, {replicas} of {_count(self.partitions, 'partition')}"
+        spare = f", {self.spares} of them spare" if self.spares else ""
+        replicas += f" of {_count(self.partitions, 'partition')}{spare}"
+        return f"{_count(self.world, 'rank')}: {shards} {where}, {replicas}"
 
 
 def plan(section: TopologySection, world: int) -> Plan:

@@ -1,0 +1,84 @@
+"""Replicas that are lost: noticed, told to the user, and recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from dbmpi.monitor.records import LossReport
+
+if TYPE_CHECKING:
+    from dbmpi.downpour.replicas import Loss, Replicas
+    from dbmpi.monitor.records import Recorder
+    from dbmpi.mpi.failures import Watch
+
+
+class Losses:
+    """Gives up the replicas of which a rank has died.
+
+    Parameters
+    ----------
+    watch
+        Knows of ranks that have died.
+    replicas
+        Those of the run.
+    recorder
+        Writes a report of each loss.
+    say
+        Shows a line to the user.
+    """
+
+    def __init__(self, watch: Watch, replicas: Replicas, recorder: Recorder, say: Callable[[str], None]) -> None:
+        self._watch, self._replicas, self._recorder, self._say = watch, replicas, recorder, say
+        self._mourned: set[int] = set()
+
+    def mourn(self) -> None:
+        """Give up the replicas of ranks that have died since the last call."""
+        for rank in sorted(self._watch.dead - self._mourned):
+            self._mourned.add(rank)
+            self.give_up(self._replicas.of(rank), f"{self._watch.name(rank)} has died")
+
+    def give_up(self, replica: int, why: str) -> None:
+        """Do without a replica from now on, and let others learn the rest of its share.
+
+        Parameters
+        ----------
+        replica
+            Number of the replica.
+        why
+            A clause for the user, e.g. that a rank has died.
+        """
+        if replica in self._replicas.lost:
+            return
+        left = len(self._replicas.living) - 1
+        of = f"{left} of {len(self._replicas.standings)} replicas"
+        going = f"the run goes on with {of}" if left else "it was the last one"
+        self._say(f"{why}, and with it replica {replica}: {going}")
+        self._replicas.give_up(replica)
+
+    def tell(self, loss: Loss, step: int) -> None:
+        """Record and show what has become of a replica's work.
+
+        Parameters
+        ----------
+        loss
+            What is known now that its pushes are settled.
+        step
+            Steps of the session that count.
+        """
+        self._recorder.write(
+            LossReport(
+                step=step,
+                lost=loss.replica,
+                pushes=loss.pushes,
+                dropped=loss.dropped,
+                repeated=loss.repeated,
+                left=loss.left,
+                takers=loss.takers,
+            )
+        )
+        if loss.takers:
+            others = f"replica{'s' if len(loss.takers) > 1 else ''} {', '.join(map(str, loss.takers))}"
+            again = f", {loss.repeated:,} of them again in part" if loss.repeated else ""
+            counts = f"{loss.pushes:,} pushes count; {loss.left:,} batches are left for {others}{again}"
+            self._say(f"replica {loss.replica}: {counts}")
