@@ -61,12 +61,14 @@ class LostReplica:
     replica: int
     session: int
     iteration: int
-    """Iterations of the session that were finished when it was first missing."""
+    """Iterations of the session that were finished when it was first missing; of Downpour, steps of all replicas."""
     seconds: float
     """That time, in seconds of the run."""
+    unit: str = "iteration"
+    """What is counted: ``iteration``, or ``step``."""
 
     def __str__(self) -> str:
-        return f"replica {self.replica} since iteration {self.iteration:,} of session {self.session}"
+        return f"replica {self.replica} since {self.unit} {self.iteration:,} of session {self.session}"
 
 
 def summary(directory: Path) -> Summary:
@@ -98,6 +100,8 @@ class RunHistory:
         """Evaluations, in the order of time."""
         self.batches: list[Record] = []
         """Passes of Sandblaster over a batch, in the order of time."""
+        self.losses: list[Record] = []
+        """Replicas of Downpour that were given up, in the order of time."""
         self.steps_per_epoch = 0
         """Mini-batches of all replicas together in one epoch; 0 where the records do not say."""
         self._ends: dict[int, float] = {}
@@ -112,7 +116,8 @@ class RunHistory:
                 role = self.workers if record["kind"] == "worker" else self.shards
                 role.setdefault(record["number"], []).append(record)
             elif record["kind"] != "checkpoint":
-                (self.evaluations if record["kind"] == "evaluation" else self.batches).append(record)
+                others = {"evaluation": self.evaluations, "loss": self.losses}
+                others.get(record["kind"], self.batches).append(record)
         self.workers, self.shards = dict(sorted(self.workers.items())), dict(sorted(self.shards.items()))
         self.sessions = sorted(self._ends)
         """Numbers of the sessions."""
@@ -160,6 +165,9 @@ class RunHistory:
             session, iteration, seconds = batch["session"], batch["iteration"], self.seconds(batch)
             for replica in batch["lost"]:
                 found.setdefault((session, replica), LostReplica(replica, session, iteration, seconds))
+        for loss in self.losses:
+            one = LostReplica(loss["lost"], loss["session"], loss["step"], self.seconds(loss), "step")
+            found[one.session, one.replica] = one
         return list(found.values())
 
     @property

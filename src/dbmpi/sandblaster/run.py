@@ -142,6 +142,11 @@ def _look(window: Window) -> bool:
 
 def _check(session: Session, setup: Setup) -> None:
     run, order = session.run, session.order
+    if session.plan.spares:
+        raise UserError(
+            f"topology.spares = {session.plan.spares}: replicas of Sandblaster draw portions as they come, and go on "
+            "where another one has died; leave it out, so that all of them compute from the beginning"
+        )
     portions = min(run.sandblaster.batch_portions or order.batches_per_epoch, order.batches_per_epoch)
     if order.batches < portions:
         raise UserError(
