@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 from failure.jobs import Jobs
+from failure.survival import needs_fault_tolerance
 from harness.launching import Launch
+
+__all__ = ["needs_fault_tolerance"]
 
 
 @pytest.fixture

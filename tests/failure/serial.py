@@ -22,12 +22,15 @@ SETTINGS = (
 )
 
 
-def found_and_expected(jobs: Jobs) -> tuple[np.ndarray, np.ndarray]:
-    """Return the parameters in the last checkpoint, and those of the serial twin of that run."""
+def found_and_expected(jobs: Jobs, resumed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Return the parameters in the last checkpoint, and those of the serial twin of that run.
+
+    Each time that it was resumed, it has evaluated a point again: a user's method begins with that.
+    """
     with jobs.checkpoint() as checkpoint:
         found = np.empty(checkpoint.layout.size, np.float32)
         checkpoint.read("parameters", 0, found)
-        run, evaluations = Run.from_json(checkpoint.info.configuration), checkpoint.info.step // PORTIONS
+        run, evaluations = Run.from_json(checkpoint.info.configuration), checkpoint.info.step // PORTIONS - resumed
     data = {"train": jobs.directory / "train.h5", "test": jobs.directory / "test.h5"}
     return found, serial(run.model_copy(update={"data": run.data.model_copy(update=data)}), evaluations)
 

@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
-import subprocess
 
 import numpy as np
 import pytest
 from failure.jobs import BATCHES_PER_EPOCH as PORTIONS
 from failure.jobs import FOR_EVER, SECONDS, Jobs, messages
 from failure.serial import SETTINGS, found_and_expected
-from harness.environment import launcher, mpi_environment
+from failure.survival import FAULT_TOLERANCE
 
-FAULT_TOLERANCE = "--with-ft ulfm"
-pytestmark = pytest.mark.timeout(180)  # it may be the first to compile these kernels
-
-
-@pytest.fixture(autouse=True)
-def _fault_tolerance() -> None:
-    version = [launcher(), "--version"]
-    said = subprocess.run(version, env=mpi_environment(), capture_output=True, text=True, check=False).stdout
-    found = re.search(r"Open MPI\) (\d+)", said)
-    if found is None or int(found[1]) < 5:
-        pytest.skip("this MPI ends all ranks when one dies: only Open MPI 5 has mpirun --with-ft ulfm")
+pytestmark = [  # it may be the first to compile these kernels
+    pytest.mark.timeout(180),
+    pytest.mark.usefixtures("needs_fault_tolerance"),
+]
 
 
 def test_all_bits_are_the_same_where_two_of_three_replicas_die(jobs: Jobs) -> None:

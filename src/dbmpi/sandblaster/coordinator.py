@@ -20,6 +20,7 @@ from dbmpi.methods.select import Choice, minimise
 from dbmpi.monitor.callbacks import TrainingEvent
 from dbmpi.monitor.progress import RunProgress
 from dbmpi.monitor.records import BatchReport, EvaluationReport, Recorder
+from dbmpi.mpi import failures
 from dbmpi.objective import Outcome
 from dbmpi.sandblaster.batches import REASONS, samples_of, sampling
 from dbmpi.sandblaster.checkpoints import Keeper
@@ -133,6 +134,8 @@ class Coordinator:
         except Interrupted:
             self._go_back()
         except Exception as failure:
+            if failures.reports_death(failure):
+                raise  # of a shard: nothing can be gone back to, and the watch says which one
             self._go_back()
             if self.steps == 0:
                 raise

@@ -1,0 +1,112 @@
+"""Kills a rank at an exact moment: the COUNT-th time that it enters a phase.
+
+Python imports this file when it starts, if its folder is on PYTHONPATH.  It does something only where
+``DBMPI_TEST_KILL`` is set, to one or several ``RANK:PHASE:COUNT[:SIGNAL]`` with commas in between, e.g.
+``2:compute:5,0:commit:1:STOP``.  The methods of a phase are then wrapped as soon as their modules have been imported;
+dbmpi itself knows nothing of it.  Only the standard library is used, because this is loaded before everything else.
+"""
+
+from __future__ import annotations
+
+import importlib.machinery
+import os
+import signal
+import sys
+from collections import Counter
+
+VARIABLE = "DBMPI_TEST_KILL"
+PHASES = {
+    "start": ("dbmpi.session Session compile_kernels",),
+    "step": ("dbmpi.downpour.worker Worker proceed",),
+    "fetch": ("dbmpi.paramserver.client Client _begin_copy",),
+    "compute": (
+        "dbmpi.replica.replica Replica loss_and_gradient",
+        "dbmpi.replica.own_objective OwnReplica loss_and_gradient",
+    ),
+    "exchange": (
+        "dbmpi.replica.exchange Shelved start",
+        "dbmpi.replica.exchange Messaged start",
+        "dbmpi.replica.exchange Gathered start",
+    ),
+    "push": ("dbmpi.paramserver.client Client push",),
+    "post": ("dbmpi.paramserver.client Client _send_next",),
+    "apply": ("dbmpi.paramserver.server Server _update", "dbmpi.sandblaster.shard ShardSpace accrue"),
+    "portion": ("dbmpi.sandblaster.replica Portions _compute",),
+    "keep": ("dbmpi.sandblaster.replica Portions _keep",),
+    "deliver": ("dbmpi.sandblaster.replica Portions _commit",),
+    "line search": ("dbmpi.sandblaster.coordinator Coordinator evaluate",),
+    "command": ("dbmpi.sandblaster.shard ShardSpace poll",),
+    "meet": ("dbmpi.sandblaster.shard ShardSpace meet",),
+    "checkpoint": ("dbmpi.checkpoint.saver ShardSaver start",),
+    "write": ("dbmpi.checkpoint.new_file NewFile write",),
+    "commit": ("dbmpi.checkpoint.new_file NewFile commit",),
+    "evaluate": (
+        "dbmpi.replica.replica Replica evaluate",
+        "dbmpi.replica.own_objective OwnReplica evaluate",
+    ),
+    "recovery": ("dbmpi.sandblaster.evaluation Evaluator _mourn", "dbmpi.sandblaster.replica Portions give_up"),
+    "end": ("dbmpi.session Session conclude",),
+}
+"""For each phase, the methods that enter it: module, class, name."""
+
+_RANKS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK")
+
+
+def moments(text: str, rank: str) -> list[tuple[str, int, signal.Signals]]:
+    """Return phase, count and signal of what is to happen on a rank, by the `text` of the variable."""
+    found = []
+    for each in filter(None, text.split(",")):
+        whose, phase, count, *number = each.split(":")
+        if phase not in PHASES:
+            raise ValueError(f"{VARIABLE}={text}: {phase!r} is none of {', '.join(PHASES)}")
+        if whose == rank:
+            found.append((phase, int(count), signal.Signals[f"SIG{number[0] if number else 'KILL'}"]))
+    return found
+
+
+class Saboteur:
+    """Wraps the methods of some phases when their modules are imported (a finder of ``sys.meta_path``)."""
+
+    def __init__(self, wanted: list[tuple[str, int, signal.Signals]]) -> None:
+        self._signals = {(phase, count): number for phase, count, number in wanted}
+        self._counts: Counter[str] = Counter()
+        self._targets: dict[str, list[tuple[str, str, str]]] = {}
+        for phase in {phase for phase, _, _ in wanted}:
+            for target in PHASES[phase]:
+                module, owner, name = target.split()
+                self._targets.setdefault(module, []).append((owner, name, phase))
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> object:
+        """Return the module's own spec, with a loader that wraps methods in the end."""
+        if name not in self._targets:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path)  # type: ignore[arg-type]
+        execute = spec.loader.exec_module
+
+        def exec_module(module: object) -> None:
+            execute(module)
+            for owner, method, phase in self._targets[name]:
+                self._wrap(getattr(module, owner), method, phase)
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+    def _wrap(self, owner: type, name: str, phase: str) -> None:
+        method = getattr(owner, name)
+
+        def wrapped(*arguments: object, **named: object) -> object:
+            self._counts[phase] += 1
+            number = self._signals.get((phase, self._counts[phase]))
+            if number is not None:
+                os.write(2, f"sabotage: {number.name} at {phase} {self._counts[phase]}\n".encode())
+                os.kill(os.getpid(), number)
+            return method(*arguments, **named)
+
+        setattr(owner, name, wrapped)
+
+
+_rank = next((os.environ[name] for name in _RANKS if name in os.environ), None)
+if _rank is not None and os.environ.get(VARIABLE):
+    _wanted = moments(os.environ[VARIABLE], _rank)
+    if _wanted:
+        sys.meta_path.insert(0, Saboteur(_wanted))
