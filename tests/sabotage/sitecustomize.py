@@ -45,6 +45,9 @@ PHASES = {
         "dbmpi.replica.own_objective OwnReplica evaluate",
     ),
     "recovery": ("dbmpi.sandblaster.evaluation Evaluator _mourn", "dbmpi.sandblaster.replica Portions give_up"),
+    "rest": ("dbmpi.downpour.worker Worker _rest",),
+    "deal": ("dbmpi.downpour.worker Worker _take_share",),
+    "settle": ("dbmpi.downpour.settling HeldReplicas settle",),
     "end": ("dbmpi.session Session conclude",),
 }
 """For each phase, the methods that enter it: module, class, name."""

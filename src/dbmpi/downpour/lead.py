@@ -307,8 +307,6 @@ class Lead(Shard):
         self.steps -= loss.steps
         self.samples -= loss.samples
         self._losses.tell(loss, self.steps)
-        if not replicas.released and not any(replicas.deal.warm(replica) for replica in replicas.living):
-            replicas.release()
         if self._final is not None and replicas.living:
             self._final.lose(loss.replica, replicas.living)
 

@@ -100,6 +100,8 @@ class Replicas:
         self._heir: int | None = None
         """Is to become the first."""
         self._pauses, self._reported_alive = 0, time.monotonic()
+        self._changed = False
+        """Whether a replica pauses, has finished or is given up since shares were dealt out."""
         self._leaving: dict[int, tuple[pieces.Operation, np.ndarray]] = {}
 
     @property
@@ -236,6 +238,7 @@ class Replicas:
             if one.state == ReplicaState.RUNNING and one.pause:
                 one.pause = 0
                 self.tell(replica, MessageKind.GO)
+        self._changed = True
         self.deal_out()
 
     def stop(self) -> None:
@@ -270,6 +273,7 @@ class Replicas:
         one = self.standings[replica]
         if one.state != ReplicaState.RUNNING or one.pause != pause:
             return False
+        self._changed = True
         one.state, one.pause, one.drawn = ReplicaState.PAUSED, 0, drawn
         one.learned, one.samples = learned, one.reports.samples
         return True
@@ -288,6 +292,7 @@ class Replicas:
         """
         one = self.standings[replica]
         if one.state != ReplicaState.LOST:
+            self._changed = True
             one.state, one.pause, one.drawn = ReplicaState.FINISHED, 0, learned
             one.waited, one.spent = waited, spent
             one.learned, one.samples = learned, one.reports.samples
@@ -350,6 +355,7 @@ class Replicas:
         one.learned, one.samples = one.reports.until(done.pushes)
         if not done.gone:
             return None
+        self._changed = True
         takers = [] if ending else self._takers()
         left = self.deal.give_up(done.replica, one.learned, takers)
         steps, samples = one.reports.steps - one.learned, one.reports.samples - one.samples
@@ -363,8 +369,12 @@ class Replicas:
     def deal_out(self) -> None:
         """Let those that pause go on, and those that have finished, with a new share where one is owed.
 
-        Those that run are asked to pause for it.  To be called often, but not while shards take a checkpoint.
+        Those that run are asked to pause for it; the warmstart is over where nobody is left to learn it.  To be called
+        often, but not while shards take a checkpoint.
         """
+        if not self._changed:
+            return
+        self._changed = False
         self.pause([replica for replica in self.which(ReplicaState.RUNNING) if self._is_owed(replica)])
         for replica in self.which(ReplicaState.PAUSED, ReplicaState.FINISHED):
             one = self.standings[replica]
@@ -374,6 +384,9 @@ class Replicas:
             if owed or one.state == ReplicaState.PAUSED:
                 one.state = ReplicaState.RUNNING
                 self.tell(replica, MessageKind.GO)
+        learn = self.which(ReplicaState.RUNNING)
+        if not self.released and not any(self.deal.warm(replica) or self._is_owed(replica) for replica in learn):
+            self.release()
 
     def _is_owed(self, replica: int) -> bool:
         return self.deal.owes(replica) or replica == self._heir
