@@ -122,11 +122,12 @@ def test_others_go_on_and_each_update_counts_once(jobs: Jobs, kills: str, settin
     assert_each_update_counts_once(jobs, shards)
 
 
-@pytest.mark.parametrize("kills", ["3:exchange:30", "4:compute:12", "3:rest:1"])
+@pytest.mark.parametrize("kills", ["3:exchange:30", "4:compute:12", "3:step:15"])
 def test_a_replica_of_two_partitions_is_lost_with_one_of_them(jobs: Jobs, kills: str) -> None:
     words = ("topology.shards=1", "topology.replicas=2", "topology.partitions=2", "optimizer.epochs=40")
     done = run(jobs, kills, *words, "monitor.report_seconds=0.02", ranks=5)
     assert done.returncode == 0, done.transcript
+    assert "sabotage: SIGKILL" in done.stderr, done.transcript
     [loss] = losses(jobs)
     assert (loss["lost"], loss["takers"]) == (1, [0])
     jobs.assert_whole()
