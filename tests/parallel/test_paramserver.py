@@ -311,3 +311,43 @@ def test_an_idle_shard_costs_little(comm) -> None:
             # The target is 3 %, shown by a benchmark; here only a spinning shard must fail.
             assert used < 0.3
         bench.together()
+
+
+@pytest.mark.parallel([2])
+@pytest.mark.parametrize("consistent", [False, True])
+@pytest.mark.parametrize("way", ["in place", "copied", "p2p"])
+def test_of_a_client_that_is_held_just_the_pushes_that_count_are_applied(comm, way, consistent) -> None:
+    elements, chunk = 90, 40
+    parts = [range(30), range(30, 60), range(60, 90)]
+    with parameter_server(comm, elements, way=way, chunk=chunk, consistent=consistent, parts=parts) as bench:
+        server, client = bench.server, bench.client
+        bench.together()
+        if server is not None:
+            server.hold(0)
+        waiting.barrier(comm, "the shard to hold the client")
+        if client is not None:
+            gradient = client.gradients[0]
+            gradient[:] = -1
+            for part in (2, 1, 0):
+                client.push(gradient[parts[part].start : parts[part].stop], part)
+            client.report(NOTHING, 1)
+            client.push(gradient[60:], 2)  # of another one, which is never completed
+            client.progress()
+        bench.together()
+        if server is not None:
+            waiting.until(lambda: server.reports(0) == 1, "all that has been sent", serve=bench.window.sync)
+            assert server.progress(0) == (1, 2 if way == "in place" else 1, 0)
+            assert server.settle(0, 1, gone=True)
+            np.testing.assert_array_equal(server.parameters, np.ones(elements))
+            assert server.version == 1
+            assert server.take_tally().steps == 1
+            assert not server.pushing
+            for _ in range(3):
+                server.poll()
+            server.let_go(0)  # which is too late
+            server.poll()
+            np.testing.assert_array_equal(server.parameters, np.ones(elements))
+        if client is not None:
+            client.leave()
+            client.wait()
+        bench.together()
