@@ -191,7 +191,7 @@ class Lead(Shard):
         replicas.finished(replica, values[0], number(values[1]), number(values[2]))
         if kind == MessageKind.FAILED:
             self._progress.message(f"replica {replica} has failed: a checkpoint is written, and the run ends")
-            self._ending = True
+            self._ending, self._tested = True, False
             self._stop_workers()
 
     def report(self) -> tuple[Tally, float]:
