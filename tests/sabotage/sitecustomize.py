@@ -47,7 +47,7 @@ PHASES = {
     "recovery": ("dbmpi.sandblaster.evaluation Evaluator _mourn", "dbmpi.sandblaster.replica Portions give_up"),
     "rest": ("dbmpi.downpour.worker Worker _rest",),
     "deal": ("dbmpi.downpour.worker Worker _take_share",),
-    "settle": ("dbmpi.downpour.settling HeldReplicas settle",),
+    "settle": ("dbmpi.downpour.settlement HeldReplicas settle",),
     "end": ("dbmpi.session Session conclude",),
 }
 """For each phase, the methods that enter it: module, class, name."""

@@ -22,7 +22,7 @@ class Outcomes:
         self._sums: dict[int, list[float]] = {}
 
     def hear(self, message: Message) -> None:
-        """Note the sum of a metric."""
+        """Note the sum of a metric that a `message` brings."""
         self._sums.setdefault(message.source, [0.0] * len(self._metrics))[message.values[0]] = number(message.values[1])
 
     def of(self, message: Message) -> Outcome:

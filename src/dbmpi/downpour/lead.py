@@ -22,9 +22,9 @@ from dbmpi.data.stream import Order
 from dbmpi.downpour.checkpoints import CheckpointPlan, LeadCheckpoints
 from dbmpi.downpour.final_test import FinalTest, Outcomes
 from dbmpi.downpour.losses import Losses
-from dbmpi.downpour.replicas import Loss, Replicas
+from dbmpi.downpour.replica_state import ReplicaState
+from dbmpi.downpour.replicas import LostShare, Replicas
 from dbmpi.downpour.shard import Shard, ShardRole
-from dbmpi.downpour.standing import ReplicaState
 from dbmpi.downpour.state_keeper import StateKeeper
 from dbmpi.monitor.callbacks import Callbacks, TrainingEvent
 from dbmpi.monitor.measures import Rate
@@ -36,7 +36,7 @@ from dbmpi.mpi.mailbox import Message, MessageKind, number
 from dbmpi.mpi.topology import Plan
 from dbmpi.objective import Outcome
 from dbmpi.paramserver import bottleneck
-from dbmpi.paramserver.server import Progress, Tally
+from dbmpi.paramserver.server import PushProgress, Tally
 from dbmpi.session import StartingPoint
 
 
@@ -171,7 +171,7 @@ class Lead(Shard):
         elif kind == MessageKind.METRIC:
             self._outcomes.hear(message)
         elif kind == MessageKind.HELD:
-            self._replicas.settling.answered(values[0], Progress(*values[2:5]), gone=bool(values[1]))
+            self._replicas.settlement.answered(values[0], PushProgress(*values[2:5]), gone=bool(values[1]))
         elif kind == MessageKind.CLOSED:
             self._open.discard(message.source)
             self._busiest = max(self._busiest, number(values[0]))
@@ -258,11 +258,11 @@ class Lead(Shard):
             self._replicas.say_alive()
         moved = self._continue_checkpoint()
         self._losses.mourn()
-        for done in self._replicas.settling.take():
+        for done in self._replicas.settlement.take():
             loss = self._replicas.settled(done, ending=self._ending)
             if loss is not None:
                 self._lose(loss)
-        if self._replicas.settling.busy:
+        if self._replicas.settlement.busy:
             return moved
         if self._pausing and self._replicas.over and not self._taking:
             self._pausing = False
@@ -300,7 +300,7 @@ class Lead(Shard):
             self._stop_workers()
         return True
 
-    def _lose(self, loss: Loss) -> None:
+    def _lose(self, loss: LostShare) -> None:
         """Leave out the steps that do not count, and let others do what the lost replica was to do."""
         replicas = self._replicas
         self.report()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from dbmpi.monitor.records import LossReport
 
 if TYPE_CHECKING:
-    from dbmpi.downpour.replicas import Loss, Replicas
+    from dbmpi.downpour.replicas import LostShare, Replicas
     from dbmpi.monitor.records import Recorder
     from dbmpi.mpi.failures import Watch
 
@@ -56,7 +56,7 @@ class Losses:
         self._say(f"{why}, and with it replica {replica}: {going}")
         self._replicas.give_up(replica)
 
-    def tell(self, loss: Loss, step: int) -> None:
+    def tell(self, loss: LostShare, step: int) -> None:
         """Record and show what has become of a replica's work.
 
         Parameters

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from dbmpi.data.deal import Deal
-from dbmpi.downpour.settling import HeldReplicas, Settled, Settling
-from dbmpi.downpour.standing import ReplicaState, Standing
+from dbmpi.downpour.replica_state import ReplicaState, Standing
+from dbmpi.downpour.settlement import HeldReplicas, Settled, Settlement
 from dbmpi.mpi import failures, pieces, waiting
 from dbmpi.mpi.mailbox import Mailbox, MessageKind, Role
 from dbmpi.mpi.tags import Tag
@@ -31,7 +31,7 @@ _STEPS = 5.0
 """How many times as long as a step usually takes a replica is given to pause."""
 
 
-class Loss(NamedTuple):
+class LostShare(NamedTuple):
     """What a replica that is given up had done, and what becomes of its share."""
 
     replica: int
@@ -70,7 +70,7 @@ class Replicas:
 
     Attributes
     ----------
-    settling
+    settlement
         Settles what a replica has pushed.
     deal
         Which batches each of them learns.
@@ -93,7 +93,7 @@ class Replicas:
     ) -> None:
         self._comm, self._plan, self._mailbox, self._begin = comm, plan, mailbox, begin
         self._dead = dead
-        self.settling = Settling(plan.shards, held, self.tell_shards)
+        self.settlement = Settlement(plan.shards, held, self.tell_shards)
         self.deal = Deal(begin.stream, plan.learning, begin.warmstart, plan.spares)
         self.standings = [Standing() for _ in range(plan.replicas)]
         self.first, self.released = 0, not begin.warmstart
@@ -132,7 +132,7 @@ class Replicas:
     @property
     def awaited(self) -> bool:
         """Whether a checkpoint waits for any of them."""
-        return self.settling.busy or any(one.awaited for one in self.standings)
+        return self.settlement.busy or any(one.awaited for one in self.standings)
 
     @property
     def over(self) -> bool:
@@ -227,14 +227,14 @@ class Replicas:
     def hold(self, replica: int) -> None:
         """Begin to settle what a `replica` has pushed, for a checkpoint that does without it."""
         self.standings[replica].held = True
-        self.settling.begin(replica, gone=False)
+        self.settlement.begin(replica, gone=False)
 
     def go(self) -> None:
         """Let all go on after a checkpoint's pause, also those that it has done without."""
         for replica, one in enumerate(self.standings):
             if one.held:
                 one.held = False
-                self.settling.let_go(replica)
+                self.settlement.let_go(replica)
             if one.state == ReplicaState.RUNNING and one.pause:
                 one.pause = 0
                 self.tell(replica, MessageKind.GO)
@@ -246,7 +246,7 @@ class Replicas:
         for replica, one in enumerate(self.standings):
             if one.held:
                 one.held = False
-                self.settling.let_go(replica)
+                self.settlement.let_go(replica)
             one.pause = 0
             if one.state == ReplicaState.PAUSED:
                 one.state = ReplicaState.RUNNING
@@ -334,9 +334,9 @@ class Replicas:
         for rank in self.ranks(replica):
             if rank not in self._dead():
                 self._mailbox.send(rank, Role.WORKER, MessageKind.LEAVE)
-        self.settling.begin(replica, gone=True)
+        self.settlement.begin(replica, gone=True)
 
-    def settled(self, done: Settled, *, ending: bool) -> Loss | None:
+    def settled(self, done: Settled, *, ending: bool) -> LostShare | None:
         """Note what counts of the pushes of a replica; deal out the rest of its share if it is given up.
 
         Parameters
@@ -348,7 +348,7 @@ class Replicas:
 
         Returns
         -------
-        Loss or None
+        LostShare or None
             What is lost; None where the replica is only done without for a while.
         """
         one = self.standings[done.replica]
@@ -362,7 +362,7 @@ class Replicas:
         one.reports.steps, one.reports.samples = one.learned, one.samples
         if done.replica in (self.first, self._heir):
             self._heir = takers[0] if takers else None
-        return Loss(
+        return LostShare(
             done.replica, done.pushes, done.dropped, done.partly, steps, samples, left, tuple(takers if left else ())
         )
 

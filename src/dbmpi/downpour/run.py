@@ -24,7 +24,7 @@ from dbmpi.downpour.checkpoints import CheckpointPlan
 from dbmpi.downpour.datapath import DataPath, Flow
 from dbmpi.downpour.lead import Lead
 from dbmpi.downpour.orders import Orders
-from dbmpi.downpour.settling import HeldReplicas
+from dbmpi.downpour.settlement import HeldReplicas
 from dbmpi.downpour.shard import Shard, ShardRole
 from dbmpi.downpour.worker import Assignment, Worker
 from dbmpi.errors import RunFailed

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dbmpi.checkpoint.saver import ShardSaver
-from dbmpi.downpour.settling import HeldReplicas
+from dbmpi.downpour.settlement import HeldReplicas
 from dbmpi.machine.signals import StopSignal
 from dbmpi.monitor.records import Recorder, ShardReport
 from dbmpi.mpi import waiting

@@ -69,7 +69,8 @@ class MessageKind(IntEnum):
     HOLD = 15
     """Lead to shard: apply nothing more of this replica, and reply HELD; whether it is given up."""
     HELD = 16
-    """Shard to lead: replica, whether it is given up, and the numbers of :class:`dbmpi.paramserver.server.Progress`."""
+    """Shard to lead: the replica, whether it is given up, and the numbers of
+    :class:`dbmpi.paramserver.server.PushProgress`."""
     SETTLE = 17
     """Lead to shard: apply of this replica so many pushes of all; whether it is given up."""
     LET_GO = 18

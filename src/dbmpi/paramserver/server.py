@@ -24,7 +24,7 @@ _LONGEST_TRANSFER = 10.0
 """Seconds for which a shard does not sleep while a client's transfer goes on."""
 
 
-class Progress(NamedTuple):
+class PushProgress(NamedTuple):
     """How far the pushes of a client have come at a shard, as numbers of pushes."""
 
     whole: int
@@ -182,13 +182,13 @@ class Server:
         """Apply the chunks of a `client` again that :meth:`hold` has kept waiting."""
         self._held[client] = self._gone[client]
 
-    def progress(self, client: int) -> Progress:
+    def progress(self, client: int) -> PushProgress:
         """Return how far the pushes of a `client`, which is held, have come."""
         kinds = [kind for kind in self._waiting(client) if kind != REPORT]
         applied, inside = int(self._counts[LAST][client]), bool(self._inside[client])
         whole = applied + kinds.count(LAST)
         unfinished = kinds[-1] == MORE if kinds else inside
-        return Progress(whole, whole + unfinished, applied + inside)
+        return PushProgress(whole, whole + unfinished, applied + inside)
 
     def reports(self, client: int) -> int:
         """Return how many reports a `client`, which is held, has posted."""
@@ -204,7 +204,7 @@ class Server:
         client
             Its number.
         pushes
-            At most as many as :attr:`Progress.whole`.
+            At most as many as :attr:`PushProgress.whole`.
         gone
             Whether to drop what is posted beyond, and to hold the client for ever.
         """

@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dbmpi.downpour.final_test import FinalTest
-from dbmpi.downpour.settling import HeldReplicas, Settled, Settling
+from dbmpi.downpour.settlement import HeldReplicas, Settled, Settlement
 from dbmpi.mpi.mailbox import MessageKind
 from dbmpi.objective import Outcome
 from dbmpi.paramserver.protocol import LAST, MORE, REPORT
-from dbmpi.paramserver.server import Progress
+from dbmpi.paramserver.server import PushProgress
 
 
 class Chunks:
@@ -30,12 +30,12 @@ class Chunks:
     def count(self, client: int, kind: int, stop: int | None = None) -> int:
         return self.posted[client][:stop].count(kind)
 
-    def progress(self, client: int) -> Progress:
+    def progress(self, client: int) -> PushProgress:
         def begun(stop: int | None) -> int:
             kinds = [kind for kind in self.posted[client][:stop] if kind != REPORT]
             return kinds.count(LAST) + bool(kinds and kinds[-1] == MORE)
 
-        return Progress(self.count(client, LAST), begun(None), begun(self.applied[client]))
+        return PushProgress(self.count(client, LAST), begun(None), begun(self.applied[client]))
 
     def reports(self, client: int) -> int:
         return self.count(client, REPORT)
@@ -75,7 +75,7 @@ def test_all_shards_apply_the_same_pushes_and_as_many_as_have_arrived_everywhere
         for shard, (server, takes) in enumerate(zip(servers, pushing, strict=True))
     ]
     before = [list(server.applied) for server in servers]
-    waiting: list[tuple[int, Progress]] = []
+    waiting: list[tuple[int, PushProgress]] = []
 
     def tell(kind: MessageKind, replica: int, *values: int) -> None:
         for shard, side in enumerate(sides[1:], 1):
@@ -84,13 +84,13 @@ def test_all_shards_apply_the_same_pushes_and_as_many_as_have_arrived_everywhere
             else:
                 side.settle(replica, values[0], gone=bool(values[1]))
 
-    settling = Settling(len(sides), sides[0], tell)
-    settling.begin(0, gone=True)
+    settlement = Settlement(len(sides), sides[0], tell)
+    settlement.begin(0, gone=True)
     for _, progress in reversed(waiting):  # answers may come in any order
-        assert settling.busy
-        settling.answered(0, progress, gone=True)
-    [done] = settling.take()
-    assert not settling.busy
+        assert settlement.busy
+        settlement.answered(0, progress, gone=True)
+    [done] = settlement.take()
+    assert not settlement.busy
     whole = [servers[0].reports(0)]
     partly = 0
     for shard, server in enumerate(servers):

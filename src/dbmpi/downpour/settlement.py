@@ -1,4 +1,4 @@
-"""Settling what a replica has pushed, where it has died or does not come to rest.
+"""Settlement what a replica has pushed, where it has died or does not come to rest.
 
 All shards hold back its chunks, and say how far its pushes have come.  The lead takes the largest number of pushes that
 all of them can apply whole; they apply these, and nothing more until they let the replica go on.  So its pushes are
@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from dbmpi.mpi.mailbox import MessageKind
-from dbmpi.paramserver.server import Progress, Server
+from dbmpi.paramserver.server import PushProgress, Server
 
 _ANY = 2**62
 """Pushes that a shard can apply of a replica that pushes nothing to it."""
@@ -36,7 +36,7 @@ class HeldReplicas:
         self._server, self._partitions, self._pushing, self._lead = server, partitions, pushing, lead
         self._due: list[tuple[int, int, bool]] = []
 
-    def hold(self, replica: int) -> Progress:
+    def hold(self, replica: int) -> PushProgress:
         """Apply nothing more of a `replica` for now; return how far its pushes have come here."""
         clients = self._clients(replica)
         for client in clients:
@@ -44,8 +44,8 @@ class HeldReplicas:
         found = [self._server.progress(clients[partition]) for partition in self._pushing]
         if self._lead:
             reports = self._server.reports(clients[0])
-            found.append(Progress(reports, reports, 0))
-        return Progress(
+            found.append(PushProgress(reports, reports, 0))
+        return PushProgress(
             min((one.whole for one in found), default=_ANY),
             max((one.begun for one in found), default=0),
             max((one.touched for one in found), default=0),
@@ -96,7 +96,7 @@ class Settled(NamedTuple):
     """Of these, pushes that some shard has applied, at least in part."""
 
 
-class Settling:
+class Settlement:
     """The lead's side.
 
     Parameters
@@ -111,7 +111,7 @@ class Settling:
 
     def __init__(self, shards: int, own: HeldReplicas, tell: Callable[..., object]) -> None:
         self._shards, self._own, self._tell = shards, own, tell
-        self._answers: dict[tuple[int, bool], list[Progress]] = {}
+        self._answers: dict[tuple[int, bool], list[PushProgress]] = {}
         self._settled: list[Settled] = []
 
     @property
@@ -133,7 +133,7 @@ class Settling:
         self._tell(MessageKind.HOLD, replica, gone)
         self.answered(replica, self._own.hold(replica), gone=gone)
 
-    def answered(self, replica: int, progress: Progress, *, gone: bool) -> None:
+    def answered(self, replica: int, progress: PushProgress, *, gone: bool) -> None:
         """Note how far a replica has come on one shard, and settle when all have answered.
 
         Parameters
