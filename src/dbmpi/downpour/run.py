@@ -73,6 +73,7 @@ def learn(session: Session, stack: ExitStack) -> Result:
         flow = Flow.from_config(run.server, run.optimizer, () if replica is None else replica.parameters.parts)
         store = Store(comm, plan, arrangement.ranges, run.server, DTYPE, flow.buffer_size)
     stack.enter_context(store)
+    flow = replace(flow, overlap=store.overlap)
     if isinstance(replica, OwnReplica):
         stack.callback(replica.free)
     session.compile_kernels()
@@ -105,7 +106,7 @@ def learn(session: Session, stack: ExitStack) -> Result:
     session.watch.do_without(set(range(comm.size)) - set(shards), shards)
     began = time.monotonic()
     if client is not None:
-        _work(session, client, stretches, replace(flow, overlap=store.overlap), shard)
+        _work(session, client, stretches, flow, shard)
     if shard is not None:
         shard.serve()
     return _conclude(session, lead, time.monotonic() - began)
