@@ -175,14 +175,14 @@ def test_the_start_of_a_rank_grows_no_faster_than_the_world(kind, tmp_path, monk
         few, more, many = (starts[world] for world in WORLDS)
         assert few.calls == more.calls == many.calls, role
         assert "Isend" not in many.calls, role
-        # Numbers of eight bytes, of each rank.
-        assert many.moved - more.moved <= 8 * (WORLDS[2] - WORLDS[1]), role
+        # Numbers of eight bytes, of each rank, and a bit for each shard.
+        assert many.moved - more.moved <= 8.25 * (WORLDS[2] - WORLDS[1]), role
         slopes = [
             {name: (getattr(after, name) - getattr(before, name)) / ranks for name in ("lines", "heap")}
             for before, after, ranks in ((few, more, WORLDS[1] - WORLDS[0]), (more, many, WORLDS[2] - WORLDS[1]))
         ]
-        # The last shard of the smallest world may be the lead, which has more to do.
-        least = 24 if starter.plan.shard_ranks[-1] == ranks[role] else 12
+        # The lead has more to do, which knows all replicas; the last shard of the smallest world may be it.
+        least = 24 if ranks[role] in (0, starter.plan.shard_ranks[-1]) else 12
         assert slopes[1]["lines"] <= max(2 * slopes[0]["lines"], least), (role, slopes)
         assert slopes[1]["heap"] <= HEAP, (role, slopes)
         for world, start in starts.items():

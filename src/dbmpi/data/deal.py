@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from dbmpi.data.stream import Stream
 
 
-@dataclass
+@dataclass(slots=True)
 class _Leg:
     """A stretch of a replica's way: positions that it learns after its first `begin` batches."""
 
@@ -59,9 +59,9 @@ class Deal:
     def __init__(self, stream: Stream, replicas: int, warmstart: int = 0, spares: int = 0) -> None:
         self.stream = stream
         self._warm = min(warmstart, len(stream))
-        whole = range(self._warm, len(stream))
-        shares = [whole[replica::replicas] for replica in range(replicas)] + [range(0)] * spares
-        self._legs = [[_Leg(0, _kept(range(0 if replica else self._warm), own))] for replica, own in enumerate(shares)]
+        self._legs = [
+            [_Leg(0, first_share(stream, replica, replicas, warmstart))] for replica in range(replicas + spares)
+        ]
         self._owed: list[list[range]] = [[] for _ in self._legs]
         self._given_up: dict[int, int] = {}
         self._for_nobody: list[range] = []
@@ -155,6 +155,24 @@ class Deal:
             gone = _counts(leg.ranges, max(learned - leg.begin, 0))
             left += _kept(*(positions[count:] for positions, count in zip(leg.ranges, gone, strict=True)))
         return left
+
+
+def first_share(stream: Stream, replica: int, replicas: int, warmstart: int = 0) -> tuple[range, ...]:
+    """Return the positions that one replica learns as long as none is given up.
+
+    Parameters
+    ----------
+    stream
+        The batches that are left when the session begins.
+    replica
+        Number of the replica; `replicas` or more for a spare one.
+    replicas, warmstart
+        As for :class:`Deal`.
+    """
+    if replica >= replicas:
+        return ()
+    warm = min(warmstart, len(stream))
+    return _kept(range(0 if replica else warm), range(warm, len(stream))[replica::replicas])
 
 
 def numbers(stream: Stream, share: Sequence[range]) -> Iterator[int]:

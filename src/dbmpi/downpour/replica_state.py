@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import TYPE_CHECKING
@@ -37,10 +36,12 @@ class Reports:
         Seconds that a step takes; 0 where that is not known.
     """
 
+    __slots__ = ("_recent", "_since", "samples", "steps", "usual")
+
     def __init__(self) -> None:
         self.steps = self.samples = 0
         self.usual = 0.0
-        self._recent = deque([(0, 0, 0)], _RECENT)
+        self._recent = [(0, 0, 0)]
         self._since = 0.0
 
     def add(self, header: Header) -> None:
@@ -53,13 +54,15 @@ class Reports:
         self._since = now
         self.steps, self.samples = self.steps + header.steps, self.samples + header.samples
         self._recent.append((self._recent[-1][0] + 1, self.steps, self.samples))
+        if len(self._recent) > 2 * _RECENT:
+            del self._recent[:_RECENT]
 
     def until(self, pushes: int) -> tuple[int, int]:
         """Return the steps and samples behind the first `pushes`, which are among the last ones."""
         return next((steps, samples) for number, steps, samples in self._recent if number == pushes)
 
 
-@dataclass
+@dataclass(slots=True)
 class Standing:
     """How one replica stands."""
 

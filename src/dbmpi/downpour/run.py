@@ -18,7 +18,7 @@ from dbmpi.checkpoint.restore import restore
 from dbmpi.checkpoint.retention import kept
 from dbmpi.checkpoint.saver import ShardSaver
 from dbmpi.checkpoint.schema import CheckpointInfo, library_versions
-from dbmpi.data.deal import Deal
+from dbmpi.data.deal import first_share
 from dbmpi.downpour.algorithm import downpour
 from dbmpi.downpour.checkpoints import CheckpointPlan
 from dbmpi.downpour.datapath import DataPath, Flow
@@ -118,7 +118,9 @@ def _pushing(session: Session, client: Client | None) -> np.ndarray:
     pushing = np.zeros((plan.partitions, plan.shards), np.uint8)
     if client is not None and session.worker is not None:
         pushing[session.worker % plan.partitions, client.pushes_to] = 1
-    return waiting.allreduce(session.comms.world, pushing, MPI.MAX, "the other ranks to say which shards they push to")
+    what = "the other ranks to say which shards they push to"
+    bits = waiting.allreduce(session.comms.world, np.packbits(pushing, axis=1), MPI.BOR, what)
+    return np.unpackbits(bits, axis=1, count=plan.shards)
 
 
 def _progress(session: Session, stack: ExitStack, notes: tuple[str, ...]) -> RunProgress:
@@ -204,7 +206,7 @@ def _work(session: Session, client: Client, stretches: Sequence[Stretch], flow: 
         replica=replica_number,
         train=session.batches,
         stream=begin.stream,
-        share=Deal(begin.stream, plan.learning, begin.warmstart, plan.spares).share(replica_number),
+        share=first_share(begin.stream, replica_number, plan.learning, begin.warmstart),
         test=data.test,
         warm_steps=begin.warmstart if replica_number == 0 else 0,
         evaluate_epochs=run.monitor.evaluate_epochs,

@@ -146,6 +146,8 @@ def _advice(section: TopologySection, world: int) -> str:
     ]
     changes += [{"replicas": number, "partitions": 1} for number in numbers]
     changes.append({"shards": 1, "replicas": max(world - 1, 1), "partitions": 1, "colocate": world == 1})
+    if section.spares:
+        changes += [change | {"spares": 0} for change in ({}, *changes)]
     fits = next(change for change in changes if _fits(section.model_copy(update=change), world))
     settings = " and ".join(f"topology.{name} = {str(value).lower()}" for name, value in fits.items())
     # The sum of the numbers, and worlds near this one: a mistyped number of shards must not make a list as long.
