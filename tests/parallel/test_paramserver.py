@@ -351,3 +351,41 @@ def test_of_a_client_that_is_held_just_the_pushes_that_count_are_applied(comm, w
             client.leave()
             client.wait()
         bench.together()
+
+
+@pytest.mark.parallel([3])
+def test_a_report_is_settled_also_while_half_a_push_of_another_client_is_held(comm) -> None:
+    with parameter_server(comm, 90, way="copied", chunk=10, consistent=True) as bench:
+        server, client = bench.server, bench.client
+        if client is not None:
+            client.gradients[0][:] = -1
+        if comm.rank == 2 and client is not None:
+            client.push(client.gradients[0])
+            client.wait()
+        bench.together()
+        if comm.rank == 1 and client is not None:
+            client.push(client.gradients[0])
+            client.progress()  # as many chunks as there are slots, fewer than the push has
+        bench.together()
+        if server is not None:
+            waiting.until(lambda: server.pushing, "half a push", serve=bench.serve)
+        bench.together()
+        if comm.rank == 2 and client is not None:
+            client.report(NOTHING, 1)
+            client.progress()
+        bench.together()
+        if server is not None:
+            server.hold(0)
+            server.hold(1)
+            assert (server.progress(1).whole, server.reports(1)) == (1, 1)
+            before = server.parameters.copy()
+            assert server.settle(1, 1, gone=True)
+            assert server.take_tally().steps == 1
+            assert server.pushing
+            assert server.settle(0, 0, gone=True)
+            assert not server.pushing
+            np.testing.assert_array_equal(server.parameters, before)
+            assert 90 < before.sum() < 180
+        if client is not None:
+            client.leave()
+        bench.together()

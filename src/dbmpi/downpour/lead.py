@@ -21,9 +21,9 @@ from dbmpi.checkpoint.amendment import amend
 from dbmpi.data.stream import Order
 from dbmpi.downpour.checkpoints import CheckpointPlan, LeadCheckpoints
 from dbmpi.downpour.final_test import FinalTest, Outcomes
-from dbmpi.downpour.losses import Losses
+from dbmpi.downpour.losses import Losses, LostShare
 from dbmpi.downpour.replica_state import ReplicaState
-from dbmpi.downpour.replicas import LostShare, Replicas
+from dbmpi.downpour.replicas import Replicas
 from dbmpi.downpour.shard import Shard, ShardRole
 from dbmpi.downpour.state_keeper import StateKeeper
 from dbmpi.monitor.callbacks import Callbacks, TrainingEvent

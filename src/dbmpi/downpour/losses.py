@@ -3,14 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from dbmpi.monitor.records import LossReport
 
 if TYPE_CHECKING:
-    from dbmpi.downpour.replicas import LostShare, Replicas
+    from dbmpi.downpour.replicas import Replicas
     from dbmpi.monitor.records import Recorder
     from dbmpi.mpi.failures import Watch
+
+
+class LostShare(NamedTuple):
+    """What a replica that is given up had done, and what becomes of its share."""
+
+    replica: int
+    pushes: int
+    dropped: int
+    """Further pushes, which it had posted at least in part."""
+    repeated: int
+    """Of these, pushes that some shard has applied, at least in part, though their batches are learned again."""
+    steps: int
+    """Steps beyond those that count, which had been reported."""
+    samples: int
+    """Samples behind them."""
+    left: int
+    """Batches that others learn."""
+    takers: tuple[int, ...]
+    """These others."""
 
 
 class Losses:

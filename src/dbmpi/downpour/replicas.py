@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dbmpi.data.deal import Deal
+from dbmpi.downpour.losses import LostShare
 from dbmpi.downpour.replica_state import ReplicaState, Standing
 from dbmpi.downpour.settlement import HeldReplicas, Settled, Settlement
 from dbmpi.mpi import failures, pieces, waiting
@@ -29,25 +30,6 @@ _PATIENCE = 1.0
 """Seconds that a replica is given to pause, at least."""
 _STEPS = 5.0
 """How many times as long as a step usually takes a replica is given to pause."""
-
-
-class LostShare(NamedTuple):
-    """What a replica that is given up had done, and what becomes of its share."""
-
-    replica: int
-    pushes: int
-    dropped: int
-    """Pushes that were posted in part."""
-    repeated: int
-    """Pushes of which a part was applied, though their batches are learned again."""
-    steps: int
-    """Steps beyond those that count, which had been reported."""
-    samples: int
-    """Samples behind them."""
-    left: int
-    """Batches that others learn."""
-    takers: tuple[int, ...]
-    """These others."""
 
 
 class Replicas:
@@ -231,10 +213,8 @@ class Replicas:
 
     def go(self) -> None:
         """Let all go on after a checkpoint's pause, also those that it has done without."""
+        self._let_go()
         for replica, one in enumerate(self.standings):
-            if one.held:
-                one.held = False
-                self.settlement.let_go(replica)
             if one.state == ReplicaState.RUNNING and one.pause:
                 one.pause = 0
                 self.tell(replica, MessageKind.GO)
@@ -243,10 +223,8 @@ class Replicas:
 
     def stop(self) -> None:
         """Let all finish, also those that pause."""
-        for replica, one in enumerate(self.standings):
-            if one.held:
-                one.held = False
-                self.settlement.let_go(replica)
+        self._let_go()
+        for one in self.standings:
             one.pause = 0
             if one.state == ReplicaState.PAUSED:
                 one.state = ReplicaState.RUNNING
@@ -387,6 +365,12 @@ class Replicas:
         learn = self.which(ReplicaState.RUNNING)
         if not self.released and not any(self.deal.warm(replica) or self._is_owed(replica) for replica in learn):
             self.release()
+
+    def _let_go(self) -> None:
+        for replica, one in enumerate(self.standings):
+            if one.held:
+                one.held = False
+                self.settlement.let_go(replica)
 
     def _is_owed(self, replica: int) -> bool:
         return self.deal.owes(replica) or replica == self._heir

@@ -197,7 +197,8 @@ class Server:
     def settle(self, client: int, pushes: int, *, gone: bool) -> bool:
         """Apply of a client that is held the first `pushes` of all, and nothing more; return whether that is done.
 
-        Where another client's push is half applied and must be whole, it is not, and the call is to be repeated.
+        Where another client's push is half applied and must be whole, it is not, and the call is to be repeated; but
+        not where that one is held, too, which may be for long.
 
         Parameters
         ----------
@@ -211,7 +212,7 @@ class Server:
         while self._applied[client] < self._posted[client]:
             if self._counts[REPORT if self._next(client).kind == REPORT else LAST][client] >= pushes:
                 break
-            if self._consistent and self._current not in (None, client):
+            if self._current not in (None, client) and not self._held[self._current]:
                 return False
             self._apply_alone(client)
         if gone:
@@ -228,8 +229,8 @@ class Server:
         return [self._header(client, count).kind for count in range(self._applied[client], self._posted[client])]
 
     def _apply_alone(self, client: int) -> None:
-        """Apply the next chunk of a client, in consistent shards as a part of the current push."""
-        part = self._consistent and self._next(client).kind != REPORT
+        """Apply the next chunk of a client, in consistent shards as a part of the current push, unless that is held."""
+        part = self._consistent and self._next(client).kind != REPORT and self._current in (None, client)
         if part and self._current is None:
             self._current = client
             self._step_sequence()
