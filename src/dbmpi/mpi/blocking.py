@@ -106,7 +106,10 @@ class Collective(ABC):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is None or issubclass(kind, KnownToAll):
-            self.free()
+            from dbmpi.mpi import failures
+
+            with failures.survived():  # of a death meanwhile: then the process that ends gives everything back
+                self.free()
 
 
 @contextmanager
