@@ -1,9 +1,11 @@
 """Many small training runs that are disturbed at random moments, and what became of them.
 
 ``python tools/chaos.py --what kill --method sandblaster --runs 20`` kills random workers; ``stop`` suspends them for a
-while; ``job`` kills the whole job, a third of the times while a checkpoint is written, and resumes it.  Prints a table,
-and then one line of JSON: how many runs survived (or, with ``job``, came to the same end after a resume), how many
-ended as documented with exit code 75, hung, or went wrong.  A process or a file in ``/dev/shm`` that is left is wrong.
+while; ``job`` kills the whole job, a third of the times while a checkpoint is written, and resumes it.  With
+``--learn counts``, the gradient of Downpour's objective is -1 everywhere and the rate is 1, so that the parameters
+count the updates.  Prints a table, and then one line of JSON: how many runs survived (or, with ``job``, came to the
+same end after a resume), how many ended as documented with exit code 75, hung, or went wrong.  A process or a file in
+``/dev/shm`` that is left is wrong.  A run that was over before it was disturbed does not count, and is run again.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import argparse
 import json
 import random
 import re
+import shutil
 import signal
 import sys
 import tempfile
@@ -19,6 +22,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +31,7 @@ import numpy as np
 
 from dbmpi.checkpoint.reader import Checkpoint
 from dbmpi.errors import UserError
+from dbmpi.index.layout import cut
 from dbmpi.monitor.records import read_records
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -38,22 +43,21 @@ LIMIT = 60.0
 POINTS = 1.0
 """Percentage points by which the accuracy may differ from that of the undisturbed run."""
 LONGEST_STOP = 20.0
+ATTEMPTS = 20
+"""Runs of which one must be disturbed before it is over."""
+SHARDS = 2
 CONFIGURATION = """
 [run]
 directory = "run"
 [data]
 train = "train.h5"
 test = "test.h5"
-[[network.layers]]
-units = 64
-activation = "tanh"
-[[network.layers]]
-units = 10
+LEARN
 [topology]
 shards = 2
 [optimizer]
 method = "METHOD"
-learning_rate = 0.01
+learning_rate = RATE
 batch_size = 20
 epochs = EPOCHS
 [sandblaster]
@@ -68,6 +72,26 @@ report_seconds = 0.1
 evaluate_epochs = 0
 progress = "lines"
 """
+LEARN = {
+    "digits": """[[network.layers]]
+units = 64
+activation = "tanh"
+[[network.layers]]
+units = 10""",
+    "counts": """[objective]
+use = "counts:Counts\"""",
+}
+"""What is learned: a network, or the number of updates."""
+RATES = {"digits": "0.01", "counts": "1.0\nrule = 'sgd'"}
+COUNTS = """
+import numpy as np
+
+class Counts:
+    parameters = {"weights": np.zeros((64, 100)), "biases": np.zeros(77)}
+
+    def loss_and_gradient(self, parameters, batch):
+        return 1.0, {name: -np.ones_like(values) for name, values in parameters.items()}
+"""
 EPOCHS = {"downpour": 60, "sandblaster": 150}
 
 
@@ -76,7 +100,7 @@ class Outcome:
     """What became of a run."""
 
     what: str
-    """``survived``, ``ended``, ``hung`` or ``wrong``."""
+    """``survived``, ``ended``, ``hung``, ``wrong``, or ``missed`` where the run was over before."""
     happened: str
     """What was done to it."""
     why: str = ""
@@ -89,33 +113,38 @@ class Laboratory:
     ----------
     directory
         For all of them.
-    method, ranks
-        The optimizer, and the number of ranks.
+    method, learn, ranks
+        The optimizer, what is learned, and the number of ranks.
     everyone
         Whether ranks that hold shards are disturbed, too.
     """
 
-    def __init__(self, directory: Path, method: str, ranks: int, *, everyone: bool) -> None:
-        self._directory, self._method, self._ranks = directory, method, ranks
-        shards = {0, ranks // 2}
+    def __init__(self, directory: Path, method: str, learn: str, ranks: int, *, everyone: bool) -> None:
+        self._directory, self._method, self._learn, self._ranks = directory, method, learn, ranks
+        shards = {0, ranks // SHARDS}
         self._victims = [rank for rank in range(ranks) if everyone or rank not in shards]
+        program = self.start(directory := self.new("undisturbed"))
+        program.wait_until(lambda: program.returncode is not None or self.way(directory) > 0, LIMIT * timeout_scale())
         began = time.monotonic()
-        program = self.start(self.new("undisturbed"))
         code = self.ended(program)
         if code != 0:
             raise SystemExit(f"the undisturbed run ended with {code}:\n{program.stdout}{program.stderr}")
         self.accuracy = self.accuracy_of(program)
         self.seconds = time.monotonic() - began
+        """For which it has learned, about."""
         program.end()
 
     def new(self, name: str) -> Path:
         """Make the directory of a run."""
         directory = self._directory / name
         directory.mkdir()
-        epochs = str(EPOCHS[self._method])
-        (directory / "config.toml").write_text(
-            CONFIGURATION.replace("METHOD", self._method).replace("EPOCHS", epochs), encoding="utf-8"
-        )
+        words = {"METHOD": self._method, "EPOCHS": str(EPOCHS[self._method])}
+        words |= {"LEARN": LEARN[self._learn], "RATE": RATES[self._learn]}
+        text = CONFIGURATION
+        for word, value in words.items():
+            text = text.replace(word, value)
+        (directory / "config.toml").write_text(text, encoding="utf-8")
+        (directory / "counts.py").write_text(COUNTS, encoding="utf-8")
         write_data(directory)
         return directory
 
@@ -133,39 +162,59 @@ class Laboratory:
         found = re.search(r"^ *test accuracy +([\d.]+) %  \(", program.stdout, re.MULTILINE)
         return float(found[1]) if found else float("nan")
 
+    def way(self, directory: Path) -> float:
+        """Return which part of its way the run of a directory has come, by the records of its workers."""
+        with suppress(UserError):  # no records yet
+            epochs = [record["epoch"] for record in read_records(directory / "run") if record["kind"] == "worker"]
+            return max(epochs, default=0.0) / EPOCHS[self._method]
+        return 0.0
+
     def disturb(self, number: int, what: str, seed: int) -> Outcome:
         """Let a run be disturbed, and return what became of it."""
-        dice = random.Random(seed * 1_000_003 + number)  # noqa: S311 - no secret
-        directory = self.new(f"{what}-{number}")
-        program = self.start(directory)
-        try:
-            learning = directory / "run" / "records" / "worker-0.jsonl"
-            if not program.wait_until(lambda: learning.exists() or program.returncode is not None, LIMIT):
-                return Outcome("hung", "nothing: it did not start to learn")
-            if what == "job":
-                return self._kill_all(program, directory, dice)
-            program.wait_until(lambda: False, dice.uniform(0, 0.3 * self.seconds))
-            return self._disturb_one(program, directory, what, dice)
-        finally:
-            program.end()
+        for attempt in range(ATTEMPTS):
+            dice = random.Random(f"{seed} {number} {attempt}")  # noqa: S311 - no secret
+            directory = self.new(f"{what}-{number}-{attempt}")
+            program = self.start(directory)
+            try:
+                outcome = self._disturb(program, directory, what, dice)
+            finally:
+                program.end()
+            if outcome.what != "missed":
+                shutil.rmtree(directory)
+                return outcome
+        return Outcome("wrong", f"nothing: {ATTEMPTS} runs were over before")
 
-    def _disturb_one(self, program: Program, directory: Path, what: str, dice: random.Random) -> Outcome:
+    def _disturb(self, program: Program, directory: Path, what: str, dice: random.Random) -> Outcome:
+        """Wait for a random moment of the run: a part of its way, and a while so that it is not that of a report."""
+        part, while_ = dice.uniform(0, 1), dice.uniform(0, 0.2)
+        limit = LIMIT * timeout_scale()
+        if not program.wait_until(lambda: program.returncode is not None or self.way(directory) >= part, limit):
+            return Outcome("hung", f"nothing: it did not come to {part:.0%} of its way")
+        program.wait_until(lambda: False, while_)
+        happened = f"at {part:.0%}"
+        if program.returncode is not None:
+            return Outcome("missed", happened)
+        if what == "job":
+            return self._kill_all(program, directory, dice, happened)
+        return self._disturb_one(program, directory, what, dice, happened)
+
+    def _disturb_one(self, program: Program, directory: Path, what: str, dice: random.Random, happened: str) -> Outcome:
         alive = program.ranks()
         victim = dice.choice(self._victims)
-        happened = f"{what} of rank {victim} after {program.seconds:.1f} s"
+        happened = f"{what} of rank {victim} {happened}"
         if victim not in alive:
-            happened = "nothing: it had ended before"
-        elif what == "kill":
-            program.signal(signal.SIGKILL, victim)
+            return Outcome("missed", happened)
+        if what == "kill":
+            program.send([alive[victim]], signal.SIGKILL)
         else:
             seconds = dice.uniform(0.1, LONGEST_STOP)
-            program.signal(signal.SIGSTOP, victim)
+            program.send([alive[victim]], signal.SIGSTOP)
             program.wait_until(lambda: False, seconds)
             program.send([alive[victim]], signal.SIGCONT)
             happened += f" for {seconds:.1f} s"
         return self._judge(program, directory, self.ended(program), happened)
 
-    def _kill_all(self, program: Program, directory: Path, dice: random.Random) -> Outcome:
+    def _kill_all(self, program: Program, directory: Path, dice: random.Random, happened: str) -> Outcome:
         place = directory / "run" / "checkpoints"
         before = set(place.iterdir()) if place.exists() else set()
         writing = dice.random() < 1 / 3
@@ -173,9 +222,9 @@ class Laboratory:
             program.wait_until(
                 lambda: program.returncode is not None or (place.exists() and not set(place.iterdir()) <= before), LIMIT
             )
-        else:
-            program.wait_until(lambda: False, dice.uniform(0, 0.3 * self.seconds))
-        happened = f"kill of the job after {program.seconds:.1f} s{', while it wrote' if writing else ''}"
+            if program.returncode is not None:
+                return Outcome("missed", happened)
+        happened = f"kill of the job {happened}{', while it wrote' if writing else ''}"
         program.end()
         step = 0
         try:
@@ -207,8 +256,10 @@ class Laboratory:
             return Outcome("ended", happened)
         if code != 0:
             return Outcome("wrong", happened, f"exit code {code}: {program.stderr[-700:]}")
-        accuracy, problem = self.accuracy_of(program), counts(directory / "run", self._method)
-        if not abs(accuracy - self.accuracy) <= POINTS:
+        problem = counts(directory / "run", self._method)
+        if self._learn == "counts":
+            problem = problem or updates(directory / "run")
+        elif not abs((accuracy := self.accuracy_of(program)) - self.accuracy) <= POINTS:
             problem = f"an accuracy of {accuracy:g} %, and {self.accuracy:g} % undisturbed"
         return Outcome("wrong" if problem else "survived", happened, problem)
 
@@ -223,6 +274,21 @@ def counts(run: Path, method: str) -> str:
     portions = {len(record["ledger"]) for record in read_records(run) if record["kind"] == "batch"}
     counted = {sum(record["portions"].values()) for record in read_records(run) if record["kind"] == "batch"}
     return "" if portions == counted and len(portions) == 1 else f"batches of {portions}, {counted} portions"
+
+
+def updates(run: Path) -> str:
+    """Return what is wrong with the parameters of a run that count its updates; empty if nothing is."""
+    records = list(read_records(run))
+    repeated = sum(record["repeated"] for record in records if record["kind"] == "loss")
+    versions = {record["number"]: record["version"] for record in records if record["kind"] == "shard"}
+    with Checkpoint.open(run) as checkpoint:
+        values, batches = checkpoint.parameters(), checkpoint.info.total
+    problems = []
+    for shard, held in enumerate(cut(len(values), SHARDS)):
+        least, most = int(values[held.start : held.stop].min()), int(values[held.start : held.stop].max())
+        if not (batches <= least <= most <= batches + repeated and least == versions[shard]):
+            problems.append(f"shard {shard}: {least} to {most} updates, {versions[shard]} counted")
+    return "; ".join(problems) and f"{'; '.join(problems)}, of {batches} and {repeated} repeated"
 
 
 def write_data(directory: Path) -> None:
@@ -242,6 +308,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=20, help="number of runs (20)")
     parser.add_argument("--method", choices=EPOCHS, default="sandblaster")
+    parser.add_argument("--learn", choices=LEARN, default="digits", help="(digits); counts is for Downpour")
     parser.add_argument("--what", choices=("kill", "stop", "job"), default="kill")
     parser.add_argument("--ranks", type=int, default=6, help="of each run, of which two hold shards (6)")
     parser.add_argument("--everyone", action="store_true", help="disturb ranks with shards, too")
@@ -250,7 +317,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print only the last line")
     given = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="dbmpi-chaos-") as folder:
-        laboratory = Laboratory(Path(folder), given.method, given.ranks, everyone=given.everyone)
+        laboratory = Laboratory(Path(folder), given.method, given.learn, given.ranks, everyone=given.everyone)
         found: Counter[str] = Counter()
         with ThreadPoolExecutor(given.jobs) as pool:
             runs = range(given.runs)
