@@ -193,6 +193,8 @@ class Session:
             progress.message(summarise(self.model.layers, self.placement, run.optimizer.batch_size))
         for notice in begin.notices:
             progress.warn(notice)
+        if run.topology.replacements and not self.watch.on:
+            progress.warn("topology.replacements: this MPI ends all ranks when one dies; only Open MPI 5 replaces them")
         if begin.step:
             progress.message(begin.resumed(run.optimizer.epochs, kept))
         for note in (*data.notes, *network_notes(run.network, data.input_shape, run.data.channels), *notes):

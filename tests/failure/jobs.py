@@ -145,9 +145,9 @@ class Jobs:
         """Return the records of Sandblaster's passes over batches, so far."""
         return [record for record in read_records(self.run_directory) if record["kind"] == "batch"]
 
-    def checkpoint(self) -> Checkpoint:
+    def checkpoint(self, directory: str = "run") -> Checkpoint:
         """Open the last checkpoint."""
-        return Checkpoint.open(self.run_directory)
+        return Checkpoint.open(self.directory / directory)
 
     def assert_whole(self) -> None:
         """The last checkpoint can be read, and its steps are the batches that it says are learned."""

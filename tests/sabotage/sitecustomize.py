@@ -3,6 +3,7 @@
 Python imports this file when it starts, if its folder is on PYTHONPATH.  It does something only where
 ``DBMPI_TEST_KILL`` is set, to one or several ``RANK:PHASE:COUNT[:SIGNAL]`` with commas in between, e.g.
 ``2:compute:5,0:commit:1:STOP``.  The methods of a phase are then wrapped as soon as their modules have been imported;
+A process that takes the place of rank 2 is ``new 2``.
 dbmpi itself knows nothing of it.  Only the standard library is used, because this is loaded before everything else.
 """
 
@@ -109,6 +110,8 @@ class Saboteur:
 
 
 _rank = next((os.environ[name] for name in _RANKS if name in os.environ), None)
+if _rank is not None and "DBMPI_REPLACES" in os.environ:
+    _rank = f"new {_rank}"
 if _rank is not None and os.environ.get(VARIABLE):
     _wanted = moments(os.environ[VARIABLE], _rank)
     if _wanted:

@@ -35,19 +35,31 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _train(arguments: argparse.Namespace, stop: StopSignal) -> int:
-    from dbmpi.mpi import world
+    from dbmpi.mpi import failures, world
+    from dbmpi.mpi.replacement import Replacements
 
-    with world.ranks() as comm:
-        described = _described(arguments, comm)
-        from dbmpi.runs.training import train
+    with world.ranks() as started:
+        replacements = Replacements(started)
+        while True:
+            comm = replacements.comm
+            described = _described(arguments, comm)
+            from dbmpi.runs.training import train
 
-        result = train(described, comm, stop)
+            try:
+                result = train(described, comm, stop, replacements=replacements)
+                break
+            except failures.RanksMissing as error:
+                missing = str(error)
+            # Not before: with the error, everything goes that this attempt has held.
+            world.adopt(replacements.renew(missing))
     if comm.rank == 0:
         _print(result, described.run.directory)
-    if result.stopped_by:
-        return 128 + result.stopped_by
     # The parameters are in the checkpoint; but the exit code warns that they are not usable.
-    return 0 if result.test is None or result.test.are_numbers else 1
+    code = 0 if result.test is None or result.test.are_numbers else 1
+    code = 128 + result.stopped_by if result.stopped_by else code
+    if not replacements.first:
+        world.leave(code, replacements.elder)
+    return code
 
 
 def _described(arguments: argparse.Namespace, comm: MPI.Intracomm) -> Run:

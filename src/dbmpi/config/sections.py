@@ -116,6 +116,9 @@ class TopologySection(Section):
     """Put the shards on ranks that are also workers, instead of on ranks of their own."""
     spares: CountOrNone = 0
     """Further replicas of Downpour that learn nothing until another one dies, and then go on in its place."""
+    replacements: CountOrNone = 0
+    """Processes that may be started in the places of ranks that have died, where the MPI can (Open MPI 5 with fault
+    tolerance, ``dbmpi train``); the run then goes on from its last checkpoint."""
 
 
 class PlacedLayer(Section):

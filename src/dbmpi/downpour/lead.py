@@ -351,6 +351,8 @@ class Lead(Shard):
         if event is None:
             return moved
         self._call("on_checkpoint", *event, math.nan, None, self._checkpoints.path)
+        if self._replicas.lost and self._watch.replaces and not (self._ending or self._replicas.over):
+            self._watch.end(f"{self._replicas.names(self._replicas.lost)} is missing")
         return True
 
     def _call(self, name: str, *event: Any) -> None:

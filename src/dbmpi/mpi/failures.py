@@ -47,6 +47,10 @@ class RankLost(RunFailed):
     """A rank that this one waits for has died."""
 
 
+class RanksMissing(EndedByDeath):
+    """Ranks have died without which the run cannot go on, and new processes may take their places."""
+
+
 def tolerated(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether this job's MPI lets ranks live on when another one dies, by the variables of an environment."""
     return outlived(environment)
@@ -178,6 +182,14 @@ def depart(comm: MPI.Comm) -> None:
                 complete(request, comm, rank, "the first rank to end", memory=word)
 
 
+def outlive(comm: MPI.Comm, ranks: Collection[int], seconds: float) -> None:
+    """Wait until these `ranks` of `comm` are gone, for so many `seconds` at most."""
+    with suppress(RunFailed):
+        waiting.until(
+            lambda: probe(comm, Tag.DEATHS) or set(ranks) <= {*dead(comm)}, "the other ranks to end", seconds=seconds
+        )
+
+
 class Watch:
     """Checks now and then whether a rank has died, and ends the run where it cannot continue without that one.
 
@@ -196,12 +208,15 @@ class Watch:
         Whether there is anything to check: without fault tolerance MPI itself ends the job.
     dead
         Ranks that have died, as of the last check.
+    replaceable
+        Number of ranks whose places new processes can take: then the run ends on all ranks by `RanksMissing`.
     """
 
     def __init__(self, comm: MPI.Comm, advice: str = RESUMING) -> None:
         self._comm, self._advice = comm, advice
         self.on = _TOLERATED
-        self._hosts = _hosts(comm) if self.on else []
+        self.replaceable = 0
+        self._hosts = hosts(comm) if self.on else []
         self._next = 0.0
         self._roles: Mapping[int, str] = {}
         self._dispensable: Collection[int] = ()
@@ -232,11 +247,14 @@ class Watch:
         self._next = time.monotonic() + _BETWEEN_POLLS
         if probe(self._comm, Tag.DEATHS):
             raise EndedByDeath("")  # another rank has reported why
+        goes_on = probe(self._comm, Tag.REPLACEMENT)
         if len(gone := dead(self._comm)) > len(self.dead):
             self.dead = frozenset(gone)
         missed = sorted(self.dead.difference(self._dispensable))
         if missed:
             self._give_up(missed)
+        if goes_on:
+            raise RanksMissing("")
         return False
 
     def __enter__(self) -> Watch:
@@ -254,12 +272,17 @@ class Watch:
                 self.check()  # raises
                 time.sleep(_BETWEEN_POLLS)
 
+    @property
+    def replaces(self) -> bool:
+        """Whether new processes can take the places of all that have died."""
+        return len(self.dead) <= self.replaceable > 0
+
     def end(self, why: str) -> NoReturn:
         """End the run on all ranks because of a death; `why` is a sentence for the user."""
-        word = np.zeros(1, np.int64)
-        for rank in set(range(self._comm.size)) - self.dead - {self._comm.rank}:
-            with suppress(RankLost), partner(self._comm, rank):
-                _abandoned.append((self._comm.Isend(word, rank, Tag.DEATHS), word))
+        if self.replaces:
+            self._tell(Tag.REPLACEMENT)
+            raise RanksMissing(why)
+        self._tell(Tag.DEATHS)
         raise EndedByDeath(f"{why}.  {self._advice}")
 
     def name(self, rank: int) -> str:
@@ -271,13 +294,23 @@ class Watch:
         if self._speaker is None:
             self._speaker = min(set(range(self._comm.size)) - self.dead)
             self._speaks_until = time.monotonic() + _FIRST_TO_SPEAK
-        if self._comm.rank != self._speaker and time.monotonic() < self._speaks_until:
+        if not self.replaces and self._comm.rank != self._speaker and time.monotonic() < self._speaks_until:
             return
-        self.end(f"{self.name(missed[0])} has died, and the run cannot go on without it")
+        name = self.name(missed[0])
+        if self.replaces:
+            self.end(f"{name} has died")
+        self.end(f"{name} has died, and the run cannot go on without it")
+
+    def _tell(self, tag: Tag) -> None:
+        """Send all ranks that live a notice."""
+        word = np.zeros(1, np.int64)
+        for rank in set(range(self._comm.size)) - self.dead - {self._comm.rank}:
+            with suppress(RankLost), partner(self._comm, rank):
+                _abandoned.append((self._comm.Isend(word, rank, tag), word))
 
 
-def _hosts(comm: MPI.Comm) -> list[str]:
-    """Return the name of each rank's host."""
+def hosts(comm: MPI.Comm) -> list[str]:
+    """Return the name of the host of each rank of `comm` (collective)."""
     from mpi4py import MPI
 
     name = np.zeros(_NAME, np.uint8)

@@ -38,5 +38,7 @@ class Tag(IntEnum):
     """The largest tag of transfers, which number theirs from 1 on a communicator of their own."""
     DEATHS = 30001
     """A notice that another rank has reported why the run ends."""
+    REPLACEMENT = 30003
+    """A notice that the run goes on with new processes in the places of ranks that have died."""
     DEPARTURE = 30002
     """A notice that the first rank ends, in a world in which others have died."""

@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType, TracebackType
@@ -24,16 +24,20 @@ import numpy as np
 
 from dbmpi.errors import DIED, EndedByDeath, KnownToAll, RunFailed, ToldElsewhere, UserError
 from dbmpi.machine import capacity, endings, mpi_library, signals, streams
-from dbmpi.mpi import blocking, failures, silent_ends, waiting
+from dbmpi.mpi import blocking, failures, replacement, silent_ends, waiting
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
 
+_job: MPI.Intracomm | None = None
+"""All ranks of this job, where dbmpi has started MPI."""
 _exit = os._exit
 """That of the system, also where the ends of a user's code are reported (`silent_ends`)."""
 _FOR_THE_LAUNCHER = 0.2
 """Seconds that the launcher is given to read a last message."""
+_FOR_THE_END = 5.0
+"""Seconds that MPI is given to end where ranks have died: it does not always."""
 _FOR_THE_FIRST = 0.5
 """Seconds that the first rank is given to end the job, if it was interrupted as well."""
 
@@ -71,15 +75,25 @@ def start() -> MPI.Intracomm:
         raise UserError(mpi_library.explain(str(error))) from None
     from dbmpi.machine.launcher import check_world
 
-    if MPI.COMM_WORLD.size == 1:
-        mpi_library.remove_segments(os.environ)
-    check_world(MPI.COMM_WORLD.size)
-    if MPI.COMM_WORLD.rank == 0 and (note := os.environ.get(endings.UNFINISHED)):
-        _leave_until_the_end(Path(note))
     end_all_on_failure()
-    comm = blocking.duplicate(MPI.COMM_WORLD, _ALL_RANKS)
+    if replacement.joins():
+        comm = replacement.join(MPI.Comm.Get_parent())
+    else:
+        if MPI.COMM_WORLD.size == 1:
+            mpi_library.remove_segments(os.environ)
+        check_world(MPI.COMM_WORLD.size)
+        comm = blocking.duplicate(MPI.COMM_WORLD, _ALL_RANKS)
+    if comm.rank == 0 and (note := os.environ.get(endings.UNFINISHED)):
+        _leave_until_the_end(Path(note))
     if failures.tolerated():
-        atexit.register(_end, comm)
+        atexit.register(_end)
+    return adopt(comm)
+
+
+def adopt(comm: MPI.Intracomm) -> MPI.Intracomm:
+    """Let `comm` be the ranks of this job from now on, and return it."""
+    global _job  # noqa: PLW0603 - a process belongs to one job
+    _job = comm
     return comm
 
 
@@ -136,7 +150,8 @@ def report_and_abort(error: BaseException) -> NoReturn:
     """
     from mpi4py import MPI
 
-    rank, size = MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size
+    job = _job or MPI.COMM_WORLD
+    rank, size = job.rank, job.size
     text, code = "", 1
     if isinstance(error, KeyboardInterrupt):
         code = 128 + signal.SIGINT
@@ -147,7 +162,7 @@ def report_and_abort(error: BaseException) -> NoReturn:
     elif isinstance(error, UserError):
         text, code = f"dbmpi: {error}\n", 2
     elif failures.reports_death(error):
-        lost = failures.dead(MPI.COMM_WORLD)
+        lost = failures.dead(job)
         code = DIED
         if rank == min({*range(size)}.difference(lost)):
             ranks = f"ranks {', '.join(map(str, lost))} have" if len(lost) > 1 else f"rank {lost[0]} has"
@@ -171,8 +186,8 @@ def report_and_abort(error: BaseException) -> NoReturn:
     # MPICH's launcher passes on a rank's output with a delay, and drops the rest at an abort.
     time.sleep(_FOR_THE_LAUNCHER)
     # Where a rank has died already, Open MPI's Abort ends no other rank; they notice that this one is gone, too.
-    if not failures.dead(MPI.COMM_WORLD):
-        MPI.COMM_WORLD.Abort(code)
+    if not failures.dead(job):
+        job.Abort(code)
     _exit(code)  # MPICH's Abort may return before the launcher has killed this rank
 
 
@@ -212,7 +227,7 @@ def abort_from_thread(error: Exception) -> NoReturn:
     os._exit(1)
 
 
-def _end(comm: MPI.Intracomm) -> None:
+def _end() -> None:
     """End MPI where ranks may have died: its end may fail then, and processes end without it.
 
     Open MPI kills all that are left when a rank ends with an exit code other than 0, so the others wait for the first
@@ -220,13 +235,42 @@ def _end(comm: MPI.Intracomm) -> None:
     """
     from mpi4py import MPI
 
+    assert _job is not None
     if MPI.Is_finalized():
         return
-    if not failures.dead(comm):
+    if not failures.dead(_job):
         MPI.Finalize()
         return
     sys.stdout.flush()
-    failures.depart(comm)
+    failures.depart(_job)
+
+
+def leave(code: int, elder: Collection[int]) -> NoReturn:
+    """End this process, whose job has replaced ranks that have died (collective).
+
+    Open MPI 5.0 takes a process that was started later for a crash if it leaves out MPI's end; and this does not return
+    before the elder ones are gone.  It leaves the memory damaged, so that nothing may follow.
+
+    Parameters
+    ----------
+    code
+        The exit code.
+    elder
+        Ranks whose processes were started before this one.
+    """
+    from mpi4py import MPI
+
+    assert _job is not None
+    sys.stdout.flush()
+    sys.stderr.flush()
+    failures.depart(_job)
+    if _job.rank == 0 and (note := os.environ.get(endings.UNFINISHED)):
+        Path(note).unlink(missing_ok=True)
+    if elder:
+        failures.outlive(_job, elder, _FOR_THE_END)
+        faulthandler.dump_traceback_later(_FOR_THE_END, exit=True)
+        MPI.Finalize()
+    _exit(code)
 
 
 def _abort_hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -36,6 +36,7 @@ from dbmpi.monitor.progress import RunProgress
 from dbmpi.monitor.records import Recorder
 from dbmpi.mpi import topology, waiting
 from dbmpi.mpi.failures import Watch
+from dbmpi.mpi.replacement import Replacements
 from dbmpi.mpi.silent_ends import aloud
 from dbmpi.mpi.world import end_all_on_failure, together
 from dbmpi.network import own
@@ -71,6 +72,7 @@ def train(
     test: Any = None,
     transform: Transform | None = None,
     callbacks: Any = None,
+    replacements: Replacements | None = None,
 ) -> Result:
     """Train the network, or the objective, that `run` describes, on all ranks of `comm` together (collective).
 
@@ -105,6 +107,9 @@ def train(
     callbacks : object or list of objects, optional
         Objects with some of the methods ``on_step``, ``on_evaluation``, ``on_checkpoint`` and ``on_end``, each of which
         is called with a :class:`dbmpi.monitor.callbacks.TrainingEvent`, and may return True to end the run.
+
+    replacements : Replacements, optional
+        Of ranks that die, where the caller calls this function again with new processes in their places.
 
     Returns
     -------
@@ -154,7 +159,7 @@ def train(
             given = Supplied(data, test, transform, Callbacks(callbacks), arrays)
             run = complete(run, objective, given)
         compare(run, given, comm)
-        return _run(run, objective, given, comm, stack, stop or stack.enter_context(StopSignal()))
+        return _run(run, objective, given, comm, stack, stop or stack.enter_context(StopSignal()), replacements)
 
 
 def _run(
@@ -164,12 +169,16 @@ def _run(
     comm: MPI.Intracomm,
     stack: ExitStack,
     stop: StopSignal,
+    replacements: Replacements | None,
 ) -> Result:
     """Set up this rank, train, evaluate (collective); the stack closes everything that is opened."""
     with together(comm, "planning the topology"):
         plan = topology.plan(run.topology, comm.size)
     comms = stack.enter_context(topology.Communicators(comm, plan))
     with Watch(comms.world) as watch:
+        if replacements is not None:
+            watch.replaceable = replacements.begin(run.topology.replacements)
+            run = run if replacements.first else _resuming(run)
         session = _session(run, objective, supplied, plan, comms, watch, stop, stack)
         learn = sandblaster_run.learn if session.run.optimizer.method == "sandblaster" else downpour_run.learn
         result = learn(session, stack)
@@ -179,6 +188,11 @@ def _run(
         ended = TrainingEvent(result.steps, epoch, result.samples, loss, accuracy, result.checkpoint, metrics=metrics)
         session.callbacks.call("on_end", ended)
         return result
+
+
+def _resuming(run: Run) -> Run:
+    """Return the description of a run that goes on from its own last checkpoint."""
+    return run.model_copy(update={"checkpoint": run.checkpoint.model_copy(update={"resume": "auto"})})
 
 
 def _session(
