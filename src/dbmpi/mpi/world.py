@@ -16,6 +16,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING, NoReturn
@@ -81,6 +82,12 @@ def start() -> MPI.Intracomm:
     if failures.tolerated():
         atexit.register(_end, comm)
     return comm
+
+
+@cache
+def everybody() -> MPI.Intracomm:
+    """Start MPI (see :func:`start`) in the first call, and return the communicator of this call in all later ones."""
+    return start()
 
 
 def _wait_for_all_ranks_to_start_mpi() -> ModuleType:
