@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from functools import cache, partial
+from functools import partial
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numba
@@ -35,7 +35,7 @@ from dbmpi.methods.select import Choice, minimise
 from dbmpi.methods.warmup import use_kernels
 from dbmpi.mpi import blocking, pieces, waiting
 from dbmpi.mpi.silent_ends import aloud
-from dbmpi.mpi.world import end_all_on_failure, start, together
+from dbmpi.mpi.world import end_all_on_failure, everybody, together
 
 if TYPE_CHECKING:
     from dbmpi.methods.own import Method
@@ -175,7 +175,7 @@ def minimize(
     """
     if comm is not None and comm.size > 1:
         end_all_on_failure()
-    own = blocking.duplicate(_everybody() if comm is None else comm, "all ranks of the communicator to call minimize")
+    own = blocking.duplicate(everybody() if comm is None else comm, "all ranks of the communicator to call minimize")
     try:
         chosen = (parameters, method, memory, line_search, l1, l2, gtol, ftol, iterations, evaluations)
         with together(own, "looking at the arguments"):
@@ -211,11 +211,6 @@ def minimize(
             return Minimum(problem.point().copy(), loss, largest, report.iterations, problem.evaluations, reason)
     finally:
         blocking.free(own)
-
-
-@cache
-def _everybody() -> MPI.Intracomm:
-    return start()
 
 
 class _Problem:

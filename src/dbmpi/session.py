@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from mpi4py import MPI
 
 from dbmpi.checkpoint.account import Account
 from dbmpi.checkpoint.named_arrays import Fill
-from dbmpi.checkpoint.schema import CheckpointInfo
+from dbmpi.checkpoint.schema import CheckpointInfo, library_versions
 from dbmpi.config import Run
 from dbmpi.data.gather import gather
 from dbmpi.data.numbered_batches import NumberedBatches
@@ -129,6 +130,20 @@ class Session:
     def draws(self) -> bool:
         """Whether losses that are learned from also depend on what is drawn at random."""
         return self.run.draws or (isinstance(self.model, OwnModel) and self.model.draws)
+
+    def checkpoint_info(self) -> Callable[..., CheckpointInfo]:
+        """Return a function that describes a checkpoint; it takes what is not the same in all of a run's."""
+        return partial(
+            CheckpointInfo,
+            configuration=self.run.to_json(),
+            shards=self.plan.shards,
+            replicas=self.plan.replicas,
+            partitions=self.plan.partitions,
+            input_shape=self.data.input_shape,
+            classes=self.data.classes,
+            meaning=self.data.meaning,
+            libraries=library_versions(MPI.Get_library_version()),
+        )
 
     def account(self) -> Account:
         """Return what checkpoints say of this run, with the time that begins now."""

@@ -46,6 +46,9 @@ def mutate(path: Path, place: str, random: Random) -> str:
         offset, size = node.id.get_offset(), node.id.get_storage_size()
         if not size:
             return _reshape(file, place, random)
+        if node.chunks:
+            chunk = node.id.get_chunk_info(0)
+            offset, size = chunk.byte_offset, chunk.size
     data = bytearray(path.read_bytes())
     bit = int(random.integers(8 * size))
     data[offset + bit // 8] ^= 1 << bit % 8

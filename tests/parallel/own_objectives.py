@@ -41,6 +41,22 @@ class Dropping(Plane):
         return super().loss_and_gradient(parameters, batch)[0]
 
 
+class Centred(Plane):
+    """Takes the mean of all inputs that it has seen from the inputs; `moving=False` leaves the mean as it is."""
+
+    def __init__(self, moving: bool = True) -> None:
+        super().__init__()
+        self._moving = moving
+        self.state = {"seen": np.zeros((), np.int64), "of": {"inputs": np.full(6, 0.25)}}
+
+    def loss_and_gradient(self, parameters, batch):
+        mean, seen = self.state["of"]["inputs"], self.state["seen"]
+        if self._moving:
+            seen += batch.samples
+            mean += (batch.inputs.mean(axis=0) - mean) * batch.samples / seen
+        return super().loss_and_gradient(parameters, batch._replace(inputs=batch.inputs - mean))
+
+
 class Softmax:
     """Classes; counts those that are right."""
 

@@ -16,6 +16,7 @@ import pytest
 from parallel import mutations, tiny
 
 from dbmpi.checkpoint import summary
+from dbmpi.checkpoint.directory import shard_files
 from dbmpi.checkpoint.reader import Checkpoint
 from dbmpi.config import Run
 from dbmpi.data.source import Source
@@ -30,12 +31,13 @@ METHODS = {
 }
 
 
-def describe(place: Path, method: str, epochs: int, directory: str) -> Run:
+def describe(place: Path, method: str, epochs: int, directory: str, compression: str = "none") -> Run:
     return tiny.describe(
         place,
         run={"directory": place / directory, "seed": 3},
         optimizer={"method": method, "batch_size": 20, "epochs": epochs, "rule": "adagrad"},
         sandblaster=METHODS[method],
+        checkpoint={"compression": compression},
     )
 
 
@@ -62,23 +64,22 @@ def resumed(run: Run, comm) -> list[np.ndarray]:
 
 
 @pytest.mark.parallel([1], timeout=60 + 3 * COUNT)
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("kind", ["version 1", "plain", "compressed"])
 @pytest.mark.parametrize("method", METHODS)
-def test_damage_is_refused_or_does_no_harm(comm, place, method: str, version: int) -> None:
-    train(describe(place, method, 4, "first"), comm)
+def test_damage_is_refused_or_does_no_harm(comm, place, method: str, kind: str) -> None:
+    if kind == "compressed":
+        pytest.importorskip("hdf5plugin", reason="needs hdf5plugin: the extra dbmpi[compression]")
+    train(describe(place, method, 4, "first", "zstd" if kind == "compressed" else "none"), comm)
     file = Path(os.path.realpath(place / "first" / "checkpoints" / "latest"))
-    if version == 1:
+    if kind == "version 1":
         with mutations.h5py.File(file, "r+") as opened:
             mutations.as_version_1(opened)
-    whole = file.read_bytes()
     run = describe(place, method, 6, "damaged")
 
     def renew() -> Path:
         shutil.rmtree(place / "damaged", ignore_errors=True)
         shutil.copytree(place / "first", place / "damaged", symlinks=True)
-        path = place / "damaged" / "checkpoints" / file.name
-        path.write_bytes(whole)
-        return path
+        return place / "damaged" / "checkpoints" / file.name
 
     path = renew()
     ways = {
@@ -88,19 +89,19 @@ def test_damage_is_refused_or_does_no_harm(comm, place, method: str, version: in
     }
     expected = {name: way() for name, way in ways.items()}
     random = np.random.default_rng(int(os.environ.get("DBMPI_TEST_SEED", "1")))
-    names = mutations.places(file)
+    names = [(each.name, name) for each in (file, *sorted(shard_files(file))) for name in mutations.places(each)]
     refused = 0
     for _ in range(COUNT):
         path = renew()
-        place_in_file = str(random.choice(names))
-        told = f"{place_in_file}: {mutations.mutate(path, place_in_file, random)}"
+        changed, place_in_file = names[random.integers(len(names))]
+        told = f"{changed}: {place_in_file}: {mutations.mutate(path.with_name(changed), place_in_file, random)}"
         for name, way in ways.items():
             found = attempt(way, f"{told}: {name}")
             if isinstance(found, str):
                 refused += 1
                 assert len(found) > 20, told
-                assert version == 1 or str(path) in found, (told, name, found)
-            elif version == 2 and name != "inspect":
+                assert kind == "version 1" or str(path) in found, (told, name, found)
+            elif kind != "version 1" and name != "inspect":
                 assert all(map(np.array_equal, found, expected[name])), (told, name)
     assert refused > COUNT  # else nothing was changed
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from parallel import own_objectives, tiny
-from parallel.own_objectives import Dropping, Measured, Plane, Softmax, Wrong
+from parallel.own_objectives import Centred, Dropping, Measured, Plane, Softmax, Wrong
 from parallel.test_mistakes import assert_told_once
 
 import dbmpi
@@ -117,6 +117,41 @@ def test_a_run_that_resumes_learns_what_one_at_a_stretch_does(comm, plane) -> No
         waiting.barrier(comm, "the session to end")
         few.Free()
     np.testing.assert_array_equal(tiny.vectors(result.checkpoint)["parameters"], twin(run, Plane(scale=0.5)))
+
+
+RESUMED = {
+    "downpour": ({"rule": "adagrad"}, {}, 1, (1.3, 3)),
+    "sandblaster": ({"method": "sandblaster"}, {"deterministic": True, "memory": 3, "gtol": 0, "ftol": 0}, 2, (4, 9)),
+}
+
+
+@pytest.mark.parallel([3, 4])
+@pytest.mark.parametrize("method", RESUMED)
+def test_a_run_with_state_that_resumes_equals_an_uninterrupted_one_bit_for_bit(comm, plane, method) -> None:
+    """With one replica of Downpour and 2 or 3 shards; with two replicas of Sandblaster and 1 or 2."""
+    optimizer, sandblaster, replicas, sessions = RESUMED[method]
+
+    def learn(directory: str, epochs: float) -> dict[str, np.ndarray]:
+        run = describe(
+            plane,
+            run={"directory": plane / directory, "seed": 3},
+            optimizer=optimizer | {"epochs": epochs},
+            sandblaster=sandblaster,
+            topology={"shards": comm.size - replicas, "replicas": replicas},
+        )
+        result = train(run, comm, objective=Centred(moving=method == "downpour"))
+        with Checkpoint.open(result.checkpoint) as checkpoint:
+            assert len(checkpoint.files) == comm.size - replicas + (comm.size - replicas > 1)
+            steps = {"steps": np.array(checkpoint.info.step)}
+            return tiny.vectors(result.checkpoint) | checkpoint.objective_state() | steps
+
+    whole = learn("whole", sessions[-1])
+    early, late = (learn("resumed", epochs) for epochs in sessions)
+    assert set(whole) == set(late) > {"parameters", "seen", "of/inputs"}
+    for name, values in whole.items():
+        np.testing.assert_array_equal(late[name], values)
+    assert not np.array_equal(early["parameters"], late["parameters"])
+    assert whole["seen"] == (3 * SAMPLES if method == "downpour" else 0)
 
 
 @pytest.mark.parallel([1, 2, 3, 4, 6])

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 from scipy import optimize
+from unit.two_loop import two_loop
 
 from dbmpi.index.layout import cut
 from dbmpi.methods.descent import Limits
 from dbmpi.methods.gradients import conjugate_gradients, owlqn
-from dbmpi.methods.lbfgs import History, lbfgs, two_loop
+from dbmpi.methods.lbfgs import History, lbfgs
 from dbmpi.methods.local_space import LocalSpace
 from dbmpi.mpi import waiting
 from dbmpi.sandblaster.commands import Command, RemoteSpace, execute

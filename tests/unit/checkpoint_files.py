@@ -88,6 +88,7 @@ def write_sharded(
     identity: str = "0123abcd",
     objective_state: Mapping[str, np.ndarray] = MappingProxyType({}),
     keep: int | None = None,
+    compression: str = "none",
 ) -> Path:
     """Write a checkpoint of as many files as an arrangement has shards, as a run does."""
     path, facts = checkpoint_path(run, step), []
@@ -98,7 +99,7 @@ def write_sharded(
             for start, local, length in arrangement.pieces(held):
                 vectors[name][local : local + length] = values[start : start + length]
         file = shard_path(path, shard, len(arrangement.ranges), identity)
-        facts.append(write_shard(file, vectors, Snapshot(vectors), lambda name, values: None))
+        facts.append(write_shard(file, vectors, Snapshot(vectors), lambda *_: None, compression=compression))
     info = make_info(step=step, shards=len(facts), shard_versions=(step,) * len(facts))
     boxes = shard_boxes.of_arrangement(arrangement)
     return write_whole(
@@ -111,4 +112,5 @@ def write_sharded(
         dtype=np.dtype(dtype),
         keep=keep,
         objective_state=objective_state,
+        compression=compression,
     )

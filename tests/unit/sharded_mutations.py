@@ -17,7 +17,7 @@ from parallel import mutations
 from parallel.mutations import Random
 from unit.checkpoint_files import LAYOUT, VECTORS, values_of, write_sharded
 
-from dbmpi.checkpoint import checksums, directory
+from dbmpi.checkpoint import checksums, compressed, directory, schema
 from dbmpi.checkpoint.reader import Checkpoint
 from dbmpi.errors import UserError
 from dbmpi.replica.arrangement import equal
@@ -30,6 +30,9 @@ SECONDS = 20
 def change(path: Path, random: Random) -> str:
     """Change something; return what."""
     kinds: list[Callable[[Path, Random], str]] = [_dataset, _dataset, _forge, _forge, _view, _bytes, _shard]
+    with h5py.File(path) as file:
+        if schema.SHARDS_COMPRESSION in file:
+            kinds += [_chunk, _chunk, _shard]
     kind = kinds[int(random.integers(len(kinds)))]
     return f"{kind.__name__}: {kind(path, random)}"
 
@@ -125,6 +128,41 @@ def _shard(path: Path, random: Random) -> str:
     return f"{file.name}: {what}"
 
 
+def _chunk(path: Path, random: Random) -> str:
+    """Change one compressed vector of a shard, or what is said of how it is packed."""
+    files = sorted(directory.shard_files(path))
+    file, name = files[int(random.integers(len(files)))], ["parameters", "state/accumulator"][random.integers(2)]
+    what = int(random.integers(6))
+    with h5py.File(file, "r+") as opened:
+        node = opened[name]
+        size, info = node.size, node.id.get_chunk_info(0)
+        frame = bytearray(node.id.read_direct_chunk((0,))[1])
+        mask = 0
+        if what == 0:  # a byte of the head, which says how large the contents are
+            frame[4 + random.integers(min(14, len(frame) - 4))] = random.integers(256)
+        if what == 1:
+            frame = frame[: random.integers(1, len(frame))]
+        if what == 2:  # the head of a frame of up to 2^62 bytes, in blocks of one repeated byte
+            declared = int(random.integers(2**62))
+            frame = bytearray(b"\x28\xb5\x2f\xfd\xe0" + declared.to_bytes(8, "little") + b"\x02\x00\x10a" * 1000)
+        if what == 3:
+            mask = int(random.integers(1, 4))
+        if what < 4:
+            node.id.write_direct_chunk((0,), bytes(frame), mask)
+            return f"{file.name}, {name}: {what}, {info.size} bytes"
+        del opened[name]
+        filters: dict[str, object] = [
+            {"chunks": (max(1, size // 2),), "shuffle": True, "compression": 32015},
+            {"chunks": (2**20,), "maxshape": (None,), "shuffle": True, "compression": 32015},
+            {"compression": "gzip"},
+            {"fletcher32": True, "compression": 32015},
+        ][random.integers(4)]
+        opened.create_dataset(name, (size,), "f4", **filters)
+        if what == 4:
+            opened[name][: size // 2] = 1
+    return f"{file.name}, {name}: {filters}"
+
+
 def outcome(path: Path) -> str:
     """Read all of it; return the sentence by which it is refused, or say whether what is read was written."""
     expected = values_of(LAYOUT)
@@ -143,13 +181,15 @@ def outcome(path: Path) -> str:
     return "as written"
 
 
-def main(place: Path, count: int, seed: int) -> None:
+def main(place: Path, count: int, seed: int, compression: str = "none") -> None:
     """Change a checkpoint `count` times; end with an error where a change does harm."""
     faulthandler.enable()
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     os.fsync = lambda _: None  # type: ignore[assignment]
+    if compression == compressed.NAME:
+        compressed.require()
     random, refused = np.random.default_rng(seed), 0
-    whole = write_sharded(place / "whole", equal(LAYOUT, 3))
+    whole = write_sharded(place / "whole", equal(LAYOUT, 3), compression=compression)
     for number in range(count):
         shutil.rmtree(place / "run", ignore_errors=True)
         shutil.copytree(whole.parent, place / "run", symlinks=True)
@@ -165,4 +205,4 @@ def main(place: Path, count: int, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:])

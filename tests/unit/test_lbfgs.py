@@ -9,12 +9,13 @@ import pytest
 from scipy import optimize
 from scipy.special import expit
 from unit.sharded import Shards, cut_points, local_problem
+from unit.two_loop import two_loop
 
 from dbmpi.data.stream import Order
 from dbmpi.errors import Damaged, RunFailed
 from dbmpi.methods.descent import Limits, Line, Progress
 from dbmpi.methods.gradients import conjugate_gradients, gradient_descent, owlqn, with_l2
-from dbmpi.methods.lbfgs import History, lbfgs, two_loop
+from dbmpi.methods.lbfgs import History, lbfgs
 from dbmpi.methods.linesearch import fixed
 from dbmpi.methods.multibatch import multi_batch_lbfgs
 from dbmpi.sandblaster.batches import Sampling

@@ -397,11 +397,15 @@ def test_as_many_files_as_a_large_run_has_shards(tmp_path):
         np.testing.assert_array_equal(checkpoint.parameters(), np.arange(layout.size))
 
 
-def test_no_change_of_a_file_does_harm(tmp_path):
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+def test_no_change_of_a_file_does_harm(tmp_path, compression):
     """In a process of its own, with little memory: no traceback, crash, hang, or other number."""
-    count = os.environ.get("DBMPI_TEST_MUTATIONS", "80")
+    if compression == "zstd":
+        pytest.importorskip("hdf5plugin", reason="needs hdf5plugin: the extra dbmpi[compression]")
+    count, seed = os.environ.get("DBMPI_TEST_MUTATIONS", "80"), os.environ.get("DBMPI_TEST_SEED", "1")
     ended = run_python(
-        "from unit.sharded_mutations import main\nmain(Path(sys.argv[1]), int(sys.argv[2]), 1)", tmp_path, count
+        "from unit.sharded_mutations import main\nmain(Path(sys.argv[1]), *map(int, sys.argv[2:4]), sys.argv[4])",
+        *(tmp_path, count, seed, compression),
     )
     assert ended.returncode == 0, ended.stderr
     assert int(ended.stdout) > int(count) // 2  # else nothing was changed

@@ -57,7 +57,6 @@ def write_shard(
     check: Callable[[str, np.ndarray], None],
     moved: Callable[[], None] = lambda: None,
     compression: str = "none",
-    failure: Callable[[str, bool], Exception] = lambda text, _: DiskFailed(text),
 ) -> ShardFacts:
     """Write the file of a shard.
 
@@ -75,15 +74,13 @@ def write_shard(
         Called just before the file gets its name; raises where it is not to get it.
     compression
         ``"none"`` or ``"zstd"``.
-    failure
-        See :class:`dbmpi.checkpoint.new_file.NewFile`.
 
     Raises
     ------
     DiskFailed
         If the disk is full or fails; no file is left behind then, as after every exception.
     """
-    with NewFile(path, ARRAYS, with_checksums=True, failure=failure) as file:
+    with NewFile(path, ARRAYS, with_checksums=True, failure=lambda text, _: DiskFailed(text)) as file:
         file.set_attribute("format", schema.SHARD_FORMAT)
         file.set_attribute("format_version", schema.FORMAT_VERSION)
         for name, vector in vectors.items():

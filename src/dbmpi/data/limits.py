@@ -52,7 +52,6 @@ def check_activations(
     partitions: int = 1,
     workers: int = 1,
     learning: bool = True,
-    memory: int | None = None,
 ) -> None:
     """Refuse batches whose activations alone do not fit the memory.
 
@@ -68,15 +67,13 @@ def check_activations(
         How many ranks compute one batch together, and how many ranks compute on this host.
     learning
         Whether there are gradients of activations, too.
-    memory
-        Bytes that are available; by default those on this host.
 
     Raises
     ------
     UserError
         Says how much is needed and how much there is.
     """
-    memory = capacity.available() if memory is None else memory
+    memory = capacity.available()
     # Of the gradients there are two at a time, of a layer's outputs and of its inputs.
     each = _BYTES * (sum(sizes) + (2 * max(sizes) if learning else 0)) * workers / partitions
     if each * samples > memory:
@@ -88,7 +85,7 @@ def check_activations(
         )
 
 
-def check_history(pairs: int, iterations: int, elements: int, shards: int, memory: int | None = None) -> None:
+def check_history(pairs: int, iterations: int, elements: int, shards: int) -> None:
     """Refuse a history of L-BFGS that would not fit the memory when it is full.
 
     Parameters
@@ -99,10 +96,8 @@ def check_history(pairs: int, iterations: int, elements: int, shards: int, memor
         That the epochs leave time for, at most.
     elements, shards
         Of a shard's part of the parameters, and shards on this host.
-    memory
-        Bytes that are available; by default those on this host.
     """
-    memory = capacity.available() if memory is None else memory
+    memory = capacity.available()
     each = 2 * elements * shards * _BYTES
     if min(pairs, iterations) * each > memory:
         raise UserError(
@@ -112,7 +107,7 @@ def check_history(pairs: int, iterations: int, elements: int, shards: int, memor
         )
 
 
-def check_resident(nbytes: int, workers: int, memory: int | None = None) -> None:
+def check_resident(nbytes: int, workers: int) -> None:
     """Refuse to read data into memory that does not hold them.
 
     Parameters
@@ -121,10 +116,8 @@ def check_resident(nbytes: int, workers: int, memory: int | None = None) -> None
         That each worker keeps.
     workers
         On this host.
-    memory
-        Bytes that are available; by default those on this host.
     """
-    memory = capacity.available() if memory is None else memory
+    memory = capacity.available()
     if nbytes * workers > memory:
         copies = f" in each of {workers} workers" if workers > 1 else ""
         raise UserError(

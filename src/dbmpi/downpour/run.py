@@ -17,7 +17,6 @@ from dbmpi.checkpoint.named_arrays import Fill
 from dbmpi.checkpoint.restore import restore
 from dbmpi.checkpoint.retention import kept
 from dbmpi.checkpoint.saver import ShardSaver
-from dbmpi.checkpoint.schema import CheckpointInfo, library_versions
 from dbmpi.data.deal import first_share
 from dbmpi.downpour.algorithm import downpour
 from dbmpi.downpour.checkpoints import CheckpointPlan
@@ -149,29 +148,16 @@ def _saver(session: Session, arrangement: Arrangement, number: int) -> ShardSave
 
 def _lead(session: Session, role: ShardRole, saver: LeadSaver, progress: RunProgress) -> Lead:
     """Return the lead of the run."""
-    run, plan, data = session.run, session.plan, session.data
-    info = partial(
-        CheckpointInfo,
-        configuration=run.to_json(),
-        shards=plan.shards,
-        replicas=plan.replicas,
-        partitions=plan.partitions,
-        input_shape=data.input_shape,
-        classes=data.classes,
-        meaning=data.meaning,
-        libraries=library_versions(MPI.Get_library_version()),
-        begun=role.server.begun,
-    )
     checkpoints = CheckpointPlan(
-        section=run.checkpoint,
+        section=session.run.checkpoint,
         saver=saver,
-        info=info,
+        info=partial(session.checkpoint_info(), begun=role.server.begun),
         state=session.objective_state,
         account=session.account(),
     )
     return Lead(
         role,
-        plan,
+        session.plan,
         session.begin,
         session.order,
         progress,
@@ -179,7 +165,7 @@ def _lead(session: Session, role: ShardRole, saver: LeadSaver, progress: RunProg
         session.callbacks,
         session.watch,
         session.metrics,
-        tested=data.tested,
+        tested=session.data.tested,
     )
 
 

@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import json
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from dbmpi.errors import UserError
 from dbmpi.loops.arrays import difference
 from dbmpi.mpi import waiting
 from dbmpi.mpi.topology import Plan
-from dbmpi.mpi.world import start, together
+from dbmpi.mpi.world import together
 
 if TYPE_CHECKING:
     from mpi4py import MPI
-
-
-@cache
-def everybody() -> MPI.Intracomm:
-    """Start MPI, and return a communicator of all ranks."""
-    return start()
 
 
 def planned(ranks: int, shards: Any, colocate: bool) -> Plan:

@@ -21,12 +21,12 @@ from dbmpi.errors import KnownToAll, RunFailed, UserError
 from dbmpi.index.layout import Layout, Stretch
 from dbmpi.loops import arrays as named
 from dbmpi.loops import choice
-from dbmpi.loops.agreement import agree, everybody, planned
+from dbmpi.loops.agreement import agree, planned
 from dbmpi.loops.connection import Connection
 from dbmpi.loops.service import Service
 from dbmpi.mpi import blocking
 from dbmpi.mpi.silent_ends import aloud
-from dbmpi.mpi.world import aborting, end_all_on_failure, report_and_abort, together
+from dbmpi.mpi.world import aborting, end_all_on_failure, everybody, report_and_abort, together
 from dbmpi.paramserver.clip import Clip
 
 if TYPE_CHECKING:

@@ -15,11 +15,11 @@ from dbmpi.errors import KnownToAll, RunFailed, ToldElsewhere, UserError
 from dbmpi.index.layout import Layout, Tensor
 from dbmpi.kernels.announce import stderr_line
 from dbmpi.loops import choice
-from dbmpi.loops.agreement import agree, everybody, planned
+from dbmpi.loops.agreement import agree, planned
 from dbmpi.loops.connection import ADVICE, Connection
 from dbmpi.mpi import blocking, waiting
 from dbmpi.mpi.failures import Watch
-from dbmpi.mpi.world import aborting, end_all_on_failure, together
+from dbmpi.mpi.world import aborting, end_all_on_failure, everybody, together
 
 if TYPE_CHECKING:
     from mpi4py import MPI

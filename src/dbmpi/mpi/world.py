@@ -16,6 +16,7 @@ import time
 import traceback
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING, NoReturn
@@ -95,6 +96,12 @@ def adopt(comm: MPI.Intracomm) -> MPI.Intracomm:
     global _job  # noqa: PLW0603 - a process belongs to one job
     _job = comm
     return comm
+
+
+@cache
+def everybody() -> MPI.Intracomm:
+    """Start MPI (see :func:`start`) in the first call, and return the communicator of this call in all later ones."""
+    return start()
 
 
 def _wait_for_all_ranks_to_start_mpi() -> ModuleType:

@@ -6,12 +6,9 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from mpi4py import MPI
-
 from dbmpi.checkpoint.amendment import amend
 from dbmpi.checkpoint.attempts import Attempts
 from dbmpi.checkpoint.lead_saver import LeadSaver
-from dbmpi.checkpoint.schema import CheckpointInfo, library_versions
 from dbmpi.errors import DiskFailed
 from dbmpi.methods.descent import POINT, Progress
 from dbmpi.methods.lbfgs import History
@@ -170,27 +167,18 @@ class Keeper:
 
     def _begin(self, steps: int, samples: int, *, last: bool) -> None:
         """Let all shards take their vectors."""
-        session, state = self._session, self._state
-        run, plan, data, begin = session.run, session.plan, session.data, session.begin
+        session, state, begin = self._session, self._state, self._session.begin
         objective_state = session.objective_state  # the same on all ranks: nothing changes it
         names = (POINT, *self._carried, *(state.vectors if state is not None else ()))
         describe = partial(
-            CheckpointInfo,
-            configuration=run.to_json(),
+            session.checkpoint_info(),
             step=begin.step + steps,
             samples=begin.samples + samples,
-            shards=plan.shards,
-            replicas=plan.replicas,
-            partitions=plan.partitions,
-            input_shape=data.input_shape,
-            classes=data.classes,
-            meaning=data.meaning,
             frontier=begin.after(steps),
             total=begin.stream.total,
             holes=begin.stream.holes,
             begun=begin.begun,
             method="" if state is None else state.model_dump_json(),
-            libraries=library_versions(MPI.Get_library_version()),
             **self.account.fields(),
         )
         self._last, self._counts, self._problem = last, (steps, samples), None

@@ -73,7 +73,6 @@ class ShardSpace(LocalSpace):
         self.saver: ShardSaver | None = None
         self.ended = False
         self.whole = True
-        self.accrued_bytes = 0
         self._missed = 0
 
     def accrue(self, name: str, replica: int, bundle: int) -> None:
@@ -148,7 +147,6 @@ class ShardSpace(LocalSpace):
                 part = np.empty(length, np.float32)
                 self._window.get(rank, offset, part)
             updates.add(target[start : start + length], part)
-            self.accrued_bytes += part.nbytes
         if source.pieces:
             self._window.store(rank, bundles.taken(self._others.rank, bundle), bundle + 1)
 

@@ -12,10 +12,9 @@ import numpy as np
 import torch
 
 from dbmpi.errors import UserError
-from dbmpi.loops.agreement import everybody
 from dbmpi.loops.parameter_server import ParameterServer
 from dbmpi.loops.service import Service
-from dbmpi.mpi.world import aborting
+from dbmpi.mpi.world import aborting, everybody
 from dbmpi.torch import process
 from dbmpi.torch.apart import check_apart
 from dbmpi.torch.gradients import Gradient
