@@ -31,9 +31,9 @@ from dbmpi.monitor.measures import Rate
 from dbmpi.monitor.progress import RunProgress
 from dbmpi.monitor.records import EvaluationReport, StalenessHistogram
 from dbmpi.monitor.verdict import Recent
-from dbmpi.mpi.failures import Watch
 from dbmpi.mpi.mailbox import Message, MessageKind, number
 from dbmpi.mpi.topology import Plan
+from dbmpi.mpi.watch import Watch
 from dbmpi.objective import Outcome
 from dbmpi.paramserver import bottleneck
 from dbmpi.paramserver.server import PushProgress, Tally

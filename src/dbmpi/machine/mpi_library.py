@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -54,6 +55,12 @@ class Mpi:
     def is_open_mpi(self) -> bool:
         """Whether options and signals are Open MPI's; hydra's otherwise."""
         return protocol(self.version) == "openmpi"
+
+    @property
+    def has_fault_tolerance(self) -> bool:
+        """Whether its ranks can outlive each other: ``mpirun --with-ft ulfm``, since Open MPI 5."""
+        release = re.search(r"v(\d+)", self.version)
+        return self.is_open_mpi and release is not None and int(release[1]) >= 5
 
 
 def find_mpi(mpirun: str | None = None) -> Mpi:

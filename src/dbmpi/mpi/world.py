@@ -16,15 +16,16 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 
-from dbmpi.errors import DIED, EndedByDeath, KnownToAll, RunFailed, ToldElsewhere, UserError
+from dbmpi.errors import DIED, EndedByDeath, EndedElsewhere, KnownToAll, RunFailed, ToldElsewhere, UserError
 from dbmpi.machine import capacity, endings, mpi_library, signals, streams
-from dbmpi.mpi import blocking, failures, silent_ends, waiting
+from dbmpi.mpi import blocking, common_end, failures, silent_ends, waiting
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -35,7 +36,7 @@ _exit = os._exit
 _FOR_THE_LAUNCHER = 0.2
 """Seconds that the launcher is given to read a last message."""
 _FOR_THE_FIRST = 0.5
-"""Seconds that the first rank is given to end the job, if it was interrupted as well."""
+"""Seconds that the rank with a message is given before another one ends."""
 
 
 _ALL_RANKS = (
@@ -76,10 +77,10 @@ def start() -> MPI.Intracomm:
     check_world(MPI.COMM_WORLD.size)
     if MPI.COMM_WORLD.rank == 0 and (note := os.environ.get(endings.UNFINISHED)):
         _leave_until_the_end(Path(note))
-    end_all_on_failure()
+    end_all_on_failure(MPI.COMM_WORLD)
     comm = blocking.duplicate(MPI.COMM_WORLD, _ALL_RANKS)
     if failures.tolerated():
-        atexit.register(_end, comm)
+        atexit.register(aborting(partial(_end, comm)))
     return comm
 
 
@@ -99,9 +100,10 @@ def _wait_for_all_ranks_to_start_mpi() -> ModuleType:
     return MPI
 
 
-def end_all_on_failure() -> None:
-    """Let an uncaught exception end all ranks, which may wait for this one inside MPI."""
+def end_all_on_failure(comm: MPI.Intracomm) -> None:
+    """Let an uncaught exception end all ranks of `comm`, which may wait for this one inside MPI (collective)."""
     sys.excepthook = _abort_hook
+    common_end.JOB.join(comm, _ALL_RANKS)
 
 
 def _leave_until_the_end(note: Path) -> None:
@@ -119,6 +121,8 @@ def ranks() -> Iterator[MPI.Intracomm]:
     except UserError:
         raise
     except Exception as error:
+        if "mpi4py.MPI" not in sys.modules:
+            raise  # nor does any other rank get further
         report_and_abort(error)
     try:
         with silent_ends.aloud(comm):
@@ -144,6 +148,9 @@ def report_and_abort(error: BaseException) -> NoReturn:
             text = f"dbmpi: rank {rank} was interrupted (KeyboardInterrupt) and ends the job\n"
             # A Ctrl-C may have reached all ranks: one of them reports it.
             time.sleep(_FOR_THE_FIRST if rank else 0.0)
+    elif isinstance(error, EndedElsewhere):
+        code = error.code
+        time.sleep(_FOR_THE_FIRST)  # that rank has something to print, and some launchers end all when one ends
     elif isinstance(error, UserError):
         text, code = f"dbmpi: {error}\n", 2
     elif failures.reports_death(error):
@@ -161,17 +168,16 @@ def report_and_abort(error: BaseException) -> NoReturn:
         whose = f"rank {rank} failed and ends the job" if size > 1 else "failed"
         text = f"dbmpi: {whose}:\n{''.join(traceback.format_exception(error))}"
     if text:
-        endings.note_message()
+        endings.note_message(code)
     with suppress(OSError):  # the reader of our output may be gone
         sys.stdout.flush()
         sys.stderr.write(text)
         sys.stderr.flush()
     if size == 1:
         raise SystemExit(code)
-    # MPICH's launcher passes on a rank's output with a delay, and drops the rest at an abort.
-    time.sleep(_FOR_THE_LAUNCHER)
-    # Where a rank has died already, Open MPI's Abort ends no other rank; they notice that this one is gone, too.
-    if not failures.dead(MPI.COMM_WORLD):
+    if not (isinstance(error, EndedElsewhere) or common_end.JOB.announce(code)):
+        # MPICH's launcher passes on a rank's output with a delay, and drops the rest at an abort.
+        time.sleep(_FOR_THE_LAUNCHER)
         MPI.COMM_WORLD.Abort(code)
     _exit(code)  # MPICH's Abort may return before the launcher has killed this rank
 
@@ -205,7 +211,7 @@ def abort_from_thread(error: Exception) -> NoReturn:
 
     if MPI.Query_thread() == MPI.THREAD_MULTIPLE and MPI.COMM_WORLD.size > 1:
         report_and_abort(error)
-    endings.note_message()
+    endings.note_message(1)
     with suppress(OSError):
         sys.stderr.write(f"dbmpi: {error}\n")
         sys.stderr.flush()
@@ -222,11 +228,13 @@ def _end(comm: MPI.Intracomm) -> None:
 
     if MPI.Is_finalized():
         return
+    sys.stdout.flush()
+    with failures.survived():
+        waiting.complete(comm.Ibarrier(), "the other ranks to end", seconds=waiting.LONG_SECONDS)
     if not failures.dead(comm):
         MPI.Finalize()
-        return
-    sys.stdout.flush()
-    failures.depart(comm)
+    else:
+        failures.depart(comm)
 
 
 def _abort_hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

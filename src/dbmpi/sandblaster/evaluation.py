@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     import numpy as np
 
     from dbmpi.machine.signals import StopSignal
-    from dbmpi.mpi.failures import Watch
     from dbmpi.mpi.mailbox import Mailbox
+    from dbmpi.mpi.watch import Watch
     from dbmpi.sandblaster.passes import Passes
     from dbmpi.sandblaster.shard import Shards
 
