@@ -388,14 +388,14 @@ def test_a_signal_leaves_the_ranks_time_for_a_checkpoint(started: Launched, numb
 
 @pytest.mark.parametrize("started", [60.0], indirect=True)
 @pytest.mark.slow
-def test_a_second_ctrl_c_ends_at_once(started: Launched) -> None:
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGUSR2])
+def test_a_second_signal_ends_at_once(started: Launched, second: signal.Signals) -> None:
     started.program.signal(signal.SIGINT)
-    time.sleep(0.5)
+    time.sleep(0.2)
+    started.program.signal(signal.SIGTERM)  # together with the first: changes nothing
+    time.sleep(1.2)
     assert started.program.returncode is None, started.said()
-    started.program.signal(signal.SIGTERM)  # asks again, politely: changes nothing
-    time.sleep(0.5)
-    assert started.program.returncode is None, started.said()
-    started.program.signal(signal.SIGINT)
+    started.program.signal(second)
     assert started.wait(20) == 128 + signal.SIGINT
     assert started.done() == [False, False]
     assert started.program.wait_until(lambda: not started.program.processes(), 10 * timeout_scale()), (

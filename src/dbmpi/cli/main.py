@@ -11,6 +11,7 @@ import argparse
 import errno
 import importlib
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from typing import NoReturn
 
 import dbmpi
 from dbmpi.errors import RunFailed, ToldElsewhere, UserError, suggestion
-from dbmpi.machine import early, endings, streams
+from dbmpi.machine import early, endings, signals, streams
 
 COMMANDS = ("train", "launch", "evaluate", "predict", "inspect", "export", "plot", "bench", "data", "example", "doctor")
 COMPUTING = ("train", "evaluate", "predict", "bench")
@@ -58,8 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         _say(RunFailed(capacity.explain(error)))
         return 1
-    except KeyboardInterrupt:
-        return 130
+    except KeyboardInterrupt as error:
+        return 128 + (error.number if isinstance(error, signals.SecondSignal) else signal.SIGINT)
     except OSError as error:
         if error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EDQUOT):
             raise

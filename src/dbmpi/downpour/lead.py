@@ -161,6 +161,7 @@ class Lead(Shard):
         elif kind == MessageKind.WARM:
             self._replicas.release()
         elif kind == MessageKind.STOP_ASKED:
+            self._role.stop.hear(values[0])
             self.stopped_by = self.stopped_by or values[0]
             self._end_early(signal.Signals(values[0]).name if values[0] else "a callback has asked for the end")
         elif kind == MessageKind.EVALUATION:

@@ -41,7 +41,7 @@ from dbmpi.machine import banners, mpi_library, processes, threads
 from dbmpi.machine.endings import UNFINISHED, chooses_fault_tolerance, documented, explained, read_note
 from dbmpi.machine.mpi_library import Mpi
 from dbmpi.machine.rank_variables import launched
-from dbmpi.machine.signals import HEEDED
+from dbmpi.machine.signals import HEEDED, SAME_WISH
 
 STOP = signal.SIGUSR2
 """What Open MPI's mpirun passes on to the ranks, which heed it as all of `signals.HEEDED`."""
@@ -156,7 +156,7 @@ class Ending:
 def run(mpi: Mpi, command: LaunchCommand) -> Ending:
     """Run a command that :func:`compose` made until it ends.
 
-    The signals of `signals.HEEDED` ask the ranks to end with a checkpoint; a Ctrl-C after that ends them at once.
+    The signals of `signals.HEEDED` ask the ranks to end with a checkpoint; one that comes later ends them at once.
     Those that are ignored already, as SIGHUP is under nohup, stay ignored.
 
     Parameters
@@ -209,13 +209,14 @@ def run(mpi: Mpi, command: LaunchCommand) -> Ending:
 
 
 class _Relay:
-    """Passes on signals to the launcher: the first asks the ranks to end, and a Ctrl-C after that ends them at once."""
+    """Passes on signals to the launcher: the first asks the ranks to end, and a later one ends them at once."""
 
     def __init__(self, mpi: Mpi) -> None:
         self.kill = signal.SIGTERM if mpi.is_open_mpi else signal.SIGKILL
         self.asked: list[int] = []
         self._end = STOP if mpi.is_open_mpi else signal.SIGTERM
         self._killed = self._sent = False
+        self._since = 0.0
         self._child: subprocess.Popen[bytes] | None = None
         self._before: dict[int, Any] = {}
 
@@ -245,11 +246,15 @@ class _Relay:
     def _heed(self, number: int, frame: FrameType | None) -> None:
         self.asked.append(number)
         first = len(self.asked) == 1
-        self._killed = self._killed or (number == signal.SIGINT and not first)
+        if first:
+            self._since = time.monotonic()
+        self._killed = self._killed or time.monotonic() - self._since > SAME_WISH
         self._send()
         if first:
             with suppress(OSError):  # nobody may be there to read it
-                os.write(2, b"dbmpi launch: asked the ranks to end with a checkpoint; Ctrl-C ends them at once\n")
+                os.write(
+                    2, b"dbmpi launch: asked the ranks to end with a checkpoint; a second signal ends them at once\n"
+                )
 
     def _send(self) -> None:
         """Ask the launcher once to end its ranks; end them whenever that is asked for."""

@@ -72,13 +72,12 @@ def start() -> MPI.Intracomm:
         raise UserError(mpi_library.explain(str(error))) from None
     from dbmpi.machine.launcher import check_world
 
-    if MPI.COMM_WORLD.size == 1:
-        mpi_library.remove_segments(os.environ)
     check_world(MPI.COMM_WORLD.size)
     if MPI.COMM_WORLD.rank == 0 and (note := os.environ.get(endings.UNFINISHED)):
         _leave_until_the_end(Path(note))
     end_all_on_failure(MPI.COMM_WORLD)
     comm = blocking.duplicate(MPI.COMM_WORLD, _ALL_RANKS)
+    mpi_library.remove_segments(os.environ)
     if failures.tolerated():
         atexit.register(aborting(partial(_end, comm)))
     return comm
@@ -143,9 +142,9 @@ def report_and_abort(error: BaseException) -> NoReturn:
     rank, size = MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size
     text, code = "", 1
     if isinstance(error, KeyboardInterrupt):
-        code = 128 + signal.SIGINT
+        code = 128 + (error.number if isinstance(error, signals.SecondSignal) else signal.SIGINT)
         if size > 1:
-            text = f"dbmpi: rank {rank} was interrupted (KeyboardInterrupt) and ends the job\n"
+            text = f"dbmpi: rank {rank} was interrupted ({signal.Signals(code - 128).name}) and ends the job\n"
             # A Ctrl-C may have reached all ranks: one of them reports it.
             time.sleep(_FOR_THE_FIRST if rank else 0.0)
     elif isinstance(error, EndedElsewhere):
