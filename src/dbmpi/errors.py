@@ -41,7 +41,13 @@ class EndedByDeath(RunFailed):
 
 
 class EndedElsewhere(RunFailed):
-    """The end of a job that another rank has announced, which has said why."""
+    """The end of a job that another rank has announced, which has said why.
+
+    Parameters
+    ----------
+    code
+        The exit code of all ranks.
+    """
 
     def __init__(self, code: int) -> None:
         super().__init__(f"another rank has ended the job with exit code {code}")

@@ -459,6 +459,8 @@ def test_doctor_finds_this_environment_in_order() -> None:
     assert done.returncode == 0, answer
     assert by_name["two ranks"]["status"] == "ok", answer
     assert by_name["MPI"]["found"].startswith("mpi4py ")
+    survived = "a training goes on" in by_name["a death"]["found"]
+    assert (survived, by_name["a death"]["status"]) == (find_mpi().has_fault_tolerance, "ok")
 
 
 @pytest.mark.slow

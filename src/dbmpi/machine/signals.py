@@ -27,7 +27,7 @@ SAME_WISH = 1.0
 class SecondSignal(KeyboardInterrupt):
     """The end that is wanted at once, without a checkpoint.
 
-    Attributes
+    Parameters
     ----------
     number
         Of the signal.

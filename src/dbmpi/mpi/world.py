@@ -228,8 +228,9 @@ def _end(comm: MPI.Intracomm) -> None:
     if MPI.Is_finalized():
         return
     sys.stdout.flush()
-    with failures.survived():
-        waiting.complete(comm.Ibarrier(), "the other ranks to end", seconds=waiting.LONG_SECONDS)
+    if not failures.dead(comm):
+        with failures.survived():  # another rank may fail meanwhile, which a wait notices, and MPI's end does not
+            waiting.complete(comm.Ibarrier(), "the other ranks to end", seconds=waiting.LONG_SECONDS)
     if not failures.dead(comm):
         MPI.Finalize()
     else:
