@@ -174,7 +174,7 @@ def minimize(
     'the gradient is as small as gtol'
     """
     if comm is not None and comm.size > 1:
-        end_all_on_failure()
+        end_all_on_failure(comm)
     own = blocking.duplicate(everybody() if comm is None else comm, "all ranks of the communicator to call minimize")
     try:
         chosen = (parameters, method, memory, line_search, l1, l2, gtol, ftol, iterations, evaluations)

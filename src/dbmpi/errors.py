@@ -40,6 +40,20 @@ class EndedByDeath(RunFailed):
     """A run that cannot continue because a rank has died (exit code 75)."""
 
 
+class EndedElsewhere(RunFailed):
+    """The end of a job that another rank has announced, which has said why.
+
+    Parameters
+    ----------
+    code
+        The exit code of all ranks.
+    """
+
+    def __init__(self, code: int) -> None:
+        super().__init__(f"another rank has ended the job with exit code {code}")
+        self.code = code
+
+
 def suggestion(word: str, known: Iterable[str], otherwise: str | None = None) -> str:
     """Return the hint for an unknown word: the known one that it resembles, or all that are known.
 

@@ -28,9 +28,10 @@ from dbmpi.monitor.progress import RunProgress
 from dbmpi.monitor.records import Recorder
 from dbmpi.monitor.worker_log import WorkerLog
 from dbmpi.mpi import blocking, failures, pieces, waiting
-from dbmpi.mpi.failures import RankLost, Watch
+from dbmpi.mpi.failures import RankLost
 from dbmpi.mpi.tags import Tag
 from dbmpi.mpi.topology import Communicators, Plan
+from dbmpi.mpi.watch import Watch
 from dbmpi.network.description import Network
 from dbmpi.objective import Outcome
 from dbmpi.paramserver.rules import rule

@@ -66,6 +66,7 @@ def learn(
     directory = place / ("run" if spread else "run-on-one")
     overrides = [f"run.directory={directory}", "monitor.evaluate_epochs=0", *settings]
     arguments = [f"--mpi-args={shlex.join(options)}"] if spread else []
+    arguments += ["--no-fault-tolerance"] if "server.transport=rma" in settings else []
     command = [sys.executable, "-m", "dbmpi", "launch", "-n", "3", *arguments, "--"]
     command += ["train", str(place / "train.toml"), *(word for text in overrides for word in ("--set", text))]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,15 +81,16 @@ class Jobs:
         env: dict[str, str] | None = None,
         launcher: int | None = None,
         options: str = "",
+        own: Sequence[str] = (),
     ) -> Program:
         """Start a run on `n` ranks, with ``section.key=value`` settings.
 
         `launcher` is the number of ranks that ``dbmpi launch`` is to start, in place of the harness's mpirun, with
-        further `options` for its mpirun.
+        further `options` for its mpirun, and options of its `own`.
         """
-        own = [] if launcher is None else ["launch", "-n", str(launcher), f"--mpi-args={options}", "--"]
+        launch = [] if launcher is None else ["launch", "-n", str(launcher), f"--mpi-args={options}", *own, "--"]
         words = [word for setting in settings for word in ("--set", setting)]
-        argv = [sys.executable, "-m", "dbmpi", *own, "train", "config.toml", *words]
+        argv = [sys.executable, "-m", "dbmpi", *launch, "train", "config.toml", *words]
         return self.launch.start(n, argv, env=env, cwd=self.directory)
 
     def finish(self, program: Program, timeout: float = 40.0) -> Completed:

@@ -12,7 +12,8 @@ import h5py
 import numpy as np
 import pytest
 from failure.jobs import FOR_EVER, SECONDS, Jobs, messages
-from harness.environment import timeout_scale
+from failure.survival import FAULT_TOLERANCE
+from harness.environment import command, mpi_environment, timeout_scale
 from harness.launching import Completed
 from parallel import tiny
 
@@ -151,38 +152,83 @@ sys.exit(main(sys.argv[command:]))
 
 
 def sabotaged(
-    jobs: Jobs, kind: str, rank: int, target: str, *settings: str, env: dict[str, str] | None = None, also: str = ""
+    jobs: Jobs,
+    kind: str,
+    rank: int,
+    target: str,
+    *settings: str,
+    env: dict[str, str] | None = None,
+    also: str = "",
+    options: str = "",
 ) -> Completed:
     """Run to the end with three ranks, one of which raises, or halts, at its n-th call of a method.
 
-    `also` is another one: kind, rank and target.
+    `also` is another one: kind, rank and target; `options` are further ones of the launcher.
     """
     (jobs.directory / "sabotage.py").write_text(SABOTAGE)
     words = [word for setting in settings for word in ("--set", setting)]
     ways = [kind, str(rank), *target.split(), *also.split()]
     argv = [sys.executable, "sabotage.py", *ways, "train", "config.toml", *words]
-    return jobs.finish(jobs.launch.start(3, argv, env, jobs.directory))
+    launch = command(3, argv)
+    launch[1:1] = options.split()
+    return jobs.finish(jobs.launch.start(None, launch, mpi_environment() | (env or {}), jobs.directory))
 
 
+@pytest.mark.parametrize("options", ["", FAULT_TOLERANCE], ids=["", "ulfm"])
 @pytest.mark.parametrize(
     ("rank", "target", "epochs"),
     [
-        (2, "dbmpi.data.source Source load 0", ALWAYS),
-        (0, "dbmpi.downpour.lead Lead __init__ 0", ALWAYS),
         (2, "dbmpi.downpour.worker Worker load 10", ALWAYS),
+        (2, "dbmpi.data.source Source load 0", ALWAYS),
+        (1, "dbmpi.mpi.topology Communicators __init__ 0", ALWAYS),
+        (0, "dbmpi.downpour.lead Lead __init__ 0", ALWAYS),
         (0, "dbmpi.checkpoint.writer CheckpointWriter commit 1", ALWAYS),
         (1, "dbmpi.downpour.worker Worker evaluate 0", "optimizer.epochs=2"),
+        (0, "dbmpi.session Session conclude 0", "optimizer.epochs=1"),
     ],
-    ids=["opening data", "preparing shards", "a step", "a checkpoint", "the last evaluation"],
+    ids=["a step", "opening data", "topology", "preparing shards", "a checkpoint", "the last evaluation", "the end"],
 )
 def test_an_exception_of_one_rank_ends_the_job_with_its_traceback(
-    jobs: Jobs, rank: int, target: str, epochs: str
+    jobs: Jobs, request: pytest.FixtureRequest, rank: int, target: str, epochs: str, options: str
 ) -> None:
     """Wherever it happens: the other ranks wait at another place for ever, were they not told."""
-    done = sabotaged(jobs, "raise", rank, target, "checkpoint.every_seconds=0.01", epochs)
+    if options:
+        request.getfixturevalue("needs_fault_tolerance")
+    done = sabotaged(jobs, "raise", rank, target, "checkpoint.every_seconds=0.01", epochs, options=options)
     assert_failed(done, f"rank {rank} failed and ends the job:")
     assert done.output.count("Traceback (most recent call last)") == 1, done.transcript
     assert "ZeroDivisionError: sabotage" in done.stderr
+
+
+BROKEN_IMPORT = """
+import os, sys
+
+
+class Broken:
+    def find_spec(self, name, path=None, target=None):
+        if name == "MODULE":
+            raise ZeroDivisionError("sabotage")
+
+
+if os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK")) == "1":
+    sys.meta_path.insert(0, Broken())
+"""
+
+
+@pytest.mark.parametrize("options", ["", FAULT_TOLERANCE], ids=["", "ulfm"])
+@pytest.mark.parametrize("module", ["mpi4py", "dbmpi.runs.training"])
+def test_an_import_that_fails_on_one_rank_ends_the_job(
+    jobs: Jobs, request: pytest.FixtureRequest, module: str, options: str
+) -> None:
+    """Before MPI starts, where the other ranks wait inside of it, and after."""
+    if options:
+        request.getfixturevalue("needs_fault_tolerance")
+    (jobs.directory / "sitecustomize.py").write_text(BROKEN_IMPORT.replace("MODULE", module))
+    done = jobs.finish(jobs.start(None, launcher=3, options=options, env={"PYTHONPATH": str(jobs.directory)}))
+    assert done.returncode == 1, done.transcript
+    assert done.seconds < 10 * timeout_scale(), done.transcript
+    assert done.output.count("Traceback (most recent call last)") == 1, done.transcript
+    assert "ZeroDivisionError: sabotage" in done.stderr, done.transcript
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import time
 
 import pytest
 from failure.jobs import FOR_EVER, SECONDS, Jobs
+from failure.survival import killing
 from harness.environment import is_open_mpi, launcher, timeout_scale
 from harness.launching import Completed
 
@@ -94,18 +95,31 @@ def test_a_signal_to_the_launcher_ends_the_run_and_leaves_a_checkpoint(jobs: Job
         jobs.assert_resumes()
 
 
-def test_a_second_interrupt_ends_the_job_at_once(jobs: Jobs) -> None:
-    """Also where the end cannot come in peace, because another rank stands still."""
+@pytest.mark.parametrize(
+    ("rank", "first", "second"),
+    [
+        (0, signal.SIGINT, signal.SIGINT),
+        (0, signal.SIGUSR2, signal.SIGUSR2),
+        (1, signal.SIGTERM, signal.SIGINT),
+        (1, signal.SIGUSR1, signal.SIGUSR2),
+    ],
+    ids=lambda value: value.name if isinstance(value, signal.Signals) else f"rank {value}",
+)
+def test_a_second_signal_ends_the_job_at_once(
+    jobs: Jobs, rank: int, first: signal.Signals, second: signal.Signals
+) -> None:
+    """Also where the end cannot come in peace, because another rank stands still; the first may be another rank's."""
     program = jobs.start(3, ALWAYS)
     jobs.wait_until_all_learn(program, 2)
     ranks = program.ranks()
     program.send([ranks[2]], signal.SIGSTOP)
-    program.send([ranks[0]], signal.SIGINT)
-    jobs.wait_for_output(program, "SIGINT: the run ends")
+    program.send([ranks[rank]], first)
+    jobs.wait_for_output(program, f"{first.name}: the run ends")
+    time.sleep(1.1)
     since = time.monotonic()
-    program.send([ranks[0]], signal.SIGINT)
+    program.send([ranks[0]], second)
     done = jobs.finish(program)
-    assert done.returncode == 130, done.transcript
+    assert done.returncode == 128 + second, done.transcript
     assert "Traceback" not in done.output, done.transcript
     assert time.monotonic() - since < SECONDS * timeout_scale()
 
@@ -114,24 +128,21 @@ def test_a_second_interrupt_ends_the_job_at_once(jobs: Jobs) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rank", "number", "options"),
+    ("rank", "number", "own"),
     [
-        (0, signal.SIGKILL, ""),
-        (1, signal.SIGKILL, ""),
-        (2, signal.SIGSEGV, ""),
-        (1, signal.SIGABRT, ""),
-        (0, signal.SIGKILL, "--with-ft ulfm"),
-        (1, signal.SIGKILL, "--with-ft ulfm"),
+        (0, signal.SIGKILL, []),
+        (1, signal.SIGKILL, ["--no-fault-tolerance"]),
+        (2, signal.SIGSEGV, ["--no-fault-tolerance"]),
+        (1, signal.SIGABRT, ["--no-fault-tolerance"]),
+        (0, signal.SIGKILL, ["--no-fault-tolerance"]),
     ],
     ids=lambda value: value.name if isinstance(value, signal.Signals) else str(value),
 )
 def test_launch_says_how_a_run_goes_on_that_a_death_has_ended(
-    jobs: Jobs, rank: int, number: signal.Signals, options: str
+    jobs: Jobs, rank: int, number: signal.Signals, own: list[str]
 ) -> None:
     """One exit code, and a command that can be pasted: under any MPI, with its fault tolerance and without."""
-    if options and not is_open_mpi():
-        pytest.skip("Open MPI's option")
-    program = jobs.start(None, ALWAYS, "checkpoint.every_seconds=0.2", launcher=3, options=options)
+    program = jobs.start(None, ALWAYS, "checkpoint.every_seconds=0.2", launcher=3, own=own)
     jobs.wait_until_all_learn(program, 2)
     jobs.wait_for_checkpoint(program)
     since = time.monotonic()
@@ -154,16 +165,49 @@ def test_launch_says_how_a_run_goes_on_that_a_death_has_ended(
     assert jobs.finish(again).returncode == 128 + signal.SIGTERM
 
 
+@pytest.mark.parametrize("own", [[], ["--no-fault-tolerance"]], ids=["", "none"])
+def test_a_run_is_started_again_after_a_death(jobs: Jobs, own: list[str]) -> None:
+    """From the newest checkpoint; but not after an end that was asked for."""
+    settings = (ALWAYS, "checkpoint.every_seconds=0.2")
+    program = jobs.start(None, *settings, launcher=3, own=["--restarts=2", *own])
+    jobs.wait_until_all_learn(program, 2)
+    jobs.wait_for_checkpoint(program)
+    killed = time.monotonic()
+    program.signal(signal.SIGKILL, 0)
+    jobs.wait_for_output(program, "going on after")
+    assert time.monotonic() - killed < 10 * timeout_scale()
+    assert program.stderr.count("it goes on from run/checkpoints/step-") == 1
+    jobs.wait_until_all_learn(program, 2)
+    program.signal(signal.SIGTERM)
+    done = jobs.finish(program)
+    assert done.returncode == 128 + signal.SIGTERM, done.transcript
+    assert done.stderr.count("dbmpi launch: a rank has died") == 1, done.transcript
+    assert "(restarts left: 1)" in done.stderr, done.transcript
+    jobs.assert_whole()
+
+
+def test_a_run_that_dies_each_time_ends(jobs: Jobs) -> None:
+    """Before there is a checkpoint: it begins anew each time."""
+    program = jobs.start(None, ALWAYS, launcher=2, own=["--restarts=2"], env=killing("1:start:1"))
+    done = jobs.finish(program)
+    assert done.returncode == 75, done.transcript
+    assert done.stderr.count("; started again, ") == 2, done.transcript
+    assert "--restarts=2" in done.stderr, done.transcript
+
+
+def test_a_mistake_is_made_once(jobs: Jobs) -> None:
+    done = jobs.finish(jobs.start(None, "optimizer.rule=none", launcher=2, own=["--restarts=2"]))
+    assert done.returncode == 2, done.transcript
+    assert "started again" not in done.output, done.transcript
+
+
 def test_a_rank_that_dies_while_mpi_starts_ends_the_job(jobs: Jobs) -> None:
     """The others are inside MPI_Init, where they would wait for it as long as for one that is late."""
     if not is_open_mpi():
         pytest.skip("MPICH ends all ranks when one dies")
-    dying = (
-        "import os, signal\nif os.environ.get('OMPI_COMM_WORLD_RANK') == '1': os.kill(os.getpid(), signal.SIGKILL)\n"
-    )
-    (jobs.directory / "sitecustomize.py").write_text(dying)
+    (jobs.directory / "sitecustomize.py").write_text(DYING)
     env = {"PYTHONPATH": str(jobs.directory)}
-    program = jobs.start(None, ALWAYS, launcher=3, options="--with-ft ulfm", env=env)
+    program = jobs.start(None, ALWAYS, launcher=3, env=env)
     done = jobs.finish(program)
     assert done.returncode == 75, done.transcript
     assert done.seconds < SECONDS * timeout_scale(), done.transcript
@@ -189,7 +233,7 @@ def test_what_mpichs_launcher_sends_when_a_rank_has_died_is_no_wish(jobs: Jobs) 
 
 DYING = """
 import os, signal
-if os.environ.get("OMPI_COMM_WORLD_RANK") == "1":
+if os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK")) == "1":
     os.kill(os.getpid(), signal.SIGKILL)
 """
 NOTED = """

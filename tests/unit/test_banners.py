@@ -49,6 +49,14 @@ TEXTS = {
     "ended, unreached": ENDED + UNREACHED,
     "unreached, ended": UNREACHED + ENDED,
 }
+UNTESTED = (
+    f"{RULE}WARNING: The selected 'osc' module 'sm' is not tested for post-failure\n"
+    "operation, yet you have requested support for fault tolerance.\n"
+    "When using this component, normal failure free operation is expected;\n"
+    "However, failures may cause the application to abort, crash or deadlock.\n\n"
+    "In this framework, the following components are tested to operate under\n"
+    f"failure scenarios: {{}}\n{RULE}"
+)
 BEFORE = "\r  epoch 1\r  epoch 2\ndbmpi: the loss is no longer finite\n"
 AFTER = "\0last words\n"
 
@@ -67,7 +75,20 @@ def test_a_text_goes_after_a_message_and_stays_without(name: str, length: int) -
     assert sieved(data, length, said=True) == (BEFORE + AFTER).encode()
 
 
+@pytest.mark.parametrize("length", [1, 7, 75, 10_000])
+@pytest.mark.parametrize("said", [False, True])
+def test_the_warning_that_windows_are_untested_goes_in_any_case(said: bool, length: int) -> None:
+    assert sieved((BEFORE + UNTESTED + AFTER).encode(), length, said=said) == (BEFORE + AFTER).encode()
+
+
+def test_the_number_of_further_warnings_goes_with_it() -> None:
+    for count in ("1 more process has", "6 more processes have"):
+        line = f"{count} sent help message help-mpi-ft.txt / module:untested:failundef\n"
+        assert sieved((BEFORE + line + AFTER).encode(), 10_000, said=False) == (BEFORE + AFTER).encode()
+
+
 OTHERS = {
+    "another framework": UNTESTED.replace("osc", "pml"),
     "a rule": f"{RULE}a table of the user's\n{RULE}",
     "rules": RULE * 4,
     "long rule": "-" * 500 + "\n",

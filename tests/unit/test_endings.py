@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from dbmpi.errors import DIED
-from dbmpi.machine import endings
+from dbmpi.machine import endings, signals
 from dbmpi.machine.endings import documented, note_run, read_note
-from dbmpi.machine.signals import HEEDED, StopSignal
+from dbmpi.machine.signals import HEEDED, SecondSignal, StopSignal
 
 HYDRA, OPEN_MPI = {"bare": True, "unfinished": False}, {"bare": False, "unfinished": False}
 
@@ -64,6 +64,33 @@ def test_all_signals_that_ask_for_the_end_are_noted(number: signal.Signals) -> N
         assert signal.getsignal(number) == signal.SIG_DFL
     finally:
         signal.signal(number, inherited)
+
+
+def test_a_second_signal_is_final_but_not_one_that_comes_with_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(signals.time, "monotonic", lambda: now)
+    with StopSignal() as stop:
+        os.kill(os.getpid(), signal.SIGUSR2)
+        now += 0.9
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.number == signal.SIGUSR2
+        now += 0.2
+        with pytest.raises(SecondSignal) as caught:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        assert caught.value.number == signal.SIGUSR1
+        assert stop.number == signal.SIGUSR2
+
+
+def test_what_another_rank_has_got_counts_as_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(signals.time, "monotonic", lambda: now)
+    with StopSignal() as stop:
+        stop.hear(0)  # a callback has asked for the end
+        assert stop.number == 0
+        stop.hear(signal.SIGTERM)
+        now += 1.1
+        with pytest.raises(SecondSignal):
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def test_what_is_ignored_stays_ignored() -> None:

@@ -142,6 +142,27 @@ def test_an_option_that_open_mpi_4_does_not_know(version: str, known: bool) -> N
     assert ("--stream-buffering" in command.argv) == known
 
 
+@pytest.mark.parametrize(
+    ("version", "ranks", "own", "environment", "set_by_us"),
+    [
+        ("Open MPI v5.0.11", 2, [], {}, True),
+        ("Open MPI v10.1.0", 2, [], {}, True),
+        ("Open MPI v4.1.4", 2, [], {}, False),
+        ("MPICH 5.0.2", 2, [], {}, False),
+        ("Open MPI v5.0.11", 1, [], {}, False),
+        ("Open MPI v5.0.11", 2, ["--with-ft", "none"], {}, False),
+        ("Open MPI v5.0.11", 2, [], {"OMPI_MCA_mpi_ft_enable": "false"}, False),
+    ],
+)
+def test_ranks_outlive_each_other_where_the_mpi_can_and_the_user_has_not_chosen(
+    version: str, ranks: int, own: list[str], environment: dict[str, str], set_by_us: bool
+) -> None:
+    mpi = Mpi(version, "", "mpirun")
+    argv = compose(mpi, ranks, TRAIN, mpi_arguments=own, environment=environment, outlive=True).argv
+    assert ("ulfm" in argv) == set_by_us
+    assert "ulfm" not in compose(mpi, ranks, TRAIN, environment=environment).argv
+
+
 def test_hydras_command() -> None:
     command = compose(MPICH, 3, TRAIN, environment={}, columns=90, user=0)
     assert command.argv == ("/mpi/bin/mpiexec.hydra", "-n", "3", sys.executable, *TRAIN)
@@ -271,7 +292,7 @@ def test_a_session_of_open_mpi_has_a_place_of_its_own(tmp_path: Path, monkeypatc
     fake.chmod(0o755)
     name = "PRTE_MCA_prte_tmpdir_base"
     monkeypatch.delenv(name, raising=False) if given is None else monkeypatch.setenv(name, given)
-    code = launcher.run(Mpi("Open MPI v5.0.11", "", str(fake)), LaunchCommand((str(fake),), {}))
+    code = launcher.run(Mpi("Open MPI v5.0.11", "", str(fake)), LaunchCommand((str(fake),), {})).code
     place = Path(found.read_text().strip())
     if given is None:
         assert code == 0
@@ -286,7 +307,7 @@ def test_an_mpirun_that_has_cut_its_ranks_off_is_not_believed(tmp_path: Path, ca
     fake = tmp_path / "mpirun"
     fake.write_text(f'#!/bin/sh\ntouch "$DBMPI_UNFINISHED"\n{last}\n')
     fake.chmod(0o755)
-    assert launcher.run(Mpi("Open MPI v5.0.11", "", str(fake)), LaunchCommand((str(fake),), {})) == code
+    assert launcher.run(Mpi("Open MPI v5.0.11", "", str(fake)), LaunchCommand((str(fake),), {})).code == code
     assert ("the first rank has not come to its end" in capfd.readouterr().err) == (code == 75)
 
 
@@ -313,7 +334,7 @@ import os, sys
 from dbmpi.machine import mpi_library as installation, launcher
 mpi = installation.find_mpi()
 command = launcher.compose(mpi, 2, ("-c", sys.argv[1], *sys.argv[2:]), environment=os.environ, cores=1)
-sys.exit(launcher.run(mpi, command))
+sys.exit(launcher.run(mpi, command).code)
 """
 
 
@@ -367,14 +388,14 @@ def test_a_signal_leaves_the_ranks_time_for_a_checkpoint(started: Launched, numb
 
 @pytest.mark.parametrize("started", [60.0], indirect=True)
 @pytest.mark.slow
-def test_a_second_ctrl_c_ends_at_once(started: Launched) -> None:
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGUSR2])
+def test_a_second_signal_ends_at_once(started: Launched, second: signal.Signals) -> None:
     started.program.signal(signal.SIGINT)
-    time.sleep(0.5)
+    time.sleep(0.2)
+    started.program.signal(signal.SIGTERM)  # together with the first: changes nothing
+    time.sleep(1.2)
     assert started.program.returncode is None, started.said()
-    started.program.signal(signal.SIGTERM)  # asks again, politely: changes nothing
-    time.sleep(0.5)
-    assert started.program.returncode is None, started.said()
-    started.program.signal(signal.SIGINT)
+    started.program.signal(second)
     assert started.wait(20) == 128 + signal.SIGINT
     assert started.done() == [False, False]
     assert started.program.wait_until(lambda: not started.program.processes(), 10 * timeout_scale()), (
@@ -410,6 +431,17 @@ def test_the_exit_code_of_the_ranks_is_returned() -> None:
     assert done.stderr.count("missing.toml: no such configuration file") == 1
 
 
+@pytest.mark.slow
+def test_training_survives_a_death_unless_that_is_turned_off() -> None:
+    tolerant = find_mpi().has_fault_tolerance
+    for words, expected in ((["train", "x.toml"], tolerant), (["inspect", "x"], False), (["sleep", "1"], False)):
+        done = run_dbmpi("launch", "-n", "2", "--dry-run", "--", *words)
+        assert ("--with-ft ulfm" in done.stdout) == expected, done.stdout
+    done = run_dbmpi("launch", "-n", "2", "--dry-run", "--no-fault-tolerance", "--", "train", "x.toml")
+    assert done.returncode == 0
+    assert "--with-ft" not in done.stdout
+
+
 def test_dry_run_starts_nothing() -> None:
     done = run_dbmpi("launch", "-n", "5", "--dry-run", "--mpi-args=--version", "--", "train", "missing.toml")
     assert done.returncode == 0, done.stderr
@@ -427,6 +459,8 @@ def test_doctor_finds_this_environment_in_order() -> None:
     assert done.returncode == 0, answer
     assert by_name["two ranks"]["status"] == "ok", answer
     assert by_name["MPI"]["found"].startswith("mpi4py ")
+    survived = "a training goes on" in by_name["a death"]["found"]
+    assert (survived, by_name["a death"]["status"]) == (find_mpi().has_fault_tolerance, "ok")
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import argparse
 import errno
 import importlib
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from typing import NoReturn
 
 import dbmpi
 from dbmpi.errors import RunFailed, ToldElsewhere, UserError, suggestion
-from dbmpi.machine import early, endings, streams
+from dbmpi.machine import early, endings, signals, streams
 
 COMMANDS = ("train", "launch", "evaluate", "predict", "inspect", "export", "plot", "bench", "data", "example", "doctor")
 COMPUTING = ("train", "evaluate", "predict", "bench")
@@ -58,8 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         _say(RunFailed(capacity.explain(error)))
         return 1
-    except KeyboardInterrupt:
-        return 130
+    except KeyboardInterrupt as error:
+        return 128 + (error.number if isinstance(error, signals.SecondSignal) else signal.SIGINT)
     except OSError as error:
         if error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EDQUOT):
             raise
@@ -70,6 +71,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0  # the reader of our output, e.g. `head`, has seen enough
         _say(RunFailed(f"{error.filename or 'standard output'}: cannot be written: {error.strerror}"))
         return 1
+    except Exception:
+        endings.note_message(1)  # Python prints it
+        raise
 
 
 def build_parser(words: Sequence[str]) -> argparse.ArgumentParser:
@@ -92,7 +96,7 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         if not _is_silent():
-            endings.note_message()
+            endings.note_message(2)
             hint = "" if "--help" in message else f"; see {self.prog} --help"
             sys.stderr.write(f"{self.prog}: {message}{hint}\n")
         sys.exit(2)
@@ -120,7 +124,7 @@ def _unknown(parser: argparse.ArgumentParser, words: Sequence[str], unknown: Seq
 def _say(error: Exception) -> None:
     """Print a message once: on the rank that has the error, or on the first where all have the same."""
     if not _is_silent(error):
-        endings.note_message()
+        endings.note_message(2 if isinstance(error, UserError) else 1)
         sys.stderr.write(f"dbmpi: {error}\n")
         sys.stderr.flush()
 

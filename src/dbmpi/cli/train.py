@@ -35,8 +35,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _train(arguments: argparse.Namespace, stop: StopSignal) -> int:
-    from dbmpi.mpi import failures, world
+    from dbmpi.mpi import world
     from dbmpi.mpi.replacement import Replacements
+    from dbmpi.mpi.watch import RanksMissing
 
     with world.ranks() as started:
         replacements = Replacements(started)
@@ -48,10 +49,10 @@ def _train(arguments: argparse.Namespace, stop: StopSignal) -> int:
             try:
                 result = train(described, comm, stop, replacements=replacements)
                 break
-            except failures.RanksMissing as error:
+            except RanksMissing as error:
                 missing = str(error)
             # Not before: with the error, everything goes that this attempt has held.
-            world.adopt(replacements.renew(missing))
+            world.go_on(replacements.renew(missing))
     if comm.rank == 0:
         _print(result, described.run.directory)
     # The parameters are in the checkpoint; but the exit code warns that they are not usable.

@@ -31,9 +31,9 @@ from dbmpi.monitor.measures import Rate
 from dbmpi.monitor.progress import RunProgress
 from dbmpi.monitor.records import EvaluationReport, StalenessHistogram
 from dbmpi.monitor.verdict import Recent
-from dbmpi.mpi.failures import Watch
 from dbmpi.mpi.mailbox import Message, MessageKind, number
 from dbmpi.mpi.topology import Plan
+from dbmpi.mpi.watch import Watch
 from dbmpi.objective import Outcome
 from dbmpi.paramserver import bottleneck
 from dbmpi.paramserver.server import PushProgress, Tally
@@ -161,6 +161,7 @@ class Lead(Shard):
         elif kind == MessageKind.WARM:
             self._replicas.release()
         elif kind == MessageKind.STOP_ASKED:
+            self._role.stop.hear(values[0])
             self.stopped_by = self.stopped_by or values[0]
             self._end_early(signal.Signals(values[0]).name if values[0] else "a callback has asked for the end")
         elif kind == MessageKind.EVALUATION:

@@ -10,7 +10,7 @@ from dbmpi.monitor.records import LossReport
 if TYPE_CHECKING:
     from dbmpi.downpour.replicas import Replicas
     from dbmpi.monitor.records import Recorder
-    from dbmpi.mpi.failures import Watch
+    from dbmpi.mpi.watch import Watch
 
 
 class LostShare(NamedTuple):

@@ -25,9 +25,9 @@ from dbmpi.kernels.vectors import largest_magnitude
 from dbmpi.loops import choice
 from dbmpi.loops.snapshot import Handover, save
 from dbmpi.mpi import blocking, pieces, waiting
-from dbmpi.mpi.failures import Watch
 from dbmpi.mpi.tags import Tag
 from dbmpi.mpi.topology import Plan
+from dbmpi.mpi.watch import Watch
 from dbmpi.mpi.world import together
 from dbmpi.paramserver.rules import Rule
 from dbmpi.paramserver.schedule import Moment

@@ -130,7 +130,7 @@ class ParameterServer:
         if comm is None:
             comm = everybody() if service is None else service.connect()
         elif comm.size > 1:
-            end_all_on_failure()
+            end_all_on_failure(comm)
         self._finite, self._open = finite, False
         self._clip: Clip | None = None
         own = blocking.duplicate(comm, _CALLED)

@@ -18,7 +18,7 @@ from dbmpi.loops import choice
 from dbmpi.loops.agreement import agree, planned
 from dbmpi.loops.connection import ADVICE, Connection
 from dbmpi.mpi import blocking, waiting
-from dbmpi.mpi.failures import Watch
+from dbmpi.mpi.watch import Watch
 from dbmpi.mpi.world import aborting, end_all_on_failure, everybody, together
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def serve(comm: MPI.Intracomm | None = None, *, shards: int = 1) -> bool:
     if comm is None:
         comm = everybody()
     elif comm.size > 1:
-        end_all_on_failure()
+        end_all_on_failure(comm)
     own = blocking.duplicate(comm, "all ranks to call serve")
     try:
         with together(own, "looking at the arguments"):

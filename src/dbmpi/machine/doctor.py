@@ -57,7 +57,7 @@ class Finding:
 
 
 def diagnose() -> Iterator[Finding]:
-    """Run one check after another; takes about ten seconds in all."""
+    """Run one check after another; takes some ten to twenty seconds in all."""
     environment = threads.without_prepared(os.environ)
     yield _python()
     yield _cores(environment)
@@ -176,6 +176,7 @@ def _mpi(environment: Mapping[str, str]) -> Iterator[Finding]:
         return
     yield Finding("MPI", "ok", f"mpi4py {answer['version']}, {mpi.version} ({mpi.library}), launcher {mpi.mpirun}")
     yield _two_ranks(mpi, environment)
+    yield _death(mpi, environment)
     yield from _srun(mpi)
 
 
@@ -200,6 +201,20 @@ def _two_ranks(mpi: mpi_library.Mpi, environment: Mapping[str, str]) -> Finding:
     if level != "multiple":
         return Finding(what, "note", text, "an MPI with thread level 'multiple' can transfer while it computes")
     return Finding(what, "ok", text)
+
+
+def _death(mpi: mpi_library.Mpi, environment: Mapping[str, str]) -> Finding:
+    """Let one of three ranks die."""
+    what = "a death"
+    command = launcher.compose(mpi, 3, ("-m", "dbmpi.mpi.survival"), environment=environment, outlive=True)
+    done = processes.ask(command.argv, {**environment, **command.settings}, seconds=_SECONDS)
+    if done is None:
+        text = f"a job has not ended {_SECONDS:.0f} s after one of its ranks had died"
+        return Finding(what, "broken", text, f"try by hand: {command}")
+    if '"dead": [2]' in done.stdout:
+        text = "a training goes on after a worker's death; that of a shard ends it, exit code 75"
+        return Finding(what, "ok", text)
+    return Finding(what, "ok", "any rank's death ends the job; dbmpi launch: exit code 75, or --restarts N")
 
 
 def _srun(mpi: mpi_library.Mpi) -> Iterator[Finding]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -33,6 +33,19 @@ def outlived(environment: Mapping[str, str]) -> bool:
         Environment variables of a rank.
     """
     return environment.get(_FAULT_TOLERANCE, "").lower() in ("1", "true", "yes", "enabled")
+
+
+def chooses_fault_tolerance(options: Sequence[str], environment: Mapping[str, str]) -> bool:
+    """Return whether a user has said if ranks should survive the death of another one.
+
+    Parameters
+    ----------
+    options
+        The user's own for mpirun.
+    environment
+        Environment variables.
+    """
+    return _FAULT_TOLERANCE in environment or any(word.startswith("--with-ft") for word in options)
 
 
 def documented(code: int, *, bare: bool, unfinished: bool) -> int:
@@ -68,23 +81,31 @@ def note_run(directory: Path) -> None:
             note.write_text(str(directory.absolute()))
 
 
-def note_message() -> None:
-    """Let `dbmpi launch` know that this rank has explained the error, so that it leaves out mpirun's own text."""
+def note_message(code: int) -> None:
+    """Let `dbmpi launch` know that this rank has explained the error, so that it leaves out mpirun's own text.
+
+    Parameters
+    ----------
+    code
+        The exit code with which this rank ends.
+    """
     note = os.environ.get(UNFINISHED)
     if note:
         with suppress(OSError):  # it is on another host
-            _said(Path(note)).touch()
+            _said(Path(note)).write_text(str(code))
 
 
-def has_said(note: Path) -> bool:
-    """Return whether a rank has called :func:`note_message`.
+def explained(note: Path) -> int | None:
+    """Return the exit code of a rank that has called :func:`note_message`, or None.
 
     Parameters
     ----------
     note
         The file that `UNFINISHED` names.
     """
-    return _said(note).exists()
+    with suppress(OSError, ValueError):
+        return int(_said(note).read_text())
+    return None
 
 
 def _said(note: Path) -> Path:

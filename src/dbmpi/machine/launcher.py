@@ -36,12 +36,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from dbmpi.errors import DIED, ToldElsewhere, UserError
+from dbmpi.errors import ToldElsewhere, UserError
 from dbmpi.machine import banners, mpi_library, processes, threads
-from dbmpi.machine.endings import UNFINISHED, documented, has_said, outlived, read_note
+from dbmpi.machine.endings import UNFINISHED, chooses_fault_tolerance, documented, explained, read_note
 from dbmpi.machine.mpi_library import Mpi
 from dbmpi.machine.rank_variables import launched
-from dbmpi.machine.signals import HEEDED
+from dbmpi.machine.signals import HEEDED, SAME_WISH
 
 STOP = signal.SIGUSR2
 """What Open MPI's mpirun passes on to the ranks, which heed it as all of `signals.HEEDED`."""
@@ -51,6 +51,13 @@ _FORWARDED = ("COLUMNS", "LD_LIBRARY_PATH", "PYTHONPATH", *threads.VARIABLES)
 _BETWEEN_POLLS = 0.2
 _GRACE = 2.0
 """Seconds that mpirun is given to end by itself, or the first rank to start."""
+_STARTS_MPI = {"train", "bench", "evaluate", "predict"}
+"""Commands whose ranks wait for each other when they start."""
+_RANK_HERE = (
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    ("PMI_RANK", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+)
+"""Variables of a rank: its number, that among the ranks of its host, and how many these are."""
 _HOST_LOST = (
     "dbmpi launch: mpirun has ended without an error, but the first rank has not come to its end: mpirun ends all "
     "ranks when it loses a host\n"
@@ -79,6 +86,7 @@ def compose(
     columns: int | None = None,
     cores: int | None = None,
     user: int | None = None,
+    outlive: bool = False,
 ) -> LaunchCommand:
     """Compose the command that runs a program of this Python on `ranks` ranks; executes nothing.
 
@@ -100,6 +108,8 @@ def compose(
         Cores of this node, to know whether the ranks are more.
     user
         Number of the user, by default that of this process; Open MPI wants root (0) to confirm.
+    outlive
+        Whether ranks go on where another one has died, if this MPI can and the user has not chosen.
     """
     # A rank cannot judge by itself: Open MPI gives it a terminal of its own, even if mpirun writes to a file.
     settings = {"DBMPI_PROGRESS": "lines"}
@@ -112,6 +122,13 @@ def compose(
             options += ["--bind-to", "none"]  # it may be said only once, and PE=N says it too
         if columns is not None and not mpi.version.startswith("Open MPI v4."):  # which does not know it
             options += ["--stream-buffering", "0"]  # else mpirun holds back the bar, a line without an end
+        if (
+            outlive
+            and ranks > 1
+            and mpi.has_fault_tolerance
+            and not chooses_fault_tolerance(mpi_arguments, environment)
+        ):
+            options += ["--with-ft", "ulfm"]
         if (os.getuid() if user is None else user) == 0:
             settings |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
         settings |= mpi_library.openmpi_settings()
@@ -124,10 +141,22 @@ def compose(
     return LaunchCommand((mpi.mpirun, *options, "-n", str(ranks), *mpi_arguments, sys.executable, *program), settings)
 
 
-def run(mpi: Mpi, command: LaunchCommand, died: Callable[[Path | None], object] = lambda directory: None) -> int:
-    """Run a command that :func:`compose` made until it ends, and return its exit code as docs/running.md has them.
+@dataclass(frozen=True)
+class Ending:
+    """How a job has ended."""
 
-    The signals of `signals.HEEDED` ask the ranks to end with a checkpoint; a Ctrl-C after that ends them at once.
+    code: int
+    """The exit code, as docs/running.md has them."""
+    directory: Path | None = None
+    """The directory of its run, if that is known."""
+    wished: bool = False
+    """Whether a signal to the launcher has asked for the end."""
+
+
+def run(mpi: Mpi, command: LaunchCommand) -> Ending:
+    """Run a command that :func:`compose` made until it ends.
+
+    The signals of `signals.HEEDED` ask the ranks to end with a checkpoint; one that comes later ends them at once.
     Those that are ignored already, as SIGHUP is under nohup, stay ignored.
 
     Parameters
@@ -136,8 +165,6 @@ def run(mpi: Mpi, command: LaunchCommand, died: Callable[[Path | None], object] 
         The launcher, and the MPI that it belongs to.
     command
         The command.
-    died
-        Called where a rank's death has ended the job, with the directory of its run, or None if that is not known.
     """
     ours = "dbmpi" in command.argv  # another program may end with any code
     environment = threads.without_prepared(os.environ) | dict(command.settings)
@@ -151,7 +178,7 @@ def run(mpi: Mpi, command: LaunchCommand, died: Callable[[Path | None], object] 
             environment.setdefault("PRTE_MCA_prte_tmpdir_base", sessions)
         note = Path(sessions, "unfinished")
         environment[UNFINISHED] = str(note)
-        outputs = banners.Outputs(mpi.is_open_mpi, lambda: bool(relay.asked) or has_said(note))
+        outputs = banners.Outputs(mpi.is_open_mpi, lambda: bool(relay.asked) or explained(note) is not None)
         try:
             child = subprocess.Popen(
                 command.argv,
@@ -165,32 +192,34 @@ def run(mpi: Mpi, command: LaunchCommand, died: Callable[[Path | None], object] 
             )
             outputs.start()
             relay.follow(child)
-            tolerant = outlived(environment) or any(word.startswith("--with-ft") for word in command.argv)
-            code = _wait_through_start(child, note) if tolerant and ours else child.wait()
+            meets = ours and not _STARTS_MPI.isdisjoint(command.argv)
+            code = _wait_through_start(child, note, relay.kill) if meets else child.wait()
             unfinished, directory = read_note(note)
+            told = explained(note)
         except OSError as error:
             raise UserError(f"{command.argv[0]}: cannot be executed: {error}") from None
         finally:
             outputs.finish()
     code = 128 - code if code < 0 else code
     if relay.ended_by(code):
-        return 128 + relay.asked[0]
+        return Ending(128 + relay.asked[0], directory, wished=True)
     if code == 0 and unfinished:
         sys.stderr.write(_HOST_LOST)
+    if not unfinished and told is not None:
+        code = told  # the first rank has come to its end, and what the launcher says of the others does not count
     code = documented(code, bare=ours and not mpi.is_open_mpi, unfinished=unfinished)
-    if code == DIED:
-        died(directory)
-    return code
+    return Ending(code, directory, wished=bool(relay.asked))
 
 
 class _Relay:
-    """Passes on signals to the launcher: the first asks the ranks to end, and a Ctrl-C after that ends them at once."""
+    """Passes on signals to the launcher: the first asks the ranks to end, and a later one ends them at once."""
 
     def __init__(self, mpi: Mpi) -> None:
         self.kill = signal.SIGTERM if mpi.is_open_mpi else signal.SIGKILL
         self.asked: list[int] = []
         self._end = STOP if mpi.is_open_mpi else signal.SIGTERM
         self._killed = self._sent = False
+        self._since = 0.0
         self._child: subprocess.Popen[bytes] | None = None
         self._before: dict[int, Any] = {}
 
@@ -220,11 +249,15 @@ class _Relay:
     def _heed(self, number: int, frame: FrameType | None) -> None:
         self.asked.append(number)
         first = len(self.asked) == 1
-        self._killed = self._killed or (number == signal.SIGINT and not first)
+        if first:
+            self._since = time.monotonic()
+        self._killed = self._killed or time.monotonic() - self._since > SAME_WISH
         self._send()
         if first:
             with suppress(OSError):  # nobody may be there to read it
-                os.write(2, b"dbmpi launch: asked the ranks to end with a checkpoint; Ctrl-C ends them at once\n")
+                os.write(
+                    2, b"dbmpi launch: asked the ranks to end with a checkpoint; a second signal ends them at once\n"
+                )
 
     def _send(self) -> None:
         """Ask the launcher once to end its ranks; end them whenever that is asked for."""
@@ -233,48 +266,54 @@ class _Relay:
             self._child.send_signal(self.kill if self._killed else self._end)
 
 
-def _wait_through_start(mpirun: subprocess.Popen[bytes], started: Path) -> int:
-    """Wait for mpirun and return its exit code; end it if one of its ranks dies before the first has started MPI.
+def _wait_through_start(mpirun: subprocess.Popen[bytes], note: Path, kill: signal.Signals) -> int:
+    """Wait for mpirun and return its exit code; end it if one of its ranks ends before the first has started MPI.
 
-    Where ranks outlive a death, Open MPI's mpirun leaves it to MPI to inform the other ranks.  These are all inside
-    ``MPI_Init``, where no Python runs, and would wait for the dead one without end.
+    The other ranks are inside ``MPI_Init``, where no Python runs, and would wait for it without end: hydra ends them if
+    a rank is killed, but not if it leaves; Open MPI does neither where ranks outlive a death.
 
     Parameters
     ----------
     mpirun
         The launcher.
-    started
+    note
         File that the first rank makes once MPI has started, if it is on this host; otherwise nothing is watched.
+    kill
+        The signal that ends the launcher with all ranks.
     """
     complete = time.monotonic()
-    while not started.exists():
+    while not note.exists():
         with suppress(subprocess.TimeoutExpired):
             return mpirun.wait(_BETWEEN_POLLS)
         if not _some_are_missing(mpirun.pid):
             complete = time.monotonic()
-        elif time.monotonic() - complete > _GRACE and not started.exists():
-            sys.stderr.write("dbmpi launch: a rank has died while MPI started, and the others would wait for it\n")
-            mpirun.terminate()
+        elif time.monotonic() - complete > _GRACE and not note.exists():
+            code = explained(note)
+            if code is None:
+                sys.stderr.write("dbmpi launch: a rank has died while MPI started, and the others would wait for it\n")
+            mpirun.send_signal(kill)
             with suppress(subprocess.TimeoutExpired):
                 mpirun.wait(_GRACE)
             mpirun.kill()
             mpirun.wait()
-            return 128 + signal.SIGKILL
+            return 128 + signal.SIGKILL if code is None else code
     return mpirun.wait()
 
 
 def _some_are_missing(mpirun: int) -> bool:
     """Return whether fewer ranks live on this host than mpirun has started here, if the first one is among them."""
-    living, expected, first = 0, 0, False
-    for child in processes.children(mpirun):
-        with suppress(OSError, KeyError, ValueError):
-            text = Path(f"/proc/{child}/environ").read_bytes().decode(errors="replace")
+    living, expected, first = set(), 0, False
+    below = processes.children(mpirun)  # Open MPI's ranks, or hydra's daemon
+    for process in (*below, *(rank for child in below for rank in processes.children(child))):
+        with suppress(OSError, KeyError, ValueError, StopIteration):
+            text = Path(f"/proc/{process}/environ").read_bytes().decode(errors="replace")
             variables = dict(line.split("=", 1) for line in text.split("\0") if "=" in line)
-            expected = int(variables["OMPI_COMM_WORLD_LOCAL_SIZE"])
-            living += 1
+            rank, local, count = next(names for names in _RANK_HERE if names[0] in variables)
+            expected = int(variables[count])
+            living.add(variables[local])
             # The ranks of a host are counted from 0 in their order: only that of the first has one that agrees.
-            first |= variables["OMPI_COMM_WORLD_RANK"] == variables["OMPI_COMM_WORLD_LOCAL_RANK"]
-    return first and living < expected
+            first |= variables[rank] == variables[local]
+    return first and len(living) < expected
 
 
 def check_world(size: int, environment: Mapping[str, str] | None = None, *, library: str | None = None) -> None:

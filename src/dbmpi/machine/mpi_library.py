@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -35,8 +36,8 @@ _FOLDERS = (
     *("/usr/lib64/openmpi/lib", "/usr/lib64/mpich/lib", "/usr/lib64/mpi/gcc/openmpi4/lib64"),
 )
 """Folders in which distributions install MPI; the loader searches the first ones by itself."""
-_SEGMENT = "sm_segment."
-"""Beginning of the names of Open MPI's files in ``/dev/shm``."""
+_SEGMENT, _MPICH_SEGMENT = "sm_segment.", "mpich_shm_"
+"""Beginnings of the names of Open MPI's and MPICH's files in ``/dev/shm``."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,12 @@ class Mpi:
     def is_open_mpi(self) -> bool:
         """Whether options and signals are Open MPI's; hydra's otherwise."""
         return protocol(self.version) == "openmpi"
+
+    @property
+    def has_fault_tolerance(self) -> bool:
+        """Whether its ranks can outlive each other: ``mpirun --with-ft ulfm``, since Open MPI 5."""
+        release = re.search(r"v(\d+)", self.version)
+        return self.is_open_mpi and release is not None and int(release[1]) >= 5
 
 
 def find_mpi(mpirun: str | None = None) -> Mpi:
@@ -220,11 +227,12 @@ def explain(error: str, environment: Mapping[str, str] = os.environ, folders: It
 def remove_segments(
     environment: Mapping[str, str], memory: Path = Path("/dev/shm"), maps: Path = Path("/proc/self/maps")
 ) -> list[Path]:
-    """Remove the names of Open MPI's shared memory that this process has mapped, if it has no launcher; return them.
+    """Remove the names of MPI's shared memory that this process has mapped, and that would stay; return them.
 
-    Open MPI 5 makes a file in ``/dev/shm`` for the other ranks of the host, and leaves it to mpirun to remove it.
-    Without mpirun the file stays, however the process ends.  Its name is not needed either: it is removed as soon as
-    MPI has started, and the memory is freed with the process.
+    To be called when all ranks have started MPI: the names are not needed any more, and the memory is freed with the
+    processes.  Open MPI 5 makes a file in ``/dev/shm`` for the other ranks of the host, and leaves it to mpirun to
+    remove it; without mpirun it stays, however the process ends.  MPICH makes one for each host, which stays where a
+    rank ends early or is killed.
 
     Parameters
     ----------
@@ -236,13 +244,13 @@ def remove_segments(
         File with the mappings of this process.
     """
     removed: list[Path] = []
-    if "OMPI_COMM_WORLD_SIZE" in environment or "PMIX_RANK" in environment:
-        return removed
+    has_launcher = "OMPI_COMM_WORLD_SIZE" in environment or "PMIX_RANK" in environment
+    stay = (_MPICH_SEGMENT,) if has_launcher else (_MPICH_SEGMENT, _SEGMENT)
     with suppress(OSError):
         fields = [line.split(maxsplit=5) for line in maps.read_text(encoding="utf-8", errors="replace").splitlines()]
         for name, inode in sorted({(field[5], int(field[4])) for field in fields if len(field) == 6}):
             path = Path(name)
-            if path.parent == memory and path.name.startswith(_SEGMENT):
+            if path.parent == memory and path.name.startswith(stay):
                 with suppress(OSError):
                     found = path.lstat()
                     if (found.st_uid, found.st_ino) == (os.geteuid(), inode):

@@ -83,7 +83,7 @@ def main(words: Sequence[str]) -> int:
         if launched(os.environ)[2] > 0:
             time.sleep(_MOMENT)
         else:
-            endings.note_message()
+            endings.note_message(2)
             no_script = error.errno == errno.ENOEXEC
             hint = "; the first line of a script names its interpreter, e.g. #!/bin/sh" if no_script else ""
             print(f"dbmpi: launch: {words[0]} cannot be executed: {error.strerror}{hint}", file=sys.stderr, flush=True)

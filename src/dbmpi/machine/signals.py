@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from types import FrameType
 
 from dbmpi.machine import processes
@@ -19,8 +20,26 @@ _FLAGS, _EXITING = 6, 4
 """Position of the flags in the fields of `processes.stat`, and Linux's PF_EXITING in them."""
 
 
+SAME_WISH = 1.0
+"""Seconds after a signal in which further ones add nothing: launchers and schedulers may send theirs twice."""
+
+
+class SecondSignal(KeyboardInterrupt):
+    """The end that is wanted at once, without a checkpoint.
+
+    Parameters
+    ----------
+    number
+        Of the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
 class StopSignal:
-    """Notes signals instead of dying, so that the run can end with a checkpoint; a second Ctrl-C is final.
+    """Notes signals instead of dying, so that the run can end with a checkpoint; a second one is final.
 
     All of `HEEDED` ask for the end, unless they are ignored already, as SIGHUP is under nohup.  Open MPI's mpirun
     relays SIGUSR1 and SIGUSR2 to its ranks and lets them take their time, while after SIGTERM it kills them within a
@@ -32,11 +51,12 @@ class StopSignal:
     Attributes
     ----------
     number
-        Of the last signal; 0 without any.
+        Of the first signal; 0 without any.
     """
 
     def __init__(self) -> None:
         self.number = 0
+        self._since = 0.0
         self._before: dict[int, object] = {}
         self._neighbours: set[int] = set()
 
@@ -51,12 +71,17 @@ class StopSignal:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
+    def hear(self, number: int) -> None:
+        """Take note that another rank has got signal `number`; one to this rank is then the second."""
+        if not self.number:
+            self.number, self._since = number, time.monotonic()
+
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.number == number == signal.SIGINT:
-            raise KeyboardInterrupt
         if number == signal.SIGUSR1 and self._neighbours - _of_the_same_hydra():
             return
-        self.number = number
+        if self.number and time.monotonic() - self._since > SAME_WISH:
+            raise SecondSignal(number)
+        self.hear(number)
 
 
 def reinstall() -> None:

@@ -16,6 +16,7 @@ import numpy as np
 
 from dbmpi.errors import EndedByDeath
 from dbmpi.mpi import blocking, failures, waiting
+from dbmpi.mpi.watch import RESUMING, hosts
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -86,7 +87,7 @@ class Replacements:
         known = np.append(self._ages, self._replaced)  # not to new processes
         known = waiting.allreduce(self.comm, known, MPI.MAX, "the other ranks to begin")
         self._ages, self._replaced = known[:-1], int(known[-1])
-        self._hosts, self._most = failures.hosts(self.comm), most
+        self._hosts, self._most = hosts(self.comm), most
         return most - self._replaced
 
     def renew(self, missing: str) -> MPI.Intracomm:
@@ -112,7 +113,7 @@ class Replacements:
         places = sorted({*range(comm.size)}.difference(numbers))
         speaks, why = left.rank == 0, missing or _name(places)
         if self._replaced + len(places) > self._most:
-            why += f", and topology.replacements = {self._most} allows no further process.  {failures.RESUMING}"
+            why += f", and topology.replacements = {self._most} allows no further process.  {RESUMING}"
             raise EndedByDeath(why if speaks else "")
         if speaks:
             print(f"dbmpi: {why}: the run goes on with a new process", file=sys.stderr, flush=True)
@@ -121,9 +122,7 @@ class Replacements:
                 started = left.Spawn_multiple(*self._commands(places), root=0)
                 whole = cast("MPI.Intracomm", started.Merge(high=False).Split(0, comm.rank))
         except MPI.Exception as error:
-            raise EndedByDeath(
-                f"no process could be started: {error}.  {failures.RESUMING}" if speaks else ""
-            ) from None
+            raise EndedByDeath(f"no process could be started: {error}.  {RESUMING}" if speaks else "") from None
         whole.Set_errhandler(MPI.ERRORS_RETURN)
         self.comm = whole
         self._replaced += len(places)

@@ -36,8 +36,8 @@ class Tag(IntEnum):
     """The batches that a replica learns from now on, from the lead."""
     LAST_TRANSFER = 30000
     """The largest tag of transfers, which number theirs from 1 on a communicator of their own."""
-    DEATHS = 30001
-    """A notice that another rank has reported why the run ends."""
+    END = 30001
+    """The exit code with which all ranks end, from the one that has reported why."""
     REPLACEMENT = 30003
     """A notice that the run goes on with new processes in the places of ranks that have died."""
     DEPARTURE = 30002

@@ -75,8 +75,9 @@ def transport_between(
     if failures.tolerated() and len(set(memories.tolist())) > 1:
         if wanted == "rma":
             raise UserError(
-                'server.transport = "rma": with fault tolerance (--with-ft ulfm) a rank would wait for ever for one '
-                'that has died on another host; set server.transport = "p2p" or "auto", or start without it'
+                'server.transport = "rma": with fault tolerance (mpirun --with-ft ulfm, which dbmpi launch sets for '
+                "train) a rank would wait for ever for one that has died on another host; set server.transport = "
+                '"p2p" or "auto", or start with dbmpi launch --no-fault-tolerance, so that any death ends the run'
             )
         return "p2p", ()
     if wanted != "auto":

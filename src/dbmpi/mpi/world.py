@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 
-from dbmpi.errors import DIED, EndedByDeath, KnownToAll, RunFailed, ToldElsewhere, UserError
+from dbmpi.errors import DIED, EndedByDeath, EndedElsewhere, KnownToAll, RunFailed, ToldElsewhere, UserError
 from dbmpi.machine import capacity, endings, mpi_library, signals, streams
-from dbmpi.mpi import blocking, failures, replacement, silent_ends, waiting
+from dbmpi.mpi import blocking, common_end, failures, replacement, silent_ends, waiting
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -40,7 +40,7 @@ _FOR_THE_LAUNCHER = 0.2
 _FOR_THE_END = 5.0
 """Seconds that MPI is given to end where ranks have died: it does not always."""
 _FOR_THE_FIRST = 0.5
-"""Seconds that the first rank is given to end the job, if it was interrupted as well."""
+"""Seconds that the rank with a message is given before another one ends."""
 
 
 _ALL_RANKS = (
@@ -76,23 +76,28 @@ def start() -> MPI.Intracomm:
         raise UserError(mpi_library.explain(str(error))) from None
     from dbmpi.machine.launcher import check_world
 
-    end_all_on_failure()
     if replacement.joins():
-        comm = replacement.join(MPI.Comm.Get_parent())
+        comm = go_on(replacement.join(MPI.Comm.Get_parent()))
     else:
-        if MPI.COMM_WORLD.size == 1:
-            mpi_library.remove_segments(os.environ)
         check_world(MPI.COMM_WORLD.size)
-        comm = blocking.duplicate(MPI.COMM_WORLD, _ALL_RANKS)
+        end_all_on_failure(MPI.COMM_WORLD)
+        comm = _adopt(blocking.duplicate(MPI.COMM_WORLD, _ALL_RANKS))
+        mpi_library.remove_segments(os.environ)
     if comm.rank == 0 and (note := os.environ.get(endings.UNFINISHED)):
         _leave_until_the_end(Path(note))
     if failures.tolerated():
-        atexit.register(_end)
-    return adopt(comm)
+        atexit.register(aborting(_end))
+    return comm
 
 
-def adopt(comm: MPI.Intracomm) -> MPI.Intracomm:
-    """Let `comm` be the ranks of this job from now on, and return it."""
+def go_on(comm: MPI.Intracomm) -> MPI.Intracomm:
+    """Go on with the ranks of `comm`, of which some are new processes in the places of dead ones (collective)."""
+    common_end.JOB.forget()
+    end_all_on_failure(comm)
+    return _adopt(comm)
+
+
+def _adopt(comm: MPI.Intracomm) -> MPI.Intracomm:
     global _job  # noqa: PLW0603 - a process belongs to one job
     _job = comm
     return comm
@@ -120,9 +125,10 @@ def _wait_for_all_ranks_to_start_mpi() -> ModuleType:
     return MPI
 
 
-def end_all_on_failure() -> None:
-    """Let an uncaught exception end all ranks, which may wait for this one inside MPI."""
+def end_all_on_failure(comm: MPI.Intracomm) -> None:
+    """Let an uncaught exception end all ranks of `comm`, which may wait for this one inside MPI (collective)."""
     sys.excepthook = _abort_hook
+    common_end.JOB.join(comm, _ALL_RANKS)
 
 
 def _leave_until_the_end(note: Path) -> None:
@@ -140,6 +146,8 @@ def ranks() -> Iterator[MPI.Intracomm]:
     except UserError:
         raise
     except Exception as error:
+        if "mpi4py.MPI" not in sys.modules:
+            raise  # nor does any other rank get further
         report_and_abort(error)
     try:
         with silent_ends.aloud(comm):
@@ -161,11 +169,14 @@ def report_and_abort(error: BaseException) -> NoReturn:
     rank, size = job.rank, job.size
     text, code = "", 1
     if isinstance(error, KeyboardInterrupt):
-        code = 128 + signal.SIGINT
+        code = 128 + (error.number if isinstance(error, signals.SecondSignal) else signal.SIGINT)
         if size > 1:
-            text = f"dbmpi: rank {rank} was interrupted (KeyboardInterrupt) and ends the job\n"
+            text = f"dbmpi: rank {rank} was interrupted ({signal.Signals(code - 128).name}) and ends the job\n"
             # A Ctrl-C may have reached all ranks: one of them reports it.
             time.sleep(_FOR_THE_FIRST if rank else 0.0)
+    elif isinstance(error, EndedElsewhere):
+        code = error.code
+        time.sleep(_FOR_THE_FIRST)  # that rank has something to print, and some launchers end all when one ends
     elif isinstance(error, UserError):
         text, code = f"dbmpi: {error}\n", 2
     elif failures.reports_death(error):
@@ -183,17 +194,16 @@ def report_and_abort(error: BaseException) -> NoReturn:
         whose = f"rank {rank} failed and ends the job" if size > 1 else "failed"
         text = f"dbmpi: {whose}:\n{''.join(traceback.format_exception(error))}"
     if text:
-        endings.note_message()
+        endings.note_message(code)
     with suppress(OSError):  # the reader of our output may be gone
         sys.stdout.flush()
         sys.stderr.write(text)
         sys.stderr.flush()
     if size == 1:
         raise SystemExit(code)
-    # MPICH's launcher passes on a rank's output with a delay, and drops the rest at an abort.
-    time.sleep(_FOR_THE_LAUNCHER)
-    # Where a rank has died already, Open MPI's Abort ends no other rank; they notice that this one is gone, too.
-    if not failures.dead(job):
+    if not (isinstance(error, EndedElsewhere) or common_end.JOB.announce(code)):
+        # MPICH's launcher passes on a rank's output with a delay, and drops the rest at an abort.
+        time.sleep(_FOR_THE_LAUNCHER)
         job.Abort(code)
     _exit(code)  # MPICH's Abort may return before the launcher has killed this rank
 
@@ -227,7 +237,7 @@ def abort_from_thread(error: Exception) -> NoReturn:
 
     if MPI.Query_thread() == MPI.THREAD_MULTIPLE and MPI.COMM_WORLD.size > 1:
         report_and_abort(error)
-    endings.note_message()
+    endings.note_message(1)
     with suppress(OSError):
         sys.stderr.write(f"dbmpi: {error}\n")
         sys.stderr.flush()
@@ -245,18 +255,22 @@ def _end() -> None:
     assert _job is not None
     if MPI.Is_finalized():
         return
+    sys.stdout.flush()
+    if not failures.dead(_job):
+        with failures.survived():  # another rank may fail meanwhile, which a wait notices, and MPI's end does not
+            waiting.complete(_job.Ibarrier(), "the other ranks to end", seconds=waiting.LONG_SECONDS)
     if not failures.dead(_job):
         MPI.Finalize()
-        return
-    sys.stdout.flush()
-    failures.depart(_job)
+    else:
+        failures.depart(_job)
 
 
 def leave(code: int, elder: Collection[int]) -> NoReturn:
     """End this process, whose job has replaced ranks that have died (collective).
 
     Open MPI 5.0 takes a process that was started later for a crash if it leaves out MPI's end; and this does not return
-    before the elder ones are gone.  It leaves the memory damaged, so that nothing may follow.
+    before the elder ones are gone.  It damages the memory, at times so that it crashes itself: it is the last call, and
+    has nothing to say.
 
     Parameters
     ----------
@@ -272,9 +286,12 @@ def leave(code: int, elder: Collection[int]) -> NoReturn:
     sys.stderr.flush()
     failures.depart(_job)
     if _job.rank == 0 and (note := os.environ.get(endings.UNFINISHED)):
+        endings.note_message(code)  # whatever the launcher says of how the others leave
         Path(note).unlink(missing_ok=True)
     if elder:
         failures.outlive(_job, elder, _FOR_THE_END)
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 2)
         faulthandler.dump_traceback_later(_FOR_THE_END, exit=True)
         MPI.Finalize()
     _exit(code)

@@ -223,7 +223,7 @@ def _ready(
         if comm is None:
             comm = _all_ranks()
         elif comm.size > 1:
-            world.end_all_on_failure()
+            world.end_all_on_failure(comm)
         stack.enter_context(silent_ends.aloud(comm))
         with world.together(comm, "reading the arguments"):
             path, in_file = path_of(checkpoint), isinstance(data, str | os.PathLike)

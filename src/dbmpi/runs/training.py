@@ -35,9 +35,9 @@ from dbmpi.monitor.callbacks import Callbacks, TrainingEvent
 from dbmpi.monitor.progress import RunProgress
 from dbmpi.monitor.records import Recorder
 from dbmpi.mpi import topology, waiting
-from dbmpi.mpi.failures import Watch
 from dbmpi.mpi.replacement import Replacements
 from dbmpi.mpi.silent_ends import aloud
+from dbmpi.mpi.watch import Watch
 from dbmpi.mpi.world import end_all_on_failure, together
 from dbmpi.network import own
 from dbmpi.network.description import Network
@@ -152,7 +152,7 @@ def train(
 
         comm = start()
     elif comm.size > 1:
-        end_all_on_failure()
+        end_all_on_failure(comm)
     with aloud(comm), ExitStack() as stack:
         with together(comm, "checking what is learned"):
             run, arrays = with_initial(run, initial)

@@ -11,7 +11,7 @@ import math
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from dbmpi.errors import RunFailed
+from dbmpi.errors import EndedElsewhere, RunFailed
 from dbmpi.methods import descent
 from dbmpi.methods.descent import ORIGIN, POINT, Limits, Report
 from dbmpi.methods.lbfgs import History
@@ -134,8 +134,8 @@ class Coordinator:
         except Interrupted:
             self._go_back()
         except Exception as failure:
-            if failures.reports_death(failure):
-                raise  # of a shard: nothing can be gone back to, and the watch says which one
+            if isinstance(failure, EndedElsewhere) or failures.reports_death(failure):
+                raise  # without a shard nothing can be gone back to, and the watch says which one
             self._go_back()
             if self.steps == 0:
                 raise

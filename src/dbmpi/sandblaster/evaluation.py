@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     import numpy as np
 
     from dbmpi.machine.signals import StopSignal
-    from dbmpi.mpi.failures import Watch
     from dbmpi.mpi.mailbox import Mailbox
+    from dbmpi.mpi.watch import Watch
     from dbmpi.sandblaster.passes import Passes
     from dbmpi.sandblaster.shard import Shards
 
@@ -141,7 +141,7 @@ class Evaluator:
             self._shards.submit(Command("accrue", (self._gradient, replica, bundle)))
         while (message := self._mailbox.receive()) is not None:
             if message.kind == mpi_mailbox.MessageKind.STOP_ASKED:
-                self._stop_asked(message.values[0])
+                self._stop.hear(message.values[0])
             elif message.kind == mpi_mailbox.MessageKind.FAILED and self.failed is None:
                 self.failed, worker = message.source, self._shards.plan.worker_of(message.source)
                 assert worker is not None

@@ -17,7 +17,7 @@ import numpy as np
 from dbmpi.checkpoint.lead_saver import LeadSaver, unusable
 from dbmpi.checkpoint.saver import ShardSaver
 from dbmpi.data import limits
-from dbmpi.errors import EndedByDeath, UserError
+from dbmpi.errors import EndedByDeath, EndedElsewhere, UserError
 from dbmpi.machine.rank_variables import ranks_on_node
 from dbmpi.methods import own
 from dbmpi.methods.own import Method
@@ -130,7 +130,7 @@ def _poll(worker: BatchWorker, mailbox: Mailbox) -> bool:
     try:
         return worker.poll()
     except Exception as error:
-        if not (isinstance(error, (EndedByDeath, RankLost)) or failures.reports_death(error)):
+        if not (isinstance(error, (EndedByDeath, EndedElsewhere, RankLost)) or failures.reports_death(error)):
             worker.let_lead_write(mailbox)
         raise
 

@@ -1,0 +1,156 @@
+"""Whether a rank has died without which a run cannot continue, and which one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Mapping
+from contextlib import ExitStack
+from types import TracebackType
+from typing import TYPE_CHECKING, NoReturn
+
+import numpy as np
+
+from dbmpi.errors import DIED, EndedByDeath
+from dbmpi.mpi import common_end, failures, waiting
+from dbmpi.mpi.tags import Tag
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+_BETWEEN_POLLS = 0.1
+_NAME = 64
+"""Largest number of bytes of a host's name."""
+_FIRST_TO_SPEAK = 5.0
+"""Seconds for which all other ranks leave it to the lowest one to report which rank has died."""
+RESUMING = "The same command with --set checkpoint.resume=auto goes on from the last checkpoint, if there is one"
+
+
+class RanksMissing(EndedByDeath):
+    """Ranks have died without which the run cannot go on, and new processes may take their places."""
+
+
+class Watch:
+    """Checks now and then whether a rank has died, and ends the run where it cannot continue without that one.
+
+    As a context manager it checks in every wait, and reports which rank has died where MPI does not.
+
+    Parameters
+    ----------
+    comm
+        The ranks that are watched (collective).
+    advice
+        What a user can do after a death, a sentence.
+
+    Attributes
+    ----------
+    on
+        Whether there is anything to check: without fault tolerance MPI itself ends the job.
+    dead
+        Ranks that have died, as of the last check.
+    replaceable
+        Number of ranks whose places new processes can take: then the run ends on all ranks by `RanksMissing`.
+    """
+
+    def __init__(self, comm: MPI.Comm, advice: str = RESUMING) -> None:
+        self._comm, self._advice = comm, advice
+        self.on = failures.tolerated()
+        self.replaceable = 0
+        self._hosts = hosts(comm) if self.on else []
+        self._notices: list[tuple[MPI.Request, np.ndarray]] = []
+        self._next = 0.0
+        self._roles: Mapping[int, str] = {}
+        self._dispensable: Collection[int] = ()
+        self._speaker: int | None = None
+        self._speaks_until = 0.0
+        self._serving = ExitStack()
+        self.dead: frozenset[int] = frozenset()
+
+    def do_without(self, dispensable: Collection[int], roles: Mapping[int, str]) -> None:
+        """Let the run survive the death of the `dispensable` ranks from now on.
+
+        `roles` gives for other ranks what messages say behind their names: why the run cannot continue without them.
+        """
+        self._dispensable, self._roles = dispensable, roles
+
+    def check(self, *, now: bool = False) -> bool:
+        """Check the ranks, a few times a second at most unless `now`; called in every wait.
+
+        Returns False: this is no sign of life.
+
+        Raises
+        ------
+        RunFailed
+            If a rank has died without which the run cannot continue, or another rank has ended the run.
+        """
+        if not self.on or (time.monotonic() < self._next and not now):
+            return False
+        self._next = time.monotonic() + _BETWEEN_POLLS
+        common_end.JOB.check(now=True)  # another rank may have reported why
+        goes_on = failures.probe(self._comm, Tag.REPLACEMENT)
+        if len(gone := failures.dead(self._comm)) > len(self.dead):
+            self.dead = frozenset(gone)
+        missed = sorted(self.dead.difference(self._dispensable))
+        if missed:
+            self._give_up(missed)
+        if goes_on:
+            raise RanksMissing("")
+        return False
+
+    def __enter__(self) -> Watch:
+        if self.on:
+            self._serving.enter_context(waiting.serving(self.check))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._serving.close()
+        if error is not None and failures.reports_death(error):
+            until = time.monotonic() + 2 * _FIRST_TO_SPEAK
+            while time.monotonic() < until:
+                self.check()  # raises
+                time.sleep(_BETWEEN_POLLS)
+
+    @property
+    def replaces(self) -> bool:
+        """Whether new processes can take the places of all that have died."""
+        return len(self.dead) <= self.replaceable > 0
+
+    def end(self, why: str) -> NoReturn:
+        """End the run on all ranks because of a death; `why` is a sentence for the user."""
+        if self.replaces:
+            word = np.zeros(1, np.int64)
+            for rank in {*range(self._comm.size)} - self.dead - {self._comm.rank}:
+                with failures.survived():
+                    self._notices.append((self._comm.Isend(word, rank, Tag.REPLACEMENT), word))
+            raise RanksMissing(why)
+        common_end.JOB.announce(DIED)
+        raise EndedByDeath(f"{why}.  {self._advice}")
+
+    def name(self, rank: int) -> str:
+        """Return the name of a rank for messages, with its host and its role."""
+        return f"rank {rank} on {self._hosts[rank]}{self._roles.get(rank, '')}"
+
+    def _give_up(self, missed: list[int]) -> None:
+        """Report on one rank which rank has died, and let the others end; MPI's Abort does not where one has died."""
+        if self._speaker is None:
+            self._speaker = min(set(range(self._comm.size)) - self.dead)
+            self._speaks_until = time.monotonic() + _FIRST_TO_SPEAK
+        name = self.name(missed[0])
+        if self.replaces:
+            self.end(f"{name} has died")
+        if self._comm.rank != self._speaker and time.monotonic() < self._speaks_until:
+            return
+        self.end(f"{name} has died, and the run cannot go on without it")
+
+
+def hosts(comm: MPI.Comm) -> list[str]:
+    """Return the name of the host of each rank of `comm` (collective)."""
+    from mpi4py import MPI
+
+    name = np.zeros(_NAME, np.uint8)
+    letters = MPI.Get_processor_name().encode()[:_NAME]
+    name[: len(letters)] = np.frombuffer(letters, np.uint8)
+    names = np.empty((comm.size, _NAME), np.uint8)
+    waiting.complete(comm.Iallgather(name, names), "the names of the other ranks' hosts")
+    return [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in names]
