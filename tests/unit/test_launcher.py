@@ -259,7 +259,8 @@ def parsed(*words: str) -> argparse.Namespace:
     [
         (["-n", "2"], "nothing to run"),
         (["-n", "2", "--"], "nothing to run"),
-        (["-n", "0", "--", "train"], "at least 1 rank"),
+        (["-n", "0", "--", "train"], "launch -n 0: expected at least 1"),
+        (["-n", "2", "--restarts", "-1", "--", "train"], "launch --restarts -1: expected at least 0"),
         (["-n", "2", "--mpi-args", "'open", "--", "train"], "--mpi-args"),
     ],
 )
