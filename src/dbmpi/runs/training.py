@@ -169,7 +169,7 @@ def _run(
     comm: MPI.Intracomm,
     stack: ExitStack,
     stop: StopSignal,
-    replacements: Replacements | None,
+    replacements: Replacements | None = None,
 ) -> Result:
     """Set up this rank, train, evaluate (collective); the stack closes everything that is opened."""
     with together(comm, "planning the topology"):
