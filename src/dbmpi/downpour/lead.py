@@ -70,8 +70,9 @@ class Lead(Shard):
     ----------
     stopped_by
         Number of the signal that ended it early; 0 if it ran to its end.
-    steps, samples
-        Steps of all replicas in this session, and the samples behind them, as far as they have been applied.
+    steps, samples, withheld
+        Steps of all replicas in this session, and the samples behind them, as far as they have been applied or
+        withheld, and the pushes that were.
     staleness
         Of all pushes of this session that shard 0 has applied.
     recent
@@ -119,8 +120,7 @@ class Lead(Shard):
         self._closing = False
         self._open = set(plan.shard_ranks[1:])
         """Shards that have not ended."""
-        self.steps = 0
-        self.samples = 0
+        self.steps = self.samples = self.withheld = 0
         self.staleness = StalenessHistogram()
         self.recent = Recent(order.samples)
         self.stopped_by = 0
@@ -199,7 +199,10 @@ class Lead(Shard):
         tally, seconds = super().report()
         outcome = tally.outcome
         self.steps += tally.steps
-        self.samples += outcome.samples
+        self.samples += tally.samples
+        if tally.withheld and not self.withheld:
+            self._progress.warn("a replica withholds a push, because its gradient is not finite")
+        self.withheld += tally.withheld
         self.recent.add(outcome)
         self.staleness.merge(tally.staleness)
         self._rate.add(outcome.samples, seconds)

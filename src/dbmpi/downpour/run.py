@@ -20,13 +20,14 @@ from dbmpi.checkpoint.saver import ShardSaver
 from dbmpi.checkpoint.schema import CheckpointInfo, library_versions
 from dbmpi.data.deal import first_share
 from dbmpi.downpour.algorithm import downpour
+from dbmpi.downpour.assignment import Assignment
 from dbmpi.downpour.checkpoints import CheckpointPlan
 from dbmpi.downpour.datapath import DataPath, Flow
 from dbmpi.downpour.lead import Lead
 from dbmpi.downpour.orders import Orders
 from dbmpi.downpour.settlement import HeldReplicas
 from dbmpi.downpour.shard import Shard, ShardRole
-from dbmpi.downpour.worker import Assignment, Worker
+from dbmpi.downpour.worker import Worker
 from dbmpi.errors import RunFailed
 from dbmpi.index.layout import Stretch
 from dbmpi.monitor import verdict
@@ -213,14 +214,16 @@ def _work(session: Session, client: Client, stretches: Sequence[Stretch], flow: 
         directory=run.run.directory,
         state=session.objective_state,
         callbacks=session.callbacks,
+        most_withheld=0 if flow.by_layers else run.optimizer.most_withheld,
+        layers=run.network.layer_names or [tensor.name for tensor in session.model.layout.tensors],
         remedy=f"{_lower(run.optimizer.learning_rate)}, or look for extreme values in {run.data.called}",
     )
     log = session.log(number)
     worker = Worker(assignment, replica, client, orders, log, session.comms.replica, replica.seconds)
     replica.serve_while_waiting(orders.obey)
-    clip = Clip(run.optimizer.clip_norm, stretches, worker.add_up) if flow.clipped else None
+    clip = Clip(run.optimizer.clip_norm, stretches, worker.add_up) if run.optimizer.clip_norm else None
     schedule = Schedule.from_config(run.optimizer, session.order.samples)
-    path = DataPath(client, flow, worker.stopwatch("push"), clip)
+    path = DataPath(client, flow, worker.stopwatch("push"), clip, worker.largest)
     step = begin.done[replica_number] if begin.done else 0
 
     def learn_share() -> int:
@@ -257,7 +260,7 @@ def _giving_up(worker: Worker) -> Iterator[None]:
     """Where the block fails, let the lead write a last checkpoint before that ends the run."""
     try:
         yield
-    except RunFailed:  # a loss that is not finite, or a rank that cannot be waited for: there is nothing good to keep
+    except RunFailed:  # numbers that are not finite, or a rank that cannot be waited for: there is nothing good to keep
         raise
     except Exception as error:
         if not failures.reports_death(error):
@@ -296,6 +299,7 @@ def _conclude(session: Session, lead: Lead | None, seconds: float) -> Result:
         lead.advice,
         warning,
         lead.lost,
+        lead.withheld,
     )
     return session.conclude(result, seconds)
 

@@ -45,6 +45,8 @@ class WorkerReport:
     """Pieces in which the parameters came."""
     layers: Mapping[str, float] | None = None
     """Time since the last report by phase and layer, e.g. ``forward 1`` or ``exchange 4``, to find what is slow."""
+    withheld: int = 0
+    """Pushes that it has withheld in this session, because their gradient was not finite."""
 
 
 @dataclass(frozen=True, slots=True)
