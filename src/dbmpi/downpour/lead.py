@@ -1,9 +1,8 @@
 """The lead: shard 0, which also keeps the order of a run.
 
-It shows progress, lets the workers pause until all shards have taken a checkpoint, which is written while they go on,
-releases them after the warmstart, and ends the run when all have finished or a signal asked for it.  Where a replica
-dies, it lets the others learn the rest of its share.  It acts on messages and on the clock, and never waits for a
-worker.
+It shows progress, lets the workers pause until all shards have taken a checkpoint, releases them after the warmstart,
+and ends the run when all have finished or a signal asked for it.  Where a replica dies, it lets the others learn the
+rest of its share.  It acts on messages and on the clock, and never waits for a worker.
 """
 
 from __future__ import annotations
@@ -108,7 +107,7 @@ class Lead(Shard):
         self._rate = Rate()
         self._replicas = Replicas(self._comm, plan, begin, self._mailbox, role.held, lambda: watch.dead)
         self._server.on_report = self._replicas.count
-        self._losses = Losses(watch, self._replicas, role.recorder, progress.message)
+        self._losses = Losses(watch, self._replicas, role.recorder, progress.message, role.monitor, plan)
         self._pausing = self._taking = False
         """Whether the workers are to pause, and whether the shards take a checkpoint."""
         self._stopping = False
@@ -120,10 +119,9 @@ class Lead(Shard):
         self._closing = False
         self._open = set(plan.shard_ranks[1:])
         """Shards that have not ended."""
-        self.steps = self.samples = self.withheld = 0
+        self.steps = self.samples = self.withheld = self.stopped_by = 0
         self.staleness = StalenessHistogram()
         self.recent = Recent(order.samples)
-        self.stopped_by = 0
         self.test: Outcome | None = None
         self._busiest = 0.0
 
@@ -177,6 +175,8 @@ class Lead(Shard):
             self._busiest = max(self._busiest, number(values[0]))
         elif kind == MessageKind.ALIVE:
             self._replicas.say_alive()
+        elif kind == MessageKind.BEAT:
+            self._losses.stalls.heard(message.source)
 
     def _hear_of_rest(self, message: Message) -> None:
         """Note that a replica learns nothing more, for now or for good."""
@@ -334,6 +334,8 @@ class Lead(Shard):
             self.evaluated(outcome, self.epoch)
             assert self._checkpoints.path is not None
             amend(self._checkpoints.path, self._files.account, self._files.section.keep, self._progress.warn)
+        if not self._losses.stalls.may_end():
+            return False
         self._replicas.tell_all(MessageKind.END)
         self._replicas.tell_shards(MessageKind.END)
         self._busiest = max(self._busiest, self.applying)

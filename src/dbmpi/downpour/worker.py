@@ -335,14 +335,15 @@ class Worker:
     def _not_finite(self, push: Push) -> RunFailed:
         """Return the error of a push that must not be withheld."""
         task, loss = self._assignment, push.outcome.mean_loss
-        what = f"the loss is {loss}"
+        gradient = times = ""
         if push.layer is not None:
             join = "but" if push.outcome.are_numbers else "and"
-            what += f", {join} the gradient of {task.layers[push.layer]!r} is not finite,"
-        times = f", for {self._in_a_row} pushes in a row" if self._in_a_row > 1 else ""
+            gradient = f", {join} the gradient of {task.layers[push.layer]!r} is not finite"
+        if self._in_a_row > 1:
+            times = f", for {self._in_a_row} pushes in a row"
         return RunFailed(
-            f"{what} at step {self.log.steps} of replica {self._number}, batch {self._batch} of the stream{times}; "
-            f"{kept(task.directory / 'checkpoints')}; {task.remedy}"
+            f"the loss is {loss} at step {self.log.steps} of replica {self._number}, batch {self._batch} of the stream"
+            f"{gradient}{times}; {kept(task.directory / 'checkpoints')}; {task.remedy}"
         )
 
     def _report(self) -> None:

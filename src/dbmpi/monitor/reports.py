@@ -137,7 +137,7 @@ class CheckpointReport:
 
 @dataclass(frozen=True, slots=True)
 class LossReport:
-    """A replica of Downpour that is given up, because a rank of it has died."""
+    """A replica of Downpour that is given up, because a rank of it has died or is stalled."""
 
     kind: ClassVar[str] = "loss"
     step: int
