@@ -130,7 +130,7 @@ def _heartbeat(session: Session, log: WorkerLog | None) -> Iterator[Callable[[],
     """
     comm, seconds = session.comms.world, session.run.monitor.stall_timeout
     if not seconds:
-        yield bool
+        yield bool  # which is False
         return
     mailbox = Mailbox(comm, Role.WORKER)
     roles = [] if session.shard is None else [f"shard {session.shard}"]
