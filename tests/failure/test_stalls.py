@@ -131,3 +131,23 @@ def test_a_worker_that_is_stopped_ends_the_run(jobs: Jobs) -> None:
     assert done.returncode == 1, done.transcript
     stalled = [line for line in messages(done) if "stalled: rank 1 (replica 0, after " in line]
     assert len(stalled) == 1, done.transcript
+
+
+def test_a_replica_of_two_partitions_is_done_without_if_one_of_them_is_stopped(jobs: Jobs) -> None:
+    """Its other partition leaves at once, and that one when it awakes."""
+    words = ("topology.shards=1", "topology.replicas=2", "topology.partitions=2", f"optimizer.epochs={FOR_EVER}")
+    stall = (f"monitor.stall_timeout={TIMEOUT:g}", "monitor.on_stall=drop")
+    program = jobs.start(5, *words, *stall)
+    jobs.wait_until_all_learn(program, 4)
+    ranks = program.ranks()
+    os.kill(ranks[4], signal.SIGSTOP)
+    jobs.wait_for_output(program, "rank 4 (partition 1 of replica 1", "the run goes on with 1 of 2 replicas")
+    jobs.wait_for_reports(program, 0, count=3)
+    os.kill(ranks[4], signal.SIGCONT)
+    jobs.wait_for_output(program, " is back after ")
+    os.kill(ranks[0], signal.SIGTERM)
+    done = jobs.finish(program, 60.0)
+    assert done.returncode == 128 + signal.SIGTERM, done.transcript
+    [loss] = losses(jobs)
+    assert (loss["lost"], loss["takers"]) == (1, [0])
+    jobs.assert_whole()
