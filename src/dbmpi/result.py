@@ -36,7 +36,9 @@ class Result:
     warning: str = ""
     """What is wrong with the losses that the run ended with, if they make no sense (:mod:`dbmpi.monitor.verdict`)."""
     lost: tuple[int, ...] = ()
-    """Replicas of Sandblaster that have died in this session."""
+    """Replicas that were given up in this session."""
+    withheld: int = 0
+    """Pushes that were withheld in this session, because their gradient was not finite."""
 
 
 def path_of(given: FilePath | Result, what: str = "checkpoint") -> Path:

@@ -21,7 +21,7 @@ from dbmpi.data.numbered_batches import NumberedBatches
 from dbmpi.data.run_data import RunData, network_notes
 from dbmpi.data.stream import Order, Stream
 from dbmpi.kernels import updates
-from dbmpi.kernels.checks import compile_copies
+from dbmpi.kernels.checks import compile_checks
 from dbmpi.machine.signals import StopSignal
 from dbmpi.monitor.callbacks import Callbacks
 from dbmpi.monitor.progress import RunProgress
@@ -290,8 +290,7 @@ class Session:
         if model.loss is not None:
             model.loss.apply(values, np.zeros(1, np.int32) if self.data.classes else np.zeros_like(values))
         few = np.zeros(1, DTYPE)
-        if isinstance(model, OwnModel):
-            compile_copies(DTYPE)
+        compile_checks(DTYPE)
         if optimizer.method == "downpour":
             applied_rule = rule(optimizer, code=self.run.network.code)
             applied_rule.apply(few, few.copy(), applied_rule.init(few))

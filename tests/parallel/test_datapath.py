@@ -12,7 +12,7 @@ from parallel.test_paramserver import WAYS, parameter_server
 
 from dbmpi.downpour import buffer
 from dbmpi.downpour.algorithm import downpour
-from dbmpi.downpour.datapath import DataPath, Flow
+from dbmpi.downpour.datapath import DataPath, Flow, Push
 from dbmpi.monitor.records import Stopwatch
 from dbmpi.mpi import waiting
 from dbmpi.mpi.window import Window
@@ -62,8 +62,9 @@ class Watch:
     def stepped(self, outcome: Outcome) -> None:
         pass
 
-    def pushed(self, steps: int) -> None:
-        self.steps += steps
+    def pushed(self, push: Push) -> None:
+        assert not push.withheld
+        self.steps += push.steps
 
 
 @pytest.mark.parallel([1, 4])

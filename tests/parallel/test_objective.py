@@ -15,9 +15,10 @@ from dbmpi.data.numbered_batches import NumberedBatches
 from dbmpi.data.source import Source
 from dbmpi.data.stream import Order, Stream
 from dbmpi.downpour.algorithm import downpour
+from dbmpi.downpour.assignment import Assignment
 from dbmpi.downpour.datapath import DataPath, Flow
 from dbmpi.downpour.orders import Orders
-from dbmpi.downpour.worker import Assignment, Worker
+from dbmpi.downpour.worker import Worker
 from dbmpi.index.layout import cut
 from dbmpi.machine.signals import StopSignal
 from dbmpi.monitor.records import Recorder, read_records

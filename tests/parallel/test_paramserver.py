@@ -353,6 +353,51 @@ def test_of_a_client_that_is_held_just_the_pushes_that_count_are_applied(comm, w
         bench.together()
 
 
+@pytest.mark.parallel([2])
+@pytest.mark.parametrize("consistent", [False, True])
+@pytest.mark.parametrize("way", ["in place", "copied", "p2p"])
+def test_a_push_that_is_withheld_is_counted_in_its_place_and_changes_nothing(comm, way, consistent) -> None:
+    """Of one that pushes, withholds, pushes and withholds, two count, three, or all, as settled."""
+    with parameter_server(comm, 90, way=way, chunk=40, consistent=consistent) as bench:
+        server, client = bench.server, bench.client
+        bench.together()
+        if server is not None:
+            server.hold(0)
+        waiting.barrier(comm, "the shard to hold the client")
+        if client is not None:
+            client.gradients[0][:] = -1
+            for withheld in (True, False, True):
+                client.samples = 5
+                if withheld:
+                    client.withhold()
+                else:
+                    client.push(client.gradients[0])
+                client.report(Outcome(5, np.nan if withheld else 2.0, 3), 1, withheld=withheld)
+                client.progress()
+        bench.together()
+        if server is not None:
+            for count in (1, 2, 3):
+                # The inbox may be full before.
+                waiting.until(lambda count=count: server.reports(0) >= count, "reports", serve=bench.window.sync)
+                assert server.progress(0).whole >= count
+                assert server.settle(0, count, gone=False)
+                assert server.progress(0).touched == count
+                pushed = int(count > 1)
+                np.testing.assert_array_equal(server.parameters, np.full(90, pushed))
+                assert (server.version, server.samples) == (pushed, 5 * count)
+                tally = server.tally
+                assert (tally.pushes, tally.steps, tally.samples) == (pushed, count, 5 * count)
+                assert (tally.withheld, tally.outcome) == (
+                    count - pushed,
+                    Outcome(5 * pushed, 2.0 * pushed, 3 * pushed),
+                )
+                assert not server.pushing
+            server.let_go(0)
+        if client is not None:
+            client.wait()
+        bench.together()
+
+
 @pytest.mark.parallel([3])
 def test_a_report_is_settled_also_while_half_a_push_of_another_client_is_held(comm) -> None:
     with parameter_server(comm, 90, way="copied", chunk=10, consistent=True) as bench:

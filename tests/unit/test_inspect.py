@@ -18,7 +18,7 @@ from dbmpi.checkpoint.directory import checkpoint_path
 from dbmpi.checkpoint.statistics import Statistics
 from dbmpi.cli import inspect
 from dbmpi.errors import UserError
-from dbmpi.monitor.records import BatchReport, Recorder
+from dbmpi.monitor.records import BatchReport, Recorder, WorkerReport
 
 floats = st.floats(-100, 100, width=32) | st.sampled_from([math.nan, math.inf])
 
@@ -130,6 +130,26 @@ def test_lost_replicas_of_a_run_are_named(tmp_path, capsys):
     assert [line.strip() for line in show(capsys, tmp_path).splitlines() if "lost:" in line] == [named]
     lost = json.loads(show(capsys, tmp_path, as_json=True))["lost"]
     assert [(one["replica"], one["session"], one["iteration"]) for one in lost] == [(1, 1, 1), (3, 1, 2)]
+
+
+def test_pushes_that_were_withheld_are_counted_over_all_sessions(tmp_path, capsys):
+    write(tmp_path, 3)
+    times = dict.fromkeys(("compute", "fetch", "push", "wait", "data"), 1.0)
+    fields = {"epoch": 1.0, "samples": 7, "loss": 1.0, "accuracy": None, "samples_per_second": 7.0, "seconds": times}
+    fields |= {"pushed_bytes": 1, "fetched_bytes": 1}
+    for session, worker, replica, partition, counts in (
+        (1, 0, 0, 0, (1, 2)),
+        (1, 1, 0, 1, (1, 2)),
+        (1, 2, 1, 0, (0, 3)),
+        (2, 0, 0, 0, (0, 40)),
+    ):
+        with Recorder(tmp_path, "worker", worker, session=session) as recorder:
+            for step, withheld in enumerate(counts, 10):
+                report = WorkerReport(step=step, withheld=withheld, replica=replica, partition=partition, **fields)
+                recorder.write(report)
+    named = "withheld: 45 (pushes of gradients that were not finite)"
+    assert [line.strip() for line in show(capsys, tmp_path).splitlines() if "withheld:" in line] == [named]
+    assert json.loads(show(capsys, tmp_path, as_json=True))["withheld"] == 45
 
 
 def test_a_damaged_array_is_named_and_the_others_are_shown(tmp_path, capsys):

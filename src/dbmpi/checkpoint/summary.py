@@ -111,12 +111,14 @@ def _together(keys: Sequence[str]) -> list[str]:
 def _run(path: Path) -> dict[str, Any]:
     """Return what a run directory holds beside the newest checkpoint."""
     folder = directory.checkpoints_directory(path)
-    records = any((path / "records").glob("*.jsonl"))
+    recorded = any((path / "records").glob("*.jsonl"))
+    history = RunHistory(read_records(path)) if recorded else None
     return {
         "checkpoints": [_candidate(candidate) for candidate in sorted(directory.checkpoints(folder))],
         "latest": _pointed(folder, directory.LATEST),
         "best": _pointed(folder, directory.BEST),
-        "lost": [asdict(lost) for lost in RunHistory(read_records(path)).lost] if records else [],
+        "lost": [] if history is None else [asdict(lost) for lost in history.lost],
+        "withheld": 0 if history is None else history.withheld,
     }
 
 

@@ -59,6 +59,8 @@ def _run_lines(found: dict[str, Any], everything: bool) -> Iterator[str]:
         from dbmpi.monitor.history import LostReplica
 
         yield f"  lost: {'; '.join(str(LostReplica(**lost)) for lost in found['lost'])}"
+    if found["withheld"]:
+        yield f"  withheld: {found['withheld']:,} (pushes of gradients that were not finite)"
     yield ""
     yield from _checkpoint_lines(found["newest"], everything)
 

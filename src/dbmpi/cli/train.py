@@ -95,6 +95,8 @@ def _print(result: Result, directory: Path) -> None:
         lines["samples/s"] = f"{result.samples / max(result.seconds, 1e-9):,.0f}"
         if math.isfinite(result.staleness):
             lines["mean staleness"] = f"{result.staleness:.2f}"
+    if result.withheld:
+        lines["withheld"] = f"{result.withheld:,} (pushes of gradients that were not finite)"
     lines |= {"checkpoint": str(result.checkpoint), "records": str(directory / "records")}
     last = {"lost replicas": ", ".join(map(str, result.lost)), "advice": result.advice, "warning": result.warning}
     for name, value in (lines | last).items():

@@ -76,6 +76,10 @@ class OptimizerSection(Section):
     local_rate: NotNegative = 0.0
     """Rate alpha of the replica's own steps between two fetches (algorithm 1.1); 0 takes none.  It follows the same
     schedule."""
+    most_withheld: CountOrNone = 3
+    """Downpour: pushes in a row that a replica may withhold because their gradient is not finite; one more ends the
+    run, and with 0 the first one does.  Otherwise all of a gradient is then pushed at once, also with overlap.  With
+    ``server.gradients = "layers"``, where some of it has left when the rest is computed, it counts as 0."""
     warmstart: CountOrNone = 0
     """One replica takes this many steps alone before the others are released."""
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from dbmpi.objective import Objective, Outcome
 
 if TYPE_CHECKING:
-    from dbmpi.downpour.datapath import DataPath
+    from dbmpi.downpour.datapath import DataPath, Push
     from dbmpi.monitor.records import Stopwatch
 
 
@@ -26,11 +26,11 @@ class Watcher(Protocol):
         ...
 
     def stepped(self, outcome: Outcome) -> None:
-        """Note the `outcome` of a gradient that has been computed; raise if the loss is not finite."""
+        """Note the `outcome` of a gradient that has been computed."""
         ...
 
-    def pushed(self, steps: int) -> None:
-        """Note that the gradients of so many `steps` are on their way to the shards."""
+    def pushed(self, push: Push) -> None:
+        """Note that a `push` is on its way to the shards, or is withheld; raise if it must not be."""
         ...
 
 
@@ -49,7 +49,7 @@ def downpour(
     Algorithm 1.1 of the paper: fetch every `n_fetch` steps, push the accrued gradient every `n_push` steps, and in
     between walk by plain SGD of rate `local_rate`, a walk that the next fetch overwrites.  As written there, both
     fire at step 0: the first push carries one gradient, later ones the sum of `n_push`.  What remains at the end is
-    pushed too.
+    pushed too.  After a push that is withheld the next step fetches, as local steps may have followed its gradient.
 
     Parameters
     ----------
@@ -66,15 +66,16 @@ def downpour(
     """
     clock = watcher.stopwatch
 
-    def push() -> None:
+    def push() -> bool:
         with clock("push"):
-            steps = path.push()
-        watcher.pushed(steps)
+            done = path.push()
+        watcher.pushed(done)
+        return done.withheld
 
-    step = first_step
+    step, fresh = first_step, True
     while (number := watcher.proceed()) is not None:
         with clock("fetch"):
-            if step % n_fetch == 0 or step == first_step:
+            if step % n_fetch == 0 or fresh:
                 path.fetch()
             else:
                 path.refresh()
@@ -88,8 +89,7 @@ def downpour(
             outcome = objective.loss_and_gradient(path.parameters, batch, gradient, leave, step=number, add=path.add)
             watcher.stepped(outcome)
             path.accrue(outcome, local_rate(number) if callable(local_rate) else local_rate)
-        if pushing:
-            push()
+        fresh = pushing and push()
         step += 1
     if path.steps:
         push()

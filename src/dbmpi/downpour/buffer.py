@@ -46,7 +46,7 @@ class Buffer:
     def __call__(self, part: int) -> np.ndarray:
         """Return the memory for the flat gradient of that `part`, when the shards have applied its old content."""
         self._wait(self._sharing[part])
-        return self._view(part)
+        return self.part(part)
 
     def whole(self) -> np.ndarray:
         """Return all of the memory, when the shards have applied its old content."""
@@ -55,7 +55,7 @@ class Buffer:
 
     def push(self, part: int) -> None:
         """Put the complete gradient of that `part` in line for the shards."""
-        self._marks[part] = self._client.push(self._view(part), part)
+        self._marks[part] = self._client.push(self.part(part), part)
 
     def _wait(self, parts: Iterable[int]) -> None:
         marks = [self._marks[part] for part in parts if part in self._marks]
@@ -63,7 +63,8 @@ class Buffer:
             with self._waiting:
                 self._client.wait(max(marks))  # they only grow: the latest holds for all
 
-    def _view(self, part: int) -> np.ndarray:
+    def part(self, part: int) -> np.ndarray:
+        """Return the memory for the flat gradient of that `part`, whatever is in it."""
         return self.memory[self._ranges[part].start : self._ranges[part].stop]
 
 

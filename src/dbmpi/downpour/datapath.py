@@ -5,22 +5,28 @@ The paper (section 4.1) lets a client fetch, push and compute in three threads t
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from dbmpi.config import OptimizerSection, ServerSection
 from dbmpi.downpour.buffer import Buffer, buffer_size
 from dbmpi.kernels import updates
+from dbmpi.kernels.checks import all_finite
 from dbmpi.kernels.memory import aligned_empty
 from dbmpi.mpi import waiting
 from dbmpi.objective import Gradient, Outcome
 from dbmpi.paramserver.client import Client
 from dbmpi.paramserver.clip import Clip
+
+_FINITE, _LOSS, _LAYERS = 0, 1, 2
+"""What is wrong with a gradient: nothing, its loss alone, or from here on the number of a layer added."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +47,8 @@ class Flow:
     Otherwise each layer waits for memory that layers share, and a gradient is pushed in every step."""
     apart: bool = False
     """Whether the gradient of each step is needed by itself before it is added to those of earlier steps."""
-    clipped: bool = False
-    """Whether the whole gradient is needed before any of it leaves."""
+    at_once: bool = False
+    """Whether the whole gradient must be known before any of it leaves: to clip it, or to withhold it."""
 
     @classmethod
     def from_config(cls, server: ServerSection, optimizer: OptimizerSection, layers: tuple[range, ...]) -> Flow:
@@ -56,12 +62,14 @@ class Flow:
             As the field.
         """
         apart = optimizer.local_rate > 0 and optimizer.n_push > 1
-        return cls(layers, server.overlap == "threads", server.gradients == "whole", apart, optimizer.clip_norm > 0)
+        whole = server.gradients == "whole"
+        at_once = optimizer.clip_norm > 0 or (optimizer.most_withheld > 0 and whole)
+        return cls(layers, server.overlap == "threads", whole, apart, at_once)
 
     @property
     def by_layers(self) -> bool:
         """Whether each layer's gradient leaves as soon as it is complete."""
-        return (self.overlap or not self.whole) and not self.apart and not self.clipped
+        return (self.overlap or not self.whole) and not self.apart and not self.at_once
 
     @property
     def parts(self) -> tuple[range, ...]:
@@ -77,6 +85,19 @@ class Flow:
     def buffer_size(self) -> int:
         """Elements of memory to compute gradients in."""
         return self.size if self.whole else buffer_size(self.layers)
+
+
+class Push(NamedTuple):
+    """What has become of an accrued gradient."""
+
+    steps: int
+    """Number of gradients that were added up."""
+    outcome: Outcome
+    """Of the samples behind them."""
+    withheld: bool = False
+    """Whether nothing of it is pushed, because it or its loss is not finite on some partition of the replica."""
+    layer: int | None = None
+    """The last layer whose gradient is not finite; None if all are."""
 
 
 class DataPath:
@@ -95,6 +116,8 @@ class DataPath:
         Entered while a gradient waits for its memory, to account for that time.
     clip
         Scales a gradient before it is pushed, if it is clipped.
+    largest
+        Returns the largest of the numbers that the partitions of a replica pass to it.
 
     Attributes
     ----------
@@ -108,15 +131,20 @@ class DataPath:
     """
 
     def __init__(
-        self, client: Client, flow: Flow, waiting: AbstractContextManager[None], clip: Clip | None = None
+        self,
+        client: Client,
+        flow: Flow,
+        waiting: AbstractContextManager[None],
+        clip: Clip | None = None,
+        largest: Callable[[int], int] = int,
     ) -> None:
-        self._client, self._flow, self._clip = client, flow, clip
+        self._client, self._flow, self._clip, self._largest = client, flow, clip, largest
         # The first one grows; the other one, if there is one, leaves.
         self._buffers = deque(Buffer(client, memory, waiting) for memory in client.gradients)
         dtype = client.gradients[0].dtype
         self._apart = np.zeros(flow.size, dtype) if flow.apart else None
         self._accrued, self.steps = Outcome(0, 0.0, 0), 0
-        self._handed_over = False
+        self._handed_over, self._broken = False, _FINITE
         self.on_gradient: Callable[[int], None] | None = self._hand_over if flow.by_layers else None
         self.parameters = aligned_empty(flow.size, dtype) if client.parameters is None else client.parameters
         self._next: np.ndarray | None = None
@@ -179,22 +207,24 @@ class DataPath:
             updates.add(accrued, gradient)
         self._accrued, self.steps = self._accrued.plus(outcome), self.steps + 1
 
-    def push(self) -> int:
-        """Push the accrued gradient; return the number of steps it is the sum of."""
-        if not self._handed_over:
-            if self._clip is not None:
-                self._clip(self._buffers[0].memory)
+    def push(self) -> Push:
+        """Push the accrued gradient, or withhold it from all shards where it is not finite."""
+        broken = self._agreed()
+        if broken != _FINITE:
+            self._client.withhold()
+        elif not self._handed_over:
             for part in reversed(range(len(self._flow.parts))):
                 self._buffers[0].push(part)
-        self._client.report(self._accrued, self.steps)
+        self._client.report(self._accrued, self.steps, withheld=broken != _FINITE)
         if self._flow.overlap:
             self._send()
         else:
             self._client.drain(self._client.serve)
         self._buffers.rotate()
-        steps = self.steps
-        self._accrued, self.steps, self._handed_over = Outcome(0, 0.0, 0), 0, False
-        return steps
+        layer = broken - _LAYERS if broken >= _LAYERS else None
+        push = Push(self.steps, self._accrued, broken != _FINITE, layer)
+        self._accrued, self.steps, self._handed_over, self._broken = Outcome(0, 0.0, 0), 0, False, _FINITE
+        return push
 
     def settle(self) -> None:
         """Wait until everything is pushed and applied, and no transfer is under way."""
@@ -211,10 +241,24 @@ class DataPath:
         self._sender.shutdown(wait=False)
 
     def _hand_over(self, layer: int) -> None:
-        """Let a layer's accrued gradient leave, now that the last step's is complete."""
+        """Let a layer's accrued gradient leave, now that the last step's is complete, unless one is not finite."""
         self._handed_over = True
-        self._buffers[0].push(layer)
-        self._send()
+        if self._broken == _FINITE and not all_finite(self._buffers[0].part(layer)):
+            self._broken = _LAYERS + layer
+        if self._broken == _FINITE:
+            self._buffers[0].push(layer)
+            self._send()
+
+    def _agreed(self) -> int:
+        """Return what is wrong with the accrued gradient, the same on all partitions; clip it where nothing is."""
+        finite, gradient = self._accrued.are_numbers, self._buffers[0].memory
+        if finite and self._clip is not None and math.isfinite(self._clip(gradient)):
+            return _FINITE  # the norm is that of all partitions
+        broken = self._broken
+        if not self._handed_over and not all_finite(gradient):
+            wrong = (not all_finite(gradient[part.start : part.stop]) for part in self._flow.layers)
+            broken = _LAYERS + max(layer for layer, found in enumerate(wrong) if found)
+        return self._largest(max(broken, _FINITE if finite else _LOSS))
 
     def _send(self) -> None:
         """Send what is in line, without waiting for it."""

@@ -1,9 +1,8 @@
 """The lead: shard 0, which also keeps the order of a run.
 
-It shows progress, lets the workers pause until all shards have taken a checkpoint, which is written while they go on,
-releases them after the warmstart, and ends the run when all have finished or a signal asked for it.  Where a replica
-dies, it lets the others learn the rest of its share.  It acts on messages and on the clock, and never waits for a
-worker.
+It shows progress, lets the workers pause until all shards have taken a checkpoint, releases them after the warmstart,
+and ends the run when all have finished or a signal asked for it.  Where a replica dies, it lets the others learn the
+rest of its share.  It acts on messages and on the clock, and never waits for a worker.
 """
 
 from __future__ import annotations
@@ -70,8 +69,9 @@ class Lead(Shard):
     ----------
     stopped_by
         Number of the signal that ended it early; 0 if it ran to its end.
-    steps, samples
-        Steps of all replicas in this session, and the samples behind them, as far as they have been applied.
+    steps, samples, withheld
+        Steps of all replicas in this session, and the samples behind them, as far as they have been applied or
+        withheld, and the pushes that were.
     staleness
         Of all pushes of this session that shard 0 has applied.
     recent
@@ -96,10 +96,7 @@ class Lead(Shard):
     ) -> None:
         super().__init__(role)
         self._outcomes, self._tested = Outcomes(metrics), tested
-        self._watch = watch
-        self._begin = begin
-        self._order = order
-        self._progress = progress
+        self._watch, self._begin, self._order, self._progress = watch, begin, order, progress
         self._files, self._callbacks = checkpoints, callbacks
         self._failure: Exception | None = None
         self._ending = False
@@ -107,7 +104,7 @@ class Lead(Shard):
         self._rate = Rate()
         self._replicas = Replicas(self._comm, plan, begin, self._mailbox, role.held, lambda: watch.dead)
         self._server.on_report = self._replicas.count
-        self._losses = Losses(watch, self._replicas, role.recorder, progress.message)
+        self._losses = Losses(watch, self._replicas, role.recorder, progress.message, role.monitor, plan)
         self._pausing = self._taking = False
         """Whether the workers are to pause, and whether the shards take a checkpoint."""
         self._stopping = False
@@ -119,11 +116,9 @@ class Lead(Shard):
         self._closing = False
         self._open = set(plan.shard_ranks[1:])
         """Shards that have not ended."""
-        self.steps = 0
-        self.samples = 0
+        self.steps = self.samples = self.withheld = self.stopped_by = 0
         self.staleness = StalenessHistogram()
         self.recent = Recent(order.samples)
-        self.stopped_by = 0
         self.test: Outcome | None = None
         self._busiest = 0.0
 
@@ -178,6 +173,8 @@ class Lead(Shard):
             self._busiest = max(self._busiest, number(values[0]))
         elif kind == MessageKind.ALIVE:
             self._replicas.say_alive()
+        elif kind == MessageKind.BEAT:
+            self._losses.stalls.heard(message.source)
 
     def _hear_of_rest(self, message: Message) -> None:
         """Note that a replica learns nothing more, for now or for good."""
@@ -200,7 +197,10 @@ class Lead(Shard):
         tally, seconds = super().report()
         outcome = tally.outcome
         self.steps += tally.steps
-        self.samples += outcome.samples
+        self.samples += tally.samples
+        if tally.withheld and not self.withheld:
+            self._progress.warn("a replica withholds a push, because its gradient is not finite")
+        self.withheld += tally.withheld
         self.recent.add(outcome)
         self.staleness.merge(tally.staleness)
         self._rate.add(outcome.samples, seconds)
@@ -228,8 +228,8 @@ class Lead(Shard):
         )
         self._files.account.tested(self._begin.step + self.steps, outcome)
         self._progress.evaluation(epoch, outcome.mean_loss, outcome.accuracy, outcome.samples, outcome.metrics)
-        loss, accuracy, metrics = outcome.mean_loss, outcome.accuracy, outcome.metrics
-        self._call("on_evaluation", self.steps, epoch, outcome.samples, loss, accuracy, None, 0, metrics)
+        found = outcome.samples, outcome.mean_loss, outcome.accuracy
+        self._call("on_evaluation", self.steps, epoch, *found, None, 0, outcome.metrics)
 
     def raise_failure(self) -> None:
         """Raise what a callback has raised while others were at work."""
@@ -332,6 +332,8 @@ class Lead(Shard):
             self.evaluated(outcome, self.epoch)
             assert self._checkpoints.path is not None
             amend(self._checkpoints.path, self._files.account, self._files.section.keep, self._progress.warn)
+        if not self._losses.stalls.may_end():
+            return False
         self._replicas.tell_all(MessageKind.END)
         self._replicas.tell_shards(MessageKind.END)
         self._busiest = max(self._busiest, self.applying)
@@ -352,8 +354,8 @@ class Lead(Shard):
         if event is None:
             return moved
         self._call("on_checkpoint", *event, math.nan, None, self._checkpoints.path)
-        if self._replicas.lost and self._watch.replaces and not (self._ending or self._replicas.over):
-            self._watch.end(f"{self._replicas.names(self._replicas.lost)} is missing")
+        if not (self._ending or self._replicas.over):
+            self._losses.replace()
         return True
 
     def _call(self, name: str, *event: Any) -> None:

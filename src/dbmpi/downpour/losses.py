@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
+from dbmpi.downpour.stalls import Stalls
 from dbmpi.monitor.records import LossReport
 
 if TYPE_CHECKING:
+    from dbmpi.config import MonitorSection
     from dbmpi.downpour.replicas import Replicas
     from dbmpi.monitor.records import Recorder
+    from dbmpi.mpi.topology import Plan
     from dbmpi.mpi.watch import Watch
 
 
@@ -33,7 +36,7 @@ class LostShare(NamedTuple):
 
 
 class Losses:
-    """Gives up the replicas of which a rank has died.
+    """Gives up the replicas of which a rank has died, or is stalled.
 
     Parameters
     ----------
@@ -45,14 +48,33 @@ class Losses:
         Writes a report of each loss.
     say
         Shows a line to the user.
+    monitor
+        What happens to ranks that are stalled.
+    plan
+        Which rank plays which role.
+
+    Attributes
+    ----------
+    stalls
+        Listens to all ranks.
     """
 
-    def __init__(self, watch: Watch, replicas: Replicas, recorder: Recorder, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        watch: Watch,
+        replicas: Replicas,
+        recorder: Recorder,
+        say: Callable[[str], None],
+        monitor: MonitorSection,
+        plan: Plan,
+    ) -> None:
         self._watch, self._replicas, self._recorder, self._say = watch, replicas, recorder, say
         self._mourned: set[int] = set()
+        self.stalls = Stalls(monitor, watch, plan, replicas, self.give_up, say)
 
     def mourn(self) -> None:
-        """Give up the replicas of ranks that have died since the last call."""
+        """Give up the replicas of ranks that have died, or are stalled, since the last call."""
+        self.stalls.check()
         for rank in sorted(self._watch.dead - self._mourned):
             self._mourned.add(rank)
             self.give_up(self._replicas.of(rank), f"{self._watch.name(rank)} has died")
@@ -74,6 +96,19 @@ class Losses:
         going = f"the run goes on with {of}" if left else "it was the last one"
         self._say(f"{why}, and with it replica {replica}: {going}")
         self._replicas.give_up(replica)
+
+    def replace(self) -> None:
+        """Let the run begin again from its last checkpoint, with new processes, where these can replace lost replicas.
+
+        Raises
+        ------
+        RanksMissing
+            On all ranks; not where a lost replica is only stalled.
+        """
+        lost = self._replicas.lost
+        gone = all(self._watch.dead.intersection(self._replicas.ranks(replica)) for replica in lost)
+        if lost and gone and self._watch.replaces:
+            self._watch.end(f"{self._replicas.names(lost)} is missing")
 
     def tell(self, loss: LostShare, step: int) -> None:
         """Record and show what has become of a replica's work.

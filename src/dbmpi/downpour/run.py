@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -19,18 +19,22 @@ from dbmpi.checkpoint.retention import kept
 from dbmpi.checkpoint.saver import ShardSaver
 from dbmpi.data.deal import first_share
 from dbmpi.downpour.algorithm import downpour
+from dbmpi.downpour.assignment import Assignment
 from dbmpi.downpour.checkpoints import CheckpointPlan
 from dbmpi.downpour.datapath import DataPath, Flow
+from dbmpi.downpour.heartbeat import Heartbeat
 from dbmpi.downpour.lead import Lead
 from dbmpi.downpour.orders import Orders
 from dbmpi.downpour.settlement import HeldReplicas
 from dbmpi.downpour.shard import Shard, ShardRole
-from dbmpi.downpour.worker import Assignment, Worker
+from dbmpi.downpour.worker import Worker
 from dbmpi.errors import RunFailed
 from dbmpi.index.layout import Stretch
 from dbmpi.monitor import verdict
 from dbmpi.monitor.progress import RunProgress
+from dbmpi.monitor.worker_log import WorkerLog
 from dbmpi.mpi import failures, waiting
+from dbmpi.mpi.mailbox import Mailbox, MessageKind, Role
 from dbmpi.mpi.world import together
 from dbmpi.paramserver import bottleneck
 from dbmpi.paramserver.client import Client
@@ -95,7 +99,7 @@ def learn(session: Session, stack: ExitStack) -> Result:
                 saver=saver,
                 recorder=session.recorder("shard", number),
                 stop=session.stop,
-                report_seconds=run.monitor.report_seconds,
+                monitor=run.monitor,
                 bandwidth=bandwidth,
             )
             if isinstance(saver, LeadSaver):
@@ -103,12 +107,47 @@ def learn(session: Session, stack: ExitStack) -> Result:
             shard = lead or Shard(role)
     shards = {rank: f", which holds shard {shard}," for shard, rank in enumerate(plan.shard_ranks)}
     session.watch.do_without(set(range(comm.size)) - set(shards), shards)
-    began = time.monotonic()
-    if client is not None:
-        _work(session, client, stretches, flow, shard)
-    if shard is not None:
-        shard.serve()
+    began, log = time.monotonic(), None if session.worker is None else session.log(session.worker)
+    with _heartbeat(session, log) as beat:
+        if client is not None and log is not None:
+            _work(session, client, stretches, flow, shard, log, beat)
+        if shard is not None:
+            shard.serve()
     return _conclude(session, lead, time.monotonic() - began)
+
+
+@contextmanager
+def _heartbeat(session: Session, log: WorkerLog | None) -> Iterator[Callable[[], bool]]:
+    """Let this rank show in the block that it makes progress; yield what to call before each step of a worker.
+
+    Parameters
+    ----------
+    session
+        Says how long it may make none.
+    log
+        Of the worker on this rank, if it is one.
+    """
+    comm, seconds = session.comms.world, session.run.monitor.stall_timeout
+    if not seconds:
+        yield bool  # which is False
+        return
+    mailbox = Mailbox(comm, Role.WORKER)
+    roles = [] if session.shard is None else [f"shard {session.shard}"]
+    if session.worker is not None:
+        replica, partition = divmod(session.worker, session.plan.partitions)
+        roles.append(f"partition {partition} of replica {replica}")
+
+    def send() -> None:
+        mailbox.send(session.plan.shard_ranks[0], Role.SHARD, MessageKind.BEAT)
+
+    def where() -> str:
+        if log is None:
+            return "serving"
+        return f"in step {log.steps + 1} ({log.stopwatch.activity or 'between two phases'})"
+
+    heartbeat = Heartbeat(seconds, send, f"rank {comm.rank} ({', '.join(roles)})", where)
+    with heartbeat, waiting.serving(heartbeat.beat):
+        yield heartbeat.beat
 
 
 def _pushing(session: Session, client: Client | None) -> np.ndarray:
@@ -169,8 +208,30 @@ def _lead(session: Session, role: ShardRole, saver: LeadSaver, progress: RunProg
     )
 
 
-def _work(session: Session, client: Client, stretches: Sequence[Stretch], flow: Flow, shard: Shard | None) -> None:
-    """Learn until the stream is used up or the run is stopped, and wait for its end."""
+def _work(
+    session: Session,
+    client: Client,
+    stretches: Sequence[Stretch],
+    flow: Flow,
+    shard: Shard | None,
+    log: WorkerLog,
+    beat: Callable[[], bool],
+) -> None:
+    """Learn until the stream is used up or the run is stopped, and wait for its end.
+
+    Parameters
+    ----------
+    session
+        Everything that is known.
+    client, stretches, flow
+        How gradients leave, and which they are.
+    shard
+        That on this rank, if it has one.
+    log
+        Of this worker.
+    beat
+        Called before each step.
+    """
     run, plan, begin, data, number = session.run, session.plan, session.begin, session.data, session.worker
     replica, watch = session.replica, session.watch
     assert number is not None
@@ -182,7 +243,7 @@ def _work(session: Session, client: Client, stretches: Sequence[Stretch], flow: 
         session.comms.world,
         plan.shard_ranks[0],
         session.stop,
-        None if shard is None else shard.poll,
+        (lambda: beat() or shard.poll()) if shard is not None else beat,
         partners={*plan.worker_ranks[first : first + plan.partitions]} - {session.comms.world.rank},
         dead=lambda: watch.dead,
         released=replica_number == 0 or not begin.warmstart,
@@ -199,14 +260,15 @@ def _work(session: Session, client: Client, stretches: Sequence[Stretch], flow: 
         directory=run.run.directory,
         state=session.objective_state,
         callbacks=session.callbacks,
+        most_withheld=0 if flow.by_layers else run.optimizer.most_withheld,
+        layers=run.network.layer_names or [tensor.name for tensor in session.model.layout.tensors],
         remedy=f"{_lower(run.optimizer.learning_rate)}, or look for extreme values in {run.data.called}",
     )
-    log = session.log(number)
     worker = Worker(assignment, replica, client, orders, log, session.comms.replica, replica.seconds)
     replica.serve_while_waiting(orders.obey)
-    clip = Clip(run.optimizer.clip_norm, stretches, worker.add_up) if flow.clipped else None
+    clip = Clip(run.optimizer.clip_norm, stretches, worker.add_up) if run.optimizer.clip_norm else None
     schedule = Schedule.from_config(run.optimizer, session.order.samples)
-    path = DataPath(client, flow, worker.stopwatch("push"), clip)
+    path = DataPath(client, flow, worker.stopwatch("push"), clip, worker.largest)
     step = begin.done[replica_number] if begin.done else 0
 
     def learn_share() -> int:
@@ -243,7 +305,7 @@ def _giving_up(worker: Worker) -> Iterator[None]:
     """Where the block fails, let the lead write a last checkpoint before that ends the run."""
     try:
         yield
-    except RunFailed:  # a loss that is not finite, or a rank that cannot be waited for: there is nothing good to keep
+    except RunFailed:  # numbers that are not finite, or a rank that cannot be waited for: there is nothing good to keep
         raise
     except Exception as error:
         if not failures.reports_death(error):
@@ -282,6 +344,7 @@ def _conclude(session: Session, lead: Lead | None, seconds: float) -> Result:
         lead.advice,
         warning,
         lead.lost,
+        lead.withheld,
     )
     return session.conclude(result, seconds)
 

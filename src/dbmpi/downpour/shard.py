@@ -20,6 +20,8 @@ from dbmpi.paramserver.server import Server, Tally
 if TYPE_CHECKING:
     from mpi4py import MPI
 
+    from dbmpi.config import MonitorSection
+
 _LEAD_RANK = 0
 
 
@@ -39,8 +41,8 @@ class ShardRole:
     """Writes the shard's reports."""
     stop: StopSignal
     """Collects the signals that end the run."""
-    report_seconds: float
-    """Time between two reports."""
+    monitor: MonitorSection
+    """When to report, and after which time a rank counts as stalled."""
     bandwidth: float
     """Bytes a second that this core reads and writes when it copies."""
 
@@ -85,7 +87,7 @@ class Shard:
         role.held.poll()
         moved = self._server.poll()
         while (message := self._mailbox.receive()) is not None:
-            moved = True
+            moved = moved or message.kind != MessageKind.BEAT
             self.hear(message)
         moved = role.saver.poll() or moved
         if role.stop.number and not self._reported_stop:
@@ -93,7 +95,7 @@ class Shard:
             self._mailbox.send(_LEAD_RANK, Role.SHARD, MessageKind.STOP_ASKED, role.stop.number)
         if moved:
             self._busy += time.perf_counter() - began
-        if time.monotonic() - self._reported >= role.report_seconds:
+        if time.monotonic() - self._reported >= role.monitor.report_seconds:
             self.report()
         return moved
 

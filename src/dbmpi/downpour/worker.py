@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from enum import IntEnum
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,20 +12,19 @@ from mpi4py import MPI
 
 from dbmpi.checkpoint.retention import kept
 from dbmpi.data.deal import numbers
-from dbmpi.data.numbered_batches import NumberedBatches
 from dbmpi.data.source import Source
-from dbmpi.data.stream import Stream
+from dbmpi.downpour.assignment import Assignment
+from dbmpi.downpour.datapath import Push
 from dbmpi.downpour.orders import Orders
 from dbmpi.errors import RunFailed
 from dbmpi.kernels.memory import aligned_empty
-from dbmpi.monitor.callbacks import Callbacks, TrainingEvent
+from dbmpi.monitor.callbacks import TrainingEvent
 from dbmpi.monitor.worker_log import WorkerLog
 from dbmpi.mpi import waiting
 from dbmpi.mpi.mailbox import MessageKind, bits
 from dbmpi.mpi.tags import Tag
 from dbmpi.objective import Objective, Outcome
 from dbmpi.paramserver.client import Client
-from dbmpi.replica.own_state import OwnState
 from dbmpi.replica.team import Team
 
 
@@ -40,34 +36,6 @@ class Decision(IntEnum):
     STOP = 2
     DEAL = 3
     TEST = 4
-
-
-@dataclass(frozen=True, kw_only=True)
-class Assignment:
-    """The task of one worker of a run."""
-
-    replica: int
-    """Number of this worker's replica."""
-    train: NumberedBatches
-    """What to learn from."""
-    stream: Stream
-    """The batches that are left when the session begins."""
-    share: Sequence[range]
-    """Positions among these that this replica learns."""
-    test: Source | None = None
-    """Held-out samples."""
-    warm_steps: int = 0
-    """Steps after which this worker reports to the lead that the warmstart is over; 0 for never."""
-    evaluate_epochs: float = 0.0
-    """How often the first replica evaluates the held-out samples; 0 for never."""
-    directory: Path
-    """That of the run."""
-    callbacks: Callbacks = field(default_factory=Callbacks)
-    """The user's own, for each step."""
-    state: OwnState | None = None
-    """What an objective of the user's own has beside its parameters: the lead gets that of the first replica."""
-    remedy: str = ""
-    """Advice against a loss that is not finite, for the message of the error."""
 
 
 class Worker:
@@ -115,6 +83,8 @@ class Worker:
         self._first = assignment.replica == 0
         self._batch = 0
         self._learned = self._drawn = 0
+        self._in_a_row = 0
+        """Pushes that have been withheld since the last one that was not."""
         self._next_evaluation = assignment.evaluate_epochs
         state = assignment.state
         self._packed = state.pack() if self._first and state is not None else np.empty(0, np.uint8)
@@ -143,13 +113,7 @@ class Worker:
         return self._assignment.train.batch(number)
 
     def stepped(self, outcome: Outcome) -> None:
-        """Count a step and its `outcome`, and call callbacks; a loss that is not finite ends the run."""
-        if not math.isfinite(outcome.loss) and self._team.speaks:
-            task = self._assignment
-            raise RunFailed(
-                f"the loss is {outcome.mean_loss} at step {self.log.steps} of replica {self._number}, batch "
-                f"{self._batch} of the stream; {kept(task.directory / 'checkpoints')}; {task.remedy}"
-            )
+        """Count a step and its `outcome`, and call callbacks."""
         self.log.count(outcome)
         if not self._team.speaks:
             return
@@ -160,10 +124,20 @@ class Worker:
             self._orders.stopping = True
             self._orders.send(MessageKind.STOP_ASKED, 0)
 
-    def pushed(self, steps: int) -> None:
-        """Count `steps` as learned, report when it is time, and evaluate when replica 0 reaches the next epoch."""
+    def pushed(self, push: Push) -> None:
+        """Count the steps of a `push` as learned, report when it is time, and evaluate when replica 0 reaches an epoch.
+
+        Raises
+        ------
+        RunFailed
+            If more pushes than allowed were withheld in a row.
+        """
         assignment = self._assignment
-        self._learned += steps
+        self._learned += push.steps
+        self._in_a_row = self._in_a_row + 1 if push.withheld else 0
+        self.log.withheld += push.withheld
+        if self._in_a_row > assignment.most_withheld and self._team.speaks:
+            raise self._not_finite(push)
         if self._warm_steps and self._learned >= self._warm_steps:
             self._warm_steps = 0
             self._client.wait()
@@ -233,6 +207,10 @@ class Worker:
     def add_up(self, value: float) -> float:
         """Return the sum of the `value` that each partition of the replica passes (collective among them)."""
         return self._team.add_up(value)
+
+    def largest(self, value: int) -> int:
+        """Return the largest `value` that a partition of the replica passes (collective among them)."""
+        return self._team.largest(value)
 
     def obey(self) -> bool:
         """Poll this rank's shard and read the lead's orders; return whether there was anything."""
@@ -353,6 +331,20 @@ class Worker:
         for metric, (_, total) in enumerate(outcome.sums):
             self._say(MessageKind.METRIC, metric, bits(total))
         self._say(kind, number, outcome.samples, outcome.correct, bits(outcome.loss))
+
+    def _not_finite(self, push: Push) -> RunFailed:
+        """Return the error of a push that must not be withheld."""
+        task, loss = self._assignment, push.outcome.mean_loss
+        gradient = times = ""
+        if push.layer is not None:
+            join = "but" if push.outcome.are_numbers else "and"
+            gradient = f", {join} the gradient of {task.layers[push.layer]!r} is not finite"
+        if self._in_a_row > 1:
+            times = f", for {self._in_a_row} pushes in a row"
+        return RunFailed(
+            f"the loss is {loss} at step {self.log.steps} of replica {self._number}, batch {self._batch} of the stream"
+            f"{gradient}{times}; {kept(task.directory / 'checkpoints')}; {task.remedy}"
+        )
 
     def _report(self) -> None:
         self.log.report(self._epoch, self._client.moved, self._layer_seconds)

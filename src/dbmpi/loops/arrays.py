@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -10,8 +9,7 @@ import numpy as np
 
 from dbmpi.errors import UserError, suggestion
 from dbmpi.index.layout import Layout, Tensor
-from dbmpi.kernels.checks import copy_finite
-from dbmpi.kernels.vectors import largest_magnitude
+from dbmpi.kernels.checks import all_finite, copy_finite
 
 Named = dict[str, np.ndarray]
 
@@ -164,7 +162,7 @@ def _put(gradient: np.ndarray, place: np.ndarray, finite: bool) -> bool:
         return bool(copy_finite(flat, gradient.reshape(-1)))
     if not lies_there:
         np.copyto(place, gradient)
-    return not finite or math.isfinite(largest_magnitude(flat))
+    return not finite or all_finite(flat)
 
 
 def _not_finite(array: np.ndarray) -> str:

@@ -20,8 +20,7 @@ from dbmpi.config import ServerSection
 from dbmpi.errors import KnownToAll, UserError
 from dbmpi.index.layout import Layout, cut
 from dbmpi.kernels.announce import announced, stderr_line
-from dbmpi.kernels.checks import compile_copies
-from dbmpi.kernels.vectors import largest_magnitude
+from dbmpi.kernels.checks import compile_checks
 from dbmpi.loops import choice
 from dbmpi.loops.snapshot import Handover, save
 from dbmpi.mpi import blocking, pieces, waiting
@@ -302,6 +301,5 @@ def _use_kernels(rule: Rule, dtype: np.dtype[Any]) -> str:
     if not mistake:
         rule.apply(few, few.copy(), state, Moment())
         mistake = choice.mistake_in_state(rule, state, few)  # which may be other arrays now
-    compile_copies(dtype)
-    largest_magnitude(few)
+    compile_checks(dtype)
     return mistake

@@ -171,6 +171,16 @@ class RunHistory:
         return list(found.values())
 
     @property
+    def withheld(self) -> int:
+        """Pushes that replicas have withheld, in all sessions."""
+        last = {
+            (replica, report["session"]): report["withheld"]
+            for replica, reports in self.replicas.items()
+            for report in reports
+        }
+        return sum(last.values())
+
+    @property
     def replicas(self) -> dict[int, list[Record]]:
         """The reports that speak for each replica: those of its partition 0."""
         replicas: dict[int, list[Record]] = {}

@@ -100,6 +100,11 @@ class Stopwatch:
             self._seconds.setdefault(activity, 0.0)
         return context
 
+    @property
+    def activity(self) -> str:
+        """The activity that runs now; empty where none does.  Other threads may ask, too."""
+        return next(iter(self._running[-1:]), "")
+
     def take(self, activities: Iterable[str] | None = None) -> dict[str, float]:
         """Return the seconds of these activities, or of all so far, and let them count from zero again."""
         if self._running:

@@ -86,6 +86,8 @@ def headline(name: str, history: RunHistory) -> str:
         facts.append(f"mean staleness {result.mean_staleness:.2f}")
     if lost := len(history.lost):
         facts.append(f"{lost} replica{'s' if lost > 1 else ''} lost")
+    if withheld := history.withheld:
+        facts.append(f"pushes withheld: {withheld:,}")
     return "   ·   ".join(facts)
 
 

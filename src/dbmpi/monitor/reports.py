@@ -45,6 +45,8 @@ class WorkerReport:
     """Pieces in which the parameters came."""
     layers: Mapping[str, float] | None = None
     """Time since the last report by phase and layer, e.g. ``forward 1`` or ``exchange 4``, to find what is slow."""
+    withheld: int = 0
+    """Pushes that it has withheld in this session, because their gradient was not finite."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +137,7 @@ class CheckpointReport:
 
 @dataclass(frozen=True, slots=True)
 class LossReport:
-    """A replica of Downpour that is given up, because a rank of it has died."""
+    """A replica of Downpour that is given up, because a rank of it has died or is stalled."""
 
     kind: ClassVar[str] = "loss"
     step: int

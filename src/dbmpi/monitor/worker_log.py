@@ -33,6 +33,8 @@ class WorkerLog:
         For the activities `compute`, `fetch`, `push`, `wait` and `data`.
     steps
         Taken so far.
+    withheld
+        Pushes withheld so far.
     waited, spent
         Seconds in fetches and pushes, and in all, up to the last report.
     """
@@ -44,7 +46,7 @@ class WorkerLog:
         self._samples, self._recent = 0, Outcome(0, 0.0, 0)
         self._reported, self._moved = time.monotonic(), (0, 0, 0, 0)
         self.stopwatch = Stopwatch()
-        self.steps = 0
+        self.steps = self.withheld = 0
         self.waited = self.spent = 0.0
 
     @property
@@ -53,10 +55,11 @@ class WorkerLog:
         return time.monotonic() - self._reported >= self._every
 
     def count(self, outcome: Outcome) -> None:
-        """Count a step and its outcome."""
+        """Count a step and its outcome, but not a loss that is not finite."""
         self.steps += 1
         self._samples += outcome.samples
-        self._recent = self._recent.plus(outcome)
+        if outcome.are_numbers:
+            self._recent = self._recent.plus(outcome)
 
     def report(
         self, epoch: float, moved: tuple[int, int, int, int], layer_seconds: Mapping[str, Sequence[float]]
@@ -97,6 +100,7 @@ class WorkerLog:
                 partition=self._partition,
                 pushed_chunks=chunks,
                 fetched_pieces=pieces,
+                withheld=self.withheld,
             )
         )
         self._reported, self._recent, self._moved = now, Outcome(0, 0.0, 0), moved

@@ -84,6 +84,8 @@ class MessageKind(IntEnum):
     """Lead to worker: evaluate this part of the held-out samples, of so many, and reply TESTED."""
     TESTED = 22
     """Worker to lead: the part, samples, correct, and the bits of the loss."""
+    BEAT = 24
+    """Any rank to lead: it makes progress, or waits; no sign that data moves."""
     CLOSED = 23
     """Shard to lead, after END: the bits of the fraction of time spent in the rule's kernel."""
 

@@ -13,7 +13,7 @@ import numpy as np
 from dbmpi.index.layout import Stretch, pieces
 from dbmpi.mpi import waiting
 from dbmpi.objective import Outcome
-from dbmpi.paramserver.protocol import LAST, LEAD, MORE, REPORT, Header, ShardMap
+from dbmpi.paramserver.protocol import LAST, LEAD, MORE, REPORT, WITHHELD, Header, ShardMap
 
 _READ_AT_ONCE = 1 << 24
 """Elements of a chunk that is read in place: it costs no memory, but other clients wait while it is applied."""
@@ -178,7 +178,12 @@ class Client:
         """Send nothing more, and wait for nothing: no shard takes anything of this client any more."""
         self._left = True
 
-    def report(self, outcome: Outcome, steps: int) -> None:
+    def withhold(self) -> None:
+        """Put a notice in line, in place of a push: shards count its samples, and change nothing."""
+        for shard in self.pushes_to:
+            self._enqueue(shard, Header(0, 0, WITHHELD, self.versions[shard], self.samples), _NO_DATA)
+
+    def report(self, outcome: Outcome, steps: int, *, withheld: bool = False) -> None:
         """Report the steps and samples behind a push to shard 0, which counts those of the run.
 
         The partitions of a replica learn from the same samples, and only the first one's report is sent.
@@ -189,9 +194,13 @@ class Client:
             Of all samples behind the push.
         steps
             Number of gradients that were added up.
+        withheld
+            Whether :meth:`withhold` has taken the place of the push; losses then do not count.
         """
         if self._number % self._memories[0].partitions == 0:
-            header = Header(0, 0, REPORT, 0, outcome.samples, outcome.correct, outcome.loss, steps)
+            header = Header(
+                0, 0, REPORT, 0, outcome.samples, outcome.correct, outcome.loss, steps, withheld=int(withheld)
+            )
             self._enqueue(LEAD, header, _NO_DATA)
         self.samples = 0
 

@@ -42,14 +42,21 @@ class Clip:
                 start = self._ranges.pop().start
             self._ranges.append(range(start, stop))
 
-    def __call__(self, gradient: np.ndarray) -> None:
-        """Scale the worker's own vector `gradient`, together with the other partitions (collective)."""
+    def __call__(self, gradient: np.ndarray) -> float:
+        """Scale the worker's own vector `gradient`, together with the other partitions (collective).
+
+        Returns
+        -------
+        float
+            The norm before that, the same on all partitions; not finite where an element of any of them is not.
+        """
         norm = self._norm(gradient[one.start : one.stop] for one in self._ranges)
         if norm == math.inf:  # a square may have overflowed, of float64 above 1e154
             parts = (np.multiply(gradient[one.start : one.stop], _TINY, dtype=np.float64) for one in self._ranges)
             norm = self._norm(parts) / _TINY
         if self._largest < norm < math.inf:
             updates.scale(gradient, self._largest / norm)
+        return norm
 
     def _norm(self, parts: Iterable[np.ndarray]) -> float:
         return math.sqrt(self._add_up(sum(map(updates.sum_of_squares, parts), 0.0)))

@@ -19,11 +19,12 @@ if TYPE_CHECKING:
 
 LEAD = 0
 """The shard that keeps the run's order, and counts its steps and samples."""
-MORE, LAST, REPORT = 0, 1, 2
-"""Kinds of chunks: others of the same push follow; the last one of a push to this shard; no data, only counts."""
+MORE, LAST, REPORT, WITHHELD = 0, 1, 2, 3
+"""Kinds of chunks: others of the same push follow; the last one of a push to this shard; no data, only counts; no data,
+in place of a whole push that the client withholds."""
 HEADER_WORDS = 16
 """64-bit words of a header, two cache lines."""
-_LAYOUT = struct.Struct(f"=6qd2q{8 * (HEADER_WORDS - 9)}x")
+_LAYOUT = struct.Struct(f"=6qd3q{8 * (HEADER_WORDS - 10)}x")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +51,7 @@ class Header(NamedTuple):
     length: int
     """Elements of the chunk."""
     kind: int
-    """`MORE`, `LAST` or `REPORT`."""
+    """`MORE`, `LAST`, `REPORT` or `WITHHELD`."""
     fetched: int
     """Version of the shard that the client's parameters came from."""
     samples: int = 0
@@ -63,6 +64,8 @@ class Header(NamedTuple):
     """Steps whose gradients were accrued."""
     source: int = -1
     """Offset of the chunk in the client's window if it is read in place; -1 if it is in the inbox."""
+    withheld: int = 0
+    """Of a report, whether its push was withheld."""
 
     def pack(self) -> np.ndarray:
         """Return the words, int64."""

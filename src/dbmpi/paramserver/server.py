@@ -16,7 +16,7 @@ import numpy as np
 
 from dbmpi.monitor.records import StalenessHistogram
 from dbmpi.objective import Outcome
-from dbmpi.paramserver.protocol import HEADER_WORDS, LAST, MORE, REPORT, Header, ShardMap
+from dbmpi.paramserver.protocol import HEADER_WORDS, LAST, MORE, REPORT, WITHHELD, Header, ShardMap
 from dbmpi.paramserver.rules import Rule, State
 from dbmpi.paramserver.schedule import Moment
 
@@ -40,7 +40,7 @@ class Tally:
 
     def __init__(self) -> None:
         self.pushes = 0
-        self.steps = 0
+        self.steps = self.samples = self.withheld = 0
         self.applied_bytes = 0
         self.apply_seconds = 0.0
         self.deepest_queue = 0
@@ -48,9 +48,11 @@ class Tally:
         self.outcome = Outcome(0, 0.0, 0)
 
     def add(self, header: Header) -> None:
-        """Count the steps and samples in the `header` of a report."""
-        self.steps += header.steps
-        self.outcome = self.outcome.plus(Outcome(header.samples, header.loss, header.correct))
+        """Count the steps and samples in the `header` of a report, and losses if they are behind a push that came."""
+        self.steps, self.samples = self.steps + header.steps, self.samples + header.samples
+        self.withheld += header.withheld
+        if not header.withheld:
+            self.outcome = self.outcome.plus(Outcome(header.samples, header.loss, header.correct))
 
 
 class Server:
@@ -112,7 +114,7 @@ class Server:
         self._held = np.zeros(len(clients), bool)
         self._gone = np.zeros(len(clients), bool)
         self._counts = {kind: np.zeros(len(clients), np.int64) for kind in (LAST, REPORT)}
-        """Of each client the pushes, and the reports, that have been applied."""
+        """Of each client the pushes, also those withheld, and the reports, that have been applied."""
         self._inside = np.zeros(len(clients), bool)
         """Whether a part of a client's next push has been applied."""
         self._seen_active, self._active_since = self._active.copy(), 0.0
@@ -125,7 +127,7 @@ class Server:
 
     @property
     def samples(self) -> int:
-        """Samples behind the pushes applied so far."""
+        """Samples behind the pushes applied or withheld so far."""
         return max(self._samples)
 
     @property
@@ -186,7 +188,7 @@ class Server:
         """Return how far the pushes of a `client`, which is held, have come."""
         kinds = [kind for kind in self._waiting(client) if kind != REPORT]
         applied, inside = int(self._counts[LAST][client]), bool(self._inside[client])
-        whole = applied + kinds.count(LAST)
+        whole = applied + kinds.count(LAST) + kinds.count(WITHHELD)
         unfinished = kinds[-1] == MORE if kinds else inside
         return PushProgress(whole, whole + unfinished, applied + inside)
 
@@ -252,11 +254,11 @@ class Server:
     def _apply_whole(self, ready: list[int]) -> bool:
         """Continue the current push, or start one; return whether anything was done."""
         if self._current is None:
-            # A report changes no parameters, and takes no turn.
-            reports = [client for client in ready if self._next(client).kind == REPORT]
-            for client in reports:
+            # What changes no parameters takes no turn.
+            empty = [client for client in ready if self._next(client).kind in (REPORT, WITHHELD)]
+            for client in empty:
                 self._apply(client)
-            if reports:
+            if empty:
                 return True
             # A reader whose copy overlapped a push gets a turn before the next one.
             if (self._wanted * ~self._gone).any():
@@ -300,23 +302,23 @@ class Server:
     def _apply(self, client: int) -> int:
         """Apply the client's next chunk: one a turn, so that no client starves another; return its kind."""
         count, memory = int(self._applied[client]), self._memory
-        header = self._next(client)
+        header, partition = self._next(client), client % memory.partitions
         if header.kind == REPORT:
             self.tally.add(header)
             if self.on_report is not None:
                 self.on_report(client, header)
-        else:
-            partition = client % memory.partitions
+        elif header.kind != WITHHELD:
             self._update(header, self._chunk(client, count, header), partition)
-        if header.kind == LAST:
+        if header.kind in (LAST, WITHHELD):
             self._samples[partition] += header.samples
+        if header.kind == LAST:
             self.tally.staleness.add(int(self._versions[partition]) - header.fetched)
             self.tally.pushes += 1
             self._versions[partition] += 1
         if header.kind != REPORT:
             self._inside[client] = header.kind == MORE
         if header.kind != MORE:
-            self._counts[header.kind][client] += 1
+            self._counts[REPORT if header.kind == REPORT else LAST][client] += 1
         self._applied[client] = count + 1
         self._window.store(self._clients[client], memory.applied(self._number), count + 1)
         return header.kind

@@ -10,7 +10,7 @@ import numpy as np
 from dbmpi.errors import RunFailed, UserError
 from dbmpi.index.layout import Layout
 from dbmpi.kernels import updates
-from dbmpi.kernels.checks import copy_finite
+from dbmpi.kernels.checks import all_finite, copy_finite
 from dbmpi.kernels.memory import aligned_empty
 from dbmpi.objective import Gradient, Gradients
 
@@ -155,7 +155,6 @@ class OwnGradients(Gradients):
             elif not there:
                 with np.errstate(over="ignore"):
                     np.copyto(shaped, values, casting="same_kind")
-            # The sum tells it, but for numbers so large that their sum is infinite.
-            finite = bool(np.isfinite(target.sum()) or np.isfinite(target).all())
+            finite = all_finite(target)
         if not finite and not self._not_finite:
             self._not_finite = [*self._shapes][number]

@@ -88,6 +88,14 @@ class Team:
 
         return float(waiting.allreduce(self._comm, np.array([value]), MPI.SUM, _OTHERS, serve=self._serve)[0])
 
+    def largest(self, value: int) -> int:
+        """Return the largest `value` that a partition passes, the same on all of them; wait for it."""
+        if self._comm.size == 1:
+            return value
+        from mpi4py import MPI
+
+        return int(waiting.allreduce(self._comm, np.array([value]), MPI.MAX, _OTHERS, serve=self._serve)[0])
+
     def broadcast(self, values: np.ndarray) -> None:
         """Fill contiguous `values` on all partitions with those of the first; wait for it."""
         if self._comm.size > 1:

@@ -325,7 +325,7 @@ def _own_replica(
     found = json.dumps([model.metrics or (), model.draws])
     names, model.draws = json.loads(waiting.broadcast_text(comm, found, plan.worker_ranks[0], "the metrics"))
     model.metrics = tuple(names)
-    return None if batches is None else OwnReplica(model, tries=sandblaster)
+    return None if batches is None else OwnReplica(model, tries=True)
 
 
 def _begin_state(
