@@ -39,6 +39,8 @@ class Result:
     """Replicas that were given up in this session."""
     withheld: int = 0
     """Pushes that were withheld in this session, because their gradient was not finite."""
+    rolled_back: bool = False
+    """Whether the session was given up, so that the run has gone back to its last checkpoint; never at its end."""
 
 
 def path_of(given: FilePath | Result, what: str = "checkpoint") -> Path:

@@ -231,3 +231,43 @@ def test_local_steps_by_a_gradient_that_is_not_finite_end_with_the_push(comm, pl
     assert result.withheld == withheld == 1
     np.testing.assert_array_equal(tiny.vectors(result.checkpoint)["parameters"], expected)
     assert last_reports(place, "shard")[0]["pushes"] == applied
+
+
+class Diverging:
+    """A parabola whose gradient is not finite far away from its minimum at 0, and which begins not far from there."""
+
+    def __init__(self) -> None:
+        self.parameters = {"weights": np.full(6, 3.0, np.float32)}
+
+    def loss_and_gradient(self, parameters, batch):
+        x = parameters["weights"]
+        far = np.float32(np.nan if np.abs(x).max() > 1e6 else 0)
+        return 0.5 * float(x @ x), {"weights": x + far}
+
+
+@pytest.mark.parallel([1, 3], timeout=300)
+def test_a_run_goes_back_with_a_lower_rate_until_numbers_stay_finite(comm, place, capfd) -> None:
+    """The rate of 5 is too large, that of 0.5 is not; also without a checkpoint, from the beginning."""
+    optimizer = {"learning_rate": 5.0, "roll_back": 0.1, "most_withheld": 1}
+    run = describe(place, optimizer=optimizer, topology={"colocate": True})
+    result = train(run, comm, objective=Diverging())
+    assert not result.rolled_back
+    assert result.withheld == 0
+    values = tiny.vectors(result.checkpoint)["parameters"]
+    assert np.abs(values).max() < 1e-2
+    with Checkpoint.open(result.checkpoint) as checkpoint:
+        info = checkpoint.info
+    assert (info.step, info.holes) == (BATCHES, ())
+    assert Run.from_json(info.configuration).optimizer.learning_rate == pytest.approx(0.5)
+    said = capfd.readouterr().err
+    if comm.rank == 0:
+        assert f"dbmpi: back to {place / 'run'}, with optimizer.learning_rate 0.5" in said
+
+
+@pytest.mark.parallel([1, 2], timeout=300)
+def test_a_run_does_not_go_back_for_ever(comm, place) -> None:
+    run = describe(place, optimizer={"roll_back": 0.5}, topology={"colocate": True})
+    with pytest.raises(RunFailed) as raised:
+        train(run, comm, objective=Spoilt(frozenset(range(6, BATCHES))))
+    if comm.rank == 0:
+        assert "the run has gone back 10 times; look for extreme values" in str(raised.value)

@@ -80,6 +80,9 @@ class OptimizerSection(Section):
     """Downpour: pushes in a row that a replica may withhold because their gradient is not finite; one more ends the
     run, and with 0 the first one does.  Otherwise all of a gradient is then pushed at once, also with overlap.  With
     ``server.gradients = "layers"``, where some of it has left when the rest is computed, it counts as 0."""
+    roll_back: Annotated[float, Field(ge=0, lt=1, strict=True)] = 0.0
+    """Instead of ending there, the run goes back to its last checkpoint, and on with its rates times this factor;
+    0 never does that."""
     warmstart: CountOrNone = 0
     """One replica takes this many steps alone before the others are released."""
 

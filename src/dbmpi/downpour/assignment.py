@@ -39,6 +39,8 @@ class Assignment:
     """What an objective of the user's own has beside its parameters: the lead gets that of the first replica."""
     most_withheld: int = 0
     """Pushes in a row that the replica may withhold."""
+    rolls_back: bool = False
+    """Whether the run then goes back to its last checkpoint, and does not end."""
     layers: Sequence[str] = ()
     """Names of the layers, for messages."""
     remedy: str = ""

@@ -78,6 +78,8 @@ class Lead(Shard):
         The losses of the last samples learned from.
     test
         Outcome on the held-out samples at the end; None without.
+    rolls_back
+        Whether the run is to go back to its last checkpoint.
     """
 
     def __init__(
@@ -99,8 +101,8 @@ class Lead(Shard):
         self._watch, self._begin, self._order, self._progress = watch, begin, order, progress
         self._files, self._callbacks = checkpoints, callbacks
         self._failure: Exception | None = None
-        self._ending = False
-        """Whether a signal or a callback has asked for the end."""
+        self._ending = self.rolls_back = False
+        """Whether a signal, a callback or a replica has asked for the end."""
         self._rate = Rate()
         self._replicas = Replicas(self._comm, plan, begin, self._mailbox, role.held, lambda: watch.dead)
         self._server.on_report = self._replicas.count
@@ -175,6 +177,9 @@ class Lead(Shard):
             self._replicas.say_alive()
         elif kind == MessageKind.BEAT:
             self._losses.stalls.heard(message.source)
+        elif kind == MessageKind.ROLL_BACK and not self._ending:
+            self.rolls_back = True
+            self._end_early(f"replica {self._replicas.of(message.source)} withholds too many pushes in a row")
 
     def _hear_of_rest(self, message: Message) -> None:
         """Note that a replica learns nothing more, for now or for good."""
@@ -216,16 +221,7 @@ class Lead(Shard):
 
     def evaluated(self, outcome: Outcome, epoch: float) -> None:
         """Record and show the `outcome` of an evaluation on the test data, at that `epoch`."""
-        self._role.recorder.write(
-            EvaluationReport(
-                step=self.steps,
-                epoch=epoch,
-                loss=outcome.mean_loss,
-                accuracy=outcome.accuracy,
-                samples=outcome.samples,
-                metrics=outcome.metrics or None,
-            )
-        )
+        self._role.recorder.write(EvaluationReport.of(outcome, self.steps, epoch))
         self._files.account.tested(self._begin.step + self.steps, outcome)
         self._progress.evaluation(epoch, outcome.mean_loss, outcome.accuracy, outcome.samples, outcome.metrics)
         found = outcome.samples, outcome.mean_loss, outcome.accuracy
@@ -313,7 +309,11 @@ class Lead(Shard):
 
     def _end(self) -> bool:
         """Write the last checkpoint, test, and end training on all ranks; return whether anything was done."""
-        if not self._checkpoints.complete:
+        if self.rolls_back:
+            self._tested = False
+            if self._files.saver.busy:
+                return False
+        elif not self._checkpoints.complete:
             if not self._checkpoints.may_end:
                 if not self._files.saver.busy:
                     self._replicas.say_alive()

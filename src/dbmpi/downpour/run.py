@@ -261,6 +261,7 @@ def _work(
         state=session.objective_state,
         callbacks=session.callbacks,
         most_withheld=0 if flow.by_layers else run.optimizer.most_withheld,
+        rolls_back=run.optimizer.roll_back > 0,
         layers=run.network.layer_names or [tensor.name for tensor in session.model.layout.tensors],
         remedy=f"{_lower(run.optimizer.learning_rate)}, or look for extreme values in {run.data.called}",
     )
@@ -332,19 +333,21 @@ def _conclude(session: Session, lead: Lead | None, seconds: float) -> Result:
         enough=lead.steps >= _FEWEST_STEPS and lead.samples >= data.samples,
         remedy=f"another optimizer.learning_rate ({run.optimizer.learning_rate:g})",
     )
-    assert lead.checkpoint is not None
+    checkpoint = lead.checkpoint or session.checkpoint
+    assert checkpoint is not None or lead.rolls_back
     result = Result(
         lead.steps,
         lead.samples,
         seconds,
         lead.test,
         lead.stopped_by,
-        lead.checkpoint,
+        checkpoint or run.run.directory,
         lead.staleness.mean,
         lead.advice,
         warning,
         lead.lost,
         lead.withheld,
+        lead.rolls_back,
     )
     return session.conclude(result, seconds)
 

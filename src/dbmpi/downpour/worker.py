@@ -137,7 +137,11 @@ class Worker:
         self._in_a_row = self._in_a_row + 1 if push.withheld else 0
         self.log.withheld += push.withheld
         if self._in_a_row > assignment.most_withheld and self._team.speaks:
-            raise self._not_finite(push)
+            if not assignment.rolls_back:
+                raise self._not_finite(push)
+            if not self._orders.stopping:
+                self._orders.stopping = True
+                self._orders.send(MessageKind.ROLL_BACK)
         if self._warm_steps and self._learned >= self._warm_steps:
             self._warm_steps = 0
             self._client.wait()

@@ -51,6 +51,8 @@ _FORWARDED = ("COLUMNS", "LD_LIBRARY_PATH", "PYTHONPATH", *threads.VARIABLES)
 _BETWEEN_POLLS = 0.2
 _GRACE = 2.0
 """Seconds that mpirun is given to end by itself, or the first rank to start."""
+_FOR_ALL = 4.0
+"""Seconds that mpirun is given besides to start all ranks, on a busy machine."""
 _STARTS_MPI = {"train", "bench", "evaluate", "predict"}
 """Commands whose ranks wait for each other when they start."""
 _RANK_HERE = (
@@ -281,12 +283,12 @@ def _wait_through_start(mpirun: subprocess.Popen[bytes], note: Path, kill: signa
     kill
         The signal that ends the launcher with all ranks.
     """
-    complete = time.monotonic()
+    complete = time.monotonic() + _FOR_ALL
     while not note.exists():
         with suppress(subprocess.TimeoutExpired):
             return mpirun.wait(_BETWEEN_POLLS)
         if not _some_are_missing(mpirun.pid):
-            complete = time.monotonic()
+            complete = max(complete, time.monotonic())
         elif time.monotonic() - complete > _GRACE and not note.exists():
             code = explained(note)
             if code is None:

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from dbmpi.objective import Outcome
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +92,12 @@ class EvaluationReport:
     """How many held-out samples were evaluated."""
     metrics: Mapping[str, float] | None = None
     """Means of the objective's own metrics over them; None where it has none."""
+
+    @classmethod
+    def of(cls, outcome: Outcome, step: int, epoch: float) -> EvaluationReport:
+        """Return the report of an `outcome` at that `step` and `epoch`."""
+        loss, accuracy, samples = outcome.mean_loss, outcome.accuracy, outcome.samples
+        return cls(step, epoch, loss, accuracy, samples, outcome.metrics or None)
 
 
 @dataclass(frozen=True, slots=True)

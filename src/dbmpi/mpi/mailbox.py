@@ -88,6 +88,8 @@ class MessageKind(IntEnum):
     """Any rank to lead: it makes progress, or waits; no sign that data moves."""
     CLOSED = 23
     """Shard to lead, after END: the bits of the fraction of time spent in the rule's kernel."""
+    ROLL_BACK = 25
+    """Worker to lead: I have withheld more pushes in a row than I may; go back to the last checkpoint."""
 
 
 def bits(number: float) -> int:

@@ -24,6 +24,8 @@ from dbmpi.monitor.records import next_session
 from dbmpi.mpi import waiting
 from dbmpi.mpi.world import together
 from dbmpi.paramserver.rules import rule
+from dbmpi.replica.own_state import OwnState
+from dbmpi.runs.trained_network import load_state
 from dbmpi.session import StartingPoint
 
 _LEAD = 0
@@ -94,6 +96,32 @@ def find(
         if comm.rank == _LEAD:
             notices += _clean(run.run.directory / "checkpoints")
     return RunStart(replace(begin, notices=tuple(notices)), Path(path) if path else None, int(session[0]))
+
+
+def begin_state(
+    state: OwnState, begin: StartingPoint, checkpoint: Path | None, comm: MPI.Intracomm, first: int
+) -> StartingPoint:
+    """Let the state of an objective be that of the checkpoint, or of one worker, on all ranks (collective).
+
+    Parameters
+    ----------
+    state
+        That of the objective.
+    begin
+        Where the session starts; it is returned, with a notice if the checkpoint has no such state.
+    checkpoint
+        The one to resume from, if there is one.
+    comm, first
+        All ranks, and that of the first worker.
+    """
+    notice = ""
+    with together(comm, "reading the state of the objective", seconds=waiting.LONG_SECONDS):
+        if checkpoint is not None:
+            with Checkpoint.open(checkpoint) as opened:
+                notice = load_state(state, opened)
+    if checkpoint is None or notice:
+        state.broadcast(comm, first)
+    return replace(begin, notices=(*begin.notices, notice)) if notice else begin
 
 
 def _clean(folder: Path) -> tuple[str, ...]:

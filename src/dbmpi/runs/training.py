@@ -11,14 +11,12 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from mpi4py import MPI
 
 from dbmpi.checkpoint.named_arrays import Fill
-from dbmpi.checkpoint.reader import Checkpoint
 from dbmpi.checkpoint.run_lock import locked
 from dbmpi.config import Run
 from dbmpi.data import limits
@@ -26,7 +24,7 @@ from dbmpi.data.numbered_batches import NumberedBatches, Transform
 from dbmpi.data.run_data import RunData, Supplied, open_data
 from dbmpi.data.stream import Order
 from dbmpi.downpour import run as downpour_run
-from dbmpi.errors import UserError
+from dbmpi.errors import EndedElsewhere, RunFailed, UserError
 from dbmpi.kernels.announce import announced
 from dbmpi.machine import capacity, environment
 from dbmpi.machine.rank_variables import ranks_on_node
@@ -45,18 +43,19 @@ from dbmpi.objective import OwnObjective
 from dbmpi.paramserver.memory import check_fits
 from dbmpi.replica import placement
 from dbmpi.replica.own_objective import OwnModel, OwnReplica, try_objective
-from dbmpi.replica.own_state import OwnState
 from dbmpi.replica.replica import Replica
 from dbmpi.replica.thread_count import fitted
 from dbmpi.replica.trial import try_layer
 from dbmpi.result import FilePath, Result
+from dbmpi.runs import continuation
 from dbmpi.runs import start as runs_start
 from dbmpi.runs.initial import first_values, with_initial
 from dbmpi.runs.supplied import compare, complete
-from dbmpi.runs.trained_network import load_state
 from dbmpi.sandblaster import run as sandblaster_run
-from dbmpi.session import DTYPE, Session, StartingPoint
+from dbmpi.session import DTYPE, Session
 
+_MOST_ROLL_BACKS = 10
+"""Of a run, in one job."""
 _MOST_BATCHES = 2**62
 """Of a run: counts of steps and batches travel and are stored as 64-bit integers."""
 
@@ -159,7 +158,18 @@ def train(
             given = Supplied(data, test, transform, Callbacks(callbacks), arrays)
             run = complete(run, objective, given)
         compare(run, given, comm)
-        return _run(run, objective, given, comm, stack, stop or stack.enter_context(StopSignal()), replacements)
+        stop = stop or stack.enter_context(StopSignal())
+        for _ in range(_MOST_ROLL_BACKS):
+            with ExitStack() as opened:
+                result = _run(run, objective, given, comm, opened, stop, replacements)
+            if not result.rolled_back or result.stopped_by:
+                return result
+            run = continuation.slower(run)
+            if comm.rank == 0:
+                rate = f"optimizer.learning_rate {run.optimizer.learning_rate:g}"
+                print(f"dbmpi: back to {result.checkpoint}, with {rate}", file=sys.stderr, flush=True)
+        message = f"the run has gone back {_MOST_ROLL_BACKS} times; look for extreme values in {run.data.called}"
+        raise RunFailed(message) if comm.rank == 0 else EndedElsewhere(1)
 
 
 def _run(
@@ -178,7 +188,7 @@ def _run(
     with Watch(comms.world) as watch:
         if replacements is not None:
             watch.replaceable = replacements.begin(run.topology.replacements)
-            run = run if replacements.first else _resuming(run)
+            run = run if replacements.first else continuation.resuming(run)
         session = _session(run, objective, supplied, plan, comms, watch, stop, stack)
         learn = sandblaster_run.learn if session.run.optimizer.method == "sandblaster" else downpour_run.learn
         result = learn(session, stack)
@@ -188,11 +198,6 @@ def _run(
         ended = TrainingEvent(result.steps, epoch, result.samples, loss, accuracy, result.checkpoint, metrics=metrics)
         session.callbacks.call("on_end", ended)
         return result
-
-
-def _resuming(run: Run) -> Run:
-    """Return the description of a run that goes on from its own last checkpoint."""
-    return run.model_copy(update={"checkpoint": run.checkpoint.model_copy(update={"resume": "auto"})})
 
 
 def _session(
@@ -245,7 +250,7 @@ def _session(
         initial, notes = first_values(run, supplied.initial, model, comm, stack)
         data = replace(data, notes=data.notes + notes)
     if isinstance(model, OwnModel):
-        begin = _begin_state(model.state, begin, checkpoint, comm, plan.worker_ranks[0])
+        begin = runs_start.begin_state(model.state, begin, checkpoint, comm, plan.worker_ranks[0])
     recorder = partial(
         Recorder,
         run.run.directory,
@@ -326,20 +331,6 @@ def _own_replica(
     names, model.draws = json.loads(waiting.broadcast_text(comm, found, plan.worker_ranks[0], "the metrics"))
     model.metrics = tuple(names)
     return None if batches is None else OwnReplica(model, tries=True)
-
-
-def _begin_state(
-    state: OwnState, begin: StartingPoint, checkpoint: Path | None, comm: MPI.Intracomm, first: int
-) -> StartingPoint:
-    """Let the state of an objective be that of the checkpoint, or of the `first` worker, on all ranks (collective)."""
-    notice = ""
-    with together(comm, "reading the state of the objective", seconds=waiting.LONG_SECONDS):
-        if checkpoint is not None:
-            with Checkpoint.open(checkpoint) as opened:
-                notice = load_state(state, opened)
-    if checkpoint is None or notice:
-        state.broadcast(comm, first)
-    return replace(begin, notices=(*begin.notices, notice)) if notice else begin
 
 
 def _order(run: Run, data: RunData, comm: MPI.Intracomm) -> Order:

@@ -356,16 +356,7 @@ class Coordinator:
         self.test = outcome = self._evaluator.passes.outcome
         self._tested_at = self.steps
         self._keeper.account.tested(self._begin.step + self.steps, outcome)
-        self._recorder.write(
-            EvaluationReport(
-                step=self.steps,
-                epoch=self.epoch,
-                loss=outcome.mean_loss,
-                accuracy=outcome.accuracy,
-                samples=outcome.samples,
-                metrics=outcome.metrics or None,
-            )
-        )
+        self._recorder.write(EvaluationReport.of(outcome, self.steps, self.epoch))
         self._progress.evaluation(self.epoch, outcome.mean_loss, outcome.accuracy, outcome.samples, outcome.metrics)
         loss, accuracy, metrics = outcome.mean_loss, outcome.accuracy, outcome.metrics
         self._call("on_evaluation", self.steps, self.epoch, outcome.samples, loss, accuracy, None, 0, metrics)
