@@ -232,9 +232,9 @@ class MonitorSection(Section):
     """Epochs between two evaluations on the test data; 0 evaluates only at the end."""
     progress: Literal["auto", "bar", "lines", "none"] = "auto"
     """How progress is shown: a live bar on a terminal, lines elsewhere."""
-    stall_timeout: NotNegative = 600.0
+    stall_timeout: NotNegative = 240.0
     """Downpour: seconds without progress after which a rank is named, and writes its stack trace; 0 for never.  It must
-    be longer than the longest step, and compiling in it."""
+    be longer than the longest step, and compiling in it, and below half of ``DBMPI_STALL_SECONDS`` (600)."""
     on_stall: Literal["warn", "drop", "end"] = "warn"
     """What happens then: ``warn``: nothing more; ``drop``: the run goes on without its replica, as if that had died;
     ``end``: the run ends.  One that holds a shard cannot be dropped: the run then ends."""

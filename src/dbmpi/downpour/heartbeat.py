@@ -51,7 +51,7 @@ class Heartbeat:
             self._beaten = True
             now = time.monotonic()
             if now >= self._next:
-                self._next = now + self._seconds / 4
+                self._next = now + self._seconds / 16
                 self._send()
         return False
 

@@ -111,7 +111,6 @@ class Lead(Shard):
         """Whether the workers are to pause, and whether the shards take a checkpoint."""
         self._stopping = False
         """Whether the workers are to finish when all shards have taken it."""
-        self._seen_version = 0
         self._state = StateKeeper(self._comm, checkpoints.state)
         self._checkpoints = LeadCheckpoints(checkpoints, self.version, role.recorder, progress.warn)
         self._final: FinalTest | None = None
@@ -122,7 +121,7 @@ class Lead(Shard):
         self.staleness = StalenessHistogram()
         self.recent = Recent(order.samples)
         self.test: Outcome | None = None
-        self._busiest = 0.0
+        self._seen_version, self._busiest = 0, 0.0
 
     @property
     def checkpoint(self) -> Path | None:
@@ -154,7 +153,8 @@ class Lead(Shard):
         super().hear(message)
         kind, values = message.kind, message.values
         if kind in (MessageKind.PAUSED, MessageKind.FINISHED, MessageKind.FAILED):
-            self._hear_of_rest(message)
+            if self._replicas.of(message.source) not in self._replicas.lost:
+                self._hear_of_rest(message)
         elif kind == MessageKind.WARM:
             self._replicas.release()
         elif kind == MessageKind.STOP_ASKED:
@@ -208,7 +208,7 @@ class Lead(Shard):
         self.withheld += tally.withheld
         self.recent.add(outcome)
         self.staleness.merge(tally.staleness)
-        self._rate.add(outcome.samples, seconds)
+        self._rate.add(tally.samples, seconds)
         if outcome.samples:
             self._progress.update(
                 self._begin.samples + self.samples,
@@ -332,7 +332,7 @@ class Lead(Shard):
             self.evaluated(outcome, self.epoch)
             assert self._checkpoints.path is not None
             amend(self._checkpoints.path, self._files.account, self._files.section.keep, self._progress.warn)
-        if not self._losses.stalls.may_end():
+        if not (self.stopped_by or self._losses.stalls.may_end()):
             return False
         self._replicas.tell_all(MessageKind.END)
         self._replicas.tell_shards(MessageKind.END)

@@ -108,7 +108,7 @@ class Losses:
         lost = self._replicas.lost
         gone = all(self._watch.dead.intersection(self._replicas.ranks(replica)) for replica in lost)
         if lost and gone and self._watch.replaces:
-            self._watch.end(f"{self._replicas.names(lost)} is missing")
+            self._watch.replace(f"{self._replicas.names(lost)} is missing")
 
     def tell(self, loss: LostShare, step: int) -> None:
         """Record and show what has become of a replica's work.

@@ -48,6 +48,8 @@ class Stalls:
         give_up: Callable[[int, str], None],
         say: Callable[[str], None],
     ) -> None:
+        self._limit = section.stall_timeout * (1 + 2 / _CHECKS)
+        """Silence before which the rank itself has written where it is: beats and checks are a part of that apart."""
         self._section, self._watch, self._plan, self._replicas = section, watch, plan, replicas
         self._give_up, self._say = give_up, say
         self._silent = dict.fromkeys({*plan.shard_ranks, *plan.worker_ranks}, 0.0) if section.stall_timeout else {}
@@ -55,7 +57,7 @@ class Stalls:
 
     def heard(self, rank: int) -> None:
         """Note that a `rank` beats."""
-        if self._silent[rank] > self._section.stall_timeout:
+        if self._silent[rank] > self._limit:
             self._say(f"{self._name(rank)} is back after {self._silent[rank]:.0f} s")
         self._silent[rank] = 0.0
 
@@ -74,7 +76,7 @@ class Stalls:
         for rank in sorted(self._silent.keys() - self._watch.dead):
             before = self._silent[rank]
             self._silent[rank] += passed
-            if before <= limit < self._silent[rank]:
+            if before <= self._limit < self._silent[rank]:
                 self._react(rank)
 
     def may_end(self) -> bool:
@@ -85,7 +87,7 @@ class Stalls:
         RunFailed
             If one is for twice the time: it ends with the job, whose exit code is then that of a failure.
         """
-        limit, lost = self._section.stall_timeout, self._replicas.lost
+        limit, lost = self._limit, self._replicas.lost
         ranks = {rank for replica in lost for rank in self._replicas.ranks(replica)} - self._watch.dead
         silent = {self._silent[rank]: rank for rank in ranks if self._silent and self._silent[rank] > limit}
         if not silent:

@@ -191,6 +191,7 @@ class Worker:
     def give_up(self) -> None:
         """Before this worker fails, let the lead write a last checkpoint; return when it has."""
         with suppress(RunFailed), self._sending_state(failing=True):
+            self._orders.obey()  # this replica may be given up
             self._client.abandon()
             self._client.wait()
             self._orders.send(MessageKind.FAILED, self._learned)

@@ -214,6 +214,8 @@ def _death(mpi: mpi_library.Mpi, environment: Mapping[str, str]) -> Finding:
     if '"dead": [2]' in done.stdout:
         text = "a training goes on after a worker's death; that of a shard ends it, exit code 75"
         return Finding(what, "ok", text)
+    if done.returncode in (0, 2):
+        return Finding(what, "broken", f"three ranks: {_last_line(done.stderr)}", f"try by hand: {command}")
     return Finding(what, "ok", "any rank's death ends the job; dbmpi launch: exit code 75, or --restarts N")
 
 

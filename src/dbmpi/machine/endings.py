@@ -36,7 +36,9 @@ def outlived(environment: Mapping[str, str]) -> bool:
 
 
 def chooses_fault_tolerance(options: Sequence[str], environment: Mapping[str, str]) -> bool:
-    """Return whether a user has said if ranks should survive the death of another one.
+    """Return whether a user has said if ranks should survive the death of another one, or by what they communicate.
+
+    Open MPI's fault tolerance works with ``pml = ob1``, and brings that along, but not over what a user has set.
 
     Parameters
     ----------
@@ -45,7 +47,10 @@ def chooses_fault_tolerance(options: Sequence[str], environment: Mapping[str, st
     environment
         Environment variables.
     """
-    return _FAULT_TOLERANCE in environment or any(word.startswith("--with-ft") for word in options)
+    if environment.get("OMPI_MCA_pml", "ob1") != "ob1" or "OMPI_MCA_mtl" in environment:
+        return True
+    chosen = not {"pml", "mtl", "--tune", "mpi_ft_enable"}.isdisjoint(options)
+    return chosen or _FAULT_TOLERANCE in environment or any(word.startswith("--with-ft") for word in options)
 
 
 def documented(code: int, *, bare: bool, unfinished: bool) -> int:

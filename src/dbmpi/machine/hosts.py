@@ -10,6 +10,8 @@ from pathlib import Path
 from dbmpi.errors import UserError
 
 _LISTS = ("--host", "-host", "-H", "--hosts", "-hosts")
+_AT_ONCE = 16
+"""Hosts that are asked at a time."""
 _FILES = ("--hostfile", "-hostfile", "--machinefile", "-machinefile", "-f")
 
 
@@ -94,7 +96,7 @@ def named(options: Sequence[str]) -> Hosts | None:
 
 
 def answering(hosts: Hosts, answers: Callable[[str], bool]) -> set[str]:
-    """Return the names of the hosts that answer, all of which are asked at once; all names if none does.
+    """Return the names of the hosts that answer, the second time at the latest; all names if none does.
 
     Parameters
     ----------
@@ -104,8 +106,11 @@ def answering(hosts: Hosts, answers: Callable[[str], bool]) -> set[str]:
         Returns whether a program can be started on the host of that name.
     """
     names = list(dict.fromkeys(host.name for host in hosts.hosts))
-    with ThreadPoolExecutor(len(names)) as pool:
-        found = {name for name, there in zip(names, pool.map(answers, names), strict=True) if there}
+    found: set[str] = set()
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        for _ in range(2):
+            asked = [name for name in names if name not in found]
+            found |= {name for name, there in zip(asked, pool.map(answers, asked), strict=True) if there}
     return found or set(names)
 
 

@@ -128,6 +128,7 @@ def compose(
             outlive
             and ranks > 1
             and mpi.has_fault_tolerance
+            and not mpi_library.has_adapter()
             and not chooses_fault_tolerance(mpi_arguments, environment)
         ):
             options += ["--with-ft", "ulfm"]
@@ -207,7 +208,7 @@ def run(mpi: Mpi, command: LaunchCommand) -> Ending:
         return Ending(128 + relay.asked[0], directory, wished=True)
     if code == 0 and unfinished:
         sys.stderr.write(_HOST_LOST)
-    if not unfinished and told is not None:
+    if ours and not unfinished and told is not None:
         code = told  # the first rank has come to its end, and what the launcher says of the others does not count
     code = documented(code, bare=ours and not mpi.is_open_mpi, unfinished=unfinished)
     return Ending(code, directory, wished=bool(relay.asked))
@@ -253,7 +254,8 @@ class _Relay:
         first = len(self.asked) == 1
         if first:
             self._since = time.monotonic()
-        self._killed = self._killed or time.monotonic() - self._since > SAME_WISH
+        if not (number == signal.SIGXCPU == self.asked[0]):  # the system repeats it for each further second
+            self._killed = self._killed or time.monotonic() - self._since > SAME_WISH
         self._send()
         if first:
             with suppress(OSError):  # nobody may be there to read it
@@ -287,7 +289,10 @@ def _wait_through_start(mpirun: subprocess.Popen[bytes], note: Path, kill: signa
     while not note.exists():
         with suppress(subprocess.TimeoutExpired):
             return mpirun.wait(_BETWEEN_POLLS)
-        if not _some_are_missing(mpirun.pid):
+        missing = _some_are_missing(mpirun.pid)
+        if missing is None:
+            break  # the first rank is on another host
+        if not missing:
             complete = max(complete, time.monotonic())
         elif time.monotonic() - complete > _GRACE and not note.exists():
             code = explained(note)
@@ -302,8 +307,8 @@ def _wait_through_start(mpirun: subprocess.Popen[bytes], note: Path, kill: signa
     return mpirun.wait()
 
 
-def _some_are_missing(mpirun: int) -> bool:
-    """Return whether fewer ranks live on this host than mpirun has started here, if the first one is among them."""
+def _some_are_missing(mpirun: int) -> bool | None:
+    """Return whether fewer ranks live on this host than mpirun has started here; None if all do, but not the first."""
     living, expected, first = set(), 0, False
     below = processes.children(mpirun)  # Open MPI's ranks, or hydra's daemon
     for process in (*below, *(rank for child in below for rank in processes.children(child))):
@@ -315,6 +320,8 @@ def _some_are_missing(mpirun: int) -> bool:
             living.add(variables[local])
             # The ranks of a host are counted from 0 in their order: only that of the first has one that agrees.
             first |= variables[rank] == variables[local]
+    if living and len(living) == expected and not first:
+        return None
     return first and len(living) < expected
 
 

@@ -128,6 +128,16 @@ def first_line(version: str) -> str:
     return " ".join(lines[0].split(",")[0].replace("Version:", "").split()) if lines else ""
 
 
+def has_adapter(devices: Path = Path("/sys/class/infiniband")) -> bool:
+    """Return whether there is a network adapter that is faster than TCP, by the folder in which the system lists them.
+
+    Open MPI's fault tolerance does not use it.
+    """
+    with suppress(OSError):
+        return any(devices.iterdir())
+    return False
+
+
 def openmpi_settings(devices: Path = Path("/sys/class/infiniband")) -> dict[str, str]:
     """Return the settings that Open MPI needs on a machine like this, as environment variables.
 
@@ -141,11 +151,7 @@ def openmpi_settings(devices: Path = Path("/sys/class/infiniband")) -> dict[str,
         Folder in which the system lists such adapters.
     """
     settings = {}
-    try:
-        has_adapter = any(devices.iterdir())
-    except OSError:
-        has_adapter = False
-    if not has_adapter:
+    if not has_adapter(devices):
         settings["OMPI_MCA_osc"] = "^ucx"
     theirs = next((folder for name in ("TMPDIR", "TEMP", "TMP") if (folder := os.environ.get(name))), "/tmp")
     with suppress(FileNotFoundError):  # nothing can be written anywhere

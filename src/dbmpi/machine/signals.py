@@ -79,6 +79,8 @@ class StopSignal:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGUSR1 and self._neighbours - _of_the_same_hydra():
             return
+        if number == signal.SIGXCPU == self.number:
+            return  # the system repeats it for each further second
         if self.number and time.monotonic() - self._since > SAME_WISH:
             raise SecondSignal(number)
         self.hear(number)

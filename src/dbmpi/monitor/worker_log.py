@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 
@@ -46,7 +47,7 @@ class WorkerLog:
         self._samples, self._recent = 0, Outcome(0, 0.0, 0)
         self._reported, self._moved = time.monotonic(), (0, 0, 0, 0)
         self.stopwatch = Stopwatch()
-        self.steps = self.withheld = 0
+        self.steps = self.withheld = self._told = 0
         self.waited = self.spent = 0.0
 
     @property
@@ -64,7 +65,7 @@ class WorkerLog:
     def report(
         self, epoch: float, moved: tuple[int, int, int, int], layer_seconds: Mapping[str, Sequence[float]]
     ) -> None:
-        """Write a report; if nothing was learned since the last one, leave the times to the next.
+        """Write a report; if there was no step since the last one, leave the times to the next.
 
         Parameters
         ----------
@@ -76,8 +77,9 @@ class WorkerLog:
             Seconds so far by phase, for each layer.
         """
         now, recent = time.monotonic(), self._recent
-        if not recent.samples:
+        if self.steps == self._told:
             return
+        self._told = self.steps
         pushed_bytes, fetched_bytes, chunks, pieces = map(int.__sub__, moved, self._moved)
         layers, seconds = self._layer_times.take(layer_seconds), self.stopwatch.take(_ACTIVITIES)
         self.waited += seconds["fetch"] + seconds["push"]
@@ -89,7 +91,7 @@ class WorkerLog:
                 step=self.steps,
                 epoch=epoch,
                 samples=self._samples,
-                loss=recent.mean_loss,
+                loss=recent.mean_loss if recent.samples else math.nan,
                 accuracy=recent.accuracy,
                 samples_per_second=recent.samples / max(now - self._reported, 1e-9),
                 pushed_bytes=pushed_bytes,

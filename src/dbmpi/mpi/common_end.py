@@ -65,6 +65,15 @@ class CommonEnd:
         """Leave the communicators that were joined so far, of which ranks have died and are replaced."""
         self._joined.clear()
 
+    def part(self) -> None:
+        """Meet the other ranks before MPI ends: in its end, nothing is heard of one that fails meanwhile."""
+        from mpi4py import MPI
+
+        for comm in () if MPI.Is_finalized() else self._joined:
+            if not failures.dead(comm):
+                with failures.survived():
+                    waiting.complete(comm.Ibarrier(), "the other ranks to end", seconds=waiting.LONG_SECONDS)
+
     def check(self, *, now: bool = False) -> bool:
         """Look for the notice of another rank that all end, a few times a second at most unless `now`.
 

@@ -57,6 +57,8 @@ class Watch:
         self.replaceable = 0
         self._hosts = hosts(comm) if self.on else []
         self._notices: list[tuple[MPI.Request, np.ndarray]] = []
+        self._leaving: set[int] = set()
+        """Ranks that leave this attempt at the run, to go on with new processes."""
         self._next = 0.0
         self._roles: Mapping[int, str] = {}
         self._dispensable: Collection[int] = ()
@@ -86,14 +88,14 @@ class Watch:
             return False
         self._next = time.monotonic() + _BETWEEN_POLLS
         common_end.JOB.check(now=True)  # another rank may have reported why
-        goes_on = failures.probe(self._comm, Tag.REPLACEMENT)
+        goes_on = self._hear()
         if len(gone := failures.dead(self._comm)) > len(self.dead):
             self.dead = frozenset(gone)
         missed = sorted(self.dead.difference(self._dispensable))
+        if goes_on:
+            self.replace(f"{self.name(missed[0])} has died" if missed else "")
         if missed:
             self._give_up(missed)
-        if goes_on:
-            raise RanksMissing("")
         return False
 
     def __enter__(self) -> Watch:
@@ -105,7 +107,9 @@ class Watch:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._serving.close()
-        if error is not None and failures.reports_death(error):
+        if isinstance(error, RanksMissing):
+            waiting.until(self._all_leave, lambda: f"{self._late()} to take part in going on with new processes")
+        elif isinstance(error, failures.RankLost) or (error is not None and failures.reports_death(error)):
             until = time.monotonic() + 2 * _FIRST_TO_SPEAK
             while time.monotonic() < until:
                 self.check()  # raises
@@ -113,23 +117,51 @@ class Watch:
 
     @property
     def replaces(self) -> bool:
-        """Whether new processes can take the places of all that have died."""
-        return len(self.dead) <= self.replaceable > 0
+        """Whether some ranks have died, and new processes can take the places of all of them."""
+        return 0 < len(self.dead) <= self.replaceable
 
     def end(self, why: str) -> NoReturn:
         """End the run on all ranks because of a death; `why` is a sentence for the user."""
-        if self.replaces:
-            word = np.zeros(1, np.int64)
-            for rank in {*range(self._comm.size)} - self.dead - {self._comm.rank}:
-                with failures.survived():
-                    self._notices.append((self._comm.Isend(word, rank, Tag.REPLACEMENT), word))
-            raise RanksMissing(why)
+        if self.replaceable and self.dead:
+            self.replace(why)
         common_end.JOB.announce(DIED)
         raise EndedByDeath(f"{why}.  {self._advice}")
+
+    def replace(self, why: str) -> NoReturn:
+        """Let all ranks leave this attempt, so that new processes can take the places of the dead; `why` is a clause.
+
+        Whether there may be enough of them is decided when all have left.
+        """
+        word = np.zeros(1, np.int64)
+        for rank in {*range(self._comm.size)} - self.dead - {self._comm.rank}:
+            with failures.survived():
+                self._notices.append((self._comm.Isend(word, rank, Tag.REPLACEMENT), word))
+        raise RanksMissing(why)
 
     def name(self, rank: int) -> str:
         """Return the name of a rank for messages, with its host and its role."""
         return f"rank {rank} on {self._hosts[rank]}{self._roles.get(rank, '')}"
+
+    def _hear(self) -> bool:
+        """Note which ranks leave this attempt; return whether any does."""
+        from mpi4py import MPI
+
+        status, word = MPI.Status(), np.empty(1, np.int64)
+        while failures.probe(self._comm, Tag.REPLACEMENT, status):
+            with failures.survived():
+                self._comm.Recv(word, status.source, Tag.REPLACEMENT)
+            self._leaving.add(status.source)
+        return bool(self._leaving)
+
+    def _all_leave(self) -> bool:
+        """Return whether all ranks that live have left this attempt, so that none waits for another inside MPI."""
+        self._hear()
+        self.dead |= {*failures.dead(self._comm)}
+        return not self._late()
+
+    def _late(self) -> str:
+        late = {*range(self._comm.size)} - self._leaving - self.dead - {self._comm.rank}
+        return ", ".join(map(self.name, sorted(late)))
 
     def _give_up(self, missed: list[int]) -> None:
         """Report on one rank which rank has died, and let the others end; MPI's Abort does not where one has died."""
@@ -137,8 +169,8 @@ class Watch:
             self._speaker = min(set(range(self._comm.size)) - self.dead)
             self._speaks_until = time.monotonic() + _FIRST_TO_SPEAK
         name = self.name(missed[0])
-        if self.replaces:
-            self.end(f"{name} has died")
+        if self.replaceable:
+            self.replace(f"{name} has died")
         if self._comm.rank != self._speaker and time.monotonic() < self._speaks_until:
             return
         self.end(f"{name} has died, and the run cannot go on without it")

@@ -127,7 +127,10 @@ def _wait_for_all_ranks_to_start_mpi() -> ModuleType:
 
 def end_all_on_failure(comm: MPI.Intracomm) -> None:
     """Let an uncaught exception end all ranks of `comm`, which may wait for this one inside MPI (collective)."""
-    sys.excepthook = _abort_hook
+    if sys.excepthook is not _abort_hook:
+        sys.excepthook = _abort_hook
+        if failures.tolerated():
+            atexit.register(aborting(common_end.JOB.part))
     common_end.JOB.join(comm, _ALL_RANKS)
 
 
@@ -174,6 +177,7 @@ def report_and_abort(error: BaseException) -> NoReturn:
             text = f"dbmpi: rank {rank} was interrupted ({signal.Signals(code - 128).name}) and ends the job\n"
             # A Ctrl-C may have reached all ranks: one of them reports it.
             time.sleep(_FOR_THE_FIRST if rank else 0.0)
+            text = "" if _is_told() else text
     elif isinstance(error, EndedElsewhere):
         code = error.code
         time.sleep(_FOR_THE_FIRST)  # that rank has something to print, and some launchers end all when one ends
@@ -182,14 +186,17 @@ def report_and_abort(error: BaseException) -> NoReturn:
     elif failures.reports_death(error):
         lost = failures.dead(job)
         code = DIED
-        if rank == min({*range(size)}.difference(lost)):
-            ranks = f"ranks {', '.join(map(str, lost))} have" if len(lost) > 1 else f"rank {lost[0]} has"
+        if rank == min({*range(size)}.difference(lost)) and not _is_told():
+            ranks = f"ranks {', '.join(map(str, lost))} have" if len(lost) != 1 else f"rank {lost[0]} has"
+            ranks = ranks if lost else "a rank has"
             text = f"dbmpi: {ranks} died, and the others cannot go on\n"
     elif isinstance(error, MemoryError):
         text = f"dbmpi: {f'rank {rank}: ' if size > 1 else ''}{capacity.explain(error)}\n"
     elif isinstance(error, RunFailed):
-        code = DIED if isinstance(error, (EndedByDeath, failures.RankLost)) else 1
+        died = isinstance(error, (EndedByDeath, failures.RankLost))
+        code = DIED if died else 1
         text = f"dbmpi: {f'rank {rank}: ' if size > 1 else ''}{error}\n" if str(error) else ""
+        text = "" if died and _is_told() else text
     else:
         whose = f"rank {rank} failed and ends the job" if size > 1 else "failed"
         text = f"dbmpi: {whose}:\n{''.join(traceback.format_exception(error))}"
@@ -206,6 +213,14 @@ def report_and_abort(error: BaseException) -> NoReturn:
         time.sleep(_FOR_THE_LAUNCHER)
         job.Abort(code)
     _exit(code)  # MPICH's Abort may return before the launcher has killed this rank
+
+
+def _is_told() -> bool:
+    """Return whether another rank has ended the job, and said why."""
+    try:
+        return common_end.JOB.check(now=True)
+    except EndedElsewhere:
+        return True
 
 
 def aborting(call: Callable[[], object]) -> Callable[[], None]:
@@ -235,7 +250,7 @@ def abort_from_thread(error: Exception) -> NoReturn:
     """Report an `error` and end all ranks while another thread is blocked in MPI, which may allow no second call."""
     from mpi4py import MPI
 
-    if MPI.Query_thread() == MPI.THREAD_MULTIPLE and MPI.COMM_WORLD.size > 1:
+    if MPI.Query_thread() == MPI.THREAD_MULTIPLE and (_job or MPI.COMM_WORLD).size > 1:
         report_and_abort(error)
     endings.note_message(1)
     with suppress(OSError):
@@ -256,9 +271,7 @@ def _end() -> None:
     if MPI.Is_finalized():
         return
     sys.stdout.flush()
-    if not failures.dead(_job):
-        with failures.survived():  # another rank may fail meanwhile, which a wait notices, and MPI's end does not
-            waiting.complete(_job.Ibarrier(), "the other ranks to end", seconds=waiting.LONG_SECONDS)
+    common_end.JOB.part()
     if not failures.dead(_job):
         MPI.Finalize()
     else:

@@ -31,9 +31,14 @@ class OwnGradients(Gradients):
         Of the parameters as the user knows them, by name.
     called
         What the objective is called in messages.
+    checks
+        Whether gradients that are not finite are to be noticed here.
     """
 
-    def __init__(self, layout: Layout, shapes: Mapping[str, tuple[int, ...]], called: str) -> None:
+    def __init__(
+        self, layout: Layout, shapes: Mapping[str, tuple[int, ...]], called: str, *, checks: bool = True
+    ) -> None:
+        self._checks = checks
         self._shapes, self._called = shapes, called
         self._numbers = {name: number for number, name in enumerate(shapes)}
         self._parts = [
@@ -155,6 +160,6 @@ class OwnGradients(Gradients):
             elif not there:
                 with np.errstate(over="ignore"):
                     np.copyto(shaped, values, casting="same_kind")
-            finite = all_finite(target)
+            finite = not self._checks or all_finite(target)
         if not finite and not self._not_finite:
             self._not_finite = [*self._shapes][number]

@@ -155,7 +155,7 @@ class OwnReplica(Objective[Samples]):
         self._model, self._tries = model, tries
         self.parameters = WholeParameters(model.layout)
         self.seconds: dict[str, list[float]] = {}
-        self._gradients = OwnGradients(model.layout, model.shapes, model.called)
+        self._gradients = OwnGradients(model.layout, model.shapes, model.called, checks=not tries)
         self._write_gradient = getattr(model.objective, "write_gradient", None)
         self._views: dict[int, tuple[np.ndarray, NamedArrays]] = {}
         """The vectors that gradients were computed at, and the arrays in them."""

@@ -11,7 +11,7 @@ import math
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from dbmpi.errors import EndedElsewhere, RunFailed
+from dbmpi.errors import EndedByDeath, EndedElsewhere, RunFailed
 from dbmpi.methods import descent
 from dbmpi.methods.descent import ORIGIN, POINT, Limits, Report
 from dbmpi.methods.lbfgs import History
@@ -24,7 +24,7 @@ from dbmpi.mpi import failures
 from dbmpi.objective import Outcome
 from dbmpi.sandblaster.batches import REASONS, samples_of, sampling
 from dbmpi.sandblaster.checkpoints import Keeper
-from dbmpi.sandblaster.evaluation import Evaluator, Interrupted
+from dbmpi.sandblaster.evaluation import Evaluator, Interrupted, LastReplicaLost
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -134,16 +134,7 @@ class Coordinator:
         except Interrupted:
             self._go_back()
         except Exception as failure:
-            if isinstance(failure, EndedElsewhere) or failures.reports_death(failure):
-                raise  # without a shard nothing can be gone back to, and the watch says which one
-            self._go_back()
-            if self.steps == 0:
-                raise
-            self._keeper.write(self.steps, self.samples, last=True)
-            kept = f"what was learned before is in {self.checkpoint}"
-            if isinstance(failure, RunFailed):
-                raise RunFailed(f"{failure}  {kept[0].upper()}{kept[1:]}.") from failure
-            self._progress.message(kept)
+            self._keep_before(failure)
             raise
         try:
             self._write(last=True)
@@ -158,6 +149,22 @@ class Coordinator:
         if self.stopped_by or self._tested_at != self.steps:
             self.test = None
         self._evaluator.end()
+
+    def _keep_before(self, failure: Exception) -> None:
+        """Write a checkpoint of what was learned before a `failure`, if that is possible and of use."""
+        if isinstance(failure, EndedElsewhere | EndedByDeath) or failures.reports_death(failure):
+            return  # without a shard nothing can be gone back to, and the watch says which one
+        self._go_back()
+        if self.steps:
+            self._keeper.write(self.steps, self.samples, last=True)
+        if isinstance(failure, LastReplicaLost):
+            self._evaluator.give_up(failure)
+        if not self.steps:
+            return
+        kept = f"what was learned before is in {self.checkpoint}"
+        if isinstance(failure, RunFailed):
+            raise RunFailed(f"{failure}  {kept[0].upper()}{kept[1:]}.") from failure
+        self._progress.message(kept)
 
     @property
     def iterations(self) -> int:

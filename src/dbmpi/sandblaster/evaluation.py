@@ -33,6 +33,10 @@ if TYPE_CHECKING:
     from dbmpi.sandblaster.shard import Shards
 
 
+class LastReplicaLost(RunFailed):
+    """No replica is left."""
+
+
 class Interrupted(Exception):
     """A signal asks for the end in the middle of an evaluation, or a worker has failed."""
 
@@ -190,11 +194,15 @@ class Evaluator:
             self.passes.give_up(replica)
             left = plan.replicas - len(lost)
             if not left:
-                self._watch.end(f"{self._watch.name(rank)} has died, and with it the last replica")
+                raise LastReplicaLost(f"{self._watch.name(rank)} has died, and with it the last replica")
             self._say(
                 f"{self._watch.name(rank)} has died, and with it replica {replica}: what it had not delivered is "
                 f"handed out again, and the run goes on with {left} of {plan.replicas} replicas"
             )
+
+    def give_up(self, failure: LastReplicaLost) -> NoReturn:
+        """End the run on all ranks because of a `failure`."""
+        self._watch.end(str(failure))
 
     def _end_by(self, rank: int) -> NoReturn:
         """Leave it to a worker to end the job; the others go on waiting, and have nothing to say."""
