@@ -150,7 +150,7 @@ class Laboratory:
 
     def start(self, directory: Path) -> Program:
         """Start or resume the run of a directory."""
-        launch = [sys.executable, "-m", "dbmpi", "launch", "-n", str(self._ranks), "--mpi-args=--with-ft ulfm", "--"]
+        launch = [sys.executable, "-m", "dbmpi", "launch", "-n", str(self._ranks), "--"]
         return Program([*launch, "train", "config.toml"], directory=directory, env=plain_environment(), cwd=directory)
 
     def ended(self, program: Program) -> int | None:

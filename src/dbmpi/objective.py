@@ -117,7 +117,7 @@ class OwnObjective(Protocol):
     These are optional:
 
     - ``write_gradient(parameters, batch, gradients)`` may take the place of `loss_and_gradient`.  It hands over each
-      array as soon as that is complete, so that it leaves while the others are computed, and returns the loss alone:
+      array as soon as that is complete, so that it can leave while the others are computed, and returns the loss alone:
       see :class:`Gradients`.
     - ``evaluate(parameters, batch)`` returns the mean loss of held-out samples, or that and how many of them are
       classified correctly; without it, their loss is the one that is learned from.
