@@ -129,7 +129,7 @@ def first_line(version: str) -> str:
 
 
 def has_adapter(devices: Path = Path("/sys/class/infiniband")) -> bool:
-    """Return whether there is a network adapter that is faster than TCP, by the folder in which the system lists them.
+    """Return whether the system lists a network adapter in `devices`, one that is faster than TCP.
 
     Open MPI's fault tolerance does not use it.
     """
