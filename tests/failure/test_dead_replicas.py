@@ -64,3 +64,24 @@ def test_a_replica_of_two_partitions_is_lost_with_one_of_them_and_the_run_with_a
     assert "rank 0 on" in said[0]
     assert "which holds shard 0, has died" in said[0]
     assert "--set checkpoint.resume=auto" in said[0]
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_after_the_last_replica_a_checkpoint_is_written_and_the_run_resumes(jobs: Jobs, shards: int) -> None:
+    settings = (*SETTINGS, f"optimizer.epochs={FOR_EVER}", f"topology.shards={shards}", "checkpoint.every_seconds=600")
+    program = jobs.start(None, *settings, launcher=shards + 1)
+    jobs.wait_for_passes(program, 10)
+    [worker] = {*range(shards + 1)} - {shard * (shards + 1) // shards for shard in range(shards)}
+    os.kill(program.ranks()[worker], signal.SIGKILL)
+    done = jobs.finish(program, SECONDS)
+    assert done.returncode == 75, done.transcript
+    said = [line for line in messages(done) if not line.startswith("dbmpi launch:")]
+    assert len(said) == 1, done.transcript
+    assert f"rank {worker} on " in said[0]
+    assert "has died, and with it the last replica" in said[0]
+    with jobs.checkpoint() as checkpoint:
+        step = checkpoint.info.step
+    assert step >= 10
+    again = jobs(None, *SETTINGS, f"optimizer.epochs={step // PORTIONS + 10}", "checkpoint.resume='auto'")
+    assert again.returncode == 0, again.transcript
+    assert f"going on after {step:,} steps" in again.stdout

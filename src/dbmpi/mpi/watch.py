@@ -92,7 +92,7 @@ class Watch:
         if len(gone := failures.dead(self._comm)) > len(self.dead):
             self.dead = frozenset(gone)
         missed = sorted(self.dead.difference(self._dispensable))
-        if goes_on:
+        if goes_on or (missed and self.replaceable):
             self.replace(f"{self.name(missed[0])} has died" if missed else "")
         if missed:
             self._give_up(missed)
@@ -168,12 +168,9 @@ class Watch:
         if self._speaker is None:
             self._speaker = min(set(range(self._comm.size)) - self.dead)
             self._speaks_until = time.monotonic() + _FIRST_TO_SPEAK
-        name = self.name(missed[0])
-        if self.replaceable:
-            self.replace(f"{name} has died")
         if self._comm.rank != self._speaker and time.monotonic() < self._speaks_until:
             return
-        self.end(f"{name} has died, and the run cannot go on without it")
+        self.end(f"{self.name(missed[0])} has died, and the run cannot go on without it")
 
 
 def hosts(comm: MPI.Comm) -> list[str]:
