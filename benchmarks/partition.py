@@ -102,8 +102,8 @@ def contestant(configuration: str, batch: int) -> None:
     network = Network(run.network, INPUTS[Path(configuration).stem], seed=1)
     replica = Replica(network, placement.automatic(network.layers, comm.size), comm if comm.size > 1 else None)
     parameters, gradient = aligned_empty(replica.size), aligned_empty(replica.size)
-    for run in replica.parameters.runs:
-        network.initial(run.start, parameters[run.local : run.local + run.length])
+    for stretch in replica.parameters.runs:
+        network.initial(stretch.start, parameters[stretch.local : stretch.local + stretch.length])
     rng = np.random.default_rng(1)
     inputs = rng.standard_normal((*network.input_shape, batch), dtype=np.float32)
     data = Batch(inputs, rng.integers(0, network.outputs, batch).astype(np.int32))

@@ -23,12 +23,13 @@ import common
 
 sys.path.insert(0, str(common.ROOT / "tests"))
 sys.path.insert(0, str(common.ROOT / "tools"))
-import chaos
+import chaos_runs
 from harness.environment import plain_environment
 from harness.programs import Program
 
 from dbmpi.errors import UserError
-from dbmpi.monitor.records import Record, read_records
+from dbmpi.monitor.lines import Record
+from dbmpi.monitor.records import read_records
 
 RANKS, SHARD, WORKER = 6, 3, 4
 LIMIT = 120.0
@@ -52,12 +53,7 @@ class Run:
 
     def __init__(self, place: Path, method: str, options: tuple[str, ...] = (), settings: tuple[str, ...] = ()) -> None:
         place.mkdir()
-        text = chaos.CONFIGURATION
-        words = {"METHOD": method, "LEARN": chaos.LEARN["digits"], "RATE": "0.01", "EPOCHS": "600"}
-        for word, value in words.items():
-            text = text.replace(word, value)
-        (place / "config.toml").write_text(text, encoding="utf-8")
-        chaos.write_data(place)
+        chaos_runs.write_run(place, method, "digits", 600)
         self._place = place
         launch = [sys.executable, "-m", "dbmpi", "launch", "-n", str(RANKS), *options, "--", "train", "config.toml"]
         overrides = [word for setting in (*SETTINGS, *settings) for word in ("--set", setting)]
@@ -127,6 +123,13 @@ WAYS: dict[str, tuple[float, int, str, Callable[[Record], bool], dict[str, Any]]
         "downpour",
         lambda record: record["kind"] == "worker" and record["session"] == 2,
         {"settings": ("topology.replacements=1",)},
+    ),
+    "a shard, replaced from its mirror": (
+        3.0,
+        SHARD,
+        "downpour",
+        lambda record: record["kind"] == "worker" and record["session"] == 2,
+        {"settings": ("topology.replacements=1", "server.mirror=20")},
     ),
     "a shard, started again": (
         10.0,

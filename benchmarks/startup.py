@@ -171,7 +171,7 @@ def commands() -> Iterator[list[str]]:
 
     yield []
     for name in program.COMMANDS:
-        yield from _below(_choices(program._parser([name]))[name], [name])
+        yield from _below(_choices(program.build_parser([name]))[name], [name])
 
 
 def _below(parser: argparse.ArgumentParser, words: list[str]) -> Iterator[list[str]]:

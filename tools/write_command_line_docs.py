@@ -22,7 +22,7 @@ HEAD = """# Command line
 | 0 | done |
 | 1 | a failure: a loss is not finite, a rank failed, nothing could be written |
 | 2 | a mistake in the arguments, the configuration, the data or the launch |
-| 75 | a rank or host has died, and the run with it; the same command goes on from the last checkpoint |
+| 75 | a rank or host has died or does not answer; the same command goes on from the last checkpoint |
 | 128 + n | ended by signal n, after writing a checkpoint |
 
 *This page is written by `tools/write_command_line_docs.py` from the parsers of `dbmpi.cli`.*

@@ -45,6 +45,8 @@ def text() -> str:
             parts.append(_section('[[network.layers]] with type = "module:Class"', config.OwnLayer))
         if name == "placement":
             parts.append(_section("[placement.layers.NAME]", config.PlacedLayer))
+        if name == "simulation":
+            parts.append(_section("[simulation.NAME]", config.TimesSection))
     return "\n".join(parts)
 
 
@@ -85,6 +87,8 @@ def _values(annotation: object, metadata: Iterable[object]) -> str:
         return (", or " if "," in choices[0] else " or ").join(choices)
     if origin is tuple:
         return _sequence(parts)
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "table"
     names = {int: "integer", float: "number", str: "text", bool: "`true`, `false`", Path: "path", dict: "tables"}
     name = names.get(origin or annotation, "value")  # type: ignore[arg-type]
     bounds = _bounds(metadata)

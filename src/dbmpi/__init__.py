@@ -1,6 +1,7 @@
 """DistBelief on MPI: Downpour SGD and Sandblaster over a sharded parameter server.
 
-The description of a run and its start are here: ``dbmpi.load(path)``, ``dbmpi.Run(...)``, ``dbmpi.train(run)``;
+The description of a run and its start are here: ``dbmpi.load(path)``, ``dbmpi.Run(...)``, ``dbmpi.train(run)``,
+and in virtual time ``dbmpi.simulate(run)``;
 trained networks are used by ``dbmpi.evaluate(checkpoint, data)`` and ``dbmpi.predict(checkpoint, data)``, and read by
 ``dbmpi.parameters(checkpoint)``; there are
 the batch methods for a function of one's own: ``dbmpi.minimize(objective, x)``; and the parameter server for a loop of
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from dbmpi.loops.service import serve
     from dbmpi.result import Result
     from dbmpi.runs.prediction import evaluate, predict
+    from dbmpi.runs.simulation import simulate
     from dbmpi.runs.training import train
 
 early.watch()
@@ -45,6 +47,7 @@ __all__ = [
     "parameters",
     "predict",
     "serve",
+    "simulate",
     "train",
 ]
 
@@ -59,6 +62,7 @@ _HOMES = {
     "serve": "dbmpi.loops.service",
     "Result": "dbmpi.result",
     "train": "dbmpi.runs.training",
+    "simulate": "dbmpi.runs.simulation",
     "export": "dbmpi.formats.export",
     "evaluate": "dbmpi.runs.prediction",
     "predict": "dbmpi.runs.prediction",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 DIED = 75
-"""Exit code where a rank's death has ended the run, which the same command would resume (EX_TEMPFAIL of sysexits.h)."""
+"""Exit code where a rank's death or silence has ended the run, which may be resumed (EX_TEMPFAIL of sysexits.h)."""
 
 
 class UserError(ValueError):
@@ -38,6 +38,10 @@ class Damaged(UserError):
 
 class EndedByDeath(RunFailed):
     """A run that cannot continue because a rank has died (exit code 75)."""
+
+
+class Stalled(RunFailed):
+    """A run that cannot continue because a rank does not answer, which may be on a host that is gone (exit code 75)."""
 
 
 class EndedElsewhere(RunFailed):

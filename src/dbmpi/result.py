@@ -39,8 +39,12 @@ class Result:
     """Replicas that were given up in this session."""
     withheld: int = 0
     """Pushes that were withheld in this session, because their gradient was not finite."""
+    discarded: int = 0
+    """Pushes that shards dropped in this session, because they were stale, or late for a round; each counts its own."""
     rolled_back: bool = False
     """Whether the session was given up, so that the run has gone back to its last checkpoint; never at its end."""
+    ended: str = ""
+    """Why an evaluation has ended the run before its epochs were learned; empty where none has."""
 
 
 def path_of(given: FilePath | Result, what: str = "checkpoint") -> Path:

@@ -12,8 +12,12 @@ from pathlib import Path
 import numpy as np
 from mpi4py import MPI
 
+import dbmpi
 from dbmpi.checkpoint.account import Account
+from dbmpi.checkpoint.judge import Judge
+from dbmpi.checkpoint.lead_saver import LeadSaver, unusable
 from dbmpi.checkpoint.named_arrays import Fill
+from dbmpi.checkpoint.saver import ShardSaver
 from dbmpi.checkpoint.schema import CheckpointInfo, library_versions
 from dbmpi.config import Run
 from dbmpi.data.gather import gather
@@ -26,6 +30,7 @@ from dbmpi.machine.signals import StopSignal
 from dbmpi.monitor.callbacks import Callbacks
 from dbmpi.monitor.progress import RunProgress
 from dbmpi.monitor.records import Recorder
+from dbmpi.monitor.reports import StartReport
 from dbmpi.monitor.worker_log import WorkerLog
 from dbmpi.mpi import blocking, failures, pieces, waiting
 from dbmpi.mpi.failures import RankLost
@@ -35,6 +40,7 @@ from dbmpi.mpi.watch import Watch
 from dbmpi.network.description import Network
 from dbmpi.objective import Outcome
 from dbmpi.paramserver.rules import rule
+from dbmpi.replica.arrangement import Arrangement
 from dbmpi.replica.describe import summarise
 from dbmpi.replica.own_objective import OwnModel, OwnReplica
 from dbmpi.replica.own_state import OwnState
@@ -45,6 +51,8 @@ from dbmpi.result import Result
 
 DTYPE = np.dtype(np.float32)
 """Of parameters and gradients."""
+_LONGEST_CONFIGURATION = 1 << 18
+"""Characters that fit into a line of the records, also where each takes several bytes."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +61,6 @@ class StartingPoint:
 
     stream: Stream
     """The batches that are left."""
-    warmstart: int = 0
-    """Batches that replica 0 is to learn alone."""
     step: int = 0
     """Steps of all replicas in earlier sessions."""
     samples: int = 0
@@ -148,19 +154,13 @@ class Session:
 
     def account(self) -> Account:
         """Return what checkpoints say of this run, with the time that begins now."""
-        train = self.run.data.train
-        name = "arrays given from Python" if train is None else train.name
+        data = self.run.data
+        name = "arrays given from Python" if data.train is None else Path(data.called).name
         return Account(self.begin.earlier, name, self.data.samples)
 
-    @property
-    def shard(self) -> int | None:
-        """Number of the shard that this rank is."""
-        return self.plan.shard_of(self.comms.world.rank)
-
-    @property
-    def worker(self) -> int | None:
-        """Number of the worker that this rank is."""
-        return self.plan.worker_of(self.comms.world.rank)
+    def judge(self) -> Judge:
+        """Return what compares the evaluations of this session with those before, as it is when the session begins."""
+        return Judge(self.run.monitor, self.begin.earlier)
 
     @property
     def objective_state(self) -> OwnState | None:
@@ -170,8 +170,55 @@ class Session:
     def log(self, worker: int) -> WorkerLog:
         """Return the log of a worker, which is this rank."""
         replica, partition = divmod(worker, self.plan.partitions)
-        recorder, every = self.recorder("worker", worker), self.run.monitor.report_seconds
-        return WorkerLog(recorder, every, replica=replica, partition=partition, partitions=self.plan.partitions)
+        monitor = self.run.monitor
+        return WorkerLog(
+            self.recorder("worker", worker),
+            monitor.report_seconds,
+            replica=replica,
+            partition=partition,
+            partitions=self.plan.partitions,
+            traced=monitor.timeline_seconds,
+        )
+
+    def saver(self, arrangement: Arrangement, stack: ExitStack, advice: str = "") -> ShardSaver:
+        """Return what writes the part of this rank's shard of checkpoints, and on the lead the whole of them.
+
+        Parameters
+        ----------
+        arrangement
+            Which shard holds what.
+        stack
+            Closes it.
+        advice
+            What to do where parameters are not finite.
+        """
+        run, comm, plan, number = self.run, self.comms.world, self.plan, self.comms.shard
+        directory = run.run.directory
+        if number:
+            saver = ShardSaver(comm, directory, number, plan.shards, run.checkpoint.compression)
+        else:
+            failed = partial(unusable, directory, advice=advice)
+            saver = LeadSaver(comm, directory, plan.shard_ranks, arrangement, run.checkpoint, failed)
+        stack.callback(saver.close)
+        return saver
+
+    def started(self) -> StartReport:
+        """Return what the records say about the start of this session."""
+        plan, configuration = self.plan, self.run.to_json()
+        return StartReport(
+            version=dbmpi.__version__,
+            method=self.run.optimizer.method,
+            ranks=self.comms.world.size,
+            shards=plan.shards,
+            replicas=plan.replicas,
+            partitions=plan.partitions,
+            parameters=self.model.layout.size,
+            samples=self.data.samples,
+            samples_before=self.begin.samples,
+            epochs=self.run.optimizer.epochs,
+            configuration=configuration if len(configuration) < _LONGEST_CONFIGURATION else "",
+            evaluators=plan.evaluators,
+        )
 
     def compile_kernels(self, *others: Callable[[], object]) -> None:
         """Choose products alike on all ranks, and compile everything on one rank of each node (collective).
@@ -213,6 +260,8 @@ class Session:
             progress.warn("topology.replacements: this MPI ends all ranks when one dies; only Open MPI 5 replaces them")
         if begin.step:
             progress.message(begin.resumed(run.optimizer.epochs, kept))
+        if verdict := self.judge().verdict:
+            progress.message(f"already done: {verdict}; to go on, change that setting")
         for note in (*data.notes, *network_notes(run.network, data.input_shape, run.data.channels), *notes):
             progress.message(note)
         return progress
@@ -292,11 +341,13 @@ class Session:
         few = np.zeros(1, DTYPE)
         compile_checks(DTYPE)
         if optimizer.method == "downpour":
-            applied_rule = rule(optimizer, code=self.run.network.code)
-            applied_rule.apply(few, few.copy(), applied_rule.init(few))
+            used = [rule(optimizer, code=self.run.network.code)]
+            used += [rule(self.run.local.inner(optimizer))] if optimizer.walks else []
+            for one in used:
+                one.apply(few, few.copy(), one.init(few))
         updates.sgd(few, few.copy(), 0.1)
         updates.add(few, few.copy())
-        if optimizer.clip_norm:
+        if optimizer.clip_norm or optimizer.accumulate == "mean" or self.run.in_rounds:
             updates.scale(few, updates.sum_of_squares(few))
         for kind in (np.float32, np.uint8):  # of rows; a shard without data may be the one that compiles
             gather(np.zeros((1, 1), kind), np.zeros(1, np.int64), np.float32(1))

@@ -7,14 +7,16 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
+import harness.hosts
 import pytest
 from cluster.slurm import Slurm, answer
 from harness.environment import is_open_mpi, mpi_environment
+from harness.hosts import SCRIPTS
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = Path(os.environ.get("DBMPI_TEST_CLUSTER", ROOT.parent / "shared" / "cluster"))
 NODES = 3
 
 
@@ -72,25 +74,13 @@ def slurm(scripts: Path) -> Iterator[Slurm]:
 
 @pytest.fixture(scope="session")
 def hosts(scripts: Path) -> Iterator[list[str]]:
-    """The names of three hosts.  Some that are up already are used and left; else they are made and removed."""
-    if shutil.which("ip") is None:
-        pytest.skip("needs the command ip of iproute2, to make hosts")
-    names = [f"dbh{number}" for number in range(1, NODES + 1)]
-    present = answer(["ip", "netns", "list"]).split()
-    if "dbswitch" in present:
-        if not set(names) <= set(present):
-            pytest.skip(f"the hosts that are up are fewer than {NODES}")
+    """The names of three hosts."""
+    with ExitStack() as stack:
+        try:
+            names = stack.enter_context(harness.hosts.hosts())
+        except harness.hosts.NoHostsError as why:
+            pytest.skip(str(why))
         yield names
-        return
-    made = subprocess.run(
-        ["bash", str(scripts / "hosts.sh"), "up", str(NODES)], capture_output=True, text=True, timeout=20, check=False
-    )
-    try:
-        if made.returncode != 0:
-            pytest.skip(f"hosts.sh cannot make hosts here: {made.stderr.strip().splitlines()[-1:]}")
-        yield names
-    finally:
-        subprocess.run(["bash", str(scripts / "hosts.sh"), "down"], capture_output=True, timeout=20, check=False)
 
 
 @pytest.fixture(scope="session")

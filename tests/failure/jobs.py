@@ -23,6 +23,10 @@ FOR_EVER = 10_000_000
 _MESSAGE = re.compile(r"\s*\S?\s*(dbmpi\b.*)")
 SECONDS = 20.0
 """In which a job that cannot go on must be gone, on a busy machine too."""
+LIMIT = 3 * timeout_scale()
+"""Seconds without movement after which a job ends that is started with `STALL`: enough to start on a busy machine."""
+STALL = {"DBMPI_STALL_SECONDS": f"{LIMIT:g}"}
+"""Environment."""
 
 _CONFIGURATION = """
 [run]
@@ -112,7 +116,10 @@ class Jobs:
 
         def reports() -> dict[int, int]:
             files = {worker: self.run_directory / "records" / f"worker-{worker}.jsonl" for worker in workers}
-            return {worker: file.read_bytes().count(b"\n") if file.exists() else 0 for worker, file in files.items()}
+            return {
+                worker: file.read_bytes().count(b'"kind": "worker"') if file.exists() else 0
+                for worker, file in files.items()
+            }
 
         before = reports()
         self.wait_for(program, lambda: all(now >= before[worker] + count for worker, now in reports().items()))

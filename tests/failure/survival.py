@@ -8,15 +8,18 @@ from pathlib import Path
 
 import pytest
 from harness.environment import launcher, mpi_environment
-from sabotage.sitecustomize import VARIABLE
+from sabotage.sitecustomize import HOLD, VARIABLE
 
 FAULT_TOLERANCE = "--with-ft ulfm"
 _SABOTAGE = Path(__file__).parents[1] / "sabotage"
 
 
-def killing(kills: str) -> dict[str, str]:
-    """Return the environment of a run that is disturbed like this: ``RANK:PHASE:COUNT[:SIGNAL],...``."""
-    return {VARIABLE: kills, "PYTHONPATH": str(_SABOTAGE)}
+def killing(kills: str, hold: Path | None = None) -> dict[str, str]:
+    """Return the environment of a run that is disturbed like this: ``RANK:PHASE:COUNT[:SIGNAL],...``.
+
+    With a directory for `hold`, workers of Sandblaster wait for those that are killed at one of their first portions.
+    """
+    return {VARIABLE: kills, "PYTHONPATH": str(_SABOTAGE)} | ({HOLD: str(hold)} if hold else {})
 
 
 @pytest.fixture

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from failure.jobs import BATCHES_PER_EPOCH as PORTIONS
@@ -9,17 +11,25 @@ from failure.jobs import FOR_EVER, SECONDS, Jobs, messages
 from failure.serial import SETTINGS, found_and_expected
 from failure.survival import FAULT_TOLERANCE, killing
 from harness.environment import timeout_scale
-from harness.launching import Completed
+from harness.launching import Completed, Launch
 
 pytestmark = [pytest.mark.timeout(180), pytest.mark.usefixtures("needs_fault_tolerance")]
 EPOCHS = 100
+PARTITIONS = (
+    *SETTINGS,
+    "sandblaster.deterministic=true",
+    "topology.shards=1",
+    "topology.replicas=2",
+    "topology.partitions=2",
+    f"optimizer.epochs={EPOCHS}",
+)
 
 
-def run(jobs: Jobs, kills: str, *settings: str, ranks: int = 4, timeout: float = 60.0) -> Completed:
+def run(jobs: Jobs, kills: str, *settings: str, ranks: int = 4, hold: Path | None = None) -> Completed:
     """Run to the end with a death or some; return when the job has ended."""
     words = (*SETTINGS, "sandblaster.deterministic=true", *settings)
-    program = jobs.start(None, *words, launcher=ranks, options=FAULT_TOLERANCE, env=killing(kills))
-    return jobs.finish(program, timeout)
+    program = jobs.start(None, *words, launcher=ranks, options=FAULT_TOLERANCE, env=killing(kills, hold))
+    return jobs.finish(program, 60.0)
 
 
 @pytest.mark.parametrize(
@@ -38,7 +48,8 @@ def run(jobs: Jobs, kills: str, *settings: str, ranks: int = 4, timeout: float =
     ],
 )
 def test_a_death_of_a_worker_changes_no_bit(jobs: Jobs, kills: str) -> None:
-    done = run(jobs, kills, f"optimizer.epochs={EPOCHS}", "checkpoint.every_seconds=0.05")
+    words = (f"optimizer.epochs={EPOCHS}", "checkpoint.every_seconds=0.05")
+    done = run(jobs, kills, *words, hold=jobs.directory)
     assert done.returncode == 0, done.transcript
     assert done.stderr.count("sabotage: SIGKILL") == 1 + kills.count(","), done.transcript
     np.testing.assert_array_equal(*found_and_expected(jobs))
@@ -61,6 +72,12 @@ def test_a_death_of_a_worker_changes_no_bit(jobs: Jobs, kills: str) -> None:
         ("0:write:5", (), 0),
         ("3:portion:20,0:recovery:1", (), 0),
         ("0:apply:3", (), 0),
+        ("0:meet:20", (), 0),
+        ("0:checkpoint:2", ("topology.shards=2",), 0),
+        ("2:command:60", ("topology.shards=2",), 1),
+        ("1:portion:20,2:meet:21", ("topology.shards=2",), 1),
+        ("0:portion:15", ("topology.colocate=true", "topology.replicas=4"), 0),
+        ("2:deliver:15", ("topology.colocate=true", "topology.replicas=4", "topology.shards=2"), 1),
     ],
 )
 def test_a_death_of_a_shard_ends_the_job_soon_and_it_resumes(
@@ -80,6 +97,49 @@ def test_a_death_of_a_shard_ends_the_job_soon_and_it_resumes(
     again = jobs(None, *SETTINGS, "sandblaster.deterministic=true", f"optimizer.epochs={steps // PORTIONS + 20}")
     assert again.returncode == 0, again.transcript
     np.testing.assert_array_equal(*found_and_expected(jobs, resumed=int(steps > 0)))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> np.ndarray:
+    """The parameters of a run of two partitions that nothing happens to."""
+    with Launch(tmp_path_factory.mktemp("launch")) as launch:
+        jobs = Jobs(tmp_path_factory.mktemp("undisturbed"), launch)
+        done = jobs(5, *PARTITIONS)
+    assert done.returncode == 0, done.transcript
+    with jobs.checkpoint() as checkpoint:
+        return checkpoint.parameters()
+
+
+@pytest.mark.parametrize(
+    "kills",
+    [
+        "4:exchange:31",
+        "4:compute:15,3:recovery:1",
+        "3:compute:20",
+        "3:keep:12",
+        "3:deliver:9",
+        "4:deliver:10",
+        "1:fetch:8,2:recovery:1",
+        "3:end:1",
+    ],
+)
+def test_a_death_of_a_partition_changes_no_bit(jobs: Jobs, undisturbed: np.ndarray, kills: str) -> None:
+    """Its replica is lost with it; nor does it matter if another partition dies while it leaves."""
+    done = run(jobs, kills, *PARTITIONS, ranks=5)
+    assert done.returncode == 0, done.transcript
+    assert done.stderr.count("sabotage: SIGKILL") == 1 + kills.count(","), done.transcript
+    assert {len(record["ledger"]) for record in jobs.passes()} == {PORTIONS}
+    with jobs.checkpoint() as checkpoint:
+        np.testing.assert_array_equal(checkpoint.parameters(), undisturbed)
+
+
+@pytest.mark.parametrize("kills", ["0:end:1", "2:end:1"])
+def test_a_death_of_a_shard_when_everything_is_learned(jobs: Jobs, kills: str) -> None:
+    done = run(jobs, kills, f"optimizer.epochs={EPOCHS}", "topology.shards=2")
+    assert done.returncode in (0, 75), done.transcript
+    assert done.seconds < 2 * SECONDS * timeout_scale(), done.transcript
+    assert done.stderr.count("sabotage: SIGKILL") == 1, done.transcript
+    np.testing.assert_array_equal(*found_and_expected(jobs))
 
 
 def test_a_death_before_the_first_batch_ends_the_job(jobs: Jobs) -> None:

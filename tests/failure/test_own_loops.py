@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from failure.jobs import SECONDS, Jobs, messages
+from failure.jobs import LIMIT, SECONDS, STALL, Jobs, messages
 from harness.environment import launcher, mpi_environment
 from harness.launching import Completed
 from harness.programs import Program
@@ -153,10 +153,10 @@ def test_a_rank_is_killed(jobs: Jobs, rank: int, options: str) -> None:
 def test_a_wait_for_a_colocated_shard_ends(jobs: Jobs) -> None:
     """Its rank computes, or halts, for longer than the stall limit."""
     text = SERVER.replace("COLOCATE", "colocate=True, shards=3").replace("FAIL", "time.sleep(1000)")
-    started = program(jobs, text, 3, env={"DBMPI_STALL_SECONDS": "3"})
+    started = program(jobs, text, 3, env=STALL)
     done = finished(jobs, started)
-    assert done.returncode != 0, done.transcript
-    assert "stalled: nothing moved for 3 s while waiting for shard 1 on rank 1" in done.stderr, done.transcript
+    assert done.returncode == 75, done.transcript
+    assert f"stalled: nothing moved for {LIMIT:g} s while waiting for shard 1 on rank 1" in done.stderr, done.transcript
 
 
 def test_one_process_needs_no_launcher(jobs: Jobs) -> None:

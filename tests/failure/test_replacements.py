@@ -100,3 +100,37 @@ def test_more_deaths_than_replacements_end_the_run(jobs: Jobs) -> None:
     assert "rank 2" in said[0]
     assert "which holds shard" in said[0]
     assert done.seconds < 3 * SECONDS * timeout_scale()
+
+
+@pytest.mark.parametrize(
+    ("kills", "code"),
+    [
+        ("2:apply:60,1:renew:1", 0),
+        ("2:apply:60,0:spawn:1", 75),
+        ("2:apply:60,1:spawn:1", 75),
+        ("2:apply:60,new 2:join:1", 75),
+        ("2:apply:60,1:begin:2", 75),
+        ("2:apply:60,0:renew:1,3:renew:1", 0),
+    ],
+)
+def test_a_death_while_another_rank_is_replaced(jobs: Jobs, kills: str, code: int) -> None:
+    """Until new processes are started it is one more that is replaced; after that the job ends, and resumes."""
+    (jobs.directory / "config.toml").write_text(CONFIGURATION)
+    (jobs.directory / "mine.py").write_text(MINE)
+    words = ("topology.shards=2", "topology.replacements=3")
+    stall = {"DBMPI_STALL_SECONDS": f"{5 * timeout_scale():g}"}
+    program = jobs.start(None, *words, launcher=4, options=FAULT_TOLERANCE, env=killing(kills) | stall)
+    done = jobs.finish(program, 60.0)
+    assert done.returncode == code, done.transcript
+    assert done.output.count("sabotage: SIGKILL") == 1 + kills.count(","), done.transcript
+    assert "Traceback" not in done.output, done.transcript
+    if code:
+        assert "dbmpi launch: a rank has died or does not answer" in done.stderr, done.transcript
+        assert "stalled" not in done.output, done.transcript
+        done = jobs(4, "topology.shards=2", "checkpoint.resume=auto")
+        assert done.returncode == 0, done.transcript
+    with jobs.checkpoint() as checkpoint:
+        info, values = checkpoint.info, checkpoint.parameters()
+    assert (info.step, info.frontier, info.total, info.holes) == (BATCHES, BATCHES, BATCHES, ())
+    repeated = sum(loss["repeated"] for loss in losses(jobs))
+    assert BATCHES <= values.min() <= values.max() <= BATCHES + repeated

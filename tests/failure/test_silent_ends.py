@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from failure.jobs import Jobs, messages
+from harness.environment import is_open_mpi
 from harness.launching import Completed, Launch
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -56,7 +57,8 @@ dbmpi.train(dbmpi.load("config.toml"))
 
 def assert_named(done: Completed, code: int, *words: str) -> None:
     """One line names the rank and how it ended, and the exit code is not 0."""
-    assert done.returncode == code, done.transcript
+    # MPICH's launcher counts that it has killed the others, if it had to.
+    assert done.returncode == code or (done.returncode == 9 and not is_open_mpi()), done.transcript
     told = [line for line in messages(done) if "rank 1" in line]
     assert len(told) == 1, done.transcript
     assert all(word in told[0] for word in words), done.transcript

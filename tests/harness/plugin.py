@@ -20,6 +20,7 @@ A parallel test may use these fixtures:
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 
     from mpi4py import MPI
 
+_CHANGED_BY_OTHERS = ("PYTEST_", "HDF5_PLUGIN_PATH", "KMP_")
+"""How variables begin that pytest, hdf5plugin and scikit-learn set."""
 _RANK = pytest.StashKey[rank.RankSession]()
 
 
@@ -76,6 +79,25 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         if "ranks" not in metafunc.fixturenames:
             metafunc.fixturenames.append("ranks")
         metafunc.parametrize("ranks", sizes, ids=[f"n{size}" for size in sizes])
+
+
+@pytest.fixture(autouse=True)
+def _kept_environment() -> Iterator[None]:
+    """Fails a test that leaves the process's environment changed for those that come after it."""
+    before = _environment()
+    yield
+    after = _environment()
+    for name in after.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
+    changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+    if changed:
+        pytest.fail(f"the test left the environment changed: {', '.join(changed)}", pytrace=False)
+
+
+def _environment() -> dict[str, str]:
+    """Return the environment variables that neither pytest nor libraries change, as they are imported."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(_CHANGED_BY_OTHERS)}
 
 
 @pytest.fixture

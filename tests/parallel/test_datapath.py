@@ -13,7 +13,7 @@ from parallel.test_paramserver import WAYS, parameter_server
 from dbmpi.downpour import buffer
 from dbmpi.downpour.algorithm import downpour
 from dbmpi.downpour.datapath import DataPath, Flow, Push
-from dbmpi.monitor.records import Stopwatch
+from dbmpi.monitor.measures import Stopwatch
 from dbmpi.mpi import waiting
 from dbmpi.mpi.window import Window
 from dbmpi.objective import Batch, Outcome
@@ -53,7 +53,9 @@ class Watch:
         self.steps = 0
         self._numbers = iter(range(steps))
 
-    def proceed(self) -> int | None:
+    expired = False
+
+    def proceed(self, fetches: bool) -> int | None:
         return next(self._numbers, None)
 
     def load(self, number: int) -> Batch:
@@ -62,7 +64,7 @@ class Watch:
     def stepped(self, outcome: Outcome) -> None:
         pass
 
-    def pushed(self, push: Push) -> None:
+    def pushed(self, push: Push, *, last: bool) -> None:
         assert not push.withheld
         self.steps += push.steps
 

@@ -148,7 +148,7 @@ def test_the_command_line_says_which_file_is_missing(comm, shared_path) -> None:
     config = shared_path / "run.toml"
     config.write_text("[[network.layers]]\nunits = 3\n")
     with pytest.raises(UserError, match=r"run.toml: 'data.train' is missing: HDF5 file with the training samples"):
-        cli_train._described(argparse.Namespace(config=config, overrides=[]), comm)
+        cli_train.described(argparse.Namespace(config=config, overrides=[]), comm)
     inputs = np.eye(3, dtype=np.float32)
     run = load(config, [f"run.directory={shared_path / 'run'}", "optimizer.epochs=1", "monitor.progress=none"])
     assert train(run, comm, data=(inputs, np.arange(3))).steps == 1

@@ -13,6 +13,7 @@ from dbmpi import config
 from dbmpi.checkpoint.directory import checkpoint_path
 from dbmpi.checkpoint.reader import Checkpoint
 from dbmpi.checkpoint.writer import CheckpointWriter
+from dbmpi.cli import evaluate_text
 from dbmpi.data.source import Source
 from dbmpi.errors import KnownToAll, UserError
 from dbmpi.kernels import matmul
@@ -20,6 +21,7 @@ from dbmpi.mpi import waiting
 from dbmpi.objective import Batch
 from dbmpi.replica.warmup import agree_on_products
 from dbmpi.replica.whole import WholeNetwork
+from dbmpi.runs import details
 from dbmpi.runs.inference import Inference
 
 SHAPE, CLASSES, SAMPLES = (2, 8, 8), 6, 41
@@ -137,3 +139,46 @@ def test_all_ranks_use_the_first_ones_products(comm, monkeypatch) -> None:
     with pytest.raises(UserError) as caught:
         agree_on_products(comm, large, 128)
     assert ("abacus: no such provider" in str(caught.value)) == (comm.rank == 0)
+
+
+@pytest.mark.parallel([2, 3, 6], timeout=300)
+def test_details_are_the_same_on_any_number_of_ranks(comm, place, monkeypatch) -> None:
+    """With replicas to the last bit, whether outputs are kept or computed again; with partitions up to rounding."""
+    with Inference(place / "run", None, batch_size=5) as alone, Source.open(place / "data.h5", 100) as source:
+        expected = evaluate_text.as_json(details.details(alone, source))
+    partitions = [number for number in range(1, comm.size + 1) if comm.size % number == 0]
+    for cut, kept in [*((number, 1 << 20) for number in partitions), (1, 0)]:
+        monkeypatch.setattr(details, "_KEPT_BYTES", kept)
+        with (
+            Source.open(place / "data.h5", 100) as source,
+            Inference(place / "run", comm, cut, batch_size=5) as inference,
+        ):
+            found = evaluate_text.as_json(details.details(inference, source))
+        if cut == 1:
+            assert found == expected
+        assert found["confusion_matrix"] == expected["confusion_matrix"]
+        areas = [[one["auc"] for one in each["classes"]] for each in (found, expected)]
+        np.testing.assert_allclose(*areas, atol=0.02)
+
+
+@pytest.mark.parallel([2, 3])
+def test_details_of_values_are_the_same_on_any_number_of_ranks(comm, shared_path, monkeypatch) -> None:
+    section = config.NetworkSection(loss="squared", layers=(config.Dense(units=3, activation="tanh"),))
+    if comm.rank == 0:
+        random = np.random.default_rng(5)
+        tiny.write_file(shared_path / "data.h5", random.normal(size=(SAMPLES, 4)), random.normal(size=(SAMPLES, 3)))
+        network = WholeNetwork(section, (4,), 1, targets="values")
+        with CheckpointWriter(checkpoint_path(shared_path / "run", 5), network.layout) as writer:
+            writer.write("parameters", 0, random.normal(0, 0.3, network.size).astype(np.float32))
+            configuration = f'{{"network": {section.model_dump_json()}}}'
+            writer.commit(make_info(configuration=configuration, input_shape=(4,), classes=0, step=5, partitions=1))
+    waiting.barrier(comm, "the data")
+    found = []
+    for ranks, block in ((None, 1 << 20), (comm, 1 << 20), (comm, 1)):
+        monkeypatch.setattr(details, "_BLOCK_BYTES", block)
+        with (
+            Source.open(shared_path / "data.h5", 100) as source,
+            Inference(shared_path / "run", ranks, 1, batch_size=4) as inference,
+        ):
+            found.append(evaluate_text.as_json(details.details(inference, source)))
+    assert found[0] == found[1] == found[2]

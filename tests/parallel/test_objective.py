@@ -124,7 +124,7 @@ def test_downpour_learns_a_hand_written_objective(comm, place, server, n_push) -
                     test=train,
                     directory=place,
                 )
-                log = WorkerLog(recorder, 0.001, replica=replica, partition=0, partitions=1)
+                log = WorkerLog(recorder, 0.001, replica=replica, partition=0, partitions=1, traced=0.25)
                 worker = Worker(assignment, objective, client, orders, log, comms.replica)
                 path = DataPath(client, flow, worker.stopwatch("push"))
                 assert downpour(objective, path, worker, n_push=n_push, n_fetch=n_push) == len(mine)

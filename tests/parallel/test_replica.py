@@ -11,8 +11,10 @@ from dbmpi.index.layout import Tensor, cut
 from dbmpi.network.layer import Backward, Forward
 from dbmpi.objective import Batch
 from dbmpi.replica import placement
+from dbmpi.replica.group import Group
 from dbmpi.replica.placement import Placement
 from dbmpi.replica.replica import Replica
+from dbmpi.replica.team import Team
 from dbmpi.replica.whole import WholeNetwork
 
 TOLERANCE = {np.float32: 1e-5, np.float64: 1e-12}
@@ -246,3 +248,16 @@ def test_reconstruction_without_targets(comm, dtype, tied) -> None:
     rng = np.random.default_rng(comm.size)
     boxes = tuple(random_cover(rng, layer.output_shape, comm.size) for layer in network.layers)
     check(comm, network, Placement(boxes, ("outputs",) * len(boxes)), samples=3, steps=3, rate=1e-4, shared=False)
+
+
+@pytest.mark.parallel([2, 3, 4])
+def test_shelves_are_given_back_though_a_decision_was_left_unfinished(comm) -> None:
+    """As in a replica that is given up, of which one partition was stopped in the middle of a step."""
+    team = Team(comm, lambda: False)
+    with Group(comm) as group:
+        group.shelf(fixed=3)
+        group.reserve(1, 4)
+        if comm.rank:
+            assert team.poll(None) is None
+        group.free()
+    assert team.agree((7,))[0] == 7

@@ -16,8 +16,8 @@ from parallel import tiny
 from dbmpi.checkpoint.reader import Checkpoint
 from dbmpi.config import Run
 from dbmpi.errors import RunFailed
-from dbmpi.monitor.records import Record, read_records
-from dbmpi.mpi import waiting
+from dbmpi.monitor.lines import Record
+from dbmpi.monitor.records import read_records
 from dbmpi.objective import Batch
 from dbmpi.replica.replica import Replica
 from dbmpi.runs.training import train
@@ -78,14 +78,6 @@ def twin(replicas: int, n_push: int, bad: frozenset[int] = BAD) -> tuple[np.ndar
         else:
             withheld += 1
     return found, withheld, applied
-
-
-@pytest.fixture
-def place(comm, shared_path) -> Path:
-    if comm.rank == 0:
-        tiny.write_data(shared_path)
-    waiting.barrier(comm, "the data")
-    return shared_path
 
 
 def describe(place: Path, **sections) -> Run:

@@ -2,8 +2,11 @@
 
 Python imports this file when it starts, if its folder is on PYTHONPATH.  It does something only where
 ``DBMPI_TEST_KILL`` is set, to one or several ``RANK:PHASE:COUNT[:SIGNAL]`` with commas in between, e.g.
-``2:compute:5,0:commit:1:STOP``.  The methods of a phase are then wrapped as soon as their modules have been imported;
+``2:compute:5,0:commit:1:STOP``.  The methods of a phase are then wrapped as soon as their modules have been imported.
 A process that takes the place of rank 2 is ``new 2``.
+
+Portions of Sandblaster go to the worker that is free, and a slow one may get too few of them to come to its moment.
+Where ``DBMPI_TEST_HOLD`` names a directory, every other rank computes at most COUNT portions before that.
 dbmpi itself knows nothing of it.  Only the standard library is used, because this is loaded before everything else.
 """
 
@@ -13,12 +16,14 @@ import importlib.machinery
 import os
 import signal
 import sys
+import time
 from collections import Counter
 
 VARIABLE = "DBMPI_TEST_KILL"
+HOLD = "DBMPI_TEST_HOLD"
 PHASES = {
     "start": ("dbmpi.session Session compile_kernels",),
-    "step": ("dbmpi.downpour.worker Worker proceed",),
+    "step": ("dbmpi.downpour.worker Worker proceed", "dbmpi.downpour.round_worker RoundWorker proceed"),
     "fetch": ("dbmpi.paramserver.client Client _begin_copy",),
     "compute": (
         "dbmpi.replica.replica Replica loss_and_gradient",
@@ -31,7 +36,11 @@ PHASES = {
     ),
     "push": ("dbmpi.paramserver.client Client push",),
     "post": ("dbmpi.paramserver.client Client _send_next",),
-    "apply": ("dbmpi.paramserver.server Server _update", "dbmpi.sandblaster.shard ShardSpace accrue"),
+    "apply": (
+        "dbmpi.paramserver.server Server _update",
+        "dbmpi.paramserver.round_server RoundServer _add",
+        "dbmpi.sandblaster.shard ShardSpace accrue",
+    ),
     "portion": ("dbmpi.sandblaster.replica Portions _compute",),
     "keep": ("dbmpi.sandblaster.replica Portions _keep",),
     "deliver": ("dbmpi.sandblaster.replica Portions _commit",),
@@ -49,10 +58,17 @@ PHASES = {
     "rest": ("dbmpi.downpour.worker Worker _rest",),
     "deal": ("dbmpi.downpour.worker Worker _take_share",),
     "settle": ("dbmpi.downpour.settlement HeldReplicas settle",),
+    "renew": ("dbmpi.mpi.replacement Replacements renew",),
+    "spawn": ("dbmpi.mpi.replacement Replacements _commands",),
+    "join": ("dbmpi.mpi.replacement join",),
+    "begin": ("dbmpi.mpi.replacement Replacements begin",),
     "end": ("dbmpi.session Session conclude",),
 }
-"""For each phase, the methods that enter it: module, class, name."""
+"""For each phase, what enters it: module, class if it is a method, name."""
 
+_OF_PORTIONS = ("portion", "fetch", "compute", "keep", "deliver")
+"""Phases that a worker of Sandblaster enters once for each portion."""
+_LONGEST_HOLD = 60.0
 _RANKS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK")
 
 
@@ -68,20 +84,32 @@ def moments(text: str, rank: str) -> list[tuple[str, int, signal.Signals]]:
     return found
 
 
-class Saboteur:
-    """Wraps the methods of some phases when their modules are imported (a finder of ``sys.meta_path``)."""
+def awaited(text: str, rank: str) -> list[tuple[str, int]]:
+    """Return for each other rank the file that says that it has been struck, and its portions before that."""
+    others = [each.split(":")[:3] for each in text.split(",")] if os.environ.get(HOLD) else []
+    others = [words for words in others if words[0] != rank and words[1] in _OF_PORTIONS]
+    return [(mark(whose, phase, count), int(count)) for whose, phase, count in others]
 
-    def __init__(self, wanted: list[tuple[str, int, signal.Signals]]) -> None:
-        self._signals = {(phase, count): number for phase, count, number in wanted}
+
+def mark(rank: str, phase: str, count: str | int) -> str:
+    """Return the path of the file that says that a rank has been struck at this moment."""
+    return os.path.join(os.environ[HOLD], f"struck-{rank}-{phase}-{count}")
+
+
+class Saboteur:
+    """Wraps what enters some phases when their modules are imported (a finder of ``sys.meta_path``)."""
+
+    def __init__(self, wanted: list[tuple[str, int, signal.Signals]], others: list[tuple[str, int]]) -> None:
+        self._signals, self._others = {(phase, count): number for phase, count, number in wanted}, others
         self._counts: Counter[str] = Counter()
-        self._targets: dict[str, list[tuple[str, str, str]]] = {}
-        for phase in {phase for phase, _, _ in wanted}:
+        self._targets: dict[str, list[tuple[list[str], str, str]]] = {}
+        for phase in {phase for phase, _, _ in wanted} | ({"portion"} if others else set()):
             for target in PHASES[phase]:
-                module, owner, name = target.split()
+                module, *owner, name = target.split()
                 self._targets.setdefault(module, []).append((owner, name, phase))
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> object:
-        """Return the module's own spec, with a loader that wraps methods in the end."""
+        """Return the module's own spec, with a loader that wraps something in the end."""
         if name not in self._targets:
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path)  # type: ignore[arg-type]
@@ -90,29 +118,39 @@ class Saboteur:
         def exec_module(module: object) -> None:
             execute(module)
             for owner, method, phase in self._targets[name]:
-                self._wrap(getattr(module, owner), method, phase)
+                self._wrap(getattr(module, *owner) if owner else module, method, phase)
 
         spec.loader.exec_module = exec_module
         return spec
 
-    def _wrap(self, owner: type, name: str, phase: str) -> None:
+    def _wrap(self, owner: object, name: str, phase: str) -> None:
         method = getattr(owner, name)
 
         def wrapped(*arguments: object, **named: object) -> object:
             self._counts[phase] += 1
             number = self._signals.get((phase, self._counts[phase]))
+            if phase == "portion":
+                self._hold()
             if number is not None:
+                if os.environ.get(HOLD):
+                    open(mark(_rank, phase, self._counts[phase]), "w").close()
                 os.write(2, f"sabotage: {number.name} at {phase} {self._counts[phase]}\n".encode())
                 os.kill(os.getpid(), number)
             return method(*arguments, **named)
 
         setattr(owner, name, wrapped)
 
+    def _hold(self) -> None:
+        deadline = time.monotonic() + _LONGEST_HOLD
+        for path, portions in self._others:
+            while self._counts["portion"] > portions and not os.path.exists(path) and time.monotonic() < deadline:
+                time.sleep(0.002)
+
 
 _rank = next((os.environ[name] for name in _RANKS if name in os.environ), None)
 if _rank is not None and "DBMPI_REPLACES" in os.environ:
     _rank = f"new {_rank}"
 if _rank is not None and os.environ.get(VARIABLE):
-    _wanted = moments(os.environ[VARIABLE], _rank)
-    if _wanted:
-        sys.meta_path.insert(0, Saboteur(_wanted))
+    _wanted, _others = moments(os.environ[VARIABLE], _rank), awaited(os.environ[VARIABLE], _rank)
+    if _wanted or _others:
+        sys.meta_path.insert(0, Saboteur(_wanted, _others))

@@ -1,5 +1,6 @@
 """What a checkpoint says of itself, and which one is the best: kept beside the newest, and named by a link."""
 
+import json
 import math
 import os
 from dataclasses import replace
@@ -27,6 +28,10 @@ MEASURED = {
     "test_loss": 0.125,
     "test_accuracy": 1.0,
     "test_metrics": {"F1 of class 3": 0.75, "müh": -2.0},
+    "best_step": 80,
+    "best_value": 0.0625,
+    "best_counted": 0.125,
+    "best_waited": 3,
     "data_name": "digits-train.h5",
     "data_samples": 1438,
     "host": "node17",
@@ -53,6 +58,10 @@ ABSURD = {
     "run/test/loss": math.inf,
     "run/test/accuracy": -0.5,
     "run/test/metrics/F1": math.nan,
+    "run/test/best/step": -1,
+    "run/warm_samples": -1,
+    "run/test/best/value": math.nan,
+    "run/test/best/waited": -1,
     "data/samples": -3,
 }
 
@@ -206,3 +215,19 @@ def test_an_evaluation_that_cannot_be_added_costs_nothing_else(tmp_path, monkeyp
         assert lines[0].startswith("the checkpoint does not have the evaluation at the end: ")
     assert path.read_bytes() == whole
     assert set(listed(tmp_path)) == {"best", "latest", name(20)}
+
+
+def write_accurate(run: Path, step: int, accuracy: float, metric: str = "accuracy") -> None:
+    with CheckpointWriter(checkpoint_path(run, step), LAYOUT) as writer:
+        writer.write("parameters", 0, np.full(LAYOUT.size, step, np.float32))
+        configuration = json.dumps({"monitor": {"metric": metric, "better": "auto"}})
+        tested = {"test_step": step - 1, "test_loss": accuracy, "test_accuracy": accuracy}
+        writer.commit(make_info(step=step, configuration=configuration, **tested), keep=1)
+
+
+def test_the_best_is_by_the_metric_of_the_run_that_writes(tmp_path):
+    for step, accuracy in ((10, 0.5), (20, 0.75), (30, 0.25)):
+        write_accurate(tmp_path, step, accuracy)
+    assert listed(tmp_path) == {"latest": name(30), "best": name(20), name(20): "", name(30): ""}
+    write_accurate(tmp_path, 40, 0.375, "loss")  # from now on the lowest loss of all that are there
+    assert listed(tmp_path)["best"] == name(30)

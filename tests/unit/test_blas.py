@@ -31,7 +31,8 @@ def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(kernel_cache, "_private_root", lambda: tmp_path)
     monkeypatch.setattr(blas, "_prepared", None)
     monkeypatch.setattr(blas, "processor_flags", lambda: AVX512)
-    monkeypatch.delenv(blas.VARIABLE, raising=False)
+    monkeypatch.setenv(blas.VARIABLE, "")  # so that what a test chooses is undone, also where nothing was set before
+    monkeypatch.delenv(blas.VARIABLE)
     monkeypatch.setenv(threads.MARK, "{}")
     for name in [name for name in sys.modules if name.split(".")[0] in ("numpy", "mpi4py")]:
         monkeypatch.delitem(sys.modules, name)

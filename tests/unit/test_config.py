@@ -64,6 +64,17 @@ def test_the_shards_own_memory_cannot_be_old_or_walked_on(file: Path, other: str
         load(file, ("server.fetch=shared", "server.consistent=true"))
 
 
+@pytest.mark.parametrize("shards", [(), ("topology.shards=1",)])
+def test_a_mirror_needs_another_shard_and_downpour(file: Path, shards: tuple[str, ...]) -> None:
+    with pytest.raises(
+        UserError, match=r"server\.mirror = 10 needs another shard .* set topology\.shards to 2 or more"
+    ):
+        load(file, ("server.mirror=10", *shards))
+    assert load(file, ("server.mirror=10", "topology.shards=2")).server.mirror == 10
+    with pytest.raises(UserError, match=r"server\.mirror = 10 is for Downpour"):
+        load(file, ("server.mirror=10", "topology.shards=2", "optimizer.method=sandblaster"))
+
+
 @pytest.mark.parametrize("other", ["optimizer.n_push=2", "optimizer.local_rate=0.1", "server.consistent=true"])
 def test_gradients_that_leave_by_layers_cannot_be_kept(file: Path, other: str) -> None:
     assert load(file, ("server.gradients=layers", "optimizer.n_fetch=2")).server.gradients == "layers"

@@ -25,7 +25,7 @@ def read(path, memory_mib=64, **reading):
     found = []
     for memory_bytes in (memory_mib << 20, 200):
         with Source.open(path, memory_mib, reading=Reading(**reading)) as source:
-            source._memory_bytes = memory_bytes
+            source.storage._memory_bytes = memory_bytes
             source.validate(full=True)
             found.append(np.moveaxis(source.inputs(np.arange(source.samples)), -1, 0))
     np.testing.assert_array_equal(*found)
@@ -247,15 +247,6 @@ def test_datasets_by_name_and_links_within_the_file(tmp_path):
     }.items():
         with pytest.raises(UserError, match=message):
             Source.open(path, 1, reading=Reading(inputs=name, targets="y"))
-
-
-def test_a_sparse_matrix_is_called_that(tmp_path):
-    path = write(tmp_path / "sparse.h5", X)
-    with h5py.File(path, "a") as file:
-        for part in ("data", "indices", "indptr"):
-            file[f"csr/{part}"] = [1]
-    with pytest.raises(UserError, match="'csr' is a sparse matrix; store it densely"):
-        Source.open(path, 1, reading=Reading(inputs="csr"))
 
 
 def test_a_filter_that_is_not_installed_is_named(tmp_path):

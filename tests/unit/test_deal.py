@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dbmpi.data.deal import Deal, numbers
+from dbmpi.data.deal import Deal, DealPhase, numbers
 from dbmpi.data.stream import Stream
 
 
@@ -46,6 +48,56 @@ def test_a_spare_replica_goes_on_where_another_one_stopped():
     deal.give_up(1, learned=2, takers=[2])
     assert not deal.owes(0)
     assert list(numbers(deal.stream, deal.take(2, drawn=0))) == [5, 7]
+
+
+def in_phases(positions: list[int], replicas: int, phases: list[DealPhase]) -> list[list[int]]:
+    """Deal one position at a time: the naive twin."""
+    ends = list(itertools.accumulate(phase.batches for phase in phases))
+    found: list[list[int]] = [[] for _ in range(replicas)]
+    for number, position in enumerate(positions):
+        phase = next((phase for phase, end in enumerate(ends) if number < end), len(phases))
+        start = ends[phase - 1] if phase else 0
+        active = min(phases[phase].replicas, replicas) if phase < len(phases) else replicas
+        found[(number - start) % active].append(position)
+    return found
+
+
+_phases = st.lists(st.tuples(st.integers(0, 9), st.integers(1, 6)).map(lambda pair: DealPhase(*pair)), max_size=5)
+
+
+@given(st.integers(0, 60), st.integers(1, 6), st.integers(0, 20), _phases)
+def test_phases_are_dealt_to_those_that_learn_by_then(total, replicas, warmstart, phases):
+    deal = Deal(Stream(total), replicas, warmstart, phases=phases)
+    shares = [list(numbers(deal.stream, deal.share(replica))) for replica in range(replicas)]
+    assert shares == in_phases(list(range(total)), replicas, [DealPhase(warmstart, 1), *phases])
+
+
+@given(st.data())
+def test_a_warmstart_that_ends_is_divided(data):
+    """Whoever has it by then, after others of it were given up: everything that is left is dealt, as the twin does."""
+    total, replicas = data.draw(st.integers(0, 60)), data.draw(st.integers(1, 6))
+    deal = Deal(Stream(total), replicas, warmstart=total)
+    learned, living, warm = [0] * replicas, list(range(replicas)), 0
+    for _ in range(data.draw(st.integers(0, replicas - 1))):
+        learned[warm] = data.draw(st.integers(0, sum(map(len, deal.share(warm)))))
+        living.remove(warm)
+        deal.give_up(warm, learned[warm], living)
+        warm = living[0]
+        deal.take(warm, 0)
+    before = sum(learned)
+    drawn = learned[warm] = data.draw(st.integers(0, total - before))
+    phases = data.draw(_phases)
+    deal.end_warmstart(warm, drawn, living[1:], phases)
+    assert deal.left(learned) == Stream(total, frontier=before + drawn)
+    expected = in_phases(list(range(before + drawn, total)), len(living), phases)
+    for replica, own in zip(living, expected, strict=True):
+        assert deal.owes(replica) == bool(own)
+        assert list(numbers(deal.stream, deal.take(replica, learned[replica]))) == own
+        assert deal.warm(replica) == 0
+    for replica in living:
+        learned[replica] += data.draw(st.integers(0, sum(map(len, deal.share(replica)))))
+    left = deal.left(learned)
+    assert len(left) == total - sum(learned)
 
 
 @st.composite

@@ -251,7 +251,7 @@ def test_a_file_larger_than_the_memory_budget(tmp_path, capsys, monkeypatch):
     tensors = train(tmp_path / "run")
     inputs, _ = make_data(tmp_path / "data.h5", samples=30_000)
     with Source.open(tmp_path / "data.h5", prediction.MEMORY_MIB) as source:
-        assert not source.resident
+        assert not source.storage.resident
     run(capsys, "predict", tmp_path / "run", "--data", tmp_path / "data.h5", "--out", tmp_path / "out.h5")
     with h5py.File(tmp_path / "out.h5") as file:
         expected = special.softmax(naive(tensors, inputs), axis=1)

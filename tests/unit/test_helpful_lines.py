@@ -118,7 +118,7 @@ def test_what_is_no_configuration(tmp_path: Path) -> None:
 
 
 def test_a_run_that_has_nothing_left_to_learn_says_how_to_go_on() -> None:
-    assert StartingPoint(Stream(10, 4), 0, 7).resumed(5, ", 6 are left") == "going on after 7 steps, 6 are left"
-    done = StartingPoint(Stream(10, 10), 0, 7).resumed(5)
+    assert StartingPoint(Stream(10, 4), 7).resumed(5, ", 6 are left") == "going on after 7 steps, 6 are left"
+    done = StartingPoint(Stream(10, 10), 7).resumed(5)
     assert "already done" in done
     assert "--set optimizer.epochs=10" in done

@@ -610,7 +610,7 @@ resource.setrlimit(resource.RLIMIT_DATA, (used + (64 << 20), resource.RLIM_INFIN
 import_npy(Path("inputs.npy"), Path("targets.npy"), Path("out.h5"))
 with Source.open(Path("out.h5"), 64) as source:
     source.validate(full=True)
-    assert not source.resident
+    assert not source.storage.resident
     assert source.batch(np.arange(0, 100_000, 999)).inputs[0].sum() == 101
 try:
     np.ones(20 << 20)

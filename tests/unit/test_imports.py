@@ -31,6 +31,7 @@ ORDER = (
     ("data", "_minimize", "loops"),
     ("session",),
     ("downpour", "jax", "sandblaster", "torch"),
+    ("simulation",),
     ("runs",),
     ("formats",),
     ("cli",),

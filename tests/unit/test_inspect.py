@@ -18,7 +18,8 @@ from dbmpi.checkpoint.directory import checkpoint_path
 from dbmpi.checkpoint.statistics import Statistics
 from dbmpi.cli import inspect
 from dbmpi.errors import UserError
-from dbmpi.monitor.records import BatchReport, Recorder, WorkerReport
+from dbmpi.monitor.records import Recorder
+from dbmpi.monitor.reports import BatchReport, WorkerReport
 
 floats = st.floats(-100, 100, width=32) | st.sampled_from([math.nan, math.inf])
 

@@ -154,7 +154,7 @@ def test_a_client_of_many_parameters_knows_where_they_lie():
     expected = [(4 + shard, memories[shard].parameters + 4 * (MANY - 3), 3) for shard in range(3)]
     assert sorted(moved) == sorted([*expected, (4, memories[0].parameters, 2)])
     assert memories[0].data(1, 3) > 2**33
-    header = Header(MANY, 2**33, LAST, 2**40, 2**41, 2**41, 2.5, 2**42, 2**43)
+    header = Header(MANY, 2**33, LAST, 2**40, 2**41, 2**41, 2.5, 2**42, 2**43, 1, 2**44)
     assert Header.unpack(header.pack()) == header
 
 

@@ -11,7 +11,7 @@ SOURCE = Path(__file__).parents[2] / "src" / "dbmpi"
 FILES = sorted(
     path for path in SOURCE.glob("**/*.py") if path.relative_to(SOURCE).parts[0] not in ("examples", "slurm")
 )
-NOUNS = {"blocking", "meaning", "pooling", "reading", "training", "waiting"}
+NOUNS = {"blocking", "encoding", "meaning", "pooling", "reading", "training", "waiting"}
 """Names of files that end like a gerund and are the field's nouns."""
 
 

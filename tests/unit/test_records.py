@@ -14,19 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dbmpi.errors import UserError
-from dbmpi.monitor import records
+from dbmpi.monitor import lines
 from dbmpi.monitor.history import RunHistory, summary
-from dbmpi.monitor.records import (
-    CheckpointReport,
-    EvaluationReport,
-    Recorder,
-    ShardReport,
-    StalenessHistogram,
-    Stopwatch,
-    WorkerReport,
-    next_session,
-    read_records,
-)
+from dbmpi.monitor.measures import StalenessHistogram, Stopwatch
+from dbmpi.monitor.records import Recorder, next_session, read_records
+from dbmpi.monitor.reports import CheckpointReport, EvaluationReport, ShardReport, WorkerReport
 
 
 def worker_report(step=1, **changes):
@@ -160,7 +152,7 @@ FOREIGN = [
     b"[" * 200_000,
     b"1" * 100_000,
     b"\xff\xfe\x00\x00",
-    b"x" * (3 * records.LONGEST_LINE),
+    b"x" * (3 * lines.LONGEST_LINE),
 ]
 
 

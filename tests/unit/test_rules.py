@@ -290,3 +290,33 @@ def test_clipping_equals_that_of_pytorch(largest):
     torch.nn.utils.clip_grad_norm_([theirs], largest)
     Clip(largest, [Stretch(0, 0, 1000, pushed=True)], lambda square: square)(gradient)
     np.testing.assert_allclose(gradient, theirs.grad.numpy(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("every", [2, 3, 7])
+def test_delayed_nesterov_equals_its_naive_twin_and_in_sum_nesterov(dtype, every):
+    """Bit for bit, by the formulas of Liu et al.; and as often as the velocity is renewed, Nesterov by the means."""
+    random, kind = np.random.default_rng(4), dtype
+    w = random.normal(size=50).astype(dtype)
+    chosen = rule(section("nesterov", learning_rate=0.1, momentum=0.8, momentum_every=every))
+    plain = rule(section("nesterov", learning_rate=0.1, momentum=0.8))
+    ours, twin, one = w.copy(), w.copy(), w.copy()
+    state, smooth = chosen.init(ours), plain.init(one)
+    assert set(plain.state_names) == {"velocity"}
+    assert set(state) == set(chosen.state_names)
+    velocity, delayed = np.zeros_like(w), np.zeros_like(w)
+    for update in range(1, 4 * every + 1):
+        g = random.normal(size=50).astype(dtype)
+        chosen.apply(ours, g, state, Moment(update))
+        delayed = delayed + g
+        along = kind(1 / every) * g
+        if update % every == 0:
+            mean = kind(1 / every) * delayed
+            velocity = kind(0.8) * velocity + mean
+            along, delayed = along + kind(0.8) * velocity, np.zeros_like(w)
+            plain.apply(one, mean, smooth, Moment(update // every))
+        twin = twin - kind(0.1) * along
+        np.testing.assert_array_equal(ours, twin)
+        np.testing.assert_array_equal(state["velocity"], velocity)
+        if update % every == 0:
+            np.testing.assert_allclose(ours, one, rtol=1e-4, atol=1e-5)

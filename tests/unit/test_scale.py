@@ -131,8 +131,9 @@ class Starter:
         self._patch.setattr(window, "MPI", mpi)
 
         def work() -> None:
+            everybody = Comm(counted, range(plan.world))
             with pytest.raises(Started), ExitStack() as stack:
-                TRAIN._run(self._run, None, Supplied(), Comm(counted, range(plan.world)), stack, StopSignal())
+                TRAIN.run_once(self._run, stack, supplied=Supplied(), comm=everybody, stop=StopSignal())
 
         lines, heap = cost(work)
         return Start(counted.calls, counted.moved, counted.windows, heap, lines)

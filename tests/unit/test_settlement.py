@@ -11,7 +11,7 @@ from dbmpi.downpour.settlement import HeldReplicas, Settled, Settlement
 from dbmpi.mpi.mailbox import MessageKind
 from dbmpi.objective import Outcome
 from dbmpi.paramserver.protocol import LAST, MORE, REPORT
-from dbmpi.paramserver.server import PushProgress
+from dbmpi.paramserver.tally import PushProgress
 
 
 class Chunks:
@@ -83,7 +83,7 @@ def test_all_shards_apply_the_same_pushes_and_as_many_as_have_arrived_everywhere
             else:
                 side.settle(replica, values[0], gone=bool(values[1]))
 
-    settlement = Settlement(len(sides), sides[0], tell)
+    settlement = Settlement(len(sides), sides[0], tell, lambda replica: (0, 0))
     settlement.begin(0, gone=True)
     for _, progress in reversed(waiting):  # answers may come in any order
         assert settlement.busy

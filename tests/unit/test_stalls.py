@@ -25,7 +25,6 @@ class Lead:
         plan = Plan(1, 2, 2)
         replicas = SimpleNamespace(
             lost=self.lost,
-            ranks=lambda replica: plan.worker_ranks[2 * replica : 2 * replica + 2],
             standings=[SimpleNamespace(reports=SimpleNamespace(steps=steps)) for steps in (7, 1234)],
             say_alive=lambda: self.said.append("alive"),
         )

@@ -26,6 +26,7 @@ def test_nothing_in_a_shards_window_overlaps(data: st.DataObject) -> None:
         chunk=data.draw(st.integers(0, 50)),
         partitions=data.draw(st.integers(1, 3)),
         in_place=in_place,
+        vectors=data.draw(st.integers(1, 2)),
     )
     regions = [(memory.applied(shard), 8) for shard in range(shards)]
     regions += [(memory.version(partition), 8) for partition in range(memory.partitions)]
@@ -38,7 +39,8 @@ def test_nothing_in_a_shards_window_overlaps(data: st.DataObject) -> None:
         for count in range(memory.slots(client)):
             regions.append((memory.header(client, count), HEADER_WORDS * 8))
             if client not in in_place:
-                regions.append((memory.data(client, count), memory.chunk * 4))
+                for vector in range(memory.vectors):
+                    regions.append((memory.data(client, count, vector), memory.chunk * 4))
     used = np.zeros(memory.nbytes, int)
     for start, nbytes in regions:
         assert start + nbytes <= memory.nbytes

@@ -112,3 +112,38 @@ def test_batches_of_another_size_hold_all_that_is_left(data, samples, sizes):
     assert len(again - wanted) < now.batch_size * (2 * len(holes) + 1)
     assert found.total == now.batches
     assert left.recut(before, before) == left
+
+
+@given(
+    st.integers(1, 300),
+    st.integers(1, 40),
+    st.integers(0, 2**63 - 1),
+    st.integers(1, 50),
+    st.integers(1, 9),
+)
+def test_an_epoch_in_blocks_holds_every_sample_once_and_needs_two_windows_at_a_time(
+    samples, batch_size, seed, block, window
+):
+    order = Order(samples, batch_size, 2, seed, block, window)
+    for epoch in range(2):
+        numbers = range(epoch * order.batches_per_epoch, (epoch + 1) * order.batches_per_epoch)
+        batches = [order.indices(number) for number in numbers]
+        assert sorted(np.concatenate(batches).tolist()) == list(range(samples))
+        first, last = epoch * order.windows_per_epoch, (epoch + 1) * order.windows_per_epoch
+        blocks = [order.blocks(number) for number in range(first, last)]
+        assert sorted(np.concatenate(blocks).tolist()) == list(range(-(-samples // block)))
+        place = {int(number): at for at, each in enumerate(blocks, first) for number in each}
+        places = [place[int(sample) // block] for sample in np.concatenate(batches)]
+        assert places == sorted(places)
+        for number, batch in zip(numbers, batches, strict=True):
+            begins, passed = order.window(number)
+            assert 0 <= passed <= 1
+            # The last block of the data may be smaller and lie anywhere, so that a batch begins a window earlier.
+            assert begins - 1 <= place[int(batch[0]) // block] <= begins + 1
+    assert not len(order.blocks(2 * order.windows_per_epoch))
+
+
+def test_blocks_of_one_sample_in_one_window_are_as_well_shuffled_as_samples():
+    order = Order(10_000, 100, 1, 4, 1, 10_000)
+    positions = np.concatenate([order.indices(number) for number in range(100)])
+    assert abs(np.corrcoef(np.arange(10_000), positions)[0, 1]) < 0.03

@@ -134,3 +134,45 @@ def test_a_number_far_too_large_is_refused_at_once(name: str, colocate: bool) ->
     """Advice that tried all worlds up to that number would fill the memory."""
     with pytest.raises(UserError, match=r"[Ss]et topology\."):
         plan(TopologySection(**{name: 10**15}, colocate=colocate), 4)
+
+
+def test_evaluators_have_the_last_ranks_and_no_shard() -> None:
+    for shards, replicas, partitions, evaluators in itertools.product(
+        range(1, 5), range(1, 4), range(1, 4), range(1, 4)
+    ):
+        for colocate in (False, True):
+            made = Plan(shards, replicas, partitions, colocate, evaluators=evaluators)
+            if colocate and shards > replicas * partitions:
+                continue
+            last = range(made.world - evaluators * partitions, made.world)
+            assert [rank for rank in range(made.world) if made.evaluates(rank)] == list(last)
+            assert not {*made.shard_ranks} & {*last}
+            assert {made.replica_of(rank) for rank in last} == {*range(replicas, replicas + evaluators)}
+            without = Plan(shards, replicas, partitions, colocate)
+            assert made.shard_ranks == without.shard_ranks
+            assert made.worker_ranks[: without.workers] == without.worker_ranks
+            section = TopologySection(shards=shards, replicas=replicas, partitions=partitions, evaluators=evaluators)
+            assert colocate or plan(section, made.world) == made
+
+
+@pytest.mark.parametrize("evaluators", [1, 2, 5, 10**9])
+@pytest.mark.parametrize(
+    "given", [{}, {"replicas": 2}, {"shards": 2}, {"partitions": 2}, {"colocate": True}, {"spares": 1}]
+)
+def test_more_evaluators_than_ranks_are_refused_with_numbers_that_fit(evaluators: int, given: dict[str, int]) -> None:
+    section, accepted = TopologySection(evaluators=evaluators, **given), 0
+    for world in range(1, LARGEST + 1):
+        message = refusal(section, world)
+        if message is None:
+            made = plan(section, world)
+            accepted += 1
+            assert (made.world, made.evaluators) == (world, evaluators)
+            assert made.learning >= 1
+            continue
+        ways = list(advised(message))
+        assert any(settings for settings, _ in ways), message
+        assert len(message) < 300
+        for settings, ranks in ways:
+            changed = TopologySection.model_validate(section.model_dump() | settings)
+            assert refusal(changed, ranks or world) is None, (world, message)
+    assert accepted or evaluators >= 5

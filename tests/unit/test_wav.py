@@ -276,7 +276,7 @@ def test_a_table_says_where_which_label_is(tmp_path, digits):
         ("0_ann_0.wav,1\n", "its first line is '0_ann_0.wav,1'; expected the names of the columns"),
         ("file,start,label\nx,0,1\n", "expected the names of the columns"),
         ("file,label\n", "names no recordings"),
-        ("file,label\n0_ann_0.wav,yes\n", "line 2: the label 'yes' is not a class"),
+        ("file,label\n0_ann_0.wav,1.5\n", "line 2: the label '1.5' is not a class"),
         ("file,label\n0_ann_0.wav\n", "line 2 has 1 columns; expected 2"),
         ("file,label\n0_ann_0.wav,1\nmissing.wav,1\n", "1 of its 2 recordings were not found, e.g. missing.wav"),
         ("file,start,end,label\n0_ann_0.wav,0.2,0.1,1\n", r"goes from 0.2 s to 0.1 s"),

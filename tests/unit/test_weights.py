@@ -33,7 +33,7 @@ def write(path, targets, *, weights=None, inputs=INPUTS, **options):
 def opened(path, resident=True, **reading):
     source = Source.open(path, 64, reading=Reading(**reading))
     if not resident:
-        source._memory_bytes = 100
+        source.storage._memory_bytes = 100
     return source
 
 
@@ -265,7 +265,7 @@ def test_the_loss_of_guessing_is_the_least_of_a_constant(tmp_path, loss, values,
     data = DataSection(train=path, weights="w" if weighted else None)
     for resident in (True, False):
         with Source.open(path, 64, reading=Reading.of(data, network)) as source:
-            source._memory_bytes = source._memory_bytes if resident else 100
+            source.storage._memory_bytes = source.storage._memory_bytes if resident else 100
             source.load()
             with h5py.File(path) as file:
                 weights = file["w"][()] if weighted else np.ones(COUNT)

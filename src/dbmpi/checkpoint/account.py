@@ -7,7 +7,8 @@ import math
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from dbmpi.checkpoint.consistency import is_metric
@@ -15,8 +16,10 @@ from dbmpi.checkpoint.finite import finite_or_none
 from dbmpi.checkpoint.schema import CheckpointInfo
 from dbmpi.objective import Outcome
 
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
 _LEARNED = ("loss", "accuracy")
 _TEST = ("test_step", "test_loss", "test_accuracy", "test_metrics")
+_BEST = ("best_step", "best_value", "best_counted", "best_waited")
 
 
 class Account:
@@ -46,22 +49,39 @@ class Account:
         before = 0.0 if earlier is None else earlier.seconds
         self._began = None if before is None else clock() - before
         self._fixed: dict[str, Any] = {"data_name": _text(data_name), "data_samples": data_samples, **whereabouts()}
-        names = () if earlier is None else (*_LEARNED, *_TEST)
-        self._measured: dict[str, Any] = {name: getattr(earlier, name) for name in names}
+        self._measured: dict[str, Any] = {}
+        if earlier is not None:
+            best = _BEST if earlier.best_value is not None else ()
+            warm = ("warm_samples",) if earlier.warm_samples else ()
+            self._measured = {name: getattr(earlier, name) for name in (*_LEARNED, *_TEST, *best, *warm)}
 
     def learned(self, loss: float, accuracy: float | None) -> None:
         """Note the mean `loss` of the samples learned from last, and the `accuracy`, if they have classes."""
         self._measured |= {"loss": finite_or_none(loss), "accuracy": accuracy}
 
-    def tested(self, step: int, outcome: Outcome) -> None:
-        """Note the `outcome` on the held-out samples at a `step`, counted over all sessions."""
+    def warmed(self, samples: int) -> None:
+        """Note that the warmstart was over after so many `samples`, counted over all sessions."""
+        self._measured["warm_samples"] = samples
+
+    def tested(self, step: int, outcome: Outcome, best: Mapping[str, Any] = _NOTHING) -> None:
+        """Note an evaluation of the held-out samples.
+
+        Parameters
+        ----------
+        step
+            When it was, counted over all sessions.
+        outcome
+            What it came to.
+        best
+            Fields of :class:`CheckpointInfo` about the best one so far.
+        """
         metrics = {name: value for name, value in outcome.metrics.items() if is_metric(name) and math.isfinite(value)}
         numbers = (step, finite_or_none(outcome.mean_loss), outcome.accuracy, metrics)
-        self._measured |= dict(zip(_TEST, numbers, strict=True))
+        self._measured |= dict(zip(_TEST, numbers, strict=True)) | dict(best)
 
     def test(self) -> dict[str, Any]:
-        """Return the fields of the last evaluation on held-out samples, by name."""
-        return {name: self._measured[name] for name in _TEST if name in self._measured}
+        """Return the fields of the last evaluation on held-out samples, and of the best one, by name."""
+        return {name: self._measured[name] for name in (*_TEST, *_BEST) if name in self._measured}
 
     def fields(self) -> dict[str, Any]:
         """Return the fields as they are now, by name."""

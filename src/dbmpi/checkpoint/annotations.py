@@ -51,6 +51,7 @@ _VECTORS = {
     "velocity": "running sum of gradients (momentum)",
     "accumulator": "sum of squared gradients (Adagrad)",
     "mean_square": "running mean of squared gradients (RMSProp)",
+    "delay_mean_square": "running mean of squared gradients (delay compensation)",
     "first_moment": "running mean of gradients (Adam)",
     "second_moment": "running mean of squared gradients (Adam)",
     "gradient": "gradient at the current point (L-BFGS)",

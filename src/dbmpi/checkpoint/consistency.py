@@ -65,6 +65,9 @@ def _check_measures(info: schema.CheckpointInfo) -> None:
     _expect("seconds", info.seconds is None or info.seconds >= 0, info.seconds, "at least 0")
     _expect("data_samples", 0 <= info.data_samples < _MOST, info.data_samples, "at least 0, and below 2^62")
     _expect("test_step", 0 <= info.test_step <= info.step, info.test_step, f"at least 0, and at most {info.step}")
+    for name in ("warm_samples", "best_step", "best_waited"):
+        value = getattr(info, name)
+        _expect(name, 0 <= value < _MOST, value, "at least 0, and below 2^62")
 
 
 def is_metric(name: str) -> bool:

@@ -19,6 +19,7 @@ from dbmpi.checkpoint.saver import NotFinite, ShardSaver, checking, digits
 from dbmpi.checkpoint.sharded_writer import ShardFacts, write_whole
 from dbmpi.checkpoint.single_file import write_shard_alone, write_together
 from dbmpi.checkpoint.snapshot import Snapshot
+from dbmpi.checkpoint.writer import CheckpointWriter
 from dbmpi.errors import DiskFailed, RunFailed, UserError
 from dbmpi.mpi import failures
 from dbmpi.mpi.tags import Tag
@@ -67,6 +68,8 @@ class LeadSaver(ShardSaver):
     size, seconds, waited
         Of the last checkpoint: bytes of all files; seconds from when the vectors were taken to when it was on disk;
         seconds for which changes waited for copies, on the shard where it was longest.
+    written, versions
+        Of the last checkpoint: its path, and the version of each shard.
     """
 
     def __init__(
@@ -89,12 +92,14 @@ class LeadSaver(ShardSaver):
                 f'{shard_boxes.MOST:,}; set it to "none", or topology.shards to fewer'
             )
         self._single = section.layout == "single" or count > shard_boxes.MOST
-        self._arriving: tuple[MPI.Request, np.ndarray, int] | None = None
+        self._arriving: tuple[MPI.Request, np.ndarray] | None = None
         """A report of another shard."""
         self._whole: _Whole | None = None
         self._last: Background[Path] | None = None
         self._dtype = np.dtype(np.float32)
         self.size, self.seconds, self.waited = 0, 0.0, 0.0
+        self.written = run_directory
+        self.versions: Mapping[int, int] = {}
 
     @property
     def busy(self) -> bool:
@@ -146,22 +151,16 @@ class LeadSaver(ShardSaver):
         if self._shards > 1 or self._compression != "none":
             super().begin(step, identity, vectors, version, last=last)
             return
-        self._hear(0, {"identity": identity, "taken": version})
+        self._identity = identity
+        self.report({"taken": version})
         path, info = self._path, whole.info
         assert info is not None
 
         def write(snapshot: Snapshot, moved: Callable[[], None]) -> Path:
-            return write_shard_alone(
-                path,
-                self._arrangement,
-                vectors,
-                snapshot,
-                checking(moved),
-                info,
-                objective_state=whole.objective_state,
-                keep=self._section.keep,
-                confirm=self._confirm,
-            )
+            layout, state = self._arrangement.layout, whole.objective_state
+            with CheckpointWriter(path, layout, tuple(vectors), self._dtype, state) as writer:
+                write_shard_alone(writer, self._arrangement, snapshot, checking(moved))
+                return writer.commit(info, self._section.keep, self._confirm)
 
         self._last = self.start(vectors, write, last)
 
@@ -202,6 +201,7 @@ class LeadSaver(ShardSaver):
                     of_shards = 0 if self._single else sum(each.size for each in whole.facts.values())
                     self.size = written.stat().st_size + of_shards
                 self.seconds, self.waited = time.monotonic() - whole.began, whole.waited
+                self.written, self.versions = written, whole.versions
                 return written
             problems = list(whole.problems.values())
             raise next((each for each in problems if not isinstance(each, DiskFailed)), problems[0])
@@ -211,6 +211,10 @@ class LeadSaver(ShardSaver):
         except Exception:
             self._remove(path, whole.identity)
             raise
+
+    def has_written(self, step: int) -> bool:
+        """Whether the last checkpoint is of that `step`."""
+        return self.written == directory.checkpoint_path(self._directory, step)
 
     def awaited(self) -> str:
         """Name the shards that the checkpoint waits for."""
@@ -248,7 +252,7 @@ class LeadSaver(ShardSaver):
 
     def report(self, report: dict[str, Any]) -> None:
         """Take the `report` of this shard."""
-        self._hear(0, report)
+        self._hear({"shard": 0, "identity": self._identity, **report})
 
     def _receive(self) -> bool:
         """Hear a report of another shard, if one has arrived; return whether there was one."""
@@ -260,18 +264,18 @@ class LeadSaver(ShardSaver):
                 return False
             data = np.empty(status.Get_count(MPI.BYTE), np.uint8)
             request = self._comm.Irecv([data, MPI.BYTE], status.source, Tag.CHECKPOINT)
-            self._arriving = request, data, status.source
-        request, data, source = self._arriving
+            self._arriving = request, data
+        (request, data), self._arriving = self._arriving, None  # also where its sender has died
         if not request.Test():
+            self._arriving = request, data
             return False
-        self._arriving = None
-        self._hear(self._numbers[source], json.loads(data.tobytes()))
+        self._hear(json.loads(data.tobytes()))
         return True
 
-    def _hear(self, shard: int, report: Mapping[str, Any]) -> None:
-        """Note what a shard reports."""
-        whole = self._whole
-        if whole is None:
+    def _hear(self, report: Mapping[str, Any]) -> None:
+        """Note what a shard reports of this checkpoint."""
+        whole, shard = self._whole, report["shard"]
+        if whole is None or report["identity"] != whole.identity:
             return
         if "taken" in report:
             whole.versions[shard] = report["taken"]
@@ -293,25 +297,21 @@ class LeadSaver(ShardSaver):
         assert whole is not None
         assert whole.info is not None
         facts = [whole.facts[shard] for shard in range(self._shards)]
+        path, layout, identity = self._path, arrangement.layout, digits(whole.identity)
         if self._single:
-            return write_together(
-                self._path,
-                arrangement,
-                facts,
-                digits(whole.identity),
-                whole.info,
-                dtype=self._dtype,
-                keep=section.keep,
-                objective_state=whole.objective_state,
-                confirm=self._confirm,
-                moved=moved,
-            )
+            vectors = tuple(facts[0].offsets)
+            with CheckpointWriter(path, layout, vectors, self._dtype, whole.objective_state) as writer:
+                write_together(writer, arrangement, facts, identity, moved)
+                writer.commit(whole.info, section.keep, self._confirm)
+            with suppress(OSError):  # the next start removes them
+                leftovers.discard(path, identity)
+            return path
         return write_whole(
-            self._path,
-            arrangement.layout,
+            path,
+            layout,
             shard_boxes.of_arrangement(arrangement),
             facts,
-            digits(whole.identity),
+            identity,
             whole.info,
             dtype=self._dtype,
             keep=section.keep,
@@ -322,10 +322,10 @@ class LeadSaver(ShardSaver):
         )
 
 
-def unusable(run_directory: Path, step: int) -> RunFailed:
+def unusable(run_directory: Path, step: int, *, advice: str = "") -> RunFailed:
     """Return the exception for parameters that are NaN or infinite after a `step`, of which a run writes none.
 
-    It names the newest checkpoint in `run_directory`.
+    It names the newest checkpoint in `run_directory`, and ends with the `advice`.
     """
-    kept = retention.kept(run_directory / "checkpoints")
-    return RunFailed(f"after {step} steps some parameters are NaN or infinite; no checkpoint is written; {kept}")
+    way_on = "; ".join(filter(None, (retention.kept(run_directory / "checkpoints"), advice)))
+    return RunFailed(f"after {step} steps some parameters are NaN or infinite; no checkpoint is written; {way_on}")

@@ -44,6 +44,11 @@ class Meaning(BaseModel):
     mean: tuple[float, ...] = ()
     deviation: tuple[float, ...] = ()
     """What was subtracted from the inputs, and what they were divided by after that."""
+    subtract: tuple[float, ...] = ()
+    divide: tuple[float, ...] = ()
+    """What is subtracted from the inputs when they are used, and what they are divided by after that."""
+    one_hot: int = 0
+    """Length of the vector that each input, a whole number, stands for when it is used; 0: none."""
     digest: str = ""
     """Of a sample of the rows, as they are used: the same for a file that was moved, copied or packed."""
     content: str = ""

@@ -4,14 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 from dbmpi.checkpoint.reader import Checkpoint
 from dbmpi.checkpoint.schema import PARAMETERS
 from dbmpi.paramserver.rules import Rule, State
-from dbmpi.paramserver.server import Server
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
-def restore(server: Server, rule: Rule, path: Path, pieces: Collection[tuple[int, int, int]]) -> None:
+class Restorable(Protocol):
+    """A shard that begins with the parameters and the state that it is given."""
+
+    @property
+    def parameters(self) -> np.ndarray:
+        """Its range of the parameters, flat, to be filled."""
+        ...
+
+    def begin(self, state: State | None, version: int = 0, *, begun: int = 0, samples: int = 0) -> None:
+        """Start after the parameters have been filled.
+
+        Parameters
+        ----------
+        state, version, begun, samples
+            As for :meth:`dbmpi.paramserver.server.Server.begin`.
+        """
+        ...
+
+
+def restore(server: Restorable, rule: Rule, path: Path, pieces: Collection[tuple[int, int, int]]) -> None:
     """Give a shard the parameters and the state of a checkpoint; it is ready to serve afterwards.
 
     Parameters

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dbmpi.checkpoint import directory, leftovers
+from dbmpi.checkpoint.judge import Criterion
 from dbmpi.checkpoint.reader import Checkpoint
 from dbmpi.errors import UserError
 
@@ -20,10 +21,12 @@ class Whole(NamedTuple):
     created: str
     step: int
     path: Path
-    test_loss: float | None = None
-    """Of the last evaluation before it, if there was one."""
+    test_value: float | None = None
+    """The run's metric in the last evaluation before it, if there was one."""
     test_step: int = 0
     """Step of that."""
+    criterion: Criterion = Criterion()
+    """By which number the run compares evaluations."""
 
 
 def whole(folder: Path) -> list[Whole]:
@@ -35,15 +38,17 @@ def whole(folder: Path) -> list[Whole]:
     return sorted(found, reverse=True)
 
 
-def read(path: Path) -> Whole:
+def read(path: Path, criterion: Criterion | None = None) -> Whole:
     """Read a checkpoint, once in each state of its files; raises UserError or OSError if that is impossible.
 
     Parameters
     ----------
     path
         Of the file.
+    criterion
+        By which number its evaluation counts; by default that of the run that wrote it.
     """
-    return _read(path, (_state(path), *sorted(map(_state, directory.shard_files(path)))))
+    return _read(path, (_state(path), *sorted(map(_state, directory.shard_files(path)))), criterion)
 
 
 def _state(file: Path) -> tuple[str, int, int, int, int]:
@@ -52,11 +57,13 @@ def _state(file: Path) -> tuple[str, int, int, int, int]:
 
 
 @lru_cache(maxsize=1024)
-def _read(path: Path, state: tuple[object, ...]) -> Whole:
+def _read(path: Path, state: tuple[object, ...], criterion: Criterion | None) -> Whole:
     """Read a checkpoint in a `state` of its files: a run asks for all of them whenever it has written one."""
     with Checkpoint.open(path) as checkpoint:
         info = checkpoint.info
-        return Whole(info.created, info.step, path, info.test_loss, info.test_step)
+        by = criterion or Criterion.stored(info.configuration)
+        value = by.value(info.test_loss, info.test_accuracy, info.test_metrics)
+        return Whole(info.created, info.step, path, value, info.test_step, by)
 
 
 def kept(folder: Path) -> str:
@@ -77,7 +84,7 @@ def later_than(others: list[Whole], created: str) -> str:
 
 
 def best(candidates: Iterable[Whole]) -> Whole | None:
-    """Return the checkpoint with the lowest test loss; None if no one has any.
+    """Return the checkpoint with the best evaluation; None if no one has any.
 
     An evaluation counts for the first checkpoint after it: of several with the same one, that is closest to what was
     evaluated.
@@ -85,9 +92,13 @@ def best(candidates: Iterable[Whole]) -> Whole | None:
     Parameters
     ----------
     candidates
-        In any order.
+        In any order, with values of the same criterion.
     """
-    tested = [(one.test_loss, one.step - one.test_step, one) for one in candidates if one.test_loss is not None]
+    tested = [
+        (-one.test_value if one.criterion.higher else one.test_value, one.step - one.test_step, one)
+        for one in candidates
+        if one.test_value is not None
+    ]
     return min(tested)[2] if tested else None
 
 
@@ -107,7 +118,10 @@ def retain(newest: Path, others: list[Whole], keep: int) -> list[Path]:
     """
     others = [other for other in others if other.path.name != newest.name]
     try:
-        found = best([*others, read(newest)])
+        last = read(newest)
+        # Sessions before may have compared by another number.
+        same = [other if other.criterion == last.criterion else read(other.path, last.criterion) for other in others]
+        found = best([*same, last])
     except (UserError, OSError):  # the others may be needed
         return []
     if found is not None and directory.read_pointer(newest.parent, directory.BEST) != found.path:

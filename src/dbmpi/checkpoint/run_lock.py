@@ -86,14 +86,14 @@ class RunLock:
         try:
             directory.mkdir(parents=True, exist_ok=True)
             while True:
-                number, holder = max(_locks(directory), default=0), None
+                number, holder = max(lock_numbers(directory), default=0), None
                 if number:
-                    holder = _read(_file(directory, number))
+                    holder = read_lock(lock_file(directory, number))
                     if holder is None:
                         continue
                     if not holder["released"]:
-                        _refuse_living(_file(directory, number), holder, say, lease)
-                lock = cls(_file(directory, number + 1), this_process())
+                        _refuse_living(lock_file(directory, number), holder, say, lease)
+                lock = cls(lock_file(directory, number + 1), this_process())
                 if lock._create() and lock._alone(number, "" if holder is None else holder["token"]):
                     return lock
         except OSError as error:
@@ -112,8 +112,8 @@ class RunLock:
         """Read the lock, and raise RunFailed if another run has taken the directory over."""
         directory, number = self.path.parent, _number(self.path)
         try:
-            last = max(_locks(directory), default=number)
-            other = _read(_file(directory, last))
+            last = max(lock_numbers(directory), default=number)
+            other = read_lock(lock_file(directory, last))
         except OSError:  # nothing can be seen, and so nothing be written
             return
         if last >= number and other is not None and other["token"] != self._content["token"]:
@@ -146,7 +146,7 @@ class RunLock:
         if self._renewing.is_alive():
             self._renewing.join()
         with suppress(OSError):
-            found = _read(self.path)
+            found = read_lock(self.path)
             if found is None or found["token"] != self._content["token"]:
                 return
             if _number(self.path) == 1:
@@ -192,13 +192,15 @@ class RunLock:
 
         That has a higher number, or the same as the lock `before` with another `token`, where that was given back.
         """
-        number, last = before + 1, _read(_file(self.path.parent, before))
-        if any(other > number for other in _locks(self.path.parent)) or (last is not None and last["token"] != token):
+        number, last = before + 1, read_lock(lock_file(self.path.parent, before))
+        if any(other > number for other in lock_numbers(self.path.parent)) or (
+            last is not None and last["token"] != token
+        ):
             self.path.unlink(missing_ok=True)
             return False
-        for other in _locks(self.path.parent):
+        for other in lock_numbers(self.path.parent):
             if other < number:
-                _file(self.path.parent, other).unlink(missing_ok=True)
+                lock_file(self.path.parent, other).unlink(missing_ok=True)
         return True
 
     @property
@@ -240,7 +242,7 @@ def _refuse_living(path: Path, holder: dict[str, Any], say: Callable[[str], obje
     until, reported = time.monotonic() + patience, False
     while True:
         last = time.monotonic() >= until  # asked before the file is read: where this process rested, it looks again
-        found = _read(path)
+        found = read_lock(path)
         if (
             found is None
             or found["released"]
@@ -277,8 +279,8 @@ def _age(path: Path) -> float:
         probe.unlink(missing_ok=True)
 
 
-def _locks(directory: Path) -> list[int]:
-    """Return the numbers of the locks of a directory."""
+def lock_numbers(directory: Path) -> list[int]:
+    """Return the numbers of the locks of a `directory`."""
     try:
         names = os.listdir(directory)
     except FileNotFoundError:
@@ -292,12 +294,13 @@ def _number(path: Path) -> int:
     return int(match[1])
 
 
-def _file(directory: Path, number: int) -> Path:
+def lock_file(directory: Path, number: int) -> Path:
+    """Return the path of the lock of that `number` of a `directory`."""
     return directory / f"in-use.{number}.json"
 
 
-def _read(path: Path) -> dict[str, Any] | None:
-    """Return what a lock says, or None where there is none.
+def read_lock(path: Path) -> dict[str, Any] | None:
+    """Return what the lock at `path` says, or None where there is none.
 
     One that cannot be understood, e.g. because it is just being written, is that of an unknown process.
     """

@@ -66,7 +66,7 @@ class ShardSaver:
         self, comm: MPI.Intracomm, run_directory: Path, number: int, shards: int, compression: str = "none"
     ) -> None:
         self._comm, self._directory, self._number, self._shards = comm, run_directory, number, shards
-        self._compression = compression
+        self._compression, self._identity = compression, 0
         if compression != "none":
             compressed.require()
         self._snapshot: Snapshot | None = None
@@ -98,6 +98,7 @@ class ShardSaver:
         last
             Whether nothing is learned afterwards.
         """
+        self._identity = identity
         path = directory.checkpoint_path(self._directory, step)
         self._file = path = directory.shard_path(path, self._number, self._shards, digits(identity))
 
@@ -105,7 +106,7 @@ class ShardSaver:
             return write_shard(path, vectors, snapshot, checking(moved), moved, self._compression)
 
         self._job = self.start(vectors, write, last)
-        self.report({"identity": identity, "taken": version})
+        self.report({"taken": version})
 
     def keep(self, name: str, start: int = 0, stop: int | None = None) -> None:
         """Keep what is not written yet of the vector `name`, whose elements ``start ... stop`` are about to change."""
@@ -142,6 +143,16 @@ class ShardSaver:
                     self._file.unlink(missing_ok=True)
             self._job = None
         self.drop()
+
+    def instead_of(self, shard: int) -> ShardSaver:
+        """Return what writes the part of another shard, given its number."""
+        return ShardSaver(self._comm, self._directory, shard, self._shards, self._compression)
+
+    def fail(self, identity: int, why: str) -> None:
+        """Report that this shard takes no part in the checkpoint of that `identity`, and `why`, a clause."""
+        self._identity = identity
+        self.report({"taken": 0})
+        self.report({"failed": why})
 
     def start(
         self,
@@ -185,11 +196,12 @@ class ShardSaver:
         return snapshot.waited
 
     def report(self, report: dict[str, Any]) -> None:
-        """Send a report to the lead."""
+        """Send a report on the checkpoint that was begun last to the lead."""
         self._reported = time.monotonic()
         while self._leaving and self._leaving[0][0].Test():
             self._leaving.popleft()
-        data = np.frombuffer(json.dumps(report).encode(), np.uint8)
+        whole = {"shard": self._number, "identity": self._identity, **report}
+        data = np.frombuffer(json.dumps(whole).encode(), np.uint8)
         self._leaving.append((self._comm.Isend(data, _LEAD, Tag.CHECKPOINT), data))
 
 

@@ -91,7 +91,14 @@ INTEGERS = {
 }
 """Fields that are stored as an int64 scalar, and where."""
 
-OPTIONAL_INTEGERS = {"begun": "run/begun", "data_samples": "data/samples", "test_step": "run/test/step"}
+OPTIONAL_INTEGERS = {
+    "begun": "run/begun",
+    "warm_samples": "run/warm_samples",
+    "data_samples": "data/samples",
+    "test_step": "run/test/step",
+    "best_step": "run/test/best/step",
+    "best_waited": "run/test/best/waited",
+}
 """Fields that are stored as `INTEGERS` are, where they are not 0."""
 
 OPTIONAL_NUMBERS = {
@@ -100,6 +107,8 @@ OPTIONAL_NUMBERS = {
     "accuracy": "run/accuracy",
     "test_loss": "run/test/loss",
     "test_accuracy": "run/test/accuracy",
+    "best_value": "run/test/best/value",
+    "best_counted": "run/test/best/counted",
 }
 """Fields that are stored as a float64 scalar, where they are not None."""
 
@@ -172,6 +181,8 @@ class CheckpointInfo:
     """Batches learned, per replica of the run that wrote the file."""
     begun: int = 0
     """Version at which the state of the update rule was begun."""
+    warm_samples: int = 0
+    """Samples of the warmstart, where its loss has said when it ended; 0 if it has not."""
     seconds: float | None = None
     """For which the run has trained, over all sessions."""
     loss: float | None = None
@@ -186,6 +197,14 @@ class CheckpointInfo:
     """Fraction of these that were classified rightly."""
     test_metrics: Mapping[str, float] = field(default_factory=dict)
     """Mean of each metric of an objective of the user's own then, as far as its name can stand in a file."""
+    best_step: int = 0
+    """Step of the best evaluation so far, by the run's metric."""
+    best_value: float | None = None
+    """The metric then; None where nothing was evaluated."""
+    best_counted: float | None = None
+    """The last value that was better by as much as counts for the run's patience."""
+    best_waited: int = 0
+    """Evaluations since that one."""
     data_name: str = ""
     """Name of the training data, without directories."""
     data_samples: int = 0

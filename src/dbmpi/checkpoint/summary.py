@@ -27,6 +27,8 @@ from dbmpi.monitor.records import read_records
 
 _PROGRESS = ("step", "samples", "created", "seconds", "loss", "accuracy", "test_step", "test_loss", "test_accuracy")
 
+_END = ("session", "step", "epoch", "reason")
+
 
 def describe(
     path: Path, opened: Checkpoint | None = None, known: Mapping[str, Statistics] = MappingProxyType({})
@@ -118,7 +120,9 @@ def _run(path: Path) -> dict[str, Any]:
         "latest": _pointed(folder, directory.LATEST),
         "best": _pointed(folder, directory.BEST),
         "lost": [] if history is None else [asdict(lost) for lost in history.lost],
+        "ends": [] if history is None else [{key: one[key] for key in _END} for one in history.early_ends],
         "withheld": 0 if history is None else history.withheld,
+        "discarded": 0 if history is None else history.discarded,
     }
 
 

@@ -44,7 +44,7 @@ def reason(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def damage(path: Path, what: str) -> Iterator[None]:
+def damage(path: Path | str, what: str) -> Iterator[None]:
     """Turn whatever HDF5 raises over a damaged file into Damaged, which names the file `path` and `what` is damaged."""
     try:
         yield

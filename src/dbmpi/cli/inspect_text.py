@@ -59,8 +59,12 @@ def _run_lines(found: dict[str, Any], everything: bool) -> Iterator[str]:
         from dbmpi.monitor.history import LostReplica
 
         yield f"  lost: {'; '.join(str(LostReplica(**lost)) for lost in found['lost'])}"
+    for one in found["ends"]:
+        yield f"  ended early: session {one['session']}, step {one['step']:,}: {printable(one['reason'], 500)}"
     if found["withheld"]:
         yield f"  withheld: {found['withheld']:,} (pushes of gradients that were not finite)"
+    if found["discarded"]:
+        yield f"  stale: {found['discarded']:,} (pushes that shards have dropped)"
     yield ""
     yield from _checkpoint_lines(found["newest"], everything)
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 SUMMARY = "start a command or your own program on several ranks, with the mpirun of this Python's MPI"
 
 _RESUME = "checkpoint.resume=auto"
+_ENDED = "dbmpi launch: a rank has died or does not answer"
 _TO_ANSWER = 10.0
 """Seconds in which a host must have started a program; the connection to one that is gone may take minutes to fail."""
 
@@ -137,7 +138,7 @@ def _checked(arguments: argparse.Namespace) -> list[str]:
 
 
 def _died(ending: Ending) -> bool:
-    """Return whether a death has ended the job, and no signal that was sent to it."""
+    """Return whether a death or a silence has ended the job, and no signal that was sent to it."""
     return ending.code == DIED and not ending.wished
 
 
@@ -174,7 +175,7 @@ def _place(
 
 
 def _say_restart(directory: Path | None, where: str, left: int) -> None:
-    """Print that a run that a death has ended is started again, and from which checkpoint."""
+    """Print that a run that a lost rank has ended is started again, and from which checkpoint."""
     found = _newest(directory)
     if found is not None:
         what = f"it goes on from {os.path.relpath(found)}"
@@ -182,9 +183,7 @@ def _say_restart(directory: Path | None, where: str, left: int) -> None:
         what = "it begins anew, as there is no whole checkpoint yet"
     else:
         what = "it goes on from the newest whole checkpoint, if there is one"
-    sys.stderr.write(
-        f"dbmpi launch: a rank has died, and the run with it; started again{where}, {what} (restarts left: {left})\n"
-    )
+    sys.stderr.write(f"{_ENDED}; started again{where}, {what} (restarts left: {left})\n")
     sys.stderr.flush()
 
 
@@ -218,4 +217,4 @@ def _say_how_to_resume(arguments: argparse.Namespace, command: Sequence[str], di
         what = f"there is no whole checkpoint in {os.path.relpath(directory)}; this begins anew"
     else:
         what = "this goes on from the newest whole checkpoint, if there is one" if trains else "this begins anew"
-    sys.stderr.write(f"dbmpi launch: a rank has died, and the run with it; {what}: {shlex.join(again)}\n")
+    sys.stderr.write(f"{_ENDED}; {what}: {shlex.join(again)}\n")

@@ -22,8 +22,11 @@ import dbmpi
 from dbmpi.errors import RunFailed, ToldElsewhere, UserError, suggestion
 from dbmpi.machine import early, endings, signals, streams
 
-COMMANDS = ("train", "launch", "evaluate", "predict", "inspect", "export", "plot", "bench", "data", "example", "doctor")
-COMPUTING = ("train", "evaluate", "predict", "bench")
+COMMANDS = (
+    *("train", "launch", "simulate", "watch", "evaluate", "predict", "inspect", "export", "plot", "report", "bench"),
+    *("data", "example", "doctor"),
+)
+COMPUTING = ("train", "simulate", "evaluate", "predict", "bench")
 """Those for which BLAS kernels are compared, which takes some seconds the first time on a node."""
 _MOMENT = 0.5
 """Seconds."""

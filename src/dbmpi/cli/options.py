@@ -85,7 +85,13 @@ def add_inference(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "checkpoint", type=Path, metavar="CHECKPOINT", help="a checkpoint, or a run directory (its latest checkpoint)"
     )
-    parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="HDF5 file with the samples")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="file with the samples, a pattern of some, or FILE.h5:/group",
+    )
     parser.add_argument(
         "--batch-size", type=count, default=1024, metavar="N", help="samples computed together (default: %(default)s)"
     )
@@ -132,10 +138,11 @@ def make_network(
 
     targets = False
     if input_shape is None:
+        from dbmpi.data.location import exist
         from dbmpi.data.reading import Reading
         from dbmpi.data.source import Source
 
-        if data.train is None or not data.train.exists():
+        if data.train is None or not exist(data.train):
             raise UserError(
                 f"{data.called}: does not exist, so the shape of the inputs is unknown; give it, e.g. "
                 "--input-shape 3,100,100"

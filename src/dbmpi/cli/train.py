@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from dbmpi.cli import options
@@ -43,28 +45,34 @@ def _train(arguments: argparse.Namespace, stop: StopSignal) -> int:
         replacements = Replacements(started)
         while True:
             comm = replacements.comm
-            described = _described(arguments, comm)
+            run = described(arguments, comm)
             from dbmpi.runs.training import train
 
             try:
-                result = train(described, comm, stop, replacements=replacements)
+                result = train(run, comm, stop, replacements=replacements)
                 break
             except RanksMissing as error:
                 missing = str(error)
             # Not before: with the error, everything goes that this attempt has held.
             world.go_on(replacements.renew(missing))
     if comm.rank == 0:
-        _print(result, described.run.directory)
-    # The parameters are in the checkpoint; but the exit code warns that they are not usable.
-    code = 0 if result.test is None or result.test.are_numbers else 1
-    code = 128 + result.stopped_by if result.stopped_by else code
+        print_result(result, run.run.directory)
+    code = exit_code(result)
     if not replacements.first:
         world.leave(code, replacements.elder)
     return code
 
 
-def _described(arguments: argparse.Namespace, comm: MPI.Intracomm) -> Run:
-    """Read the configuration on one rank, so that all have the same, and a mistake in it is reported once."""
+def described(arguments: argparse.Namespace, comm: MPI.Intracomm) -> Run:
+    """Read the configuration on one rank, so that all have the same, and a mistake in it is reported once (collective).
+
+    Parameters
+    ----------
+    arguments
+        With the file and the settings that override it.
+    comm
+        All ranks.
+    """
     from dbmpi.config import Run
     from dbmpi.config.reading import read
     from dbmpi.mpi import waiting, world
@@ -82,8 +90,29 @@ def _described(arguments: argparse.Namespace, comm: MPI.Intracomm) -> Run:
     return Run.from_json(waiting.broadcast_text(comm, text, 0, "the configuration"))
 
 
-def _print(result: Result, directory: Path) -> None:
-    lines = {}
+def exit_code(result: Result) -> int:
+    """Return the exit code of a run that has come to this `result`."""
+    if result.stopped_by:
+        return 128 + result.stopped_by
+    # The parameters are in the checkpoint; but the exit code warns that they are not usable.
+    return 0 if result.test is None or result.test.are_numbers else 1
+
+
+def print_result(result: Result, directory: Path, first: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Print what a run has come to.
+
+    Parameters
+    ----------
+    result
+        Its result.
+    directory
+        Of the run.
+    first
+        Lines before the others, by what they are about.
+    """
+    from dbmpi.checkpoint.directory import BEST, read_pointer
+
+    lines = dict(first)
     if result.test is not None:
         accuracy, of = result.test.accuracy, f"({result.test.correct:,} of {result.test.samples:,})"
         lines["test loss"] = f"{result.test.mean_loss:.4f}"
@@ -97,7 +126,13 @@ def _print(result: Result, directory: Path) -> None:
             lines["mean staleness"] = f"{result.staleness:.2f}"
     if result.withheld:
         lines["withheld"] = f"{result.withheld:,} (pushes of gradients that were not finite)"
-    lines |= {"checkpoint": str(result.checkpoint), "records": str(directory / "records")}
+    if result.discarded:
+        lines["stale"] = f"{result.discarded:,} (pushes that shards have dropped)"
+    lines |= {"ended": result.ended, "checkpoint": str(result.checkpoint)}
+    best = read_pointer(result.checkpoint.parent, BEST)
+    if best is not None and best != result.checkpoint:
+        lines["best"] = str(best)
+    lines["records"] = str(directory / "records")
     last = {"lost replicas": ", ".join(map(str, result.lost)), "advice": result.advice, "warning": result.warning}
     for name, value in (lines | last).items():
         if value:

@@ -19,11 +19,12 @@ from dbmpi.config.layers import (
     OwnLayer,
     Pooling,
 )
+from dbmpi.config.local import LocalSection
 from dbmpi.config.messages import explain
+from dbmpi.config.monitor import MonitorSection
 from dbmpi.config.optimizer import OptimizerSection
 from dbmpi.config.reading import load
 from dbmpi.config.sections import (
-    MonitorSection,
     NetworkSection,
     ObjectiveSection,
     PlacedLayer,
@@ -31,9 +32,10 @@ from dbmpi.config.sections import (
     Run,
     RunSection,
     SandblasterSection,
-    ServerSection,
     TopologySection,
 )
+from dbmpi.config.server import ServerSection
+from dbmpi.config.simulation import SimulationSection, TimesSection
 from dbmpi.config.values import Section
 
 __all__ = [
@@ -46,6 +48,7 @@ __all__ = [
     "Dense",
     "Dropout",
     "Local",
+    "LocalSection",
     "MonitorSection",
     "NetworkSection",
     "Normalisation",
@@ -60,6 +63,8 @@ __all__ = [
     "SandblasterSection",
     "Section",
     "ServerSection",
+    "SimulationSection",
+    "TimesSection",
     "TopologySection",
     "explain",
     "load",

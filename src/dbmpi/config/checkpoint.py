@@ -15,8 +15,11 @@ class CheckpointSection(Section):
     every_seconds: NotNegative = 600.0
     """Time between two checkpoints; 0 writes only the last one."""
     keep: Count = 2
-    """Newest checkpoints to keep, beside the one with the lowest test loss; others are deleted after a newer one is
-    complete."""
+    """Newest checkpoints to keep, beside the best one by `monitor.metric`, the test loss; others are deleted after a
+    newer one is complete."""
+    best: Literal["next", "at_once"] = "next"
+    """When the best evaluation so far is followed by a checkpoint: the ``next`` one that is due, or another one
+    ``at_once``, whose parameters are hardly any further."""
     layout: Literal["shards", "single"] = "shards"
     """``shards``: each shard writes a file of its own, and a small one shows them whole; with one shard a plain file.
     ``single``: a plain file in any case, which takes longer."""

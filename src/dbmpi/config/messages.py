@@ -45,7 +45,8 @@ def explain(
     lines = []
     for problem in error.errors():
         path = _without_tags(problem["loc"])
-        if any(str(part).startswith(_PAIR) for part in path):
+        # A default that depends on a setting that is wrong is no mistake of its own.
+        if any(str(part).startswith(_PAIR) for part in path) or problem["type"] == "default_factory_not_called":
             continue
         shown_path = [part for part in path if part != _NUMBER]
         source = origin if isinstance(origin, str) else origin(shown_path)

@@ -69,8 +69,8 @@ def read(path: Path | str, overrides: Sequence[str] = (), *, complete: bool = Tr
     table = _read(path)
     for name, key in (("data", "train"), ("data", "test"), ("network", "code"), ("run", "initial")):
         section = table.get(name)
-        if isinstance(section, dict) and isinstance(section.get(key), str):
-            section[key] = os.path.normpath(path.parent / section[key])
+        if isinstance(section, dict) and key in section:
+            section[key] = _beside(path, section[key])
     written = copy.deepcopy(table)
     for override in overrides:
         _apply(table, override)
@@ -94,6 +94,17 @@ def read(path: Path | str, overrides: Sequence[str] = (), *, complete: bool = Tr
         here = run.network.model_copy(update={"code": path.parent})
         return run.model_copy(update={"network": here})
     return run
+
+
+def _beside(configuration: Path, place: Any) -> Any:
+    """Return a path, or those of a list or table, as seen from the directory of the configuration."""
+    if isinstance(place, str):
+        return os.path.normpath(configuration.parent / place)
+    if isinstance(place, list):
+        return [_beside(configuration, each) for each in place]
+    if isinstance(place, dict):
+        return {key: _beside(configuration, each) for key, each in place.items()}
+    return place
 
 
 def _lacks_model(table: dict[str, Any]) -> bool:

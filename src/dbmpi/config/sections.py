@@ -8,11 +8,16 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from dbmpi.config import exchange, staleness
 from dbmpi.config.checkpoint import CheckpointSection
 from dbmpi.config.data import DataSection
 from dbmpi.config.layers import OWN, AnyLayer, Dense, Dropout, OwnCode, OwnLayer
+from dbmpi.config.local import LocalSection
 from dbmpi.config.messages import explain
+from dbmpi.config.monitor import MonitorSection, mistake_in_metric
 from dbmpi.config.optimizer import OptimizerSection
+from dbmpi.config.server import ServerSection
+from dbmpi.config.simulation import SimulationSection
 from dbmpi.config.values import Count, CountOrNone, Name, NotNegative, Positive, Section
 from dbmpi.errors import UserError
 
@@ -116,6 +121,8 @@ class TopologySection(Section):
     """Put the shards on ranks that are also workers, instead of on ranks of their own."""
     spares: CountOrNone = 0
     """Further replicas of Downpour that learn nothing until another one dies, and then go on in its place."""
+    evaluators: CountOrNone = 0
+    """Further instances of the model that evaluate the test data while the replicas of Downpour learn."""
     replacements: CountOrNone = 0
     """Processes that may be started in the places of ranks that have died, where the MPI can (Open MPI 5 with fault
     tolerance, ``dbmpi train``); the run then goes on from its last checkpoint."""
@@ -196,50 +203,6 @@ class SandblasterSection(Section):
         return f"sandblaster.{which}" if self.own or self.l1 else ""
 
 
-class ServerSection(Section):
-    """How gradients travel to the shards."""
-
-    inbox_mib: Positive = 64.0
-    """Memory (MiB) that each shard reserves for incoming gradients, for all replicas together."""
-    chunk_kib: Positive = 4096.0
-    """Largest piece (KiB) in which a gradient is sent; smaller where many replicas share the inbox."""
-    push: Literal["shared", "copied"] = "shared"
-    """``shared``: shards read the gradients of workers on the same host in place; ``copied``: all use the inbox."""
-    fetch: Literal["copied", "shared"] = "copied"
-    """``shared``: workers compute on the shards' own memory, which changes meanwhile; on one host.  Where a replica has
-    partitions, not with ``align = "equal"``."""
-    transport: Literal["auto", "rma", "p2p"] = "auto"
-    """Without shared memory, ``rma``: one-sided; ``p2p``: messages, same results; ``auto``: what is faster at start."""
-    align: Literal["equal", "partition"] = "partition"
-    """``partition`` (Downpour): shards end where partitions do, so that a worker deals with the shards of its own part
-    alone, and in one piece with each; ``equal``: each shard holds as much, whatever the number of partitions.  Without
-    partitions, as with an objective of your own, both are the same."""
-    gradients: Literal["whole", "layers"] = "whole"
-    """``whole``: a worker has a buffer for a whole gradient, with overlap for two; ``layers`` (Downpour): for that of
-    the largest layer; each is sent when it is complete, and its buffer is reused when the shards have applied it."""
-    consistent: bool = False
-    """A fetch never sees a push that a shard has half applied; it may have to wait for it."""
-    overlap: Literal["none", "threads"] = "none"
-    """``threads``: fetch, push and compute at the same time, as in the paper; ``none``: one after the other."""
-
-
-class MonitorSection(Section):
-    """What is reported during the run."""
-
-    report_seconds: Positive = 1.0
-    """Time between two lines of each rank's records."""
-    evaluate_epochs: NotNegative = 1.0
-    """Epochs between two evaluations on the test data; 0 evaluates only at the end."""
-    progress: Literal["auto", "bar", "lines", "none"] = "auto"
-    """How progress is shown: a live bar on a terminal, lines elsewhere."""
-    stall_timeout: NotNegative = 240.0
-    """Downpour: seconds without progress after which a rank is named, and writes its stack trace; 0 for never.  It must
-    be longer than the longest step, and compiling in it, and below half of ``DBMPI_STALL_SECONDS`` (600)."""
-    on_stall: Literal["warn", "drop", "end"] = "warn"
-    """What happens then: ``warn``: nothing more; ``drop``: the run goes on without its replica, as if that had died;
-    ``end``: the run ends.  One that holds a shard cannot be dropped: the run then ends."""
-
-
 class Run(Section):
     """The complete description of a run: immutable, and validated when it is made.
 
@@ -261,6 +224,8 @@ class Run(Section):
     """How layers are cut over the partitions."""
     optimizer: OptimizerSection = OptimizerSection()
     """Downpour or Sandblaster, and settings of both."""
+    local: LocalSection = LocalSection()
+    """Steps that replicas take by themselves."""
     sandblaster: SandblasterSection = SandblasterSection()
     """Settings of the batch methods."""
     server: ServerSection = ServerSection()
@@ -269,6 +234,8 @@ class Run(Section):
     """When checkpoints are written, and whether the run resumes from one."""
     monitor: MonitorSection = MonitorSection()
     """What is reported during the run."""
+    simulation: SimulationSection = SimulationSection()
+    """How long everything takes where the run is simulated in virtual time."""
 
     @model_validator(mode="after")
     def _objective_is_alone(self) -> Run:
@@ -321,6 +288,34 @@ class Run(Section):
         return self
 
     @model_validator(mode="after")
+    def _staleness_fits(self) -> Run:
+        for mistake in staleness.mistakes(self.server, self.optimizer):
+            raise ValueError(mistake)
+        for mistake in exchange.mistakes(self.server, self.optimizer, self.local, self.topology):
+            raise ValueError(mistake)
+        return self
+
+    @model_validator(mode="after")
+    def _mirror_fits(self) -> Run:
+        if not self.server.mirror:
+            return self
+        given = f"server.mirror = {self.server.mirror}"
+        if self.optimizer.method == "sandblaster":
+            raise ValueError(f"{given} is for Downpour: leave it out, as Sandblaster loses an iteration at most")
+        if self.topology.shards in (None, 1):
+            raise ValueError(
+                f"{given} needs another shard to hold each one's mirror: set topology.shards to 2 or more, or "
+                "server.mirror = 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _metric_fits(self) -> Run:
+        if self.network.layers and (mistake := mistake_in_metric(self.monitor, self.network.loss)):
+            raise ValueError(mistake)
+        return self
+
+    @model_validator(mode="after")
     def _weights_fit(self) -> Run:
         weights = "data.weights" if self.data.weights else "network.class_weights" if self.network.class_weights else ""
         if weights and self.network.loss == "reconstruction":
@@ -345,7 +340,7 @@ class Run(Section):
             if self.data.transform is not None:
                 drawn = "data.transform makes another one in each epoch: leave it out"
             raise ValueError(f"{sandblaster.one_function} minimises one function, and {drawn}, or take another method")
-        if self.optimizer.method == "sandblaster" and self.optimizer.warmstart:
+        if self.optimizer.method == "sandblaster" and self.optimizer.warms:
             raise ValueError(
                 "optimizer.warmstart is for the method 'downpour'; to begin Sandblaster from parameters that Downpour "
                 "has learned, resume from its checkpoint with checkpoint.resume = 'auto'"
@@ -374,6 +369,11 @@ class Run(Section):
         if self.optimizer.method == "sandblaster" and sandblaster.l1 and sandblaster.batch_portions:
             raise ValueError("sandblaster.l1 goes with batches of all samples only: set sandblaster.batch_portions = 0")
         return self
+
+    @property
+    def in_rounds(self) -> bool:
+        """Whether shards apply the mean of several pushes, for which replicas wait."""
+        return exchange.in_rounds(self.optimizer, self.local)
 
     @property
     def draws(self) -> bool:

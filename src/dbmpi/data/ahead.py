@@ -27,7 +27,7 @@ class Ahead:
         self._batches = batches
         self._kept: dict[int, Any] = {}
         self._keep_bytes = keep_bytes
-        self._reader = ThreadPoolExecutor(1, "ahead") if batches.source.in_advance else None
+        self._reader = ThreadPoolExecutor(1, "ahead") if batches.source.storage.in_advance else None
         self._expected: tuple[int, Future[Any]] | None = None
 
     def batch(self, number: int) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -9,30 +10,57 @@ import h5py
 import numpy as np
 
 from dbmpi.checkpoint.untrusted import LARGEST_TEXT, MOST, attribute, damage, lies_inside
-from dbmpi.data.hdf5 import decoded
+from dbmpi.data.hdf5 import Dataset, decoded
+from dbmpi.data.joined import EndToEnd
 
 INPUT_NAMES, TARGET_NAMES = "input_names", "target_names"
 """Datasets beside `inputs` and `targets`."""
+_SAME = ("axes", "mean", "deviation", "input_names", "target_names")
+"""What all files of a run must say alike."""
 _ELEMENTS = {"f": "floats", "i": "integers", "u": "integers"}
 
 
-def declared(path: Path, inputs: h5py.Dataset, targets: h5py.Dataset | None) -> dict[str, Any]:
-    """Return fields of :class:`dbmpi.checkpoint.meaning.Meaning` by name; what the file does not say is missing.
+def declared(called: str, inputs: Dataset, targets: Dataset | None) -> dict[str, Any]:
+    """Return fields of :class:`dbmpi.checkpoint.meaning.Meaning` by name; what the files do not say is missing.
 
     Names count where there is one for each input, or value.
 
     Parameters
     ----------
-    path
-        Of the file, for messages.
+    called
+        What messages call the data.
     inputs, targets
-        Its datasets.
+        The datasets.
 
     Raises
     ------
     UserError
-        If the file is damaged.
+        If a file is damaged, or files say different things.
     """
+    if inputs.stored:
+        answers = targets.values if targets is not None and targets.stored else None
+        return _of_file(Path(inputs.path), inputs.values, answers)
+    columns = getattr(inputs, "columns", ())
+    if not isinstance(inputs.values, EndToEnd):
+        names = {"input_names": columns} if columns else {}
+        return {"elements": elements(inputs.values), **names}
+    found = [declared(called, part.dataset, None) for part in inputs.values.parts]
+    contents = [each.pop("content", "") for each in found]
+    for part, each in zip(inputs.values.parts, found, strict=True):
+        wrong = [key for key in _SAME if each.get(key) != found[0].get(key)]
+        if wrong:
+            raise part.error(
+                f"says another {wrong[0]!r} than that of {inputs.values.parts[0].path}; expected files of the same "
+                "kind: import them alike"
+            )
+    joined = {**found[0], "elements": elements(inputs.values)}
+    if all(contents):
+        joined["content"] = f"sha256:{hashlib.sha256(' '.join(contents).encode()).hexdigest()}"
+    return joined
+
+
+def _of_file(path: Path, inputs: h5py.Dataset, targets: h5py.Dataset | None) -> dict[str, Any]:
+    """Return what a file says of its datasets."""
     file = inputs.file
     with damage(path, "what it says of its samples"):
         found: dict[str, Any] = {

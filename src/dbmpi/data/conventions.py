@@ -15,7 +15,6 @@ from typing import Any
 import h5py
 import numpy as np
 
-from dbmpi.data.given import GivenArray
 from dbmpi.data.hdf5 import BYTE_SCALE, Dataset
 
 _MATLAB_NUMBERS = {"double", "single", "logical"} | {f"{sign}int{bits}" for sign in "u " for bits in (8, 16, 32, 64)}
@@ -58,10 +57,11 @@ def meaning(dataset: Dataset, *, inputs: bool = False, bytes_scale: float = BYTE
     UserError
         If attributes contradict one another, or are not what the conventions say.
     """
-    if isinstance(dataset, GivenArray):
+    if not dataset.stored:
         kind = np.dtype(dataset.values.dtype).newbyteorder("=")
-        scale = bytes_scale if inputs and kind == np.uint8 else 1.0
-        return Convention(kind, scale, truth=kind == np.bool_)
+        factor = bytes_scale if dataset.byte_scale is None else dataset.byte_scale
+        scale = factor if inputs and kind == np.uint8 else 1.0
+        return Convention(kind, scale, truth=kind == np.bool_, notes=dataset.notes)
     with dataset.damage():
         bits = dataset.values.id.get_type().get_class() == h5py.h5t.BITFIELD
         kind = dataset.values.dtype.newbyteorder("=")

@@ -10,8 +10,18 @@ import heapq
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from dbmpi.data.stream import Stream
+
+
+class DealPhase(NamedTuple):
+    """A part of the stream that some of the replicas learn, the first ones."""
+
+    batches: int
+    """Of the part."""
+    replicas: int
+    """These replicas get the batches in turn."""
 
 
 @dataclass(slots=True)
@@ -29,8 +39,8 @@ class _Leg:
 class Deal:
     """The share of each replica.
 
-    At first the replicas get the batches in turn, after those of the warmstart, which all go to the first one.  A share
-    changes only between two batches of its replica.
+    At first the replicas get the batches in turn, after those of the warmstart, which all go to the first one, and
+    those of phases in which not all replicas learn.  A share changes only between two batches of its replica.
 
     Parameters
     ----------
@@ -42,6 +52,8 @@ class Deal:
         Batches that replica 0 learns before the others begin.
     spares
         Number of replicas beyond these that get one only where another one is given up.
+    phases
+        What follows the warmstart, before all of them learn.
 
     Examples
     --------
@@ -56,11 +68,13 @@ class Deal:
     Stream(total=9, frontier=4, holes=())
     """
 
-    def __init__(self, stream: Stream, replicas: int, warmstart: int = 0, spares: int = 0) -> None:
+    def __init__(
+        self, stream: Stream, replicas: int, warmstart: int = 0, spares: int = 0, phases: Sequence[DealPhase] = ()
+    ) -> None:
         self.stream = stream
         self._warm = min(warmstart, len(stream))
         self._legs = [
-            [_Leg(0, first_share(stream, replica, replicas, warmstart))] for replica in range(replicas + spares)
+            [_Leg(0, first_share(stream, replica, replicas, warmstart, phases))] for replica in range(replicas + spares)
         ]
         self._owed: list[list[range]] = [[] for _ in self._legs]
         self._given_up: dict[int, int] = {}
@@ -101,6 +115,29 @@ class Deal:
             for turn, taker in enumerate(takers):
                 self._owed[taker] += _kept(in_turn[(turn + number) % len(takers) :: len(takers)])
         return sum(map(len, left))
+
+    def end_warmstart(self, replica: int, drawn: int, others: Sequence[int], phases: Sequence[DealPhase]) -> None:
+        """Divide what is left of a warmstart that was to take all batches.
+
+        Parameters
+        ----------
+        replica
+            The one that has the warmstart; it and the others are to call :meth:`take`.
+        drawn
+            Batches that it has begun to learn.
+        others
+            Those that begin, in this order.
+        phases
+            Before all of them learn.
+        """
+        left, self._owed[replica] = self._left(replica, drawn) + self._owed[replica], []
+        legs = self._legs[replica]
+        legs[-1].ranges = tuple(_taken(legs[-1].ranges, drawn - legs[-1].begin))
+        legs.append(_Leg(drawn, ()))
+        self._warm = 0
+        all_of_them = (replica, *others)
+        for turn, one in enumerate(all_of_them):
+            self._owed[one] += _in_phases(left, turn, len(all_of_them), phases)
 
     def take(self, replica: int, drawn: int) -> tuple[range, ...]:
         """Return the new share of a replica: the rest of its own, and what is owed to it.
@@ -157,7 +194,9 @@ class Deal:
         return left
 
 
-def first_share(stream: Stream, replica: int, replicas: int, warmstart: int = 0) -> tuple[range, ...]:
+def first_share(
+    stream: Stream, replica: int, replicas: int, warmstart: int = 0, phases: Sequence[DealPhase] = ()
+) -> tuple[range, ...]:
     """Return the positions that one replica learns as long as none is given up.
 
     Parameters
@@ -166,13 +205,38 @@ def first_share(stream: Stream, replica: int, replicas: int, warmstart: int = 0)
         The batches that are left when the session begins.
     replica
         Number of the replica; `replicas` or more for a spare one.
-    replicas, warmstart
+    replicas, warmstart, phases
         As for :class:`Deal`.
     """
     if replica >= replicas:
         return ()
-    warm = min(warmstart, len(stream))
-    return _kept(range(0 if replica else warm), range(warm, len(stream))[replica::replicas])
+    return tuple(_in_phases([range(len(stream))], replica, replicas, (DealPhase(warmstart, 1), *phases)))
+
+
+def _in_phases(positions: Sequence[range], turn: int, replicas: int, phases: Sequence[DealPhase]) -> Iterator[range]:
+    """Yield what a replica gets of some positions, which go to the first ones in turn in each phase, and then to all.
+
+    Parameters
+    ----------
+    positions
+        Ranges, one after the other.
+    turn, replicas
+        Number of the replica among those that get something, and how many there are.
+    phases
+        As for :class:`Deal`.
+    """
+    rest = list(positions)
+    for batches, planned in (*phases, DealPhase(sum(map(len, rest)), replicas)):
+        dealt, active = 0, min(planned, replicas)  # some of them may be given up by now
+        while rest and dealt < batches:
+            part = rest[0][: batches - dealt]
+            # The turns go on from one range to the next.
+            if turn < active and (own := part[(turn - dealt) % active :: active]):
+                yield own
+            dealt += len(part)
+            rest[0] = rest[0][len(part) :]
+            if not rest[0]:
+                del rest[0]
 
 
 def numbers(stream: Stream, share: Sequence[range]) -> Iterator[int]:

@@ -6,29 +6,26 @@ The format is two datasets whose first axis is the sample: inputs, and targets t
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-
-import h5py
+from typing import Any
 
 from dbmpi.checkpoint.untrusted import damage
 from dbmpi.data import hdf5
 from dbmpi.data.conventions import meaning
 from dbmpi.data.filters import check_filters
-from dbmpi.data.given import GivenArray
 from dbmpi.data.hdf5 import Dataset
-from dbmpi.data.links import find, holds
+from dbmpi.data.joined import end_to_end, side_by_side
+from dbmpi.data.opened import DataFiles, FileParts
 from dbmpi.data.reading import Reading
 from dbmpi.data.rows import Stored
 from dbmpi.data.targets import Targets
 from dbmpi.data.weights import Weights, check_weights
 from dbmpi.errors import UserError
 
-BLOCKS_CACHE = 64 << 20
-"""Chunk cache (bytes) for reading a compressed file from its beginning to its end."""
 _KINDS = {
     "c": "complex numbers; store the real and the imaginary parts as features of their own",
     "S": "text; only numbers can be inputs",
@@ -74,60 +71,53 @@ class Description:
         return self.samples * (self.features + answers) * 4
 
 
-@contextlib.contextmanager
-def opened(path: Path, reading: Reading, memory_bytes: int) -> Iterator[tuple[h5py.File, int]]:
-    """Open a file and give it with the size of its chunk cache; it is closed only after an exception.
-
-    A compressed file has a cache of at most `memory_bytes`, so that a chunk is not unpacked for every row.  `path` and
-    `reading` say which file, and which of its datasets are the inputs.
-    """
-    file, cache_bytes = hdf5.open_file(path), 0
-    try:
-        hdf5.check_version(path, file)
-        compressed, elements = False, 0
-        for name in reading.inputs_named:
-            inputs = find(path, file, name, "data.inputs")
-            with inputs.damage():
-                compressed |= bool(inputs.values.id.get_create_plist().get_nfilters())
-                elements += math.prod(inputs.values.shape or (0,))
-        if compressed:
-            cache_bytes = BLOCKS_CACHE if elements * 4 <= memory_bytes else memory_bytes // 2
-            file.close()
-            file = hdf5.open_file(path, cache_bytes)
-        yield file, cache_bytes
-    except BaseException:
-        file.close()
-        raise
-
-
-def describe(path: Path, file: h5py.File, memory_bytes: int, reading: Reading, targets_required: bool) -> Description:
-    """Check ranks, types, sizes and attributes of an open data file; of values, only labels and weights are read.
+def describe(files: DataFiles, memory_bytes: int) -> Description:
+    """Check ranks, types, sizes and attributes of open data files; of values, only labels and weights are read.
 
     Parameters
     ----------
-    path, file
-        The file, open.
+    files
+        Open.
     memory_bytes
         Most that one sample, as float32, or one chunk may take.
-    reading
-        How to read the file.
-    targets_required
-        Whether it must have targets.
 
     Raises
     ------
     UserError
-        If the file is not a data file, is incomplete, or one sample or chunk would not fit `memory_bytes`.
+        If they are no data files, are incomplete, do not fit together, or one sample or chunk would not fit
+        `memory_bytes`.
     """
-    with damage(path, "its structure"):
-        inputs = tuple(find(path, file, name, "data.inputs") for name in reading.inputs_named)
-        targets = weights = None
-        if targets_required or holds(path, file, reading.targets):
-            targets = find(path, file, reading.targets, "data.targets")
-        if reading.weights is not None:
-            weights = find(path, file, reading.weights, "data.weights")
-        named = not isinstance(reading.inputs, str)
-        return described(inputs, targets, weights, reading, memory_bytes, named=named)
+    reading = files.reading
+    with damage(Path(files.called), "its structure"):
+        parts = [_of_file(part, files.called, reading, memory_bytes) for part in files.parts]
+        names = range(len(parts[0][0]))
+        join = partial(end_to_end, files.called)
+        inputs = tuple(join([part[0][number] for part in parts], **_options(reading)) for number in names)
+        answers, weights = [part[1] for part in parts], [part[2] for part in parts]
+        for part, answer in zip(files.parts, answers, strict=True):
+            if answers[0] is not None and answer is None:
+                raise UserError(f"{part.inputs[0].path}: has no targets, but {files.parts[0].inputs[0].path} has some")
+        targets = None if None in answers else join([each for each in answers if each], integers=reading.own)
+        weighing = None if None in weights else join([each for each in weights if each])
+    named = reading.own and not isinstance(reading.inputs, str)
+    return _checked(inputs, targets, weighing, reading, memory_bytes, named=named, called=files.called)
+
+
+def _of_file(
+    part: FileParts, called: str, reading: Reading, memory_bytes: int
+) -> tuple[tuple[Stored, ...], Stored | None, Stored | None]:
+    """Return the inputs, targets and weights of one file, as many samples of each, once they are known to be sound."""
+    join = not reading.own and not isinstance(reading.inputs, str)
+    inputs = tuple(_inputs(dataset, reading, single=join) for dataset in part.inputs)
+    answers = None if part.targets is None else _stored(part.targets, integers=reading.own)
+    weights = None if part.weights is None else _stored(part.weights)
+    _check_fit(inputs, answers, weights, memory_bytes)
+    if join:
+        inputs = (side_by_side(called, inputs, **_options(reading)),)
+    for stored in (answers, weights):
+        if stored is not None:
+            stored.as_column(inputs[0].samples)
+    return inputs, answers, weights
 
 
 def described(
@@ -163,18 +153,40 @@ def described(
             "takes one array; join them, or train an objective of your own"
         )
     taken = tuple(_inputs(dataset, reading) for dataset in inputs)
-    first, answers = taken[0], None if targets is None else _stored(targets, integers=reading.own)
-    for other in taken[1:]:
+    answers = None if targets is None else _stored(targets, integers=reading.own)
+    weighing = None if weights is None else _stored(weights)
+    _check_fit(taken, answers, weighing, memory_bytes)
+    return _checked(taken, answers, weighing, reading, memory_bytes, named=named, called=str(taken[0].path))
+
+
+def _check_fit(inputs: Sequence[Stored], targets: Stored | None, weights: Stored | None, memory_bytes: int) -> None:
+    """Refuse parts of different lengths, and those that cannot be read."""
+    first = inputs[0]
+    for other in inputs[1:]:
         if other.samples != first.samples:
             raise _lengths(first, other)
-    if answers is not None and first.samples not in answers.shape:
-        raise _lengths(first, answers)
-    weighing = None if weights is None else _stored(weights)
-    _check_size(taken, answers, memory_bytes)
-    for stored in (*taken, answers, weighing):
-        if stored is not None and not isinstance(stored.dataset, GivenArray):
-            check_filters(stored.dataset)
-            stored.dataset.check_storage(memory_bytes)
+    if targets is not None and first.samples not in targets.shape:
+        raise _lengths(first, targets)
+    _check_size(inputs, targets, memory_bytes)
+    for stored in (*inputs, targets, weights):
+        for part in () if stored is None else stored.dataset.parts:
+            check_filters(part)
+            part.check_storage(memory_bytes)
+
+
+def _checked(
+    inputs: tuple[Stored, ...],
+    answers: Stored | None,
+    weighing: Stored | None,
+    reading: Reading,
+    memory_bytes: int,
+    *,
+    named: bool,
+    called: str,
+) -> Description:
+    """Return what datasets hold that can be read and fit together."""
+    first = inputs[0]
+    _check_size(inputs, answers, memory_bytes)
     answering = None if answers is None else Targets(answers, reading, first.samples)
     if answering is not None and answering.stored.samples != first.samples:
         raise _lengths(first, answering.stored)
@@ -183,10 +195,19 @@ def described(
     counted = None
     if weighing is not None or reading.class_weights is not None:
         counted = Weights(weighing, reading, answering)
-    notes = [note for stored in (*taken, answers) if stored is not None for note in stored.meaning.notes]
+    notes = [note for stored in (*inputs, answers) if stored is not None for note in stored.meaning.notes]
     if answering is not None and answering.note:
         notes.append(answering.note)
-    return Description(taken, named, answering, counted, tuple(f"{first.path}: {note}" for note in notes))
+    return Description(inputs, named, answering, counted, tuple(f"{called}: {note}" for note in notes))
+
+
+def _options(reading: Reading) -> dict[str, Any]:
+    """Return options of `Stored` for inputs."""
+    return {
+        "channels_last": False,
+        "replacement": reading.missing,
+        "integers": reading.own,
+    }
 
 
 def _stored(dataset: Dataset, integers: bool = False) -> Stored:
@@ -195,21 +216,22 @@ def _stored(dataset: Dataset, integers: bool = False) -> Stored:
     return Stored(dataset, meaning(dataset), integers=integers)
 
 
-def _inputs(dataset: Dataset, reading: Reading) -> Stored:
+def _inputs(dataset: Dataset, reading: Reading, *, single: bool = False) -> Stored:
+    """Return a dataset as inputs; with `single`, one value a sample is enough, to stand beside others."""
     name, kind, shape = dataset.name, dataset.values.dtype, dataset.values.shape
     if kind.kind not in "iufb":
         why = _KINDS.get(kind.kind, "of a type that holds no numbers")
         if kind.subdtype is not None:
             why = f"arrays in each element; store them as axes, e.g. with h5py: file['x'] = file[{name!r}][...]"
         raise dataset.error(f"is {str(kind)[:80]}; expected numbers, but these are {why}")
-    if shape is None or len(shape) < (1 if reading.own else 2):
+    if shape is None or len(shape) < (1 if reading.own or single else 2):
         hint = ", e.g. reshape(-1, 1) for samples of one feature" if shape else ""
         raise dataset.error(f"has shape {shape}; expected (samples, features ...){hint}")
     if 0 in shape:
         raise dataset.error(f"has shape {shape}; expected at least one sample and feature")
     return Stored(
         dataset,
-        meaning(dataset, inputs=True, bytes_scale=1.0 if reading.own else hdf5.BYTE_SCALE),
+        meaning(dataset, inputs=True, bytes_scale=1.0 if reading.own or single else hdf5.BYTE_SCALE),
         channels_last=reading.channels == "last",
         replacement=reading.missing,
         integers=reading.own,

@@ -19,7 +19,18 @@ def gather(rows: np.ndarray, indices: np.ndarray, scale: np.float32) -> np.ndarr
 
 def narrow(rows: np.ndarray) -> np.ndarray:
     """Return rows as they are kept in memory: uint8, or float32 of this machine's byte order."""
-    if rows.dtype == np.uint8:
+    if rows.dtype in (np.uint8, np.float32):
         return rows
     with np.errstate(over="ignore"):
         return rows.astype(np.float32, copy=False)
+
+
+def taken(rows: np.ndarray, positions: np.ndarray | None) -> np.ndarray:
+    """Return the `rows` at some `positions`, or as they are."""
+    found: np.ndarray = rows if positions is None else rows[positions]
+    return found
+
+
+def innermost(rows: np.ndarray, positions: np.ndarray | None, factor: float = 1.0) -> np.ndarray:
+    """Return the `rows` (n, features) at some `positions` as (features, samples), times a `factor`."""
+    return gather(rows, np.arange(len(rows)) if positions is None else positions, np.float32(factor))

@@ -30,6 +30,12 @@ class GivenArray(Dataset):
 
     values: Any
     """Has a shape, a dtype, and an index that takes a slice or an array of numbers."""
+    stored = False
+    """There is no file."""
+    parts = ()
+    """Nothing of HDF5."""
+    file_bytes = 0
+    """There is no file."""
 
     def error(self, text: str) -> UserError:
         """Return an error that says `text` of the array."""
@@ -41,11 +47,6 @@ class GivenArray(Dataset):
 
     def attribute(self, key: str) -> Any:
         """Return None: there is no attribute `key`."""
-
-    @property
-    def file_bytes(self) -> int:
-        """0: there is no file."""
-        return 0
 
     def read(self, selection: Any) -> np.ndarray:
         """Return the values of a `selection`."""
@@ -63,6 +64,9 @@ class GivenArray(Dataset):
 class GivenDataset(Dataset):
     """A dataset of a file that the program has open itself, maybe for writing, and maybe in memory."""
 
+    at_hand = False
+    """Rows are read in order."""
+
     def read(self, selection: Any) -> np.ndarray:
         """Return the values of a `selection`; Damaged where the file is damaged, or closed."""
         with self.damage():
@@ -70,11 +74,6 @@ class GivenDataset(Dataset):
 
     def check_storage(self, memory_bytes: int) -> None:
         """Do nothing, whatever `memory_bytes` there may be: the program knows its file."""
-
-    @property
-    def at_hand(self) -> bool:
-        """False: rows are read in order."""
-        return False
 
 
 Given = GivenArray | GivenDataset

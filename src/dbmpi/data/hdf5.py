@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import os
+import math
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,10 @@ import numpy as np
 
 from dbmpi.checkpoint import untrusted
 from dbmpi.checkpoint.untrusted import damage
+from dbmpi.data.in_place import InPlace
+from dbmpi.data.unpacked import Unpacked, cut_off
 from dbmpi.errors import UserError
+from dbmpi.kernels.checks import all_finite
 
 FORMAT = "dbmpi-data"
 FORMAT_VERSION = 1
@@ -41,11 +46,11 @@ class Dataset:
 
     def damage(self) -> AbstractContextManager[None]:
         """Return a context in which errors of HDF5 become Damaged."""
-        return damage(Path(self.path), f"dataset {self.name!r}")
+        return damage(self.path, f"dataset {self.name!r}")
 
     def attribute(self, key: str) -> Any:
         """Return the attribute called `key`, or None where there is none."""
-        with damage(Path(self.path), f"attribute {key!r} of {self.name!r}"):
+        with damage(self.path, f"attribute {key!r} of {self.name!r}"):
             return untrusted.attribute(self.values, key)
 
     def text(self, key: str) -> str:
@@ -69,14 +74,80 @@ class Dataset:
     def read(self, selection: Any) -> np.ndarray:
         """Return the values of a `selection`; Damaged where the file is damaged, or was cut off while it is open."""
         with self.damage():
+            some = isinstance(selection, tuple) and len(selection) == 1 and isinstance(selection[0], np.ndarray)
+            if some and self.scattered:
+                return self._rows(selection[0])
             values = np.asarray(self.values[selection])
             # HDF5 gives zeros for what lies behind the end of the file, where that has moved since it was opened.
-            file = self.values.file.id
-            if os.fstat(file.get_vfd_handle()).st_size < file.get_filesize():
-                raise UserError(
-                    f"{self.path}: has become shorter while it was read; leave it alone until the run has ended"
-                )
+            if cut_off(self.values):
+                raise self._shorter()
             return values
+
+    @cached_property
+    def in_place(self) -> InPlace | None:
+        """Reads scattered rows where they lie in the file; None where HDF5 must."""
+        if not isinstance(self.values, h5py.Dataset):
+            return None
+        with self.damage():
+            return InPlace.of(self.values)
+
+    @cached_property
+    def unpacked(self) -> Unpacked | None:
+        """Reads scattered rows of compressed chunks; None where HDF5 must."""
+        if not isinstance(self.values, h5py.Dataset):
+            return None
+        with self.damage():
+            return Unpacked.of(self.values)
+
+    @property
+    def scattered(self) -> bool:
+        """Whether scattered rows are read about as fast as consecutive ones, in any order."""
+        return self.in_place is not None or self.unpacked is not None
+
+    @property
+    def any_order(self) -> bool:
+        """Whether they may be asked for in any order, and several times."""
+        return self.scattered
+
+    def _rows(self, indices: np.ndarray) -> np.ndarray:
+        if self.in_place is None:
+            assert self.unpacked is not None
+            return self.unpacked.rows(indices)
+        rows = self.in_place.rows(indices)
+        if rows is not None:
+            return rows
+        if cut_off(self.values):
+            raise self._shorter()
+        wanted, positions = np.unique(indices, return_inverse=True)
+        found: np.ndarray = self.values[wanted][positions]  # or HDF5 says what is wrong
+        return found
+
+    def _shorter(self) -> UserError:
+        return UserError(f"{self.path}: has become shorter while it was read; leave it alone until the run has ended")
+
+    @property
+    def stored(self) -> bool:
+        """Whether it lies in an HDF5 file as it is, so that its attributes and its storage count."""
+        return True
+
+    @property
+    def parts(self) -> tuple[Dataset, ...]:
+        """The datasets of HDF5 whose values these are."""
+        return (self,)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user may want to know."""
+        return ()
+
+    @property
+    def byte_scale(self) -> float | None:
+        """Factor on bytes; None for that of pixels."""
+        return None
+
+    def reopened(self, fresh: Mapping[tuple[str, str], Dataset]) -> Dataset:
+        """Return the same dataset of a file that was opened again, among `fresh` ones by path and name."""
+        return fresh[str(self.path), self.name]
 
     @property
     def file_bytes(self) -> int:
@@ -110,6 +181,11 @@ def open_file(path: Path, cache_bytes: int = 0) -> h5py.File:
     return untrusted.open_file(path, "data file", expected, cache_bytes=cache_bytes)
 
 
+def product(shape: Iterable[int]) -> int:
+    """Return the number of elements of a `shape`."""
+    return math.prod(int(length) for length in shape)
+
+
 def decoded(text: Any) -> str:
     """Return a `text` of HDF5, which may be bytes."""
     return text.decode("utf-8", "replace") if isinstance(text, bytes) else str(text)
@@ -117,14 +193,11 @@ def decoded(text: Any) -> str:
 
 def not_finite(rows: np.ndarray) -> np.ndarray:
     """Return the positions of the `rows` that hold NaN, infinity, or a number too large for float32."""
-    if rows.dtype.kind != "f":
+    if rows.dtype.kind != "f" or (rows.dtype == np.float32 and all_finite(np.ascontiguousarray(rows).reshape(-1))):
         return np.empty(0, np.int64)
     with np.errstate(over="ignore"):
         narrow = rows.astype(np.float32, copy=False)
-    finite = np.isfinite(narrow)
-    if finite.all():
-        return np.empty(0, np.int64)
-    return np.flatnonzero(~finite.reshape(len(rows), -1).all(axis=1))
+    return np.flatnonzero(~np.isfinite(narrow).reshape(len(rows), -1).all(axis=1))
 
 
 def check_version(path: Path, file: h5py.File) -> None:

@@ -32,8 +32,11 @@ def numbered(labels: Sequence[int]) -> tuple[int, ...] | None:
 
 
 def some(labels: Sequence[Any]) -> str:
-    """Return the first labels as text."""
-    return ", ".join(str(label) for label in labels[:6]) + (" ..." if len(labels) > 6 else "")
+    """Return the first labels as text; blanks and the like as Python writes them."""
+    texts = [str(label) for label in labels[:6]]
+    return ", ".join(text if text.isprintable() and text.strip() else repr(text) for text in texts) + (
+        " ..." if len(labels) > 6 else ""
+    )
 
 
 def note(labels: Sequence[Any]) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from dbmpi.data.in_place import InPlace
 from dbmpi.data.source import Source
 from dbmpi.data.stream import Order
 from dbmpi.errors import UserError
@@ -39,6 +40,11 @@ class NumberedBatches:
 
     def __init__(self, source: Source, order: Order, transform: Transform | None = None) -> None:
         self.source, self.order, self._transform = source, order, transform
+        unpacked = source.storage.unpacked
+        self._unpacked = None if unpacked is None or unpacked.length != order.block else unpacked
+        self._in_place = source.storage.in_place if order.block else None
+        self._expected = -1
+        """The last window that the system was asked to read ahead."""
 
     def batch(self, number: int) -> Any:
         """Return the batch of that `number`: a `Batch`, or `Samples` for an objective of the user's own.
@@ -51,8 +57,19 @@ class NumberedBatches:
         return self.transformed(number, self.stored(number))
 
     def stored(self, number: int) -> Any:
-        """Return the batch of that `number` as it is stored."""
+        """Return the batch of that `number` as it is stored, and unpack a part of what comes after it."""
+        if self._unpacked is not None:
+            self._unpacked.prepare(*self.order.window(number), self.order.blocks)
+        elif self._in_place is not None:
+            self._read_ahead(self._in_place, self.order.window(number)[0] + 1)
         return self.source.batch(self.order.indices(number))
+
+    def _read_ahead(self, rows: InPlace, window: int) -> None:
+        """Let the system read the blocks of a `window`, once."""
+        if window > self._expected:
+            self._expected, length = window, self.order.block
+            for block in self.order.blocks(window).tolist():
+                rows.expect(block * length, min((block + 1) * length, self.order.samples))
 
     def transformed(self, number: int, batch: Any) -> Any:
         """Return a stored `batch`, of that `number`, as the transform leaves it."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from dbmpi.config import DataSection, NetworkSection
+from dbmpi.data.encoding import NO_ENCODING, Encoding
 
 _WANTED: dict[str, Literal["classes", "probabilities", "any"]] = {"softmax": "classes", "logistic": "probabilities"}
 """Of losses."""
@@ -19,7 +20,7 @@ class Reading:
     """How to read a data file; by default the format of ``docs/data-format.md``."""
 
     inputs: str | tuple[str, ...] = "inputs"
-    """Name of the dataset, or of several that an objective takes by their names."""
+    """Name of the dataset, or of several: a network gets their features side by side, an objective each by its name."""
     targets: str = "targets"
     weights: str | None = None
     """Name of the dataset with a weight for each sample; None: all samples count alike."""
@@ -34,13 +35,19 @@ class Reading:
     """Label of each class, of the data that a network has learned from; None: find out."""
     class_weights: Literal["balanced"] | Sequence[float] | None = None
     """Weight of each class, or in inverse proportion to its number of samples."""
+    encoding: Encoding | None = None
+    """What is done to the inputs, of the data that a network has learned from; None: as the file says."""
+    keep: Literal["auto", "memory", "file"] = "auto"
+    """Where the samples of a file are while they are learned from."""
     own: bool = False
     """Whether an objective of the user's own takes the batches: samples first, and integers as they are."""
 
     @property
     def inputs_named(self) -> tuple[str, ...]:
-        """Names of the datasets with inputs, in order."""
-        return (self.inputs,) if isinstance(self.inputs, str) else tuple(sorted(self.inputs))
+        """Names of the datasets with inputs, in order; sorted for an objective, which takes them by name."""
+        if isinstance(self.inputs, str):
+            return (self.inputs,)
+        return tuple(sorted(self.inputs)) if self.own else tuple(self.inputs)
 
     @classmethod
     def of(cls, data: DataSection, network: NetworkSection) -> Reading:
@@ -53,14 +60,25 @@ class Reading:
             missing=data.missing,
             wanted=_WANTED.get(network.loss, "any") if network.layers else "any",
             class_weights=network.class_weights,
+            keep=data.keep,
             own=not network.layers,
         )
 
-    def held_out(self, classes: int | None, labels: tuple[Label, ...] | None) -> Reading:
-        """Return how to read other data for a network that has learned so many `classes` with these `labels`.
+    def held_out(
+        self, classes: int | None, labels: tuple[Label, ...] | None, encoding: Encoding = NO_ENCODING
+    ) -> Reading:
+        """Return how to read other data for a network.
 
-        Labels then stand for the classes that were learned.  Weights matter to learning alone and are left out.
+        Labels then stand for the classes that were learned, and inputs are encoded as they were.  Weights matter to
+        learning alone and are left out.
+
+        Parameters
+        ----------
+        classes, labels
+            That were learned.
+        encoding
+            What was done to the inputs.
         """
         if labels is None and classes:
             labels = tuple(range(classes))
-        return replace(self, weights=None, class_weights=None, labels=labels)
+        return replace(self, weights=None, class_weights=None, labels=labels, encoding=encoding)

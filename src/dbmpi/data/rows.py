@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import h5py
 import numpy as np
 
 from dbmpi.data import hdf5
@@ -19,6 +17,10 @@ from dbmpi.data.hdf5 import Dataset
 _TEXT_BYTES = 256 << 20
 """Texts of any length are read so few at a time that they take no more than this, were each as long as the file."""
 _FEWEST_TEXTS = 16
+
+
+KEPT = (np.uint8, np.int8, np.uint16, np.int16, np.bool_)
+"""Types of integers that take less room than float32: they stay what they are until a batch is made of them."""
 
 
 class Stored:
@@ -50,7 +52,6 @@ class Stored:
         self.dataset, self.meaning = dataset, meaning
         self.path, self.name, self.error = dataset.path, dataset.name, dataset.error
         self._replacement, self._integers = replacement, integers
-        self._path_inside = getattr(dataset.values, "name", None)  # None once the file is closed
         self._shape = tuple(int(length) for length in dataset.values.shape)
         self._axis = len(self._shape) - 1 if meaning.reversed_axes else 0
         self._channels_last = channels_last and len(self._shape) > 2
@@ -69,6 +70,16 @@ class Stored:
         return self._axis != (len(self._shape) - 1 if self.meaning.reversed_axes else 0)
 
     @property
+    def scattered(self) -> bool:
+        """Whether scattered rows are read about as fast as consecutive ones."""
+        return self._axis == 0 and self.dataset.scattered
+
+    @property
+    def any_order(self) -> bool:
+        """Whether they may be asked for in any order, and several times."""
+        return self._axis == 0 and self.dataset.any_order
+
+    @property
     def kind(self) -> np.dtype[Any]:
         """Type of the stored numbers."""
         return self.meaning.kind
@@ -80,15 +91,17 @@ class Stored:
 
     @property
     def as_stored(self) -> bool:
-        """Whether rows are kept as they are stored: bytes, to be multiplied by the factor when they are used."""
+        """Whether rows are kept as they are stored: small integers, to be multiplied by the factor when used."""
         if self._integers:
             return self.kind.kind in "iub" and self.meaning.plain and self.meaning.scale == 1
-        return self.kind == np.uint8 and self.meaning.plain
+        return self.kind in KEPT and self.meaning.plain
 
     @property
     def kept(self) -> np.dtype[Any]:
         """Type of the rows that :meth:`decoded` returns, once they are narrowed."""
-        return self.kind if self.as_stored else np.dtype(np.float32)
+        if self.as_stored:
+            return np.dtype(np.uint8) if self.kind == np.bool_ and not self._integers else self.kind
+        return np.dtype(np.float32)
 
     @property
     def factor(self) -> float:
@@ -105,10 +118,10 @@ class Stored:
         if len(self._shape) == 2 and self.shape[0] == 1 != samples == self.shape[1]:
             self._axis = 1 - self._axis
 
-    def reopened(self, file: h5py.File) -> Stored:
-        """Return the same dataset of the same `file`, opened again."""
+    def reopened(self, fresh: Mapping[tuple[str, str], Dataset]) -> Stored:
+        """Return the same dataset of files that were opened again, whose datasets are the `fresh` ones."""
         again = copy.copy(self)
-        again.dataset = replace(self.dataset, values=file[self._path_inside])
+        again.dataset = self.dataset.reopened(fresh)
         return again
 
     def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
@@ -155,7 +168,7 @@ class Stored:
         Missing values are NaN, or their replacement.
         """
         if self.as_stored:
-            return rows
+            return rows if self.kept == rows.dtype else np.ascontiguousarray(rows).view(self.kept)
         meaning, values = self.meaning, rows
         wrong = self.missing(rows)
         if meaning.scale != 1 or meaning.offset != 0:
@@ -216,3 +229,24 @@ class Stored:
             file_bytes = max(1, self.dataset.file_bytes)
             return max(_FEWEST_TEXTS, min(1 << 16, _TEXT_BYTES // file_bytes) // features)
         return max(1, hdf5.BLOCK_BYTES // (features * self.kind.itemsize))
+
+
+def narrowed(stored: Stored, rows: np.ndarray) -> np.ndarray:
+    """Return stored `rows` of inputs as they are kept in memory, ``(samples, features)``."""
+    decoded = np.ascontiguousarray(stored.decoded(rows).reshape(len(rows), -1))
+    return decoded if stored.as_stored else narrow(decoded)
+
+
+def in_place(stored: Stored) -> np.ndarray | None:
+    """Return a given array as the rows (samples, features) that kernels read, where it is as they take it.
+
+    `stored` are the inputs whose values it is; None where they have to be read.
+    """
+    values = stored.dataset.values
+    flags = values.flags
+    if values.dtype not in (*KEPT[:-1], np.float32) or not (flags.c_contiguous and flags.aligned and flags.writeable):
+        return None
+    if stored.shape != values.shape or stored.kept != values.dtype:
+        return None
+    flat: np.ndarray = np.asarray(values).reshape(len(values), -1)
+    return flat

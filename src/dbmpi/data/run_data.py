@@ -7,8 +7,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from mpi4py import MPI
@@ -16,13 +15,16 @@ from mpi4py import MPI
 from dbmpi.checkpoint.meaning import Meaning
 from dbmpi.checkpoint.named_arrays import StoredValues
 from dbmpi.config import NetworkSection, Run
+from dbmpi.config.data import DataPlace
 from dbmpi.data import limits
 from dbmpi.data.given import GivenData
 from dbmpi.data.guess import loss_of_guessing
+from dbmpi.data.local_copy import with_local_copies
 from dbmpi.data.numbered_batches import Transform
 from dbmpi.data.reading import Reading
 from dbmpi.data.shared import is_function, shared_data
 from dbmpi.data.source import Source
+from dbmpi.data.storage import BlockLayout
 from dbmpi.errors import UserError
 from dbmpi.machine.rank_variables import ranks_on_node
 from dbmpi.monitor.callbacks import Callbacks
@@ -30,6 +32,7 @@ from dbmpi.mpi import waiting
 from dbmpi.mpi.topology import Plan
 from dbmpi.mpi.world import together
 from dbmpi.network.losses import Targets
+from dbmpi.objective import OwnObjective
 
 _OF_MAPS = ("local", "convolution", "pooling", "normalisation")
 """Types of layers to which the first axis of a sample is that of channels, or maps."""
@@ -60,6 +63,8 @@ class RunData:
     """Mean loss of the best answer that is always the same (:mod:`dbmpi.data.guess`); NaN where it is not known."""
     tested: bool = False
     """Whether there are held-out samples."""
+    blocks: BlockLayout = field(default_factory=BlockLayout)
+    """Of the samples to learn from."""
 
     @property
     def targets(self) -> Targets:
@@ -88,6 +93,8 @@ class Supplied(NamedTuple):
     callbacks: Callbacks = Callbacks()
     initial: Mapping[str, StoredValues] | None = None
     """First values of the parameters, by name."""
+    objective: OwnObjective | None = None
+    """Instead of the one that the description names."""
 
     @property
     def kinds(self) -> str:
@@ -117,6 +124,7 @@ def open_data(run: Run, comm: MPI.Intracomm, plan: Plan, stack: ExitStack, suppl
     UserError
         On every rank, if a file or an array cannot be used.
     """
+    run = with_local_copies(run, comm)
     notes, arrays = [], []
     for name, given in zip(_CALLED, supplied[:2], strict=True):
         data, note = (None, "") if given is None else shared_data(comm, given, name, stack)
@@ -127,13 +135,15 @@ def open_data(run: Run, comm: MPI.Intracomm, plan: Plan, stack: ExitStack, suppl
     with together(comm, "opening the data", seconds=waiting.LONG_SECONDS):
         if plan.worker_of(comm.rank) is not None:
             train, test = _opened(run, arrays, stack)
-            notes += [*train.notes, *(() if test is None else (*test.notes, *test.expect_like(train)))]
+            notes += [*train.notes, *filter(None, [train.storage.way])]
+            notes += [] if test is None else [*test.notes, *test.expect_like(train)]
             here = min(ranks_on_node(os.environ), plan.workers)
-            limits.check_resident(sum(source.resident_bytes for source in (train, test) if source), here)
+            limits.check_resident(sum(source.storage.resident_bytes for source in (train, test) if source), here)
     # Not before every rank has measured how much memory there is.
     with together(comm, "loading the data", seconds=waiting.LONG_SECONDS):
         if train is not None:
-            train.load()
+            if not plan.evaluates(comm.rank):
+                train.load()
             if comm.rank == plan.worker_ranks[0]:
                 guessing = math.nan if run.objective is not None else loss_of_guessing(train, run.network.loss)
                 numbers = (train.samples, train.input_shape, train.classes or 0)
@@ -143,11 +153,12 @@ def open_data(run: Run, comm: MPI.Intracomm, plan: Plan, stack: ExitStack, suppl
                         train.meaning.model_dump(),
                         notes,
                         guessing,
+                        train.storage.blocks,
                         *(_digest(source) if source else "" for source in (train, test)),
                     ]
                 )
     text = waiting.broadcast_text(comm, outline, plan.worker_ranks[0], "the outline of the data")
-    samples, input_shape, classes, meaning, notes, guessing, *digests = json.loads(text)
+    samples, input_shape, classes, meaning, notes, guessing, blocks, *digests = json.loads(text)
     with together(comm, "comparing the data"):
         for called, source, there in zip(_CALLED, (train, test), digests, strict=True):
             mine = "" if source is None or source.in_file else _digest(source)
@@ -158,7 +169,16 @@ def open_data(run: Run, comm: MPI.Intracomm, plan: Plan, stack: ExitStack, suppl
                 )
     understood = Meaning.model_validate(meaning)
     return RunData(
-        samples, tuple(input_shape), classes, train, test, understood, tuple(notes), float(guessing), bool(digests[1])
+        samples,
+        tuple(input_shape),
+        classes,
+        train,
+        test,
+        understood,
+        tuple(notes),
+        float(guessing),
+        bool(digests[1]),
+        BlockLayout(*blocks),
     )
 
 
@@ -169,22 +189,22 @@ def _opened(run: Run, arrays: Sequence[GivenData | None], stack: ExitStack) -> t
     own = run.objective is not None and "targets" not in run.data.model_fields_set
     targets = "optional" if own or run.network.loss == "reconstruction" else "required"
 
-    def opened(number: int, path: Path | None, reading: Reading) -> Source | None:
+    def opened(number: int, place: DataPlace | None, reading: Reading) -> Source | None:
         given = arrays[number]
         if given is not None:
             # Held-out samples all count alike, as those of a file do.
             given = given._replace(weights=None) if number else given
             return stack.enter_context(Source.of_arrays(given, _CALLED[number], targets, reading))
-        if path is None:
+        if place is None:
             return None
-        return stack.enter_context(Source.open(path, run.data.memory_mib, targets, reading))
+        return stack.enter_context(Source.open(place, run.data.memory_mib, targets, reading))
 
     reading = Reading.of(run.data, run.network)
     train = opened(0, run.data.train, reading)
     assert train is not None
     if own and train.has_targets:
         targets = "required"
-    return train, opened(1, run.data.test, reading.held_out(train.classes, train.labels))
+    return train, opened(1, run.data.test, reading.held_out(train.classes, train.labels, train.encoding))
 
 
 def _digest(source: Source) -> str:

@@ -27,6 +27,9 @@ class Order:
     An epoch is a permutation of all samples, cut into batches of `batch_size`; its last batch may be smaller.  Of a
     fractional last epoch, the first batches are taken, rounded up.
 
+    Where samples are read in blocks, an epoch is a permutation of the blocks; so many in a row make a window, and the
+    samples of a window are permuted.  So a reader needs the blocks of one window, and then those of the next.
+
     Parameters
     ----------
     samples
@@ -38,6 +41,10 @@ class Order:
         eleven batches.
     seed
         Seed of the run, 0 ... 2**63 - 1.
+    block
+        Samples of a block; 0: any sample may follow any other.
+    window
+        Blocks of a window.
 
     Raises
     ------
@@ -45,7 +52,9 @@ class Order:
         If a number is not positive and finite.
     """
 
-    def __init__(self, samples: int, batch_size: int, epochs: float, seed: int) -> None:
+    def __init__(
+        self, samples: int, batch_size: int, epochs: float, seed: int, block: int = 0, window: int = 1
+    ) -> None:
         if samples < 1 or batch_size < 1 or not (math.isfinite(epochs) and epochs > 0):
             raise ValueError(
                 f"{samples} samples in batches of {batch_size} for {epochs} epochs make no stream; "
@@ -56,6 +65,9 @@ class Order:
         self.samples = samples
         self.batch_size = batch_size
         self.seed = seed
+        self.block, self._window = block, window
+        self._blocks = -(-samples // block) if block else 0
+        self._permuted_blocks: OrderedDict[int, np.ndarray] = OrderedDict()
         self.batches_per_epoch = -(-samples // batch_size)
         self.batches = math.ceil(Fraction(repr(float(epochs))) * self.batches_per_epoch)
         self._permutations: OrderedDict[int, np.ndarray] = OrderedDict()
@@ -67,6 +79,26 @@ class Order:
         epoch, index = divmod(batch_number, self.batches_per_epoch)
         start = index * self.batch_size
         return self._permutation(epoch)[start : start + self.batch_size].astype(np.int64)
+
+    @property
+    def windows_per_epoch(self) -> int:
+        """Number of windows of an epoch; 0 where samples are not read in blocks."""
+        return -(-self._blocks // self._window) if self.block else 0
+
+    def window(self, batch_number: int) -> tuple[int, float]:
+        """Return the window that the batch `batch_number` begins in, over all epochs, and how far into it, 0 to 1."""
+        epoch, index = divmod(batch_number, self.batches_per_epoch)
+        passed = index * self.batch_size / (self._window * self.block)
+        # The last block of the data, which may be smaller, lies anywhere: so this is right but for a block.
+        inside = min(int(passed), self.windows_per_epoch - 1)
+        return epoch * self.windows_per_epoch + inside, min(passed - inside, 1.0)
+
+    def blocks(self, window: int) -> np.ndarray:
+        """Return the blocks of a `window`, counted over all epochs, int64; none behind the last epoch."""
+        epoch, inside = divmod(window, self.windows_per_epoch)
+        if epoch * self.batches_per_epoch >= self.batches:
+            return np.empty(0, np.int64)
+        return self._block_order(epoch)[inside * self._window : (inside + 1) * self._window]
 
     def size(self, batch_number: int) -> int:
         """Return the number of samples of the batch `batch_number`."""
@@ -82,13 +114,31 @@ class Order:
         if epoch not in self._permutations:
             # Sorting raw bits, rather than Generator.permutation: NumPy promises that the bits of a bit generator stay
             # the same in all versions, and an order that changed in a resumed run would repeat some samples.
-            bits = np.random.Philox(key=np.array([self.seed, epoch], np.uint64)).random_raw(self.samples)
-            order = np.argsort(bits, kind="stable")
+            bits = _bits(self.seed, epoch, self.samples)
+            if self.block:
+                place = np.empty(self._blocks, np.int64)
+                place[self._block_order(epoch)] = np.arange(self._blocks) // self._window
+                order = np.lexsort((bits, np.repeat(place, min(self.block, self.samples))[: self.samples]))
+            else:
+                order = np.argsort(bits, kind="stable")
             self._permutations[epoch] = order.astype(np.int32) if self.samples <= 2**31 else order
         self._permutations.move_to_end(epoch)
         while len(self._permutations) > EPOCHS_KEPT:
             self._permutations.popitem(last=False)
         return self._permutations[epoch]
+
+    def _block_order(self, epoch: int) -> np.ndarray:
+        if epoch not in self._permuted_blocks:
+            self._permuted_blocks[epoch] = np.argsort(_bits(self.seed, epoch, self._blocks), kind="stable")
+        self._permuted_blocks.move_to_end(epoch)
+        while len(self._permuted_blocks) > EPOCHS_KEPT:
+            self._permuted_blocks.popitem(last=False)
+        return self._permuted_blocks[epoch]
+
+
+def _bits(seed: int, epoch: int, count: int) -> np.ndarray:
+    """Return random bits, uint64 ``(count,)``, that follow from a seed and an epoch."""
+    return np.random.Philox(key=np.array([seed, epoch], np.uint64)).random_raw(count)
 
 
 @dataclass(frozen=True)

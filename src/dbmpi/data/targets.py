@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -78,10 +78,10 @@ class Targets:
             self._count()
         self._check_size_of_labels()
 
-    def reopened(self, file: h5py.File) -> Targets:
-        """Return the same of the same file, opened again."""
+    def reopened(self, fresh: Mapping[tuple[str, str], Dataset]) -> Targets:
+        """Return the same of files that were opened again, whose datasets are the `fresh` ones."""
         again = copy.copy(self)
-        again.stored = self.stored.reopened(file)
+        again.stored = self.stored.reopened(fresh)
         return again
 
     @property

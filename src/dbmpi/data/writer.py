@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -17,6 +18,7 @@ from dbmpi.data import hdf5
 from dbmpi.data import labels as data_labels
 from dbmpi.data.attributes import INPUT_NAMES, TARGET_NAMES
 from dbmpi.data.reading import Label
+from dbmpi.data.sparse_writer import SparseInputs
 from dbmpi.errors import UserError
 
 CHUNK_BYTES = 256 << 10
@@ -25,6 +27,8 @@ TARGET_CHUNK_BYTES = 64 << 10
 LARGEST_SAMPLE_BYTES = 256 << 20
 """No sample is larger than this (as float32); what declares more is taken for damaged."""
 
+GROUPS = "groups"
+"""Dataset beside `inputs` and `targets`: whose each sample is, as a number; its attribute `labels` names them."""
 LARGEST_LABELS_BYTES = 60_000
 """Of an attribute: HDF5 allows 64 KiB."""
 
@@ -53,7 +57,18 @@ class Shape:
     target_size: int | None = None
     """Values of a target, or None for classes."""
     scale: float | None = None
-    """For uint8 inputs the factor to be applied; None for float32 inputs."""
+    """For integer inputs the factor to be applied; None for float32 inputs."""
+    kind: str = "uint8"
+    """Type of integer inputs."""
+    one_hot: int = 0
+    """Length of the vector that each integer stands for; 0: none."""
+    sparse: bool = False
+    """Whether float32 inputs are stored without their zeros."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Type of the inputs."""
+        return np.dtype(np.float32 if self.scale is None else self.kind)
 
     def __post_init__(self) -> None:
         if self.scale is not None and not (math.isfinite(self.scale) and self.scale > 0):
@@ -74,7 +89,8 @@ class Written:
     """What the classes are called, where they are not just numbers."""
 
     def __str__(self) -> str:
-        kind = "float32" if self.shape.scale is None else "uint8"
+        kind = f"{self.shape.dtype}" + (f", one-hot of {self.shape.one_hot}" if self.shape.one_hot else "")
+        kind += ", sparse" if self.shape.sparse else ""
         size = self.shape.target_size
         targets = f"{self.shape.classes} classes" if size is None else f"{size} value{'s' * (size > 1)} a sample"
         if self.labels is not None:
@@ -122,6 +138,8 @@ class DataWriter:
         """Of all inputs and of all targets, as they are stored."""
         self._least_label = hdf5.LARGEST_LABEL
         self._labels: Sequence[Label] | None = None
+        self._groups: h5py.Dataset | None = None
+        self._group_codes: dict[str, int] = {}
         self._negative = ""
         """Where the first label below 0 is."""
 
@@ -136,13 +154,18 @@ class DataWriter:
         check_sample_size(self.origin.inputs, self.shape.inputs)
         self._new = NewFile(self.out, {}, failure=lambda text, _: UserError(text))
         with self._new.writing():
-            kind = np.float32 if self.shape.scale is None else np.uint8
-            self._inputs = self._create("inputs", self.shape.inputs, kind)
+            self._inputs: Any = None
+            if self.shape.sparse:
+                self._inputs = SparseInputs(self._new.hdf5, "inputs", math.prod(self.shape.inputs))
+            else:
+                self._inputs = self._create("inputs", self.shape.inputs, self.shape.dtype)
             if self.shape.scale is not None:
                 self._inputs.attrs["scale"] = self.shape.scale
+            if self.shape.one_hot:
+                self._inputs.attrs["one_hot"] = self.shape.one_hot
             size = self.shape.target_size
             self._targets = self._create(
-                "targets", () if size is None else (size,), np.int32 if size is None else np.float32
+                "targets", () if size is None else (size,), np.dtype(np.int32 if size is None else np.float32)
             )
         return self
 
@@ -151,7 +174,9 @@ class DataWriter:
             if error is None:
                 self._finish()
 
-    def append(self, inputs: np.ndarray, targets: np.ndarray, where: Where | None = None) -> None:
+    def append(
+        self, inputs: np.ndarray, targets: np.ndarray, where: Where | None = None, groups: Sequence[str] | None = None
+    ) -> None:
         """Write the next samples.
 
         Parameters
@@ -162,6 +187,8 @@ class DataWriter:
             Integers ``(samples,)`` or floating ``(samples, outputs)``.
         where
             Says where a row comes from; by default "sample" and its number.
+        groups
+            Whose each sample is, e.g. the speaker: for all samples of a file or for none.
         """
         where = where or (lambda row: f"sample {self.samples + row}")
         self._check_finite(self.origin.inputs, "inputs", inputs, where)
@@ -177,6 +204,20 @@ class DataWriter:
                 dataset.resize(self.samples, axis=0)
                 dataset[start:] = stored
                 digest.update(stored.data)
+            if groups is not None:
+                self._append_groups(groups, start)
+
+    def _append_groups(self, groups: Sequence[str], start: int) -> None:
+        if self._groups is None:
+            self._groups = self._create(GROUPS, (), np.dtype(np.int32))
+        codes = [self._group_codes.setdefault(group, len(self._group_codes)) for group in groups]
+        self._groups.resize(self.samples, axis=0)
+        self._groups[start:] = codes
+
+    def describe_inputs(self, attributes: Mapping[str, object]) -> None:
+        """Store attributes of the inputs."""
+        with self._new.writing():
+            self._inputs.attrs.update(attributes)
 
     def number_labels(self, labels: Sequence[Label], codes: np.ndarray) -> None:
         """Replace every class c written so far by ``codes[c]``, and record which `labels` the classes stand for."""
@@ -187,11 +228,14 @@ class DataWriter:
     def name_columns(self, inputs: Sequence[str], targets: Sequence[str] = ()) -> None:
         """Store the names of the `inputs`, and of the values of the `targets`."""
         with self._new.writing():
-            for name, columns in ((INPUT_NAMES, inputs), (TARGET_NAMES, targets)):
-                texts = [column.encode() for column in columns]
-                if texts:
-                    kind = h5py.string_dtype("utf-8", max(1, *map(len, texts)))
-                    self._new.hdf5.create_dataset(name, data=np.array(texts, kind), dtype=kind)
+            self._name(INPUT_NAMES, inputs)
+            self._name(TARGET_NAMES, targets)
+
+    def _name(self, dataset: str, names: Sequence[str]) -> None:
+        texts = [name.encode() for name in names]
+        if texts:
+            kind = h5py.string_dtype("utf-8", max(1, *map(len, texts)))
+            self._new.hdf5.create_dataset(dataset, data=np.array(texts, kind), dtype=kind)
 
     def annotate(self, attributes: Mapping[str, object]) -> None:
         """Store attributes of the file beside those that every importer writes."""
@@ -200,10 +244,9 @@ class DataWriter:
 
     @property
     def _chunk_rows(self) -> int:
-        kind_bytes = 4 if self.shape.scale is None else 1
-        return max(1, CHUNK_BYTES // (math.prod(self.shape.inputs) * kind_bytes))
+        return max(1, CHUNK_BYTES // (math.prod(self.shape.inputs) * self.shape.dtype.itemsize))
 
-    def _create(self, name: str, rest: tuple[int, ...], kind: type[np.generic]) -> h5py.Dataset:
+    def _create(self, name: str, rest: tuple[int, ...], kind: np.dtype[Any]) -> h5py.Dataset:
         rows = self._chunk_rows if name == "inputs" else max(1, TARGET_CHUNK_BYTES // (4 * math.prod(rest)))
         return self._new.hdf5.create_dataset(name, (0, *rest), kind, maxshape=(None, *rest), chunks=(rows, *rest))
 
@@ -284,13 +327,16 @@ class DataWriter:
         with self._new.writing():
             if shape.target_size is None:
                 classes = shape.classes or self._largest_label + 1
-                shape = Shape(shape.inputs, classes, None, shape.scale)
+                shape = replace(shape, classes=classes)
                 self._targets.attrs["classes"] = classes
                 if self._labels is not None:
                     text = isinstance(self._labels[0], str)
                     encoded = [str(label).encode() for label in self._labels] if text else self._labels
                     self._targets.attrs["labels"] = np.array(encoded, None if text else np.int64)
-            names = dict.fromkeys(Path(source).name for source in (self.origin.inputs, self.origin.targets))
+            names = [name.encode() for name in self._group_codes]
+            if self._groups is not None and len(names) * max(map(len, names)) <= LARGEST_LABELS_BYTES:
+                self._groups.attrs["labels"] = np.array(names)
+            sources = dict.fromkeys(Path(source).name for source in (self.origin.inputs, self.origin.targets))
             self._new.hdf5.attrs.update(
                 format=hdf5.FORMAT,
                 format_version=hdf5.FORMAT_VERSION,
@@ -298,7 +344,7 @@ class DataWriter:
                 importer_version=__version__,
                 digest=f"sha256:{self._digest()}",
             )
-            self._new.hdf5.attrs.create("sources", list(names), dtype=h5py.string_dtype())
+            self._new.hdf5.attrs.create("sources", list(sources), dtype=h5py.string_dtype())
         # Another program may have written the file in the meantime.
         self._new.commit(lambda: check_writable(self.out, self._force))
         self.written = Written(self.out, self.samples, shape, self.out.stat().st_size, self._labels)

@@ -9,7 +9,7 @@ from dbmpi.objective import Objective, Outcome
 
 if TYPE_CHECKING:
     from dbmpi.downpour.datapath import DataPath, Push
-    from dbmpi.monitor.records import Stopwatch
+    from dbmpi.monitor.measures import Stopwatch
 
 
 class Watcher(Protocol):
@@ -17,8 +17,24 @@ class Watcher(Protocol):
 
     stopwatch: Stopwatch
 
-    def proceed(self) -> int | None:
-        """Return the number of the next batch to learn from, or None to end; may wait, e.g. for a checkpoint."""
+    @property
+    def expired(self) -> bool:
+        """Whether what is accrued when the loop ends must not be pushed any more, and its batches stay unlearned."""
+        ...
+
+    @property
+    def turn_ends(self) -> bool:
+        """Whether the batch that was given last must be pushed before another one is given."""
+        ...
+
+    def proceed(self, fetches: bool) -> int | None:
+        """Return the number of the next batch to learn from, or None to end; may wait, e.g. for a checkpoint.
+
+        Parameters
+        ----------
+        fetches
+            Whether parameters are fetched for it.
+        """
         ...
 
     def load(self, number: int) -> Any:
@@ -29,8 +45,16 @@ class Watcher(Protocol):
         """Note the `outcome` of a gradient that has been computed."""
         ...
 
-    def pushed(self, push: Push) -> None:
-        """Note that a `push` is on its way to the shards, or is withheld; raise if it must not be."""
+    def pushed(self, push: Push, *, last: bool) -> None:
+        """Note that a push is on its way to the shards, or is withheld; raise if it must not be.
+
+        Parameters
+        ----------
+        push
+            What has become of it.
+        last
+            Whether the next push is computed from another fetch.
+        """
         ...
 
 
@@ -66,16 +90,16 @@ def downpour(
     """
     clock = watcher.stopwatch
 
-    def push() -> bool:
+    def push(*, last: bool) -> bool:
         with clock("push"):
             done = path.push()
-        watcher.pushed(done)
+        watcher.pushed(done, last=last or done.withheld)
         return done.withheld
 
-    step, fresh = first_step, True
-    while (number := watcher.proceed()) is not None:
+    step, fetches = first_step, True
+    while (number := watcher.proceed(fetches)) is not None:
         with clock("fetch"):
-            if step % n_fetch == 0 or fresh:
+            if fetches:
                 path.fetch()
             else:
                 path.refresh()
@@ -89,10 +113,11 @@ def downpour(
             outcome = objective.loss_and_gradient(path.parameters, batch, gradient, leave, step=number, add=path.add)
             watcher.stepped(outcome)
             path.accrue(outcome, local_rate(number) if callable(local_rate) else local_rate)
-        fresh = pushing and push()
+        withheld = pushing and push(last=(step + 1) % n_fetch == 0)
         step += 1
-    if path.steps:
-        push()
+        fetches = step % n_fetch == 0 or withheld
+    if path.steps and not watcher.expired:
+        push(last=True)
     with clock("wait"):
         path.settle()
     return step - first_step

@@ -29,6 +29,8 @@ class Assignment:
     """Held-out samples."""
     warm_steps: int = 0
     """Steps after which this worker reports to the lead that the warmstart is over; 0 for never."""
+    takes_turns: bool = False
+    """Whether the replica asks the lead before each fetch, so that no push becomes too stale."""
     evaluate_epochs: float = 0.0
     """How often the first replica evaluates the held-out samples; 0 for never."""
     directory: Path

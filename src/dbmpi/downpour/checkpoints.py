@@ -4,34 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dbmpi.checkpoint.account import Account
 from dbmpi.checkpoint.attempts import Attempts
 from dbmpi.checkpoint.lead_saver import LeadSaver
-from dbmpi.checkpoint.schema import CheckpointInfo
 from dbmpi.config import CheckpointSection
 from dbmpi.errors import DiskFailed
-from dbmpi.monitor.records import CheckpointReport, Recorder
-from dbmpi.replica.own_state import OwnState
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckpointPlan:
-    """Where and how the lead writes checkpoints."""
-
-    section: CheckpointSection
-    """When, and how many are kept."""
-    saver: LeadSaver
-    """Writes them, together with the shards."""
-    info: Callable[..., CheckpointInfo]
-    """Describes a checkpoint: :class:`CheckpointInfo` with everything that is the same in all of a run's."""
-    account: Account
-    """What they say beside the position."""
-    state: OwnState | None = None
-    """What an objective of the user's own has beside its parameters."""
+from dbmpi.monitor.records import Recorder
+from dbmpi.monitor.reports import CheckpointReport
 
 
 class LeadCheckpoints:
@@ -39,8 +20,10 @@ class LeadCheckpoints:
 
     Parameters
     ----------
-    plan
-        Where and how they are written.
+    section
+        When they are written.
+    saver
+        Writes them, together with the shards.
     version
         Of the lead's shard; the state at the start needs no checkpoint.
     recorder
@@ -54,11 +37,20 @@ class LeadCheckpoints:
         The last checkpoint written; None before the first one.
     complete
         Whether the last one of the run is written.
+    wanted
+        Whether one is to be written as soon as possible, because an evaluation is the best so far.
     """
 
-    def __init__(self, plan: CheckpointPlan, version: int, recorder: Recorder, warn: Callable[[str], None]) -> None:
-        self._saver, self._recorder = plan.saver, recorder
-        self._attempts = Attempts(plan.section, plan.section.retry_seconds, warn)
+    def __init__(
+        self,
+        section: CheckpointSection,
+        saver: LeadSaver,
+        version: int,
+        recorder: Recorder,
+        warn: Callable[[str], None],
+    ) -> None:
+        self._saver, self._recorder = saver, recorder
+        self._attempts = Attempts(section, section.retry_seconds, warn)
         self._version = self._saved_version = version
         self._event: tuple[Any, ...] = ()
         self._resting: list[float] = []
@@ -66,12 +58,12 @@ class LeadCheckpoints:
         self._rested = 0.0
         self._last = False
         self.path: Path | None = None
-        self.complete = False
+        self.complete = self.wanted = False
 
     def due(self, version: int) -> bool:
         """Return whether it is time for a checkpoint in the middle of the run, with the lead's shard at a `version`."""
         # Without the last condition, a tiny interval would keep the workers pausing for ever.
-        return self._attempts.due and not self._saver.busy and version != self._saved_version
+        return (self._attempts.due or self.wanted) and not self._saver.busy and version != self._saved_version
 
     @property
     def may_end(self) -> bool:
@@ -97,7 +89,7 @@ class LeadCheckpoints:
         last
             Whether nothing is learned after it.
         """
-        self._version, self._event, self._last = version, event, last
+        self._version, self._event, self._last, self.wanted = version, event, last, False
         try:
             write()
         except DiskFailed as error:

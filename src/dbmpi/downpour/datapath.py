@@ -49,6 +49,8 @@ class Flow:
     """Whether the gradient of each step is needed by itself before it is added to those of earlier steps."""
     at_once: bool = False
     """Whether the whole gradient must be known before any of it leaves: to clip it, or to withhold it."""
+    mean: bool = False
+    """Whether the mean of the accrued gradients is pushed, and not their sum."""
 
     @classmethod
     def from_config(cls, server: ServerSection, optimizer: OptimizerSection, layers: tuple[range, ...]) -> Flow:
@@ -64,7 +66,7 @@ class Flow:
         apart = optimizer.local_rate > 0 and optimizer.n_push > 1
         whole = server.gradients == "whole"
         at_once = optimizer.clip_norm > 0 or (optimizer.most_withheld > 0 and whole)
-        return cls(layers, server.overlap == "threads", whole, apart, at_once)
+        return cls(layers, server.overlap == "threads", whole, apart, at_once, optimizer.accumulate == "mean")
 
     @property
     def by_layers(self) -> bool:
@@ -146,7 +148,8 @@ class DataPath:
         self._accrued, self.steps = Outcome(0, 0.0, 0), 0
         self._handed_over, self._broken = False, _FINITE
         self.on_gradient: Callable[[int], None] | None = self._hand_over if flow.by_layers else None
-        self.parameters = aligned_empty(flow.size, dtype) if client.parameters is None else client.parameters
+        given = client.kept if client.parameters is None else client.parameters
+        self.parameters = aligned_empty(flow.size, dtype) if given is None else given
         self._next: np.ndarray | None = None
         self._fetcher = ThreadPoolExecutor(1, "dbmpi-fetch")
         self._sender = ThreadPoolExecutor(1, "dbmpi-push")
@@ -209,11 +212,13 @@ class DataPath:
 
     def push(self) -> Push:
         """Push the accrued gradient, or withhold it from all shards where it is not finite."""
+        if not self._handed_over:
+            self._average(self._buffers[0].memory, self.steps)
         broken = self._agreed()
         if broken != _FINITE:
             self._client.withhold()
         elif not self._handed_over:
-            for part in reversed(range(len(self._flow.parts))):
+            for part in reversed(range(len(self._client.parts))):
                 self._buffers[0].push(part)
         self._client.report(self._accrued, self.steps, withheld=broken != _FINITE)
         if self._flow.overlap:
@@ -243,11 +248,17 @@ class DataPath:
     def _hand_over(self, layer: int) -> None:
         """Let a layer's accrued gradient leave, now that the last step's is complete, unless one is not finite."""
         self._handed_over = True
+        self._average(self._buffers[0].part(layer), self.steps + 1)
         if self._broken == _FINITE and not all_finite(self._buffers[0].part(layer)):
             self._broken = _LAYERS + layer
         if self._broken == _FINITE:
             self._buffers[0].push(layer)
             self._send()
+
+    def _average(self, gradient: np.ndarray, steps: int) -> None:
+        """Make a sum of the gradients of so many steps their mean, if that is pushed."""
+        if self._flow.mean and steps > 1:
+            updates.scale(gradient, 1 / steps)
 
     def _agreed(self) -> int:
         """Return what is wrong with the accrued gradient, the same on all partitions; clip it where nothing is."""

@@ -6,7 +6,16 @@ import faulthandler
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from dbmpi.mpi import waiting
+from dbmpi.mpi.mailbox import Mailbox, MessageKind, Role
+
+if TYPE_CHECKING:
+    from dbmpi.monitor.worker_log import WorkerLog
+    from dbmpi.session import Session
 
 _STDERR = 2
 
@@ -65,3 +74,37 @@ class Heartbeat:
                 since = f"has made no progress for {self._seconds:g} s"
                 os.write(_STDERR, f"dbmpi: {self._name} {since}, {self._where()}; it is here:\n".encode())
                 faulthandler.dump_traceback(_STDERR)
+
+
+@contextmanager
+def beating(session: Session, log: WorkerLog | None) -> Iterator[Callable[[], bool]]:
+    """Let this rank show in the block that it makes progress; yield what to call before each step of a worker.
+
+    Parameters
+    ----------
+    session
+        Says how long it may make none.
+    log
+        Of the worker on this rank, if it is one.
+    """
+    comm, seconds = session.comms.world, session.run.monitor.stall_timeout
+    if not seconds:
+        yield bool  # which is False
+        return
+    mailbox = Mailbox(comm, Role.WORKER)
+    roles = [] if session.comms.shard is None else [f"shard {session.comms.shard}"]
+    if session.comms.worker is not None:
+        replica, partition = divmod(session.comms.worker, session.plan.partitions)
+        roles.append(f"partition {partition} of {session.plan.name(replica)}")
+
+    def send() -> None:
+        mailbox.send(session.plan.shard_ranks[0], Role.SHARD, MessageKind.BEAT)
+
+    def where() -> str:
+        if log is None:
+            return "serving"
+        return f"in step {log.steps + 1} ({log.stopwatch.activity or 'between two phases'})"
+
+    heartbeat = Heartbeat(seconds, send, f"rank {comm.rank} ({', '.join(roles)})", where)
+    with heartbeat, waiting.serving(heartbeat.beat):
+        yield heartbeat.beat

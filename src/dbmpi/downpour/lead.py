@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,26 +16,25 @@ from typing import Any
 import numpy as np
 
 from dbmpi.checkpoint.amendment import amend
-from dbmpi.data.stream import Order
-from dbmpi.downpour.checkpoints import CheckpointPlan, LeadCheckpoints
+from dbmpi.checkpoint.lead_saver import LeadSaver
+from dbmpi.downpour.checkpoints import LeadCheckpoints
 from dbmpi.downpour.final_test import FinalTest, Outcomes
 from dbmpi.downpour.losses import Losses, LostShare
 from dbmpi.downpour.replica_state import ReplicaState
 from dbmpi.downpour.replicas import Replicas
+from dbmpi.downpour.rescue import Rescue
 from dbmpi.downpour.shard import Shard, ShardRole
+from dbmpi.downpour.snapshots import Snapshots, Taken
 from dbmpi.downpour.state_keeper import StateKeeper
-from dbmpi.monitor.callbacks import Callbacks, TrainingEvent
-from dbmpi.monitor.measures import Rate
+from dbmpi.downpour.totals import Totals
+from dbmpi.monitor.callbacks import TrainingEvent
 from dbmpi.monitor.progress import RunProgress
-from dbmpi.monitor.records import EvaluationReport, StalenessHistogram
-from dbmpi.monitor.verdict import Recent
+from dbmpi.monitor.reports import EndReport, EvaluationReport
 from dbmpi.mpi.mailbox import Message, MessageKind, number
-from dbmpi.mpi.topology import Plan
-from dbmpi.mpi.watch import Watch
 from dbmpi.objective import Outcome
 from dbmpi.paramserver import bottleneck
-from dbmpi.paramserver.server import PushProgress, Tally
-from dbmpi.session import StartingPoint
+from dbmpi.paramserver.tally import Tally
+from dbmpi.session import Session
 
 
 class Lead(Shard):
@@ -44,82 +42,55 @@ class Lead(Shard):
 
     Parameters
     ----------
+    session
+        Everything that is known of the run.
     role
         Its means as a shard.
-    plan
-        Which rank plays which role.
-    begin
-        Where the session starts.
-    order
-        Which samples make up each batch of the stream.
+    saver
+        Writes checkpoints, together with the shards.
     progress
         Shows the run's progress and messages.
-    checkpoints
-        Where and how to write them.
-    callbacks
-        The user's own, for evaluations and checkpoints.
-    watch
-        Knows of ranks that have died.
-    metrics
-        Names of what is measured of held-out samples beside the loss.
-    tested
-        Whether there are held-out samples to be evaluated at the end.
 
     Attributes
     ----------
     stopped_by
         Number of the signal that ended it early; 0 if it ran to its end.
-    steps, samples, withheld
-        Steps of all replicas in this session, and the samples behind them, as far as they have been applied or
-        withheld, and the pushes that were.
-    staleness
-        Of all pushes of this session that shard 0 has applied.
-    recent
-        The losses of the last samples learned from.
+    totals
+        What all replicas have learned in this session.
     test
         Outcome on the held-out samples at the end; None without.
     rolls_back
         Whether the run is to go back to its last checkpoint.
+    ended_by
+        Why an evaluation ends the run, also one of an earlier session; empty where none does.
     """
 
-    def __init__(
-        self,
-        role: ShardRole,
-        plan: Plan,
-        begin: StartingPoint,
-        order: Order,
-        progress: RunProgress,
-        checkpoints: CheckpointPlan,
-        callbacks: Callbacks,
-        watch: Watch,
-        metrics: Sequence[str] = (),
-        *,
-        tested: bool = False,
-    ) -> None:
-        super().__init__(role)
-        self._outcomes, self._tested = Outcomes(metrics), tested
-        self._watch, self._begin, self._order, self._progress = watch, begin, order, progress
-        self._files, self._callbacks = checkpoints, callbacks
+    def __init__(self, session: Session, role: ShardRole, saver: LeadSaver, progress: RunProgress) -> None:
+        super().__init__(session, role)
+        self._outcomes, self._tested = Outcomes(session.metrics), session.data.tested
+        self._begin, self._order, self._saver, self._progress = session.begin, session.order, saver, progress
+        self._info, self._account = partial(session.checkpoint_info(), begun=role.server.begun), session.account()
+        self._judge = session.judge()
         self._failure: Exception | None = None
-        self._ending = self.rolls_back = False
-        """Whether a signal, a callback or a replica has asked for the end."""
-        self._rate = Rate()
-        self._replicas = Replicas(self._comm, plan, begin, self._mailbox, role.held, lambda: watch.dead)
+        self._ending = self._rescuing = self.rolls_back = False
+        """Whether a signal, a callback, an evaluation or a replica has asked for the end."""
+        self.ended_by = self._judge.verdict
+        self._replicas = Replicas(session, self._mailbox, role.held)
         self._server.on_report = self._replicas.count
-        self._losses = Losses(watch, self._replicas, role.recorder, progress.message, role.monitor, plan)
+        self._losses = Losses(session, self._replicas, role.recorder, progress.message)
         self._pausing = self._taking = False
         """Whether the workers are to pause, and whether the shards take a checkpoint."""
         self._stopping = False
         """Whether the workers are to finish when all shards have taken it."""
-        self._state = StateKeeper(self._comm, checkpoints.state)
-        self._checkpoints = LeadCheckpoints(checkpoints, self.version, role.recorder, progress.warn)
+        self._state = StateKeeper(session.comms.world, session.objective_state)
+        self._checkpoints = LeadCheckpoints(session.run.checkpoint, saver, self.version, role.recorder, progress.warn)
+        self._snapshots = Snapshots(session, self._replicas, self._state)
         self._final: FinalTest | None = None
         self._closing = False
-        self._open = set(plan.shard_ranks[1:])
+        self._open = set(session.plan.shard_ranks[1:])
         """Shards that have not ended."""
-        self.steps = self.samples = self.withheld = self.stopped_by = 0
-        self.staleness = StalenessHistogram()
-        self.recent = Recent(order.samples)
+        self.totals = Totals(progress, session.begin.samples, session.order.samples)
+        self.stopped_by = 0
         self.test: Outcome | None = None
         self._seen_version, self._busiest = 0, 0.0
 
@@ -136,7 +107,7 @@ class Lead(Shard):
     @property
     def lost(self) -> tuple[int, ...]:
         """Replicas that have been given up."""
-        return tuple(self._replicas.lost)
+        return tuple(one for one in self._replicas.lost if one < self._session.plan.replicas)
 
     @property
     def advice(self) -> str:
@@ -152,80 +123,89 @@ class Lead(Shard):
         """Obey a `message` as a shard, or note what a worker or another shard reports in it."""
         super().hear(message)
         kind, values = message.kind, message.values
-        if kind in (MessageKind.PAUSED, MessageKind.FINISHED, MessageKind.FAILED):
+        if kind in (MessageKind.PAUSED, MessageKind.FINISHED, MessageKind.FAILED, MessageKind.STATE):
             if self._replicas.of(message.source) not in self._replicas.lost:
                 self._hear_of_rest(message)
-        elif kind == MessageKind.WARM:
-            self._replicas.release()
         elif kind == MessageKind.STOP_ASKED:
-            self._role.stop.hear(values[0])
+            self._stop.hear(values[0])
             self.stopped_by = self.stopped_by or values[0]
             self._end_early(signal.Signals(values[0]).name if values[0] else "a callback has asked for the end")
-        elif kind == MessageKind.EVALUATION:
+        elif kind in (MessageKind.SNAPSHOT, MessageKind.EVALUATION):
             self.report()  # which counts the steps until now
-            self.evaluated(self._outcomes.of(message), values[0] / self._order.batches_per_epoch)
+            taken = self._snapshots.hear(message, Taken(self.totals.steps, self.epoch))
+            if taken is not None:
+                self.evaluated(self._outcomes.of(message), taken)
         elif kind == MessageKind.TESTED and self._final is not None:
             self._final.add(values[0], self._outcomes.of(message))
         elif kind == MessageKind.METRIC:
             self._outcomes.hear(message)
-        elif kind == MessageKind.HELD:
-            self._replicas.settlement.answered(values[0], PushProgress(*values[2:5]), gone=bool(values[1]))
         elif kind == MessageKind.CLOSED:
             self._open.discard(message.source)
+            self.totals.discarded += values[1]
             self._busiest = max(self._busiest, number(values[0]))
-        elif kind == MessageKind.ALIVE:
-            self._replicas.say_alive()
         elif kind == MessageKind.BEAT:
             self._losses.stalls.heard(message.source)
         elif kind == MessageKind.ROLL_BACK and not self._ending:
             self.rolls_back = True
             self._end_early(f"replica {self._replicas.of(message.source)} withholds too many pushes in a row")
+        else:
+            self._replicas.hear(message)
 
     def _hear_of_rest(self, message: Message) -> None:
-        """Note that a replica learns nothing more, for now or for good."""
+        """Note that a replica learns nothing more, for now or for good, or sends its state meanwhile."""
         kind, values, replicas = message.kind, message.values, self._replicas
         replica = replicas.of(message.source)
         if replica == replicas.first:
             self._state.take(message.source)
+            self._snapshots.give()
+        if kind == MessageKind.STATE:
+            return
         if kind == MessageKind.PAUSED:
             if replicas.paused(replica, *values[:3]) and self._pausing:
                 self._checkpoints.rests()
             return
         replicas.finished(replica, values[0], number(values[1]), number(values[2]))
         if kind == MessageKind.FAILED:
-            self._progress.message(f"replica {replica} has failed: a checkpoint is written, and the run ends")
+            name = self._session.plan.name(replica)
+            self._progress.message(f"{name} has failed: a checkpoint is written, and the run ends")
             self._ending, self._tested = True, False
             self._stop_workers()
 
     def report(self) -> tuple[Tally, float]:
         """Write a report as a shard, and show the progress; return as a shard does."""
         tally, seconds = super().report()
-        outcome = tally.outcome
-        self.steps += tally.steps
-        self.samples += tally.samples
-        if tally.withheld and not self.withheld:
-            self._progress.warn("a replica withholds a push, because its gradient is not finite")
-        self.withheld += tally.withheld
-        self.recent.add(outcome)
-        self.staleness.merge(tally.staleness)
-        self._rate.add(tally.samples, seconds)
-        if outcome.samples:
-            self._progress.update(
-                self._begin.samples + self.samples,
-                outcome.mean_loss,
-                outcome.accuracy,
-                self._rate.per_second,
-                tally.staleness.mean,
-            )
+        self.totals.add(tally, seconds)
         return tally, seconds
 
-    def evaluated(self, outcome: Outcome, epoch: float) -> None:
-        """Record and show the `outcome` of an evaluation on the test data, at that `epoch`."""
-        self._role.recorder.write(EvaluationReport.of(outcome, self.steps, epoch))
-        self._files.account.tested(self._begin.step + self.steps, outcome)
+    def evaluated(self, outcome: Outcome, taken: Taken) -> None:
+        """Record and show the `outcome` of an evaluation on the test data, of parameters `taken` at that time."""
+        step, epoch = taken
+        self._role.recorder.write(EvaluationReport.of(outcome, step, epoch))
+        best = self._judge.hear(self._begin.step + step, outcome)
+        self._checkpoints.wanted |= best and self._session.run.checkpoint.best == "at_once"
+        self._account.tested(self._begin.step + step, outcome, self._judge.fields)
         self._progress.evaluation(epoch, outcome.mean_loss, outcome.accuracy, outcome.samples, outcome.metrics)
         found = outcome.samples, outcome.mean_loss, outcome.accuracy
-        self._call("on_evaluation", self.steps, epoch, *found, None, 0, outcome.metrics)
+        self._call("on_evaluation", step, epoch, *found, None, 0, outcome.metrics)
+        if not self.ended_by and (verdict := self._judge.verdict) and self._end_early(verdict):
+            self.ended_by = verdict
+
+    def rescue(self) -> None:
+        """Write a checkpoint with the mirrors of shards that have died, and let the others leave."""
+        self._ending = self._rescuing = True
+        self.report()
+        rescue = Rescue(
+            session=self._session,
+            role=self._role,
+            replicas=self._replicas,
+            saver=self._saver,
+            progress=self._progress,
+            poll=super().poll,
+        )
+        if not (self._closing or self._checkpoints.complete):
+            rescue.run(self, partial(self._take, last=True))
+        self._replicas.tell_shards(MessageKind.END)
+        self.ended = True
 
     def raise_failure(self) -> None:
         """Raise what a callback has raised while others were at work."""
@@ -237,22 +217,25 @@ class Lead(Shard):
         replicas = self._replicas
         late = replicas.which(ReplicaState.RUNNING) or ([] if self._final is None else self._final.awaited)
         if not late:
-            return self._files.saver.awaited() if self._files.saver.busy else "the workers to leave"
+            return self._saver.awaited() if self._saver.busy else "the workers to leave"
         return f"{replicas.names(late)} to {'pause for a checkpoint' if self._pausing else 'push or to finish'}"
 
     @property
     def epoch(self) -> float:
         """Passes through the training samples by all replicas together, over all sessions."""
-        return (self._begin.samples + self.samples) / self._order.samples
+        return (self._begin.samples + self.totals.samples) / self._order.samples
 
     def _act(self) -> bool:
         """Start or end a pause, or the run, if it is time; return whether anything was done."""
         if self._closing:
-            self.ended = not self._open
+            self.ended = not self._open and (self._role.mirrors is None or self._role.mirrors.closed)
             return self.ended
         if self.version != self._seen_version:
             self._seen_version = self.version
             self._replicas.say_alive()
+            if not (self._ending or self._replicas.over):
+                self._snapshots.ask()
+                self._replicas.joining.poll(self._account, self._progress.message)
         moved = self._continue_checkpoint()
         self._losses.mourn()
         for done in self._replicas.settlement.take():
@@ -301,43 +284,45 @@ class Lead(Shard):
         """Leave out the steps that do not count, and let others do what the lost replica was to do."""
         replicas = self._replicas
         self.report()
-        self.steps -= loss.steps
-        self.samples -= loss.samples
-        self._losses.tell(loss, self.steps)
+        self.totals.leave_out(loss.steps, loss.samples)
+        self._losses.tell(loss, self.totals.steps)
+        self._snapshots.lose(loss.replica)
         if self._final is not None and replicas.living:
-            self._final.lose(loss.replica, replicas.living)
+            self._final.lose(loss.replica, replicas.testers)
 
     def _end(self) -> bool:
         """Write the last checkpoint, test, and end training on all ranks; return whether anything was done."""
         if self.rolls_back:
             self._tested = False
-            if self._files.saver.busy:
+            if self._saver.busy:
                 return False
         elif not self._checkpoints.complete:
             if not self._checkpoints.may_end:
-                if not self._files.saver.busy:
+                if not self._saver.busy:
                     self._replicas.say_alive()
                 return False
             self._begin_checkpoint(last=True)
             return True
         if not self._replicas.living:
-            self._watch.end("no replica is left")
+            self._session.watch.end("no replica is left")
         if self._tested and not self.stopped_by and not self._failure:
             if self._final is None:
-                self._final = FinalTest(self._replicas.living, self._ask)
+                self._final = FinalTest(self._replicas.testers, self._ask)
             if (outcome := self._final.outcome) is None:
                 return False
             self._tested = False
             self.test = outcome
-            self.evaluated(outcome, self.epoch)
+            self.evaluated(outcome, Taken(self.totals.steps, self.epoch))
             assert self._checkpoints.path is not None
-            amend(self._checkpoints.path, self._files.account, self._files.section.keep, self._progress.warn)
+            amend(self._checkpoints.path, self._account, self._session.run.checkpoint.keep, self._progress.warn)
         if not (self.stopped_by or self._losses.stalls.may_end()):
             return False
         self._replicas.tell_all(MessageKind.END)
         self._replicas.tell_shards(MessageKind.END)
         self._busiest = max(self._busiest, self.applying)
         self._closing = True
+        if self._role.mirrors is not None:
+            self._role.mirrors.end()
         return True
 
     def _ask(self, replica: int, part: int, parts: int) -> None:
@@ -361,7 +346,7 @@ class Lead(Shard):
     def _call(self, name: str, *event: Any) -> None:
         """Call callbacks, and end the run early if one asks for it, or fails: after a checkpoint."""
         try:
-            asked = self._callbacks.call(name, TrainingEvent(*event))
+            asked = self._session.callbacks.call(name, TrainingEvent(*event))
         except Exception as error:
             self._failure = error
             self._end_early(f"{name} of a callback has failed")
@@ -369,15 +354,20 @@ class Lead(Shard):
             if asked:
                 self._end_early(f"{name} has asked for the end")
 
-    def _end_early(self, why: str) -> None:
-        """Let all replicas finish, if they have not been told so before; `why` is for the user."""
-        if not self._ending and not self._replicas.over:
-            self._ending = True
-            self._progress.message(f"{why}: the run ends after the current steps")
-            self._stop_workers()
+    def _end_early(self, why: str) -> bool:
+        """Let all replicas finish, unless they do so in any case; return whether that is why; `why` is for the user."""
+        if self._ending or self._replicas.over:
+            return False
+        self._ending = True
+        self._progress.message(f"{why}: the run ends after the current steps")
+        self._role.recorder.write(EndReport(self.totals.steps, self.epoch, why))
+        self._stop_workers()
+        return True
 
     def _stop_workers(self) -> None:
         """Let all replicas finish; those that pause push what they have accrued, so not while shards take vectors."""
+        if self._rescuing:  # they have left
+            return
         self._stopping = self._taking
         if not self._taking:
             self._pausing = False
@@ -386,15 +376,15 @@ class Lead(Shard):
     def _begin_checkpoint(self, *, last: bool = False) -> None:
         """Let all shards take their vectors, while no worker's push is applied."""
         self.report()
-        if self.samples:
-            self._files.account.learned(self.recent.mean_loss, self.recent.accuracy)
-        event = self.steps, self.epoch, self.samples
+        event = self.totals.steps, self.epoch, self.totals.samples
         self._checkpoints.begin(partial(self._take, last=last), self.version, event, last=last)
 
     def _take(self, *, last: bool) -> None:
-        files = self._files
-        steps, describe = self._replicas.describe(files)
-        state = {} if files.state is None else files.state.to_store(self._state.packed)
-        identity = files.saver.plan(steps, describe, state)
+        totals, own = self.totals, self._session.objective_state
+        if totals.samples:
+            self._account.learned(totals.recent.mean_loss, totals.recent.accuracy)
+        steps, describe = self._replicas.describe(partial(self._info, **self._account.fields()))
+        state = {} if own is None else own.to_store(self._state.packed)
+        identity = self._saver.plan(steps, describe, state)
         self._replicas.tell_shards(MessageKind.CHECKPOINT, steps, identity, last)
-        files.saver.begin(steps, identity, self.vectors(), self.version, last=last)
+        self.take_vectors(steps, identity, last=last)

@@ -6,14 +6,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 from dbmpi.downpour.stalls import Stalls
-from dbmpi.monitor.records import LossReport
+from dbmpi.monitor.reports import LossReport
 
 if TYPE_CHECKING:
-    from dbmpi.config import MonitorSection
     from dbmpi.downpour.replicas import Replicas
     from dbmpi.monitor.records import Recorder
-    from dbmpi.mpi.topology import Plan
-    from dbmpi.mpi.watch import Watch
+    from dbmpi.session import Session
 
 
 class LostShare(NamedTuple):
@@ -40,18 +38,14 @@ class Losses:
 
     Parameters
     ----------
-    watch
-        Knows of ranks that have died.
+    session
+        Everything that is known of the run.
     replicas
         Those of the run.
     recorder
         Writes a report of each loss.
     say
         Shows a line to the user.
-    monitor
-        What happens to ranks that are stalled.
-    plan
-        Which rank plays which role.
 
     Attributes
     ----------
@@ -59,18 +53,11 @@ class Losses:
         Listens to all ranks.
     """
 
-    def __init__(
-        self,
-        watch: Watch,
-        replicas: Replicas,
-        recorder: Recorder,
-        say: Callable[[str], None],
-        monitor: MonitorSection,
-        plan: Plan,
-    ) -> None:
-        self._watch, self._replicas, self._recorder, self._say = watch, replicas, recorder, say
+    def __init__(self, session: Session, replicas: Replicas, recorder: Recorder, say: Callable[[str], None]) -> None:
+        self._watch, self._replicas, self._plan = session.watch, replicas, session.plan
+        self._recorder, self._say = recorder, say
         self._mourned: set[int] = set()
-        self.stalls = Stalls(monitor, watch, plan, replicas, self.give_up, say)
+        self.stalls = Stalls(session.run.monitor, self._watch, self._plan, replicas, self.give_up, say)
 
     def mourn(self) -> None:
         """Give up the replicas of ranks that have died, or are stalled, since the last call."""
@@ -91,10 +78,14 @@ class Losses:
         """
         if replica in self._replicas.lost:
             return
-        left = len(self._replicas.living) - 1
-        of = f"{left} of {len(self._replicas.standings)} replicas"
-        going = f"the run goes on with {of}" if left else "it was the last one"
-        self._say(f"{why}, and with it replica {replica}: {going}")
+        plan = self._plan
+        if replica < plan.replicas:
+            left = len(self._replicas.living) - 1
+            going = f"the run goes on with {left} of {plan.replicas} replicas" if left else "it was the last one"
+        else:
+            left = len([one for one in self._replicas.testers if one >= plan.replicas]) - 1
+            going = f"{left} of {plan.evaluators} are left" if left else "nothing more is evaluated before the end"
+        self._say(f"{why}, and with it {plan.name(replica)}: {going}")
         self._replicas.give_up(replica)
 
     def replace(self) -> None:
@@ -106,7 +97,7 @@ class Losses:
             On all ranks; not where a lost replica is only stalled.
         """
         lost = self._replicas.lost
-        gone = all(self._watch.dead.intersection(self._replicas.ranks(replica)) for replica in lost)
+        gone = all(self._watch.dead.intersection(self._plan.ranks_of(replica)) for replica in lost)
         if lost and gone and self._watch.replaces:
             self._watch.replace(f"{self._replicas.names(lost)} is missing")
 
@@ -129,6 +120,7 @@ class Losses:
                 repeated=loss.repeated,
                 left=loss.left,
                 takers=loss.takers,
+                role="replica" if loss.replica < self._plan.replicas else "evaluator",
             )
         )
         if loss.takers:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Collection
+from enum import IntEnum
 from typing import TYPE_CHECKING
 
 from dbmpi.mpi import failures, pieces, waiting
@@ -19,6 +20,28 @@ if TYPE_CHECKING:
 
 _FOR_THE_LEAD = 1.25
 """Factor on the stall limit where a worker waits for the lead, which has more to say about the rank that is late."""
+
+
+_SWITCHES = {
+    MessageKind.GO: ("paused", False),
+    MessageKind.RELEASE: ("released", True),
+    MessageKind.STOP: ("stopping", True),
+    MessageKind.STATE: ("state_wanted", True),
+    MessageKind.LEAVE: ("_left", True),
+    MessageKind.END: ("ended", True),
+}
+"""What orders without numbers change."""
+
+
+class Decision(IntEnum):
+    """What a replica does next."""
+
+    GO_ON = 0
+    REST = 1
+    STOP = 2
+    DEAL = 3
+    TEST = 4
+    END_TURN = 5
 
 
 class Orders:
@@ -50,8 +73,12 @@ class Orders:
     deal
         A new share that the lead has dealt: its length, batches of the warmstart in it, and whether this replica is the
         first one from now on; None without.
+    turn, given
+        Number of the last turn that the lead has let this replica begin, and what else it has said of it.
     tests
-        Parts of the held-out samples to be evaluated, and the number of all parts.
+        Parts of the held-out samples to be evaluated, and the number of all parts, as in the messages.
+    state_wanted
+        Whether the lead has asked for the state of the objective.
     given_up
         Whether this replica takes no further part.
     """
@@ -73,8 +100,9 @@ class Orders:
         self._alive = time.monotonic()
         self._partners, self._dead = partners, dead
         self.released = released
-        self.paused = self.stopping = self.ended = self.given_up = False
-        self.pause = 0
+        self.paused = self.stopping = self.ended = self.given_up = self.state_wanted = False
+        self.pause = self.turn = 0
+        self.given: tuple[int, ...] = ()
         self.deal: tuple[int, int, bool] | None = None
         self.tests: deque[tuple[int, int]] = deque()
 
@@ -93,23 +121,18 @@ class Orders:
             self.send(MessageKind.STOP_ASKED, self._stop.number)
         while (message := self._mailbox.receive()) is not None:
             moved = True
-            if message.kind == MessageKind.PAUSE:
+            if message.kind in _SWITCHES:
+                setattr(self, *_SWITCHES[message.kind])
+            elif message.kind == MessageKind.PAUSE:
                 self.paused, self.pause = True, message.values[0]
-            elif message.kind == MessageKind.GO:
-                self.paused = False
-            elif message.kind == MessageKind.RELEASE:
-                self.released = True
-            elif message.kind == MessageKind.STOP:
-                self.stopping = True
             elif message.kind == MessageKind.DEAL:
                 length, warm, first, *_ = message.values
                 self.deal = length, warm, bool(first)
             elif message.kind == MessageKind.TEST:
                 self.tests.append((message.values[0], message.values[1]))
-            elif message.kind == MessageKind.LEAVE:
-                self._left = True
-            elif message.kind == MessageKind.END:
-                self.ended = True
+            elif message.kind == MessageKind.TURN:
+                self.turn, *given = message.values
+                self.given = tuple(given)
         if self.lost and not self.given_up:
             raise failures.RankLost("this replica is given up")
         return moved

@@ -11,20 +11,20 @@ import numpy as np
 
 from dbmpi.data.deal import Deal
 from dbmpi.downpour.losses import LostShare
-from dbmpi.downpour.replica_state import ReplicaState, Standing
+from dbmpi.downpour.replica_state import ReplicaState
+from dbmpi.downpour.rounds import dealing
 from dbmpi.downpour.settlement import HeldReplicas, Settled, Settlement
+from dbmpi.downpour.standings import Standings
+from dbmpi.downpour.warmstart import Joining, Warmstart
 from dbmpi.mpi import failures, pieces, waiting
-from dbmpi.mpi.mailbox import Mailbox, MessageKind, Role
+from dbmpi.mpi.mailbox import Mailbox, Message, MessageKind, Role
 from dbmpi.mpi.tags import Tag
+from dbmpi.paramserver.tally import PushProgress
 
 if TYPE_CHECKING:
-    from mpi4py import MPI
-
     from dbmpi.checkpoint.schema import CheckpointInfo
-    from dbmpi.downpour.checkpoints import CheckpointPlan
-    from dbmpi.mpi.topology import Plan
     from dbmpi.paramserver.protocol import Header
-    from dbmpi.session import StartingPoint
+    from dbmpi.session import Session
 
 _PATIENCE = 1.0
 """Seconds that a replica is given to pause, at least."""
@@ -32,53 +32,44 @@ _STEPS = 5.0
 """How many times as long as a step usually takes a replica is given to pause."""
 
 
-class Replicas:
+class Replicas(Standings):
     """The replicas of a run.
 
     Parameters
     ----------
-    comm
-        All ranks.
-    plan
-        Which rank plays which role.
-    begin
-        Where the session starts.
+    session
+        Everything that is known of the run.
     mailbox
         Of the lead.
     held
         Holds back what a replica pushes on the lead's own shard.
-    dead
-        Returns the ranks that have died.
 
     Attributes
     ----------
     settlement
         Settles what a replica has pushed.
+    turns
+        Which of them may compute at the same time, where that is bounded.
     deal
         Which batches each of them learns.
-    standings
-        How each of them stands.
     first
         The replica that evaluates held-out samples, and whose state the objective's is.
-    released
-        Whether the warmstart is over.
+    joining
+        Says when replicas begin to learn.
     """
 
-    def __init__(
-        self,
-        comm: MPI.Intracomm,
-        plan: Plan,
-        begin: StartingPoint,
-        mailbox: Mailbox,
-        held: HeldReplicas,
-        dead: Callable[[], frozenset[int]],
-    ) -> None:
-        self._comm, self._plan, self._mailbox, self._begin = comm, plan, mailbox, begin
-        self._dead = dead
-        self.settlement = Settlement(plan.shards, held, self.tell_shards)
-        self.deal = Deal(begin.stream, plan.learning, begin.warmstart, plan.spares)
-        self.standings = [Standing() for _ in range(plan.replicas)]
-        self.first, self.released = 0, not begin.warmstart
+    def __init__(self, session: Session, mailbox: Mailbox, held: HeldReplicas) -> None:
+        plan, begin = session.plan, session.begin
+        super().__init__(plan, begin.samples)
+        self._comm, self._plan, self._mailbox, self._begin = session.comms.world, plan, mailbox, begin
+        self._watch = session.watch
+        warmstart = Warmstart.of(session)
+        self.turns, self.deal = dealing(
+            session, warmstart, lambda replica, *turn: self.tell(replica, MessageKind.TURN, *turn)
+        )
+        self.settlement = Settlement(plan.shards, held, self.tell_shards, self.turns.leave)
+        self.joining = Joining(self, warmstart, plan, session.run.optimizer.warmstart_loss)
+        self.first = 0
         self._heir: int | None = None
         """Is to become the first."""
         self._pauses, self._reported_alive = 0, time.monotonic()
@@ -87,62 +78,23 @@ class Replicas:
         self._leaving: dict[int, tuple[pieces.Operation, np.ndarray]] = {}
 
     @property
-    def learned(self) -> list[int]:
-        """Batches of this session that count, by replica."""
-        return [one.learned for one in self.standings]
-
-    @property
-    def samples(self) -> int:
-        """Samples of these batches."""
-        return sum(one.samples for one in self.standings)
-
-    @property
-    def living(self) -> list[int]:
-        """Replicas that are not given up."""
-        return self.which(ReplicaState.RUNNING, ReplicaState.PAUSED, ReplicaState.FINISHED)
-
-    @property
-    def lost(self) -> list[int]:
-        """Replicas that are given up."""
-        return self.which(ReplicaState.LOST)
-
-    @property
-    def waited(self) -> float:
-        """Share of the workers' time that they have waited for the shards."""
-        return sum(one.waited for one in self.standings) / max(sum(one.spent for one in self.standings), 1e-9)
-
-    @property
     def awaited(self) -> bool:
         """Whether a checkpoint waits for any of them."""
         return self.settlement.busy or any(one.awaited for one in self.standings)
 
-    @property
-    def over(self) -> bool:
-        """Whether nobody learns any more."""
-        return not self.which(ReplicaState.RUNNING, ReplicaState.PAUSED)
-
-    def which(self, *states: ReplicaState) -> list[int]:
-        """Return the replicas in one of some `states`."""
-        return [replica for replica, one in enumerate(self.standings) if one.state in states]
-
     def rank(self, replica: int) -> int:
         """Return the rank of the first partition of a `replica`, which speaks for it."""
-        return self._plan.worker_ranks[replica * self._plan.partitions]
+        return self._plan.ranks_of(replica)[0]
 
     def names(self, replicas: Sequence[int]) -> str:
         """Return the names of some `replicas` for messages."""
-        return ", ".join(f"replica {replica} on rank {self.rank(replica)}" for replica in replicas)
-
-    def ranks(self, replica: int) -> tuple[int, ...]:
-        """Return the ranks of a `replica`."""
-        first = replica * self._plan.partitions
-        return self._plan.worker_ranks[first : first + self._plan.partitions]
+        return ", ".join(f"{self._plan.name(replica)} on rank {self.rank(replica)}" for replica in replicas)
 
     def of(self, rank: int) -> int:
         """Return the replica of a worker on that `rank`."""
-        worker = self._plan.worker_of(rank)
-        assert worker is not None
-        return worker // self._plan.partitions
+        replica = self._plan.replica_of(rank)
+        assert replica is not None
+        return replica
 
     # Orders
 
@@ -166,7 +118,7 @@ class Replicas:
     def tell_all(self, kind: MessageKind) -> None:
         """Send an order of that `kind` to every living worker, also of replicas that are given up."""
         for rank in self._plan.worker_ranks:
-            if rank not in self._dead():
+            if rank not in self._watch.dead:
                 self._mailbox.send(rank, Role.WORKER, kind)
 
     def tell_shards(self, kind: MessageKind, *values: int) -> None:
@@ -203,7 +155,7 @@ class Replicas:
         return [
             replica
             for replica, one in enumerate(self.standings)
-            if one.awaited and one.pause and now - one.asked > patience
+            if one.awaited and one.pause and now - one.asked > patience and not self.turns.awaits(replica)
         ]
 
     def hold(self, replica: int) -> None:
@@ -224,6 +176,7 @@ class Replicas:
     def stop(self) -> None:
         """Let all finish, also those that pause."""
         self._let_go()
+        self.turns.stop()
         for one in self.standings:
             one.pause = 0
             if one.state == ReplicaState.PAUSED:
@@ -235,6 +188,7 @@ class Replicas:
     def count(self, client: int, header: Header) -> None:
         """Count the steps and samples in the `header` of a report by a `client`."""
         self.standings[client // self._plan.partitions].reports.add(header)
+        self.joining.count(header)
 
     def paused(self, replica: int, learned: int, drawn: int, pause: int) -> bool:
         """Note that a replica pauses; return whether it is still asked to.
@@ -271,36 +225,65 @@ class Replicas:
         one = self.standings[replica]
         if one.state != ReplicaState.LOST:
             self._changed = True
+            self.turns.over(replica)
             one.state, one.pause, one.drawn = ReplicaState.FINISHED, 0, learned
             one.waited, one.spent = waited, spent
             one.learned, one.samples = learned, one.reports.samples
 
-    def release(self) -> None:
-        """Let all learn, now that the warmstart is over."""
-        self.released = True
-        for replica in self.living:
-            self.tell(replica, MessageKind.RELEASE)
+    def hear(self, message: Message) -> None:
+        """Act on what a worker or a shard reports in a `message`, unless it is about something else."""
+        kind, values = message.kind, message.values
+        if kind == MessageKind.HELD:
+            self.settlement.answered(values[0], PushProgress(*values[2:5]), gone=bool(values[1]))
+        elif kind == MessageKind.SETTLED:
+            self.turns.settled(values[0])
+        elif kind == MessageKind.WARM:
+            self.joining.end()
+        elif kind == MessageKind.ALIVE:
+            self.say_alive()
+        elif kind in (MessageKind.TURN_ASKED, MessageKind.TURN_OVER):
+            replica = self.of(message.source)
+            if replica in self.lost:
+                return
+            if kind == MessageKind.TURN_ASKED:
+                self.turns.ask(replica, values[0])
+            else:
+                self.turns.over(replica)
 
-    def describe(self, files: CheckpointPlan) -> tuple[int, Callable[..., CheckpointInfo]]:
+    @property
+    def alone(self) -> list[int]:
+        """The replica that has the warmstart, if it is known by now."""
+        return [replica for replica in self.living if self.deal.warm(replica)]
+
+    def _end_warmstart(self) -> None:
+        """Divide the rest of a warmstart whose loss is reached, if its replica pauses."""
+        for replica in self.alone:
+            if self.standings[replica].state != ReplicaState.RUNNING:
+                others = [other for other in self.living if other < self._plan.learning and other != replica]
+                phases = self.joining.warmstart.phases
+                assert isinstance(self.deal, Deal)  # rounds have no warmstart
+                self.deal.end_warmstart(replica, self.standings[replica].drawn, others, phases)
+                self.joining.end()
+
+    def describe(self, info: Callable[..., CheckpointInfo]) -> tuple[int, Callable[..., CheckpointInfo]]:
         """Return the step of a checkpoint of what has been learned, and what describes it.
 
         Parameters
         ----------
-        files
-            Says the rest.
+        info
+            Describes it, given what only the replicas know.
         """
         begin, learned = self._begin, self.learned
         left, steps = self.deal.left(learned), begin.step + sum(learned)
-        earlier = begin.done or (0,) * len(learned)
+        earlier = begin.done or (0,) * self._plan.replicas
         return steps, partial(
-            files.info,
+            info,
             step=steps,
             samples=begin.samples + self.samples,
             frontier=left.frontier,
             total=left.total,
             holes=left.holes,
-            done=tuple(before + now for before, now in zip(earlier, learned, strict=True)),
-            **files.account.fields(),
+            done=tuple(before + now for before, now in zip(earlier, learned[: len(earlier)], strict=True)),
         )
 
     # Losses
@@ -309,9 +292,10 @@ class Replicas:
         """Do without a `replica` from now on."""
         one = self.standings[replica]
         one.state, one.held, one.pause = ReplicaState.LOST, False, 0
-        for rank in self.ranks(replica):
-            if rank not in self._dead():
+        for rank in self._plan.ranks_of(replica):
+            if rank not in self._watch.dead:
                 self._mailbox.send(rank, Role.WORKER, MessageKind.LEAVE)
+        self.turns.lose(replica)
         self.settlement.begin(replica, gone=True)
 
     def settled(self, done: Settled, *, ending: bool) -> LostShare | None:
@@ -350,9 +334,13 @@ class Replicas:
         Those that run are asked to pause for it; the warmstart is over where nobody is left to learn it.  To be called
         often, but not while shards take a checkpoint.
         """
+        pauses = any(one.pause or one.state == ReplicaState.PAUSED for one in self.standings)
+        self.turns.begin_with([] if pauses else self.which(ReplicaState.RUNNING))
         if not self._changed:
             return
         self._changed = False
+        if self.joining.reached and not self.joining.over:
+            self._end_warmstart()
         self.pause([replica for replica in self.which(ReplicaState.RUNNING) if self._is_owed(replica)])
         for replica in self.which(ReplicaState.PAUSED, ReplicaState.FINISHED):
             one = self.standings[replica]
@@ -363,8 +351,9 @@ class Replicas:
                 one.state = ReplicaState.RUNNING
                 self.tell(replica, MessageKind.GO)
         learn = self.which(ReplicaState.RUNNING)
-        if not self.released and not any(self.deal.warm(replica) or self._is_owed(replica) for replica in learn):
-            self.release()
+        if not any(self.deal.warm(replica) or self._is_owed(replica) for replica in learn):
+            self.joining.end()
+        self.joining.go_on(learn)
 
     def _let_go(self) -> None:
         for replica, one in enumerate(self.standings):
@@ -385,7 +374,7 @@ class Replicas:
             self.first, self._heir = replica, None
         share = self.deal.take(replica, self.standings[replica].drawn)
         words = np.array([(part.start, part.stop, part.step) for part in share], np.int64)
-        warm = 0 if self.released else self.deal.warm(replica)
+        warm = 0 if self.joining.over else self.deal.warm(replica)
         self.tell(replica, MessageKind.DEAL, len(share), warm, replica == self.first)
         with failures.survived():
             self._leaving[replica] = pieces.isend(self._comm, words, self.rank(replica), Tag.DEAL), words

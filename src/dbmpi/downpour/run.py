@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,34 +13,37 @@ from mpi4py import MPI
 
 from dbmpi.checkpoint.lead_saver import LeadSaver
 from dbmpi.checkpoint.named_arrays import Fill
-from dbmpi.checkpoint.restore import restore
-from dbmpi.checkpoint.retention import kept
-from dbmpi.checkpoint.saver import ShardSaver
+from dbmpi.checkpoint.restore import Restorable, restore
+from dbmpi.config.exchange import too_many_backups
 from dbmpi.data.deal import first_share
 from dbmpi.downpour.algorithm import downpour
 from dbmpi.downpour.assignment import Assignment
-from dbmpi.downpour.checkpoints import CheckpointPlan
 from dbmpi.downpour.datapath import DataPath, Flow
-from dbmpi.downpour.heartbeat import Heartbeat
+from dbmpi.downpour.evaluator import SnapshotEvaluator
+from dbmpi.downpour.heartbeat import beating
 from dbmpi.downpour.lead import Lead
+from dbmpi.downpour.local_steps import walk, walking
+from dbmpi.downpour.mirrors import mirror_notes, mirrors_of
 from dbmpi.downpour.orders import Orders
+from dbmpi.downpour.rescue import rescued
+from dbmpi.downpour.round_worker import RoundWorker
 from dbmpi.downpour.settlement import HeldReplicas
 from dbmpi.downpour.shard import Shard, ShardRole
+from dbmpi.downpour.turns import most_overlaps
+from dbmpi.downpour.warmstart import Warmstart
 from dbmpi.downpour.worker import Worker
-from dbmpi.errors import RunFailed
+from dbmpi.errors import RunFailed, UserError
 from dbmpi.index.layout import Stretch
 from dbmpi.monitor import verdict
 from dbmpi.monitor.progress import RunProgress
 from dbmpi.monitor.worker_log import WorkerLog
 from dbmpi.mpi import failures, waiting
-from dbmpi.mpi.mailbox import Mailbox, MessageKind, Role
 from dbmpi.mpi.world import together
 from dbmpi.paramserver import bottleneck
 from dbmpi.paramserver.client import Client
 from dbmpi.paramserver.clip import Clip
 from dbmpi.paramserver.rules import Rule, rule
 from dbmpi.paramserver.schedule import Moment, Schedule
-from dbmpi.paramserver.server import Server
 from dbmpi.paramserver.store import Store
 from dbmpi.replica.arrangement import Arrangement, equal
 from dbmpi.replica.arrangement import from_config as arranged
@@ -64,17 +66,28 @@ def learn(session: Session, stack: ExitStack) -> Result:
         Closes what is opened here when the run has ended.
     """
     run, plan, model, replica = session.run, session.plan, session.model, session.replica
-    comm, number = session.comms.world, session.shard
+    comm, number, evaluates = session.comms.world, session.comms.shard, plan.evaluates(session.comms.world.rank)
     # Before the lead's clock runs, and before the windows take their memory.
     bandwidth = 0.0 if number is None else bottleneck.copy_bandwidth()
     with together(comm, "planning the shards' memory"):
+        for mistake in too_many_backups(run.optimizer, plan.learning):
+            raise UserError(mistake)
         applied_rule = rule(run.optimizer, session.order.samples, run.network.code)
         if session.placement is None:
             arrangement = equal(model.layout, plan.shards)
         else:
             arrangement = arranged(run.server, model.layers, model.layout, session.placement, plan.shards)
         flow = Flow.from_config(run.server, run.optimizer, () if replica is None else replica.parameters.parts)
-        store = Store(comm, plan, arrangement.ranges, run.server, DTYPE, flow.buffer_size)
+        store = Store(
+            comm,
+            plan,
+            arrangement.ranges,
+            run.server,
+            DTYPE,
+            0 if evaluates else flow.buffer_size,
+            compensates=run.optimizer.delay_compensation != "none",
+            kept_size=flow.size if run.optimizer.delay_compensation != "none" and not evaluates else 0,
+        )
     stack.enter_context(store)
     flow = replace(flow, overlap=store.overlap)
     if isinstance(replica, OwnReplica):
@@ -86,76 +99,46 @@ def learn(session: Session, stack: ExitStack) -> Result:
     shard = lead = None
     with together(comm, "preparing the shards", seconds=waiting.LONG_SECONDS):
         if number is not None:
-            served = store.server(applied_rule)
-            _fill(served, arrangement, store.ranges[number], session.initial, session.checkpoint, applied_rule)
-            saver = _saver(session, arrangement, number)
-            stack.callback(saver.close)
+            served = store.server(applied_rule, rounds=run.in_rounds)
+            fill(served, arrangement, store.ranges[number], session.initial, session.checkpoint, applied_rule)
+            mirrors = mirrors_of(session, served, store.ranges)
+            saver = session.saver(arrangement, stack, _lower(run.optimizer.learning_rate))
             role = ShardRole(
-                comm=comm,
                 server=served,
                 held=HeldReplicas(
                     served, plan.partitions, np.flatnonzero(pushing[:, number]).tolist(), lead=number == 0
                 ),
                 saver=saver,
+                mirrors=mirrors,
                 recorder=session.recorder("shard", number),
-                stop=session.stop,
-                monitor=run.monitor,
                 bandwidth=bandwidth,
             )
             if isinstance(saver, LeadSaver):
-                lead = _lead(session, role, saver, _progress(session, stack, store.notes))
-            shard = lead or Shard(role)
-    shards = {rank: f", which holds shard {shard}," for shard, rank in enumerate(plan.shard_ranks)}
-    session.watch.do_without(set(range(comm.size)) - set(shards), shards)
-    began, log = time.monotonic(), None if session.worker is None else session.log(session.worker)
-    with _heartbeat(session, log) as beat:
-        if client is not None and log is not None:
+                notes = (*store.notes, *mirror_notes(run.server.mirror, mirrors))
+                progress = _progress(session, stack, notes)
+                role.recorder.write(session.started())
+                lead = Lead(session, role, saver, progress)
+            shard = lead or Shard(session, role)
+    session.watch.do_without_workers(plan.shard_ranks)
+    session.watch.rescues = session.watch.on and run.server.mirror > 0
+    worker = session.comms.worker
+    began, log = time.monotonic(), None if worker is None or evaluates else session.log(worker)
+    with beating(session, log) as beat, rescued(session.watch, shard):
+        if client is not None and evaluates:
+            _evaluate(session, client, beat)
+        elif client is not None and log is not None:
             _work(session, client, stretches, flow, shard, log, beat)
         if shard is not None:
             shard.serve()
     return _conclude(session, lead, time.monotonic() - began)
 
 
-@contextmanager
-def _heartbeat(session: Session, log: WorkerLog | None) -> Iterator[Callable[[], bool]]:
-    """Let this rank show in the block that it makes progress; yield what to call before each step of a worker.
-
-    Parameters
-    ----------
-    session
-        Says how long it may make none.
-    log
-        Of the worker on this rank, if it is one.
-    """
-    comm, seconds = session.comms.world, session.run.monitor.stall_timeout
-    if not seconds:
-        yield bool  # which is False
-        return
-    mailbox = Mailbox(comm, Role.WORKER)
-    roles = [] if session.shard is None else [f"shard {session.shard}"]
-    if session.worker is not None:
-        replica, partition = divmod(session.worker, session.plan.partitions)
-        roles.append(f"partition {partition} of replica {replica}")
-
-    def send() -> None:
-        mailbox.send(session.plan.shard_ranks[0], Role.SHARD, MessageKind.BEAT)
-
-    def where() -> str:
-        if log is None:
-            return "serving"
-        return f"in step {log.steps + 1} ({log.stopwatch.activity or 'between two phases'})"
-
-    heartbeat = Heartbeat(seconds, send, f"rank {comm.rank} ({', '.join(roles)})", where)
-    with heartbeat, waiting.serving(heartbeat.beat):
-        yield heartbeat.beat
-
-
 def _pushing(session: Session, client: Client | None) -> np.ndarray:
     """Return for each partition of a replica to which shards it pushes, uint8 (partitions, shards) (collective)."""
     plan = session.plan
     pushing = np.zeros((plan.partitions, plan.shards), np.uint8)
-    if client is not None and session.worker is not None:
-        pushing[session.worker % plan.partitions, client.pushes_to] = 1
+    if client is not None and session.comms.worker is not None:
+        pushing[session.comms.worker % plan.partitions, client.pushes_to] = 1
     what = "the other ranks to say which shards they push to"
     bits = waiting.allreduce(session.comms.world, np.packbits(pushing, axis=1), MPI.BOR, what)
     return np.unpackbits(bits, axis=1, count=plan.shards)
@@ -170,41 +153,51 @@ def _progress(session: Session, stack: ExitStack, notes: tuple[str, ...]) -> Run
     return progress
 
 
-def _saver(session: Session, arrangement: Arrangement, number: int) -> ShardSaver:
-    """Return what writes the part of a shard of that `number` of checkpoints."""
-    run, plan, comm = session.run, session.plan, session.comms.world
-    if number:
-        return ShardSaver(comm, run.run.directory, number, plan.shards, run.checkpoint.compression)
+def _evaluate(session: Session, client: Client, beat: Callable[[], bool]) -> None:
+    """Evaluate snapshots until the run ends.
 
-    def not_finite(step: int) -> RunFailed:
-        return RunFailed(
-            f"after {step} steps some parameters are NaN or infinite; no checkpoint is written; "
-            f"{kept(run.run.directory / 'checkpoints')}; {_lower(run.optimizer.learning_rate)}"
-        )
+    Parameters
+    ----------
+    session
+        Everything that is known.
+    client
+        Fetches the snapshots.
+    beat
+        Called before each batch.
+    """
+    replica, test, orders = session.replica, session.data.test, _orders(session, beat, released=True)
+    assert replica is not None
+    assert test is not None
+    client.serve = orders.obey
+    replica.serve_while_waiting(orders.obey)
+    size, partitions = session.order.batch_size, session.comms.replica
+    evaluator = SnapshotEvaluator(replica, client, orders, test, size, partitions, session.objective_state)
+    evaluator.work(session.watch)
 
-    return LeadSaver(comm, run.run.directory, plan.shard_ranks, arrangement, run.checkpoint, not_finite)
 
+def _orders(session: Session, serve: Callable[[], bool], *, released: bool) -> Orders:
+    """Return the connection of this rank, a worker, with the lead.
 
-def _lead(session: Session, role: ShardRole, saver: LeadSaver, progress: RunProgress) -> Lead:
-    """Return the lead of the run."""
-    checkpoints = CheckpointPlan(
-        section=session.run.checkpoint,
-        saver=saver,
-        info=partial(session.checkpoint_info(), begun=role.server.begun),
-        state=session.objective_state,
-        account=session.account(),
-    )
-    return Lead(
-        role,
-        session.plan,
-        session.begin,
-        session.order,
-        progress,
-        checkpoints,
-        session.callbacks,
-        session.watch,
-        session.metrics,
-        tested=session.data.tested,
+    Parameters
+    ----------
+    session
+        Everything that is known.
+    serve
+        Called whenever orders are read.
+    released
+        Whether this worker may begin at once.
+    """
+    plan, comm = session.plan, session.comms.world
+    replica = plan.replica_of(comm.rank)
+    assert replica is not None
+    return Orders(
+        comm,
+        plan.shard_ranks[0],
+        session.stop,
+        serve,
+        partners={*plan.ranks_of(replica)} - {comm.rank},
+        dead=lambda: session.watch.dead,
+        released=released,
     )
 
 
@@ -232,31 +225,28 @@ def _work(
     beat
         Called before each step.
     """
-    run, plan, begin, data, number = session.run, session.plan, session.begin, session.data, session.worker
+    run, plan, begin, data, number = session.run, session.plan, session.begin, session.data, session.comms.worker
     replica, watch = session.replica, session.watch
     assert number is not None
     assert session.batches is not None
     assert replica is not None
-    replica_number, partition = divmod(number, plan.partitions)
-    first = number - partition
-    orders = Orders(
-        session.comms.world,
-        plan.shard_ranks[0],
-        session.stop,
-        (lambda: beat() or shard.poll()) if shard is not None else beat,
-        partners={*plan.worker_ranks[first : first + plan.partitions]} - {session.comms.world.rank},
-        dead=lambda: watch.dead,
-        released=replica_number == 0 or not begin.warmstart,
-    )
+    replica_number, in_rounds = number // plan.partitions, run.in_rounds
+    serve = (lambda: beat() or shard.poll()) if shard is not None else beat
+    warmstart = Warmstart.of(session)
+    joins_later = warmstart.joined <= replica_number < plan.learning or (warmstart.batches > 0 and replica_number > 0)
+    orders = _orders(session, serve, released=not joins_later)
+    orders.stopping = bool(session.judge().verdict)  # an evaluation has ended the run in an earlier session
     client.serve = orders.obey
+    shared = warmstart.batches, warmstart.phases
     assignment = Assignment(
         replica=replica_number,
         train=session.batches,
         stream=begin.stream,
-        share=first_share(begin.stream, replica_number, plan.learning, begin.warmstart),
+        share=() if in_rounds else first_share(begin.stream, replica_number, plan.learning, *shared),
         test=data.test,
-        warm_steps=begin.warmstart if replica_number == 0 else 0,
-        evaluate_epochs=run.monitor.evaluate_epochs,
+        takes_turns=in_rounds or most_overlaps(run.server, run.optimizer) is not None,
+        warm_steps=warmstart.batches if replica_number == 0 else 0,
+        evaluate_epochs=0.0 if plan.evaluators else run.monitor.evaluate_epochs,
         directory=run.run.directory,
         state=session.objective_state,
         callbacks=session.callbacks,
@@ -265,14 +255,22 @@ def _work(
         layers=run.network.layer_names or [tensor.name for tensor in session.model.layout.tensors],
         remedy=f"{_lower(run.optimizer.learning_rate)}, or look for extreme values in {run.data.called}",
     )
-    worker = Worker(assignment, replica, client, orders, log, session.comms.replica, replica.seconds)
+    kind = RoundWorker if in_rounds else Worker
+    worker = kind(assignment, replica, client, orders, log, session.comms.replica, replica.seconds)
     replica.serve_while_waiting(orders.obey)
-    clip = Clip(run.optimizer.clip_norm, stretches, worker.add_up) if run.optimizer.clip_norm else None
+    clip = Clip(run.optimizer.clip_norm, stretches, worker.team.add_up) if run.optimizer.clip_norm else None
     schedule = Schedule.from_config(run.optimizer, session.order.samples)
-    path = DataPath(client, flow, worker.stopwatch("push"), clip, worker.largest)
+    largest, waits = worker.team.largest, worker.stopwatch("push")
     step = begin.done[replica_number] if begin.done else 0
+    path: DataPath
+    if run.optimizer.walks:
+        path = local = walking(session, client, flow, waits, largest, clip)
+    else:
+        path, local = DataPath(client, flow, waits, clip, largest), None
 
     def learn_share() -> int:
+        if local is not None:
+            return walk(replica, local, worker, steps=run.local.steps)
         return downpour(
             replica,
             path,
@@ -326,34 +324,37 @@ def _conclude(session: Session, lead: Lead | None, seconds: float) -> Result:
     if lead is None:
         return session.conclude(None, seconds)
     lead.raise_failure()
+    totals = lead.totals
     warning = verdict.warning(
         data.guessing,
-        lead.recent.mean_loss,
+        totals.recent.mean_loss,
         lead.test,
-        enough=lead.steps >= _FEWEST_STEPS and lead.samples >= data.samples,
+        enough=totals.steps >= _FEWEST_STEPS and totals.samples >= data.samples,
         remedy=f"another optimizer.learning_rate ({run.optimizer.learning_rate:g})",
     )
     checkpoint = lead.checkpoint or session.checkpoint
     assert checkpoint is not None or lead.rolls_back
     result = Result(
-        lead.steps,
-        lead.samples,
+        totals.steps,
+        totals.samples,
         seconds,
         lead.test,
         lead.stopped_by,
         checkpoint or run.run.directory,
-        lead.staleness.mean,
+        totals.staleness.mean,
         lead.advice,
         warning,
         lead.lost,
-        lead.withheld,
+        totals.withheld,
+        totals.discarded,
         lead.rolls_back,
+        lead.ended_by,
     )
     return session.conclude(result, seconds)
 
 
-def _fill(
-    server: Server,
+def fill(
+    server: Restorable,
     arrangement: Arrangement,
     held: range,
     initial: Fill,

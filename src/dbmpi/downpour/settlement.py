@@ -1,4 +1,4 @@
-"""Settlement what a replica has pushed, where it has died or does not come to rest.
+"""Settlement of what a replica has pushed, where it has died or does not come to rest.
 
 All shards hold back its chunks, and say how far its pushes have come.  The lead takes the largest number of pushes that
 all of them can apply whole; they apply these, and nothing more until they let the replica go on.  So its pushes are
@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from dbmpi.mpi.mailbox import MessageKind
-from dbmpi.paramserver.server import PushProgress, Server
+from dbmpi.paramserver.server import Server
+from dbmpi.paramserver.tally import PushProgress
 
 _ANY = 2**62
 """Pushes that a shard can apply of a replica that pushes nothing to it."""
@@ -35,6 +36,8 @@ class HeldReplicas:
     def __init__(self, server: Server, partitions: int, pushing: Sequence[int], *, lead: bool) -> None:
         self._server, self._partitions, self._pushing, self._lead = server, partitions, pushing, lead
         self._due: list[tuple[int, int, bool]] = []
+        self._forgone: dict[int, int] = {}
+        self._ended: list[int] = []
 
     def hold(self, replica: int) -> PushProgress:
         """Apply nothing more of a `replica` for now; return how far its pushes have come here."""
@@ -51,7 +54,7 @@ class HeldReplicas:
             max((one.touched for one in found), default=0),
         )
 
-    def settle(self, replica: int, pushes: int, *, gone: bool) -> None:
+    def settle(self, replica: int, pushes: int, *, gone: bool, forgone: int = 0) -> None:
         """Apply that number of a replica's pushes, as soon as no push of another one is half applied.
 
         Parameters
@@ -60,8 +63,11 @@ class HeldReplicas:
             Number of the replica, and of all its pushes that count.
         gone
             Whether nothing is applied of it afterwards.
+        forgone
+            Number of a round that is complete without its push, unless that has come; 0 for none.
         """
         self._due.append((replica, pushes, gone))
+        self._forgone[replica] = forgone
         self.poll()
 
     def poll(self) -> bool:
@@ -71,7 +77,16 @@ class HeldReplicas:
             done = [self._server.settle(client, pushes, gone=gone) for client in self._clients(replica)]
             if all(done):
                 self._due.remove(due)
+                forgone = self._forgone.pop(replica, 0)
+                for client in self._clients(replica) if forgone else ():
+                    self._server.forgo(client, forgone)
+                self._ended += [replica] if gone else []
         return not self._due
+
+    def take_ended(self) -> list[int]:
+        """Return the replicas of which nothing more is applied, each once."""
+        ended, self._ended = self._ended, []
+        return ended
 
     def let_go(self, replica: int) -> None:
         """Apply what a `replica` pushes as before."""
@@ -107,10 +122,14 @@ class Settlement:
         The side of the lead's own shard.
     tell
         Sends a message of some kind and numbers to all other shards.
+    leave
+        Returns the round that goes on, and whether it is complete without the push of a replica that is given up.
     """
 
-    def __init__(self, shards: int, own: HeldReplicas, tell: Callable[..., object]) -> None:
-        self._shards, self._own, self._tell = shards, own, tell
+    def __init__(
+        self, shards: int, own: HeldReplicas, tell: Callable[..., object], leave: Callable[[int], tuple[int, int]]
+    ) -> None:
+        self._shards, self._own, self._tell, self._leave = shards, own, tell, leave
         self._answers: dict[tuple[int, bool], list[PushProgress]] = {}
         self._settled: list[Settled] = []
 
@@ -118,6 +137,10 @@ class Settlement:
     def busy(self) -> bool:
         """Whether anything is being settled."""
         return bool(self._answers or self._settled)
+
+    def do_without(self, shards: int) -> None:
+        """Settle from now on without so many `shards`, which have died."""
+        self._shards -= shards
 
     def begin(self, replica: int, *, gone: bool) -> None:
         """Begin to settle what a replica has pushed.
@@ -150,8 +173,10 @@ class Settlement:
         del self._answers[replica, gone]
         pushes = min(one.whole for one in answers)
         begun, touched = max(one.begun for one in answers), max(one.touched for one in answers)
-        self._tell(MessageKind.SETTLE, replica, pushes, gone)
-        self._own.settle(replica, pushes, gone=gone)
+        number, less = self._leave(replica) if gone else (0, 0)
+        forgone = number * less
+        self._tell(MessageKind.SETTLE, replica, pushes, gone, forgone)
+        self._own.settle(replica, pushes, gone=gone, forgone=forgone)
         self._settled.append(Settled(replica, gone, pushes, max(begun - pushes, 0), max(touched - pushes, 0)))
 
     def let_go(self, replica: int) -> None:

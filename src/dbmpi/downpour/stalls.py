@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from dbmpi.errors import RunFailed
+from dbmpi.errors import Stalled
 
 if TYPE_CHECKING:
     from dbmpi.config import MonitorSection
@@ -66,7 +66,7 @@ class Stalls:
 
         Raises
         ------
-        RunFailed
+        Stalled
             If the run is to end.
         """
         limit, now = self._section.stall_timeout, time.monotonic()
@@ -84,16 +84,16 @@ class Stalls:
 
         Raises
         ------
-        RunFailed
+        Stalled
             If one is for twice the time: it ends with the job, whose exit code is then that of a failure.
         """
         limit, lost = self._limit, self._replicas.lost
-        ranks = {rank for replica in lost for rank in self._replicas.ranks(replica)} - self._watch.dead
+        ranks = {rank for replica in lost for rank in self._plan.ranks_of(replica)} - self._watch.dead
         silent = {self._silent[rank]: rank for rank in ranks if self._silent and self._silent[rank] > limit}
         if not silent:
             return True
         if max(silent) > 2 * limit:
-            raise RunFailed(
+            raise Stalled(
                 f"everything is learned and in the last checkpoint, but {self._name(silent[max(silent)])} does not "
                 "come back, and is ended with the job"
             )
@@ -101,8 +101,7 @@ class Stalls:
         return False
 
     def _react(self, rank: int) -> None:
-        worker, reaction = self._plan.worker_of(rank), self._section.on_stall
-        replica = None if worker is None else worker // self._plan.partitions
+        replica, reaction = self._plan.replica_of(rank), self._section.on_stall
         if replica in self._replicas.lost:
             return
         silent = f"{self._name(rank)} has been silent for {self._section.stall_timeout:g} s"
@@ -111,7 +110,7 @@ class Stalls:
         elif reaction == "warn":
             self._say(f"warning: {silent}; unless its process is stopped, it writes where it is")
         else:
-            raise RunFailed(f"stalled: {silent}")
+            raise Stalled(f"stalled: {silent}")
 
     def _name(self, rank: int) -> str:
         """Return the name of a rank with its roles, and how far its replica has come."""
@@ -121,5 +120,6 @@ class Stalls:
             replica, partition = divmod(worker, self._plan.partitions)
             steps = self._replicas.standings[replica].reports.steps
             part = f"partition {partition} of " if self._plan.partitions > 1 else ""
-            roles.append(f"{part}replica {replica}, after {steps:,} steps")
+            after = "" if self._plan.evaluates(rank) else f", after {steps:,} steps"
+            roles.append(f"{part}{self._plan.name(replica)}{after}")
         return f"rank {rank} ({', '.join(roles)})"

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from enum import IntEnum
 from typing import Any
 
 import numpy as np
 from mpi4py import MPI
 
-from dbmpi.checkpoint.retention import kept
 from dbmpi.data.deal import numbers
 from dbmpi.data.source import Source
 from dbmpi.downpour.assignment import Assignment
 from dbmpi.downpour.datapath import Push
-from dbmpi.downpour.orders import Orders
+from dbmpi.downpour.evaluation import evaluate, receive_state
+from dbmpi.downpour.not_finite import not_finite
+from dbmpi.downpour.orders import Decision, Orders
 from dbmpi.errors import RunFailed
 from dbmpi.kernels.memory import aligned_empty
 from dbmpi.monitor.callbacks import TrainingEvent
@@ -26,16 +26,6 @@ from dbmpi.mpi.tags import Tag
 from dbmpi.objective import Objective, Outcome
 from dbmpi.paramserver.client import Client
 from dbmpi.replica.team import Team
-
-
-class Decision(IntEnum):
-    """What a replica does next."""
-
-    GO_ON = 0
-    REST = 1
-    STOP = 2
-    DEAL = 3
-    TEST = 4
 
 
 class Worker:
@@ -57,6 +47,13 @@ class Worker:
         The workers of this replica; only the first one obeys and answers the lead.
     layer_seconds
         Time spent so far by phase, for each layer, if the objective measures it.
+
+    Attributes
+    ----------
+    team
+        The workers of this replica, which act as one.
+    learned
+        Batches of this session whose gradients are on their way to the shards, or applied.
     """
 
     def __init__(
@@ -76,35 +73,56 @@ class Worker:
         self._objective = objective
         self._client = client
         self._orders = orders
-        self._team = Team(partitions, orders.obey)
+        self.team = Team(partitions, orders.obey)
         self._layer_seconds = layer_seconds or {}
         self._warm_steps = assignment.warm_steps
         self._batches = numbers(assignment.stream, assignment.share)
+        self._next_batch = next(self._batches, None)
         self._first = assignment.replica == 0
         self._batch = 0
-        self._learned = self._drawn = 0
+        self.learned = self._drawn = 0
         self._in_a_row = 0
         """Pushes that have been withheld since the last one that was not."""
+        self._in_turn = False
+        self._asked = self._taken = 0
+        """Numbers of the last turns that the lead was asked for, and that began."""
         self._next_evaluation = assignment.evaluate_epochs
         state = assignment.state
         self._packed = state.pack() if self._first and state is not None else np.empty(0, np.uint8)
         """The state of the objective, as it was last when it could be kept."""
 
-    def proceed(self) -> int | None:
-        """Obey the lead's orders, and return the number of the next batch in the stream, or None to end."""
+    @property
+    def expired(self) -> bool:
+        """Whether what is accrued must not be pushed any more, as no turn goes on from which it was fetched."""
+        return self._assignment.takes_turns and not self._in_turn
+
+    @property
+    def turn_ends(self) -> bool:
+        """Whether the batch that was given last must be pushed before another one is given."""
+        return False
+
+    def proceed(self, fetches: bool) -> int | None:
+        """Obey the lead's orders, and return the number of the next batch in the stream, or None to end.
+
+        Parameters
+        ----------
+        fetches
+            Whether a fetch follows, for which the lead is asked where replicas take turns.
+        """
         while True:
-            decision, *values = self._team.agree(self._next_decision())
+            if self._orders.state_wanted:
+                self._give_state()
+            asks = fetches and self._assignment.takes_turns and self._next_batch is not None
+            decision, *values = self.team.agree(self._next_decision(asks))
             if decision == Decision.GO_ON:
-                batch = next(self._batches, None)
+                if asks:
+                    self._in_turn, self._taken = True, self._asked
+                batch, self._next_batch = self._next_batch, next(self._batches, None)
                 self._drawn += batch is not None
                 return batch
             if decision == Decision.STOP:
                 return None
-            with self.stopwatch("wait"):
-                if decision == Decision.DEAL:
-                    self._take_share(*values[:3])
-                else:
-                    self._rest()
+            self._obey_between(decision, *values)
 
     def load(self, number: int) -> Any:
         """Return the batch of that `number` in the stream."""
@@ -115,7 +133,7 @@ class Worker:
     def stepped(self, outcome: Outcome) -> None:
         """Count a step and its `outcome`, and call callbacks."""
         self.log.count(outcome)
-        if not self._team.speaks:
+        if not self.team.speaks:
             return
         event = TrainingEvent(
             self.log.steps, self._epoch, outcome.samples, outcome.mean_loss, outcome.accuracy, replica=self._number
@@ -124,8 +142,15 @@ class Worker:
             self._orders.stopping = True
             self._orders.send(MessageKind.STOP_ASKED, 0)
 
-    def pushed(self, push: Push) -> None:
-        """Count the steps of a `push` as learned, report when it is time, and evaluate when replica 0 reaches an epoch.
+    def pushed(self, push: Push, *, last: bool) -> None:
+        """Count the steps of a push as learned, report when it is time, and evaluate when replica 0 reaches an epoch.
+
+        Parameters
+        ----------
+        push
+            What has become of it.
+        last
+            Whether the next push is computed from another fetch, so that this turn ends.
 
         Raises
         ------
@@ -133,16 +158,19 @@ class Worker:
             If more pushes than allowed were withheld in a row.
         """
         assignment = self._assignment
-        self._learned += push.steps
+        self.learned += push.steps
         self._in_a_row = self._in_a_row + 1 if push.withheld else 0
         self.log.withheld += push.withheld
-        if self._in_a_row > assignment.most_withheld and self._team.speaks:
+        if self._in_a_row > assignment.most_withheld and self.team.speaks:
             if not assignment.rolls_back:
-                raise self._not_finite(push)
+                raise not_finite(push, self.log.steps, self._batch, self._in_a_row, assignment)
             if not self._orders.stopping:
                 self._orders.stopping = True
                 self._orders.send(MessageKind.ROLL_BACK)
-        if self._warm_steps and self._learned >= self._warm_steps:
+        if last and self._in_turn:
+            with self.stopwatch("wait"):
+                self._end_turn()
+        if self._warm_steps and self.learned >= self._warm_steps:
             self._warm_steps = 0
             self._client.wait()
             self._say(MessageKind.WARM)
@@ -164,10 +192,12 @@ class Worker:
             Whether there is more to learn now; otherwise training has ended.
         """
         self._report()
+        self.log.end_trace()
+        self._in_turn, self._taken = False, self._asked  # the lead forgets, too
         with self._sending_state():
-            self._say(MessageKind.FINISHED, self._learned, bits(self.log.waited), bits(self.log.spent))
+            self._say(MessageKind.FINISHED, self.learned, bits(self.log.waited), bits(self.log.spent))
         while True:
-            decision, *values = self._team.agree(self._last_decision())
+            decision, *values = self.team.agree(self._last_decision())
             if decision == Decision.TEST:
                 self._evaluate_part(*values[:2])
             elif decision == Decision.DEAL:
@@ -183,18 +213,13 @@ class Worker:
         self._report()
         self._orders.wait(lambda: self._orders.ended, "the end of training", longest_sleep=0.01)
 
-    @property
-    def learned(self) -> int:
-        """Batches of this session whose gradients are on their way to the shards, or applied."""
-        return self._learned
-
     def give_up(self) -> None:
         """Before this worker fails, let the lead write a last checkpoint; return when it has."""
         with suppress(RunFailed), self._sending_state(failing=True):
             self._orders.obey()  # this replica may be given up
             self._client.abandon()
             self._client.wait()
-            self._orders.send(MessageKind.FAILED, self._learned)
+            self._orders.send(MessageKind.FAILED, self.learned)
             self._orders.wait(lambda: self._orders.ended, "the lead to write a last checkpoint", longest_sleep=0.01)
 
     def evaluate(self, source: Source, part: int, parts: int) -> Outcome:
@@ -209,43 +234,66 @@ class Worker:
         self._client.fetch(parameters, for_gradient=False)
         return evaluate(self._objective, parameters, source, self._order.batch_size, part, parts, self._orders.work)
 
-    def add_up(self, value: float) -> float:
-        """Return the sum of the `value` that each partition of the replica passes (collective among them)."""
-        return self._team.add_up(value)
-
-    def largest(self, value: int) -> int:
-        """Return the largest `value` that a partition of the replica passes (collective among them)."""
-        return self._team.largest(value)
-
-    def obey(self) -> bool:
-        """Poll this rank's shard and read the lead's orders; return whether there was anything."""
-        return self._orders.obey()
-
     @property
     def _epoch(self) -> float:
         return (self._batch + 1) / self._order.batches_per_epoch
 
-    def _next_decision(self) -> tuple[int, ...]:
-        """Return what the replica does next, as this worker sees it; the first partition decides."""
-        orders = self._orders
+    def _next_decision(self, asks: bool) -> tuple[int, ...]:
+        """Return what the replica does next, as this worker sees it; the first partition decides.
+
+        Parameters
+        ----------
+        asks
+            Whether it needs another turn to go on.
+        """
+        orders, waits = self._orders, asks and not self._in_turn
 
         def ordered() -> bool:
-            return orders.released or orders.paused or orders.stopping or orders.deal is not None
+            may_begin = orders.released and (not waits or self._has_turn())
+            return may_begin or orders.paused or orders.stopping or orders.deal is not None
 
         orders.obey()
-        if self._team.speaks and not ordered():
+        if self.team.speaks and not ordered():
+            what, sleep = "the end of the warmstart", 0.02
+            if orders.released:
+                what, sleep = "replicas whose pushes could become too stale", 1e-3
             with self.stopwatch("wait"):
-                orders.wait(ordered, "the end of the warmstart", longest_sleep=0.02)
+                orders.wait(ordered, what, longest_sleep=sleep)
         if orders.stopping:
             return (Decision.STOP,)
         if orders.deal is not None:
             return Decision.DEAL, *orders.deal
-        return (Decision.REST if orders.paused else Decision.GO_ON,)
+        if orders.paused:
+            return (Decision.REST,)
+        return (Decision.END_TURN if asks and self._in_turn else Decision.GO_ON,)
+
+    def _obey_between(self, decision: int, *values: int) -> None:
+        """Do what is decided between two steps, other than to go on or to stop."""
+        with self.stopwatch("wait"):
+            if decision == Decision.END_TURN:
+                self._end_turn()
+            elif decision == Decision.DEAL:
+                self._take_share(*values[:3])
+            else:
+                self._rest()
+
+    def _has_turn(self) -> bool:
+        """Ask the lead for another turn, once; return whether it has begun."""
+        if self._asked == self._taken:
+            self._asked += 1
+            self._orders.send(MessageKind.TURN_ASKED, self._asked)
+        return self._orders.turn == self._asked
+
+    def _end_turn(self) -> None:
+        """Tell the lead that all pushes of this turn are applied, when they are."""
+        self._client.wait()
+        self._in_turn = False
+        self._say(MessageKind.TURN_OVER)
 
     def _last_decision(self) -> tuple[int, ...]:
         """Return what the replica does when it has nothing to learn."""
         orders = self._orders
-        if self._team.speaks:
+        if self.team.speaks:
             orders.wait(
                 lambda: orders.ended or orders.deal is not None or bool(orders.tests),
                 "the end of training",
@@ -268,14 +316,15 @@ class Worker:
             Whether this is the first replica from now on.
         """
         share = np.empty((length, 3), np.int64)
-        if self._team.speaks:
+        if self.team.speaks:
             self._orders.receive_array(share, Tag.DEAL, "the batches that the lead deals")
-        self._team.broadcast(share)
+        self.team.broadcast(share)
         self._batches = numbers(self._assignment.stream, [range(*words) for words in share.tolist()])
+        self._next_batch = next(self._batches, None)
         self._orders.deal = None
         self._first = self._first or bool(first)
         if warm:
-            self._orders.released, self._warm_steps = True, self._learned + warm
+            self._orders.released, self._warm_steps = True, self.learned + warm
 
     def _rest(self) -> None:
         """Pause, tell the lead, and wait until it lets this replica continue."""
@@ -283,13 +332,19 @@ class Worker:
         self._client.wait()
         pause = orders.pause
         with self._sending_state():
-            self._say(MessageKind.PAUSED, self._learned, self._drawn, pause)
-            if self._team.speaks:
+            self._say(MessageKind.PAUSED, self.learned, self._drawn, pause)
+            if self.team.speaks:
                 # The next pause may arrive together with the end of this one, and needs an answer of its own.
                 orders.wait(
                     lambda: not orders.paused or orders.stopping or orders.deal is not None or orders.pause != pause,
                     "the lead to write a checkpoint",
                 )
+
+    def _give_state(self) -> None:
+        """Send the lead the state of the objective, for an evaluator."""
+        self._orders.state_wanted = False
+        with self.stopwatch("wait"), self._sending_state():
+            self._say(MessageKind.STATE)
 
     @contextmanager
     def _sending_state(self, *, failing: bool = False) -> Iterator[None]:
@@ -311,8 +366,8 @@ class Worker:
 
     def _say(self, kind: MessageKind, *values: int) -> None:
         """Send the lead a message about the whole replica, when all partitions have got here."""
-        self._team.gather()
-        if self._team.speaks:
+        self.team.gather()
+        if self.team.speaks:
             self._orders.send(kind, *values)
 
     def _evaluate_now(self, test: Source) -> None:
@@ -322,14 +377,9 @@ class Worker:
 
     def _evaluate_part(self, part: int, parts: int) -> None:
         """Evaluate a part of the held-out samples at the end, with the state of the last checkpoint."""
-        state, test = self._assignment.state, self._assignment.test
+        test = self._assignment.test
         assert test is not None
-        if state is not None and state.nbytes:
-            packed = np.empty(state.nbytes, np.uint8)
-            if self._team.speaks:
-                self._orders.receive_array(packed, Tag.OBJECTIVE_STATE, "the state of the objective")
-            self._team.broadcast(packed)
-            state.restore(state.unpack(packed))
+        receive_state(self._assignment.state, self._orders, self.team)
         self._say_outcome(MessageKind.TESTED, part, self.evaluate(test, part, parts))
 
     def _say_outcome(self, kind: MessageKind, number: int, outcome: Outcome) -> None:
@@ -337,54 +387,5 @@ class Worker:
             self._say(MessageKind.METRIC, metric, bits(total))
         self._say(kind, number, outcome.samples, outcome.correct, bits(outcome.loss))
 
-    def _not_finite(self, push: Push) -> RunFailed:
-        """Return the error of a push that must not be withheld."""
-        task, loss = self._assignment, push.outcome.mean_loss
-        gradient = times = ""
-        if push.layer is not None:
-            join = "but" if push.outcome.are_numbers else "and"
-            gradient = f", {join} the gradient of {task.layers[push.layer]!r} is not finite"
-        if self._in_a_row > 1:
-            times = f", for {self._in_a_row} pushes in a row"
-        return RunFailed(
-            f"the loss is {loss} at step {self.log.steps} of replica {self._number}, batch {self._batch} of the stream"
-            f"{gradient}{times}; {kept(task.directory / 'checkpoints')}; {task.remedy}"
-        )
-
     def _report(self) -> None:
         self.log.report(self._epoch, self._client.moved, self._layer_seconds)
-
-
-def evaluate(
-    objective: Objective[Any],
-    parameters: np.ndarray,
-    source: Source,
-    batch_size: int,
-    part: int = 0,
-    parts: int = 1,
-    serve: Callable[[], bool] | None = None,
-) -> Outcome:
-    """Return the outcome of every `parts`-th batch of a source, beginning with number `part`.
-
-    Parameters
-    ----------
-    objective
-        Computes it.
-    parameters
-        Flat vector.
-    source
-        The samples.
-    batch_size
-        How many to compute at a time.
-    part, parts
-        This share, and the number of shares.
-    serve
-        Called after each batch.
-    """
-    total = Outcome(0, 0.0, 0)
-    for start in range(part * batch_size, source.samples, parts * batch_size):
-        indices = np.arange(start, min(start + batch_size, source.samples))
-        total = total.plus(objective.evaluate(parameters, source.batch(indices)))
-        if serve is not None:
-            serve()
-    return total

@@ -17,6 +17,7 @@ from dbmpi.checkpoint.named_arrays import names_outside
 from dbmpi.checkpoint.reader import Checkpoint
 from dbmpi.checkpoint.schema import PARAMETERS
 from dbmpi.checkpoint.writer import CheckpointWriter
+from dbmpi.data.encoding import Encoding
 from dbmpi.errors import UserError
 from dbmpi.formats.arrays import ExportedArray, write_npz, write_safetensors
 from dbmpi.formats.torch_names import torch_names
@@ -165,16 +166,19 @@ def _write_onnx(path: Path, trained: TrainedNetwork, network: Network) -> None:
     except ImportError:
         raise UserError("export to ONNX needs the package onnx: pip install 'dbmpi[onnx]'") from None
     meaning = trained.info.meaning
-    stored_bytes = meaning is not None and meaning.elements == "bytes"
+    encoding = Encoding.learned(meaning)
+    stored_bytes = meaning is not None and meaning.elements == "bytes" and not encoding.one_hot
     scale = 1.0 if meaning is None else meaning.scale
     facts = _facts(trained.checkpoint)
     scaled = f"bytes, which the graph multiplies by {scale:.9g}"
-    facts["inputs"] = scaled if stored_bytes else "as the network sees them"
+    as_measured = "as they were measured; the graph normalises them"
+    facts["inputs"] = scaled if stored_bytes else as_measured if encoding.subtract else "as the network sees them"
     facts["outputs"] = "outputs of the last layer" if network.loss is None else network.loss.predicts[1]
     if meaning is not None and meaning.labels:
         facts["labels"] = json.dumps(meaning.labels)
     read = partial(_read, trained.checkpoint)
-    onnx_graph.write(path, onnx_graph.graph(network, read, stored_bytes=stored_bytes, scale=scale), facts)
+    moves = encoding.moves(network.input_shape) if encoding.subtract else ()
+    onnx_graph.write(path, onnx_graph.graph(network, read, stored_bytes=stored_bytes, scale=scale, moves=moves), facts)
 
 
 def _read(checkpoint: Checkpoint, name: str) -> np.ndarray:

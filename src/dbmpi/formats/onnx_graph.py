@@ -65,7 +65,14 @@ def write(path: Path, model: onnx.ModelProto, facts: Mapping[str, str]) -> None:
         raise DiskFailed(f"{path}: cannot be written: {error.strerror or error}") from None
 
 
-def graph(network: Network, read: Callable[[str], np.ndarray], *, stored_bytes: bool, scale: float) -> onnx.ModelProto:
+def graph(
+    network: Network,
+    read: Callable[[str], np.ndarray],
+    *,
+    stored_bytes: bool,
+    scale: float,
+    moves: Sequence[np.ndarray] = (),
+) -> onnx.ModelProto:
     """Return the model of ONNX that predicts as the network does.
 
     Its input ``inputs`` is (samples, *shape of one sample), of float32, or of uint8 where the data were stored so; its
@@ -81,6 +88,8 @@ def graph(network: Network, read: Callable[[str], np.ndarray], *, stored_bytes: 
         Whether inputs are bytes.
     scale
         Factor on bytes; other inputs are those that the network sees.
+    moves
+        Where inputs are normalised: what is subtracted from each, and what it is multiplied by then.
 
     Raises
     ------
@@ -89,6 +98,8 @@ def graph(network: Network, read: Callable[[str], np.ndarray], *, stored_bytes: 
     """
     making = _Graph(read)
     value = making.scaled(INPUTS, stored_bytes, scale)
+    for operator, numbers in zip(("Sub", "Mul"), moves, strict=False):
+        value = making.node(operator, value, making.constant(numbers.reshape(1, *network.input_shape)))
     first = network.layers[0].input_shape
     if first != network.input_shape:  # an image without maps
         value = making.node("Reshape", value, making.shape(0, *first))

@@ -7,7 +7,7 @@ and its L-BFGS history are vectors of the same layout and are cut alike (docs/ar
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -120,6 +120,19 @@ def pieces(runs: Sequence[Stretch], ranges: Sequence[range]) -> list[list[Stretc
                 position = stop
             shard += 1
     return found
+
+
+def divide(stretches: Sequence[Stretch], parts: Sequence[range]) -> Iterator[list[Stretch]]:
+    """Yield the `stretches` that lie in each of the `parts` of a client's own vector."""
+    starts = [stretch.local for stretch in stretches]
+    for part in parts:
+        clipped = []
+        first = max(bisect_right(starts, part.start) - 1, 0)
+        for stretch in stretches[first : bisect_left(starts, part.stop)]:
+            start, stop = max(stretch.local, part.start), min(stretch.local + stretch.length, part.stop)
+            if start < stop:
+                clipped.append(Stretch(stretch.start + start - stretch.local, start, stop - start, stretch.pushed))
+        yield clipped
 
 
 def _append(found: list[Stretch], piece: Stretch) -> None:

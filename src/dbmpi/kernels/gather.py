@@ -20,7 +20,7 @@ def gather_rows(rows: np.ndarray, indices: np.ndarray, scale: float, result: np.
 
     Parameters
     ----------
-    rows : (n, features) uint8 or float32 array
+    rows : (n, features) array of float32, or of integers of 8 or 16 bits
     indices : (samples,) int64 array
         Each in ``0 ... n - 1``: they are not checked.
     scale : float

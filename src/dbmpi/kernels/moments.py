@@ -56,6 +56,48 @@ def momentum(
 
 
 @exact_parallel_kernel
+def delayed_nesterov(
+    parameters: np.ndarray,
+    gradient: np.ndarray,
+    velocity: np.ndarray,
+    delayed: np.ndarray,
+    rate: float,
+    friction: float,
+    part: float,
+    renews: bool,
+) -> None:
+    """Take a step of Nesterov's momentum whose velocity takes in several gradients at once.
+
+    ``delayed += gradient;  parameters -= rate * (part * gradient)``, or if it `renews`
+    ``velocity = friction * velocity + part * delayed;  delayed = 0``
+    ``parameters -= rate * (part * gradient + friction * velocity)``
+
+    Parameters
+    ----------
+    parameters, gradient, velocity, delayed : (n,) arrays
+        The velocity, and the sum of gradients that it has not taken in, are updated, and then the parameters.
+    rate, friction : float
+        Learning rate, and the fraction of the velocity that stays.
+    part : float
+        One over the number of gradients that the velocity takes in together.
+    renews : bool
+        Whether it does so now.
+    """
+    kind = parameters.dtype.type
+    step, stays, share = kind(rate), kind(friction), kind(part)
+    nothing, tiny = kind(0), kind(np.finfo(parameters.dtype).tiny)
+    for i in prange(parameters.size):
+        along, total = share * gradient[i], delayed[i] + gradient[i]
+        if renews:
+            v = stays * velocity[i] + share * total
+            v = nothing if abs(v) < tiny else v
+            velocity[i] = v
+            along, total = along + stays * v, nothing
+        delayed[i] = total
+        parameters[i] -= step * along
+
+
+@exact_parallel_kernel
 def rmsprop(
     parameters: np.ndarray,
     gradient: np.ndarray,

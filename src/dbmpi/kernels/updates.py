@@ -21,6 +21,8 @@ FOLD = 2.0**32
 the former are above -1, the latter below."""
 NEGLIGIBLE = 2.0**-12
 """A root that is smaller than this fraction of epsilon hardly changes a step: its sum needs few digits."""
+_FLOOR = 1e-7
+"""Added to a mean square before its root is divided by: that of Zheng et al. (2017)."""
 _TINY = float(np.finfo(np.float32).tiny)
 _SIGN = np.uint32(1 << 31)
 _TO_SIGN = np.uint32((1 << 31) - int(np.float32(LARGEST).view(np.uint32)))
@@ -171,6 +173,64 @@ def scale(vector: np.ndarray, factor: float) -> None:
     times = vector.dtype.type(factor)
     for i in prange(vector.size):
         vector[i] *= times
+
+
+@exact_parallel_kernel
+def compensate(
+    out: np.ndarray, gradient: np.ndarray, parameters: np.ndarray, fetched: np.ndarray, factor: float
+) -> None:
+    """Compensate a gradient for its delay: ``out = g + factor * g * (g * (parameters - fetched))``.
+
+    Parameters
+    ----------
+    out, gradient, parameters, fetched : (n,) arrays
+        The result; the gradient g; the present parameters, and those that the gradient was computed at.
+    factor : float
+        That of the second term.
+
+    Notes
+    -----
+    Where the parameters have not changed, or the result is larger than the dtype can hold, it is the gradient.
+    """
+    times, infinite = parameters.dtype.type(factor), parameters.dtype.type(np.inf)
+    for i in prange(out.size):
+        g, moved = gradient[i], parameters[i] - fetched[i]
+        found = g + times * (g * (g * moved))
+        out[i] = found if moved != 0 and abs(found) < infinite else g
+
+
+@exact_parallel_kernel
+def compensate_adaptively(
+    out: np.ndarray,
+    gradient: np.ndarray,
+    parameters: np.ndarray,
+    fetched: np.ndarray,
+    mean_square: np.ndarray,
+    factor: float,
+    beta: float,
+) -> None:
+    """Compensate a gradient for its delay, by a factor that is divided by the gradients' root mean square.
+
+    ``s = beta * s + (1 - beta) * g * g;  out = g + factor * g * (g / sqrt(s + 1e-7) * (parameters - fetched))``
+
+    Parameters
+    ----------
+    out, gradient, parameters, fetched : (n,) arrays
+        As for :func:`compensate`.
+    mean_square : (n,) array
+        The running mean s, which is updated first.
+    factor, beta : float
+        That of the second term, and what stays of s in each update.
+    """
+    kind = parameters.dtype.type
+    times, infinite, floor = kind(factor), kind(np.inf), kind(_FLOOR)
+    stays, comes = kind(beta), kind(1 - beta)
+    for i in prange(out.size):
+        g, moved = gradient[i], parameters[i] - fetched[i]
+        square = stays * mean_square[i] + comes * (g * g)
+        mean_square[i] = square
+        found = g + times * (g * (g / np.sqrt(square + floor) * moved))
+        out[i] = found if moved != 0 and abs(found) < infinite else g
 
 
 def sum_of_squares(vector: np.ndarray) -> float:

@@ -335,7 +335,7 @@ def _travel(server: ServerSection | None) -> ServerSection:
     section = ServerSection() if server is None else server
     if not isinstance(section, ServerSection):
         raise UserError(f"ParameterServer: server is a {type(server).__name__}: expected dbmpi.config.ServerSection")
-    for name, only in (("gradients", "whole"), ("overlap", "none")):
+    for name, only in (("gradients", "whole"), ("overlap", "none"), ("mirror", 0), ("max_staleness", 0)):
         if getattr(section, name) != only:
             raise UserError(f"ParameterServer: server.{name} = {getattr(section, name)!r}: expected {only!r}")
     if section.fetch == "shared" and section.consistent:

@@ -37,7 +37,7 @@ from types import FrameType
 from typing import Any
 
 from dbmpi.errors import ToldElsewhere, UserError
-from dbmpi.machine import banners, mpi_library, processes, threads
+from dbmpi.machine import banners, mpi_library, supervision, threads
 from dbmpi.machine.endings import UNFINISHED, chooses_fault_tolerance, documented, explained, read_note
 from dbmpi.machine.mpi_library import Mpi
 from dbmpi.machine.rank_variables import launched
@@ -48,18 +48,8 @@ STOP = signal.SIGUSR2
 
 _FORWARDED = ("COLUMNS", "LD_LIBRARY_PATH", "PYTHONPATH", *threads.VARIABLES)
 """Variables (and all ``DBMPI_*``) that ranks on other nodes need as well; hydra passes on everything by itself."""
-_BETWEEN_POLLS = 0.2
-_GRACE = 2.0
-"""Seconds that mpirun is given to end by itself, or the first rank to start."""
-_FOR_ALL = 4.0
-"""Seconds that mpirun is given besides to start all ranks, on a busy machine."""
-_STARTS_MPI = {"train", "bench", "evaluate", "predict"}
+_STARTS_MPI = {"train", "simulate", "bench", "evaluate", "predict"}
 """Commands whose ranks wait for each other when they start."""
-_RANK_HERE = (
-    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
-    ("PMI_RANK", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
-)
-"""Variables of a rank: its number, that among the ranks of its host, and how many these are."""
 _HOST_LOST = (
     "dbmpi launch: mpirun has ended without an error, but the first rank has not come to its end: mpirun ends all "
     "ranks when it loses a host\n"
@@ -196,7 +186,7 @@ def run(mpi: Mpi, command: LaunchCommand) -> Ending:
             outputs.start()
             relay.follow(child)
             meets = ours and not _STARTS_MPI.isdisjoint(command.argv)
-            code = _wait_through_start(child, note, relay.kill) if meets else child.wait()
+            code = supervision.wait(child, note, relay.kill) if meets else child.wait()
             unfinished, directory = read_note(note)
             told = explained(note)
         except OSError as error:
@@ -268,61 +258,6 @@ class _Relay:
         if self._child is not None and (self._killed or not self._sent):
             self._sent = True
             self._child.send_signal(self.kill if self._killed else self._end)
-
-
-def _wait_through_start(mpirun: subprocess.Popen[bytes], note: Path, kill: signal.Signals) -> int:
-    """Wait for mpirun and return its exit code; end it if one of its ranks ends before the first has started MPI.
-
-    The other ranks are inside ``MPI_Init``, where no Python runs, and would wait for it without end: hydra ends them if
-    a rank is killed, but not if it leaves; Open MPI does neither where ranks outlive a death.
-
-    Parameters
-    ----------
-    mpirun
-        The launcher.
-    note
-        File that the first rank makes once MPI has started, if it is on this host; otherwise nothing is watched.
-    kill
-        The signal that ends the launcher with all ranks.
-    """
-    complete = time.monotonic() + _FOR_ALL
-    while not note.exists():
-        with suppress(subprocess.TimeoutExpired):
-            return mpirun.wait(_BETWEEN_POLLS)
-        missing = _some_are_missing(mpirun.pid)
-        if missing is None:
-            break  # the first rank is on another host
-        if not missing:
-            complete = max(complete, time.monotonic())
-        elif time.monotonic() - complete > _GRACE and not note.exists():
-            code = explained(note)
-            if code is None:
-                sys.stderr.write("dbmpi launch: a rank has died while MPI started, and the others would wait for it\n")
-            mpirun.send_signal(kill)
-            with suppress(subprocess.TimeoutExpired):
-                mpirun.wait(_GRACE)
-            mpirun.kill()
-            mpirun.wait()
-            return 128 + signal.SIGKILL if code is None else code
-    return mpirun.wait()
-
-
-def _some_are_missing(mpirun: int) -> bool | None:
-    """Return whether fewer ranks live on this host than mpirun has started here; None if all do, but not the first."""
-    living, expected, first = set(), 0, False
-    below = processes.children(mpirun)  # Open MPI's ranks, or hydra's daemon
-    for process in (*below, *(rank for child in below for rank in processes.children(child))):
-        with suppress(OSError, KeyError, ValueError, StopIteration):
-            text = Path(f"/proc/{process}/environ").read_bytes().decode(errors="replace")
-            variables = dict(line.split("=", 1) for line in text.split("\0") if "=" in line)
-            rank, local, count = next(names for names in _RANK_HERE if names[0] in variables)
-            expected = int(variables[count])
-            living.add(variables[local])
-            # The ranks of a host are counted from 0 in their order: only that of the first has one that agrees.
-            first |= variables[rank] == variables[local]
-    if living and len(living) == expected and not first:
-        return None
-    return first and len(living) < expected
 
 
 def check_world(size: int, environment: Mapping[str, str] | None = None, *, library: str | None = None) -> None:

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
+from dbmpi.monitor.lines import Record
 from dbmpi.monitor.measures import StalenessHistogram
-from dbmpi.monitor.records import Record, read_records
+from dbmpi.monitor.records import read_records
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Span:
 
 @dataclass(frozen=True)
 class LostReplica:
-    """A replica that died while its session continued."""
+    """A replica, or an evaluator, that died while its session continued."""
 
     replica: int
     session: int
@@ -66,9 +67,11 @@ class LostReplica:
     """That time, in seconds of the run."""
     unit: str = "iteration"
     """What is counted: ``iteration``, or ``step``."""
+    role: str = "replica"
+    """What it was: ``replica``, or ``evaluator``, which are numbered behind the replicas."""
 
     def __str__(self) -> str:
-        return f"replica {self.replica} since {self.unit} {self.iteration:,} of session {self.session}"
+        return f"{self.role} {self.replica} since {self.unit} {self.iteration:,} of session {self.session}"
 
 
 def summary(directory: Path) -> Summary:
@@ -102,10 +105,30 @@ class RunHistory:
         """Passes of Sandblaster over a batch, in the order of time."""
         self.losses: list[Record] = []
         """Replicas of Downpour that were given up, in the order of time."""
+        self.checkpoints: list[Record] = []
+        """Checkpoints that were written, in the order of time."""
+        self.rescues: list[Record] = []
+        """Shards that have died and were replaced by their mirrors, in the order of time."""
+        self.traces: list[Record] = []
+        """Single phases of ranks, in the order of time."""
+        self.early_ends: list[Record] = []
+        """Why sessions have ended before their epochs were learned, in the order of time."""
+        self.session_starts: list[Record] = []
+        """What each session began with, in the order of time; earlier versions have not recorded it."""
         self.steps_per_epoch = 0
         """Mini-batches of all replicas together in one epoch; 0 where the records do not say."""
         self._ends: dict[int, float] = {}
         self._steps_before: dict[int, int] = {}
+        others = {
+            "evaluation": self.evaluations,
+            "batch": self.batches,
+            "loss": self.losses,
+            "checkpoint": self.checkpoints,
+            "rescue": self.rescues,
+            "trace": self.traces,
+            "start": self.session_starts,
+            "end": self.early_ends,
+        }
         for record in records:
             session = record["session"]
             self._ends[session] = max(self._ends.get(session, 0.0), record["elapsed"])
@@ -115,9 +138,8 @@ class RunHistory:
             if record["kind"] in ("worker", "shard"):
                 role = self.workers if record["kind"] == "worker" else self.shards
                 role.setdefault(record["number"], []).append(record)
-            elif record["kind"] != "checkpoint":
-                others = {"evaluation": self.evaluations, "loss": self.losses}
-                others.get(record["kind"], self.batches).append(record)
+            else:
+                others[record["kind"]].append(record)
         self.workers, self.shards = dict(sorted(self.workers.items())), dict(sorted(self.shards.items()))
         self.sessions = sorted(self._ends)
         """Numbers of the sessions."""
@@ -166,7 +188,8 @@ class RunHistory:
             for replica in batch["lost"]:
                 found.setdefault((session, replica), LostReplica(replica, session, iteration, seconds))
         for loss in self.losses:
-            one = LostReplica(loss["lost"], loss["session"], loss["step"], self.seconds(loss), "step")
+            found_at = loss["session"], loss["step"], self.seconds(loss)
+            one = LostReplica(loss["lost"], *found_at, "step", loss["role"])
             found[one.session, one.replica] = one
         return list(found.values())
 
@@ -179,6 +202,21 @@ class RunHistory:
             for report in reports
         }
         return sum(last.values())
+
+    @property
+    def discarded(self) -> int:
+        """Stale pushes that shards have dropped, in all sessions; each shard counts its own."""
+        last = {
+            (shard, report["session"]): report["discarded"]
+            for shard, reports in self.shards.items()
+            for report in reports
+        }
+        return sum(last.values())
+
+    @property
+    def virtual(self) -> bool:
+        """Whether the run was simulated, so that its seconds are virtual."""
+        return any(start["virtual"] for start in self.session_starts)
 
     @property
     def replicas(self) -> dict[int, list[Record]]:
@@ -198,6 +236,16 @@ class RunHistory:
         repeated is in the steps of its own session, and not in those of the later one.
         """
         return float(np.interp(elapsed, *self._counts[session]))
+
+    def samples(self, session: int, elapsed: float) -> float:
+        """Return the training samples behind the parameters, as :meth:`steps` returns the steps.
+
+        Parameters
+        ----------
+        session, elapsed
+            When: seconds after the start of a session.
+        """
+        return float(np.interp(elapsed, *self._sample_counts[session]))
 
     def kept(self, record: Record) -> bool:
         """Return whether the work up to a record is part of the result, and was not repeated by a later session.
@@ -237,17 +285,42 @@ class RunHistory:
         """When reports were written, in seconds of their session, and the steps of all replicas then, by session."""
         counts = {}
         for session in self.sessions:
-            curves = [
-                (
-                    np.array([_begin(own[0]), *(report["elapsed"] for report in own)], np.float64),
-                    np.array([0, *(report["step"] for report in own)], np.float64),
-                )
-                for own in self._by_session.get(session, {}).values()
-            ]
-            times = np.unique(np.concatenate([[0.0], *(times for times, _ in curves)]))
-            total = sum((np.interp(times, *curve) for curve in curves), np.zeros_like(times))
+            times, total = self._total(session, "step")
             counts[session] = (times, self.begins[session] + total)
         return counts
+
+    @cached_property
+    def _sample_counts(self) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+        """The same of samples.
+
+        Where the records do not say how many a session began with, they follow from its steps in the sessions before.
+        """
+        said = {start["session"]: start["samples_before"] for start in self.session_starts}
+        counts: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        steps = samples = np.zeros(1)
+        for session in self.sessions:
+            times, total = self._total(session, "samples")
+            begin = self.begins[session]
+            before = said.get(session)
+            if before is None:
+                before = float(np.interp(begin, steps, samples))
+            counts[session] = (times, before + total)
+            kept = steps <= begin
+            steps = np.append(steps[kept], self._counts[session][1])
+            samples = np.append(samples[kept], counts[session][1])
+        return counts
+
+    def _total(self, session: int, field: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return when reports of a session were written, and a count of all replicas together then."""
+        curves = [
+            (
+                np.array([_begin(own[0]), *(report["elapsed"] for report in own)], np.float64),
+                np.array([0, *(report[field] for report in own)], np.float64),
+            )
+            for own in self._by_session.get(session, {}).values()
+        ]
+        times = np.unique(np.concatenate([[0.0], *(times for times, _ in curves)]))
+        return times, sum((np.interp(times, *curve) for curve in curves), np.zeros_like(times))
 
     @cached_property
     def _by_session(self) -> dict[int, dict[int, list[Record]]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 
 class StalenessHistogram:
@@ -84,9 +84,16 @@ class Stopwatch:
 
     Only one activity runs at a time.  An activity within another stops the outer one's clock, so that the seconds
     add up to time that has passed once: the waiting inside a push counts as waiting.  For one thread.
+
+    Attributes
+    ----------
+    on_phase
+        Called with each phase that ends or is interrupted: its activity, and its begin and end by
+        ``time.perf_counter``; None: nothing is called.
     """
 
     def __init__(self) -> None:
+        self.on_phase: Callable[[str, float, float], None] | None = None
         self._seconds: dict[str, float] = {}
         self._activities: dict[str, _Activity] = {}
         self._running: list[str] = []
@@ -109,13 +116,19 @@ class Stopwatch:
         """Return the seconds of these activities, or of all so far, and let them count from zero again."""
         if self._running:
             now = time.perf_counter()
-            self._seconds[self._running[-1]] += now - self._since
+            self._pass(self._running[-1], now)
             self._since = now
         taken = {}
         for activity in list(self._seconds) if activities is None else activities:
             taken[activity] = self._seconds.get(activity, 0.0)
             self._seconds[activity] = 0.0
         return taken
+
+    def _pass(self, activity: str, now: float) -> None:
+        """Count the time since the last change."""
+        self._seconds[activity] += now - self._since
+        if self.on_phase is not None:
+            self.on_phase(activity, self._since, now)
 
 
 class _Activity:
@@ -130,14 +143,14 @@ class _Activity:
         watch = self._watch
         now = time.perf_counter()
         if watch._running:
-            watch._seconds[watch._running[-1]] += now - watch._since
+            watch._pass(watch._running[-1], now)
         watch._running.append(self._activity)
         watch._since = now
 
     def __exit__(self, *exception: object) -> None:
         watch = self._watch
         now = time.perf_counter()
-        watch._seconds[watch._running.pop()] += now - watch._since
+        watch._pass(watch._running.pop(), now)
         watch._since = now
 
 

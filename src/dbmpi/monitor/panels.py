@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dbmpi.monitor.history import RunHistory
-from dbmpi.monitor.records import Record
+from dbmpi.monitor.lines import Record
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _TRAIN, _TEST, _QUIET = "#0072b2", "#d55e00", "0.55"
 # Of the Okabe-Ito palette, which the colour-blind can tell apart; grey for doing nothing.
-_ACTIVITIES = {
+ACTIVITIES = {
     "compute": "#0072b2",
     "exchange": "#8c564b",
     "data": "#cc79a7",
@@ -46,7 +46,19 @@ def loss(axes: Axes, history: RunHistory, by: str) -> None:
     """
     lowest, highest = _curves(axes, history, "loss", by, 1.0)
     axes.set(title=f"loss over {by}", ylabel="loss per sample")
-    # Where losses differ by more than a decade, what happens late can be seen only on a logarithmic scale.
+    scale_losses(axes, lowest, highest)
+
+
+def scale_losses(axes: Axes, lowest: float, highest: float) -> None:
+    """Choose the scale of losses: where they differ by more than a decade, late ones are seen on a logarithmic one.
+
+    Parameters
+    ----------
+    axes
+        Where they are drawn.
+    lowest, highest
+        Their range.
+    """
     if 0 < lowest < highest / 10:
         from matplotlib.ticker import LogLocator, NullFormatter
 
@@ -89,10 +101,10 @@ def throughput(axes: Axes, history: RunHistory) -> None:
     """
     replicas = history.replicas
     axes.set(title="throughput", xlabel="training time (s)", ylabel="samples per second")
-    if not _anything(axes, any(replicas.values())):
+    if not anything(axes, any(replicas.values())):
         return
     grid = np.linspace(0, history.duration, 1000)
-    rates = {replica: _rate(history, reports, grid) for replica, reports in replicas.items()}
+    rates = {replica: rate_of(history, reports, grid) for replica, reports in replicas.items()}
     total = np.sum(list(rates.values()), axis=0)
     named = len(replicas) <= len(_REPLICAS)
     for position, (replica, rate) in enumerate(rates.items()):
@@ -100,7 +112,7 @@ def throughput(axes: Axes, history: RunHistory) -> None:
         axes.plot(grid, rate, color=_REPLICAS[position] if named else _QUIET, lw=1.2 if named else 0.5, label=label)
     if len(replicas) > 1:
         axes.plot(grid, total, color="black", lw=1.6, label="all replicas")
-    axes.yaxis.set_major_formatter(_thousands())
+    axes.yaxis.set_major_formatter(thousands())
     axes.set(xlim=(0, 1.03 * history.duration or 1), ylim=(0, 1.45 * float(total.max()) or 1))
     _mark_sessions(axes, history, "seconds")
     lost = history.lost
@@ -124,7 +136,7 @@ def staleness(axes: Axes, history: RunHistory) -> None:
     """
     histogram = history.staleness
     axes.set(title="staleness of pushes", xlabel="versions between fetch and apply", ylabel="pushes (%)")
-    if not _anything(axes, histogram.total > 0):
+    if not anything(axes, histogram.total > 0):
         return
     from matplotlib.ticker import MaxNLocator
 
@@ -159,19 +171,19 @@ def time_spent(axes: Axes, history: RunHistory, role: str) -> None:
     """
     ranks = history.workers if role == "worker" else history.shards
     axes.set(title=f"where the time of {role}s goes", xlabel="recorded time (%)")
-    if not _anything(axes, bool(ranks)):
+    if not anything(axes, bool(ranks)):
         return
     labels, bars = grouped(
-        role, {number: _add_up(report["seconds"] for report in reports) for number, reports in ranks.items()}
+        role, {number: add_up(report["seconds"] for report in reports) for number, reports in ranks.items()}
     )
-    activities = [name for name in _ACTIVITIES if any(name in bar for bar in bars)]
+    activities = [name for name in ACTIVITIES if any(name in bar for bar in bars)]
     activities += sorted({name for bar in bars for name in bar} - set(activities))
     totals = np.array([max(sum(bar.values()), 1e-9) for bar in bars])
     left = np.zeros(len(bars))
     rows, size = np.arange(len(bars)), 9 if len(bars) <= 8 else 7
     for activity in activities:
         share = 100 * np.array([bar.get(activity, 0.0) for bar in bars]) / totals
-        color = _ACTIVITIES.get(activity, "#7f7f7f")
+        color = ACTIVITIES.get(activity, "#7f7f7f")
         drawn = axes.barh(rows, share, left=left, height=0.7, color=color, label=activity)
         numbers = [f"{value:.0f}" if value >= 6 else "" for value in share]
         ink = "white" if activity in ("compute", "apply", "exchange") else "black"
@@ -187,21 +199,19 @@ def time_spent(axes: Axes, history: RunHistory, role: str) -> None:
 
 def _curves(axes: Axes, history: RunHistory, key: str, by: str, factor: float) -> tuple[float, float]:
     """Draw a quantity of training (every report light, their running mean) and of testing; return its range."""
-    x, y, weights = _training_points(history, key, by)
-    test = [
-        (_position(history, record["session"], history.seconds(record), by), record[key])
-        for record in history.evaluations
-        if record[key] is not None and _is_drawn(history, record, by)
-    ]
-    test_x, test_y = np.array(sorted(test), dtype=np.float64).reshape(-1, 2).T
+    x, y, weights = training_points(history, key, by)
+    test_x, test_y = evaluation_points(history, key, by)
     y, test_y = factor * y, factor * test_y
     if by == "seconds":
         axes.set_xlabel("training time (s)")
+    elif by == "samples":
+        axes.set_xlabel("training samples")
+        axes.xaxis.set_major_formatter(thousands())
     else:
         an_epoch = f" ({history.steps_per_epoch:,} an epoch)" if history.steps_per_epoch else ""
         axes.set_xlabel(f"steps of all replicas{an_epoch}")
-        axes.xaxis.set_major_formatter(_thousands())
-    if not _anything(axes, x.size + test_x.size > 0):
+        axes.xaxis.set_major_formatter(thousands())
+    if not anything(axes, x.size + test_x.size > 0):
         return np.nan, np.nan
     values = test_y
     if x.size:
@@ -217,10 +227,19 @@ def _curves(axes: Axes, history: RunHistory, key: str, by: str, factor: float) -
     return float(values.min()), float(values.max())
 
 
-def _training_points(history: RunHistory, key: str, by: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def training_points(history: RunHistory, key: str, by: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return x, y and the samples behind y of all replicas' reports, sorted by x.
 
     A report's mean stands in the middle of what it is about.
+
+    Parameters
+    ----------
+    history
+        The run.
+    key
+        ``loss`` or ``accuracy``.
+    by
+        What x is: ``steps``, ``samples`` or ``seconds``.
     """
     points = [
         (_position(history, span.report["session"], (span.begin + span.end) / 2, by), span.report[key], span.samples)
@@ -232,6 +251,27 @@ def _training_points(history: RunHistory, key: str, by: str) -> tuple[np.ndarray
     return x, y, np.maximum(weights, 1)
 
 
+def evaluation_points(history: RunHistory, key: str, by: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return x and y of all evaluations, sorted by x.
+
+    Parameters
+    ----------
+    history
+        The run.
+    key
+        ``loss`` or ``accuracy``.
+    by
+        What x is: ``steps``, ``samples`` or ``seconds``.
+    """
+    points = [
+        (_position(history, record["session"], history.seconds(record), by), record[key])
+        for record in history.evaluations
+        if record[key] is not None and _is_drawn(history, record, by)
+    ]
+    x, y = np.array(sorted(points), dtype=np.float64).reshape(-1, 2).T
+    return x, y
+
+
 def _is_drawn(history: RunHistory, record: Record, by: str) -> bool:
     """Return whether a record counts: work that was repeated after a resume cost seconds, but counts as no steps."""
     return by == "seconds" or history.kept(record)
@@ -239,7 +279,10 @@ def _is_drawn(history: RunHistory, record: Record, by: str) -> bool:
 
 def _position(history: RunHistory, session: int, seconds: float, by: str) -> float:
     """Return where on the axis a time, in seconds of the run, of a session lies."""
-    return seconds if by == "seconds" else history.steps(session, seconds - history.starts[session])
+    if by == "seconds":
+        return seconds
+    count = history.steps if by == "steps" else history.samples
+    return count(session, seconds - history.starts[session])
 
 
 def running_means(weights: np.ndarray, *rows: np.ndarray) -> list[np.ndarray]:
@@ -261,16 +304,32 @@ def running_means(weights: np.ndarray, *rows: np.ndarray) -> list[np.ndarray]:
     return [windows(row * weights) / windows(weights) for row in rows]
 
 
-def _rate(history: RunHistory, reports: list[Record], grid: np.ndarray) -> np.ndarray:
-    """Return a replica's samples per second at the times of `grid`: each report speaks for the time before it."""
+def rate_of(history: RunHistory, reports: list[Record], grid: np.ndarray) -> np.ndarray:
+    """Return a replica's samples per second at some times: each report speaks for the time before it.
+
+    Parameters
+    ----------
+    history
+        The run.
+    reports
+        Those of the replica.
+    grid : (times,) array
+        Seconds of the run.
+    """
     rate = np.zeros_like(grid)
     for span in history.spans(reports):
         rate[(grid > span.begin) & (grid <= span.end)] = span.report["samples_per_second"] or 0.0
     return rate
 
 
-def _add_up(bars: Iterable[Mapping[str, float | None]]) -> dict[str, float]:
-    """Return the sums of seconds by activity."""
+def add_up(bars: Iterable[Mapping[str, float | None]]) -> dict[str, float]:
+    """Return the sums of seconds by activity.
+
+    Parameters
+    ----------
+    bars
+        Seconds by activity, None where they are not known.
+    """
     seconds: dict[str, float] = {}
     for bar in bars:
         for activity, value in bar.items():
@@ -284,25 +343,25 @@ def grouped(role: str, ranks: dict[int, dict[str, float]]) -> tuple[list[str], l
     size = -(-len(numbers) // MOST_BARS)
     groups = [numbers[start : start + size] for start in range(0, len(numbers), size)]
     labels = [f"{role} {one[0]}" if len(one) == 1 else f"{role}s {one[0]}-{one[-1]}" for one in groups]
-    return labels, [_add_up(ranks[number] for number in group) for group in groups]
+    return labels, [add_up(ranks[number] for number in group) for group in groups]
 
 
 def _mark_sessions(axes: Axes, history: RunHistory, by: str) -> None:
     """Mark where the run went on from a checkpoint."""
-    starts = history.starts if by == "seconds" else history.begins
     for count, session in enumerate(history.sessions[1:]):
-        axes.axvline(starts[session], color="black", ls=":", lw=1, label=None if count else "resumed")
+        start = history.starts[session] if by == "seconds" else _position(history, session, history.starts[session], by)
+        axes.axvline(start, color="black", ls=":", lw=1, label=None if count else "resumed")
 
 
-def _thousands() -> Formatter:
+def thousands() -> Formatter:
     """Return what writes 200000 as 200k."""
     from matplotlib.ticker import EngFormatter
 
     return EngFormatter(sep="")
 
 
-def _anything(axes: Axes, there_is: bool) -> bool:
-    """Say so where nothing was recorded."""
+def anything(axes: Axes, there_is: bool) -> bool:
+    """Say so on the `axes` where nothing was recorded; return whether `there_is` something."""
     if not there_is:
         axes.text(0.5, 0.5, "nothing recorded", transform=axes.transAxes, ha="center", va="center", color=_QUIET)
         axes.set(xticks=[], yticks=[])

@@ -58,6 +58,29 @@ def figures() -> tuple[Callable[[], Figure], Callable[[], Any]]:
     return figure_of, style
 
 
+def plain(text: str, length: int = 80) -> str:
+    """Return a `text` of strangers, such as a run's name, for a picture: as it is, whatever it holds.
+
+    Parameters
+    ----------
+    text
+        Matplotlib would take what is between dollars for a formula.
+    length
+        Letters that are kept; a longer one lacks its middle.
+    """
+    if len(text) > length:
+        text = f"{text[: length // 2 - 1]}…{text[len(text) - length // 2 :]}"
+    return "".join(letter if letter.isprintable() else "?" for letter in text).replace("$", r"\$")
+
+
+def make_folder(out: Path) -> None:
+    """Make the folder `out` for pictures where it is missing; UserError if that is not possible."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out}: cannot make this directory for the pictures: {error.strerror}") from None
+
+
 def save(figure: Figure, path: Path) -> Path:
     """Write the picture `figure`, of the kind that the suffix of `path` names, and return the path.
 

@@ -8,11 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dbmpi.errors import UserError
 from dbmpi.monitor.history import RunHistory
 from dbmpi.monitor.panels import MOST_BARS, accuracy, loss, staleness, throughput, time_spent
-from dbmpi.monitor.pictures import figures, save
+from dbmpi.monitor.pictures import figures, make_folder, plain, save
 from dbmpi.monitor.records import read_records
+from dbmpi.monitor.timeline_panels import timeline
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -50,10 +50,7 @@ def draw_history(history: RunHistory, name: str, out: Path) -> list[Path]:
         Directory for the pictures.
     """
     figure_of, style = figures()
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{out}: cannot make this directory for the pictures: {error.strerror}") from None
+    make_folder(out)
     written = []
     with style():
         for file, make in (
@@ -63,10 +60,12 @@ def draw_history(history: RunHistory, name: str, out: Path) -> list[Path]:
             ("throughput", partial(_one, throughput)),
             ("staleness", partial(_one, staleness)),
             ("time", _times),
+            ("timeline", timeline),
         ):
             figure = figure_of()
             make(figure, history)
-            figure.suptitle(headline(name, history) if file == "run" else name, fontsize=12)
+            shown = plain(name)
+            figure.suptitle(headline(shown, history) if file == "run" else shown, fontsize=12)
             written.append(save(figure, out / f"{file}.png"))
     return written
 
@@ -74,7 +73,7 @@ def draw_history(history: RunHistory, name: str, out: Path) -> list[Path]:
 def headline(name: str, history: RunHistory) -> str:
     """Return the title of the picture of everything: the `name`, and what came out of the `history`."""
     result = history.summary()
-    facts = [name]
+    facts = [f"{name}, in virtual time" if history.virtual else name]
     if result.test_accuracy is not None:
         facts.append(f"test accuracy {100 * result.test_accuracy:.2f} %")
     elif result.test_loss is not None:
@@ -88,6 +87,8 @@ def headline(name: str, history: RunHistory) -> str:
         facts.append(f"{lost} replica{'s' if lost > 1 else ''} lost")
     if withheld := history.withheld:
         facts.append(f"pushes withheld: {withheld:,}")
+    if discarded := history.discarded:
+        facts.append(f"stale pushes dropped: {discarded:,}")
     return "   ·   ".join(facts)
 
 

@@ -16,54 +16,16 @@ import os
 import re
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from dbmpi.errors import UserError
-from dbmpi.monitor.measures import StalenessHistogram, Stopwatch
-from dbmpi.monitor.reports import (
-    KINDS,
-    BatchReport,
-    CheckpointReport,
-    EvaluationReport,
-    LossReport,
-    Report,
-    ShardReport,
-    WorkerReport,
-)
+from dbmpi.monitor.lines import FORMAT, Record, parse, session_of, split
+from dbmpi.monitor.reports import Report
 
-__all__ = [
-    "BatchReport",
-    "CheckpointReport",
-    "EvaluationReport",
-    "LossReport",
-    "Record",
-    "Recorder",
-    "Records",
-    "Report",
-    "ShardReport",
-    "StalenessHistogram",  # here too, for reports are made with it
-    "Stopwatch",
-    "WorkerReport",
-    "next_session",
-    "read_records",
-]
-
-Record = dict[str, Any]
-"""One line as read back: the fields of its report, and ``kind, role, number, session, time, elapsed, steps_before,
-steps_per_epoch``; the last two are None in records of early versions."""
-
-_ENVELOPE: dict[str, tuple[str, Any]] = {
-    **dict.fromkeys(("time", "elapsed"), ("float", dataclasses.MISSING)),
-    **dict.fromkeys(("number", "session"), ("int", dataclasses.MISSING)),
-    **dict.fromkeys(("steps_before", "steps_per_epoch"), ("int | None", None)),
-}
-"""Types and defaults of the numbers in every line."""
-LONGEST_LINE = 1 << 20
-"""Bytes; longer lines are skipped, so that a foreign file cannot fill the memory."""
 _TAIL = 1 << 16
 _COMMON = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENOENT, errno.EACCES)
 """Errors of a directory that all ranks write to."""
@@ -90,6 +52,11 @@ class Recorder:
         Mini-batches of all replicas that were in the parameters when the session began.
     steps_per_epoch
         Mini-batches of all replicas together in an epoch.
+
+    Attributes
+    ----------
+    clock
+        Returns the seconds since the session started, where they are not real ones; the time of a line follows from it.
 
     Raises
     ------
@@ -123,29 +90,39 @@ class Recorder:
         self.session = _last_session(tail) + 1 if session is None else session
         self._steps = {"steps_before": steps_before, "steps_per_epoch": steps_per_epoch}
         # A clock that is set while the run is going must not bend the curves: only the start is read from it.
-        self._zero = time.monotonic() - (0.0 if started is None else time.time() - started)
+        self._started = time.time() if started is None else started
+        self._zero = time.monotonic() - (time.time() - self._started)
+        self.clock: Callable[[], float] | None = None
         self._torn = bool(tail) and not tail.endswith(b"\n")
         self._closed = self._removed = False
         self.lost = 0
         """Reports that could not be written."""
 
-    def write(self, report: Report) -> None:
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the session started."""
+        return time.monotonic() - self._zero if self.clock is None else self.clock()
+
+    def write(self, report: Report, number: int | None = None) -> None:
         """Append one line.
 
         Parameters
         ----------
         report
             What the line says.
+        number
+            That of the role, where the file has the lines of several; by default that of the file.
         """
         if self._closed:
             raise ValueError(f"{self.path}: the recorder is closed")
         record: Record = {
+            "format": FORMAT,
             "kind": report.kind,
             "role": self.role,
-            "number": self.number,
+            "number": self.number if number is None else number,
             "session": self.session,
-            "time": round(time.time(), 3),
-            "elapsed": round(time.monotonic() - self._zero, 3),
+            "time": round(time.time() if self.clock is None else self._started + self.elapsed, 3),
+            "elapsed": round(self.elapsed, 3),
             **self._steps,
         }
         for field in dataclasses.fields(report):
@@ -223,23 +200,17 @@ def read_records(directory: Path) -> Records:
     Raises
     ------
     UserError
-        If `directory` is not the directory of a run, or its records cannot be read.
+        If `directory` is not the directory of a run, or its records cannot be read, or are those of a newer version.
     """
-    files = sorted((directory / "records").glob("*.jsonl"))
+    files = record_files(directory)
     if not files:
-        what = (
-            "holds no records" if directory.is_dir() else "is not a directory" if directory.exists() else "is missing"
-        )
-        raise UserError(
-            f"{directory}: {what}; expected the directory of a run (run.directory of its configuration), "
-            "with records/worker-0.jsonl and the like in it"
-        )
+        raise UserError(without_records(directory))
     records = Records()
     for path in files:
         try:
             with path.open("rb") as file:
-                for line in _lines(file):
-                    record = _parse(line)
+                for line in split(file):
+                    record = parse(line, path)
                     if record is not None:
                         records.append(record)
                     elif line.strip():
@@ -248,6 +219,20 @@ def read_records(directory: Path) -> Records:
             raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     records.sort(key=lambda record: (record["session"], record["time"]))
     return records
+
+
+def record_files(directory: Path) -> list[Path]:
+    """Return the files with the records of the run in `directory`, sorted by name."""
+    return sorted((directory / "records").glob("*.jsonl"))
+
+
+def without_records(directory: Path) -> str:
+    """Return what is wrong with a `directory` that holds no records."""
+    what = "holds no records" if directory.is_dir() else "is not a directory" if directory.exists() else "is missing"
+    return (
+        f"{directory}: {what}; expected the directory of a run (run.directory of its configuration), "
+        "with records/worker-0.jsonl and the like in it"
+    )
 
 
 def next_session(directory: Path) -> int:
@@ -289,65 +274,4 @@ def _tail(descriptor: int) -> bytes:
 
 def _last_session(tail: bytes) -> int:
     """Return the session of the last whole record in `tail`, 0 if there is none."""
-    for line in reversed(tail.splitlines()):
-        record = _parse(line)
-        if record is not None:
-            return int(record["session"])
-    return 0
-
-
-def _lines(file: BinaryIO) -> Iterator[bytes]:
-    """Yield the lines of a file, an overlong one as its beginning only."""
-    while line := file.readline(LONGEST_LINE):
-        rest = line
-        while not rest.endswith(b"\n") and (rest := file.readline(LONGEST_LINE)):
-            pass
-        yield line
-
-
-def _parse(line: bytes) -> Record | None:
-    """Return the record that a line holds, or None."""
-    try:
-        record = json.loads(line, parse_constant=lambda name: None, parse_float=_finite)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(record, dict):
-        return None
-    report = KINDS.get(str(record.get("kind")))
-    if report is None or not isinstance(record.get("role"), str):
-        return None
-    if None in (record.get("time"), record.get("elapsed")):
-        return None
-    fields = {field.name: (str(field.type), field.default) for field in dataclasses.fields(report)}
-    for name, (annotation, default) in (fields | _ENVELOPE).items():
-        if default is not dataclasses.MISSING:
-            record.setdefault(name, default)
-        if name not in record or not _fits(record[name], annotation):
-            return None
-    return record
-
-
-def _finite(text: str) -> float | None:
-    """Read a float; one beyond the range, such as 1e999, counts as missing."""
-    value = float(text)
-    return value if math.isfinite(value) else None
-
-
-def _is_number(value: Any, kind: type[int | float] = float) -> bool:
-    """Return whether a value from JSON is a number, or an integer that fits 64 bits."""
-    if isinstance(value, bool) or not isinstance(value, (int, kind)):
-        return False
-    return isinstance(value, float) or -(2**63) <= value < 2**63
-
-
-def _fits(value: Any, annotation: str) -> bool:
-    """Return whether a value from JSON has the type of a field; floats may be null, where they were not finite."""
-    if value is None:
-        return annotation == "float" or annotation.endswith("None")
-    if annotation == "str":
-        return isinstance(value, str)
-    if annotation.startswith("Mapping"):
-        return isinstance(value, dict) and all(entry is None or _is_number(entry) for entry in value.values())
-    if annotation.startswith("Sequence"):
-        return isinstance(value, list) and all(_is_number(entry, int) for entry in value)
-    return _is_number(value, int if annotation.startswith("int") else float)
+    return next(filter(None, map(session_of, reversed(tail.splitlines()))), 0)

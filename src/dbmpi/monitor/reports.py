@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, get_args
 
 if TYPE_CHECKING:
     from dbmpi.objective import Outcome
@@ -71,6 +71,8 @@ class ShardReport:
     """Time since the last report by activity: ``apply, serve, idle``."""
     applied_bytes: int
     """Gradients applied since the last report."""
+    discarded: int = 0
+    """Pushes that it has dropped in this session, because they were too stale, or too late for their round."""
     bandwidth: float | None = None
     """Bytes that the rule's kernel read and wrote a second, as a share of a copy's, measured when the run began."""
 
@@ -146,13 +148,13 @@ class CheckpointReport:
 
 @dataclass(frozen=True, slots=True)
 class LossReport:
-    """A replica of Downpour that is given up, because a rank of it has died or is stalled."""
+    """A replica or an evaluator of Downpour that is given up, because a rank of it has died or is stalled."""
 
     kind: ClassVar[str] = "loss"
     step: int
     """Mini-batches of all replicas together in this session that count."""
     lost: int
-    """Number of the replica."""
+    """Number of the replica; evaluators are numbered behind the replicas."""
     pushes: int
     """Its pushes that count; each of them once, on all shards."""
     dropped: int
@@ -163,10 +165,103 @@ class LossReport:
     """Batches of its share that were left."""
     takers: Sequence[int]
     """Replicas that learn these; none where the run was about to end."""
+    role: str = "replica"
+    """``replica`` or ``evaluator``."""
 
 
-Report = WorkerReport | ShardReport | EvaluationReport | BatchReport | CheckpointReport | LossReport
-KINDS: dict[str, type[Report]] = {
-    report.kind: report
-    for report in (WorkerReport, ShardReport, EvaluationReport, BatchReport, CheckpointReport, LossReport)
-}
+@dataclass(frozen=True, slots=True)
+class RescueReport:
+    """A checkpoint with the mirror of a shard that has died in its place."""
+
+    kind: ClassVar[str] = "rescue"
+    step: int
+    """Mini-batches of all replicas together in this session that are in it."""
+    shard: int
+    """Number of the shard that has died."""
+    updates: int
+    """Updates of it that are lost, because they had not come into the mirror."""
+    repeated: int
+    """Pushes that some shard has applied, at least in part, though their batches are learned again."""
+    name: str
+    """Of the checkpoint's file."""
+    seconds: float
+    """From when the lead had heard of the death to when the checkpoint was on disk."""
+
+
+@dataclass(frozen=True, slots=True)
+class StartReport:
+    """The start of a session, written once by shard 0."""
+
+    kind: ClassVar[str] = "start"
+    version: str
+    """Of dbmpi."""
+    method: str
+    """Of the optimizer: ``downpour`` or ``sandblaster``."""
+    ranks: int
+    """Of the whole run, those in reserve included."""
+    shards: int
+    """Ranks that hold parameters."""
+    replicas: int
+    """Of the network."""
+    partitions: int
+    """Ranks that compute a replica together."""
+    parameters: int
+    """Numbers that are learned."""
+    samples: int
+    """Training samples of an epoch."""
+    samples_before: int
+    """Training samples behind the parameters that the session began with."""
+    epochs: float
+    """Passes through the training samples after which the run is complete, all sessions together."""
+    configuration: str
+    """The complete description of the run, as JSON; empty where it is too long for a line."""
+    virtual: int = 0
+    """1 where the run is simulated: all times of the session are virtual, and so are the ranks."""
+    evaluators: int = 0
+    """Instances of the network that only evaluate."""
+
+
+@dataclass(frozen=True, slots=True)
+class EndReport:
+    """The end of a session before its epochs are learned: an evaluation is the reason.
+
+    With Downpour it may also be a signal, a callback, or gradients that were not finite.
+    """
+
+    kind: ClassVar[str] = "end"
+    step: int
+    """Mini-batches of all replicas together in this session until then."""
+    epoch: float
+    """Passes through the training samples by then, all sessions together."""
+    reason: str
+    """Why, a clause."""
+
+
+@dataclass(frozen=True, slots=True)
+class TraceReport:
+    """Single phases of a rank during a short time, see ``monitor.timeline_seconds``."""
+
+    kind: ClassVar[str] = "trace"
+    begin: float
+    """When the first phase began, in seconds since the session did."""
+    activities: Mapping[str, int]
+    """Number of each activity: of a worker ``compute, fetch, push, wait, data``, of a shard ``apply, serve``."""
+    phases: Sequence[int]
+    """For each phase, in the order of their beginnings, three numbers: its activity's, when it began, in microseconds
+    after `begin`, and how long it took, in microseconds.  Those of a worker do not overlap; ``apply`` of a shard is
+    within ``serve``."""
+
+
+Report = (
+    WorkerReport
+    | ShardReport
+    | EvaluationReport
+    | BatchReport
+    | CheckpointReport
+    | LossReport
+    | RescueReport
+    | StartReport
+    | EndReport
+    | TraceReport
+)
+KINDS: dict[str, type[Report]] = {report.kind: report for report in get_args(Report)}

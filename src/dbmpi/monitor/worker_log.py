@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dbmpi.monitor.measures import LayerTimes, Stopwatch, set_exchange_apart
 from dbmpi.monitor.records import Recorder
 from dbmpi.monitor.reports import WorkerReport
+from dbmpi.monitor.tracer import Tracer
 from dbmpi.objective import Outcome
 
 _ACTIVITIES = ("compute", "fetch", "push", "wait", "data")
@@ -27,6 +28,8 @@ class WorkerLog:
         Which worker this is.
     partitions
         Of the replica.
+    traced
+        Length of the windows in which single phases are recorded, in seconds; 0 for none.
 
     Attributes
     ----------
@@ -40,13 +43,16 @@ class WorkerLog:
         Seconds in fetches and pushes, and in all, up to the last report.
     """
 
-    def __init__(self, recorder: Recorder, every: float, *, replica: int, partition: int, partitions: int) -> None:
+    def __init__(
+        self, recorder: Recorder, every: float, *, replica: int, partition: int, partitions: int, traced: float
+    ) -> None:
         self._recorder, self._every = recorder, every
         self._replica, self._partition, self._cut = replica, partition, partitions > 1
         self._layer_times = LayerTimes()
         self._samples, self._recent = 0, Outcome(0, 0.0, 0)
         self._reported, self._moved = time.monotonic(), (0, 0, 0, 0)
         self.stopwatch = Stopwatch()
+        self._tracer = Tracer(recorder, every, traced)
         self.steps = self.withheld = self._told = 0
         self.waited = self.spent = 0.0
 
@@ -61,6 +67,12 @@ class WorkerLog:
         self._samples += outcome.samples
         if outcome.are_numbers:
             self._recent = self._recent.plus(outcome)
+        self.stopwatch.on_phase = self._tracer.add if self._tracer.step() else None
+
+    def end_trace(self) -> None:
+        """Record the phases up to now; to be called at the end."""
+        self.stopwatch.on_phase = None
+        self._tracer.close()
 
     def report(
         self, epoch: float, moved: tuple[int, int, int, int], layer_seconds: Mapping[str, Sequence[float]]

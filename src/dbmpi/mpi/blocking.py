@@ -8,24 +8,42 @@ reports what is waited for, and ends the job.
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, cast
 
-from dbmpi.errors import KnownToAll, RunFailed
+from dbmpi.errors import KnownToAll, Stalled
 from dbmpi.mpi import waiting
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
 _COMPILING_SECONDS = 3600.0
-_blocked: dict[int, tuple[str, list[float]]] = {}
-"""By number, what each operation that blocks now waits for, and for how long it has."""
+
+
+@dataclass
+class _Blocked:
+    """An operation that blocks."""
+
+    what: str
+    """What it waits for."""
+    seconds: float
+    """Its own limit."""
+    failure: Exception | None
+    """What has then happened, if that is known."""
+    waited: float = 0.0
+    """For how many seconds it has waited."""
+
+
+_blocked: dict[int, _Blocked] = {}
+"""Each operation that blocks now, by number."""
 _numbers = itertools.count()
 _starting = threading.Lock()
 _watchdog: threading.Thread | None = None
@@ -118,7 +136,7 @@ def meeting(comm: MPI.Comm, what: str) -> Iterator[None]:
 
     Raises
     ------
-    RunFailed
+    Stalled
         If one does not arrive within the stall limit; the message says that `what` was waited for.
     """
     waiting.barrier(comm, what)
@@ -127,14 +145,23 @@ def meeting(comm: MPI.Comm, what: str) -> Iterator[None]:
 
 
 @contextmanager
-def blocking(what: str) -> Iterator[None]:
+def blocking(what: str, *, seconds: float = math.inf, failure: Exception | None = None) -> Iterator[None]:
     """End the job, reporting that `what` is waited for, if the block takes longer than the stall limit.
 
     It costs a microsecond, so that an operation in a loop may be watched over, too.
+
+    Parameters
+    ----------
+    what
+        What is waited for.
+    seconds
+        Another limit, if it is less.
+    failure
+        The error by which the job then ends, in place of that report.
     """
     _watch()
     number = next(_numbers)
-    _blocked[number] = (what, [0.0])
+    _blocked[number] = _Blocked(what, seconds, failure)
     try:
         yield
     finally:
@@ -157,10 +184,11 @@ def _poll() -> None:
         # Counted in steps: a process that was suspended, perhaps with the whole job, has not waited all that time.
         step = min(1.0, waiting.STALL_SECONDS / 8)
         time.sleep(step)
-        for what, waited in tuple(_blocked.values()):
-            waited[0] += step
-            if waited[0] > waiting.STALL_SECONDS:
+        for one in tuple(_blocked.values()):
+            one.waited += step
+            if one.waited > min(waiting.STALL_SECONDS, one.seconds):
                 from dbmpi.mpi.world import abort_from_thread
 
                 seconds = f"{waiting.STALL_SECONDS:g} s"
-                abort_from_thread(RunFailed(f"stalled: blocked for {seconds} while waiting for {what}"))
+                stalled = Stalled(f"stalled: blocked for {seconds} while waiting for {one.what}")
+                abort_from_thread(one.failure or stalled)

@@ -29,7 +29,7 @@ from dbmpi.mpi.tags import Tag
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-_abandoned: list[tuple[pieces.Operation, np.ndarray | None]] = []
+_abandoned: list[tuple[pieces.Operation, *tuple[np.ndarray | None, ...]]] = []
 """Transfers that never end, and the arrays that MPI may still write to."""
 
 
@@ -148,8 +148,13 @@ def complete(
         with partner(comm, rank):
             waiting.until(done if _TOLERATED else request.Test, what, serve=serve, longest_sleep=longest_sleep)
     except RankLost:
-        _abandoned.append((request, memory))
+        abandon(request, memory)
         raise
+
+
+def abandon(request: pieces.Operation, *memory: np.ndarray | None) -> None:
+    """Do without a `request` that may never end; the arrays in `memory`, which it uses, are kept for good."""
+    _abandoned.append((request, *memory))
 
 
 def _raise(rank: int) -> bool:

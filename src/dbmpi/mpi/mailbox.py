@@ -56,7 +56,8 @@ class MessageKind(IntEnum):
     RELEASE = 10
     """Lead to worker: the warmstart is over, begin."""
     EVALUATION = 11
-    """Worker to lead: batches of the stream passed, samples tested, correct, and the bits of the loss."""
+    """Worker to lead: batches of the stream passed (0 from an evaluator), samples tested, correct, and the bits of the
+    loss."""
     METRIC = 14
     """Worker to lead, before EVALUATION: number of a metric, and the bits of its sum."""
     ALIVE = 12
@@ -70,9 +71,10 @@ class MessageKind(IntEnum):
     """Lead to shard: apply nothing more of this replica, and reply HELD; whether it is given up."""
     HELD = 16
     """Shard to lead: the replica, whether it is given up, and the numbers of
-    :class:`dbmpi.paramserver.server.PushProgress`."""
+    :class:`dbmpi.paramserver.tally.PushProgress`."""
     SETTLE = 17
-    """Lead to shard: apply of this replica so many pushes of all; whether it is given up."""
+    """Lead to shard: apply of this replica so many pushes of all; whether it is given up, and the number of a round
+    that is complete without it, or 0."""
     LET_GO = 18
     """Lead to shard: apply what this replica pushes as before."""
     DEAL = 19
@@ -81,15 +83,34 @@ class MessageKind(IntEnum):
     LEAVE = 20
     """Lead to worker: your replica is given up, take no further part."""
     TEST = 21
-    """Lead to worker: evaluate this part of the held-out samples, of so many, and reply TESTED."""
+    """Lead to worker: evaluate this part of the held-out samples, of so many, and reply TESTED.
+
+    Of 0 parts, to an evaluator: evaluate all samples while others learn, and reply SNAPSHOT, and then EVALUATION.
+    """
     TESTED = 22
     """Worker to lead: the part, samples, correct, and the bits of the loss."""
     BEAT = 24
     """Any rank to lead: it makes progress, or waits; no sign that data moves."""
     CLOSED = 23
-    """Shard to lead, after END: the bits of the fraction of time spent in the rule's kernel."""
+    """Shard to lead, after END: the bits of the fraction of time spent in the rule's kernel, and how many stale pushes
+    were dropped."""
     ROLL_BACK = 25
     """Worker to lead: I have withheld more pushes in a row than I may; go back to the last checkpoint."""
+    SETTLED = 27
+    """Shard to lead: of this replica, which is given up, nothing more is applied."""
+    TURN_ASKED = 28
+    """Worker to lead: let my turn of this number begin."""
+    TURN = 29
+    """Lead to worker: your turn of this number begins; in a round: its number, how many pushes it needs, the replica
+    after whose push yours is added, the position of your first batch in the stream, and how many there are."""
+    TURN_OVER = 30
+    """Worker to lead: all pushes of my turn are applied."""
+    STATE = 41
+    """Lead to worker: send me the state of the objective.  Worker to lead: here it comes, as an array."""
+    SNAPSHOT = 40
+    """Evaluator to lead: the parameters are here that I evaluate now."""
+    RESCUE = 26
+    """Lead to shard: the shard of this number has died; get ready for a checkpoint with its mirror in its place."""
 
 
 def bits(number: float) -> int:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from dbmpi.errors import EndedByDeath
+from dbmpi.errors import DIED, EndedByDeath, EndedElsewhere
 from dbmpi.mpi import blocking, failures, waiting
 from dbmpi.mpi.watch import RESUMING, hosts
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 _REPLACES = "DBMPI_REPLACES"
 """Number of the rank whose place a process takes."""
+_TO_START = 120.0
+"""Seconds in which new processes must have joined: of one that dies before, MPI says nothing (Open MPI 5.0)."""
 
 
 def joins() -> bool:
@@ -117,8 +119,10 @@ class Replacements:
             raise EndedByDeath(why if speaks else "")
         if speaks:
             print(f"dbmpi: {why}: the run goes on with a new process", file=sys.stderr, flush=True)
+        late = f"{_name(places)}, and no new process has joined the others: it may have died, too.  {RESUMING}"
+        failure = EndedByDeath(late) if speaks else EndedElsewhere(DIED)
         try:
-            with blocking.blocking("new processes to start"):
+            with blocking.blocking("new processes to start", seconds=_TO_START, failure=failure):
                 started = left.Spawn_multiple(*self._commands(places), root=0)
                 whole = cast("MPI.Intracomm", started.Merge(high=False).Split(0, comm.rank))
         except MPI.Exception as error:

@@ -34,6 +34,10 @@ class Tag(IntEnum):
     """What a shard has done of a checkpoint, for the lead."""
     DEAL = 16
     """The batches that a replica learns from now on, from the lead."""
+    MIRROR = 17
+    """What a shard holds, for the shard that holds its mirror."""
+    MIRRORED = 18
+    """The version of a mirror that has arrived whole."""
     LAST_TRANSFER = 30000
     """The largest tag of transfers, which number theirs from 1 on a communicator of their own."""
     END = 30001

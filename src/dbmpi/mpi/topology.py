@@ -24,8 +24,8 @@ class Plan:
     """A world cut by role: `shards` shards, `replicas` replicas of `partitions` workers each.
 
     Workers are numbered replica by replica: worker ``w`` is partition ``w % partitions`` of replica ``w //
-    partitions``. Shards are spread evenly over the ranks, so that with several nodes no node has all of them.  Shard
-    0 is always on rank 0.
+    partitions``.  Evaluators have the last ranks, and are numbered behind the replicas.  Shards are spread evenly over
+    the others, so that with several nodes no node has all of them.  Shard 0 is always on rank 0.
     """
 
     shards: int
@@ -34,6 +34,8 @@ class Plan:
     colocate: bool = False
     spares: int = 0
     """Of the replicas, the last ones, which learn only where another one is given up."""
+    evaluators: int = 0
+    """Instances of the model beside the replicas, which never learn."""
 
     @property
     def learning(self) -> int:
@@ -42,8 +44,8 @@ class Plan:
 
     @property
     def workers(self) -> int:
-        """Number of ranks that compute."""
-        return self.replicas * self.partitions
+        """Number of ranks that compute, also of the evaluators."""
+        return (self.replicas + self.evaluators) * self.partitions
 
     @property
     def world(self) -> int:
@@ -53,7 +55,8 @@ class Plan:
     @cached_property
     def shard_ranks(self) -> tuple[int, ...]:
         """World rank of each shard."""
-        return tuple(shard * self.world // self.shards for shard in range(self.shards))
+        others = self.world - self.evaluators * self.partitions
+        return tuple(shard * others // self.shards for shard in range(self.shards))
 
     @cached_property
     def worker_ranks(self) -> tuple[int, ...]:
@@ -71,6 +74,24 @@ class Plan:
         """Return the number of the worker on a rank, if it has one."""
         return self._workers_at.get(rank)
 
+    def replica_of(self, rank: int) -> int | None:
+        """Return the number of the replica, or evaluator, that a rank is a worker of, if it is one."""
+        worker = self._workers_at.get(rank)
+        return None if worker is None else worker // self.partitions
+
+    def ranks_of(self, replica: int) -> tuple[int, ...]:
+        """Return the world ranks of a `replica`, or evaluator, partition 0 first."""
+        return self.worker_ranks[replica * self.partitions : (replica + 1) * self.partitions]
+
+    def name(self, replica: int) -> str:
+        """Return the name of a `replica`, or evaluator, for messages."""
+        spare = replica - self.replicas
+        return f"replica {replica}" if spare < 0 else "the evaluator" if self.evaluators == 1 else f"evaluator {spare}"
+
+    def evaluates(self, rank: int) -> bool:
+        """Return whether a `rank` belongs to an evaluator."""
+        return self._workers_at.get(rank, -1) >= self.replicas * self.partitions
+
     @cached_property
     def _shards_at(self) -> dict[int, int]:
         return {rank: shard for shard, rank in enumerate(self.shard_ranks)}
@@ -84,6 +105,7 @@ class Plan:
         shards, replicas = _count(self.shards, "shard"), _count(self.replicas, "replica")
         spare = f", {self.spares} of them spare" if self.spares else ""
         replicas += f" of {_count(self.partitions, 'partition')}{spare}"
+        replicas += f", {_count(self.evaluators, 'evaluator')}" if self.evaluators else ""
         return f"{_count(self.world, 'rank')}: {shards} {where}, {replicas}"
 
 
@@ -108,20 +130,21 @@ def plan(section: TopologySection, world: int) -> Plan:
 def _filled_in(section: TopologySection, world: int) -> Plan:
     """Let the numbers that are left out follow from the others; the plan may not fit."""
     partitions, shards, replicas, spares = section.partitions, section.shards, section.replicas, section.spares
+    evaluators = section.evaluators
     if replicas is not None:
         replicas += spares
     colocate = section.colocate or (world == 1 and (partitions or 1) == (replicas or 1) == 1)
     if replicas is None:
         partitions, shards = partitions or 1, shards or 1
-        replicas = max(1, (world - (0 if colocate else shards)) // partitions)
+        replicas = max(1, (world - (0 if colocate else shards)) // partitions - evaluators)
     elif partitions is None and shards is not None:
-        partitions = max(1, (world - (0 if colocate else shards)) // replicas)
+        partitions = max(1, (world - (0 if colocate else shards)) // (replicas + evaluators))
     elif shards is None:
         partitions = partitions or 1
-        shards = 1 if colocate else max(1, world - replicas * partitions)
+        shards = 1 if colocate else max(1, world - (replicas + evaluators) * partitions)
     assert shards is not None
     assert partitions is not None
-    return Plan(shards, replicas, partitions, colocate, spares)
+    return Plan(shards, replicas, partitions, colocate, spares, evaluators)
 
 
 def _problem(plan: Plan, world: int) -> str:
@@ -130,9 +153,10 @@ def _problem(plan: Plan, world: int) -> str:
         return f"the topology does not fit the world: {_count(world, 'rank')} started, but {_sum(plan)}"
     if plan.learning < 1:
         return f"topology.spares = {plan.spares} leaves none of {_count(plan.replicas, 'replica')} to learn"
-    if plan.colocate and plan.shards > plan.workers:
+    workers = plan.replicas * plan.partitions
+    if plan.colocate and plan.shards > workers:
         return (
-            f"{_count(plan.shards, 'shard')} cannot be colocated with {_count(plan.workers, 'worker')}: "
+            f"{_count(plan.shards, 'shard')} cannot be colocated with {_count(workers, 'worker')}: "
             "at most one shard a rank"
         )
     return ""
@@ -146,8 +170,10 @@ def _advice(section: TopologySection, world: int) -> str:
     ]
     changes += [{"replicas": number, "partitions": 1} for number in numbers]
     changes.append({"shards": 1, "replicas": max(world - 1, 1), "partitions": 1, "colocate": world == 1})
-    if section.spares:
-        changes += [change | {"spares": 0} for change in ({}, *changes)]
+    for name in ("spares", "evaluators"):
+        if getattr(section, name):
+            changes += [change | {name: 0} for change in ({}, *changes)]
+    changes[:0] = [{"evaluators": number} for number in reversed(range(min(section.evaluators, world)))]
     fits = next(change for change in changes if _fits(section.model_copy(update=change), world))
     settings = " and ".join(f"topology.{name} = {str(value).lower()}" for name, value in fits.items())
     # The sum of the numbers, and worlds near this one: a mistyped number of shards must not make a list as long.
@@ -167,6 +193,7 @@ def _count(number: int, noun: str) -> str:
 
 def _sum(plan: Plan) -> str:
     work = f"{_count(plan.replicas, 'replica')} x {_count(plan.partitions, 'partition')}"
+    work += f" + {_count(plan.evaluators, 'evaluator')} x {plan.partitions}" if plan.evaluators else ""
     shards = "" if plan.colocate else f" + {_count(plan.shards, 'shard')}"
     return f"{work}{shards} need {plan.world}"
 
@@ -183,6 +210,10 @@ class Communicators(Collective):
 
     Attributes
     ----------
+    plan
+        The role of each rank.
+    shard, worker
+        Number of the shard, and of the worker, that this rank is; None where it is none.
     world
         All ranks, for the library's own messages and windows.
     shards
@@ -198,8 +229,7 @@ class Communicators(Collective):
 
         if comm.size != plan.world:
             raise ValueError(f"the plan needs {plan.world} ranks, the communicator has {comm.size}")
-        shard, worker = plan.shard_of(comm.rank), plan.worker_of(comm.rank)
-        replica = None if worker is None else worker // plan.partitions
+        self.plan, self.shard, self.worker = plan, plan.shard_of(comm.rank), plan.worker_of(comm.rank)
 
         def split(color: int | None, number: int | None, roles: str) -> MPI.Intracomm:
             """Return the communicator of the ranks with the same color, by their numbers in a role."""
@@ -207,9 +237,9 @@ class Communicators(Collective):
             return blocking.split(comm, MPI.UNDEFINED if color is None else color, number or 0, what)
 
         self.world = blocking.duplicate(comm, "all ranks to begin the run")
-        self.shards = split(None if shard is None else 0, shard, "shards")
-        self.workers = split(None if worker is None else 0, worker, "workers")
-        self.replica = split(replica, worker, "replicas")
+        self.shards = split(None if self.shard is None else 0, self.shard, "shards")
+        self.workers = split(None if self.worker is None else 0, self.worker, "workers")
+        self.replica = split(plan.replica_of(comm.rank), self.worker, "replicas")
 
     def free(self) -> None:
         """Free the communicators (collective); a second call does nothing."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dbmpi.errors import RunFailed, UserError
+from dbmpi.errors import Stalled, UserError
 from dbmpi.mpi import pieces
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def until(
 
     Raises
     ------
-    RunFailed
+    Stalled
         If nothing moved for `seconds`.
     """
     limit = STALL_SECONDS if seconds is None else seconds
@@ -142,7 +142,7 @@ def until(
             backoff.reset()
         elif waited > limit:
             awaited = what if isinstance(what, str) else what()
-            raise RunFailed(f"stalled: nothing moved for {limit:g} s while waiting for {awaited}")
+            raise Stalled(f"stalled: nothing moved for {limit:g} s while waiting for {awaited}")
         else:
             backoff.sleep()
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping
-from contextlib import ExitStack
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn
 
@@ -47,32 +47,36 @@ class Watch:
         Whether there is anything to check: without fault tolerance MPI itself ends the job.
     dead
         Ranks that have died, as of the last check.
+    hosts
+        Name of the host of each rank, where there is anything to check.
     replaceable
         Number of ranks whose places new processes can take: then the run ends on all ranks by `RanksMissing`.
+    rescues
+        Whether the run ends by `RanksMissing` in any case, because what is left of it is worth a checkpoint.  Others
+        hear that a rank leaves when it leaves the context, and does nothing more for them.
     """
 
     def __init__(self, comm: MPI.Comm, advice: str = RESUMING) -> None:
         self._comm, self._advice = comm, advice
         self.on = failures.tolerated()
         self.replaceable = 0
-        self._hosts = hosts(comm) if self.on else []
+        self.rescues = self._notes_only = False
+        self.hosts = hosts(comm) if self.on else []
         self._notices: list[tuple[MPI.Request, np.ndarray]] = []
         self._leaving: set[int] = set()
         """Ranks that leave this attempt at the run, to go on with new processes."""
         self._next = 0.0
-        self._roles: Mapping[int, str] = {}
+        self._shards: dict[int, str] = {}
         self._dispensable: Collection[int] = ()
         self._speaker: int | None = None
         self._speaks_until = 0.0
         self._serving = ExitStack()
         self.dead: frozenset[int] = frozenset()
 
-    def do_without(self, dispensable: Collection[int], roles: Mapping[int, str]) -> None:
-        """Let the run survive the death of the `dispensable` ranks from now on.
-
-        `roles` gives for other ranks what messages say behind their names: why the run cannot continue without them.
-        """
-        self._dispensable, self._roles = dispensable, roles
+    def do_without_workers(self, shard_ranks: Sequence[int]) -> None:
+        """Let the run survive from now on the death of any rank that is none of `shard_ranks`, shard 0 first."""
+        self._shards = {rank: f", which holds shard {shard}," for shard, rank in enumerate(shard_ranks)}
+        self._dispensable = {*range(self._comm.size)} - {*shard_ranks}
 
     def check(self, *, now: bool = False) -> bool:
         """Check the ranks, a few times a second at most unless `now`; called in every wait.
@@ -91,8 +95,10 @@ class Watch:
         goes_on = self._hear()
         if len(gone := failures.dead(self._comm)) > len(self.dead):
             self.dead = frozenset(gone)
+        if self._notes_only:
+            return False
         missed = sorted(self.dead.difference(self._dispensable))
-        if goes_on or (missed and self.replaceable):
+        if goes_on or (missed and (self.replaceable or self.rescues)):
             self.replace(f"{self.name(missed[0])} has died" if missed else "")
         if missed:
             self._give_up(missed)
@@ -107,9 +113,30 @@ class Watch:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._serving.close()
-        if isinstance(error, RanksMissing):
-            waiting.until(self._all_leave, lambda: f"{self._late()} to take part in going on with new processes")
-        elif isinstance(error, failures.RankLost) or (error is not None and failures.reports_death(error)):
+        try:
+            if isinstance(error, RanksMissing):
+                raise error
+            self.explain(error)
+        except RanksMissing:
+            self._leave()
+            if not isinstance(error, RanksMissing):
+                raise
+
+    def _leave(self) -> None:
+        """Wait until all ranks leave this attempt, and end the run where no process can be replaced."""
+        self._notify()
+        late = self._late
+        # Some may be about to write a checkpoint of what is left.
+        seconds = waiting.LONG_SECONDS if self.rescues else None
+        waiting.until(self._all_leave, lambda: f"{late()} to take part in going on with new processes", seconds=seconds)
+        while not self.replaceable:
+            common_end.JOB.check(now=True)
+            self._give_up(sorted(self.dead.difference(self._dispensable) or self.dead))
+            time.sleep(_BETWEEN_POLLS)
+
+    def explain(self, error: BaseException | None) -> None:
+        """Raise why the run ends, if `error` is a report by MPI that a rank has died, and this becomes known."""
+        if isinstance(error, failures.RankLost) or (error is not None and failures.reports_death(error)):
             until = time.monotonic() + 2 * _FIRST_TO_SPEAK
             while time.monotonic() < until:
                 self.check()  # raises
@@ -132,15 +159,31 @@ class Watch:
 
         Whether there may be enough of them is decided when all have left.
         """
+        if not self.rescues:
+            self._notify()
+        raise RanksMissing(why)
+
+    @contextmanager
+    def only_noting(self) -> Iterator[None]:
+        """Let checks in the block note which ranks have died, and raise nothing."""
+        self._notes_only = True
+        try:
+            yield
+        finally:
+            self._notes_only = False
+
+    def name(self, rank: int) -> str:
+        """Return the name of a rank for messages, with its host and its role."""
+        return f"rank {rank} on {self.hosts[rank]}{self._shards.get(rank, '')}"
+
+    def _notify(self) -> None:
+        """Let all other ranks know that this one leaves, once."""
+        if self._notices:
+            return
         word = np.zeros(1, np.int64)
         for rank in {*range(self._comm.size)} - self.dead - {self._comm.rank}:
             with failures.survived():
                 self._notices.append((self._comm.Isend(word, rank, Tag.REPLACEMENT), word))
-        raise RanksMissing(why)
-
-    def name(self, rank: int) -> str:
-        """Return the name of a rank for messages, with its host and its role."""
-        return f"rank {rank} on {self._hosts[rank]}{self._roles.get(rank, '')}"
 
     def _hear(self) -> bool:
         """Note which ranks leave this attempt; return whether any does."""

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 
-from dbmpi.errors import DIED, EndedByDeath, EndedElsewhere, KnownToAll, RunFailed, ToldElsewhere, UserError
+from dbmpi.errors import DIED, EndedByDeath, EndedElsewhere, KnownToAll, RunFailed, Stalled, ToldElsewhere, UserError
 from dbmpi.machine import capacity, endings, mpi_library, signals, streams
 from dbmpi.mpi import blocking, common_end, failures, replacement, silent_ends, waiting
 
@@ -37,6 +37,8 @@ _exit = os._exit
 """That of the system, also where the ends of a user's code are reported (`silent_ends`)."""
 _FOR_THE_LAUNCHER = 0.2
 """Seconds that the launcher is given to read a last message."""
+_FOR_THE_ABORT = 10.0
+"""Seconds in which the launcher has ended this process after an abort."""
 _FOR_THE_END = 5.0
 """Seconds that MPI is given to end where ranks have died: it does not always."""
 _FOR_THE_FIRST = 0.5
@@ -194,7 +196,7 @@ def report_and_abort(error: BaseException) -> NoReturn:
         text = f"dbmpi: {f'rank {rank}: ' if size > 1 else ''}{capacity.explain(error)}\n"
     elif isinstance(error, RunFailed):
         died = isinstance(error, (EndedByDeath, failures.RankLost))
-        code = DIED if died else 1
+        code = DIED if died or isinstance(error, Stalled) else 1
         text = f"dbmpi: {f'rank {rank}: ' if size > 1 else ''}{error}\n" if str(error) else ""
         text = "" if died and _is_told() else text
     else:
@@ -211,6 +213,8 @@ def report_and_abort(error: BaseException) -> NoReturn:
     if not (isinstance(error, EndedElsewhere) or common_end.JOB.announce(code)):
         # MPICH's launcher passes on a rank's output with a delay, and drops the rest at an abort.
         time.sleep(_FOR_THE_LAUNCHER)
+        # It waits for the launcher, without end where this host is cut off from that, and no Python runs meanwhile.
+        faulthandler.dump_traceback_later(_FOR_THE_ABORT, exit=True, file=open(os.devnull, "w"))  # noqa: SIM115
         job.Abort(code)
     _exit(code)  # MPICH's Abort may return before the launcher has killed this rank
 
@@ -252,11 +256,12 @@ def abort_from_thread(error: Exception) -> NoReturn:
 
     if MPI.Query_thread() == MPI.THREAD_MULTIPLE and (_job or MPI.COMM_WORLD).size > 1:
         report_and_abort(error)
-    endings.note_message(1)
+    code = DIED if isinstance(error, (EndedByDeath, Stalled)) else 1
+    endings.note_message(code)
     with suppress(OSError):
         sys.stderr.write(f"dbmpi: {error}\n")
         sys.stderr.flush()
-    os._exit(1)
+    os._exit(code)
 
 
 def _end() -> None:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import threading
-from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
 
-from dbmpi.index.layout import Stretch, pieces
+from dbmpi.index.layout import Stretch, divide, pieces
 from dbmpi.mpi import waiting
 from dbmpi.objective import Outcome
-from dbmpi.paramserver.protocol import LAST, LEAD, MORE, REPORT, WITHHELD, Header, ShardMap
+from dbmpi.paramserver.protocol import LAST, LEAD, MORE, REPORT, WITHHELD, Header, RoundTurn, ShardMap
 
 _READ_AT_ONCE = 1 << 24
 """Elements of a chunk that is read in place: it costs no memory, but other clients wait while it is applied."""
@@ -44,12 +43,15 @@ class Client:
         Vectors to compute gradients in, in this rank's window if shards read them in place.
     parameters
         This client's own vector where the shards hold it, if this worker is to compute on it.
+    kept
+        This client's own vector as it was fetched, if it goes with each gradient, for delay compensation; in this
+        rank's window if shards read gradients in place.
     serve
         Called while this rank waits, so that its other duties, such as a shard, go on.
 
     Attributes
     ----------
-    parts, gradients, parameters, serve
+    parts, gradients, parameters, kept, serve
         As given.
     versions
         Each shard's version that the next gradient is computed from; the staleness of pushes is counted from there.
@@ -61,6 +63,8 @@ class Client:
         Bytes of parameters copied from the shards so far.
     pushed_chunks, fetched_pieces
         Number of transfers.
+    turn
+        The round that the next push belongs to.
     far
         Whether some shard cannot read the gradient in place, so that sending it takes time.
     """
@@ -75,6 +79,7 @@ class Client:
         fetched: Sequence[range] | None = None,
         gradients: Sequence[np.ndarray] = (),
         parameters: np.ndarray | None = None,
+        kept: np.ndarray | None = None,
         serve: Callable[[], bool] | None = None,
     ) -> None:
         ranks, memories, window = shards.ranks, shards.memories, shards.window
@@ -82,7 +87,7 @@ class Client:
         self._window, self._memories, self._ranks = window, memories, ranks
         self._number = number
         self.gradients = tuple(gradients)
-        self.parameters = parameters
+        self.parameters, self.kept = parameters, kept
         self.serve = serve
         self.samples = 0
         self.pushed_bytes = self.fetched_bytes = self.pushed_chunks = self.fetched_pieces = 0
@@ -95,12 +100,12 @@ class Client:
             self._divided = [self._pieces]
         else:
             self.parts = tuple(parts)
-            self._divided = [pieces(part, shards.ranges) for part in _divide(stretches, parts)]
+            self._divided = [pieces(part, shards.ranges) for part in divide(stretches, parts)]
         self._fetched = [self._pieces]
         if fetched is not None:
             apart = [
                 [part._replace(local=part.local - own.start) for part in found]
-                for own, found in zip(fetched, _divide(stretches, fetched), strict=True)
+                for own, found in zip(fetched, divide(stretches, fetched), strict=True)
             ]
             self._fetched = [pieces(part, shards.ranges) for part in apart]
         # For each shard a push ends with the first part that it takes something of.
@@ -114,10 +119,13 @@ class Client:
         self._unheard = distant if window.transport == "rma" else []
         self._sending = threading.Lock()
         # Made when they are used: even an empty one takes half a KiB, and few clients push to all shards.
-        self._queues: dict[int, deque[tuple[Header, np.ndarray]]] = {}
+        self._queues: dict[int, deque[tuple[Header, np.ndarray, np.ndarray]]] = {}
         self._queued = [0] * len(ranks)
         self._posted = [0] * len(ranks)
         self._unfinished: set[int] = set()
+        self.turn = RoundTurn()
+        self._begun: set[int] = set()
+        """Shards that something of this turn's push is for."""
         self._left = False
         self.versions = [0] * len(ranks)
         self._applied = window.local[memories[0].applied(0) :][: len(ranks) * 8].view(np.int64)
@@ -139,6 +147,8 @@ class Client:
         versions = self.copy(*parameters, serve=self.serve)
         if for_gradient:
             self.versions = versions
+            if self.kept is not None and self.parameters is not None:
+                np.copyto(self.kept, self.parameters)
 
     def push(self, gradient: np.ndarray, part: int = 0) -> Mark:
         """Put a part of a gradient in line for the shards; :meth:`progress` or :meth:`drain` sends it.
@@ -163,16 +173,29 @@ class Client:
                     length = min(size, piece.length - first)
                     ends = self._final[shard] == part and piece is found[-1] and first + length == piece.length
                     local = piece.local - self.parts[part].start + first
-                    header = Header(
-                        piece.start + first, length, LAST if ends else MORE, self.versions[shard], self.samples
-                    )
-                    self._enqueue(shard, header, gradient[local : local + length])
+                    kind, version = LAST if ends else MORE, self.versions[shard]
+                    header = self._header(piece.start + first, length, kind, version, self.samples)
+                    kept = _NO_DATA if self.kept is None else self.kept[piece.local + first :][:length]
+                    self._enqueue(shard, header, gradient[local : local + length], kept)
         return tuple(self._queued)
 
     def abandon(self) -> None:
         """End a push of which parts will never come, as shards may wait for its last one; what came of it counts."""
         for shard in sorted(self._unfinished):
-            self._enqueue(shard, Header(0, 0, LAST, self.versions[shard]), _NO_DATA)
+            self._enqueue(shard, self._header(0, 0, LAST, self.versions[shard]), _NO_DATA)
+        for shard in self.pushes_to if self.turn.round else ():
+            if shard not in self._begun:
+                self._enqueue(shard, self._header(0, 0, WITHHELD, self.versions[shard]), _NO_DATA)
+
+    def peer(self, replica: int) -> int:
+        """Return the number of the client of this partition of another `replica`."""
+        partitions = self._memories[0].partitions
+        return replica * partitions + self._number % partitions
+
+    def begin_turn(self, turn: RoundTurn) -> None:
+        """Take part in a round with the next push, as `turn` says."""
+        self.turn = turn
+        self._begun.clear()
 
     def leave(self) -> None:
         """Send nothing more, and wait for nothing: no shard takes anything of this client any more."""
@@ -181,7 +204,7 @@ class Client:
     def withhold(self) -> None:
         """Put a notice in line, in place of a push: shards count its samples, and change nothing."""
         for shard in self.pushes_to:
-            self._enqueue(shard, Header(0, 0, WITHHELD, self.versions[shard], self.samples), _NO_DATA)
+            self._enqueue(shard, self._header(0, 0, WITHHELD, self.versions[shard], self.samples), _NO_DATA)
 
     def report(self, outcome: Outcome, steps: int, *, withheld: bool = False) -> None:
         """Report the steps and samples behind a push to shard 0, which counts those of the run.
@@ -333,12 +356,18 @@ class Client:
         late = [shard for shard in range(len(self._ranks)) if self._applied[shard] != self._queued[shard]]
         return ", ".join(f"shard {shard} on rank {self._ranks[shard]}" for shard in late)
 
-    def _enqueue(self, shard: int, header: Header, data: np.ndarray) -> None:
+    def _header(self, start: int, length: int, kind: int, version: int, samples: int = 0) -> Header:
+        """Return the header of a chunk of this turn's push."""
+        return Header(start, length, kind, version, samples, **self.turn._asdict())
+
+    def _enqueue(self, shard: int, header: Header, data: np.ndarray, kept: np.ndarray = _NO_DATA) -> None:
+        if header.kind != REPORT:
+            self._begun.add(shard)
         if header.kind == MORE:
             self._unfinished.add(shard)
         elif header.kind == LAST:
             self._unfinished.discard(shard)
-        self._queues.setdefault(shard, deque()).append((header, data))
+        self._queues.setdefault(shard, deque()).append((header, data, kept))
         self._queued[shard] += 1
 
     def _send_next(self, shard: int) -> bool:
@@ -346,16 +375,18 @@ class Client:
         rank, memory, count = self._ranks[shard], self._memories[shard], self._posted[shard]
         if count - int(self._applied[shard]) >= memory.slots(self._number):
             return False
-        header, data = self._queues[shard][0]
-        if data.size and memory.reads(self._number):
-            header = header._replace(source=self._offset(data))
-        elif data.size:
-            self._window.put(rank, memory.data(self._number, count), data)
+        header, *vectors = self._queues[shard][0]
+        for number, vector in enumerate(vectors):
+            if vector.size and memory.reads(self._number):
+                offset = self._offset(vector)
+                header = header._replace(parameters=offset) if number else header._replace(source=offset)
+            elif vector.size:
+                self._window.put(rank, memory.data(self._number, count, number), vector)
         self._window.put(rank, memory.header(self._number, count), header.pack())
         self._posted[shard] = count + 1
         self._window.store(rank, memory.posted(self._number), count + 1)
-        self.pushed_bytes += data.nbytes
-        self.pushed_chunks += bool(data.size)
+        self.pushed_bytes += sum(vector.nbytes for vector in vectors)
+        self.pushed_chunks += bool(vectors[0].size)
         self._queues[shard].popleft()
         return True
 
@@ -364,16 +395,3 @@ class Client:
         start: int = vector.ctypes.data - self._window.local.ctypes.data
         assert 0 <= start < self._window.local.nbytes, "a shard can read a gradient in this rank's window alone"
         return start
-
-
-def _divide(stretches: Sequence[Stretch], parts: Sequence[range]) -> Iterator[list[Stretch]]:
-    """Yield the stretches of each part of a client's own vector."""
-    starts = [stretch.local for stretch in stretches]
-    for part in parts:
-        clipped = []
-        first = max(bisect_right(starts, part.start) - 1, 0)
-        for stretch in stretches[first : bisect_left(starts, part.stop)]:
-            start, stop = max(stretch.local, part.start), min(stretch.local + stretch.length, part.stop)
-            if start < stop:
-                clipped.append(Stretch(stretch.start + start - stretch.local, start, stop - start, stretch.pushed))
-        yield clipped

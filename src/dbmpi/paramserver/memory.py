@@ -40,6 +40,8 @@ class Memory:
     """Clients of one replica; each counts the pushes to its own part alone."""
     in_place: tuple[int, ...] = ()
     """Clients whose gradients this shard reads in place, in order; shards of one host share the tuple."""
+    vectors: int = 1
+    """Vectors of which a slot of the inbox holds a piece: gradients, and with 2 also what they were computed at."""
 
     def applied(self, shard: int) -> int:
         """Word in a client's window: the number of its chunks that the shard has applied."""
@@ -87,9 +89,18 @@ class Memory:
         headers = near * HEADERS + (client - near) * SLOTS + count % self.slots(client)
         return start + headers * HEADER_WORDS * _WORD
 
-    def data(self, client: int, count: int) -> int:
-        """Offset of the client's chunk number `count` in the inbox."""
-        return self._slot((client - self._before(client)) * SLOTS + count % SLOTS)
+    def data(self, client: int, count: int, vector: int = 0) -> int:
+        """Offset of the client's chunk number `count` in the inbox.
+
+        Parameters
+        ----------
+        client, count
+            Number of the client, and of its chunk.
+        vector
+            Of which of the slot's vectors.
+        """
+        slot = (client - self._before(client)) * SLOTS + count % SLOTS
+        return self._slot(slot) + vector * lines(self.chunk * self.itemsize)
 
     @property
     def words_nbytes(self) -> int:
@@ -106,7 +117,7 @@ class Memory:
         return bisect_left(self.in_place, client)
 
     def _slot(self, number: int) -> int:
-        return self.header(self.clients, 0) + number * lines(self.chunk * self.itemsize)
+        return self.header(self.clients, 0) + number * self.vectors * lines(self.chunk * self.itemsize)
 
 
 def chunk_elements(inbox_bytes: float, chunk_bytes: float, clients: int, itemsize: int) -> int:

@@ -24,7 +24,7 @@ MORE, LAST, REPORT, WITHHELD = 0, 1, 2, 3
 in place of a whole push that the client withholds."""
 HEADER_WORDS = 16
 """64-bit words of a header, two cache lines."""
-_LAYOUT = struct.Struct(f"=6qd3q{8 * (HEADER_WORDS - 10)}x")
+_LAYOUT = struct.Struct(f"=6qd7q{8 * (HEADER_WORDS - 14)}x")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +41,19 @@ class ShardMap:
     """The range of the flat parameter vector that each shard holds."""
     consistent: bool = False
     """Whether a push is applied as a whole, and a fetch from a shard never sees one half applied."""
+    discard_above: int = 0
+    """Staleness above which a shard drops a push; 0 for none."""
+
+
+class RoundTurn(NamedTuple):
+    """What a client takes part in with a push, where shards apply the pushes of a round together."""
+
+    round: int = 0
+    """Number of the round in this session, from 1; 0 where each push stands alone."""
+    needed: int = 0
+    """Pushes with which the round is complete."""
+    after: int = -1
+    """Client after whose push this one is added; -1 if the order does not matter, or for the first one."""
 
 
 class Header(NamedTuple):
@@ -66,6 +79,12 @@ class Header(NamedTuple):
     """Offset of the chunk in the client's window if it is read in place; -1 if it is in the inbox."""
     withheld: int = 0
     """Of a report, whether its push was withheld."""
+    parameters: int = -1
+    """As `source`, for the parameters that the gradient was computed at, which go with it for delay compensation."""
+    round: int = 0
+    """This and the next two: those of the :class:`RoundTurn`."""
+    needed: int = 0
+    after: int = -1
 
     def pack(self) -> np.ndarray:
         """Return the words, int64."""

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from dbmpi.kernels import moments, updates
+from dbmpi.paramserver.compensation import DelayCompensated
 from dbmpi.paramserver.own_rule import OwnRule
 from dbmpi.paramserver.schedule import Moment, Schedule
 
@@ -92,6 +93,16 @@ class Momentum(Rule):
     The latter is Nesterov's accelerated gradient in the form of Sutskever et al., "On the importance of initialization
     and momentum in deep learning", ICML 2013, written for the point at which the gradient is taken (Bengio et al.,
     "Advances in optimizing recurrent networks", 2013, equation (7)).
+
+    With n for a `momentum_every` above 1, this is delayed Nesterov, without weight decay: Liu, Chhaparia, Douillard et
+    al., "Asynchronous local-SGD training for language modeling", 2024, algorithm 3 with c = 0.  Each push moves the
+    parameters by its own part of the mean of n; the velocity takes in that mean, and moves them, only with each n-th::
+
+        d <- d + dw
+        w <- w - learning_rate * dw / n                                  with each n-th push instead:
+        v <- momentum * v + d / n
+        w <- w - learning_rate * (dw / n + momentum * v)
+        d <- 0
     """
 
     learning_rate: float
@@ -99,17 +110,26 @@ class Momentum(Rule):
     nesterov: bool = False
     weight_decay: float = 0.0
     schedule: Schedule = _CONSTANT
-    state_names = ("velocity",)
+    momentum_every: int = 1
+
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        """Names of the arrays in the state."""
+        return ("velocity",) if self.momentum_every == 1 else ("velocity", "delayed")
 
     def init(self, parameters: np.ndarray) -> State:
-        """Return a velocity of zeros, as long as `parameters`."""
-        return {"velocity": np.zeros_like(parameters)}
+        """Return a velocity of zeros, as long as `parameters`, and if it is delayed a sum of zeros."""
+        return {name: np.zeros_like(parameters) for name in self.state_names}
 
     def apply(self, parameters: np.ndarray, gradient: np.ndarray, state: State, moment: Moment = _FIRST) -> None:
         """Update the velocity in `state` by the `gradient`, and `parameters` by one step at that `moment`."""
         rate = self.learning_rate * self.schedule(moment)
-        velocity, decay = state["velocity"], self.weight_decay
-        moments.momentum(parameters, gradient, velocity, rate, self.momentum, self.nesterov, decay)
+        velocity, decay, every = state["velocity"], self.weight_decay, self.momentum_every
+        if every == 1:
+            moments.momentum(parameters, gradient, velocity, rate, self.momentum, self.nesterov, decay)
+        else:
+            renews, vectors = moment.update % every == 0, (parameters, gradient, velocity, state["delayed"])
+            moments.delayed_nesterov(*vectors, rate, self.momentum, 1 / every, renews)
 
 
 @dataclass(frozen=True)
@@ -236,12 +256,21 @@ def rule(section: OptimizerSection, samples: float = 1.0, code: Path | None = No
     UserError
         If a user's own rule cannot be loaded, or is none.
     """
+    return DelayCompensated.from_config(_plain(section, samples, code), section)
+
+
+def _plain(section: OptimizerSection, samples: float, code: Path | None) -> Rule:
+    """Return the rule without what is done to gradients before."""
     rate, decay, schedule = section.learning_rate, section.weight_decay, Schedule.from_config(section, samples)
+    if section.walks:  # the schedule is that of the replicas' own steps
+        schedule = Schedule(by_staleness=schedule.by_staleness)
     match section.rule:
         case "sgd":
             return Sgd(rate, decay, schedule)
         case "momentum":
-            return Momentum(rate, section.momentum, section.nesterov, decay, schedule)
+            return Momentum(
+                rate, section.momentum, section.nesterov, decay, schedule, momentum_every=section.momentum_every
+            )
         case "adagrad":
             return Adagrad(rate, section.initial_accumulator, section.epsilon, decay, schedule)
         case "rmsprop":

@@ -1,4 +1,4 @@
-"""Schedules: the learning rate as a function of the samples that have been learned from."""
+"""Schedules: the learning rate as a function of the samples that have been learned from, and of staleness."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ class Moment(NamedTuple):
     """Samples behind all pushes that were applied before."""
     pushed: int = 0
     """Samples behind this push."""
+    staleness: int = 0
+    """Pushes that were applied between the fetch from which this one was computed and now."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +40,16 @@ class Schedule:
     equation (5), without restarts.  With d = w the inverse root is that of Vaswani et al., "Attention is all you
     need", NIPS 2017, equation (3): ``sqrt(w / s)``.
 
+    With `by_staleness`, the factor of a push of staleness t is divided by ``max(1, t)``: Zhang, Gupta, Lian, Liu,
+    "Staleness-aware async-SGD for distributed deep learning", IJCAI 2016, equation (6).
+
     Examples
     --------
     >>> halves = Schedule("step", period=1000, factor=0.5)
     >>> [halves(Moment(samples=samples)) for samples in (0, 999, 1000, 2500)]
+    [1.0, 1.0, 0.5, 0.25]
+    >>> aware = Schedule(by_staleness=True)
+    >>> [aware(Moment(staleness=staleness)) for staleness in (0, 1, 2, 4)]
     [1.0, 1.0, 0.5, 0.25]
     """
 
@@ -53,6 +61,8 @@ class Schedule:
     """Samples from one step to the next, of half a cosine, or after which the inverse root is ``sqrt(1/2)``."""
     factor: float = 0.1
     """What a step multiplies the rate by, or what the cosine leaves of it."""
+    by_staleness: bool = False
+    """Whether stale pushes have a lower rate."""
 
     @classmethod
     def from_config(cls, section: OptimizerSection, samples: float) -> Schedule:
@@ -65,12 +75,19 @@ class Schedule:
         samples
             Those of an epoch, in which the section counts.
         """
-        return cls(section.schedule, section.warmup_epochs * samples, section.period * samples, section.decay_factor)
+        return cls(
+            section.schedule,
+            section.warmup_epochs * samples,
+            section.period * samples,
+            section.decay_factor,
+            section.staleness_rate == "inverse",
+        )
 
     def __call__(self, moment: Moment) -> float:
         """Return the factor for the push at that `moment`."""
         rising = min(1.0, (moment.samples + moment.pushed) / self.warmup) if self.warmup else 1.0
-        return rising * self._decayed(max(0.0, moment.samples - self.warmup) / self.period)
+        factor = rising * self._decayed(max(0.0, moment.samples - self.warmup) / self.period)
+        return factor / max(1, moment.staleness) if self.by_staleness else factor
 
     def _decayed(self, periods: float) -> float:
         if self.kind == "step":

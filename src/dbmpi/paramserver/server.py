@@ -10,56 +10,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
 
-from dbmpi.monitor.records import StalenessHistogram
-from dbmpi.objective import Outcome
+from dbmpi.paramserver.compensation import DelayCompensated
 from dbmpi.paramserver.protocol import HEADER_WORDS, LAST, MORE, REPORT, WITHHELD, Header, ShardMap
 from dbmpi.paramserver.rules import Rule, State
 from dbmpi.paramserver.schedule import Moment
+from dbmpi.paramserver.tally import PushProgress, Tally
 
 _LONGEST_TRANSFER = 10.0
 """Seconds for which a shard does not sleep while a client's transfer goes on."""
-
-
-class PushProgress(NamedTuple):
-    """How far the pushes of a client have come at a shard, as numbers of pushes."""
-
-    whole: int
-    """Posted completely."""
-    begun: int
-    """Of which something is posted."""
-    touched: int
-    """Of which something is applied."""
-
-
-class Tally:
-    """The work of a shard since the last :meth:`Server.take_tally`."""
-
-    def __init__(self) -> None:
-        self.pushes = 0
-        self.steps = self.samples = self.withheld = 0
-        self.applied_bytes = 0
-        self.apply_seconds = 0.0
-        self.deepest_queue = 0
-        self.staleness = StalenessHistogram()
-        self.outcome = Outcome(0, 0.0, 0)
-
-    def add(self, header: Header) -> None:
-        """Count the steps and samples in the `header` of a report, and losses if they are behind a push that came."""
-        self.steps, self.samples = self.steps + header.steps, self.samples + header.samples
-        self.withheld += header.withheld
-        if not header.withheld:
-            self.outcome = self.outcome.plus(Outcome(header.samples, header.loss, header.correct))
 
 
 class Server:
     """The work of one shard.
 
     Consistent shards apply each push without interruption, with a sequence number for readers: odd from the first chunk
-    of a push to the last, then even again.  Otherwise chunks of several clients take turns.
+    of a push to the last, then even again.  Otherwise chunks of several clients take turns.  Shards that discard stale
+    pushes apply each without interruption, too, so that none becomes staler while it is applied.
 
     Parameters
     ----------
@@ -82,10 +51,15 @@ class Server:
         The rule's named arrays, each as long as `parameters`.
     begun
         The version at which the state was begun: the rule counts its updates from there.
+    most
+        The version at which no further push is begun; None for no limit.
     before_change
         Called before the elements from a first to a last one change, if it is given.
     on_report
         Called with the number of a client and the header of each report of its, if it is given.
+    on_apply
+        Called after each use of the rule, if it is given: with ``"apply"``, and its begin and end by
+        ``time.perf_counter``.
     """
 
     def __init__(
@@ -93,7 +67,9 @@ class Server:
     ) -> None:
         window, memory = shards.window, shards.memories[number]
         self._window, self._memory = window, memory
-        self._consistent = shards.consistent
+        self._whole = shards.consistent or shards.discard_above > 0
+        """Whether each push is applied without interruption."""
+        self._discard_above = shards.discard_above
         self._current: int | None = None
         self._number = number
         self._clients = clients
@@ -101,8 +77,10 @@ class Server:
         self.parameters = parameters
         self.state: State = {}
         self.begun = 0
+        self.most: int | None = None
         self.before_change: Callable[[int, int], None] | None = None
         self.on_report: Callable[[int, Header], None] | None = None
+        self.on_apply: Callable[[str, float, float], None] | None = None
         self._samples = [0] * memory.partitions
         self._posted = self._words(memory.posted(0), len(clients))
         self._versions = self._words(memory.version(0), memory.partitions)
@@ -117,6 +95,8 @@ class Server:
         """Of each client the pushes, also those withheld, and the reports, that have been applied."""
         self._inside = np.zeros(len(clients), bool)
         """Whether a part of a client's next push has been applied."""
+        self._discarding = np.zeros(len(clients), bool)
+        """Whether that push is too stale, so that nothing of it is applied."""
         self._seen_active, self._active_since = self._active.copy(), 0.0
         self.tally = Tally()
 
@@ -129,6 +109,11 @@ class Server:
     def samples(self) -> int:
         """Samples behind the pushes applied or withheld so far."""
         return max(self._samples)
+
+    @property
+    def unfinished(self) -> int:
+        """Pushes that are half applied."""
+        return int(self._inside.sum())
 
     @property
     def pushing(self) -> bool:
@@ -164,11 +149,14 @@ class Server:
             return self._window.busy or self._transfers_go_on()
         self.tally.deepest_queue = max(self.tally.deepest_queue, queue)
         ready = np.flatnonzero(waiting_chunks).tolist()
-        if self._consistent:
-            return self._apply_whole(ready)
+        if self._whole:
+            return self._apply_whole([client for client in ready if not self._waits(client)])
+        moved = False
         for client in ready:
-            self._apply(client)
-        return True
+            if not self._waits(client):
+                self._apply(client)
+                moved = True
+        return moved
 
     def take_tally(self) -> Tally:
         """Return the tally since the last call, and start another."""
@@ -221,10 +209,14 @@ class Server:
             self._gone[client] = True
             self._applied[client] = self._posted[client]
             self._active[2 * client : 2 * client + 2] = 0
+            self._inside[client] = False
             if self._current == client:
                 self._current = None
                 self._step_sequence()
         return True
+
+    def forgo(self, client: int, number: int) -> None:
+        """Do not wait for a push of a `client` in the round of that `number`, where shards wait for any."""
 
     def _waiting(self, client: int) -> list[int]:
         """Return the kinds of the chunks that a client has posted, and that are not applied."""
@@ -232,7 +224,7 @@ class Server:
 
     def _apply_alone(self, client: int) -> None:
         """Apply the next chunk of a client, in consistent shards as a part of the current push, unless that is held."""
-        part = self._consistent and self._next(client).kind != REPORT and self._current in (None, client)
+        part = self._whole and self._next(client).kind != REPORT and self._current in (None, client)
         if part and self._current is None:
             self._current = client
             self._step_sequence()
@@ -276,6 +268,12 @@ class Server:
             self._step_sequence()
         return True
 
+    def _waits(self, client: int) -> bool:
+        """Whether the next chunk of a client begins a push that may not begin for now."""
+        if self.most is None or self._inside[client] or self._next(client).kind in (REPORT, WITHHELD):
+            return False
+        return self.version + int(self._inside.sum()) >= self.most
+
     def _is_whole(self, client: int) -> bool:
         """Whether all of a push has been posted, or as much as there are slots for."""
         first, stop = int(self._applied[client]), int(self._posted[client])
@@ -307,11 +305,13 @@ class Server:
             self.tally.add(header)
             if self.on_report is not None:
                 self.on_report(client, header)
-        elif header.kind != WITHHELD:
-            self._update(header, self._chunk(client, count, header), partition)
+        elif header.kind != WITHHELD and not self._discards(client, header):
+            self._update(header, client, count)
         if header.kind in (LAST, WITHHELD):
             self._samples[partition] += header.samples
-        if header.kind == LAST:
+        if header.kind == LAST and self._discarding[client]:
+            self.tally.discarded += 1
+        elif header.kind == LAST:
             self.tally.staleness.add(int(self._versions[partition]) - header.fetched)
             self.tally.pushes += 1
             self._versions[partition] += 1
@@ -320,30 +320,56 @@ class Server:
         if header.kind != MORE:
             self._counts[REPORT if header.kind == REPORT else LAST][client] += 1
         self._applied[client] = count + 1
-        self._window.store(self._clients[client], memory.applied(self._number), count + 1)
+        self._acknowledge(client)
         return header.kind
 
-    def _chunk(self, client: int, count: int, header: Header) -> np.ndarray:
-        """Return the data of a chunk, in place."""
-        memory, start = self._window.local, header.source
+    def _acknowledge(self, client: int) -> None:
+        """Let a client know how many of its chunks are applied."""
+        self._window.store(self._clients[client], self._memory.applied(self._number), int(self._applied[client]))
+
+    def _discards(self, client: int, header: Header) -> bool:
+        """Whether the next chunk of a client, with that `header`, or the push until there was too stale."""
+        if self._discard_above:
+            # No other push comes in between, unless this one is held and others are settled meanwhile.
+            staleness = int(self._versions[client % self._memory.partitions]) - header.fetched
+            before = self._inside[client] and self._discarding[client]
+            self._discarding[client] = before or staleness > self._discard_above
+        return bool(self._discarding[client])
+
+    def _chunk(self, client: int, count: int, header: Header, vector: int = 0) -> np.ndarray:
+        """Return the data of a chunk, in place: of its gradient, or of vector 1, what this was computed at."""
+        memory, start = self._window.local, header.parameters if vector else header.source
         if self._memory.reads(client):
             near = self._window.near(self._clients[client])
             assert near is not None
             memory = near
         else:
-            start = self._memory.data(client, count)
+            start = self._memory.data(client, count, vector)
         dtype = self.parameters.dtype
         chunk: np.ndarray = memory[start : start + header.length * dtype.itemsize].view(dtype)
         return chunk
 
-    def _update(self, header: Header, chunk: np.ndarray, partition: int) -> None:
-        """Apply the rule to the range that a chunk of a client with that `partition` covers."""
+    def _update(self, header: Header, client: int, count: int) -> None:
+        """Apply the rule to the range that a client's chunk covers."""
+        partition, chunk = client % self._memory.partitions, self._chunk(client, count, header)
         covered = slice(header.start, header.start + header.length)
+        version = int(self._versions[partition])
+        moment = Moment(version + 1 - self.begun, self._samples[partition], header.samples, version - header.fetched)
+        fetched = self._chunk(client, count, header, 1) if isinstance(self._rule, DelayCompensated) else None
+        self._change(covered, chunk, moment, fetched)
+
+    def _change(self, covered: slice, gradient: np.ndarray, moment: Moment, fetched: np.ndarray | None = None) -> None:
+        """Apply the rule to a part of the range, by a gradient that was computed at the parameters `fetched`."""
         if self.before_change is not None:
             self.before_change(covered.start, covered.stop)
         began = time.perf_counter()
-        moment = Moment(int(self._versions[partition]) + 1 - self.begun, self._samples[partition], header.samples)
         state = {name: array[covered] for name, array in self.state.items()}
-        self._rule.apply(self.parameters[covered], chunk, state, moment)
-        self.tally.apply_seconds += time.perf_counter() - began
-        self.tally.applied_bytes += chunk.nbytes
+        if isinstance(self._rule, DelayCompensated) and fetched is not None:
+            self._rule.apply_delayed(self.parameters[covered], gradient, fetched, state, moment)
+        else:
+            self._rule.apply(self.parameters[covered], gradient, state, moment)
+        ended = time.perf_counter()
+        self.tally.apply_seconds += ended - began
+        self.tally.applied_bytes += gradient.nbytes
+        if self.on_apply is not None:
+            self.on_apply("apply", began, ended)

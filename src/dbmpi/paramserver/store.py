@@ -11,6 +11,7 @@ from mpi4py import MPI
 from dbmpi.config import ServerSection
 from dbmpi.errors import UserError
 from dbmpi.index.layout import Stretch
+from dbmpi.kernels.memory import aligned_empty
 from dbmpi.mpi import window as windows
 from dbmpi.mpi.blocking import Collective
 from dbmpi.mpi.transport import transport_between
@@ -18,6 +19,7 @@ from dbmpi.mpi.window import Window
 from dbmpi.paramserver.client import Client
 from dbmpi.paramserver.memory import Memory, chunk_elements, lines
 from dbmpi.paramserver.protocol import ShardMap
+from dbmpi.paramserver.round_server import RoundServer
 from dbmpi.paramserver.rules import Rule
 from dbmpi.paramserver.server import Server
 
@@ -46,6 +48,10 @@ class Store(Collective):
         Whether ranks of a host may share memory.
     chunk
         Elements of a chunk in the inbox; by default as many as the section allows.
+    compensates
+        Whether workers hand over the parameters that a gradient was computed at beside it, for delay compensation.
+    kept_size
+        Elements of these, if so and this rank is a worker.
 
     Attributes
     ----------
@@ -75,10 +81,13 @@ class Store(Collective):
         *,
         shared: bool = True,
         chunk: int | None = None,
+        compensates: bool = False,
+        kept_size: int = 0,
     ) -> None:
         self._plan = plan
         self._dtype = dtype
-        self._gradient_size = gradient_size
+        self._gradient_size, self._kept_size = gradient_size, kept_size
+        self._vectors = 2 if compensates else 1
         self.overlap = section.overlap == "threads" and MPI.Query_thread() == MPI.THREAD_MULTIPLE
         self._gradients = 2 if self.overlap and section.gradients == "whole" else 1
         self._shard = plan.shard_of(comm.rank)
@@ -92,7 +101,8 @@ class Store(Collective):
         if self._common:
             check_common(plan, hosts, section.align)
         if chunk is None:
-            chunk = chunk_elements(section.inbox_mib * 2**20, section.chunk_kib * 2**10, plan.workers, dtype.itemsize)
+            inbox = section.inbox_mib * 2**20 / self._vectors
+            chunk = chunk_elements(inbox, section.chunk_kib * 2**10, plan.workers, dtype.itemsize)
         none: list[tuple[int, ...]] = [()] * plan.shards
         near = _neighbours(plan, hosts) if shared and section.push == "shared" else none
         for in_place in (near, none):
@@ -115,18 +125,28 @@ class Store(Collective):
             ranks=plan.shard_ranks,
             ranges=self.ranges,
             consistent=section.consistent,
+            discard_above=section.max_staleness if section.on_stale == "discard" else 0,
         )
         self._whole = self._common_parameters() if self._common else None
 
-    def server(self, rule: Rule) -> Server:
-        """Return the server of this rank's shard, which applies gradients by the `rule`."""
+    def server(self, rule: Rule, *, rounds: bool = False) -> Server:
+        """Return the server of this rank's shard.
+
+        Parameters
+        ----------
+        rule
+            Applies gradients.
+        rounds
+            Whether all of a round are applied together.
+        """
         assert self._shard is not None
         held = self.ranges[self._shard]
         if self._whole is not None:
             parameters = self._whole[held.start : held.stop]
         else:
             parameters = self._vector(self.window.local, self._memories[self._shard].parameters, len(held))
-        return Server(self.shards, self._shard, self._plan.worker_ranks, rule, parameters)
+        kind = RoundServer if rounds else Server
+        return kind(self.shards, self._shard, self._plan.worker_ranks, rule, parameters)
 
     def client(
         self,
@@ -155,6 +175,11 @@ class Store(Collective):
             gradients = [self._vector(self.window.local, start, size) for start in starts]
         else:
             gradients = [np.zeros(size, self._dtype) for _ in range(self._gradients)]
+        kept = None
+        if self._vectors > 1 and self._in_place:
+            kept = self._vector(self.window.local, self._words() + self._gradients * nbytes, self._kept_size)
+        elif self._vectors > 1:
+            kept = aligned_empty(self._kept_size, self._dtype)
         return Client(
             self.shards,
             self._worker,
@@ -163,6 +188,7 @@ class Store(Collective):
             fetched=fetched,
             gradients=gradients,
             parameters=None if self._whole is None else _own(self._whole, stretches),
+            kept=kept,
             serve=serve,
         )
 
@@ -176,8 +202,8 @@ class Store(Collective):
         chunk = min(chunk, elements)
         if self._common:
             elements = self.ranges[-1].stop if shard == 0 else 0
-        plan = self._plan
-        return Memory(plan.shards, plan.workers, elements, self._dtype.itemsize, chunk, plan.partitions, in_place)
+        plan, size, vectors = self._plan, self._dtype.itemsize, self._vectors
+        return Memory(plan.shards, plan.workers, elements, size, chunk, plan.partitions, in_place, vectors)
 
     def _words(self) -> int:
         """Return the bytes of this rank's window before its gradients."""
@@ -190,8 +216,8 @@ class Store(Collective):
 
     def _nbytes(self) -> int:
         """Return the bytes of this rank's window."""
-        gradients = self._gradients if self._in_place else 0
-        return self._words() + gradients * lines(self._gradient_size * self._dtype.itemsize)
+        sizes = [*[self._gradient_size] * self._gradients, self._kept_size] if self._in_place else []
+        return self._words() + sum(lines(size * self._dtype.itemsize) for size in sizes)
 
     def _common_parameters(self) -> np.ndarray:
         """Return the whole parameters, which are in the first shard's window."""

@@ -54,6 +54,8 @@ class Group(Collective):
         self.serve: Callable[[], bool] | None = None
         self.near = False
         self.window: Window | None = None
+        self._closing: MPI.Intracomm | None = None
+        """The same workers, for the window alone: one that is given up may leave an operation on `comm` unfinished."""
         if self._comm is not None and shared:
             from mpi4py import MPI
 
@@ -90,7 +92,8 @@ class Group(Collective):
         for shelf in self._shelves:
             shelf.filled, shelf.start = 0, position
             position += aligned((shelf.fixed + shelf.each * samples) * itemsize)
-        self.window = Window.allocate(self.comm, position)
+        self._closing = blocking.duplicate(self.comm, "the other partitions")
+        self.window = Window.allocate(self._closing, position)
         self.near = self.window.shared
         self._capacity = (samples, itemsize)
 
@@ -145,8 +148,10 @@ class Group(Collective):
     def free(self) -> None:
         """Free the memory of the shelves (collective)."""
         if self.window is not None:
+            assert self._closing is not None
             self.window.free()
-            self.window = None
+            blocking.free(self._closing)
+            self.window = self._closing = None
             self._capacity = (0, 0)
 
 

@@ -54,6 +54,8 @@ class OwnModel:
     outputs = 0
     metrics: tuple[str, ...] | None = None
     """Names of what the objective's ``metrics`` returns; None before they are known."""
+    classifies = False
+    """Whether it says how many held-out samples are correct; known where the run has any."""
     draws = False
     """Whether its loss of the same samples differs from step to step, as with dropout; known where that matters."""
 
@@ -373,9 +375,10 @@ def try_objective(
                 model.draws = apart or not math.isclose(loss, outcome.loss, rel_tol=_ROUNDING)
     except RunFailed as error:
         raise UserError(str(error)) from error
-    if held_out is not None and hasattr(model.objective, "metrics"):
+    model.classifies = outcome.correct >= 0
+    if held_out is not None and (hasattr(model.objective, "metrics") or hasattr(model.objective, "evaluate")):
         with calling("the objective", "it is tried on the first held-out samples"):
-            OwnReplica(model).evaluate(parameters, held_out)
+            model.classifies = OwnReplica(model).evaluate(parameters, held_out).correct >= 0
     if not outcome.are_numbers:
         raise UserError(f"{model.called}: the loss of the first batch is {outcome.mean_loss}, at the first values")
     return changed

@@ -102,7 +102,8 @@ class LocalParameters:
 
     def tensors(self, layer: int, part: np.ndarray) -> Arrays:
         """Return a layer's tensors, by their short names, as views into its part of a vector."""
-        return {mine.short: self._view(layer, part, mine) for mine in self._layers[layer].values()}
+        begin, locals_ = self.parts[layer].start, self._layers[layer].values()
+        return {short: part[at - begin : at - begin + box.size].reshape(box.shape) for short, box, at in locals_}
 
     def views(self, vector: np.ndarray, what: str) -> list[Arrays]:
         """Return every layer's tensors, by short names, as views into `vector`; raises as `cut`, calling it `what`."""
@@ -119,7 +120,7 @@ class LocalParameters:
         """
         for part, mine, shelf in self._shared[layer]:
             if self._group.rank in part.workers:
-                summand = self._view(layer, gradient, mine)[part.box.slices(mine.box)]
+                summand = self.tensors(layer, gradient)[mine.short][part.box.slices(mine.box)]
             else:
                 summand = np.empty(part.box.shape, self._dtype)
             values = np.ascontiguousarray(summand)
@@ -128,7 +129,3 @@ class LocalParameters:
     def take(self, whole: np.ndarray) -> np.ndarray:
         """Return this worker's part of a whole parameter vector; a new array."""
         return np.concatenate([whole[run.start : run.start + run.length] for run in self.runs] or [whole[:0]])
-
-    def _view(self, layer: int, part: np.ndarray, mine: _Local) -> np.ndarray:
-        start = mine.local - self.parts[layer].start
-        return part[start : start + mine.box.size].reshape(mine.box.shape)

@@ -134,7 +134,7 @@ class Inference(Collective):
         shown
             Called with the number of samples that were just done.
         """
-        batches = self._begin(source)
+        batches = self.batches(source)
         outcomes: dict[int, Outcome] = {}
         with self.together("evaluating", waiting.LONG_SECONDS):
             for number in range(self._number, len(batches), self.replicas):
@@ -183,7 +183,7 @@ class Inference(Collective):
         int, (samples, outputs) array
             The number of the first sample, and the predictions as float32.
         """
-        units, batches = self.units(source), self._begin(source)
+        units, batches = self.units(source), self.batches(source)
         for first in range(0, len(batches), self.replicas):
             number = first + self._number
             mine = None
@@ -211,6 +211,35 @@ class Inference(Collective):
                     waiting.complete(request, "the outputs of the other replicas", seconds=waiting.LONG_SECONDS)
                 assert rows is not None
                 yield int(indices[0]), rows
+
+    def visit(
+        self,
+        source: Source,
+        batches: Sequence[np.ndarray],
+        numbers: range,
+        take: Callable[[int, np.ndarray], object],
+    ) -> None:
+        """Predict some batches, each of them on the replica that it is dealt to.
+
+        Parameters
+        ----------
+        source
+            The samples.
+        batches
+            What :meth:`batches` has returned.
+        numbers
+            Which of them.
+        take
+            Called on the first partition of that replica with a batch's number and its predictions, (outputs, samples).
+        """
+        with self.together("predicting", waiting.LONG_SECONDS):
+            for number in numbers[self._number :: self.replicas]:
+                outputs = self._replica.outputs(self._parameters, source.inputs(batches[number]))
+                self._compiled()
+                if self._partition == 0:
+                    if self.trained.network.loss is not None:
+                        self.trained.network.loss.predict(outputs)
+                    take(number, np.asarray(outputs, np.float32))
 
     def units(self, source: Source) -> int:
         """Return the number of outputs: for an objective of the user's own, of the first sample of this `source`."""
@@ -268,6 +297,27 @@ class Inference(Collective):
         """
         return int(self._added_up(np.array([number]), "the other ranks")[0])
 
+    def sum(self, values: np.ndarray) -> np.ndarray:
+        """Return the sum of arrays, each rank's `values`, which have the same shape everywhere."""
+        return self._added_up(values, "the results of the other ranks")
+
+    def gathered(self, values: np.ndarray) -> np.ndarray:
+        """Return the arrays of all ranks, one behind the other.
+
+        Parameters
+        ----------
+        values : (any,) array
+            Those of this rank, int64.
+        """
+        if self._comm is None:
+            return values
+        sizes = np.zeros(self._comm.size + 1, np.int64)
+        sizes[self._comm.rank + 1] = values.size
+        ends = np.cumsum(self.sum(sizes))
+        whole = np.zeros(int(ends[-1]), np.int64)
+        whole[ends[self._comm.rank] : ends[self._comm.rank + 1]] = values
+        return self.sum(whole)
+
     def together(self, what: str, seconds: float | None = None) -> AbstractContextManager[None]:
         """Make a mistake of the user that one rank finds an error on all (collective).
 
@@ -297,8 +347,8 @@ class Inference(Collective):
 
         return waiting.allreduce(self._comm, values, MPI.SUM, what, seconds=waiting.LONG_SECONDS)
 
-    def _begin(self, source: Source) -> list[np.ndarray]:
-        """Return the samples of each batch, once the batches are known to fit and what they need is compiled."""
+    def batches(self, source: Source) -> list[np.ndarray]:
+        """Return the samples of each batch of a `source`, once they are known to fit and what they need is compiled."""
         trained, size = self.trained, min(self._batch_size, source.samples)
         batches = [np.arange(start, min(start + size, source.samples)) for start in range(0, source.samples, size)]
         if isinstance(trained.network, OwnModel):

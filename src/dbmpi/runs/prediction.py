@@ -15,6 +15,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from dbmpi.config import DataSection, explain
+from dbmpi.data.encoding import Encoding
 from dbmpi.data.given import GivenData
 from dbmpi.data.reading import Reading
 from dbmpi.data.source import Source
@@ -182,7 +183,7 @@ def opened(
         with network.together("looking at the data", waiting.LONG_SECONDS):
             notices = trained.expect(source, targets=targets)
             if network.is_first:
-                source.validate(full=True)
+                source.validate(full=True, inputs=True)
         if not source.in_file:
             network.same(source.meaning.digest, f"{_CALLED}: the arrays differ between ranks; give all the same")
         say(network, (*source.notes, *notices))
@@ -264,4 +265,6 @@ def _reading(network: TrainedNetwork, asked: Mapping[str, Any]) -> Reading:
     except ValidationError as error:
         raise UserError(explain(error, DataSection, str(network.path))) from None
     labels = None if network.info.meaning is None else network.info.meaning.labels or None
-    return Reading.of(section, network.section).held_out(network.info.classes or None, labels)
+    return Reading.of(section, network.section).held_out(
+        network.info.classes or None, labels, Encoding.learned(network.info.meaning)
+    )

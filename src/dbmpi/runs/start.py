@@ -71,9 +71,8 @@ def find(
             session[0] = next_session(run.run.directory)
             note_run(run.run.directory)
     waiting.broadcast(comm, session, _LEAD, "the number of the session")
-    warmstart = run.optimizer.warmstart
     if not path:
-        begin = StartingPoint(Stream(order.batches), warmstart)
+        begin = StartingPoint(Stream(order.batches))
     else:
         with together(comm, "reading the checkpoint"), Checkpoint.open(Path(path)) as checkpoint:
             checkpoint.expect(layout, what="network" if run.objective is None else "objective")
@@ -83,7 +82,6 @@ def find(
             same_size = before.batch_size == order.batch_size
             begin = StartingPoint(
                 Stream(before.batches, info.frontier, info.holes).recut(before, order),
-                max(0, warmstart - info.step),
                 info.step,
                 info.samples,
                 info.done if len(info.done) == replicas and same_size else (),
@@ -218,6 +216,7 @@ def _check_same_order(run: Run, stored: str, order: Order, total: int, path: Pat
     pairs = {
         "optimizer.batch_size": sizes if same_size else (0, 0),
         "run.seed": (before.run.seed, run.run.seed),
+        "data.shuffle": ("samples" if before.data.shuffle == "auto" else before.data.shuffle, run.data.shuffle),
         "network.loss": (before.network.loss, run.network.loss),
         "objective.use": tuple(each.objective.use if each.objective else "none" for each in (before, run)),
     }

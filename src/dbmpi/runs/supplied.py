@@ -10,22 +10,52 @@ from dbmpi.config.layers import OWN
 from dbmpi.data.numbered_batches import Transform
 from dbmpi.data.run_data import Supplied
 from dbmpi.errors import UserError
+from dbmpi.monitor.callbacks import Callbacks
 from dbmpi.mpi import waiting
 from dbmpi.mpi.world import together
 from dbmpi.objective import OwnObjective
+from dbmpi.runs.initial import with_initial
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from mpi4py import MPI
 
+    from dbmpi.result import FilePath
 
-def complete(run: Run, objective: OwnObjective | None, supplied: Supplied) -> Run:
+
+def complete_together(
+    run: Run, given: Supplied, initial: Mapping[str, Any] | FilePath | None, callbacks: Any, comm: MPI.Intracomm
+) -> tuple[Run, Supplied]:
+    """Complete the description of a run by what a program gives beside it; return both (collective).
+
+    Parameters
+    ----------
+    run
+        The description.
+    given
+        Data, transform and objective.
+    initial, callbacks
+        As for :func:`train`.
+    comm
+        All ranks.
+    """
+    with together(comm, "checking what is learned"):
+        run, arrays = with_initial(run, initial)
+        given = given._replace(callbacks=Callbacks(callbacks), initial=arrays)
+        run = complete(run, given)
+    compare(run, given, comm)
+    return run, given
+
+
+def complete(run: Run, supplied: Supplied) -> Run:
     """Return the run with names for what is given as an object.
 
     Parameters
     ----------
     run
         The description.
-    objective, supplied
+    supplied
         What is given.
 
     Raises
@@ -33,7 +63,7 @@ def complete(run: Run, objective: OwnObjective | None, supplied: Supplied) -> Ru
     UserError
         If something is given twice, or not at all.
     """
-    run = _with_transform(_with_objective(run, objective), supplied.transform)
+    run = _with_transform(_with_objective(run, supplied.objective), supplied.transform)
     _check_supplied(run, supplied)
     return run
 

@@ -7,7 +7,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -18,23 +18,26 @@ from mpi4py import MPI
 
 from dbmpi.checkpoint.named_arrays import Fill
 from dbmpi.checkpoint.run_lock import locked
-from dbmpi.config import Run
+from dbmpi.config import Run, TopologySection
 from dbmpi.data import limits
+from dbmpi.data.chunk_slots import share_chunks
 from dbmpi.data.numbered_batches import NumberedBatches, Transform
 from dbmpi.data.run_data import RunData, Supplied, open_data
 from dbmpi.data.stream import Order
+from dbmpi.data.unpacked import window_of
 from dbmpi.downpour import run as downpour_run
-from dbmpi.errors import EndedElsewhere, RunFailed, UserError
+from dbmpi.errors import UserError
 from dbmpi.kernels.announce import announced
 from dbmpi.machine import capacity, environment
 from dbmpi.machine.rank_variables import ranks_on_node
 from dbmpi.machine.signals import StopSignal
-from dbmpi.monitor.callbacks import Callbacks, TrainingEvent
+from dbmpi.monitor.callbacks import TrainingEvent
 from dbmpi.monitor.progress import RunProgress
 from dbmpi.monitor.records import Recorder
 from dbmpi.mpi import topology, waiting
 from dbmpi.mpi.replacement import Replacements
 from dbmpi.mpi.silent_ends import aloud
+from dbmpi.mpi.topology import Communicators
 from dbmpi.mpi.watch import Watch
 from dbmpi.mpi.world import end_all_on_failure, together
 from dbmpi.network import own
@@ -49,13 +52,12 @@ from dbmpi.replica.trial import try_layer
 from dbmpi.result import FilePath, Result
 from dbmpi.runs import continuation
 from dbmpi.runs import start as runs_start
-from dbmpi.runs.initial import first_values, with_initial
-from dbmpi.runs.supplied import compare, complete
+from dbmpi.runs.held_out_metric import check_metric
+from dbmpi.runs.initial import first_values
+from dbmpi.runs.supplied import complete_together
 from dbmpi.sandblaster import run as sandblaster_run
 from dbmpi.session import DTYPE, Session
 
-_MOST_ROLL_BACKS = 10
-"""Of a run, in one job."""
 _MOST_BATCHES = 2**62
 """Of a run: counts of steps and batches travel and are stored as 64-bit integers."""
 
@@ -153,44 +155,47 @@ def train(
     elif comm.size > 1:
         end_all_on_failure(comm)
     with aloud(comm), ExitStack() as stack:
-        with together(comm, "checking what is learned"):
-            run, arrays = with_initial(run, initial)
-            given = Supplied(data, test, transform, Callbacks(callbacks), arrays)
-            run = complete(run, objective, given)
-        compare(run, given, comm)
+        given = Supplied(data, test, transform, objective=objective)
+        run, given = complete_together(run, given, initial, callbacks, comm)
         stop = stop or stack.enter_context(StopSignal())
-        for _ in range(_MOST_ROLL_BACKS):
-            with ExitStack() as opened:
-                result = _run(run, objective, given, comm, opened, stop, replacements)
-            if not result.rolled_back or result.stopped_by:
-                return result
-            run = continuation.slower(run)
-            if comm.rank == 0:
-                rate = f"optimizer.learning_rate {run.optimizer.learning_rate:g}"
-                print(f"dbmpi: back to {result.checkpoint}, with {rate}", file=sys.stderr, flush=True)
-        message = f"the run has gone back {_MOST_ROLL_BACKS} times; look for extreme values in {run.data.called}"
-        raise RunFailed(message) if comm.rank == 0 else EndedElsewhere(1)
+        return continuation.until_kept(
+            run, comm, partial(run_once, supplied=given, comm=comm, stop=stop, replacements=replacements)
+        )
 
 
-def _run(
+def run_once(
     run: Run,
-    objective: OwnObjective | None,
+    stack: ExitStack,
+    *,
     supplied: Supplied,
     comm: MPI.Intracomm,
-    stack: ExitStack,
     stop: StopSignal,
     replacements: Replacements | None = None,
+    learn: Callable[[Session, ExitStack], Result] | None = None,
 ) -> Result:
-    """Set up this rank, train, evaluate (collective); the stack closes everything that is opened."""
+    """Set up this rank, train, evaluate (collective).
+
+    Parameters
+    ----------
+    run, supplied
+        The description, and what completes it.
+    stack
+        Closes everything that is opened.
+    comm, stop, replacements
+        As for :func:`train`.
+    learn
+        What takes the place of the run's method, on a single rank; the topology is then not that of ranks.
+    """
     with together(comm, "planning the topology"):
-        plan = topology.plan(run.topology, comm.size)
-    comms = stack.enter_context(topology.Communicators(comm, plan))
+        plan = topology.plan(TopologySection() if learn else run.topology, comm.size)
+    comms = stack.enter_context(Communicators(comm, plan))
     with Watch(comms.world) as watch:
         if replacements is not None:
             watch.replaceable = replacements.begin(run.topology.replacements)
             run = run if replacements.first else continuation.resuming(run)
-        session = _session(run, objective, supplied, plan, comms, watch, stop, stack)
-        learn = sandblaster_run.learn if session.run.optimizer.method == "sandblaster" else downpour_run.learn
+        session = _session(run, supplied, comms, watch, stop, stack)
+        if learn is None:
+            learn = sandblaster_run.learn if session.run.optimizer.method == "sandblaster" else downpour_run.learn
         result = learn(session, stack)
         epoch = (session.begin.samples + result.samples) / session.order.samples
         loss, accuracy = (math.nan, None) if result.test is None else (result.test.mean_loss, result.test.accuracy)
@@ -201,31 +206,26 @@ def _run(
 
 
 def _session(
-    run: Run,
-    objective: OwnObjective | None,
-    supplied: Supplied,
-    plan: topology.Plan,
-    comms: topology.Communicators,
-    watch: Watch,
-    stop: StopSignal,
-    stack: ExitStack,
+    run: Run, supplied: Supplied, comms: Communicators, watch: Watch, stop: StopSignal, stack: ExitStack
 ) -> Session:
     """Open the data, cut the network, lock the run directory and find the checkpoint to resume from (collective)."""
-    comm = comms.world
+    comm, plan = comms.world, comms.plan
     data = open_data(run, comm, plan, stack, supplied)
     run, notices = limits.fitted(run, data.samples)
     data = replace(data, notes=data.notes + notices)
     say = RunProgress(0, run.monitor.progress).message if comm.rank == 0 else None
     compiled = stack.enter_context(announced(say))
-    order = _order(run, data, comm)
+    run, order = _order(run, data, comm)
+    unpacked = None if data.train is None else data.train.storage.unpacked
+    share_chunks(comm, unpacked if unpacked is not None and unpacked.length == order.block else None, stack)
     if run.objective is None:
-        model: Network | OwnModel = _network(run, data, comm, plan)
+        model: Network | OwnModel = _network(run, data, comms)
         remark = stack.enter_context(fitted(model.layers, plan.partitions, run.optimizer.batch_size))
     else:
-        model, remark = _own_model(run, objective, comm, plan), ""
+        model, remark = _own_model(run, supplied.objective, comms), ""
     with together(comm, "looking at the data", seconds=waiting.LONG_SECONDS):
-        data.validate(fully=plan.worker_of(comm.rank) == 0)
-    batches = _batches(run, data, supplied.transform, order, comm, plan)
+        data.validate(fully=comms.worker == 0)
+    batches = _batches(run, data, supplied.transform, order, comms)
     if say is not None:
         prepared = environment.prepare()
         say(f"{prepared}{f'; {remark}' if remark else ''}")
@@ -236,14 +236,16 @@ def _session(
         with together(comm, "placing the layers"):
             placed = placement.from_config(run.placement, model.layers, plan.partitions)
     with together(comm, "locking the run directory", seconds=waiting.LONG_SECONDS):
-        if plan.shard_of(comm.rank) == 0:
+        if comms.shard == 0:
             stack.enter_context(locked(run.run.directory, partial(print, "dbmpi:", file=sys.stderr, flush=True)))
     replica: Replica | OwnReplica | None = None
     if isinstance(model, OwnModel):
-        replica = _own_replica(model, run, data, batches, comm, plan)
-    elif plan.worker_of(comm.rank) is not None and placed is not None:
+        replica = _own_replica(model, run, data, batches, comms)
+    elif comms.worker is not None and placed is not None:
         replica = stack.enter_context(Replica(model, placed, comms.replica))
         replica.prepare(run.optimizer.batch_size)
+    with together(comm, "looking for the metric"):
+        check_metric(run, model, data)
     begin, checkpoint, number = runs_start.find(run, comm, plan.replicas, model.layout, order, data.meaning)
     initial: Fill = model.initial
     if checkpoint is None:
@@ -281,36 +283,31 @@ def _session(
 
 
 def _batches(
-    run: Run, data: RunData, transform: Transform | None, order: Order, comm: MPI.Intracomm, plan: topology.Plan
+    run: Run, data: RunData, transform: Transform | None, order: Order, comms: Communicators
 ) -> NumberedBatches | None:
     """Return what a worker learns from, after trying the user's transform, if there is one (collective)."""
     if run.data.transform is None:
         return None if data.train is None else NumberedBatches(data.train, order)
     batches = None
-    with together(comm, "trying the transform", seconds=waiting.LONG_SECONDS):
+    with together(comms.world, "trying the transform", seconds=waiting.LONG_SECONDS):
         if data.train is not None:
             found = transform or own.from_directory(run.network.code)(run.data.transform, "data.transform")
             if not callable(found):
                 raise UserError(f"data.transform = {run.data.transform!r}: is no function, transform(batch, random)")
             batches = NumberedBatches(data.train, order, found)
-            if plan.worker_of(comm.rank) == 0:
+            if comms.worker == 0:
                 with own.calling("the transform", "it is tried on the first batch"):
                     batches.batch(0)
     return batches
 
 
 def _own_replica(
-    model: OwnModel,
-    run: Run,
-    data: RunData,
-    batches: NumberedBatches | None,
-    comm: MPI.Intracomm,
-    plan: topology.Plan,
+    model: OwnModel, run: Run, data: RunData, batches: NumberedBatches | None, comms: Communicators
 ) -> OwnReplica | None:
     """Return an instance of the objective on a worker, after trying it; all know the metrics then (collective)."""
     sandblaster = run.optimizer.method == "sandblaster"
-    with together(comm, "trying the objective", seconds=waiting.LONG_SECONDS):
-        if batches is not None and plan.worker_of(comm.rank) == 0:
+    with together(comms.world, "trying the objective", seconds=waiting.LONG_SECONDS):
+        if batches is not None and comms.worker == 0:
             held_out = None
             if data.test is not None:
                 held_out = data.test.batch(np.arange(min(run.optimizer.batch_size, data.test.samples)))
@@ -327,33 +324,39 @@ def _own_replica(
                     "numbers: its loss of the same samples differs from step to step; leave dropout away, or take "
                     "another method"
                 )
-    found = json.dumps([model.metrics or (), model.draws])
-    names, model.draws = json.loads(waiting.broadcast_text(comm, found, plan.worker_ranks[0], "the metrics"))
+    found = json.dumps([model.metrics or (), model.draws, model.classifies])
+    first = comms.plan.worker_ranks[0]
+    names, model.draws, model.classifies = json.loads(waiting.broadcast_text(comms.world, found, first, "the metrics"))
     model.metrics = tuple(names)
     return None if batches is None else OwnReplica(model, tries=True)
 
 
-def _order(run: Run, data: RunData, comm: MPI.Intracomm) -> Order:
-    """Return the order of the samples (collective)."""
-    optimizer = run.optimizer
+def _order(run: Run, data: RunData, comm: MPI.Intracomm) -> tuple[Run, Order]:
+    """Return the order of the samples, and the run with the name of that order (collective)."""
+    optimizer, shuffle = run.optimizer, run.data.shuffle
+    if shuffle == "auto":
+        shuffle = data.blocks.length or "samples"
+        run = run.model_copy(update={"data": run.data.model_copy(update={"shuffle": shuffle})})
+    block = 0 if shuffle == "samples" else shuffle
     with together(comm, "planning the batches"):
-        order = Order(data.samples, optimizer.batch_size, optimizer.epochs, run.run.seed)
+        window = window_of(block, data.blocks.features) if block else 1
+        order = Order(data.samples, optimizer.batch_size, optimizer.epochs, run.run.seed, block, window)
         if order.batches > _MOST_BATCHES:
             raise UserError(
                 f"optimizer.epochs = {optimizer.epochs:g}: that is {order.batches:.3g} batches of "
                 f"{optimizer.batch_size}, more than can be counted; lower optimizer.epochs"
             )
-    return order
+    return run, order
 
 
-def _network(run: Run, data: RunData, comm: MPI.Intracomm, plan: topology.Plan) -> Network:
+def _network(run: Run, data: RunData, comms: Communicators) -> Network:
     """Make the network for the data; check their targets and a user's own layers (collective)."""
-    section, seed, worker = run.network, run.run.seed, plan.worker_of(comm.rank)
+    section, comm, plan = run.network, comms.world, comms.plan
     with together(comm, "planning the network"):
         load = own.from_directory(section.code)
-        network = Network(section, data.input_shape, seed, targets=data.targets, load=load)
+        network = Network(section, data.input_shape, run.run.seed, targets=data.targets, load=load)
         check_fits(network.layout, plan.shards, DTYPE.itemsize, capacity.available())
-        if worker is not None:
+        if comms.worker is not None:
             limits.check_activations(
                 network.activations,
                 run.optimizer.batch_size,
@@ -370,15 +373,15 @@ def _network(run: Run, data: RunData, comm: MPI.Intracomm, plan: topology.Plan) 
     return network
 
 
-def _own_model(run: Run, objective: OwnObjective | None, comm: MPI.Intracomm, plan: topology.Plan) -> OwnModel:
+def _own_model(run: Run, objective: OwnObjective | None, comms: Communicators) -> OwnModel:
     """Make the model of an objective of the user's own, whose parameters must be alike on all ranks (collective)."""
-    section = run.objective
+    section, comm = run.objective, comms.world
     assert section is not None
     with together(comm, "preparing the objective", seconds=waiting.LONG_SECONDS):
         if objective is None:
             objective = own.make_objective(section, own.from_directory(run.network.code))
         model = OwnModel(objective, run.run.seed, f"the objective {section.use!r}")
-        check_fits(model.layout, plan.shards, DTYPE.itemsize, capacity.available())
+        check_fits(model.layout, comms.plan.shards, DTYPE.itemsize, capacity.available())
     tensors = ([tensor.name, *tensor.shape] for tensor in model.layout.tensors)
     mine = json.dumps([section.use, *tensors, *model.state.description])
     first = waiting.broadcast_text(comm, mine, 0, "the names of the parameters")

@@ -12,7 +12,8 @@ from dbmpi.checkpoint.lead_saver import LeadSaver
 from dbmpi.errors import DiskFailed
 from dbmpi.methods.descent import POINT, Progress
 from dbmpi.methods.lbfgs import History
-from dbmpi.monitor.records import CheckpointReport, Recorder
+from dbmpi.monitor.records import Recorder
+from dbmpi.monitor.reports import CheckpointReport
 from dbmpi.mpi import waiting
 from dbmpi.sandblaster.commands import Command
 from dbmpi.sandblaster.state import Position, capture

@@ -19,7 +19,8 @@ from dbmpi.methods.multibatch import multi_batch_lbfgs
 from dbmpi.methods.select import Choice, minimise
 from dbmpi.monitor.callbacks import TrainingEvent
 from dbmpi.monitor.progress import RunProgress
-from dbmpi.monitor.records import BatchReport, EvaluationReport, Recorder
+from dbmpi.monitor.records import Recorder
+from dbmpi.monitor.reports import BatchReport, EndReport, EvaluationReport
 from dbmpi.mpi import failures
 from dbmpi.objective import Outcome
 from dbmpi.sandblaster.batches import REASONS, samples_of, sampling
@@ -63,12 +64,16 @@ class Coordinator:
     ----------
     steps, samples
         Portions, and samples behind them, that counted in this session.
+    iterations
+        Iterations finished in this session.
     best
         The least mean loss of the training samples that an evaluation came to; NaN before the first one.
     converged
         Whether the method ended by itself.
     test
         The outcome on the held-out samples at the end; None without any, or after a stop.
+    ended_by
+        Why an evaluation ends the run, also one of an earlier session; empty where none does.
     """
 
     def __init__(
@@ -91,22 +96,25 @@ class Coordinator:
         self._total = round(session.order.samples * session.run.optimizer.epochs)
         self._method = method
         self._callbacks, self._asked = session.callbacks, False
+        self._judge, self._at_once = session.judge(), session.run.checkpoint.best == "at_once"
+        self._wanted = False
+        """Whether a checkpoint is to be written, because an evaluation is the best so far."""
         self._sampling = sampling(self._settings, session.order, session.draws)
         self._left = session.begin.stream.total - session.begin.stream.frontier
         self._counted = 0, 0
         """Portions and samples that had counted after the last iteration."""
         self._history: History | None = None
-        self._iterations = 0
         self._trying = self._moved = False
         """Whether the point is one that is only tried; whether the batch has changed since."""
         self._tested_at = -1
         self._every = self._next_test = session.run.monitor.evaluate_epochs
         self._announced: Path | None = None
         """The checkpoint that callbacks know of."""
-        self.steps = self.samples = 0
+        self.steps = self.samples = self.iterations = 0
         self.best = math.nan
         self.converged = False
         self.test: Outcome | None = None
+        self.ended_by = self._judge.verdict
 
     def run(self) -> None:
         """Learn until the method or the epochs are at their end, or a signal comes; write a checkpoint, and test.
@@ -165,11 +173,6 @@ class Coordinator:
         if isinstance(failure, RunFailed):
             raise RunFailed(f"{failure}  {kept[0].upper()}{kept[1:]}.") from failure
         self._progress.message(kept)
-
-    @property
-    def iterations(self) -> int:
-        """Iterations finished in this session."""
-        return self._iterations
 
     @property
     def stopped_by(self) -> int:
@@ -252,7 +255,7 @@ class Coordinator:
         self.best = min(outcome.mean_loss, self.best)  # NaN is above nothing
         self._recorder.write(
             BatchReport(
-                iteration=self._iterations,
+                iteration=self.iterations,
                 epoch=self.epoch,
                 loss=outcome.mean_loss,
                 accuracy=outcome.accuracy,
@@ -282,7 +285,7 @@ class Coordinator:
         settings, state = self._settings, self._state
         if state is not None:
             self._sampling.restore(state.batches)
-        if self._used_up:
+        if self._used_up or self.ended_by:
             return None
         history = None
         if settings.algorithm == "lbfgs":
@@ -316,7 +319,7 @@ class Coordinator:
 
     def _after_iteration(self, progress: descent.Progress) -> bool:
         """Write a checkpoint and test, when it is time; return whether the run is to end."""
-        self._iterations, self._trying = progress.iteration, False
+        self.iterations, self._trying = progress.iteration, False
         self._counted = self.steps, self.samples
         if self._history is not None:
             self._keeper.note(self._history, self._sampling.position, progress)
@@ -324,20 +327,26 @@ class Coordinator:
         whole = learned.samples == samples  # and not the last of several parts of a batch
         accuracy = learned.accuracy if whole else None
         self._keeper.account.learned(learned.mean_loss if whole else progress.loss, accuracy)
-        self._call("on_step", self._iterations, self.epoch, samples, progress.loss, accuracy)
+        self._call("on_step", self.iterations, self.epoch, samples, progress.loss, accuracy)
         self._evaluator.serve()
         every = self._every
         if every and self._tests and self.epoch >= self._next_test and not self._evaluator.interrupted:
             self._next_test = (self.epoch // every + 1) * every
             self._evaluate_test()
         self._announce()
-        if self._keeper.due and not self._evaluator.interrupted:
+        if (self._keeper.due or self._wanted) and not self._evaluator.interrupted:
             self._write()
         self._trying = True  # what comes next is
-        return self._evaluator.interrupted or self._used_up or self._asked
+        verdict = "" if self._used_up else self._judge.verdict
+        if verdict:
+            self.ended_by = verdict
+            self._progress.message(f"{verdict}: the run ends")
+            self._recorder.write(EndReport(self.steps, self.epoch, verdict))
+        return self._evaluator.interrupted or self._used_up or self._asked or bool(verdict)
 
     def _write(self, *, last: bool = False) -> None:
         """Begin a checkpoint, or write the last one."""
+        self._wanted = False
         self._keeper.finish()
         self._announce()
         self._keeper.write(self.steps, self.samples, last=last)
@@ -362,7 +371,9 @@ class Coordinator:
         self._evaluator.test(portions, self._tests, self._begin.after(self.steps))
         self.test = outcome = self._evaluator.passes.outcome
         self._tested_at = self.steps
-        self._keeper.account.tested(self._begin.step + self.steps, outcome)
+        step = self._begin.step + self.steps
+        self._wanted |= self._judge.hear(step, outcome) and self._at_once
+        self._keeper.account.tested(step, outcome, self._judge.fields)
         self._recorder.write(EvaluationReport.of(outcome, self.steps, self.epoch))
         self._progress.evaluation(self.epoch, outcome.mean_loss, outcome.accuracy, outcome.samples, outcome.metrics)
         loss, accuracy, metrics = outcome.mean_loss, outcome.accuracy, outcome.metrics

@@ -20,17 +20,16 @@ from typing import TYPE_CHECKING, NoReturn
 from dbmpi.errors import RunFailed
 from dbmpi.mpi import mailbox as mpi_mailbox
 from dbmpi.mpi import waiting
+from dbmpi.mpi.mailbox import Mailbox
 from dbmpi.sandblaster.board import PassKind
 from dbmpi.sandblaster.commands import Command, RemoteSpace
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from dbmpi.machine.signals import StopSignal
-    from dbmpi.mpi.mailbox import Mailbox
-    from dbmpi.mpi.watch import Watch
     from dbmpi.sandblaster.passes import Passes
     from dbmpi.sandblaster.shard import Shards
+    from dbmpi.session import Session
 
 
 class LastReplicaLost(RunFailed):
@@ -46,16 +45,12 @@ class Evaluator:
 
     Parameters
     ----------
+    session
+        The run.
     shards
         Carry out commands.
     passes
         The batches that replicas work through.
-    mailbox
-        For what workers and shards report.
-    stop
-        A signal to this rank.
-    watch
-        Knows of ranks that have died.
     say
         Tells the user a line.
     serve
@@ -73,18 +68,16 @@ class Evaluator:
 
     def __init__(
         self,
+        session: Session,
         shards: Shards,
         passes: Passes,
         *,
-        mailbox: Mailbox,
-        stop: StopSignal,
-        watch: Watch,
         say: Callable[[str], None],
         serve: Callable[[], bool],
     ) -> None:
         self._shards, self.passes = shards, passes
-        self._mailbox, self._stop, self._watch, self._say = mailbox, stop, watch, say
-        self._serve_others = serve
+        self._mailbox = Mailbox(session.comms.world, mpi_mailbox.Role.SHARD)
+        self._stop, self._watch, self._say, self._serve_others = session.stop, session.watch, say, serve
         self._mourned: set[int] = set()
         self._gradient = ""
         self.space = RemoteSpace(shards.submit, shards.lead.names)
@@ -147,10 +140,9 @@ class Evaluator:
             if message.kind == mpi_mailbox.MessageKind.STOP_ASKED:
                 self._stop.hear(message.values[0])
             elif message.kind == mpi_mailbox.MessageKind.FAILED and self.failed is None:
-                self.failed, worker = message.source, self._shards.plan.worker_of(message.source)
-                assert worker is not None
-                replica = worker // self._shards.plan.partitions
-                self._say(f"replica {replica} has failed: a checkpoint is written, and the run ends")
+                self.failed = message.source
+                replica_of = self._shards.plan.replica_of
+                self._say(f"replica {replica_of(message.source)} has failed: a checkpoint is written, and the run ends")
         if self._stop.number:
             self._stop_asked(self._stop.number)
         return self._serve_others() or counting is not None
@@ -188,9 +180,8 @@ class Evaluator:
         plan, lost = self._shards.plan, self.passes.lost
         for rank in sorted(self._watch.dead - self._mourned):
             self._mourned.add(rank)
-            worker = plan.worker_of(rank)
-            assert worker is not None
-            replica = worker // plan.partitions
+            replica = plan.replica_of(rank)
+            assert replica is not None
             self.passes.give_up(replica)
             left = plan.replicas - len(lost)
             if not left:

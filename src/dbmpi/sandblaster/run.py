@@ -14,19 +14,17 @@ from functools import partial
 
 import numpy as np
 
-from dbmpi.checkpoint.lead_saver import LeadSaver, unusable
-from dbmpi.checkpoint.saver import ShardSaver
+from dbmpi.checkpoint.lead_saver import LeadSaver
 from dbmpi.data import limits
-from dbmpi.errors import EndedByDeath, EndedElsewhere, UserError
+from dbmpi.errors import UserError
 from dbmpi.machine.rank_variables import ranks_on_node
 from dbmpi.methods import own
 from dbmpi.methods.own import Method
 from dbmpi.methods.warmup import use_kernels
 from dbmpi.monitor import verdict
-from dbmpi.mpi import failures, waiting
 from dbmpi.mpi import mailbox as mpi_mailbox
+from dbmpi.mpi import waiting
 from dbmpi.mpi import window as windows
-from dbmpi.mpi.failures import RankLost
 from dbmpi.mpi.mailbox import Mailbox
 from dbmpi.mpi.transport import transport_between
 from dbmpi.mpi.window import Window
@@ -62,8 +60,8 @@ def learn(session: Session, stack: ExitStack) -> Result:
     if isinstance(session.replica, OwnReplica):
         stack.callback(session.replica.free)
     session.compile_kernels(use_kernels)
-    plan, comm, number = session.plan, session.comms.world, session.shard
-    setup = lay_out(comm, session)
+    plan, comm, number = session.plan, session.comms.world, session.comms.shard
+    setup = lay_out(session)
     with together(comm, "planning the batches"):
         _check(session, setup)
     window, notes = _window(session, setup, stack)
@@ -71,16 +69,15 @@ def learn(session: Session, stack: ExitStack) -> Result:
     with together(comm, "preparing the shards", seconds=waiting.LONG_SECONDS):
         if number is not None:
             start = start_shard(session, setup, window, number)
-            saver = _saver(session, setup, number)
-            stack.callback(saver.close)
-            start.space.write_with(saver)
-        if session.worker is not None:
-            worker = BatchWorker(session, setup, window, session.worker, start.space if start is not None else None)
+            start.space.write_with(session.saver(Arrangement(session.model.layout, setup.ranges), stack))
+        if session.comms.worker is not None:
+            worker = BatchWorker(
+                session, setup, window, session.comms.worker, start.space if start is not None else None
+            )
         settings = session.run.sandblaster
         if settings.own and number == 0:
             method = own.load(settings.algorithm, session.run.network.code)
-    shards = {rank: f", which holds shard {shard}," for shard, rank in enumerate(plan.shard_ranks)}
-    session.watch.do_without(set(range(comm.size)) - set(shards), shards)
+    session.watch.do_without_workers(plan.shard_ranks)
     began = time.monotonic()
     if number == 0:
         assert start is not None
@@ -109,7 +106,7 @@ def _window(session: Session, setup: Setup, stack: ExitStack) -> tuple[Window, S
 def _serve(session: Session, worker: BatchWorker | None, space: ShardSpace | None) -> None:
     """Execute commands and compute portions until the run ends; `space` is that of a shard other than the lead's."""
     mailbox = Mailbox(session.comms.world, mpi_mailbox.Role.WORKER)
-    told = session.shard == 0  # the coordinator notices signals itself
+    told = session.comms.shard == 0  # the coordinator notices signals itself
 
     def ended() -> bool:
         return (space is None or space.ended) and (worker is None or worker.ended)
@@ -120,19 +117,9 @@ def _serve(session: Session, worker: BatchWorker | None, space: ShardSpace | Non
             told = True
             mailbox.send(0, mpi_mailbox.Role.SHARD, mpi_mailbox.MessageKind.STOP_ASKED, session.stop.number)
         moved = space is not None and space.poll()
-        return (worker is not None and _poll(worker, mailbox)) or moved
+        return (worker is not None and worker.poll()) or moved
 
     waiting.until(ended, "the coordinator's next batch", serve=serve, seconds=FOR_THE_LEAD * waiting.STALL_SECONDS)
-
-
-def _poll(worker: BatchWorker, mailbox: Mailbox) -> bool:
-    """Do the worker's next step; where it fails, let the lead write a checkpoint first."""
-    try:
-        return worker.poll()
-    except Exception as error:
-        if not (isinstance(error, (EndedByDeath, EndedElsewhere, RankLost)) or failures.reports_death(error)):
-            worker.let_lead_write(mailbox)
-        raise
 
 
 def _look(window: Window) -> bool:
@@ -146,6 +133,11 @@ def _check(session: Session, setup: Setup) -> None:
         raise UserError(
             f"topology.spares = {session.plan.spares}: replicas of Sandblaster draw portions as they come, and go on "
             "where another one has died; leave it out, so that all of them compute from the beginning"
+        )
+    if session.plan.evaluators:
+        raise UserError(
+            f"topology.evaluators = {session.plan.evaluators} is for Downpour: leave it out, as all replicas of "
+            "Sandblaster evaluate between two iterations, each a part"
         )
     portions = min(run.sandblaster.batch_portions or order.batches_per_epoch, order.batches_per_epoch)
     if order.batches < portions:
@@ -165,7 +157,7 @@ def _check(session: Session, setup: Setup) -> None:
             f"optimizer.batch_size = {run.optimizer.batch_size} makes {setup.capacity:,} portions, and Sandblaster "
             f"can count {MOST_PORTIONS:,}; set it to more"
         )
-    if run.sandblaster.algorithm == "lbfgs" and session.shard is not None:
+    if run.sandblaster.algorithm == "lbfgs" and session.comms.shard is not None:
         elements, shards = max(map(len, setup.ranges)), min(ranks_on_node(os.environ), session.plan.shards)
         limits.check_history(run.sandblaster.memory, order.batches // portions, elements, shards)
     if session.plan.replicas > MOST_REPLICAS:
@@ -202,11 +194,11 @@ def _coordinator(
     stack
         Closes the progress.
     """
-    comm, state = session.comms.world, start.state
+    state = start.state
     kept = ", with the history of L-BFGS" if state is not None and state.pairs else ""
     progress = session.progress(stack, notes, kept)
     bundles = [setup.bundles_of(replica) for replica in range(session.plan.replicas)]
-    shards = Shards(comm, session.plan, start.space)
+    shards = Shards(session.comms.world, session.plan, start.space)
     saver = start.space.saver
     assert isinstance(saver, LeadSaver)
 
@@ -216,15 +208,14 @@ def _coordinator(
 
     keeper: Keeper | None = None
     evaluator = Evaluator(
+        session,
         shards,
         Passes(setup.board(window), bundles, metrics=session.metrics),
-        mailbox=Mailbox(comm, mpi_mailbox.Role.SHARD),
-        stop=session.stop,
-        watch=session.watch,
         say=progress.message,
         serve=serve_and_write,
     )
     recorder = session.recorder("shard", 0)
+    recorder.write(session.started())
     keeper = Keeper(
         session, state, shards, saver, recorder, carried=start.carried, warn=progress.warn, serve=evaluator.serve
     )
@@ -237,17 +228,6 @@ def _coordinator(
         recorder=recorder,
         progress=progress,
         method=method,
-    )
-
-
-def _saver(session: Session, setup: Setup, number: int) -> ShardSaver:
-    """Return what writes the part of a shard of that `number` of checkpoints."""
-    comm, plan, directory = session.comms.world, session.plan, session.run.run.directory
-    if number:
-        return ShardSaver(comm, directory, number, plan.shards, session.run.checkpoint.compression)
-    arrangement = Arrangement(session.model.layout, setup.ranges)
-    return LeadSaver(
-        comm, directory, plan.shard_ranks, arrangement, session.run.checkpoint, partial(unusable, directory)
     )
 
 
@@ -272,5 +252,6 @@ def _conclude(session: Session, coordinator: Coordinator | None, seconds: float)
         coordinator.checkpoint,
         warning=warning,
         lost=tuple(coordinator.lost),
+        ended=coordinator.ended_by,
     )
     return session.conclude(result, seconds)

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from mpi4py import MPI
 
 from dbmpi.config.sections import SandblasterSection
 from dbmpi.index.layout import Stretch, cut
@@ -75,17 +74,9 @@ class Setup:
         return board + (self.memories[0].words_nbytes if shard is None else self.memories[shard].nbytes)
 
 
-def lay_out(comm: MPI.Intracomm, session: Session) -> Setup:
-    """Return how a run is laid out; the first replica sends how it is cut to all ranks (collective).
-
-    Parameters
-    ----------
-    comm
-        All ranks.
-    session
-        Of this rank.
-    """
-    plan, order = session.plan, session.order
+def lay_out(session: Session) -> Setup:
+    """Return how the run of a `session` is laid out; the first replica sends how it is cut to all (collective)."""
+    comm, plan, order = session.comms.world, session.plan, session.order
     stretches = []
     for rank in plan.worker_ranks[: plan.partitions]:
         found = session.replica.parameters.runs if session.replica is not None and comm.rank == rank else ()

@@ -71,6 +71,7 @@ class PortionWork:
         """Report what has not been reported."""
         self._train.close()
         self._report()
+        self._log.end_trace()
 
     def compute(self, batch: PostedBatch, portion: int, gradient: np.ndarray) -> Outcome:
         """Return the outcome of a portion; of training samples also write the gradient.

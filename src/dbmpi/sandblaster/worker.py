@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from contextlib import suppress
 
-from dbmpi.errors import RunFailed
+from dbmpi.errors import EndedByDeath, EndedElsewhere, RunFailed
 from dbmpi.index.layout import pieces
-from dbmpi.mpi import waiting
+from dbmpi.mpi import failures, waiting
 from dbmpi.mpi.failures import RankLost
 from dbmpi.mpi.mailbox import Mailbox, MessageKind, Role
 from dbmpi.mpi.window import Window
@@ -27,6 +27,8 @@ FOR_THE_LEAD = 1.25
 class BatchWorker:
     """A worker of a replica that takes no further part when another one of its replica has died.
 
+    Where it fails itself, it lets the lead write a checkpoint first.
+
     Parameters
     ----------
     session, setup
@@ -41,10 +43,9 @@ class BatchWorker:
 
     def __init__(self, session: Session, setup: Setup, window: Window, number: int, space: ShardSpace | None) -> None:
         plan, rank = session.plan, session.comms.world.rank
-        first = number - number % plan.partitions
-        self._others = {*plan.worker_ranks[first : first + plan.partitions]} - {rank}
+        self._others = {*plan.ranks_of(number // plan.partitions)} - {rank}
         self._watch, self._space, self._board = session.watch, space, setup.board(window)
-        self._on_lead = rank == 0
+        self._on_lead, self._mailbox = rank == 0, Mailbox(session.comms.world, Role.WORKER)
         self._portions = self._deal(session, setup, window, number)
 
     @property
@@ -58,20 +59,18 @@ class BatchWorker:
             if not self._portions.given_up:
                 self._check()
             return self._portions.poll()
-        except Exception:  # in whatever step of the exchange the loss of a partition was noticed
+        except Exception as error:  # in whatever step of the exchange the loss of a partition was noticed
             self._watch.check(now=True)
             if self._portions.given_up or self._watch.dead.isdisjoint(self._others):
+                ended = isinstance(error, (EndedByDeath, EndedElsewhere, RankLost)) or failures.reports_death(error)
+                if not ended:
+                    self._let_lead_write()
                 raise
         self._portions.give_up()
         return True
 
-    def let_lead_write(self, mailbox: Mailbox) -> None:
-        """Before this worker fails, let the lead write a checkpoint of what has been learned; return when it has.
-
-        Parameters
-        ----------
-        mailbox
-            To reach the lead.
+    def _let_lead_write(self) -> None:
+        """Let the lead write a checkpoint of what has been learned; return when it has.
 
         It also returns where the run is over, where this rank's shard cannot take part or is the lead's, whose
         coordinator sees the failure itself, and where nothing moves.
@@ -80,9 +79,9 @@ class BatchWorker:
         if self.ended or self._on_lead or (space is not None and not space.whole):
             return
         with suppress(RunFailed):
-            mailbox.send(0, Role.SHARD, MessageKind.FAILED)
+            self._mailbox.send(0, Role.SHARD, MessageKind.FAILED)
             waiting.until(
-                lambda: mailbox.receive() is not None or self._board.number() == END,
+                lambda: self._mailbox.receive() is not None or self._board.number() == END,
                 "the lead to write a last checkpoint",
                 serve=None if space is None else space.poll,
                 seconds=FOR_THE_LEAD * waiting.STALL_SECONDS,
@@ -118,7 +117,7 @@ class BatchWorker:
             session.data.test,
             log=session.log(number),
             stride=plan.replicas if run.sandblaster.deterministic else 1,
-            keep_bytes=batches.source.spare_bytes if again else 0,
+            keep_bytes=batches.source.storage.spare_bytes if again else 0,
             layer_seconds=session.replica.seconds,
         )
         held = pieces(stretches, setup.ranges)

@@ -10,12 +10,12 @@ from typing import Literal
 
 import numpy as np
 
+from dbmpi.data.importers.features import GAP_WORDS
 from dbmpi.data.importers.reading import Lines
 from dbmpi.errors import UserError
 
 Header = Literal["auto", "yes", "no"]
-_MISSING = frozenset({"", "na", "n/a", "nan", "null", "none", "nil", "missing", "?", "-", "."})
-"""What tables hold, in any case, where there is no value."""
+_MISSING = frozenset(GAP_WORDS)
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,43 @@ class CsvTable:
             raise UserError(f"{position}: the label is missing; leave the line out")
         return inputs, targets, words
 
+    def texts(self, lines: Lines) -> np.ndarray:
+        """Return the fields of a block of `lines` as texts without blanks around them, object ``(lines, columns)``.
+
+        Raises
+        ------
+        UserError
+            Naming the line whose number of columns is another one.
+        """
+        rows = []
+        for number, text in zip(lines.numbers, lines.texts, strict=True):
+            fields = self._fields(number, text)
+            if len(fields) != self.width:
+                raise UserError(
+                    f"{self.path}: line {number} has {len(fields)} columns; expected {self.width} as in the first line"
+                )
+            rows.append([field.strip() for field in fields])
+        found = np.empty((len(rows), self.width), object)
+        found[:] = rows
+        return found
+
+    def numbers(self, lines: Lines, column: int, texts: np.ndarray) -> np.ndarray:
+        """Return the `texts` of a `column` of some `lines` as float64, NaN where they say that there is no number."""
+        try:
+            found: np.ndarray = texts.astype(np.float64)
+        except ValueError:
+            found = np.full(len(texts), np.nan)
+            for row, text in enumerate(texts):
+                if text.lower() in _MISSING:
+                    continue
+                if not is_number(text):
+                    raise UserError(self._complaint(lines.numbers[row], column, text)) from None
+                found[row] = float(text)
+        if np.isinf(found).any():
+            row = int(np.flatnonzero(np.isinf(found))[0])
+            raise UserError(self._complaint(lines.numbers[row], column, texts[row]))
+        return found
+
     def check_finite(self, lines: Lines, values: np.ndarray, columns: Sequence[int]) -> None:
         """Raise UserError where `values` (lines, columns) are missing (NaN), infinite or too large for float32.
 
@@ -97,12 +134,15 @@ class CsvTable:
         name = self.names[column] if self.names else str(column)
         if shown.lower() in _MISSING:
             way_on = (
-                "leave the line out" if column in self.targets else f"leave the line or the column (--drop {name}) out"
+                "leave the line out"
+                if column in self.targets
+                else f"leave the line or the column (--drop {name}) out, or say --gaps mean, drop or a number"
             )
             return f"{position}: a value is missing{f' ({shown!r})' if shown else ''}; fill it in, or {way_on}"
         if is_number(field):
             return f"{position}: {shown} is infinite or too large for float32; expected finite numbers"
-        hint = "" if column in self.targets else f", or --drop {name} to leave the column out"
+        hint = f", or --drop {name} to leave the column out, or --one-hot {name} if these are categories"
+        hint = "" if column in self.targets else hint
         return f"{position}: {shown!r} is not a number; expected a number{hint}"
 
     def _position(self, line: int, column: int) -> str:
@@ -149,10 +189,10 @@ def find_table(
     named = _has_header(path, first.numbers[0], rows, [*targets, *drop], header)
     names = tuple(name.strip() for name in rows[0]) if named else None
     width = len(rows[0])
-    columns = tuple(_column(path, target, names, width) for target in targets)
+    columns = tuple(column_of(path, target, names, width) for target in targets)
     if len(set(columns)) < len(columns):
         raise UserError(f"{path}: a target column was given twice: {', '.join(targets)}")
-    dropped = tuple(_column(path, one, names, width) for one in drop)
+    dropped = tuple(column_of(path, one, names, width) for one in drop)
     both = set(columns) & set(dropped)
     if both:
         raise UserError(f"{path}: column {min(both)} is a target and to be dropped; give another --target")
@@ -217,7 +257,23 @@ def _has_header(path: Path, number: int, rows: list[list[str]], columns: list[st
     )
 
 
-def _column(path: Path, target: str, names: tuple[str, ...] | None, width: int) -> int:
+def column_of(path: Path, target: str, names: tuple[str, ...] | None, width: int) -> int:
+    """Return the number of a column.
+
+    Parameters
+    ----------
+    path
+        Of the file, for messages.
+    target
+        The column's name, or its number.
+    names, width
+        The names of the columns, if they have some, and how many there are.
+
+    Raises
+    ------
+    UserError
+        If there is none, or several of that name.
+    """
     if names is not None and names.count(target) > 1:
         raise UserError(f"{path}: {names.count(target)} columns are called {target!r}; give the number of the column")
     if names is not None and target in names:

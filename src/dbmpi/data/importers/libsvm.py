@@ -28,10 +28,11 @@ def import_libsvm(
     like: Path | None = None,
     kind: Literal["classes", "values"] = "classes",
     first_index: int = 1,
+    sparse: bool = False,
     force: bool = False,
     progress: Progress = no_progress,
 ) -> Written:
-    """Write a data file with dense float32 inputs from a LIBSVM file.
+    """Write a data file with float32 inputs from a LIBSVM file.
 
     Labels are numbered from 0 in increasing order and recorded in the attribute `labels`.
 
@@ -49,6 +50,8 @@ def import_libsvm(
         Whether labels are classes or values.
     first_index
         Index of the first input: 1, or 0 in some files.
+    sparse
+        Whether inputs that are 0 are left out of the data file, which suits many inputs of which few are not.
     force
         Replace an existing file.
     progress
@@ -71,7 +74,7 @@ def import_libsvm(
     if features is None:
         passes = 2
         features = _count_features(file, first_index, progress)
-    shape = Shape((features,), None, None if kind == "classes" else 1)
+    shape = Shape((features,), None, None if kind == "classes" else 1, sparse=sparse)
     with InputFile(file) as text, DataWriter(out, shape, Origin("libsvm", file, file), force) as writer:
         lines = _lines(text)
         while part := list(itertools.islice(lines, writer.block_rows)):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import numpy as np
 
 from dbmpi.data.hdf5 import BYTE_SCALE
 from dbmpi.data.importers.reading import Progress, no_progress
+from dbmpi.data.numpy_files import MappedRows, mapped
 from dbmpi.data.writer import DataWriter, Origin, Shape, Written, check_writable
 from dbmpi.errors import UserError
 
@@ -48,13 +48,13 @@ def import_npy(
         If a file is not NPY, torn, holds Python objects, or the two do not belong together.
     """
     check_writable(out, force, (inputs, targets))
-    rows, answers = _mapped(inputs), _mapped(targets)
+    rows, answers = _numbers(inputs), _numbers(targets)
     if rows.ndim < 2:
         raise UserError(f"{inputs}: has shape {rows.shape}; expected (samples, features ...)")
     if answers.ndim == 1 and answers.dtype.kind == "f":
-        answers = answers[:, None]
+        answers = answers.reshaped(len(answers), 1)
     elif answers.ndim == 2 and answers.shape[1] == 1 and answers.dtype.kind in "iub":
-        answers = answers[:, 0]
+        answers = answers.reshaped(len(answers))
     size = int(answers.shape[1]) if answers.ndim == 2 else None
     if answers.ndim not in (1, 2) or size == 0:
         raise UserError(
@@ -69,10 +69,10 @@ def import_npy(
     with DataWriter(out, shape, Origin("npy", inputs, targets), force) as writer:
         for start in range(0, len(rows), writer.block_rows):
             stop = min(start + writer.block_rows, len(rows))
-            block = np.asarray(rows[start:stop])
+            block = rows[start:stop]
             if block.dtype.kind in "bi" or block.dtype in (np.uint16, np.uint32, np.uint64, np.float16):
                 block = block.astype(np.float32)
-            targets_of_block = np.asarray(answers[start:stop])
+            targets_of_block = answers[start:stop]
             if size is not None or targets_of_block.dtype == np.bool_:
                 targets_of_block = targets_of_block.astype(np.int8 if size is None else np.float64)
             writer.append(block, targets_of_block)
@@ -80,35 +80,8 @@ def import_npy(
     return writer.written
 
 
-def _mapped(path: Path) -> np.ndarray:
-    """Map an NPY file into memory; its header is compared with the size of the file, and no pickle is ever read."""
-    if not path.is_file():
-        raise UserError(f"{path}: {'is not a file' if path.exists() else 'no such file'}")
-    try:
-        with path.open("rb") as file:
-            if file.read(4) == b"PK\x03\x04":
-                raise UserError(f"{path}: is an NPZ archive; unpack it ('unzip') and give its NPY files")
-            file.seek(0)
-            version = np.lib.format.read_magic(file)
-            read_header = (
-                np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            )
-            shape, fortran_order, kind = read_header(file)
-            offset = file.tell()
-    except UserError:
-        raise
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path}: is not an NPY file: {str(error).splitlines()[0]}") from None
-    if kind.hasobject or kind.kind not in "biuf":
-        raise UserError(f"{path}: holds {kind}; expected numbers")
-    if any(length < 0 for length in shape):
-        raise UserError(f"{path}: its header declares the shape {shape}: damaged")
-    size = path.stat().st_size
-    if offset + math.prod(shape) * kind.itemsize > size:
-        raise UserError(
-            f"{path}: its header declares {kind} of shape {shape}, which end at byte "
-            f"{offset + math.prod(shape) * kind.itemsize}, but the file has {size} bytes: torn or damaged"
-        )
-    if not shape or 0 in shape:
-        raise UserError(f"{path}: holds an array of shape {shape}; expected at least one sample")
-    return np.memmap(path, kind, "r", offset, shape, "F" if fortran_order else "C")
+def _numbers(path: Path) -> MappedRows:
+    array = mapped(path)
+    if array.dtype.kind not in "biuf":
+        raise UserError(f"{path}: holds {array.dtype}; expected numbers")
+    return array

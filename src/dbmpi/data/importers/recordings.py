@@ -6,7 +6,7 @@ import io
 import math
 import tarfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +37,19 @@ class Recording:
     content: bytes
 
 
-def recordings(source: Path, progress: Progress, done: int = 0, passes: int = 1) -> Iterator[Recording]:
+def wav_files(folder: Path) -> list[Path]:
+    """Return the WAV files of a `folder` and the folders within, sorted by name."""
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() == ".wav" and path.is_file())
+
+
+def recordings(
+    source: Path,
+    progress: Progress,
+    done: int = 0,
+    passes: int = 1,
+    files: Sequence[Path] | None = None,
+    some: range | None = None,
+) -> Iterator[Recording]:
     """Yield the WAV files of a directory (sorted by name) or a tar, plain or gzip (in its order), or the one file.
 
     Parameters
@@ -48,6 +60,10 @@ def recordings(source: Path, progress: Progress, done: int = 0, passes: int = 1)
         Called with how much of the source has been read, and of how much.
     done, passes
         How many of how many equal passes over the source are complete.
+    files
+        Those of a directory, where they are known, see :func:`wav_files`.
+    some
+        Which of them, if not all, by their position.
 
     Raises
     ------
@@ -55,11 +71,12 @@ def recordings(source: Path, progress: Progress, done: int = 0, passes: int = 1)
         If the source cannot be read, is damaged, or a file is larger than LARGEST_RECORDING.
     """
     if source.is_dir():
-        paths = sorted(path for path in source.rglob("*") if path.suffix.lower() == ".wav" and path.is_file())
-        for number, path in enumerate(paths, 1):
+        paths = wav_files(source) if files is None else files
+        for position in range(len(paths)) if some is None else some:
+            path = paths[position]
             with InputFile(path) as file:
                 yield Recording(path.relative_to(source).as_posix(), str(path), _bounded(str(path), file))
-            progress(done * len(paths) + number, passes * len(paths))
+            progress(done * len(paths) + position + 1, passes * len(paths))
         return
     with InputFile(source) as file:
         if source.suffix.lower() == ".wav":

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from dbmpi.checkpoint.untrusted import attribute, damage
 from dbmpi.data import hdf5
 from dbmpi.data.importers.mel import HOP_SECONDS, WINDOW_SECONDS, LogMel
+from dbmpi.data.importers.parts import parts
 from dbmpi.data.importers.reading import Progress, no_progress
-from dbmpi.data.importers.recordings import HIGHEST_RATE, LOWEST_RATE, decoded, recordings
-from dbmpi.data.importers.transcript import FileNames, Transcript, TranscriptTable
+from dbmpi.data.importers.recordings import HIGHEST_RATE, LOWEST_RATE, decoded, recordings, wav_files
+from dbmpi.data.importers.transcript import FileNames, FolderNames, Transcript, TranscriptTable
+from dbmpi.data.moments import Moments
 from dbmpi.data.source import Source
-from dbmpi.data.writer import LARGEST_SAMPLE_BYTES, DataWriter, Origin, Shape, Written, check_writable
+from dbmpi.data.writer import GROUPS, LARGEST_SAMPLE_BYTES, DataWriter, Origin, Shape, Written, check_writable
 from dbmpi.errors import UserError
 
 FILTERS = 40
+_Transcripts = FileNames | FolderNames | TranscriptTable
 CONTEXT = 11
 STATES = 3
 """States of a digit: its beginning, its middle and its end."""
@@ -34,11 +38,13 @@ def import_wav(
     test_out: Path | None = None,
     test_speakers: Collection[str] = (),
     table: Path | None = None,
+    labels: Literal["names", "folders"] = "names",
     states: int | None = None,
     rate: int | None = None,
     context: int | None = None,
     classes: int | None = None,
     like: Path | None = None,
+    per_file: int | None = None,
     force: bool = False,
     progress: Progress = no_progress,
 ) -> list[Written]:
@@ -58,8 +64,9 @@ def import_wav(
         Second data file, and the speakers whose recordings go there and not to `out`.
     table
         CSV file with the columns file and label, if wanted start and end (seconds), and speaker; recordings that it
-        does not name and frames outside all its stretches are left out.  Without it, names are
-        ``label_speaker_number.wav``.
+        does not name and frames outside all its stretches are left out.
+    labels
+        Without a table, where labels come from: names, ``label_speaker_number.wav``, or the folders of the source.
     states
         Parts of a label's stretch that are classes of their own (``label * states + part``); by default 3 for labels
         from names and 1 for those of a table.
@@ -71,6 +78,9 @@ def import_wav(
         Number of classes; by default the largest of both files plus one, or that of `like`.
     like
         An earlier data file, whose mean, deviation, rate, context, states and classes are used.
+    per_file
+        Recordings of each data file, for a directory, whose name then has a ``{}`` for the number of the file.  One
+        that a run before has completed is not written again.
     force
         Replace existing files.
     progress
@@ -81,29 +91,68 @@ def import_wav(
     UserError
         If a recording or the table is damaged or not as expected, a speaker does not occur, or nothing is left.
     """
-    _check_options(out, test_out, test_speakers, rate, states, context)
-    outs = [out] if test_out is None else [out, test_out]
-    for each in outs:
-        check_writable(each, force, [path for path in (source, table, like) if path is not None])
-    if not source.exists():
-        raise UserError(f"{source}: no such file or directory; expected WAV files, a directory of them, or a tar")
-    transcripts = FileNames() if table is None else TranscriptTable.read(table)
-    work = _Import(source, transcripts, frozenset(test_speakers), rate, resample=rate is not None)
-    if like is None:
-        scaling = work.measure(context or CONTEXT, states or (STATES if table is None else 1), progress)
+    _check_options(source, out, test_out, test_speakers, rate, states, context, per_file)
+    others = [path for path in (source, table, like) if path is not None]
+    recorded = None if per_file is None else wav_files(source)
+    way = (labels, states, rate, context, classes, [_state(path) for path in others[1:] + (recorded or [])])
+    # What is in each data file depends on all recordings, by which it is normalised.
+    files = list(parts(out, [source] if recorded is None else recorded, per_file, way))
+    there = [part for part in files if part.is_there and not force]
+    tests = [] if test_out is None else [test_out]
+    for each in [part.out for part in files if part not in there] + tests:
+        check_writable(each, force, others)
+    transcripts: _Transcripts
+    if table is not None:
+        transcripts = TranscriptTable.read(table)
+    else:
+        transcripts = FolderNames(source) if labels == "folders" else FileNames()
+    work = _Import(source, transcripts, frozenset(test_speakers), rate, resample=rate is not None, files=recorded)
+    basis = like or (there[0].out if there else None)
+    if basis is None:
+        scaling = work.measure(
+            context or CONTEXT, states or (STATES if isinstance(transcripts, FileNames) else 1), progress
+        )
         found: int | None = work.classes
     else:
-        scaling, found = _like(like)
-        _agree(like, scaling, states, rate, context)
+        scaling, found, known = _like(basis)
+        _agree(basis, scaling, states, rate, context)
+        if not isinstance(transcripts, FileNames) and transcripts.names:
+            transcripts.number_as(known)
+            transcripts.names = known
         work.rate = scaling.rate
+    if there:
+        with hdf5.open_file(there[0].out) as file:
+            work.named = GROUPS in file
     shape = Shape((scaling.context, FILTERS), found if classes is None else classes)
-    origin = Origin("wav", source, source if table is None else table)
-    with contextlib.ExitStack() as stack:
-        writers = [stack.enter_context(DataWriter(each, shape, origin, force)) for each in outs]
-        for writer in writers:
-            writer.annotate(scaling.attributes())
-        work.write(scaling, writers, progress, 0 if like else 1)
-    return [writer.written for writer in writers]
+    origin, written = Origin("wav", source, source if table is None else table), []
+    done = 0 if basis else 1
+    for number, part in enumerate(files):
+        if part in there:
+            continue
+        some = None if per_file is None else range(number * per_file, number * per_file + len(part.sources))
+        with contextlib.suppress(_Empty), contextlib.ExitStack() as stack:
+            writers = [stack.enter_context(DataWriter(each, shape, origin, force)) for each in (part.out, *tests)]
+            for writer in writers:
+                writer.annotate(scaling.attributes() | part.attributes)
+                if transcripts.names:
+                    called = _parts(transcripts.names, scaling.states)
+                    writer.number_labels(called, np.arange(len(called), dtype=np.int32))
+            work.write(scaling, writers, progress, done, some)
+            if per_file is not None and not writers[0].samples:
+                raise _Empty
+            stack.close()
+            written += [writer.written for writer in writers]
+    return written
+
+
+class _Empty(Exception):
+    """No recording of a data file has labelled frames: it is not written."""
+
+
+def _state(path: Path) -> tuple[str, int, int]:
+    """Return by what another state of a file at `path` is known."""
+    status = path.stat()
+    return path.name, status.st_size, status.st_mtime_ns
 
 
 @dataclass(frozen=True)
@@ -141,33 +190,12 @@ class Scaling:
         }
 
 
-@dataclass
-class _Moments:
-    """Mean and deviation of many frames, block by block (Chan, Golub and LeVeque 1983, formula 2.1)."""
-
-    count: int = 0
-    mean: np.ndarray = field(default_factory=lambda: np.zeros(FILTERS))
-    squares: np.ndarray = field(default_factory=lambda: np.zeros(FILTERS))
-
-    def add(self, rows: np.ndarray) -> None:
-        if not len(rows):
-            return
-        mean = rows.mean(axis=0, dtype=np.float64)
-        total = self.count + len(rows)
-        difference = mean - self.mean
-        self.squares += ((rows - mean) ** 2).sum(axis=0) + difference**2 * (self.count * len(rows) / total)
-        self.mean = self.mean + difference * (len(rows) / total)
-        self.count = total
-
-    def deviation(self) -> np.ndarray:
-        deviation = np.sqrt(self.squares / max(self.count, 1))
-        return np.where(deviation > 0, deviation, 1.0)
-
-
 @dataclass(frozen=True)
 class _Frames:
     origin: str
     test: bool
+    speaker: str | None
+    """None where that of some recordings is not known."""
     energies: np.ndarray
     classes: np.ndarray
 
@@ -177,43 +205,54 @@ class _Import:
     """One source, read once to measure it and once to write it."""
 
     source: Path
-    transcripts: FileNames | TranscriptTable
+    transcripts: _Transcripts
     test_speakers: frozenset[str]
     rate: int | None
     """Samples a second; that of the first recording unless it is given."""
     resample: bool
     """Whether recordings may have other rates."""
+    files: Sequence[Path] | None = None
+    """Those of a directory, where they are known."""
     classes: int = 1
     """Largest class plus one of what has been measured."""
+    named: bool | None = None
+    """Whether speakers are known, as that of the first recording is."""
 
     def measure(self, context: int, states: int, progress: Progress) -> Scaling:
         """Find mean, deviation, rate and classes."""
-        moments = _Moments()
+        moments = Moments(FILTERS)
         for frames in self._frames(states, progress, 0, 2):
             used = frames.classes >= 0
             if not frames.test:
                 moments.add(frames.energies[used])
             self.classes = max(self.classes, (int(frames.classes.max(initial=-1)) // states + 1) * states)
-        if not moments.count or self.rate is None:
+        if not moments.count.any() or self.rate is None:
             raise UserError(
                 f"{self.source}: holds no labelled frames to learn from; expected recordings of at least "
                 f"{WINDOW_SECONDS * 1000:g} ms{' that are not of the test speakers' * bool(self.test_speakers)}"
             )
-        return Scaling(self.rate, context, states, moments.mean, moments.deviation())
+        return Scaling(
+            self.rate, context, states, moments.mean, np.where(moments.deviation > 0, moments.deviation, 1.0)
+        )
 
-    def write(self, scaling: Scaling, writers: list[DataWriter], progress: Progress, done: int) -> None:
-        """Write all frames: to the second writer those of test speakers."""
-        for frames in self._frames(scaling.states, progress, done, done + 1):
+    def write(
+        self, scaling: Scaling, writers: list[DataWriter], progress: Progress, done: int, some: range | None
+    ) -> None:
+        """Write the frames of all or `some` recordings: to the second writer those of test speakers."""
+        for frames in self._frames(scaling.states, progress, done, done + 1, some):
             writer = writers[int(frames.test)]
             samples = scaling.samples(frames.energies)
             used = np.flatnonzero(frames.classes >= 0)
             for start in range(0, len(used), writer.block_rows):
                 rows = used[start : start + writer.block_rows]
-                writer.append(samples[rows], frames.classes[rows], partial(_in, frames.origin))
+                owners = None if frames.speaker is None else [frames.speaker] * len(rows)
+                writer.append(samples[rows], frames.classes[rows], partial(_in, frames.origin), owners)
 
-    def _frames(self, states: int, progress: Progress, done: int, passes: int) -> Iterator[_Frames]:
+    def _frames(
+        self, states: int, progress: Progress, done: int, passes: int, some: range | None = None
+    ) -> Iterator[_Frames]:
         speakers = set()
-        for recording in recordings(self.source, progress, done, passes):
+        for recording in recordings(self.source, progress, done, passes, self.files, some):
             transcript = self.transcripts.of(recording.name, recording.origin)
             if transcript is None:
                 continue
@@ -228,13 +267,24 @@ class _Import:
             self.rate = rate
             energies = _mel(rate)(signal)
             yield _Frames(
-                recording.origin, test, energies, transcript.labels(_mel(rate).centres(len(energies)), states)
+                recording.origin,
+                test,
+                self._speaker(transcript),
+                energies,
+                transcript.labels(_mel(rate).centres(len(energies)), states),
             )
+        if some is not None:
+            return
         self.transcripts.check()
         missing = sorted(self.test_speakers - speakers)
         if missing:
             known = ", ".join(sorted(str(speaker) for speaker in speakers)[:12])
             raise UserError(f"{self.source}: no speaker is called {missing[0]!r}; the speakers are {known}")
+
+    def _speaker(self, transcript: Transcript) -> str | None:
+        if self.named is None:
+            self.named = bool(transcript.speaker)
+        return (transcript.speaker or "unknown") if self.named else None
 
     def _is_test(self, transcript: Transcript, origin: str) -> bool:
         if self.test_speakers and not transcript.speaker:
@@ -245,13 +295,22 @@ class _Import:
 
 
 def _check_options(
+    source: Path,
     out: Path,
     test_out: Path | None,
     test_speakers: Collection[str],
     rate: int | None,
     states: int | None,
     context: int | None,
+    per_file: int | None,
 ) -> None:
+    if not source.exists():
+        raise UserError(f"{source}: no such file or directory; expected WAV files, a directory of them, or a tar")
+    if per_file is not None and (test_out is not None or not source.is_dir()):
+        raise UserError(
+            f"--per-file {per_file}: is for a directory, without --test-out; unpack an archive, and give the "
+            "recordings of test speakers a directory of their own"
+        )
     if context is not None and not (1 <= context <= 1001 and context % 2 == 1):
         raise UserError(f"a context of {context} frames was given; expected an odd number up to 1001, e.g. {CONTEXT}")
     if rate is not None and not LOWEST_RATE <= rate <= HIGHEST_RATE:
@@ -264,10 +323,15 @@ def _check_options(
         raise UserError(f"{out}: was given with --out and with --test-out; expected two files")
 
 
-def _like(like: Path) -> tuple[Scaling, int | None]:
-    """Return how the frames of another data file were made and normalised, and its number of classes."""
+def _parts(names: Sequence[str], states: int) -> list[str]:
+    """Return what the classes are called: labels, or parts of them."""
+    return [f"{name} {part}" if states > 1 else name for name in names for part in range(states)]
+
+
+def _like(like: Path) -> tuple[Scaling, int | None, tuple[str, ...]]:
+    """Return how the frames of another data file were made and normalised, its number of classes, and its labels."""
     with Source.open(like, LARGEST_SAMPLE_BYTES >> 20) as source:
-        classes, shape = source.classes, source.input_shape
+        classes, shape, labels = source.classes, source.input_shape, source.labels or ()
     with hdf5.open_file(like) as file, damage(like, "its attributes"):
         found = {name: attribute(file, name) for name in ("rate", "states", "mean", "deviation")}
         if any(value is None for value in found.values()):
@@ -284,7 +348,8 @@ def _like(like: Path) -> tuple[Scaling, int | None]:
         )
     if not right:
         raise UserError(f"{like}: its rate, states, mean or deviation are impossible: damaged?")
-    return Scaling(rate, shape[0], states, mean, deviation), classes
+    whole = [str(label).rpartition(" ")[0] if states > 1 else str(label) for label in labels[::states]]
+    return Scaling(rate, shape[0], states, mean, deviation), classes, tuple(whole)
 
 
 def _agree(like: Path, scaling: Scaling, states: int | None, rate: int | None, context: int | None) -> None:

@@ -6,7 +6,7 @@ the one before it, and from memory the core's two multiply-add units starve.
 
 This module knows the processor's vectors and has the parts that instructions are made of.  `tiles` has tiles of matrix
 products, `rows` products with rows at any offsets, `lanes` operations across the lanes of vectors, and `streams`
-passes over many long vectors.  Nothing else writes LLVM instructions.
+passes over many long vectors; `bus_errors` has a handler of a signal.  Nothing else writes LLVM instructions.
 
 Instructions are functions of a `Call`; their docstrings describe the arguments of the call.
 """
