@@ -78,7 +78,9 @@ def test_a_target_ends_a_run(comm, place, method) -> None:
     result = train(described(place, comm, method, metric="accuracy", target=0.5), comm)
     reached = [one["accuracy"] >= 0.5 for one in evaluations(place)]
     assert "has reached monitor.target = 0.5" in result.ended
-    assert reached.index(True) >= len(reached) - 2, "the last one but that at the end"
+    after = len(reached) - 1 - reached.index(True)
+    # Downpour learns on while it evaluates, and so may have come to the next evaluations before it hears of the end.
+    assert after <= (EPOCHS // 10 if method == "downpour" else 1), "the last one but that at the end"
     assert result.steps < EPOCHS * 7
     comm.Barrier()
     assert train(described(place, comm, method), comm).ended == "", "all epochs are learned without a target"
