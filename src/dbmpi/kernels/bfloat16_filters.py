@@ -1,0 +1,91 @@
+"""Filters on fields that multiply bfloat16 numbers by the kernels of float32.
+
+Products of two bfloat16 numbers are exact in float32, so that results are those of bfloat16 with sums in float32; the
+time is that of float32, and a little more.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from dbmpi.kernels import bfloat16
+from dbmpi.kernels.activations import ACTIVATIONS
+from dbmpi.kernels.filters import Filters, Region
+
+
+@dataclass(frozen=True)
+class RoundedFilters:
+    """The passes of a layer of filters, as those of `Filters`, with weights and inputs of bfloat16 (uint16).
+
+    Biases, outputs, and all gradients are float32.
+
+    Parameters
+    ----------
+    filters : Filters
+        The same in float32.
+    """
+
+    filters: Filters
+
+    def forward(
+        self,
+        weights: np.ndarray,
+        bias: np.ndarray,
+        inputs: np.ndarray,
+        outputs: np.ndarray,
+        region: Region | None = None,
+    ) -> None:
+        """Write ``activation(sum of weights times field + bias)`` (see `Filters.forward`)."""
+        self.filters.forward(wide(weights), bias, wide(inputs), outputs, region)
+
+    def add_sums(self, weights: np.ndarray, inputs: np.ndarray, outputs: np.ndarray) -> None:
+        """Add the sums of weights times the field in float32 `inputs`, rounded here, to `outputs`."""
+        self.filters.add_sums(wide(weights), rounded(inputs), outputs)
+
+    def input_gradient(self, weights: np.ndarray, gradient: np.ndarray, result: np.ndarray) -> None:
+        """Write the gradient for the inputs, from a float32 `gradient` that is rounded here."""
+        self.filters.input_gradient(wide(weights), rounded(gradient), result)
+
+    def parameter_gradient(
+        self,
+        inputs: np.ndarray,
+        outputs: np.ndarray,
+        gradient: np.ndarray,
+        weight_gradient: np.ndarray,
+        bias_gradient: np.ndarray,
+    ) -> None:
+        """Write the gradients for weights and bias; afterwards `gradient` is that before the activation, not rounded.
+
+        The gradient for the bias is the sum of that before the activation, which is rounded for the weights only.
+        """
+        maps, samples = gradient.shape[0], gradient.shape[-1]
+        # A row has a bias of its own: of all positions of a map where they share it, or of one.
+        rows = (maps, -1) if self.filters.tied else (-1, samples)
+        of_sums, sums = (np.ascontiguousarray(array).reshape(rows) for array in (gradient, outputs))
+        of_biases = np.empty(len(of_sums), bias_gradient.dtype)
+        ACTIVATIONS[self.filters.activation].backward(sums, of_sums, of_biases)
+        if not np.shares_memory(of_sums, gradient):
+            gradient[...] = of_sums.reshape(gradient.shape)
+        unused = np.empty_like(bias_gradient)
+        linear = replace(self.filters, activation="linear")
+        linear.parameter_gradient(wide(inputs), outputs, rounded(gradient), weight_gradient, unused)
+        if self.filters.tied:
+            bias_gradient[...] = of_biases
+        else:
+            bias_gradient[...] = np.moveaxis(of_biases.reshape(gradient.shape[:-1]), 0, -1)
+
+
+def wide(values: np.ndarray) -> np.ndarray:
+    """Return bfloat16 numbers as a new array of float32."""
+    result = np.empty(values.shape, np.float32)
+    bfloat16.widened(values, result)
+    return result
+
+
+def rounded(values: np.ndarray) -> np.ndarray:
+    """Return float32 numbers as a new array of float32 that is rounded to bfloat16."""
+    half = np.empty(values.shape, bfloat16.BFLOAT16)
+    bfloat16.rounded(values, half)
+    return wide(half)
