@@ -49,6 +49,8 @@ class Network:
 
     Attributes
     ----------
+    precision : str
+        Of the products: "float32", which is that of the dtype, or "bfloat16".
     rounded : tuple of bool
         For each layer, whether it multiplies numbers that are rounded to bfloat16.
     """
@@ -70,9 +72,10 @@ class Network:
         self.input_shape = tuple(input_shape)
         self.seed = seed
         self.dtype = np.dtype(dtype)
-        if section.precision != "float32" and self.dtype != np.float32:
+        self.precision = section.precision
+        if self.precision != "float32" and self.dtype != np.float32:
             raise UserError(
-                f"network.precision = {section.precision!r} rounds float32 parameters, and these are {self.dtype}: "
+                f"network.precision = {self.precision!r} rounds float32 parameters, and these are {self.dtype}: "
                 'set precision = "float32", which keeps the dtype of the parameters'
             )
         self.loss = None if section.loss == "reconstruction" else Loss(section.loss, targets)
@@ -88,7 +91,7 @@ class Network:
                 "axis; end with a dense layer, or one of your own with outputs of shape (units,)"
             )
         self.layers = tuple(layers)
-        self.rounded = tuple(section.precision == "bfloat16" and takes_bfloat16(layer) for layer in layers)
+        self.rounded = tuple(map(self.rounds, layers))
         sections = zip(layers, section.layers, strict=True)
         self.own_layers = tuple(layer for layer, described in sections if isinstance(described, config.OwnLayer))
 
@@ -111,6 +114,10 @@ class Network:
     def activations(self) -> tuple[int, ...]:
         """Numbers in one sample of the inputs, and of each layer's outputs."""
         return math.prod(self.input_shape), *(math.prod(layer.output_shape) for layer in self.layers)
+
+    def rounds(self, layer: Layer) -> bool:
+        """Return whether a `layer` of this network multiplies numbers that are rounded to bfloat16."""
+        return self.precision == "bfloat16" and takes_bfloat16(layer)
 
     def flops(self, samples: int) -> int:
         """Return the floating-point operations of one gradient of a batch of `samples`, without loss and update."""

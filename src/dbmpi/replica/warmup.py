@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dbmpi.index.boxes import Box
-from dbmpi.kernels import bfloat16, matmul
+from dbmpi.kernels import matmul
 from dbmpi.mpi import waiting
 from dbmpi.mpi.world import together
 from dbmpi.network.dense import DenseLayer
 from dbmpi.network.layer import Backward, Context, Forward
-from dbmpi.replica.operands import Operands
+from dbmpi.replica.operands import Operands, rounded_copy
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -47,17 +47,13 @@ def use_layers(network: Network, samples: int, *, backward: bool = True) -> None
         tensors = {name: np.zeros(layer.tensor_box(name, output).shape, dtype) for name in layer.tensors}
         inputs = np.zeros((*layer.input_box(output).shape, samples), dtype)
         given, below = Operands((rounded,)).of(0, tensors), np.empty_like(inputs)
-        if rounded:
-            half = np.empty(inputs.shape, bfloat16.BFLOAT16)
-            bfloat16.rounded(inputs, half)
-            inputs = half
+        inputs = rounded_copy(inputs) if rounded else inputs
         outputs = np.zeros((*output.shape, samples), dtype)
         layer.forward(Forward(output, given, inputs, outputs, context))
         if backward:
             gradients = {name: np.zeros_like(values) for name, values in tensors.items()}
             task = Backward(output, given, inputs, outputs, context, outputs.copy(), gradients, below)
-            if rounded:
-                task.rounded_gradient = np.empty(outputs.shape, bfloat16.BFLOAT16)
+            task.rounded_gradient = rounded_copy(outputs) if rounded else None
             layer.backward(task)
 
 
