@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from unit.layer_checks import CONTEXT, parameters_of
 from unit.test_bfloat16 import nearest, rounded
@@ -11,7 +11,7 @@ from unit.test_local import FUNCTIONS
 from dbmpi import config
 from dbmpi.errors import UserError
 from dbmpi.index.boxes import Box
-from dbmpi.kernels import bfloat16
+from dbmpi.kernels import bfloat16, bfloat16_convolution
 from dbmpi.network.dense import DenseLayer
 from dbmpi.network.field import ConvolutionLayer, LocalLayer
 from dbmpi.network.layer import BIAS, Backward, Forward, takes_bfloat16
@@ -87,9 +87,13 @@ def close(found, expected, bound, terms):
     return (np.abs(found - expected) <= 2.0**-23 * (terms + 4) * bound + 1e-30).all()
 
 
-@settings(max_examples=150)
-@given(layer=layers(), samples=st.integers(1, 20), seed=st.integers(0, 99))
-def test_layers_against_a_naive_twin(layer, samples, seed):
+@pytest.mark.parametrize("engine", ["float32", "amx"])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(layer=layers(), samples=st.integers(1, 20), seed=st.integers(0, 99), block=st.sampled_from([1, 300, 1 << 19]))
+def test_layers_against_a_naive_twin(monkeypatch, engine, layer, samples, seed, block):
+    """With an engine that multiplies bfloat16, convolutions become products of blocks of fields."""
+    monkeypatch.setattr(bfloat16, "engine", lambda: engine)
+    monkeypatch.setattr(bfloat16_convolution, "BLOCK", block)
     random = np.random.default_rng(seed)
     parameters = parameters_of(layer, np.float32, seed)
     inputs = random.normal(size=(*layer.input_shape, samples)).astype(np.float32)
@@ -233,8 +237,10 @@ def test_layers_without_products_stay_in_float32():
     assert not any(network(layers, shape, "float32").rounded)
 
 
+@pytest.mark.parametrize("engine", ["float32", "amx"])
 @pytest.mark.parametrize("kind", [config.Local, config.Convolution])
-def test_reconstruction_against_float32(kind):
+def test_reconstruction_against_float32(monkeypatch, kind, engine):
+    monkeypatch.setattr(bfloat16, "engine", lambda: engine)
     layers = [kind(maps=3, field=3, reconstruction=0.5), config.Pooling(size=2, penalty=0.1)]
     nets = [network(layers, (2, 7, 8), precision, "reconstruction") for precision in ("float32", "bfloat16")]
     parameters = initial(nets[0])

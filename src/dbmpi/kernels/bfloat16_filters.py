@@ -13,6 +13,7 @@ import numpy as np
 from dbmpi.kernels import bfloat16
 from dbmpi.kernels.activations import ACTIVATIONS
 from dbmpi.kernels.filters import Filters, Region
+from dbmpi.kernels.memory import aligned_empty
 
 
 @dataclass(frozen=True)
@@ -68,13 +69,17 @@ class RoundedFilters:
         ACTIVATIONS[self.filters.activation].backward(sums, of_sums, of_biases)
         if not np.shares_memory(of_sums, gradient):
             gradient[...] = of_sums.reshape(gradient.shape)
-        unused = np.empty_like(bias_gradient)
-        linear = replace(self.filters, activation="linear")
-        linear.parameter_gradient(wide(inputs), outputs, rounded(gradient), weight_gradient, unused)
+        self._weight_gradient(inputs, gradient, weight_gradient)
         if self.filters.tied:
             bias_gradient[...] = of_biases
         else:
             bias_gradient[...] = np.moveaxis(of_biases.reshape(gradient.shape[:-1]), 0, -1)
+
+    def _weight_gradient(self, inputs: np.ndarray, gradient: np.ndarray, weight_gradient: np.ndarray) -> None:
+        """Write the gradient for the weights from that before the activation, which is rounded here."""
+        of_biases = np.empty(weight_gradient.shape[: -3 if self.filters.tied else 3], weight_gradient.dtype)
+        linear, of_sums = replace(self.filters, activation="linear"), rounded(gradient)
+        linear.parameter_gradient(wide(inputs), of_sums, of_sums, weight_gradient, of_biases)
 
 
 def wide(values: np.ndarray) -> np.ndarray:
@@ -86,6 +91,11 @@ def wide(values: np.ndarray) -> np.ndarray:
 
 def rounded(values: np.ndarray) -> np.ndarray:
     """Return float32 numbers as a new array of float32 that is rounded to bfloat16."""
-    half = np.empty(values.shape, bfloat16.BFLOAT16)
-    bfloat16.rounded(values, half)
-    return wide(half)
+    return wide(rounded_copy(values))
+
+
+def rounded_copy(values: np.ndarray) -> np.ndarray:
+    """Return float32 numbers as a new array of bfloat16 ones."""
+    result = aligned_empty(values.shape, bfloat16.BFLOAT16)
+    bfloat16.rounded(values, result)
+    return result

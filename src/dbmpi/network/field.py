@@ -11,7 +11,8 @@ from dbmpi import config
 from dbmpi.index.boxes import Box
 from dbmpi.kernels import bfloat16
 from dbmpi.kernels.bfloat16 import BFLOAT16
-from dbmpi.kernels.bfloat16_filters import RoundedFilters
+from dbmpi.kernels.bfloat16_convolution import RoundedConvolution
+from dbmpi.kernels.bfloat16_filters import RoundedFilters, rounded_copy
 from dbmpi.kernels.convolution import Tied
 from dbmpi.kernels.filters import Filters
 from dbmpi.kernels.local import Untied
@@ -132,14 +133,16 @@ class FieldLayer(Weighted[F], InParts, Reconstructing):
         # kernel changes its gradient for other activations only.)
         unused, linear, inputs = np.empty_like(parameters["bias"]), self._linear_filters, estimate_gradient
         if decoder.dtype == BFLOAT16:
-            inputs = np.empty(estimate_gradient.shape, BFLOAT16)
-            bfloat16.rounded(estimate_gradient, inputs)
+            inputs = rounded_copy(estimate_gradient)
         _suiting(linear, inputs).parameter_gradient(inputs, outputs, outputs, of_decoder, unused)
 
 
 def _suiting(filters: Filters, operand: np.ndarray) -> Filters | RoundedFilters:
     """Return the filters for the precision of what they multiply."""
-    return RoundedFilters(filters) if operand.dtype == BFLOAT16 else filters
+    if operand.dtype != BFLOAT16:
+        return filters
+    by_matrices = filters.tied and bfloat16.engine() != "float32"
+    return RoundedConvolution(filters) if by_matrices else RoundedFilters(filters)
 
 
 class LocalLayer(FieldLayer[config.Local]):

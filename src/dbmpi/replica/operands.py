@@ -11,13 +11,6 @@ from dbmpi.kernels.memory import aligned_empty
 from dbmpi.network.layer import BIAS, Arrays
 
 
-def rounded_copy(values: np.ndarray) -> np.ndarray:
-    """Return float32 `values` as a new array of bfloat16 numbers."""
-    result = aligned_empty(values.shape, bfloat16.BFLOAT16)
-    bfloat16.rounded(values, result)
-    return result
-
-
 class Operands:
     """What the layers of a worker multiply by: rounded copies where products are of bfloat16, and else the parameters.
 

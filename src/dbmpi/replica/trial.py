@@ -12,10 +12,11 @@ import numpy as np
 from dbmpi.errors import UserError
 from dbmpi.index.boxes import Box
 from dbmpi.kernels import bfloat16
+from dbmpi.kernels.bfloat16_filters import rounded_copy
 from dbmpi.network.layer import Arrays, Backward, Context, Forward, InParts, takes_parts
 from dbmpi.network.own import calling
 from dbmpi.replica.cut import needed_box, needed_tensor_box
-from dbmpi.replica.operands import Operands, rounded_copy
+from dbmpi.replica.operands import Operands
 
 if TYPE_CHECKING:
     from dbmpi.network.layer import Layer

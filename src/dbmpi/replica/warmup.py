@@ -9,11 +9,12 @@ import numpy as np
 
 from dbmpi.index.boxes import Box
 from dbmpi.kernels import matmul
+from dbmpi.kernels.bfloat16_filters import rounded_copy
 from dbmpi.mpi import waiting
 from dbmpi.mpi.world import together
 from dbmpi.network.dense import DenseLayer
 from dbmpi.network.layer import Backward, Context, Forward
-from dbmpi.replica.operands import Operands, rounded_copy
+from dbmpi.replica.operands import Operands
 
 if TYPE_CHECKING:
     from mpi4py import MPI
