@@ -11,8 +11,14 @@ from parallel.test_replica import image_layers, random_cover
 
 from dbmpi import config
 from dbmpi.checkpoint.reader import Checkpoint
+from dbmpi.index.layout import cut
 from dbmpi.kernels import bfloat16
-from dbmpi.objective import Batch
+from dbmpi.mpi import waiting
+from dbmpi.mpi.topology import Communicators, Plan
+from dbmpi.objective import Batch, Outcome
+from dbmpi.paramserver import rules
+from dbmpi.paramserver import server as server_module
+from dbmpi.paramserver.store import Store
 from dbmpi.replica import placement
 from dbmpi.replica.placement import Placement
 from dbmpi.replica.precision import precision_notes
@@ -192,3 +198,48 @@ def test_nothing_is_said_in_float32_or_of_the_fastest(comm, monkeypatch) -> None
         monkeypatch.setattr(bfloat16, "engine", lambda engine=engine: engine)
         network = WholeNetwork(config.NetworkSection(layers=(config.Dense(units=3),), precision=precision), (4,), 1)
         assert precision_notes(network, comm) == ()
+
+
+@pytest.mark.parallel([1, 2, 3, 4, 6])
+@pytest.mark.parametrize("rule", [{"rule": "adagrad"}, {"rule": "sgd", "delay_compensation": "constant"}])
+def test_shards_keep_rounded_parameters_beside_those_that_workers_compute_on(comm, monkeypatch, rule) -> None:
+    """Bit for bit, whoever pushes and however pushes are cut into chunks and blocks."""
+    monkeypatch.setattr(server_module, "_BLOCK", 7)
+    elements, colocate = 1003, comm.size < 3
+    shards = max(1, comm.size // 2)
+    plan = Plan(shards, comm.size if colocate else comm.size - shards, colocate=colocate)
+    section = config.ServerSection(fetch="shared", overlap="none")
+    optimizer = config.OptimizerSection(learning_rate=0.1, **rule)
+    compensates = optimizer.delay_compensation != "none"
+    with (
+        Communicators(comm, plan) as comms,
+        Store(
+            *(comms.world, plan, cut(elements, shards), section, np.dtype(np.float32), elements),
+            chunk=100,
+            compensates=compensates,
+            kept_size=elements if compensates else 0,
+            rounded=True,
+        ) as store,
+    ):
+        server = None if comms.shard is None else store.server(rules.rule(optimizer))
+        if server is not None:
+            server.parameters[:] = np.random.default_rng(comms.shard).normal(size=server.parameters.size)
+            server.begin(None)
+        serve = (lambda: False) if server is None else server.poll
+        waiting.barrier(comms.world, "all to begin", serve=serve)
+        client = None if comms.worker is None else store.client(serve=serve)
+        random = np.random.default_rng(100 + comm.rank)
+        for _ in range(3 if client is not None else 0):
+            client.fetch(client.parameters)
+            client.gradients[0][:] = random.normal(size=elements)
+            client.push(client.gradients[0])
+            client.report(Outcome(1, 0.0, 0), 1)
+            client.drain(serve)
+            client.wait()
+        waiting.barrier(comms.world, "all to be applied", serve=serve)
+        if client is not None:
+            expected = np.empty(elements, np.uint16)
+            bfloat16.rounded(client.parameters, expected)
+            np.testing.assert_array_equal(client.rounded, expected)
+            assert len(np.unique(expected)) > elements / 4
+        waiting.barrier(comms.world, "all to have looked", serve=serve)

@@ -252,3 +252,19 @@ def test_reconstruction_against_float32(monkeypatch, kind, engine):
     assert losses[1] == pytest.approx(losses[0], rel=0.01)
     difference = np.linalg.norm(gradients[1] - gradients[0]) / np.linalg.norm(gradients[0])
     assert 1e-4 < difference < 0.03
+
+
+def test_rounded_parameters_that_others_keep_are_used():
+    net = network(STACKS["dense"][1], (20,))
+    parameters, batch = initial(net), batch_for(net, 7)
+    expected, gradient, half = np.empty_like(parameters), np.empty_like(parameters), rounded(parameters)[0]
+    net.loss_and_gradient(parameters, batch, expected)
+    net.keep_rounded(parameters, half)
+    net.loss_and_gradient(parameters, batch, gradient)
+    np.testing.assert_array_equal(gradient, expected)
+    half[:] = rounded(2 * parameters)[0]  # another value shows that this is what is multiplied
+    net.loss_and_gradient(parameters, batch, gradient)
+    assert not np.array_equal(gradient, expected)
+    others = parameters.copy()
+    net.loss_and_gradient(others, batch, gradient)
+    np.testing.assert_array_equal(gradient, expected)

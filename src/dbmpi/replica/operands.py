@@ -15,8 +15,8 @@ class Operands:
     """What the layers of a worker multiply by: rounded copies where products are of bfloat16, and else the parameters.
 
     A layer's copies are made when its forward pass asks for them, just before they are read, and serve all passes until
-    the parameters change.  So the two passes of a step multiply by the same weights, even where shards update the
-    parameters meanwhile.
+    the parameters change.  So the two passes of a step multiply by the same weights.  Where shards keep rounded
+    parameters beside those that a worker computes on, these are used, and both change meanwhile.
 
     Parameters
     ----------
@@ -29,6 +29,19 @@ class Operands:
         self._copies: dict[int, dict[str, np.ndarray]] = {}
         self._current: set[int] = set()
         self._source = 0
+        self._kept_source, self._kept = 0, tuple[Arrays, ...]()
+
+    def keep(self, parameters: np.ndarray, rounded: Sequence[Arrays]) -> None:
+        """Use what others keep up to date, instead of copies, whenever these parameters are computed from.
+
+        Parameters
+        ----------
+        parameters
+            The vector whose rounded values are kept.
+        rounded
+            For each layer, its tensors in the vector that holds them as bfloat16.
+        """
+        self._kept_source, self._kept = parameters.ctypes.data, tuple(rounded)
 
     def begin(self, parameters: np.ndarray, *, changed: bool) -> None:
         """Note which vector the next passes compute from, and whether it may have `changed` since the last ones."""
@@ -50,6 +63,8 @@ class Operands:
         if not self._rounded[layer]:
             return parameters
         factors = {short: values for short, values in parameters.items() if short != BIAS}
+        if self._kept and self._source == self._kept_source:
+            return {**parameters, **{short: self._kept[layer][short] for short in factors}}
         copies = self._copies.setdefault(
             layer, {short: aligned_empty(values.shape, bfloat16.BFLOAT16) for short, values in factors.items()}
         )

@@ -118,6 +118,15 @@ class Replica(Collective, Objective[Batch]):
         """Call `serve` while this rank waits for the other partitions; it returns whether it did something."""
         self._group.serve = serve
 
+    def keep_rounded(self, parameters: np.ndarray, rounded: np.ndarray) -> None:
+        """Multiply by `rounded`, the bfloat16 of `parameters`, which others keep up to date, whenever these are given.
+
+        Both are flat vectors of this worker's size; of the network's layers only those that multiply bfloat16 use it.
+        """
+        parts = enumerate(self.parameters.parts)
+        views = [self.parameters.tensors(number, rounded[part.start : part.stop]) for number, part in parts]
+        self._operands.keep(parameters, views)
+
     def prepare(self, samples: int) -> None:
         """Open the memory that the workers share, for batches of up to so many samples (collective).
 

@@ -42,6 +42,10 @@ class WholeNetwork(Network, Objective[Batch]):
         """Return the outcome of `batch` with `parameters`; raises as `loss_and_gradient` does."""
         return self._replica.evaluate(parameters, batch, changed=changed)
 
+    def keep_rounded(self, parameters: np.ndarray, rounded: np.ndarray) -> None:
+        """Multiply by `rounded`, the bfloat16 of `parameters`, kept up to date by others, where these are given."""
+        self._replica.keep_rounded(parameters, rounded)
+
     def predict(self, parameters: np.ndarray, inputs: np.ndarray) -> np.ndarray:
         """Return the predictions (outputs, samples) by `parameters` for inputs ``(*input_shape, samples)``.
 
