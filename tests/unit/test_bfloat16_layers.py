@@ -1,9 +1,12 @@
 """Networks of the precision bfloat16: each layer against a naive twin, which rounds and multiplies in float64."""
 
+from typing import ClassVar
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from unit.layer_checks import CONTEXT, parameters_of
 from unit.test_bfloat16 import nearest, rounded
 from unit.test_local import FUNCTIONS
@@ -16,6 +19,7 @@ from dbmpi.network.dense import DenseLayer
 from dbmpi.network.field import ConvolutionLayer, LocalLayer
 from dbmpi.network.layer import BIAS, Backward, Forward, takes_bfloat16
 from dbmpi.objective import Batch
+from dbmpi.replica.trial import try_layer
 from dbmpi.replica.whole import WholeNetwork
 
 pytestmark = pytest.mark.timeout(240)  # kernels are compiled for every number of maps
@@ -268,3 +272,60 @@ def test_rounded_parameters_that_others_keep_are_used():
     others = parameters.copy()
     net.loss_and_gradient(others, batch, gradient)
     np.testing.assert_array_equal(gradient, expected)
+
+
+def refused(table):
+    with pytest.raises(ValidationError) as caught:
+        config.Run.model_validate(table)
+    return str(caught.value)
+
+
+def test_what_has_no_products_cannot_be_told_how_to_multiply():
+    assert "an objective of your own has its own arithmetic" in refused(
+        {"network": {"precision": "bfloat16"}, "objective": {"use": "module:Class"}}
+    )
+    assert "'float32' or 'bfloat16'" in refused({"network": {"precision": "float16"}})
+
+
+class Doubling:
+    """An own layer without weights that takes bfloat16: it is given uint16, and tried with it."""
+
+    takes_bfloat16 = True
+    tensors: ClassVar = {}
+
+    def __init__(self, name, input_shape):
+        self.name, self.input_shape, self.output_shape = name, input_shape, input_shape
+
+    def input_box(self, output):
+        return output
+
+    def tensor_box(self, tensor, output):
+        raise KeyError(tensor)
+
+    def flops(self, output, samples, *, input_gradient=True):
+        return output.size * samples
+
+    def initial(self, tensor, out, seed, number, start):
+        raise KeyError(tensor)
+
+    def forward(self, task):
+        bfloat16.widened(task.inputs, task.outputs)
+        task.outputs *= 2
+
+    def backward(self, task):
+        if task.input_gradient is not None:
+            np.multiply(task.gradient, 2, out=task.input_gradient)
+
+
+def test_a_layer_of_ones_own_may_take_bfloat16():
+    layer = Doubling("own", (3,))
+    try_layer(layer, np.dtype(np.float32), rounded=True)
+    section = config.NetworkSection.model_validate(
+        {"layers": [{"type": "any:Doubling"}, {"units": 3}], "precision": "bfloat16"}
+    )
+    net = WholeNetwork(section, (3,), 1, load=lambda kind, layer: Doubling)
+    assert net.rounded == (True, True)
+    plain = network([config.Dense(units=3)], (3,), "bfloat16")
+    parameters, batch = initial(net), batch_for(net, 4)
+    doubled = batch._replace(inputs=2 * nearest(batch.inputs).astype(np.float32))
+    assert net.evaluate(parameters, batch) == plain.evaluate(parameters, doubled)

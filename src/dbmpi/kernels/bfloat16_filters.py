@@ -38,7 +38,17 @@ class RoundedFilters:
         outputs: np.ndarray,
         region: Region | None = None,
     ) -> None:
-        """Write ``activation(sum of weights times field + bias)`` (see `Filters.forward`)."""
+        """Write ``activation(sum of weights times field + bias)`` (see `Filters.forward`).
+
+        Parameters
+        ----------
+        weights, inputs : uint16 arrays
+            As for `Filters`.
+        bias, outputs : float32 arrays
+            As for `Filters`.
+        region
+            Which rows and columns of the outputs to write; by default all.
+        """
         self.filters.forward(wide(weights), bias, wide(inputs), outputs, region)
 
     def add_sums(self, weights: np.ndarray, inputs: np.ndarray, outputs: np.ndarray) -> None:
@@ -46,7 +56,7 @@ class RoundedFilters:
         self.filters.add_sums(wide(weights), rounded(inputs), outputs)
 
     def input_gradient(self, weights: np.ndarray, gradient: np.ndarray, result: np.ndarray) -> None:
-        """Write the gradient for the inputs, from a float32 `gradient` that is rounded here."""
+        """Write the gradient for the inputs into `result`, from `weights` and a `gradient` that is rounded here."""
         self.filters.input_gradient(wide(weights), rounded(gradient), result)
 
     def parameter_gradient(
@@ -60,6 +70,15 @@ class RoundedFilters:
         """Write the gradients for weights and bias; afterwards `gradient` is that before the activation, not rounded.
 
         The gradient for the bias is the sum of that before the activation, which is rounded for the weights only.
+
+        Parameters
+        ----------
+        inputs : uint16 array
+            As in `forward`.
+        outputs, gradient : float32 arrays
+            As for `Filters`.
+        weight_gradient, bias_gradient : float32 arrays
+            Like weights and bias; overwritten.
         """
         maps, samples = gradient.shape[0], gradient.shape[-1]
         # A row has a bias of its own: of all positions of a map where they share it, or of one.
@@ -83,19 +102,19 @@ class RoundedFilters:
 
 
 def wide(values: np.ndarray) -> np.ndarray:
-    """Return bfloat16 numbers as a new array of float32."""
+    """Return bfloat16 `values` as a new array of float32."""
     result = np.empty(values.shape, np.float32)
     bfloat16.widened(values, result)
     return result
 
 
 def rounded(values: np.ndarray) -> np.ndarray:
-    """Return float32 numbers as a new array of float32 that is rounded to bfloat16."""
+    """Return float32 `values` as a new array of float32 that is rounded to bfloat16."""
     return wide(rounded_copy(values))
 
 
 def rounded_copy(values: np.ndarray) -> np.ndarray:
-    """Return float32 numbers as a new array of bfloat16 ones."""
+    """Return float32 `values` as a new array of bfloat16 numbers."""
     result = aligned_empty(values.shape, bfloat16.BFLOAT16)
     bfloat16.rounded(values, result)
     return result

@@ -44,7 +44,7 @@ class Operands:
         self._kept_source, self._kept = parameters.ctypes.data, tuple(rounded)
 
     def begin(self, parameters: np.ndarray, *, changed: bool) -> None:
-        """Note which vector the next passes compute from, and whether it may have `changed` since the last ones."""
+        """Note that the next passes compute from the vector `parameters`, and whether it may have `changed`."""
         source = parameters.ctypes.data
         if changed or source != self._source:
             self._current.clear()
