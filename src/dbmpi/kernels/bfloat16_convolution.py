@@ -2,8 +2,8 @@
 
 The fields of some positions are gathered side by side, (depth, positions x samples), a block that stays in the second
 cache; the filters, (maps, depth), are multiplied by it.  As samples are innermost, a row of fields is a copy of long
-pieces.  At stride 1 the gradient for the inputs is a convolution, too: of the gradient for the outputs, with zeros
-around it, and filters that are turned.
+pieces.  For the gradient for the inputs, products of the turned filters give the gradients for such fields, which are
+added up where the fields lie.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from dbmpi.kernels.compile import THREADS, exact_parallel_kernel
 from dbmpi.kernels.filters import Region
 from dbmpi.kernels.memory import aligned_empty
 
-BLOCK = 1 << 19
-"""Numbers of a block of fields, for each thread: a MiB, half of the second cache of Intel's processors with AMX."""
+BLOCK = 1 << 20
+"""Bytes of a block of fields, for each thread: half of the second cache of Intel's processors with AMX."""
 
 
 @dataclass(frozen=True)
@@ -50,15 +50,17 @@ class RoundedConvolution(RoundedFilters):
 
     def input_gradient(self, weights: np.ndarray, gradient: np.ndarray, result: np.ndarray) -> None:
         """Write the gradient for the inputs, from a float32 `gradient` that is rounded here."""
-        if self.filters.stride > 1:
-            super().input_gradient(weights, gradient, result)
-            return
-        (rows, columns), (maps, height, width, samples) = self.filters.field_shape(weights), gradient.shape
-        around = np.zeros((maps, height + 2 * rows - 2, width + 2 * columns - 2, samples), bfloat16.BFLOAT16)
-        around[:, rows - 1 : rows - 1 + height, columns - 1 : columns - 1 + width] = rounded_copy(gradient)
-        turned = np.ascontiguousarray(weights[:, :, ::-1, ::-1].swapaxes(0, 1))
-        for place, sums in self._sums(turned, around, result):
-            result[place] = sums.reshape(result[place].shape)
+        of_sums, filters, shape = rounded_copy(gradient), weights.reshape(len(weights), -1).T, weights.shape[2:]
+        memory = np.empty(0, np.float32)
+        result.fill(0)
+        for i, j, height, width in self._blocks(len(filters), gradient, result.itemsize):
+            of_block = np.ascontiguousarray(of_sums[:, i : i + height, j : j + width]).reshape(len(weights), -1)
+            size = len(filters) * of_block.shape[1]
+            memory = memory if memory.size >= size else aligned_empty(size)
+            fields = memory[:size].reshape(len(filters), -1)
+            bfloat16.product(filters, of_block, fields)
+            block = fields.reshape(len(filters), height, width * gradient.shape[-1])
+            _add_fields(block, result, shape, self.filters.stride, (i, j))
 
     def _weight_gradient(self, inputs: np.ndarray, gradient: np.ndarray, weight_gradient: np.ndarray) -> None:
         of_sums, of_maps = rounded_copy(gradient), weight_gradient.reshape(len(weight_gradient), -1)
@@ -89,37 +91,59 @@ class RoundedConvolution(RoundedFilters):
 
         The memory of a block is used again for the next one.
         """
-        (top, bottom), (left, right) = region or ((0, outputs.shape[1]), (0, outputs.shape[2]))
         depth, samples = len(inputs) * shape[0] * shape[1], inputs.shape[-1]
-        if bottom <= top or right <= left:
-            return
-        positions = max(1, BLOCK * THREADS // (depth * samples))
-        columns = min(right - left, positions)
-        rows = min(bottom - top, max(1, positions // columns))
-        memory = aligned_empty(depth * rows * columns * samples, bfloat16.BFLOAT16)
+        memory = np.empty(0, bfloat16.BFLOAT16)
+        for i, j, height, width in self._blocks(depth, outputs, inputs.itemsize, region):
+            size = depth * height * width * samples
+            memory = memory if memory.size >= size else aligned_empty(size, bfloat16.BFLOAT16)
+            block = memory[:size].reshape(depth, height, width * samples)
+            _gather_fields(inputs, block, shape, self.filters.stride, (i, j))
+            yield np.s_[:, i : i + height, j : j + width], block.reshape(depth, -1)
+
+    @staticmethod
+    def _blocks(
+        depth: int, outputs: np.ndarray, itemsize: int, region: Region | None = None
+    ) -> Iterator[tuple[int, int, int, int]]:
+        """Yield first row and column, rows and columns of blocks of outputs whose fields fill a cache."""
+        (top, bottom), (left, right) = region or ((0, outputs.shape[1]), (0, outputs.shape[2]))
+        positions = max(1, BLOCK * THREADS // (depth * outputs.shape[-1] * itemsize))
+        columns = max(1, min(right - left, positions))
+        rows = max(1, positions // columns)
         for i in range(top, bottom, rows):
             for j in range(left, right, columns):
-                height, width = min(rows, bottom - i), min(columns, right - j)
-                block = memory[: depth * height * width * samples].reshape(depth, height, width * samples)
-                _gather_fields(inputs, block, shape, self.filters.stride, (i, j), width)
-                yield np.s_[:, i : i + height, j : j + width], block.reshape(depth, -1)
+                yield i, j, min(rows, bottom - i), min(columns, right - j)
 
 
 @exact_parallel_kernel
-def _gather_fields(
-    x: np.ndarray, out: np.ndarray, field: tuple[int, int], stride: int, first: tuple[int, int], columns: int
-) -> None:
+def _gather_fields(x: np.ndarray, out: np.ndarray, field: tuple[int, int], stride: int, first: tuple[int, int]) -> None:
     """Write fields, (channels x rows x columns of a field, rows, columns x samples), from a position on."""
     depth, rows, length = out.shape
     samples, size = x.shape[3], field[0] * field[1]
     for one in prange(depth * rows):
         k, i = one // rows, one % rows
         row = x[k // size, (first[0] + i) * stride + k % size // field[1]].reshape(-1)
-        start, target = (first[1] * stride + k % field[1]) * samples, out[k, i]
-        if stride == 1:
-            for n in range(length):
-                target[n] = row[start + n]
-        else:
-            for j in range(columns):
-                for n in range(samples):
-                    target[j * samples + n] = row[start + j * stride * samples + n]
+        start = (first[1] * stride + k % field[1]) * samples
+        run = length if stride == 1 else samples
+        for j in range(length // run):
+            source, target = row[start + j * stride * samples :][:run], out[k, i, j * run :][:run]
+            for n in range(run):
+                target[n] = source[n]
+
+
+@exact_parallel_kernel
+def _add_fields(
+    fields: np.ndarray, result: np.ndarray, field: tuple[int, int], stride: int, first: tuple[int, int]
+) -> None:
+    """Add fields as those of `_gather_fields` to what they are fields of, a channel after the other on a thread."""
+    rows, length = fields.shape[1:]
+    samples, size = result.shape[3], field[0] * field[1]
+    for channel in prange(result.shape[0]):
+        for k in range(channel * size, (channel + 1) * size):
+            start = (first[1] * stride + k % field[1]) * samples
+            run = length if stride == 1 else samples
+            for i in range(rows):
+                row = result[channel, (first[0] + i) * stride + k % size // field[1]].reshape(-1)
+                for j in range(length // run):
+                    source, target = fields[k, i, j * run :][:run], row[start + j * stride * samples :][:run]
+                    for n in range(run):
+                        target[n] += source[n]
