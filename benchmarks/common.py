@@ -45,8 +45,8 @@ _END = "end"
 Action = Callable[[], Mapping[str, Any]]
 
 
-def options(description: str | None) -> argparse.Namespace:
-    """Read the options that every benchmark has: ``quick`` and ``json``."""
+def options(description: str | None, **more: str) -> argparse.Namespace:
+    """Read the options that every benchmark has, ``quick`` and ``json``, and `more` flags: what each one says."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -54,6 +54,8 @@ def options(description: str | None) -> argparse.Namespace:
     parser.add_argument(
         "--json", action="store_true", help="print machine, results and targets as JSON on the last line"
     )
+    for name, says in more.items():
+        parser.add_argument(f"--{name}", action="store_true", help=says)
     found = parser.parse_args()
     if found.quick:
         cores.patience = _QUICK_PATIENCE
