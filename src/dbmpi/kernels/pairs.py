@@ -30,8 +30,8 @@ from dbmpi.kernels.llvm.pairs import (
 )
 from dbmpi.kernels.memory import CACHE_LINE, aligned_empty
 
-DEPTH = 16
-"""Steps of 32 products that are summed before a block is added to `out`: units of 32 rows then fit the first cache."""
+DEPTH = 8
+"""Steps of 32 products that are summed before a block is added to `out`: what a strip takes then fits the first cache."""
 BLOCK = 8
 """Most strips of the long factor, each of 32 rows, that a thread takes at a time."""
 PACKED_BYTES = 5 << 18
@@ -91,7 +91,7 @@ class PairedProduct:
             which = left, min(panels, left + columns)
             for first in range(0, steps, some):
                 depth = first, min(steps, first + some)
-                # A left factor from numbers along the sum, or a right one from numbers across it, needs no transposition.
+                # Rows that lie along the sum are a left factor as they are, those that lie across it a right one.
                 _pack_all(b_flat, (n, k), which, depth, b_across, b_across == across, self._packed)
                 self._multiply[across](
                     a_flat, self._packed, out.reshape(-1), (m, n, k), which, depth, block, add, self._configuration
@@ -133,29 +133,31 @@ def _pack(
             step, panel = first + number // (right - left), left + number % (right - left)
         else:
             step, panel = first + number % (last - first), left + number // (last - first)
-        top, height, count = panel * SIDE, min(SIDE, rows - panel * SIDE), min(SIDE, length - step * SIDE)
+        height, count = min(SIDE, rows - panel * SIDE), min(SIDE, length - step * SIDE)
+        begin = step * SIDE * stride + panel * SIDE if across else panel * SIDE * stride + step * SIDE
         at = start + ((panel - left) * (last - first) + step - first) * _STEP
         target, place = (buffer, 0) if turned else (packed, at)
         if height == SIDE and count == SIDE:
-            if across:
-                pack_across(source, step * SIDE * stride + top, stride, target, place)
-            else:
-                pack_along(source, top * stride + step * SIDE, stride, target, place)
+            _pack_units(source, begin, stride, across, target, place)
         else:
             edge = np.zeros(SIDE * SIDE, np.uint16)
-            for row in range(height):
-                for n in range(count):
-                    if across:
-                        edge[n * SIDE + row] = source[(step * SIDE + n) * stride + top + row]
-                    else:
-                        edge[row * SIDE + n] = source[(top + row) * stride + step * SIDE + n]
-            if across:
-                pack_across(edge, 0, SIDE, target, place)
-            else:
-                pack_along(edge, 0, SIDE, target, place)
+            lines, width = (count, height) if across else (height, count)
+            for line in range(lines):
+                for n in range(width):
+                    edge[line * SIDE + n] = source[begin + line * stride + n]
+            _pack_units(edge, 0, SIDE, across, target, place)
         if turned:
             for half in range(0, _STEP, UNIT * UNIT):
                 transpose_block(buffer, half, _PLACES, 0, UNIT, UNIT, packed, at + half, UNIT)
+
+
+@inlined
+def _pack_units(source: np.ndarray, start: int, stride: int, across: bool, packed: np.ndarray, place: int) -> None:
+    """Pack 32 rows by 32 numbers as they lie: see `pack_across` and `pack_along`."""
+    if across:
+        pack_across(source, start, stride, packed, place)
+    else:
+        pack_along(source, start, stride, packed, place)
 
 
 @parallel_kernel
@@ -238,16 +240,20 @@ def _aligned(size: int) -> np.ndarray:
 
 
 @inlined
-def _get(out: np.ndarray, start: int, stride: int, height: int, width: int, turned: bool, sums: np.ndarray, own: int) -> None:
-    """Copy a block of at most 32 x 32 sums from `out`, where it begins at `start`, to `own` in `sums`, or transpose it."""
+def _get(
+    out: np.ndarray, start: int, stride: int, height: int, width: int, turned: bool, sums: np.ndarray, own: int
+) -> None:
+    """Copy a block of at most 32 x 32 sums from `out`, where it begins at `start`, to `own` in `sums`; turn it."""
     for row in range(height):
         for column in range(width):
             sums[own + (column * SIDE + row if turned else row * SIDE + column)] = out[start + row * stride + column]
 
 
 @inlined
-def _put(sums: np.ndarray, own: int, height: int, width: int, turned: bool, out: np.ndarray, start: int, stride: int) -> None:
-    """Copy a block of sums back, or transpose it back."""
+def _put(
+    sums: np.ndarray, own: int, height: int, width: int, turned: bool, out: np.ndarray, start: int, stride: int
+) -> None:
+    """Copy a block of sums to `out`, as `_get` has copied it."""
     if turned and height == SIDE and width == SIDE:
         for corner in range(4):
             row, column = corner // 2 * UNIT, corner % 2 * UNIT

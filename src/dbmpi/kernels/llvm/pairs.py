@@ -145,7 +145,8 @@ class _Pairs(Writer):
             both = [self.numbers(row, SIDE) for row in (one, self.at(one, stride))]
             for half in range(2):
                 order = [n + side for n in range(half * UNIT, half * UNIT + UNIT) for side in (0, SIDE)]
-                self.store(self.builder.bitcast(self.shuffle(*both, order), self.vector), self.at(target, UNIT * (UNIT * half + pair)))
+                woven = self.builder.bitcast(self.shuffle(both[0], both[1], order), self.vector)
+                self.store(woven, self.at(target, UNIT * (UNIT * half + pair)))
 
     def numbers(self, pointer: Any, count: int) -> Any:
         """Return `count` numbers at `pointer`."""
