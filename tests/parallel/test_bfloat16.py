@@ -25,6 +25,7 @@ from dbmpi.replica.precision import precision_notes
 from dbmpi.replica.replica import Replica
 from dbmpi.replica.whole import WholeNetwork
 from dbmpi.runs.prediction import evaluate
+from dbmpi.runs.simulation import simulate
 from dbmpi.runs.training import train
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -37,9 +38,14 @@ def relative(found: np.ndarray, expected: np.ndarray) -> float:
 
 
 @pytest.mark.parallel([1, 2, 3, 4, 6], timeout=300)  # the first one compiles
+@pytest.mark.parametrize("engine", ["float32", "amx"])
 @pytest.mark.parametrize("seed", [0, 2, 9])  # which together have all kinds of layers
-def test_random_networks_on_random_placements(comm, seed) -> None:
-    """A sum that is added up in another order may be rounded to the next bfloat16 number; and no more happens."""
+def test_random_networks_on_random_placements(comm, seed, engine, monkeypatch) -> None:
+    """A sum that is added up in another order may be rounded to the next bfloat16 number; and no more happens.
+
+    With an engine for it, convolutions are products of matrices.
+    """
+    monkeypatch.setattr(bfloat16, "engine", lambda: engine)
     rng = np.random.default_rng(seed)
     layers = image_layers(rng)
     networks = {
@@ -148,6 +154,33 @@ def test_sandblaster_has_the_same_bits_on_any_number_of_ranks(comm, place) -> No
         np.testing.assert_array_equal(learned(run), learned(single))
     alone.Free()
     comm.Barrier()
+
+
+@pytest.mark.parallel([1])
+def test_a_simulated_replica_learns_what_a_serial_loop_learns(comm, place) -> None:
+    run = tiny.describe(place, network=ROUNDED, topology={"shards": 2, "replicas": 1})
+    simulate(run)
+    np.testing.assert_allclose(learned(run), tiny.Twin(run).learn(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parallel([1, 2, 3])
+def test_a_run_that_resumes_goes_on_in_its_precision(comm, place) -> None:
+    described = {"network": ROUNDED, "topology": {"shards": 1, "replicas": 1, "partitions": max(1, comm.size - 1)}}
+    parts = []
+    for epochs in ((4,), (2, 4)):
+        for until in epochs:
+            run = tiny.describe(
+                place,
+                run={"directory": place / f"run-{len(epochs)}"},
+                optimizer={"epochs": until},
+                server={"overlap": "none"},
+                **described,
+            )
+            train(run, comm)
+        if comm.rank == 0:
+            parts.append(learned(run))
+    if comm.rank == 0:
+        np.testing.assert_array_equal(*parts)
 
 
 @pytest.mark.parallel([1, 2, 4])

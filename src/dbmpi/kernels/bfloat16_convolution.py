@@ -17,12 +17,12 @@ from numba import prange
 from dbmpi.kernels import bfloat16
 from dbmpi.kernels.activations import ACTIVATIONS
 from dbmpi.kernels.bfloat16_filters import RoundedFilters, rounded_copy
-from dbmpi.kernels.compile import THREADS, exact_parallel_kernel
+from dbmpi.kernels.compile import exact_parallel_kernel
 from dbmpi.kernels.filters import Region
 from dbmpi.kernels.memory import aligned_empty
 
 BLOCK = 1 << 20
-"""Bytes of a block of fields, for each thread: half of the second cache of Intel's processors with AMX."""
+"""Bytes of a block of fields: half of the second cache of processors with AMX, whatever the number of threads."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class RoundedConvolution(RoundedFilters):
     ) -> Iterator[tuple[int, int, int, int]]:
         """Yield first row and column, rows and columns of blocks of outputs whose fields fill a cache."""
         (top, bottom), (left, right) = region or ((0, outputs.shape[1]), (0, outputs.shape[2]))
-        positions = max(1, BLOCK * THREADS // (depth * outputs.shape[-1] * itemsize))
+        positions = max(1, BLOCK // (depth * outputs.shape[-1] * itemsize))
         columns = max(1, min(right - left, positions))
         rows = max(1, positions // columns)
         for i in range(top, bottom, rows):
