@@ -87,7 +87,6 @@ def product(a: np.ndarray, b: np.ndarray, out: np.ndarray, add: bool = False) ->
         _paired()(a, b, out, add)
 
 
-@cache
 def engine() -> str:
     """Return which of `ENGINES` multiplies in this process; by ``float32`` bfloat16 brings no speed.
 
@@ -116,7 +115,7 @@ def _chosen() -> tuple[str, list[str]]:
         if ENGINES.index(name) > ENGINES.index(most):
             why = f"{VARIABLE}={most} leaves {name} out"
         elif not all(f"+{feature}" in FEATURES for feature in _NEEDED[name]):
-            why = f"the processor has no {' and '.join(feature.upper().replace('-', '_') for feature in _NEEDED[name])}"
+            why = f"the processor has no {'AMX' if name == 'amx' else 'AVX512-BF16'}"
         else:
             why = tile_data.refusal() if name == "amx" else ""
         if not why:

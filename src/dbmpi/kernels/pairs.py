@@ -31,7 +31,7 @@ from dbmpi.kernels.llvm.pairs import (
 from dbmpi.kernels.memory import CACHE_LINE, aligned_empty
 
 DEPTH = 8
-"""Steps of 32 products that are summed before a block is added to `out`: what a strip takes then fits the first cache."""
+"""Steps of 32 products that are summed before a block goes back to memory: what a strip takes fits the first cache."""
 BLOCK = 8
 """Most strips of the long factor, each of 32 rows, that a thread takes at a time."""
 PACKED_BYTES = 5 << 18
