@@ -12,7 +12,7 @@ from parallel.test_replica import image_layers, random_cover
 from dbmpi import config
 from dbmpi.checkpoint.reader import Checkpoint
 from dbmpi.index.layout import cut
-from dbmpi.kernels import bfloat16
+from dbmpi.kernels import bfloat16, bfloat16_convolution
 from dbmpi.mpi import waiting
 from dbmpi.mpi.topology import Communicators, Plan
 from dbmpi.objective import Batch, Outcome
@@ -46,6 +46,8 @@ def test_random_networks_on_random_placements(comm, seed, engine, monkeypatch) -
     With an engine for it, convolutions are products of matrices.
     """
     monkeypatch.setattr(bfloat16, "engine", lambda: engine)
+    for name in ("DEPTH", "MAPS", "MAPS_BACKWARD"):
+        monkeypatch.setattr(bfloat16_convolution, name, 1)
     rng = np.random.default_rng(seed)
     layers = image_layers(rng)
     networks = {

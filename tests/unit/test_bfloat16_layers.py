@@ -15,6 +15,8 @@ from dbmpi import config
 from dbmpi.errors import UserError
 from dbmpi.index.boxes import Box
 from dbmpi.kernels import bfloat16, bfloat16_convolution
+from dbmpi.kernels.convolution import Tied
+from dbmpi.kernels.local import Untied
 from dbmpi.network.dense import DenseLayer
 from dbmpi.network.field import ConvolutionLayer, LocalLayer
 from dbmpi.network.layer import BIAS, Backward, Forward, takes_bfloat16
@@ -91,6 +93,12 @@ def close(found, expected, bound, terms):
     return (np.abs(found - expected) <= 2.0**-23 * (terms + 4) * bound + 1e-30).all()
 
 
+def always_by_matrices(monkeypatch):
+    """Let convolutions of any size be products of matrices, where the engine multiplies these."""
+    for name in ("DEPTH", "MAPS", "MAPS_BACKWARD"):
+        monkeypatch.setattr(bfloat16_convolution, name, 1)
+
+
 @pytest.mark.parametrize("engine", ["float32", "amx"])
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(layer=layers(), samples=st.integers(1, 20), seed=st.integers(0, 99), block=st.sampled_from([1, 300, 1 << 19]))
@@ -98,6 +106,7 @@ def test_layers_against_a_naive_twin(monkeypatch, engine, layer, samples, seed, 
     """With an engine that multiplies bfloat16, convolutions become products of blocks of fields."""
     monkeypatch.setattr(bfloat16, "engine", lambda: engine)
     monkeypatch.setattr(bfloat16_convolution, "BLOCK", block)
+    always_by_matrices(monkeypatch)
     random = np.random.default_rng(seed)
     parameters = parameters_of(layer, np.float32, seed)
     inputs = random.normal(size=(*layer.input_shape, samples)).astype(np.float32)
@@ -245,6 +254,7 @@ def test_layers_without_products_stay_in_float32():
 @pytest.mark.parametrize("kind", [config.Local, config.Convolution])
 def test_reconstruction_against_float32(monkeypatch, kind, engine):
     monkeypatch.setattr(bfloat16, "engine", lambda: engine)
+    always_by_matrices(monkeypatch)
     layers = [kind(maps=3, field=3, reconstruction=0.5), config.Pooling(size=2, penalty=0.1)]
     nets = [network(layers, (2, 7, 8), precision, "reconstruction") for precision in ("float32", "bfloat16")]
     parameters = initial(nets[0])
@@ -329,3 +339,16 @@ def test_a_layer_of_ones_own_may_take_bfloat16():
     parameters, batch = initial(net), batch_for(net, 4)
     doubled = batch._replace(inputs=2 * nearest(batch.inputs).astype(np.float32))
     assert net.evaluate(parameters, batch) == plain.evaluate(parameters, doubled)
+
+
+def test_convolutions_are_products_of_matrices_where_that_pays(monkeypatch):
+    def by_matrices(engine, *shape, tied=True):
+        monkeypatch.setattr(bfloat16, "engine", lambda: engine)
+        return bfloat16_convolution.pays((Tied if tied else Untied)(1), shape)
+
+    assert by_matrices("amx", 32, 16, 4, 4)
+    assert by_matrices("avx512_bf16", 64, 32, 3, 3)
+    assert not by_matrices("float32", 32, 16, 4, 4)
+    assert not by_matrices("amx", 31, 16, 4, 4)
+    assert not by_matrices("amx", 32, 3, 5, 5)
+    assert not by_matrices("amx", 5, 5, 32, 16, 4, 4, tied=False)
