@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,14 +13,15 @@ from parallel.test_replica import image_layers, random_cover
 from dbmpi import config
 from dbmpi.checkpoint.reader import Checkpoint
 from dbmpi.index.layout import cut
-from dbmpi.kernels import bfloat16
+from dbmpi.kernels import bfloat16, bfloat16_convolution
 from dbmpi.mpi import waiting
 from dbmpi.mpi.topology import Communicators, Plan
+from dbmpi.network import field
 from dbmpi.objective import Batch, Outcome
 from dbmpi.paramserver import rules
 from dbmpi.paramserver import server as server_module
 from dbmpi.paramserver.store import Store
-from dbmpi.replica import placement
+from dbmpi.replica import placement, precision
 from dbmpi.replica.placement import Placement
 from dbmpi.replica.precision import precision_notes
 from dbmpi.replica.replica import Replica
@@ -38,19 +40,17 @@ def relative(found: np.ndarray, expected: np.ndarray) -> float:
 
 
 @pytest.mark.parallel([1, 2, 3, 4, 6], timeout=300)  # the first one compiles
-@pytest.mark.parametrize("engine", ["float32", "amx"])
+@pytest.mark.parametrize("as_matrices", [False, True])
 @pytest.mark.parametrize("seed", [0, 2, 9])  # which together have all kinds of layers
-def test_random_networks_on_random_placements(comm, seed, engine, monkeypatch) -> None:
-    """A sum that is added up in another order may be rounded to the next bfloat16 number; and no more happens.
-
-    With an engine for it, convolutions are products of matrices.
-    """
-    monkeypatch.setattr(bfloat16, "engine", lambda: engine)
+def test_random_networks_on_random_placements(comm, seed, as_matrices, monkeypatch) -> None:
+    """A sum that is added up in another order may be rounded to the next bfloat16 number; and no more happens."""
+    monkeypatch.setattr(field, "pays", lambda filters, shape: as_matrices and filters.tied)
+    monkeypatch.setattr(bfloat16_convolution, "MAPS_BACKWARD", 1)
     rng = np.random.default_rng(seed)
     layers = image_layers(rng)
     networks = {
-        precision: WholeNetwork(config.NetworkSection(layers=layers, precision=precision), (2, 11, 12), seed=3)
-        for precision in ("float32", "bfloat16")
+        name: WholeNetwork(config.NetworkSection(layers=layers, precision=name), (2, 11, 12), seed=3)
+        for name in ("float32", "bfloat16")
     }
     network = networks["bfloat16"]
     boxes = tuple(random_cover(rng, layer.output_shape, comm.size) for layer in network.layers)
@@ -61,7 +61,7 @@ def test_random_networks_on_random_placements(comm, seed, engine, monkeypatch) -
     )
     whole = np.empty(network.size, np.float32)
     network.initial(0, whole)
-    expected = {precision: np.empty_like(whole) for precision in networks}
+    expected = {name: np.empty_like(whole) for name in networks}
     losses = {p: one.loss_and_gradient(whole, batch, expected[p], step=1).loss for p, one in networks.items()}
     for placed, shared in (
         (placement.automatic(network.layers, comm.size), True),
@@ -199,13 +199,17 @@ def test_trained_networks_are_evaluated_in_their_precision(comm, place) -> None:
         assert again.loss == pytest.approx(expected.loss, rel=1e-6)
 
 
+def pretend(monkeypatch, engine: str) -> None:
+    """Let what is said be that of an engine; another one multiplies."""
+    said = SimpleNamespace(ENGINES=bfloat16.ENGINES, engine=lambda: engine, reason=lambda: "a reason")
+    monkeypatch.setattr(precision, "bfloat16", said)
+
+
 @pytest.mark.parallel([1, 2, 3])
 def test_what_is_said_is_said_once(comm, place, capfd, monkeypatch) -> None:
     """That nothing becomes faster, or that ranks multiply in different ways; and which own layers stay in float32."""
     layers = [{"type": "own_layer:Maxout", "units": 5, "pieces": 3}, *tiny.LAYERS]
-    engines = ["float32", "amx", "avx512_bf16"]
-    monkeypatch.setattr(bfloat16, "engine", lambda: engines[comm.rank])
-    monkeypatch.setattr(bfloat16, "reason", lambda: "a reason")
+    pretend(monkeypatch, ["float32", "amx", "avx512_bf16"][comm.rank])
     run = tiny.describe(
         place,
         network={"layers": layers, "precision": "bfloat16", "code": EXAMPLES},
@@ -227,9 +231,9 @@ def test_what_is_said_is_said_once(comm, place, capfd, monkeypatch) -> None:
 
 @pytest.mark.parallel([1, 2])
 def test_nothing_is_said_in_float32_or_of_the_fastest(comm, monkeypatch) -> None:
-    for precision, engine in (("float32", "float32"), ("bfloat16", "amx")):
-        monkeypatch.setattr(bfloat16, "engine", lambda engine=engine: engine)
-        network = WholeNetwork(config.NetworkSection(layers=(config.Dense(units=3),), precision=precision), (4,), 1)
+    for name, engine in (("float32", "float32"), ("bfloat16", "amx")):
+        pretend(monkeypatch, engine)
+        network = WholeNetwork(config.NetworkSection(layers=(config.Dense(units=3),), precision=name), (4,), 1)
         assert precision_notes(network, comm) == ()
 
 

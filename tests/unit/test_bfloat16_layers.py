@@ -15,6 +15,9 @@ from dbmpi import config
 from dbmpi.errors import UserError
 from dbmpi.index.boxes import Box
 from dbmpi.kernels import bfloat16, bfloat16_convolution
+from dbmpi.kernels.convolution import Tied
+from dbmpi.kernels.local import Untied
+from dbmpi.network import field
 from dbmpi.network.dense import DenseLayer
 from dbmpi.network.field import ConvolutionLayer, LocalLayer
 from dbmpi.network.layer import BIAS, Backward, Forward, takes_bfloat16
@@ -48,8 +51,8 @@ def sums_of(layer, weights, inputs):
     if isinstance(layer, DenseLayer):
         return weights @ inputs.reshape(-1, inputs.shape[-1])
     sums = np.empty((*layer.output_shape, inputs.shape[-1]))
-    for (i, j), field in fields(layer):
-        sums[:, i, j] = np.einsum("mcuv,cuvb->mb", of_position(layer, weights, i, j), inputs[field])
+    for (i, j), covered in fields(layer):
+        sums[:, i, j] = np.einsum("mcuv,cuvb->mb", of_position(layer, weights, i, j), inputs[covered])
     return sums
 
 
@@ -71,8 +74,8 @@ def transposed_sums(layer, weights, gradient, shape):
     if isinstance(layer, DenseLayer):
         return (weights.T @ gradient).reshape(shape)
     below = np.zeros(shape)
-    for (i, j), field in fields(layer):
-        below[field] += np.einsum("mcuv,mb->cuvb", of_position(layer, weights, i, j), gradient[:, i, j])
+    for (i, j), covered in fields(layer):
+        below[covered] += np.einsum("mcuv,mb->cuvb", of_position(layer, weights, i, j), gradient[:, i, j])
     return below
 
 
@@ -81,8 +84,8 @@ def outer_products(layer, gradient, inputs):
     if isinstance(layer, DenseLayer):
         return gradient @ inputs.reshape(-1, inputs.shape[-1]).T
     result = np.zeros(layer.tensors["weights"].shape)
-    for (i, j), field in fields(layer):
-        of_position(layer, result, i, j)[...] += np.einsum("mb,cuvb->mcuv", gradient[:, i, j], inputs[field])
+    for (i, j), covered in fields(layer):
+        of_position(layer, result, i, j)[...] += np.einsum("mb,cuvb->mcuv", gradient[:, i, j], inputs[covered])
     return result
 
 
@@ -91,12 +94,17 @@ def close(found, expected, bound, terms):
     return (np.abs(found - expected) <= 2.0**-23 * (terms + 4) * bound + 1e-30).all()
 
 
-@pytest.mark.parametrize("engine", ["float32", "amx"])
+def by_matrices(monkeypatch, chosen):
+    """Let all convolutions be products of matrices, or none."""
+    monkeypatch.setattr(field, "pays", lambda filters, shape: chosen and filters.tied)
+    monkeypatch.setattr(bfloat16_convolution, "MAPS_BACKWARD", 1)
+
+
+@pytest.mark.parametrize("as_matrices", [False, True])
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(layer=layers(), samples=st.integers(1, 20), seed=st.integers(0, 99), block=st.sampled_from([1, 300, 1 << 19]))
-def test_layers_against_a_naive_twin(monkeypatch, engine, layer, samples, seed, block):
-    """With an engine that multiplies bfloat16, convolutions become products of blocks of fields."""
-    monkeypatch.setattr(bfloat16, "engine", lambda: engine)
+def test_layers_against_a_naive_twin(monkeypatch, as_matrices, layer, samples, seed, block):
+    by_matrices(monkeypatch, as_matrices)
     monkeypatch.setattr(bfloat16_convolution, "BLOCK", block)
     random = np.random.default_rng(seed)
     parameters = parameters_of(layer, np.float32, seed)
@@ -241,10 +249,10 @@ def test_layers_without_products_stay_in_float32():
     assert not any(network(layers, shape, "float32").rounded)
 
 
-@pytest.mark.parametrize("engine", ["float32", "amx"])
+@pytest.mark.parametrize("as_matrices", [False, True])
 @pytest.mark.parametrize("kind", [config.Local, config.Convolution])
-def test_reconstruction_against_float32(monkeypatch, kind, engine):
-    monkeypatch.setattr(bfloat16, "engine", lambda: engine)
+def test_reconstruction_against_float32(monkeypatch, kind, as_matrices):
+    by_matrices(monkeypatch, as_matrices)
     layers = [kind(maps=3, field=3, reconstruction=0.5), config.Pooling(size=2, penalty=0.1)]
     nets = [network(layers, (2, 7, 8), precision, "reconstruction") for precision in ("float32", "bfloat16")]
     parameters = initial(nets[0])
@@ -329,3 +337,16 @@ def test_a_layer_of_ones_own_may_take_bfloat16():
     parameters, batch = initial(net), batch_for(net, 4)
     doubled = batch._replace(inputs=2 * nearest(batch.inputs).astype(np.float32))
     assert net.evaluate(parameters, batch) == plain.evaluate(parameters, doubled)
+
+
+def test_convolutions_are_products_of_matrices_where_that_pays(monkeypatch):
+    def chosen(engine, *shape, tied=True):
+        monkeypatch.setattr(bfloat16, "engine", lambda: engine)
+        return bfloat16_convolution.pays((Tied if tied else Untied)(1), shape)
+
+    assert chosen("amx", 32, 16, 4, 4)
+    assert chosen("avx512_bf16", 64, 32, 3, 3)
+    assert not chosen("float32", 32, 16, 4, 4)
+    assert not chosen("amx", 31, 16, 4, 4)
+    assert not chosen("amx", 32, 3, 5, 5)
+    assert not chosen("amx", 5, 5, 32, 16, 4, 4, tied=False)

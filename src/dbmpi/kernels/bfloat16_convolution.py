@@ -8,6 +8,7 @@ added up where the fields lie.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -18,11 +19,25 @@ from dbmpi.kernels import bfloat16
 from dbmpi.kernels.activations import ACTIVATIONS
 from dbmpi.kernels.bfloat16_filters import RoundedFilters, rounded_copy
 from dbmpi.kernels.compile import exact_parallel_kernel
-from dbmpi.kernels.filters import Region
+from dbmpi.kernels.filters import Filters, Region
 from dbmpi.kernels.memory import aligned_empty
 
 BLOCK = 1 << 20
 """Bytes of a block of fields: half of the second cache of processors with AMX, whatever the number of threads."""
+
+DEPTH, MAPS, MAPS_BACKWARD = 256, 32, 64
+"""Least numbers of weights of a filter, of maps, and of maps for the inputs' gradient, for products of matrices.
+
+With fewer, to gather fields and to add them up takes longer than to multiply vectors of float32, as was measured.
+"""
+TURNED = 64
+"""Rows that are transposed at a time."""
+
+
+def pays(filters: Filters, shape: tuple[int, ...]) -> bool:
+    """Whether `filters` with weights of that `shape` are multiplied faster as matrices."""
+    large = filters.tied and shape[0] >= MAPS and math.prod(shape[1:]) >= DEPTH
+    return large and bfloat16.engine() != "float32"
 
 
 @dataclass(frozen=True)
@@ -50,6 +65,9 @@ class RoundedConvolution(RoundedFilters):
 
     def input_gradient(self, weights: np.ndarray, gradient: np.ndarray, result: np.ndarray) -> None:
         """Write the gradient for the inputs, from a float32 `gradient` that is rounded here."""
+        if len(weights) < MAPS_BACKWARD:
+            super().input_gradient(weights, gradient, result)
+            return
         of_sums, filters, shape = rounded_copy(gradient), weights.reshape(len(weights), -1).T, weights.shape[2:]
         memory = np.empty(0, np.float32)
         result.fill(0)
@@ -75,13 +93,14 @@ class RoundedConvolution(RoundedFilters):
     ) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
         """Yield sums of `weights` times fields, (maps, positions x samples), and where they are in the outputs."""
         filters, shape = weights.reshape(len(weights), -1), self.filters.field_shape(weights)
-        memory = np.empty(0, np.float32)
+        memory = np.empty((2, 0), np.float32)
         for place, fields in self._fields(shape, inputs, outputs, region):
             size = len(filters) * fields.shape[1]
-            if memory.size < size:
-                memory = aligned_empty(size)
-            sums = memory[:size].reshape(len(filters), -1)
-            bfloat16.product(filters, fields, sums)
+            memory = memory if memory.shape[1] >= size else aligned_empty((2, size))
+            # Products of many rows by few are the faster ones.
+            turned, sums = memory[0, :size].reshape(-1, len(filters)), memory[1, :size].reshape(len(filters), -1)
+            bfloat16.product(fields.T, filters.T, turned)
+            _turn(turned, sums)
             yield place, sums
 
     def _fields(
@@ -112,6 +131,19 @@ class RoundedConvolution(RoundedFilters):
         for i in range(top, bottom, rows):
             for j in range(left, right, columns):
                 yield i, j, min(rows, bottom - i), min(columns, right - j)
+
+
+@exact_parallel_kernel
+def _turn(source: np.ndarray, target: np.ndarray) -> None:
+    """Transpose the many rows of a `source`, some of which stay in the first cache."""
+    size = source.shape[0]
+    for part in prange(-(-size // TURNED)):
+        first = part * TURNED
+        some = source[first : first + TURNED]
+        for column in range(some.shape[1]):
+            row = target[column, first : first + TURNED]
+            for n in range(some.shape[0]):
+                row[n] = some[n, column]
 
 
 @exact_parallel_kernel

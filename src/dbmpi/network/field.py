@@ -9,9 +9,8 @@ import numpy as np
 
 from dbmpi import config
 from dbmpi.index.boxes import Box
-from dbmpi.kernels import bfloat16
 from dbmpi.kernels.bfloat16 import BFLOAT16
-from dbmpi.kernels.bfloat16_convolution import RoundedConvolution
+from dbmpi.kernels.bfloat16_convolution import RoundedConvolution, pays
 from dbmpi.kernels.bfloat16_filters import RoundedFilters, rounded_copy
 from dbmpi.kernels.convolution import Tied
 from dbmpi.kernels.filters import Filters
@@ -95,7 +94,7 @@ class FieldLayer(Weighted[F], InParts, Reconstructing):
         early = self.section.activation == "linear"
         if early:
             self._inputs_backward(task)
-        filters = _suiting(self._filters, task.inputs)
+        filters = _suiting(self._filters, task.parameters["weights"])
         filters.parameter_gradient(task.inputs, task.outputs, task.gradient, weights, bias)
         if not early:
             self._inputs_backward(task)
@@ -134,15 +133,14 @@ class FieldLayer(Weighted[F], InParts, Reconstructing):
         unused, linear, inputs = np.empty_like(parameters["bias"]), self._linear_filters, estimate_gradient
         if decoder.dtype == BFLOAT16:
             inputs = rounded_copy(estimate_gradient)
-        _suiting(linear, inputs).parameter_gradient(inputs, outputs, outputs, of_decoder, unused)
+        _suiting(linear, decoder).parameter_gradient(inputs, outputs, outputs, of_decoder, unused)
 
 
-def _suiting(filters: Filters, operand: np.ndarray) -> Filters | RoundedFilters:
-    """Return the filters for the precision of what they multiply."""
-    if operand.dtype != BFLOAT16:
+def _suiting(filters: Filters, weights: np.ndarray) -> Filters | RoundedFilters:
+    """Return the filters for the precision of their weights, or of a decoder."""
+    if weights.dtype != BFLOAT16:
         return filters
-    by_matrices = filters.tied and bfloat16.engine() != "float32"
-    return RoundedConvolution(filters) if by_matrices else RoundedFilters(filters)
+    return RoundedConvolution(filters) if pays(filters, weights.shape) else RoundedFilters(filters)
 
 
 class LocalLayer(FieldLayer[config.Local]):
