@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import platform
 import socket
@@ -243,6 +244,16 @@ def timed(work: Callable[[], Any]) -> Action:
     return action
 
 
+def repeated(work: Callable[[], Any], least: float = 0.02) -> Action:
+    """Return an action as `timed` does, of short work that is repeated for `least` seconds; it tells those of one."""
+    work()
+    start = time.perf_counter()
+    work()
+    times = max(1, math.ceil(least / max(time.perf_counter() - start, 1e-6)))
+    whole = timed(lambda: [work() for _ in range(times)])
+    return lambda: {name: seconds / times for name, seconds in whole().items()}
+
+
 _LOOP = """
 import os, sys, time
 
@@ -398,6 +409,13 @@ def fma_peak() -> Callable[[], Mapping[str, Any]]:
     from dbmpi.runs.profile import multiply_add_peak
 
     return lambda: {"flops": multiply_add_peak()}
+
+
+def bfloat16_peak() -> Callable[[], Mapping[str, Any]]:
+    """Return an action that measures the peak of one core on bfloat16 numbers, in operations a second."""
+    from dbmpi.kernels import bfloat16
+
+    return lambda: {"flops": bfloat16.peak()}
 
 
 def copy_bandwidth(mebibytes: int = 256) -> Callable[[], Mapping[str, Any]]:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -121,3 +122,18 @@ def test_without_an_engine_products_are_those_of_rounded_numbers(monkeypatch):
     np.testing.assert_allclose(out, wide_a @ wide_b, rtol=0, atol=1e-4)
     with pytest.raises(ValueError, match="do not give the shape"):
         bfloat16.product(a, b.T, out)
+
+
+@needs_an_engine
+@pytest.mark.parametrize("engine", HERE)
+def test_no_product_is_faster_than_the_peak(engine):
+    peak = pairs.peak(engine == "amx")
+    a, b, out = np.zeros((512, 512), np.uint16), np.zeros((512, 512), np.uint16), np.empty((512, 512), np.float32)
+    multiply = PairedProduct(engine == "amx")
+    multiply(a, b, out)
+    best = np.inf
+    for _ in range(5):
+        began = time.process_time()
+        multiply(a, b, out)
+        best = min(best, time.process_time() - began)
+    assert 2 * 512**3 / best < 1.2 * peak

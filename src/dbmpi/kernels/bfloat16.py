@@ -20,10 +20,9 @@ import numpy as np
 from numba import prange
 
 from dbmpi.errors import UserError
-from dbmpi.kernels import matmul
+from dbmpi.kernels import matmul, pairs
 from dbmpi.kernels.compile import exact_parallel_kernel
 from dbmpi.kernels.llvm.writer import FEATURES
-from dbmpi.kernels.pairs import PairedProduct
 from dbmpi.machine import tile_data
 
 BFLOAT16 = np.dtype(np.uint16)
@@ -105,6 +104,19 @@ def reason() -> str:
     return "; ".join(_chosen()[1])
 
 
+def peak() -> float:
+    """Measure the most operations a second that one core does on bfloat16 numbers, by this engine.
+
+    Raises
+    ------
+    ValueError
+        If the engine is that of float32, which has no such peak.
+    """
+    if engine() == "float32":
+        raise ValueError(f"no engine of this processor multiplies bfloat16: {reason()}")
+    return pairs.peak(tiles=engine() == "amx")
+
+
 @cache
 def _chosen() -> tuple[str, list[str]]:
     """Return the engine, and why each that is faster is none."""
@@ -127,10 +139,10 @@ def _chosen() -> tuple[str, list[str]]:
 _of_this_thread = threading.local()
 
 
-def _paired() -> PairedProduct:
+def _paired() -> pairs.PairedProduct:
     if not hasattr(_of_this_thread, "product"):
-        _of_this_thread.product = PairedProduct(tiles=engine() == "amx")
-    found: PairedProduct = _of_this_thread.product
+        _of_this_thread.product = pairs.PairedProduct(tiles=engine() == "amx")
+    found: pairs.PairedProduct = _of_this_thread.product
     return found
 
 

@@ -8,6 +8,7 @@ the pairs of 32 numbers along the sum; that of a right factor, for each of these
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
 from typing import Any
 
 from llvmlite import ir  # type: ignore[import-untyped]
@@ -98,6 +99,48 @@ def multiply_pairs(call: Call) -> None:
     write(left, right, call["depth"], out, call["out_stride"], call["add"])
 
 
+CHAINS = 16
+"""Independent sums of `pair_chains` by vectors; those by tiles are 4."""
+CHAIN_OPERATIONS = {True: 4 * 2 * UNIT * UNIT * SIDE, False: CHAINS * 2 * SIDE}
+"""Operations of a round of `pair_chains`, by tiles and by vectors."""
+
+
+@instructions("tiles sample rounds", constants="tiles", result="sample")
+def pair_chains(call: Call) -> Any:
+    """Sum products of pairs for `rounds` rounds without any memory: the fastest that a core computes.
+
+    Arguments of the call
+    ---------------------
+    tiles : constant
+        Whether by tiles, which must have been configured, or by vectors.
+    sample : float32
+        Start value of the sums by vectors.
+    rounds : int
+        Length of each chain.
+
+    Returns
+    -------
+    float
+        One element of the sums by vectors, so that the compiler cannot omit them; otherwise `sample`.
+    """
+    pairs = _Pairs(call.builder)
+    start, rounds = pairs.spread(call["sample"]), call["rounds"]
+
+    def by_tiles(_: Any, carried: list[Any]) -> list[Any]:
+        for tile in range(4):
+            pairs.call("tdpbf16ps", tile, 4 + tile // 2, 6 + tile % 2)
+        return carried
+
+    def by_vectors(_: Any, carried: list[Any]) -> list[Any]:
+        return [pairs.dot(total, start, start) for total in carried]
+
+    if call.constant("tiles"):
+        pairs.loop(1, pairs.index(0), rounds, [], by_tiles)
+        return call["sample"]
+    _, sums = pairs.loop(1, pairs.index(0), rounds, [start] * CHAINS, by_vectors)
+    return pairs.builder.extract_element(reduce(pairs.builder.fadd, sums, start), pairs.short(0))
+
+
 class _BrainFloat(ir.Type):  # type: ignore[misc]
     """LLVM's type of a bfloat16 number."""
 
@@ -131,6 +174,12 @@ class _Pairs(Writer):
         size = 2 * UNIT * UNIT
         stop = self.builder.mul(depth, self.index(size))
         return self.loop(size, self.index(0), stop, carried, steps)[1]
+
+    def dot(self, total: Any, one: Any, other: Any) -> Any:
+        """Return the vector `total` and the products of pairs, summed within each lane."""
+        pairs = ir.VectorType(_BrainFloat(), SIDE)
+        function = self.declared("llvm.x86.avx512bf16.dpbf16ps.512", self.vector, [self.vector, pairs, pairs])
+        return self.builder.call(function, [total, *(self.builder.bitcast(factor, pairs) for factor in (one, other))])
 
     def pack_along(self, source: Any, stride: Any, target: Any) -> None:
         """Write `pack_along`."""
@@ -182,8 +231,7 @@ class _Pairs(Writer):
 
     def by_vectors(self, left: Any, right: Any, depth: Any, out: Any, out_stride: Any, add: Any) -> None:
         """Write `multiply_pairs` by vectors: some rows after the other."""
-        builder, pairs = self.builder, ir.VectorType(_BrainFloat(), SIDE)
-        dot = self.declared("llvm.x86.avx512bf16.dpbf16ps.512", self.vector, [self.vector, pairs, pairs])
+        builder = self.builder
         adding = builder.icmp_signed("!=", add, add.type(0))
         for top in range(0, SIDE, _ROWS):
             half, row = divmod(top, UNIT)
@@ -192,10 +240,10 @@ class _Pairs(Writer):
                 rows = self.at(left, start, UNIT * (UNIT * half + row))
                 columns = [self.at(right, start, UNIT * UNIT * side) for side in range(2)]
                 for pair in range(UNIT):
-                    of_columns = [builder.bitcast(self.load(self.at(one, UNIT * pair), 64), pairs) for one in columns]
-                    of_rows = [builder.bitcast(self.spread_at(rows, UNIT * n + pair), pairs) for n in range(_ROWS)]
+                    of_columns = [self.load(self.at(one, UNIT * pair), 4 * UNIT) for one in columns]
+                    of_rows = [self.spread_at(rows, UNIT * n + pair) for n in range(_ROWS)]
                     factors = [(one, other) for one in of_rows for other in of_columns]
-                    sums = [builder.call(dot, [total, *both]) for total, both in zip(sums, factors, strict=True)]
+                    sums = [self.dot(total, *both) for total, both in zip(sums, factors, strict=True)]
                 return sums
 
             lines = self.strided(self.at(out, builder.mul(out_stride, self.index(top))), out_stride, _ROWS)
