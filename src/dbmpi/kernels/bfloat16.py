@@ -1,21 +1,38 @@
 """Products of bfloat16 matrices with sums in float32, and the rounding to bfloat16.
 
+============= ================================================================================================
+`amx`         tiles of Intel's processors since Sapphire Rapids, where the kernel grants a process their data
+`avx512_bf16` vectors of pairs, of AMD's since Zen 4
+`float32`     products of float32, of numbers that are rounded: the same results, but no speed
+============= ================================================================================================
+
 A bfloat16 number is the upper half of a float32: its sign, its 8 bits of exponent, and 7 of its bits of mantissa.
 Arrays of them are arrays of uint16 here, as NumPy has no such type.
 """
 
 from __future__ import annotations
 
+import os
+import threading
+from functools import cache
+
 import numpy as np
 from numba import prange
 
+from dbmpi.errors import UserError
 from dbmpi.kernels import matmul
 from dbmpi.kernels.compile import exact_parallel_kernel
+from dbmpi.kernels.llvm.writer import FEATURES
+from dbmpi.kernels.pairs import PairedProduct
+from dbmpi.machine import tile_data
 
 BFLOAT16 = np.dtype(np.uint16)
 """The dtype of the arrays that hold bfloat16 numbers."""
 ENGINES = ("float32", "avx512_bf16", "amx")
 """What can multiply, from the slowest to the fastest."""
+VARIABLE = "DBMPI_BFLOAT16"
+_NEEDED = {"float32": (), "avx512_bf16": ("avx512f", "avx512bf16"), "amx": ("avx512f", "amx-tile", "amx-bf16")}
+"""Features of the processor that each needs, as the compiler calls them."""
 
 
 def rounded(values: np.ndarray, out: np.ndarray) -> None:
@@ -61,17 +78,60 @@ def product(a: np.ndarray, b: np.ndarray, out: np.ndarray, add: bool = False) ->
     ValueError
         If the shapes do not fit.
     """
-    matmul.product(_wide(a), _wide(b), out, add)
+    if a.shape[1] != b.shape[0] or out.shape != (a.shape[0], b.shape[1]):
+        raise ValueError(f"shapes {a.shape} @ {b.shape} do not give the shape {out.shape} of the output")
+    contiguous = all(x.flags.c_contiguous or x.flags.f_contiguous for x in (a, b))
+    if engine() == "float32" or not contiguous or 0 in (*a.shape, *out.shape):
+        matmul.product(_wide(a), _wide(b), out, add)
+    else:
+        _paired()(a, b, out, add)
 
 
 def engine() -> str:
-    """Return which of `ENGINES` multiplies on this processor; by ``float32`` bfloat16 brings no speed."""
-    return "float32"
+    """Return which of `ENGINES` multiplies in this process; by ``float32`` bfloat16 brings no speed.
+
+    The environment variable ``DBMPI_BFLOAT16`` names the fastest that may; otherwise, it is the fastest there is.
+
+    Raises
+    ------
+    UserError
+        If there is no engine of that name.
+    """
+    return _chosen()[0]
 
 
 def reason() -> str:
     """Return why it is not a faster one; empty if it is the fastest."""
-    return "there are no kernels of AMX and AVX512-BF16 yet"
+    return "; ".join(_chosen()[1])
+
+
+@cache
+def _chosen() -> tuple[str, list[str]]:
+    """Return the engine, and why each that is faster is none."""
+    most, missing = os.environ.get(VARIABLE, "").strip() or ENGINES[-1], list[str]()
+    if most not in ENGINES:
+        raise UserError(f"{VARIABLE}={most}: there is no such engine; known are {', '.join(ENGINES)}")
+    for name in reversed(ENGINES):
+        if ENGINES.index(name) > ENGINES.index(most):
+            why = f"{VARIABLE}={most} leaves {name} out"
+        elif not all(f"+{feature}" in FEATURES for feature in _NEEDED[name]):
+            why = f"the processor has no {'AMX' if name == 'amx' else 'AVX512-BF16'}"
+        else:
+            why = tile_data.refusal() if name == "amx" else ""
+        if not why:
+            return name, missing
+        missing.append(why)
+    raise AssertionError("float32 needs nothing")
+
+
+_of_this_thread = threading.local()
+
+
+def _paired() -> PairedProduct:
+    if not hasattr(_of_this_thread, "product"):
+        _of_this_thread.product = PairedProduct(tiles=engine() == "amx")
+    found: PairedProduct = _of_this_thread.product
+    return found
 
 
 def _wide(matrix: np.ndarray) -> np.ndarray:
