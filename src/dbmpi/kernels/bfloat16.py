@@ -44,7 +44,7 @@ def rounded(values: np.ndarray, out: np.ndarray) -> None:
     out : uint16 array
         C-contiguous, of the same shape.
     """
-    _round(_flat(np.ascontiguousarray(values)).view(np.uint32), _flat(out))
+    _round(_flat(np.ascontiguousarray(values)), _flat(out))
 
 
 def widened(values: np.ndarray, out: np.ndarray) -> None:
@@ -163,13 +163,15 @@ def _flat(array: np.ndarray) -> np.ndarray:
 
 
 @exact_parallel_kernel
-def _round(bits: np.ndarray, out: np.ndarray) -> None:
+def _round(values: np.ndarray, out: np.ndarray) -> None:
+    bits, half, one, width = values.view(np.uint32), np.uint32(0x7FFF), np.uint32(1), np.uint32(16)
     for i in prange(bits.size):
         value = bits[i]
-        upper = value >> np.uint32(16)
-        to_nearest = (value + np.uint32(0x7FFF) + (upper & np.uint32(1))) >> np.uint32(16)
-        is_nan = (value & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
-        out[i] = upper | np.uint32(0x40) if is_nan else to_nearest
+        # Numba computes with 64 bits, at half the speed, unless it is told at every step that 32 are enough.
+        rounded_up = np.uint32(value + half + np.uint32(np.uint32(value >> width) & one))
+        if values[i] != values[i]:
+            rounded_up = np.uint32(value | np.uint32(0x400000))
+        out[i] = np.uint16(np.uint32(rounded_up >> width))
 
 
 @exact_parallel_kernel
