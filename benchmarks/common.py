@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import platform
 import socket
@@ -45,8 +46,8 @@ _END = "end"
 Action = Callable[[], Mapping[str, Any]]
 
 
-def options(description: str | None) -> argparse.Namespace:
-    """Read the options that every benchmark has: ``quick`` and ``json``."""
+def options(description: str | None, **more: str) -> argparse.Namespace:
+    """Read the options that every benchmark has, ``quick`` and ``json``, and `more` flags: what each one says."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -54,6 +55,8 @@ def options(description: str | None) -> argparse.Namespace:
     parser.add_argument(
         "--json", action="store_true", help="print machine, results and targets as JSON on the last line"
     )
+    for name, says in more.items():
+        parser.add_argument(f"--{name}", action="store_true", help=says)
     found = parser.parse_args()
     if found.quick:
         cores.patience = _QUICK_PATIENCE
@@ -241,6 +244,16 @@ def timed(work: Callable[[], Any]) -> Action:
     return action
 
 
+def repeated(work: Callable[[], Any], least: float = 0.02) -> Action:
+    """Return an action as `timed` does, of short work that is repeated for `least` seconds; it tells those of one."""
+    work()
+    start = time.perf_counter()
+    work()
+    times = max(1, math.ceil(least / max(time.perf_counter() - start, 1e-6)))
+    whole = timed(lambda: [work() for _ in range(times)])
+    return lambda: {name: seconds / times for name, seconds in whole().items()}
+
+
 _LOOP = """
 import os, sys, time
 
@@ -396,6 +409,13 @@ def fma_peak() -> Callable[[], Mapping[str, Any]]:
     from dbmpi.runs.profile import multiply_add_peak
 
     return lambda: {"flops": multiply_add_peak()}
+
+
+def bfloat16_peak() -> Callable[[], Mapping[str, Any]]:
+    """Return an action that measures the peak of one core on bfloat16 numbers, in operations a second."""
+    from dbmpi.kernels import bfloat16
+
+    return lambda: {"flops": bfloat16.peak()}
 
 
 def copy_bandwidth(mebibytes: int = 256) -> Callable[[], Mapping[str, Any]]:

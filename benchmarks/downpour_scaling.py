@@ -13,6 +13,9 @@ overlapped path does not.
 The cost of more replicas and shards than cores is shown for a network with a seventh of the parameters,
 440-4x1024-2048, as eight replicas of the large one need 6 GB and many minutes.  Each parameter costs the same
 arithmetic and the same bytes.
+
+With ``--bfloat16`` all multiply bfloat16: ours by ``network.precision``, DDP under PyTorch's autocast; without the
+table of replicas and shards.
 """
 
 from __future__ import annotations
@@ -37,24 +40,29 @@ WAYS: dict[str, dict[str, Any]] = {
     "overlapped": {"fetch": "copied", "overlap": "threads"},
     "in place": {"fetch": "shared", "overlap": "threads"},
 }
+LIKE_DDP_ROUNDED = {"amx": 2.5}
+"""With products of bfloat16, by what multiplies."""
 LIKE_DDP, LIKE_ONE, LIKE_ONE_OF_FIVE, HIDDEN = 2.3, 1.6, 1.85, 0.8
 _ORDER, _ANSWER = 1, 2
 
 
 def main() -> None:
     if sys.argv[1:2] == ["--contestant"]:
-        contestant(*sys.argv[2:4], *map(int, sys.argv[4:]))
+        contestant(*sys.argv[2:5], *map(int, sys.argv[5:]))
         return
-    options = common.options(__doc__)
+    options = common.options(__doc__, bfloat16="products of bfloat16, beside DDP under autocast, instead of float32")
+    precision = "bfloat16" if options.bfloat16 else "float32"
     report = common.Report("downpour_scaling", options.json)
     rounds, steps = (2, 10) if options.quick else (5, 20)
     with ExitStack() as stack:
-        alone = contender(stack, sys.executable, common.ROOT / "benchmarks/speech_step.py", "--contestant", BATCH)
-        peer = contender(stack, common.peers_python(), common.PEERS / "ddp_step.py", BATCH, DDP_STEPS)
+        step = common.ROOT / "benchmarks/speech_step.py"
+        alone = contender(stack, sys.executable, step, "--contestant", BATCH, precision)
+        engine = alone.do("engine")["engine"]
+        peer = contender(stack, common.peers_python(), common.PEERS / "ddp_step.py", BATCH, DDP_STEPS, precision)
         work = {"one replica, no server": alone.do, "DDP": functools.partial(peer.do, "steps")}
         for way in WAYS:
             for period in (1, 5) if way == "overlapped" else (1,):
-                ours = contender(stack, *ranks(way, period, steps, replicas=2, shards=1))
+                ours = contender(stack, *ranks(way, period, steps, replicas=2, shards=1, precision=precision))
                 work[f"{way}, n = {period}"] = functools.partial(ours.do, "steps")
         say(f"{len(work)} contestants take {rounds + 1} turns each")
         taken = common.in_turn(rounds, **work)
@@ -74,6 +82,11 @@ def main() -> None:
     header = ("2 replicas + 1 shard", "samples/s", "of DDP", "of one replica", "by CPU", "ms of a step for transfers")
     report.table("Samples a second, in turn (medians)", header, rows)
     best = max(speed["overlapped, n = 1"], speed["in place, n = 1"])
+    if options.bfloat16:
+        if engine in LIKE_DDP_ROUNDED:
+            report.at_least("samples/s of DDP's under autocast, n = 1", best / ddp, LIKE_DDP_ROUNDED[engine])
+        report.finish()
+        return
     report.at_least("samples/s of DDP's, n = 1", best / ddp, LIKE_DDP)
     report.at_least("samples/s of one replica's, n = 1", best / one, LIKE_ONE)
     report.at_least("samples/s of one replica's, n = 5", speed["overlapped, n = 5"] / one, LIKE_ONE_OF_FIVE)
@@ -107,9 +120,17 @@ def contender(stack: ExitStack, *command: Any) -> common.Contestant:
     return stack.enter_context(common.Contestant(command))
 
 
-def ranks(way: str, period: int, steps: int, replicas: int, shards: int, network: str = "speech") -> tuple[str, ...]:
+def ranks(
+    way: str,
+    period: int,
+    steps: int,
+    replicas: int,
+    shards: int,
+    network: str = "speech",
+    precision: str = "float32",
+) -> tuple[str, ...]:
     numbers = map(str, (period, steps, replicas, shards))
-    return common.on_ranks(replicas + shards, __file__, "--contestant", network, way, *numbers)
+    return common.on_ranks(replicas + shards, __file__, "--contestant", network, way, precision, *numbers)
 
 
 def transfers(turns: list[dict[str, float]]) -> float:
@@ -121,7 +142,7 @@ def waited(turns: list[dict[str, float]]) -> str:
     return f"{1e3 * transfers(turns):.1f}" if "transfers" in turns[0] else ""
 
 
-def contestant(which: str, way: str, period: int, steps: int, replicas: int, shards: int) -> None:
+def contestant(which: str, way: str, precision: str, period: int, steps: int, replicas: int, shards: int) -> None:
     """Be a shard or a replica; rank 0 is told when all replicas are to take their steps."""
     common.prepare_runtime()
     import numpy as np
@@ -141,7 +162,9 @@ def contestant(which: str, way: str, period: int, steps: int, replicas: int, sha
     comm, dtype = world.start(), np.dtype(np.float32)
     plan, sizes = Plan(shards, replicas), {"speech": SPEECH, "small": SMALL}[which]
     hidden = [config.Dense(units=units, activation="sigmoid") for units in sizes[1:-1]]
-    section = config.NetworkSection(loss="softmax", layers=(*hidden, config.Dense(units=sizes[-1])))
+    section = config.NetworkSection.model_validate(
+        {"loss": "softmax", "layers": (*hidden, config.Dense(units=sizes[-1])), "precision": precision}
+    )
     network = WholeNetwork(section, (sizes[0],), 1)
     size = network.layout.size
     ends = np.cumsum([(inputs + 1) * outputs for inputs, outputs in pairwise(sizes)]).tolist()
@@ -186,11 +209,15 @@ def contestant(which: str, way: str, period: int, steps: int, replicas: int, sha
         def pushed(self, _push: Push, *, last: bool) -> None:
             pass
 
-    with Store(comm, plan, cut(size, plan.shards), config.ServerSection(**WAYS[way]), dtype, size) as store:
+    server_section, rounded = config.ServerSection(**WAYS[way]), precision == "bfloat16"
+    with Store(comm, plan, cut(size, plan.shards), server_section, dtype, size, rounded=rounded) as store:
         shard = plan.shard_of(comm.rank)
         if shard is None:
             gate, flow = Gate(), Flow(parts, overlap=store.overlap)
-            path = DataPath(store.client(parts=flow.parts), flow, gate.stopwatch("push"))
+            client = store.client(parts=flow.parts)
+            if client.rounded is not None and client.parameters is not None:
+                network.keep_rounded(client.parameters, client.rounded)
+            path = DataPath(client, flow, gate.stopwatch("push"))
             downpour(network, path, gate, n_push=period, n_fetch=period)
             waiting.barrier(comm, "the others")
             return

@@ -23,7 +23,7 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -143,8 +143,13 @@ def prepare(folder: Path, recordings: int) -> Path:
     return configuration
 
 
-def import_frames(folder: Path, recordings: int) -> dict[str, Path]:
-    """Import the first recordings of every digit by every speaker; one of them is held out."""
+def import_frames(
+    folder: Path, recordings: int, held_out: Callable[[str, int], bool] = lambda speaker, _: speaker == SPEAKER
+) -> dict[str, Path]:
+    """Import the first recordings of every digit by every speaker.
+
+    Those of which `held_out`, called with speaker and number, is true are the test file: by default all of one speaker.
+    """
     published = Path(os.environ.get("DBMPI_FSDD", common.ROOT.parent / "shared" / "data" / "fsdd"))
     archive = published / "fsdd-recordings.tar"
     if not archive.is_file():
@@ -158,7 +163,7 @@ def import_frames(folder: Path, recordings: int) -> dict[str, Path]:
         chosen = [
             (digit, name)
             for name, (digit, speaker, number) in zip(names, rows, strict=True)
-            if (speaker == SPEAKER) == (part == "test") and int(number) < recordings
+            if held_out(speaker, int(number)) == (part == "test") and int(number) < recordings
         ]
         table.write_text("file,label\n" + "".join(f"{name},{digit}\n" for digit, name in chosen))
         files[part] = folder / f"{part}.h5"

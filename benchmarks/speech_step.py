@@ -4,6 +4,10 @@ The network is that of the paper's section 5: 440 inputs, four layers of 2560 si
 41,777,152 parameters.  A step is the loss, the gradient and the update by plain SGD of the flat parameter vector, in
 float32.  Both contestants take a step in turn; the multiply-add peak of the core is measured in the same rounds.
 
+With ``--bfloat16`` ours multiplies bfloat16 (``network.precision``), and PyTorch's is under autocast to it; ours in
+float32 takes its turn, too.  Our update rounds the parameters block by block, as a shard does it for workers that
+compute on its memory (``server.fetch = "shared"``).
+
 The ratio to PyTorch is that of elapsed times; beside it stands that of the processor's time, and the share of the peak
 is by the processor's time, too: on a quiet machine they agree, on a busy one they say what the program is to blame for.
 """
@@ -25,14 +29,22 @@ SPEED = {1: 2.5, 2: 2.2}
 """Times PyTorch's samples/s that are aimed at, by threads."""
 PEAK = {128: 0.65, 512: 0.75}
 """Share of the multiply-add peak of one core that is aimed at, by batch."""
+HALVES = {"amx": {128: (2.5, 2.0), 512: (1.5, 3.0)}, "avx512_bf16": {128: (1.3, 1.5), 512: (1.3, 1.5)}}
+"""By what multiplies bfloat16, and by batch: times PyTorch's autocast, and times our float32, that are aimed at."""
 
 
 def main() -> None:
     if sys.argv[1:2] == ["--contestant"]:
-        contestant(int(sys.argv[2]))
+        contestant(int(sys.argv[2]), *sys.argv[3:])
         return
-    options = common.options(__doc__)
+    options = common.options(__doc__, bfloat16="products of bfloat16, beside PyTorch's autocast, instead of float32")
     report = common.Report("speech_step", options.json)
+    if options.bfloat16:
+        rows = [halves(report, threads, batch, options.quick) for threads in (1, 2) for batch in (128, 512)]
+        header = ("threads", "batch", "ours ms", "our float32", "PyTorch ms", "samples/s", "PyTorch", "ratio", "CPU s")
+        report.table("Steps with products of bfloat16 in turn (medians)", (*header, "to float32", "CPU s"), rows)
+        report.finish()
+        return
     rows = []
     for threads in (1, 2):
         for batch in (128, 512):
@@ -54,12 +66,46 @@ def main() -> None:
     report.finish()
 
 
-def contestants(threads: int, batch: int) -> tuple[common.Contestant, common.Contestant]:
+def contestants(threads: int, batch: int, precision: str = "float32") -> tuple[common.Contestant, common.Contestant]:
     """Start ours and PyTorch's."""
-    peer = (common.peers_python(), common.PEERS / "speech_step.py", str(threads), str(batch))
+    peer = (common.peers_python(), common.PEERS / "speech_step.py", str(threads), str(batch), precision)
     return (
-        common.Contestant((sys.executable, __file__, "--contestant", str(batch)), threads=threads),
+        common.Contestant((sys.executable, __file__, "--contestant", str(batch), precision), threads=threads),
         common.Contestant(peer, threads=threads),
+    )
+
+
+def halves(report: common.Report, threads: int, batch: int, quick: bool) -> tuple[Any, ...]:
+    """Time a step of bfloat16, ours in float32 and PyTorch's in turn; return a row of the table."""
+    rounds = (3 if quick else 15) if batch == 128 else (2 if quick else 9)
+    with ExitStack() as stack:
+        ours, peer = (stack.enter_context(one) for one in contestants(threads, batch, "bfloat16"))
+        plain = stack.enter_context(
+            common.Contestant((sys.executable, __file__, "--contestant", str(batch)), threads=threads)
+        )
+        found = common.in_turn(rounds, together=threads > 1, ours=ours.do, plain=plain.do, peer=peer.do)
+        parts = [ours.do("parts") for _ in range(max(3, rounds // 2))]
+        engine = ours.do("engine")["engine"]
+    own, other, before = (common.median([one["seconds"] for one in found[name]]) for name in ("ours", "peer", "plain"))
+    processor = {name: common.median([one["processor"] for one in found[name]]) for name in found}
+    plural = f"{threads} thread{'s' if threads > 1 else ''}, batch {batch}"
+    report.table(
+        f"Where a step goes: {plural}, products by {engine}",
+        ("part", "ms", "GFLOP/s"),
+        [
+            (name, 1e3 * taken, products / taken / 1e9 if products else "")
+            for name, products in parts_flops(batch).items()
+            for taken in [common.median([part[name] for part in parts])]
+        ],
+    )
+    if engine in HALVES:
+        to_peer, to_plain = HALVES[engine][batch]
+        report.at_least(f"samples/s of PyTorch's autocast, {plural}", other / own, to_peer)
+        report.at_least(f"samples/s of our float32, {plural}", before / own, to_plain)
+    return (
+        *(threads, batch, 1e3 * own, 1e3 * before, 1e3 * other, batch / own, batch / other),
+        *(f"{other / own:.2f}", f"{processor['peer'] / processor['ours']:.2f}"),
+        *(f"{before / own:.2f}", f"{processor['plain'] / processor['ours']:.2f}"),
     )
 
 
@@ -106,28 +152,32 @@ def compare(report: common.Report, threads: int, batch: int, rounds: int) -> tup
 
 
 PARTS = ("products forward", "products of input gradients", "products of weight gradients", "activations", "loss")
+ROUNDING = "rounding"
 
 
 def parts_flops(batch: int) -> dict[str, int]:
     """Return the operations of each part of a step; 0 where they are not products."""
     products = [2 * batch * inputs * outputs for inputs, outputs in pairwise(SIZES)]
     counted = (sum(products), sum(products[1:]), sum(products), 0, 0)
-    return {**dict(zip(PARTS, counted, strict=True)), "update": 0, "all else": 0}
+    return {**dict(zip(PARTS, counted, strict=True)), ROUNDING: 0, "update": 0, "all else": 0}
 
 
-def contestant(batch: int) -> None:
+def contestant(batch: int, precision: str = "float32") -> None:
     """Serve steps of our network."""
     common.prepare_runtime()
     import numpy as np
 
     from dbmpi import config
-    from dbmpi.kernels import matmul, updates
+    from dbmpi.kernels import bfloat16, matmul, updates
     from dbmpi.kernels.memory import aligned_empty
     from dbmpi.objective import Batch
+    from dbmpi.paramserver import server
     from dbmpi.replica.whole import WholeNetwork
 
     hidden = [config.Dense(units=units, activation="sigmoid") for units in SIZES[1:-1]]
-    section = config.NetworkSection(loss="softmax", layers=(*hidden, config.Dense(units=SIZES[-1])))
+    section = config.NetworkSection.model_validate(
+        {"loss": "softmax", "layers": (*hidden, config.Dense(units=SIZES[-1])), "precision": precision}
+    )
     network = WholeNetwork(section, (SIZES[0],), 1)
     assert network.layout.size == PARAMETERS
     parameters, gradient = aligned_empty(PARAMETERS), aligned_empty(PARAMETERS)
@@ -136,24 +186,40 @@ def contestant(batch: int) -> None:
     inputs = random.normal(size=(SIZES[0], batch)).astype(np.float32)
     data = Batch(inputs, random.integers(0, SIZES[-1], batch).astype(np.int32))
 
+    rounded = aligned_empty(PARAMETERS, bfloat16.BFLOAT16)
+    blocks = [slice(0, PARAMETERS)]
+    if precision == "bfloat16":
+        bfloat16.rounded(parameters, rounded)
+        network.keep_rounded(parameters, rounded)
+        blocks = [slice(first, min(first + server._BLOCK, PARAMETERS)) for first in range(0, PARAMETERS, server._BLOCK)]
+
+    def update() -> None:
+        for block in blocks:
+            updates.sgd(parameters[block], gradient[block], 0.01)
+            if precision == "bfloat16":
+                bfloat16.rounded(parameters[block], rounded[block])
+
     def step() -> None:
         network.loss_and_gradient(parameters, data, gradient)
-        updates.sgd(parameters, gradient, 0.01)
+        update()
 
     def parts() -> Mapping[str, float]:
         with clocks() as seconds:
             start = time.perf_counter()
             network.loss_and_gradient(parameters, data, gradient)
             middle = time.perf_counter()
-            updates.sgd(parameters, gradient, 0.01)
+            gone = dict(seconds)
+            update()
             end = time.perf_counter()
-        return {**seconds, "update": end - middle, "all else": middle - start - sum(seconds.values())}
+        return {**gone, "update": end - middle, "all else": middle - start - sum(gone.values())}
 
     step()
-    print(f"matrix products: {matmul.provider()}", file=sys.stderr)
+    multiplies = bfloat16.engine() if precision == "bfloat16" else matmul.provider()
+    print(f"matrix products: {multiplies}", file=sys.stderr)
     common.serve(
         step=common.timed(step),
         parts=parts,
+        engine=lambda: {"engine": multiplies},
         work=lambda: {"bytes": 2 * (parameters.nbytes + inputs.nbytes), "flops": network.flops(batch)},
         peak=common.fma_peak(),
         copy=common.copy_bandwidth(),
@@ -163,10 +229,11 @@ def contestant(batch: int) -> None:
 @contextmanager
 def clocks() -> Iterator[dict[str, float]]:
     """Measure the parts of a gradient while the block runs."""
+    from dbmpi.kernels import bfloat16
     from dbmpi.kernels.activations import ACTIVATIONS, Activation
     from dbmpi.network import dense, losses
 
-    seconds = dict.fromkeys(PARTS, 0.0)
+    seconds = dict.fromkeys((*PARTS, ROUNDING), 0.0)
 
     def clocked(function: Callable[..., Any], part: Callable[..., str]) -> Callable[..., Any]:
         def call(*arguments: Any) -> Any:
@@ -180,15 +247,18 @@ def clocks() -> Iterator[dict[str, float]]:
     def kind(a: Any, b: Any, *_: Any) -> str:
         return PARTS[1] if not a.flags.c_contiguous else PARTS[2] if not b.flags.c_contiguous else PARTS[0]
 
-    product, apply, activations = dense.product, losses.Loss.apply, dict(ACTIVATIONS)
-    dense.product = clocked(product, kind)
+    product, apply, activations = dense._product, losses.Loss.apply, dict(ACTIVATIONS)
+    rounded = bfloat16.rounded
+    dense._product = clocked(product, kind)
+    bfloat16.rounded = clocked(rounded, lambda *_: ROUNDING)
     losses.Loss.apply = clocked(apply, lambda *_: PARTS[4])  # type: ignore[method-assign]
     for name, pair in activations.items():
         ACTIVATIONS[name] = Activation(*(clocked(one, lambda *_: PARTS[3]) for one in pair))
     try:
         yield seconds
     finally:
-        dense.product = product
+        dense._product = product
+        bfloat16.rounded = rounded
         losses.Loss.apply = apply  # type: ignore[method-assign]
         ACTIVATIONS.update(activations)
 

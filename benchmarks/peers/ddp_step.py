@@ -1,5 +1,6 @@
-"""PyTorch's DistributedDataParallel over gloo on the speech network, as a contestant: ddp_step.py BATCH STEPS.
+"""PyTorch's DistributedDataParallel over gloo on the speech network: ddp_step.py BATCH STEPS [PRECISION].
 
+A contestant.  PRECISION is float32, or bfloat16: then the forward pass is under autocast to it.
 Two processes of one thread each; an action is that many steps of both.
 """
 
@@ -20,6 +21,7 @@ SIZES = (440, 2560, 2560, 2560, 2560, 8192)
 
 def main() -> None:
     batch, steps = map(int, sys.argv[1:3])
+    rounds = sys.argv[3:] == ["bfloat16"]
     torch.set_num_threads(1)
     torch.manual_seed(1)
     other = None
@@ -39,7 +41,9 @@ def main() -> None:
         dist.broadcast(torch.zeros(1), 0)  # both begin together
         for _ in range(steps):
             rule.zero_grad(set_to_none=True)
-            torch.nn.functional.cross_entropy(network(samples), classes).backward()
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=rounds):
+                loss = torch.nn.functional.cross_entropy(network(samples), classes)
+            loss.backward()
             rule.step()
 
     if other is None:

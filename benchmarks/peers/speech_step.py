@@ -1,4 +1,7 @@
-"""PyTorch's training step of the speech network, as a contestant: speech_step.py THREADS BATCH."""
+"""PyTorch's training step of the speech network, as a contestant: speech_step.py THREADS BATCH [PRECISION].
+
+PRECISION is float32, or bfloat16: then the forward pass is under autocast to it.
+"""
 
 import sys
 from itertools import pairwise
@@ -12,6 +15,7 @@ from common import serve, timed
 
 def main() -> None:
     threads, batch = map(int, sys.argv[1:3])
+    rounds = sys.argv[3:] == ["bfloat16"]
     torch.set_num_threads(threads)
     torch.manual_seed(1)
     sizes = (440, 2560, 2560, 2560, 2560, 8192)
@@ -27,7 +31,9 @@ def main() -> None:
 
     def step() -> None:
         rule.zero_grad()
-        torch.nn.functional.cross_entropy(network(inputs), classes).backward()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=rounds):
+            loss = torch.nn.functional.cross_entropy(network(inputs), classes)
+        loss.backward()
         rule.step()
 
     serve(step=timed(step))

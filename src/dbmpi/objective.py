@@ -222,6 +222,7 @@ class Objective(Protocol[Taken_contra]):
         *,
         step: int = 0,
         add: bool = False,
+        changed: bool = True,
     ) -> Outcome:
         """Return the outcome of a batch and write the gradient of its **mean** loss.
 
@@ -242,9 +243,12 @@ class Objective(Protocol[Taken_contra]):
             Differs from step to step and from replica to replica, for random numbers such as dropout masks.
         add
             Add to `gradient` instead of overwriting it.
+        changed
+            Whether the values of `parameters` may have changed since the last call with this array.  If not, what was
+            derived from them may be used again.
         """
         ...
 
-    def evaluate(self, parameters: np.ndarray, batch: Taken_contra) -> Outcome:
-        """Return the outcome of `batch` with `parameters`; dropout and the like are off."""
+    def evaluate(self, parameters: np.ndarray, batch: Taken_contra, *, changed: bool = True) -> Outcome:
+        """Return the outcome of `batch` with `parameters`, `changed` or not; dropout and the like are off."""
         ...

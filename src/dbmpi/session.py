@@ -334,7 +334,8 @@ class Session:
     def _use_kernels(self) -> None:
         """Call everything compiled once, on little data, so that it is compiled or loaded before the clock runs."""
         model, optimizer = self.model, self.run.optimizer
-        use_layers(model.layers, optimizer.batch_size, DTYPE)
+        if isinstance(model, Network):
+            use_layers(model, optimizer.batch_size)
         values = np.zeros((model.outputs, 1), DTYPE)
         if model.loss is not None:
             model.loss.apply(values, np.zeros(1, np.int32) if self.data.classes else np.zeros_like(values))

@@ -31,7 +31,7 @@ class Integers:
         self.total = np.zeros(self.size)
         self._rng = np.random.default_rng(seed)
 
-    def loss_and_gradient(self, parameters, batch, gradient, on_gradient=None, *, step=0, add=False) -> Outcome:
+    def loss_and_gradient(self, parameters, batch, gradient, on_gradient=None, *, step=0, add=False, **_) -> Outcome:
         before = parameters.copy()
         for layer in reversed(range(len(LAYERS))):
             part = slice(PARTS[layer].start, PARTS[layer].stop)

@@ -40,7 +40,7 @@ class LeastSquares:
     size = FEATURES
 
     def loss_and_gradient(
-        self, parameters: np.ndarray, batch: Batch, gradient: Gradient, on_gradient=None, *, step=0, add=False
+        self, parameters: np.ndarray, batch: Batch, gradient: Gradient, on_gradient=None, *, step=0, add=False, **_
     ) -> Outcome:
         out = gradient(0) if callable(gradient) else gradient
         residuals = parameters @ batch.inputs - batch.targets[0]
@@ -49,7 +49,7 @@ class LeastSquares:
             on_gradient(0)
         return self._outcome(residuals)
 
-    def evaluate(self, parameters: np.ndarray, batch: Batch) -> Outcome:
+    def evaluate(self, parameters: np.ndarray, batch: Batch, **_) -> Outcome:
         return self._outcome(parameters @ batch.inputs - batch.targets[0])
 
     def _outcome(self, residuals: np.ndarray) -> Outcome:

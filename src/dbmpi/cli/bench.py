@@ -48,6 +48,7 @@ def _network(arguments: argparse.Namespace, comm: MPI.Intracomm | None, chosen: 
     from dbmpi.network.own import from_directory
     from dbmpi.replica import placement
     from dbmpi.replica.describe import describe
+    from dbmpi.replica.precision import precision_notes
     from dbmpi.runs.profile import profile, table
 
     ranks, speaks = (1, True) if comm is None else (comm.size, comm.rank == 0)
@@ -67,8 +68,9 @@ def _network(arguments: argparse.Namespace, comm: MPI.Intracomm | None, chosen: 
         from dbmpi.replica.warmup import agree_on_products
 
         agree_on_products(comm, network.layers, samples)
+    notes = precision_notes(network, comm)
     if speaks and not arguments.json:
-        print(chosen)
+        print("\n".join((chosen, *notes)))
         print(f"{network.size:,} parameters; batches of {samples}; {ranks} partition{'s' if ranks > 1 else ''}")
         if ranks > 1:
             print(f"\n{describe(network.layers, placed, samples)}\n", flush=True)

@@ -22,11 +22,10 @@ from dbmpi.config.layers import (
 from dbmpi.config.local import LocalSection
 from dbmpi.config.messages import explain
 from dbmpi.config.monitor import MonitorSection
+from dbmpi.config.network import NetworkSection, ObjectiveSection
 from dbmpi.config.optimizer import OptimizerSection
 from dbmpi.config.reading import load
 from dbmpi.config.sections import (
-    NetworkSection,
-    ObjectiveSection,
     PlacedLayer,
     PlacementSection,
     Run,

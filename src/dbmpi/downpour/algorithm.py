@@ -110,7 +110,9 @@ def downpour(
         pushing = step % n_push == 0
         with clock("compute"):
             leave = path.on_gradient if pushing else None
-            outcome = objective.loss_and_gradient(path.parameters, batch, gradient, leave, step=number, add=path.add)
+            outcome = objective.loss_and_gradient(
+                path.parameters, batch, gradient, leave, step=number, add=path.add, changed=path.changed
+            )
             watcher.stepped(outcome)
             path.accrue(outcome, local_rate(number) if callable(local_rate) else local_rate)
         withheld = pushing and push(last=(step + 1) % n_fetch == 0)

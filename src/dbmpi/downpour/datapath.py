@@ -130,6 +130,8 @@ class DataPath:
         None.
     steps
         Number of gradients accrued since the last push.
+    changed
+        Whether the parameters may have changed since the last gradient.
     """
 
     def __init__(
@@ -145,7 +147,7 @@ class DataPath:
         self._buffers = deque(Buffer(client, memory, waiting) for memory in client.gradients)
         dtype = client.gradients[0].dtype
         self._apart = np.zeros(flow.size, dtype) if flow.apart else None
-        self._accrued, self.steps = Outcome(0, 0.0, 0), 0
+        self._accrued, self.steps, self.changed = Outcome(0, 0.0, 0), 0, True
         self._handed_over, self._broken = False, _FINITE
         self.on_gradient: Callable[[int], None] | None = self._hand_over if flow.by_layers else None
         given = client.kept if client.parameters is None else client.parameters
@@ -166,7 +168,7 @@ class DataPath:
 
         With overlap this makes the fetch before this one current and begins the next; only the first is waited for.
         """
-        client = self._client
+        client, self.changed = self._client, True
         if self._flow.overlap and client.parameters is not None:
             client.versions = client.copy(self.parameters)  # the worker computes on the shards' memory
         elif self._flow.overlap and self._next is not None:
@@ -202,6 +204,7 @@ class DataPath:
         """
         accrued = self._buffers[0].memory
         gradient = accrued if self._apart is None else self._apart
+        self.changed = bool(local_rate)
         if local_rate:
             updates.sgd(self.parameters, gradient, local_rate)
         if self._apart is not None and self.steps == 0:
@@ -286,5 +289,5 @@ class DataPath:
         if self._fetch is not None and self._next is not None:
             waiting.until(self._fetch.done, "parameters to arrive", serve=self._client.serve)
             self._client.versions = self._fetch.result()
-            self.parameters, self._next = self._next, self.parameters
+            self.parameters, self._next, self.changed = self._next, self.parameters, True
             self._fetch = None

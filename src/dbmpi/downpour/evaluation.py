@@ -86,6 +86,7 @@ def outcomes(
     objective, parameters, source, batch_size, part, parts
         As there.
     """
-    for start in range(part * batch_size, source.samples, parts * batch_size):
+    first = part * batch_size
+    for start in range(first, source.samples, parts * batch_size):
         indices = np.arange(start, min(start + batch_size, source.samples))
-        yield objective.evaluate(parameters, source.batch(indices))
+        yield objective.evaluate(parameters, source.batch(indices), changed=start == first)

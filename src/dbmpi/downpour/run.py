@@ -48,6 +48,7 @@ from dbmpi.paramserver.store import Store
 from dbmpi.replica.arrangement import Arrangement, equal
 from dbmpi.replica.arrangement import from_config as arranged
 from dbmpi.replica.own_objective import OwnReplica
+from dbmpi.replica.replica import Replica
 from dbmpi.result import Result
 from dbmpi.session import DTYPE, Session
 
@@ -87,6 +88,7 @@ def learn(session: Session, stack: ExitStack) -> Result:
             0 if evaluates else flow.buffer_size,
             compensates=run.optimizer.delay_compensation != "none",
             kept_size=flow.size if run.optimizer.delay_compensation != "none" and not evaluates else 0,
+            rounded=run.network.precision == "bfloat16",
         )
     stack.enter_context(store)
     flow = replace(flow, overlap=store.overlap)
@@ -95,6 +97,9 @@ def learn(session: Session, stack: ExitStack) -> Result:
     session.compile_kernels()
     stretches = [] if replica is None else replica.parameters.runs_in(arrangement)
     client = None if replica is None else store.client(stretches, flow.parts)
+    if isinstance(replica, Replica) and client is not None and client.rounded is not None:
+        assert client.parameters is not None
+        replica.keep_rounded(client.parameters, client.rounded)
     pushing = _pushing(session, client)
     shard = lead = None
     with together(comm, "preparing the shards", seconds=waiting.LONG_SECONDS):

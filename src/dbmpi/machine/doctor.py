@@ -42,6 +42,11 @@ with tempfile.TemporaryDirectory() as directory:
         assert file["x"][1] == 2.0
 print(json.dumps({"version": h5py.__version__, "hdf5": h5py.version.hdf5_version}))
 """
+_BFLOAT16 = """
+import json
+from dbmpi.kernels import bfloat16
+print(json.dumps({"engine": bfloat16.engine(), "reason": bfloat16.reason()}))
+"""
 _MPI4PY = "import json, mpi4py; print(json.dumps({'version': mpi4py.__version__}))"
 
 
@@ -64,6 +69,7 @@ def diagnose() -> Iterator[Finding]:
     yield _blas(environment)
     yield _numba(environment)
     yield _kernel_cache(environment)
+    yield _bfloat16(environment)
     yield _h5py(environment)
     yield _shared_memory()
     yield from _mpi(environment)
@@ -134,6 +140,18 @@ def _kernel_cache(environment: Mapping[str, str]) -> Finding:
         return Finding("kernel cache", "note", "no directory can be written", advice)
     free = shutil.disk_usage(_existing(directory)).free
     return Finding("kernel cache", "ok", f"{directory}, {free / _GIB:.1f} GiB free")
+
+
+def _bfloat16(environment: Mapping[str, str]) -> Finding:
+    answer = _ask(_BFLOAT16, environment)
+    if isinstance(answer, str):
+        return Finding("bfloat16", "broken", answer, 'leave network.precision = "float32"')
+    how = "rounded, and multiplied as float32" if answer["engine"] == "float32" else f"multiplied by {answer['engine']}"
+    if not answer["reason"]:
+        return Finding("bfloat16", "ok", how)
+    text = f"{how} ({answer['reason']})"
+    advice = 'network.precision = "bfloat16" brings no speed here' if answer["engine"] == "float32" else ""
+    return Finding("bfloat16", "ok", text, advice)
 
 
 def _existing(path: Path) -> Path:

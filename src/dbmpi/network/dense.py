@@ -10,6 +10,7 @@ import numpy as np
 
 from dbmpi import config
 from dbmpi.index.boxes import Box
+from dbmpi.kernels import bfloat16
 from dbmpi.kernels.activations import ACTIVATIONS
 from dbmpi.kernels.matmul import product
 from dbmpi.network.builtin import Weighted
@@ -20,6 +21,7 @@ class DenseLayer(Weighted[config.Dense], SplitByInputs):
     """A fully connected layer: ``y = activation(W x + b)`` with W of shape (units, inputs)."""
 
     accruing: ClassVar[bool] = True
+    takes_bfloat16: ClassVar[bool] = True
 
     @property
     def output_shape(self) -> tuple[int, ...]:
@@ -64,7 +66,7 @@ class DenseLayer(Weighted[config.Dense], SplitByInputs):
 
     def partial_forward(self, parameters: Arrays, inputs: np.ndarray, sums: np.ndarray) -> None:
         """Multiply the inputs by their columns of the weights in `parameters`."""
-        product(parameters["weights"], _rows(inputs), sums)
+        _product(parameters["weights"], _rows(inputs), sums)
 
     def finish_forward(self, parameters: Arrays, outputs: np.ndarray) -> None:
         """Add the bias in `parameters` to sums over all inputs, and apply the activation."""
@@ -81,10 +83,20 @@ class DenseLayer(Weighted[config.Dense], SplitByInputs):
     def partial_backward(self, task: Backward) -> None:
         """Compute the gradients for weights and inputs from that for the sums."""
         # The parameters' gradient comes last: once it is complete, the parameters may be changed at once.
+        gradient = task.gradient
+        if task.rounded_gradient is not None:
+            gradient = task.rounded_gradient
+            bfloat16.rounded(task.gradient, gradient)
         if task.input_gradient is not None:
-            product(task.parameters["weights"].T, task.gradient, _rows(task.input_gradient))
+            _product(task.parameters["weights"].T, gradient, _rows(task.input_gradient))
             task.inputs_done()
-        product(task.gradient, _rows(task.inputs).T, task.parameter_gradient["weights"], task.add)
+        _product(gradient, _rows(task.inputs).T, task.parameter_gradient["weights"], task.add)
+
+
+def _product(a: np.ndarray, b: np.ndarray, out: np.ndarray, add: bool = False) -> None:
+    """Multiply matrices of the network's precision."""
+    multiply = bfloat16.product if a.dtype == bfloat16.BFLOAT16 else product
+    multiply(a, b, out, add)
 
 
 def _rows(activations: np.ndarray) -> np.ndarray:

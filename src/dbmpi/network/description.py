@@ -17,7 +17,7 @@ from dbmpi.network import own
 from dbmpi.network.dense import DenseLayer
 from dbmpi.network.dropout import DropoutLayer
 from dbmpi.network.field import ConvolutionLayer, LocalLayer
-from dbmpi.network.layer import Layer
+from dbmpi.network.layer import Layer, takes_bfloat16
 from dbmpi.network.losses import Loss, Targets
 from dbmpi.network.normalisation import NormalisationLayer
 from dbmpi.network.pooling import PoolingLayer
@@ -35,7 +35,7 @@ class Network:
     seed : int
         Seed of the initial weights, 0 <= seed < 2**63.
     dtype : dtype
-        float32, or float64 for tests.
+        float32, or float64 for tests, but not with products of bfloat16.
     targets : "classes" or "values"
         Kind of the targets of the loss.
     load : own.Loader
@@ -44,7 +44,15 @@ class Network:
     Raises
     ------
     UserError
-        If the layers do not fit one another or the inputs, or the loss is not defined for such targets.
+        If the layers do not fit one another or the inputs, or the loss is not defined for such targets, or the dtype
+        not for the precision.
+
+    Attributes
+    ----------
+    precision : str
+        Of the products: "float32", which is that of the dtype, or "bfloat16".
+    rounded : tuple of bool
+        For each layer, whether it multiplies numbers that are rounded to bfloat16.
     """
 
     def __init__(
@@ -64,6 +72,12 @@ class Network:
         self.input_shape = tuple(input_shape)
         self.seed = seed
         self.dtype = np.dtype(dtype)
+        self.precision = section.precision
+        if self.precision != "float32" and self.dtype != np.float32:
+            raise UserError(
+                f"network.precision = {self.precision!r} rounds float32 parameters, and these are {self.dtype}: "
+                'set precision = "float32", which keeps the dtype of the parameters'
+            )
         self.loss = None if section.loss == "reconstruction" else Loss(section.loss, targets)
         """On top of the last layer; None where the layers have objectives of their own."""
         layers: list[Layer] = []
@@ -77,6 +91,7 @@ class Network:
                 "axis; end with a dense layer, or one of your own with outputs of shape (units,)"
             )
         self.layers = tuple(layers)
+        self.rounded = tuple(map(self.rounds, layers))
         sections = zip(layers, section.layers, strict=True)
         self.own_layers = tuple(layer for layer, described in sections if isinstance(described, config.OwnLayer))
 
@@ -99,6 +114,10 @@ class Network:
     def activations(self) -> tuple[int, ...]:
         """Numbers in one sample of the inputs, and of each layer's outputs."""
         return math.prod(self.input_shape), *(math.prod(layer.output_shape) for layer in self.layers)
+
+    def rounds(self, layer: Layer) -> bool:
+        """Return whether a `layer` of this network multiplies numbers that are rounded to bfloat16."""
+        return self.precision == "bfloat16" and takes_bfloat16(layer)
 
     def flops(self, samples: int) -> int:
         """Return the floating-point operations of one gradient of a batch of `samples`, without loss and update."""

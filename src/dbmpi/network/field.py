@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import cached_property
 from typing import ClassVar, TypeVar
 
@@ -10,6 +9,9 @@ import numpy as np
 
 from dbmpi import config
 from dbmpi.index.boxes import Box
+from dbmpi.kernels.bfloat16 import BFLOAT16
+from dbmpi.kernels.bfloat16_convolution import RoundedConvolution, pays
+from dbmpi.kernels.bfloat16_filters import RoundedFilters, rounded_copy
 from dbmpi.kernels.convolution import Tied
 from dbmpi.kernels.filters import Filters
 from dbmpi.kernels.local import Untied
@@ -41,6 +43,10 @@ class FieldLayer(Weighted[F], InParts, Reconstructing):
     @cached_property
     def _filters(self) -> Filters:
         return self._kind(self.section.stride, self.section.activation)
+
+    @cached_property
+    def _linear_filters(self) -> Filters:
+        return self._kind(self.section.stride)
 
     @property
     def reconstruction(self) -> float:
@@ -79,7 +85,7 @@ class FieldLayer(Weighted[F], InParts, Reconstructing):
         """Compute a part of the outputs in a box: all of its maps at some positions."""
         rows, columns = ((one.start, one.stop) for one in part.slices(task.output)[1:])
         weights, bias = task.parameters["weights"], task.parameters["bias"]
-        self._filters.forward(weights, bias, task.inputs, task.outputs, (rows, columns))
+        _suiting(self._filters, weights).forward(weights, bias, task.inputs, task.outputs, (rows, columns))
 
     def backward(self, task: Backward) -> None:
         """Compute the gradients of a box (see the contract of a layer)."""
@@ -88,13 +94,15 @@ class FieldLayer(Weighted[F], InParts, Reconstructing):
         early = self.section.activation == "linear"
         if early:
             self._inputs_backward(task)
-        self._filters.parameter_gradient(task.inputs, task.outputs, task.gradient, weights, bias)
+        filters = _suiting(self._filters, task.parameters["weights"])
+        filters.parameter_gradient(task.inputs, task.outputs, task.gradient, weights, bias)
         if not early:
             self._inputs_backward(task)
 
     def _inputs_backward(self, task: Backward) -> None:
         if task.input_gradient is not None:
-            self._filters.input_gradient(task.parameters["weights"], task.gradient, task.input_gradient)
+            weights = task.parameters["weights"]
+            _suiting(self._filters, weights).input_gradient(weights, task.gradient, task.input_gradient)
             task.inputs_done()
 
     def reconstruct(self, output: Box, parameters: Arrays, outputs: np.ndarray, estimate: np.ndarray) -> None:
@@ -105,7 +113,8 @@ class FieldLayer(Weighted[F], InParts, Reconstructing):
         output, parameters, outputs, estimate
             See :class:`dbmpi.network.layer.Reconstructing`.
         """
-        self._filters.input_gradient(parameters["decoder"], outputs, estimate)
+        decoder = parameters["decoder"]
+        _suiting(self._filters, decoder).input_gradient(decoder, outputs, estimate)
 
     def reconstruct_backward(
         self,
@@ -118,12 +127,20 @@ class FieldLayer(Weighted[F], InParts, Reconstructing):
     ) -> None:
         """Compute the gradients of an estimate (see the contract of a reconstructing layer)."""
         decoder, of_decoder = parameters["decoder"], parameter_gradient["decoder"]
-        self._filters.add_sums(decoder, estimate_gradient, gradient)
+        _suiting(self._filters, decoder).add_sums(decoder, estimate_gradient, gradient)
         # For the decoder, a linear filter, the estimate's gradient is the input and the outputs are the gradient.  (The
         # kernel changes its gradient for other activations only.)
-        unused = np.empty_like(parameters["bias"])
-        linear = replace(self._filters, activation="linear")
-        linear.parameter_gradient(estimate_gradient, outputs, outputs, of_decoder, unused)
+        unused, linear, inputs = np.empty_like(parameters["bias"]), self._linear_filters, estimate_gradient
+        if decoder.dtype == BFLOAT16:
+            inputs = rounded_copy(estimate_gradient)
+        _suiting(linear, decoder).parameter_gradient(inputs, outputs, outputs, of_decoder, unused)
+
+
+def _suiting(filters: Filters, weights: np.ndarray) -> Filters | RoundedFilters:
+    """Return the filters for the precision of their weights, or of a decoder."""
+    if weights.dtype != BFLOAT16:
+        return filters
+    return RoundedConvolution(filters) if pays(filters, weights.shape) else RoundedFilters(filters)
 
 
 class LocalLayer(FieldLayer[config.Local]):
@@ -134,6 +151,7 @@ class LocalLayer(FieldLayer[config.Local]):
     """
 
     takes_parts: ClassVar[bool] = True
+    takes_bfloat16: ClassVar[bool] = True
     _kind: ClassVar[type[Filters]] = Untied
 
     @property
@@ -157,6 +175,7 @@ class ConvolutionLayer(FieldLayer[config.Convolution]):
     share the filters of their maps; their gradients for these add up.
     """
 
+    takes_bfloat16: ClassVar[bool] = True
     _kind: ClassVar[type[Filters]] = Tied
 
     @property

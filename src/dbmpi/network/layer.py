@@ -66,6 +66,8 @@ class Backward(Forward):
     None where no other layer needs it."""
     add: bool = False
     """Whether a layer that :func:`accrues` adds to `parameter_gradient`, instead of overwriting it."""
+    rounded_gradient: np.ndarray | None = None
+    """Memory like `gradient`, uint16, where a layer that :func:`takes_bfloat16` may round it; None in float32."""
     inputs_done: Callable[[], None] = _nothing
     """May be called as soon as `input_gradient` is complete, if there is more to do: other ranks wait for it."""
 
@@ -249,3 +251,16 @@ def takes_parts(layer: Layer) -> bool:
     for this class alone.
     """
     return bool(vars(type(layer)).get("takes_parts", False))
+
+
+BIAS = "bias"
+"""Short name of the tensor that is added, and not multiplied."""
+
+
+def takes_bfloat16(layer: Layer) -> bool:
+    """Whether a layer's class says ``takes_bfloat16 = True``: it can multiply numbers that are rounded to bfloat16.
+
+    In a network of that precision it is then given its inputs, and all tensors but the `BIAS`, as arrays of uint16: see
+    :mod:`dbmpi.kernels.bfloat16`.  All other arrays are float32 as ever.  It holds for this class alone.
+    """
+    return bool(vars(type(layer)).get("takes_bfloat16", False))

@@ -53,6 +53,8 @@ class Client:
     ----------
     parts, gradients, parameters, kept, serve
         As given.
+    rounded
+        `parameters` in bfloat16, where the shards keep that, too.
     versions
         Each shard's version that the next gradient is computed from; the staleness of pushes is counted from there.
     samples
@@ -88,6 +90,7 @@ class Client:
         self._number = number
         self.gradients = tuple(gradients)
         self.parameters, self.kept = parameters, kept
+        self.rounded: np.ndarray | None = None
         self.serve = serve
         self.samples = 0
         self.pushed_bytes = self.fetched_bytes = self.pushed_chunks = self.fetched_pieces = 0

@@ -1,9 +1,10 @@
 """The layout of a rank's window: pure integers, computed alike by the owner and by the ranks that write there.
 
 A rank's window begins with its words as a client: for each shard, the number of the client's chunks applied there.  On
-a shard there follow its words (versions, and for each client the number of chunks posted), its parameters, the
-headers of the chunks, a ring for each client, and the inbox: a ring of slots for the chunks of each client that
-cannot be read in place.  The window of a client whose gradient is read in place ends with the gradient.
+a shard there follow its words (versions, and for each client the number of chunks posted), its parameters, these in
+bfloat16 if workers use that, the headers of the chunks, a ring for each client, and the inbox: a ring of slots for the
+chunks of each client that cannot be read in place.  The window of a client whose gradient is read in place ends with
+the gradient.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from dbmpi.kernels.memory import CACHE_LINE
 from dbmpi.paramserver.protocol import HEADER_WORDS
 
 _WORD = 8
+_ROUNDED = 2  # bytes of a bfloat16
 HEADERS = 64
 """Chunks read in place that a client may have posted to one shard; each costs a header and no more."""
 SLOTS = 4
@@ -42,6 +44,8 @@ class Memory:
     """Clients whose gradients this shard reads in place, in order; shards of one host share the tuple."""
     vectors: int = 1
     """Vectors of which a slot of the inbox holds a piece: gradients, and with 2 also what they were computed at."""
+    rounded: bool = False
+    """Whether the shard keeps its parameters in bfloat16, too, for workers that compute on its memory."""
 
     def applied(self, shard: int) -> int:
         """Word in a client's window: the number of its chunks that the shard has applied."""
@@ -73,6 +77,11 @@ class Memory:
         """Offset of a shard's parameters."""
         return self.sequence + CACHE_LINE
 
+    @property
+    def rounded_parameters(self) -> int:
+        """Offset of a shard's parameters in bfloat16, if it keeps them."""
+        return self.parameters + lines(self.elements * self.itemsize)
+
     def reads(self, client: int) -> bool:
         """Whether the shard reads the client's gradients in place."""
         return self._before(client) < self._before(client + 1)
@@ -83,7 +92,7 @@ class Memory:
 
     def header(self, client: int, count: int) -> int:
         """Offset of the header of the client's chunk number `count`."""
-        start = self.parameters + lines(self.elements * self.itemsize)
+        start = self.rounded_parameters + lines(self.rounded * self.elements * _ROUNDED)
         near = self._before(client)
         # Clients of other hosts, which may be many, have one header for each slot.
         headers = near * HEADERS + (client - near) * SLOTS + count % self.slots(client)

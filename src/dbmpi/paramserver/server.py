@@ -13,12 +13,15 @@ from collections.abc import Callable
 
 import numpy as np
 
+from dbmpi.kernels import bfloat16
 from dbmpi.paramserver.compensation import DelayCompensated
 from dbmpi.paramserver.protocol import HEADER_WORDS, LAST, MORE, REPORT, WITHHELD, Header, ShardMap
 from dbmpi.paramserver.rules import Rule, State
 from dbmpi.paramserver.schedule import Moment
 from dbmpi.paramserver.tally import PushProgress, Tally
 
+_BLOCK = 1 << 17
+"""Elements that are updated, and then rounded, at a time: they are still in a cache."""
 _LONGEST_TRANSFER = 10.0
 """Seconds for which a shard does not sleep while a client's transfer goes on."""
 
@@ -49,6 +52,8 @@ class Server:
         As given.
     state
         The rule's named arrays, each as long as `parameters`.
+    rounded
+        Where to keep `parameters` in bfloat16, too, if anywhere: workers compute on this memory.
     begun
         The version at which the state was begun: the rule counts its updates from there.
     most
@@ -76,6 +81,7 @@ class Server:
         self._rule = rule
         self.parameters = parameters
         self.state: State = {}
+        self.rounded: np.ndarray | None = None
         self.begun = 0
         self.most: int | None = None
         self.before_change: Callable[[int, int], None] | None = None
@@ -138,6 +144,8 @@ class Server:
         self.begun = begun
         self._samples = [samples] * len(self._samples)
         self._versions[:] = version
+        if self.rounded is not None:
+            bfloat16.rounded(self.parameters, self.rounded)
         self._window.sync()
 
     def poll(self) -> bool:
@@ -363,11 +371,17 @@ class Server:
         if self.before_change is not None:
             self.before_change(covered.start, covered.stop)
         began = time.perf_counter()
-        state = {name: array[covered] for name, array in self.state.items()}
-        if isinstance(self._rule, DelayCompensated) and fetched is not None:
-            self._rule.apply_delayed(self.parameters[covered], gradient, fetched, state, moment)
-        else:
-            self._rule.apply(self.parameters[covered], gradient, state, moment)
+        step = covered.stop - covered.start if self.rounded is None else _BLOCK
+        for start in range(covered.start, covered.stop, max(step, 1)):
+            block = slice(start, min(start + step, covered.stop))
+            part = slice(block.start - covered.start, block.stop - covered.start)
+            state = {name: array[block] for name, array in self.state.items()}
+            if isinstance(self._rule, DelayCompensated) and fetched is not None:
+                self._rule.apply_delayed(self.parameters[block], gradient[part], fetched[part], state, moment)
+            else:
+                self._rule.apply(self.parameters[block], gradient[part], state, moment)
+            if self.rounded is not None:
+                bfloat16.rounded(self.parameters[block], self.rounded[block])
         ended = time.perf_counter()
         self.tally.apply_seconds += ended - began
         self.tally.applied_bytes += gradient.nbytes

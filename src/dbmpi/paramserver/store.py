@@ -11,6 +11,7 @@ from mpi4py import MPI
 from dbmpi.config import ServerSection
 from dbmpi.errors import UserError
 from dbmpi.index.layout import Stretch
+from dbmpi.kernels.bfloat16 import BFLOAT16
 from dbmpi.kernels.memory import aligned_empty
 from dbmpi.mpi import window as windows
 from dbmpi.mpi.blocking import Collective
@@ -52,6 +53,8 @@ class Store(Collective):
         Whether workers hand over the parameters that a gradient was computed at beside it, for delay compensation.
     kept_size
         Elements of these, if so and this rank is a worker.
+    rounded
+        Whether workers that compute on the shards' memory multiply bfloat16, which the shards then keep there, too.
 
     Attributes
     ----------
@@ -83,6 +86,7 @@ class Store(Collective):
         chunk: int | None = None,
         compensates: bool = False,
         kept_size: int = 0,
+        rounded: bool = False,
     ) -> None:
         self._plan = plan
         self._dtype = dtype
@@ -97,6 +101,7 @@ class Store(Collective):
         if section.overlap == "threads" and not self.overlap:
             self.notes += ("this MPI does not let several threads call it: nothing is overlapped",)
         self._common = section.fetch == "shared"
+        self._rounds = rounded and self._common
         hosts = windows.hosts(comm)
         if self._common:
             check_common(plan, hosts, section.align)
@@ -128,6 +133,7 @@ class Store(Collective):
             discard_above=section.max_staleness if section.on_stale == "discard" else 0,
         )
         self._whole = self._common_parameters() if self._common else None
+        self._rounded = self._common_rounded() if self._rounds else None
 
     def server(self, rule: Rule, *, rounds: bool = False) -> Server:
         """Return the server of this rank's shard.
@@ -146,7 +152,10 @@ class Store(Collective):
         else:
             parameters = self._vector(self.window.local, self._memories[self._shard].parameters, len(held))
         kind = RoundServer if rounds else Server
-        return kind(self.shards, self._shard, self._plan.worker_ranks, rule, parameters)
+        server = kind(self.shards, self._shard, self._plan.worker_ranks, rule, parameters)
+        if self._rounded is not None:
+            server.rounded = self._rounded[held.start : held.stop]
+        return server
 
     def client(
         self,
@@ -180,7 +189,7 @@ class Store(Collective):
             kept = self._vector(self.window.local, self._words() + self._gradients * nbytes, self._kept_size)
         elif self._vectors > 1:
             kept = aligned_empty(self._kept_size, self._dtype)
-        return Client(
+        client = Client(
             self.shards,
             self._worker,
             stretches=stretches,
@@ -191,10 +200,12 @@ class Store(Collective):
             kept=kept,
             serve=serve,
         )
+        client.rounded = None if self._rounded is None else _own(self._rounded, stretches)
+        return client
 
     def free(self) -> None:
         """Give the memory back (collective); a second call does nothing."""
-        self._whole = None
+        self._whole = self._rounded = None
         self.window.free()
 
     def _memory(self, shard: int, chunk: int, in_place: tuple[int, ...]) -> Memory:
@@ -203,7 +214,8 @@ class Store(Collective):
         if self._common:
             elements = self.ranges[-1].stop if shard == 0 else 0
         plan, size, vectors = self._plan, self._dtype.itemsize, self._vectors
-        return Memory(plan.shards, plan.workers, elements, size, chunk, plan.partitions, in_place, vectors)
+        rounded = self._rounds
+        return Memory(plan.shards, plan.workers, elements, size, chunk, plan.partitions, in_place, vectors, rounded)
 
     def _words(self) -> int:
         """Return the bytes of this rank's window before its gradients."""
@@ -224,6 +236,14 @@ class Store(Collective):
         near = self.window.near(self._plan.shard_ranks[0])
         assert near is not None
         return self._vector(near, self._memories[0].parameters, self.ranges[-1].stop)
+
+    def _common_rounded(self) -> np.ndarray:
+        """Return the whole parameters in bfloat16, behind these."""
+        near = self.window.near(self._plan.shard_ranks[0])
+        assert near is not None
+        start, elements = self._memories[0].rounded_parameters, self.ranges[-1].stop
+        found: np.ndarray = near[start : start + elements * BFLOAT16.itemsize].view(BFLOAT16)
+        return found
 
     def _vector(self, memory: np.ndarray, start: int, elements: int) -> np.ndarray:
         vector: np.ndarray = memory[start : start + elements * self._dtype.itemsize].view(self._dtype)

@@ -180,12 +180,13 @@ class OwnReplica(Objective[Samples]):
         *,
         step: int = 0,
         add: bool = False,
+        changed: bool = True,
     ) -> Outcome:
         """Return the outcome of a batch and write the gradient of its mean loss (see `Objective`).
 
         Parameters
         ----------
-        parameters, batch, gradient, on_gradient, step, add
+        parameters, batch, gradient, on_gradient, step, add, changed
             As for any objective; each array is a layer.
 
         Raises
@@ -224,7 +225,7 @@ class OwnReplica(Objective[Samples]):
         gradients.finish(expect_finite=math.isfinite(outcome.loss) and not self._tries)
         return outcome
 
-    def evaluate(self, parameters: np.ndarray, batch: Samples) -> Outcome:
+    def evaluate(self, parameters: np.ndarray, batch: Samples, *, changed: bool = True) -> Outcome:
         """Return the outcome of `batch` with `parameters`, by the user's ``evaluate`` if there is one."""
         evaluate = getattr(self._model.objective, "evaluate", None)
         if evaluate is None:
@@ -254,7 +255,7 @@ class OwnReplica(Objective[Samples]):
         if close is not None:
             close()
 
-    def outputs(self, parameters: np.ndarray, inputs: Any) -> np.ndarray:
+    def outputs(self, parameters: np.ndarray, inputs: Any, *, changed: bool = True) -> np.ndarray:
         """Return what the user's ``predict`` says of some samples; (outputs, samples).
 
         Parameters
@@ -263,6 +264,8 @@ class OwnReplica(Objective[Samples]):
             Flat vector.
         inputs : (samples, ...) array, or a dictionary of them
             The samples.
+        changed
+            As for `loss_and_gradient`.
 
         Raises
         ------

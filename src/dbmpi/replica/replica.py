@@ -23,6 +23,7 @@ from dbmpi.objective import Batch, Gradient, Objective, Outcome
 from dbmpi.replica.exchange import Exchange
 from dbmpi.replica.group import Group
 from dbmpi.replica.loss import LossExchange
+from dbmpi.replica.operands import Operands
 from dbmpi.replica.parameters import LocalParameters
 from dbmpi.replica.placement import Placement
 from dbmpi.replica.plan import ExchangePlan, plan_exchanges
@@ -68,6 +69,7 @@ class Replica(Collective, Objective[Batch]):
         self.parameters = LocalParameters(self._layers, network.layout, placement, group, self._dtype)
         self._stages: list[Stage] = []
         self._footprints: list[Footprint] = []
+        self._operands = Operands(network.rounded)
         for number, (layer, plan) in enumerate(zip(self._layers, plan_exchanges(self._layers, placement), strict=True)):
             owned, by_inputs = placement.boxes[number][group.rank], plan.outputs is not None
             self._stages.append(stage(number, layer, owned, plan, group))
@@ -78,6 +80,7 @@ class Replica(Collective, Objective[Batch]):
                     summed=plan.outputs.needed[group.rank] if plan.outputs is not None else None,
                     within=by_inputs or self._stages[-1].exchange.within,
                     gaps=takes_parts(layer),
+                    rounded=network.rounded[number],
                 )
             )
         self._terms = terms(self._layers, placement, group)
@@ -115,6 +118,15 @@ class Replica(Collective, Objective[Batch]):
         """Call `serve` while this rank waits for the other partitions; it returns whether it did something."""
         self._group.serve = serve
 
+    def keep_rounded(self, parameters: np.ndarray, rounded: np.ndarray) -> None:
+        """Multiply by `rounded`, the bfloat16 of `parameters`, which others keep up to date, whenever these are given.
+
+        Both are flat vectors of this worker's size; of the network's layers only those that multiply bfloat16 use it.
+        """
+        parts = enumerate(self.parameters.parts)
+        views = [self.parameters.tensors(number, rounded[part.start : part.stop]) for number, part in parts]
+        self._operands.keep(parameters, views)
+
     def prepare(self, samples: int) -> None:
         """Open the memory that the workers share, for batches of up to so many samples (collective).
 
@@ -135,6 +147,7 @@ class Replica(Collective, Objective[Batch]):
         *,
         step: int = 0,
         add: bool = False,
+        changed: bool = True,
     ) -> Outcome:
         """Return the outcome of the whole batch and write this worker's part of the gradient of its **mean** loss.
 
@@ -149,6 +162,7 @@ class Replica(Collective, Objective[Batch]):
         buffer = gradient if callable(gradient) else self.parameters.cut(gradient, "gradient").__getitem__
         batch = self._checked(batch)
         sweep = self._sweep(batch.samples, Context(True, self._network.seed, step))
+        self._operands.begin(parameters, changed=changed)
         added = self._forward(views, batch.inputs, sweep)
         top = sweep.work.output_gradient(len(self._layers) - 1)
         if self._loss is None:
@@ -159,7 +173,7 @@ class Replica(Collective, Objective[Batch]):
         for layer in reversed(range(len(self._layers))):
             part = buffer(layer)
             self._clock.start()  # the buffer may have been waited for
-            self._backward(layer, views[layer], part, sweep, add=add)
+            self._backward(layer, self._operands.of(layer, views[layer]), part, sweep, add=add)
             if on_gradient is not None:
                 on_gradient(layer)
             self._stages[layer].finish_backward(sweep)
@@ -167,20 +181,22 @@ class Replica(Collective, Objective[Batch]):
                 self._terms[layer].backward_below(sweep.work)
         return outcome
 
-    def evaluate(self, parameters: np.ndarray, batch: Batch) -> Outcome:
-        """Return the outcome of `batch`, with dropout off; `parameters` are as for `loss_and_gradient`."""
+    def evaluate(self, parameters: np.ndarray, batch: Batch, *, changed: bool = True) -> Outcome:
+        """Return the outcome of `batch`, with dropout off; the others are as for `loss_and_gradient`."""
         batch = self._checked(batch)
         sweep = self._sweep(batch.samples, Context(training=False))
+        self._operands.begin(parameters, changed=changed)
         added = self._forward(self.parameters.views(parameters, "parameters"), batch.inputs, sweep)
         return self._outcome(sweep.work.outputs[-1], batch, added)
 
-    def outputs(self, parameters: np.ndarray, inputs: np.ndarray) -> np.ndarray:
+    def outputs(self, parameters: np.ndarray, inputs: np.ndarray, *, changed: bool = True) -> np.ndarray:
         """Return the last layer's outputs (outputs, samples) of all workers, before the loss; a new array.
 
-        `parameters` and `inputs` are as for `loss_and_gradient`.
+        `parameters`, `inputs` and `changed` are as for `loss_and_gradient`.
         """
         inputs = self._checked_inputs(inputs)
         sweep = self._sweep(inputs.shape[-1], Context(training=False))
+        self._operands.begin(parameters, changed=changed)
         self._forward(self.parameters.views(parameters, "parameters"), inputs, sweep)
         whole = np.empty((*self._gathered.needed.shape, inputs.shape[-1]), self._dtype)
         self._gathered.fill(sweep.work.outputs[-1], whole)
@@ -192,9 +208,10 @@ class Replica(Collective, Objective[Batch]):
         total = 0.0
         self._clock.start()
         for layer, one in enumerate(self._stages):
-            one.forward(views[layer], sweep)
+            operands = self._operands.of(layer, views[layer])
+            one.forward(operands, sweep)
             if layer in self._terms:
-                total += self._terms[layer].forward(views[layer], sweep.work)
+                total += self._terms[layer].forward(operands, sweep.work)
                 self._clock.lap("forward", layer)
         return total
 

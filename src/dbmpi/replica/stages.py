@@ -147,16 +147,18 @@ class _ByOutputs(Stage):
     def forward(self, parameters: Arrays, sweep: Sweep) -> None:
         number, (work, context, clock) = self._number, sweep
         inputs = work.inputs[number]
-        task = Forward(self._output, parameters, inputs, work.outputs[number], context)
+        task = Forward(self._output, parameters, work.operands(number), work.outputs[number], context)
         if self._moves:
             self.exchange.fill.start(work.outputs[number - 1], inputs)
             clock.lap("exchange", number)
         if self._inside is not None:
+            work.round_inputs(number)  # those that have not arrived count when they are rounded again
             cast(InParts, self._layer).forward_part(task, self._inside)
             clock.lap("forward", number)
         if self._moves:
             self.exchange.fill.finish(inputs)
             clock.lap("exchange", number)
+        work.round_inputs(number)
         for part in self._rest:
             cast(InParts, self._layer).forward_part(task, part)
         if self._inside is None and not self._output.empty:
@@ -169,7 +171,7 @@ class _ByOutputs(Stage):
         start = partial(self._start_adding, below, sweep)
         self._adding = False
         if not self._output.empty:
-            inputs, outputs, of_outputs = work.inputs[number], work.outputs[number], work.output_gradient(number)
+            inputs, outputs, of_outputs = work.operands(number), work.outputs[number], work.output_gradient(number)
             task = Backward(
                 *(self._output, parameters, inputs, outputs, context),
                 gradient=of_outputs,
@@ -177,6 +179,7 @@ class _ByOutputs(Stage):
                 input_gradient=below,
                 add=add,
                 inputs_done=start,
+                rounded_gradient=work.rounded_gradient(number),
             )
             self._layer.backward(task)
         elif below is not None:
@@ -206,7 +209,8 @@ class _ByInputs(Stage):
         number, (work, _, clock), layer = self._number, sweep, cast(SplitByInputs, self._layer)
         sums, outputs = work.sums(number), work.outputs[number]
         if sums.size:
-            layer.partial_forward(parameters, work.inputs[number], sums)
+            work.round_inputs(number)
+            layer.partial_forward(parameters, work.operands(number), sums)
         clock.lap("forward", number)
         self.exchange.add(sums, outputs)
         clock.lap("exchange", number)
@@ -216,7 +220,7 @@ class _ByInputs(Stage):
 
     def backward(self, parameters: Arrays, gradient: Arrays, sweep: Sweep, *, add: bool) -> None:
         number, (work, context, clock), layer = self._number, sweep, cast(SplitByInputs, self._layer)
-        inputs, outputs, below = work.inputs[number], work.outputs[number], work.input_gradient(number)
+        inputs, outputs, below = work.operands(number), work.outputs[number], work.input_gradient(number)
         of_outputs, of_sums = work.output_gradient(number), work.sums(number)
         task = Backward(
             *(self._output, parameters, inputs, outputs, context),
@@ -224,6 +228,7 @@ class _ByInputs(Stage):
             parameter_gradient=gradient,
             input_gradient=below,
             add=add,
+            rounded_gradient=work.rounded_gradient(number),
         )
         if of_outputs.size:
             layer.begin_backward(task)

@@ -11,9 +11,12 @@ import numpy as np
 
 from dbmpi.errors import UserError
 from dbmpi.index.boxes import Box
-from dbmpi.network.layer import Backward, Context, Forward, InParts, takes_parts
+from dbmpi.kernels import bfloat16
+from dbmpi.kernels.bfloat16_filters import rounded_copy
+from dbmpi.network.layer import Arrays, Backward, Context, Forward, InParts, takes_parts
 from dbmpi.network.own import calling
 from dbmpi.replica.cut import needed_box, needed_tensor_box
+from dbmpi.replica.operands import Operands
 
 if TYPE_CHECKING:
     from dbmpi.network.layer import Layer
@@ -24,8 +27,10 @@ _VALUES = 16  # initial values that are checked
 _SAME = 1e-3  # relative
 
 
-def try_layer(layer: Layer, dtype: np.dtype[np.floating]) -> None:
+def try_layer(layer: Layer, dtype: np.dtype[np.floating], *, rounded: bool = False) -> None:
     """Compute outputs and gradients of small boxes of a layer, in `dtype`, and check them.
+
+    If it is to multiply bfloat16, it is given what it multiplies `rounded`.
 
     Boxes that it asks for must lie within its inputs and tensors.  It must write its results into the arrays that it is
     given for them, change no other array, and compute the same outputs however they are cut.
@@ -46,9 +51,9 @@ def try_layer(layer: Layer, dtype: np.dtype[np.floating]) -> None:
     for number, short in enumerate(layer.tensors):
         _try_initial(layer, short, number, dtype)
     for box in sorted({*_boxes(layer.output_shape)}, key=lambda box: box.starts):
-        outputs = _try_box(layer, box, dtype)
+        outputs = _try_box(layer, box, dtype, rounded)
         one = Box(box.starts, tuple(start + 1 for start in box.starts))
-        alone, within = _try_box(layer, one, dtype), outputs[one.slices(box)]
+        alone, within = _try_box(layer, one, dtype, rounded), outputs[one.slices(box)]
         if not _same(alone, within, outputs):
             raise UserError(
                 f"layer {layer.name!r} computes {alone.ravel()[0]} for its outputs {one} alone and "
@@ -81,7 +86,7 @@ def _try_initial(layer: Layer, short: str, number: int, dtype: np.dtype[np.float
         )
 
 
-def _try_box(layer: Layer, box: Box, dtype: np.dtype[np.floating]) -> np.ndarray:
+def _try_box(layer: Layer, box: Box, dtype: np.dtype[np.floating], rounded: bool) -> np.ndarray:
     """Compute the outputs of a box and all gradients, and return the outputs."""
     context = Context(training=False)
     need = needed_box(layer, box)
@@ -92,7 +97,10 @@ def _try_box(layer: Layer, box: Box, dtype: np.dtype[np.floating]) -> np.ndarray
         raise UserError(f"layer {layer.name!r}: flops returns {type(flops).__name__}; expected a number of operations")
     # Positive, as some functions are defined for such numbers only; at each position always the same.
     inputs = _numbers(need, _SAMPLES, dtype)
-    parameters = {short: _numbers(part, 0, dtype) for short, part in needed.items()}
+    parameters: Arrays = {short: _numbers(part, 0, dtype) for short, part in needed.items()}
+    below, of_tensors = np.empty_like(inputs), {short: np.empty_like(values) for short, values in parameters.items()}
+    parameters = Operands((rounded,)).of(0, parameters)
+    inputs = rounded_copy(inputs) if rounded else inputs
     read = [inputs, *parameters.values()]
     before = [array.copy() for array in read]
     outputs = _unwritten(layer, box, dtype)
@@ -103,14 +111,14 @@ def _try_box(layer: Layer, box: Box, dtype: np.dtype[np.floating]) -> np.ndarray
     if isinstance(layer, InParts):
         _try_parts(layer, task)
     _check(layer, "forward", "outputs", outputs, returned)
-    for input_gradient in (None, np.full_like(inputs, np.nan)):
+    for input_gradient in (None, np.full_like(below, np.nan)):
         gradient = _unwritten(layer, box, dtype)
         gradient[...] = 1
-        of_parameters = {short: np.full_like(values, np.nan) for short, values in parameters.items()}
+        of_parameters = {short: np.full_like(values, np.nan) for short, values in of_tensors.items()}
+        task = Backward(box, parameters, inputs, outputs.copy(), context, gradient, of_parameters, input_gradient)
+        task.rounded_gradient = np.empty(gradient.shape, bfloat16.BFLOAT16) if rounded else None
         with calling(f"layer {layer.name!r}", f"backward is called {shapes}"):
-            returned = layer.backward(  # type: ignore[func-returns-value]
-                Backward(box, parameters, inputs, outputs.copy(), context, gradient, of_parameters, input_gradient)
-            )
+            returned = layer.backward(task)  # type: ignore[func-returns-value]
         if input_gradient is not None:
             _check(layer, "backward", "input_gradient", input_gradient, returned)
         for short, values in of_parameters.items():

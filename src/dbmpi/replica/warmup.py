@@ -9,14 +9,17 @@ import numpy as np
 
 from dbmpi.index.boxes import Box
 from dbmpi.kernels import matmul
+from dbmpi.kernels.bfloat16_filters import rounded_copy
 from dbmpi.mpi import waiting
 from dbmpi.mpi.world import together
 from dbmpi.network.dense import DenseLayer
 from dbmpi.network.layer import Backward, Context, Forward
+from dbmpi.replica.operands import Operands
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
+    from dbmpi.network.description import Network
     from dbmpi.network.layer import Layer
 
 _UNITS = 64
@@ -24,34 +27,35 @@ _PROBE_SECONDS = 600.0
 """How long the ranks wait for the first one to measure the providers of matrix products."""
 
 
-def use_layers(layers: Sequence[Layer], samples: int, dtype: np.dtype[np.floating], *, backward: bool = True) -> None:
+def use_layers(network: Network, samples: int, *, backward: bool = True) -> None:
     """Compute a few outputs of every layer, and their gradients, on zeros.
 
     Parameters
     ----------
-    layers
-        Of the network.
+    network
+        Its layers, their precision, and the dtype of parameters and activations.
     samples
         Samples of a batch.
-    dtype
-        Of parameters and activations.
     backward
         Whether gradients will be computed, too.
     """
-    context = Context(training=backward)
-    for layer in layers:
+    context, dtype = Context(training=backward), network.dtype
+    for layer, rounded in zip(network.layers, network.rounded, strict=True):
         # A small box of outputs, so that a large network costs no more than a small one, but a whole batch: which
         # product is taken depends on the shapes.
         first, *others = layer.output_shape
         output = Box((0,) * (1 + len(others)), (min(first, _UNITS), *(1 for _ in others)))
         tensors = {name: np.zeros(layer.tensor_box(name, output).shape, dtype) for name in layer.tensors}
         inputs = np.zeros((*layer.input_box(output).shape, samples), dtype)
+        given, below = Operands((rounded,)).of(0, tensors), np.empty_like(inputs)
+        inputs = rounded_copy(inputs) if rounded else inputs
         outputs = np.zeros((*output.shape, samples), dtype)
-        layer.forward(Forward(output, tensors, inputs, outputs, context))
+        layer.forward(Forward(output, given, inputs, outputs, context))
         if backward:
             gradients = {name: np.zeros_like(values) for name, values in tensors.items()}
-            below = np.empty_like(inputs)
-            layer.backward(Backward(output, tensors, inputs, outputs, context, outputs.copy(), gradients, below))
+            task = Backward(output, given, inputs, outputs, context, outputs.copy(), gradients, below)
+            task.rounded_gradient = rounded_copy(outputs) if rounded else None
+            layer.backward(task)
 
 
 def agree_on_products(comm: MPI.Intracomm, layers: Sequence[Layer], samples: int) -> str | None:

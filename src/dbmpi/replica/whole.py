@@ -31,13 +31,20 @@ class WholeNetwork(Network, Objective[Batch]):
         *,
         step: int = 0,
         add: bool = False,
+        changed: bool = True,
     ) -> Outcome:
         """Return the outcome of a batch and write the gradient of its mean loss; raises as `Replica` does."""
-        return self._replica.loss_and_gradient(parameters, batch, gradient, on_gradient, step=step, add=add)
+        return self._replica.loss_and_gradient(
+            parameters, batch, gradient, on_gradient, step=step, add=add, changed=changed
+        )
 
-    def evaluate(self, parameters: np.ndarray, batch: Batch) -> Outcome:
+    def evaluate(self, parameters: np.ndarray, batch: Batch, *, changed: bool = True) -> Outcome:
         """Return the outcome of `batch` with `parameters`; raises as `loss_and_gradient` does."""
-        return self._replica.evaluate(parameters, batch)
+        return self._replica.evaluate(parameters, batch, changed=changed)
+
+    def keep_rounded(self, parameters: np.ndarray, rounded: np.ndarray) -> None:
+        """Multiply by `rounded`, the bfloat16 of `parameters`, kept up to date by others, where these are given."""
+        self._replica.keep_rounded(parameters, rounded)
 
     def predict(self, parameters: np.ndarray, inputs: np.ndarray) -> np.ndarray:
         """Return the predictions (outputs, samples) by `parameters` for inputs ``(*input_shape, samples)``.

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dbmpi.index.boxes import Box
+from dbmpi.kernels import bfloat16
 from dbmpi.kernels.memory import aligned_empty
 
 
@@ -25,6 +26,8 @@ class Footprint:
     """Whether the owned outputs of the layer below can be a part of the array of the inputs."""
     gaps: bool
     """Whether the layer can write its outputs with gaps: as a part of a larger array that is not one piece."""
+    rounded: bool = False
+    """Whether the layer multiplies numbers that are rounded to bfloat16."""
 
 
 class Workspace:
@@ -78,6 +81,14 @@ class Workspace:
         kept = [box for layer in layers for box in (layer.owned, layer.summed) if box is not None]
         self._largest = max(box.size for box in (*kept, *(layer.needed for layer in layers[1:]))) * samples
         self._buffers: dict[int, np.ndarray] = {}
+        self._rounded = {
+            number: aligned_empty((*layer.needed.shape, samples), bfloat16.BFLOAT16)
+            for number, layer in enumerate(layers)
+            if layer.rounded
+        }
+        """The inputs of layers that multiply bfloat16."""
+        gradients = [(layer.summed or layer.owned).size for layer in layers if layer.rounded]
+        self._rounded_gradient = aligned_empty(max(gradients, default=0) * samples, bfloat16.BFLOAT16)
 
     def take(self, batch: np.ndarray) -> None:
         """Use the needed part of the inputs of a batch, ``(*input shape, samples)``; without copying it if possible."""
@@ -89,6 +100,23 @@ class Workspace:
             np.copyto(self._copied_inputs, part)
             part = self._copied_inputs
         self.inputs[0] = part
+
+    def operands(self, number: int) -> np.ndarray:
+        """Return the inputs of layer `number` as it multiplies them: its `inputs`, or what `round_inputs` wrote."""
+        return self._rounded.get(number, self.inputs[number])
+
+    def round_inputs(self, number: int) -> None:
+        """Round the inputs of layer `number`, as they are now, if it multiplies bfloat16."""
+        if number in self._rounded:
+            bfloat16.rounded(self.inputs[number], self._rounded[number])
+
+    def rounded_gradient(self, number: int) -> np.ndarray | None:
+        """Return memory to round the gradient for layer `number`'s outputs, or sums, if it multiplies bfloat16."""
+        layer = self._layers[number]
+        if not layer.rounded:
+            return None
+        box = layer.summed or layer.owned
+        return self._rounded_gradient[: box.size * self._samples].reshape(*box.shape, self._samples)
 
     def output_gradient(self, number: int) -> np.ndarray:
         """Return the buffer for the gradient for the outputs of layer `number`."""

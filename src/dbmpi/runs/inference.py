@@ -138,7 +138,8 @@ class Inference(Collective):
         outcomes: dict[int, Outcome] = {}
         with self.together("evaluating", waiting.LONG_SECONDS):
             for number in range(self._number, len(batches), self.replicas):
-                outcome = self._replica.evaluate(self._parameters, source.batch(batches[number]))
+                batch = source.batch(batches[number])
+                outcome = self._replica.evaluate(self._parameters, batch, changed=False)
                 self._compiled()
                 if self._partition == 0:
                     outcomes[number] = outcome
@@ -189,7 +190,8 @@ class Inference(Collective):
             mine = None
             with self.together("predicting", waiting.LONG_SECONDS):
                 if number < len(batches):
-                    outputs = self._replica.outputs(self._parameters, source.inputs(batches[number]))
+                    inputs = source.inputs(batches[number])
+                    outputs = self._replica.outputs(self._parameters, inputs, changed=False)
                     if self._partition == 0:
                         self._check_width(len(outputs), units)
                         if self.trained.network.loss is not None:
@@ -234,7 +236,8 @@ class Inference(Collective):
         """
         with self.together("predicting", waiting.LONG_SECONDS):
             for number in numbers[self._number :: self.replicas]:
-                outputs = self._replica.outputs(self._parameters, source.inputs(batches[number]))
+                inputs = source.inputs(batches[number])
+                outputs = self._replica.outputs(self._parameters, inputs, changed=False)
                 self._compiled()
                 if self._partition == 0:
                     if self.trained.network.loss is not None:
@@ -364,9 +367,9 @@ class Inference(Collective):
             )
         self._stack.enter_context(thread_count.fitted(trained.network.layers, self.partitions, size))
         if self._comm is not None:
-            layers, dtype = trained.network.layers, trained.network.dtype
-            agree_on_products(self._comm, layers, size)
-            blocking.first_on_each_node(self._comm, lambda: use_layers(layers, size, dtype, backward=False))
+            network = trained.network
+            agree_on_products(self._comm, network.layers, size)
+            blocking.first_on_each_node(self._comm, lambda: use_layers(network, size, backward=False))
         return batches
 
 

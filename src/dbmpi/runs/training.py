@@ -46,6 +46,7 @@ from dbmpi.objective import OwnObjective
 from dbmpi.paramserver.memory import check_fits
 from dbmpi.replica import placement
 from dbmpi.replica.own_objective import OwnModel, OwnReplica, try_objective
+from dbmpi.replica.precision import precision_notes
 from dbmpi.replica.replica import Replica
 from dbmpi.replica.thread_count import fitted
 from dbmpi.replica.trial import try_layer
@@ -219,7 +220,9 @@ def _session(
     unpacked = None if data.train is None else data.train.storage.unpacked
     share_chunks(comm, unpacked if unpacked is not None and unpacked.length == order.block else None, stack)
     if run.objective is None:
-        model: Network | OwnModel = _network(run, data, comms)
+        network = _network(run, data, comms)
+        model: Network | OwnModel = network
+        data = replace(data, notes=data.notes + precision_notes(network, comm))
         remark = stack.enter_context(fitted(model.layers, plan.partitions, run.optimizer.batch_size))
     else:
         model, remark = _own_model(run, supplied.objective, comms), ""
@@ -369,7 +372,7 @@ def _network(run: Run, data: RunData, comms: Communicators) -> Network:
         # The first rank alone: one compilation is enough, and one report.
         with together(comm, "trying your own layers", seconds=waiting.LONG_SECONDS):
             for layer in network.own_layers if comm.rank == 0 else ():
-                try_layer(layer, DTYPE)
+                try_layer(layer, DTYPE, rounded=network.rounds(layer))
     return network
 
 

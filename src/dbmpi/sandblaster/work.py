@@ -58,6 +58,8 @@ class PortionWork:
         self._log, self._stride, self._layer_seconds = log, stride, layer_seconds or {}
         self._parameters = aligned_empty(objective.size)
         self._reached = 0
+        self._fetched = True
+        """Whether the parameters have been fetched since they were last used."""
 
     def begin(self, batch: PostedBatch) -> None:
         """Fetch the parameters, once for all portions of a batch."""
@@ -66,6 +68,7 @@ class PortionWork:
         self._reached = batch.reached
         with self._log.stopwatch("fetch"):
             self._client.fetch(self._parameters, for_gradient=False)
+        self._fetched = True
 
     def end(self) -> None:
         """Report what has not been reported."""
@@ -83,18 +86,21 @@ class PortionWork:
         gradient
             float32, of this worker's parameters; not written for held-out samples.
         """
+        changed, self._fetched = self._fetched, False
         if batch.kind == PassKind.TEST:
             assert self._test is not None
             start = portion * self._order.batch_size
             indices = np.arange(start, min(start + self._order.batch_size, self._test.samples))
-            return self._objective.evaluate(self._parameters, self._test.batch(indices))
+            return self._objective.evaluate(self._parameters, self._test.batch(indices), changed=changed)
         number = batch.first + portion
         with self._log.stopwatch("data"):
             samples = self._train.batch(number)
             if portion + self._stride < batch.portions:
                 self._train.expect(number + self._stride)
         with self._log.stopwatch("compute"):
-            outcome = self._objective.loss_and_gradient(self._parameters, samples, gradient, step=number)
+            outcome = self._objective.loss_and_gradient(
+                self._parameters, samples, gradient, step=number, changed=changed
+            )
         self._log.count(outcome)
         return outcome
 

@@ -1,0 +1,140 @@
+"""Do products of bfloat16 cost accuracy?  Downpour SGD with Adagrad, beside float32, on the same samples.
+
+Fashion-MNIST, 784-512-256-10, as examples/fashion-mnist.toml has it; and frames of spoken digits, 440-256-256-30, of
+which the usual test half, recordings 0 to 4 of each digit and speaker, is held out.  One replica and one shard, so
+that nothing else than the precision differs, with three seeds each.
+
+Runs that are complete are kept in the folder ``--folder``, and a second start goes on behind them; ``--minutes`` ends
+it before the first run that begins later.  Needs the published files in ../shared/data, beside the project, or in the
+folders that DBMPI_FASHION_MNIST and DBMPI_FSDD name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import common
+from fashion_mnist import CONFIGURATION, dbmpi, import_data
+from simulate import import_frames, settings
+
+PRECISIONS = ("float32", "bfloat16")
+SEEDS = (1, 2, 3)
+MOST = 0.3
+"""Points that bfloat16 may lose, in the mean over the seeds."""
+DIGITS = """[network]
+loss = "softmax"
+[[network.layers]]
+units = 256
+activation = "relu"
+[[network.layers]]
+units = 256
+activation = "relu"
+[[network.layers]]
+units = 30
+[topology]
+shards = 1
+[optimizer]
+rule = "adagrad"
+learning_rate = 0.01
+batch_size = 100
+epochs = 5.0
+[monitor]
+progress = "none"
+evaluate_epochs = 0
+"""
+
+
+def main() -> None:
+    options = parsed()
+    report = common.Report("bfloat16", options.json)
+    began = time.monotonic()
+    seeds = SEEDS[:1] if options.quick else SEEDS
+    with tempfile.TemporaryDirectory() as place:
+        folder = options.folder or Path(place)
+        problems = prepared(folder)
+        reached: dict[str, dict[str, list[float]]] = {}
+        rows = []
+        for problem, (configuration, data) in problems.items():
+            reached[problem] = {precision: [] for precision in PRECISIONS}
+            for seed in seeds:
+                for precision in PRECISIONS:
+                    run = folder / f"{problem}-{precision}-{seed}"
+                    if not done(run) and time.monotonic() - began > 60 * options.minutes:
+                        print(f"bfloat16.py: not finished; start it again to go on behind {len(rows)} runs")
+                        return
+                    found = learned(configuration, data, run, precision, seed, quick=options.quick)
+                    reached[problem][precision].append(found["accuracy"])
+                    rows.append((problem, seed, precision, *found.values()))
+    report.table("After the same samples", ("data", "seed", "precision", "accuracy %", "loss", "samples/s"), rows)
+    for problem, found in reached.items():
+        plain, rounded = (sum(found[precision]) / len(seeds) for precision in PRECISIONS)
+        report.at_most(f"points that bfloat16 loses, {problem}", plain - rounded, MOST)
+    report.finish()
+
+
+def parsed() -> argparse.Namespace:
+    """Read the options: those of all benchmarks, and two more."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--quick", action="store_true", help="one seed and half an epoch: a look")
+    parser.add_argument("--json", action="store_true", help="print machine, results and targets as JSON at the end")
+    parser.add_argument("--folder", type=Path, help="where runs are kept (default: nowhere)")
+    parser.add_argument("--minutes", type=float, default=1e9, help="begin no run after this time")
+    return parser.parse_args()
+
+
+def prepared(folder: Path) -> dict[str, tuple[Path, Mapping[str, Path]]]:
+    """Import the data; return configuration and files for each problem."""
+    problems: dict[str, tuple[Path, Mapping[str, Path]]] = {}
+    for problem in ("fashion-mnist", "spoken digits"):
+        place = folder / problem.replace(" ", "-")
+        configuration, files = place / "run.toml", {part: place / f"{part}.h5" for part in ("train", "test")}
+        if not configuration.exists():
+            place.mkdir(parents=True, exist_ok=True)
+            if problem == "fashion-mnist":
+                import_data(place)
+            else:
+                import_frames(place, 50, lambda _, number: number < 5)
+            configuration.write_text(CONFIGURATION.read_text() if problem == "fashion-mnist" else DIGITS)
+        problems[problem] = (configuration, files)
+    return problems
+
+
+def done(run: Path) -> bool:
+    """Whether a run is complete."""
+    return (run / "found.json").exists()
+
+
+def learned(
+    configuration: Path, data: Mapping[str, Path], run: Path, precision: str, seed: int, *, quick: bool
+) -> dict[str, Any]:
+    """Train, unless that has been done, and return accuracy, loss and samples a second."""
+    from dbmpi.monitor.history import summary
+
+    if not done(run):
+        values = {
+            **{"run.directory": run, "run.seed": seed, "checkpoint.resume": "never"},
+            **{f"data.{part}": file for part, file in data.items()},
+            **{"network.precision": precision, "topology.replicas": 1, "server.overlap": "none"},
+            **({"optimizer.epochs": 0.5} if quick else {}),
+        }
+        dbmpi("launch", "-n", 2, "--", "train", configuration, *settings(values))
+        end = summary(run)
+        assert end.test_accuracy is not None
+        found = {"accuracy": 100 * end.test_accuracy, "loss": end.test_loss, "samples/s": end.samples_per_second}
+        (run / "found.json").write_text(json.dumps(found))
+        print(f"  {run.name}: {found['accuracy']:.2f} %", file=sys.stderr)
+    result: dict[str, Any] = json.loads((run / "found.json").read_text())
+    return result
+
+
+if __name__ == "__main__":
+    main()

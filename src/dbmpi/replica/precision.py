@@ -1,0 +1,58 @@
+"""What there is to say about the precision of a job's products, on all of its ranks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dbmpi.kernels import bfloat16
+from dbmpi.mpi import waiting
+from dbmpi.network.layer import takes_bfloat16
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+    from dbmpi.network.description import Network
+
+
+def precision_notes(network: Network, comm: MPI.Intracomm | None) -> tuple[str, ...]:
+    """Return lines on products of bfloat16, the same on all ranks (collective); none where the network has none.
+
+    They say that bfloat16 is no faster here, that ranks compute it in different ways, and which of the user's own
+    layers stay in float32.
+
+    Parameters
+    ----------
+    network
+        With its precision.
+    comm
+        The ranks; None for one alone.
+    """
+    if network.precision == "float32":
+        return ()
+    counts = np.array([bfloat16.engine() == name for name in bfloat16.ENGINES], np.int64)
+    if comm is not None:
+        from mpi4py import MPI
+
+        counts = waiting.allreduce(comm, counts, MPI.SUM, "the other ranks to say how they multiply bfloat16")
+    used = [name for name, count in zip(bfloat16.ENGINES, counts.tolist(), strict=True) if count]
+    notes = []
+    if len(used) > 1:
+        ranks = " and ".join(f"{counts[bfloat16.ENGINES.index(name)]} by {name}" for name in used)
+        notes.append(
+            f"network.precision = {network.precision!r}: this job is mixed, for of its {counts.sum()} ranks {ranks} "
+            "multiply such numbers; their results agree to rounding"
+        )
+    elif used == ["float32"]:
+        notes.append(
+            f"network.precision = {network.precision!r} brings no speed here: numbers are rounded, and multiplied as "
+            f"float32 ({bfloat16.reason()})"
+        )
+    for layer in network.own_layers:
+        if not takes_bfloat16(layer):
+            notes.append(
+                f"network.precision = {network.precision!r}: layer {layer.name!r} is of your own and says nothing of "
+                "bfloat16, and so it computes in float32"
+            )
+    return tuple(notes)
