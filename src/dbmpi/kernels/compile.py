@@ -20,7 +20,8 @@ code that was compiled without threads.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cached_property, update_wrapper
 from types import FunctionType
 from typing import Any, Generic, ParamSpec, Protocol, TypeVar, cast
@@ -95,6 +96,20 @@ def limit_threads(number: int) -> int:
     return _Limit.threads
 
 
+@contextmanager
+def at_most(number: int) -> Iterator[None]:
+    """Let kernels that this thread of Python's calls use at most `number` threads for a while."""
+    before = numba.get_num_threads()
+    if before <= number:
+        yield
+        return
+    numba.set_num_threads(number)
+    try:
+        yield
+    finally:
+        numba.set_num_threads(before)
+
+
 def _compile(function: Callable[P, R_co], kind: str, parallel: bool = False, **options: Any) -> Kernel[P, R_co]:
     if parallel and THREADS > 1:
         return _Threaded(function, kind, options)
@@ -138,16 +153,8 @@ class _Threaded(Generic[P, R_co]):
             for one in value if isinstance(value, tuple) else (value,):  # an array may come with its steps
                 if isinstance(one, np.ndarray):
                     elements += one.size
-        before = numba.get_num_threads()  # of this thread of Python's
-        if elements <= SERIAL:
-            most = 1
-        if before <= most:
+        with at_most(1 if elements <= SERIAL else most):
             return self._compiled(*args, **kwargs)
-        numba.set_num_threads(most)
-        try:
-            return self._compiled(*args, **kwargs)
-        finally:
-            numba.set_num_threads(before)
 
 
 def _copy(function: Callable[P, R_co]) -> Callable[P, R_co]:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numba import prange
 
-from dbmpi.kernels.compile import THREADS, Kernel, inlined, kernel, parallel_kernel
+from dbmpi.kernels.compile import THREADS, Kernel, at_most, inlined, kernel, parallel_kernel
 from dbmpi.kernels.llvm.lanes import transpose_block
 from dbmpi.kernels.llvm.pairs import (
     CHAIN_OPERATIONS,
@@ -37,7 +37,12 @@ from dbmpi.kernels.memory import CACHE_LINE, aligned_empty
 DEPTH = 8
 """Steps of 32 products that are summed before a block goes back to memory: what a strip takes fits the first cache."""
 BLOCK = 8
-"""Most strips of the long factor, each of 32 rows, that a thread takes at a time."""
+"""Most strips of 32 rows that a thread takes at a time where the long factor's columns are contiguous.
+
+It reads a part of each row of memory then; a factor whose rows are contiguous is read strip by strip.
+"""
+SMALL = 1 << 23
+"""Multiplications up to which a product is done by one thread: it takes less time than to wake others."""
 PACKED_BYTES = 5 << 18
 """Size up to which the short factor is packed at once: it stays in the second cache, beside what passes by."""
 _STEP = 2 * UNIT * UNIT
@@ -91,17 +96,18 @@ class PairedProduct:
         across = not a.flags.c_contiguous
         b_across = b.flags.c_contiguous
         strips = -(-m // SIDE)
-        block = -(-strips // (-(-strips // (BLOCK * THREADS)) * THREADS))
+        block = -(-strips // (-(-strips // (BLOCK * THREADS)) * THREADS)) if across else 1
         a_flat, b_flat = (one.reshape(-1, order="A") for one in (a, b))
-        for left in range(0, panels, columns):
-            which = left, min(panels, left + columns)
-            for first in range(0, steps, some):
-                depth = first, min(steps, first + some)
-                # Rows that lie along the sum are a left factor as they are, those that lie across it a right one.
-                _pack_all(b_flat, (n, k), which, depth, b_across, b_across == across, self._packed)
-                self._multiply[across](
-                    a_flat, self._packed, out.reshape(-1), (m, n, k), which, depth, block, add, self._configuration
-                )
+        with at_most(THREADS if strips > 1 and m * n * k > SMALL else 1):
+            for left in range(0, panels, columns):
+                which = left, min(panels, left + columns)
+                for first in range(0, steps, some):
+                    depth = first, min(steps, first + some)
+                    # Rows that lie along the sum are a left factor as they are, those that lie across it a right one.
+                    _pack_all(b_flat, (n, k), which, depth, b_across, b_across == across, self._packed)
+                    self._multiply[across](
+                        a_flat, self._packed, out.reshape(-1), (m, n, k), which, depth, block, add, self._configuration
+                    )
 
 
 def peak(tiles: bool) -> float:
@@ -227,18 +233,22 @@ def _multiply(tiles: bool, across: bool) -> Kernel[..., None]:
         m, n, k = shape
         left, right = panels
         first, last = depth
+        stretch = DEPTH if across else last - first
         strips = (m + SIDE - 1) // SIDE
         for number in prange((strips + block - 1) // block):
             if tiles:
                 configure_tiles(configuration)
             top, bottom = number * block, min(strips, number * block + block)
-            sums, rows = _aligned((bottom - top) * (right - left) * _BLOCK), _aligned(block * DEPTH * _STEP)
+            sums, rows = _aligned((bottom - top) * (right - left) * _BLOCK), _aligned(block * stretch * _STEP)
+            begin, end = first, first  # what is packed of the strips
             for start in range(first, last, DEPTH):
                 stop = min(last, start + DEPTH)
                 adding = add or start > 0
-                _pack(a, (m, k), (top, bottom), (start, stop), across, False, sums, rows, 0)
+                if start == end:
+                    begin, end = start, min(last, start + stretch)
+                    _pack(a, (m, k), (top, bottom), (begin, end), across, False, sums, rows, 0)
                 for strip in range(top, bottom):
-                    here = (strip - top) * (stop - start) * _STEP
+                    here = ((strip - top) * (end - begin) + start - begin) * _STEP
                     height = min(SIDE, m - strip * SIDE)
                     for panel in range(left, right):
                         there = ((panel - left) * (last - first) + start - first) * _STEP
