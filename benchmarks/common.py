@@ -406,7 +406,7 @@ def prepare_runtime() -> None:
 
 def fma_peak() -> Callable[[], Mapping[str, Any]]:
     """Return an action that measures the float32 multiply-add peak of one core, in operations a second."""
-    from dbmpi.runs.profile import multiply_add_peak
+    from dbmpi.kernels.peaks import multiply_add_peak
 
     return lambda: {"flops": multiply_add_peak()}
 

@@ -20,7 +20,7 @@ import numpy as np
 from numba import prange
 
 from dbmpi.errors import UserError
-from dbmpi.kernels import matmul, pairs
+from dbmpi.kernels import matmul, pairs, peaks
 from dbmpi.kernels.compile import exact_parallel_kernel
 from dbmpi.kernels.llvm.writer import FEATURES
 from dbmpi.machine import tile_data
@@ -32,6 +32,7 @@ ENGINES = ("float32", "avx512_bf16", "amx")
 VARIABLE = "DBMPI_BFLOAT16"
 _NEEDED = {"float32": (), "avx512_bf16": ("avx512f", "avx512bf16"), "amx": ("avx512f", "amx-tile", "amx-bf16")}
 """Features of the processor that each needs, as the compiler calls them."""
+_NAMES = {"avx512_bf16": "AVX512-BF16", "amx": "AMX"}
 
 
 def rounded(values: np.ndarray, out: np.ndarray) -> None:
@@ -104,6 +105,18 @@ def reason() -> str:
     return "; ".join(_chosen()[1])
 
 
+def usable(name: str) -> bool:
+    """Say whether an engine can multiply in this process, fast or not."""
+    return not _missing(name)
+
+
+def _missing(name: str) -> str:
+    """Return why an engine cannot multiply in this process; empty if it can."""
+    if not all(f"+{one}" in FEATURES for one in _NEEDED[name]):
+        return f"the processor has no {_NAMES[name]}"
+    return tile_data.refusal() if name == "amx" else ""
+
+
 def peak() -> float:
     """Measure the most operations a second that one core does on bfloat16 numbers, by this engine.
 
@@ -114,26 +127,33 @@ def peak() -> float:
     """
     if engine() == "float32":
         raise ValueError(f"no engine of this processor multiplies bfloat16: {reason()}")
-    return pairs.peak(tiles=engine() == "amx")
+    return peaks.pairs_peak(tiles=engine() == "amx")
 
 
 @cache
 def _chosen() -> tuple[str, list[str]]:
     """Return the engine, and why each that is faster is none."""
-    most, missing = os.environ.get(VARIABLE, "").strip() or ENGINES[-1], list[str]()
+    named, missing = os.environ.get(VARIABLE, "").strip(), list[str]()
+    most = named or ENGINES[-1]
     if most not in ENGINES:
         raise UserError(f"{VARIABLE}={most}: there is no such engine; known are {', '.join(ENGINES)}")
     for name in reversed(ENGINES):
         if ENGINES.index(name) > ENGINES.index(most):
             why = f"{VARIABLE}={most} leaves {name} out"
-        elif not all(f"+{feature}" in FEATURES for feature in _NEEDED[name]):
-            why = f"the processor has no {'AMX' if name == 'amx' else 'AVX512-BF16'}"
         else:
-            why = tile_data.refusal() if name == "amx" else ""
+            why = _missing(name) or (_slowness() if name == "avx512_bf16" != named else "")
         if not why:
             return name, missing
         missing.append(why)
     raise AssertionError("float32 needs nothing")
+
+
+def _slowness() -> str:
+    """Return why vectors of pairs are no use; empty if they are: of some processors they are slower than float32."""
+    half, single = peaks.pairs_peak(tiles=False), peaks.multiply_add_peak()
+    if half > single:
+        return ""
+    return f"AVX512-BF16 is no faster than float32 here ({half / 1e9:.0f} of {single / 1e9:.0f} GFLOP/s)"
 
 
 _of_this_thread = threading.local()

@@ -11,17 +11,14 @@ An element of `out` is summed in the same order for every size of the other dime
 
 from __future__ import annotations
 
-import time
 from functools import cache
-from typing import Any
 
 import numpy as np
 from numba import prange
 
-from dbmpi.kernels.compile import THREADS, Kernel, at_most, inlined, kernel, parallel_kernel
+from dbmpi.kernels.compile import THREADS, Kernel, at_most, inlined, parallel_kernel
 from dbmpi.kernels.llvm.lanes import transpose_block
 from dbmpi.kernels.llvm.pairs import (
-    CHAIN_OPERATIONS,
     CONFIGURATION,
     SIDE,
     UNIT,
@@ -29,7 +26,6 @@ from dbmpi.kernels.llvm.pairs import (
     multiply_pairs,
     pack_across,
     pack_along,
-    pair_chains,
     release_tiles,
 )
 from dbmpi.kernels.memory import CACHE_LINE, aligned_empty
@@ -49,8 +45,6 @@ _STEP = 2 * UNIT * UNIT
 """Pairs of a step of 32 rows by 32 products: two units."""
 _PLACES = np.arange(0, _STEP, UNIT)
 """Where the rows of two units begin."""
-_ROUNDS = 2_000_000
-"""Length of the chains that `peak` measures: some hundredths of a second."""
 _BLOCK = SIDE * SIDE
 """Sums of a block."""
 _LINES = np.arange(0, SIDE * SIDE, SIDE)
@@ -108,31 +102,6 @@ class PairedProduct:
                     self._multiply[across](
                         a_flat, self._packed, out.reshape(-1), (m, n, k), which, depth, block, add, self._configuration
                     )
-
-
-def peak(tiles: bool) -> float:
-    """Measure the most operations a second that one core does on pairs, by tiles or by vectors, without any memory.
-
-    By the processor's time, as it is a property of the core and not of what else the core is doing.
-    """
-    chains, configuration = _chains(tiles), np.frombuffer(CONFIGURATION, np.uint8)
-    chains(configuration, np.float32(0), 10)
-    began = time.process_time()
-    chains(configuration, np.float32(0), _ROUNDS)
-    return CHAIN_OPERATIONS[tiles] * _ROUNDS / max(time.process_time() - began, 1e-9)
-
-
-@cache
-def _chains(tiles: bool) -> Kernel[..., float]:
-    def chains(configuration: np.ndarray, start: Any, rounds: int) -> float:
-        if tiles:
-            configure_tiles(configuration)
-        result = pair_chains(tiles, start, rounds)
-        if tiles:
-            release_tiles()
-        return result  # type: ignore[no-any-return]
-
-    return kernel(chains)
 
 
 @inlined
