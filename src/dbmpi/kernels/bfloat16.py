@@ -197,4 +197,4 @@ def _round(values: np.ndarray, out: np.ndarray) -> None:
 @exact_parallel_kernel
 def _widen(values: np.ndarray, bits: np.ndarray) -> None:
     for i in prange(values.size):
-        bits[i] = np.uint32(values[i]) << np.uint32(16)
+        bits[i] = np.uint32(np.uint32(values[i]) << np.uint32(16))

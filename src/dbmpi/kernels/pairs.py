@@ -47,6 +47,8 @@ _PLACES = np.arange(0, _STEP, UNIT)
 """Where the rows of two units begin."""
 _BLOCK = SIDE * SIDE
 """Sums of a block."""
+_TURNS = 4
+"""Blocks of sums in turn."""
 _LINES = np.arange(0, SIDE * SIDE, SIDE)
 """Where the rows of a block of sums begin."""
 
@@ -100,7 +102,8 @@ class PairedProduct:
                     # Rows that lie along the sum are a left factor as they are, those that lie across it a right one.
                     _pack_all(b_flat, (n, k), which, depth, b_across, b_across == across, self._packed)
                     self._multiply[across](
-                        a_flat, self._packed, out.reshape(-1), (m, n, k), which, depth, block, add, self._configuration
+                        *(a_flat, self._packed, out.reshape(-1), (m, n, k), which, depth, block),
+                        *(add, self._configuration),
                     )
 
 
@@ -208,7 +211,9 @@ def _multiply(tiles: bool, across: bool) -> Kernel[..., None]:
             if tiles:
                 configure_tiles(configuration)
             top, bottom = number * block, min(strips, number * block + block)
-            sums, rows = _aligned((bottom - top) * (right - left) * _BLOCK), _aligned(block * stretch * _STEP)
+            # Blocks that are done at once take turns, so that none waits for the copy of the one before.
+            blocks = (bottom - top) * (right - left) if last - first > DEPTH else _TURNS
+            sums, rows = _aligned(blocks * _BLOCK), _aligned(block * stretch * _STEP)
             begin, end = first, first  # what is packed of the strips
             for start in range(first, last, DEPTH):
                 stop = min(last, start + DEPTH)
@@ -226,8 +231,8 @@ def _multiply(tiles: bool, across: bool) -> Kernel[..., None]:
                         if not across and height == SIDE and width == SIDE:
                             multiply_pairs(tiles, rows, here, packed, there, stop - start, out, target, n, adding)
                             continue
-                        # Through a whole block of our own, which stays until the end.
-                        own = ((strip - top) * (right - left) + panel - left) * _BLOCK
+                        # Through a block of our own, which stays until the end.
+                        own = ((strip - top) * (right - left) + panel - left) % blocks * _BLOCK
                         if adding and start == first:
                             _get(out, target, n, height, width, across, sums, own)
                         if across:

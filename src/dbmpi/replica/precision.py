@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dbmpi.kernels import bfloat16
 from dbmpi.mpi import waiting
+from dbmpi.mpi.world import together
 from dbmpi.network.layer import takes_bfloat16
 
 if TYPE_CHECKING:
@@ -28,10 +30,16 @@ def precision_notes(network: Network, comm: MPI.Intracomm | None) -> tuple[str, 
         With its precision.
     comm
         The ranks; None for one alone.
+
+    Raises
+    ------
+    UserError
+        On every rank, if the environment of one names an engine that there is not.
     """
     if network.precision == "float32":
         return ()
-    counts = np.array([bfloat16.engine() == name for name in bfloat16.ENGINES], np.int64)
+    with nullcontext() if comm is None else together(comm, "choosing what multiplies bfloat16"):
+        counts = np.array([bfloat16.engine() == name for name in bfloat16.ENGINES], np.int64)
     if comm is not None:
         from mpi4py import MPI
 

@@ -39,7 +39,7 @@ def configure_tiles(call: Call) -> None:
 
 @instructions("")
 def release_tiles(call: Call) -> None:
-    """Give the tiles of this thread back: the system need not keep them when it runs something else."""
+    """Give the tiles of the thread of a `call` back: the system need not keep them when it runs something else."""
     _Pairs(call.builder).call("tilerelease")
 
 
