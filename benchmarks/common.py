@@ -118,7 +118,7 @@ def machine() -> dict[str, Any]:
             break
     memory = next((line.split()[1] for line in _lines("/proc/meminfo") if line.startswith("MemTotal")), "0")
     versions = {}
-    for name in ("numpy", "numba", "llvmlite", "scipy", "mpi4py", "onednn-cpu-gomp"):
+    for name in ("numpy", "numba", "llvmlite", "scipy", "mpi4py"):
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
@@ -132,6 +132,11 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": versions,
     }
+
+
+def has_feature(flag: str) -> bool:
+    """Say whether the processor has a feature, by its flag in ``/proc/cpuinfo``."""
+    return any(flag in line.split() for line in _lines("/proc/cpuinfo") if line.startswith("flags"))
 
 
 def environment(threads: int, **more: str) -> dict[str, str]:
