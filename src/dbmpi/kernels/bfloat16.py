@@ -106,7 +106,7 @@ def reason() -> str:
 
 
 def usable(name: str) -> bool:
-    """Say whether an engine can multiply in this process, fast or not."""
+    """Say whether the engine `name` can multiply in this process, fast or not."""
     return not _missing(name)
 
 
