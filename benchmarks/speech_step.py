@@ -199,7 +199,7 @@ def contestant(batch: int, precision: str = "float32") -> None:
         for block in blocks:
             updates.sgd(parameters[block], gradient[block], 0.01)
             if precision == "bfloat16":
-                bfloat16.rounded(parameters[block], rounded[block])
+                bfloat16.rounded(parameters[block], rounded[block], far=True)
 
     def step() -> None:
         network.loss_and_gradient(parameters, data, gradient)

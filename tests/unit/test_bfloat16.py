@@ -24,6 +24,12 @@ def rounded(values):
     half, back = np.empty(values.shape, np.uint16), np.empty(values.shape, np.float32)
     bfloat16.rounded(values, half)
     bfloat16.widened(half, back)
+    far = np.full(values.size + 40, 7, np.uint16)  # from any place in a cache line on, and nothing beside
+    for start in (3, 32):
+        bfloat16.rounded(values, far[start : start + values.size].reshape(values.shape), far=True)
+        np.testing.assert_array_equal(far[start : start + values.size], half.ravel())
+        assert far[start + values.size :].tolist() == [7] * (40 - start)
+        far[:] = 7
     return half, back
 
 

@@ -21,8 +21,10 @@ from numba import prange
 
 from dbmpi.errors import UserError
 from dbmpi.kernels import matmul, pairs, peaks
-from dbmpi.kernels.compile import exact_parallel_kernel
+from dbmpi.kernels.compile import exact_parallel_kernel, inlined
+from dbmpi.kernels.llvm.pairs import SIDE, stream_rounded
 from dbmpi.kernels.llvm.writer import FEATURES
+from dbmpi.kernels.memory import CACHE_LINE
 from dbmpi.machine import tile_data
 
 BFLOAT16 = np.dtype(np.uint16)
@@ -30,12 +32,16 @@ BFLOAT16 = np.dtype(np.uint16)
 ENGINES = ("float32", "avx512_bf16", "amx")
 """What can multiply, from the slowest to the fastest."""
 VARIABLE = "DBMPI_BFLOAT16"
+_LINE = SIDE
+"""Numbers of a cache line."""
+_PIECE = 1024
+"""Lines that a thread rounds past the caches at a time."""
 _NEEDED = {"float32": (), "avx512_bf16": ("avx512f", "avx512bf16"), "amx": ("avx512f", "amx-tile", "amx-bf16")}
 """Features of the processor that each needs, as the compiler calls them."""
 _NAMES = {"avx512_bf16": "AVX512-BF16", "amx": "AMX"}
 
 
-def rounded(values: np.ndarray, out: np.ndarray) -> None:
+def rounded(values: np.ndarray, out: np.ndarray, far: bool = False) -> None:
     """Round float32 to bfloat16: to the nearest, to even between two; NaN stays NaN.
 
     Parameters
@@ -44,8 +50,10 @@ def rounded(values: np.ndarray, out: np.ndarray) -> None:
         C-contiguous; another one is copied first.
     out : uint16 array
         C-contiguous, of the same shape.
+    far : bool
+        Whether it will not be read soon, and is better written past the caches.
     """
-    _round(_flat(np.ascontiguousarray(values)), _flat(out))
+    (_round_far if far else _round)(_flat(np.ascontiguousarray(values)), _flat(out))
 
 
 def widened(values: np.ndarray, out: np.ndarray) -> None:
@@ -184,14 +192,34 @@ def _flat(array: np.ndarray) -> np.ndarray:
 
 @exact_parallel_kernel
 def _round(values: np.ndarray, out: np.ndarray) -> None:
-    bits, half, one, width = values.view(np.uint32), np.uint32(0x7FFF), np.uint32(1), np.uint32(16)
-    for i in prange(bits.size):
-        value = bits[i]
-        # Numba computes with 64 bits, at half the speed, unless it is told at every step that 32 are enough.
-        rounded_up = np.uint32(value + half + np.uint32(np.uint32(value >> width) & one))
-        if values[i] != values[i]:
-            rounded_up = np.uint32(value | np.uint32(0x400000))
-        out[i] = np.uint16(np.uint32(rounded_up >> width))
+    bits = values.view(np.uint32)
+    for i in prange(values.size):
+        out[i] = _nearest(values[i], bits[i])
+
+
+@exact_parallel_kernel
+def _round_far(values: np.ndarray, out: np.ndarray) -> None:
+    bits = values.view(np.uint32)
+    unaligned = min(values.size, -out.ctypes.data % CACHE_LINE // out.itemsize)
+    lines = (values.size - unaligned) // _LINE
+    for i in range(unaligned):
+        out[i] = _nearest(values[i], bits[i])
+    for piece in prange((lines + _PIECE - 1) // _PIECE):
+        first, last = piece * _PIECE, min(lines, (piece + 1) * _PIECE)
+        stream_rounded(values, unaligned + first * _LINE, (last - first) * _LINE, out)
+    for i in range(unaligned + lines * _LINE, values.size):
+        out[i] = _nearest(values[i], bits[i])
+
+
+@inlined
+def _nearest(value: np.float32, bits: np.uint32) -> np.uint16:
+    """Return the bits of the bfloat16 number that is nearest to a value, which is given with its bits."""
+    half, one, width = np.uint32(0x7FFF), np.uint32(1), np.uint32(16)
+    # Numba computes with 64 bits, at half the speed, unless it is told at every step that 32 are enough.
+    rounded_up = np.uint32(bits + half + np.uint32(np.uint32(bits >> width) & one))
+    if np.isnan(value):
+        rounded_up = np.uint32(bits | np.uint32(0x400000))
+    return np.uint16(np.uint32(rounded_up >> width))
 
 
 @exact_parallel_kernel

@@ -95,7 +95,7 @@ def providers(layer: tuple[int, int, int] = _LAYER) -> tuple[str, ...]:
 
 
 def use(names: Sequence[str]) -> None:
-    """Let large products of each kind be computed by the provider of this name, one of `PROVIDERS`."""
+    """Let large products of each kind be computed by the providers `names`, each one of `PROVIDERS`."""
     _Choice.names = tuple(names)
 
 

@@ -381,7 +381,7 @@ class Server:
             else:
                 self._rule.apply(self.parameters[block], gradient[part], state, moment)
             if self.rounded is not None:
-                bfloat16.rounded(self.parameters[block], self.rounded[block])
+                bfloat16.rounded(self.parameters[block], self.rounded[block], far=True)
         ended = time.perf_counter()
         self.tally.apply_seconds += ended - began
         self.tally.applied_bytes += gradient.nbytes
