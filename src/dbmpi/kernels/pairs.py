@@ -29,6 +29,7 @@ from dbmpi.kernels.llvm.pairs import (
     release_tiles,
 )
 from dbmpi.kernels.memory import CACHE_LINE, aligned_empty
+from dbmpi.machine import caches
 
 DEPTH = 8
 """Steps of 32 products that are summed before a block goes back to memory: what a strip takes fits the first cache."""
@@ -39,7 +40,7 @@ It reads a part of each row of memory then; a factor whose rows are contiguous i
 """
 SMALL = 1 << 23
 """Multiplications up to which a product is done by one thread: it takes less time than to wake others."""
-PACKED_BYTES = 5 << 18
+PACKED_BYTES = caches.found().second * 5 // 8
 """Size up to which the short factor is packed at once: it stays in the second cache, beside what passes by."""
 _STEP = 2 * UNIT * UNIT
 """Pairs of a step of 32 rows by 32 products: two units."""
