@@ -30,7 +30,7 @@ import pytest
 from harness import rank, supervisor, watchdog
 from harness.environment import rank_by_environment
 from harness.launching import Launch
-from harness.selection import few_ranks, quick, sizes_of
+from harness.selection import quick, sizes_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -67,9 +67,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    few = os.environ.get("DBMPI_TEST_RANKS", "all") == "few"
-    if config.option.quick or few:
-        kept = quick(items) if config.option.quick else few_ranks(items)
+    if config.option.quick:
+        kept = quick(items)
         config.hook.pytest_deselected(items=[item for item in items if item not in kept])
         items[:] = kept
 

@@ -46,43 +46,6 @@ def seconds_of(item: pytest.Item) -> float:
     return float(seconds) * timeout_scale()
 
 
-def few_ranks(items: Sequence[pytest.Item]) -> list[pytest.Item]:
-    """Return the tests of a session that need not run each on all its numbers of ranks.
-
-    Of a parallel function each variant runs on one of its numbers above 1, in turn, and the function on each of its
-    numbers.  All other tests stay.
-    """
-    numbers: dict[str, dict[int, None]] = {}
-    variants: dict[str, dict[str, None]] = {}
-    for item in items:
-        size = size_of(item)
-        if size is not None:
-            function = item.nodeid.partition("[")[0]
-            numbers.setdefault(function, {})[size] = None
-            variants.setdefault(function, {})[_variant(item)] = None
-    wanted = set()
-    for function, sizes in numbers.items():
-        own = list(variants[function])
-        several = [size for size in sizes if size > 1]
-        alone = [size for size in sizes if size == 1]
-        turns = range(max(len(own), len(several)))
-        chosen = {(own[n % len(own)], several[n % len(several)]) for n in turns} if several else set()
-        chosen |= {(variant, 1) for variant in (own[:1] if several else own) for _ in alone}
-        wanted |= {(function, *one) for one in chosen}
-    return [
-        item
-        for item in items
-        if size_of(item) is None or (item.nodeid.partition("[")[0], _variant(item), size_of(item)) in wanted
-    ]
-
-
-def _variant(item: pytest.Item) -> str:
-    """Return a text that tells the variants of a parallel function apart, whatever the number of ranks."""
-    callspec = getattr(item, "callspec", None)
-    parameters = {} if callspec is None else callspec.indices
-    return repr(sorted((name, index) for name, index in parameters.items() if name != "ranks"))
-
-
 def quick(items: Sequence[pytest.Item]) -> list[pytest.Item]:
     """Return the cross-section that a quick session runs.
 

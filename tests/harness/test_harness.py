@@ -62,13 +62,12 @@ class Session:
 def nested(launch: Launch, tmp_path: Path):
     """Runs a session of the given tests with short time limits, and reads its outcomes."""
 
-    def run(source: str, *arguments: str, ranks: int | None = None, limits: str = "", spared: str = "all") -> Session:
+    def run(source: str, *arguments: str, ranks: int | None = None, limits: str = "") -> Session:
         (tmp_path / "pytest.ini").write_text(INI)
         (tmp_path / "conftest.py").write_text(CONFTEST + limits)
         (tmp_path / "test_nested.py").write_text(source)
         argv = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--color=no", "--junitxml=cases.xml"]
-        variables = {**SCALE, "DBMPI_TEST_RANKS": spared}
-        done = launch(ranks, [*argv, *arguments], 180.0, variables, tmp_path)
+        done = launch(ranks, [*argv, *arguments], 180.0, SCALE, tmp_path)
         return Session(done, _cases(tmp_path / "cases.xml"))
 
     return run
@@ -386,41 +385,6 @@ def test_job(variant): pass
         "test_job[b]",
     }, session.done.transcript
     assert "10 deselected" in session.done.stdout
-
-
-def test_a_session_may_spare_numbers_of_ranks(nested):
-    session = nested(
-        """
-import pytest
-
-@pytest.mark.parallel([1, 3, 6])
-@pytest.mark.parametrize("first", "ab")
-@pytest.mark.parametrize("second", "xy")
-def test_variants(comm, first, second): pass
-
-@pytest.mark.parallel([1, 2, 3])
-def test_one_variant(comm): pass
-
-@pytest.mark.parallel([1])
-@pytest.mark.parametrize("variant", "ab")
-def test_alone(comm, variant): pass
-
-@pytest.mark.parametrize("variant", "ab")
-def test_without_ranks(variant): pass
-""",
-        "--collect-only",
-        "-q",
-        spared="few",
-    )
-    chosen = {line.partition("::")[2] for line in session.done.stdout.splitlines() if "::" in line}
-    assert {name for name in chosen if not name.startswith("test_variants")} == {
-        *("test_one_variant[n1]", "test_one_variant[n2]", "test_one_variant[n3]"),
-        *("test_alone[n1-a]", "test_alone[n1-b]"),
-        *("test_without_ranks[a]", "test_without_ranks[b]"),
-    }, session.done.transcript
-    numbers = [name.partition("[n")[2][0] for name in chosen if name.startswith("test_variants")]
-    assert sorted(numbers) == ["1", "3", "3", "6", "6"]
-    assert len({name[-4:] for name in chosen if name.startswith("test_variants[n3") or "[n6" in name}) == 4
 
 
 @pytest.mark.parametrize(("chosen", "code"), [("passes", 0), ("unit", 1), ("parallel", 1), ("nothing", 5)], ids=str)
