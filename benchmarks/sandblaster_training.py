@@ -27,6 +27,7 @@ from typing import Any
 
 import common
 from fashion_mnist import dbmpi, import_data
+from machine import has_feature
 
 PORTION = 2000
 UNITS = (512, 256, 10)
@@ -82,7 +83,7 @@ def main() -> None:
     rows = [(1e3 * iteration, f"{100 * within:.1f} %", 1e3 * alone, f"{100 * (iteration / alone - 1):.1f} %")]
     header = ("ms", "overhead within the run", "gradients alone, ms", "overhead over these")
     report.table("An iteration of one evaluation", header, rows)
-    speed = SPEED_WITH_AMX if common.has_feature("amx_tile") else SPEED
+    speed = SPEED_WITH_AMX if has_feature("amx_tile") else SPEED
     speed = SPEED_WITH_HALVES if options.bfloat16 else speed
     report.at_least("time of torch.optim.LBFGS over ours", seconds["torch"] / seconds["ours"], speed)
     report.at_least("time of SciPy's L-BFGS-B over ours", seconds["scipy"] / seconds["ours"], speed)

@@ -22,6 +22,7 @@ from itertools import pairwise
 from typing import Any
 
 import common
+from machine import has_feature
 
 SIZES = (440, 2560, 2560, 2560, 2560, 8192)
 PARAMETERS = 41_777_152
@@ -139,7 +140,7 @@ def compare(report: common.Report, threads: int, batch: int, rounds: int) -> tup
     )
     ratio, share = other / own, flops * threads / own_processor / peak
     plural = f"{threads} thread{'s' if threads > 1 else ''}, batch {batch}"
-    speed = SPEED_WITH_AMX if common.has_feature("amx_tile") else SPEED
+    speed = SPEED_WITH_AMX if has_feature("amx_tile") else SPEED
     report.at_least(f"samples/s of PyTorch's, {plural}", ratio, speed[threads, batch])
     report.at_least(f"share of the multiply-add peak, {plural}", share, PEAK)
     milliseconds = [[1e3 * step["seconds"] for step in rounds_of[name]] for name in ("ours", "peer")]
