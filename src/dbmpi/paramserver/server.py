@@ -390,6 +390,7 @@ class Server:
                 self._rule.apply(self.parameters[block], gradient[part], state, moment)
             if self.rounded is not None:
                 bfloat16.rounded(self.parameters[block], self.rounded[block], far=True)
+                self._window.sync()  # a client of another host that sends the next chunk may wait for an answer
         ended = time.perf_counter()
         self.tally.apply_seconds += ended - began
         self.tally.applied_bytes += gradient.nbytes
