@@ -15,7 +15,7 @@ from dbmpi.errors import UserError
 from dbmpi.loops import connection
 from dbmpi.loops.parameter_server import ParameterServer
 from dbmpi.monitor.records import read_records
-from dbmpi.mpi import waiting
+from dbmpi.mpi import waiting, window
 from dbmpi.objective import Outcome
 from dbmpi.paramserver.rules import Sgd
 from dbmpi.paramserver.store import Store
@@ -301,3 +301,29 @@ def test_a_loop_of_ones_own_loses_nothing(comm, place, monkeypatch, transport) -
 def test_a_loop_of_ones_own_rounds_no_float64(comm) -> None:
     with pytest.raises(UserError, match="rounds float32, and the arrays are float64"):
         ParameterServer(comm, {"w": np.zeros(3)}, "sgd", server=ServerSection(wire="bfloat16"))
+
+
+@pytest.mark.parallel([2, 4])
+def test_ranks_of_one_host_without_shared_memory_are_apart(comm, monkeypatch) -> None:
+    """Where /dev/shm is too small they use the transport, and so round."""
+    monkeypatch.setattr(window, "_shared_memory_free", lambda: 0)
+    monkeypatch.setitem(WAYS, "rounded", {"push": "shared", "wire": "bfloat16"})
+    elements = 301
+    with parameter_server(comm, elements, shards=comm.size // 2, way="rounded") as bench:
+        values = np.random.default_rng(5).normal(size=elements).astype(np.float32)
+        if bench.client is not None:
+            bench.client.push(-values)
+            found = np.empty(elements, np.float32)
+            bench.client.fetch(found, exact=True)
+            if bench.plan.workers == 1:
+                np.testing.assert_array_equal(found, nearest(values))
+                bench.client.fetch(found)
+                np.testing.assert_array_equal(found, nearest(values))
+            assert bench.client.pushed_bytes == 2 * elements
+            bench.client.push_kept()
+            bench.client.fetch(found, exact=True)
+        bench.together()
+        if bench.server is not None:
+            expected = bench.plan.workers * values[bench.held.start : bench.held.stop]
+            np.testing.assert_allclose(bench.server.parameters, expected, rtol=1e-6, atol=1e-6)
+        bench.together()
