@@ -1,8 +1,9 @@
-"""Do products of bfloat16 cost accuracy?  Downpour SGD with Adagrad, beside float32, on the same samples.
+"""Does bfloat16 in products, or on the wire, cost accuracy?  Downpour with Adagrad beside float32, on the same samples.
 
 Fashion-MNIST, 784-512-256-10, as examples/fashion-mnist.toml has it; and frames of spoken digits, 440-256-256-30, of
 which the usual test half, recordings 0 to 4 of each digit and speaker, is held out.  One replica and one shard, so
-that nothing else than the precision differs, with three seeds each.
+that nothing else than the precision differs, with three seeds each.  Where the wire rounds, the two seem to be on two
+hosts.
 
 Runs that are complete are kept in the folder ``--folder``, and a second start goes on behind them; ``--minutes`` ends
 it before the first run that begins later.  Needs the published files in ../shared/data, beside the project, or in the
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 import time
@@ -24,7 +26,13 @@ import common
 from fashion_mnist import CONFIGURATION, dbmpi, import_data
 from simulate import import_frames, settings
 
-PRECISIONS = ("float32", "bfloat16")
+SABOTAGE = common.ROOT / "tests" / "sabotage"
+"""What sets ranks apart, if it is on the path of Python's modules."""
+WAYS: dict[str, dict[str, str]] = {
+    "float32": {},
+    "bfloat16": {"network.precision": "bfloat16"},
+    "bfloat16 wire": {"server.wire": "bfloat16"},
+}
 SEEDS = (1, 2, 3)
 MOST = 0.3
 """Points that bfloat16 may lose, in the mean over the seeds."""
@@ -62,20 +70,21 @@ def main() -> None:
         reached: dict[str, dict[str, list[float]]] = {}
         rows = []
         for problem, (configuration, data) in problems.items():
-            reached[problem] = {precision: [] for precision in PRECISIONS}
+            reached[problem] = {way: [] for way in WAYS}
             for seed in seeds:
-                for precision in PRECISIONS:
-                    run = folder / f"{problem}-{precision}-{seed}"
+                for way in WAYS:
+                    run = folder / f"{problem}-{way}-{seed}".replace(" ", "-")
                     if not done(run) and time.monotonic() - began > 60 * options.minutes:
                         print(f"bfloat16.py: not finished; start it again to go on behind {len(rows)} runs")
                         return
-                    found = learned(configuration, data, run, precision, seed, quick=options.quick)
-                    reached[problem][precision].append(found["accuracy"])
-                    rows.append((problem, seed, precision, *found.values()))
-    report.table("After the same samples", ("data", "seed", "precision", "accuracy %", "loss", "samples/s"), rows)
+                    found = learned(configuration, data, run, way, seed, quick=options.quick)
+                    reached[problem][way].append(found["accuracy"])
+                    rows.append((problem, seed, way, *found.values()))
+    report.table("After the same samples", ("data", "seed", "numbers", "accuracy %", "loss", "samples/s"), rows)
     for problem, found in reached.items():
-        plain, rounded = (sum(found[precision]) / len(seeds) for precision in PRECISIONS)
-        report.at_most(f"points that bfloat16 loses, {problem}", plain - rounded, MOST)
+        plain, *others = (sum(found[way]) / len(seeds) for way in WAYS)
+        for way, rounded in zip(tuple(WAYS)[1:], others, strict=True):
+            report.at_most(f"points that {way} loses, {problem}", plain - rounded, MOST)
     report.finish()
 
 
@@ -114,7 +123,7 @@ def done(run: Path) -> bool:
 
 
 def learned(
-    configuration: Path, data: Mapping[str, Path], run: Path, precision: str, seed: int, *, quick: bool
+    configuration: Path, data: Mapping[str, Path], run: Path, way: str, seed: int, *, quick: bool
 ) -> dict[str, Any]:
     """Train, unless that has been done, and return accuracy, loss and samples a second."""
     from dbmpi.monitor.history import summary
@@ -123,10 +132,17 @@ def learned(
         values = {
             **{"run.directory": run, "run.seed": seed, "checkpoint.resume": "never"},
             **{f"data.{part}": file for part, file in data.items()},
-            **{"network.precision": precision, "topology.replicas": 1, "server.overlap": "none"},
+            **WAYS[way],
+            **{"topology.replicas": 1, "server.overlap": "none"},
             **({"optimizer.epochs": 0.5} if quick else {}),
         }
-        dbmpi("launch", "-n", 2, "--", "train", configuration, *settings(values))
+        apart = {"DBMPI_TEST_APART": "1", "PYTHONPATH": str(SABOTAGE)} if "server.wire" in WAYS[way] else {}
+        os.environ.update(apart)
+        try:
+            dbmpi("launch", "-n", 2, "--", "train", configuration, *settings(values))
+        finally:
+            for name in apart:
+                del os.environ[name]
         end = summary(run)
         assert end.test_accuracy is not None
         found = {"accuracy": 100 * end.test_accuracy, "loss": end.test_loss, "samples/s": end.samples_per_second}

@@ -20,7 +20,6 @@ import contextlib
 import json
 import math
 import os
-import platform
 import socket
 import statistics
 import subprocess
@@ -28,10 +27,12 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from machine import describe as machine
+from machine import lines, peaks, summary
 
 ROOT = Path(__file__).resolve().parent.parent
 PEERS = ROOT / "benchmarks" / "peers"
@@ -99,39 +100,16 @@ class Report:
         self.targets.append({"what": what, "value": round(float(value), 4), "target": target, "ok": bool(ok)})
 
     def finish(self) -> None:
-        """Print the targets, and the JSON object if it is wanted."""
+        """Print the machine with the peaks that it reaches now, the targets, and the JSON object if it is wanted."""
+        found = machine() | {"peaks": peaks()}
+        self.table("Machine", ("what", "found"), summary(found))
         rows = [(one["what"], one["value"], one["target"], "yes" if one["ok"] else "NO") for one in self.targets]
         if rows:
             self.table("Targets", ("what", "value", "target", "reached"), rows)
         if cores.looks:
             print(f"\nA core was shared with others in {cores.shared} of {cores.looks} looks.")
         if self.as_json:
-            print(json.dumps({"benchmark": self.name, "machine": machine(), "targets": self.targets}), flush=True)
-
-
-def machine() -> dict[str, Any]:
-    """Describe the machine and the versions in use."""
-    model = platform.machine()
-    for line in _lines("/proc/cpuinfo"):
-        if line.startswith("model name"):
-            model = line.partition(":")[2].strip()
-            break
-    memory = next((line.split()[1] for line in _lines("/proc/meminfo") if line.startswith("MemTotal")), "0")
-    versions = {}
-    for name in ("numpy", "numba", "llvmlite", "scipy", "mpi4py", "onednn-cpu-gomp"):
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return {
-        "processor": model,
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_gib": round(int(memory) / 2**20, 1),
-        "load": round(os.getloadavg()[0], 2),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "versions": versions,
-    }
+            print(json.dumps({"benchmark": self.name, "machine": found, "targets": self.targets}), flush=True)
 
 
 def environment(threads: int, **more: str) -> dict[str, str]:
@@ -314,7 +292,7 @@ def _whole_cores() -> list[int]:
     """Return one processor of each core that this process may use: loops on both halves would slow each other down."""
     first: dict[str, int] = {}
     for core in sorted(os.sched_getaffinity(0)):
-        halves = "".join(_lines(f"/sys/devices/system/cpu/cpu{core}/topology/thread_siblings_list"))
+        halves = "".join(lines(f"/sys/devices/system/cpu/cpu{core}/topology/thread_siblings_list"))
         first.setdefault(halves or str(core), core)
     return list(first.values())
 
@@ -406,7 +384,7 @@ def prepare_runtime() -> None:
 
 def fma_peak() -> Callable[[], Mapping[str, Any]]:
     """Return an action that measures the float32 multiply-add peak of one core, in operations a second."""
-    from dbmpi.runs.profile import multiply_add_peak
+    from dbmpi.kernels.peaks import multiply_add_peak
 
     return lambda: {"flops": multiply_add_peak()}
 
@@ -438,10 +416,3 @@ def _shown(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
     return str(value)
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return []

@@ -22,13 +22,16 @@ from itertools import pairwise
 from typing import Any
 
 import common
+from machine import has_feature
 
 SIZES = (440, 2560, 2560, 2560, 2560, 8192)
 PARAMETERS = 41_777_152
-SPEED = {1: 2.5, 2: 2.2}
-"""Times PyTorch's samples/s that are aimed at, by threads."""
-PEAK = {128: 0.65, 512: 0.75}
-"""Share of the multiply-add peak of one core that is aimed at, by batch."""
+SPEED = {(1, 128): 2.5, (1, 512): 2.5, (2, 128): 2.2, (2, 512): 2.2}
+"""Times PyTorch's samples/s that are aimed at, by threads and batch."""
+SPEED_WITH_AMX = {(1, 128): 1.9, (1, 512): 1.2, (2, 128): 1.6, (2, 512): 1.2}
+"""The same where the processor has matrix registers: one that PyTorch's MKL is made for."""
+PEAK = 0.8
+"""Share of the multiply-add peak that is aimed at."""
 HALVES = {"amx": {128: (2.5, 2.0), 512: (1.5, 3.0)}, "avx512_bf16": {128: (1.3, 1.5), 512: (1.3, 1.5)}}
 """By what multiplies bfloat16, and by batch: times PyTorch's autocast, and times our float32, that are aimed at."""
 
@@ -137,9 +140,9 @@ def compare(report: common.Report, threads: int, batch: int, rounds: int) -> tup
     )
     ratio, share = other / own, flops * threads / own_processor / peak
     plural = f"{threads} thread{'s' if threads > 1 else ''}, batch {batch}"
-    report.at_least(f"samples/s of PyTorch's, {plural}", ratio, SPEED[threads])
-    if threads == 1:
-        report.at_least(f"share of the multiply-add peak, {plural}", share, PEAK[batch])
+    speed = SPEED_WITH_AMX if has_feature("amx_tile") else SPEED
+    report.at_least(f"samples/s of PyTorch's, {plural}", ratio, speed[threads, batch])
+    report.at_least(f"share of the multiply-add peak, {plural}", share, PEAK)
     milliseconds = [[1e3 * step["seconds"] for step in rounds_of[name]] for name in ("ours", "peer")]
     return (
         threads,
@@ -197,7 +200,7 @@ def contestant(batch: int, precision: str = "float32") -> None:
         for block in blocks:
             updates.sgd(parameters[block], gradient[block], 0.01)
             if precision == "bfloat16":
-                bfloat16.rounded(parameters[block], rounded[block])
+                bfloat16.rounded(parameters[block], rounded[block], far=True)
 
     def step() -> None:
         network.loss_and_gradient(parameters, data, gradient)
@@ -214,7 +217,7 @@ def contestant(batch: int, precision: str = "float32") -> None:
         return {**gone, "update": end - middle, "all else": middle - start - sum(gone.values())}
 
     step()
-    multiplies = bfloat16.engine() if precision == "bfloat16" else matmul.provider()
+    multiplies = bfloat16.engine() if precision == "bfloat16" else ", ".join(matmul.providers())
     print(f"matrix products: {multiplies}", file=sys.stderr)
     common.serve(
         step=common.timed(step),

@@ -40,6 +40,7 @@ from dbmpi.mpi.watch import Watch
 from dbmpi.network.description import Network
 from dbmpi.objective import Outcome
 from dbmpi.paramserver.rules import rule
+from dbmpi.paramserver.wire import compile_wire
 from dbmpi.replica.arrangement import Arrangement
 from dbmpi.replica.describe import summarise
 from dbmpi.replica.own_objective import OwnModel, OwnReplica
@@ -342,6 +343,8 @@ class Session:
         few = np.zeros(1, DTYPE)
         compile_checks(DTYPE)
         if optimizer.method == "downpour":
+            if self.run.server.wire == "bfloat16":
+                compile_wire()
             used = [rule(optimizer, code=self.run.network.code)]
             used += [rule(self.run.local.inner(optimizer))] if optimizer.walks else []
             for one in used:

@@ -8,18 +8,20 @@ from pathlib import Path
 
 import pytest
 from harness.environment import launcher, mpi_environment
-from sabotage.sitecustomize import HOLD, VARIABLE
+from sabotage.sitecustomize import APART, HOLD, VARIABLE
 
 FAULT_TOLERANCE = "--with-ft ulfm"
 _SABOTAGE = Path(__file__).parents[1] / "sabotage"
 
 
-def killing(kills: str, hold: Path | None = None) -> dict[str, str]:
+def killing(kills: str, hold: Path | None = None, *, apart: bool = False) -> dict[str, str]:
     """Return the environment of a run that is disturbed like this: ``RANK:PHASE:COUNT[:SIGNAL],...``.
 
     With a directory for `hold`, workers of Sandblaster wait for those that are killed at one of their first portions.
+    Ranks that are `apart` share no memory, as if each were on a host of its own.
     """
-    return {VARIABLE: kills, "PYTHONPATH": str(_SABOTAGE)} | ({HOLD: str(hold)} if hold else {})
+    more = ({HOLD: str(hold)} if hold else {}) | ({APART: "1"} if apart else {})
+    return {VARIABLE: kills, "PYTHONPATH": str(_SABOTAGE)} | more
 
 
 @pytest.fixture

@@ -58,8 +58,9 @@ BATCHES = -(-tiny.SAMPLES // 6) * 60
 
 
 def run(jobs: Jobs, kills: str, *settings: str, ranks: int = 4) -> Completed:
-    """Run to the end with a death or some."""
-    program = jobs.start(None, *settings, launcher=ranks, options=FAULT_TOLERANCE, env=killing(kills))
+    """Run to the end with a death or some; where the wire rounds, as if each rank were on a host of its own."""
+    env = killing(kills, apart=ROUNDED in settings)
+    program = jobs.start(None, *settings, launcher=ranks, options=FAULT_TOLERANCE, env=env)
     return jobs.finish(program, 60.0)
 
 
@@ -89,6 +90,7 @@ def assert_each_update_counts_once(jobs: Jobs, shards: int, withheld: int = 0) -
         assert least == versions[shard]  # which counts whole pushes
 
 
+ROUNDED = "server.wire=bfloat16"
 KILLS: list[tuple[str, tuple[str, ...]]] = [
     ("1:compute:30,2:post:60", ("topology.shards=1",)),
     ("3:post:41,4:deal:1", ("topology.shards=2", "server.push=copied", "server.transport=p2p")),
@@ -112,6 +114,9 @@ KILLS: list[tuple[str, tuple[str, ...]]] = [
     ("3:post:31", ("topology.shards=2", "server.consistent=true")),
     ("3:post:30", ("topology.shards=2", "server.overlap=threads", "checkpoint.layout='single'")),
     ("3:post:30", ("topology.shards=3",)),
+    ("3:post:41,4:rest:1", ("topology.shards=2", ROUNDED)),
+    ("2:post:60,3:fetch:25", ("topology.shards=1", ROUNDED, "server.overlap=threads")),
+    ("3:post:31", ("topology.shards=2", ROUNDED, "server.consistent=true")),
 ]
 
 

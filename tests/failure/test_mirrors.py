@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from failure.jobs import Jobs
 from failure.survival import FAULT_TOLERANCE, killing
-from failure.test_dead_downpour import BATCHES, CONFIGURATION, MINE, SIZE
+from failure.test_dead_downpour import BATCHES, CONFIGURATION, MINE, ROUNDED, SIZE
 from harness.launching import Completed
 
 from dbmpi.index.layout import cut
@@ -24,7 +24,8 @@ def run(jobs: Jobs, kills: str, *settings: str, ranks: int) -> Completed:
     (jobs.directory / "config.toml").write_text(CONFIGURATION)
     (jobs.directory / "mine.py").write_text(MINE)
     words = ("checkpoint.every_seconds=1000", f"server.mirror={EVERY}", *settings)
-    program = jobs.start(None, *words, launcher=ranks, options=FAULT_TOLERANCE, env=killing(kills))
+    env = killing(kills, apart=ROUNDED in settings)
+    program = jobs.start(None, *words, launcher=ranks, options=FAULT_TOLERANCE, env=env)
     return jobs.finish(program, 60.0)
 
 
@@ -56,6 +57,7 @@ def assert_little_is_lost(jobs: Jobs, shards: int, dead: set[int]) -> None:
         ("2:apply:93", 3, 6, ("server.overlap=threads",)),
         ("2:apply:60", 3, 6, ("server.transport=p2p", "server.push=copied")),
         ("2:apply:70", 2, 5, ("server.consistent=true",)),
+        ("2:apply:60", 3, 6, (ROUNDED, "server.mirror=3")),
         ("3:compute:30", 2, 6, ("topology.colocate=true", "topology.replicas=6")),
         ("2:apply:60,4:apply:200", 3, 6, ("server.mirror=1",)),
         ("2:apply:90", 2, 4, ("checkpoint.layout='single'", "server.fetch=shared")),

@@ -30,7 +30,7 @@ import pytest
 from harness import rank, supervisor, watchdog
 from harness.environment import rank_by_environment
 from harness.launching import Launch
-from harness.selection import quick, sizes_of
+from harness.selection import each_value, quick, sizes_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -44,6 +44,9 @@ _RANK = pytest.StashKey[rank.RankSession]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help="run a cross-section of the tests, in two minutes or less")
+    parser.addoption(
+        "--each-value", action="store_true", help="run every value of every parameter of a test, not all combinations"
+    )
 
 
 @pytest.hookimpl(tryfirst=True)  # the terminal and the temporary directories find what a rank prepares for them
@@ -54,6 +57,7 @@ def pytest_configure(config: pytest.Config) -> None:
     )
     config.addinivalue_line("markers", "timeout(seconds): time allowed to each phase of a test, by default 60 s")
     config.addinivalue_line("markers", "slow: takes more than a few seconds, and is left out by --quick")
+    config.addinivalue_line("markers", "combinations: run by --each-value with all combinations of its parameters")
     config.addinivalue_line("markers", "quick: run by --quick although it starts whole jobs")
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         # A shell's background job ignores Ctrl-C, and so would all programs that are tested.
@@ -67,10 +71,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.option.quick:
-        kept = quick(items)
-        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-        items[:] = kept
+    for wanted, choose in ((config.option.quick, quick), (config.option.each_value, each_value)):
+        if wanted:
+            kept = choose(items)
+            chosen = {item.nodeid for item in kept}
+            config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in chosen])
+            items[:] = kept
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

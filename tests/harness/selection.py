@@ -1,4 +1,4 @@
-"""What a test's markers say: on how many ranks it runs, how long it may take, and whether a quick session has it."""
+"""What a test's markers say: on how many ranks it runs, how long it may take, and whether a shorter session has it."""
 
 from __future__ import annotations
 
@@ -67,3 +67,41 @@ def quick(items: Sequence[pytest.Item]) -> list[pytest.Item]:
         elif function not in chosen or size < (size_of(chosen[function]) or 0):
             chosen[function] = item
     return list(chosen.values())
+
+
+def each_value(items: Sequence[pytest.Item]) -> list[pytest.Item]:
+    """Return what runs every value of every parameter of each test, though not every combination of them.
+
+    The number of ranks is such a parameter, so that each test still runs on every number of ranks that it names.  One
+    rank proves little about what ranks exchange: where a test runs on several, too, those have every value of the
+    others.  A test of which every combination matters is marked ``combinations``.
+    """
+    functions: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        functions.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    chosen: set[str] = set()
+    for variants in functions.values():
+        if variants[0].get_closest_marker("combinations") is not None:
+            chosen.update(item.nodeid for item in variants)
+            continue
+        several = any((size_of(item) or 1) > 1 for item in variants)
+        values = {item.nodeid: {("ranks", 1)} if several and size_of(item) == 1 else _values(item) for item in variants}
+        missing = set().union(*values.values())
+        if not missing:
+            chosen.update(values)
+        while missing:
+            best = max(values, key=lambda name: len(values[name] & missing))  # the first of those that are as good
+            missing -= values.pop(best)
+            chosen.add(best)
+    return [item for item in items if item.nodeid in chosen]
+
+
+def _values(item: pytest.Item) -> set[tuple[object, ...]]:
+    """Return what a variant of a test runs with: for each ``parametrize``, its names and the values they have here."""
+    callspec = getattr(item, "callspec", None)
+    params: dict[str, object] = {} if callspec is None else callspec.params
+    together = [marker.args[0] for marker in item.iter_markers("parametrize") if marker.args]
+    groups = [names.replace(",", " ").split() if isinstance(names, str) else list(names) for names in together]
+    alone = params.keys() - {name for names in groups for name in names}
+    # Variants of a test share the values, and not all of them can be compared.
+    return {(*names, *(id(params[name]) for name in names)) for names in [*groups, *([name] for name in alone)]}

@@ -387,6 +387,48 @@ def test_job(variant): pass
     assert "10 deselected" in session.done.stdout
 
 
+def test_each_value_runs_on_each_number_of_ranks_though_not_every_combination(nested):
+    session = nested(
+        """
+import pytest
+
+@pytest.mark.parallel([1, 2, 3])
+@pytest.mark.parametrize("way", "abcd")
+def test_ways(comm, way): pass
+
+@pytest.mark.parallel([1])
+@pytest.mark.parametrize("way", "ab")
+def test_one_rank(comm, way): pass
+
+@pytest.mark.parametrize(("first", "second"), [(1, 1), (1, 2), (2, 1), (2, 2)])
+def test_values_that_belong_together(first, second): pass
+
+@pytest.mark.parametrize("first", [1, 2])
+@pytest.mark.parametrize("second", "ab")
+def test_pairs(first, second): pass
+
+@pytest.mark.combinations
+@pytest.mark.parametrize("first", [1, 2])
+@pytest.mark.parametrize("second", "ab")
+def test_all(first, second): pass
+
+def test_plain(): pass
+""",
+        "--each-value",
+        "--collect-only",
+        "-q",
+    )
+    chosen = {line.partition("::")[2] for line in session.done.stdout.splitlines() if "::" in line}
+    assert chosen == {
+        *("test_ways[n1-a]", "test_ways[n2-a]", "test_ways[n3-b]", "test_ways[n2-c]", "test_ways[n2-d]"),
+        *("test_one_rank[n1-a]", "test_one_rank[n1-b]"),
+        *(f"test_values_that_belong_together[{first}-{second}]" for first in (1, 2) for second in (1, 2)),
+        *("test_pairs[a-1]", "test_pairs[b-2]"),
+        *(f"test_all[{second}-{first}]" for first in (1, 2) for second in "ab"),
+        "test_plain",
+    }, session.done.transcript
+
+
 @pytest.mark.parametrize(("chosen", "code"), [("passes", 0), ("unit", 1), ("parallel", 1), ("nothing", 5)], ids=str)
 def test_three_sessions_have_one_outcome(launch, tmp_path, chosen, code):
     for folder in ("parallel", "unit", "harness", "failure", "cluster", "families"):

@@ -66,6 +66,13 @@ class Hosts(MPI.Intracomm):
         return self.Split(self.rank // 2, key)
 
 
+class Apart(MPI.Intracomm):
+    """Ranks that seem to be on a host of its own each."""
+
+    def Split_type(self, kind: int, key: int = 0, info: MPI.Info = MPI.INFO_NULL) -> MPI.Intracomm:  # noqa: N802
+        return self.Split(self.rank, key)
+
+
 class Twin:
     """The same run without ranks, shards and messages: a network, a vector, and a loop."""
 

@@ -7,6 +7,8 @@ A process that takes the place of rank 2 is ``new 2``.
 
 Portions of Sandblaster go to the worker that is free, and a slow one may get too few of them to come to its moment.
 Where ``DBMPI_TEST_HOLD`` names a directory, every other rank computes at most COUNT portions before that.
+
+Where ``DBMPI_TEST_APART`` is set, each rank seems to be on a host of its own: none shares memory with another.
 dbmpi itself knows nothing of it.  Only the standard library is used, because this is loaded before everything else.
 """
 
@@ -21,6 +23,7 @@ from collections import Counter
 
 VARIABLE = "DBMPI_TEST_KILL"
 HOLD = "DBMPI_TEST_HOLD"
+APART = "DBMPI_TEST_APART"
 PHASES = {
     "start": ("dbmpi.session Session compile_kernels",),
     "step": ("dbmpi.downpour.worker Worker proceed", "dbmpi.downpour.round_worker RoundWorker proceed"),
@@ -147,6 +150,26 @@ class Saboteur:
                 time.sleep(0.002)
 
 
+class Separator:
+    """Sets ranks apart when the module is imported that finds those of one host (a finder of ``sys.meta_path``)."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> object:
+        """Return the module's own spec, with a loader that replaces one function in the end."""
+        if name != "dbmpi.mpi.blocking":
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path)  # type: ignore[arg-type]
+        execute = spec.loader.exec_module
+
+        def exec_module(module: object) -> None:
+            execute(module)
+            module.on_this_host = lambda comm, what: module.split(comm, comm.rank, comm.rank, what)
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+if os.environ.get(APART):
+    sys.meta_path.insert(0, Separator())
 _rank = next((os.environ[name] for name in _RANKS if name in os.environ), None)
 if _rank is not None and "DBMPI_REPLACES" in os.environ:
     _rank = f"new {_rank}"

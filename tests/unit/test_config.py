@@ -75,6 +75,12 @@ def test_a_mirror_needs_another_shard_and_downpour(file: Path, shards: tuple[str
         load(file, ("server.mirror=10", "topology.shards=2", "optimizer.method=sandblaster"))
 
 
+def test_batch_methods_round_nothing_on_the_wire(file: Path) -> None:
+    assert load(file, ("server.wire=bfloat16",)).server.wire == "bfloat16"
+    with pytest.raises(UserError, match=r'server\.wire = "bfloat16" is for Downpour: .* set server\.wire = "float32"'):
+        load(file, ("server.wire=bfloat16", "optimizer.method=sandblaster"))
+
+
 @pytest.mark.parametrize("other", ["optimizer.n_push=2", "optimizer.local_rate=0.1", "server.consistent=true"])
 def test_gradients_that_leave_by_layers_cannot_be_kept(file: Path, other: str) -> None:
     assert load(file, ("server.gradients=layers", "optimizer.n_fetch=2")).server.gradients == "layers"

@@ -27,9 +27,9 @@ ORDERS = st.sampled_from("CF")
 @pytest.fixture
 def provider():
     """Gives a function that chooses a provider, and restores the choice afterwards."""
-    before = matmul._Choice.name
-    yield matmul.use
-    matmul._Choice.name = before
+    before = matmul._Choice.names
+    yield lambda name: matmul.use([name] * len(matmul.KINDS))
+    matmul._Choice.names = before
 
 
 def _matrices(m, k, n, orders, dtype, seed):
@@ -91,8 +91,6 @@ def test_tiled_products_in_several_pieces(orders, k, n, add):
 @pytest.mark.parametrize("orders", ["CC", "CF", "FC", "FF"])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_large_products_of_every_provider(name, orders, dtype, provider):
-    if name not in matmul.available():
-        pytest.skip("oneDNN is not installed")
     provider(name)
     a, b = _matrices(331, 517, 192, orders, dtype, 1)
     assert a.size * b.shape[1] > matmul.LARGE
@@ -112,8 +110,6 @@ def _large(dtype):
 @pytest.mark.parametrize("name", matmul.PROVIDERS)
 def test_products_of_parts_of_arrays(name, provider):
     """Arrays with gaps are nobody's speciality, but must be right."""
-    if name not in matmul.available():
-        pytest.skip("oneDNN is not installed")
     provider(name)
     a, b = _matrices(700, 600, 256, "CC", np.float32, 1)
     out = np.zeros((700, 512), np.float32)
@@ -173,39 +169,56 @@ def test_shapes_that_do_not_fit_are_refused(k, shape):
         matmul.product(np.ones((3, 5)), np.ones((k, 5)), np.ones(shape))
 
 
-def test_probing_times_all_providers_and_chooses_one(provider):
-    seconds = matmul.probe(repeats=1)
-    assert tuple(sorted(seconds)) == tuple(sorted(matmul.available()))
-    assert min(seconds.values()) > 0
-    provider("auto")
-    assert matmul.provider() in matmul.available()
-
-
 @pytest.mark.parametrize(
-    ("seconds", "chosen"),
-    [
-        ({"tiles": 1.0, "numpy": 0.97, "onednn": 2.0}, "tiles"),
-        ({"tiles": 1.0, "numpy": 0.9, "onednn": 0.8}, "onednn"),
-        ({"tiles": 1.0, "numpy": 0.9}, "numpy"),
-    ],
+    ("layer", "timed"), [((90, 300, 64), True), ((700, 300, 17), False), ((1 << 14, 1 << 12, 64), True)]
 )
-def test_only_a_clearly_faster_provider_is_preferred(seconds, chosen, provider, monkeypatch):
-    monkeypatch.setattr(matmul, "probe", lambda: seconds)
-    provider("auto")
-    assert matmul.provider() == chosen
+def test_probing_times_the_providers_of_each_kind(layer, timed):
+    found = matmul.probe(layer, repeats=1)
+    assert len(found) == len(matmul.KINDS)
+    for seconds in found[:2]:  # those that have as many columns as samples
+        assert set(seconds) == (set(matmul.PROVIDERS) if timed else {"numpy"})
+        assert all(0 < one < 1 for one in seconds.values())
 
 
-def test_unknown_and_missing_providers_are_refused(provider, monkeypatch):
-    with pytest.raises(UserError, match=r"DBMPI_MATMUL=mkl.*auto, tiles, numpy, onednn"):
-        provider("mkl")
-    monkeypatch.setattr(matmul, "onednn_sgemm", lambda: None)
-    with pytest.raises(UserError, match="pip install onednn-cpu-gomp"):
-        provider("onednn")
+@pytest.fixture
+def unchosen(provider, monkeypatch):
+    """Lets a test choose anew."""
+    monkeypatch.delenv(matmul.VARIABLE, raising=False)
+    monkeypatch.setattr(matmul._Choice, "names", ())
+
+
+@pytest.mark.usefixtures("unchosen")
+def test_only_a_clearly_faster_provider_is_preferred_for_each_kind_alone(monkeypatch):
+    seconds = [{"tiles": 1.0, "numpy": 0.97}, {"tiles": 1.0, "numpy": 0.9}, {"numpy": 1.0}]
+    given = []
+    monkeypatch.setattr(matmul, "probe", lambda layer: given.append(layer) or seconds)
+    assert matmul.providers((300, 200, 100)) == ("tiles", "numpy", "numpy")
+    assert matmul.providers() == ("tiles", "numpy", "numpy")  # once and for all
+    assert given == [(300, 200, 100)]
+
+
+@pytest.mark.parametrize("by_tiles", range(3))
+def test_each_kind_goes_to_its_own_provider(by_tiles, provider, monkeypatch):
+    provider("numpy")
+    matmul.use(["tiles" if kind == by_tiles else "numpy" for kind in range(3)])
+    went = []
+    monkeypatch.setattr(matmul, "_tiles", lambda: lambda a, b, out, add: went.append(a.shape))
+    weights, inputs, gradient = (np.zeros(shape, np.float32) for shape in ((640, 320), (320, 128), (640, 128)))
+    for a, b in ((weights, inputs), (weights.T, gradient), (gradient, inputs.T)):
+        matmul.product(a, b, np.empty((a.shape[0], b.shape[1]), np.float32))
+    assert went == [((640, 320), (320, 640), (640, 128))[by_tiles]]
+
+
+@pytest.mark.usefixtures("unchosen")
+def test_unknown_providers_are_refused(monkeypatch):
+    monkeypatch.setenv(matmul.VARIABLE, "mkl")
+    with pytest.raises(UserError, match=r"DBMPI_MATMUL=mkl.*auto, tiles, numpy$"):
+        matmul.providers()
 
 
 @pytest.mark.parametrize("name", ["numpy", "tiles"])
 def test_the_environment_names_the_provider(name):
-    program = "from dbmpi.kernels import matmul; print(matmul.provider())"
+    program = "from dbmpi.kernels import matmul; print(*matmul.providers())"
     result = subprocess.run(
         [sys.executable, "-c", program],
         env={**os.environ, matmul.VARIABLE: name},
@@ -213,4 +226,4 @@ def test_the_environment_names_the_provider(name):
         text=True,
         check=True,
     )
-    assert result.stdout.strip() == name
+    assert result.stdout.split() == [name] * 3

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dbmpi.kernels import bfloat16, pairs
+from dbmpi.kernels import bfloat16, pairs, peaks
 from dbmpi.kernels.pairs import PairedProduct
 
-HERE = bfloat16.ENGINES[1 : bfloat16.ENGINES.index(bfloat16.engine()) + 1]
+HERE = [name for name in bfloat16.ENGINES[1:] if bfloat16.usable(name)]
 needs_an_engine = pytest.mark.skipif(not HERE, reason="this processor multiplies no bfloat16 numbers")
 SIZES = st.one_of(st.integers(1, 70), st.sampled_from([32, 64, 96, 256, 260, 300, 513]))
 
@@ -102,10 +102,16 @@ def test_a_refused_request_for_tile_data_is_named(monkeypatch):
     monkeypatch.setattr(bfloat16, "FEATURES", frozenset({"+avx512f", "+avx512bf16", "+amx-tile", "+amx-bf16"}))
     monkeypatch.setattr(bfloat16.tile_data, "refusal", lambda: "the kernel refuses tile data: Operation not permitted")
     monkeypatch.delenv(bfloat16.VARIABLE, raising=False)
+    monkeypatch.setattr(bfloat16.peaks, "multiply_add_peak", lambda: 240e9)
+    monkeypatch.setattr(bfloat16.peaks, "pairs_peak", lambda tiles: 480e9)
     assert bfloat16._chosen.__wrapped__() == (
         "avx512_bf16",
         ["the kernel refuses tile data: Operation not permitted"],
     )
+    monkeypatch.setattr(bfloat16.peaks, "pairs_peak", lambda tiles: 120e9)
+    name, why = bfloat16._chosen.__wrapped__()
+    assert name == "float32"
+    assert why[1] == "AVX512-BF16 is no faster than float32 here (120 of 240 GFLOP/s)"
     monkeypatch.setattr(bfloat16, "FEATURES", frozenset({"+avx2"}))
     assert bfloat16._chosen.__wrapped__() == (
         "float32",
@@ -127,7 +133,7 @@ def test_without_an_engine_products_are_those_of_rounded_numbers(monkeypatch):
 @needs_an_engine
 @pytest.mark.parametrize("engine", HERE)
 def test_no_product_is_faster_than_the_peak(engine):
-    peak = pairs.peak(engine == "amx")
+    peak = peaks.pairs_peak(engine == "amx")
     a, b, out = np.zeros((512, 512), np.uint16), np.zeros((512, 512), np.uint16), np.empty((512, 512), np.float32)
     multiply = PairedProduct(engine == "amx")
     multiply(a, b, out)

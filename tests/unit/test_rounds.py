@@ -250,6 +250,8 @@ REFUSED = [
     (BACKUP | {"delay_compensation": "constant"}, {}, {}, r"leave optimizer\.delay_compensation"),
     (ROUNDS, {"overlap": "threads"}, {}, r'set server\.overlap to "none"'),
     (BACKUP, {"fetch": "shared"}, {}, r'set server\.fetch = "copied", or optimizer\.exchange = "synchronous"'),
+    (ROUNDS, {"wire": "bfloat16"}, {}, r'"float32", or optimizer\.exchange = "asynchronous"'),
+    (LOCAL, {"wire": "bfloat16"}, {}, r'"float32", or local\.pushes = "asynchronous"'),
     (LOCAL | {"n_push": 9}, {}, {}, r"optimizer\.local_rate = 0, not 0, and local\.steps as the number of steps"),
     (LOCAL, {"fetch": "shared"}, {}, r'set server\.fetch = "copied", not "shared", and server\.gradients = "whole"'),
     (LOCAL, {"gradients": "layers"}, {}, r'server\.gradients = "whole", not "layers"'),

@@ -103,6 +103,7 @@ def test_time_has_to_pass():
         ({"server": {"overlap": "threads"}}, 'server.overlap = "none"'),
         ({"server": {"fetch": "shared"}}, 'server.fetch = "copied"'),
         ({"server": {"gradients": "layers"}}, 'server.gradients = "whole"'),
+        ({"server": {"wire": "bfloat16"}}, 'server.wire = "float32"'),
         ({"topology": {"spares": 1}}, "set it to 0"),
     ],
 )

@@ -96,6 +96,12 @@ def _mistakes_in_rounds(given: str, server: ServerSection, optimizer: OptimizerS
     for setting, is_set in stale.items():
         if is_set:
             yield f"{given} applies nothing that is stale: leave {setting} out"
+    if server.wire == "bfloat16":
+        other = 'local.pushes = "asynchronous"' if optimizer.walks else 'optimizer.exchange = "asynchronous"'
+        yield (
+            f"{given} applies the mean of a round, in which the rest that a replica keeps of its rounding has no part: "
+            f'set server.wire = "float32", or {other}'
+        )
     if server.fetch == "shared" and optimizer.exchange == "backup":
         yield (
             f"{given} changes the parameters while late replicas still compute: set server.fetch = "

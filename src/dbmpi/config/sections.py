@@ -199,6 +199,11 @@ class Run(Section):
                 "server.consistent = true needs copies of the parameters, for the shards' own memory changes while a "
                 'gradient is computed: set server.fetch = "copied", or server.consistent = false'
             )
+        if self.server.wire == "bfloat16" and self.optimizer.method != "downpour":
+            raise ValueError(
+                'server.wire = "bfloat16" is for Downpour: a batch method needs its gradients and parameters as they '
+                'are; set server.wire = "float32"'
+            )
         if self.server.gradients == "layers" and (self.optimizer.n_push > 1 or self.optimizer.local_rate):
             raise ValueError(
                 'server.gradients = "layers" keeps no gradient to add up or to walk by: set optimizer.n_push = 1 and '

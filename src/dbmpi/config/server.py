@@ -21,6 +21,9 @@ class ServerSection(Section):
     partitions, not with ``align = "equal"``."""
     transport: Literal["auto", "rma", "p2p"] = "auto"
     """Without shared memory, ``rma``: one-sided; ``p2p``: messages, same results; ``auto``: what is faster at start."""
+    wire: Literal["float32", "bfloat16"] = "float32"
+    """``bfloat16`` (Downpour): between hosts, gradients and fetched parameters travel rounded, in half the bytes.  A
+    worker keeps what the rounding of a gradient leaves, adds it to the next one, and pushes it before checkpoints."""
     align: Literal["equal", "partition"] = "partition"
     """``partition`` (Downpour): shards end where partitions do, so that a worker deals with the shards of its own part
     alone, and in one piece with each; ``equal``: each shard holds as much, whatever the number of partitions.  Without

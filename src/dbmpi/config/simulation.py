@@ -114,6 +114,11 @@ def mistakes(run: Run) -> Iterator[str]:
             f'server.fetch = "{server.fetch}": a virtual replica computes on what it has fetched, and not on memory '
             'that changes meanwhile: set server.fetch = "copied"'
         )
+    if server.wire != "float32":
+        yield (
+            f'server.wire = "{server.wire}": between virtual replicas and shards nothing travels that could be '
+            'rounded: set server.wire = "float32"'
+        )
     if server.gradients != "whole":
         yield (
             f'server.gradients = "{server.gradients}": a virtual replica pushes all of a gradient at once: set '

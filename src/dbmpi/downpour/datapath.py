@@ -235,13 +235,14 @@ class DataPath:
         return push
 
     def settle(self) -> None:
-        """Wait until everything is pushed and applied, and no transfer is under way."""
+        """Wait until everything is pushed and applied, what roundings have left, too, and no transfer is under way."""
         self._take()
         for future in self._sending:
             waiting.until(future.done, "gradients to leave", serve=self._client.serve)
             future.result()
         self._sending.clear()
         self._client.wait()
+        self._client.push_kept()
 
     def close(self) -> None:
         """End the threads, when their transfers have ended; nothing can be moved afterwards."""

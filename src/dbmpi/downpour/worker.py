@@ -330,6 +330,7 @@ class Worker:
         """Pause, tell the lead, and wait until it lets this replica continue."""
         orders = self._orders
         self._client.wait()
+        self._client.push_kept()
         pause = orders.pause
         with self._sending_state():
             self._say(MessageKind.PAUSED, self.learned, self._drawn, pause)

@@ -20,9 +20,11 @@ import numpy as np
 from numba import prange
 
 from dbmpi.errors import UserError
-from dbmpi.kernels import matmul, pairs
-from dbmpi.kernels.compile import exact_parallel_kernel
+from dbmpi.kernels import matmul, pairs, peaks
+from dbmpi.kernels.compile import exact_parallel_kernel, inlined
+from dbmpi.kernels.llvm.pairs import SIDE, stream_rounded
 from dbmpi.kernels.llvm.writer import FEATURES
+from dbmpi.kernels.memory import CACHE_LINE
 from dbmpi.machine import tile_data
 
 BFLOAT16 = np.dtype(np.uint16)
@@ -30,11 +32,18 @@ BFLOAT16 = np.dtype(np.uint16)
 ENGINES = ("float32", "avx512_bf16", "amx")
 """What can multiply, from the slowest to the fastest."""
 VARIABLE = "DBMPI_BFLOAT16"
+_LINE = SIDE
+"""Numbers of a cache line."""
+_PIECE = 1024
+"""Lines that a thread rounds past the caches at a time."""
 _NEEDED = {"float32": (), "avx512_bf16": ("avx512f", "avx512bf16"), "amx": ("avx512f", "amx-tile", "amx-bf16")}
 """Features of the processor that each needs, as the compiler calls them."""
+_CLEARLY_FASTER = 1.2
+"""How much faster than those of float32 vectors of bfloat16 must be: they are twice as fast, or half."""
+_NAMES = {"avx512_bf16": "AVX512-BF16", "amx": "AMX"}
 
 
-def rounded(values: np.ndarray, out: np.ndarray) -> None:
+def rounded(values: np.ndarray, out: np.ndarray, far: bool = False) -> None:
     """Round float32 to bfloat16: to the nearest, to even between two; NaN stays NaN.
 
     Parameters
@@ -43,8 +52,10 @@ def rounded(values: np.ndarray, out: np.ndarray) -> None:
         C-contiguous; another one is copied first.
     out : uint16 array
         C-contiguous, of the same shape.
+    far : bool
+        Whether it will not be read soon, and is better written past the caches.
     """
-    _round(_flat(np.ascontiguousarray(values)), _flat(out))
+    (_round_far if far else _round)(_flat(np.ascontiguousarray(values)), _flat(out))
 
 
 def widened(values: np.ndarray, out: np.ndarray) -> None:
@@ -66,20 +77,22 @@ def product(a: np.ndarray, b: np.ndarray, out: np.ndarray, add: bool = False) ->
     Parameters
     ----------
     a, b : (m, k) and (k, n) uint16 arrays
-        bfloat16 numbers, C- or F-contiguous (a transposed view is).
+        bfloat16 numbers; fastest where C- or F-contiguous (a transposed view is).
     out : (m, n) float32 array
-        C-contiguous; must not overlap the others.  Sums are float32.
+        Fastest where C-contiguous; must not overlap the others.  Sums are float32.
     add : bool
         Add to `out`, instead of replacing it.
 
     Raises
     ------
     ValueError
-        If the shapes do not fit.
+        If the shapes do not fit, or an array is of another type.
     """
     if a.shape[1] != b.shape[0] or out.shape != (a.shape[0], b.shape[1]):
         raise ValueError(f"shapes {a.shape} @ {b.shape} do not give the shape {out.shape} of the output")
-    contiguous = all(x.flags.c_contiguous or x.flags.f_contiguous for x in (a, b))
+    if not (a.dtype == b.dtype == BFLOAT16 and out.dtype == np.float32):
+        raise ValueError(f"given {a.dtype} @ {b.dtype} into {out.dtype}, expected uint16 @ uint16 into float32")
+    contiguous = out.flags.c_contiguous and all(x.flags.c_contiguous or x.flags.f_contiguous for x in (a, b))
     if engine() == "float32" or not contiguous or 0 in (*a.shape, *out.shape):
         matmul.product(_wide(a), _wide(b), out, add)
     else:
@@ -104,6 +117,18 @@ def reason() -> str:
     return "; ".join(_chosen()[1])
 
 
+def usable(name: str) -> bool:
+    """Say whether the engine `name` can multiply in this process, fast or not."""
+    return not _missing(name)
+
+
+def _missing(name: str) -> str:
+    """Return why an engine cannot multiply in this process; empty if it can."""
+    if not all(f"+{one}" in FEATURES for one in _NEEDED[name]):
+        return f"the processor has no {_NAMES[name]}"
+    return tile_data.refusal() if name == "amx" else ""
+
+
 def peak() -> float:
     """Measure the most operations a second that one core does on bfloat16 numbers, by this engine.
 
@@ -114,26 +139,33 @@ def peak() -> float:
     """
     if engine() == "float32":
         raise ValueError(f"no engine of this processor multiplies bfloat16: {reason()}")
-    return pairs.peak(tiles=engine() == "amx")
+    return peaks.pairs_peak(tiles=engine() == "amx")
 
 
 @cache
 def _chosen() -> tuple[str, list[str]]:
     """Return the engine, and why each that is faster is none."""
-    most, missing = os.environ.get(VARIABLE, "").strip() or ENGINES[-1], list[str]()
+    named, missing = os.environ.get(VARIABLE, "").strip(), list[str]()
+    most = named or ENGINES[-1]
     if most not in ENGINES:
         raise UserError(f"{VARIABLE}={most}: there is no such engine; known are {', '.join(ENGINES)}")
     for name in reversed(ENGINES):
         if ENGINES.index(name) > ENGINES.index(most):
             why = f"{VARIABLE}={most} leaves {name} out"
-        elif not all(f"+{feature}" in FEATURES for feature in _NEEDED[name]):
-            why = f"the processor has no {'AMX' if name == 'amx' else 'AVX512-BF16'}"
         else:
-            why = tile_data.refusal() if name == "amx" else ""
+            why = _missing(name) or (_slowness() if name == "avx512_bf16" != named else "")
         if not why:
             return name, missing
         missing.append(why)
     raise AssertionError("float32 needs nothing")
+
+
+def _slowness() -> str:
+    """Return why vectors of pairs are no use; empty if they are: of some processors they are slower than float32."""
+    half, single = peaks.pairs_peak(tiles=False), peaks.multiply_add_peak()
+    if half > _CLEARLY_FASTER * single:
+        return ""
+    return f"AVX512-BF16 is no faster than float32 here ({half / 1e9:.0f} of {single / 1e9:.0f} GFLOP/s)"
 
 
 _of_this_thread = threading.local()
@@ -147,8 +179,8 @@ def _paired() -> pairs.PairedProduct:
 
 
 def _wide(matrix: np.ndarray) -> np.ndarray:
-    """Return a matrix as float32, in the order in memory that it has."""
-    if not matrix.flags.c_contiguous:
+    """Return a matrix as float32, in the order in memory that it has; row after row if it has gaps."""
+    if matrix.flags.f_contiguous and not matrix.flags.c_contiguous:
         return _wide(matrix.T).T
     wide = np.empty(matrix.shape, np.float32)
     widened(matrix, wide)
@@ -164,17 +196,37 @@ def _flat(array: np.ndarray) -> np.ndarray:
 
 @exact_parallel_kernel
 def _round(values: np.ndarray, out: np.ndarray) -> None:
-    bits, half, one, width = values.view(np.uint32), np.uint32(0x7FFF), np.uint32(1), np.uint32(16)
-    for i in prange(bits.size):
-        value = bits[i]
-        # Numba computes with 64 bits, at half the speed, unless it is told at every step that 32 are enough.
-        rounded_up = np.uint32(value + half + np.uint32(np.uint32(value >> width) & one))
-        if values[i] != values[i]:
-            rounded_up = np.uint32(value | np.uint32(0x400000))
-        out[i] = np.uint16(np.uint32(rounded_up >> width))
+    bits = values.view(np.uint32)
+    for i in prange(values.size):
+        out[i] = _nearest(values[i], bits[i])
+
+
+@exact_parallel_kernel
+def _round_far(values: np.ndarray, out: np.ndarray) -> None:
+    bits = values.view(np.uint32)
+    unaligned = min(values.size, -out.ctypes.data % CACHE_LINE // out.itemsize)
+    lines = (values.size - unaligned) // _LINE
+    for i in range(unaligned):
+        out[i] = _nearest(values[i], bits[i])
+    for piece in prange((lines + _PIECE - 1) // _PIECE):
+        first, last = piece * _PIECE, min(lines, (piece + 1) * _PIECE)
+        stream_rounded(values, unaligned + first * _LINE, (last - first) * _LINE, out)
+    for i in range(unaligned + lines * _LINE, values.size):
+        out[i] = _nearest(values[i], bits[i])
+
+
+@inlined
+def _nearest(value: np.float32, bits: np.uint32) -> np.uint16:
+    """Return the bits of the bfloat16 number that is nearest to a value, which is given with its bits."""
+    half, one, width = np.uint32(0x7FFF), np.uint32(1), np.uint32(16)
+    # Numba computes with 64 bits, at half the speed, unless it is told at every step that 32 are enough.
+    rounded_up = np.uint32(bits + half + np.uint32(np.uint32(bits >> width) & one))
+    if np.isnan(value):
+        rounded_up = np.uint32(bits | np.uint32(0x400000))
+    return np.uint16(np.uint32(rounded_up >> width))
 
 
 @exact_parallel_kernel
 def _widen(values: np.ndarray, bits: np.ndarray) -> None:
     for i in prange(values.size):
-        bits[i] = np.uint32(values[i]) << np.uint32(16)
+        bits[i] = np.uint32(np.uint32(values[i]) << np.uint32(16))

@@ -15,6 +15,9 @@ from dbmpi.kernels.activations import ACTIVATIONS
 from dbmpi.kernels.filters import Filters, Region
 from dbmpi.kernels.memory import aligned_empty
 
+_BLOCK = 1 << 16
+"""Numbers that are rounded and widened at a time: they are still in a cache."""
+
 
 @dataclass(frozen=True)
 class RoundedFilters:
@@ -110,7 +113,15 @@ def wide(values: np.ndarray) -> np.ndarray:
 
 def rounded(values: np.ndarray) -> np.ndarray:
     """Return float32 `values` as a new array of float32 that is rounded to bfloat16."""
-    return wide(rounded_copy(values))
+    result = np.empty(values.shape, np.float32)
+    half = np.empty(min(_BLOCK, values.size), bfloat16.BFLOAT16)
+    source, target = np.ascontiguousarray(values).reshape(-1), result.reshape(-1)
+    for first in range(0, values.size, _BLOCK):
+        block = slice(first, min(first + _BLOCK, values.size))
+        some = half[: block.stop - first]
+        bfloat16.rounded(source[block], some)
+        bfloat16.widened(some, target[block])
+    return result
 
 
 def rounded_copy(values: np.ndarray) -> np.ndarray:

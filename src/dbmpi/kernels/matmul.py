@@ -2,24 +2,21 @@
 
 ========= ==================================================================================================
 `tiles`   our own (:mod:`dbmpi.kernels.tiles`), compiled for this processor; large products only
-`numpy`   NumPy's BLAS; always there, and what every product goes to that the others do not take
-`onednn`  Intel's oneDNN, if a wheel of it (``pip install onednn-cpu-gomp``) is installed; float32 only
+`numpy`   NumPy's BLAS; always there, and what every product goes to that the other does not take
 ========= ==================================================================================================
 
-The environment variable ``DBMPI_MATMUL`` names one of them, or ``auto``, the default: then the first large product
-times all that there are on the three products of a layer.  `tiles` is taken unless another one is clearly faster, so
-that all ranks of a machine, and a run that is repeated, choose alike.
+A layer has three kinds of product, which differ in how their operands lie in memory: `KINDS`.  The environment
+variable ``DBMPI_MATMUL`` names the provider of all of them, or is ``auto``, the default: then both are timed on each
+kind, in the shapes of the network where they are known.  `tiles` is taken unless the other is clearly faster, so that
+all ranks of a machine, and a run that is repeated, choose alike.
 """
 
 from __future__ import annotations
 
-import ctypes
-import importlib.metadata
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
-from functools import cache
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -31,11 +28,17 @@ from dbmpi.kernels.tiles import TiledProduct, tile_shape
 Product = Callable[[np.ndarray, np.ndarray, np.ndarray, bool], object]
 
 VARIABLE = "DBMPI_MATMUL"
-PROVIDERS = ("tiles", "numpy", "onednn")
+PROVIDERS = ("tiles", "numpy")
+KINDS = ("forward", "by the transposed weights", "gradient of the weights")
+"""``weights @ inputs``, ``weights.T @ gradient`` and ``gradient @ inputs.T``."""
 LARGE = 10_000_000
 """Multiplications from which a product is worth more than NumPy's short way into BLAS."""
 
 _CLEARLY_FASTER = 0.95
+_PROBED = 400_000_000
+"""Most multiplications of a product that is timed: of a larger layer a part is."""
+_LAYER = 2048, 1024, 128
+"""Units, inputs and samples that are timed where no layer is known."""
 
 
 def product(a: np.ndarray, b: np.ndarray, out: np.ndarray, add: bool = False) -> None:
@@ -59,104 +62,92 @@ def product(a: np.ndarray, b: np.ndarray, out: np.ndarray, add: bool = False) ->
         raise ValueError(f"shapes {a.shape} @ {b.shape} do not give the shape {out.shape} of the output")
     compute = _numpy
     if out.size * b.shape[0] >= LARGE and _plain(a, b, out):
-        name = provider()
-        if name == "tiles" and tile_shape(out.shape[1], out.dtype) is not None:
+        kind = 1 if not a.flags.c_contiguous else 2 if not b.flags.c_contiguous else 0
+        if providers()[kind] == "tiles" and tile_shape(out.shape[1], out.dtype) is not None:
             compute = _tiles()
-        elif name == "onednn" and out.dtype == np.float32:
-            compute = _onednn_product
     compute(a, b, out, add)
 
 
-def available() -> tuple[str, ...]:
-    """Return the names of the providers that can be used here."""
-    return tuple(name for name in PROVIDERS if name != "onednn" or onednn_sgemm() is not None)
+def providers(layer: tuple[int, int, int] = _LAYER) -> tuple[str, ...]:
+    """Return the provider of each kind of large product; the first call chooses them.
 
-
-def provider() -> str:
-    """Return the provider of large products; the first call chooses it, if ``DBMPI_MATMUL`` does not name it."""
-    if _Choice.name is None:
-        use(os.environ.get(VARIABLE, "").strip() or "auto")
-    assert _Choice.name is not None
-    return _Choice.name
-
-
-def use(name: str) -> None:
-    """Choose the provider by its name, or by measuring if it is ``auto``.
+    Parameters
+    ----------
+    layer : (int, int, int)
+        Units, inputs and samples of the layer that is timed if ``DBMPI_MATMUL`` leaves the choice to measurements.
 
     Raises
     ------
     UserError
-        If there is no such provider here.
+        If ``DBMPI_MATMUL`` names no provider.
     """
-    if name == "auto":
-        seconds = probe()
-        default = seconds[PROVIDERS[0]]
-        fastest = min(seconds, key=lambda one: seconds[one])
-        name = fastest if seconds[fastest] < _CLEARLY_FASTER * default else PROVIDERS[0]
-    elif name not in PROVIDERS:
-        raise UserError(
-            f"{VARIABLE}={name}: no such provider of matrix products; known are auto, {', '.join(PROVIDERS)}"
-        )
-    elif name not in available():
-        raise UserError(
-            f"{VARIABLE}={name}: oneDNN is not installed; pip install onednn-cpu-gomp, or use {PROVIDERS[0]}"
-        )
-    _Choice.name = name
+    if not _Choice.names:
+        given = os.environ.get(VARIABLE, "").strip() or "auto"
+        if given == "auto":
+            use([_fastest(seconds) for seconds in probe(layer)])
+        elif given in PROVIDERS:
+            use([given] * len(KINDS))
+        else:
+            raise UserError(
+                f"{VARIABLE}={given}: no such provider of matrix products; known are auto, {', '.join(PROVIDERS)}"
+            )
+    return _Choice.names
 
 
-def probe(repeats: int = 6) -> dict[str, float]:
-    """Return the least seconds, of `repeats`, that each provider takes for a layer's three float32 products."""
-    units, inputs, samples = 2048, 1024, 128
+def use(names: Sequence[str]) -> None:
+    """Let large products of each kind be computed by the providers `names`, each one of `PROVIDERS`."""
+    _Choice.names = tuple(names)
+
+
+def probe(layer: tuple[int, int, int] = _LAYER, repeats: int = 6) -> list[dict[str, float]]:
+    """Return for each kind of product the least seconds, of `repeats`, that each provider takes in float32.
+
+    Parameters
+    ----------
+    layer : (int, int, int)
+        Units, inputs and samples of the layer; of too large a one, fewer units and inputs are timed.
+    repeats : int
+        At least 1.
+    """
+    units, inputs, samples = layer
+    while units * inputs * samples > _PROBED and max(units, inputs) > samples:
+        units, inputs = (-(-units // 2), inputs) if units > inputs else (units, -(-inputs // 2))
     weights, activations, gradient = (
         aligned_empty(shape) for shape in ((units, inputs), (inputs, samples), (units, samples))
     )
     for array in (weights, activations, gradient):
         array.fill(0.5)
-    outputs, input_gradient, weight_gradient = (np.empty_like(x) for x in (gradient, activations, weights))
-
-    def three(compute: Product) -> None:
-        compute(weights, activations, outputs, False)
-        compute(weights.T, gradient, input_gradient, False)
-        compute(gradient, activations.T, weight_gradient, False)
-
-    compute: dict[str, Product] = {"tiles": _tiles(), "numpy": _numpy, "onednn": _onednn_product}
+    operands = (weights, activations), (weights.T, gradient), (gradient, activations.T)
+    compute: dict[str, Product] = {"tiles": _tiles(), "numpy": _numpy}
     # Alone, by the processor's time: it does not run while others have the core.
     clock = time.thread_time if THREADS == 1 else time.perf_counter
-    seconds: dict[str, float] = {}
-    for repeat in range(repeats + 1):  # in turn, as other processes may disturb
-        for name in available():
-            start = clock()
-            three(compute[name])
-            taken = clock() - start
-            # The first round warms up (and compiles).
-            seconds[name] = taken if repeat <= 1 else min(seconds[name], taken)
-    return seconds
+    found: list[dict[str, float]] = []
+    for a, b in operands:
+        out = aligned_empty((a.shape[0], b.shape[1]))
+        fitting = PROVIDERS if tile_shape(out.shape[1], out.dtype) is not None else PROVIDERS[1:]
+        seconds = dict.fromkeys(fitting, float("inf"))
+        for repeat in range(repeats + 1):  # in turn, as other processes may disturb
+            for name in fitting:
+                start = clock()
+                compute[name](a, b, out, False)
+                taken = clock() - start
+                if repeat > 0:  # the first round warms up (and compiles)
+                    seconds[name] = min(seconds[name], taken)
+        found.append(seconds)
+    return found
 
 
-@cache
-def onednn_sgemm() -> Callable[..., int] | None:
-    """Return oneDNN's C function ``dnnl_sgemm``, or None where it is not installed or cannot be loaded."""
-    for library in _onednn_libraries():
-        try:
-            function = ctypes.CDLL(library).dnnl_sgemm
-        except (OSError, AttributeError):
-            continue
-        size, address, scalar = ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
-        function.argtypes = [
-            *(ctypes.c_char, ctypes.c_char),  # transpose a, b
-            *(size, size, size, scalar),  # m, n, k, alpha
-            *(address, size, address, size),  # a, b
-            *(scalar, address, size),  # beta, out
-        ]
-        function.restype = ctypes.c_int
-        return function
-    return None
+def _fastest(seconds: dict[str, float]) -> str:
+    """Return the provider to take for products that take so long."""
+    default = seconds.get(PROVIDERS[0], float("inf"))
+    fastest = min(seconds, key=lambda one: seconds[one])
+    return fastest if seconds[fastest] < _CLEARLY_FASTER * default else PROVIDERS[0]
 
 
 class _Choice:
-    """The provider chosen for this process."""
+    """The providers chosen for this process, one a kind; none before they are."""
 
-    name: str | None = None
+    names: tuple[str, ...] = ()
 
 
 _of_this_thread = threading.local()
@@ -180,36 +171,8 @@ def _plain(a: np.ndarray, b: np.ndarray, out: np.ndarray) -> bool:
 
 
 def _numpy(a: np.ndarray, b: np.ndarray, out: np.ndarray, add: bool) -> None:
-    with np.errstate(over="ignore", invalid="ignore"):  # as in the other providers: the loss reports it, once
+    with np.errstate(over="ignore", invalid="ignore"):  # as in our own: the loss reports it, once
         if add:
             out += np.matmul(a, b)
         else:
             np.matmul(a, b, out=out)
-
-
-def _onednn_product(a: np.ndarray, b: np.ndarray, out: np.ndarray, add: bool) -> None:
-    """Multiply contiguous float32 matrices by ``dnnl_sgemm``, which is row-major."""
-    sgemm = onednn_sgemm()
-    assert sgemm is not None
-    (m, k), n = a.shape, b.shape[1]
-
-    def described(x: np.ndarray) -> tuple[bytes, int]:
-        return (b"N", x.shape[1]) if x.flags.c_contiguous else (b"T", x.shape[0])
-
-    (transpose_a, a_length), (transpose_b, b_length) = described(a), described(b)
-    sources = (a.ctypes.data, a_length, b.ctypes.data, b_length)
-    status = sgemm(transpose_a, transpose_b, m, n, k, 1.0, *sources, float(add), out.ctypes.data, n)
-    if status != 0:
-        raise RuntimeError(f"oneDNN's sgemm failed with status {status} on shapes {a.shape} @ {b.shape}")
-
-
-def _onednn_libraries() -> Iterator[str]:
-    """Yield where installed wheels of oneDNN have put the library."""
-    for name in ("onednn-cpu-gomp", "onednn-cpu-iomp", "onednn-cpu-tbb"):
-        try:
-            files = importlib.metadata.files(name) or []
-        except importlib.metadata.PackageNotFoundError:
-            continue
-        for file in sorted(files, key=lambda file: len(file.name)):
-            if file.name.startswith("libdnnl.so"):
-                yield str(file.locate())

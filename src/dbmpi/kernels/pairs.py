@@ -11,17 +11,14 @@ An element of `out` is summed in the same order for every size of the other dime
 
 from __future__ import annotations
 
-import time
 from functools import cache
-from typing import Any
 
 import numpy as np
 from numba import prange
 
-from dbmpi.kernels.compile import THREADS, Kernel, at_most, inlined, kernel, parallel_kernel
+from dbmpi.kernels.compile import THREADS, Kernel, at_most, inlined, parallel_kernel
 from dbmpi.kernels.llvm.lanes import transpose_block
 from dbmpi.kernels.llvm.pairs import (
-    CHAIN_OPERATIONS,
     CONFIGURATION,
     SIDE,
     UNIT,
@@ -29,10 +26,10 @@ from dbmpi.kernels.llvm.pairs import (
     multiply_pairs,
     pack_across,
     pack_along,
-    pair_chains,
     release_tiles,
 )
 from dbmpi.kernels.memory import CACHE_LINE, aligned_empty
+from dbmpi.machine import caches
 
 DEPTH = 8
 """Steps of 32 products that are summed before a block goes back to memory: what a strip takes fits the first cache."""
@@ -43,16 +40,16 @@ It reads a part of each row of memory then; a factor whose rows are contiguous i
 """
 SMALL = 1 << 23
 """Multiplications up to which a product is done by one thread: it takes less time than to wake others."""
-PACKED_BYTES = 5 << 18
+PACKED_BYTES = caches.found().second * 5 // 8
 """Size up to which the short factor is packed at once: it stays in the second cache, beside what passes by."""
 _STEP = 2 * UNIT * UNIT
 """Pairs of a step of 32 rows by 32 products: two units."""
 _PLACES = np.arange(0, _STEP, UNIT)
 """Where the rows of two units begin."""
-_ROUNDS = 2_000_000
-"""Length of the chains that `peak` measures: some hundredths of a second."""
 _BLOCK = SIDE * SIDE
 """Sums of a block."""
+_TURNS = 4
+"""Blocks of sums in turn."""
 _LINES = np.arange(0, SIDE * SIDE, SIDE)
 """Where the rows of a block of sums begin."""
 
@@ -106,33 +103,9 @@ class PairedProduct:
                     # Rows that lie along the sum are a left factor as they are, those that lie across it a right one.
                     _pack_all(b_flat, (n, k), which, depth, b_across, b_across == across, self._packed)
                     self._multiply[across](
-                        a_flat, self._packed, out.reshape(-1), (m, n, k), which, depth, block, add, self._configuration
+                        *(a_flat, self._packed, out.reshape(-1), (m, n, k), which, depth, block),
+                        *(add, self._configuration),
                     )
-
-
-def peak(tiles: bool) -> float:
-    """Measure the most operations a second that one core does on pairs, by tiles or by vectors, without any memory.
-
-    By the processor's time, as it is a property of the core and not of what else the core is doing.
-    """
-    chains, configuration = _chains(tiles), np.frombuffer(CONFIGURATION, np.uint8)
-    chains(configuration, np.float32(0), 10)
-    began = time.process_time()
-    chains(configuration, np.float32(0), _ROUNDS)
-    return CHAIN_OPERATIONS[tiles] * _ROUNDS / max(time.process_time() - began, 1e-9)
-
-
-@cache
-def _chains(tiles: bool) -> Kernel[..., float]:
-    def chains(configuration: np.ndarray, start: Any, rounds: int) -> float:
-        if tiles:
-            configure_tiles(configuration)
-        result = pair_chains(tiles, start, rounds)
-        if tiles:
-            release_tiles()
-        return result  # type: ignore[no-any-return]
-
-    return kernel(chains)
 
 
 @inlined
@@ -239,7 +212,9 @@ def _multiply(tiles: bool, across: bool) -> Kernel[..., None]:
             if tiles:
                 configure_tiles(configuration)
             top, bottom = number * block, min(strips, number * block + block)
-            sums, rows = _aligned((bottom - top) * (right - left) * _BLOCK), _aligned(block * stretch * _STEP)
+            # Blocks that are done at once take turns, so that none waits for the copy of the one before.
+            blocks = (bottom - top) * (right - left) if last - first > DEPTH else _TURNS
+            sums, rows = _aligned(blocks * _BLOCK), _aligned(block * stretch * _STEP)
             begin, end = first, first  # what is packed of the strips
             for start in range(first, last, DEPTH):
                 stop = min(last, start + DEPTH)
@@ -257,8 +232,8 @@ def _multiply(tiles: bool, across: bool) -> Kernel[..., None]:
                         if not across and height == SIDE and width == SIDE:
                             multiply_pairs(tiles, rows, here, packed, there, stop - start, out, target, n, adding)
                             continue
-                        # Through a whole block of our own, which stays until the end.
-                        own = ((strip - top) * (right - left) + panel - left) * _BLOCK
+                        # Through a block of our own, which stays until the end.
+                        own = ((strip - top) * (right - left) + panel - left) % blocks * _BLOCK
                         if adding and start == first:
                             _get(out, target, n, height, width, across, sums, own)
                         if across:

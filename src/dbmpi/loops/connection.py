@@ -31,6 +31,7 @@ from dbmpi.mpi.world import together
 from dbmpi.paramserver.rules import Rule
 from dbmpi.paramserver.schedule import Moment
 from dbmpi.paramserver.store import Store
+from dbmpi.paramserver.wire import compile_wire
 
 ADVICE = "Start the program again, from the last checkpoint that it has saved (resume=...)"
 """After the death of a rank."""
@@ -169,11 +170,12 @@ class Connection:
         targets
             The arrays.
         always
-            Fill them also where this worker computes on :attr:`parameters`.
+            Fill them also where this worker computes on :attr:`parameters`, and never with rounded ones.
         """
         client = self.client
         assert client is not None
-        client.fetch(*(targets if client.parameters is None else [client.parameters] * len(targets)))
+        own = targets if client.parameters is None else [client.parameters] * len(targets)
+        client.fetch(*own, exact=always)
         if always and self.parameters:
             for target, values in zip(targets, self.parameters.values(), strict=True):
                 np.copyto(target, values.reshape(-1))
@@ -210,6 +212,8 @@ class Connection:
         path
             Of the file.
         """
+        assert self.client is not None
+        self.client.push_kept()
         self.wait()
         plan, vectors = self._plan, (PARAMETERS, *sorted(self._rule.state_names))
         shards = list(zip(plan.shard_ranks, self._store.ranges, strict=True))
@@ -263,6 +267,7 @@ class Connection:
         """
         if self.client is not None:
             self.client.wait()
+            self.client.push_kept()
         self._meet(_END)
         if self.client is not None and targets is not None:
             self.fetch(targets, always=True)
@@ -302,4 +307,5 @@ def _use_kernels(rule: Rule, dtype: np.dtype[Any]) -> str:
         rule.apply(few, few.copy(), state, Moment())
         mistake = choice.mistake_in_state(rule, state, few)  # which may be other arrays now
     compile_checks(dtype)
+    compile_wire()
     return mistake

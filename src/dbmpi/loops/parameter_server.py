@@ -140,7 +140,7 @@ class ParameterServer:
                 layout, dtype = named.check(mine)
                 chosen = choice.choose(rule, settings)
                 check_names(layout, (PARAMETERS, *chosen.state_names))
-                section = _travel(server)
+                section = _travel(server, dtype)
                 plan = service.plan if service else planned(own.size, shards, colocate)
                 if not isinstance(clip_norm, int | float) or not 0 <= clip_norm < math.inf:
                     raise UserError(f"ParameterServer: clip_norm = {clip_norm!r}: expected a number of at least 0")
@@ -330,14 +330,16 @@ def _newest(path: Path, layout: Layout) -> Path:
         return opened.path.absolute()
 
 
-def _travel(server: ServerSection | None) -> ServerSection:
-    """Return how gradients and parameters travel."""
+def _travel(server: ServerSection | None, dtype: np.dtype[Any]) -> ServerSection:
+    """Return how gradients and parameters of a `dtype` travel."""
     section = ServerSection() if server is None else server
     if not isinstance(section, ServerSection):
         raise UserError(f"ParameterServer: server is a {type(server).__name__}: expected dbmpi.config.ServerSection")
     for name, only in (("gradients", "whole"), ("overlap", "none"), ("mirror", 0), ("max_staleness", 0)):
         if getattr(section, name) != only:
             raise UserError(f"ParameterServer: server.{name} = {getattr(section, name)!r}: expected {only!r}")
+    if section.wire == "bfloat16" and dtype != np.float32:
+        raise UserError(f"ParameterServer: server.wire = 'bfloat16' rounds float32, and the arrays are {dtype}")
     if section.fetch == "shared" and section.consistent:
         raise UserError("ParameterServer: server.consistent = True needs copies: expected server.fetch = 'copied'")
     return section

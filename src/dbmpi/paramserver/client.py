@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from dbmpi.index.layout import Stretch, divide, pieces
+from dbmpi.index.layout import Stretch
 from dbmpi.mpi import waiting
 from dbmpi.objective import Outcome
+from dbmpi.paramserver.copies import PUSHES, ShardCopies
+from dbmpi.paramserver.holdings import Holdings
 from dbmpi.paramserver.protocol import LAST, LEAD, MORE, REPORT, WITHHELD, Header, RoundTurn, ShardMap
+from dbmpi.paramserver.wire import ErrorFeedback
 
 _READ_AT_ONCE = 1 << 24
 """Elements of a chunk that is read in place: it costs no memory, but other clients wait while it is applied."""
-_FETCHES, _PUSHES = 0, 1
 _NO_DATA = np.empty(0, np.uint8)
 Mark = tuple[int, ...]
 """A point in the sequence of pushes: for each shard, how many chunks had been put in line for it."""
 
 
-class Client:
+class Client(ShardCopies):
     """The connection of one worker with all shards.
 
     A gradient is pushed in parts, from the last to the first; by default it has one part, which is all of it.
@@ -84,45 +85,22 @@ class Client:
         kept: np.ndarray | None = None,
         serve: Callable[[], bool] | None = None,
     ) -> None:
+        super().__init__(shards, number, Holdings(shards.ranges, stretches, parts, fetched), parameters)
         ranks, memories, window = shards.ranks, shards.memories, shards.window
-        self._shards = shards
-        self._window, self._memories, self._ranks = window, memories, ranks
-        self._number = number
+        self.parts = self._held.parts
         self.gradients = tuple(gradients)
-        self.parameters, self.kept = parameters, kept
+        self.kept = kept
         self.rounded: np.ndarray | None = None
         self.serve = serve
         self.samples = 0
-        self.pushed_bytes = self.fetched_bytes = self.pushed_chunks = self.fetched_pieces = 0
-        if stretches is None:
-            stretches = [Stretch(0, 0, shards.ranges[-1].stop, pushed=True)]
-        self._pieces = pieces(stretches, shards.ranges)
-        whole = range(sum(stretch.length for stretch in stretches))
-        if parts is None or tuple(parts) == (whole,):
-            self.parts: tuple[range, ...] = (whole,)
-            self._divided = [self._pieces]
-        else:
-            self.parts = tuple(parts)
-            self._divided = [pieces(part, shards.ranges) for part in divide(stretches, parts)]
-        self._fetched = [self._pieces]
-        if fetched is not None:
-            apart = [
-                [part._replace(local=part.local - own.start) for part in found]
-                for own, found in zip(fetched, divide(stretches, fetched), strict=True)
-            ]
-            self._fetched = [pieces(part, shards.ranges) for part in apart]
-        # For each shard a push ends with the first part that it takes something of.
-        self._final = [self._first_pushed(shard) for shard in range(len(ranks))]
-        # Every client begins with another shard, so that they do not all crowd at the first one.
-        holders = [shard for shard in range(len(ranks)) if self._pieces[shard]]
-        turn = number % max(len(holders), 1)
-        self._order = holders[turn:] + holders[:turn]
-        self.far = any(not memories[shard].reads(number) for shard in holders)
-        distant = [shard for shard in holders if window.near(ranks[shard]) is None]
-        self._unheard = distant if window.transport == "rma" else []
+        self.pushed_bytes = self.pushed_chunks = 0
+        self._wire: ErrorFeedback | None = None
+        if shards.rounded:
+            self._wire = ErrorFeedback(self._held.size, max(memory.chunk for memory in memories))
+        self.far = any(not memories[shard].reads(number) for shard in self._order)
         self._sending = threading.Lock()
         # Made when they are used: even an empty one takes half a KiB, and few clients push to all shards.
-        self._queues: dict[int, deque[tuple[Header, np.ndarray, np.ndarray]]] = {}
+        self._queues: dict[int, deque[tuple[Header, np.ndarray, np.ndarray, np.ndarray]]] = {}
         self._queued = [0] * len(ranks)
         self._posted = [0] * len(ranks)
         self._unfinished: set[int] = set()
@@ -133,7 +111,7 @@ class Client:
         self.versions = [0] * len(ranks)
         self._applied = window.local[memories[0].applied(0) :][: len(ranks) * 8].view(np.int64)
 
-    def fetch(self, *parameters: np.ndarray, for_gradient: bool = True) -> None:
+    def fetch(self, *parameters: np.ndarray, for_gradient: bool = True, exact: bool = False) -> None:
         """Copy the shards' parameters into the flat vector, after all own pushes have been applied.
 
         A shard may apply another client's push meanwhile: parts of the vector may be of different versions, as in the
@@ -145,9 +123,11 @@ class Client:
             This client's own vector, to be filled, or one for each range that is fetched into an array of its own.
         for_gradient
             Whether the next gradient is computed from them; the staleness of later pushes is counted from here.
+        exact
+            Whether they must not be rounded on their way from other hosts; they never are unless for a gradient.
         """
         self.wait()
-        versions = self.copy(*parameters, serve=self.serve)
+        versions = self.copy(*parameters, serve=self.serve, exact=exact or not for_gradient)
         if for_gradient:
             self.versions = versions
             if self.kept is not None and self.parameters is not None:
@@ -169,17 +149,20 @@ class Client:
             For :meth:`wait`, until the part has been applied.
         """
         for shard in self._order:
-            memory, found = self._memories[shard], [piece for piece in self._divided[part][shard] if piece.pushed]
+            memory, found = self._memories[shard], [piece for piece in self._held.divided[part][shard] if piece.pushed]
             size = _READ_AT_ONCE if memory.reads(self._number) else memory.chunk
             for piece in found:
                 for first in range(0, piece.length, size):
                     length = min(size, piece.length - first)
-                    ends = self._final[shard] == part and piece is found[-1] and first + length == piece.length
+                    ends = self._held.final[shard] == part and piece is found[-1] and first + length == piece.length
                     local = piece.local - self.parts[part].start + first
                     kind, version = LAST if ends else MORE, self.versions[shard]
                     header = self._header(piece.start + first, length, kind, version, self.samples)
                     kept = _NO_DATA if self.kept is None else self.kept[piece.local + first :][:length]
-                    self._enqueue(shard, header, gradient[local : local + length], kept)
+                    error = self._error(shard)[piece.local + first :][:length]
+                    self._enqueue(shard, header, gradient[local : local + length], kept, error)
+        if self._wire is not None:
+            self._wire.due = True
         return tuple(self._queued)
 
     def abandon(self) -> None:
@@ -229,6 +212,31 @@ class Client:
             )
             self._enqueue(LEAD, header, _NO_DATA)
         self.samples = 0
+        if self._wire is not None:
+            self._wire.due = True
+
+    def push_kept(self) -> None:
+        """Push what roundings have left, and wait until it is applied: a part of earlier pushes, and none of its own.
+
+        All partitions of a replica must do so after the same pushes, which stay as many on all shards.
+        """
+        if self._wire is None or not self._wire.due:
+            return
+        self.wait()
+        for shard in self.pushes_to:
+            size, error = self._memories[shard].chunk, self._error(shard)
+            ends = self._header(0, 0, WITHHELD, self.versions[shard])._replace(kept=1)
+            for piece in self._held.whole[shard] if error.size else ():
+                for first in range(0, piece.length if piece.pushed else 0, size):
+                    length = min(size, piece.length - first)
+                    header = ends._replace(start=piece.start + first, length=length, kind=MORE)
+                    self._enqueue(shard, header, error[piece.local + first :][:length])
+            self._enqueue(shard, ends, _NO_DATA)
+        if self._number % self._memories[0].partitions == 0:
+            self._enqueue(LEAD, Header(0, 0, REPORT, 0), _NO_DATA)
+        self.drain(self.serve)
+        self.wait()
+        self._wire.clear()
 
     def wait(self, mark: Mark | None = None) -> None:
         """Wait until everything before a mark has been applied; by default everything."""
@@ -258,101 +266,18 @@ class Client:
 
     def drain(self, serve: Callable[[], bool] | None = None) -> None:
         """Send everything that is in line, and `serve` meanwhile; only the worker's own thread may do that."""
-        with self._announced(_PUSHES):
+        with self._announced(PUSHES):
             waiting.until(self.progress, lambda: f"{self._late()} to take in a gradient", serve=serve)
-
-    def copy(self, *parameters: np.ndarray, serve: Callable[[], bool] | None = None) -> list[int]:
-        """Copy the parameters whether own pushes have been applied or not; return the shards' versions before that.
-
-        Parameters
-        ----------
-        *parameters
-            As for :meth:`fetch`.
-        serve
-            Called meanwhile; only the worker's own thread may do that.
-        """
-        versions = [0] * len(self._ranks)
-        with self._announced(_FETCHES):
-            for shard in self._order:
-                if self._shards.consistent:
-                    versions[shard] = self._copy_consistently(shard, parameters, serve)
-                else:
-                    versions[shard] = self._version(shard)
-                    self._begin_copy(shard, parameters)
-            self._window.complete_gets()
-        return versions
 
     @property
     def pushes_to(self) -> list[int]:
         """Shards that take something of this client's gradient."""
-        return [shard for shard, found in enumerate(self._pieces) if any(piece.pushed for piece in found)]
+        return self._held.pushes_to
 
     @property
     def moved(self) -> tuple[int, int, int, int]:
         """Bytes pushed and fetched so far, and the numbers of transfers."""
         return self.pushed_bytes, self.fetched_bytes, self.pushed_chunks, self.fetched_pieces
-
-    def _first_pushed(self, shard: int) -> int:
-        """Return the first part that a shard takes something of."""
-        takes = (part for part in range(len(self.parts)) if any(piece.pushed for piece in self._divided[part][shard]))
-        return next(takes, 0)
-
-    def _version(self, shard: int) -> int:
-        memory = self._memories[shard]
-        return self._window.load(self._ranks[shard], memory.version(self._number % memory.partitions))
-
-    def _begin_copy(self, shard: int, parameters: tuple[np.ndarray, ...]) -> None:
-        """Begin to copy a shard's parameters, unless the vector is the shard's own memory."""
-        memory, rank = self._memories[shard], self._ranks[shard]
-        for vector, held in zip(parameters, self._fetched, strict=True):
-            for piece in held[shard] if vector is not self.parameters else ():
-                part = vector[piece.local : piece.local + piece.length]
-                if self.parameters is not None:
-                    np.copyto(part, self.parameters[piece.local : piece.local + piece.length])
-                else:
-                    self._window.begin_get(rank, memory.parameters + piece.start * memory.itemsize, part)
-                self.fetched_bytes += part.nbytes
-                self.fetched_pieces += 1
-
-    def _copy_consistently(
-        self, shard: int, parameters: tuple[np.ndarray, ...], serve: Callable[[], bool] | None
-    ) -> int:
-        """Copy a shard's parameters until no push was begun or ended meanwhile; return its version.
-
-        After the first failure the shard is asked not to start another push, so that the next copy succeeds.
-        """
-        memory, rank = self._memories[shard], self._ranks[shard]
-        asked, version = False, 0
-
-        def copied() -> bool:
-            nonlocal asked, version
-            before = self._window.load(rank, memory.sequence)
-            if before % 2 == 0:
-                version = self._version(shard)
-                self._begin_copy(shard, parameters)
-                self._window.complete_gets()
-                if self._window.load(rank, memory.sequence) == before:
-                    return True
-            if not asked:
-                asked = True
-                self._window.store(rank, memory.wanted(self._number), 1)
-            return False
-
-        waiting.until(copied, f"shard {shard} on rank {rank} to be between two pushes", serve=serve)
-        if asked:
-            self._window.store(rank, memory.wanted(self._number), 0)
-        return version
-
-    @contextmanager
-    def _announced(self, activity: int) -> Iterator[None]:
-        """Tell shards on other hosts that data are on the way, so that they do not sleep: MPI is faster then."""
-        self._announce(activity, 1)
-        yield
-        self._announce(activity, 0)
-
-    def _announce(self, activity: int, value: int) -> None:
-        for shard in self._unheard:
-            self._window.store(self._ranks[shard], self._memories[shard].active(self._number, activity), value)
 
     def _late(self) -> str:
         """Name the shards that have not applied all yet."""
@@ -363,14 +288,27 @@ class Client:
         """Return the header of a chunk of this turn's push."""
         return Header(start, length, kind, version, samples, **self.turn._asdict())
 
-    def _enqueue(self, shard: int, header: Header, data: np.ndarray, kept: np.ndarray = _NO_DATA) -> None:
+    def _error(self, shard: int) -> np.ndarray:
+        """Return what is kept of roundings where a shard gets rounded gradients; otherwise nothing."""
+        if self._wire is None or self._window.near(self._ranks[shard]) is not None:
+            return _NO_DATA
+        return self._wire.kept
+
+    def _enqueue(
+        self,
+        shard: int,
+        header: Header,
+        data: np.ndarray,
+        kept: np.ndarray = _NO_DATA,
+        error: np.ndarray = _NO_DATA,
+    ) -> None:
         if header.kind != REPORT:
             self._begun.add(shard)
         if header.kind == MORE:
             self._unfinished.add(shard)
         elif header.kind == LAST:
             self._unfinished.discard(shard)
-        self._queues.setdefault(shard, deque()).append((header, data, kept))
+        self._queues.setdefault(shard, deque()).append((header, data, kept, error))
         self._queued[shard] += 1
 
     def _send_next(self, shard: int) -> bool:
@@ -378,7 +316,9 @@ class Client:
         rank, memory, count = self._ranks[shard], self._memories[shard], self._posted[shard]
         if count - int(self._applied[shard]) >= memory.slots(self._number):
             return False
-        header, *vectors = self._queues[shard][0]
+        header, *vectors, error = self._queues[shard][0]
+        if error.size and self._wire is not None:
+            vectors = self._wire.rounded(vectors, error)
         for number, vector in enumerate(vectors):
             if vector.size and memory.reads(self._number):
                 offset = self._offset(vector)

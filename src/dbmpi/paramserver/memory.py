@@ -45,7 +45,7 @@ class Memory:
     vectors: int = 1
     """Vectors of which a slot of the inbox holds a piece: gradients, and with 2 also what they were computed at."""
     rounded: bool = False
-    """Whether the shard keeps its parameters in bfloat16, too, for workers that compute on its memory."""
+    """Whether the shard keeps its parameters in bfloat16, too: workers compute on its memory, or fetch them so."""
 
     def applied(self, shard: int) -> int:
         """Word in a client's window: the number of its chunks that the shard has applied."""

@@ -24,7 +24,7 @@ MORE, LAST, REPORT, WITHHELD = 0, 1, 2, 3
 in place of a whole push that the client withholds."""
 HEADER_WORDS = 16
 """64-bit words of a header, two cache lines."""
-_LAYOUT = struct.Struct(f"=6qd7q{8 * (HEADER_WORDS - 14)}x")
+_LAYOUT = struct.Struct(f"=6qd8q{8 * (HEADER_WORDS - 15)}x")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +43,8 @@ class ShardMap:
     """Whether a push is applied as a whole, and a fetch from a shard never sees one half applied."""
     discard_above: int = 0
     """Staleness above which a shard drops a push; 0 for none."""
+    rounded: bool = False
+    """Whether gradients, and the parameters that they are computed at, travel between hosts as bfloat16."""
 
 
 class RoundTurn(NamedTuple):
@@ -85,6 +87,8 @@ class Header(NamedTuple):
     """This and the next two: those of the :class:`RoundTurn`."""
     needed: int = 0
     after: int = -1
+    kept: int = 0
+    """Whether this is what roundings of the client's earlier pushes have left: float32, and never too stale."""
 
     def pack(self) -> np.ndarray:
         """Return the words, int64."""

@@ -14,11 +14,13 @@ from collections.abc import Callable
 import numpy as np
 
 from dbmpi.kernels import bfloat16
+from dbmpi.kernels.bfloat16 import BFLOAT16
 from dbmpi.paramserver.compensation import DelayCompensated
 from dbmpi.paramserver.protocol import HEADER_WORDS, LAST, MORE, REPORT, WITHHELD, Header, ShardMap
 from dbmpi.paramserver.rules import Rule, State
 from dbmpi.paramserver.schedule import Moment
 from dbmpi.paramserver.tally import PushProgress, Tally
+from dbmpi.paramserver.wire import WideChunks
 
 _BLOCK = 1 << 17
 """Elements that are updated, and then rounded, at a time: they are still in a cache."""
@@ -53,7 +55,7 @@ class Server:
     state
         The rule's named arrays, each as long as `parameters`.
     rounded
-        Where to keep `parameters` in bfloat16, too, if anywhere: workers compute on this memory.
+        Where to keep `parameters` in bfloat16, too, if anywhere: workers compute on this memory, or fetch it.
     begun
         The version at which the state was begun: the rule counts its updates from there.
     most
@@ -82,6 +84,7 @@ class Server:
         self.parameters = parameters
         self.state: State = {}
         self.rounded: np.ndarray | None = None
+        self._wide = WideChunks(shards, number)
         self.begun = 0
         self.most: int | None = None
         self.before_change: Callable[[int, int], None] | None = None
@@ -337,6 +340,8 @@ class Server:
 
     def _discards(self, client: int, header: Header) -> bool:
         """Whether the next chunk of a client, with that `header`, or the push until there was too stale."""
+        if header.kept:
+            return False
         if self._discard_above:
             # No other push comes in between, unless this one is held and others are settled meanwhile.
             staleness = int(self._versions[client % self._memory.partitions]) - header.fetched
@@ -353,6 +358,8 @@ class Server:
             memory = near
         else:
             start = self._memory.data(client, count, vector)
+            if self._wide.are_rounded(self._clients[client], header):
+                return self._wide.widen(memory[start:].view(BFLOAT16)[: header.length], vector)
         dtype = self.parameters.dtype
         chunk: np.ndarray = memory[start : start + header.length * dtype.itemsize].view(dtype)
         return chunk
@@ -363,7 +370,8 @@ class Server:
         covered = slice(header.start, header.start + header.length)
         version = int(self._versions[partition])
         moment = Moment(version + 1 - self.begun, self._samples[partition], header.samples, version - header.fetched)
-        fetched = self._chunk(client, count, header, 1) if isinstance(self._rule, DelayCompensated) else None
+        compensates = isinstance(self._rule, DelayCompensated) and not header.kept
+        fetched = self._chunk(client, count, header, 1) if compensates else None
         self._change(covered, chunk, moment, fetched)
 
     def _change(self, covered: slice, gradient: np.ndarray, moment: Moment, fetched: np.ndarray | None = None) -> None:
@@ -381,7 +389,8 @@ class Server:
             else:
                 self._rule.apply(self.parameters[block], gradient[part], state, moment)
             if self.rounded is not None:
-                bfloat16.rounded(self.parameters[block], self.rounded[block])
+                bfloat16.rounded(self.parameters[block], self.rounded[block], far=True)
+                self._window.sync()  # a client of another host that sends the next chunk may wait for an answer
         ended = time.perf_counter()
         self.tally.apply_seconds += ended - began
         self.tally.applied_bytes += gradient.nbytes

@@ -108,6 +108,7 @@ class Store(Collective):
         if chunk is None:
             inbox = section.inbox_mib * 2**20 / self._vectors
             chunk = chunk_elements(inbox, section.chunk_kib * 2**10, plan.workers, dtype.itemsize)
+        self._wire = section.wire == "bfloat16" and _apart(plan, hosts if shared else np.arange(comm.size))
         none: list[tuple[int, ...]] = [()] * plan.shards
         near = _neighbours(plan, hosts) if shared and section.push == "shared" else none
         for in_place in (near, none):
@@ -117,6 +118,9 @@ class Store(Collective):
                 break
         if shared and lacks > 0:
             self._refuse_or_note(lacks)
+        if shared and lacks > 0 and section.wire == "bfloat16":  # the ranks of a host, too, send each other copies
+            shared, self._wire = False, _apart(plan, np.arange(comm.size))
+            self._memories = [self._memory(shard, chunk, ()) for shard in range(plan.shards)]
         shared = shared and lacks <= 0
         if shared and in_place is none and any(near):
             less = ' (server.gradients = "layers" needs less)' if section.gradients == "whole" else ""
@@ -131,6 +135,7 @@ class Store(Collective):
             ranges=self.ranges,
             consistent=section.consistent,
             discard_above=section.max_staleness if section.on_stale == "discard" else 0,
+            rounded=self._wire,
         )
         self._whole = self._common_parameters() if self._common else None
         self._rounded = self._common_rounded() if self._rounds else None
@@ -155,6 +160,9 @@ class Store(Collective):
         server = kind(self.shards, self._shard, self._plan.worker_ranks, rule, parameters)
         if self._rounded is not None:
             server.rounded = self._rounded[held.start : held.stop]
+        elif self._wire:
+            start = self._memories[self._shard].rounded_parameters
+            server.rounded = self.window.local[start : start + len(held) * BFLOAT16.itemsize].view(BFLOAT16)
         return server
 
     def client(
@@ -214,7 +222,7 @@ class Store(Collective):
         if self._common:
             elements = self.ranges[-1].stop if shard == 0 else 0
         plan, size, vectors = self._plan, self._dtype.itemsize, self._vectors
-        rounded = self._rounds
+        rounded = self._rounds or self._wire
         return Memory(plan.shards, plan.workers, elements, size, chunk, plan.partitions, in_place, vectors, rounded)
 
     def _words(self) -> int:
@@ -265,6 +273,12 @@ def _neighbours(plan: Plan, hosts: np.ndarray) -> list[tuple[int, ...]]:
         on_host.get(int(hosts[rank]), []).append(client)
     shared = {host: tuple(clients) for host, clients in on_host.items()}
     return [shared[int(hosts[holder])] for holder in plan.shard_ranks]
+
+
+def _apart(plan: Plan, hosts: np.ndarray) -> bool:
+    """Return whether some replica and some shard share no memory; `hosts` says which ranks do."""
+    learning = {int(hosts[rank]) for rank in plan.worker_ranks[: plan.replicas * plan.partitions]}
+    return len(learning | {int(hosts[rank]) for rank in plan.shard_ranks}) > 1
 
 
 def check_common(plan: Plan, hosts: np.ndarray, align: Literal["equal", "partition"]) -> None:

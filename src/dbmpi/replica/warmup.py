@@ -58,44 +58,41 @@ def use_layers(network: Network, samples: int, *, backward: bool = True) -> None
             layer.backward(task)
 
 
-def agree_on_products(comm: MPI.Intracomm, layers: Sequence[Layer], samples: int) -> str | None:
-    """Let all ranks use the provider that the first one has chosen (collective).
-
-    Where one of them does not have it, all use the one that is always available.
+def agree_on_products(comm: MPI.Intracomm, layers: Sequence[Layer], samples: int) -> tuple[str, ...]:
+    """Let all ranks use the providers that the first one has chosen (collective).
 
     Parameters
     ----------
     comm
         The ranks.
     layers
-        Of the network; without a large product there is no choice.
+        Of the network; the largest product is timed, and without a large one there is no choice.
     samples
         Samples of a batch.
 
     Returns
     -------
-    str or None
-        The provider; None where there is no choice, which saves the measurement.
+    tuple[str, ...]
+        The provider of each kind of product; empty where there is no choice, which saves the measurement.
 
     Raises
     ------
     UserError
         On every rank, if the environment of the first one names a provider that is not there.
     """
-    from mpi4py import MPI
-
-    if not any(_products(layer, samples) >= matmul.LARGE for layer in layers):
-        return None
-    usable = np.array([name in matmul.available() for name in matmul.PROVIDERS], np.int64)
-    usable = waiting.allreduce(comm, usable, MPI.MIN, "the providers of matrix products of the other ranks")
-    chosen = np.zeros(1, np.int64)
-    with together(comm, "choosing the provider of matrix products", seconds=_PROBE_SECONDS):
+    sizes = [_products(layer, samples) for layer in layers]  # none, for an objective of the user's own
+    largest = max(sizes, default=0)
+    if largest < matmul.LARGE:
+        return ()
+    units = layers[sizes.index(largest)].output_shape[0]
+    chosen = np.zeros(len(matmul.KINDS), np.int64)
+    with together(comm, "choosing the providers of matrix products", seconds=_PROBE_SECONDS):
         if comm.rank == 0:
-            chosen[0] = matmul.PROVIDERS.index(matmul.provider())
-    waiting.broadcast(comm, chosen, 0, "the provider of matrix products")
-    name = matmul.PROVIDERS[int(chosen[0]) if usable[chosen[0]] else 0]
-    matmul.use(name)
-    return name
+            names = matmul.providers((units, largest // (units * samples), samples))
+            chosen[:] = [matmul.PROVIDERS.index(name) for name in names]
+    waiting.broadcast(comm, chosen, 0, "the providers of matrix products")
+    matmul.use([matmul.PROVIDERS[number] for number in chosen])
+    return matmul.providers()
 
 
 def _products(layer: Layer, samples: int) -> int:

@@ -6,15 +6,15 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dbmpi.errors import UserError
 from dbmpi.index.boxes import Box
-from dbmpi.kernels.compile import THREADS, kernel
-from dbmpi.kernels.llvm.tiles import CHAINS, multiply_add_chains
-from dbmpi.kernels.llvm.writer import lanes
+from dbmpi.kernels import bfloat16
+from dbmpi.kernels.compile import THREADS
+from dbmpi.kernels.peaks import multiply_add_peak
 from dbmpi.mpi import waiting
 from dbmpi.objective import Batch
 from dbmpi.replica.plan import plan_exchanges
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from dbmpi.replica.replica import Replica
 
 PHASES = ("forward", "backward", "exchange")
-_ROUNDS = 2_000_000
 _BLOCK = 1 << 20
 _HOST_BYTES = 64
 
@@ -98,7 +97,9 @@ def profile(
         If the memory is not enough for parameters and gradient.
     """
     with Replica(network, placement, comm) as replica:
-        mine = np.append(_median_times(network, replica, samples, steps, comm), THREADS * multiply_add_peak())
+        halves = network.precision == "bfloat16" and bfloat16.engine() != "float32"
+        peak = bfloat16.peak() if halves else multiply_add_peak()
+        mine = np.append(_median_times(network, replica, samples, steps, comm), THREADS * peak)
     everybodys = _gather(comm, mine)
     times = everybodys[:, :-2].reshape(-1, len(PHASES), len(network.layers))
     plans = plan_exchanges(network.layers, placement)
@@ -161,23 +162,6 @@ def _median_times(
             taken.append(np.append(of_layers.ravel(), seconds))
     medians: np.ndarray = np.median(taken, axis=0)
     return medians
-
-
-def multiply_add_peak() -> float:
-    """Measure the float32 multiply-add peak of one core, in operations a second.
-
-    By the processor's time, as it is a property of the core and not of what else the core is doing.
-    """
-    zero = np.float32(0)
-    _multiply_add(zero, 10)
-    began = time.process_time()
-    _multiply_add(zero, _ROUNDS)
-    return 2 * CHAINS * lanes(4) * _ROUNDS / max(time.process_time() - began, 1e-9)
-
-
-@kernel
-def _multiply_add(start: Any, rounds: int) -> float:
-    return multiply_add_chains(start, rounds)  # type: ignore[no-any-return]
 
 
 def table(found: Profile) -> list[str]:

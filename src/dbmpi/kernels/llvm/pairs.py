@@ -13,7 +13,7 @@ from typing import Any
 
 from llvmlite import ir  # type: ignore[import-untyped]
 
-from dbmpi.kernels.llvm.writer import Call, Writer, instructions
+from dbmpi.kernels.llvm.writer import FEATURES, Call, Writer, instructions
 
 UNIT = 16
 """Rows, columns or pairs of a unit."""
@@ -39,7 +39,7 @@ def configure_tiles(call: Call) -> None:
 
 @instructions("")
 def release_tiles(call: Call) -> None:
-    """Give the tiles of this thread back: the system need not keep them when it runs something else."""
+    """Give the tiles of the thread of a `call` back: the system need not keep them when it runs something else."""
     _Pairs(call.builder).call("tilerelease")
 
 
@@ -97,6 +97,23 @@ def multiply_pairs(call: Call) -> None:
     left, right, out = (call.pointer(name, f"{name}_start") for name in ("left", "right", "out"))
     write = pairs.by_tiles if call.constant("tiles") else pairs.by_vectors
     write(left, right, call["depth"], out, call["out_stride"], call["add"])
+
+
+@instructions("values start count out")
+def stream_rounded(call: Call) -> None:
+    """Round float32 numbers to bfloat16 past the caches, for what will not be read soon.
+
+    Memory need not deliver the lines then that are overwritten.  What is written afterwards is seen afterwards.
+
+    Arguments of the call
+    ---------------------
+    values : 1-D float32 array
+    start, count : int
+        The numbers that are rounded; `count` is a multiple of 32.
+    out : 1-D uint16 array
+        Takes them from `start` on, which is aligned to a cache line.
+    """
+    _Pairs(call.builder).stream_rounded(call.pointer("values", "start"), call["count"], call.pointer("out", "start"))
 
 
 CHAINS = 16
@@ -180,6 +197,36 @@ class _Pairs(Writer):
         pairs = ir.VectorType(_BrainFloat(), SIDE)
         function = self.declared("llvm.x86.avx512bf16.dpbf16ps.512", self.vector, [self.vector, pairs, pairs])
         return self.builder.call(function, [total, *(self.builder.bitcast(factor, pairs) for factor in (one, other))])
+
+    def stream_rounded(self, values: Any, count: Any, out: Any) -> None:
+        """Write `stream_rounded`."""
+        builder, whole = self.builder, ir.VectorType(self.short, SIDE)
+        past_caches = builder.module.add_metadata([self.short(1)])
+
+        def constant(value: int) -> Any:
+            return ir.Constant(whole, [value] * SIDE)
+
+        def steps(i: Any, _: list[Any]) -> list[Any]:
+            kind = ir.VectorType(self.element, SIDE)
+            value = builder.load(builder.bitcast(self.at(values, i), kind.as_pointer()))
+            value.align = 4
+            bits = builder.bitcast(value, whole)
+            to_even = builder.and_(builder.lshr(bits, constant(16)), constant(1))
+            nearest = builder.add(builder.add(bits, constant(0x7FFF)), to_even)
+            nearest = builder.select(
+                builder.fcmp_unordered("uno", value, value), builder.or_(bits, constant(0x400000)), nearest
+            )
+            upper = builder.trunc(builder.lshr(nearest, constant(16)), ir.VectorType(ir.IntType(16), SIDE))
+            stored = builder.store(upper, builder.bitcast(self.at(out, i), upper.type.as_pointer()))
+            stored.align = 2 * SIDE
+            stored.set_metadata("nontemporal", past_caches)
+            return []
+
+        self.loop(SIDE, self.index(0), count, [], steps)
+        if "+sse2" in FEATURES:
+            builder.call(self.declared("llvm.x86.sse.sfence", ir.VoidType(), []), [])
+        else:
+            builder.fence("seq_cst")
 
     def pack_along(self, source: Any, stride: Any, target: Any) -> None:
         """Write `pack_along`."""

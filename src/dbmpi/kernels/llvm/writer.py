@@ -18,14 +18,24 @@ from functools import update_wrapper
 from inspect import Parameter, Signature
 from typing import Any
 
+import numba
 from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
 from numba.core import cgutils
 from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
 
-FEATURES = frozenset(str(get_host_cpu_features()).split(","))  # type: ignore[no-untyped-call]
-"""The features of this processor that the compiler uses, each after a +; it honours NUMBA_CPU_FEATURES, too."""
+
+def _features() -> frozenset[str]:
+    """Return the features of this processor that the compiler may use: those of NUMBA_CPU_FEATURES, if it is set."""
+    allowed = numba.config.CPU_FEATURES  # type: ignore[attr-defined]
+    if allowed is None:
+        allowed = get_host_cpu_features()  # type: ignore[no-untyped-call]
+    return frozenset(allowed.split(","))
+
+
+FEATURES = _features()
+"""The features of the processor, each after a +."""
 
 
 def _vector_bytes() -> tuple[int, int]:
@@ -274,6 +284,10 @@ class Writer:
         """Return `pointer` in a way that hides from the compiler how it was computed."""
         kind = ir.FunctionType(pointer.type, [pointer.type])
         return self.builder.asm(kind, "", "=r,0", [pointer], side_effect=False)
+
+    def barrier(self) -> None:
+        """Keep the compiler from moving loads across this point; it is no instruction."""
+        self.builder.asm(ir.FunctionType(ir.VoidType(), []), "", "", [], side_effect=True)
 
     def spread(self, value: Any, kind: Any = None) -> Any:
         """Return a vector of one value; of the type `kind` where its elements are no floats."""
