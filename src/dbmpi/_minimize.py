@@ -56,7 +56,7 @@ SMALL = 1 << 13
 """Elements of all ranks' gradients together up to which every rank holds vectors whole, and hears of all gradients.
 
 On one rank, L-BFGS takes 0.22 instead of 0.60 ms an iteration with 123 parameters, 0.30 and 0.64 with 1000, 0.83 and
-0.93 with 8000, but 1.32 and 1.18 with 16,000 (processor time, Emerald Rapids).
+0.93 with 8000, but 1.32 and 1.18 with 16,000 (processor time, Intel Xeon).
 """
 _UNKEPT = 2
 """References to an array that nobody has kept: our own, and that of the call that counts them."""
