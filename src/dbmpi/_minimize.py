@@ -33,6 +33,7 @@ from dbmpi.methods.lbfgs import History
 from dbmpi.methods.local_space import LocalSpace
 from dbmpi.methods.select import Choice, minimise
 from dbmpi.methods.warmup import use_kernels
+from dbmpi.methods.whole_space import WholeSpace
 from dbmpi.mpi import blocking, pieces, waiting
 from dbmpi.mpi.silent_ends import aloud
 from dbmpi.mpi.world import end_all_on_failure, everybody, together
@@ -51,6 +52,12 @@ MESSAGES = {
     "callback": "the callback asked for the end",
     "signal": "a signal asked for the end",
 }
+SMALL = 1 << 13
+"""Elements of all ranks' gradients together up to which every rank holds vectors whole, and hears of all gradients.
+
+On one rank, L-BFGS takes 0.22 instead of 0.60 ms an iteration with 123 parameters, 0.30 and 0.64 with 1000, 0.83 and
+0.93 with 8000, but 1.32 and 1.18 with 16,000 (processor time, Intel Xeon).
+"""
 _UNKEPT = 2
 """References to an array that nobody has kept: our own, and that of the call that counts them."""
 _EVERY = 2.0
@@ -105,8 +112,8 @@ def minimize(
 ) -> Minimum:
     """Minimise the sum of all ranks' objectives (collective).
 
-    Vectors and the history of L-BFGS are divided among the ranks.  SIGTERM and Ctrl-C end the call after the current
-    iteration, with the point reached so far.
+    Vectors and the history of L-BFGS are divided among the ranks, unless there are few parameters.  SIGTERM and Ctrl-C
+    end the call after the current iteration, with the point reached so far.
 
     Parameters
     ----------
@@ -227,13 +234,16 @@ class _Problem:
         progress: bool,
     ) -> None:
         self._comm, self._objective, self._callback, self._stop = comm, objective, callback, stop
-        self._whole = parameters == "whole" and comm.size > 1
+        whole = parameters == "whole"
+        self._small = whole and begin.size * comm.size <= SMALL
+        self._cut = whole and comm.size > 1 and not self._small
+        """Whether the vectors lie cut, although the objective sees them whole."""
         self._shown_x = np.empty(0, begin.dtype)
         """Owns the memory of what was handed out last."""
         self._size = begin.size
         self.unit = 1.0
         """Factor of the loss and its gradient as the method sees them."""
-        if self._whole:
+        if self._cut:
             ranges = cut(begin.size, comm.size)
             self._counts = [len(held) for held in ranges]
             mine = ranges[comm.rank]
@@ -242,7 +252,11 @@ class _Problem:
             part = begin.reshape(-1)
         self._shape, self._dtype = begin.shape, begin.dtype
         self.evaluations, self.signalled = 0, False
-        self.space = LocalSpace(part.size, begin.dtype, partial(_added, comm), comm.rank, comm.size)
+        self.space = (
+            WholeSpace(part.size, begin.dtype)
+            if self._small
+            else LocalSpace(part.size, begin.dtype, partial(_added, comm), comm.rank, comm.size)
+        )
         prepare(self.space, POINT)
         self.space.writable(POINT)[:] = part
         self._said = np.zeros((comm.size, 3))
@@ -264,7 +278,7 @@ class _Problem:
         part = self.space.array(name)
         if sys.getrefcount(self._shown_x) > _UNKEPT or self._shown_x.size != self._size:
             self._shown_x = np.empty(self._size, self._dtype)
-        if self._whole:
+        if self._cut:
             request = pieces.iallgatherv(self._comm, part, self._shown_x, self._counts)
             waiting.complete(request, "the other ranks' parameters")
         else:
@@ -278,14 +292,21 @@ class _Problem:
         x = self.point(point)
         self.evaluations += 1
         its_gradient = np.empty(0)
-        with self._shared("objective") as mine:
+        with self._shared("objective", self._size if self._small else 0) as mine:
             mine[1], its_gradient = returned(self._objective(x), self._shape, self._dtype)
+            if self._small:
+                mine[3:] = its_gradient.reshape(-1)
         del x  # which is not ours to keep
         losses, self.signalled = self._said[:, 1], bool(self._said[:, 2].any())
         own = self.space.writable(gradient)
         if self.unit != 1:
             losses, its_gradient = self.unit * losses, self.unit * its_gradient
-        if not self._whole:
+        if self._small:
+            rows = self.unit * self._said[:, 3:]
+            for row in rows[1:]:
+                rows[0] += row
+            own[:] = rows[0]
+        elif not self._cut:
             own[:] = its_gradient.reshape(-1)
         else:
             sent = np.ascontiguousarray(its_gradient, self._dtype).reshape(-1)
@@ -326,20 +347,20 @@ class _Problem:
             print(f"minimize: {line}", file=sys.stderr, flush=True)
 
     @contextmanager
-    def _shared(self, what: str) -> Iterator[np.ndarray]:
-        """Let all ranks hear two numbers that this one says in the block, or that it fails there.
+    def _shared(self, what: str, more: int = 0) -> Iterator[np.ndarray]:
+        """Let all ranks hear a number, and `more`, that this one says in the block, or that it fails there.
 
-        What they all have said is then in `said`, a row for each rank: failed, number, number, signalled.
+        What they all have said is then in `_said`, a row for each rank: failed, number, signalled, and `more` numbers.
         """
-        said, failure = np.zeros((self._comm.size, 3)), None
-        mine = said[self._comm.rank]
+        mine, failure = np.zeros(3 + more), None
         try:
             yield mine
         except BaseException as error:  # whatever it is, the other ranks wait for this one
             failure = error
             mine[0] = 1
         mine[2] = self._stop.number != 0
-        self._said = waiting.allreduce(self._comm, said, MPI.SUM, f"the {what} of the other ranks")
+        self._said = np.empty((self._comm.size, mine.size))
+        waiting.complete(self._comm.Iallgather(mine, self._said), f"the {what} of the other ranks")
         failed = np.flatnonzero(self._said[:, 0])
         if not failed.size:
             return

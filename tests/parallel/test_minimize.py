@@ -11,6 +11,7 @@ import pytest
 from mpi4py import MPI
 from scipy import optimize
 
+from dbmpi import _minimize
 from dbmpi._minimize import minimize
 from dbmpi.errors import RunFailed, UserError
 from dbmpi.index.layout import cut
@@ -47,7 +48,15 @@ def same_everywhere(comm, values):
     return len({row.tobytes() for row in everything}) == 1
 
 
+@pytest.fixture(params=["whole", "cut"])
+def vectors(request, monkeypatch):
+    """Let few parameters lie whole on every rank, as they do, or cut as many parameters are."""
+    if request.param == "cut":
+        monkeypatch.setattr(_minimize, "SMALL", 0)
+
+
 @pytest.mark.parallel([1, 2, 3, 6])
+@pytest.mark.usefixtures("vectors")
 def test_samples_of_several_ranks_beside_scipy(comm):
     start, told = np.zeros(SHAPE), []
     watch = lambda progress, x: told.append((progress.iteration, x.copy()))  # noqa: E731
@@ -70,6 +79,7 @@ def test_samples_of_several_ranks_beside_scipy(comm):
     assert not start.any()  # a start is not written to
 
 
+@pytest.mark.usefixtures("vectors")
 @pytest.mark.parallel([1, 2, 3])
 @pytest.mark.parametrize("settings", [{"method": "conjugate_gradients"}, {"l1": 3.0}, {"method": gradient_descent}])
 def test_other_methods(comm, settings):
@@ -83,6 +93,27 @@ def test_other_methods(comm, settings):
         assert not found.x.all()
     else:
         assert np.abs(gradient).max() <= 1.1e-3
+
+
+@pytest.mark.parallel([2, 3])
+def test_an_evaluation_of_few_parameters_costs_one_exchange(comm, monkeypatch):
+    waits = []
+    complete = waiting.complete
+
+    def counted(request, what, **settings):
+        waits.append(what)
+        return complete(request, what, **settings)
+
+    limits = {"gtol": 0, "ftol": 0}
+    minimize(mine(comm), np.zeros(SHAPE), comm, iterations=2, **limits)  # whatever is done once
+    monkeypatch.setattr(waiting, "complete", counted)
+    numbers = []
+    for iterations in (4, 9):
+        waits.clear()
+        found = minimize(mine(comm), np.zeros(SHAPE), comm, iterations=iterations, **limits)
+        numbers.append((len(waits), found.evaluations))
+    (few, fewer), (many, more) = numbers
+    assert many - few == more - fewer >= 5
 
 
 @pytest.mark.parallel([1, 2, 3])
@@ -104,7 +135,7 @@ def test_parameters_that_lie_cut_over_the_ranks(comm, dtype):
     found = minimize(objective, start[held.start : held.stop], comm, parameters="cut", **limits)
     alone = MPI.Intracomm(comm.Split(comm.rank))
     rosenbrock = lambda x: (optimize.rosen(x.astype(float)), optimize.rosen_der(x.astype(float)))  # noqa: E731
-    theirs = minimize(rosenbrock, start, alone, **limits)
+    theirs = minimize(rosenbrock, start, alone, parameters="cut", **limits)
     alone.Free()
     assert found.x.dtype == dtype
     assert found.x.tobytes() == theirs.x[held.start : held.stop].tobytes()
@@ -166,6 +197,7 @@ def test_what_is_handed_out_is_never_written_to(comm, parameters):
     assert len(places) == 1
 
 
+@pytest.mark.usefixtures("vectors")
 @pytest.mark.parallel([1, 2, 3])
 @pytest.mark.parametrize("method", ["lbfgs", "conjugate_gradients", "gradient_descent"])
 def test_large_numbers_outside_of_the_domain_on_several_ranks(comm, method):
@@ -179,6 +211,7 @@ def test_large_numbers_outside_of_the_domain_on_several_ranks(comm, method):
     np.testing.assert_allclose(found.x, 1, rtol=1e-3)
 
 
+@pytest.mark.usefixtures("vectors")
 @pytest.mark.parallel([1, 2])
 @pytest.mark.parametrize("settings", [{}, {"method": "conjugate_gradients"}, {"l1": 1e199}, {"l2": 1e199}], ids=str)
 def test_a_gradient_without_a_square_is_minimised_all_the_same(comm, settings):
@@ -207,6 +240,7 @@ def test_a_loss_without_a_minimum_has_not_converged(comm, method):
     assert "without a bound" in found.message
 
 
+@pytest.mark.usefixtures("vectors")
 @pytest.mark.parallel([1, 2])
 @pytest.mark.parametrize(
     ("result", "message"),

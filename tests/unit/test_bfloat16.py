@@ -90,6 +90,28 @@ def test_products_against_float64(shape, transposed, add, seed):
     assert (np.abs(out - expected) <= 2.0**-24 * (k + 2) * bound).all()
 
 
+@pytest.mark.parametrize("gaps", ["a", "b", "out"])
+def test_products_of_matrices_with_gaps(gaps):
+    random, (m, k, n) = np.random.default_rng(3), (37, 70, 33)
+    step = {name: 2 if name == gaps else 1 for name in ("a", "b", "out")}
+    half_a, wide_a = rounded(random.normal(size=(m, k * step["a"])).astype(np.float32))
+    half_b, wide_b = rounded(random.normal(size=(k, n * step["b"])).astype(np.float32))
+    whole = np.full((m, n * step["out"]), np.nan, np.float32)
+    bfloat16.product(half_a[:, :: step["a"]], half_b[:, :: step["b"]], whole[:, :: step["out"]])
+    expected = wide_a[:, :: step["a"]].astype(np.float64) @ wide_b[:, :: step["b"]].astype(np.float64)
+    np.testing.assert_allclose(whole[:, :: step["out"]], expected, atol=1e-4)
+    assert np.isnan(whole[:, 1 :: step["out"]]).all() or gaps != "out"
+
+
+@pytest.mark.parametrize("wrong", range(3))
+def test_numbers_of_another_type_are_refused(wrong):
+    kinds = [np.uint16, np.uint16, np.float32]
+    kinds[wrong] = np.float64 if wrong == 2 else np.float32
+    a, b, out = (np.zeros((32, 32), kind) for kind in kinds)
+    with pytest.raises(ValueError, match=np.dtype(kinds[wrong]).name):
+        bfloat16.product(a, b, out)
+
+
 def test_shapes_that_do_not_fit_are_refused():
     a, b = np.zeros((3, 4), np.uint16), np.zeros((5, 2), np.uint16)
     with pytest.raises(ValueError, match=r"\(3, 4\) @ \(5, 2\)"):

@@ -21,9 +21,10 @@ from dbmpi.kernels.bfloat16_filters import RoundedFilters, rounded_copy
 from dbmpi.kernels.compile import exact_parallel_kernel
 from dbmpi.kernels.filters import Filters, Region
 from dbmpi.kernels.memory import aligned_empty
+from dbmpi.machine import caches
 
-BLOCK = 1 << 20
-"""Bytes of a block of fields: half of the second cache of processors with AMX, whatever the number of threads."""
+BLOCK = caches.found().second // 2
+"""Bytes of a block of fields, whatever the number of threads: half of the second cache."""
 
 DEPTH, MAPS, MAPS_BACKWARD = 256, 32, 64
 """Least numbers of weights of a filter, of maps, and of maps for the inputs' gradient, for products of matrices.

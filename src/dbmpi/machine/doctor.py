@@ -145,7 +145,9 @@ def _kernel_cache(environment: Mapping[str, str]) -> Finding:
 def _bfloat16(environment: Mapping[str, str]) -> Finding:
     answer = _ask(_BFLOAT16, environment)
     if isinstance(answer, str):
-        return Finding("bfloat16", "broken", answer, 'leave network.precision = "float32"')
+        named = "DBMPI_BFLOAT16" in environment
+        advice = "correct DBMPI_BFLOAT16, or unset it" if named else 'leave network.precision = "float32"'
+        return Finding("bfloat16", "broken", answer, advice)
     how = "rounded, and multiplied as float32" if answer["engine"] == "float32" else f"multiplied by {answer['engine']}"
     if not answer["reason"]:
         return Finding("bfloat16", "ok", how)

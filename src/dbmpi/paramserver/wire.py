@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dbmpi.kernels.bfloat16 import BFLOAT16, rounded, widened
-from dbmpi.kernels.rounding import compile_rounding, round_with_error
+from dbmpi.kernels.error_feedback import compile_error_feedback, round_with_error
 
 if TYPE_CHECKING:
     from dbmpi.paramserver.protocol import Header, ShardMap
@@ -133,7 +133,7 @@ def widen_landed(part: np.ndarray) -> None:
 
 def compile_wire() -> None:
     """Call everything compiled once."""
-    compile_rounding()
+    compile_error_feedback()
     few = np.ones(1, np.float32)
     rounded(few, landing(few))
     widen_landed(few)

@@ -44,7 +44,10 @@ class Operands:
         self._kept_source, self._kept = parameters.ctypes.data, tuple(rounded)
 
     def begin(self, parameters: np.ndarray, *, changed: bool) -> None:
-        """Note that the next passes compute from the vector `parameters`, and whether it may have `changed`."""
+        """Note that the next passes compute from the vector `parameters`, and whether it may have `changed`.
+
+        It is known by its place in memory: a new one there is to be called changed.
+        """
         source = parameters.ctypes.data
         if changed or source != self._source:
             self._current.clear()

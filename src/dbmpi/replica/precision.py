@@ -18,6 +18,28 @@ if TYPE_CHECKING:
     from dbmpi.network.description import Network
 
 
+def ranks_by_engine(comm: MPI.Intracomm | None) -> dict[str, int]:
+    """Return how many ranks multiply bfloat16 by each engine that one uses, the same on all ranks (collective).
+
+    Parameters
+    ----------
+    comm
+        The ranks; None for one alone.
+
+    Raises
+    ------
+    UserError
+        On every rank, if the environment of one names an engine that there is not.
+    """
+    with nullcontext() if comm is None else together(comm, "choosing what multiplies bfloat16"):
+        counts = np.array([bfloat16.engine() == name for name in bfloat16.ENGINES], np.int64)
+    if comm is not None:
+        from mpi4py import MPI
+
+        counts = waiting.allreduce(comm, counts, MPI.SUM, "the other ranks to say how they multiply bfloat16")
+    return {name: count for name, count in zip(bfloat16.ENGINES, counts.tolist(), strict=True) if count}
+
+
 def precision_notes(network: Network, comm: MPI.Intracomm | None) -> tuple[str, ...]:
     """Return lines on products of bfloat16, the same on all ranks (collective); none where the network has none.
 
@@ -38,21 +60,15 @@ def precision_notes(network: Network, comm: MPI.Intracomm | None) -> tuple[str, 
     """
     if network.precision == "float32":
         return ()
-    with nullcontext() if comm is None else together(comm, "choosing what multiplies bfloat16"):
-        counts = np.array([bfloat16.engine() == name for name in bfloat16.ENGINES], np.int64)
-    if comm is not None:
-        from mpi4py import MPI
-
-        counts = waiting.allreduce(comm, counts, MPI.SUM, "the other ranks to say how they multiply bfloat16")
-    used = [name for name, count in zip(bfloat16.ENGINES, counts.tolist(), strict=True) if count]
+    used = ranks_by_engine(comm)
     notes = []
     if len(used) > 1:
-        ranks = " and ".join(f"{counts[bfloat16.ENGINES.index(name)]} by {name}" for name in used)
+        ranks = " and ".join(f"{count} by {name}" for name, count in used.items())
         notes.append(
-            f"network.precision = {network.precision!r}: this job is mixed, for of its {counts.sum()} ranks {ranks} "
-            "multiply such numbers; their results agree to rounding"
+            f"network.precision = {network.precision!r}: this job is mixed, for of its {sum(used.values())} ranks "
+            f"{ranks} multiply such numbers; their results agree to rounding"
         )
-    elif used == ["float32"]:
+    elif list(used) == ["float32"]:
         notes.append(
             f"network.precision = {network.precision!r} brings no speed here: numbers are rounded, and multiplied as "
             f"float32 ({bfloat16.reason()})"

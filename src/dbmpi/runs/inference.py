@@ -27,6 +27,7 @@ from dbmpi.mpi.tags import Tag
 from dbmpi.objective import Outcome, OwnObjective
 from dbmpi.replica import placement, thread_count
 from dbmpi.replica.own_objective import OwnModel, OwnReplica
+from dbmpi.replica.precision import ranks_by_engine
 from dbmpi.replica.replica import Replica
 from dbmpi.replica.warmup import agree_on_products, use_layers
 from dbmpi.runs import trained_network
@@ -368,6 +369,8 @@ class Inference(Collective):
         self._stack.enter_context(thread_count.fitted(trained.network.layers, self.partitions, size))
         if self._comm is not None:
             network = trained.network
+            if network.precision != "float32":
+                ranks_by_engine(self._comm)
             agree_on_products(self._comm, network.layers, size)
             blocking.first_on_each_node(self._comm, lambda: use_layers(network, size, backward=False))
         return batches

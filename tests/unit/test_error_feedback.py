@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from dbmpi.kernels import rounding
+from dbmpi.kernels import error_feedback
 
 SPECIAL = [0.0, -0.0, 1.0, -1.0, np.inf, -np.inf, np.nan, 1e-45, -1e-45, 1e-40, 3.4028235e38, -3.4028235e38]
 
@@ -35,7 +35,7 @@ def test_what_left_and_what_is_kept_add_up_to_what_came(scale: float, steps: int
     for _ in range(steps):
         values = (random.normal(size=size) * scale * 10.0 ** random.integers(-4, 4, size)).astype(np.float32)
         before = kept.copy()
-        rounding.round_with_error(values, kept, out)
+        error_feedback.round_with_error(values, kept, out)
         total = values + before
         assert np.array_equal(wide(out), [nearest(one) for one in total.tolist()])
         came, left = came + values, left + wide(out)
@@ -50,7 +50,7 @@ def test_what_left_and_what_is_kept_add_up_to_what_came(scale: float, steps: int
 def test_what_is_not_finite_leaves_what_is_kept_alone() -> None:
     values, kept = np.array(SPECIAL, np.float32), np.full(len(SPECIAL), 0.125, np.float32)
     out, before = np.empty(len(SPECIAL), np.uint16), kept.copy()
-    rounding.round_with_error(values, kept, out)
+    error_feedback.round_with_error(values, kept, out)
     broken = ~np.isfinite(values)
     assert broken.sum() == 3
     np.testing.assert_array_equal(kept[broken], before[broken])
@@ -63,8 +63,8 @@ def test_the_largest_numbers_are_kept_and_never_become_infinite(sign: int) -> No
     values, kept = np.full(3, sign * largest, np.float32), np.zeros(3, np.float32)
     out = np.empty(3, np.uint16)
     for step in range(1, 400):
-        rounding.round_with_error(values, kept, out)
-        assert np.all(wide(out) == sign * np.float32(rounding.LARGEST))
+        error_feedback.round_with_error(values, kept, out)
+        assert np.all(wide(out) == sign * np.float32(error_feedback.LARGEST))
         assert np.all(np.isfinite(kept))
         if step < 5:  # nothing is lost before that is more than a bfloat16 can hold
-            np.testing.assert_allclose(kept, step * sign * (largest - rounding.LARGEST), rtol=1e-6)
+            np.testing.assert_allclose(kept, step * sign * (largest - error_feedback.LARGEST), rtol=1e-6)

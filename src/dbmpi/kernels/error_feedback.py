@@ -54,7 +54,7 @@ def round_with_error(values: np.ndarray, error: np.ndarray, out: np.ndarray) -> 
         error[i] = min(max(left, -largest), largest) if finite else kept
 
 
-def compile_rounding() -> None:
+def compile_error_feedback() -> None:
     """Call the kernel once."""
     few = np.zeros(1, np.float32)
     round_with_error(few, few.copy(), np.zeros(1, np.uint16))
