@@ -27,7 +27,7 @@ APART = "DBMPI_TEST_APART"
 PHASES = {
     "start": ("dbmpi.session Session compile_kernels",),
     "step": ("dbmpi.downpour.worker Worker proceed", "dbmpi.downpour.round_worker RoundWorker proceed"),
-    "fetch": ("dbmpi.paramserver.client Client _begin_copy",),
+    "fetch": ("dbmpi.paramserver.copies ShardCopies _begin_copy",),
     "compute": (
         "dbmpi.replica.replica Replica loss_and_gradient",
         "dbmpi.replica.own_objective OwnReplica loss_and_gradient",

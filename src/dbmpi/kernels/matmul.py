@@ -13,6 +13,7 @@ all ranks of a machine, and a run that is repeated, choose alike.
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
@@ -105,13 +106,16 @@ def probe(layer: tuple[int, int, int] = _LAYER, repeats: int = 6) -> list[dict[s
     Parameters
     ----------
     layer : (int, int, int)
-        Units, inputs and samples of the layer; of too large a one, fewer units and inputs are timed.
+        Units, inputs and samples of the layer; of too large a one, fewer are timed.
     repeats : int
         At least 1.
     """
     units, inputs, samples = layer
-    while units * inputs * samples > _PROBED and max(units, inputs) > samples:
-        units, inputs = (-(-units // 2), inputs) if units > inputs else (units, -(-inputs // 2))
+    sizes = [units, inputs, samples]
+    while math.prod(sizes) > _PROBED:
+        largest = sizes.index(max(sizes))
+        sizes[largest] = -(-sizes[largest] // 2)
+    units, inputs, samples = sizes
     weights, activations, gradient = (
         aligned_empty(shape) for shape in ((units, inputs), (inputs, samples), (units, samples))
     )

@@ -16,7 +16,7 @@ _XFEATURE_XTILEDATA = 18
 
 @cache
 def refusal() -> str:
-    """Ask for tile data, for all threads of the process and what it starts; return why not, empty if granted."""
+    """Ask for tile data, for all threads of the process; return why not, empty if granted."""
     if sys.platform != "linux" or platform.machine() != "x86_64":
         return f"{sys.platform} on {platform.machine()} has no request for tile data"
     libc = ctypes.CDLL(None, use_errno=True)

@@ -65,7 +65,7 @@ def precision_notes(network: Network, comm: MPI.Intracomm | None) -> tuple[str, 
     if len(used) > 1:
         ranks = " and ".join(f"{count} by {name}" for name, count in used.items())
         notes.append(
-            f"network.precision = {network.precision!r}: this job is mixed, for of its {sum(used.values())} ranks "
+            f"network.precision = {network.precision!r}: this job is mixed: of its {sum(used.values())} ranks, "
             f"{ranks} multiply such numbers; their results agree to rounding"
         )
     elif list(used) == ["float32"]:
