@@ -225,7 +225,7 @@ def test_what_is_said_is_said_once(comm, place, capfd, monkeypatch) -> None:
     )
     assert said.count("this job is mixed") == (count if comm.size > 1 else 0)
     if comm.size > 1 and comm.rank == 0:
-        assert f"of its {comm.size} ranks 1 by float32" in said
+        assert f"of its {comm.size} ranks, 1 by float32" in said
     assert said.count("layer 'maxout1' is of your own and says nothing of bfloat16") == count
 
 
