@@ -12,7 +12,6 @@ folders that DBMPI_FASHION_MNIST and DBMPI_FSDD name.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -60,7 +59,7 @@ evaluate_epochs = 0
 
 
 def main() -> None:
-    options = parsed()
+    options = common.resumable_options(__doc__, quick="one seed and half an epoch: a look")
     report = common.Report("bfloat16", options.json)
     began = time.monotonic()
     seeds = SEEDS[:1] if options.quick else SEEDS
@@ -86,18 +85,6 @@ def main() -> None:
         for way, rounded in zip(tuple(WAYS)[1:], others, strict=True):
             report.at_most(f"points that {way} loses, {problem}", plain - rounded, MOST)
     report.finish()
-
-
-def parsed() -> argparse.Namespace:
-    """Read the options: those of all benchmarks, and two more."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--quick", action="store_true", help="one seed and half an epoch: a look")
-    parser.add_argument("--json", action="store_true", help="print machine, results and targets as JSON at the end")
-    parser.add_argument("--folder", type=Path, help="where runs are kept (default: nowhere)")
-    parser.add_argument("--minutes", type=float, default=1e9, help="begin no run after this time")
-    return parser.parse_args()
 
 
 def prepared(folder: Path) -> dict[str, tuple[Path, Mapping[str, Path]]]:

@@ -64,6 +64,18 @@ def options(description: str | None, **more: str) -> argparse.Namespace:
     return found
 
 
+def resumable_options(description: str | None, quick: str) -> argparse.Namespace:
+    """Read the options of a benchmark of many long runs: those of all, and two more; `quick` says what a look is."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--quick", action="store_true", help=quick)
+    parser.add_argument("--json", action="store_true", help="print machine, results and targets as JSON at the end")
+    parser.add_argument("--folder", type=Path, help="where runs are kept (default: nowhere)")
+    parser.add_argument("--minutes", type=float, default=1e9, help="begin no run after this time")
+    return parser.parse_args()
+
+
 @dataclass
 class Report:
     """What a benchmark found, for people as it comes and for programs at the end."""

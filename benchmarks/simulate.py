@@ -14,7 +14,6 @@ that DBMPI_FSDD names.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -81,7 +80,7 @@ def main() -> None:
     if sys.argv[1:2] == ["--contestant"]:
         contestant(*map(Path, sys.argv[2:4]))
         return
-    options = parsed()
+    options = common.resumable_options(__doc__, quick="few replicas, recordings and epochs: a look")
     report = common.Report("simulate", options.json)
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as place:
@@ -106,18 +105,6 @@ def main() -> None:
         draw(found, path)
     print(f"\nfigure: {path}")
     report.finish()
-
-
-def parsed() -> argparse.Namespace:
-    """Read the options: those of all benchmarks, and two more."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--quick", action="store_true", help="few replicas, recordings and epochs: a look")
-    parser.add_argument("--json", action="store_true", help="print machine, results and targets as JSON at the end")
-    parser.add_argument("--folder", type=Path, help="where runs are kept (default: nowhere)")
-    parser.add_argument("--minutes", type=float, default=1e9, help="begin no run after this time")
-    return parser.parse_args()
 
 
 def jobs(*, quick: bool) -> list[tuple[str, int]]:

@@ -1,4 +1,4 @@
-"""Whether a run is at work in a directory, as a bystander sees it, who writes nothing there."""
+"""Whether a run is at work in a directory, as a bystander that writes nothing there sees it."""
 
 from __future__ import annotations
 
