@@ -239,9 +239,9 @@ def clocks() -> Iterator[dict[str, float]]:
     seconds = dict.fromkeys((*PARTS, ROUNDING), 0.0)
 
     def clocked(function: Callable[..., Any], part: Callable[..., str]) -> Callable[..., Any]:
-        def call(*arguments: Any) -> Any:
+        def call(*arguments: Any, **named: Any) -> Any:
             start = time.perf_counter()
-            result = function(*arguments)
+            result = function(*arguments, **named)
             seconds[part(*arguments)] += time.perf_counter() - start
             return result
 
