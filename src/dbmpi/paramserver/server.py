@@ -15,6 +15,7 @@ import numpy as np
 
 from dbmpi.kernels import bfloat16
 from dbmpi.kernels.bfloat16 import BFLOAT16
+from dbmpi.kernels.compile import THREADS
 from dbmpi.paramserver.compensation import DelayCompensated
 from dbmpi.paramserver.protocol import HEADER_WORDS, LAST, MORE, REPORT, WITHHELD, Header, ShardMap
 from dbmpi.paramserver.rules import Rule, State
@@ -22,8 +23,8 @@ from dbmpi.paramserver.schedule import Moment
 from dbmpi.paramserver.tally import PushProgress, Tally
 from dbmpi.paramserver.wire import WideChunks
 
-_BLOCK = 1 << 17
-"""Elements that are updated, and then rounded, at a time: they are still in a cache."""
+_BLOCK = 1 << 17 if THREADS == 1 else 1 << 21
+"""Elements that are updated, and then rounded, at a time: they are still in a cache, or worth waking threads for."""
 _LONGEST_TRANSFER = 10.0
 """Seconds for which a shard does not sleep while a client's transfer goes on."""
 
