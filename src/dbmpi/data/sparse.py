@@ -165,7 +165,7 @@ def _turned(called: str, shape: tuple[int, int], indptr: np.ndarray, indices: Da
 
 
 def _members(path: Path, name: str, group: h5py.Group) -> _Members:
-    """Return what the matrix is, by the conventions of those who write some."""
+    """Return what the matrix is, by the conventions of the programs that write some."""
     if "jc" in group:  # MATLAB: by columns, which are those of the user; absent where the matrix is 0
         rows = attribute(group, "MATLAB_sparse")
         if rows is None:
