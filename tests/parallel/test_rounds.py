@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -53,8 +55,8 @@ def serial(run: Run) -> np.ndarray:
     return tiny.Twin(Run.model_validate(run.model_dump() | {"optimizer": optimizer})).learn()
 
 
-def assert_near(found: np.ndarray, expected: np.ndarray, tolerance: float = 1e-6) -> None:
-    assert np.abs(found - expected).max() <= tolerance * np.abs(expected).max()
+def assert_near(found: np.ndarray, expected: np.ndarray) -> None:
+    assert np.abs(found - expected).max() <= 1e-6 * np.abs(expected).max()
 
 
 @pytest.mark.parallel([1, 2, 3, 4, 6], timeout=300)
@@ -80,12 +82,13 @@ def test_results_have_the_same_bits_whoever_is_slow_and_however_gradients_travel
     found = []
     for number, way in enumerate(("in place", "messages", "one-sided", "consistent")):
         optimizer = {"rule": rule, "learning_rate": 0.01, "schedule": "cosine", "warmup_epochs": 0.5}
+        if rule == "adamw":  # with a smaller one it would enlarge what rounding leaves of gradients near zero
+            optimizer["epsilon"] = 1e-3
         server = WAYS[way]
         run = describe(place, comm.size, f"run{number}", server=server, optimizer=optimizer, network={"layers": WIDE})
         late = Late(replica=number % 2, seconds=0.004)
         found.append(tiny.vectors(train(run, comm, callbacks=[late]).checkpoint))
-    # AdamW divides gradients by their own size: rounding shows in full where they are near zero.
-    assert_near(found[0]["parameters"], serial(run), 1e-4 if rule == "adamw" else 1e-6)
+    assert_near(found[0]["parameters"], serial(run))
     for vectors in found[1:]:
         for name, values in found[0].items():
             assert values.tobytes() == vectors[name].tobytes()
@@ -164,23 +167,48 @@ def test_a_gradient_that_is_not_finite_is_left_out_of_its_round(comm, place) -> 
     np.testing.assert_allclose(tiny.vectors(result.checkpoint)["parameters"], -3 * -(-tiny.SAMPLES // GLOBAL))
 
 
+class Held:
+    """Keeps one replica in its first step until something has happened."""
+
+    def __init__(self, replica: int, until: Callable[[], bool]) -> None:
+        self._replica, self._until, self._first = replica, until, True
+
+    def on_step(self, event) -> bool:
+        if event.replica == self._replica and self._first:
+            while not self._until():  # the test's time limit ends it
+                time.sleep(0.002)
+        self._first = False
+        return False
+
+
+class Noting:
+    """Leaves a file for each checkpoint, and for each replica that has taken so many steps."""
+
+    def __init__(self, place: Path, steps: int) -> None:
+        self._place, self._left = place, steps
+
+    def on_step(self, event) -> bool:
+        self._left -= 1
+        if self._left == 0:
+            (self._place / f"replica-{event.replica}").touch()
+        return False
+
+    def on_checkpoint(self, event) -> bool:
+        (self._place / f"checkpoint-{event.step}").touch()
+        return False
+
+
 @pytest.mark.parallel([3, 4, 6], timeout=300)
 @pytest.mark.parametrize("way", sorted({*WAYS} - {"shared", "shared layers"}))
 def test_backups_are_not_awaited(comm, place, way) -> None:
-    """One replica sleeps in each step: in its time, the others learn almost everything."""
+    """One replica stays in its first step until each of the others has taken 20: more than any number in flight."""
     replicas = {3: 2, 4: 4, 6: 4}[comm.size]
     optimizer = {"exchange": "backup", "epochs": 12, "rule": "sgd"}
     run = describe(place, comm.size, server=WAYS[way], optimizer=optimizer, network={"layers": WIDE})
-    sleep = 1.0
-    late = Late(replica=replicas - 1, seconds=sleep)
-    began = time.monotonic()
-    result = train(run, comm, callbacks=[late])
-    seconds = time.monotonic() - began
+    held = Held(replicas - 1, lambda: len(list(place.glob("replica-*"))) == replicas - 1)
+    result = train(run, comm, callbacks=[held, Noting(place, 20)])
     batches = 12 * -(-tiny.SAMPLES // BATCHES[comm.size])
     assert (result.steps, result.samples) == (batches, 12 * tiny.SAMPLES)
-    # Were it awaited, it would sleep in every round.
-    rounds = batches / replicas
-    assert seconds < sleep * rounds / 2
     records = shard_records(place)
     assert {int(key) for record in records for key in record["staleness_histogram"]} == {0}
     dropped = {record["number"]: record["discarded"] for record in records}
@@ -198,20 +226,13 @@ def test_backups_are_not_awaited(comm, place, way) -> None:
 
 @pytest.mark.parallel([4], timeout=300)
 def test_checkpoints_do_not_wait_for_a_backup(comm, place) -> None:
+    """One replica stays in its first step until two checkpoints are written."""
     optimizer = {"exchange": "backup", "backups": 2, "epochs": 40}
     checkpoint = {"every_seconds": 0.05, "resume": "auto"}
     run = describe(place, comm.size, optimizer=optimizer, checkpoint=checkpoint)
-    written = []
-
-    class Noting:
-        def on_checkpoint(self, event) -> bool:
-            written.append(event.step)
-            return False
-
-    result = train(run, comm, callbacks=[Late(replica=3, seconds=2.0), Noting()])
+    held = Held(3, lambda: len(list(place.glob("checkpoint-*"))) >= 2)
+    result = train(run, comm, callbacks=[held, Noting(place, 0)])
     assert result.samples == 40 * tiny.SAMPLES
-    if comm.rank == 0:
-        assert written == sorted(written)
 
 
 @pytest.mark.parallel([2], timeout=100)
