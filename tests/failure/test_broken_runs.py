@@ -251,6 +251,7 @@ def test_what_was_learned_is_written_before_a_worker_fails(jobs: Jobs, target: s
     jobs.assert_resumes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "topology",
     [
@@ -273,6 +274,7 @@ def test_what_a_batch_method_has_learned_is_written_before_a_worker_fails(jobs: 
     jobs.assert_resumes()
 
 
+@pytest.mark.slow
 def test_a_worker_that_fails_ends_the_job_where_a_shard_does_not_answer(jobs: Jobs) -> None:
     """No checkpoint can be written then, and the job says both."""
     done = sabotaged(
@@ -321,6 +323,7 @@ def test_the_death_of_a_rank_ends_the_job(jobs: Jobs, rank: int) -> None:
 # Ranks that stand still
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_halted_for_a_while_takes_part_again(jobs: Jobs) -> None:
     program = jobs.start(3, ALWAYS)
     jobs.wait_until_all_learn(program, 2)
@@ -335,6 +338,7 @@ def test_a_worker_that_is_halted_for_a_while_takes_part_again(jobs: Jobs) -> Non
     jobs.assert_whole()
 
 
+@pytest.mark.slow
 def test_a_job_that_is_halted_as_a_whole_goes_on(jobs: Jobs) -> None:
     """As a scheduler does that suspends jobs: longer than the stall limit, and nobody is to blame."""
     program = jobs.start(3, ALWAYS, env=STALL)

@@ -135,6 +135,7 @@ def test_others_go_on_and_each_update_counts_once(jobs: Jobs, kills: str, settin
     assert_each_update_counts_once(jobs, shards)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kills", ["1:post:60,3:compute:31", "3:post:41", "1:compute:20"])
 @pytest.mark.parametrize("settings", [(), ("server.push=copied", "server.consistent=true")], ids=["in place", "copied"])
 def test_pushes_that_are_withheld_are_settled_too(jobs: Jobs, kills: str, settings: tuple[str, ...]) -> None:
@@ -149,6 +150,7 @@ def test_pushes_that_are_withheld_are_settled_too(jobs: Jobs, kills: str, settin
     assert_each_update_counts_once(jobs, 2, withheld=sum(step % 3 == 0 and step % 5 > 0 for step in range(BATCHES)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kills", ["3:exchange:30", "4:compute:12", "3:step:15"])
 def test_a_replica_of_two_partitions_is_lost_with_one_of_them(jobs: Jobs, kills: str) -> None:
     words = ("topology.shards=1", "topology.replicas=2", "topology.partitions=2", "optimizer.epochs=40")
@@ -162,6 +164,7 @@ def test_a_replica_of_two_partitions_is_lost_with_one_of_them(jobs: Jobs, kills:
         assert (checkpoint.info.step, checkpoint.info.holes) == (checkpoint.info.total, ())
 
 
+@pytest.mark.slow
 def test_after_the_last_replica_a_checkpoint_is_written_and_the_run_resumes(jobs: Jobs) -> None:
     (jobs.directory / "config.toml").write_text(CONFIGURATION)
     (jobs.directory / "mine.py").write_text(MINE)

@@ -52,6 +52,7 @@ def test_a_dead_evaluator_costs_its_evaluations(jobs: Jobs, kills: str) -> None:
     assert (loss["role"], loss["lost"], loss["pushes"], loss["left"], loss["takers"]) == ("evaluator", 2, 0, 0, [])
 
 
+@pytest.mark.slow
 def test_one_of_two_evaluators_goes_on(jobs: Jobs) -> None:
     done = run(jobs, "3:evaluate:4", "topology.evaluators=2", "optimizer.epochs=60", ranks=5)
     assert done.returncode == 0, done.transcript
@@ -60,6 +61,7 @@ def test_one_of_two_evaluators_goes_on(jobs: Jobs) -> None:
     assert len(records(jobs, "evaluation")) > 1
 
 
+@pytest.mark.slow
 def test_an_evaluator_takes_no_batches_of_a_dead_replica(jobs: Jobs) -> None:
     done = run(jobs, "1:compute:30")
     assert done.returncode == 0, done.transcript

@@ -43,6 +43,7 @@ def test_all_bits_are_the_same_where_two_of_three_replicas_die(jobs: Jobs) -> No
     assert set(passes[-1]["ledger"]) == {0}
 
 
+@pytest.mark.slow
 def test_a_replica_of_two_partitions_is_lost_with_one_of_them_and_the_run_with_a_shard(jobs: Jobs) -> None:
     settings = (*SETTINGS, f"optimizer.epochs={FOR_EVER}", "sandblaster.portions_per_push=2")
     topology = ("topology.shards=1", "topology.replicas=2", "topology.partitions=2")

@@ -109,6 +109,7 @@ def test_the_last_checkpoint_is_tried_until_the_directory_takes_it(jobs: Jobs, m
         assert checkpoint.info.step > before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_what_was_learned_is_given_up_in_the_end(jobs: Jobs, disk: Disk, method: str) -> None:
     program = jobs.start(3, RUN, OFTEN, ALWAYS, "checkpoint.retry_seconds=1.5", *METHODS[method])

@@ -110,6 +110,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> np.ndarray:
         return checkpoint.parameters()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kills",
     [
@@ -133,6 +134,7 @@ def test_a_death_of_a_partition_changes_no_bit(jobs: Jobs, undisturbed: np.ndarr
         np.testing.assert_array_equal(checkpoint.parameters(), undisturbed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kills", ["0:end:1", "2:end:1"])
 def test_a_death_of_a_shard_when_everything_is_learned(jobs: Jobs, kills: str) -> None:
     done = run(jobs, kills, f"optimizer.epochs={EPOCHS}", "topology.shards=2")

@@ -17,6 +17,7 @@ from dbmpi.monitor.records import read_records
 KINDS = {"in order": "sandblaster.deterministic=true", "in bundles": "sandblaster.portions_per_push=3"}
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(180)  # it may be the first to compile these kernels
 @pytest.mark.parametrize("kind", KINDS)
 def test_batches_end_without_a_halted_replica_and_sums_are_exact(jobs: Jobs, kind: str) -> None:

@@ -76,6 +76,7 @@ def test_the_run_goes_on_with_the_mirror_of_a_shard(
     assert len(rescues(jobs)) == 1 + kills.count(",")
 
 
+@pytest.mark.slow
 def test_without_a_new_process_the_run_ends_and_resumes_from_there(jobs: Jobs) -> None:
     done = run(jobs, "2:apply:90", "topology.shards=2", ranks=4)
     assert done.returncode == 75, done.transcript

@@ -72,9 +72,9 @@ def quick(items: Sequence[pytest.Item]) -> list[pytest.Item]:
 def each_value(items: Sequence[pytest.Item]) -> list[pytest.Item]:
     """Return what runs every value of every parameter of each test, though not every combination of them.
 
-    The number of ranks is such a parameter, so that each test still runs on every number of ranks that it names.  One
-    rank proves little about what ranks exchange: where a test runs on several, too, those have every value of the
-    others.  A test of which every combination matters is marked ``combinations``.
+    The number of ranks is such a parameter, so that each test still runs on every number of ranks that it names, except
+    that a test of several ranks does not run on one, too, which proves little about what ranks exchange.  A test of
+    which every combination matters is marked ``combinations``.
     """
     functions: dict[str, list[pytest.Item]] = {}
     for item in items:
@@ -84,8 +84,8 @@ def each_value(items: Sequence[pytest.Item]) -> list[pytest.Item]:
         if variants[0].get_closest_marker("combinations") is not None:
             chosen.update(item.nodeid for item in variants)
             continue
-        several = any((size_of(item) or 1) > 1 for item in variants)
-        values = {item.nodeid: {("ranks", 1)} if several and size_of(item) == 1 else _values(item) for item in variants}
+        several = [item for item in variants if (size_of(item) or 1) > 1]
+        values = {item.nodeid: _values(item) for item in several or variants}
         missing = set().union(*values.values())
         if not missing:
             chosen.update(values)
