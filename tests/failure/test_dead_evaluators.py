@@ -77,6 +77,7 @@ def test_without_a_replica_the_run_is_over_also_with_an_evaluator(jobs: Jobs) ->
     assert "no replica is left" in done.stderr, done.transcript
 
 
+@pytest.mark.slow
 def test_one_of_two_partitions_of_an_evaluator_dies(jobs: Jobs) -> None:
     done = run(jobs, "4:evaluate:3", "topology.replicas=1", "topology.partitions=2", ranks=5)
     assert done.returncode == 0, done.transcript

@@ -89,6 +89,7 @@ def test_without_a_new_process_the_run_ends_and_resumes_from_there(jobs: Jobs) -
     assert_little_is_lost(jobs, 2, {1})
 
 
+@pytest.mark.slow
 def test_a_worker_that_has_died_is_replaced_where_there_are_mirrors(jobs: Jobs) -> None:
     words = ("checkpoint.every_seconds=0.1", "topology.shards=2", "topology.replacements=3", "optimizer.epochs=120")
     done = run(jobs, "1:compute:40", *words, ranks=4)

@@ -68,6 +68,7 @@ def test_a_worker_that_has_died_comes_back_at_the_next_checkpoint(jobs: Jobs) ->
     assert "lost replicas" not in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kills", ["0:line search:6", "2:command:60"])
 def test_sandblaster_goes_on_and_finds_the_same(jobs: Jobs, kills: str) -> None:
     words = (

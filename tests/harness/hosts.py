@@ -88,6 +88,24 @@ def set_link(host: str, state: str) -> None:
     _run("ip", "-n", host, "link", "set", "veth0", state)
 
 
+@contextmanager
+def cut_between(one: str, other: str) -> Iterator[None]:
+    """Let two hosts not reach each other in the block, as behind a firewall that drops what they send."""
+    pairs = [(one, other), (other, one)]
+    for here, there in pairs:
+        entry = f"neigh replace {_address(there)} lladdr 02:00:00:00:00:01 dev veth0 nud permanent"
+        _run("ip", "-n", here, *entry.split())
+    try:
+        yield
+    finally:
+        for here, there in pairs:
+            _run("ip", "-n", here, "neigh", "del", _address(there), "dev", "veth0", check=False)
+
+
+def _address(host: str) -> str:
+    return f"10.77.0.{host.removeprefix('dbh')}"
+
+
 def limit_link(host: str, rate: str = RATE, burst: str = "32kb") -> None:
     """Let no more leave a host than this, nor at once."""
     rule = f"dev veth0 root tbf rate {rate} burst {burst} latency 50ms"

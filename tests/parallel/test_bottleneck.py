@@ -61,7 +61,7 @@ def test_the_copy_bandwidth_is_that_of_a_copy() -> None:
     source = np.ones(64 << 20, np.uint8)
     target, taken = np.ones_like(source), []
     for _ in range(5):
-        began = time.perf_counter()
+        began = time.thread_time()
         np.copyto(target, source)
-        taken.append(time.perf_counter() - began)
+        taken.append(time.thread_time() - began)
     assert 1 / 8 < bottleneck.copy_bandwidth() / (2 * source.nbytes / min(taken)) < 8
