@@ -1,4 +1,4 @@
-"""The last moment at which threads, BLAS kernel and caches can be chosen: just before NumPy, Numba or MPI is loaded.
+"""The last moment at which threads and caches can be chosen: just before NumPy, Numba or MPI is loaded.
 
 These libraries read the environment once, when they are loaded.  Importing :mod:`dbmpi` puts a finder in front of
 Python's own that does nothing but wait for the first of them, and then prepares everything.  So every entry point is

@@ -1,8 +1,7 @@
 """The choices of a process before NumPy, Numba and MPI are loaded: one call, which :mod:`dbmpi.machine.early` makes.
 
 Where NumPy or Numba was loaded before dbmpi, they have read the environment already.  OpenBLAS's number of threads can
-still be changed by its own functions, and Numba's by its configuration; which kernels OpenBLAS uses, and how long its
-idle threads spin, cannot.
+still be changed by its own functions, and Numba's by its configuration; how long idle threads of OpenBLAS spin, cannot.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from importlib import util
 from pathlib import Path
 
 from dbmpi.errors import UserError
-from dbmpi.machine import blas, early, kernel_cache, mpi_library, openblas, threads
+from dbmpi.machine import early, kernel_cache, mpi_library, openblas, threads
 
 _SLOW = {
     "NUMBA_BOUNDSCHECK": "kernels check every index",
@@ -45,10 +44,9 @@ _prepared: Prepared | None = None
 
 
 def prepare() -> Prepared:
-    """Choose threads, BLAS kernel, MPI's settings and the caches of code for this process; return what was chosen.
+    """Choose threads, MPI's settings and the caches of code for this process; return what was chosen.
 
-    A second call returns what the first one chose.  Never raises: anything impossible becomes one of the `losses`.  The
-    first process of a node takes some seconds, to compare BLAS kernels.
+    A second call returns what the first one chose.  Never raises: anything impossible becomes one of the `losses`.
     """
     global _prepared  # noqa: PLW0603 - the environment, too, belongs to the whole process
     with _lock:
@@ -70,14 +68,12 @@ def _prepare(inherited: Mapping[str, str]) -> Prepared:
     losses += kernel_cache.notes()
     with contextlib.suppress(OSError, UserError):
         keep_bytecode()
-    chosen = blas.prepare()
     mpi_library.prepare()
     if "numba" in loaded:
         _set_numba(inherited)
     if "numpy" in loaded:
         losses += _set_blas(preparation.threads, theirs, inherited)
-    losses += chosen.losses
-    return Prepared(f"{preparation.line}; {chosen}", tuple(losses))
+    return Prepared(preparation.line, tuple(losses))
 
 
 def _set_numba(inherited: Mapping[str, str]) -> None:
