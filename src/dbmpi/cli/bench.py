@@ -1,21 +1,24 @@
-"""``dbmpi bench network``: how fast each layer of a configuration runs on this machine, alone or under mpirun."""
+"""``dbmpi bench``: how fast each layer of a configuration runs here, or what this machine can do for any of them."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import os
+import sys
 from contextlib import nullcontext
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dbmpi.cli import options
 from dbmpi.data.importers.table import count
+from dbmpi.errors import UserError
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-SUMMARY = "measure how fast a configuration runs here"
+SUMMARY = "measure how fast a configuration runs here, or what this machine can do"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +31,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     network.add_argument("--batch", type=count, metavar="N", help="samples of a step (default: optimizer.batch_size)")
     network.add_argument("--steps", type=count, default=5, metavar="N", help="steps to take the median of (default: 5)")
     options.add_json(network)
+    network.set_defaults(measure=_network)
+    text = (
+        "measure what this machine can do, for dbmpi plan --machine: under a launcher by all ranks at once, one on "
+        "each core; with ranks on two hosts also what is between these"
+    )
+    machine = actions.add_parser("machine", help=text, description=text)
+    machine.add_argument(
+        "--out", type=Path, metavar="FILE", help="write the constants into a file, instead of printing"
+    )
+    machine.set_defaults(measure=_machine)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -36,8 +49,35 @@ def run(arguments: argparse.Namespace) -> int:
 
     chosen = str(prepare())
     with options.ranks() as comm:
-        _network(arguments, comm, chosen)
+        arguments.measure(arguments, comm, chosen)
     return 0
+
+
+def _machine(arguments: argparse.Namespace, comm: MPI.Intracomm | None, chosen: str) -> None:
+    from dbmpi.mpi.world import together
+    from dbmpi.plan.constants import as_toml
+    from dbmpi.runs.calibration import calibrate
+
+    speaks = comm is None or comm.rank == 0
+    with nullcontext() if comm is None else together(comm, "looking at the file to write"):
+        if speaks and arguments.out is not None and not arguments.out.parent.is_dir():
+            raise UserError(
+                f"--out {arguments.out}: {arguments.out.parent} is no directory; make it, or name another one"
+            )
+
+    def say(text: str) -> None:
+        if speaks:
+            print(f"measuring {text}", file=sys.stderr, flush=True)
+
+    say(f"on {1 if comm is None else comm.size} ranks; {chosen}")
+    text = as_toml(calibrate(comm, say))
+    if not speaks:
+        return
+    if arguments.out is None:
+        print(text, end="", flush=True)
+    else:
+        arguments.out.write_text(text, encoding="utf-8")
+        print(f"{arguments.out}: for dbmpi plan --machine", flush=True)
 
 
 def _network(arguments: argparse.Namespace, comm: MPI.Intracomm | None, chosen: str) -> None:
@@ -85,8 +125,6 @@ def _network(arguments: argparse.Namespace, comm: MPI.Intracomm | None, chosen: 
 
 def _check_partitions(partitions: int | None, ranks: int) -> None:
     """Refuse a number of partitions that is not that of the ranks."""
-    from dbmpi.errors import UserError
-
     if partitions not in (None, ranks):
         raise UserError(
             f"topology.partitions = {partitions}: {ranks} rank{'s' if ranks > 1 else ''} started; a replica of "
