@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
@@ -26,6 +27,7 @@ from dbmpi.data.run_data import RunData, network_notes
 from dbmpi.data.stream import Order, Stream
 from dbmpi.kernels import updates
 from dbmpi.kernels.checks import compile_checks
+from dbmpi.machine.rank_variables import batch_job
 from dbmpi.machine.signals import StopSignal
 from dbmpi.monitor.callbacks import Callbacks
 from dbmpi.monitor.progress import RunProgress
@@ -34,6 +36,7 @@ from dbmpi.monitor.reports import StartReport
 from dbmpi.monitor.worker_log import WorkerLog
 from dbmpi.mpi import blocking, failures, pieces, waiting
 from dbmpi.mpi.failures import RankLost
+from dbmpi.mpi.host_placement import host_map
 from dbmpi.mpi.tags import Tag
 from dbmpi.mpi.topology import Communicators, Plan
 from dbmpi.mpi.watch import Watch
@@ -219,6 +222,7 @@ class Session:
             epochs=self.run.optimizer.epochs,
             configuration=configuration if len(configuration) < _LONGEST_CONFIGURATION else "",
             evaluators=plan.evaluators,
+            job=batch_job(os.environ),
         )
 
     def compile_kernels(self, *others: Callable[[], object]) -> None:
@@ -253,6 +257,10 @@ class Session:
         size = f"{self.model.layout.size:,} parameters; {data.samples:,} samples of {data.input_shape}"
         method = "; Sandblaster" if run.optimizer.method == "sandblaster" else ""
         progress.message(f"{self.plan}; {size}{method}")
+        comms = self.comms
+        if comms.host_names:
+            for line in host_map(self.plan, comms.order, comms.hosts, comms.host_names):
+                progress.message(line)
         if self.placement is not None and self.plan.partitions > 1:
             progress.message(summarise(self.model.layers, self.placement, run.optimizer.batch_size))
         for notice in begin.notices:

@@ -13,7 +13,7 @@ from pathlib import Path
 import harness.hosts
 import pytest
 from cluster.slurm import Slurm, answer
-from harness.environment import is_open_mpi, mpi_environment
+from harness.environment import is_open_mpi, mpi_environment, timeout_scale
 from harness.hosts import SCRIPTS
 
 ROOT = Path(__file__).parents[2]
@@ -56,11 +56,11 @@ def slurm(scripts: Path) -> Iterator[Slurm]:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=50,
+            timeout=50 * timeout_scale(),
             check=False,
         )
     except subprocess.TimeoutExpired:
-        pytest.skip("slurm_up.sh took more than 50 s")
+        pytest.skip("slurm_up.sh took too long")
     try:
         if started.returncode != 0:
             pytest.skip(f"slurm_up.sh: {started.stderr.strip().splitlines()[-1:]}")
@@ -92,7 +92,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
         [sys.executable, "-m", "dbmpi", "data", "import", "digits", "--out", str(directory / "data")],
         env=mpi_environment(),
         capture_output=True,
-        timeout=50,
+        timeout=50 * timeout_scale(),
         check=True,
     )
     example = (ROOT / "examples" / "digits.toml").read_text(encoding="utf-8")

@@ -16,7 +16,7 @@ from harness.environment import mpi_environment, timeout_scale
 _CONFIGURATION = Path("/etc/slurm/slurm.conf")
 _MARK = "# dbmpi slurm test cluster"
 _STARTS_WITHIN = 20.0
-_ON_THE_WAY = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING")
+_ENDED = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "PREEMPTED")
 
 
 def answer(argv: list[str], timeout: float = 10.0) -> str:
@@ -75,7 +75,11 @@ class Slurm:
         )
         skip_if_stopped()
         assert done.returncode == 0, done.stderr
-        job = Job(done.stdout.strip())
+        return self.started(done.stdout.strip())
+
+    def started(self, number: str) -> Job:
+        """Return a job that was submitted when it has begun; skip the test if the nodes are busy for too long."""
+        job = Job(number)
         if not wait_until(lambda: job.state() != "PENDING", _STARTS_WITHIN):
             job.cancel()
             pytest.skip(f"the job was not started within {_STARTS_WITHIN:g} s: other jobs use the nodes")
@@ -89,11 +93,19 @@ class Job:
         self.number = number
 
     def state(self) -> str:
-        return self._show("JobState")
+        """Return the state; of an array or a heterogeneous job, that of a task or component that has not ended."""
+        states = self._show("JobState")
+        return next((state for state in states if state not in _ENDED), states[0])
 
-    def warn(self) -> None:
-        """Send what ``--signal=B:USR2@...`` of the script sends before the time limit."""
-        subprocess.run(["scancel", "--batch", "--signal=USR2", self.number], timeout=10, check=True)
+    def restarts(self) -> int:
+        """Return how often the job was requeued."""
+        restarts = self._show("Restarts")[0]
+        return int(restarts) if restarts.isdecimal() else 0
+
+    def signal(self, name: str, *, batch: bool) -> None:
+        """Signal the script alone, as ``--signal=B:USR2@...`` does before the limit, or the ranks that srun started."""
+        where = ["--batch"] if batch else []
+        subprocess.run(["scancel", *where, f"--signal={name}", self.number], timeout=10, check=True)
 
     def cancel(self) -> None:
         answer(["scancel", self.number])
@@ -101,16 +113,16 @@ class Job:
     def wait(self, seconds: float) -> Ended:
         """Wait for the job's end; cancel it and fail the test where it does not come."""
         __tracebackhide__ = True
-        ended = wait_until(lambda: self.state() not in _ON_THE_WAY, seconds)
+        ended = wait_until(lambda: self.state() in _ENDED, seconds)
         skip_if_stopped()
         if not ended:
             self.cancel()
             pytest.fail(f"job {self.number} is still {self.state()} after {seconds:g} s")
-        return Ended(self.state(), int(self._show("ExitCode").partition(":")[0]))
+        return Ended(self.state(), int(self._show("ExitCode")[0].partition(":")[0]))
 
-    def _show(self, key: str) -> str:
-        found = re.search(rf"\b{key}=(\S+)", answer(["scontrol", "show", "job", self.number]))
-        return found[1] if found else "UNKNOWN"
+    def _show(self, key: str) -> list[str]:
+        """Return a value of the job, or of each task or component."""
+        return re.findall(rf"\b{key}=(\S+)", answer(["scontrol", "show", "job", self.number])) or ["UNKNOWN"]
 
 
 def skip_if_stopped() -> None:

@@ -70,7 +70,7 @@ def test_nothing_is_overwritten(tmp_path: Path, capsys) -> None:
     ("words", "told"),
     [
         (["digit"], "did you mean 'digits'?"),
-        (["xyz"], "known are digits, "),
+        (["xyz"], "known are array, digits, "),
         (["digits", "--out", "none"], "--out none: no such directory"),
     ],
 )

@@ -18,6 +18,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from dbmpi.cli import options
+from dbmpi.cli.submit import SCRIPT
 from dbmpi.errors import UserError
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ SUMMARY = "follow a run live on the terminal, from its records: also one of anot
 
 _GRACE = 3.0
 """Seconds after which a run that was there and is gone counts as ended: it may be just about to be started again."""
-_PARTS = ("records", "checkpoints")
+_PARTS = ("records", "checkpoints", SCRIPT)
 """What a run directory may have in it before the records begin."""
 
 

@@ -13,6 +13,7 @@ import re
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -38,6 +39,8 @@ _FOLDERS = (
 """Folders in which distributions install MPI; the loader searches the first ones by itself."""
 _SEGMENT, _MPICH_SEGMENT = "sm_segment.", "mpich_shm_"
 """Beginnings of the names of Open MPI's and MPICH's files in ``/dev/shm``."""
+_STALE = 60.0
+"""Seconds after which a file of MPICH there is no longer that of ranks that start."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ def find_mpi(mpirun: str | None = None) -> Mpi:
     UserError
         If MPI cannot be loaded, or there is no launcher of the same kind.
     """
-    version, library = _loaded_library()
+    version, library = loaded_library()
     wanted = protocol(version)
     folders = [str(parent / "bin") for parent in Path(library).parents[:4]] if library else []
     folders += [str(Path(sys.executable).parent), *os.environ.get("PATH", os.defpath).split(os.pathsep)]
@@ -114,6 +117,19 @@ def protocol(version: str) -> str:
     families = {"openmpi": ("open mpi", "openrte", "prrte"), "hydra": ("mpich", "hydra", "mvapich", "intel(r) mpi")}
     text = version.lower()
     return next((family for family, names in families.items() if any(name in text for name in names)), "")
+
+
+def srun_plugin(version: str) -> str:
+    """Return how srun starts the ranks of an MPI, as in ``srun --mpi=pmix``.
+
+    Parameters
+    ----------
+    version
+        The library's version text.
+    """
+    if "cray" in version.lower():
+        return "cray_shasta"
+    return {"openmpi": "pmix", "hydra": "pmi2"}.get(protocol(version), "pmix")
 
 
 def first_line(version: str) -> str:
@@ -165,6 +181,11 @@ def prepare() -> None:
     for name, value in openmpi_settings().items():
         if name == "TMPDIR" or name not in os.environ:
             os.environ[name] = value  # other MPIs take no notice
+    offered = os.environ.get("PMIX_SECURITY_MODE", "").split(",")
+    if {"munge", "native"} <= set(offered) and any(Path(sys.prefix, "lib").glob("libmpi.so*")):
+        # Under Slurm.  The Open MPI of the package index has no Munge, and would say so at length on every rank.
+        os.environ["PMIX_SECURITY_MODE"] = ",".join(mode for mode in offered if mode != "munge")
+    remove_stale_segments(os.environ)
 
 
 def mpich_shortage(environment: Mapping[str, str], free: int) -> str:
@@ -265,7 +286,32 @@ def remove_segments(
     return removed
 
 
-def _loaded_library() -> tuple[str, str]:
+def remove_stale_segments(environment: Mapping[str, str], memory: Path = Path("/dev/shm")) -> list[Path]:
+    """Remove what killed ranks of a job that Slurm has requeued have left of MPICH's shared memory; return the names.
+
+    MPICH names it after job and step, and a requeued job counts its steps from 0 again: its ranks would take what is
+    there for their own, and fail or hang.  That of the last minute is left alone, as other jobs may be starting.
+
+    Parameters
+    ----------
+    environment
+        Environment variables; Slurm counts in them how often the job was requeued.
+    memory
+        Folder of the shared memory.
+    """
+    removed: list[Path] = []
+    if number(environment.get("SLURM_RESTART_COUNT")) is None:
+        return removed
+    for path in memory.glob(f"{_MPICH_SEGMENT}*"):
+        with suppress(OSError):  # another rank was faster
+            found = path.lstat()
+            if found.st_uid == os.geteuid() and time.time() - found.st_mtime > _STALE:
+                path.unlink()
+                removed.append(path)
+    return removed
+
+
+def loaded_library() -> tuple[str, str]:
     """Return the first line of the MPI library's version text and its file; loaded in a process of its own."""
     done = processes.ask([sys.executable, "-c", _LIBRARY], seconds=60)
     if done is None:

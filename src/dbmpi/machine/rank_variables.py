@@ -52,7 +52,8 @@ def launched(environment: Mapping[str, str]) -> tuple[int, str, int]:
         found.append((tasks, "srun", "SLURM_PROCID"))
     for size, name, rank in found:
         if ranks := number(environment.get(size)):
-            return ranks, name, number(environment.get(rank)) or 0
+            mine = number(environment.get(rank)) or 0
+            return ranks, name, mine if mine < ranks else 0  # else none would be the first, which has to speak
     return 1, "", 0
 
 
@@ -73,6 +74,23 @@ def ranks_on_node(environment: Mapping[str, str]) -> int:
         if node.isdecimal() and int(node) < len(per_node):
             return per_node[int(node)]
     return 1
+
+
+def batch_job(environment: Mapping[str, str]) -> str:
+    """Return the number of the job of Slurm that a process belongs to, ``17_2`` for task 2 of array 17; else "".
+
+    A heterogeneous job has that of its first component.
+
+    Parameters
+    ----------
+    environment
+        Environment variables of the process.
+    """
+    array, task = environment.get("SLURM_ARRAY_JOB_ID", ""), environment.get("SLURM_ARRAY_TASK_ID", "")
+    if array.isdecimal() and task.isdecimal():
+        return f"{array}_{task}"
+    job = environment.get("SLURM_HET_JOB_ID") or environment.get("SLURM_JOB_ID", "")
+    return job if job.isdecimal() else ""
 
 
 def expand(text: str) -> list[int]:

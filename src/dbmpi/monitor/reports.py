@@ -219,6 +219,8 @@ class StartReport:
     """1 where the run is simulated: all times of the session are virtual, and so are the ranks."""
     evaluators: int = 0
     """Instances of the network that only evaluate."""
+    job: str = ""
+    """Number of the job of Slurm that the session belongs to, ``17_2`` in an array; empty without one."""
 
 
 @dataclass(frozen=True, slots=True)
