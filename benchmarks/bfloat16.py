@@ -98,7 +98,7 @@ def prepared(folder: Path) -> dict[str, tuple[Path, Mapping[str, Path]]]:
             if problem == "fashion-mnist":
                 import_data(place)
             else:
-                import_frames(place, 50, lambda _, number: number < 5)
+                import_frames(place, 50, lambda _, number: "test" if number < 5 else "train")
             configuration.write_text(CONFIGURATION.read_text() if problem == "fashion-mnist" else DIGITS)
         problems[problem] = (configuration, files)
     return problems

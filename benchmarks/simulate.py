@@ -1,9 +1,11 @@
 """How many replicas of Downpour are of use?  In virtual time, in the manner of figure 5 of Dean et al. (2012).
 
 Frames of spoken digits, 11 frames of 40 log-energies each as in the paper, 440-256-256-30, one speaker held out, with 1
-to 2,000 virtual replicas: plain SGD of a fixed rate, and Adagrad, each with the rate that is good for one replica,
-after a warmstart.  Writes the figure to docs/images/simulate.png (with ``--quick`` into the current directory), and
-measures what simulating costs: samples a second beside a plain loop of steps in one process, and memory.
+to 2,000 virtual replicas: plain SGD of a fixed rate, and Adagrad, after a warmstart.  Each rule has the best of some
+rates for each number of replicas: from the best one for fewer replicas on, smaller ones are tried as long as the
+accuracy at the end grows.  Writes the figure to docs/images/simulate.png (with ``--quick`` into the current
+directory), and measures what simulating costs: samples a second beside a plain loop of steps in one process, and
+memory.
 
 Runs that are complete are kept in the folder ``--folder``, and a second start goes on behind them; ``--minutes`` ends
 it before the first run that begins later.
@@ -31,16 +33,18 @@ import common
 from fashion_mnist import dbmpi
 
 REPLICAS = (1, 10, 20, 100, 200, 1000, 2000)
-RATES = {"sgd": 0.03, "adagrad": 0.01}
-"""The better ones of 0.03 and 0.003, and of 0.01 and 0.002, for one replica."""
+RATES = {"sgd": (0.03, 0.01, 0.003, 0.001, 0.0003), "adagrad": (0.01, 0.003, 0.001, 0.0003, 0.0001)}
+"""That are tried, in this order."""
 NAMES = {"sgd": "fixed rate", "adagrad": "Adagrad"}
 COLORS = {"sgd": "tab:blue", "adagrad": "tab:green"}
 SPEAKER = "theo"
 """The one that is held out."""
 UNITS = (256, 256, 30)
-RECORDINGS, BATCH_SIZE, EPOCHS, WARM_STEPS = 20, 20, 2.0, 500
+RECORDINGS, BATCH_SIZE, EPOCHS, WARM_STEPS = 20, 20, 3.0, 200
 GOAL = 40.0
 """Accuracy in % for the right half of the figure."""
+CHANCE = 10.0
+"""Accuracy in % below which nothing was learned."""
 TIMES = """[simulation]
 compute = {distribution = "lognormal", mean = 1.0, deviation = 0.2}
 network = {mean = 0.05}
@@ -57,6 +61,7 @@ class Found:
 
     rule: str
     replicas: int
+    rate: float
     seconds: list[float]
     """Virtual ones, of each evaluation."""
     accuracy: list[float]
@@ -87,18 +92,17 @@ def main() -> None:
         folder = options.folder or Path(place)
         folder.mkdir(parents=True, exist_ok=True)
         configuration = prepare(folder, 10 if options.quick else RECORDINGS)
-        epochs = 1.0 if options.quick else EPOCHS
+        runs = Runs(configuration, 1.0 if options.quick else EPOCHS, began + 60 * options.minutes)
         found = []
-        for rule, replicas in jobs(quick=options.quick):
-            name = folder / f"{rule}-{replicas}"
-            if not (name / "found.json").exists():
-                if time.monotonic() - began > 60 * options.minutes:
-                    print(f"simulate.py: not finished; start it again to go on behind {len(found)} runs")
+        for rule, rates in RATES.items():
+            first = 0
+            for replicas in (1, 20, 200, 2000) if options.quick else REPLICAS:
+                tried = runs.downward(rule, replicas, first)
+                if tried is None:
+                    print(f"simulate.py: not finished; start it again to go on behind {runs.complete} runs")
                     return
-                one = simulated(configuration, name, rule, replicas, epochs)
-                (name / "found.json").write_text(json.dumps(one.__dict__))
-            found.append(Found(**json.loads((name / "found.json").read_text())))
-            print(f"  {name.name}: {found[-1].last:.2f} %", file=sys.stderr)
+                found.append(max(tried, key=lambda one: one.last))
+                first = rates.index(found[-1].rate)
         show(report, found)
         cost(report, configuration, folder, found, quick=options.quick)
         path = Path("simulate.png") if options.quick else common.ROOT / "docs" / "images" / "simulate.png"
@@ -107,9 +111,56 @@ def main() -> None:
     report.finish()
 
 
-def jobs(*, quick: bool) -> list[tuple[str, int]]:
-    """Return rule and number of replicas of each run."""
-    return [(rule, replicas) for replicas in ((1, 20, 200, 2000) if quick else REPLICAS) for rule in RATES]
+class Runs:
+    """Simulated runs, of which those that are complete are kept.
+
+    Parameters
+    ----------
+    configuration
+        Of all runs; they are kept beside it.
+    epochs
+        That each learns.
+    end
+        Moment of `time.monotonic` from which no run begins.
+    """
+
+    def __init__(self, configuration: Path, epochs: float, end: float) -> None:
+        self._configuration, self._epochs, self._end = configuration, epochs, end
+        self.complete = 0
+
+    def downward(self, rule: str, replicas: int, first: int) -> list[Found] | None:
+        """Return runs with smaller and smaller rates, up to one that is no better; None where the time is over.
+
+        Parameters
+        ----------
+        rule, replicas
+            Of the runs.
+        first
+            Number of the first rate.
+        """
+        found: list[Found] = []
+        for rate in RATES[rule][first:]:
+            one = self._run(rule, replicas, rate)
+            if one is None:
+                return None
+            found.append(one)
+            if len(found) > 1 and found[-1].last <= found[-2].last and found[-2].last > CHANCE:
+                break
+        return found
+
+    def _run(self, rule: str, replicas: int, rate: float) -> Found | None:
+        run = self._configuration.parent / f"{rule}-{replicas}-{rate:g}"
+        kept = run / "found.json"
+        if not kept.exists():
+            if time.monotonic() > self._end:
+                return None
+            kept.write_text(
+                json.dumps(simulated(self._configuration, run, rule, replicas, rate, self._epochs).__dict__)
+            )
+        self.complete += 1
+        found = Found(**json.loads(kept.read_text()))
+        print(f"  {run.name}: {found.last:.2f} %", file=sys.stderr)
+        return found
 
 
 def prepare(folder: Path, recordings: int) -> Path:
@@ -131,11 +182,14 @@ def prepare(folder: Path, recordings: int) -> Path:
 
 
 def import_frames(
-    folder: Path, recordings: int, held_out: Callable[[str, int], bool] = lambda speaker, _: speaker == SPEAKER
+    folder: Path,
+    recordings: int,
+    part_of: Callable[[str, int], str] = lambda speaker, _: "test" if speaker == SPEAKER else "train",
 ) -> dict[str, Path]:
     """Import the first recordings of every digit by every speaker.
 
-    Those of which `held_out`, called with speaker and number, is true are the test file: by default all of one speaker.
+    Each goes to the file of the name that `part_of`, called with speaker and number, returns: ``train`` or another one,
+    which is normalised alike.  By default all of one speaker are the test file.
     """
     published = Path(os.environ.get("DBMPI_FSDD", common.ROOT.parent / "shared" / "data" / "fsdd"))
     archive = published / "fsdd-recordings.tar"
@@ -143,16 +197,15 @@ def import_frames(
         sys.exit(f"{archive}: not there; set DBMPI_FSDD to the folder with this tar of the Free Spoken Digit Dataset")
     with tarfile.open(archive) as members:
         names = sorted(PurePosixPath(name).name for name in members.getnames() if name.endswith(".wav"))
+    rows: dict[str, list[str]] = {"train": []}
+    for name in names:
+        digit, speaker, number = name.removesuffix(".wav").split("_")
+        if int(number) < recordings:
+            rows.setdefault(part_of(speaker, int(number)), []).append(f"{name},{digit}\n")
     files, more = {}, []
-    for part in ("train", "test"):
+    for part, lines in rows.items():
         table = folder / f"{part}.csv"
-        rows = [name.removesuffix(".wav").split("_") for name in names]
-        chosen = [
-            (digit, name)
-            for name, (digit, speaker, number) in zip(names, rows, strict=True)
-            if held_out(speaker, int(number)) == (part == "test") and int(number) < recordings
-        ]
-        table.write_text("file,label\n" + "".join(f"{name},{digit}\n" for digit, name in chosen))
+        table.write_text("file,label\n" + "".join(lines))
         files[part] = folder / f"{part}.h5"
         dbmpi("data", "import", "wav", archive, "--table", table, "--states", 3, "--out", files[part], *more)
         more = ["--like", files["train"]]
@@ -164,7 +217,7 @@ def settings(values: Mapping[str, Any]) -> list[str]:
     return [word for key, value in values.items() for word in ("--set", f"{key}={value}")]
 
 
-def simulated(configuration: Path, run: Path, rule: str, replicas: int, epochs: float) -> Found:
+def simulated(configuration: Path, run: Path, rule: str, replicas: int, rate: float, epochs: float) -> Found:
     """Simulate a run, in a process of its own; one whose numbers overflow ends with an accuracy of 0."""
     from dbmpi.monitor.history import RunHistory
     from dbmpi.monitor.records import read_records
@@ -173,7 +226,7 @@ def simulated(configuration: Path, run: Path, rule: str, replicas: int, epochs: 
     values = {
         "run.directory": run,
         "optimizer.rule": rule,
-        "optimizer.learning_rate": RATES[rule],
+        "optimizer.learning_rate": rate,
         "optimizer.epochs": epochs,
         "topology.replicas": replicas,
     }
@@ -192,6 +245,7 @@ def simulated(configuration: Path, run: Path, rule: str, replicas: int, epochs: 
     return Found(
         rule,
         replicas,
+        rate,
         at,
         accuracy,
         summary.mean_staleness,
@@ -202,12 +256,14 @@ def simulated(configuration: Path, run: Path, rule: str, replicas: int, epochs: 
 
 def show(report: common.Report, found: list[Found]) -> None:
     """Print the table, and check the paper's ordering."""
-    header = ("replicas", "rule", "accuracy %", f"virtual s to {GOAL:g} %", "mean staleness", "samples/s")
+    header = ("replicas", "rule", "rate", "accuracy %", f"virtual s to {GOAL:g} %", "mean staleness", "samples/s")
     rows = []
     for one in found:
         reached = one.reached(GOAL)
         shown = "-" if reached is None else f"{reached:.0f}"
-        rows.append((one.replicas, NAMES[one.rule], one.last, shown, one.staleness, one.samples_per_second))
+        rows.append(
+            (one.replicas, NAMES[one.rule], f"{one.rate:g}", one.last, shown, one.staleness, one.samples_per_second)
+        )
     report.table(f"After {EPOCHS:g} epochs", header, rows)
     useful = {
         rule: max((one.replicas for one in found if one.rule == rule and one.last >= GOAL), default=0) for rule in RATES
@@ -289,7 +345,7 @@ def draw(found: list[Found], path: Path) -> None:
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for rule, name in NAMES.items():
         ours = [one for one in found if one.rule == rule]
-        style = {"color": COLORS[rule], "marker": "o", "label": f"{name} {RATES[rule]:g}"}
+        style = {"color": COLORS[rule], "marker": "o", "label": name}
         left.plot([one.replicas for one in ours], [one.last for one in ours], **style)
         reached = [(one.replicas, one.reached(GOAL)) for one in ours if one.reached(GOAL) is not None]
         if reached:
@@ -299,6 +355,8 @@ def draw(found: list[Found], path: Path) -> None:
     right.set(title=f"Time to {GOAL:g} %", ylabel="virtual seconds, with the warmstart", yscale="log")
     for axis in (left, right):
         axis.set(xlabel="virtual replicas", xscale="log")
+        axis.set_xticks(REPLICAS, [f"{replicas:,}" for replicas in REPLICAS], minor=False)
+        axis.minorticks_off()
         axis.grid(alpha=0.3)
         axis.legend()
     figure.savefig(path, dpi=110)
