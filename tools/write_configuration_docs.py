@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from dbmpi import config
-from dbmpi.config.values import MOST
+from dbmpi.config.values import MOST, meaning
 
 TARGET = Path(__file__).parent.parent / "docs" / "configuration.md"
 HEAD = """# Configuration
@@ -60,8 +60,8 @@ def _section(title: str, model: type[BaseModel]) -> str:
         "|---|---|---|---|",
     ]
     for key, field in model.model_fields.items():
-        meaning = " ".join((field.description or "").replace("``", "`").replace("|", "\\|").split())
-        lines.append(f"| `{key}` | {_values(field.annotation, field.metadata)} | {_default(field)} | {meaning} |")
+        text = " ".join(meaning(model, key).replace("``", "`").replace("|", "\\|").split())
+        lines.append(f"| `{key}` | {_values(field.annotation, field.metadata)} | {_default(field)} | {text} |")
     return "\n".join([*lines, ""])
 
 

@@ -78,13 +78,16 @@ class Comm:
 
     def Iallreduce(self, values: np.ndarray, result: np.ndarray, operation: MPI.Op) -> Request:
         result[...] = values * self.size if operation == MPI.SUM else values
-        if self._places and operation == MPI.MIN:
+        if values.size == 1 and values[0] in self._places and operation == MPI.MIN:
             result[...] = self._places[0]
         return self._count("Iallreduce", values, result)
 
     def Iallgather(self, values: np.ndarray, result: np.ndarray) -> Request:
         result[:] = self._places or [self._counted.host(rank).start for rank in self._members]
         return self._count("Iallgather", values, result)
+
+    def Igather(self, values: np.ndarray, result: np.ndarray, root: int) -> Request:
+        return self._count("Igather", values, result)
 
     def Ibcast(self, values: np.ndarray, root: int) -> Request:
         number = self._counted.broadcasts = self._counted.broadcasts + 1

@@ -5,6 +5,7 @@ A comment before the block says so:
     <!-- test: quick -->            it is run, after the blocks before it, in one directory for each page
     <!-- test: quick after PAGE --> it is run in the directory of another page, after all blocks of that page
     <!-- test: save as NAME -->     it is written to a file, which later blocks use
+    <!-- test: on a cluster -->     it is typed in one shell with the others of its page, on a Slurm (tests/cluster)
     <!-- test: not here, REASON --> neither, e.g. because it installs software or needs a cluster
 
 Blocks of other languages, such as ``text``, and blocks of TOML without a comment are only shown.
@@ -16,7 +17,9 @@ import re
 from dataclasses import dataclass
 
 BLOCK = re.compile(r"^(?P<indent> *)```(?P<language>sh|python|toml)\n(?P<code>.*?)^(?P=indent)```", re.M | re.DOTALL)
-LABEL = re.compile(r"<!-- test: (?P<label>quick(?: after [\w-]+)?|save as [\w.-]+|not here, \S[^>]*) -->\s*\Z")
+LABEL = re.compile(
+    r"<!-- test: (?P<label>quick(?: after [\w-]+)?|on a cluster|save as [\w.-]+|not here, \S[^>]*) -->\s*\Z"
+)
 RUNNABLE = ("sh", "python")
 
 

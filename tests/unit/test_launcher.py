@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import shlex
 import signal
 import subprocess
@@ -199,6 +200,32 @@ def test_the_command_can_be_pasted_into_a_shell() -> None:
     assert tuple(words[3:]) == command.argv
 
 
+def test_munge_is_left_out_where_the_package_index_has_brought_open_mpi(tmp_path, monkeypatch) -> None:
+    """Slurm offers it to each rank; an Open MPI of the site may have it."""
+    monkeypatch.setenv("OMPI_MCA_osc", "^ucx")
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    monkeypatch.setenv("PMIX_SECURITY_MODE", "munge,native")
+    mpi_library.prepare()
+    assert os.environ["PMIX_SECURITY_MODE"] == "munge,native"
+    program(tmp_path / "lib" / "libmpi.so.40", "")
+    mpi_library.prepare()
+    assert os.environ["PMIX_SECURITY_MODE"] == "native"
+    monkeypatch.setenv("PMIX_SECURITY_MODE", "munge")
+    mpi_library.prepare()
+    assert os.environ["PMIX_SECURITY_MODE"] == "munge"
+
+
+def test_memory_of_killed_ranks_is_removed_after_a_requeue(tmp_path: Path) -> None:
+    old, new, other = (tmp_path / name for name in ("mpich_shm_1_0", "mpich_shm_2_0", "sm_segment.1"))
+    for path in (old, new, other):
+        path.touch()
+    for path in (old, other):
+        os.utime(path, (time.time() - 100, time.time() - 100))
+    assert mpi_library.remove_stale_segments({"SLURM_JOB_ID": "17"}, tmp_path) == []
+    assert mpi_library.remove_stale_segments({"SLURM_RESTART_COUNT": "1"}, tmp_path) == [old]
+    assert sorted(tmp_path.iterdir()) == [new, other]
+
+
 def program(path: Path, text: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"#!/bin/sh\necho '{text}'\n")
@@ -210,7 +237,7 @@ def program(path: Path, text: str) -> Path:
 def open_mpi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A Python whose MPI is an Open MPI in tmp_path/mpi, with an empty PATH."""
     library = tmp_path / "mpi" / "lib" / "libmpi.so.40"
-    monkeypatch.setattr(mpi_library, "_loaded_library", lambda: ("Open MPI v5.0", str(library)))
+    monkeypatch.setattr(mpi_library, "loaded_library", lambda: ("Open MPI v5.0", str(library)))
     monkeypatch.setenv("PATH", str(tmp_path / "path"))
     monkeypatch.setattr(sys, "executable", str(tmp_path / "venv" / "bin" / "python"))
     return tmp_path
@@ -514,3 +541,28 @@ def test_the_check_of_two_ranks_notices_wrong_data(monkeypatch: pytest.MonkeyPat
         assert transport.measure(MPI.COMM_SELF, "rma", 0, 0, shared=shared).correct
     monkeypatch.setattr(Window, "put", lambda *_: None)
     assert not transport.measure(MPI.COMM_SELF, "rma", 0, 0, shared=True).correct
+
+
+MPICH_TEXT = "MPICH Version:      5.0.2\nMPICH configure:    --with-device=ch4:ucx,ofi --with-pm=hydra\n"
+
+
+@pytest.mark.parametrize(
+    ("library", "environment", "refused"),
+    [
+        (MPICH_TEXT, {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}, True),
+        (MPICH_TEXT, {"PMI_SIZE": "2", "PMI_RANK": "0", "MPI_LOCALNRANKS": "2"}, False),
+        (MPICH_TEXT, {"OMPI_COMM_WORLD_SIZE": "1"}, False),
+        (MPICH_TEXT + "--with-pmix=/usr", {"OMPI_COMM_WORLD_SIZE": "2"}, False),
+        ("Open MPI v5.0.11, package: ...", {"OMPI_COMM_WORLD_SIZE": "2"}, False),
+    ],
+)
+def test_a_launcher_that_cannot_start_this_mpi_is_refused(
+    library: str, environment: dict[str, str], refused: bool
+) -> None:
+    if not refused:
+        launcher.check_launcher(library, environment)
+        return
+    with pytest.raises(UserError, match=r"the MPI of this Python is MPICH 5\.0\.2, .*: dbmpi launch -n 2 --"):
+        launcher.check_launcher(library, environment)
+    with pytest.raises(ToldElsewhere):
+        launcher.check_launcher(library, environment | {"OMPI_COMM_WORLD_RANK": "1"})

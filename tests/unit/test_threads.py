@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dbmpi.errors import UserError
 from dbmpi.machine import threads
 from dbmpi.machine.rank_variables import expand, ranks_on_node
 from dbmpi.machine.threads import Node, decide
@@ -157,6 +158,7 @@ def fresh(program: str, **variables: str) -> str:
 def test_numpy_and_numba_obey() -> None:
     program = """
 import sys
+from dbmpi.errors import UserError
 from dbmpi.machine import threads
 assert "numpy" not in sys.modules
 first = threads.prepare()
@@ -185,6 +187,7 @@ print(os.environ["OPENBLAS_NUM_THREADS"], numba.config.NUMBA_NUM_THREADS)
 def test_what_a_process_inherits_from_dbmpi_is_no_wish_of_the_user() -> None:
     program = """
 import os, subprocess, sys
+from dbmpi.errors import UserError
 from dbmpi.machine import threads
 threads.prepare()
 if len(sys.argv) == 1:
@@ -230,3 +233,17 @@ subprocess.run([sys.executable, "-c", {program!r}], preexec_fn=lambda: os.sched_
     assert node(cpus, cpus[:1]) == [2, 1]
     assert node(cpus[:1], cpus[:1]) == [1, 1]
     assert node(cpus, cpus) == [2, 2]
+
+
+@pytest.mark.parametrize("name", threads.VARIABLES)
+def test_more_threads_than_processors_are_refused_with_the_fix(name: str) -> None:
+    threads.check_processors({name: "2"}, 2)
+    threads.check_processors({}, 1)
+    threads.check_processors({name: "many"}, 1)
+    with pytest.raises(UserError) as caught:
+        threads.check_processors({name: "3"}, 2)
+    assert f"{name}=3: this rank may use 2 processors" in str(caught.value)
+    assert f"unset {name}" in str(caught.value)
+    threads.check_processors({name: "3", "DBMPI_OVERSUBSCRIBE": "1"}, 2)
+    # What dbmpi has set itself is not the user's.
+    threads.check_processors({name: "3", threads.MARK: f'{{"{name}": "3"}}'}, 2)

@@ -22,16 +22,17 @@ def sections() -> Iterator[TopologySection]:
             yield TopologySection(shards=shards, replicas=replicas, partitions=partitions, colocate=colocate)
 
 
-def plans() -> Iterator[Plan]:
+def plans(*, shards_first: bool = False) -> Iterator[Plan]:
     for shards, replicas, partitions in itertools.product(range(1, LARGEST), repeat=3):
         for colocate in (False, True):
-            made = Plan(shards, replicas, partitions, colocate)
+            made = Plan(shards, replicas, partitions, colocate, shards_first=shards_first)
             if made.world <= LARGEST and (not colocate or shards <= made.workers):
                 yield made
 
 
-def test_every_rank_has_a_role_and_every_role_a_rank() -> None:
-    for made in plans():
+@pytest.mark.parametrize("first", [False, True], ids=["spread", "first"])
+def test_every_rank_has_a_role_and_every_role_a_rank(first: bool) -> None:
+    for made in plans(shards_first=first):
         ranks = range(made.world)
         shards, workers = [made.shard_of(rank) for rank in ranks], [made.worker_of(rank) for rank in ranks]
         assert sorted(shard for shard in shards if shard is not None) == list(range(made.shards))
@@ -50,6 +51,11 @@ def test_shards_are_spread_evenly() -> None:
         edges = [*made.shard_ranks, made.world]
         gaps = [right - left for left, right in itertools.pairwise(edges)]
         assert max(gaps) - min(gaps) <= 1
+
+
+def test_shards_are_on_the_first_ranks_where_that_is_wanted() -> None:
+    assert all(made.shard_ranks == tuple(range(made.shards)) for made in plans(shards_first=True))
+    assert plan(TopologySection(shards=3, shard_ranks="first"), 9).shard_ranks == (0, 1, 2)
 
 
 def test_what_is_given_is_kept_and_what_fits_is_accepted() -> None:

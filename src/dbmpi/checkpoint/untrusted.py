@@ -26,6 +26,8 @@ MOST = 1 << 16
 """Elements of an attribute; a larger one is not read."""
 CACHE_SLOTS = 100_003
 """Prime, and many times the number of chunks in the cache, as HDF5 recommends."""
+_SIGNATURE = b"\x89HDF\r\n\x1a\n"
+"""With which most files of HDF5 begin; others have something else before it."""
 _LOCKED = re.compile("unable to lock file|already open for (write|SWMR)", re.IGNORECASE)
 """What HDF5 says of a file that another program writes, or that says so of itself."""
 
@@ -63,6 +65,7 @@ def open_file(
     *,
     locking: Literal["best-effort", False] = "best-effort",
     cache_bytes: int = 0,
+    begin: bytes = b"",
 ) -> h5py.File:
     """Open an HDF5 file for reading.
 
@@ -79,6 +82,8 @@ def open_file(
     cache_bytes
         Size of the chunk cache.  Without one only the rows asked for are read, which suits rows in random order; chunks
         that are compressed are unpacked whole and need it.
+    begin
+        The first bytes of the file, where they are known: of one that begins as HDF5 nothing more is asked.
 
     Raises
     ------
@@ -87,12 +92,14 @@ def open_file(
     Damaged
         If it is no HDF5 file, or torn.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: {'is not a file' if path.exists() else f'no such {kind}'}; {expected}")
+    known = begin.startswith(_SIGNATURE)
     try:
-        with path.open("rb"):
-            pass
-        if not h5py.is_hdf5(path):
+        if not known and not path.is_file():
+            raise UserError(f"{path}: {'is not a file' if path.exists() else f'no such {kind}'}; {expected}")
+        if not known:
+            with path.open("rb"):
+                pass
+        if not known and not h5py.is_hdf5(path):
             raise Damaged(f"{path}: is not an HDF5 file, or a torn one; {expected}")
         return h5py.File(path, "r", locking=locking, rdcc_nbytes=cache_bytes, rdcc_nslots=CACHE_SLOTS)
     except FileNotFoundError:  # removed since

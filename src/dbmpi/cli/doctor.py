@@ -10,6 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dbmpi.errors import UserError
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -28,14 +30,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="CONFIG.toml",
         help="check the gradient of a configuration's [objective] by differences of its loss, instead of the machine",
     )
+    parser.add_argument(
+        "--map",
+        type=Path,
+        metavar="CONFIG.toml",
+        help="under mpirun or srun, show which part of a configuration's [topology] each host would get",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print all findings as these `arguments` say; return 1 if something is broken.
 
-    Under mpirun or srun only the world is looked at: that the ranks which were started are one world, and how its
-    hosts reach each other's memory.
+    Under mpirun or srun only the world is looked at: that the ranks which were started are one world, which of them are
+    on which host, and how hosts reach each other's memory.
     """
     from dbmpi.machine.rank_variables import launched
 
@@ -51,20 +59,41 @@ def run(arguments: argparse.Namespace) -> int:
 
     ranks, by, _ = launched(os.environ)
     if ranks > 1:
-        from dbmpi.mpi import world
+        return _look_at_world(by, arguments.map)
+    if arguments.map is not None:
+        raise UserError(
+            "--map shows ranks on hosts, and there is one process: start it as the run, under mpirun or srun"
+        )
+    return _concluded(diagnose(), "everything that a run needs works", as_json=arguments.json)
 
-        comm = world.start()
+
+def _look_at_world(by: str, configuration: Path | None) -> int:
+    """Print what the launcher has started, as it is on its hosts (collective); return the exit code."""
+    from dbmpi.config import TopologySection
+    from dbmpi.config.reading import load
+    from dbmpi.mpi import topology, transport, window, world
+    from dbmpi.mpi.host_placement import host_map, host_names, ranks_by_position, spans
+
+    with world.ranks() as comm:
+        section = TopologySection()
+        with world.together(comm, "planning the topology"):
+            if configuration is not None:
+                section = load(configuration).topology
+            plan = topology.plan(section, comm.size)
+        hosts = window.hosts(comm)
+        order, names = ranks_by_position(plan, hosts), host_names(comm, hosts)
         if comm.rank == 0:
             print(f"{by} started one world of {comm.size} ranks; run doctor by itself to check the rest")
-        from dbmpi.mpi import transport, window
-
-        hosts = window.hosts(comm)
+            lines = host_map(plan, order, hosts[list(order)], names)
+            if configuration is None:
+                lines = (f"{names[host]}: ranks {spans((hosts == host).nonzero()[0].tolist())}" for host in names)
+            for line in lines:
+                print(line)
         if len(set(hosts.tolist())) > 1:
             _, line = transport.choose(comm, hosts)
             if comm.rank == 0:
                 print(line)
-        return 0
-    return _concluded(diagnose(), "everything that a run needs works", as_json=arguments.json)
+    return 0
 
 
 def _concluded(diagnosis: Iterator[Finding], good: str, *, as_json: bool) -> int:

@@ -14,7 +14,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import ModuleType
 from typing import NoReturn
 
@@ -23,11 +24,11 @@ from dbmpi.errors import RunFailed, ToldElsewhere, UserError, suggestion
 from dbmpi.machine import early, endings, signals, streams
 
 COMMANDS = (
-    *("train", "launch", "simulate", "watch", "evaluate", "predict", "inspect", "export", "plot", "report", "bench"),
-    *("data", "example", "doctor"),
+    *("train", "launch", "submit", "status", "sweep", "watch", "plan", "simulate", "evaluate", "predict", "inspect"),
+    *("export", "plot", "report", "bench", "data", "example", "doctor"),
 )
-COMPUTING = ("train", "simulate", "evaluate", "predict", "bench")
-"""Those for which BLAS kernels are compared, which takes some seconds the first time on a node."""
+COMPUTING = ("train", "sweep", "simulate", "evaluate", "predict", "bench")
+"""Those for which threads and caches are chosen before NumPy is loaded."""
 _MOMENT = 0.5
 """Seconds."""
 
@@ -42,12 +43,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     streams.open_closed()
     words = sys.argv[1:] if arguments is None else list(arguments)
-    parser = build_parser(words)
-    if not words:
-        parser.error("no command; e.g. dbmpi train CONFIG.toml, or dbmpi doctor; dbmpi --help lists all")
-    parsed, unknown = parser.parse_known_args(words)
-    if unknown:
-        parser.error(_unknown(parser, words, unknown))
+    with _untranslated():
+        parser = build_parser(words)
+        if not words:
+            parser.error("no command; e.g. dbmpi train CONFIG.toml, or dbmpi doctor; dbmpi --help lists all")
+        parsed, unknown = parser.parse_known_args(words)
+        if unknown:
+            parser.error(_unknown(parser, words, unknown))
     if parsed.run.__module__.rpartition(".")[2] not in COMPUTING:
         early.leave()
     try:
@@ -77,6 +79,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception:
         endings.note_message(1)  # Python prints it
         raise
+
+
+@contextmanager
+def _untranslated() -> Iterator[None]:
+    """Let argparse look for no translations in the block: each rank would look into four files for each word."""
+    before = os.environ.get("LANGUAGE")
+    os.environ["LANGUAGE"] = "C"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["LANGUAGE"]
+        else:
+            os.environ["LANGUAGE"] = before
 
 
 def build_parser(words: Sequence[str]) -> argparse.ArgumentParser:

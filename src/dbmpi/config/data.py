@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from dbmpi.config.layers import OWN
-from dbmpi.config.values import Count, DatasetName, Section
+from dbmpi.config.values import Count, DatasetName, PossiblePath, Section
 from dbmpi.errors import UserError
 
 Files = Path | Annotated[tuple[Path, ...], Field(min_length=1)]
@@ -44,7 +44,7 @@ class DataSection(Section):
     keep: Literal["auto", "memory", "file"] = "auto"
     """``memory``: in each worker's memory; ``file``: rows are read when they are needed; ``auto``: in memory if that is
     64 MiB at most, or rows cannot be read one by one."""
-    copy_to: Path | None = None
+    copy_to: PossiblePath | None = None
     """Directory on each host's own disk, e.g. ``/tmp``, into which files are copied before they are opened; a copy
     that is there already is used."""
     shuffle: Literal["auto", "samples"] | Count = "auto"

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from dbmpi.config.layers import LAYERS, OwnLayer
-from dbmpi.config.values import shown
+from dbmpi.config.values import meaning, shown
 from dbmpi.errors import suggestion
 
 _NUMBER, _PAIR = "constrained-int", "tuple[constrained-int"
@@ -126,5 +126,7 @@ def _meaning(model: type[BaseModel], path: tuple[int | str, ...]) -> str:
     for found in _descend(model, path[:-1]):
         field = found.model_fields.get(str(path[-1]))
         if field is not None:
-            return field.description or (f"a [{path[-1]}] table" if _models(field.annotation) else "a value")
+            return meaning(found, str(path[-1])) or (
+                f"a [{path[-1]}] table" if _models(field.annotation) else "a value"
+            )
     return "a value"

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from dbmpi.config.layers import OWN, AnyLayer, Dense, Dropout, OwnCode, OwnLayer
-from dbmpi.config.values import NotNegative, Section
+from dbmpi.config.values import NotNegative, PossiblePath, Section
 
 
 class NetworkSection(Section):
@@ -27,7 +26,7 @@ class NetworkSection(Section):
     """Numbers that dense layers, local layers and convolutions multiply: ``bfloat16`` rounds weights, inputs and
     gradients to it just for their products, which are added up in float32.  Faster on processors with AMX or
     AVX512-BF16, as ``dbmpi doctor`` tells."""
-    code: Path | None = None
+    code: PossiblePath | None = None
     """Directory in which modules of your own layers, methods and objectives are looked for first; by default that of
     the configuration."""
 

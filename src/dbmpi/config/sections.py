@@ -19,18 +19,18 @@ from dbmpi.config.network import NetworkSection, ObjectiveSection
 from dbmpi.config.optimizer import OptimizerSection
 from dbmpi.config.server import ServerSection
 from dbmpi.config.simulation import SimulationSection
-from dbmpi.config.values import Count, CountOrNone, Name, NotNegative, Positive, Section
+from dbmpi.config.values import Count, CountOrNone, Name, NotNegative, Positive, PossiblePath, Section
 from dbmpi.errors import UserError
 
 
 class RunSection(Section):
     """Directory and seed of the run."""
 
-    directory: Path = Path("runs/run")
+    directory: PossiblePath = Path("runs/run")
     """Directory of the run: checkpoints, records and plots; made if missing."""
     seed: Annotated[int, Field(ge=0, lt=2**63, strict=True)] = 1
     """Seed of the initial weights and of the order of the samples."""
-    initial: Path | None = None
+    initial: PossiblePath | None = None
     """First values of the parameters by name: an ``.npz`` or ``.safetensors`` file, a checkpoint, or the directory of
     another run.  A run that resumes goes on from its own checkpoint instead."""
     initial_names: Literal["all", "some"] = "all"
@@ -49,6 +49,9 @@ class TopologySection(Section):
     """Ranks that compute one replica together; by default 1."""
     colocate: bool = False
     """Put the shards on ranks that are also workers, instead of on ranks of their own."""
+    shard_ranks: Literal["spread", "first"] = "spread"
+    """``spread``: shards are on ranks at equal distances, so that each node has about as many of them; ``first``: on
+    the first ranks, e.g. those of the first component of a heterogeneous job, on nodes with much memory."""
     spares: CountOrNone = 0
     """Further replicas of Downpour that learn nothing until another one dies, and then go on in its place."""
     evaluators: CountOrNone = 0

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import json
+import textwrap
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
@@ -31,10 +37,19 @@ def _odd(value: int) -> int:
 Odd = Annotated[int, Field(ge=1, le=MOST, strict=True), AfterValidator(_odd)]
 
 
+def _possible(path: Path) -> Path:
+    if "\0" in str(path):
+        raise ValueError("a path has no NUL character")
+    return path
+
+
+PossiblePath = Annotated[Path, AfterValidator(_possible)]
+
+
 class Section(BaseModel):
     """A part of the description: frozen, and closed to unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     def __init__(self, **values: Any) -> None:
         """Raise UserError, as :func:`dbmpi.load` does, where the values do not fit."""
@@ -54,3 +69,32 @@ def shown(value: Any) -> str:
         return json.dumps(value, default=str)[:80]
     except (ValueError, RecursionError):
         return "a number or nesting too large to show"
+
+
+def meaning(section: type[BaseModel], key: str) -> str:
+    """Return what the source says below a setting; empty where it says nothing.
+
+    Pydantic could read that when a section is defined, but would look at thousands of files in every process.
+
+    Parameters
+    ----------
+    section, key
+        The section, and the name of the setting.
+    """
+    kinds = (kind for kind in section.__mro__ if key in vars(kind).get("__annotations__", {}))
+    return _meanings(next(kinds)).get(key, "") if key in section.model_fields else ""
+
+
+@cache
+def _meanings(kind: type) -> dict[str, str]:
+    found: dict[str, str] = {}
+    try:
+        [body] = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
+    except OSError:  # installed without sources
+        return found
+    assert isinstance(body, ast.ClassDef)
+    for line, below in pairwise(body.body):
+        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and isinstance(below, ast.Expr):
+            text = getattr(below.value, "value", None)
+            found |= {line.target.id: inspect.cleandoc(text)} if isinstance(text, str) else {}
+    return found

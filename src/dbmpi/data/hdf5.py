@@ -175,10 +175,13 @@ class Dataset:
             )
 
 
-def open_file(path: Path, cache_bytes: int = 0) -> h5py.File:
-    """Open the data file `path` for reading, with a chunk cache of `cache_bytes`; UserError where it cannot be read."""
+def open_file(path: Path, cache_bytes: int = 0, begin: bytes = b"") -> h5py.File:
+    """Open the data file `path` for reading, with a chunk cache of `cache_bytes`; UserError where it cannot be read.
+
+    Its first bytes may be given as `begin`.
+    """
     expected = "expected an HDF5 file, e.g. made by 'dbmpi data import'"
-    return untrusted.open_file(path, "data file", expected, cache_bytes=cache_bytes)
+    return untrusted.open_file(path, "data file", expected, cache_bytes=cache_bytes, begin=begin)
 
 
 def product(shape: Iterable[int]) -> int:

@@ -20,6 +20,8 @@ from dbmpi.errors import UserError
 
 BLOCKS_CACHE = 64 << 20
 """Chunk cache (bytes) for reading a compressed file from its beginning to its end."""
+_MAGIC = 8
+"""Bytes at the beginning of a file that say what it is."""
 _LEAST_CACHE = 1 << 20
 _SETTINGS = {"inputs": "data.inputs", "targets": "data.targets", "weights": "data.weights"}
 
@@ -194,13 +196,13 @@ class DataFiles:
         if path not in self._open:
             begin = b""
             with contextlib.suppress(OSError), path.open("rb") as raw:
-                begin = raw.read(len(NPY_MAGIC))
-            if begin == NPY_MAGIC:
+                begin = raw.read(_MAGIC)
+            if begin.startswith(NPY_MAGIC):
                 self._open[path] = None
             elif begin.startswith(ZIP_MAGIC):
                 self._open[path] = NpzArchive(path, self._memory_bytes)
             else:
-                file = hdf5.open_file(path, self._cache_bytes)
+                file = hdf5.open_file(path, self._cache_bytes, begin)
                 self._open[path] = file
                 hdf5.check_version(path, file)
         return self._open[path]

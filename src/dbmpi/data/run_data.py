@@ -95,6 +95,8 @@ class Supplied(NamedTuple):
     """First values of the parameters, by name."""
     objective: OwnObjective | None = None
     """Instead of the one that the description names."""
+    notes: tuple[str, ...] = ()
+    """Lines on the ranks, to be shown at the start."""
 
     @property
     def kinds(self) -> str:

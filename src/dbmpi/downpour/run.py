@@ -89,6 +89,7 @@ def learn(session: Session, stack: ExitStack) -> Result:
             compensates=run.optimizer.delay_compensation != "none",
             kept_size=flow.size if run.optimizer.delay_compensation != "none" and not evaluates else 0,
             rounded=run.network.precision == "bfloat16",
+            hosts=session.comms.hosts,
         )
     stack.enter_context(store)
     flow = replace(flow, overlap=store.overlap)

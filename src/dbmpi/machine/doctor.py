@@ -18,6 +18,10 @@ from dbmpi.machine import blas, kernel_cache, launcher, mpi_library, processes, 
 
 _GIB = 2**30
 _SECONDS = 90.0
+_SLOW = 4.0
+"""1e9 operations a second of a core: plain loops are slower, and any BLAS made for the processor is faster."""
+_GAIN = 1.05
+"""Of OpenBLAS's own kernels over those that are set; less may be noise."""
 """Limit on each program that is tried; the first import from a network file system may take long."""
 
 _NUMBA = """
@@ -102,23 +106,24 @@ def _cores(environment: Mapping[str, str]) -> Finding:
 
 def _blas(environment: Mapping[str, str]) -> Finding:
     given = environment.get(blas.VARIABLE, "").strip()
-    measured = blas.measure(blas.processor_flags(), environment)
-    if measured is None:
+    own = blas.probe("", environment)
+    if own is None:
         return Finding("NumPy", "broken", "cannot be imported or cannot multiply", "try: python -c 'import numpy'")
-    blas.remember(measured)
-    text = f"{measured.numpy}; {measured.line}"
-    if not given or not measured.openblas:
+    by = f"OpenBLAS's kernels {own['core']}" if own["core"] else "a BLAS that is not OpenBLAS"
+    text = f"{own['numpy']}; {own['gflops']:.0f} GFLOP/s a core by {by}"
+    if own["gflops"] < _SLOW:
+        fix = "install NumPy from its wheel (pip install --force-reinstall numpy), or with OpenBLAS or MKL"
+        return Finding("NumPy", "note", f"{text}, as slow as without a BLAS made for the processor", fix)
+    if not given or not own["core"]:
         return Finding("NumPy", "ok", text)
     forced = blas.probe(given, environment)
     if forced is None:
         fix = f"unset {blas.VARIABLE}: this processor lacks what its kernels need"
         return Finding("NumPy", "broken", f"{text}; fails with {blas.VARIABLE}={given}, which is set", fix)
-    speed = float(forced.get("gflops") or 0.0)
-    text += f"; {blas.VARIABLE}={given} is set: {forced.get('core')}, {speed:.0f} GFLOP/s a core"
-    if measured.gflops > blas.GAIN * speed:
-        return Finding(
-            "NumPy", "note", text, f"unset {blas.VARIABLE}: products become {measured.gflops / speed:.1f} x as fast"
-        )
+    text += f"; {blas.VARIABLE}={given} is set: {forced['core']}, {forced['gflops']:.0f} GFLOP/s a core"
+    gain = own["gflops"] / forced["gflops"]
+    if gain > _GAIN:
+        return Finding("NumPy", "note", text, f"unset {blas.VARIABLE}: products become {gain:.1f} x as fast")
     return Finding("NumPy", "ok", text)
 
 

@@ -96,7 +96,7 @@ def note_message(code: int) -> None:
     """
     note = os.environ.get(UNFINISHED)
     if note:
-        with suppress(OSError):  # it is on another host
+        with suppress(OSError, ValueError):  # it is on another host, or somebody else's variable
             _said(Path(note)).write_text(str(code))
 
 

@@ -48,7 +48,7 @@ STOP = signal.SIGUSR2
 
 _FORWARDED = ("COLUMNS", "LD_LIBRARY_PATH", "PYTHONPATH", *threads.VARIABLES)
 """Variables (and all ``DBMPI_*``) that ranks on other nodes need as well; hydra passes on everything by itself."""
-_STARTS_MPI = {"train", "simulate", "bench", "evaluate", "predict"}
+_STARTS_MPI = {"train", "sweep", "simulate", "bench", "evaluate", "predict"}
 """Commands whose ranks wait for each other when they start."""
 _HOST_LOST = (
     "dbmpi launch: mpirun has ended without an error, but the first rank has not come to its end: mpirun ends all "
@@ -287,13 +287,40 @@ def check_world(size: int, environment: Mapping[str, str] | None = None, *, libr
         raise ToldElsewhere("the first rank reports that every rank is a world of its own")
     library = _library_version() if library is None else library
     if by == "srun":
-        kind = {"openmpi": "pmix", "hydra": "pmi2"}.get(mpi_library.protocol(library), "pmix")
+        kind = mpi_library.srun_plugin(library)
         fix = f"try srun --mpi={kind} (srun --mpi=list shows what there is), or dbmpi launch in place of srun"
     else:
         fix = f"use the launcher of the same MPI: dbmpi launch -n {meant} -- train CONFIG.toml"
     raise UserError(
         f"{by} started {meant} ranks, but each of them is a world of its own"
         f"{f' under {library}' if library else ''}: {fix}; if that is meant, set DBMPI_ALONE=1"
+    )
+
+
+def check_launcher(library: str, environment: Mapping[str, str]) -> None:
+    """Raise an error if this MPI cannot be started by the launcher that has started this process.
+
+    Parameters
+    ----------
+    library
+        Version text of the MPI library; MPICH's says how it was configured.
+    environment
+        Environment variables of the rank.
+
+    Raises
+    ------
+    UserError
+        With the fix; on ranks other than the first as `ToldElsewhere`.
+    """
+    ranks, by, rank = launched(environment)
+    text = library.lower()
+    if ranks <= 1 or "OMPI_COMM_WORLD_SIZE" not in environment or "mpich configure:" not in text or "pmix" in text:
+        return
+    if rank > 0:
+        raise ToldElsewhere("the first rank reports that the launcher is of another MPI")
+    raise UserError(
+        f"{by} started {ranks} ranks, but the MPI of this Python is {mpi_library.first_line(library)}, which it cannot "
+        f"start: use the launcher of the same MPI: dbmpi launch -n {ranks} -- train CONFIG.toml"
     )
 
 

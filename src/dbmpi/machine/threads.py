@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from dbmpi.errors import UserError
 from dbmpi.machine import capacity, processes
 from dbmpi.machine.rank_variables import number, ranks_on_node
 
@@ -173,6 +174,37 @@ def decide(environment: Mapping[str, str], node: Node) -> Preparation:
     settings = {name: str(threads) for name in VARIABLES if name not in given}
     settings |= {name: value for name, value in PATIENCE.items() if not environment.get(name, "").strip()}
     return Preparation(threads, node, settings, bool(too_many), line, given)
+
+
+def check_processors(environment: Mapping[str, str] | None = None, processors: int | None = None) -> None:
+    """Raise an error if the user asks for more threads than this rank has logical processors.
+
+    More threads than processors wait for each other in every kernel, which makes runs up to a hundred times slower.
+    More ranks than cores do not, and are only warned of (:func:`decide`).
+
+    Parameters
+    ----------
+    environment
+        By default that of this process.
+    processors
+        Logical processors on which this rank may run; by default those of its affinity.
+
+    Raises
+    ------
+    UserError
+        With the fix; ``DBMPI_OVERSUBSCRIBE=1`` turns the check off.
+    """
+    environment = without_prepared(os.environ if environment is None else environment)
+    processors = len(_affinity(0)) if processors is None else processors
+    asked = {name: number(environment.get(name)) or 0 for name in VARIABLES}
+    name = max(asked, key=asked.__getitem__)
+    if asked[name] <= processors or environment.get("DBMPI_OVERSUBSCRIBE", "") not in ("", "0"):
+        return
+    raise UserError(
+        f"{name}={environment[name]}: this rank may use {_count(processors, 'processor')}, and more threads would wait "
+        f"for each other: unset {name}, or give the rank more processors (srun --cpus-per-task={asked[name]}, mpirun "
+        "--bind-to none); DBMPI_OVERSUBSCRIBE=1 starts all the same"
+    )
 
 
 def this_node(environment: Mapping[str, str]) -> Node:

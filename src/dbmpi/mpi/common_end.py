@@ -8,7 +8,8 @@ sends the exit code to all others, which look for it in every wait, and then end
 from __future__ import annotations
 
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,9 +29,16 @@ _LEAST = 0.2
 
 
 class CommonEnd:
-    """The end that all ranks of some communicators have in common."""
+    """The end that all ranks of some communicators have in common.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    always
+        Whether ranks join also where MPI would end them all: they are a part of the job, of which the rest goes on.
+    """
+
+    def __init__(self, *, always: bool = False) -> None:
+        self._always = always
         self._joined: list[MPI.Intracomm] = []
         self._mark: int | None = None
         """MPI's key for a mark on communicators whose ranks have joined."""
@@ -50,7 +58,7 @@ class CommonEnd:
         what
             What is waited for, if a rank does not arrive.
         """
-        if not failures.tolerated() or comm.size == 1:
+        if not (self._always or failures.tolerated()) or comm.size == 1:
             return
         from mpi4py import MPI
 
@@ -60,6 +68,16 @@ class CommonEnd:
         if comm.Get_attr(self._mark) is None:
             self._joined.append(blocking.duplicate(comm, what))
             comm.Set_attr(self._mark, True)
+
+    def close(self) -> None:
+        """Look for notices no more."""
+        self._polling.close()
+
+    def free(self) -> None:
+        """Give back the communicators of this object (collective), where nothing was announced on them."""
+        for comm in self._joined:
+            blocking.free(comm)
+        self._joined.clear()
 
     def forget(self) -> None:
         """Leave the communicators that were joined so far, of which ranks have died and are replaced."""
@@ -121,4 +139,25 @@ def _has_left(request: MPI.Request) -> bool:
 
 
 JOB = CommonEnd()
-"""That of this job."""
+"""That of this job, or of the part of it that this rank belongs to (:func:`of_a_part`)."""
+
+
+@contextmanager
+def of_a_part(comm: MPI.Intracomm) -> Iterator[CommonEnd]:
+    """Let failures in the block end the work of the ranks of `comm`, and not the job (collective).
+
+    A rank that fails announces that; the others leave their waits by EndedElsewhere.
+
+    Parameters
+    ----------
+    comm
+        The ranks.
+    """
+    global JOB  # noqa: PLW0603 - a process belongs to one job, and to one part of it at a time
+    whole, JOB = JOB, CommonEnd(always=True)
+    try:
+        JOB.join(comm, "the ranks of the next run")
+        yield JOB
+    finally:
+        JOB.close()
+        JOB = whole

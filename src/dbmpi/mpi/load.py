@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from types import ModuleType
 
 from dbmpi.errors import UserError
 from dbmpi.machine.mpi_library import explain
@@ -18,10 +19,36 @@ def load() -> None:
         If there is none; a script that does not catch it ends with its one sentence and exit code 2.
     """
     try:
-        from mpi4py import MPI  # noqa: F401 - for its effect
+        start_mpi()
     except (ImportError, RuntimeError) as error:
         sys.excepthook = _one_sentence
         raise UserError(explain(str(error))) from None
+
+
+def start_mpi() -> ModuleType:
+    """Return ``mpi4py.MPI``, which has started MPI.
+
+    Raises
+    ------
+    UserError
+        If MPI would end this process with a stack of its own functions: an MPICH under another MPI's launcher.
+    """
+    if "mpi4py.MPI" not in sys.modules and "OMPI_COMM_WORLD_SIZE" in os.environ:
+        import mpi4py
+
+        from dbmpi.machine.launcher import check_launcher
+
+        before = mpi4py.rc.initialize, mpi4py.rc.finalize
+        mpi4py.rc.initialize = False
+        mpi4py.rc.finalize = before[0] if before[1] is None else before[1]
+        from mpi4py import MPI
+
+        check_launcher(MPI.Get_library_version(), os.environ)
+        if before[0] and not MPI.Is_initialized():
+            MPI.Init_thread(getattr(MPI, f"THREAD_{mpi4py.rc.thread_level.upper()}"))
+    from mpi4py import MPI
+
+    return MPI
 
 
 def _one_sentence(kind: type[BaseException], error: BaseException, trace: object) -> None:

@@ -38,6 +38,10 @@ class Tag(IntEnum):
     """What a shard holds, for the shard that holds its mirror."""
     MIRRORED = 18
     """The version of a mirror that has arrived whole."""
+    SWEPT_RUN = 19
+    """What has become of a run of a sweep, for rank 0."""
+    FINISHED = 20
+    """A notice that a rank has no further run of a sweep, and rank 0's that all have finished."""
     LAST_TRANSFER = 30000
     """The largest tag of transfers, which number theirs from 1 on a communicator of their own."""
     END = 30001
@@ -46,3 +50,7 @@ class Tag(IntEnum):
     """A notice that the run goes on with new processes in the places of ranks that have died."""
     DEPARTURE = 30002
     """A notice that the first rank ends, in a world in which others have died."""
+    REACH = 30004
+    """A first message between two ranks, which shows that their hosts reach each other."""
+    REACH_REPORT = 30005
+    """Which ranks a rank has not heard, for rank 0, and whether the job ends for that."""

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from dbmpi.errors import UserError
 from dbmpi.mpi import blocking
 from dbmpi.mpi.blocking import Collective
@@ -25,7 +27,8 @@ class Plan:
 
     Workers are numbered replica by replica: worker ``w`` is partition ``w % partitions`` of replica ``w //
     partitions``.  Evaluators have the last ranks, and are numbered behind the replicas.  Shards are spread evenly over
-    the others, so that with several nodes no node has all of them.  Shard 0 is always on rank 0.
+    the others, so that with several nodes no node has all of them, or are the first ranks.  Shard 0 is always on rank
+    0.
     """
 
     shards: int
@@ -36,6 +39,8 @@ class Plan:
     """Of the replicas, the last ones, which learn only where another one is given up."""
     evaluators: int = 0
     """Instances of the model beside the replicas, which never learn."""
+    shards_first: bool = False
+    """Whether the first ranks have the shards."""
 
     @property
     def learning(self) -> int:
@@ -55,6 +60,8 @@ class Plan:
     @cached_property
     def shard_ranks(self) -> tuple[int, ...]:
         """World rank of each shard."""
+        if self.shards_first:
+            return tuple(range(self.shards))
         others = self.world - self.evaluators * self.partitions
         return tuple(shard * others // self.shards for shard in range(self.shards))
 
@@ -127,6 +134,12 @@ def plan(section: TopologySection, world: int) -> Plan:
     return result
 
 
+def needed(section: TopologySection) -> int | None:
+    """Return how many ranks a `section` needs; None where numbers are left out that follow from the world."""
+    open_numbers = [section.replicas, section.partitions, section.shards or (1 if section.colocate else None)]
+    return None if None in open_numbers else _filled_in(section, 2).world
+
+
 def _filled_in(section: TopologySection, world: int) -> Plan:
     """Let the numbers that are left out follow from the others; the plan may not fit."""
     partitions, shards, replicas, spares = section.partitions, section.shards, section.replicas, section.spares
@@ -144,7 +157,7 @@ def _filled_in(section: TopologySection, world: int) -> Plan:
         shards = 1 if colocate else max(1, world - (replicas + evaluators) * partitions)
     assert shards is not None
     assert partitions is not None
-    return Plan(shards, replicas, partitions, colocate, spares, evaluators)
+    return Plan(shards, replicas, partitions, colocate, spares, evaluators, section.shard_ranks == "first")
 
 
 def _problem(plan: Plan, world: int) -> str:
@@ -211,11 +224,18 @@ class Communicators(Collective):
     Attributes
     ----------
     plan
-        The role of each rank.
+        The role of each rank of `world`.
     shard, worker
         Number of the shard, and of the worker, that this rank is; None where it is none.
     world
-        All ranks, for the library's own messages and windows.
+        All ranks, for the library's own messages and windows.  Their order may be another one than in `comm`, so that
+        replicas are on one host each; the first rank is the same.
+    order
+        For each rank of `world` its rank in `comm`.
+    hosts : (ranks,) array of int64
+        For each rank of `world` the lowest one on its host.
+    host_names
+        On the first rank, names by these numbers, where there are several hosts.
     shards
         The shards in order; MPI.COMM_NULL elsewhere.
     workers
@@ -227,19 +247,31 @@ class Communicators(Collective):
     def __init__(self, comm: MPI.Intracomm, plan: Plan) -> None:
         from mpi4py import MPI
 
+        from dbmpi.mpi import host_placement, window
+
         if comm.size != plan.world:
             raise ValueError(f"the plan needs {plan.world} ranks, the communicator has {comm.size}")
-        self.plan, self.shard, self.worker = plan, plan.shard_of(comm.rank), plan.worker_of(comm.rank)
+        begin = "all ranks to begin the run"
+        self.plan, self.hosts = plan, window.hosts(comm, begin)
+        self.order = host_placement.ranks_by_position(plan, self.hosts)
 
         def split(color: int | None, number: int | None, roles: str) -> MPI.Intracomm:
             """Return the communicator of the ranks with the same color, by their numbers in a role."""
             what = f"all ranks to set apart the {roles}"
-            return blocking.split(comm, MPI.UNDEFINED if color is None else color, number or 0, what)
+            return blocking.split(self.world, MPI.UNDEFINED if color is None else color, number or 0, what)
 
-        self.world = blocking.duplicate(comm, "all ranks to begin the run")
+        if self.order == tuple(range(comm.size)):
+            self.world = blocking.duplicate(comm, begin)
+        else:
+            self.world = blocking.split(comm, 0, self.order.index(comm.rank), begin)
+            _, first, number = np.unique(self.hosts[list(self.order)], return_index=True, return_inverse=True)
+            self.hosts = first[number]
+        several = len(np.unique(self.hosts)) > 1
+        self.host_names = host_placement.host_names(self.world, self.hosts) if several else {}
+        self.shard, self.worker = plan.shard_of(self.world.rank), plan.worker_of(self.world.rank)
         self.shards = split(None if self.shard is None else 0, self.shard, "shards")
         self.workers = split(None if self.worker is None else 0, self.worker, "workers")
-        self.replica = split(plan.replica_of(comm.rank), self.worker, "replicas")
+        self.replica = split(plan.replica_of(self.world.rank), self.worker, "replicas")
 
     def free(self) -> None:
         """Free the communicators (collective); a second call does nothing."""

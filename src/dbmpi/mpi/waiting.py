@@ -26,6 +26,9 @@ LONG_SECONDS = 86400.0
 """How long ranks wait for what depends on the size of the data: reading a large file takes as long as it does."""
 
 
+_MOST_SECONDS = 1e9
+
+
 def stall_seconds() -> float:
     """Return how long a wait may last in which nothing moves: 600 s, or the value of ``DBMPI_STALL_SECONDS``.
 
@@ -39,8 +42,8 @@ def stall_seconds() -> float:
         seconds = float(text)
     except ValueError:
         seconds = 0.0
-    if not seconds > 0:
-        raise UserError(f"DBMPI_STALL_SECONDS={text}: expected a positive number of seconds, e.g. 600")
+    if not 0 < seconds <= _MOST_SECONDS:
+        raise UserError(f"DBMPI_STALL_SECONDS={text}: expected a number of seconds above 0 and at most 1e9, e.g. 600")
     return seconds
 
 

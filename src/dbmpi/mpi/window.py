@@ -355,9 +355,12 @@ class _OneSided(Remote):
         return request, before
 
 
-def hosts(comm: MPI.Intracomm) -> np.ndarray:
-    """Return for each rank of `comm` the lowest rank on its host, int64 (collective)."""
-    node = blocking.on_this_host(comm, "the names of the other ranks' hosts")
+def hosts(comm: MPI.Intracomm, what: str = "the names of the other ranks' hosts") -> np.ndarray:
+    """Return for each rank of `comm` the lowest rank on its host, int64 (collective).
+
+    `what` names what is waited for, if a rank does not arrive.
+    """
+    node = blocking.on_this_host(comm, what)
     first = waiting.allreduce(node, np.array([comm.rank], np.int64), MPI.MIN, "the node's other ranks")
     blocking.free(node)
     lowest = np.empty(comm.size, np.int64)

@@ -25,7 +25,8 @@ import numpy as np
 
 from dbmpi.errors import DIED, EndedByDeath, EndedElsewhere, KnownToAll, RunFailed, Stalled, ToldElsewhere, UserError
 from dbmpi.machine import capacity, endings, mpi_library, signals, streams
-from dbmpi.mpi import blocking, common_end, failures, replacement, silent_ends, waiting
+from dbmpi.mpi import blocking, common_end, failures, load, replacement, silent_ends, waiting
+from dbmpi.mpi.reach import check_reach
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -47,14 +48,20 @@ _FOR_THE_FIRST = 0.5
 
 _ALL_RANKS = (
     "all ranks that were started to call dbmpi: each of them must, or those that do must be given as a communicator of "
-    "their own"
+    "their own; or their hosts do not reach each other, which dbmpi doctor tries under the same launcher"
 )
 
 
-def start() -> MPI.Intracomm:
+def start(*, ours: bool = False) -> MPI.Intracomm:
     """Start MPI and return a communicator of all ranks that belongs to dbmpi alone (collective).
 
     From here on an uncaught exception aborts the job instead of leaving the other ranks waiting.
+
+    Parameters
+    ----------
+    ours
+        Whether this is a command of dbmpi, so that no other code uses MPI; then hosts that do not reach each other are
+        noticed within a minute.
 
     Raises
     ------
@@ -82,6 +89,11 @@ def start() -> MPI.Intracomm:
         comm = go_on(replacement.join(MPI.Comm.Get_parent()))
     else:
         check_world(MPI.COMM_WORLD.size)
+        if ours:
+            try:
+                check_reach(MPI.COMM_WORLD)
+            except (UserError, EndedElsewhere) as error:
+                report_and_abort(error)
         end_all_on_failure(MPI.COMM_WORLD)
         comm = _adopt(blocking.duplicate(MPI.COMM_WORLD, _ALL_RANKS))
         mpi_library.remove_segments(os.environ)
@@ -120,7 +132,7 @@ def _wait_for_all_ranks_to_start_mpi() -> ModuleType:
     if "mpi4py.MPI" not in sys.modules:
         faulthandler.dump_traceback_later(waiting.STALL_SECONDS, exit=True)
     try:
-        from mpi4py import MPI
+        MPI = load.start_mpi()
     finally:
         faulthandler.cancel_dump_traceback_later()
     signals.reinstall()
@@ -147,7 +159,7 @@ def _leave_until_the_end(note: Path) -> None:
 def ranks() -> Iterator[MPI.Intracomm]:
     """Start MPI for the block (see :func:`start`), and end all ranks where an exception of this one alone leaves it."""
     try:
-        comm = start()
+        comm = start(ours=True)
     except UserError:
         raise
     except Exception as error:

@@ -55,6 +55,8 @@ class Store(Collective):
         Elements of these, if so and this rank is a worker.
     rounded
         Whether workers that compute on the shards' memory multiply bfloat16, which the shards then keep there, too.
+    hosts
+        For each rank the lowest one on its host, where that is known already.
 
     Attributes
     ----------
@@ -87,6 +89,7 @@ class Store(Collective):
         compensates: bool = False,
         kept_size: int = 0,
         rounded: bool = False,
+        hosts: np.ndarray | None = None,
     ) -> None:
         self._plan = plan
         self._dtype = dtype
@@ -102,7 +105,7 @@ class Store(Collective):
             self.notes += ("this MPI does not let several threads call it: nothing is overlapped",)
         self._common = section.fetch == "shared"
         self._rounds = rounded and self._common
-        hosts = windows.hosts(comm)
+        hosts = windows.hosts(comm) if hosts is None else hosts
         if self._common:
             check_common(plan, hosts, section.align)
         if chunk is None:

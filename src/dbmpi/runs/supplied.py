@@ -10,11 +10,13 @@ from dbmpi.config.layers import OWN
 from dbmpi.data.numbered_batches import Transform
 from dbmpi.data.run_data import Supplied
 from dbmpi.errors import UserError
+from dbmpi.machine import threads
 from dbmpi.monitor.callbacks import Callbacks
 from dbmpi.mpi import waiting
 from dbmpi.mpi.world import together
 from dbmpi.objective import OwnObjective
 from dbmpi.runs.initial import with_initial
+from dbmpi.runs.likeness import check_alike
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -41,11 +43,12 @@ def complete_together(
         All ranks.
     """
     with together(comm, "checking what is learned"):
+        threads.check_processors()
         run, arrays = with_initial(run, initial)
         given = given._replace(callbacks=Callbacks(callbacks), initial=arrays)
         run = complete(run, given)
     compare(run, given, comm)
-    return run, given
+    return run, given._replace(notes=check_alike(run, comm))
 
 
 def complete(run: Run, supplied: Supplied) -> Run:

@@ -55,6 +55,7 @@ from dbmpi.runs import continuation
 from dbmpi.runs import start as runs_start
 from dbmpi.runs.held_out_metric import check_metric
 from dbmpi.runs.initial import first_values
+from dbmpi.runs.memory_plan import check_memory
 from dbmpi.runs.supplied import complete_together
 from dbmpi.sandblaster import run as sandblaster_run
 from dbmpi.session import DTYPE, Session
@@ -213,7 +214,7 @@ def _session(
     comm, plan = comms.world, comms.plan
     data = open_data(run, comm, plan, stack, supplied)
     run, notices = limits.fitted(run, data.samples)
-    data = replace(data, notes=data.notes + notices)
+    data = replace(data, notes=data.notes + notices + supplied.notes)
     say = RunProgress(0, run.monitor.progress).message if comm.rank == 0 else None
     compiled = stack.enter_context(announced(say))
     run, order = _order(run, data, comm)
@@ -246,6 +247,9 @@ def _session(
         replica = _own_replica(model, run, data, batches, comms)
     elif comms.worker is not None and placed is not None:
         replica = stack.enter_context(Replica(model, placed, comms.replica))
+    size = replica.size if isinstance(replica, Replica) else model.layout.size
+    check_memory(run, comms, model.layout.size, size, model.activations if isinstance(model, Network) else ())
+    if isinstance(replica, Replica):
         replica.prepare(run.optimizer.batch_size)
     with together(comm, "looking for the metric"):
         check_metric(run, model, data)
@@ -346,8 +350,8 @@ def _order(run: Run, data: RunData, comm: MPI.Intracomm) -> tuple[Run, Order]:
         order = Order(data.samples, optimizer.batch_size, optimizer.epochs, run.run.seed, block, window)
         if order.batches > _MOST_BATCHES:
             raise UserError(
-                f"optimizer.epochs = {optimizer.epochs:g}: that is {order.batches:.3g} batches of "
-                f"{optimizer.batch_size}, more than can be counted; lower optimizer.epochs"
+                f"optimizer.epochs = {optimizer.epochs:g}: that is more than can be counted in batches of "
+                f"{optimizer.batch_size}; lower optimizer.epochs"
             )
     return run, order
 

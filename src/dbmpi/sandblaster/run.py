@@ -93,7 +93,7 @@ def _window(session: Session, setup: Setup, stack: ExitStack) -> tuple[Window, S
     comm = session.comms.world
     nbytes = setup.nbytes(comm.rank)
     shared = windows.missing(comm, nbytes) <= 0
-    memories = windows.hosts(comm) if shared else np.arange(comm.size)
+    memories = session.comms.hosts if shared else np.arange(comm.size)
     with together(comm, "choosing the transport"):
         transport, notes = transport_between(comm, session.run.server.transport, memories)
     window = stack.enter_context(Window.allocate(comm, nbytes, shared=shared, transport=transport))
