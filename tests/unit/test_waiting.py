@@ -133,7 +133,7 @@ def test_a_suspended_process_has_not_waited_all_that_time(clock: Clock) -> None:
 @pytest.mark.parametrize("text", ["soon", "", "0", "-1", "nan"])
 def test_a_limit_that_is_none_is_refused(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DBMPI_STALL_SECONDS", text)
-    with pytest.raises(UserError, match="DBMPI_STALL_SECONDS.*a number of seconds above 0"):
+    with pytest.raises(UserError, match=r"DBMPI_STALL_SECONDS.*a number of seconds above 0"):
         waiting.stall_seconds()
 
 

@@ -91,7 +91,8 @@ def check_memory(
     """
     from mpi4py import MPI
 
-    mine = needs(run, comms, elements, own_elements, activations)
+    with together(comms.world, "estimating the memory"):  # a rule of the user's own is loaded for it, on shards
+        mine = needs(run, comms, elements, own_elements, activations)
     node = blocking.on_this_host(comms.world, "the other ranks to add up their memory")
     what = "the node's other ranks to add up their memory"
     numbers = np.array([list(mine.values()), [value > 0 for value in mine.values()]], np.int64)
