@@ -315,7 +315,7 @@ def test_what_makes_no_run_is_refused(comm, plane) -> None:
 def test_different_objectives_on_different_ranks_are_refused(comm, plane) -> None:
     run = describe(plane)
     for other, words in (
-        (Softmax(), "Softmax on rank 1"),
+        (Softmax(), 'Softmax" on rank 1'),
         (Plane(9), "['slope/weights', 9] on rank 1"),
         (None, "neither"),
     ):
@@ -388,10 +388,14 @@ def test_a_run_begins_with_given_values(comm, plane) -> None:
 @pytest.mark.parallel([3])
 def test_ranks_that_would_begin_differently_are_refused(comm, plane) -> None:
     values = {"slope": {"weights": np.full(FEATURES, float(comm.rank == 2))}, "bias": np.zeros(())}
-    for given in (values, {} if comm.rank == 1 else None, plane / f"{comm.rank == 1}.npz"):
+    for given, words in (
+        (values, "the arrays differ"),
+        ({} if comm.rank == 1 else None, "the arrays differ"),
+        (plane / f"{comm.rank == 1}.npz", "different descriptions: run.initial"),
+    ):
         with pytest.raises(UserError) as raised:
             train(describe(plane), comm, objective=Plane(), initial=given)
-        told = [text for text in comm.allgather(str(raised.value)) if "the arrays differ" in text]
+        told = [text for text in comm.allgather(str(raised.value)) if words in text]
         assert len(told) == 1, raised.value
     mine = Plane(scale=0.1 + comm.rank // 2)
     with pytest.raises(UserError) as raised:

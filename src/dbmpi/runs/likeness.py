@@ -49,13 +49,13 @@ def differences(comm: MPI.Intracomm, mine: Mapping[str, str]) -> list[Difference
     comm
         The ranks.
     mine
-        Texts of this rank, by names that all ranks have.
+        Texts of this rank, by names; one that is missing is taken for an empty text.
     """
     from mpi4py import MPI
 
     what = "the other ranks to compare what must be alike"
     first = json.loads(waiting.broadcast_text(comm, json.dumps(dict(mine)), 0, what))
-    differs = np.array([mine[name] != text for name, text in first.items()], np.int64)
+    differs = np.array([mine.get(name, "") != text for name, text in first.items()], np.int64)
     lowest = np.array([comm.rank if differs.any() else comm.size], np.int64)
     rank = int(waiting.allreduce(comm, lowest, MPI.MIN, what)[0])
     if rank == comm.size:
@@ -63,7 +63,7 @@ def differences(comm: MPI.Intracomm, mine: Mapping[str, str]) -> list[Difference
     counts = waiting.allreduce(comm, differs, MPI.SUM, what)
     other = json.loads(waiting.broadcast_text(comm, json.dumps(dict(mine)), rank, what))
     found = zip(first.items(), counts.tolist(), strict=True)
-    return [Difference(name, text, other[name], rank, count) for (name, text), count in found if count]
+    return [Difference(name, text, other.get(name, ""), rank, count) for (name, text), count in found if count]
 
 
 def check_alike(run: Run, comm: MPI.Intracomm) -> tuple[str, ...]:
