@@ -78,11 +78,16 @@ class Slurm:
         return self.started(done.stdout.strip())
 
     def started(self, number: str) -> Job:
-        """Return a job that was submitted when it has begun; skip the test if the nodes are busy for too long."""
+        """Return a job that was submitted when it has begun; skip the test if other jobs use the nodes for too long."""
         job = Job(number)
         if not wait_until(lambda: job.state() != "PENDING", _STARTS_WITHIN):
+            others, why = (
+                answer(["squeue", "-h", "-t", "RUNNING", "-o", "%i"]).split(),
+                answer(["squeue", "-h", "-o", "%i %r"]),
+            )
             job.cancel()
-            pytest.skip(f"the job was not started within {_STARTS_WITHIN:g} s: other jobs use the nodes")
+            assert others, f"the job was not started within {_STARTS_WITHIN:g} s, though no other runs: {why}"
+            pytest.skip(f"the job was not started within {_STARTS_WITHIN:g} s: jobs {', '.join(others)} use the nodes")
         return job
 
 

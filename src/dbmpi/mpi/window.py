@@ -356,10 +356,7 @@ class _OneSided(Remote):
 
 
 def hosts(comm: MPI.Intracomm, what: str = "the names of the other ranks' hosts") -> np.ndarray:
-    """Return for each rank of `comm` the lowest rank on its host, int64 (collective).
-
-    `what` names what is waited for, if a rank does not arrive.
-    """
+    """Return for each rank of `comm` the lowest rank on its host, int64 (collective); `what` names what is awaited."""
     node = blocking.on_this_host(comm, what)
     first = waiting.allreduce(node, np.array([comm.rank], np.int64), MPI.MIN, "the node's other ranks")
     blocking.free(node)
